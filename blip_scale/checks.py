@@ -1,0 +1,297 @@
+"""What cannot work is refused here, before anything heavy is imported or loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blip_scale.recipe import FP16_REFUSED, OptimizerRecipe, Recipe, StreamRecipe
+from blip_scale.settings import expand
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """`global_batch = micro_batch * world_size * accumulation`, in pairs."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+
+
+def check(recipe: Recipe, world_size: int) -> BatchSizes:
+    """Refuse a recipe that cannot run on `world_size` ranks; gives the batch sizes of one that can.
+
+    Raises:
+        ValueError: settings that contradict each other, or an environment variable that is not set.
+        FileNotFoundError: data or initial weights that are not there, with the way to get them.
+    """
+    sizes = batch_sizes(recipe, world_size)
+    _check_pools(recipe, sizes)
+    _check_model(recipe)
+    _check_bounds(recipe)
+    _check_data(recipe)
+    return sizes
+
+
+def batch_sizes(recipe: Recipe, world_size: int) -> BatchSizes:
+    """Split the global batch over ranks and accumulation micro-steps.
+
+    Raises:
+        ValueError: it does not divide; names the sizes that do.
+    """
+    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    unit = world_size * (micro or 1)
+    if batch % unit == 0:
+        micro = micro or batch // world_size
+        return BatchSizes(batch, micro, batch // (micro * world_size), world_size)
+    near = sorted({max(1, batch // unit) * unit, math.ceil(batch / unit) * unit})
+    mend = f"train.global_batch_size={' or '.join(map(str, near))}"
+    if batch % world_size == 0:
+        share = batch // world_size
+        least = 2 if recipe.objective.negatives == "local" else 1
+        possible = [size for size in range(least, share + 1) if share % size == 0]
+        if possible:
+            mend += f", or train.micro_batch_size={' or '.join(map(str, possible))}"
+    factors = (
+        f"{world_size} ranks" if micro is None else f"{world_size} ranks * micro batch {micro}"
+    )
+    raise ValueError(
+        f"train.global_batch_size: {batch} is not a multiple of {unit} ({factors}); "
+        f"possible: {mend}"
+    )
+
+
+def resolve_deepspeed(
+    recipe: Recipe, ds_config_path: str | Path, world_size: int
+) -> dict[str, Any]:
+    """DeepSpeed's settings with every "auto" filled in from the recipe.
+
+    Batch sizes, clipping, precision, optimizer and schedule are the recipe's. The JSON says "auto"
+    for them, leaves them out, or agrees. `optimizer` and `scheduler` are left out of what is
+    returned: the engine builds both.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, a ZeRO stage other than 2 or 3, fp16, or a conflict with the recipe.
+    """
+    path = Path(ds_config_path)
+    config = _read_json(path)
+    stage = _object(config, "zero_optimization", path).get("stage", 0)
+    if stage not in (2, 3):
+        raise ValueError(
+            f"{path}: zero_optimization.stage: expected 2 or 3, found {json.dumps(stage)}"
+        )
+    if _object(config, "fp16", path).get("enabled") not in (None, False, AUTO):
+        raise ValueError(f"{path}: fp16.enabled: {FP16_REFUSED}; set it to false")
+    for name in ("amp", "torch_autocast"):
+        if _object(config, name, path).get("enabled") not in (None, False, AUTO):
+            raise ValueError(
+                f"{path} and the recipe disagree: {name} is enabled, but train.precision "
+                f"{recipe.train.precision} decides; remove {name}"
+            )
+    sizes = batch_sizes(recipe, world_size)
+    is_bf16 = recipe.train.precision == "bf16"
+    filled = {
+        "train_batch_size": (sizes.global_batch, "train.global_batch_size"),
+        "train_micro_batch_size_per_gpu": (sizes.micro_batch, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (sizes.accumulation, "global / (micro_batch_size * ranks)"),
+        "gradient_clipping": (recipe.optimizer.gradient_clip, "optimizer.gradient_clip"),
+    }
+    for name, (value, setting) in filled.items():
+        _agree(path, name, config.get(name), setting, value)
+        config[name] = value
+    bf16 = _object(config, "bf16", path)
+    precision = f"train.precision {recipe.train.precision}"
+    _agree(path, "bf16.enabled", bf16.get("enabled"), precision, is_bf16)
+    config["bf16"] = bf16 | {"enabled": is_bf16}
+    _check_optimizer(path, config, recipe.optimizer)
+    if config.get("scheduler", AUTO) != AUTO:
+        raise ValueError(
+            f"{path} and the recipe disagree: scheduler is set, but the learning rate follows the "
+            "recipe's optimizer.warmup_steps and optimizer.lr_decay; remove scheduler"
+        )
+    for name in ("optimizer", "scheduler", "fp16", "amp", "torch_autocast"):
+        config.pop(name, None)
+    config["zero_allow_untested_optimizer"] = True  # torch's AdamW with a switch to skip a step
+    return _without_auto(config)
+
+
+def _agree(path: Path, name: str, found: Any, setting: str, wanted: Any) -> None:
+    """Raise unless the JSON leaves a value to the recipe or says the same."""
+    if found in (None, AUTO, wanted):
+        return
+    raise ValueError(
+        f"{path} and the recipe disagree: {name} is {json.dumps(found)}, but {setting} gives "
+        f'{json.dumps(wanted)}; set {name} to "auto", or change the recipe'
+    )
+
+
+def _check_optimizer(path: Path, config: dict[str, Any], optimizer: OptimizerRecipe) -> None:
+    """The JSON's optimizer, if it has one, is AdamW with the recipe's parameters."""
+    if config.get("optimizer", AUTO) == AUTO:
+        return
+    section = _object(config, "optimizer", path)
+    if str(section.get("type", "")).lower() != "adamw":
+        _agree(path, "optimizer.type", section.get("type", "missing"), "the recipe", "AdamW")
+    wanted = {
+        "lr": ("optimizer.peak_lr", optimizer.peak_lr),
+        "betas": ("optimizer.betas", list(optimizer.betas)),
+        "eps": ("optimizer.eps", optimizer.eps),
+        "weight_decay": ("optimizer.weight_decay", optimizer.weight_decay),
+    }
+    for name, found in _object(section, "params", path).items():
+        if name in wanted:
+            _agree(path, f"optimizer.params.{name}", found, *wanted[name])
+        elif name not in ("torch_adam", "adam_w_mode", "fused", "foreach"):
+            raise ValueError(
+                f"{path}: optimizer.params.{name}: not used here; remove it "
+                f"({', '.join(wanted)} are known)"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--deepspeed {path}: no such file; "
+            "ds_configs/ has zero3.json, zero2.json and zero3_offload.json"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object with DeepSpeed's settings")
+    return config
+
+
+def _object(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """The object under `name`, empty when it is missing."""
+    value = config.get(name, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {name}: expected an object, found {json.dumps(value)}")
+    return value
+
+
+def _without_auto(value: Any) -> Any:
+    """The same tree without the "auto" values that are left, where DeepSpeed's defaults hold."""
+    if isinstance(value, dict):
+        return {name: _without_auto(inner) for name, inner in value.items() if inner != AUTO}
+    return value
+
+
+def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
+    """Hard negatives need two pairs to choose from, the queue room for a global batch."""
+    pool = sizes.micro_batch * (sizes.world_size if recipe.objective.negatives == "global" else 1)
+    if pool < 2:
+        mend = "train.micro_batch_size=2 or more"
+        if recipe.objective.negatives == "local" and sizes.world_size > 1:
+            mend += ", or objective.negatives=global"
+        raise ValueError(
+            f"train.micro_batch_size: ITM draws its negatives from a pool of {pool} pair, where "
+            f"there is no other pair to draw; give {mend}"
+        )
+    if sizes.global_batch > recipe.objective.queue_size:
+        raise ValueError(
+            f"train.global_batch_size: {sizes.global_batch} is larger than objective.queue_size "
+            f"{recipe.objective.queue_size}; give objective.queue_size={sizes.global_batch} or more"
+        )
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Sizes that fit together, and initial weights that are there."""
+    vision, text = recipe.model.vision, recipe.model.text
+    patch, heads = vision.overrides.get("patch_size"), vision.overrides.get("num_heads")
+    if patch and vision.image_size % patch:
+        raise ValueError(
+            f"model.vision.image_size: {vision.image_size} is not a multiple of "
+            f"the patch size {patch}"
+        )
+    if heads and vision.overrides.get("embed_dim", heads) % heads:
+        raise ValueError(
+            f"model.vision.overrides: embed_dim {vision.overrides['embed_dim']} "
+            f"is not a multiple of num_heads {heads}"
+        )
+    if text.checkpoint is None and text.tokenizer is None:
+        raise ValueError(
+            "model.text: without a checkpoint there is no vocabulary; "
+            "give model.text.checkpoint or model.text.tokenizer"
+        )
+    if text.checkpoint is None and text.width % text.heads:
+        raise ValueError(
+            f"model.text.width: {text.width} is not a multiple of model.text.heads {text.heads}"
+        )
+    for name, value in (("checkpoint", text.checkpoint), ("tokenizer", text.tokenizer)):
+        if value is not None:
+            _check_package(f"model.text.{name}", expand(value, f"model.text.{name}"))
+    if vision.checkpoint not in (None, "timm"):
+        file = Path(expand(vision.checkpoint, "model.vision.checkpoint"))
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"model.vision.checkpoint: {file}: no such file; "
+                "give a .safetensors or .pth file, timm or null"
+            )
+
+
+def _check_package(setting: str, value: str) -> None:
+    """A `package:NAME` must be installed."""
+    scheme, _, name = value.partition(":")
+    package = name.replace("/", ".").split(".")[0]
+    if scheme == "package" and (not package or importlib.util.find_spec(package) is None):
+        raise FileNotFoundError(
+            f"{setting}: {value}: the Python package {package or '(no name)'} is not installed; "
+            f"pip install {package.replace('_', '-')}"
+        )
+
+
+def _check_bounds(recipe: Recipe) -> None:
+    """Pairs of settings where one bounds the other."""
+    optimizer, evaluation = recipe.optimizer, recipe.evaluation
+    pairs = (
+        ("optimizer.min_lr", optimizer.min_lr, "optimizer.peak_lr", optimizer.peak_lr),
+        ("optimizer.warmup_lr", optimizer.warmup_lr, "optimizer.peak_lr", optimizer.peak_lr),
+        ("evaluation.min_caption_tokens", evaluation.min_caption_tokens,
+         "evaluation.max_caption_tokens", evaluation.max_caption_tokens),
+    )  # fmt: skip
+    for low, low_value, high, high_value in pairs:
+        if low_value > high_value:
+            raise ValueError(f"{low}: {low_value} is larger than {high} {high_value}")
+
+
+def _check_data(recipe: Recipe) -> None:
+    """There are streams, each with its own name, and their folders exist."""
+    data = recipe.data
+    if not data.streams:
+        raise ValueError(
+            "data.streams: no training data; list at least one stream with name and local"
+        )
+    for group, streams in (("streams", data.streams), ("heldout", data.heldout)):
+        seen: set[str] = set()
+        for index, stream in enumerate(streams):
+            setting = f"data.{group}.{index}"
+            if stream.name in seen:
+                raise ValueError(
+                    f"{setting}.name: {stream.name} is the name of an earlier stream; rename one"
+                )
+            seen.add(stream.name)
+            _check_stream(setting, stream, data.make_with)
+
+
+def _check_stream(setting: str, stream: StreamRecipe, make_with: str) -> None:
+    """A stream's folder has an index of shards; object storage is not looked at."""
+    local = expand(stream.local, f"{setting}.local")
+    remote = expand(stream.remote, f"{setting}.remote") if stream.remote else None
+    if remote and "://" in remote:
+        return
+    folder = Path(remote or local)
+    if not (folder / "index.json").is_file():
+        mend = f"make it with: {make_with}" if make_with else f"give {setting}.local=FOLDER"
+        raise FileNotFoundError(
+            f"{setting} ({stream.name}): no MDS shards in {folder} (no index.json there); {mend}"
+        )

@@ -1,0 +1,35 @@
+"""Pixels and captions: shards, streams and their order, transforms, tokenizer, packed batches."""
+
+from blip_scale.data.captions import clean_caption
+from blip_scale.data.heldout import HeldoutPairs, heldout_pairs
+from blip_scale.data.loader import Batch, CaptionInput, LoaderPosition, TrainLoader
+from blip_scale.data.shards import Record, write_shards
+from blip_scale.data.tokenizer import (
+    PackedTokens,
+    load_tokenizer,
+    pack_captions,
+    resolve_checkpoint,
+    special_ids,
+)
+from blip_scale.data.transforms import IMAGE_MEAN, IMAGE_STD, EvalTransform, TrainTransform
+
+__all__ = [
+    "IMAGE_MEAN",
+    "IMAGE_STD",
+    "Batch",
+    "CaptionInput",
+    "EvalTransform",
+    "HeldoutPairs",
+    "LoaderPosition",
+    "PackedTokens",
+    "Record",
+    "TrainLoader",
+    "TrainTransform",
+    "clean_caption",
+    "heldout_pairs",
+    "load_tokenizer",
+    "pack_captions",
+    "resolve_checkpoint",
+    "special_ids",
+    "write_shards",
+]

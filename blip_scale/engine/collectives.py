@@ -1,0 +1,98 @@
+"""The few exchanges between ranks that tasks and the loop need.
+
+Legend: B batch of one rank, W ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor
+
+
+def rank() -> int:
+    """Rank of this process among all, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes of the run, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """Number of ranks on this machine, as torchrun, DeepSpeed or SLURM say it.
+
+    Raises:
+        KeyError: several ranks run and no launcher said how many of them are here.
+    """
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    if world_size() == 1:
+        return 1
+    raise KeyError("LOCAL_WORLD_SIZE is not set: say how many ranks run on each machine")
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """[B, ...] of every rank -> [W * B, ...] in rank order, without gradient; B equal on all ranks."""
+    if world_size() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+def all_gather_with_gradient(tensor: Tensor) -> Tensor:
+    """[B, ...] -> [W * B, ...] in rank order; the backward sums what all ranks send back."""
+    if world_size() == 1:
+        return tensor
+    return torch.cat(dist_nn.all_gather(tensor.contiguous()))
+
+
+def all_gather_ragged(tensor: Tensor) -> list[Tensor]:
+    """[B_r, ...] of every rank, B_r free -> the tensors in rank order, without gradient."""
+    if world_size() == 1:
+        return [tensor.detach()]
+    sizes = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """A picklable object of every rank, in rank order."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over the ranks, in place; returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """Mean over the ranks, in place; returns the tensor."""
+    return all_reduce_sum(values).div_(world_size())
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on all ranks when it is true on one of them: the way to take a branch together."""
+    return bool(all_reduce_sum(torch.tensor([float(flag)], device=device)).item() > 0)

@@ -1,0 +1,267 @@
+"""Recipe and DeepSpeed JSON -> a ZeRO engine, and access to the part of every parameter that this rank owns.
+
+Under ZeRO-3 each rank owns an equal slice of each flattened parameter; under ZeRO-1/2 a contiguous stretch of
+all of them laid end to end. Both are the same thing to the rest of the engine: a list of `Shard`s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from blip_scale.engine import collectives
+from blip_scale.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank owns of one trainable parameter: elements [start, start + numel) of it, flattened."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    numel: int
+    flat: Tensor
+    """fp32 master tensor of the optimizer that holds this shard among others."""
+    offset: int
+    """Where in `flat` the shard begins."""
+
+    @property
+    def weight(self) -> Tensor:
+        """fp32 master weights [numel], a view: writing changes the optimizer's copy."""
+        return self.flat.detach()[self.offset : self.offset + self.numel]
+
+    def state(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+        """Optimizer state `key` (exp_avg, exp_avg_sq) [numel], a view."""
+        return optimizer.state[self.flat][key][self.offset : self.offset + self.numel]
+
+
+class Part(NamedTuple):
+    """Elements of a parameter to write: `values` [numel] begin at `start` of parameter `index` of a list."""
+
+    index: int
+    start: int
+    values: Tensor
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW with a switch: with `skip` set, a step leaves weights and moments untouched."""
+
+    skip = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update, unless `skip` is set."""
+        return None if self.skip else super().step(closure)
+
+
+@dataclass
+class ZeroEngine:
+    """DeepSpeed's engine with the shards of this rank."""
+
+    deepspeed: Any
+    optimizer: torch.optim.Optimizer
+    stage: int
+    trainable: dict[str, nn.Parameter]
+    shards: list[Shard]
+    towers: dict[str, list[int]]
+    """Index into `shards` by tower (`vision`, `text`), for gradient norms."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network that was wrapped."""
+        return self.deepspeed.module
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+        return torch.device(self.deepspeed.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights that compute."""
+        return next(self.module.parameters()).dtype
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Take this rate for the next step, in all parameter groups."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def skip_next_step(self, skip: bool) -> None:
+        """Make the next optimizer step keep weights and moments as they are (or not)."""
+        self.optimizer.skip = skip  # type: ignore[attr-defined]
+
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last backward."""
+        squares = torch.zeros(len(self.shards), dtype=torch.float64, device=self.device)
+        for index, shard in enumerate(self.shards):
+            gradient = _gradient(shard, self.stage)
+            if gradient is not None and gradient.numel():
+                squares[index] = torch.linalg.vector_norm(gradient[: shard.numel]).double() ** 2
+        totals = [squares.sum(), *(squares[index].sum() for index in self.towers.values())]
+        norms = collectives.all_reduce_sum(torch.stack(totals)).sqrt().tolist()
+        return dict(zip(("all", *self.towers), norms, strict=True))
+
+    def assign(self, parameters: list[nn.Parameter], parts: list[Part]) -> None:
+        """Write compute weights from this rank's parts of some parameters.
+
+        Every rank must call it with the same parameters; `parts` are those that this rank owns. ZeRO-3 needs no
+        exchange but for the small parameters that stay gathered; below, where every rank holds whole
+        parameters, the parts of all ranks are put together in one sum.
+        """
+        if self.stage == 3:
+            for part in parts:
+                parameters[part.index].ds_tensor.data[: part.values.numel()].copy_(part.values)
+            gathered = [p for p in parameters if p.ds_status.name == "AVAILABLE"]
+            if gathered:  # their whole copies are stale now
+                gathered[0].partition(gathered)
+                gathered[0].all_gather(gathered)
+            return
+        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=self.dtype, device=self.device)
+        pieces = flat.split([p.numel() for p in parameters])
+        for part in parts:
+            pieces[part.index][part.start : part.start + part.values.numel()] = part.values
+        collectives.all_reduce_sum(flat)  # every element has one owner: adding zeros is exact
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.data.copy_(piece.view_as(parameter))
+
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Set this rank's fp32 masters, and the compute weights after them, from whole tensors by name."""
+        for shard in self.shards:
+            values = weights[shard.name].detach().flatten()
+            shard.weight.copy_(values[shard.start : shard.start + shard.numel])
+        self.refresh()
+
+    def refresh(self, names: list[str] | None = None) -> None:
+        """Make the compute weights follow the fp32 masters: all of them, or those with these names."""
+        wanted = [name for name in self.trainable if names is None or name in names]
+        positions = {name: index for index, name in enumerate(wanted)}
+        parts = [
+            Part(positions[shard.name], shard.start, shard.weight)
+            for shard in self.shards
+            if shard.name in positions
+        ]
+        self.assign([self.trainable[name] for name in wanted], parts)
+
+    def gather_into(self, source: nn.Module, target: nn.Module) -> None:
+        """Copy the compute weights of `source`, a part of the wrapped module, into an ordinary module.
+
+        Every rank must call it; every rank gets all weights. Parameters are gathered one at a time, so the
+        peak is one parameter above the size of `target`.
+        """
+        for (name, parameter), (other, destination) in zip(
+            source.named_parameters(), target.named_parameters(), strict=True
+        ):
+            if name != other:
+                raise ValueError(f"gather_into: {name} of the engine faces {other} of the target")
+            with whole(parameter, self.stage):
+                destination.data.copy_(parameter.data)
+
+
+@contextlib.contextmanager
+def whole(parameter: nn.Parameter, stage: int) -> Iterator[None]:
+    """Inside, the parameter holds all its elements on every rank (read only)."""
+    if stage != 3:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+def start() -> torch.device:
+    """Join the process group, one of a single rank where no launcher made more, and give this rank's device."""
+    for variable, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(variable, alone)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def initialize(build: Callable[[], nn.Module], recipe: Recipe, ds_config: dict[str, Any]) -> ZeroEngine:
+    """Build the network under the ZeRO stage of `ds_config` and wrap it.
+
+    Args:
+        build: makes the network; under ZeRO-3 it runs inside `zero.Init`, so that no rank ever holds it whole.
+        recipe: gives optimizer and precision.
+        ds_config: DeepSpeed's settings with every "auto" resolved.
+    """
+    stage = ds_config["zero_optimization"]["stage"]
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
+        network = build()
+    if stage != 3:
+        network.to(torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    optimizer = _build_optimizer(list(trainable.values()), recipe, ds_config)
+    # DeepSpeed knows optimizers by exact type and would refuse torch's AdamW with a switch.
+    ds_config = ds_config | {"zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=ds_config)
+    shards = [shard for name, p in trainable.items() for shard in _shard(engine, stage, name, p)]
+    towers: dict[str, list[int]] = {"vision": [], "text": []}
+    for index, shard in enumerate(shards):
+        towers["vision" if "vision" in shard.name else "text"].append(index)
+    return ZeroEngine(engine, optimizer, stage, trainable, shards, towers)
+
+
+def _build_optimizer(
+    parameters: list[nn.Parameter], recipe: Recipe, ds_config: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """AdamW over all parameters in one group, decay on all of them: as published."""
+    settings = recipe.optimizer
+    arguments = {
+        "lr": settings.peak_lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if offload == "none":
+        return AdamW(parameters, fused=True, **arguments)
+
+    class OffloadedAdamW(deepspeed.ops.adam.DeepSpeedCPUAdam):  # built here: importing it compiles its kernel
+        skip = False
+
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
+            return None if self.skip else super().step(closure)
+
+    return OffloadedAdamW(parameters, adamw_mode=True, **arguments)
+
+
+def _shard(engine: Any, stage: int, name: str, parameter: nn.Parameter) -> list[Shard]:
+    """This rank's part of a parameter; none when it lies on other ranks altogether."""
+    zero = engine.optimizer
+    if stage == 3:
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        begin = size * collectives.rank()
+        numel = max(0, min(size, parameter.ds_numel - begin))
+        flat = zero.fp32_partitioned_groups_flat[group]
+    else:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return []
+        begin, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        offset = mapping.hp_fragment_address.start
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    return [Shard(name, parameter, begin, numel, flat, offset)] if numel else []
+
+
+def _gradient(shard: Shard, stage: int) -> Tensor | None:
+    """Averaged gradient of a shard between the last backward and the optimizer step."""
+    if stage == 3:
+        return deepspeed.utils.safe_get_local_grad(shard.parameter)
+    mapping = shard.parameter._hp_mapping
+    return mapping.get_lp_grad_fragment(shard.parameter._index_in_param_group)

@@ -1,0 +1,43 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C -> a clean stop at a step boundary, agreed by all ranks."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+
+import torch
+
+from blip_scale.engine import collectives
+
+logger = logging.getLogger(__name__)
+
+REQUEUE_EXIT_CODE = 75
+"""EX_TEMPFAIL: stopped on request with everything saved; start the same command again to go on."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Interrupts:
+    """Remembers that a signal came; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def agreed(self, device: torch.device) -> bool:
+        """True on every rank once any of them received a signal; every rank must ask at the same step."""
+        stop = collectives.any_rank(self.received is not None, device)
+        if stop:
+            logger.info("%s: stopping after this step", self.received or "a signal on another rank")
+        return stop
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,202 @@
+"""Logging: tidy lines on the terminal, everything in one file a rank, third parties kept quiet.
+
+The terminal gets our messages from INFO (rank 0) and every error (any rank), each on one line. The
+rank's own file gets those with their tracebacks, and also the warnings and chatter of DeepSpeed,
+torch, transformers and others, which a user cannot act on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import logging.handlers
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+PACKAGE = "blip_scale"
+_EARLY_RECORDS = 10_000
+
+_QUIET_ENVIRONMENT = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # warnings that C++ code writes straight to stderr
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorBoard loads TensorFlow where it is installed
+    "TOKENIZERS_PARALLELISM": "false",  # it warns when a loader process is forked
+}
+
+
+def hold_third_party_noise() -> None:
+    """Keep what third parties say while they are imported, for the file that `set_up` opens.
+
+    Call it before torch and DeepSpeed are imported; `set_up` does the rest.
+    """
+    for variable, value in _QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    if not any(isinstance(handler, _EarlyHandler) for handler in root.handlers):
+        root.addHandler(_EarlyHandler())
+    # DeepSpeed makes its own terminal handler on import and warns right after it: divert it before.
+    deepspeed_logger = logging.getLogger("DeepSpeed")
+    if not any(isinstance(one, _ToRoot) for one in deepspeed_logger.filters):
+        deepspeed_logger.addFilter(_ToRoot())
+
+
+def set_up(output_dir: Path, rank: int) -> Path:
+    """Send log records to the terminal and to `output_dir/logs/rank_N.log` (appended to).
+
+    Calling it again moves the logs to another place.
+
+    Args:
+        output_dir: folder of the run; made when it is missing.
+        rank: rank of this process among all.
+
+    Returns:
+        the rank's log file.
+    """
+    hold_third_party_noise()
+    file = output_dir / "logs" / f"rank_{rank}.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    logging.getLogger(PACKAGE).setLevel(logging.DEBUG)
+    for handler in [one for one in root.handlers if isinstance(one, _RankFile | _Terminal)]:
+        root.removeHandler(handler)
+        handler.close()
+    to_file = _RankFile(file)
+    root.addHandler(to_file)
+    root.addHandler(_Terminal(rank, file))
+    for early in [one for one in root.handlers if isinstance(one, _EarlyHandler)]:
+        root.removeHandler(early)
+        for record in early.buffer:
+            to_file.handle(record)
+    _strip_third_party_handlers()
+    threading.excepthook = _log_thread_failure
+    return file
+
+
+@contextlib.contextmanager
+def prints_to_log(name: str) -> Iterator[None]:
+    """Inside, what is printed to stdout becomes INFO records of the logger `name`."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        for line in filter(str.strip, printed.getvalue().splitlines()):
+            logging.getLogger(name).info("%s", line)
+
+
+def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """What ends a thread of a library (TensorBoard's writer on a full disk) is one line as well."""
+    if failure.exc_value is not None and failure.exc_type is not SystemExit:
+        logging.getLogger(__name__).error(
+            "thread %s ended",
+            failure.thread.name if failure.thread else "?",
+            exc_info=(failure.exc_type, failure.exc_value, failure.exc_traceback),
+        )
+
+
+def _strip_third_party_handlers() -> None:
+    """Take away the terminal handlers that libraries made for themselves; the root has ours."""
+    for name, logger in list(logging.Logger.manager.loggerDict.items()):
+        if not isinstance(logger, logging.Logger) or name.partition(".")[0] == PACKAGE:
+            continue
+        for handler in list(logger.handlers):
+            if type(handler).__module__.startswith("_pytest"):
+                continue
+            if isinstance(handler, logging.StreamHandler) and not isinstance(
+                handler, logging.FileHandler
+            ):
+                logger.removeHandler(handler)
+                logger.propagate = True
+
+
+class _ToRoot(logging.Filter):
+    """On a logger that does not propagate: hand its records to the root's handlers alone."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        logging.getLogger().handle(record)
+        return False
+
+
+class _EarlyHandler(logging.handlers.BufferingHandler):
+    """Holds the records from before the log file is open; errors are shown at once as well."""
+
+    def __init__(self) -> None:
+        super().__init__(_EARLY_RECORDS)
+
+    def shouldFlush(self, record: logging.LogRecord) -> bool:
+        return False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.buffer) < _EARLY_RECORDS:
+            self.buffer.append(record)
+        if record.levelno >= logging.ERROR:
+            sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
+
+
+class _RankFile(logging.FileHandler):
+    """The rank's file. A disk that is full costs log lines, not the run."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, mode="a", encoding="utf-8")
+        self.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(process)d]: %(message)s")
+        )
+        self._failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say once that lines are being lost."""
+        error = sys.exc_info()[1]
+        if not self._failed and isinstance(error, OSError):
+            sys.stderr.write(f"{self.baseFilename}: log lines are being lost: {error}\n")
+        elif not isinstance(error, OSError):
+            super().handleError(record)
+        self._failed = True
+
+
+class _Terminal(logging.Handler):
+    """One line a record on stderr, above a progress bar where there is one."""
+
+    def __init__(self, rank: int, file: Path) -> None:
+        super().__init__(logging.INFO if rank == 0 else logging.ERROR)
+        self.setFormatter(_OneLine(rank, file))
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Ours, and whatever is an error."""
+        ours = record.name == PACKAGE or record.name.startswith(PACKAGE + ".")
+        return (ours or record.levelno >= logging.ERROR) and bool(super().filter(record))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except (OSError, ValueError):  # nobody listens on the other end any more
+            return
+
+
+class _OneLine(logging.Formatter):
+    """Time, level unless INFO, message; of an exception its last line and where the rest is."""
+
+    def __init__(self, rank: int, file: Path) -> None:
+        super().__init__(datefmt="%H:%M:%S")
+        self._rank = rank
+        self._file = file
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        parts = [self.formatTime(record, self.datefmt)]
+        if self._rank:
+            parts.append(f"rank {self._rank}")
+        if record.levelno != logging.INFO:
+            parts.append(record.levelname)
+        parts.append(" ".join(record.getMessage().splitlines()))
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            said = " ".join(str(error).split())
+            parts.append(f"- {type(error).__name__}: {said} (traceback in {self._file})")
+        return " ".join(parts)

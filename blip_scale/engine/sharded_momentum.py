@@ -1,0 +1,56 @@
+"""Momentum copies on ZeRO: the fp32 average of this rank's own shards, and the weights that compute with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blip_scale.engine import collectives
+from blip_scale.engine.deepspeed import Part, Shard, ZeroEngine
+
+
+class ShardedMomentum:
+    """fp32 averages of the shards that have a momentum copy.
+
+    The averages are updated from the optimizer's fp32 masters with no communication: a copy and its parameter
+    have one shape, so one rank owns the same elements of both. In bf16 the averages would not move at all
+    (with momentum 0.995 an increment is below half a unit in the last place), so only the weights of the
+    momentum forward are bf16, rewritten from the averages by `refresh`.
+    """
+
+    def __init__(self, engine: ZeroEngine, pairs: dict[str, str]) -> None:
+        """Start from the parameters themselves.
+
+        Args:
+            engine: the wrapped network; it holds both parameters of each pair.
+            pairs: momentum parameter name -> name of the parameter that it follows.
+        """
+        parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self._engine = engine
+        self._copies = [parameters[momentum] for momentum in pairs]
+        self._position = {online: index for index, online in enumerate(pairs.values())}
+        self.shards: list[Shard] = [shard for shard in engine.shards if shard.name in self._position]
+        self.averages: list[Tensor] = [shard.weight.clone() for shard in self.shards]
+        self.refresh()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """fp32 master weights that the averages follow, in the order of `averages`."""
+        return [shard.weight for shard in self.shards]
+
+    def refresh(self) -> None:
+        """Rewrite the momentum weights that compute from the averages."""
+        parts = [
+            Part(self._position[shard.name], shard.start, average)
+            for shard, average in zip(self.shards, self.averages, strict=True)
+        ]
+        self._engine.assign(self._copies, parts)
+
+    def gap(self) -> float:
+        """Relative distance |average - weight| / |weight| over all ranks: 0 right after a copy."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
+        for average, weight in zip(self.averages, self.weights, strict=True):
+            squares[0] += torch.linalg.vector_norm(average - weight).double() ** 2
+            squares[1] += torch.linalg.vector_norm(weight).double() ** 2
+        distance, size = collectives.all_reduce_sum(squares).sqrt().tolist()
+        return distance / max(size, 1e-12)

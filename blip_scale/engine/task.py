@@ -1,0 +1,80 @@
+"""What the loop asks of a task, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from blip_scale.engine.deepspeed import ZeroEngine
+from blip_scale.engine.monitor import Panel
+from blip_scale.engine.sharded_momentum import ShardedMomentum
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: whatever is random or scheduled in a step is a function of this and the seed."""
+
+    step: int
+    """Optimizer steps done."""
+    micro_step: int
+    """Micro-steps done since the start of the run."""
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    panels: dict[str, list[Panel]] = field(default_factory=dict)
+    captions: list[dict[str, str]] = field(default_factory=list)
+
+
+class Task(Protocol):
+    """A task holds data, network and losses; the loop holds ranks, time and disks."""
+
+    steps_per_epoch: int
+    momentum_pairs: dict[str, str]
+    """Momentum parameter name -> name of the parameter that it follows."""
+
+    def build_network(self) -> nn.Module:
+        """The network; its weights need mean nothing yet. Under ZeRO-3 it is called inside `zero.Init`."""
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """All trainable parameters by name, whole, in fp32 on the CPU; equal on all ranks."""
+
+    def batches(self) -> Iterator[Any]:
+        """This rank's micro-batches for ever, from where `load_state_dict` left off.
+
+        A batch has `ids` (of its samples) and `skipped` (what was replaced because it could not be read).
+        """
+
+    def losses(self, network: Callable[..., Any], batch: Any, progress: Progress) -> dict[str, Tensor]:
+        """Named losses and metrics of a micro-batch, 0-dimensional; `loss/total` is what is minimised."""
+
+    def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
+        """The side effects of an optimizer step by name: momentum, queue, temperature.
+
+        `applied` is False when the update was skipped; then only what the step had collected is dropped.
+        """
+
+    def flops_per_step(self) -> float:
+        """Floating-point operations of the last optimizer step on this rank."""
+
+    def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
+        """Figures that cost something and are asked for only when a line is logged; all ranks take part."""
+
+    def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
+        """Held-out figures and pictures; all ranks take part. `final`: the run is over, measure it all."""
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What must survive a restart: JSON-able state, and tensors that are equal on all ranks."""
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def close(self) -> None:
+        """Let go of loader processes."""

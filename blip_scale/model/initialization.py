@@ -1,0 +1,64 @@
+"""Random initial weights as published (Li et al. 2022; ViT and BERT conventions)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from blip_scale.model.med import MED
+
+STD = 0.02
+
+
+@torch.no_grad()
+def init_weights(med: MED, seed: int) -> None:
+    """Fills every parameter of a plain (not partitioned) MED, a pure function of `seed`.
+
+    ViT: truncated normal of std 0.02 for linear layers, class token and position embeddings, PyTorch's
+    default for the patch convolution. Text: normal of std 0.02. Contrastive projections and matching
+    head: PyTorch's default for linear layers. Biases 0 (but PyTorch's default where that is taken),
+    norms 1 and 0.
+    """
+    generator = torch.Generator(device=next(med.parameters()).device).manual_seed(seed)
+    vision = med.vision
+    for token in (vision.cls_token, vision.pos_embed, vision.reg_token):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=STD, generator=generator)
+    for module in vision.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=STD, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            _torch_default(module, generator)
+        else:
+            _reset_simple(module)
+    for part in (med.text, med.lm_head):
+        for module in part.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=STD, generator=generator)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+            _reset_simple(module)
+    nn.init.zeros_(med.lm_head.bias)
+    for head in (med.vision_proj, med.text_proj, med.itm_head):
+        _torch_default(head, generator)
+    med.temperature.value.fill_(med.temperature.initial)
+
+
+def _reset_simple(module: nn.Module) -> None:
+    """Norms and layer scales, which need no draw."""
+    if isinstance(module, nn.LayerNorm):
+        module.reset_parameters()
+    elif hasattr(module, "gamma"):
+        nn.init.constant_(module.gamma, module.init_values)
+
+
+def _torch_default(module: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None:
+    """What PyTorch's own reset_parameters does, from a given generator."""
+    nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+    if module.bias is not None:
+        bound = 1 / math.sqrt(module.weight[0].numel())
+        nn.init.uniform_(module.bias, -bound, bound, generator=generator)

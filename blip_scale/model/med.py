@@ -1,0 +1,186 @@
+"""MED, BLIP's multimodal mixture of encoder and decoder, and the momentum copy of its unimodal half.
+
+One ViT and one text stack serve three uses: unimodal text encoder (contrastive), image-grounded text
+encoder (matching) and image-grounded decoder (language modelling); Li et al. 2022, section 3.
+
+Every parameter is read inside the forward of the module that holds it, and nothing reads a weight
+while building: so MED works under DeepSpeed ZeRO-3, built inside deepspeed.zero.Init.
+
+Shapes: B batch, I images, N image tokens, D width, E embed_dim, S sequences, T packed tokens,
+P predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip_scale.model.attention import Kernel, resolve_kernel
+from blip_scale.model.text import ImageIndex, PackedText, TextConfig, TextStack, plan_pass
+from blip_scale.model.vision import VisionConfig, build_vision
+
+
+@dataclass(frozen=True)
+class MEDConfig:
+    """All that fixes the network."""
+
+    vision: VisionConfig
+    text: TextConfig
+    embed_dim: int = 256
+    """Width of the contrastive space."""
+    temperature: float = 0.07
+    """Initial contrastive temperature, a divisor of the similarities."""
+    kernel: Kernel = "auto"
+    """Attention kernel, see `resolve_kernel`."""
+    gradient_checkpointing: bool = False
+    """Recompute each ViT block and text layer in the backward pass."""
+
+
+class Temperature(nn.Module):
+    """The learned contrastive temperature; a module of its own, so that ZeRO-3 can gather it."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.initial = value
+        self.value = nn.Parameter(torch.full((1,), value))
+
+    def forward(self) -> Tensor:
+        """The temperature as a fp32 scalar with gradient (a copy: ZeRO-3 releases the parameter)."""
+        return self.value.to(torch.float32, copy=True).squeeze(0)
+
+
+class LMHead(nn.Module):
+    """BERT's prediction head; its matrix is the word embedding itself, registered here as well."""
+
+    def __init__(self, config: TextConfig, word_weight: nn.Parameter) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.weight = word_weight
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """[T, D] to logits [T, V]."""
+        return F.linear(self.norm(F.gelu(self.dense(hidden_TD))), self.weight, self.bias)
+
+
+class UnimodalEncoder(nn.Module):
+    """What MED and its momentum copy have in common: both towers and their projections."""
+
+    def __init__(self, config: MEDConfig, multimodal: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = build_vision(config.vision, config.kernel, config.gradient_checkpointing)
+        image_width = self.vision.embed_dim
+        self.text = TextStack(
+            config.text,
+            image_width if multimodal else None,
+            config.kernel,
+            config.gradient_checkpointing,
+        )
+        self.vision_proj = nn.Linear(image_width, config.embed_dim)
+        self.text_proj = nn.Linear(config.text.width, config.embed_dim)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] to image_embeds [B, N, D], the class token first."""
+        return self.vision(images)
+
+    def project_image(self, image_embeds: Tensor) -> Tensor:
+        """image_embeds [B, N, D] to image_features [B, E], fp32, of norm 1."""
+        return F.normalize(self.vision_proj(image_embeds[:, 0]).float(), dim=-1)
+
+    def encode_text(self, text: PackedText) -> Tensor:
+        """Text alone, [CLS] first, to the hidden states [S, D] of the first tokens."""
+        return self.text(plan_pass(text, None, None))
+
+    def project_text(self, states: Tensor) -> Tensor:
+        """First-token states [S, D] to text_features [S, E], fp32, of norm 1."""
+        return F.normalize(self.text_proj(states).float(), dim=-1)
+
+
+class MED(UnimodalEncoder):
+    """The whole network. `init_weights` or checkpoints (interop) fill its parameters."""
+
+    def __init__(self, config: MEDConfig) -> None:
+        super().__init__(config, multimodal=True)
+        self.itm_head = nn.Linear(config.text.width, 2)
+        self.lm_head = LMHead(config.text, self.text.embeddings.word.weight)
+        self.temperature = Temperature(config.temperature)
+
+    def match(self, text: PackedText, image_embeds: Tensor, image_index: Tensor) -> Tensor:
+        """Matching logits of text-image pairs; class 1 is "they belong together".
+
+        Args:
+            text: S sequences whose first token is [ENC].
+            image_embeds: [I, N, D].
+            image_index: [S] int64, the image of each sequence.
+
+        Returns:
+            [S, 2].
+        """
+        plan = plan_pass(text, None, self._images(image_embeds, encoder=image_index))
+        return self.itm_head(self.text(plan, image_embeds))
+
+    def decode(self, text: PackedText, image_embeds: Tensor, image_index: Tensor) -> Tensor:
+        """Next-token logits [T, V] at every token of captions that begin with [DEC]; see `match`."""
+        plan = plan_pass(None, text, self._images(image_embeds, decoder=image_index))
+        return self.lm_head(self.text(plan, image_embeds))
+
+    def sweep(
+        self,
+        match_text: PackedText,
+        decode_text: PackedText,
+        image_embeds: Tensor,
+        match_image_index: Tensor,
+        decode_image_index: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Matching and captioning in one pass through the layers.
+
+        The same mathematics as `match` on match_text and `decode` on decode_text (without each
+        caption's last token, which predicts nothing), but each layer projects the image tokens to
+        keys and values once and runs its cross-attention and MLP once.
+
+        Args:
+            match_text: Sm sequences beginning with [ENC].
+            decode_text: Sd captions beginning with [DEC], of at least two tokens.
+            image_embeds: [I, N, D].
+            match_image_index: [Sm] int64.
+            decode_image_index: [Sd] int64.
+
+        Returns:
+            itm_logits [Sm, 2], lm_logits [P, V], lm_targets [P] int64; P = tokens of decode_text - Sd.
+        """
+        inputs, lm_targets = decode_text.split_targets()
+        images = self._images(image_embeds, match_image_index, decode_image_index)
+        plan = plan_pass(match_text, inputs, images)
+        states = self.text(plan, image_embeds)
+        firsts = match_text.segments.count
+        return self.itm_head(states[:firsts]), self.lm_head(states[firsts:]), lm_targets
+
+    def _images(
+        self, image_embeds: Tensor, encoder: Tensor | None = None, decoder: Tensor | None = None
+    ) -> ImageIndex:
+        images, tokens, _ = image_embeds.shape
+        kernel = resolve_kernel(self.config.kernel, image_embeds.device, image_embeds.dtype)
+        return ImageIndex(images, tokens, kernel, encoder, decoder)
+
+
+class MomentumEncoder(UnimodalEncoder):
+    """The momentum copy: ViT, unimodal text (no cross-attention, no decoder) and projections.
+
+    It never needs gradients; its parameters are named as in MED and filled from it.
+    """
+
+    def __init__(self, config: MEDConfig) -> None:
+        super().__init__(replace(config, gradient_checkpointing=False), multimodal=False)
+        self.requires_grad_(False)
+
+    def pairs(self, med: MED) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """(name, momentum parameter, online parameter) of every parameter, always in this order."""
+        online = dict(med.named_parameters())
+        for name, parameter in self.named_parameters():
+            yield name, parameter, online[name]

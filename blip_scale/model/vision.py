@@ -1,0 +1,115 @@
+"""The image encoder: any timm VisionTransformer, with our attention inside.
+
+Shapes: B batch, N image tokens (the class token first), D width, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from functools import partial
+
+import timm
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Attention as TimmAttention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from blip_scale.model.attention import AttentionLayout, Kernel, attention, dense_segments
+
+NORM_EPS = 1e-6
+"""Of every norm in BLIP's ViT (Hugging Face's BLIP config says 1e-5)."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Which ViT, at which resolution."""
+
+    name: str = "vit_base_patch16_224"
+    """timm name of a VisionTransformer."""
+    image_size: int = 224
+    """Side of the square input in pixels; a multiple of the patch size."""
+    overrides: dict[str, float | int | bool] = field(default_factory=dict)
+    """Further timm constructor arguments, e.g. {"embed_dim": 192, "depth": 6, "num_heads": 3}."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+
+
+class VisionAttention(TimmAttention):
+    """timm's self-attention (same parameters, same names) computed by `attention`."""
+
+    kernel: Kernel = "auto"
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, N, D] to [B, N, D]. Masks are refused: image tokens all see each other."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("vision attention takes no mask")
+        batch, tokens, _ = x.shape
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        qkv = self.qkv(x).view(batch * tokens, 3, self.num_heads, self.head_dim)
+        q_THC, k_THC, v_THC = qkv.unbind(1)
+        segments = dense_segments(batch, tokens, x.device)
+        dropout = self.attn_drop.p if self.training else 0.0
+        context_THC = attention(
+            self.q_norm(q_THC),
+            self.k_norm(k_THC),
+            v_THC,
+            AttentionLayout(segments, segments),
+            dropout,
+            self.kernel,
+        )
+        x = self.norm(context_THC.reshape(batch, tokens, self.attn_dim))
+        return self.proj_drop(self.proj(x if gate is None else x * gate))
+
+
+def build_vision(
+    config: VisionConfig, kernel: Kernel = "auto", gradient_checkpointing: bool = False
+) -> VisionTransformer:
+    """A ViT whose forward turns images [B, 3, H, W] into all normalised tokens [B, N, D], CLS first.
+
+    Parameters are left unset (no weight is read or drawn, so it builds inside deepspeed.zero.Init);
+    `init_weights` or a checkpoint fills them.
+
+    Raises:
+        ValueError: unknown name, not a VisionTransformer, bad overrides, image size and patch size
+            that don't fit.
+    """
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
+        raise ValueError(
+            f"model.vision.name: timm has no model {config.name!r}"
+            + (f"; near: {', '.join(near)}" if near else "")
+        )
+    try:
+        vision = timm.create_model(
+            config.name,
+            img_size=config.image_size,
+            num_classes=0,
+            global_pool="",
+            drop_path_rate=config.drop_path_rate,
+            norm_layer=partial(LayerNorm, eps=NORM_EPS),
+            attn_layer=VisionAttention,
+            weight_init="skip",
+            **config.overrides,
+        )
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"model.vision: timm can't build {config.name} at {config.image_size} pixels "
+            f"with overrides {config.overrides}: {error}"
+        ) from error
+    if not isinstance(vision, VisionTransformer) or not vision.has_class_token:
+        raise ValueError(
+            f"model.vision.name: {config.name} is a {type(vision).__name__}"
+            " without a class token or not a plain ViT; take a timm vit_* or deit_* model"
+        )
+    patch = vision.patch_embed.patch_size[0]
+    if config.image_size % patch:
+        raise ValueError(
+            f"model.vision.image_size: {config.image_size} is no multiple of the patch size {patch}"
+        )
+    for block in vision.blocks:
+        block.attn.kernel = kernel
+    vision.set_grad_checkpointing(gradient_checkpointing)
+    return vision

@@ -1,0 +1,96 @@
+"""Train a recipe: the command.
+
+`deepspeed blip_scale/train.py`, `python blip_scale/train.py` or `python -m blip_scale.train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+if not __package__:  # run as a script: Python put this folder on its path, the package lies above
+    others = [folder for folder in sys.path if os.path.realpath(folder) != str(_PACKAGE)]
+    sys.path[:] = [str(_PACKAGE.parent), *others]
+
+from blip_scale import checks, recipe, settings  # noqa: E402
+
+logger = logging.getLogger("blip_scale.train")
+
+BAD_INPUT = 2
+"""Exit code when the recipe, the command line, the DeepSpeed JSON or the data cannot be used."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    running = False
+    try:
+        options, overrides = _parser().parse_known_args(arguments)
+        chosen = recipe.load(options.recipe, overrides)
+        if options.print_recipe:
+            sys.stdout.write(recipe.to_yaml(chosen))
+            return 0
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        checks.check(chosen, world_size)
+        ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
+
+        from blip_scale.engine import run  # here: a refusal does not wait for torch and DeepSpeed
+        from blip_scale.tasks import TASKS
+
+        running = True
+        return run(TASKS[chosen.task], chosen, ds_config)
+    except (ValueError, FileNotFoundError, argparse.ArgumentError) as error:
+        return _refuse(error, running)
+
+
+def _refuse(error: Exception, running: bool) -> int:
+    """Tell the user in one line; the traceback, once the run has log files, goes there."""
+    rank = int(os.environ.get("RANK", "0"))
+    if running:
+        logger.debug("stopped by", exc_info=error)
+    if running or rank == 0:
+        where = f" (rank {rank})" if running and rank else ""
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"blip_scale{where}: {message}\n")
+    return BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        usage="deepspeed blip_scale/train.py [--recipe NAME_OR_FILE] [--deepspeed PATH] "
+        "[SETTING=VALUE ...]",
+        description="Pretrain BLIP with DeepSpeed. Without a launcher (python train.py) it\n"
+        "runs on one rank. Started again, a run goes on from its newest whole checkpoint.",
+        epilog="Settings, with their defaults before a recipe changes them. Give them as\n"
+        "train.epochs=2, --train.epochs=2 or --train.epochs 2; values are YAML.\n\n"
+        + settings.help_text(recipe.Recipe),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--recipe", default="demo", metavar="NAME_OR_FILE",
+        help=f"one of {', '.join(recipe.names())}, or a YAML file (default: demo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--deepspeed", default=_default_deepspeed(), metavar="PATH",
+        help="DeepSpeed's JSON settings (default: ds_configs/zero3.json)",
+    )  # fmt: skip
+    parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
+    return parser
+
+
+def _default_deepspeed() -> Path:
+    """ds_configs/zero3.json beside the package in a clone, inside it when installed."""
+    folders = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
+    return next((folder for folder in folders if folder.is_dir()), folders[0]) / "zero3.json"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

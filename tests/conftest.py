@@ -1,0 +1,54 @@
+"""What all tests share: quiet, offline, one thread a process; and a way to run the command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REPO = Path(__file__).resolve().parent.parent
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Root of the repository."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def train() -> Command:
+    """Runs `python blip_scale/train.py ARGUMENTS...` to its end and gives what it said.
+
+    Keywords: `cwd` (the repository), `script` (train.py of the repository), `timeout_s` (60), and environment
+    variables by name (None removes one).
+    """
+
+    def run(
+        *arguments: str,
+        cwd: Path = REPO,
+        script: Path = REPO / "blip_scale" / "train.py",
+        timeout_s: float = 60,
+        **environment: str | None,
+    ) -> subprocess.CompletedProcess[str]:
+        merged = {**os.environ, **environment}
+        return subprocess.run(
+            [sys.executable, str(script), *arguments],
+            cwd=cwd,
+            env={name: value for name, value in merged.items() if value is not None},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,55 @@
+"""Pictures, recipes and types for the tests of this folder."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from blip_scale.data import Batch, TrainLoader
+from blip_scale.recipe import StreamRecipe
+
+MakeShards = Callable[..., Path]
+MakeLoader = Callable[..., TrainLoader]
+VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "ein",
+    "hund",
+    "katze",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "##b",
+    "pair",
+    ",",
+]
+
+
+def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    """A small picture that only `number` has."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "JPEG")
+    return encoded.getvalue()
+
+
+def stream(folder: Path, repeat: float = 1.0, remote: Path | None = None) -> StreamRecipe:
+    return StreamRecipe(
+        name=(remote or folder).name,
+        local=str(folder),
+        repeat=repeat,
+        remote=str(remote) if remote else None,
+    )
+
+
+def take(loader: TrainLoader, count: int) -> list[Batch]:
+    """The next batches, without workers left behind."""
+    batches = list(itertools.islice(loader, count))
+    loader.close()
+    return batches

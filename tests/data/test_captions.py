@@ -1,0 +1,33 @@
+"""The published caption cleaning."""
+
+from __future__ import annotations
+
+import pytest
+
+from blip_scale.data import clean_caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "cleaned"),
+    [
+        ("A Dog, running!", "a dog, running"),
+        ("flag: France", "flag france"),
+        ('he said: "no" (twice)...', "he said no twice"),
+        ("it's a t-shirt/top, isn't it?", "it's a t-shirt/top, isn't it?"),
+        ("a*b#c~d;e", "a b c d e"),
+        ("two  spaces \t and tabs\n", "two spaces and tabs"),
+        ("one\ttab stays", "one\ttab stays"),
+        ("  edges  ", "edges"),
+        ("...", ""),
+        ("", ""),
+        ("ÄPFEL", "äpfel"),
+    ],
+)
+def test_cleaning(caption: str, cleaned: str) -> None:
+    assert clean_caption(caption) == cleaned
+
+
+def test_long_captions_are_cut() -> None:
+    words = [f"w{i}" for i in range(60)]
+    assert clean_caption(" ".join(words)).split() == words[:30]
+    assert clean_caption(" ".join(words), max_words=40).split() == words[:40]

@@ -1,0 +1,213 @@
+"""TrainLoader: order for any ranks and workers, exact resume, corrupt samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from data_samples import MakeLoader, MakeShards, stream, take
+
+from blip_scale.data import Batch, CaptionInput
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    return (
+        first.ids == second.ids
+        and first.captions == second.captions
+        and torch.equal(first.images, second.images)
+        and torch.equal(first.token_ids, second.token_ids)
+        and torch.equal(first.offsets, second.offsets)
+    )
+
+
+def test_the_global_order_is_the_same_for_any_ranks_and_workers(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    streams = [stream(make_shards("red", 45)), stream(make_shards("blue", 30), repeat=0.5)]
+    steps = 16  # more than two epochs of 60 // 8 = 7 steps
+    runs = {}
+    for world_size, workers in [(1, 0), (1, 1), (2, 0), (2, 2), (4, 0), (4, 1)]:
+        loaders = [
+            make_loader(streams, rank, world_size, workers=workers) for rank in range(world_size)
+        ]
+        per_rank = [take(loader, steps) for loader in loaders]
+        runs[world_size, workers] = [
+            (sample, image)
+            for step in range(steps)
+            for batches in per_rank
+            for sample, image in zip(batches[step].ids, batches[step].images, strict=True)
+        ]
+    expected = runs.pop((1, 0))
+    for name, run in runs.items():
+        assert [sample for sample, _ in run] == [sample for sample, _ in expected], name
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(run, expected, strict=True)), name
+
+
+def test_accumulation_does_not_change_the_global_batch(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    streams = [stream(make_shards("red", 45))]
+    whole = [sample for batch in take(make_loader(streams), 5) for sample in batch.ids]
+    loaders = [make_loader(streams, rank, 2, micro_batch=2) for rank in range(2)]
+    micro = zip(*(take(loader, 10) for loader in loaders), strict=True)
+    assert [sample for step in micro for batch in step for sample in batch.ids] == whole
+
+
+def test_an_epoch_reads_each_sample_once_and_only_whole_batches(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    loader = make_loader([stream(make_shards("red", 45))])
+    assert (loader.steps_per_epoch, loader.samples_per_epoch) == (5, 40)
+    ids = [[sample for batch in take(loader, 5) for sample in batch.ids] for _ in range(3)]
+    assert all(len(set(epoch)) == 40 for epoch in ids)
+    assert len({frozenset(epoch) for epoch in ids}) == 3, "the rest that is left out changes"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_mid_epoch_is_exact(
+    make_shards: MakeShards, make_loader: MakeLoader, workers: int
+) -> None:
+    streams = [stream(make_shards("red", 45))]
+    uninterrupted = take(make_loader(streams, workers=workers), 12)
+    first = make_loader(streams, workers=workers)
+    take(first, 7)
+    state = first.state_dict()
+    assert state["samples_seen"] == 56
+    second = make_loader(streams, workers=workers)
+    second.load_state_dict(state)
+    resumed = take(second, 5)
+    assert all(equal(a, b) for a, b in zip(resumed, uninterrupted[7:], strict=True))
+
+
+def test_resume_on_another_number_of_ranks_goes_on_with_the_same_samples(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    streams = [stream(make_shards("red", 45))]
+    whole = take(make_loader(streams), 4)
+    state = {**make_loader(streams).state_dict(), "samples_seen": 16}
+    loaders = [make_loader(streams, rank, 4) for rank in range(4)]
+    for loader in loaders:
+        loader.load_state_dict(state)
+    parts = [take(loader, 2) for loader in loaders]
+    for step in range(2):
+        assert [sample for part in parts for sample in part[step].ids] == whole[2 + step].ids
+
+
+def test_resume_reads_nothing_of_what_went_before(
+    make_shards: MakeShards, make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blip_scale.data.stores import StreamStore
+
+    loader = make_loader([stream(make_shards("red", 45))])
+    loader.load_state_dict({**loader.state_dict(), "samples_seen": 24})
+    reads = []
+    read = StreamStore.read
+    monkeypatch.setattr(
+        StreamStore, "read", lambda self, *place: (reads.append(place), read(self, *place))[1]
+    )
+    take(loader, 1)
+    assert len(reads) == 8
+
+
+def test_the_global_random_state_is_neither_used_nor_changed(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    streams = [stream(make_shards("red", 45))]
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = take(make_loader(streams, workers=1), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert all(equal(a, b) for a, b in zip(take(make_loader(streams), 2), first, strict=True))
+
+
+def test_augmentation_changes_from_epoch_to_epoch(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    batches = take(make_loader([stream(make_shards("red", 16))], global_batch=16), 2)
+    pictures = [dict(zip(batch.ids, batch.images, strict=True)) for batch in batches]
+    assert sum(torch.equal(pictures[0][name], pictures[1][name]) for name in pictures[0]) == 0
+
+
+def test_the_batch_is_packed(
+    make_shards: MakeShards, make_loader: MakeLoader, text: CaptionInput
+) -> None:
+    batch = take(make_loader([stream(make_shards("red", 20))], flip=False, augment=False), 1)[0]
+    assert batch.images.shape == (8, 3, 16, 16) and batch.images.dtype == torch.uint8
+    assert batch.token_ids.dtype == torch.int64 and batch.offsets.dtype == torch.int32
+    assert batch.offsets[0] == 0 and batch.offsets[-1] == len(batch.token_ids)
+    assert batch.max_length == batch.offsets.diff().max()
+    assert batch.captions == ["a pair, red"] * 8 and batch.sources == ["red"] * 8
+    first = batch.token_ids[: batch.offsets[1]].tolist()
+    assert text.tokenizer.convert_ids_to_tokens(first) == [
+        "[CLS]",
+        "a",
+        "pair",
+        ",",
+        "[UNK]",
+        "[SEP]",
+    ]
+    assert equal(batch.to("cpu"), batch)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_image_is_replaced_counted_and_named(
+    make_shards: MakeShards, make_loader: MakeLoader, workers: int
+) -> None:
+    streams = [stream(make_shards("red", 40, corrupt=frozenset({3, 4, 17})))]
+    batches = take(make_loader(streams, workers=workers), 5)
+    skipped = [line for batch in batches for line in batch.skipped]
+    # 3 is replaced by 4, which is corrupt too: it is passed over once more.
+    named = Counter(line.split(": ")[0].split(" ")[1] for line in skipped)
+    assert named == {"red-3": 1, "red-4": 2, "red-17": 1}
+    assert all(
+        line.startswith("red/shard.0") and "cannot identify image" in line for line in skipped
+    )
+    ids = Counter(sample for batch in batches for sample in batch.ids)
+    assert set(ids) == {f"red-{i}" for i in range(40)} - {"red-3", "red-4", "red-17"}
+    assert sum(ids.values()) == 40
+    assert all(equal(a, b) for a, b in zip(take(make_loader(streams), 5), batches, strict=True))
+
+
+def test_a_shard_without_a_whole_image_is_an_error(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    streams = [stream(make_shards("red", 20, corrupt=frozenset(range(20))))]
+    with pytest.raises(ValueError, match=r"stream 'red': no sample of shard .*can be decoded"):
+        take(make_loader(streams), 1)
+
+
+def test_a_batch_that_does_not_fit_is_refused(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    streams = [stream(make_shards("red", 20))]
+    with pytest.raises(
+        ValueError, match="global_batch_size 32 is larger than an epoch of 20 pairs"
+    ):
+        make_loader(streams, global_batch=32)
+    with pytest.raises(ValueError, match="global_batch_size 8 is no multiple of 3 ranks"):
+        make_loader(streams, world_size=3, micro_batch=2)
+
+
+def test_resume_with_other_data_is_refused(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    streams = [stream(make_shards("red", 20))]
+    state = make_loader(streams).state_dict()
+    with pytest.raises(ValueError, match="made with other data: seed was 1 and is 2"):
+        make_loader(streams, seed=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="made with other data: streams was"):
+        make_loader([stream(make_shards("blue", 20))]).load_state_dict(state)
+    with pytest.raises(ValueError, match="inside a micro-step"):
+        make_loader(streams).load_state_dict({**state, "samples_seen": 4})
+
+
+def test_close_ends_an_iterator_that_is_still_held(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    loader = make_loader([stream(make_shards("red", 20))], workers=1)
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+    assert list(batches) == []

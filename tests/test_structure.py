@@ -1,0 +1,176 @@
+"""The house rules, read from the source: who may import whom, and how large things may get."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+PACKAGE = REPO / "blip_scale"
+
+ROOMS = {"model", "objectives", "interop", "data", "engine", "tasks"}
+MAY_IMPORT = {
+    "settings": set(),
+    "recipe": {"settings"},
+    "checks": {"settings", "recipe"},
+    "model": set(),
+    "objectives": {"model"},
+    "interop": {"model"},
+    "data": {"settings", "recipe"},
+    "engine": {"settings", "recipe"},
+    "tasks": {"settings", "recipe", "checks", *ROOMS},
+    "train": {"settings", "recipe", "checks", *ROOMS},
+}
+"""A room or module of the package -> what else of the package it may import (itself always)."""
+
+ENGINE_ONLY = ("torch.distributed", "deepspeed")
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 80
+MAX_ARGUMENTS = 7
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = [*MODULES, *sorted((REPO / "tools").glob("*.py"))]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path, nodes: ast.AST | None = None) -> Iterator[str]:
+    """Dotted names that a file imports, relative imports resolved; `from a import b` gives a and a.b."""
+    package = path.relative_to(REPO).with_suffix("").parts[:-1]
+    for node in ast.walk(nodes or tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    """Arguments of a function, `self` and `cls` left out."""
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    stars = [star for star in (given.vararg, given.kwarg) if star is not None]
+    return [argument for argument in named + stars if argument.arg not in ("self", "cls")]
+
+
+def test_there_is_a_rule_for_every_room() -> None:
+    found = {room(path) for path in MODULES} - {"__init__"}
+    assert found <= set(MAY_IMPORT), "add the new room or module to MAY_IMPORT"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_go_one_way(path: Path) -> None:
+    own = room(path)
+    allowed = MAY_IMPORT.get(own, set()) | {own}
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "blip_scale" or len(parts) == 1:
+            continue
+        if parts[1] in MAY_IMPORT:
+            assert parts[1] in allowed, f"{own} must not import {name}"
+        assert not parts[-1].startswith("_") or parts[-1].startswith("__"), f"{name} is private"
+
+
+def test_modules_do_not_import_in_circles() -> None:
+    """Imports at the top of modules; a package's own __init__ may gather what lies in it."""
+    names = {".".join(p.relative_to(REPO).with_suffix("").parts): p for p in MODULES}
+    edges = {}
+    for name, path in names.items():
+        top = ast.Module([node for node in tree(path).body if not isinstance(node, ast.FunctionDef)], [])
+        edges[name] = {other for other in imported(path, top) if other in names and other != name}
+    finished: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in finished:
+            for other in edges[name]:
+                visit(other, (*above, name))
+            finished.add(name)
+
+    for name in names:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_only_the_engine_knows_processes(path: Path) -> None:
+    if room(path) == "engine":
+        return
+    used = set(imported(path))
+    used |= {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    for name in used:
+        for forbidden in ENGINE_ONLY:
+            assert name != forbidden and not name.startswith(f"{forbidden}."), name
+
+
+def test_no_module_shadows_another() -> None:
+    """Python puts blip_scale/ itself first on its path when it runs blip_scale/train.py."""
+    ours = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    installed = set(importlib.metadata.packages_distributions()) - {"blip_scale"}
+    assert not ours & set(sys.stdlib_module_names)
+    assert not ours & installed
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_nothing_prints(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{relative(path)}:{node.lineno}: use logging"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_FILE_LINES, f"{relative(path)} has {lines} lines"
+    for function in functions(path):
+        where = f"{relative(path)}:{function.lineno}: {function.name}"
+        assert function.end_lineno is not None
+        length = function.end_lineno - function.lineno + 1
+        assert length <= MAX_FUNCTION_LINES, f"{where} has {length} lines"
+        count = len(arguments(function))
+        assert count <= MAX_ARGUMENTS, f"{where} has {count} arguments: make a dataclass"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_every_function_is_annotated(path: Path) -> None:
+    for function in functions(path):
+        where = f"{relative(path)}:{function.lineno}: {function.name}"
+        constructor = function.name == "__init__"  # returns None, what else
+        assert constructor or function.returns is not None, f"{where} has no return annotation"
+        for argument in arguments(function):
+            assert argument.annotation is not None, f"{where}: {argument.arg} has no annotation"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(tree(path)), f"{relative(path)} has no docstring"
+
+
+def test_the_command_is_a_page_without_classes() -> None:
+    path = PACKAGE / "train.py"
+    assert not [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 120
