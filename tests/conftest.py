@@ -29,7 +29,8 @@ def repo() -> Path:
 def train() -> Command:
     """Runs `python blip_scale/train.py ARGUMENTS...` to its end and gives what it said.
 
-    Keywords: `cwd` (the repository), `script` (train.py of the repository), `timeout_s` (60), and environment
+    Keywords: `cwd` (the repository), `script` (train.py of the repository), `timeout_s` (60), and
+        environment
     variables by name (None removes one).
     """
 

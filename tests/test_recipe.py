@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -176,7 +177,10 @@ class TestUnknownAndWrong:
             ("output_dir=5", "output_dir: expected text, found 5"),
             ("train=5", "train: expected a section of settings, found 5"),
             ("data.streams=[{name: a}]", "data.streams.0.local: missing; expected text"),
-            ("data.streams.9.local=x", "data.streams is a list of 3: expected an index from 0 to 2"),
+            (
+                "data.streams.9.local=x",
+                "data.streams is a list of 3: expected an index from 0 to 2",
+            ),
             ("train.epochs.x=2", "it has no settings below"),
             ("task=vqa", 'task: expected pretrain, found "vqa"'),
             ("train.epochs=[", "not valid YAML"),
@@ -297,7 +301,10 @@ class TestDeepSpeed:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"train_batch_size": 64}, ["train_batch_size is 64", "train.global_batch_size gives 128"]),
+            (
+                {"train_batch_size": 64},
+                ["train_batch_size is 64", "train.global_batch_size gives 128"],
+            ),
             ({"train_micro_batch_size_per_gpu": 4}, ["is 4", "train.micro_batch_size gives 64"]),
             ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps is 2", "gives 1"]),
             ({"gradient_clipping": 1.0}, ["is 1.0", "optimizer.gradient_clip gives 0.0"]),
@@ -324,10 +331,16 @@ class TestDeepSpeed:
         ("changes", "said"),
         [
             ({"fp16": {"enabled": True}}, "fp16 is not offered"),
-            ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage: expected 2 or 3, found 1"),
+            (
+                {"zero_optimization": {"stage": 1}},
+                "zero_optimization.stage: expected 2 or 3, found 1",
+            ),
             ({"zero_optimization": {}}, "zero_optimization.stage: expected 2 or 3, found 0"),
             ({"zero_optimization": 3}, "zero_optimization: expected an object"),
-            ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}}, "params.amsgrad: not used"),
+            (
+                {"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}},
+                "params.amsgrad: not used",
+            ),
         ],
     )
     def test_what_is_not_offered(
@@ -359,8 +372,15 @@ class TestPublishedSettings:
         assert chosen.train.epochs == 20
         assert chosen.model.vision.image_size == 224
         assert (chosen.model.embed_dim, chosen.model.text.max_tokens) == (256, 30)
-        assert (chosen.model.text.checkpoint, chosen.model.text.dropout) == ("bert-base-uncased", 0.1)
-        assert (chosen.data.min_crop_scale, chosen.data.flip, chosen.data.augment) == (0.2, True, True)
+        assert (chosen.model.text.checkpoint, chosen.model.text.dropout) == (
+            "bert-base-uncased",
+            0.1,
+        )
+        assert (chosen.data.min_crop_scale, chosen.data.flip, chosen.data.augment) == (
+            0.2,
+            True,
+            True,
+        )
         assert objective.queue_size % chosen.train.global_batch_size == 0
 
     @pytest.mark.parametrize(
@@ -412,7 +432,9 @@ class TestCommand:
         assert max(map(len, done.stdout.splitlines())) <= 120
 
     def test_print_recipe(self, train: Any, tmp_path: Path) -> None:
-        done = train("--local_rank=0", "--recipe", "base_14M", "--print-recipe", "--train.epochs", "3")
+        done = train(
+            "--local_rank=0", "--recipe", "base_14M", "--print-recipe", "--train.epochs", "3"
+        )
         assert done.returncode == 0, done.stderr
         file = tmp_path / "printed.yaml"
         file.write_text(done.stdout)
@@ -477,6 +499,49 @@ class TestCommand:
             assert "seed: 7" in done.stdout, done.stderr
         done = train("--recipe", "mine", "--print-recipe", script=script, PYTHONSAFEPATH="1")
         assert "seed: 7" in done.stdout, done.stderr
+
+    def test_installed(self, train: Any, tmp_path: Path) -> None:
+        pytest.importorskip("setuptools", minversion="77")
+        source, site = tmp_path / "source", tmp_path / "site"
+        source.mkdir()
+        ignore = shutil.ignore_patterns("__pycache__")
+        for name in ("blip_scale", "ds_configs"):
+            shutil.copytree(REPO / name, source / name, ignore=ignore)
+        for file in [REPO / "pyproject.toml", *REPO.glob("requirements*.txt")]:
+            shutil.copy(file, source)
+        options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(source)],
+            check=True,
+        )
+        command = [sys.executable, "-m", "blip_scale.train", "train.micro_batch_size=1"]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "pool of 1 pair" in done.stderr
+        assert (site / "blip_scale" / "ds_configs" / "zero3.json").is_file()
+
+    @pytest.mark.multiprocess
+    def test_under_the_deepspeed_launcher(self, tmp_path: Path) -> None:
+        launcher = Path(sys.executable).parent / "deepspeed"
+        done = subprocess.run(
+            [str(launcher), "--num_gpus", "2", "--master_port", "29631", "blip_scale/train.py"]
+            + ["--deepspeed", "ds_configs/zero3.json", "train.epoch=2"],
+            cwd=REPO,
+            env={**os.environ, "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said = [line for line in done.stderr.splitlines() if line.startswith("blip_scale")]
+        assert done.returncode == 2
+        assert len(said) == 1, done.stderr
+        assert said[0].endswith("the nearest is train.epochs")
 
     def test_as_a_module(self) -> None:
         command = [sys.executable, "-m", "blip_scale.train", "--print-recipe"]

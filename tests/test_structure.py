@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -52,7 +53,8 @@ def room(path: Path) -> str:
 
 
 def imported(path: Path, nodes: ast.AST | None = None) -> Iterator[str]:
-    """Dotted names that a file imports, relative imports resolved; `from a import b` gives a and a.b."""
+    """Dotted names that a file imports, relative imports resolved; `from a import b` gives a and
+    a.b."""
     package = path.relative_to(REPO).with_suffix("").parts[:-1]
     for node in ast.walk(nodes or tree(path)):
         if isinstance(node, ast.Import):
@@ -101,7 +103,9 @@ def test_modules_do_not_import_in_circles() -> None:
     names = {".".join(p.relative_to(REPO).with_suffix("").parts): p for p in MODULES}
     edges = {}
     for name, path in names.items():
-        top = ast.Module([node for node in tree(path).body if not isinstance(node, ast.FunctionDef)], [])
+        top = ast.Module(
+            [node for node in tree(path).body if not isinstance(node, ast.FunctionDef)], []
+        )
         edges[name] = {other for other in imported(path, top) if other in names and other != name}
     finished: set[str] = set()
 
@@ -168,6 +172,13 @@ def test_every_function_is_annotated(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(tree(path)), f"{relative(path)} has no docstring"
+
+
+def test_every_folder_is_installed() -> None:
+    listed = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {relative(path.parent).replace("/", ".") for path in MODULES}
+    extra = {"blip_scale.recipes", "blip_scale.ds_configs"}
+    assert folders | extra == set(listed), "list the new folder in pyproject.toml"
 
 
 def test_the_command_is_a_page_without_classes() -> None:

@@ -31,7 +31,9 @@ def main() -> int:
     rows = list(_rows(summary))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-    print(f"\nFigures: {file}\nTensorBoard: make tensorboard, or tensorboard --logdir {options.run}")
+    print(
+        f"\nFigures: {file}\nTensorBoard: make tensorboard, or tensorboard --logdir {options.run}"
+    )
     return 0
 
 

@@ -171,7 +171,7 @@ class TrainLoader:
             DataLoader(
                 self._batches,
                 batch_size=None,
-                sampler=itertools.count(first),  # type: ignore[arg-type]
+                sampler=itertools.count(first),
                 num_workers=self._workers,
                 prefetch_factor=_PREFETCHED_BATCHES if self._workers else None,
                 pin_memory=torch.cuda.is_available(),
@@ -182,7 +182,7 @@ class TrainLoader:
         return self._consume(self._generation)
 
     def _consume(self, generation: int) -> Iterator[Batch]:
-        # No reference to the DataLoader's iterator is kept: close() must be able to end its workers.
+        # No reference to the DataLoader's iterator is kept: close() must end its workers.
         while self._iterator is not None and self._generation == generation:
             batch = next(self._iterator)
             if isinstance(batch, Exception):
@@ -200,8 +200,8 @@ class TrainLoader:
         for name, mine in self._identity.items():
             if state[name] != mine:
                 raise ValueError(
-                    f"the checkpoint was made with other data: {name} was {state[name]} and is {mine} "
-                    "now; restore it, or start a new run in another output_dir"
+                    f"the checkpoint was made with other data: {name} was {state[name]} and is "
+                    f"{mine} now; restore it or start a new run in another output_dir"
                 )
         if state["samples_seen"] % self._position.micro_samples:
             raise ValueError(

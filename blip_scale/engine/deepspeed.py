@@ -207,8 +207,6 @@ def initialize(build: Callable[[], nn.Module], recipe: Recipe, ds_config: dict[s
         network.to(torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = _build_optimizer(list(trainable.values()), recipe, ds_config)
-    # DeepSpeed knows optimizers by exact type and would refuse torch's AdamW with a switch.
-    ds_config = ds_config | {"zero_allow_untested_optimizer": True}
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=ds_config)
     shards = [shard for name, p in trainable.items() for shard in _shard(engine, stage, name, p)]
     towers: dict[str, list[int]] = {"vision": [], "text": []}

@@ -32,7 +32,7 @@ _QUIET_ENVIRONMENT = {
 def hold_third_party_noise() -> None:
     """Keep what third parties say while they are imported, for the file that `set_up` opens.
 
-    Call it before torch and DeepSpeed are imported; `set_up` does the rest.
+    Call it before torch and DeepSpeed are imported, and `set_up` before DeepSpeed starts.
     """
     for variable, value in _QUIET_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
@@ -41,9 +41,10 @@ def hold_third_party_noise() -> None:
     if not any(isinstance(handler, _EarlyHandler) for handler in root.handlers):
         root.addHandler(_EarlyHandler())
     # DeepSpeed makes its own terminal handler on import and warns right after it: divert it before.
-    deepspeed_logger = logging.getLogger("DeepSpeed")
-    if not any(isinstance(one, _ToRoot) for one in deepspeed_logger.filters):
-        deepspeed_logger.addFilter(_ToRoot())
+    for name, kind in (("DeepSpeed", _ToRoot), ("py.warnings", _Once)):
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, kind) for one in logger.filters):
+            logger.addFilter(kind())
 
 
 def set_up(output_dir: Path, rank: int) -> Path:
@@ -104,16 +105,33 @@ def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
 def _strip_third_party_handlers() -> None:
     """Take away the terminal handlers that libraries made for themselves; the root has ours."""
     for name, logger in list(logging.Logger.manager.loggerDict.items()):
-        if not isinstance(logger, logging.Logger) or name.partition(".")[0] == PACKAGE:
-            continue
-        for handler in list(logger.handlers):
-            if type(handler).__module__.startswith("_pytest"):
-                continue
-            if isinstance(handler, logging.StreamHandler) and not isinstance(
-                handler, logging.FileHandler
-            ):
-                logger.removeHandler(handler)
-                logger.propagate = True
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] != PACKAGE:
+            for handler in list(logger.handlers):
+                if _writes_to_terminal(handler):
+                    logger.removeHandler(handler)
+                    logger.propagate = True
+
+
+def _writes_to_terminal(handler: logging.Handler) -> bool:
+    streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    # torch's handler looks up sys.stderr when it writes, and has no stream of its own
+    return getattr(handler, "stream", None) in streams or "Stderr" in type(handler).__name__
+
+
+class _Once(logging.Filter):
+    """Lets a message pass once: torch repeats its FutureWarnings at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        message = record.getMessage()
+        if message in self._seen:
+            return False
+        self._seen.add(message)
+        return True
 
 
 class _ToRoot(logging.Filter):
@@ -149,6 +167,11 @@ class _RankFile(logging.FileHandler):
             logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(process)d]: %(message)s")
         )
         self._failed = False
+
+    def close(self) -> None:
+        """Close; what a full disk did not take is gone."""
+        with contextlib.suppress(OSError):
+            super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say once that lines are being lost."""

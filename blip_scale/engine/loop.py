@@ -167,7 +167,7 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
         batch = next(batches)
         data_wait_s += time.perf_counter() - waiting
         micro_step = run.step * run.accumulation + index
-        torch.manual_seed((recipe.seed * 1_000_003 + micro_step) * 65_537 + collectives.rank())
+        torch.manual_seed(micro_step_seed(recipe.seed, micro_step, collectives.rank()))
         metrics = task.losses(deepspeed, batch, Progress(run.step, micro_step, task.steps_per_epoch))
         deepspeed.backward(metrics["loss/total"])
         if index < run.accumulation - 1:
@@ -190,6 +190,11 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
     means["step_s"] = time.perf_counter() - began
     run.history.seconds += means["step_s"]
     run.history.window.append(means)
+
+
+def micro_step_seed(seed: int, micro_step: int, rank: int) -> int:
+    """Seed of all that is random in one micro-step on one rank: no generator state has to be saved."""
+    return (seed * 1_000_003 + micro_step) * 65_537 + rank
 
 
 def _average(run: Run, sums: dict[str, Any], skipped: int) -> dict[str, float]:

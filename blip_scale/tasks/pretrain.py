@@ -16,7 +16,8 @@ from blip_scale.engine import collectives
 from blip_scale.engine.deepspeed import ZeroEngine
 from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Evaluation, Progress
-from blip_scale.model import MED, MomentumEncoder, PackedText, Segments, pretraining_flops
+from blip_scale.model import MED, MomentumEncoder, PackedText, Segments
+from blip_scale.model.flops import pretraining_flops
 from blip_scale.objectives import FeaturePair, FeatureQueue
 from blip_scale.recipe import ObjectiveRecipe, Recipe
 from blip_scale.tasks import heldout, networks

@@ -1,0 +1,285 @@
+"""Captions from images: greedy, beam search and nucleus sampling with cached keys and values.
+
+The rules are those of Hugging Face's `generate`, through which BLIP generates: lengths count the prompt
+and the closing [SEP], the repetition penalty sees the prompt too, and a hypothesis is scored by its
+summed log-probability over (its length without prompt) ** length_penalty.
+
+Shapes: I images, K beams, R = I * K rows (the beams of an image side by side), L tokens so far, V
+vocabulary, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blip_scale.model.attention import AttentionLayout, attention, dense_segments
+from blip_scale.model.med import MED
+from blip_scale.model.text import TextLayer
+
+NEVER = -1.0e9
+"""Score of what must not be chosen."""
+
+
+@dataclass(frozen=True)
+class BeamSettings:
+    """Beam search; the defaults are BLIP's for COCO captions."""
+
+    num_beams: int = 3
+    """1 is greedy search."""
+    max_length: int = 20
+    """Most tokens, prompt and [SEP] included."""
+    min_length: int = 5
+    """No [SEP] before so many tokens, prompt included."""
+    length_penalty: float = 1.0
+    """Above 0 favours long captions, below 0 short ones."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that are there already less likely (Keskar et al. 2019)."""
+
+
+@dataclass(frozen=True)
+class NucleusSettings:
+    """Nucleus sampling (Holtzman et al. 2020) with what BLIP had switched on beside it."""
+
+    top_p: float = 0.9
+    """Sample from the fewest tokens that hold this share of the probability ..."""
+    top_k: int = 50
+    """... among the so many likeliest."""
+    temperature: float = 1.0
+    max_length: int = 30
+    """Most tokens, prompt and [SEP] included."""
+    min_length: int = 10
+    """No [SEP] before so many tokens, prompt included."""
+    repetition_penalty: float = 1.1
+
+
+@torch.no_grad()
+def caption_beam(
+    med: MED,
+    image_embeds: Tensor,
+    prompt_ids: Sequence[int],
+    settings: BeamSettings | None = None,
+) -> list[list[int]]:
+    """The best caption of each image by beam search.
+
+    Args:
+        med: a plain MED in eval mode.
+        image_embeds: [I, N, D] from `med.encode_image`.
+        prompt_ids: how every caption starts: [DEC] and the tokens of the prompt, no [SEP].
+        settings: None takes the defaults.
+
+    Returns:
+        For each image the token ids after the prompt, without [SEP].
+    """
+    settings = settings or BeamSettings()
+    decoder = _begin(med, image_embeds, prompt_ids, settings.num_beams, settings.max_length)
+    if settings.num_beams == 1:
+        return _one_by_one(decoder, settings, lambda logits: logits.argmax(-1))
+    return _beam_search(decoder, settings)
+
+
+@torch.no_grad()
+def caption_nucleus(
+    med: MED,
+    image_embeds: Tensor,
+    prompt_ids: Sequence[int],
+    settings: NucleusSettings | None = None,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """One caption of each image by nucleus sampling; arguments and result as in `caption_beam`.
+
+    `generator` lives on the device of image_embeds; None takes the global one.
+    """
+    settings = settings or NucleusSettings()
+    decoder = _begin(med, image_embeds, prompt_ids, 1, settings.max_length)
+
+    def draw(logits_RV: Tensor) -> Tensor:
+        probabilities = nucleus(logits_RV, settings).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+    return _one_by_one(decoder, settings, draw)
+
+
+def nucleus(logits_RV: Tensor, settings: NucleusSettings) -> Tensor:
+    """Logits [R, V] with -inf at every token outside the top_k and the nucleus, each at least one."""
+    logits_RV = logits_RV / settings.temperature
+    kept, tokens = logits_RV.topk(min(settings.top_k, logits_RV.shape[-1]))
+    # The share held by the likelier ones decides, so the likeliest is always kept.
+    shares = kept.softmax(-1)
+    kept = kept.masked_fill(shares.cumsum(-1) - shares >= settings.top_p, -torch.inf)
+    return torch.full_like(logits_RV, -torch.inf).scatter(-1, tokens, kept)
+
+
+class _Decoder:
+    """The rows being written, with their keys and values in every layer."""
+
+    def __init__(self, med: MED, image_embeds: Tensor, prompt_ids: Sequence[int], beams: int) -> None:
+        self.med, self.beams, self.images = med, beams, len(image_embeds)
+        self.prompt_length = len(prompt_ids)
+        prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=image_embeds.device)
+        self.sequences_RL = prompt.repeat(self.images * beams, 1)
+        self._layers: list[TextLayer] = list(med.text.layers)
+        self._image_keys = dense_segments(*image_embeds.shape[:2], image_embeds.device)
+        self._image_kv = [
+            layer.cross_attention.project_images(image_embeds) for layer in self._layers
+        ]
+        self._kv: list[tuple[Tensor, Tensor]] = []
+
+    def logits(self) -> Tensor:
+        """Next-token logits [R, V] fp32 of the rows; reads what was added since the last call."""
+        rows, length = self.sequences_RL.shape
+        seen = self._kv[0][0].shape[1] if self._kv else 0
+        new_ids = self.sequences_RL[:, seen:]
+        device = new_ids.device
+        positions = torch.arange(seen, length, device=device).repeat(rows)
+        hidden = self.med.text.embeddings(new_ids.flatten(), positions)
+        new = length - seen
+        keys = dense_segments(rows, length, device)
+        queries = keys if seen == 0 else dense_segments(rows, new, device)
+        self_layout = AttentionLayout(queries, keys, causal=seen == 0)
+        grouped = dense_segments(self.images, self.beams * new, device)
+        cross_layout = AttentionLayout(grouped, self._image_keys)
+        for number, layer in enumerate(self._layers):
+            self_attention = layer.self_attention_decoder
+            q, k, v = self_attention.project(hidden)
+            k, v = self._grow(number, k.unflatten(0, (rows, new)), v.unflatten(0, (rows, new)))
+            kernel = self_attention.kernel
+            context = attention(q, k.flatten(0, 1), v.flatten(0, 1), self_layout, kernel=kernel)
+            hidden = self_attention.finish(hidden, context)
+            hidden = layer.cross_attention.attend(hidden, *self._image_kv[number], cross_layout)
+            hidden = layer.mlp(hidden)
+        return self.med.lm_head(hidden.unflatten(0, (rows, new))[:, -1]).float()
+
+    def _grow(self, number: int, k_RLHC: Tensor, v_RLHC: Tensor) -> tuple[Tensor, Tensor]:
+        if number == len(self._kv):
+            self._kv.append((k_RLHC.contiguous(), v_RLHC.contiguous()))
+        else:
+            k, v = self._kv[number]
+            self._kv[number] = torch.cat([k, k_RLHC], 1), torch.cat([v, v_RLHC], 1)
+        return self._kv[number]
+
+    def extend(self, tokens_R: Tensor, rows_R: Tensor | None = None) -> None:
+        """Row r becomes row rows_R[r] (None: stays itself) followed by tokens_R[r]."""
+        if rows_R is not None:
+            self.sequences_RL = self.sequences_RL.index_select(0, rows_R)
+            self._kv = [(k.index_select(0, rows_R), v.index_select(0, rows_R)) for k, v in self._kv]
+        self.sequences_RL = torch.cat([self.sequences_RL, tokens_R[:, None]], 1)
+
+
+def _begin(
+    med: MED, image_embeds: Tensor, prompt_ids: Sequence[int], beams: int, max_length: int
+) -> _Decoder:
+    if med.training:
+        raise ValueError("captions need a MED in eval mode: call med.eval() first")
+    if beams < 1:
+        raise ValueError(f"num_beams is {beams}; 1 is greedy search, more is beam search")
+    positions = med.config.text.max_positions
+    if not len(prompt_ids) < max_length <= positions:
+        raise ValueError(
+            f"max_length {max_length} counts the prompt: it must be above its {len(prompt_ids)} tokens "
+            f"and at most the text stack's {positions} positions"
+        )
+    return _Decoder(med, image_embeds, prompt_ids, beams)
+
+
+def _restrain(
+    scores_RV: Tensor, decoder: _Decoder, settings: BeamSettings | NucleusSettings
+) -> Tensor:
+    """Scores after the repetition penalty and the ban of [SEP] before min_length."""
+    if settings.repetition_penalty != 1.0:
+        there = scores_RV.gather(1, decoder.sequences_RL)
+        penalty = settings.repetition_penalty
+        there = torch.where(there < 0, there * penalty, there / penalty)
+        scores_RV = scores_RV.scatter(1, decoder.sequences_RL, there)
+    if decoder.sequences_RL.shape[1] < settings.min_length:
+        sep = torch.tensor([decoder.med.config.text.special.sep], device=scores_RV.device)
+        scores_RV = scores_RV.index_fill(1, sep, -torch.inf)
+    return scores_RV
+
+
+def _one_by_one(decoder, settings, choose) -> list[list[int]]:
+    sep = decoder.med.config.text.special.sep
+    done = torch.zeros(decoder.images, dtype=torch.bool, device=decoder.sequences_RL.device)
+    while decoder.sequences_RL.shape[1] < settings.max_length and not bool(done.all()):
+        tokens = choose(_restrain(decoder.logits(), decoder, settings)).masked_fill(done, sep)
+        done = done | (tokens == sep)
+        decoder.extend(tokens)
+    return _without_sep(decoder.sequences_RL[:, decoder.prompt_length :], sep)
+
+
+def _without_sep(sequences_IL: Tensor, sep: int) -> list[list[int]]:
+    captions = sequences_IL.tolist()
+    return [ids[: ids.index(sep)] if sep in ids else ids for ids in captions]
+
+
+@dataclass
+class _Hypotheses:
+    """The K best finished captions of each image, best first."""
+
+    sequences_IKL: Tensor
+    """Padded with [SEP] to the length of the longest row so far."""
+    scores_IK: Tensor
+    finished_IK: Tensor
+
+    def add(self, sequences_IKL: Tensor, scores_IK: Tensor, finished_IK: Tensor, sep: int) -> None:
+        """Merges candidates in; those that aren't finished have the score NEVER."""
+        missing = sequences_IKL.shape[-1] - self.sequences_IKL.shape[-1]
+        old = torch.nn.functional.pad(self.sequences_IKL, (0, missing), value=sep)
+        sequences = torch.cat([old, sequences_IKL], 1)
+        scores = torch.cat([self.scores_IK, scores_IK], 1)
+        finished = torch.cat([self.finished_IK, finished_IK], 1)
+        self.scores_IK, best = scores.topk(self.scores_IK.shape[1])
+        self.sequences_IKL = _take(sequences, best)
+        self.finished_IK = finished.gather(1, best)
+
+    def worst(self) -> Tensor:
+        """[I, K]: the worst kept score, NEVER in places that are still free."""
+        lowest = self.scores_IK.min(1, keepdim=True).values
+        return torch.where(self.finished_IK, lowest, NEVER)
+
+
+def _take(sequences_IKL: Tensor, index_IJ: Tensor) -> Tensor:
+    """[I, J, L]: sequences index_IJ of each image."""
+    return sequences_IKL.take_along_dim(index_IJ[:, :, None], 1)
+
+
+def _beam_search(decoder: _Decoder, settings: BeamSettings) -> list[list[int]]:
+    sep = decoder.med.config.text.special.sep
+    images, beams = decoder.images, settings.num_beams
+    start_IKL = decoder.sequences_RL.unflatten(0, (images, beams))
+    free = torch.full((images, beams), NEVER, device=start_IKL.device)
+    best = _Hypotheses(start_IKL, free, torch.zeros_like(free, dtype=torch.bool))
+    running_IK = free.clone()
+    running_IK[:, 0] = 0.0  # all beams begin alike: only the first may branch
+    improvable_I1 = torch.ones_like(free[:, :1], dtype=torch.bool)
+    first_row_I1 = torch.arange(0, images * beams, beams, device=start_IKL.device)[:, None]
+    while True:
+        log_probs_RV = _restrain(decoder.logits().log_softmax(-1), decoder, settings)
+        vocabulary = log_probs_RV.shape[1]
+        totals = running_IK[:, :, None] + log_probs_RV.unflatten(0, (images, beams))
+        # Twice the beams: even if the best K all end here, K remain to go on with.
+        scores_IJ, chosen_IJ = totals.flatten(1).topk(2 * beams)
+        parents_IJ, tokens_IJ = chosen_IJ // vocabulary, chosen_IJ % vocabulary
+        written = decoder.sequences_RL.shape[1] + 1 - decoder.prompt_length
+        at_limit = decoder.sequences_RL.shape[1] + 1 >= settings.max_length
+        ended_IJ = (tokens_IJ == sep) | at_limit
+
+        counts_IJ = ended_IJ & improvable_I1
+        counts_IJ[:, beams:] = False  # a caption counts only if it ends among the best K
+        final_IJ = torch.where(counts_IJ, scores_IJ / written**settings.length_penalty, NEVER)
+        sequences = decoder.sequences_RL.unflatten(0, (images, beams))
+        sequences = torch.cat([_take(sequences, parents_IJ), tokens_IJ[:, :, None]], -1)
+        best.add(sequences, final_IJ, counts_IJ, sep)
+
+        running_IK, next_IK = (scores_IJ + ended_IJ * NEVER).topk(beams)
+        improvable_I1 = improvable_I1 & (
+            running_IK[:, :1] / written**settings.length_penalty > best.worst()
+        ).any(1, keepdim=True)
+        if at_limit or not bool(improvable_I1.any()):
+            break
+        rows = (first_row_I1 + parents_IJ.gather(1, next_IK)).flatten()
+        decoder.extend(tokens_IJ.gather(1, next_IK).flatten(), rows)
+    return _without_sep(best.sequences_IKL[:, 0, decoder.prompt_length :], sep)

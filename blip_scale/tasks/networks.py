@@ -1,0 +1,107 @@
+"""From a recipe to networks, loaders and model input: what all tasks share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from blip_scale import data
+from blip_scale.data.tokenizer import special_ids
+from blip_scale.engine import collectives
+from blip_scale.interop import load_bert, load_vision
+from blip_scale.model import (
+    MED,
+    MEDConfig,
+    PackedText,
+    Segments,
+    SpecialTokens,
+    TextConfig,
+    VisionConfig,
+    init_weights,
+)
+from blip_scale.recipe import Recipe, TextRecipe
+
+
+def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
+    """Sizes of the network: the text stack's from its checkpoint where there is one."""
+    vision = recipe.model.vision
+    return MEDConfig(
+        vision=VisionConfig(vision.name, vision.image_size, vision.overrides, vision.drop_path_rate),
+        text=_text_config(recipe.model.text, tokenizer),
+        embed_dim=recipe.model.embed_dim,
+        temperature=recipe.objective.temperature,
+        kernel=recipe.model.attention,
+        gradient_checkpointing=recipe.model.gradient_checkpointing,
+    )
+
+
+def _text_config(text: TextRecipe, tokenizer: PreTrainedTokenizerFast) -> TextConfig:
+    sizes = {"width": text.width, "heads": text.heads, "mlp_width": text.mlp_width}
+    layers = text.layers
+    if text.checkpoint is not None:
+        bert = AutoConfig.from_pretrained(data.resolve_checkpoint(text.checkpoint))
+        sizes = {
+            "width": bert.hidden_size,
+            "heads": bert.num_attention_heads,
+            "mlp_width": bert.intermediate_size,
+            "max_positions": bert.max_position_embeddings,
+        }
+        layers = layers or bert.num_hidden_layers
+    return TextConfig(
+        special=SpecialTokens(**special_ids(tokenizer)),
+        vocab_size=len(tokenizer),
+        layers=layers or 12,
+        dropout=text.dropout,
+        **sizes,
+    )
+
+
+def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
+    """A MED on the CPU in fp32: random from the seed, then the recipe's checkpoints over it.
+
+    Every rank makes the same and keeps its shards, so the start of a run does not depend on the ranks.
+    """
+    med = MED(config)
+    init_weights(med, recipe.seed)
+    vision, text = recipe.model.vision, recipe.model.text
+    if vision.checkpoint is not None:
+        load_vision(med, vision.checkpoint)
+    if text.checkpoint is not None:
+        load_bert(med, data.resolve_checkpoint(text.checkpoint))
+    return med
+
+
+def train_loader(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, micro_batch_size: int
+) -> data.TrainLoader:
+    """This rank's loader."""
+    position = data.LoaderPosition(
+        collectives.rank(),
+        collectives.world_size(),
+        micro_batch_size,
+        recipe.train.global_batch_size,
+    )
+    return data.TrainLoader(
+        recipe.data,
+        recipe.model.vision.image_size,
+        data.CaptionInput(tokenizer, recipe.model.text.max_tokens),
+        recipe.seed,
+        position,
+    )
+
+
+def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels uint8 [B, 3, H, W] to network input of `dtype`: CLIP's mean and deviation, as published."""
+    mean = torch.tensor(data.IMAGE_MEAN, device=images.device).view(3, 1, 1) * 255
+    deviation = torch.tensor(data.IMAGE_STD, device=images.device).view(3, 1, 1) * 255
+    return ((images.float() - mean) / deviation).to(dtype)
+
+
+def to_model_input(
+    batch: data.Batch, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, PackedText]:
+    """A batch on the device: images [B, 3, H, W] normalised, and its packed captions."""
+    batch = batch.to(device)
+    text = PackedText(batch.token_ids, Segments(batch.offsets, batch.max_length))
+    return normalize_images(batch.images, dtype), text

@@ -1,0 +1,104 @@
+"""BLIP's pretraining step as one plain PyTorch process would run it: no engine, no shards.
+
+The ranks' shares of a global batch go through the network one after another, their losses are averaged, and
+optimizer, momentum and queue are written out in the plainest way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blip_scale import data, recipe
+from blip_scale.engine.loop import micro_step_seed
+from blip_scale.engine.schedule import learning_rate
+from blip_scale.model import MED, MomentumEncoder
+from blip_scale.objectives import FeaturePair, FeatureQueue, alpha_at
+from blip_scale.tasks import networks
+from blip_scale.tasks.pretrain import PretrainNetwork
+
+
+@dataclass
+class Reference:
+    """What came out."""
+
+    losses: dict[int, dict[str, float]]
+    weights: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+
+
+def run(file: Path, ranks: int, steps: int) -> Reference:
+    """The first `steps` steps of a recipe, as `ranks` ranks would take them."""
+    chosen = recipe.load(str(file), [])
+    tokenizer = data.load_tokenizer(chosen.model.text)
+    config = networks.med_config(chosen, tokenizer)
+    med = networks.initialized_med(chosen, config)
+    momentum_encoder = MomentumEncoder(config)
+    momentum_encoder.load_state_dict(med.state_dict(), strict=False)
+    network = PretrainNetwork(med, momentum_encoder, chosen.objective).train()
+    settings = chosen.optimizer
+    optimizer = torch.optim.AdamW(
+        med.parameters(), betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+    micro = chosen.train.micro_batch_size or chosen.train.global_batch_size // ranks
+    accumulation = chosen.train.global_batch_size // (micro * ranks)
+    loaders = [_loader(chosen, tokenizer, rank, ranks, micro) for rank in range(ranks)]
+    batches = [iter(loader) for loader in loaders]
+    steps_per_epoch = loaders[0].steps_per_epoch
+    queue = FeatureQueue(chosen.model.embed_dim, chosen.objective.queue_size, chosen.seed).features
+    pointer, losses = 0, {}
+    for step in range(steps):
+        optimizer.zero_grad()
+        entering: list[FeaturePair] = []
+        means: dict[str, float] = {}
+        objective = chosen.objective
+        alpha = alpha_at(step, steps_per_epoch, objective.alpha, objective.alpha_ramp_epochs)
+        for index in range(accumulation):
+            for rank in range(ranks):
+                micro_step = step * accumulation + index
+                torch.manual_seed(micro_step_seed(chosen.seed, micro_step, rank))
+                generator = torch.Generator().manual_seed(torch.initial_seed() ^ 0x5EED)
+                images, text = networks.to_model_input(
+                    next(batches[rank]), torch.device("cpu"), torch.float32
+                )
+                found = network(images, text, queue, alpha, generator)
+                (found["loss/total"] / (ranks * accumulation)).backward()
+                entering.append(FeaturePair(found["image_keys"], found["text_keys"]))
+                for name in ("loss/itc", "loss/itm", "loss/lm", "loss/total"):
+                    share = found[name].item() / (ranks * accumulation)
+                    means[name] = means.get(name, 0.0) + share
+        losses[step + 1] = means
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, steps_per_epoch)
+        if settings.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(med.parameters(), settings.gradient_clip)
+        optimizer.step()
+        with torch.no_grad():
+            med.temperature.value.clamp_(0.001, 0.5)
+            online = dict(med.named_parameters())
+            for name, average in momentum_encoder.named_parameters():
+                kept = chosen.objective.momentum
+                average.copy_(kept * average + (1 - kept) * online[name])
+            for column in range(len(entering) * micro):
+                pair, row = entering[column // micro], column % micro
+                place = (pointer + column) % queue.image.shape[1]
+                queue.image[:, place], queue.text[:, place] = pair.image[row], pair.text[row]
+        pointer = (pointer + len(entering) * micro) % queue.image.shape[1]
+    return Reference(
+        losses,
+        {f"med.{name}": p.detach().flatten() for name, p in med.named_parameters()},
+        {f"med.{name}": p.detach().flatten() for name, p in momentum_encoder.named_parameters()},
+    )
+
+
+def _loader(
+    chosen: recipe.Recipe, tokenizer: object, rank: int, ranks: int, micro: int
+) -> data.TrainLoader:
+    position = data.LoaderPosition(rank, ranks, micro, chosen.train.global_batch_size)
+    text = data.CaptionInput(tokenizer, chosen.model.text.max_tokens)
+    return data.TrainLoader(
+        replace(chosen.data, workers=0), chosen.model.vision.image_size, text, chosen.seed, position
+    )

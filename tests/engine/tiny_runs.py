@@ -1,0 +1,168 @@
+"""Whole runs of a tiny BLIP on tiny data, and what their files say."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from torch import Tensor
+
+from blip_scale.data import Record, write_shards
+
+REPO = Path(__file__).resolve().parent.parent.parent
+COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black"]
+SHAPES = ["disc", "square", "bar", "cross"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "big", "small", "on", "grey", "and"]
+
+
+def picture(colour: str, shape: str, big: bool) -> bytes:
+    """A drawing of what the caption says, as PNG."""
+    image = Image.new("RGB", (40, 40), "grey")
+    draw, r = ImageDraw.Draw(image), 17 if big else 8
+    box = (20 - r, 20 - r, 20 + r, 20 + r)
+    if shape == "disc":
+        draw.ellipse(box, colour)
+    elif shape == "square":
+        draw.rectangle(box, colour)
+    else:
+        draw.rectangle((20 - r, 17, 20 + r, 23), colour)
+        if shape == "cross":
+            draw.rectangle((17, 20 - r, 23, 20 + r), colour)
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def records(name: str) -> list[Record]:
+    """All 64 drawings; captions of different lengths."""
+    found = []
+    for colour in COLOURS:
+        for shape in SHAPES:
+            for big in (True, False):
+                size = "big" if big else "small"
+                caption = f"a {size} {colour} {shape}" + (" on grey" if big else "")
+                key = f"{name}-{colour}-{shape}-{size}"
+                found.append(Record(key, picture(colour, shape, big), caption, name))
+    return found
+
+
+def make_recipe(folder: Path, **changes: Any) -> Path:
+    """Data, vocabulary and recipe of a run in `folder`; `changes` are sections to update."""
+    from transformers import BertTokenizerFast
+
+    if not (folder / "shapes").exists():
+        write_shards(folder / "shapes", records("shapes"), shard_size="8kb")
+        write_shards(folder / "heldout", records("heldout")[::4])
+        vocabulary = folder / "vocabulary"
+        vocabulary.mkdir()
+        (vocabulary / "vocab.txt").write_text("\n".join([*WORDS, *COLOURS, *SHAPES]) + "\n")
+        BertTokenizerFast(vocab_file=str(vocabulary / "vocab.txt")).save_pretrained(vocabulary)
+    recipe: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "model": {
+            "vision": {
+                "name": "vit_tiny_patch16_224",
+                "image_size": 32,
+                "overrides": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+            },
+            "text": {
+                "checkpoint": None, "tokenizer": str(folder / "vocabulary"),
+                "layers": 2, "width": 48, "heads": 3, "mlp_width": 96,
+            },
+            "embed_dim": 16,
+        },
+        "objective": {"queue_size": 40, "momentum": 0.9},
+        "data": {
+            "streams": [{"name": "shapes", "local": str(folder / "shapes")}],
+            "heldout": [{"name": "heldout", "local": str(folder / "heldout")}],
+            "workers": 0,
+        },
+        # eps: gradients that are zero but for rounding must not become whole steps of Adam.
+        "optimizer": {"peak_lr": 3e-3, "warmup_steps": 4, "eps": 1e-3},
+        "train": {"global_batch_size": 16, "max_steps": 6, "epochs": 100, "precision": "fp32"},
+        "checkpoint": {"every_steps": 1000, "keep_last": 100},
+        "log": {"every_steps": 1, "peak_tflops": 0.1},
+        "evaluation": {"every_steps": 1000, "captions": 2, "max_caption_tokens": 8, "rerank_top_k": 4},
+    }  # fmt: skip
+    for section, settings in changes.items():
+        recipe[section] |= settings
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def launch(recipe: Path, ranks: int = 1, *arguments: str, stage: int = 3) -> list[subprocess.Popen]:
+    """Start the train command on some ranks, as a launcher does; stderr goes to rank files."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        command = [sys.executable, str(REPO / "blip_scale/train.py"), "--recipe", str(recipe)]
+        command += ["--deepspeed", str(REPO / f"ds_configs/zero{stage}.json"), *arguments]
+        with (recipe.parent / f"stderr_{rank}.txt").open("a") as stderr:
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr, cwd=REPO)
+            )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen], timeout_s: float = 300) -> list[int]:
+    """Exit codes; once a rank failed, the others are ended, as a launcher does."""
+    codes = []
+    for process in processes:
+        codes.append(process.wait(timeout_s))
+        if codes[-1] not in (0, 75):
+            for other in processes:
+                other.kill()
+    return codes
+
+
+def train(recipe: Path, ranks: int = 1, *arguments: str, stage: int = 3) -> None:
+    """Run to the end; fails with what the ranks said."""
+    codes = finish(launch(recipe, ranks, *arguments, stage=stage))
+    assert codes == [0] * ranks, said(recipe)
+
+
+def said(recipe: Path) -> str:
+    """What all ranks wrote to the terminal."""
+    return "\n".join(file.read_text() for file in sorted(recipe.parent.glob("stderr_*.txt")))
+
+
+def losses(run: Path) -> dict[int, dict[str, float]]:
+    """Losses by step, out of metrics.jsonl."""
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "loss/total" in entry:
+            found[entry["step"]] = {name: entry[name] for name in entry if name.startswith("loss/")}
+    return found
+
+
+def whole_tensors(checkpoint: Path, kind: str) -> dict[str, Tensor]:
+    """`weight`, `momentum`, `exp_avg` or `exp_avg_sq` of every parameter, flattened and put together."""
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for path in sorted(checkpoint.glob("rank_*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name, start in file.metadata().items():
+                if f"{kind}/{name}" in file.keys():  # noqa: SIM118
+                    piece = file.get_tensor(f"{kind}/{name}")
+                    pieces.setdefault(name, []).append((int(start), piece))
+    return {
+        name: torch.cat([piece for _, piece in sorted(parts, key=lambda part: part[0])])
+        for name, parts in pieces.items()
+    }
