@@ -19,6 +19,7 @@ help:
 	@echo "make lint    ruff and mypy alone; make tensorboard; make clean (removes .venv and caches)"
 
 install: $(VENV)/.installed
+	@echo "$(VENV) is ready"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

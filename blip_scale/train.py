@@ -27,7 +27,7 @@ BAD_INPUT = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    running = False
+    logs = None
     try:
         options, overrides = _parser().parse_known_args(arguments)
         chosen = recipe.load(options.recipe, overrides)
@@ -41,21 +41,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from blip_scale.engine import run  # here: a refusal does not wait for torch and DeepSpeed
         from blip_scale.tasks import TASKS
 
-        running = True
+        logs = Path(chosen.output_dir) / "logs"
         return run(TASKS[chosen.task], chosen, ds_config)
     except (ValueError, FileNotFoundError, argparse.ArgumentError) as error:
-        return _refuse(error, running)
+        return _refuse(error, logs)
+    except Exception:  # not foreseen: the traceback on the terminal, and in the log file
+        logger.debug("stopped by", exc_info=True)
+        raise
 
 
-def _refuse(error: Exception, running: bool) -> int:
-    """Tell the user in one line; the traceback, once the run has log files, goes there."""
+def _refuse(error: Exception, logs: Path | None) -> int:
+    """Tell the user in one line; the traceback of a run that had begun is in its log files.
+
+    A recipe is refused by all ranks alike, so rank 0 speaks; in a run any rank may be the one.
+    """
     rank = int(os.environ.get("RANK", "0"))
-    if running:
+    message = " ".join(str(error).split())
+    if logs is not None:
         logger.debug("stopped by", exc_info=error)
-    if running or rank == 0:
-        where = f" (rank {rank})" if running and rank else ""
-        message = " ".join(str(error).split())
-        sys.stderr.write(f"blip_scale{where}: {message}\n")
+        who = f" (rank {rank})" if rank else ""
+        sys.stderr.write(f"blip_scale{who}: {message} (traceback in {logs})\n")
+    elif rank == 0:
+        sys.stderr.write(f"blip_scale: {message}\n")
     return BAD_INPUT
 
 
@@ -64,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="train.py",
         usage="deepspeed blip_scale/train.py [--recipe NAME_OR_FILE] [--deepspeed PATH] "
         "[SETTING=VALUE ...]",
-        description="Pretrain BLIP with DeepSpeed. Without a launcher (python train.py) it\n"
-        "runs on one rank. Started again, a run goes on from its newest whole checkpoint.",
+        description="Pretrain BLIP with DeepSpeed; without a launcher, on one rank.\n"
+        "Started again, a run goes on from its newest whole checkpoint.",
         epilog="Settings, with their defaults before a recipe changes them. Give them as\n"
         "train.epochs=2, --train.epochs=2 or --train.epochs 2; values are YAML.\n\n"
         + settings.help_text(recipe.Recipe),

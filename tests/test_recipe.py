@@ -529,9 +529,10 @@ class TestCommand:
     @pytest.mark.multiprocess
     def test_under_the_deepspeed_launcher(self, tmp_path: Path) -> None:
         launcher = Path(sys.executable).parent / "deepspeed"
+        command = [str(launcher), "--num_gpus", "2", "--master_port", "29631"]
+        command += ["blip_scale/train.py", "--deepspeed", "ds_configs/zero3.json", "train.epoch=2"]
         done = subprocess.run(
-            [str(launcher), "--num_gpus", "2", "--master_port", "29631", "blip_scale/train.py"]
-            + ["--deepspeed", "ds_configs/zero3.json", "train.epoch=2"],
+            command,
             cwd=REPO,
             env={**os.environ, "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"},
             capture_output=True,

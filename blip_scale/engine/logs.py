@@ -114,8 +114,7 @@ def _strip_third_party_handlers() -> None:
 
 def _writes_to_terminal(handler: logging.Handler) -> bool:
     streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-    # torch's handler looks up sys.stderr when it writes, and has no stream of its own
-    return getattr(handler, "stream", None) in streams or "Stderr" in type(handler).__name__
+    return getattr(handler, "stream", None) in streams
 
 
 class _Once(logging.Filter):

@@ -116,6 +116,8 @@ class Monitor:
         self.scalars(step, metrics)
         if self._bar is not None:
             shown = {_short(name): f"{value:.3f}" for name, value in _losses(metrics).items()}
+            if "speed/samples_per_s" in metrics:
+                shown["samples/s"] = f"{metrics['speed/samples_per_s']:.1f}"
             self._bar.set_postfix(shown, refresh=False)
         logger.info("%s", self._line(step, metrics))
         for alarm, streak in self._streaks:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 _SIDE = 224
 _MARGIN = 10
-_FONT_SIZE = 15
-_LINE_HEIGHT = 19
+_FONT_SIZE = 19
+_LINE_HEIGHT = 23
 _LINES = 3
-_COLUMNS = 4
+# A card of TensorBoard is some 300 pixels wide: with more columns nobody could read the captions.
+_COLUMNS = 2
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Panel:
 
 
 def draw_grid(panels: list[Panel]) -> Tensor:
-    """Draw up to four panels a row: image, generated caption in black, the true one in grey.
+    """Draw two panels a row: image, generated caption in black, the true one in grey.
 
     Returns:
         uint8 [3, height, width].
@@ -42,7 +43,7 @@ def draw_grid(panels: list[Panel]) -> Tensor:
     size = (columns * cell_width + _MARGIN, max(1, rows) * cell_height)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(_FONT_SIZE)
+    font = _font()
     for index, panel in enumerate(panels):
         left = _MARGIN + index % columns * cell_width
         top = _MARGIN + index // columns * cell_height
@@ -55,6 +56,14 @@ def draw_grid(panels: list[Panel]) -> Tensor:
                 draw.text((left, top), line, fill=colour, font=font)
                 top += _LINE_HEIGHT
     return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu, which knows most alphabets, where the machine has it; Pillow's own is ASCII."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", _FONT_SIZE)
+    except OSError:
+        return ImageFont.load_default(_FONT_SIZE)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:

@@ -7,17 +7,27 @@ from blip_scale.model.attention import (
     attention,
     resolve_kernel,
 )
+from blip_scale.model.flops import pretraining_flops
+from blip_scale.model.generation import (
+    BeamSettings,
+    NucleusSettings,
+    caption_beam,
+    caption_nucleus,
+)
 from blip_scale.model.initialization import init_weights
 from blip_scale.model.med import MED, MEDConfig, MomentumEncoder, Temperature
-from blip_scale.model.text import PackedText, SpecialTokens, TextConfig
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig, build_vision
 
 __all__ = [
     "MED",
     "AttentionLayout",
+    "BeamSettings",
     "Kernel",
     "MEDConfig",
     "MomentumEncoder",
+    "NucleusSettings",
     "PackedText",
     "Segments",
     "SpecialTokens",
@@ -26,6 +36,9 @@ __all__ = [
     "VisionConfig",
     "attention",
     "build_vision",
+    "caption_beam",
+    "caption_nucleus",
     "init_weights",
+    "pretraining_flops",
     "resolve_kernel",
 ]

@@ -2,7 +2,9 @@
 
 Sequences of different lengths lie one after another in one tensor, so no linear layer ever computes
 on a pad. Only SDPA, which knows no packed layout, gets its inputs padded, and its output is packed
-again at once. Shapes: T packed tokens, S sequences, L longest sequence, H heads, C channels of a head.
+again at once.
+
+Shapes: T packed tokens, S sequences, L longest sequence, H heads, C channels of a head.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ Kernel = Literal["auto", "flash", "sdpa"]
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the sequences lie in a packed tensor. Index tensors are computed on first use and kept."""
+    """Where the sequences lie in a packed tensor. Index tensors are made on first use and kept."""
 
     offsets: Tensor
     """[S+1] int32: sequence s takes the places offsets[s] to offsets[s+1]; offsets[-1] is T."""
     max_length: int
     """At least the longest sequence; a plain int, so that no kernel launch waits for the device."""
     order: Tensor | None = None
-    """[T] int64 or None: the row of the tensor that holds each place (None: the rows are in order)."""
+    """[T] int64: the row of the tensor that holds each place. None: the rows are in order."""
 
     @staticmethod
     def from_lengths(lengths: list[int], device: torch.device | str = "cpu") -> Segments:
@@ -53,11 +55,11 @@ class Segments:
         return places < self.lengths[:, None]
 
     def is_dense(self, tokens: int) -> bool:
-        """Whether all sequences are max_length long and in order, so that padding is a mere view."""
+        """Whether all sequences are max_length long and in order: then padding is a mere view."""
         return self.order is None and tokens == self.count * self.max_length
 
     def sequence_of(self, tokens: int) -> Tensor:
-        """[T] int64: the sequence of each place. `tokens` is T (known to the caller without a sync)."""
+        """[T] int64: the sequence of each place. The caller knows T (`tokens`) without a sync."""
         return self._kept("_sequence_of", tokens)
 
     def positions(self, tokens: int) -> Tensor:
@@ -123,7 +125,7 @@ class AttentionLayout:
     queries: Segments
     keys: Segments
     causal: bool = False
-    """Each token sees itself and those before it; queries and keys must then be the same segments."""
+    """Each token sees itself and those before it; queries and keys must be the same segments."""
 
     def __post_init__(self) -> None:
         if self.causal and self.queries is not self.keys:
@@ -195,7 +197,9 @@ def attention(
     return _sdpa(q_THC, k_THC, v_THC, layout, dropout)
 
 
-def _flash(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: AttentionLayout, p: float) -> Tensor:
+def _flash(
+    q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: AttentionLayout, p: float
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # optional dependency, CUDA only
 
     queries, keys = layout.queries, layout.keys

@@ -1,1 +1,97 @@
-def pretraining_flops(*a): return 1e9
+"""Floating-point operations of a pretraining step, counted on paper (2 for a multiply-add).
+
+Matrix multiplications and attention products alone, as usual for MFU. It is what the mathematics
+needs: recomputation by gradient checkpointing is not counted. A causal product counts whole.
+
+Letters: B batch, N image tokens, D width, E embed_dim, Q queue, T text tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from blip_scale.model.med import MEDConfig
+from blip_scale.model.text import TextConfig
+from blip_scale.model.vision import VisionConfig, build_vision
+
+
+@dataclass(frozen=True)
+class _Vision:
+    """One image through the ViT, forward."""
+
+    patches: float
+    blocks: float
+    tokens: int
+    width: int
+
+
+def pretraining_flops(
+    config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int
+) -> float:
+    """FLOPs of forward and backward of one pretraining micro-step on one rank.
+
+    Args:
+        config: the network.
+        batch_size: pairs B.
+        text_tokens: tokens T of the B captions together, [CLS] and [SEP] included. Their lengths
+            are taken as equal, and the hard-negative captions as long as the others.
+        queue_size: columns Q of the queue.
+    """
+    pairs, tokens, text = batch_size, text_tokens, config.text
+    vision = _vision_flops(config.vision)
+    decoded = tokens - pairs
+    layers, trimmed = text.layers - 1, 1
+    encode = text.layers * _self_attention(text, tokens, tokens / pairs)
+    encode += layers * _mlp(text, tokens) + trimmed * _mlp(text, pairs)
+    sweep = text.layers * (
+        _self_attention(text, 3 * tokens, tokens / pairs)
+        + _self_attention(text, decoded, decoded / pairs)
+        + 2 * pairs * vision.tokens * vision.width * 2 * text.width
+    )
+    for count, rows in ((layers, 3 * tokens + decoded), (trimmed, 3 * pairs + decoded)):
+        sweep += count * (_cross_attention(text, rows, vision.tokens) + _mlp(text, rows))
+    heads = 2 * text.width * (decoded * (text.width + text.vocab_size) + 3 * pairs * 2)
+    project = 2 * pairs * config.embed_dim * (vision.width + text.width)
+    similarity = 2 * 2 * pairs * (pairs + queue_size) * config.embed_dim
+
+    online = pairs * vision.blocks + encode + sweep + heads + project
+    momentum = pairs * (vision.patches + vision.blocks) + encode + project
+    # Backward: twice the forward, but once where a factor has no gradient (pixels, queue).
+    once = pairs * vision.patches + similarity
+    return float(3 * online + 2 * once + momentum + similarity)
+
+
+def _self_attention(text: TextConfig, tokens: float, length: float) -> float:
+    return 2 * tokens * 4 * text.width**2 + 4 * tokens * length * text.width
+
+
+def _cross_attention(text: TextConfig, tokens: float, image_tokens: int) -> float:
+    """Keys and values of the image tokens not included."""
+    return 2 * tokens * 2 * text.width**2 + 4 * tokens * image_tokens * text.width
+
+
+def _mlp(text: TextConfig, tokens: float) -> float:
+    return 4 * tokens * text.width * text.mlp_width
+
+
+def _vision_flops(config: VisionConfig) -> _Vision:
+    return _cached_vision_flops(config.name, config.image_size, json.dumps(config.overrides))
+
+
+@lru_cache(maxsize=8)
+def _cached_vision_flops(name: str, image_size: int, overrides: str) -> _Vision:
+    with torch.device("meta"):  # sizes alone
+        vision = build_vision(VisionConfig(name, image_size, json.loads(overrides)))
+    patches = vision.patch_embed.num_patches
+    tokens = patches + vision.num_prefix_tokens
+    blocks = 0.0
+    for block in vision.blocks:
+        weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+        blocks += 2 * tokens * weights + 4 * tokens**2 * block.attn.attn_dim
+    kernel = vision.patch_embed.proj.weight.numel()
+    return _Vision(2.0 * patches * kernel, blocks, tokens, vision.embed_dim)

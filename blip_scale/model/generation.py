@@ -1,8 +1,8 @@
 """Captions from images: greedy, beam search and nucleus sampling with cached keys and values.
 
-The rules are those of Hugging Face's `generate`, through which BLIP generates: lengths count the prompt
-and the closing [SEP], the repetition penalty sees the prompt too, and a hypothesis is scored by its
-summed log-probability over (its length without prompt) ** length_penalty.
+The rules are those of Hugging Face's `generate`, through which BLIP generates: lengths count the
+prompt and the closing [SEP], the repetition penalty sees the prompt too, and a hypothesis is scored
+by its summed log-probability over (its length without prompt) ** length_penalty.
 
 Shapes: I images, K beams, R = I * K rows (the beams of an image side by side), L tokens so far, V
 vocabulary, H heads, C channels of a head.
@@ -10,10 +10,11 @@ vocabulary, H heads, C channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blip_scale.model.attention import AttentionLayout, attention, dense_segments
@@ -104,7 +105,7 @@ def caption_nucleus(
 
 
 def nucleus(logits_RV: Tensor, settings: NucleusSettings) -> Tensor:
-    """Logits [R, V] with -inf at every token outside the top_k and the nucleus, each at least one."""
+    """Logits [R, V] with -inf outside the top_k and the nucleus; the likeliest always stays."""
     logits_RV = logits_RV / settings.temperature
     kept, tokens = logits_RV.topk(min(settings.top_k, logits_RV.shape[-1]))
     # The share held by the likelier ones decides, so the likeliest is always kept.
@@ -116,12 +117,14 @@ def nucleus(logits_RV: Tensor, settings: NucleusSettings) -> Tensor:
 class _Decoder:
     """The rows being written, with their keys and values in every layer."""
 
-    def __init__(self, med: MED, image_embeds: Tensor, prompt_ids: Sequence[int], beams: int) -> None:
+    def __init__(
+        self, med: MED, image_embeds: Tensor, prompt_ids: Sequence[int], beams: int
+    ) -> None:
         self.med, self.beams, self.images = med, beams, len(image_embeds)
         self.prompt_length = len(prompt_ids)
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=image_embeds.device)
         self.sequences_RL = prompt.repeat(self.images * beams, 1)
-        self._layers: list[TextLayer] = list(med.text.layers)
+        self._layers = [layer for layer in med.text.layers if isinstance(layer, TextLayer)]
         self._image_keys = dense_segments(*image_embeds.shape[:2], image_embeds.device)
         self._image_kv = [
             layer.cross_attention.project_images(image_embeds) for layer in self._layers
@@ -179,8 +182,8 @@ def _begin(
     positions = med.config.text.max_positions
     if not len(prompt_ids) < max_length <= positions:
         raise ValueError(
-            f"max_length {max_length} counts the prompt: it must be above its {len(prompt_ids)} tokens "
-            f"and at most the text stack's {positions} positions"
+            f"max_length {max_length} counts the prompt: it must be above its {len(prompt_ids)} "
+            f"tokens and at most the text stack's {positions} positions"
         )
     return _Decoder(med, image_embeds, prompt_ids, beams)
 
@@ -200,7 +203,11 @@ def _restrain(
     return scores_RV
 
 
-def _one_by_one(decoder, settings, choose) -> list[list[int]]:
+def _one_by_one(
+    decoder: _Decoder,
+    settings: BeamSettings | NucleusSettings,
+    choose: Callable[[Tensor], Tensor],
+) -> list[list[int]]:
     sep = decoder.med.config.text.special.sep
     done = torch.zeros(decoder.images, dtype=torch.bool, device=decoder.sequences_RL.device)
     while decoder.sequences_RL.shape[1] < settings.max_length and not bool(done.all()):
@@ -227,7 +234,7 @@ class _Hypotheses:
     def add(self, sequences_IKL: Tensor, scores_IK: Tensor, finished_IK: Tensor, sep: int) -> None:
         """Merges candidates in; those that aren't finished have the score NEVER."""
         missing = sequences_IKL.shape[-1] - self.sequences_IKL.shape[-1]
-        old = torch.nn.functional.pad(self.sequences_IKL, (0, missing), value=sep)
+        old = F.pad(self.sequences_IKL, (0, missing), value=sep)
         sequences = torch.cat([old, sequences_IKL], 1)
         scores = torch.cat([self.scores_IK, scores_IK], 1)
         finished = torch.cat([self.finished_IK, finished_IK], 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from timm.models.vision_transformer import LayerScale
 from torch import nn
 
 from blip_scale.model.med import MED
@@ -16,10 +17,10 @@ STD = 0.02
 def init_weights(med: MED, seed: int) -> None:
     """Fills every parameter of a plain (not partitioned) MED, a pure function of `seed`.
 
-    ViT: truncated normal of std 0.02 for linear layers, class token and position embeddings, PyTorch's
-    default for the patch convolution. Text: normal of std 0.02. Contrastive projections and matching
-    head: PyTorch's default for linear layers. Biases 0 (but PyTorch's default where that is taken),
-    norms 1 and 0.
+    ViT: truncated normal of std 0.02 for linear layers, class token and position embeddings,
+    PyTorch's default for the patch convolution. Text: normal of std 0.02. Contrastive projections
+    and matching head: PyTorch's default for linear layers. Biases 0 (but PyTorch's default where
+    that is taken), norms 1 and 0.
     """
     generator = torch.Generator(device=next(med.parameters()).device).manual_seed(seed)
     vision = med.vision
@@ -52,7 +53,7 @@ def _reset_simple(module: nn.Module) -> None:
     """Norms and layer scales, which need no draw."""
     if isinstance(module, nn.LayerNorm):
         module.reset_parameters()
-    elif hasattr(module, "gamma"):
+    elif isinstance(module, LayerScale):
         nn.init.constant_(module.gamma, module.init_values)
 
 

@@ -1,7 +1,7 @@
-"""MED, BLIP's multimodal mixture of encoder and decoder, and the momentum copy of its unimodal half.
+"""MED, BLIP's multimodal mixture of encoder and decoder, and the momentum copy of its towers.
 
-One ViT and one text stack serve three uses: unimodal text encoder (contrastive), image-grounded text
-encoder (matching) and image-grounded decoder (language modelling); Li et al. 2022, section 3.
+One ViT and one text stack serve three uses: unimodal text encoder (contrastive), image-grounded
+text encoder (matching) and image-grounded decoder (language modelling); Li et al. 2022, section 3.
 
 Every parameter is read inside the forward of the module that holds it, and nothing reads a weight
 while building: so MED works under DeepSpeed ZeRO-3, built inside deepspeed.zero.Init.
@@ -18,9 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from blip_scale.model.attention import Kernel, resolve_kernel
-from blip_scale.model.text import ImageIndex, PackedText, TextConfig, TextStack, plan_pass
+from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
+from blip_scale.model.text import TextConfig, TextStack
 from blip_scale.model.vision import VisionConfig, build_vision
 
 
@@ -49,14 +51,14 @@ class Temperature(nn.Module):
         self.value = nn.Parameter(torch.full((1,), value))
 
     def forward(self) -> Tensor:
-        """The temperature as a fp32 scalar with gradient (a copy: ZeRO-3 releases the parameter)."""
+        """The temperature, a fp32 scalar with gradient; a copy: ZeRO-3 releases the parameter."""
         return self.value.to(torch.float32, copy=True).squeeze(0)
 
 
 class LMHead(nn.Module):
     """BERT's prediction head; its matrix is the word embedding itself, registered here as well."""
 
-    def __init__(self, config: TextConfig, word_weight: nn.Parameter) -> None:
+    def __init__(self, config: TextConfig, word_weight: Tensor) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -87,7 +89,8 @@ class UnimodalEncoder(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] to image_embeds [B, N, D], the class token first."""
-        return self.vision(images)
+        with set_checkpoint_early_stop(False):  # see TextStack.forward
+            return self.vision(images)
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """image_embeds [B, N, D] to image_features [B, E], fp32, of norm 1."""
@@ -126,7 +129,7 @@ class MED(UnimodalEncoder):
         return self.itm_head(self.text(plan, image_embeds))
 
     def decode(self, text: PackedText, image_embeds: Tensor, image_index: Tensor) -> Tensor:
-        """Next-token logits [T, V] at every token of captions that begin with [DEC]; see `match`."""
+        """Next-token logits [T, V] at every token of captions beginning with [DEC]; see `match`."""
         plan = plan_pass(None, text, self._images(image_embeds, decoder=image_index))
         return self.lm_head(self.text(plan, image_embeds))
 
@@ -152,7 +155,8 @@ class MED(UnimodalEncoder):
             decode_image_index: [Sd] int64.
 
         Returns:
-            itm_logits [Sm, 2], lm_logits [P, V], lm_targets [P] int64; P = tokens of decode_text - Sd.
+            itm_logits [Sm, 2], lm_logits [P, V], lm_targets [P] int64; P is the tokens of
+            decode_text less Sd.
         """
         inputs, lm_targets = decode_text.split_targets()
         images = self._images(image_embeds, match_image_index, decode_image_index)

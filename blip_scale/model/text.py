@@ -1,94 +1,24 @@
-"""Packed text and the text stack: each layer has two self-attentions, one cross-attention, one MLP.
+"""The text stack: a layer has two self-attentions, one cross-attention, one MLP.
 
-BLIP's text encoder and text decoder share everything but self-attention (Li et al. 2022, section 3.1).
-Here they are one stack whose layers hold both self-attentions: nothing is tied, and encoder tokens and
-decoder tokens can go through it in one pass. Post-norm layers as in BERT, no token-type embedding.
+BLIP's text encoder and text decoder share everything but self-attention (Li et al. 2022, section
+3.1). Here they are one stack whose layers hold both self-attentions: nothing is tied, and encoder
+and decoder tokens can go through it in one pass. Post-norm layers as in BERT, no token types.
 
-Shapes: T packed tokens, S sequences, I images, N image tokens, D width, H heads, C channels of a head,
-R rows that are read after the last layer.
+Shapes: T packed tokens, I images, N image tokens, D width, H heads, C channels of a head, R rows
+that are read after the last layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blip_scale.model.attention import (
-    AttentionLayout,
-    Kernel,
-    Segments,
-    attention,
-    dense_segments,
-)
-
-
-@dataclass(frozen=True)
-class PackedText:
-    """Token ids of several sequences, one after another, without pads."""
-
-    token_ids: Tensor
-    """[T] int64."""
-    segments: Segments
-
-    @staticmethod
-    def from_lists(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedText:
-        """Packs lists of token ids; each needs at least one."""
-        ids = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
-        lengths = [len(ids) for ids in sequences]
-        return PackedText(ids.to(device), Segments.from_lengths(lengths, device))
-
-    @staticmethod
-    def concatenate(texts: Sequence[PackedText]) -> PackedText:
-        """The sequences of several packed texts, one text after another."""
-        ends, offsets = 0, []
-        for text in texts:
-            offsets.append(text.segments.offsets[:-1] + ends)
-            ends += len(text.token_ids)
-        offsets.append(texts[0].segments.offsets.new_tensor([ends]))
-        longest = max(text.segments.max_length for text in texts)
-        ids = torch.cat([text.token_ids for text in texts])
-        return PackedText(ids, Segments(torch.cat(offsets), longest))
-
-    @property
-    def first_rows(self) -> Tensor:
-        """[S] int64: the place of each sequence's first token."""
-        return self.segments.offsets[:-1].long()
-
-    def with_first_token(self, token_id: int) -> PackedText:
-        """The same text with every first token replaced ([CLS] by [ENC] or [DEC])."""
-        ids = self.token_ids.index_fill(0, self.first_rows, token_id)
-        return replace(self, token_ids=ids)
-
-    def select(self, index: Tensor) -> PackedText:
-        """The sequences index [S'], repeats allowed. Waits for the device once (the new length)."""
-        lengths = self.segments.lengths.index_select(0, index)
-        offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        total = int(offsets[-1])
-        segments = Segments(offsets, self.segments.max_length)
-        starts = self.first_rows.index_select(0, index)
-        rows = starts.index_select(0, segments.sequence_of(total)) + segments.positions(total)
-        return PackedText(self.token_ids.index_select(0, rows), segments)
-
-    def split_targets(self) -> tuple[PackedText, Tensor]:
-        """Input and target of next-token prediction: all tokens but each sequence's last, and for each
-        of them the token that follows, [T - S] int64. Sequences hold at least two tokens."""
-        old = self.segments
-        steps = torch.arange(old.count + 1, dtype=torch.int32, device=old.offsets.device)
-        segments = Segments(old.offsets - steps, old.max_length - 1)
-        kept = len(self.token_ids) - old.count
-        rows = torch.arange(kept, device=old.offsets.device) + segments.sequence_of(kept)
-        text = PackedText(self.token_ids.index_select(0, rows), segments)
-        return text, self.token_ids.index_select(0, rows + 1)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedText:
-        """The same text on another device."""
-        ids = self.token_ids.to(device, non_blocking=non_blocking)
-        return PackedText(ids, self.segments.to(device, non_blocking))
+from blip_scale.model.attention import AttentionLayout, Kernel, attention
+from blip_scale.model.packing import TextPass
 
 
 @dataclass(frozen=True)
@@ -128,97 +58,6 @@ class TextConfig:
             )
 
 
-@dataclass(frozen=True)
-class TextPass:
-    """All that one pass through the layers needs to know, computed once before the first layer."""
-
-    token_ids: Tensor
-    """[T] int64: the tokens of the encoder rows, then those of the decoder rows."""
-    positions: Tensor
-    """[T] int64."""
-    encoder_tokens: int
-    """The first rows, which take the bidirectional self-attention; the others take the causal one."""
-    encoder: AttentionLayout | None
-    decoder: AttentionLayout | None
-    cross: AttentionLayout | None
-    """Text rows grouped by their image; None: no image, cross-attention is skipped."""
-    read_rows: Tensor | None
-    """[R] int64: rows whose output is read; the last layer computes no others. None: all."""
-    read_cross: AttentionLayout | None
-    """As `cross`, for the rows that are read."""
-
-
-@dataclass(frozen=True)
-class ImageIndex:
-    """Which image each sequence looks at."""
-
-    images: int
-    """Number of images I."""
-    tokens: int
-    """Tokens of an image N."""
-    kernel: Kernel
-    """The resolved attention kernel: flash takes a bound of the group sizes, SDPA the exact ones."""
-    encoder: Tensor | None = None
-    """[S] int64 for the sequences of the encoder text."""
-    decoder: Tensor | None = None
-    """[S] int64 for the sequences of the decoder text."""
-
-
-def plan_pass(
-    encoder: PackedText | None, decoder: PackedText | None, images: ImageIndex | None
-) -> TextPass:
-    """Plans a pass of encoder text (its first tokens are read) and decoder text (all are read).
-
-    Queries of one image don't interact in cross-attention, so the rows of all sequences that look at
-    an image form one query segment: each image's keys and values are made and read once.
-    """
-    texts = [text for text in (encoder, decoder) if text is not None]
-    counts = [len(text.token_ids) for text in texts]
-    encoder_tokens = counts[0] if encoder is not None else 0
-    device = texts[0].token_ids.device
-    read_rows = None
-    if encoder is not None:
-        decoder_rows = torch.arange(encoder_tokens, sum(counts), device=device)
-        read_rows = torch.cat([encoder.first_rows, decoder_rows])
-    cross = read_cross = None
-    if images is not None:
-        indices = [i for i in (images.encoder, images.decoder) if i is not None]
-        row_images = torch.cat(
-            [
-                index.index_select(0, text.segments.sequence_of(len(text.token_ids)))
-                for index, text in zip(indices, texts, strict=True)
-            ]
-        )
-        cross = read_cross = _group_by_image(row_images, images)
-        if read_rows is not None:
-            read_cross = _group_by_image(row_images.index_select(0, read_rows), images)
-    return TextPass(
-        token_ids=torch.cat([text.token_ids for text in texts]),
-        positions=torch.cat([text.segments.positions(len(text.token_ids)) for text in texts]),
-        encoder_tokens=encoder_tokens,
-        encoder=_self_layout(encoder, causal=False),
-        decoder=_self_layout(decoder, causal=True),
-        cross=cross,
-        read_rows=read_rows,
-        read_cross=read_cross,
-    )
-
-
-def _self_layout(text: PackedText | None, causal: bool) -> AttentionLayout | None:
-    return None if text is None else AttentionLayout(text.segments, text.segments, causal)
-
-
-def _group_by_image(row_images_T: Tensor, images: ImageIndex) -> AttentionLayout:
-    counts = row_images_T.new_zeros(images.images, dtype=torch.int32)
-    counts.index_add_(0, row_images_T, torch.ones_like(row_images_T, dtype=torch.int32))
-    offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = len(row_images_T) if images.kernel == "flash" else int(counts.max())
-    queries = Segments(offsets, longest, row_images_T.argsort(stable=True))
-    return AttentionLayout(
-        queries, dense_segments(images.images, images.tokens, row_images_T.device)
-    )
-
-
 class TextEmbeddings(nn.Module):
     """Word and absolute position embeddings, normalised."""
 
@@ -235,7 +74,7 @@ class TextEmbeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with its output projection, residual and norm. One fused q, k, v projection."""
+    """Self-attention with a fused q, k, v projection, output projection, residual and norm."""
 
     def __init__(self, config: TextConfig, kernel: Kernel) -> None:
         super().__init__()
@@ -273,7 +112,9 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_TD: Tensor, image_embeds_IND: Tensor, layout: AttentionLayout) -> Tensor:
+    def forward(
+        self, hidden_TD: Tensor, image_embeds_IND: Tensor, layout: AttentionLayout
+    ) -> Tensor:
         """[T, D] and [I, N, image width] to [T, D]."""
         return self.attend(hidden_TD, *self.project_images(image_embeds_IND), layout)
 
@@ -307,7 +148,7 @@ class TextMLP(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """One layer. Without an image width it has the bidirectional self-attention and the MLP alone."""
+    """One layer; without an image width the bidirectional self-attention and the MLP alone."""
 
     def __init__(self, config: TextConfig, image_width: int | None, kernel: Kernel) -> None:
         super().__init__()
@@ -361,7 +202,8 @@ class TextStack(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             arguments = (hidden_TD, image_embeds_IND, plan, number == len(self.layers))
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_TD = checkpoint(layer, *arguments, use_reentrant=False)
+                # No early stop: it would skip the forward hooks by which ZeRO-3 releases weights.
+                hidden_TD = checkpoint(layer, *arguments, use_reentrant=False, early_stop=False)
             else:
                 hidden_TD = layer(*arguments)
         return hidden_TD

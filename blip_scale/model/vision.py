@@ -67,7 +67,7 @@ class VisionAttention(TimmAttention):
 def build_vision(
     config: VisionConfig, kernel: Kernel = "auto", gradient_checkpointing: bool = False
 ) -> VisionTransformer:
-    """A ViT whose forward turns images [B, 3, H, W] into all normalised tokens [B, N, D], CLS first.
+    """A ViT whose forward gives all normalised tokens [B, N, D] of images [B, 3, H, W], CLS first.
 
     Parameters are left unset (no weight is read or drawn, so it builds inside deepspeed.zero.Init);
     `init_weights` or a checkpoint fills them.

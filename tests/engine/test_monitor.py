@@ -171,9 +171,9 @@ def test_pictures_show_images_and_captions(tmp_path: Path) -> None:
     sheet = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
     found = {colour for _, colour in sheet.getcolors(1 << 20)}
     assert set(colours) <= found
-    row_height = sheet.height // 2  # four a row, so the fifth begins another
+    row_height = sheet.height // 3  # two a row, so the fifth begins the third
     assert sheet.getpixel((100, 100)) == colours[0]
-    assert sheet.getpixel((100, 100 + row_height)) == colours[4]
+    assert sheet.getpixel((100, 100 + 2 * row_height)) == colours[4]
     words = sheet.crop((0, 240, 234, row_height))
     assert words.getextrema()[0][0] < 60  # something black is written under the image
     (table,) = events.Tensors("captions/text_summary")
@@ -229,12 +229,13 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     monitor = make(tmp_path, start_step=40)
-    monitor.log(41, METRICS)
+    monitor.log(41, METRICS | {"speed/samples_per_s": 12.34})
     monitor.advance(50)
     monitor.close()
     last = terminal.getvalue().splitlines()[-1].split("\r")[-1]
     assert "50/100" in last
     assert "itc=8.123" in last
+    assert "samples/s=12.3" in last
 
 
 def test_measures_of_the_machine() -> None:

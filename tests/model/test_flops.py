@@ -1,0 +1,71 @@
+"""FLOPs on paper against PyTorch's counter on a whole step, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from blip_scale.model import (
+    MED,
+    MEDConfig,
+    MomentumEncoder,
+    PackedText,
+    SpecialTokens,
+    TextConfig,
+    VisionConfig,
+    init_weights,
+    pretraining_flops,
+)
+
+SPECIAL = SpecialTokens(pad=0, cls=1, sep=2, enc=4, dec=3)
+PAIRS, LENGTH, QUEUE = 4, 9, 96
+
+
+def config(depth: int, layers: int) -> MEDConfig:
+    sizes = {"embed_dim": 48, "depth": depth, "num_heads": 3, "patch_size": 8}
+    text = TextConfig(SPECIAL, 500, 64, layers, 4, 192, 16)
+    return MEDConfig(VisionConfig("vit_tiny_patch16_224", 48, sizes), text, 32)
+
+
+def step(med: MED, momentum: MomentumEncoder, images: torch.Tensor, text: PackedText) -> None:
+    embeds = med.encode_image(images)
+    online = (med.project_image(embeds), med.project_text(med.encode_text(text)))
+    with torch.no_grad():
+        keys = momentum.project_image(momentum.encode_image(images))
+        momentum_text = momentum.project_text(momentum.encode_text(text))
+        all_keys = torch.cat([keys, torch.randn(QUEUE, 32)]).T
+        targets = [x @ all_keys for x in (keys, momentum_text)]
+    loss = sum((x @ all_keys * t).sum() for x, t in zip(online, targets, strict=True))
+    enc, every = text.with_first_token(SPECIAL.enc), torch.arange(PAIRS)
+    itm, logits, lm_targets = med.sweep(
+        PackedText.concatenate([enc, enc, enc.select(every.roll(1))]),
+        text.with_first_token(SPECIAL.dec),
+        embeds,
+        torch.cat([every, every.roll(1), every]),
+        every,
+    )
+    (loss + itm.sum() + F.cross_entropy(logits, lm_targets)).backward()
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(2, 1), (1, 3), (3, 3)])
+def test_paper_and_counter_agree(depth: int, layers: int) -> None:
+    med, momentum = MED(config(depth, layers)), MomentumEncoder(config(depth, layers))
+    init_weights(med, seed=0)
+    images = torch.randn(PAIRS, 3, 48, 48)
+    text = PackedText.from_lists([[1, *range(5, 5 + LENGTH - 2), 2]] * PAIRS)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(med, momentum, images, text)
+    counted = counter.get_total_flops()
+    assert pretraining_flops(med.config, PAIRS, PAIRS * LENGTH, QUEUE) == pytest.approx(
+        counted, rel=0.02
+    )
+
+
+def test_published_size() -> None:
+    """194 GFLOP a pair for ViT-B/16 at 224 pixels with 12.5 tokens a caption, 307 as published."""
+    text = TextConfig(SpecialTokens(pad=0, cls=101, sep=102, enc=30523, dec=30522))
+    flops = pretraining_flops(MEDConfig(VisionConfig(), text), 8, 100, 57600)
+    assert flops / 8 == pytest.approx(194e9, rel=0.02)
