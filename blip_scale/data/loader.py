@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -173,6 +174,7 @@ class TrainLoader:
                 batch_size=None,
                 sampler=itertools.count(first),
                 num_workers=self._workers,
+                worker_init_fn=_leave_signals_to_the_rank,
                 prefetch_factor=_PREFETCHED_BATCHES if self._workers else None,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else it draws from, and shifts, the global one
@@ -261,6 +263,15 @@ class _MicroBatches(Dataset["Batch | Exception"]):
             sources=[sample["source"] for sample in samples],
             skipped=skipped,
         )
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A launcher's SIGTERM or a Ctrl-C reaches workers too; the rank still needs their batches to stop cleanly.
+
+    A worker ends when its rank does.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def read_or_replace(

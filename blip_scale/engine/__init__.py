@@ -1,6 +1,11 @@
 """All that knows about ranks, processes, time and disks."""
 
-from blip_scale.engine.loop import run
-from blip_scale.engine.task import Evaluation, Progress, Task
+from blip_scale.engine import logs
 
-__all__ = ["Evaluation", "Progress", "Task", "run"]
+logs.hold_third_party_noise()  # before torch and DeepSpeed are imported
+
+from blip_scale.engine.loop import run  # noqa: E402
+from blip_scale.engine.monitor import Alarm, Panel  # noqa: E402
+from blip_scale.engine.task import Evaluation, Progress, Task  # noqa: E402
+
+__all__ = ["Alarm", "Evaluation", "Panel", "Progress", "Task", "run"]

@@ -17,7 +17,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from blip_scale.engine import collectives
+from blip_scale.engine import collectives, logs
 from blip_scale.recipe import Recipe
 
 
@@ -188,7 +188,8 @@ def start() -> torch.device:
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    with logs.prints_to_log("DeepSpeed"):
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return torch.device(accelerator.current_device_name())
 
 

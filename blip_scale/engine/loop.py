@@ -70,20 +70,18 @@ def run(
     Returns:
         Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 when it had to give up.
     """
+    logs.set_up(Path(recipe.output_dir), int(os.environ.get("RANK", "0")))
     device = start()
-    logs.set_up(Path(recipe.output_dir), collectives.rank())
     if device.type == "cpu":  # ranks that each take all cores slow each other down
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size()))
     interrupts = Interrupts()
     task = build_task(recipe, device)
     try:
         session = _open(task, recipe, ds_config, interrupts)
-        code = _train(session)
-        session.monitor.close()
-        return code
-    except Exception:
-        logger.exception("the run failed on rank %d", collectives.rank())
-        raise
+        try:
+            return _train(session)
+        finally:
+            session.monitor.close()
     finally:
         task.close()
         interrupts.restore()
@@ -110,6 +108,7 @@ def _open(task: Task, recipe: Recipe, ds_config: dict[str, Any], interrupts: Int
         total_steps=total_steps,
         start_step=state.step,
         samples_per_step=recipe.train.global_batch_size,
+        alarms=task.alarms,
     )
     monitor.text("recipe", to_yaml(recipe))
     stated = recipe.log.peak_tflops

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from blip_scale.engine.deepspeed import ZeroEngine
-from blip_scale.engine.monitor import Panel
+from blip_scale.engine.monitor import Alarm, Panel
 from blip_scale.engine.sharded_momentum import ShardedMomentum
 
 
@@ -39,6 +39,8 @@ class Task(Protocol):
     steps_per_epoch: int
     momentum_pairs: dict[str, str]
     """Momentum parameter name -> name of the parameter that it follows."""
+    alarms: tuple[Alarm, ...]
+    """Warnings that hang on the logged metrics."""
 
     def build_network(self) -> nn.Module:
         """The network; its weights need mean nothing yet. Under ZeRO-3 it is called inside `zero.Init`."""

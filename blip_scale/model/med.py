@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from blip_scale.model.attention import Kernel, resolve_kernel
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
@@ -89,8 +88,7 @@ class UnimodalEncoder(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] to image_embeds [B, N, D], the class token first."""
-        with set_checkpoint_early_stop(False):  # see TextStack.forward
-            return self.vision(images)
+        return self.vision(images)
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """image_embeds [B, N, D] to image_features [B, E], fp32, of norm 1."""

@@ -202,8 +202,9 @@ class TextStack(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             arguments = (hidden_TD, image_embeds_IND, plan, number == len(self.layers))
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # No early stop: it would skip the forward hooks by which ZeRO-3 releases weights.
-                hidden_TD = checkpoint(layer, *arguments, use_reentrant=False, early_stop=False)
+                # With its early stop: run to the end, the recomputation would let ZeRO-3 release
+                # the weights of the layer's last module just before its backward needs them.
+                hidden_TD = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 hidden_TD = layer(*arguments)
         return hidden_TD

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from blip_scale import data, objectives
 from blip_scale.engine import collectives
 from blip_scale.engine.deepspeed import ZeroEngine
+from blip_scale.engine.monitor import Alarm
 from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Evaluation, Progress
 from blip_scale.model import MED, MomentumEncoder, PackedText, Segments
@@ -152,8 +153,21 @@ def _global_pairs(
     )
 
 
+ONE_CLASS_ALARM = Alarm(
+    lambda logged: objectives.predicts_one_class(
+        logged["loss/itm"], logged["itm/accuracy_match"], logged["itm/accuracy_mismatch"]
+    ),
+    "ITM gives every pair the same answer (its loss sits at 0.6365 then). Usual at the very start; if it "
+    "lasts, look whether captions fit their images, whether ITC falls (its similarities choose the hard "
+    "negatives), and try a lower optimizer.peak_lr or a longer warm-up.",
+    points=10,
+)
+
+
 class Pretrain:
     """The pretraining task: what `engine.task.Task` asks for."""
+
+    alarms = (ONE_CLASS_ALARM,)
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
