@@ -266,7 +266,8 @@ class _MicroBatches(Dataset["Batch | Exception"]):
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    """A launcher's SIGTERM or a Ctrl-C reaches workers too; the rank still needs their batches to stop cleanly.
+    """A launcher's SIGTERM or a Ctrl-C reaches workers too; the rank still needs their batches to
+    stop cleanly.
 
     A worker ends when its rank does.
     """

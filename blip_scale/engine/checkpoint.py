@@ -1,10 +1,12 @@
-"""Save, verify and restore a run: all ranks write, one atomic rename commits, the newest whole one is used.
+"""Save, verify and restore a run: all ranks write, one atomic rename commits, the newest whole one
+is used.
 
-A checkpoint is a folder `step_00000100` with one safetensors file a rank (fp32 masters, optimizer moments and
-momentum averages of its shards), `shared.safetensors` (what all ranks hold alike: the feature queues) and
-`manifest.json` (sizes and checksums of the files, and the state of the run). Until all of it is on the disk the
-folder is called `step_00000100.partial`. Every file says which elements of each parameter it holds, so a
-checkpoint does not depend on the number of ranks or on the ZeRO stage that wrote it.
+A checkpoint is a folder `step_00000100` with one safetensors file a rank (fp32 masters, optimizer
+moments and momentum averages of its shards), `shared.safetensors` (what all ranks hold alike: the
+feature queues) and `manifest.json` (sizes and checksums of the files, and the state of the run).
+Until all of it is on the disk the folder is called `step_00000100.partial`. Every file says which
+elements of each parameter it holds, so a checkpoint does not depend on the number of ranks or on
+the ZeRO stage that wrote it.
 """
 
 from __future__ import annotations
@@ -48,12 +50,14 @@ class RunState:
     shared: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save(folder: Path, state: RunState, engine: ZeroEngine, momentum: ShardedMomentum) -> Path | None:
+def save(
+    folder: Path, state: RunState, engine: ZeroEngine, momentum: ShardedMomentum
+) -> Path | None:
     """Write and commit a checkpoint; every rank must call it.
 
     Returns:
-        The committed folder, or None when a rank could not write (disk full, no rights): the reason is logged,
-        the unfinished folder removed, and every earlier checkpoint is as it was.
+        The committed folder, or None when a rank could not write (disk full, no rights): the reason
+        is logged, the unfinished folder removed, and every earlier checkpoint is as it was.
     """
     started = time.perf_counter()
     final = folder / f"step_{state.step:08d}"
@@ -67,7 +71,9 @@ def save(folder: Path, state: RunState, engine: ZeroEngine, momentum: ShardedMom
     if not errors and collectives.rank() == 0:
         listing = {name: entry for _, written in reports for name, entry in written.items()}
         error = _try(lambda: _commit(partial, final, state, listing))
-    errors += [error for error in collectives.all_gather_objects(error) if error and error not in errors]
+    errors += [
+        error for error in collectives.all_gather_objects(error) if error and error not in errors
+    ]
     if errors:
         if collectives.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -88,7 +94,8 @@ def prune(folder: Path, keep_last: int) -> None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint whose files all have the size and checksum of its manifest; all ranks must ask.
+    """The newest checkpoint whose files all have the size and checksum of its manifest; all ranks
+    must ask.
 
     Each rank checks a share of the files. What is passed over is named in the log.
     """
@@ -96,7 +103,9 @@ def newest_whole(folder: Path) -> Path | None:
         for path in sorted(folder.glob("step_*.partial")):
             logger.warning("ignoring %s: the save did not finish", path)
             shutil.rmtree(path, ignore_errors=True)
-    candidates = collectives.all_gather_objects([str(path) for path in reversed(_committed(folder))])[0]
+    candidates = collectives.all_gather_objects(
+        [str(path) for path in reversed(_committed(folder))]
+    )[0]
     for path in map(Path, candidates):
         problems = collectives.all_gather_objects(_damage(path))
         found = [problem for problem in problems if problem]
@@ -107,10 +116,12 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
-    """Restore weights, moments and momentum averages from a whole checkpoint, for any number of ranks.
+    """Restore weights, moments and momentum averages from a whole checkpoint, for any number of
+    ranks.
 
     Raises:
-        ValueError: the checkpoint is of another network (a parameter is missing or has another size).
+        ValueError: the checkpoint is of another network (a parameter is missing or has another
+            size).
     """
     manifest = _manifest(path)
     reader = _Reader([path / name for name in manifest["files"] if name.startswith("rank_")])
@@ -137,7 +148,8 @@ def _committed(folder: Path) -> list[Path]:
 
 
 def _try(action: Any) -> str | None:
-    """Run a file operation; what the operating system (or safetensors) had against it, if anything."""
+    """Run a file operation; what the operating system (or safetensors) had against it, if
+    anything."""
     try:
         action()
     except Exception as error:  # a rank that raised here would leave the others waiting
@@ -175,7 +187,9 @@ def _write_rank(
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
     """Write a file through to the disk and say its size and checksum."""
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path, metadata)
+    save_file(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path, metadata
+    )
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
@@ -256,7 +270,8 @@ class _Reader:
     def __init__(self, files: list[Path]) -> None:
         self._files = [safe_open(file, "pt") for file in files]
         self._starts = [
-            {name: int(start) for name, start in (file.metadata() or {}).items()} for file in self._files
+            {name: int(start) for name, start in (file.metadata() or {}).items()}
+            for file in self._files
         ]
 
     def read(self, kind: str, shard: Shard, target: Tensor) -> None:
@@ -274,6 +289,6 @@ class _Reader:
                 missing -= high - low
         if missing:
             raise ValueError(
-                f"the checkpoint lacks {missing} elements of {kind}/{shard.name}: it is of another network. "
-                "Give the recipe that it was made with, or another output_dir."
+                f"the checkpoint lacks {missing} elements of {kind}/{shard.name}: it is of another "
+                "network. Give the recipe that it was made with, or another output_dir."
             )

@@ -45,7 +45,8 @@ def barrier() -> None:
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """[B, ...] of every rank -> [W * B, ...] in rank order, without gradient; B equal on all ranks."""
+    """[B, ...] of every rank -> [W * B, ...] in rank order, without gradient; B equal on all
+    ranks."""
     if world_size() == 1:
         return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]

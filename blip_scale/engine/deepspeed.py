@@ -1,7 +1,9 @@
-"""Recipe and DeepSpeed JSON -> a ZeRO engine, and access to the part of every parameter that this rank owns.
+"""Recipe and DeepSpeed JSON -> a ZeRO engine, and access to the part of every parameter that this
+rank owns.
 
-Under ZeRO-3 each rank owns an equal slice of each flattened parameter; under ZeRO-1/2 a contiguous stretch of
-all of them laid end to end. Both are the same thing to the rest of the engine: a list of `Shard`s.
+Under ZeRO-3 each rank owns an equal slice of each flattened parameter; under ZeRO-1/2 a contiguous
+stretch of all of them laid end to end. Both are the same thing to the rest of the engine: a list of
+`Shard`s.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 
 from blip_scale.engine import collectives, logs
@@ -23,7 +26,8 @@ from blip_scale.recipe import Recipe
 
 @dataclass(frozen=True)
 class Shard:
-    """What this rank owns of one trainable parameter: elements [start, start + numel) of it, flattened."""
+    """What this rank owns of one trainable parameter: elements [start, start + numel) of it,
+    flattened."""
 
     name: str
     parameter: nn.Parameter
@@ -44,8 +48,10 @@ class Shard:
         return optimizer.state[self.flat][key][self.offset : self.offset + self.numel]
 
 
-class Part(NamedTuple):
-    """Elements of a parameter to write: `values` [numel] begin at `start` of parameter `index` of a list."""
+@dataclass(frozen=True)
+class Part:
+    """Elements of a parameter to write: `values` [numel] begin at `start` of parameter `index` of a
+    list."""
 
     index: int
     start: int
@@ -58,9 +64,10 @@ class AdamW(torch.optim.AdamW):
     skip = False
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update, unless `skip` is set."""
-        return None if self.skip else super().step(closure)
+        if not self.skip:
+            super().step(closure)
 
 
 @dataclass
@@ -90,17 +97,27 @@ class ZeroEngine:
         """Type of the weights that compute."""
         return next(self.module.parameters()).dtype
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Take this rate for the next step, in all parameter groups."""
+    @property
+    def parameter_count(self) -> int:
+        """Trainable parameters, over all ranks."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
+
+    def step(self, learning_rate: float, apply: bool) -> None:
+        """The optimizer step at a gradient-accumulation boundary.
+
+        With `apply` False gradients are dropped, and weights and moments stay as they are.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-
-    def skip_next_step(self, skip: bool) -> None:
-        """Make the next optimizer step keep weights and moments as they are (or not)."""
-        self.optimizer.skip = skip  # type: ignore[attr-defined]
+        self.optimizer.skip = not apply
+        self.deepspeed.step()
+        # Recomputing a checkpointed block leaves entries behind in DeepSpeed 0.19.8, a few more
+        # each step.
+        del parameter_offload.FWD_MODULE_STACK[1:]
 
     def gradient_norms(self) -> dict[str, float]:
-        """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last backward."""
+        """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last
+        backward."""
         squares = torch.zeros(len(self.shards), dtype=torch.float64, device=self.device)
         for index, shard in enumerate(self.shards):
             gradient = _gradient(shard, self.stage)
@@ -113,9 +130,9 @@ class ZeroEngine:
     def assign(self, parameters: list[nn.Parameter], parts: list[Part]) -> None:
         """Write compute weights from this rank's parts of some parameters.
 
-        Every rank must call it with the same parameters; `parts` are those that this rank owns. ZeRO-3 needs no
-        exchange but for the small parameters that stay gathered; below, where every rank holds whole
-        parameters, the parts of all ranks are put together in one sum.
+        Every rank must call it with the same parameters; `parts` are those that this rank owns.
+        ZeRO-3 needs no exchange but for the small parameters that stay gathered; below, where every
+        rank holds whole parameters, the parts of all ranks are put together in one sum.
         """
         if self.stage == 3:
             for part in parts:
@@ -134,14 +151,16 @@ class ZeroEngine:
             parameter.data.copy_(piece.view_as(parameter))
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
-        """Set this rank's fp32 masters, and the compute weights after them, from whole tensors by name."""
+        """Set this rank's fp32 masters, and the compute weights after them, from whole tensors by
+        name."""
         for shard in self.shards:
             values = weights[shard.name].detach().flatten()
             shard.weight.copy_(values[shard.start : shard.start + shard.numel])
         self.refresh()
 
     def refresh(self, names: list[str] | None = None) -> None:
-        """Make the compute weights follow the fp32 masters: all of them, or those with these names."""
+        """Make the compute weights follow the fp32 masters: all of them, or those with these
+        names."""
         wanted = [name for name in self.trainable if names is None or name in names]
         positions = {name: index for index, name in enumerate(wanted)}
         parts = [
@@ -152,10 +171,11 @@ class ZeroEngine:
         self.assign([self.trainable[name] for name in wanted], parts)
 
     def gather_into(self, source: nn.Module, target: nn.Module) -> None:
-        """Copy the compute weights of `source`, a part of the wrapped module, into an ordinary module.
+        """Copy the compute weights of `source`, a part of the wrapped module, into an ordinary
+        module.
 
-        Every rank must call it; every rank gets all weights. Parameters are gathered one at a time, so the
-        peak is one parameter above the size of `target`.
+        Every rank must call it; every rank gets all weights. Parameters are gathered one at a time,
+        so the peak is one parameter above the size of `target`.
         """
         for (name, parameter), (other, destination) in zip(
             source.named_parameters(), target.named_parameters(), strict=True
@@ -177,7 +197,8 @@ def whole(parameter: nn.Parameter, stage: int) -> Iterator[None]:
 
 
 def start() -> torch.device:
-    """Join the process group, one of a single rank where no launcher made more, and give this rank's device."""
+    """Join the process group, one of a single rank where no launcher made more, and give this
+    rank's device."""
     for variable, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(variable, alone)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -193,11 +214,14 @@ def start() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
-def initialize(build: Callable[[], nn.Module], recipe: Recipe, ds_config: dict[str, Any]) -> ZeroEngine:
+def initialize(
+    build: Callable[[], nn.Module], recipe: Recipe, ds_config: dict[str, Any]
+) -> ZeroEngine:
     """Build the network under the ZeRO stage of `ds_config` and wrap it.
 
     Args:
-        build: makes the network; under ZeRO-3 it runs inside `zero.Init`, so that no rank ever holds it whole.
+        build: makes the network; under ZeRO-3 it runs inside `zero.Init`, so that no rank ever
+            holds it whole.
         recipe: gives optimizer and precision.
         ds_config: DeepSpeed's settings with every "auto" resolved.
     """
@@ -221,7 +245,7 @@ def _build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over all parameters in one group, decay on all of them: as published."""
     settings = recipe.optimizer
-    arguments = {
+    arguments: dict[str, Any] = {
         "lr": settings.peak_lr,
         "betas": settings.betas,
         "eps": settings.eps,
@@ -231,11 +255,12 @@ def _build_optimizer(
     if offload == "none":
         return AdamW(parameters, fused=True, **arguments)
 
-    class OffloadedAdamW(deepspeed.ops.adam.DeepSpeedCPUAdam):  # built here: importing it compiles its kernel
+    class OffloadedAdamW(deepspeed.ops.adam.DeepSpeedCPUAdam):
         skip = False
 
-        def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            return None if self.skip else super().step(closure)
+        def step(self, closure: None = None) -> None:
+            if not self.skip:
+                super().step(closure)
 
     return OffloadedAdamW(parameters, adamw_mode=True, **arguments)
 

@@ -31,7 +31,8 @@ class Interrupts:
         self.received = signal.Signals(number).name
 
     def agreed(self, device: torch.device) -> bool:
-        """True on every rank once any of them received a signal; every rank must ask at the same step."""
+        """True on every rank once any of them received a signal; every rank must ask at the same
+        step."""
         stop = collectives.any_rank(self.received is not None, device)
         if stop:
             logger.info("%s: stopping after this step", self.received or "a signal on another rank")

@@ -68,12 +68,15 @@ def run(
     """Train, or go on training, to the end of the recipe.
 
     Returns:
-        Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 when it had to give up.
+        Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 when it had to
+        give up.
     """
     logs.set_up(Path(recipe.output_dir), int(os.environ.get("RANK", "0")))
     device = start()
     if device.type == "cpu":  # ranks that each take all cores slow each other down
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size()))
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size())
+        )
     interrupts = Interrupts()
     task = build_task(recipe, device)
     try:
@@ -110,7 +113,14 @@ def _open(task: Task, recipe: Recipe, ds_config: dict[str, Any], interrupts: Int
         samples_per_step=recipe.train.global_batch_size,
         alarms=task.alarms,
     )
-    monitor.text("recipe", to_yaml(recipe))
+    _keep_recipe(recipe, monitor)
+    logger.info(
+        "%s on %d rank(s) of %s, ZeRO-%d, %s, attention by %s: %.1fM trainable parameters, "
+        "%d steps of %d pairs",
+        recipe.task, collectives.world_size(), engine.device.type, engine.stage,
+        recipe.train.precision, task.kernel, engine.parameter_count / 1e6, total_steps,
+        recipe.train.global_batch_size,
+    )  # fmt: skip
     stated = recipe.log.peak_tflops
     return Run(
         recipe,
@@ -127,6 +137,15 @@ def _open(task: Task, recipe: Recipe, ds_config: dict[str, Any], interrupts: Int
     )
 
 
+def _keep_recipe(recipe: Recipe, monitor: Monitor) -> None:
+    """The resolved recipe: in the log, beside the checkpoints, in TensorBoard."""
+    text = to_yaml(recipe)
+    logger.debug("recipe:\n%s", text)
+    monitor.text("recipe", text)
+    if collectives.rank() == 0:
+        (Path(recipe.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
 def _train(run: Run) -> int:
     """Optimizer steps to the end, with logging, evaluation and checkpoints on their intervals."""
     recipe, history = run.recipe, run.history
@@ -136,8 +155,8 @@ def _train(run: Run) -> int:
         stop = run.interrupts.agreed(run.engine.device)
         if history.skipped_in_a_row >= recipe.train.max_nonfinite_steps:
             logger.error(
-                "giving up at step %d: loss or gradient was not finite in %d steps in a row. The last "
-                "checkpoint is from before them.", run.step, history.skipped_in_a_row,
+                "giving up at step %d: loss or gradient was not finite in %d steps in a row. "
+                "The last checkpoint is from before them.", run.step, history.skipped_in_a_row,
             )  # fmt: skip
             return 1
         at_end = run.step == run.total_steps
@@ -160,27 +179,32 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
     """Accumulate micro-batches, update unless something is not finite, and note the metrics."""
     began = time.perf_counter()
     deepspeed, task, recipe = run.engine.deepspeed, run.task, run.recipe
-    data_wait_s, sums, ids, skipped = 0.0, {}, [], []
+    data_wait_s = 0.0
+    sums: dict[str, Any] = {}
+    ids: list[str] = []
+    skipped: list[str] = []
     for index in range(run.accumulation):
         waiting = time.perf_counter()
         batch = next(batches)
         data_wait_s += time.perf_counter() - waiting
         micro_step = run.step * run.accumulation + index
         torch.manual_seed(micro_step_seed(recipe.seed, micro_step, collectives.rank()))
-        metrics = task.losses(deepspeed, batch, Progress(run.step, micro_step, task.steps_per_epoch))
+        metrics = task.losses(
+            deepspeed, batch, Progress(run.step, micro_step, task.steps_per_epoch)
+        )
         deepspeed.backward(metrics["loss/total"])
         if index < run.accumulation - 1:
             deepspeed.step()
-        sums = {name: sums.get(name, 0.0) + value.detach().float() for name, value in metrics.items()}
+        sums = {
+            name: sums.get(name, 0.0) + value.detach().float() for name, value in metrics.items()
+        }
         ids += batch.ids
         skipped += batch.skipped
     means = _average(run, sums, len(skipped))
     norms = run.engine.gradient_norms()
     rate = learning_rate(recipe.optimizer, run.step, task.steps_per_epoch)
     finite = math.isfinite(means["loss/total"]) and math.isfinite(norms["all"])
-    run.engine.set_learning_rate(rate)
-    run.engine.skip_next_step(not finite)
-    deepspeed.step()
+    run.engine.step(rate, apply=finite)
     task.after_step(run.engine, run.momentum, applied=finite)
     run.step += 1
     _note_trouble(run, finite, means.pop("skipped"), ids, skipped)
@@ -192,19 +216,23 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
 
 
 def micro_step_seed(seed: int, micro_step: int, rank: int) -> int:
-    """Seed of all that is random in one micro-step on one rank: no generator state has to be saved."""
+    """Seed of all that is random in one micro-step on one rank: no generator state has to be
+    saved."""
     return (seed * 1_000_003 + micro_step) * 65_537 + rank
 
 
 def _average(run: Run, sums: dict[str, Any], skipped: int) -> dict[str, float]:
-    """Mean over micro-steps and ranks of every metric, and the number of skipped samples of all ranks."""
+    """Mean over micro-steps and ranks of every metric, and the number of skipped samples of all
+    ranks."""
     values = torch.stack([*sums.values()]) / run.accumulation
     world_size = collectives.world_size()
     values = torch.cat([values, values.new_tensor([float(skipped * world_size)])])
     return dict(zip([*sums, "skipped"], collectives.all_reduce_mean(values).tolist(), strict=True))
 
 
-def _note_trouble(run: Run, finite: bool, skipped: float, ids: list[str], reasons: list[str]) -> None:
+def _note_trouble(
+    run: Run, finite: bool, skipped: float, ids: list[str], reasons: list[str]
+) -> None:
     """Count and name what went wrong in a step; every rank takes the same branches."""
     history = run.history
     history.skipped_in_a_row = 0 if finite else history.skipped_in_a_row + 1

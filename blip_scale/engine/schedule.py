@@ -8,9 +8,10 @@ from blip_scale.recipe import OptimizerRecipe
 def learning_rate(optimizer: OptimizerRecipe, step: int, steps_per_epoch: int) -> float:
     """Learning rate of optimizer step `step` (0-based).
 
-    In the first epoch it rises linearly from warmup_lr to peak_lr over warmup_steps and then stays; the
-    later epochs take max(min_lr, peak_lr * lr_decay ** epoch). A first epoch shorter than the warm-up cuts
-    it, as in the published code (BLIP's train_epoch and step schedule; the paper's appendix gives the rates).
+    In the first epoch it rises linearly from warmup_lr to peak_lr over warmup_steps and then stays;
+    the later epochs take max(min_lr, peak_lr * lr_decay ** epoch). A first epoch shorter than the
+    warm-up cuts it, as in the published code (BLIP's train_epoch and step schedule; the paper's
+    appendix gives the rates).
     """
     epoch = step // steps_per_epoch
     if epoch == 0:

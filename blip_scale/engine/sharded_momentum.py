@@ -1,4 +1,5 @@
-"""Momentum copies on ZeRO: the fp32 average of this rank's own shards, and the weights that compute with it."""
+"""Momentum copies on ZeRO: the fp32 average of this rank's own shards, and the weights that compute
+with it."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from blip_scale.engine.deepspeed import Part, Shard, ZeroEngine
 class ShardedMomentum:
     """fp32 averages of the shards that have a momentum copy.
 
-    The averages are updated from the optimizer's fp32 masters with no communication: a copy and its parameter
-    have one shape, so one rank owns the same elements of both. In bf16 the averages would not move at all
-    (with momentum 0.995 an increment is below half a unit in the last place), so only the weights of the
-    momentum forward are bf16, rewritten from the averages by `refresh`.
+    The averages are updated from the optimizer's fp32 masters with no communication: a copy and its
+    parameter have one shape, so one rank owns the same elements of both. In bf16 the averages would
+    not move at all (with momentum 0.995 an increment is below half a unit in the last place), so
+    only the weights of the momentum forward are bf16, rewritten from the averages by `refresh`.
     """
 
     def __init__(self, engine: ZeroEngine, pairs: dict[str, str]) -> None:
@@ -29,7 +30,9 @@ class ShardedMomentum:
         self._engine = engine
         self._copies = [parameters[momentum] for momentum in pairs]
         self._position = {online: index for index, online in enumerate(pairs.values())}
-        self.shards: list[Shard] = [shard for shard in engine.shards if shard.name in self._position]
+        self.shards: list[Shard] = [
+            shard for shard in engine.shards if shard.name in self._position
+        ]
         self.averages: list[Tensor] = [shard.weight.clone() for shard in self.shards]
         self.refresh()
 

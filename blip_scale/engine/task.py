@@ -15,7 +15,8 @@ from blip_scale.engine.sharded_momentum import ShardedMomentum
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: whatever is random or scheduled in a step is a function of this and the seed."""
+    """Where a run stands: whatever is random or scheduled in a step is a function of this and the
+    seed."""
 
     step: int
     """Optimizer steps done."""
@@ -42,8 +43,12 @@ class Task(Protocol):
     alarms: tuple[Alarm, ...]
     """Warnings that hang on the logged metrics."""
 
+    kernel: str
+    """Attention kernel in use, for the log."""
+
     def build_network(self) -> nn.Module:
-        """The network; its weights need mean nothing yet. Under ZeRO-3 it is called inside `zero.Init`."""
+        """The network; its weights need mean nothing yet. Under ZeRO-3 it is called inside
+        `zero.Init`."""
 
     def initial_weights(self) -> dict[str, Tensor]:
         """All trainable parameters by name, whole, in fp32 on the CPU; equal on all ranks."""
@@ -51,26 +56,33 @@ class Task(Protocol):
     def batches(self) -> Iterator[Any]:
         """This rank's micro-batches for ever, from where `load_state_dict` left off.
 
-        A batch has `ids` (of its samples) and `skipped` (what was replaced because it could not be read).
+        A batch has `ids` (of its samples) and `skipped` (what was replaced because it could not be
+        read).
         """
 
-    def losses(self, network: Callable[..., Any], batch: Any, progress: Progress) -> dict[str, Tensor]:
-        """Named losses and metrics of a micro-batch, 0-dimensional; `loss/total` is what is minimised."""
+    def losses(
+        self, network: Callable[..., Any], batch: Any, progress: Progress
+    ) -> dict[str, Tensor]:
+        """Named losses and metrics of a micro-batch, 0-dimensional; `loss/total` is what is
+        minimised."""
 
     def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
         """The side effects of an optimizer step by name: momentum, queue, temperature.
 
-        `applied` is False when the update was skipped; then only what the step had collected is dropped.
+        `applied` is False when the update was skipped; then only what the step had collected is
+        dropped.
         """
 
     def flops_per_step(self) -> float:
         """Floating-point operations of the last optimizer step on this rank."""
 
     def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
-        """Figures that cost something and are asked for only when a line is logged; all ranks take part."""
+        """Figures that cost something and are asked for only when a line is logged; all ranks take
+        part."""
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Held-out figures and pictures; all ranks take part. `final`: the run is over, measure it all."""
+        """Held-out figures and pictures; all ranks take part. `final`: the run is over, measure it
+        all."""
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What must survive a restart: JSON-able state, and tensors that are equal on all ranks."""

@@ -14,15 +14,16 @@ from blip_scale import data
 from blip_scale.engine import collectives
 from blip_scale.engine.pictures import Panel
 from blip_scale.engine.task import Evaluation
-from blip_scale.model import MED, PackedText
-from blip_scale.model.generation import BeamSettings, caption_beam
+from blip_scale.model import MED, BeamSettings, PackedText, caption_beam
 from blip_scale.recipe import Recipe
 from blip_scale.tasks import retrieval
 from blip_scale.tasks.networks import normalize_images
 
 
 @torch.no_grad()
-def evaluate(med: MED, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, final: bool) -> Evaluation:
+def evaluate(
+    med: MED, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, final: bool
+) -> Evaluation:
     """Zero-shot retrieval on every held-out set, and captions of the first images of each.
 
     Args:
@@ -34,7 +35,10 @@ def evaluate(med: MED, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, final
     captions: list[dict[str, str]] = []
     for stream in recipe.data.heldout:
         pairs = data.heldout_pairs(
-            stream, recipe.model.vision.image_size, recipe.data.make_with, recipe.evaluation.max_pairs
+            stream,
+            recipe.model.vision.image_size,
+            recipe.data.make_with,
+            recipe.evaluation.max_pairs,
         )
         texts = _Texts(pairs.captions, recipe, tokenizer, med)
         features = _encode(med, pairs, texts, recipe.evaluation.batch_size)
@@ -84,7 +88,9 @@ def _encode(
     mine = range(*retrieval.share(len(pairs)).indices(len(pairs)))
     for begin in range(0, len(mine), batch_size):
         indices = mine[begin : begin + batch_size]
-        image_embeds = med.encode_image(normalize_images(pairs.images(indices).to(like.device), like.dtype))
+        image_embeds = med.encode_image(
+            normalize_images(pairs.images(indices).to(like.device), like.dtype)
+        )
         embeds.append(image_embeds)
         images.append(med.project_image(image_embeds))
         sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
@@ -123,5 +129,3 @@ def _caption(
         Panel(image, caption, pairs.captions[index])
         for image, caption, index in zip(images, said, shown, strict=True)
     ]
-
-

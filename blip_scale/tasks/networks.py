@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -27,7 +29,9 @@ def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
     """Sizes of the network: the text stack's from its checkpoint where there is one."""
     vision = recipe.model.vision
     return MEDConfig(
-        vision=VisionConfig(vision.name, vision.image_size, vision.overrides, vision.drop_path_rate),
+        vision=VisionConfig(
+            vision.name, vision.image_size, vision.overrides, vision.drop_path_rate
+        ),
         text=_text_config(recipe.model.text, tokenizer),
         embed_dim=recipe.model.embed_dim,
         temperature=recipe.objective.temperature,
@@ -37,15 +41,22 @@ def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
 
 
 def _text_config(text: TextRecipe, tokenizer: PreTrainedTokenizerFast) -> TextConfig:
-    sizes = {"width": text.width, "heads": text.heads, "mlp_width": text.mlp_width}
+    sizes: dict[str, Any] = {"width": text.width, "heads": text.heads, "mlp_width": text.mlp_width}
     layers = text.layers
     if text.checkpoint is not None:
         bert = AutoConfig.from_pretrained(data.resolve_checkpoint(text.checkpoint))
+        kind = (bert.hidden_act, getattr(bert, "position_embedding_type", "absolute"))
+        if kind != ("gelu", "absolute"):
+            raise ValueError(
+                f"model.text.checkpoint {text.checkpoint}: activation {kind[0]} with {kind[1]} "
+                "positions; MED has gelu and absolute positions, as BERT: take one of that kind"
+            )
         sizes = {
             "width": bert.hidden_size,
             "heads": bert.num_attention_heads,
             "mlp_width": bert.intermediate_size,
             "max_positions": bert.max_position_embeddings,
+            "norm_eps": bert.layer_norm_eps,
         }
         layers = layers or bert.num_hidden_layers
     return TextConfig(
@@ -60,7 +71,8 @@ def _text_config(text: TextRecipe, tokenizer: PreTrainedTokenizerFast) -> TextCo
 def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
     """A MED on the CPU in fp32: random from the seed, then the recipe's checkpoints over it.
 
-    Every rank makes the same and keeps its shards, so the start of a run does not depend on the ranks.
+    Every rank makes the same and keeps its shards, so the start of a run does not depend on the
+    ranks.
     """
     med = MED(config)
     init_weights(med, recipe.seed)
@@ -92,7 +104,8 @@ def train_loader(
 
 
 def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels uint8 [B, 3, H, W] to network input of `dtype`: CLIP's mean and deviation, as published."""
+    """Pixels uint8 [B, 3, H, W] to network input of `dtype`: CLIP's mean and deviation, as
+    published."""
     mean = torch.tensor(data.IMAGE_MEAN, device=images.device).view(3, 1, 1) * 255
     deviation = torch.tensor(data.IMAGE_STD, device=images.device).view(3, 1, 1) * 255
     return ((images.float() - mean) / deviation).to(dtype)

@@ -17,8 +17,14 @@ from blip_scale.engine.deepspeed import ZeroEngine
 from blip_scale.engine.monitor import Alarm
 from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Evaluation, Progress
-from blip_scale.model import MED, MomentumEncoder, PackedText, Segments
-from blip_scale.model.flops import pretraining_flops
+from blip_scale.model import (
+    MED,
+    MomentumEncoder,
+    PackedText,
+    Segments,
+    pretraining_flops,
+    resolve_kernel,
+)
 from blip_scale.objectives import FeaturePair, FeatureQueue
 from blip_scale.recipe import ObjectiveRecipe, Recipe
 from blip_scale.tasks import heldout, networks
@@ -36,7 +42,12 @@ class PretrainNetwork(nn.Module):
         self.settings = settings
 
     def forward(
-        self, images: Tensor, text: PackedText, queue: FeaturePair, alpha: float, generator: torch.Generator
+        self,
+        images: Tensor,
+        text: PackedText,
+        queue: FeaturePair,
+        alpha: float,
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Losses, metrics, and the momentum features that the queue takes after the step.
 
@@ -49,7 +60,9 @@ class PretrainNetwork(nn.Module):
         """
         med, settings = self.med, self.settings
         image_embeds = med.encode_image(images)
-        online = FeaturePair(med.project_image(image_embeds), med.project_text(med.encode_text(text)))
+        online = FeaturePair(
+            med.project_image(image_embeds), med.project_text(med.encode_text(text))
+        )
         temperature = med.temperature()
         with torch.no_grad():
             keys = self._momentum_features(images, text)
@@ -128,8 +141,9 @@ def _global_pairs(
 ) -> _Pairs:
     """Negatives out of the batches of all ranks; gradients go back to the rank that owns an image.
 
-    The loss of a rank reaches image tokens of others, and the backward of the gather sums what all ranks send:
-    with the mean over ranks that data parallelism takes, that is the gradient of the mean loss.
+    The loss of a rank reaches image tokens of others, and the backward of the gather sums what all
+    ranks send: with the mean over ranks that data parallelism takes, that is the gradient of the
+    mean loss.
     """
     online, keys = features
     batch = len(image_embeds)
@@ -157,9 +171,9 @@ ONE_CLASS_ALARM = Alarm(
     lambda logged: objectives.predicts_one_class(
         logged["loss/itm"], logged["itm/accuracy_match"], logged["itm/accuracy_mismatch"]
     ),
-    "ITM gives every pair the same answer (its loss sits at 0.6365 then). Usual at the very start; if it "
-    "lasts, look whether captions fit their images, whether ITC falls (its similarities choose the hard "
-    "negatives), and try a lower optimizer.peak_lr or a longer warm-up.",
+    "ITM gives every pair the same answer (its loss sits at 0.6365 then). Usual at the very start; "
+    "if it lasts, look whether captions fit their images, whether ITC falls (its similarities "
+    "choose the hard negatives), and try a lower optimizer.peak_lr or a longer warm-up.",
     points=10,
 )
 
@@ -167,19 +181,22 @@ ONE_CLASS_ALARM = Alarm(
 class Pretrain:
     """The pretraining task: what `engine.task.Task` asks for."""
 
-    alarms = (ONE_CLASS_ALARM,)
+    alarms: tuple[Alarm, ...] = (ONE_CLASS_ALARM,)
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self._tokenizer = data.load_tokenizer(recipe.model.text)
         self._config = networks.med_config(recipe, self._tokenizer)
         world_size = collectives.world_size()
-        self._batch_size = recipe.train.micro_batch_size or recipe.train.global_batch_size // world_size
+        self._batch_size = (
+            recipe.train.micro_batch_size or recipe.train.global_batch_size // world_size
+        )
         self._loader = networks.train_loader(recipe, self._tokenizer, self._batch_size)
         self.steps_per_epoch = self._loader.samples_per_epoch // recipe.train.global_batch_size
         self._queue = FeatureQueue(
             recipe.model.embed_dim, recipe.objective.queue_size, recipe.seed, device
         )
+        self.kernel: str = resolve_kernel(recipe.model.attention, device, self._dtype)
         self._collected: list[FeaturePair] = []
         self._tokens = 0
         self._step = 0
@@ -210,7 +227,8 @@ class Pretrain:
     def losses(
         self, network: Callable[..., Any], batch: data.Batch, progress: Progress
     ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch; keeps its momentum features for the queue."""
+        """One forward of the network on a micro-batch; keeps its momentum features for the
+        queue."""
         objective, epoch_steps = self.recipe.objective, progress.steps_per_epoch
         alpha = objectives.alpha_at(
             progress.step, epoch_steps, objective.alpha, objective.alpha_ramp_epochs
@@ -231,14 +249,16 @@ class Pretrain:
     def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
         """Clamp the temperature, move the momentum copies, feed the queue.
 
-        Published order is momentum first in the next step's forward; between the steps nothing reads the
-        weights, so here is the same place.
+        Published order is momentum first in the next step's forward; between the steps nothing
+        reads the weights, so here is the same place.
         """
         collected, self._collected = self._collected, []
         if not applied:
             return
         for shard in engine.shards:
-            if shard.name == "med.temperature.value":  # the fp32 master: a clamp of the copy would be undone
+            if (
+                shard.name == "med.temperature.value"
+            ):  # the fp32 master: a clamp of the copy would be undone
                 shard.weight.clamp_(*TEMPERATURE_RANGE)
         engine.refresh(["med.temperature.value"])
         objectives.momentum_update_(
@@ -246,7 +266,9 @@ class Pretrain:
         )
         momentum.refresh()
         for keys in collected:
-            gathered = FeaturePair(collectives.all_gather(keys.image), collectives.all_gather(keys.text))
+            gathered = FeaturePair(
+                collectives.all_gather(keys.image), collectives.all_gather(keys.text)
+            )
             self._queue.enqueue(gathered, self._step)
 
     def flops_per_step(self) -> float:
@@ -267,7 +289,9 @@ class Pretrain:
         """Held-out retrieval and captions on a whole copy of the MED."""
         with torch.device(self.device):
             med = MED(self._config).to(engine.dtype)
-        engine.gather_into(engine.module.med, med)
+        network = engine.module
+        assert isinstance(network, PretrainNetwork)
+        engine.gather_into(network.med, med)
         return heldout.evaluate(med.eval(), self.recipe, self._tokenizer, final)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,6 +1,8 @@
-"""Zero-shot image-text retrieval: contrastive similarity, then image-text matching on the best candidates.
+"""Zero-shot image-text retrieval: contrastive similarity, then image-text matching on the best
+candidates.
 
-Legend: I images, S texts (text i belongs to image i), E embed_dim, N image tokens, D width, k candidates.
+Legend: I images, S texts (text i belongs to image i), E embed_dim, N image tokens, D width, k
+    candidates.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def recalls(scores_IS: Tensor) -> dict[str, float]:
 
 
 def share(count: int) -> slice:
-    """This rank's contiguous part of `count` items; the parts of all ranks differ by at most one item."""
+    """This rank's contiguous part of `count` items; the parts of all ranks differ by at most one
+    item."""
     ranks, rank = collectives.world_size(), collectives.rank()
     return slice(count * rank // ranks, count * (rank + 1) // ranks)
 
@@ -61,11 +64,12 @@ def rerank(
     top_k: int,
     batch_size: int,
 ) -> Tensor:
-    """Scores [2, I, S]: row 0 re-ranked image to text, row 1 text to image (transposed back to [I, S]).
+    """Scores [2, I, S]: row 0 re-ranked image to text, row 1 text to image (transposed back to [I,
+    S]).
 
-    For each image its `top_k` texts by cosine, and for each text its `top_k` images, get the raw match logit
-    plus the cosine; every other pair gets -100 (blip_spec: published evaluation). The work is shared over the
-    ranks and the scores are summed.
+    For each image its `top_k` texts by cosine, and for each text its `top_k` images, get the raw
+    match logit plus the cosine; every other pair gets -100 (blip_spec: published evaluation). The
+    work is shared over the ranks and the scores are summed.
 
     Args:
         texts: packed texts of some indices, first token [ENC].
@@ -93,7 +97,8 @@ def rerank(
 
 
 def retrieval_figures(scores_IS: Tensor, reranked: Tensor | None) -> dict[str, float]:
-    """`itc/...` and, where the pairs were re-ranked, `itm/...` recalls, and the number of candidates."""
+    """`itc/...` and, where the pairs were re-ranked, `itm/...` recalls, and the number of
+    candidates."""
     figures = {f"itc_{name}": value for name, value in recalls(scores_IS).items()}
     if reranked is not None:
         for direction, scores in zip(("image_to_text", "text_to_image"), reranked, strict=True):

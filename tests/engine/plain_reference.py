@@ -1,7 +1,7 @@
 """BLIP's pretraining step as one plain PyTorch process would run it: no engine, no shards.
 
-The ranks' shares of a global batch go through the network one after another, their losses are averaged, and
-optimizer, momentum and queue are written out in the plainest way.
+The ranks' shares of a global batch go through the network one after another, their losses are
+averaged, and optimizer, momentum and queue are written out in the plainest way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from blip_scale import data, recipe
 from blip_scale.engine.loop import micro_step_seed
 from blip_scale.engine.schedule import learning_rate
-from blip_scale.model import MED, MomentumEncoder
+from blip_scale.model import MomentumEncoder
 from blip_scale.objectives import FeaturePair, FeatureQueue, alpha_at
 from blip_scale.tasks import networks
 from blip_scale.tasks.pretrain import PretrainNetwork

@@ -1,4 +1,5 @@
-"""ZeRO against one plain PyTorch process on the same global batch: losses, weights, momentum copies."""
+"""ZeRO against one plain PyTorch process on the same global batch: losses, weights, momentum
+copies."""
 
 from __future__ import annotations
 
@@ -44,17 +45,23 @@ def test_equals_a_plain_process(
 
 
 def test_momentum_in_bf16_keeps_fp32_averages(tmp_path: Path) -> None:
-    """The averages of a bf16 run follow the gathered formula; averages kept in bf16 would not move."""
+    """The averages of a bf16 run follow the gathered formula; averages kept in bf16 would not
+    move."""
     recipe = tiny_runs.make_recipe(
-        tmp_path, train={"precision": "bf16"}, objective={"momentum": 0.995}, checkpoint={"every_steps": 1}
-    )  # fmt: skip
+        tmp_path,
+        train={"precision": "bf16"},
+        objective={"momentum": 0.995},
+        checkpoint={"every_steps": 1},
+    )
     tiny_runs.train(recipe, 2, f"train.max_steps={STEPS}")
     folder = tmp_path / "run" / "checkpoints"
     weights = [
-        tiny_runs.whole_tensors(folder / f"step_{step:08d}", "weight") for step in range(1, STEPS + 1)
+        tiny_runs.whole_tensors(folder / f"step_{step:08d}", "weight")
+        for step in range(1, STEPS + 1)
     ]
     found = [
-        tiny_runs.whole_tensors(folder / f"step_{step:08d}", "momentum") for step in range(1, STEPS + 1)
+        tiny_runs.whole_tensors(folder / f"step_{step:08d}", "momentum")
+        for step in range(1, STEPS + 1)
     ]
     moved_in_bf16 = changed = elements = 0
     for name in found[0]:

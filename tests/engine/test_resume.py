@@ -1,4 +1,5 @@
-"""Killed at any moment, a run goes on with the same losses, bit for bit; a bad disk costs nothing saved."""
+"""Killed at any moment, a run goes on with the same losses, bit for bit; a bad disk costs nothing
+saved."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def kill_after(processes: list[subprocess.Popen], moment: object, victims: slice
     deadline = time.monotonic() + 240
     while not moment():  # type: ignore[operator]
         assert time.monotonic() < deadline, "the moment to kill never came"
-        assert all(process.poll() is None for process in processes), "a rank ended before it was killed"
+        assert all(process.poll() is None for process in processes), (
+            "a rank ended before it was killed"
+        )
         time.sleep(0.002)
     for process in processes[victims]:
         process.kill()

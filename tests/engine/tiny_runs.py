@@ -92,7 +92,9 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
         "train": {"global_batch_size": 16, "max_steps": 6, "epochs": 100, "precision": "fp32"},
         "checkpoint": {"every_steps": 1000, "keep_last": 100},
         "log": {"every_steps": 1, "peak_tflops": 0.1},
-        "evaluation": {"every_steps": 1000, "captions": 2, "max_caption_tokens": 8, "rerank_top_k": 4},
+        "evaluation": {
+            "every_steps": 1000, "captions": 2, "max_caption_tokens": 8, "rerank_top_k": 4,
+        },
     }  # fmt: skip
     for section, settings in changes.items():
         recipe[section] |= settings
@@ -154,7 +156,8 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 
 def whole_tensors(checkpoint: Path, kind: str) -> dict[str, Tensor]:
-    """`weight`, `momentum`, `exp_avg` or `exp_avg_sq` of every parameter, flattened and put together."""
+    """`weight`, `momentum`, `exp_avg` or `exp_avg_sq` of every parameter, flattened and put
+    together."""
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for path in sorted(checkpoint.glob("rank_*.safetensors")):
         with safe_open(path, "pt") as file:
