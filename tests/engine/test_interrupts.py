@@ -1,0 +1,71 @@
+"""Signals: noted, not obeyed at once; agreed by all ranks; a second Ctrl-C stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fake_ranks import FakeRanks
+
+from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE, Interrupts
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    watching = Interrupts()
+    yield watching
+    watching.restore()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_is_noted(
+    name: str, interrupts: Interrupts, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="blip_scale")
+    assert not interrupts.agreed(CPU)
+    assert not caplog.messages
+    os.kill(os.getpid(), signal.Signals[name])
+    assert interrupts.received == name
+    assert interrupts.agreed(CPU)
+    assert caplog.messages == [f"{name}: stopping after this step"]
+
+
+def test_a_second_ctrl_c_stops_at_once(interrupts: Interrupts) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_after_another_signal_is_the_first_one(interrupts: Interrupts) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert interrupts.received == "SIGINT"
+
+
+def test_one_rank_is_enough_for_all(
+    interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="blip_scale")
+    other = Interrupts()
+    other.restore()
+    ranks = [interrupts, other]
+    fake = FakeRanks(2, monkeypatch)
+    assert fake.run(lambda rank: ranks[rank].agreed(CPU)) == [False, False]
+    other.received = "SIGUSR1"
+    assert fake.run(lambda rank: ranks[rank].agreed(CPU)) == [True, True]
+    assert "a signal on another rank: stopping after this step" in caplog.messages
+
+
+def test_signals_are_given_back() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    Interrupts().restore()
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_the_exit_code_asks_for_another_try() -> None:
+    assert REQUEUE_EXIT_CODE == os.EX_TEMPFAIL

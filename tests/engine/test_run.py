@@ -1,0 +1,355 @@
+"""Whole runs as a user starts them, and what they do when something goes wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import plain_reference
+import pytest
+import tiny_runs
+import torch
+import train_with_accidents
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from blip_scale import recipe as recipes
+from blip_scale.data import Record, write_shards
+from blip_scale.engine import checkpoint
+from blip_scale.objectives import FeatureQueue
+
+pytestmark = pytest.mark.multiprocess
+
+STEPS, RANKS, BATCH, QUEUE = 6, 2, 16, 40
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "momentum")
+LOSSES = {"loss/total", "loss/itc", "loss/itm", "loss/lm"}
+CURVES = LOSSES | {
+    "train/learning_rate", "train/temperature", "train/alpha",
+    "gradient_norm/all", "gradient_norm/vision", "gradient_norm/text",
+    "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
+    "queue/age_steps", "momentum/gap",
+    "speed/samples_per_s", "speed/mfu", "speed/data_wait_share",
+    "memory/peak_gib", "data/skipped_samples",
+}  # fmt: skip
+SHARES = (
+    "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
+    "train/alpha", "speed/data_wait_share",
+)  # fmt: skip
+RECALLS = {
+    f"heldout/{kind}_{direction}_r{k}"
+    for kind in ("itc", "itm")
+    for direction in ("image_to_text", "text_to_image")
+    for k in (1, 5, 10)
+}
+
+
+def run_command(recipe: Path, ranks: int | None = None) -> int:
+    return tiny_runs.launch_by_command(recipe, ranks).wait(300)
+
+
+def terminal(recipe: Path) -> str:
+    """What the command that was started last said, stdout first."""
+    return (recipe.parent / "stdout").read_text() + (recipe.parent / "stderr").read_text()
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of every file."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipe of a run that `deepspeed` took to its end on two ranks, ZeRO-3."""
+    recipe = tiny_runs.make_recipe(
+        tmp_path_factory.mktemp("finished"),
+        checkpoint={"every_steps": 3},
+        evaluation={"every_steps": 3},
+        train={"max_steps": STEPS},
+    )
+    assert run_command(recipe, RANKS) == 0, terminal(recipe)
+    return recipe
+
+
+def test_the_terminal_shows_our_lines_alone(finished: Path) -> None:
+    """And nothing of DeepSpeed, torch and transformers, on neither stream, of neither rank."""
+    assert (finished.parent / "stdout").read_text() == ""
+    ours = re.compile(r"\d\d:\d\d:\d\d (pretrain on 2 rank|step |saved |done: )")
+    lines = (finished.parent / "stderr").read_text().splitlines()
+    assert [line for line in lines if not ours.match(line)] == []
+    assert "ZeRO-3, fp32, attention by sdpa" in lines[0]
+    steps = [line for line in lines if re.search(r"step \d+/6 ", line)]
+    assert len(steps) == STEPS
+    assert all(" itc " in line and " lr " in line and " eta " in line for line in steps)
+    assert f"tensorboard --logdir {finished.parent / 'run'}" in lines[-1]
+
+
+def test_the_run_leaves_its_files(finished: Path) -> None:
+    run = finished.parent / "run"
+    assert recipes.load(str(run / "recipe.yaml")) == recipes.load(str(finished))
+    assert {path.name for path in (run / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
+    saved = sorted((run / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step_00000003", "step_00000006"]
+    for path in saved:
+        assert {file.name for file in path.iterdir()} == {
+            "manifest.json", "shared.safetensors",
+            "rank_00000.safetensors", "rank_00001.safetensors",
+        }  # fmt: skip
+
+
+def test_the_summary(finished: Path) -> None:
+    run = finished.parent / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["ranks"], summary["skipped_samples"]) == (STEPS, RANKS, 0)
+    assert summary["seconds"] > 0
+    by_step = tiny_runs.losses(run)
+    assert list(by_step) == list(range(1, STEPS + 1))
+    assert (summary["losses_first"], summary["losses_last"]) == (by_step[1], by_step[STEPS])
+    assert set(summary["losses_first"]) == LOSSES
+    assert summary["losses_last"]["loss/total"] < summary["losses_first"]["loss/total"]
+    assert set(summary["evaluation"]) == RECALLS | {"heldout/candidates"}
+    assert summary["evaluation"].pop("heldout/candidates") == 16
+    assert all(0 <= value <= 1 for value in summary["evaluation"].values())
+    assert [set(one) for one in summary["captions"]] == [{"set", "id", "caption", "truth"}] * 2
+
+
+def test_every_curve_is_there(finished: Path) -> None:
+    """In TensorBoard and, with the same values, in metrics.jsonl."""
+    run = finished.parent / "run"
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) == CURVES | RECALLS | {"heldout/candidates"}
+    by_step = {row["step"]: row for row in rows(run) if "loss/total" in row}
+    for name in CURVES:
+        points = events.Scalars(name)
+        assert [point.step for point in points] == list(range(1, STEPS + 1)), name
+        for point in points:
+            assert point.value == pytest.approx(by_step[point.step][name], rel=1e-6), name
+            assert point.value >= 0, name
+    for name in SHARES:
+        assert all(point.value <= 1 for point in events.Scalars(name)), name
+    for name in ("speed/samples_per_s", "speed/mfu", "memory/peak_gib", "gradient_norm/text"):
+        assert all(point.value > 0 for point in events.Scalars(name)), name
+    for row in by_step.values():
+        parts = row["loss/itc"] + row["loss/itm"] + row["loss/lm"]
+        assert row["loss/total"] == pytest.approx(parts, abs=1e-4)
+        towers = row["gradient_norm/vision"] ** 2 + row["gradient_norm/text"] ** 2
+        assert row["gradient_norm/all"] ** 2 == pytest.approx(towers, rel=1e-5)
+        assert row["samples"] == row["step"] * BATCH
+    watched = events.Scalars("heldout/itc_image_to_text_r1")  # also during the training
+    assert [point.step for point in watched] == [3, 6]
+
+
+def test_recipe_and_pictures_are_in_tensorboard(finished: Path) -> None:
+    run = finished.parent / "run"
+    events = EventAccumulator(str(run / "tensorboard"), {"images": 0, "tensors": 0}).Reload()
+    text = events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+    shown = "\n".join(line.removeprefix("    ") for line in text.splitlines())
+    assert yaml.safe_load(shown) == yaml.safe_load((run / "recipe.yaml").read_text())
+    assert [picture.step for picture in events.Images("heldout")] == [3, 6]
+    panel = Image.open(io.BytesIO(events.Images("heldout")[-1].encoded_image_string))
+    assert panel.width > 2 * 224 and panel.height > 224  # two images side by side
+    table = events.Tensors("heldout/text_summary")[-1].tensor_proto.string_val[0].decode()
+    for entry in json.loads((run / "summary.json").read_text())["captions"]:
+        assert entry["caption"] in table and entry["truth"] in table
+
+
+def test_the_queue_holds_what_all_ranks_gathered(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file for all ranks, in the order of the global batch; the ring of 40 wrapped twice."""
+    queues: list[FeatureQueue] = []
+
+    class Kept(FeatureQueue):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            queues.append(self)
+
+    monkeypatch.setattr(plain_reference, "FeatureQueue", Kept)
+    plain_reference.run(finished, RANKS, STEPS)
+    folder = finished.parent / "run" / "checkpoints" / f"step_{STEPS:08d}"
+    saved = load_file(folder / "shared.safetensors")
+    assert set(saved) == {"queue/image", "queue/text", "queue/entered_at"}
+    for key, expected in (
+        ("queue/image", queues[0].features.image), ("queue/text", queues[0].features.text),
+    ):  # fmt: skip
+        assert saved[key].dtype == torch.float32
+        torch.testing.assert_close(saved[key], expected, rtol=0, atol=1e-4)
+    entered = [-1] * QUEUE
+    for number in range(STEPS * BATCH):
+        entered[number % QUEUE] = number // BATCH
+    assert saved["queue/entered_at"].tolist() == entered
+    task = json.loads((folder / "manifest.json").read_text())["task"]
+    assert task["queue"] == {"pointer": STEPS * BATCH % QUEUE, "enqueued": STEPS * BATCH}
+    assert task["loader"]["samples_seen"] == STEPS * BATCH
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished: Path) -> None:
+    """Started again, it ends well and quickly, and leaves everything as it was."""
+    run = finished.parent / "run"
+    kept = snapshot(run / "checkpoints")
+    metrics = (run / "metrics.jsonl").read_bytes()
+    summary = json.loads((run / "summary.json").read_text())
+    tiny_runs.train(finished, RANKS)
+    said = tiny_runs.said(finished)
+    assert "resuming at step 6" in said
+    assert "step 6/6" not in said and "evaluated" not in said
+    assert snapshot(run / "checkpoints") == kept
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert json.loads((run / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "steps"),
+    [(1, 3, 3), (2, 2, STEPS)],
+    ids=["one-rank", "zero2"],
+)
+def test_a_checkpoint_serves_other_ranks_and_stages(
+    tmp_path: Path, finished: Path, ranks: int, stage: int, steps: int
+) -> None:
+    """Written by two ranks of ZeRO-3: every number arrives, and where the ranks are the same (only
+    they fix the local batches) the run goes on with the same losses."""
+    recipe = tiny_runs.make_recipe(
+        tmp_path, evaluation={"every_steps": 3}, train={"max_steps": steps}
+    )
+    written = finished.parent / "run" / "checkpoints" / "step_00000003"
+    shutil.copytree(written, tmp_path / "run" / "checkpoints" / written.name)
+    script = Path(__file__).parent / "train_from_a_copy.py"
+    codes = tiny_runs.finish(tiny_runs.launch(recipe, ranks, stage=stage, script=script))
+    assert codes == [0] * ranks, tiny_runs.said(recipe)
+    loaded = tmp_path / "run" / "reloaded" / written.name
+    for kind in KINDS:
+        before, after = (tiny_runs.whole_tensors(folder, kind) for folder in (written, loaded))
+        assert before.keys() == after.keys() and len(before) > 20
+        for name, tensor in before.items():
+            assert torch.equal(after[name], tensor), f"{kind} {name}"
+    before, after = (load_file(folder / "shared.safetensors") for folder in (written, loaded))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    old, new = (json.loads((f / "manifest.json").read_text()) for f in (written, loaded))
+    for key in ("step", "optimizer_steps", "position", "task"):
+        assert old[key] == new[key], key
+    assert (old["world_size"], new["world_size"]) == (RANKS, ranks)
+    expected = tiny_runs.losses(finished.parent / "run")
+    if steps > 3:
+        found = tiny_runs.losses(tmp_path / "run")
+        for step in range(4, steps + 1):
+            assert found[step] == pytest.approx(expected[step], abs=2e-5), step
+
+
+def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
+    """One rank without a launcher, ZeRO-2: the sample that cannot be read is named and counted."""
+    spoiled = [
+        Record(one.id, b"no image" if number == 5 else one.image, one.caption, one.source)
+        for number, one in enumerate(tiny_runs.records("spoiled")[:BATCH])
+    ]
+    write_shards(tmp_path / "spoiled", spoiled)
+    stream = {"name": "spoiled", "local": str(tmp_path / "spoiled")}
+    recipe = tiny_runs.make_recipe(
+        tmp_path, data={"streams": [stream]}, train={"max_steps": 3}, log={"every_steps": 3}
+    )
+    assert run_command(recipe) == 0, terminal(recipe)
+    run, said = tmp_path / "run", terminal(recipe)
+    assert "pretrain on 1 rank(s) of cpu, ZeRO-2" in said
+    named = [line for line in said.splitlines() if "could not be read" in line]
+    assert len(named) == 3  # an epoch is one step here: it is met in each of them
+    for line in named:
+        assert "WARNING skipped a sample" in line
+        assert f"spoiled/shard.00000.mds[5] {spoiled[5].id}: " in line
+    assert [row["data/skipped_samples"] for row in rows(run) if "loss/total" in row] == [1, 3]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["ranks"], summary["skipped_samples"]) == (1, 3)
+    ours = re.compile(r"\d\d:\d\d:\d\d (pretrain on|step|saved|done|WARNING skipped)")
+    assert [line for line in said.splitlines() if not ours.match(line)] == []
+
+
+def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:
+    """The message names stream and shard, the launcher ends all ranks, checkpoints are whole."""
+    recipe = tiny_runs.make_recipe(
+        tmp_path, train={"max_steps": 100_000}, checkpoint={"every_steps": 2, "keep_last": 3}
+    )
+    launcher = tiny_runs.launch_by_command(recipe, RANKS)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not (checkpoints / "step_00000004").exists():
+        assert launcher.poll() is None and time.monotonic() < deadline, terminal(recipe)
+        time.sleep(0.02)
+    shard = tmp_path / "shapes" / "shard.00001.mds"
+    shard.unlink()
+    try:
+        code = launcher.wait(120)
+    except subprocess.TimeoutExpired:
+        launcher.terminate()
+        raise
+    said = terminal(recipe)
+    assert code != 0, said
+    assert f"stream 'shapes': shard {shard} is missing" in said
+    assert "traceback in" in said
+    for path in checkpoints.glob("step_*.partial"):  # of a save that the launcher cut short
+        shutil.rmtree(path)
+    saved = sorted(checkpoints.iterdir())
+    assert len(saved) >= 2
+    assert checkpoint.newest_whole(checkpoints) == saved[-1]
+
+
+def test_numbers_that_go_wrong(tmp_path: Path) -> None:
+    """Steps that are not finite change nothing on any rank; a row of them ends the run."""
+    recipe = tiny_runs.make_recipe(
+        tmp_path,
+        train={"max_steps": 100, "max_nonfinite_steps": 3},
+        checkpoint={"every_steps": 1},
+    )
+    script = Path(train_with_accidents.__file__)
+    processes = tiny_runs.launch(recipe, RANKS, script=script)
+    codes = [process.wait(300) for process in processes]
+    said = tiny_runs.said(recipe)
+    assert codes == [1, 1], said
+    burst, bad = train_with_accidents.BURST_STEP, train_with_accidents.BAD_LOSS_STEP
+    assert f"giving up at step {burst + 3}: loss or gradient was not finite in 3 steps" in said
+    skipped = r"step (\d+): loss or gradient not finite, update skipped \((shapes-.*), \.\.\.\)"
+    expected = [bad, burst + 1, burst + 2, burst + 3]
+    for rank in range(RANKS):  # the same decisions, with samples of both ranks named
+        log = (tmp_path / "run" / "logs" / f"rank_{rank}.log").read_text()
+        found = re.findall(skipped, log)
+        assert [int(step) for step, _ in found] == expected
+        assert all(len(ids.split(", ")) == 8 for _, ids in found)
+    assert said.count("update skipped") == len(expected)  # once on the terminal
+
+    folder = tmp_path / "run" / "checkpoints"
+    states = {int(path.name[5:]): path for path in sorted(folder.iterdir())}
+    assert list(states) == list(range(1, burst + 3))
+
+    def tensors(step: int) -> dict[str, torch.Tensor]:
+        whole = {
+            f"{kind}/{name}": tensor
+            for kind in KINDS
+            for name, tensor in tiny_runs.whole_tensors(states[step], kind).items()
+        }
+        return whole | load_file(states[step] / "shared.safetensors")
+
+    for step in (bad, burst + 1, burst + 2):  # weights, moments, averages and queue stand still
+        before, after = tensors(step - 1), tensors(step)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before), step
+    assert not torch.equal(
+        tensors(bad)["weight/med.itm_head.weight"], tensors(bad + 1)["weight/med.itm_head.weight"]
+    )
+    assert all(tensor.isfinite().all() for tensor in tensors(burst + 2).values())
+    by_step = {row["step"]: row for row in rows(tmp_path / "run") if "loss/total" in row}
+    assert by_step[bad]["loss/total"] is None
+    assert by_step[bad + 1]["loss/total"] > 0

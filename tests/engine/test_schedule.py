@@ -1,0 +1,81 @@
+"""The learning rate against the published figures, and against the published loop."""
+
+from __future__ import annotations
+
+import pytest
+
+from blip_scale import recipe
+from blip_scale.engine.schedule import learning_rate
+from blip_scale.recipe import OptimizerRecipe
+
+STEPS_PER_EPOCH = 5000
+PUBLISHED = OptimizerRecipe(
+    peak_lr=3e-4, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=3000, lr_decay=0.9
+)
+
+
+def published_loop(settings: OptimizerRecipe, epochs: int, steps: int) -> list[float]:
+    """BLIP's train loop: the epoch sets the rate, in epoch 0 the warm-up overwrites it."""
+    rates = []
+    for epoch in range(epochs):
+        by_epoch = max(settings.min_lr, settings.peak_lr * settings.lr_decay**epoch)
+        for index in range(steps):
+            rise = (settings.peak_lr - settings.warmup_lr) * index / settings.warmup_steps
+            warm = min(settings.peak_lr, settings.warmup_lr + rise)
+            rates.append(warm if epoch == 0 else by_epoch)
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("decay", "epoch", "published"),
+    [
+        (0.9, 1, 2.7e-4), (0.9, 5, 1.77e-4), (0.9, 10, 1.05e-4), (0.9, 19, 4.05e-5),
+        (0.85, 1, 2.55e-4), (0.85, 5, 1.33e-4), (0.85, 10, 5.9e-5), (0.85, 19, 1.37e-5),
+    ],
+)  # fmt: skip
+def test_published_rates(decay: float, epoch: int, published: float) -> None:
+    """The code's 0.9 and the paper's 0.85, constant through an epoch."""
+    settings = OptimizerRecipe(lr_decay=decay)
+    for step in (epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH - 1):
+        assert learning_rate(settings, step, STEPS_PER_EPOCH) == pytest.approx(published, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ["base_14M", "base_129M"])
+def test_the_base_recipes_follow_it(name: str) -> None:
+    settings = recipe.load(name).optimizer
+    for step in (0, 1500, 3000, 19 * STEPS_PER_EPOCH):
+        expected = learning_rate(PUBLISHED, step, STEPS_PER_EPOCH)
+        assert learning_rate(settings, step, STEPS_PER_EPOCH) == pytest.approx(expected)
+
+
+def test_warm_up() -> None:
+    """From 1e-6 in a straight line to the peak at step 3000, and then flat to the epoch's end."""
+    rates = {step: learning_rate(PUBLISHED, step, STEPS_PER_EPOCH) for step in range(5000)}
+    assert rates[0] == 1e-6
+    assert rates[1500] == pytest.approx((1e-6 + 3e-4) / 2)
+    assert rates[3000] == rates[4999] == 3e-4
+    assert all(rates[step] < rates[step + 1] for step in range(3000))
+
+
+def test_a_short_first_epoch_cuts_the_warm_up() -> None:
+    """The rate jumps from where it was to that of epoch 1, as in the published code."""
+    cut = learning_rate(PUBLISHED, 999, 1000)
+    assert cut == pytest.approx(1e-6 + 299e-6 * 999 / 3000)
+    assert learning_rate(PUBLISHED, 1000, 1000) == pytest.approx(2.7e-4)
+
+
+@pytest.mark.parametrize("steps", [7, 40])
+def test_equals_the_published_loop(steps: int) -> None:
+    """With a warm-up that ends inside the first epoch, and with one that does not."""
+    settings = OptimizerRecipe(peak_lr=1e-3, min_lr=2e-4, warmup_steps=20, lr_decay=0.5)
+    found = [learning_rate(settings, step, steps) for step in range(5 * steps)]
+    assert found == pytest.approx(published_loop(settings, 5, steps), rel=1e-12)
+    assert found[-1] == 2e-4  # the floor
+
+
+def test_without_a_warm_up_the_first_step_has_its_rate_and_then_the_peak() -> None:
+    """BLIP's guard against a division by zero: warm-up steps of 0 count as 1."""
+    settings = OptimizerRecipe(peak_lr=1e-3, warmup_lr=1e-3, warmup_steps=0)
+    assert [learning_rate(settings, step, 100) for step in range(3)] == [1e-3] * 3
+    settings = OptimizerRecipe(peak_lr=1e-3, warmup_lr=1e-6, warmup_steps=0)
+    assert [learning_rate(settings, step, 100) for step in range(3)] == [1e-6, 1e-3, 1e-3]

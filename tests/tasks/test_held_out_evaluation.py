@@ -1,0 +1,108 @@
+"""Evaluation on held-out pairs from end to end, in one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fake_ranks import FakeRanks
+
+from blip_scale import data
+from blip_scale.engine.task import Evaluation
+from blip_scale.model import MED, BeamSettings, PackedText, caption_beam
+from blip_scale.recipe import Recipe
+from blip_scale.tasks import heldout, networks, retrieval
+
+OTHERS = 5
+"""Pairs in the second held-out set; the first has 16."""
+
+
+@pytest.fixture(scope="module")
+def med(recipe: Recipe) -> MED:
+    """Weights far enough from their initial values that images and texts differ."""
+    config = networks.med_config(recipe, data.load_tokenizer(recipe.model.text))
+    med = networks.initialized_med(recipe, config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in med.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return med.eval()
+
+
+def evaluate(med: MED, recipe: Recipe, final: bool = True) -> Evaluation:
+    return heldout.evaluate(med, recipe, data.load_tokenizer(recipe.model.text), final)
+
+
+def test_every_set_has_its_figures(med: MED, recipe: Recipe) -> None:
+    found = evaluate(med, recipe)
+    kinds = [
+        f"{kind}_{direction}_r{k}"
+        for kind in ("itc", "itm")
+        for direction in ("image_to_text", "text_to_image")
+        for k in (1, 5, 10)
+    ]
+    names = {f"{name}/{kind}" for name in ("heldout", "others") for kind in [*kinds, "candidates"]}
+    assert set(found.scalars) == names
+    assert (found.scalars["heldout/candidates"], found.scalars["others/candidates"]) == (16, OTHERS)
+    during = evaluate(med, recipe, final=False)
+    assert set(during.scalars) == {name for name in names if "/itm_" not in name}
+
+
+@torch.no_grad()
+def test_figures_are_those_of_the_pairs(med: MED, recipe: Recipe) -> None:
+    """In one batch and by hand: normalised pixels, cosine, recalls."""
+    tokenizer = data.load_tokenizer(recipe.model.text)
+    pairs = data.heldout_pairs(recipe.data.heldout[0], recipe.model.vision.image_size)
+    images = networks.normalize_images(pairs.images(range(16)), torch.float32)
+    texts = PackedText.from_lists([tokenizer(caption)["input_ids"] for caption in pairs.captions])
+    cosine = (
+        med.project_image(med.encode_image(images)) @ med.project_text(med.encode_text(texts)).T
+    )
+    expected = {f"heldout/itc_{name}": value for name, value in retrieval.recalls(cosine).items()}
+    found = evaluate(med, recipe, final=False).scalars
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_captions_and_pictures_keep_step_with_the_pairs(med: MED, recipe: Recipe) -> None:
+    """Three of 16 and three of 5, spread over the sets; the caption is that image's."""
+    found = evaluate(med, recipe, final=False)
+    assert list(found.panels) == ["heldout", "others"]
+    tokenizer = data.load_tokenizer(recipe.model.text)
+    beam = BeamSettings(num_beams=3, max_length=8, min_length=5)
+    entries = iter(found.captions)
+    for stream, places in zip(recipe.data.heldout, ([0, 5, 10], [0, 1, 3]), strict=True):
+        pairs = data.heldout_pairs(stream, recipe.model.vision.image_size)
+        assert len(found.panels[stream.name]) == 3
+        for place, panel in zip(places, found.panels[stream.name], strict=True):
+            image = pairs.images([place])
+            assert torch.equal(panel.image, image[0])
+            assert panel.truth == pairs.captions[place]
+            with torch.no_grad():
+                embeds = med.encode_image(networks.normalize_images(image, torch.float32))
+            sequence = caption_beam(med, embeds, [med.config.text.special.dec], beam)[0]
+            assert panel.caption == tokenizer.decode(sequence, skip_special_tokens=True)
+            assert next(entries) == {
+                "set": stream.name, "id": pairs.ids[place],
+                "caption": panel.caption, "truth": panel.truth,
+            }  # fmt: skip
+    assert len({entry["caption"] for entry in found.captions}) > 1
+
+
+def test_ranks_share_the_work_and_agree(
+    med: MED, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets that do not divide by the ranks; every rank ends with the figures of one rank."""
+    alone = evaluate(med, recipe)
+    for found in FakeRanks(3, monkeypatch).run(lambda rank: evaluate(med, recipe)):
+        assert found.scalars == alone.scalars
+        assert found.captions == alone.captions
+
+
+def test_limits_of_the_recipe(med: MED, recipe: Recipe) -> None:
+    few = replace(recipe.evaluation, max_pairs=3, captions=0, rerank_top_k=100)
+    found = evaluate(med, replace(recipe, evaluation=few))
+    assert found.scalars["heldout/candidates"] == 3
+    assert found.captions == []
+    none = evaluate(med, replace(recipe, data=replace(recipe.data, heldout=[])))
+    assert none == Evaluation()

@@ -1,0 +1,195 @@
+"""Retrieval figures and re-ranking against the plainest way to compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from fake_ranks import FakeRanks
+from torch import Tensor
+
+from blip_scale.model import (
+    MED,
+    MEDConfig,
+    PackedText,
+    SpecialTokens,
+    TextConfig,
+    VisionConfig,
+    init_weights,
+)
+from blip_scale.tasks import retrieval
+from blip_scale.tasks.retrieval import NOT_RERANKED, PairFeatures, recalls, share
+
+PAIRS, TOP_K = 7, 3
+PAD, CLS, SEP, ENC, DEC = range(5)
+RECALLS = [
+    f"{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)
+]
+
+
+def test_the_right_answer_first_is_a_recall_of_one() -> None:
+    found = recalls(torch.eye(20))
+    assert found == dict.fromkeys(RECALLS, 1.0)
+
+
+def test_recalls_of_known_places() -> None:
+    """Image i finds its text in place i; text i finds its image in a place counted by hand."""
+    count = 12
+    scores = torch.zeros(count, count)
+    for image in range(count):
+        others = [text for text in range(count) if text != image]
+        order = [*others[:image], image, *others[image:]]
+        for place, text in enumerate(order):
+            scores[image, text] = count - place
+    found = recalls(scores)
+    assert [found[f"image_to_text_r{k}"] for k in (1, 5, 10)] == pytest.approx(
+        [1 / 12, 5 / 12, 10 / 12]
+    )
+    places = [
+        sum(bool(scores[other, text] >= scores[text, text]) for other in range(count)) - 1
+        for text in range(count)
+    ]
+    for k in (1, 5, 10):
+        expected = sum(place < k for place in places) / count
+        assert found[f"text_to_image_r{k}"] == pytest.approx(expected)
+
+
+def test_a_permutation_counts_its_fixed_points() -> None:
+    """Scores that put text p(i) first for image i: right where p(i) = i, and so both ways."""
+    generator = torch.Generator().manual_seed(1)
+    permutation = torch.randperm(30, generator=generator)
+    permutation[4], permutation[permutation.tolist().index(4)] = 4, permutation[4].clone()
+    scores = torch.zeros(30, 30)
+    scores[torch.arange(30), permutation] = 1.0
+    fixed = (permutation == torch.arange(30)).double().mean().item()
+    assert fixed > 0
+    found = recalls(scores)
+    assert found["image_to_text_r1"] == pytest.approx(fixed)
+    assert found["text_to_image_r1"] == pytest.approx(fixed)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, NOT_RERANKED])
+def test_ties_count_against(value: float) -> None:
+    """A collapsed network, which gives all pairs one score, has found nothing."""
+    assert set(recalls(torch.full((20, 20), value)).values()) == {0.0}
+    half = torch.eye(20)
+    half[0, 1] = 1.0  # image 0 ties with text 1, and text 1 with image 0
+    found = recalls(half)
+    assert found["image_to_text_r1"] == found["text_to_image_r1"] == pytest.approx(19 / 20)
+    assert found["image_to_text_r5"] == 1.0
+
+
+def test_fewer_candidates_than_places() -> None:
+    assert recalls(torch.tensor([[0.0, 1.0], [0.0, 1.0]])) == {
+        "image_to_text_r1": 0.5, "image_to_text_r5": 1.0, "image_to_text_r10": 1.0,
+        "text_to_image_r1": 0.0, "text_to_image_r5": 1.0, "text_to_image_r10": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(10, 3), (2, 4), (0, 2), (16, 4), (5, 1)])
+def test_shares_cover_all_without_overlap(
+    count: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = FakeRanks(ranks, monkeypatch).run(lambda rank: list(range(count))[share(count)])
+    assert [item for part in parts for item in part] == list(range(count))
+    lengths = [len(part) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.fixture(scope="module")
+def med() -> MED:
+    """Two layers a tower, weights far from a network that answers everything alike."""
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
+    special = SpecialTokens(pad=PAD, cls=CLS, sep=SEP, enc=ENC, dec=DEC)
+    text = TextConfig(
+        special, vocab_size=40, width=24, layers=2, heads=2, mlp_width=48, dropout=0.0
+    )
+    med = MED(MEDConfig(VisionConfig("vit_tiny_patch16_224", 16, sizes), text, 12))
+    init_weights(med, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in med.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return med.eval()
+
+
+def sentence(index: int) -> list[int]:
+    """A caption of its own length."""
+    return [CLS, *range(5 + index, 9 + index + index % 3), SEP]
+
+
+def matching_texts(indices: Sequence[int]) -> PackedText:
+    return PackedText.from_lists([sentence(i) for i in indices]).with_first_token(ENC)
+
+
+@pytest.fixture(scope="module")
+def features(med: MED) -> PairFeatures:
+    images = torch.randn(PAIRS, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        embeds = med.encode_image(images)
+        sentences = PackedText.from_lists([sentence(i) for i in range(PAIRS)])
+        return PairFeatures(
+            embeds, med.project_image(embeds), med.project_text(med.encode_text(sentences))
+        )
+
+
+@torch.no_grad()
+def brute_force(med: MED, features: PairFeatures, top_k: int) -> Tensor:
+    """Pair by pair, one forward each."""
+    cosine = features.image_features @ features.text_features.T
+    scores = torch.full((2, PAIRS, PAIRS), NOT_RERANKED)
+    for image in range(PAIRS):
+        for text in range(PAIRS):
+            logits = med.match(
+                matching_texts([text]), features.image_embeds[image : image + 1], torch.tensor([0])
+            )
+            score = logits[0, 1] + cosine[image, text]
+            if (cosine[image] > cosine[image, text]).sum() < top_k:
+                scores[0, image, text] = score
+            if (cosine[:, text] > cosine[image, text]).sum() < top_k:
+                scores[1, image, text] = score
+    return scores
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("top_k", "batch_size"), [(TOP_K, 4), (100, 64), (1, 1)])
+def test_reranking_equals_brute_force(
+    med: MED,
+    features: PairFeatures,
+    ranks: int,
+    top_k: int,
+    batch_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both directions, whatever the batch size and the number of ranks; all ranks know it all."""
+    expected = brute_force(med, features, top_k)
+    found = FakeRanks(ranks, monkeypatch).run(
+        lambda rank: retrieval.rerank(med, features, matching_texts, top_k, batch_size)
+    )
+    for scores in found:
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    per_query = min(top_k, PAIRS)
+    reranked = found[0] != NOT_RERANKED
+    assert (reranked[0].sum(dim=1) == per_query).all()
+    assert (reranked[1].sum(dim=0) == per_query).all()
+    seen = expected[reranked]
+    assert len(seen) == 1 or seen.std() > 0.01  # the network does tell pairs apart
+
+
+def test_no_candidates_leave_nothing_reranked(med: MED, features: PairFeatures) -> None:
+    scores = retrieval.rerank(med, features, matching_texts, 0, 4)
+    assert (scores == NOT_RERANKED).all()
+
+
+def test_figures_take_each_direction_from_its_own_scores() -> None:
+    plain = retrieval.retrieval_figures(torch.eye(20), None)
+    assert plain == {f"itc_{name}": 1.0 for name in RECALLS} | {"candidates": 20.0}
+    wrong = 1.0 - torch.eye(20)
+    figures = retrieval.retrieval_figures(wrong, torch.stack([torch.eye(20), wrong]))
+    assert list(figures) == [
+        *[f"itc_{name}" for name in RECALLS], *[f"itm_{name}" for name in RECALLS], "candidates"
+    ]  # fmt: skip
+    assert figures["itc_image_to_text_r1"] == 0.0
+    assert figures["itm_image_to_text_r10"] == 1.0
+    assert figures["itm_text_to_image_r10"] == 0.0
