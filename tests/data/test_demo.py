@@ -147,6 +147,7 @@ def test_a_finished_set_is_used_again(tmp_path: Path, monkeypatch: pytest.Monkey
         *summary["pairs"],
         "ATTRIBUTION.md",
         "summary.json",
+        "text",
     }
     assert not (tmp_path / "demo.partial").exists()
     assert "CC BY-SA 4.0" in (folder / "ATTRIBUTION.md").read_text()
