@@ -45,6 +45,11 @@ def _text_config(text: TextRecipe, tokenizer: PreTrainedTokenizerFast) -> TextCo
     layers = text.layers
     if text.checkpoint is not None:
         bert = AutoConfig.from_pretrained(data.resolve_checkpoint(text.checkpoint))
+        if bert.model_type != "bert":
+            raise ValueError(
+                f"model.text.checkpoint {text.checkpoint}: its model_type is {bert.model_type}; it "
+                "must be bert (others count positions or share layers in their own way)"
+            )
         kind = (bert.hidden_act, getattr(bert, "position_embedding_type", "absolute"))
         if kind != ("gelu", "absolute"):
             raise ValueError(
