@@ -80,8 +80,8 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
     ranks.
     """
     med = MED(config)
-    init_weights(med, recipe.seed)
     vision, text = recipe.model.vision, recipe.model.text
+    init_weights(med, recipe.seed, vision.init_std)
     if vision.checkpoint is not None:
         load_vision(med, vision.checkpoint)
     if text.checkpoint is not None:
