@@ -6,6 +6,7 @@ usual key of the .json, which also holds url and similarity.
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from blip_scale.data.sources.metadata import (
 )
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 _WANTED = {*IMAGE_ENDINGS, *TEXT_ENDINGS, "json"}
 
 
@@ -57,40 +59,76 @@ def file_chunk(entry: Entry, read: partial[Iterator[Found]]) -> Chunk:
 
 
 def read_tar(location: str, caption_key: str = "") -> Iterator[Found]:
-    """All samples of a tar. A damaged one gives what is before the damage, then a reject."""
-    with open_file(location) as file:
+    """All samples of a tar. A damaged one gives what is before the damage, then rejects: the sample
+    that the damage may have cut, and the tar."""
+    try:
+        # As a stream: nothing is sought, so that it may come over a network.
+        with (
+            open_file(location) as file,
+            tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar,
+        ):
+            for name, parts, stored_bytes in _samples(tar):
+                yield replace(sample_pair(name, parts, caption_key), stored_bytes=stored_bytes)
+    except _CutSample as cut:
+        yield Reject(cut.name, Reason.DAMAGED_INPUT, f"the tar is damaged here: {cut.__cause__}")
+        yield Reject(basename(location), Reason.DAMAGED_INPUT, str(cut.__cause__))
+    except _DAMAGE as error:
+        yield Reject(basename(location), Reason.DAMAGED_INPUT, str(error))
+
+
+class _CutSample(Exception):
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+class _Member(tarfile.TarInfo):
+    """Takes nothing but the end mark for the end: tarfile also ends, and says nothing, at a damaged
+    header and where a tar was cut off."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
         try:
-            # As a stream: nothing is sought, so that it may come over a network.
-            with tarfile.open(fileobj=file, mode="r|*") as tar:
-                for name, parts, stored_bytes in _samples(tar):
-                    pair = sample_pair(name, parts, caption_key)
-                    yield replace(pair, stored_bytes=stored_bytes)
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            yield Reject(basename(location), Reason.DAMAGED_INPUT, str(error))
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the end mark; the class isn't public
+                raise
+            place = f"byte {archive.offset}"
+            raise tarfile.ReadError(f"no end mark but {error or 'nothing'} at {place}") from error
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes], int]]:
     """(name, content by ending, bytes in the tar) of each sample."""
     name, stored = "", 0
     parts: dict[str, bytes] = {}
-    for member in tar:
-        if not member.isfile():
-            continue
-        folder, slash, file_name = member.name.removeprefix("./").rpartition("/")
-        stem, _, ending = file_name.partition(".")
-        if not stem:  # hidden files, such as ._000.jpg of a Mac
-            continue
-        key, ending = folder + slash + stem, ending.lower()
-        if parts and (key != name or ending in parts):
-            yield name, parts, stored
-            parts, stored = {}, 0
-        name = key
-        stored += tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE))
-        content = tar.extractfile(member)
-        if ending in _WANTED and content is not None:
-            parts[ending] = content.read()
+    try:
+        for member in tar:
+            key, ending = _key(member)
+            if not key:
+                continue
+            if parts and (key != name or ending in parts):
+                yield name, parts, stored
+                parts, stored = {}, 0
+            name = key
+            stored += tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE))
+            content = tar.extractfile(member)
+            if ending in _WANTED and content is not None:
+                parts[ending] = b""  # the sample is begun, even if its content can't be read
+                parts[ending] = content.read()
+    except _DAMAGE as error:
+        if parts:
+            raise _CutSample(name) from error
+        raise
     if parts:
         yield name, parts, stored
+
+
+def _key(member: tarfile.TarInfo) -> tuple[str, str]:
+    """The sample that a file belongs to ("" for none), and its ending there."""
+    folder, slash, file_name = member.name.removeprefix("./").rpartition("/")
+    stem, _, ending = file_name.partition(".")
+    # Without a stem it is a hidden file, such as the ._000.jpg of a Mac.
+    return (folder + slash + stem if stem and member.isfile() else ""), ending.lower()
 
 
 def sample_pair(name: str, parts: dict[str, bytes], caption_key: str = "") -> RawPair:
