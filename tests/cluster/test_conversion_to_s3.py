@@ -106,6 +106,10 @@ def test_into_a_bucket_and_training_from_it(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["skipped_samples"]) == (5, 0)
 
+    assert prepare([*arguments[:2], "s3://nobody/has/this", *arguments[3:]]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: s3://nobody/has/this: ClientError"), last
+
     again = tmp_path / "again"
     assert prepare([*arguments[:2], str(again), *arguments[3:]]) == 0
     for name in ("index.json", "summary.json", "chunks/000003.json", "shard.000003.00000.mds"):

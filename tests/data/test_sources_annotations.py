@@ -64,6 +64,7 @@ def test_karpathy(dataset_coco: Path) -> None:
     assert len(pairs(read("coco", dataset_coco))) == 4
     (third,) = pairs(read("coco", dataset_coco, split="val", images="/coco")).values()
     assert third.image == "/coco/val2014/COCO_val2014_000000000003.jpg"
+    assert len(read("coco", root)) == 5
     with pytest.raises(ValueError, match="COCO has train, val, test"):
         read("coco", dataset_coco, split="minival")
 

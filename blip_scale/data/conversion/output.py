@@ -62,9 +62,10 @@ class OutputFolder:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).replace(self.folder / name)
             return
-        uploader = self._uploader(folder)
-        for name in names:
-            uploader.upload_file(name)
+        with self._named_errors():
+            uploader = self._uploader(folder)
+            for name in names:
+                uploader.upload_file(name)
 
     def names(self, prefix: str) -> set[str]:
         """Names of the files that start with `prefix`."""
@@ -73,7 +74,7 @@ class OutputFolder:
                 path.relative_to(self.folder).as_posix() for path in self.folder.glob(f"{prefix}*")
             }
         root = urllib.parse.urlparse(self.location).path.strip("/")
-        with tempfile.TemporaryDirectory() as empty:
+        with self._named_errors(), tempfile.TemporaryDirectory() as empty:
             keys = self._uploader(Path(empty)).list_objects(prefix) or []
         return {key.removeprefix(root).lstrip("/") for key in keys}
 
@@ -82,7 +83,8 @@ class OutputFolder:
         if not self.is_remote:
             return self.folder / name
         target = folder / name
-        CloudDownloader.direct_download(f"{self.location}/{name}", str(target))
+        with self._named_errors():
+            CloudDownloader.direct_download(f"{self.location}/{name}", str(target))
         return target
 
     def read(self, name: str) -> bytes:
@@ -96,7 +98,7 @@ class OutputFolder:
         downloader = CloudDownloader.get(self.location)
 
         def download(name: str) -> bytes:
-            with tempfile.TemporaryDirectory() as folder:
+            with self._named_errors(), tempfile.TemporaryDirectory() as folder:
                 target = Path(folder) / "file"
                 downloader.download(f"{self.location}/{name}", str(target))
                 return target.read_bytes()
@@ -113,9 +115,16 @@ class OutputFolder:
                 (self.folder / name).unlink(missing_ok=True)
 
     def _uploader(self, folder: Path) -> Any:
+        return CloudUploader.get(
+            (str(folder), self.location), keep_local=True, retry=_ATTEMPTS, exist_ok=True
+        )
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Each kind of remote has errors of its own; all become an OSError that says where."""
         try:
-            return CloudUploader.get(
-                (str(folder), self.location), keep_local=True, retry=_ATTEMPTS, exist_ok=True
-            )
-        except KeyError as error:
-            raise ValueError(f"{self.location}: nothing is known that writes there") from error
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{self.location}: {type(error).__name__}: {error}") from error

@@ -7,10 +7,11 @@ A record is an image with its five captions. `split` train is Karpathy's train a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from blip_scale.data.conversion import Chunk, Found, RawPair, Reason, Reject, Source, in_chunks
-from blip_scale.data.conversion.locations import basename, join
+from blip_scale.data.conversion.locations import basename, is_folder, join
 from blip_scale.data.sources import blip_json
 from blip_scale.data.sources.annotations import image_location, load_json
 
@@ -18,7 +19,12 @@ _SPLITS = {"train": {"train", "restval"}, "val": {"val"}, "test": {"test"}}
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """Chunks of one annotation file. Raises ValueError for an unknown split."""
+    """Chunks of one annotation file, or of the dataset_coco.json in a folder.
+
+    Raises ValueError for an unknown split.
+    """
+    if is_folder(source.location):
+        source = replace(source, location=join(source.location, "dataset_coco.json"))
     annotations = load_json(source.location)
     if isinstance(annotations, list):
         if source.split:
