@@ -33,6 +33,7 @@ from blip_scale.data.conversion import (
     convert,
     merge,
 )
+from blip_scale.data.conversion.locations import is_local
 from blip_scale.data.conversion.screening import PIXEL_LIMIT
 from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
 from blip_scale.data.sources import READERS, demo
@@ -79,9 +80,10 @@ def _convert(options: argparse.Namespace) -> int:
         return 0
     if not options.out:
         raise ValueError("say where the shards go: OUT is a folder or a remote such as s3://b/p")
+    local = is_local(options.input) and is_local(options.images)
     job = Conversion(
         chunks, options.out, rules, bytes_to_int(options.shard_size), options.workers,
-        options.scratch,
+        options.scratch, "fork" if local else "spawn",
     )  # fmt: skip
     start_s = time.perf_counter()
     with tqdm(desc=options.name, unit="pair", mininterval=1.0, smoothing=0.05) as bar:

@@ -109,9 +109,12 @@ def test_into_a_bucket_and_training_from_it(
     assert prepare([*arguments[:2], "s3://nobody/has/this", *arguments[3:]]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: s3://nobody/has/this: ClientError"), last
+    assert prepare(["laion", "s3://nobody/has/this", "--dry-run"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: s3://nobody/has/this: "), last
 
     again = tmp_path / "again"
-    assert prepare([*arguments[:2], str(again), *arguments[3:]]) == 0
+    assert prepare(["laion", s3.upload(folder), str(again), *arguments[3:]]) == 0, "out of a bucket"
     for name in ("index.json", "summary.json", "chunks/000003.json", "shard.000003.00000.mds"):
         assert s3.get(f"{remote}/{name}") == (again / name).read_bytes(), "as into a folder"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -33,6 +35,10 @@ def is_url(location: str) -> bool:
     return "://" in location
 
 
+def is_local(location: str) -> bool:
+    return not is_url(location) or location.startswith("file://")
+
+
 def parent(location: str) -> str:
     return location.rstrip("/").rpartition("/")[0] or ("/" if location.startswith("/") else ".")
 
@@ -55,15 +61,14 @@ def list_folder(location: str, deep: bool = False) -> list[Entry]:
 
     Raises FileNotFoundError where there is no such folder, NotADirectoryError for a file.
     """
-    filesystem, path = _filesystem(location)
-    if not filesystem.exists(path):
-        raise FileNotFoundError(f"{location}: there is no such file or folder")
-    if not filesystem.isdir(path):
+    if not is_folder(location):
         raise NotADirectoryError(f"{location} is no folder")
-    if deep:
-        listed = list(filesystem.find(path, detail=True).values())
-    else:
-        listed = filesystem.ls(path, detail=True)
+    filesystem, path = _filesystem(location)
+    with named_errors(location):
+        if deep:
+            listed = list(filesystem.find(path, detail=True).values())
+        else:
+            listed = filesystem.ls(path, detail=True)
     entries = [_entry(location, path, info) for info in listed]
     return sorted((e for e in entries if e.name), key=lambda entry: entry.location)
 
@@ -71,21 +76,24 @@ def list_folder(location: str, deep: bool = False) -> list[Entry]:
 def is_folder(location: str) -> bool:
     """Raises FileNotFoundError where there is nothing at all."""
     filesystem, path = _filesystem(location)
-    if not filesystem.exists(path):
-        raise FileNotFoundError(f"{location}: there is no such file or folder")
-    return bool(filesystem.isdir(path))
+    with named_errors(location):
+        if not filesystem.exists(path):
+            raise FileNotFoundError(f"{location}: there is no such file or folder")
+        return bool(filesystem.isdir(path))
 
 
 def file_size(location: str) -> int:
     filesystem, path = _filesystem(location)
-    return int(filesystem.size(path) or 0)
+    with named_errors(location):
+        return int(filesystem.size(path) or 0)
 
 
 def open_file(location: str) -> IO[bytes]:
     """For reading; a file that ends in .gz is unpacked."""
     filesystem, path = _filesystem(location)
     compression = "gzip" if location.endswith(".gz") else None
-    return fsspec.core.OpenFile(filesystem, path, "rb", compression).open()
+    with named_errors(location):
+        return fsspec.core.OpenFile(filesystem, path, "rb", compression).open()
 
 
 def read_file(location: str) -> bytes:
@@ -94,10 +102,33 @@ def read_file(location: str) -> bytes:
         with open(location, "rb") as file:  # noqa: PTH123  the quick way for millions of images
             return file.read()
     filesystem, path = _filesystem(location)
-    return bytes(filesystem.cat_file(path))
+    with named_errors(location):
+        return bytes(filesystem.cat_file(path))
+
+
+@contextmanager
+def named_errors(location: str) -> Iterator[None]:
+    """Each kind of remote has errors of its own; all become an OSError that says where."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        if not is_url(location):
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise OSError(f"{location}: {type(error).__name__}: {said}") from error
 
 
 def _filesystem(location: str) -> tuple[Any, str]:
+    """A local file system, or that of a URL's protocol."""
+    if location.startswith("s3://"):
+        from obstore.fsspec import FsspecStore  # s3fs wants another botocore than streaming does
+
+        endpoint = os.environ.get("S3_ENDPOINT_URL")
+        settings: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
+        store = FsspecStore("s3", client_options={"allow_http": True}, **settings)
+        return store, location.removeprefix("s3://")
     try:
         return fsspec.core.url_to_fs(location)
     except (ImportError, ValueError) as error:  # a protocol without its package, or unknown

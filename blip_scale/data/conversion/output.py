@@ -16,7 +16,7 @@ from typing import Any
 
 from streaming.base.storage import CloudDownloader, CloudUploader
 
-from blip_scale.data.conversion.locations import is_url
+from blip_scale.data.conversion.locations import is_local, named_errors
 
 _ATTEMPTS = 5  # of an upload, with a doubling pause between them
 _CONNECTIONS = 8
@@ -31,9 +31,9 @@ class OutputFolder:
 
     def __init__(self, location: str, scratch: str | None = None):
         """`scratch`: where files are made before they go to a remote (default: the system's
-        temporary folder). Raises ValueError for a kind of remote that can't be written."""
+        temporary folder)."""
         self.location = location.rstrip("/")
-        self.is_remote = is_url(location) and not location.startswith("file://")
+        self.is_remote = not is_local(location)
         self.folder = Path(location.removeprefix("file://")).expanduser()
         self._scratch = scratch
 
@@ -62,7 +62,7 @@ class OutputFolder:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).replace(self.folder / name)
             return
-        with self._named_errors():
+        with named_errors(self.location):
             uploader = self._uploader(folder)
             for name in names:
                 uploader.upload_file(name)
@@ -74,7 +74,7 @@ class OutputFolder:
                 path.relative_to(self.folder).as_posix() for path in self.folder.glob(f"{prefix}*")
             }
         root = urllib.parse.urlparse(self.location).path.strip("/")
-        with self._named_errors(), tempfile.TemporaryDirectory() as empty:
+        with named_errors(self.location), tempfile.TemporaryDirectory() as empty:
             keys = self._uploader(Path(empty)).list_objects(prefix) or []
         return {key.removeprefix(root).lstrip("/") for key in keys}
 
@@ -83,7 +83,7 @@ class OutputFolder:
         if not self.is_remote:
             return self.folder / name
         target = folder / name
-        with self._named_errors():
+        with named_errors(self.location):
             CloudDownloader.direct_download(f"{self.location}/{name}", str(target))
         return target
 
@@ -98,7 +98,7 @@ class OutputFolder:
         downloader = CloudDownloader.get(self.location)
 
         def download(name: str) -> bytes:
-            with self._named_errors(), tempfile.TemporaryDirectory() as folder:
+            with named_errors(self.location), tempfile.TemporaryDirectory() as folder:
                 target = Path(folder) / "file"
                 downloader.download(f"{self.location}/{name}", str(target))
                 return target.read_bytes()
@@ -118,13 +118,3 @@ class OutputFolder:
         return CloudUploader.get(
             (str(folder), self.location), keep_local=True, retry=_ATTEMPTS, exist_ok=True
         )
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Each kind of remote has errors of its own; all become an OSError that says where."""
-        try:
-            yield
-        except OSError:
-            raise
-        except Exception as error:
-            raise OSError(f"{self.location}: {type(error).__name__}: {error}") from error

@@ -56,7 +56,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A whole job; everything but `workers` and `scratch` decides about the bytes written."""
+    """A whole job; everything but the last three decides about the bytes written."""
 
     chunks: Sequence[Chunk]
     out: str
@@ -64,6 +64,9 @@ class Conversion:
     shard_bytes: int = 64 << 20
     workers: int = 1
     scratch: str | None = None
+    start_method: str = "fork"
+    """Of the workers: spawn where the chunks were listed from a remote, as its client's threads do
+    not outlive a fork."""
 
     def plan(self) -> dict[str, Any]:
         """What conversion.json says: all parts and restarts must agree on it."""
@@ -141,7 +144,7 @@ def _agree_on_plan(out: OutputFolder, plan: dict[str, Any]) -> None:
 def _convert_chunks(
     job: Conversion, out: OutputFolder, todo: Sequence[int], show: Callable[[Progress], None]
 ) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(job.start_method)
     others = set(multiprocessing.active_children())
     read, rejected = context.Value("q", 0), context.Value("q", 0)
     pool = ProcessPoolExecutor(job.workers, context, _enter_worker, (read, rejected))

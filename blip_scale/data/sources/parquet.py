@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from blip_scale.data.conversion import Chunk, Found, Reason, Reject, Source
-from blip_scale.data.conversion.locations import basename, open_file, stem
+from blip_scale.data.conversion.locations import basename, named_errors, open_file, stem
 from blip_scale.data.sources.metadata import (
     IMAGE_ENDINGS,
     SIMILARITY_KEYS,
@@ -45,7 +45,7 @@ def read_parquet(location: str, caption_key: str = "") -> Iterator[Found]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    with open_file(location) as file:
+    with named_errors(location), open_file(location) as file:
         try:
             table = ParquetFile(file)
             columns = _columns(table.schema_arrow.names, location, caption_key)

@@ -20,6 +20,7 @@ from blip_scale.data.conversion.locations import (
     file_size,
     is_folder,
     list_folder,
+    named_errors,
     open_file,
 )
 from blip_scale.data.sources.metadata import (
@@ -64,6 +65,7 @@ def read_tar(location: str, caption_key: str = "") -> Iterator[Found]:
     try:
         # As a stream: nothing is sought, so that it may come over a network.
         with (
+            named_errors(location),
             open_file(location) as file,
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar,
         ):
