@@ -47,7 +47,7 @@ class HeldoutPairs:
         """Reason by id."""
         samples = [store.read(*place) for place in self._places]
         self.ids: list[str] = [sample["id"] for sample in samples]
-        self.captions: list[str] = [clean_caption(sample["caption"]) for sample in samples]
+        self.captions: list[str] = [clean_caption(sample["captions"][0]) for sample in samples]
         self.sources: list[str] = [sample["source"] for sample in samples]
 
     def __len__(self) -> int:

