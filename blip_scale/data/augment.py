@@ -75,14 +75,11 @@ def _equal_levels(channel: Tensor) -> np.ndarray:
 def _look_up(image: Tensor, tables: list[np.ndarray]) -> Tensor:
     """Replace every level of channel i by tables[i][level], clipped to 0..255 and truncated."""
     # bytes.translate is the fastest look-up there is: 0.02 ms a channel, numpy.take 0.03 ms.
-    channels = [
-        np.frombuffer(
-            bytearray(channel.tobytes().translate(table.clip(0, 255).astype(np.uint8).tobytes())),
-            dtype=np.uint8,
-        )
-        for channel, table in zip(image.numpy(), tables, strict=True)
-    ]
-    return torch.from_numpy(np.stack(channels)).view(image.shape)
+    result = np.empty(image.shape, dtype=np.uint8)
+    for channel, table, out in zip(image.numpy(), tables, result, strict=True):
+        levels = table.clip(0, 255).astype(np.uint8).tobytes()
+        out.ravel()[:] = np.frombuffer(channel.tobytes().translate(levels), dtype=np.uint8)
+    return torch.from_numpy(result)
 
 
 def _shear_x(image: Tensor, sign: int) -> Tensor:
@@ -119,7 +116,8 @@ def _warp(image: Tensor, matrix: tuple[float, ...]) -> Tensor:
     shifted = image[None].float().sub_(_FILL)
     grid = _source_grid(matrix, image.shape[1], image.shape[2])
     warped = F.grid_sample(shifted, grid, padding_mode="zeros", align_corners=False)
-    return warped[0].add_(_FILL + 0.5).to(torch.uint8)
+    levels = warped[0].add_(_FILL + 0.5).numpy().astype(np.uint8)  # torch's cast: 0.06 ms slower
+    return torch.from_numpy(levels)
 
 
 @lru_cache(maxsize=8)  # the six warps of one image size

@@ -57,29 +57,33 @@ class TrainTransform:
     def __call__(self, encoded: bytes, rng: np.random.Generator) -> Tensor:
         """uint8 [3, size, size], contiguous; raises CorruptSample for what can't be decoded."""
         crop = self._published_crop if self.path == "published" else self._fast_crop
-        image = crop(encoded, rng)
+        pixels = crop(encoded, rng)
         if self.flip and rng.random() < 0.5:
-            image = image.flip(-1)
+            pixels = pixels[:, ::-1]
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         return rand_augment(image, rng) if self.augment else image
 
-    def _published_crop(self, encoded: bytes, rng: np.random.Generator) -> Tensor:
+    def _published_crop(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
         image = decode_image(encoded)
-        box = random_crop_box(image.size, self.min_scale, rng)
-        return to_tensor(image.crop(box).resize((self.size, self.size), Image.Resampling.BICUBIC))
+        image = image.crop(random_crop_box(image.size, self.min_scale, rng))
+        return np.array(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
-    def _fast_crop(self, encoded: bytes, rng: np.random.Generator) -> Tensor:
+    def _fast_crop(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
         size = jpeg_size(encoded)
         if size is None:
-            pixels = np.array(decode_image(encoded))
-            size = (pixels.shape[1], pixels.shape[0])
-            left, top, right, bottom = random_crop_box(size, self.min_scale, rng)
+            image = decode_image(encoded)
+            box = random_crop_box(image.size, self.min_scale, rng)
+            pixels = np.asarray(image.crop(box))
         else:
             box = random_crop_box(size, self.min_scale, rng)
             divisor = self._divisor(box)
             left, top, right, bottom = (round(side / divisor) for side in box)
-            pixels = decode_jpeg(encoded, size, divisor)
-        crop = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
-        return F.interpolate(crop[None], (self.size, self.size), mode="bicubic", antialias=True)[0]
+            pixels = decode_jpeg(encoded, size, divisor)[top:bottom, left:right]
+        # Contiguous and with the batch axis from the start: then torch sees that the channels come
+        # last and takes its fast way (0.19 ms, else 0.27).
+        batch = torch.from_numpy(np.array(pixels[None], order="C")).permute(0, 3, 1, 2)
+        resized = F.interpolate(batch, (self.size, self.size), mode="bicubic", antialias=True)
+        return resized[0].permute(1, 2, 0).numpy()
 
     def _divisor(self, box: Box) -> int:
         """How much smaller a JPEG can be decoded with the crop still no smaller than the result."""
@@ -89,8 +93,8 @@ class TrainTransform:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> uint8 [3, H, W], contiguous."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+    """RGB image -> uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
