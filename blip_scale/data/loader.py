@@ -6,16 +6,15 @@ Legend: B pairs of a micro batch on one rank, T packed tokens, H and W the sides
 
 from __future__ import annotations
 
-import io
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -154,7 +153,9 @@ class TrainLoader:
         self._batches = _MicroBatches(
             stores=stores,
             order=order,
-            transform=TrainTransform(image_size, data.min_crop_scale, data.flip, data.augment),
+            transform=TrainTransform(
+                image_size, data.min_crop_scale, data.flip, data.augment, data.transform
+            ),
             text=text,
             position=position,
             samples_per_epoch=self.samples_per_epoch,
@@ -248,9 +249,11 @@ class _MicroBatches(Dataset["Batch | Exception"]):
         skipped: list[str] = []
         for place in range(begin, begin + self.position.micro_batch_size):
             slot = self.order.locate(epoch, place)
-            sample, image = read_or_replace(self.stores[slot.stream], slot, skipped)
+            sample, image = read_or_replace(
+                self.stores[slot.stream], slot, partial(self._pixels, epoch, place), skipped
+            )
             samples.append(sample)
-            images.append(self.transform(image, np.random.default_rng((self.seed, epoch, place))))
+            images.append(image)
         captions = [clean_caption(sample["captions"][0], self.text.max_words) for sample in samples]
         packed = pack_captions(self.text.tokenizer, captions, self.text.max_tokens)
         return Batch(
@@ -264,6 +267,9 @@ class _MicroBatches(Dataset["Batch | Exception"]):
             skipped=skipped,
         )
 
+    def _pixels(self, epoch: int, place: int, encoded: bytes) -> Tensor:
+        return self.transform(encoded, np.random.default_rng((self.seed, epoch, place)))
+
 
 def _leave_signals_to_the_rank(worker: int) -> None:
     """A launcher's SIGTERM or a Ctrl-C reaches workers too; the rank still needs their batches to
@@ -276,10 +282,10 @@ def _leave_signals_to_the_rank(worker: int) -> None:
 
 
 def read_or_replace(
-    store: StreamStore, slot: Slot, skipped: list[str]
-) -> tuple[dict[str, Any], Image.Image]:
-    """The sample at `slot` and its RGB image; the next one of its shard that is whole, if it is
-    corrupt.
+    store: StreamStore, slot: Slot, decode: Callable[[bytes], Tensor], skipped: list[str]
+) -> tuple[dict[str, Any], Tensor]:
+    """The sample at `slot` and what `decode` makes of its image; the next one of its shard that is
+    whole, if it is corrupt.
 
     What is passed over is added to `skipped`. Raises ValueError when the shard has no whole sample.
     """
@@ -290,21 +296,10 @@ def read_or_replace(
         try:
             sample = store.read(slot.shard, index)
             name += f" {sample['id']}"
-            return sample, decode_image(sample["image"])
+            return sample, decode(sample["image"])
         except CorruptSample as error:
             skipped.append(f"{name}: {error}")
     path = store.folder / store.shard_name(slot.shard)
     raise ValueError(
         f"stream {store.name!r}: no sample of shard {path} can be decoded; make it again"
     )
-
-
-def decode_image(encoded: bytes) -> Image.Image:
-    """RGB pixels of an encoded image; raises CorruptSample for what can't be decoded."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # every format's decoder has its own ways to fail
-        raise CorruptSample(f"{type(error).__name__}: {error}") from error
