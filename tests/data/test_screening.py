@@ -22,7 +22,7 @@ from PIL import Image
 
 from blip_scale.data.conversion import RawPair, Reason, Reject, Rules
 from blip_scale.data.conversion.screening import screen
-from blip_scale.data.loader import decode_image
+from blip_scale.data.decoding import decode_image
 from blip_scale.data.shards import Record
 
 RULES = Rules("test")
