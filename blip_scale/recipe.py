@@ -109,14 +109,26 @@ class StreamRecipe:
     remote: str | None = None
     """Where the shards lie: s3://bucket/prefix, another folder, ... (anything MosaicML Streaming
     reads)."""
-    repeat: Above0 = 1.0
-    """How many times an epoch reads the stream (0.5: a different half in each epoch)."""
+    repeat: Above0 | None = None
+    """How many times an epoch reads the stream (0.5: a different half in each epoch). Instead, one
+    of the next two can be given; null without them: once. An image with several captions gives
+    another one each time, so `repeat: 5` reads each of five captions once an epoch."""
+    samples_per_epoch: Positive | None = None
+    """So many samples an epoch takes from the stream, going on where the epoch before stopped."""
+    weight: Above0 | None = None
+    """The stream's part of `data.samples_per_epoch`, in relation to the weights of the others; then
+    all streams have one."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class DataRecipe:
     streams: list[StreamRecipe] = field(default_factory=list)
-    """Training streams; an epoch reads each of them `repeat` times, shuffled together."""
+    """Training streams; an epoch takes its part of each of them, shuffled together."""
+    samples_per_epoch: Positive | None = None
+    """Samples of an epoch where streams have weights; null: what the streams add up to."""
+    shuffle_block: Positive = 262_144
+    """Shards are shuffled whole, then so many samples together. The cache should hold two such
+    blocks (8 GB each at 30 kB a sample)."""
     heldout: list[StreamRecipe] = field(default_factory=list)
     """Held-out pairs for retrieval and captions; the first set is the one that is watched."""
     make_with: str = ""
@@ -131,6 +143,9 @@ class DataRecipe:
     """Loader processes a rank."""
     cache_limit: str | None = None
     """Largest size of the local cache, e.g. `200gb`; null keeps everything."""
+    retry_s: Rate = 900.0
+    """So long a remote that fails is asked again before the run gives up; below the half hour that
+    ranks wait for each other."""
 
 
 @dataclass(frozen=True, config=_STRICT)

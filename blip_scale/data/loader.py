@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import signal
+import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from blip_scale.data.captions import clean_caption
+from blip_scale.data.mixing import describe, samples_per_epoch
 from blip_scale.data.order import SampleOrder, Slot, StreamShape
-from blip_scale.data.stores import CorruptSample, StreamStore, open_streams
+from blip_scale.data.prefetch import Prefetcher
+from blip_scale.data.stores import CorruptSample, DamagedShard, StreamStore, open_streams
 from blip_scale.data.tokenizer import pack_captions
 from blip_scale.data.transforms import TrainTransform
 from blip_scale.recipe import DataRecipe
@@ -30,6 +36,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PREFETCHED_BATCHES = 4  # a worker
+_DEATHS = 3  # of workers without a batch in between: then the run stops
+_DAMAGED_SHARDS = 8  # in a row: then it is no accident, and the run stops
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class Batch:
     captions: list[str]
     """Cleaned."""
     sources: list[str]
+    streams: list[str]
+    """Name of the stream that each pair is from."""
     skipped: list[str]
     """Place, id and reason of every corrupt sample that another one stands in for."""
 
@@ -126,34 +138,41 @@ class TrainLoader:
         position: LoaderPosition,
     ):
         stores = open_streams(data)
+        sizes = [store.samples for store in stores]
+        counts = samples_per_epoch(data, sizes)
+        logger.info("an epoch of %d pairs: %s", sum(counts), describe(data, sizes, counts))
         shapes = [
-            StreamShape(store.name, store.shard_samples, stream.repeat)
-            for store, stream in zip(stores, data.streams, strict=True)
+            StreamShape(store.name, store.shard_samples, count)
+            for store, count in zip(stores, counts, strict=True)
         ]
-        order = SampleOrder(shapes, seed)
+        order = SampleOrder(shapes, seed, data.shuffle_block)
         steps_per_epoch = order.samples_per_epoch // position.global_batch_size
         if not steps_per_epoch:
             raise ValueError(
                 f"train.global_batch_size {position.global_batch_size} is larger than an epoch of "
-                f"{order.samples_per_epoch} pairs: lower it or raise `repeat` of a stream"
+                f"{order.samples_per_epoch} pairs: lower it or make an epoch longer"
             )
         self.samples_per_epoch = steps_per_epoch * position.global_batch_size
         """Samples of an epoch over all ranks, without the incomplete global batch."""
         self.steps_per_epoch = steps_per_epoch
         """Optimizer steps of an epoch."""
+        self.stream_names = [shape.name for shape in shapes]
         self._identity = {
             "seed": seed,
             "global_batch_size": position.global_batch_size,
-            "streams": [[shape.name, shape.samples, shape.repeat] for shape in shapes],
+            "shuffle_block": data.shuffle_block,
+            "streams": [[shape.name, shape.samples, shape.samples_per_epoch] for shape in shapes],
         }
         self._position = position
         self._workers = data.workers
         self._samples_seen = 0
         self._iterator: Iterator[Batch | Exception] | None = None
+        self._processes: list[BaseProcess] = []
         self._generation = 0
         self._batches = _MicroBatches(
             stores=stores,
             order=order,
+            prefetcher=Prefetcher(stores, order),
             transform=TrainTransform(image_size, data.min_crop_scale, data.flip, data.augment),
             text=text,
             position=position,
@@ -166,8 +185,15 @@ class TrainLoader:
         time.
         """
         self.close()
-        micro_samples = self._position.micro_samples
-        first = self._samples_seen // micro_samples
+        self._start()
+        self._generation += 1
+        return self._consume(self._generation)
+
+    def _start(self) -> None:
+        """Begin reading at the current position, with workers of its own."""
+        first = self._samples_seen // self._position.micro_samples
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        on_child_death = signal.getsignal(signal.SIGCHLD)
         self._iterator = iter(
             DataLoader(
                 self._batches,
@@ -180,18 +206,44 @@ class TrainLoader:
                 generator=torch.Generator(),  # else it draws from, and shifts, the global one
             )
         )
-        self._generation += 1
-        return self._consume(self._generation)
+        self._processes = list(getattr(self._iterator, "_workers", []))
+        if is_main_thread:  # torch would raise a worker's death in whatever the rank is doing
+            signal.signal(signal.SIGCHLD, on_child_death)
 
     def _consume(self, generation: int) -> Iterator[Batch]:
         # No reference to the DataLoader's iterator is kept: close() must end its workers.
         while self._iterator is not None and self._generation == generation:
-            batch = next(self._iterator)
+            batch = self._next()
             if isinstance(batch, Exception):
                 self.close()
                 raise batch
             self._samples_seen += self._position.micro_samples
             yield batch
+
+    def _next(self) -> Batch | Exception:
+        """The next batch; workers that were killed are replaced, and nothing is lost by it."""
+        for _ in range(_DEATHS):
+            assert self._iterator is not None
+            try:
+                return next(self._iterator)
+            except Exception:  # RuntimeError, or what a torn message makes of itself
+                dead = [process for process in self._processes if not process.is_alive()]
+                if not dead:
+                    raise
+                died = ", ".join(
+                    f"pid {process.pid}: exit code {process.exitcode}" for process in dead
+                )
+            logger.warning("a loader worker died (%s), all are started again", died)
+            self.close()
+            self._start()
+        raise RuntimeError(
+            f"loader workers die again and again ({died}). If nobody kills them, they may lack "
+            "memory: lower data.workers"
+        )
+
+    def shares(self, batch: Batch) -> list[float]:
+        """Share of every stream of `stream_names` in a batch."""
+        return [batch.streams.count(name) / len(batch.streams) for name in self.stream_names]
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the batch that was handed out last; the same on all ranks."""
@@ -216,6 +268,11 @@ class TrainLoader:
     def close(self) -> None:
         """End the workers; an iterator that is still held ends too."""
         self._iterator = None
+        self._batches.prefetcher.close()
+        for process in self._processes:
+            if process.is_alive():  # it waits for a remote and hears nothing else
+                process.kill()
+        self._processes = []
 
 
 @dataclass
@@ -224,6 +281,7 @@ class _MicroBatches(Dataset["Batch | Exception"]):
 
     stores: list[StreamStore]
     order: SampleOrder
+    prefetcher: Prefetcher
     transform: TrainTransform
     text: CaptionInput
     position: LoaderPosition
@@ -243,15 +301,19 @@ class _MicroBatches(Dataset["Batch | Exception"]):
             + self.position.rank * self.position.micro_batch_size
         )
         epoch, begin = divmod(begin, self.samples_per_epoch)
+        self.prefetcher.advance(epoch, begin)
         samples: list[dict[str, Any]] = []
+        captions: list[str] = []
+        streams: list[str] = []
         images: list[Tensor] = []
         skipped: list[str] = []
         for place in range(begin, begin + self.position.micro_batch_size):
             slot = self.order.locate(epoch, place)
             sample, image = read_or_replace(self.stores[slot.stream], slot, skipped)
             samples.append(sample)
+            streams.append(self.stores[slot.stream].name)
+            captions.append(clean_caption(self._draw(sample, slot), self.text.max_words))
             images.append(self.transform(image, np.random.default_rng((self.seed, epoch, place))))
-        captions = [clean_caption(sample["captions"][0], self.text.max_words) for sample in samples]
         packed = pack_captions(self.text.tokenizer, captions, self.text.max_tokens)
         return Batch(
             images=torch.stack(images),
@@ -261,8 +323,15 @@ class _MicroBatches(Dataset["Batch | Exception"]):
             ids=[sample["id"] for sample in samples],
             captions=captions,
             sources=[sample["source"] for sample in samples],
+            streams=streams,
             skipped=skipped,
         )
+
+    def _draw(self, sample: dict[str, Any], slot: Slot) -> str:
+        """One of the captions: a random one at first, in each later pass the next."""
+        captions: list[str] = sample["captions"]
+        first = zlib.crc32(f"{self.seed}/{sample['id']}".encode())
+        return captions[(first + slot.passing) % len(captions)]
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
@@ -279,24 +348,33 @@ def read_or_replace(
     store: StreamStore, slot: Slot, skipped: list[str]
 ) -> tuple[dict[str, Any], Image.Image]:
     """The sample at `slot` and its RGB image; the next one of its shard that is whole, if it is
-    corrupt.
+    corrupt; one of the next shard, if the shard is damaged.
 
-    What is passed over is added to `skipped`. Raises ValueError when the shard has no whole sample.
+    What is passed over is added to `skipped`. Raises ValueError when the shard has no whole sample,
+    and when the shards that follow are damaged too.
     """
-    count = store.shard_samples[slot.shard]
-    for step in range(count):
-        index = (slot.sample + step) % count
-        name = f"{store.name}/{store.shard_name(slot.shard)}[{index}]"
-        try:
-            sample = store.read(slot.shard, index)
-            name += f" {sample['id']}"
-            return sample, decode_image(sample["image"])
-        except CorruptSample as error:
-            skipped.append(f"{name}: {error}")
-    path = store.folder / store.shard_name(slot.shard)
-    raise ValueError(
-        f"stream {store.name!r}: no sample of shard {path} can be decoded; make it again"
-    )
+    filled = [shard for shard, count in enumerate(store.shard_samples) if count]
+    start = filled.index(slot.shard)
+    for shard in (filled + filled)[start : start + min(len(filled), _DAMAGED_SHARDS)]:
+        count = store.shard_samples[shard]
+        for step in range(count):
+            index = (slot.sample + step) % count
+            name = f"{store.name}/{store.shard_name(shard)}[{index}]"
+            try:
+                sample = store.read(shard, index)
+                name += f" {sample['id']}"
+                return sample, decode_image(sample["image"])
+            except DamagedShard as error:
+                skipped.append(str(error))
+                break
+            except CorruptSample as error:
+                skipped.append(f"{name}: {error}")
+        else:
+            path = store.folder / store.shard_name(shard)
+            raise ValueError(
+                f"stream {store.name!r}: no sample of shard {path} can be decoded; make it again"
+            )
+    raise ValueError(f"stream {store.name!r}: too many damaged shards in a row, last {skipped[-1]}")
 
 
 def decode_image(encoded: bytes) -> Image.Image:
