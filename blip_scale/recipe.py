@@ -139,6 +139,10 @@ class DataRecipe:
     """Horizontal flip with probability one half."""
     augment: bool = True
     """RandAugment with N=2, M=5 over the published ten operations."""
+    transform: Literal["fast", "exact", "published"] = "fast"
+    """How training images are made: `fast` decodes a JPEG at 1/2, 1/4 or 1/8 where the crop is
+    large enough, `exact` always decodes it whole, `published` is Pillow's way, several times
+    slower. All draw the same crops, flips and operations."""
     workers: Count = 4
     """Loader processes a rank."""
     cache_limit: str | None = None

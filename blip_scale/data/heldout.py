@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip_scale.data.captions import clean_caption
-from blip_scale.data.loader import decode_image
+from blip_scale.data.decoding import decode_image
 from blip_scale.data.stores import CorruptSample, StreamStore
 from blip_scale.data.transforms import EvalTransform
 from blip_scale.recipe import StreamRecipe

@@ -1,119 +1,32 @@
 """Training batches: any number of ranks and workers reads the same samples in the same global
 order.
-
-Legend: B pairs of a micro batch on one rank, T packed tokens, H and W the sides of the image.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 import signal
 import threading
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from blip_scale.data.captions import clean_caption
+from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition, MicroBatches
 from blip_scale.data.mixing import describe, samples_per_epoch
-from blip_scale.data.order import SampleOrder, Slot, StreamShape
+from blip_scale.data.order import SampleOrder, StreamShape
 from blip_scale.data.prefetch import Prefetcher
-from blip_scale.data.stores import CorruptSample, DamagedShard, StreamStore, open_streams
-from blip_scale.data.tokenizer import pack_captions
+from blip_scale.data.stores import open_streams
 from blip_scale.data.transforms import TrainTransform
 from blip_scale.recipe import DataRecipe
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 _PREFETCHED_BATCHES = 4  # a worker
 _DEATHS = 3  # of workers without a batch in between: then the run stops
-_DAMAGED_SHARDS = 8  # in a row: then it is no accident, and the run stops
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro batch of one rank."""
-
-    images: Tensor
-    """[B, 3, H, W] uint8, not normalised."""
-    token_ids: Tensor
-    """[T] int64: [CLS] caption [SEP] of every pair, packed."""
-    offsets: Tensor
-    """[B+1] int32 into token_ids."""
-    max_length: int
-    """Tokens of the longest caption."""
-    ids: list[str]
-    captions: list[str]
-    """Cleaned."""
-    sources: list[str]
-    streams: list[str]
-    """Name of the stream that each pair is from."""
-    skipped: list[str]
-    """Place, id and reason of every corrupt sample that another one stands in for."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            token_ids=self.token_ids.to(device, non_blocking=True),
-            offsets=self.offsets.to(device, non_blocking=True),
-        )
-
-    def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            token_ids=self.token_ids.pin_memory(),
-            offsets=self.offsets.pin_memory(),
-        )
-
-
-@dataclass(frozen=True)
-class CaptionInput:
-    """How captions become tokens."""
-
-    tokenizer: PreTrainedTokenizerFast
-    max_tokens: int
-    """[CLS] and [SEP] included; longer captions are cut."""
-    max_words: int = 30
-
-
-@dataclass(frozen=True)
-class LoaderPosition:
-    """This rank's share of every global batch."""
-
-    rank: int
-    world_size: int
-    micro_batch_size: int
-    """Pairs of one batch on one rank."""
-    global_batch_size: int
-    """Pairs of an optimizer step over all ranks and accumulation micro-steps."""
-
-    def __post_init__(self) -> None:
-        if self.global_batch_size % self.micro_samples:
-            raise ValueError(
-                f"train.global_batch_size {self.global_batch_size} is no multiple of "
-                f"{self.world_size} ranks x micro batch {self.micro_batch_size}: change one of them"
-            )
-
-    @property
-    def micro_samples(self) -> int:
-        """Pairs that all ranks together take in one micro-step."""
-        return self.world_size * self.micro_batch_size
 
 
 class TrainLoader:
@@ -169,11 +82,13 @@ class TrainLoader:
         self._iterator: Iterator[Batch | Exception] | None = None
         self._processes: list[BaseProcess] = []
         self._generation = 0
-        self._batches = _MicroBatches(
+        self._batches = MicroBatches(
             stores=stores,
             order=order,
             prefetcher=Prefetcher(stores, order),
-            transform=TrainTransform(image_size, data.min_crop_scale, data.flip, data.augment),
+            transform=TrainTransform(
+                image_size, data.min_crop_scale, data.flip, data.augment, data.transform
+            ),
             text=text,
             position=position,
             samples_per_epoch=self.samples_per_epoch,
@@ -275,65 +190,6 @@ class TrainLoader:
         self._processes = []
 
 
-@dataclass
-class _MicroBatches(Dataset["Batch | Exception"]):
-    """Micro batches of one rank by number; lives in the workers."""
-
-    stores: list[StreamStore]
-    order: SampleOrder
-    prefetcher: Prefetcher
-    transform: TrainTransform
-    text: CaptionInput
-    position: LoaderPosition
-    samples_per_epoch: int
-    seed: int
-
-    def __getitem__(self, number: int) -> Batch | Exception:
-        """An error is returned, not raised: torch would bury it in the worker's traceback."""
-        try:
-            return self._batch(number)
-        except (OSError, ValueError) as error:
-            return error
-
-    def _batch(self, number: int) -> Batch:
-        begin = (
-            number * self.position.micro_samples
-            + self.position.rank * self.position.micro_batch_size
-        )
-        epoch, begin = divmod(begin, self.samples_per_epoch)
-        self.prefetcher.advance(epoch, begin)
-        samples: list[dict[str, Any]] = []
-        captions: list[str] = []
-        streams: list[str] = []
-        images: list[Tensor] = []
-        skipped: list[str] = []
-        for place in range(begin, begin + self.position.micro_batch_size):
-            slot = self.order.locate(epoch, place)
-            sample, image = read_or_replace(self.stores[slot.stream], slot, skipped)
-            samples.append(sample)
-            streams.append(self.stores[slot.stream].name)
-            captions.append(clean_caption(self._draw(sample, slot), self.text.max_words))
-            images.append(self.transform(image, np.random.default_rng((self.seed, epoch, place))))
-        packed = pack_captions(self.text.tokenizer, captions, self.text.max_tokens)
-        return Batch(
-            images=torch.stack(images),
-            token_ids=packed.token_ids,
-            offsets=packed.offsets,
-            max_length=packed.max_length,
-            ids=[sample["id"] for sample in samples],
-            captions=captions,
-            sources=[sample["source"] for sample in samples],
-            streams=streams,
-            skipped=skipped,
-        )
-
-    def _draw(self, sample: dict[str, Any], slot: Slot) -> str:
-        """One of the captions: a random one at first, in each later pass the next."""
-        captions: list[str] = sample["captions"]
-        first = zlib.crc32(f"{self.seed}/{sample['id']}".encode())
-        return captions[(first + slot.passing) % len(captions)]
-
-
 def _leave_signals_to_the_rank(worker: int) -> None:
     """A launcher's SIGTERM or a Ctrl-C reaches workers too; the rank still needs their batches to
     stop cleanly.
@@ -342,47 +198,3 @@ def _leave_signals_to_the_rank(worker: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def read_or_replace(
-    store: StreamStore, slot: Slot, skipped: list[str]
-) -> tuple[dict[str, Any], Image.Image]:
-    """The sample at `slot` and its RGB image; the next one of its shard that is whole, if it is
-    corrupt; one of the next shard, if the shard is damaged.
-
-    What is passed over is added to `skipped`. Raises ValueError when the shard has no whole sample,
-    and when the shards that follow are damaged too.
-    """
-    filled = [shard for shard, count in enumerate(store.shard_samples) if count]
-    start = filled.index(slot.shard)
-    for shard in (filled + filled)[start : start + min(len(filled), _DAMAGED_SHARDS)]:
-        count = store.shard_samples[shard]
-        for step in range(count):
-            index = (slot.sample + step) % count
-            name = f"{store.name}/{store.shard_name(shard)}[{index}]"
-            try:
-                sample = store.read(shard, index)
-                name += f" {sample['id']}"
-                return sample, decode_image(sample["image"])
-            except DamagedShard as error:
-                skipped.append(str(error))
-                break
-            except CorruptSample as error:
-                skipped.append(f"{name}: {error}")
-        else:
-            path = store.folder / store.shard_name(shard)
-            raise ValueError(
-                f"stream {store.name!r}: no sample of shard {path} can be decoded; make it again"
-            )
-    raise ValueError(f"stream {store.name!r}: too many damaged shards in a row, last {skipped[-1]}")
-
-
-def decode_image(encoded: bytes) -> Image.Image:
-    """RGB pixels of an encoded image; raises CorruptSample for what can't be decoded."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # every format's decoder has its own ways to fail
-        raise CorruptSample(f"{type(error).__name__}: {error}") from error

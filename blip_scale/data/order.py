@@ -102,10 +102,11 @@ class SampleOrder:
             numbers = self._block[position - self._block_range.start :, 0]
             pieces, first_uses = np.unique(numbers, return_index=True)
             used = [self._pieces[number] for number in pieces[np.argsort(first_uses)]]
+            shards = list(dict.fromkeys((piece.stream, piece.shard) for piece in used))
             position = self._block_range.stop
             if position == self.samples_per_epoch:
                 epoch, position = epoch + 1, 0
-            yield [(piece.stream, piece.shard) for piece in used]
+            yield shards
 
     def _enter_epoch(self, epoch: int) -> None:
         pieces = [
