@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip_scale.recipe import FP16_REFUSED, OptimizerRecipe, Recipe, StreamRecipe
+from blip_scale.recipe import FP16_REFUSED, DataRecipe, OptimizerRecipe, Recipe, StreamRecipe
 from blip_scale.settings import expand
 
 AUTO = "auto"
@@ -281,6 +281,33 @@ def _check_data(recipe: Recipe) -> None:
                 )
             seen.add(stream.name)
             _check_stream(setting, stream, data.make_with)
+    _check_mixture(data)
+
+
+def _check_mixture(data: DataRecipe) -> None:
+    """The size of an epoch is said once a stream."""
+    for index, stream in enumerate(data.streams):
+        sizes = {
+            "repeat": stream.repeat,
+            "samples_per_epoch": stream.samples_per_epoch,
+            "weight": stream.weight,
+        }
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"data.streams.{index} ({stream.name}): {' and '.join(given)} say the same thing "
+                "twice; keep one"
+            )
+    without = [stream.name for stream in data.streams if stream.weight is None]
+    if data.samples_per_epoch is None and len(without) < len(data.streams):
+        raise ValueError(
+            "data.samples_per_epoch: weights share it out; say how many samples an epoch has"
+        )
+    if data.samples_per_epoch is not None and without:
+        raise ValueError(
+            f"data.samples_per_epoch is shared out by weights, and {', '.join(without)} has none; "
+            "give every stream a weight (and neither repeat nor samples_per_epoch)"
+        )
 
 
 def _check_stream(setting: str, stream: StreamRecipe, make_with: str) -> None:

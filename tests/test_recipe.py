@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from blip_scale import checks, recipe, settings
+from blip_scale.data.mixing import samples_per_epoch
 from blip_scale.recipe import Recipe
 
 REPO = Path(__file__).resolve().parent.parent
@@ -164,7 +165,10 @@ class TestUnknownAndWrong:
             ("trian.epochs=2", "train"),
             ("model.vision.image_sise=2", "model.vision.image_size"),
             ("data.streams.0.locale=x", "data.streams.0.local"),
-            ("data.streams.0.weight=x", "data.streams.0 has name, local, remote, repeat"),
+            (
+                "data.streams.0.share=x",
+                "remote, repeat, samples_per_epoch, weight",
+            ),
         ],
     )
     def test_unknown_field_names_the_nearest(self, override: str, meant: str) -> None:
@@ -271,6 +275,12 @@ class TestWhatCannotWork:
         [
             ("data.streams=[]", "no training data"),
             ("data.streams.1.name=emoji", "emoji is the name of an earlier stream"),
+            ("data.streams.1.weight=2", "(variants): repeat and weight say the same thing twice"),
+            ("data.streams.0.weight=2", "say how many samples an epoch has"),
+            (
+                "data.samples_per_epoch=9",
+                "emoji, variants, icons has none; give every",
+            ),
             ("model.text.checkpoint=package:no_such_package", "no_such_package is not installed"),
             ("model.text.checkpoint=null", "there is no vocabulary"),
             ("model.vision.checkpoint=nowhere.pth", "nowhere.pth: no such file"),
@@ -420,11 +430,17 @@ class TestPublishedSettings:
         assert (chosen.model.vision.name, chosen.model.vision.checkpoint) == (vision, "timm")
 
     def test_streams(self) -> None:
-        human = {s.name: s.repeat for s in load("base_14M").data.streams}
-        large = {s.name: s.repeat for s in load("base_129M").data.streams}
-        assert len(human) == 5
-        assert set(human.values()) == {1.0}
-        assert large == human | {"laion": 0.2}
+        """15.3M texts an epoch (and VG's released list for the paper's), LAION a fifth on top."""
+        images = {"coco": 113_287, "visual_genome": 100_000, "conceptual_captions_3m": 3_000_000}
+        images |= {"conceptual_captions_12m": 10_000_000, "sbu": 860_000, "laion": 115_000_000}
+        for name, total, laion in (("base_14M", 15.25e6, 0), ("base_129M", 38.25e6, 23_000_000)):
+            data = load(name).data
+            counts = samples_per_epoch(data, [images[stream.name] for stream in data.streams])
+            by_name = dict(zip((stream.name for stream in data.streams), counts, strict=True))
+            assert by_name.get("laion", 0) == laion
+            assert by_name["coco"] == pytest.approx(567e3, rel=0.001)
+            assert by_name["visual_genome"] == 821_000
+            assert sum(counts) == pytest.approx(total, rel=0.001)
         assert load("large_129M").data == load("base_129M").data
 
     def test_deit_is_vit_base_with_other_weights(self) -> None:

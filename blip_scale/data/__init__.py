@@ -1,8 +1,9 @@
 """Pixels and captions: shards, streams and their order, transforms, tokenizer, packed batches."""
 
+from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.heldout import HeldoutPairs, heldout_pairs
-from blip_scale.data.loader import Batch, CaptionInput, LoaderPosition, TrainLoader
+from blip_scale.data.loader import TrainLoader
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.tokenizer import (
     PackedTokens,

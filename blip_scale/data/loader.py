@@ -1,106 +1,32 @@
 """Training batches: any number of ranks and workers reads the same samples in the same global
 order.
-
-Legend: B pairs of a micro batch on one rank, T packed tokens, H and W the sides of the image.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from blip_scale.data.captions import clean_caption
-from blip_scale.data.order import SampleOrder, Slot, StreamShape
-from blip_scale.data.stores import CorruptSample, StreamStore, open_streams
-from blip_scale.data.tokenizer import pack_captions
+from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition, MicroBatches
+from blip_scale.data.mixing import describe, samples_per_epoch
+from blip_scale.data.order import SampleOrder, StreamShape
+from blip_scale.data.prefetch import Prefetcher
+from blip_scale.data.stores import open_streams
 from blip_scale.data.transforms import TrainTransform
 from blip_scale.recipe import DataRecipe
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 _PREFETCHED_BATCHES = 4  # a worker
+_DEATHS = 3  # of workers without a batch in between: then the run stops
 
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro batch of one rank."""
-
-    images: Tensor
-    """[B, 3, H, W] uint8, not normalised."""
-    token_ids: Tensor
-    """[T] int64: [CLS] caption [SEP] of every pair, packed."""
-    offsets: Tensor
-    """[B+1] int32 into token_ids."""
-    max_length: int
-    """Tokens of the longest caption."""
-    ids: list[str]
-    captions: list[str]
-    """Cleaned."""
-    sources: list[str]
-    skipped: list[str]
-    """Place, id and reason of every corrupt sample that another one stands in for."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            token_ids=self.token_ids.to(device, non_blocking=True),
-            offsets=self.offsets.to(device, non_blocking=True),
-        )
-
-    def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            token_ids=self.token_ids.pin_memory(),
-            offsets=self.offsets.pin_memory(),
-        )
-
-
-@dataclass(frozen=True)
-class CaptionInput:
-    """How captions become tokens."""
-
-    tokenizer: PreTrainedTokenizerFast
-    max_tokens: int
-    """[CLS] and [SEP] included; longer captions are cut."""
-    max_words: int = 30
-
-
-@dataclass(frozen=True)
-class LoaderPosition:
-    """This rank's share of every global batch."""
-
-    rank: int
-    world_size: int
-    micro_batch_size: int
-    """Pairs of one batch on one rank."""
-    global_batch_size: int
-    """Pairs of an optimizer step over all ranks and accumulation micro-steps."""
-
-    def __post_init__(self) -> None:
-        if self.global_batch_size % self.micro_samples:
-            raise ValueError(
-                f"train.global_batch_size {self.global_batch_size} is no multiple of "
-                f"{self.world_size} ranks x micro batch {self.micro_batch_size}: change one of them"
-            )
-
-    @property
-    def micro_samples(self) -> int:
-        """Pairs that all ranks together take in one micro-step."""
-        return self.world_size * self.micro_batch_size
+logger = logging.getLogger(__name__)
 
 
 class TrainLoader:
@@ -125,34 +51,41 @@ class TrainLoader:
         position: LoaderPosition,
     ):
         stores = open_streams(data)
+        sizes = [store.samples for store in stores]
+        counts = samples_per_epoch(data, sizes)
+        logger.info("an epoch of %d pairs: %s", sum(counts), describe(data, sizes, counts))
         shapes = [
-            StreamShape(store.name, store.shard_samples, stream.repeat)
-            for store, stream in zip(stores, data.streams, strict=True)
+            StreamShape(store.name, store.shard_samples, count)
+            for store, count in zip(stores, counts, strict=True)
         ]
-        order = SampleOrder(shapes, seed)
+        order = SampleOrder(shapes, seed, data.shuffle_block)
         steps_per_epoch = order.samples_per_epoch // position.global_batch_size
         if not steps_per_epoch:
             raise ValueError(
                 f"train.global_batch_size {position.global_batch_size} is larger than an epoch of "
-                f"{order.samples_per_epoch} pairs: lower it or raise `repeat` of a stream"
+                f"{order.samples_per_epoch} pairs: lower it or make an epoch longer"
             )
         self.samples_per_epoch = steps_per_epoch * position.global_batch_size
         """Samples of an epoch over all ranks, without the incomplete global batch."""
         self.steps_per_epoch = steps_per_epoch
         """Optimizer steps of an epoch."""
+        self.stream_names = [shape.name for shape in shapes]
         self._identity = {
             "seed": seed,
             "global_batch_size": position.global_batch_size,
-            "streams": [[shape.name, shape.samples, shape.repeat] for shape in shapes],
+            "shuffle_block": data.shuffle_block,
+            "streams": [[shape.name, shape.samples, shape.samples_per_epoch] for shape in shapes],
         }
         self._position = position
         self._workers = data.workers
         self._samples_seen = 0
         self._iterator: Iterator[Batch | Exception] | None = None
+        self._processes: list[BaseProcess] = []
         self._generation = 0
-        self._batches = _MicroBatches(
+        self._batches = MicroBatches(
             stores=stores,
             order=order,
+            prefetcher=Prefetcher(stores, order),
             transform=TrainTransform(
                 image_size, data.min_crop_scale, data.flip, data.augment, data.transform
             ),
@@ -167,8 +100,15 @@ class TrainLoader:
         time.
         """
         self.close()
-        micro_samples = self._position.micro_samples
-        first = self._samples_seen // micro_samples
+        self._start()
+        self._generation += 1
+        return self._consume(self._generation)
+
+    def _start(self) -> None:
+        """Begin reading at the current position, with workers of its own."""
+        first = self._samples_seen // self._position.micro_samples
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        on_child_death = signal.getsignal(signal.SIGCHLD)
         self._iterator = iter(
             DataLoader(
                 self._batches,
@@ -181,18 +121,44 @@ class TrainLoader:
                 generator=torch.Generator(),  # else it draws from, and shifts, the global one
             )
         )
-        self._generation += 1
-        return self._consume(self._generation)
+        self._processes = list(getattr(self._iterator, "_workers", []))
+        if is_main_thread:  # torch would raise a worker's death in whatever the rank is doing
+            signal.signal(signal.SIGCHLD, on_child_death)
 
     def _consume(self, generation: int) -> Iterator[Batch]:
         # No reference to the DataLoader's iterator is kept: close() must end its workers.
         while self._iterator is not None and self._generation == generation:
-            batch = next(self._iterator)
+            batch = self._next()
             if isinstance(batch, Exception):
                 self.close()
                 raise batch
             self._samples_seen += self._position.micro_samples
             yield batch
+
+    def _next(self) -> Batch | Exception:
+        """The next batch; workers that were killed are replaced, and nothing is lost by it."""
+        for _ in range(_DEATHS):
+            assert self._iterator is not None
+            try:
+                return next(self._iterator)
+            except Exception:  # RuntimeError, or what a torn message makes of itself
+                dead = [process for process in self._processes if not process.is_alive()]
+                if not dead:
+                    raise
+                died = ", ".join(
+                    f"pid {process.pid}: exit code {process.exitcode}" for process in dead
+                )
+            logger.warning("a loader worker died (%s), all are started again", died)
+            self.close()
+            self._start()
+        raise RuntimeError(
+            f"loader workers die again and again ({died}). If nobody kills them, they may lack "
+            "memory: lower data.workers"
+        )
+
+    def shares(self, batch: Batch) -> list[float]:
+        """Share of every stream of `stream_names` in a batch."""
+        return [batch.streams.count(name) / len(batch.streams) for name in self.stream_names]
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the batch that was handed out last; the same on all ranks."""
@@ -217,58 +183,11 @@ class TrainLoader:
     def close(self) -> None:
         """End the workers; an iterator that is still held ends too."""
         self._iterator = None
-
-
-@dataclass
-class _MicroBatches(Dataset["Batch | Exception"]):
-    """Micro batches of one rank by number; lives in the workers."""
-
-    stores: list[StreamStore]
-    order: SampleOrder
-    transform: TrainTransform
-    text: CaptionInput
-    position: LoaderPosition
-    samples_per_epoch: int
-    seed: int
-
-    def __getitem__(self, number: int) -> Batch | Exception:
-        """An error is returned, not raised: torch would bury it in the worker's traceback."""
-        try:
-            return self._batch(number)
-        except (OSError, ValueError) as error:
-            return error
-
-    def _batch(self, number: int) -> Batch:
-        begin = (
-            number * self.position.micro_samples
-            + self.position.rank * self.position.micro_batch_size
-        )
-        epoch, begin = divmod(begin, self.samples_per_epoch)
-        samples: list[dict[str, Any]] = []
-        images: list[Tensor] = []
-        skipped: list[str] = []
-        for place in range(begin, begin + self.position.micro_batch_size):
-            slot = self.order.locate(epoch, place)
-            sample, image = read_or_replace(
-                self.stores[slot.stream], slot, partial(self._pixels, epoch, place), skipped
-            )
-            samples.append(sample)
-            images.append(image)
-        captions = [clean_caption(sample["captions"][0], self.text.max_words) for sample in samples]
-        packed = pack_captions(self.text.tokenizer, captions, self.text.max_tokens)
-        return Batch(
-            images=torch.stack(images),
-            token_ids=packed.token_ids,
-            offsets=packed.offsets,
-            max_length=packed.max_length,
-            ids=[sample["id"] for sample in samples],
-            captions=captions,
-            sources=[sample["source"] for sample in samples],
-            skipped=skipped,
-        )
-
-    def _pixels(self, epoch: int, place: int, encoded: bytes) -> Tensor:
-        return self.transform(encoded, np.random.default_rng((self.seed, epoch, place)))
+        self._batches.prefetcher.close()
+        for process in self._processes:
+            if process.is_alive():  # it waits for a remote and hears nothing else
+                process.kill()
+        self._processes = []
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
@@ -279,27 +198,3 @@ def _leave_signals_to_the_rank(worker: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def read_or_replace(
-    store: StreamStore, slot: Slot, decode: Callable[[bytes], Tensor], skipped: list[str]
-) -> tuple[dict[str, Any], Tensor]:
-    """The sample at `slot` and what `decode` makes of its image; the next one of its shard that is
-    whole, if it is corrupt.
-
-    What is passed over is added to `skipped`. Raises ValueError when the shard has no whole sample.
-    """
-    count = store.shard_samples[slot.shard]
-    for step in range(count):
-        index = (slot.sample + step) % count
-        name = f"{store.name}/{store.shard_name(slot.shard)}[{index}]"
-        try:
-            sample = store.read(slot.shard, index)
-            name += f" {sample['id']}"
-            return sample, decode(sample["image"])
-        except CorruptSample as error:
-            skipped.append(f"{name}: {error}")
-    path = store.folder / store.shard_name(slot.shard)
-    raise ValueError(
-        f"stream {store.name!r}: no sample of shard {path} can be decoded; make it again"
-    )

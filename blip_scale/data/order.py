@@ -5,21 +5,18 @@ to be read to find out: a run resumes anywhere at once, and any number of ranks 
 order.
 
 Shuffling is in two stages, as shards are fetched whole and sets may be larger than memory: all
-shards of all streams are shuffled and cut into blocks of about `BLOCK_SAMPLES`, then the samples of
+shards of all streams are shuffled and cut into blocks of about `block_samples`, then the samples of
 a block are shuffled together. Smaller sets are one block, shuffled perfectly.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-BLOCK_SAMPLES = 1 << 18
-"""8 GB of shards at 30 kB a sample: what a node's cache should hold at least."""
 
 _PASS, _SHARD, _EPOCH, _BLOCK = range(4)  # keep the uses of the seed apart
 
@@ -30,15 +27,11 @@ class StreamShape:
 
     name: str
     shard_samples: tuple[int, ...]
-    repeat: float
+    samples_per_epoch: int
 
     @property
     def samples(self) -> int:
         return sum(self.shard_samples)
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return round(self.samples * self.repeat)
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,8 @@ class Slot:
     stream: int
     shard: int
     sample: int
+    passing: int
+    """So many times the stream has been read whole before: which of its captions is due."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +60,12 @@ class SampleOrder:
     """The endless order of samples over the streams.
 
     A stream is an endless row of passes, each of them through all of its shards in an order of its
-    own; every epoch takes the next `samples * repeat` of the row. So `repeat=1` reads each sample
-    once an epoch, `repeat=2` twice, and `repeat=0.5` a different half in each of two epochs.
+    own; every epoch takes the next `samples_per_epoch` of the row. So an epoch of as many samples
+    as the stream has reads each of them once, twice as many twice, and half as many a different
+    half in each of two epochs.
     """
 
-    def __init__(
-        self, streams: Sequence[StreamShape], seed: int, block_samples: int = BLOCK_SAMPLES
-    ):
+    def __init__(self, streams: Sequence[StreamShape], seed: int, block_samples: int):
         self.samples_per_epoch = sum(stream.samples_per_epoch for stream in streams)
         self._streams = tuple(streams)
         self._seed = seed
@@ -92,7 +86,27 @@ class SampleOrder:
             self._enter_block(position)
         number, sample = self._block[position - self._block_range.start]
         piece = self._pieces[number]
-        return Slot(piece.stream, piece.shard, int(sample))
+        return Slot(piece.stream, piece.shard, int(sample), piece.passing)
+
+    def block_of(self, epoch: int, position: int) -> tuple[int, int]:
+        """The block that holds a position, as its epoch and first position."""
+        self.locate(epoch, position)
+        return epoch, self._block_range.start
+
+    def upcoming(self, epoch: int, position: int) -> Iterator[list[tuple[int, int]]]:
+        """Stream and shard of what is read from a position on, by first use: first of the rest of
+        its block, then of each later block, for ever.
+        """
+        while True:
+            self.locate(epoch, position)
+            numbers = self._block[position - self._block_range.start :, 0]
+            pieces, first_uses = np.unique(numbers, return_index=True)
+            used = [self._pieces[number] for number in pieces[np.argsort(first_uses)]]
+            shards = list(dict.fromkeys((piece.stream, piece.shard) for piece in used))
+            position = self._block_range.stop
+            if position == self.samples_per_epoch:
+                epoch, position = epoch + 1, 0
+            yield shards
 
     def _enter_epoch(self, epoch: int) -> None:
         pieces = [

@@ -9,37 +9,38 @@ while a shard is fetched, which the kernel releases whatever happens to its hold
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from streaming.base.compression import decompress
 from streaming.base.format.base.reader import FileInfo
 from streaming.base.format.mds import MDSReader
-from streaming.base.hashing import get_hash
-from streaming.base.storage import CloudDownloader
 from streaming.base.util import bytes_to_int
 
-from blip_scale.data.shards import HASH, INDEX_NAME, read_index
+from blip_scale.data import cache as caching
+from blip_scale.data.cache import ShardCache, locked
+from blip_scale.data.fetching import DamagedFile, Fetcher, is_intact
+from blip_scale.data.shards import INDEX_NAME, read_index
 from blip_scale.recipe import DataRecipe, StreamRecipe
 
-FETCH_ATTEMPTS = 5
-FETCH_TIMEOUT_S = 120.0
-FIRST_BACKOFF_S = 1.0  # doubled after every attempt
+INDEX_RETRY_S = 10.0
+"""So long the index is asked for before a cached one is taken."""
 _TOUCH_EVERY_S = 60.0  # a shard in use tells the eviction so
-
-_LOCKS = 16  # so many shards are fetched at once on a machine
+_LOCKS = 256  # shards that share a lock are not fetched at the same time
+_READ_ATTEMPTS = 10
 
 logger = logging.getLogger(__name__)
 
 
 class CorruptSample(ValueError):
     """A sample that can't be read or decoded, in a shard that can."""
+
+
+class DamagedShard(CorruptSample):
+    """A shard whose content on the remote is not what the index says, however often it comes."""
 
 
 class StreamStore:
@@ -49,15 +50,23 @@ class StreamStore:
     shard, its path and `make_with`, the command that makes the data.
     """
 
-    def __init__(self, stream: StreamRecipe, make_with: str = "", cache: CacheLimit | None = None):
+    def __init__(
+        self,
+        stream: StreamRecipe,
+        make_with: str = "",
+        cache: ShardCache | None = None,
+        retry_s: float = DataRecipe.retry_s,
+    ):
         self.name = stream.name
         self.folder = Path(os.path.expandvars(stream.local)).expanduser()
         self.remote = os.path.expandvars(stream.remote).rstrip("/") if stream.remote else None
+        self.cache: ShardCache | None = None
         self._make_with = make_with
-        self._cache = cache
-        self._downloader: CloudDownloader | None = None
         self._touched: dict[int, float] = {}
+        self._damaged: dict[int, str] = {}
         if self.remote:
+            self.cache = cache or ShardCache([self.folder])
+            self._fetcher = Fetcher(self.remote, retry_s, f"stream {self.name!r}")
             self._fetch_index()
         try:
             self.shards = read_index(self.folder)
@@ -78,12 +87,20 @@ class StreamStore:
     def samples(self) -> int:
         return sum(self.shard_samples)
 
+    def shard_bytes(self, shard: int) -> int:
+        """Size of the uncompressed shard."""
+        return int(self.shards[shard].raw_data.bytes)
+
+    def shard_name(self, shard: int) -> str:
+        return str(self.shards[shard].raw_data.basename)
+
     def read(self, shard: int, sample: int) -> dict[str, Any]:
         """One sample as the columns of `shards.COLUMNS`; a remote shard is fetched first.
 
-        Raises CorruptSample where the shard is there but the sample in it can't be read.
+        Raises CorruptSample where the shard is there but the sample in it can't be read, and
+        DamagedShard where the remote's shard is damaged.
         """
-        for _ in range(3):
+        for _ in range(_READ_ATTEMPTS):
             self._ensure(shard)
             try:
                 return self.shards[shard].get_item(sample)
@@ -96,11 +113,32 @@ class StreamStore:
             self._message(f"shard {path} vanishes as soon as it is fetched: raise data.cache_limit")
         )
 
-    def shard_name(self, shard: int) -> str:
-        return str(self.shards[shard].raw_data.basename)
+    def prefetch(self, number: int) -> bool:
+        """Fetch a shard that is not in the cache, in one attempt.
+
+        False where that failed, or where another thread or process is fetching it.
+        """
+        shard = self.shards[number]
+        if number in self._damaged or self._is_there(shard):
+            return True
+        with locked(self.folder, number % _LOCKS, wait=False) as is_mine:
+            if not is_mine:
+                return False
+            try:
+                if not self._is_there(shard):
+                    self._obtain(shard, retry_s=0)
+            except DamagedFile:  # it may come whole for who needs it
+                return True
+            except (OSError, ValueError) as error:
+                logger.info("stream %s: not prefetched: %s", self.name, error)
+                return False
+            return True
 
     def _path(self, info: FileInfo) -> Path:
         return self.folder / info.basename
+
+    def _is_there(self, shard: MDSReader) -> bool:
+        return caching.has_size(self._path(shard.raw_data), shard.raw_data.bytes)
 
     def _message(self, problem: str) -> str:
         mend = f"; make it with `{self._make_with}`" if self._make_with else ""
@@ -119,125 +157,117 @@ class StreamStore:
 
     def _ensure(self, number: int) -> None:
         """See to it that the uncompressed shard lies in the folder, whole."""
+        if number in self._damaged:
+            raise DamagedShard(self._damaged[number])
         now = time.monotonic()
         if now - self._touched.get(number, -_TOUCH_EVERY_S) < _TOUCH_EVERY_S:
             return
         shard = self.shards[number]
-        path = self._path(shard.raw_data)
-        if not _has_size(path, shard.raw_data.bytes):
+        if not self._is_there(shard):
             if self.remote is None and shard.zip_data is None:
-                raise self._damaged(path, shard.raw_data)
-            with _lock(self.folder, number % _LOCKS):
-                if not _has_size(path, shard.raw_data.bytes):
-                    self._obtain(shard)
+                raise self._broken(self._path(shard.raw_data), shard.raw_data)
+            with locked(self.folder, number % _LOCKS):
+                if not self._is_there(shard):
+                    self._obtain_or_give_up(number)
         if self.remote is not None:
-            _touch(path)
+            caching.mark_used(self._path(shard.raw_data))
         self._touched[number] = now
 
-    def _damaged(self, path: Path, info: FileInfo) -> Exception:
+    def _broken(self, path: Path, info: FileInfo) -> Exception:
         if not path.is_file():
             return FileNotFoundError(self._message(f"shard {path} is missing"))
         size = path.stat().st_size
         return ValueError(self._message(f"shard {path} is damaged: {size} bytes, not {info.bytes}"))
 
-    def _obtain(self, shard: MDSReader) -> None:
-        info = shard.zip_data or shard.raw_data
-        stored = self._path(info)
-        data = stored.read_bytes() if stored.is_file() and shard.zip_data else b""
-        if not _is_intact(data, info):
-            if self.remote is None:
-                raise self._damaged(stored, info)
-            if self._cache is not None:
-                self._cache.make_room(shard.raw_data.bytes)
-            data = self._fetch(info)
-        if shard.zip_data:
-            data = decompress(shard.compression, data)
-        _write_whole(self._path(shard.raw_data), data)
-
-    def _fetch(self, info: FileInfo) -> bytes:
-        """The verified content of a remote file, retried with back-off."""
-        source = f"{self.remote}/{info.basename}"
-        part = self._path(info).with_name(info.basename + ".part")
-        for attempt in range(FETCH_ATTEMPTS):
-            if attempt:
-                time.sleep(FIRST_BACKOFF_S * 2 ** (attempt - 1))
-            try:
-                self._download(source, part)
-                data = part.read_bytes()
-                if _is_intact(data, info):
-                    return data
-                problem = f"{len(data)} bytes with a wrong checksum, expected {info.bytes} bytes"
-            except Exception as error:  # each kind of remote has its own; none may escape unnamed
-                problem = f"{type(error).__name__}: {error}"
-                if isinstance(error, FileNotFoundError):
-                    break
-            finally:
-                part.unlink(missing_ok=True)
+    def _obtain_or_give_up(self, number: int) -> None:
+        try:
+            self._obtain(self.shards[number])
+        except DamagedFile as error:
+            samples = self.shard_samples[number]
             logger.warning(
-                "stream %s: attempt %d for %s failed: %s", self.name, attempt + 1, source, problem
+                "%s", self._message(f"{error}; others stand in for its {samples} samples")
             )
-        raise FileNotFoundError(self._message(f"shard {source} can't be fetched ({problem})"))
+            self._damaged[number] = f"{self.name}/{self.shard_name(number)}: {error}"
+            raise DamagedShard(self._damaged[number]) from error
 
-    def _download(self, source: str, target: Path) -> None:
-        for leftover in target.parent.glob(f"{target.name}*"):  # of a killed process
-            leftover.unlink(missing_ok=True)
-        if self._downloader is None:
-            self._downloader = CloudDownloader.get(self.remote)
-        self._downloader.download(source, str(target), FETCH_TIMEOUT_S)
+    def _obtain(self, shard: MDSReader, retry_s: float | None = None) -> None:
+        """Bring a shard into the folder; on a full disk, shards that are not in use make room."""
+        infos = [info for info in (shard.raw_data, shard.zip_data) if info]
+        while True:
+            try:
+                self._fill_in(shard, retry_s)
+                return
+            except OSError as error:
+                self._make_room(error, sum(info.bytes for info in infos))
+
+    def _make_room(self, error: OSError, incoming_bytes: int) -> None:
+        """Drop shards where `error` is a full disk; raises where that can't help."""
+        if not caching.is_disk_full(error):
+            raise error
+        if self.cache is None or not self.cache.shrink(incoming_bytes):
+            raise ValueError(
+                f"stream {self.name!r}: the disk of {self.folder} is full ({error.strerror}), and "
+                "there is no cached shard to drop: make room, or choose another folder as `local`"
+            ) from error
+
+    def _fill_in(self, shard: MDSReader, retry_s: float | None) -> None:
+        path = self._path(shard.raw_data)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            if self.remote is None:
+                self._decompress(shard, self._path(shard.zip_data), partial)
+            elif shard.zip_data is None:
+                self._fetcher.fetch(path.name, partial, shard.raw_data, retry_s)
+                caching.make_durable(partial)
+            else:
+                fetched = self._path(shard.zip_data)
+                part = fetched.with_name(fetched.name + ".part")
+                try:
+                    self._fetcher.fetch(fetched.name, part, shard.zip_data, retry_s)
+                    self._decompress(shard, part, partial)
+                finally:
+                    part.unlink(missing_ok=True)
+            if self.cache is not None:
+                self.cache.admit(partial, path)
+            else:
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _decompress(self, shard: MDSReader, stored: Path, partial: Path) -> None:
+        data = stored.read_bytes()
+        if not is_intact(data, shard.zip_data):
+            raise self._broken(stored, shard.zip_data)
+        partial.write_bytes(decompress(shard.compression, data))
+        caching.make_durable(partial)
 
     def _fetch_index(self) -> None:
         """Bring the remote's index; shards cached under another index are thrown away."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        source, target = f"{self.remote}/{INDEX_NAME}", self.folder / INDEX_NAME
+        target = self.folder / INDEX_NAME
         part = self.folder / f"{INDEX_NAME}.part"
-        with _lock(self.folder, "index"):
+        with locked(self.folder, "index"):
+            retry_s = INDEX_RETRY_S if target.is_file() else None
             try:
-                self._download(source, part)
-            except Exception as error:  # each kind of remote has its own
+                try:
+                    self._fetcher.fetch(INDEX_NAME, part, retry_s=retry_s)
+                except OSError as error:
+                    self._make_room(error, 1 << 20)
+                    self._fetcher.fetch(INDEX_NAME, part, retry_s=retry_s)
+            except FileNotFoundError as error:
                 if not target.is_file():
-                    raise FileNotFoundError(
-                        self._message(
-                            f"{source} can't be fetched ({type(error).__name__}: {error})"
-                        )
-                    ) from error
-                logger.warning(
-                    "stream %s: %s can't be reached, its cached copy is used", self.name, source
-                )
+                    mend = f"; make it with `{self._make_with}`" if self._make_with else ""
+                    raise FileNotFoundError(f"{error}{mend}") from error
+                logger.warning("%s; its cached copy is used", error)
                 return
             if target.is_file() and target.read_bytes() != part.read_bytes():
                 logger.warning(
-                    "stream %s: %s has changed, cached shards are dropped", self.name, source
-                )
-                for path in self.folder.glob("shard.*.mds"):
-                    path.unlink(missing_ok=True)
+                    "stream %s: %s has changed, cached shards are dropped",
+                    self.name, f"{self.remote}/{INDEX_NAME}",
+                )  # fmt: skip
+                caching.drop_shards(self.folder)
             part.replace(target)
-        if self._downloader is not None:
-            self._downloader.clean_up()  # its connections must not be shared with forked workers
-
-
-class CacheLimit:
-    """Keeps fetched shards below a size by dropping the least recently used."""
-
-    def __init__(self, folders: Sequence[Path], limit_bytes: int):
-        self._folders = list(folders)
-        self._limit_bytes = limit_bytes
-
-    def make_room(self, incoming_bytes: int) -> None:
-        """Drop shards until `incoming_bytes` more fit under the limit."""
-        entries = []
-        for folder in self._folders:
-            for path in folder.glob("shard.*.mds"):
-                try:
-                    status = path.stat()
-                except FileNotFoundError:  # another process evicts too
-                    continue
-                entries.append((status.st_mtime, status.st_size, path))
-        excess = sum(size for _, size, _ in entries) + incoming_bytes - self._limit_bytes
-        for _, size, path in sorted(entries):
-            if excess <= 0:
-                return
-            path.unlink(missing_ok=True)
-            excess -= size
+        self._fetcher.close()
 
 
 def open_streams(data: DataRecipe) -> list[StreamStore]:
@@ -247,42 +277,11 @@ def open_streams(data: DataRecipe) -> list[StreamStore]:
     names = [stream.name for stream in data.streams]
     if len(set(names)) < len(names):
         raise ValueError(f"data.streams: names must differ, got {names}")
-    remote = [Path(os.path.expandvars(stream.local)) for stream in data.streams if stream.remote]
-    cache = (
-        CacheLimit(remote, bytes_to_int(data.cache_limit)) if data.cache_limit and remote else None
-    )
-    return [StreamStore(stream, data.make_with, cache) for stream in data.streams]
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except FileNotFoundError:
-        return False
-
-
-def _is_intact(data: bytes, info: FileInfo) -> bool:
-    expected = info.hashes.get(HASH)
-    return len(data) == info.bytes and (expected is None or get_hash(HASH, data) == expected)
-
-
-def _touch(path: Path) -> None:
-    try:
-        os.utime(path)
-    except FileNotFoundError:  # evicted at this very moment: reading finds out
-        return
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Never a part of a shard under its name, whenever the process dies."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
-@contextmanager
-def _lock(folder: Path, name: str | int) -> Iterator[None]:
-    """One process at a time; the kernel lets go when its holder dies."""
-    with (folder / f".lock-{name}").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    folders = [
+        Path(os.path.expandvars(stream.local)).expanduser()
+        for stream in data.streams
+        if stream.remote
+    ]
+    limit_bytes = bytes_to_int(data.cache_limit) if data.cache_limit else None
+    cache = ShardCache(folders, limit_bytes)
+    return [StreamStore(stream, data.make_with, cache, data.retry_s) for stream in data.streams]

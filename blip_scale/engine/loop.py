@@ -53,6 +53,8 @@ class Run:
     total_steps: int
     accumulation: int
     peak_flops: float
+    named: set[str] = field(default_factory=set)
+    """What was said of samples that could not be read: once is enough."""
     step: int = 0
     history: History = field(default_factory=History)
 
@@ -238,8 +240,10 @@ def _note_trouble(
     history.skipped_in_a_row = 0 if finite else history.skipped_in_a_row + 1
     if skipped:
         history.skipped_samples += round(skipped)
-        for reason in (r for part in collectives.all_gather_objects(reasons) for r in part):
+        everywhere = {r: None for part in collectives.all_gather_objects(reasons) for r in part}
+        for reason in (r for r in everywhere if r not in run.named):
             logger.warning("skipped a sample that could not be read: %s", reason)
+        run.named.update(everywhere)
     if not finite:
         everyone = [name for part in collectives.all_gather_objects(ids) for name in part]
         shown = ", ".join(everyone[:8]) + (", ..." if len(everyone) > 8 else "")

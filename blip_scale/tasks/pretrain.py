@@ -240,6 +240,9 @@ class Pretrain:
         self._collected.append(FeaturePair(found.pop("image_keys"), found.pop("text_keys")))
         self._tokens, self._step = len(batch.token_ids), progress.step
         found["train/alpha"] = torch.tensor(alpha, device=self.device)
+        shares = torch.tensor(self._loader.shares(batch), device=self.device)
+        names = [f"data/share_{name}" for name in self._loader.stream_names]
+        found |= dict(zip(names, shares, strict=True))
         return found
 
     @property

@@ -53,12 +53,13 @@ def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
     return encoded.getvalue()
 
 
-def stream(folder: Path, repeat: float = 1.0, remote: Path | None = None) -> StreamRecipe:
+def stream(folder: Path, remote: Path | str | None = None, **settings: float) -> StreamRecipe:
+    """A stream with the name of its folder, or of the remote's."""
     return StreamRecipe(
-        name=(remote or folder).name,
+        name=Path(remote or folder).name,
         local=str(folder),
-        repeat=repeat,
         remote=str(remote) if remote else None,
+        **settings,  # type: ignore[arg-type]
     )
 
 

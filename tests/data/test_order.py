@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 
 from blip_scale.data.order import SampleOrder, Slot, StreamShape
+
+Place = tuple[int, int, int]
+
+
+def place(slot: Slot) -> Place:
+    return slot.stream, slot.shard, slot.sample
+
+
+def places(slots: Iterable[Slot]) -> set[Place]:
+    return {place(slot) for slot in slots}
 
 
 def epoch_slots(order: SampleOrder, epoch: int) -> list[Slot]:
@@ -15,22 +27,22 @@ def epoch_slots(order: SampleOrder, epoch: int) -> list[Slot]:
 
 @pytest.mark.parametrize("block_samples", [7, 40, 10_000])
 def test_every_sample_comes_once_an_epoch_and_in_another_order(block_samples: int) -> None:
-    shapes = [StreamShape("a", (10, 10, 3), 1.0), StreamShape("b", (5, 0, 25), 1.0)]
+    shapes = [StreamShape("a", (10, 10, 3), 23), StreamShape("b", (5, 0, 25), 30)]
     order = SampleOrder(shapes, seed=3, block_samples=block_samples)
     expected = {
-        Slot(s, shard, i)
+        (s, shard, i)
         for s, shape in enumerate(shapes)
         for shard, n in enumerate(shape.shard_samples)
         for i in range(n)
     }
     first, second = epoch_slots(order, 0), epoch_slots(order, 1)
     assert len(first) == len(expected) == 53
-    assert set(first) == set(second) == expected
+    assert places(first) == places(second) == expected
     assert first != second
 
 
 def test_any_position_is_found_without_what_came_before() -> None:
-    shapes = [StreamShape("a", (10,) * 9, 1.0), StreamShape("b", (4, 6), 2.5)]
+    shapes = [StreamShape("a", (10,) * 9, 90), StreamShape("b", (4, 6), 25)]
     in_row = epoch_slots(SampleOrder(shapes, seed=0, block_samples=20), 2)
     jumping = SampleOrder(shapes, seed=0, block_samples=20)
     jumping.locate(5, 1)
@@ -40,34 +52,60 @@ def test_any_position_is_found_without_what_came_before() -> None:
 
 def test_repeats_are_counted_and_fractions_take_turns() -> None:
     shapes = [
-        StreamShape("twice", (6, 6), 2.0),
-        StreamShape("half", (7, 7, 7), 0.5),
-        StreamShape("fifth", (5,) * 8, 0.2),
+        StreamShape("twice", (6, 6), 24),
+        StreamShape("half", (7, 7, 7), 10),
+        StreamShape("fifth", (5,) * 8, 8),
     ]
-    order = SampleOrder(shapes, seed=9)
-    seen: Counter[Slot] = Counter()
+    order = SampleOrder(shapes, seed=9, block_samples=10_000)
+    seen: Counter[Place] = Counter()
     halves = []
     for epoch in range(10):
         slots = epoch_slots(order, epoch)
         counts = Counter(slot.stream for slot in slots)
         assert counts == {0: 24, 1: 10, 2: 8}
-        assert set(Counter(slot for slot in slots if slot.stream == 0).values()) == {2}
-        halves.append({slot for slot in slots if slot.stream == 1})
-        seen.update(slots)
+        assert set(Counter(place(slot) for slot in slots if slot.stream == 0).values()) == {2}
+        halves.append(places(slot for slot in slots if slot.stream == 1))
+        seen.update(place(slot) for slot in slots)
     assert not halves[0] & halves[1], "two halves of one pass do not overlap"
-    assert {seen[slot] for slot in seen if slot.stream == 2} == {2}, (
-        "five epochs read each sample once"
-    )
-    assert max(seen[slot] for slot in seen if slot.stream == 1) <= 5
+    assert {seen[spot] for spot in seen if spot[0] == 2} == {2}, "five epochs read each sample once"
+    assert max(seen[spot] for spot in seen if spot[0] == 1) <= 5
+
+
+def test_each_pass_reads_each_sample_once() -> None:
+    shapes = [StreamShape("often", (6, 5), 27), StreamShape("seldom", (8, 9), 6)]
+    order = SampleOrder(shapes, seed=4, block_samples=12)
+    slots = [slot for epoch in range(11) for slot in epoch_slots(order, epoch)]
+    assert len(set(slots)) == len(slots), "never the same sample twice in one pass"
+    passes = Counter((slot.stream, slot.passing) for slot in slots)
+    assert passes == {
+        **{(0, p): 11 for p in range(27)},
+        **{(1, p): 17 for p in range(3)},
+        (1, 3): 15,
+    }
+
+
+@pytest.mark.parametrize("block_samples", [7, 20, 10_000])
+def test_what_comes_is_known_before(block_samples: int) -> None:
+    shapes = [StreamShape("a", (5, 4, 6), 15), StreamShape("b", (3, 8), 22)]
+    order = SampleOrder(shapes, seed=1, block_samples=block_samples)
+    start = (2, 11)
+    row = [(2, at) for at in range(11, 37)] + [(e, at) for e in (3, 4) for at in range(37)]
+    blocks = list(dict.fromkeys(order.block_of(*at) for at in row))
+    expected = [
+        list(dict.fromkeys((slot.stream, slot.shard) for slot in slots))
+        for block in blocks
+        if (slots := [order.locate(*at) for at in row if order.block_of(*at) == block])
+    ]
+    assert list(itertools.islice(order.upcoming(*start), len(blocks))) == expected
 
 
 def test_the_seed_matters_and_streams_are_mixed() -> None:
-    shapes = [StreamShape("a", (50,), 1.0), StreamShape("b", (50,), 1.0)]
-    first = epoch_slots(SampleOrder(shapes, seed=0), 0)
-    assert first != epoch_slots(SampleOrder(shapes, seed=1), 0)
+    shapes = [StreamShape("a", (50,), 50), StreamShape("b", (50,), 50)]
+    first = epoch_slots(SampleOrder(shapes, seed=0, block_samples=100), 0)
+    assert first != epoch_slots(SampleOrder(shapes, seed=1, block_samples=100), 0)
     assert 10 < sum(slot.stream for slot in first[:50]) < 40
 
 
 def test_a_position_outside_the_epoch_is_refused() -> None:
     with pytest.raises(IndexError, match="position 5 in an epoch of 5"):
-        SampleOrder([StreamShape("a", (5,), 1.0)], seed=0).locate(0, 5)
+        SampleOrder([StreamShape("a", (5,), 5)], seed=0, block_samples=5).locate(0, 5)

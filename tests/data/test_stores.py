@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 
-from blip_scale.data import Record, TrainLoader, stores, write_shards
-from blip_scale.data.stores import CacheLimit, StreamStore
+from blip_scale.data import Record, TrainLoader, fetching, stores, write_shards
+from blip_scale.data.cache import ShardCache
+from blip_scale.data.fetching import Fetcher
+from blip_scale.data.stores import StreamStore
 from blip_scale.recipe import DataRecipe
 
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setattr(fetching, "FIRST_PAUSE_S", 0.0)
 
 
 def first_shard(folder: Path) -> Path:
@@ -132,9 +134,9 @@ def test_a_damaged_download_is_fetched_again(
     make_shards: MakeShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = StreamStore(stream(tmp_path / "cache", remote=make_shards("red", 20)))
-    download, calls = StreamStore._download, []
+    download, calls = Fetcher._download, []
 
-    def stuttering(self: StreamStore, source: str, target: Path) -> None:
+    def stuttering(self: Fetcher, source: str, target: Path) -> None:
         calls.append(source)
         if len(calls) == 1:
             raise ConnectionError("reset by peer")
@@ -144,27 +146,71 @@ def test_a_damaged_download_is_fetched_again(
             data[-5] ^= 1
             target.write_bytes(data)
 
-    monkeypatch.setattr(StreamStore, "_download", stuttering)
+    monkeypatch.setattr(Fetcher, "_download", stuttering)
     assert all_ids(store) == [f"red-{i}" for i in range(20)]
     assert len(calls) == len(store.shards) + 2
 
 
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.usefixtures("no_waiting")
-def test_a_remote_that_stays_damaged_is_named(make_shards: MakeShards, tmp_path: Path) -> None:
+def test_a_shard_that_is_not_there_is_named(make_shards: MakeShards, tmp_path: Path) -> None:
     remote = make_shards("red", 20)
     store = StreamStore(stream(tmp_path / "cache", remote=remote), "make the data")
     shard = first_shard(remote)
-    data = bytearray(shard.read_bytes())
-    data[-5] ^= 1
-    shard.write_bytes(data)
+    shard.unlink()
     with pytest.raises(
-        FileNotFoundError, match=rf"shard {shard} can't be fetched .*wrong checksum"
+        FileNotFoundError, match=rf"{shard} can't be fetched, tried 4 times \(FileN"
     ):
         store.read(0, 0)
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"shard {shard} can't be fetched \(FileNotFound"):
-        store.read(0, 0)
     assert not list((tmp_path / "cache").glob("shard.*"))
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_shard_that_stays_damaged_is_replaced_alike_on_all_ranks(
+    make_shards: MakeShards,
+    make_loader: MakeLoader,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    compression: str | None,
+) -> None:
+    remote = make_shards("red", 45, compression=compression)
+    whole = [name for batch in take(make_loader([stream(remote)]), 10) for name in batch.ids]
+    store = StreamStore(stream(tmp_path / "whole", remote=remote))
+    lost, stand_ins = (
+        {store.read(shard, i)["id"] for i in range(store.shard_samples[shard])} for shard in (2, 3)
+    )
+    flip_a_bit(remote / f"shard.00002.mds{'.zstd' if compression else ''}")
+    runs = []
+    for ranks in (1, 2):
+        streams = [stream(tmp_path / f"cache-{ranks}", remote=remote)]
+        per_rank = [take(make_loader(streams, rank, ranks), 10) for rank in range(ranks)]
+        runs.append([name for step in zip(*per_rank, strict=True) for b in step for name in b.ids])
+        skipped = [line for batches in per_rank for batch in batches for line in batch.skipped]
+        assert len(skipped) == sum(name in lost for name in whole)
+        assert len(set(skipped)) == 1 and "red/shard.00002.mds: " in skipped[0]
+    assert "red/shard.00002.mds" in skipped[0] and "stays damaged, fetched 3 times" in skipped[0]
+    assert runs[0] == runs[1]
+    for before, now in zip(whole, runs[0], strict=True):
+        assert now == before if before not in lost else now in stand_ins
+    assert f"others stand in for its {len(lost)} samples" in caplog.text
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_remote_that_is_all_damaged_is_an_error(
+    make_shards: MakeShards, make_loader: MakeLoader, tmp_path: Path
+) -> None:
+    remote = make_shards("red", 30)
+    for path in remote.glob("shard.*"):
+        flip_a_bit(path)
+    loader = make_loader([stream(tmp_path / "cache", remote=remote)])
+    with pytest.raises(ValueError, match="stream 'red': too many damaged shards in a row"):
+        take(loader, 1)
 
 
 def test_a_remote_that_was_written_anew_is_fetched_anew(
@@ -185,7 +231,7 @@ def test_the_cache_stays_below_its_limit(make_shards: MakeShards, tmp_path: Path
         for entry in json.loads((remote / "index.json").read_text())["shards"]
     ]
     limit = 3 * max(sizes)
-    store = StreamStore(stream(cache, remote=remote), cache=CacheLimit([cache], limit))
+    store = StreamStore(stream(cache, remote=remote), cache=ShardCache([cache], limit))
     assert len(sizes) > 4
     for _ in range(2):
         for shard in range(len(sizes)):
@@ -224,7 +270,7 @@ def test_what_a_killed_job_leaves_behind_stops_nobody(
     victim.unlink()
     for suffix in (".part", ".part.tmp", ".part.1a2b", ".partial"):
         victim.with_name(victim.name + suffix).write_bytes(b"half")
-    assert list(cache.glob(".lock-*"))
+    assert list(cache.glob(".locks/*"))
     start_s = time.monotonic()
     assert [batch.ids for batch in take(make_loader(streams, workers=2), 6)] == expected
     assert time.monotonic() - start_s < 5, "nobody waits for a lock of the dead"

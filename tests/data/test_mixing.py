@@ -1,0 +1,101 @@
+"""What an epoch takes of each stream, and which of its captions an image gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from data_samples import MakeLoader, MakeShards, jpeg, stream, take
+
+from blip_scale.data import Record, write_shards
+from blip_scale.data.mixing import describe, samples_per_epoch
+from blip_scale.recipe import DataRecipe, StreamRecipe
+
+
+def mixture(*settings: dict[str, float], samples: int | None = None) -> DataRecipe:
+    streams = [StreamRecipe(f"s{i}", "folder", **s) for i, s in enumerate(settings)]  # type: ignore[arg-type]
+    return DataRecipe(streams=streams, samples_per_epoch=samples)
+
+
+def test_repeats_and_sizes() -> None:
+    data = mixture({}, {"repeat": 5}, {"repeat": 0.2}, {"samples_per_epoch": 77})
+    assert samples_per_epoch(data, [30, 30, 30, 30]) == [30, 150, 6, 77]
+
+
+def test_weights_share_out_an_epoch_to_the_last_sample() -> None:
+    data = mixture({"weight": 1}, {"weight": 1}, {"weight": 1}, {"weight": 7}, samples=1003)
+    counts = samples_per_epoch(data, [10, 1000, 50, 50])
+    assert sum(counts) == 1003
+    assert [round(count / 1003, 2) for count in counts] == [0.1, 0.1, 0.1, 0.7]
+
+
+def test_a_stream_that_is_never_read_is_refused() -> None:
+    with pytest.raises(ValueError, match="stream 's1': an epoch takes none of its 40 samples"):
+        samples_per_epoch(mixture({}, {"repeat": 0.01}), [10, 40])
+
+
+def test_the_mixture_is_said_in_a_line() -> None:
+    data = mixture({}, {"repeat": 3})
+    assert describe(data, [100, 100], [100, 300]) == (
+        "s0 25.0% (100 = 1 x 100), s1 75.0% (300 = 3 x 100)"
+    )
+
+
+def test_an_epoch_holds_what_the_recipe_says(
+    make_shards: MakeShards, make_loader: MakeLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    streams = [
+        stream(make_shards("red", 20), weight=1.0),
+        stream(make_shards("blue", 60), weight=3.0),
+    ]
+    loader = make_loader(streams, samples_per_epoch=40)
+    assert (
+        "an epoch of 40 pairs: red 25.0% (10 = 0.5 x 20), blue 75.0% (30 = 0.5 x 60)" in caplog.text
+    )
+    batches = take(loader, 10)
+    assert loader.stream_names == ["red", "blue"]
+    for epoch in (batches[:5], batches[5:]):
+        assert sum(loader.shares(batch)[0] for batch in epoch) / 5 == 0.25
+        assert sum(loader.shares(batch)[1] for batch in epoch) / 5 == 0.75
+    read = Counter(name for batch in batches for name in batch.ids)
+    assert len(read) == 80 and set(read.values()) == {1}, "two halves are the whole"
+
+
+def captions_of(folder: Path, count: int, texts: int) -> Path:
+    records = (
+        Record(f"{i}", jpeg(i), [f"text {i} {t}" for t in range(texts)], "s") for i in range(count)
+    )
+    write_shards(folder, records, shard_size="20kb")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_five_repeats_read_each_of_five_captions(
+    tmp_path: Path, make_loader: MakeLoader, workers: int
+) -> None:
+    streams = [stream(captions_of(tmp_path / "set", 16, texts=5), repeat=5.0)]
+    batches = take(make_loader(streams, workers=workers), 20)
+    for epoch in (batches[:10], batches[10:]):
+        read = Counter(text for batch in epoch for text in batch.captions)
+        assert read == {f"text {i} {t}": 1 for i in range(16) for t in range(5)}
+    again = take(make_loader(streams), 20)
+    assert [batch.captions for batch in again] == [batch.captions for batch in batches]
+
+
+def test_captions_take_turns_over_epochs_and_begin_anywhere(
+    tmp_path: Path, make_loader: MakeLoader
+) -> None:
+    streams = [stream(captions_of(tmp_path / "set", 24, texts=3))]
+    batches = take(make_loader(streams), 9)
+    epochs = [
+        {text for batch in batches[begin : begin + 3] for text in batch.captions}
+        for begin in (0, 3, 6)
+    ]
+    assert len(set.union(*epochs)) == 72, "three epochs read all three captions of 24 images"
+    assert len({text.split()[-1] for text in epochs[0]}) == 3, "not all begin with the same one"
+    other_seed = {
+        text for batch in take(make_loader(streams, seed=2), 3) for text in batch.captions
+    }
+    assert other_seed != epochs[0]
