@@ -31,6 +31,20 @@ VOCABULARY = [
 ]
 
 
+def photo(width: int = 64, height: int = 48) -> Image.Image:
+    """Smooth: red grows to the right, green downwards, every channel's minimum is above 0."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([40 + columns * 2, 60 + rows * 3, 90 + (rows + columns)], axis=2)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    """The image as a file of that kind."""
+    encoded = io.BytesIO()
+    image.save(encoded, kind, **options)
+    return encoded.getvalue()
+
+
 def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
     """A small picture that only `number` has."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)

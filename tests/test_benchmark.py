@@ -1,0 +1,38 @@
+"""tools/benchmark.py: its output, and that it runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import benchmark
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def test_the_waiting_share_leaves_the_first_point_out(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        benchmark.data_wait_share(tmp_path)
+    points = [{"speed/data_wait_share": share} for share in (0.9, 0.01, 0.03)]
+    lines = [json.dumps(point) for point in [*points, {"heldout/recall": 1.0}]]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert benchmark.data_wait_share(tmp_path) == 0.02
+    (tmp_path / "metrics.jsonl").write_text(lines[0])
+    with pytest.raises(ValueError, match="fewer than two points"):
+        benchmark.data_wait_share(tmp_path)
+
+
+@pytest.mark.multiprocess
+def test_the_data_benchmark_runs() -> None:
+    command = [sys.executable, REPO / "tools" / "benchmark.py", "data", "--json"]
+    command += ["--sizes", "64x48", "--rounds", "1", "--workers", "1", "--crop", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    result = json.loads(done.stdout)
+    rates = result["sizes"]["64x48"]
+    for name in ("images_per_s", "published_images_per_s", "ratio", "webdataset_images_per_s"):
+        assert rates[name] > 0
+    assert "decode to tensor" in benchmark.table(result)
