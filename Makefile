@@ -14,6 +14,7 @@ RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1
 # and DeepSpeed need not look for an accelerator.
 ON_CPU := DS_ACCELERATOR=cpu MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 STARTED := $(shell date +%s)
+DEMO_RUN ?= runs/demo
 
 .PHONY: help install demo test lint tensorboard clean
 
@@ -41,22 +42,26 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# As many ranks as GPUs (the largest number that divides the demo's batch), or two on the CPU.
+# As many ranks as GPUs (the largest number that divides the demo's batch of 64), or two on the CPU.
 demo: install
 	@$(RUN) python tools/prepare_data.py demo data/demo
-	@ranks=$$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true); \
-	settings=""; [ "$$ranks" -gt 0 ] || { ranks=2; settings="$(ON_CPU)"; }; \
-	while [ $$((64 % ranks)) -ne 0 ]; do ranks=$$((ranks - 1)); done; \
+	@gpus=$$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true); \
+	ranks=$$gpus; settings=""; \
+	[ "$$gpus" -gt 0 ] || { ranks=2; settings="$(ON_CPU)"; }; \
+	while [ "$$ranks" -gt 32 ] || [ $$((64 % ranks)) -ne 0 ]; do ranks=$$((ranks - 1)); done; \
+	[ "$$gpus" -eq 0 ] || echo "Training on $$ranks of $$gpus GPUs (the batch of 64 must divide)"; \
 	env $$settings $(RUN) deepspeed --log_level error --num_gpus $$ranks \
-		blip_scale/train.py --deepspeed ds_configs/zero3.json
-	@$(RUN) python tools/show_summary.py runs/demo --started $(STARTED)
+		blip_scale/train.py --deepspeed ds_configs/zero3.json output_dir=$(DEMO_RUN)
+	@$(RUN) python tools/show_summary.py $(DEMO_RUN) --started $(STARTED)
 
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory lint
 	@echo "Unit tests"
-	@$(RUN) python -m pytest -q -n 2 -m "not multiprocess and not gpu"
+	@$(RUN) python -m pytest -q -n 2 -m "not multiprocess and not demo and not gpu"
 	@echo "Tests with several ranks and whole runs"
-	@$(RUN) python -m pytest -q -m "multiprocess or gpu"
+	@$(RUN) python -m pytest -q -n 2 --dist loadfile -m "(multiprocess or gpu) and not demo"
+	@echo "The demo (about ten minutes)"
+	@$(RUN) python -m pytest -q -m demo
 
 lint: $(VENV)/.installed-dev
 	@$(RUN) ruff check .

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 _PACKAGE = Path(__file__).resolve().parent
 if not __package__:  # run as a script: Python put this folder on its path, the package lies above
@@ -23,6 +24,20 @@ logger = logging.getLogger("blip_scale.train")
 
 BAD_INPUT = 2
 """Exit code when the recipe, the command line, the DeepSpeed JSON or the data cannot be used."""
+
+
+def command() -> NoReturn:
+    """Run the command and end the process with its exit code, without tearing Python down.
+
+    DeepSpeed keeps the process groups, so gloo's threads are never joined; one that asks for the
+    interpreter's lock while it is torn down aborts the process (`terminate called without an active
+    exception`), and a run that went well would count as failed.
+    """
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,4 +115,4 @@ def _default_deepspeed() -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

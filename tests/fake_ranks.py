@@ -35,6 +35,7 @@ class FakeRanks:
             "all_gather_objects": self._exchange,
             "all_gather_ragged": lambda tensor: [t.clone() for t in self._exchange(tensor)],
             "all_gather": lambda tensor: torch.cat(self._exchange(tensor)),
+            "all_gather_with_gradient": lambda tensor: torch.cat(self._exchange(tensor)),
             "all_reduce_sum": self._sum,
         }
         for name, replacement in replaced.items():

@@ -87,10 +87,13 @@ def save(
     return final
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` committed checkpoints; rank 0 alone does it."""
+def prune(folder: Path, saved: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints up to `saved`; rank 0 alone does it.
+
+    Those of later steps do not count: a run that went back behind them found them damaged.
+    """
     if collectives.rank() == 0:
-        for path in _committed(folder)[:-keep_last]:
+        for path in [path for path in _committed(folder) if path <= saved][:-keep_last]:
             shutil.rmtree(path)
 
 

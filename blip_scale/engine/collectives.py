@@ -89,6 +89,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_max(values: Tensor) -> Tensor:
+    """Largest over the ranks, in place; returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Mean over the ranks, in place; returns the tensor."""
     return all_reduce_sum(values).div_(world_size())

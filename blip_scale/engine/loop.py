@@ -220,7 +220,7 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
 def micro_step_seed(seed: int, micro_step: int, rank: int) -> int:
     """Seed of all that is random in one micro-step on one rank: no generator state has to be
     saved."""
-    return (seed * 1_000_003 + micro_step) * 65_537 + rank
+    return ((seed * 1_000_003 + micro_step) * 65_537 + rank) % 2**63  # what torch takes
 
 
 def _average(run: Run, sums: dict[str, Any], skipped: int) -> dict[str, float]:
@@ -255,13 +255,18 @@ def _log(run: Run) -> None:
     window, recipe = run.history.window, run.recipe
     names = list(window[-1])
     means = {name: sum(step[name] for step in window) / len(window) for name in names}
-    step_s, data_wait_s = means.pop("step_s"), means.pop("data_wait_s")
+    step_s = means.pop("step_s")
+    data_wait_s, memory_gib = collectives.all_reduce_max(
+        torch.tensor(
+            [means.pop("data_wait_s"), peak_memory_gib(run.engine.device)], device=run.engine.device
+        )
+    ).tolist()  # of the rank that has it worst: the others wait for it in the next collective
     means |= run.task.metrics(run.engine, run.momentum)
     means |= {
         "speed/samples_per_s": recipe.train.global_batch_size / step_s,
         "speed/data_wait_share": data_wait_s / step_s,
         "speed/mfu": run.task.flops_per_step() / step_s / run.peak_flops,
-        "memory/peak_gib": peak_memory_gib(run.engine.device),
+        "memory/peak_gib": memory_gib,
         "data/skipped_samples": float(run.history.skipped_samples),
     }
     run.monitor.log(run.step, means)
@@ -296,13 +301,19 @@ def _save(run: Run) -> bool:
         run.momentum,
     )
     if saved is not None:
-        checkpoint.prune(run.checkpoints, run.recipe.checkpoint.keep_last)
+        checkpoint.prune(run.checkpoints, saved, run.recipe.checkpoint.keep_last)
     return saved is not None
 
 
 def _finish(run: Run) -> None:
-    """summary.json, and where to look."""
+    """summary.json, and where to look; a run that was at its end before keeps its own."""
     history = run.history
+    if (
+        run.step == run.monitor.start_step
+        and (Path(run.recipe.output_dir) / "summary.json").exists()
+    ):
+        logger.info("nothing left to do: all %d steps were done before", run.step)
+        return
     run.monitor.summary(
         {
             "steps": run.step,

@@ -76,7 +76,7 @@ class Monitor:
         self._output_dir = output_dir
         self._is_main = is_main
         self._total_steps = total_steps
-        self._start_step = start_step
+        self.start_step = start_step
         self._samples_per_step = samples_per_step
         self._streaks = [(alarm, [0]) for alarm in alarms]
         self._step = start_step
@@ -158,7 +158,7 @@ class Monitor:
             return
         with self._spare_the_run():
             verbatim = "\n".join("    " + line for line in text.splitlines())
-            self._open_writer().add_text(name, verbatim, self._start_step)
+            self._open_writer().add_text(name, verbatim, self.start_step)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Write summary.json whole or not at all.
@@ -215,7 +215,7 @@ class Monitor:
         return "  ".join([*parts, f"eta {self._eta(step)}"])
 
     def _eta(self, step: int) -> str:
-        done = step - self._start_step
+        done = step - self.start_step
         if done <= 0:
             return "?"
         seconds = (time.monotonic() - self._began) / done * (self._total_steps - step)

@@ -14,13 +14,13 @@ STD = 0.02
 
 
 @torch.no_grad()
-def init_weights(med: MED, seed: int) -> None:
+def init_weights(med: MED, seed: int, vision_std: float = STD) -> None:
     """Fills every parameter of a plain (not partitioned) MED, a pure function of `seed`.
 
-    ViT: truncated normal of std 0.02 for linear layers, class token and position embeddings,
-    PyTorch's default for the patch convolution. Text: normal of std 0.02. Contrastive projections
-    and matching head: PyTorch's default for linear layers. Biases 0 (but PyTorch's default where
-    that is taken), norms 1 and 0.
+    ViT: truncated normal of std `vision_std` for linear layers, of std 0.02 for class token and
+    position embeddings, PyTorch's default for the patch convolution. Text: normal of std 0.02.
+    Contrastive projections and matching head: PyTorch's default for linear layers. Biases 0 (but
+    PyTorch's default where that is taken), norms 1 and 0.
     """
     generator = torch.Generator(device=next(med.parameters()).device).manual_seed(seed)
     vision = med.vision
@@ -29,7 +29,7 @@ def init_weights(med: MED, seed: int) -> None:
             nn.init.trunc_normal_(token, std=STD, generator=generator)
     for module in vision.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=STD, generator=generator)
+            nn.init.trunc_normal_(module.weight, std=vision_std, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):

@@ -45,6 +45,11 @@ def _text_config(text: TextRecipe, tokenizer: PreTrainedTokenizerFast) -> TextCo
     layers = text.layers
     if text.checkpoint is not None:
         bert = AutoConfig.from_pretrained(data.resolve_checkpoint(text.checkpoint))
+        if bert.model_type != "bert":
+            raise ValueError(
+                f"model.text.checkpoint {text.checkpoint}: its model_type is {bert.model_type}; it "
+                "must be bert (others count positions or share layers in their own way)"
+            )
         kind = (bert.hidden_act, getattr(bert, "position_embedding_type", "absolute"))
         if kind != ("gelu", "absolute"):
             raise ValueError(
@@ -75,8 +80,8 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
     ranks.
     """
     med = MED(config)
-    init_weights(med, recipe.seed)
     vision, text = recipe.model.vision, recipe.model.text
+    init_weights(med, recipe.seed, vision.init_std)
     if vision.checkpoint is not None:
         load_vision(med, vision.checkpoint)
     if text.checkpoint is not None:

@@ -1,15 +1,19 @@
 """BLIP's pretraining step as one plain PyTorch process would run it: no engine, no shards.
 
-The ranks' shares of a global batch go through the network one after another, their losses are
-averaged, and optimizer, momentum and queue are written out in the plainest way.
+The ranks' shares of a global batch go through the network one after another (as threads where
+negatives come from all of them), their losses are averaged, and optimizer, momentum and queue are
+written out in the plainest way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
+from fake_ranks import FakeRanks
 from torch import Tensor
 
 from blip_scale import data, recipe
@@ -57,15 +61,22 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
         objective = chosen.objective
         alpha = alpha_at(step, steps_per_epoch, objective.alpha, objective.alpha_ramp_epochs)
         for index in range(accumulation):
-            for rank in range(ranks):
-                micro_step = step * accumulation + index
-                torch.manual_seed(micro_step_seed(chosen.seed, micro_step, rank))
-                generator = torch.Generator().manual_seed(torch.initial_seed() ^ 0x5EED)
+
+            def forward(
+                rank: int, micro_step: int = step * accumulation + index, alpha: float = alpha
+            ) -> dict[str, Tensor]:
+                seed = micro_step_seed(chosen.seed, micro_step, rank)
+                torch.manual_seed(seed)
+                generator = torch.Generator().manual_seed(seed ^ 0x5EED)
                 images, text = networks.to_model_input(
                     next(batches[rank]), torch.device("cpu"), torch.float32
                 )
-                found = network(images, text, queue, alpha, generator)
-                (found["loss/total"] / (ranks * accumulation)).backward()
+                return network(images, text, queue, alpha, generator)
+
+            everyone = _on_all_ranks(forward, ranks, together=objective.negatives == "global")
+            total = torch.stack([found["loss/total"] for found in everyone]).sum()
+            (total / (ranks * accumulation)).backward()
+            for found in everyone:
                 entering.append(FeaturePair(found["image_keys"], found["text_keys"]))
                 for name in ("loss/itc", "loss/itm", "loss/lm", "loss/total"):
                     share = found[name].item() / (ranks * accumulation)
@@ -92,6 +103,16 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
         {f"med.{name}": p.detach().flatten() for name, p in med.named_parameters()},
         {f"med.{name}": p.detach().flatten() for name, p in momentum_encoder.named_parameters()},
     )
+
+
+def _on_all_ranks(
+    forward: Callable[[int], dict[str, Tensor]], ranks: int, together: bool
+) -> list[dict[str, Tensor]]:
+    """What the ranks found: one after another, or as threads that exchange what they gather."""
+    if not together:
+        return [forward(rank) for rank in range(ranks)]
+    with pytest.MonkeyPatch.context() as patches:
+        return FakeRanks(ranks, patches).run(forward)
 
 
 def _loader(

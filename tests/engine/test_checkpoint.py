@@ -158,16 +158,26 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         alone().save(tmp_path, step)
     (tmp_path / "step_00000200.partial").mkdir()
     (tmp_path / "notes").mkdir()
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, tmp_path / "step_00000100", 2)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["notes", "step_00000010", "step_00000100", "step_00000200.partial"]
-    checkpoint.prune(tmp_path, 5)
+    checkpoint.prune(tmp_path, tmp_path / "step_00000100", 5)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_damaged_one_of_a_later_step_costs_no_good_one(tmp_path: Path) -> None:
+    """The run fell back behind it and goes on saving: what it keeps are its own."""
+    for step in (50, 60, 87):
+        alone().save(tmp_path, step)
+    flip_a_byte(tmp_path / "step_00000087" / "rank_00000.safetensors")
+    checkpoint.prune(tmp_path, tmp_path / "step_00000060", 1)
+    assert checkpoint.newest_whole(tmp_path) == tmp_path / "step_00000060"
+    assert not (tmp_path / "step_00000050").exists()
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert checkpoint.newest_whole(tmp_path / "never") is None
-    checkpoint.prune(tmp_path / "never", 3)
+    checkpoint.prune(tmp_path / "never", tmp_path / "never" / "step_00000001", 3)
 
 
 def flip_a_byte(file: Path) -> None:

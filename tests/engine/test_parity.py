@@ -23,8 +23,17 @@ STEPS = 5
         (3, 2, {"optimizer": {"gradient_clip": 5.0}, "train": {"micro_batch_size": 4}}),
         (2, 2, {}),
         (3, 1, {}),
+        (3, 2, {"model": {"gradient_checkpointing": True}}),
+        (3, 2, {"objective": {"negatives": "global"}, "model": {"text": {"dropout": 0.0}}}),
     ],
-    ids=["zero3", "zero3-accumulation-clipping", "zero2", "zero3-one-rank"],
+    ids=[
+        "zero3",
+        "zero3-accumulation-clipping",
+        "zero2",
+        "zero3-one-rank",
+        "zero3-checkpointed-blocks",
+        "zero3-negatives-of-all-ranks",
+    ],
 )
 def test_equals_a_plain_process(
     tmp_path: Path, stage: int, ranks: int, settings: dict[str, Any]
@@ -44,7 +53,8 @@ def test_equals_a_plain_process(
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
 
 
-def test_momentum_in_bf16_keeps_fp32_averages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_momentum_in_bf16_keeps_fp32_averages(tmp_path: Path, stage: int) -> None:
     """The averages of a bf16 run follow the gathered formula; averages kept in bf16 would not
     move."""
     recipe = tiny_runs.make_recipe(
@@ -53,7 +63,7 @@ def test_momentum_in_bf16_keeps_fp32_averages(tmp_path: Path) -> None:
         objective={"momentum": 0.995},
         checkpoint={"every_steps": 1},
     )
-    tiny_runs.train(recipe, 2, f"train.max_steps={STEPS}")
+    tiny_runs.train(recipe, 2, f"train.max_steps={STEPS}", stage=stage)
     folder = tmp_path / "run" / "checkpoints"
     weights = [
         tiny_runs.whole_tensors(folder / f"step_{step:08d}", "weight")

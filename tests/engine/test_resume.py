@@ -3,16 +3,20 @@ saved."""
 
 from __future__ import annotations
 
-import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny_runs
+import torch
+import train_killed_in_a_save
 
 pytestmark = pytest.mark.multiprocess
 
@@ -28,20 +32,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str,
     return tiny_runs.losses(folder / "run")
 
 
-def kill_after(processes: list[subprocess.Popen], moment: object, victims: slice) -> None:
-    """SIGKILL some ranks when `moment()` comes true; the launcher would then end the others."""
+def wait_for(moment: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Until `moment()` comes true, while the process runs."""
     deadline = time.monotonic() + 240
-    while not moment():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "the moment to kill never came"
-        assert all(process.poll() is None for process in processes), (
-            "a rank ended before it was killed"
-        )
+    while not moment():
+        assert time.monotonic() < deadline, "the moment never came"
+        assert process.poll() is None, "the run ended before the moment came"
         time.sleep(0.002)
-    for process in processes[victims]:
-        process.kill()
-    for process in processes:
-        process.kill()
-        process.wait()
+
+
+def ranks_below(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The processes of the ranks that the `deepspeed` command started, rank 0 first."""
+    found = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        rank = [part for part in process.cmdline() if part.startswith("--local_rank=")]
+        if rank:
+            found[rank[0]] = process
+    return [found[rank] for rank in sorted(found)]
 
 
 def reached(run: Path, step: int) -> bool:
@@ -51,30 +58,45 @@ def reached(run: Path, step: int) -> bool:
 
 
 def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
-    """One rank, then all ranks, each at a random moment between two steps."""
+    """One rank under the launcher, which must end the other; then all ranks at once."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     dice = random.Random(time.time_ns())
-    for step, victims in ((dice.randint(4, 6), slice(0, 1)), (dice.randint(7, 10), slice(0, 2))):
-        processes = tiny_runs.launch(recipe, 2)
-        delay_s = dice.random() * 0.3
-        kill_after(processes, lambda step=step: reached(run, step), victims)
-        time.sleep(delay_s)
+    launcher = tiny_runs.launch_by_command(recipe, 2)
+    step = dice.randint(4, 6)
+    wait_for(lambda: reached(run, step), launcher)
+    ranks = ranks_below(launcher)
+    time.sleep(dice.random() * 0.3)
+    ranks[dice.randint(0, 1)].kill()
+    assert launcher.wait(120) != 0
+    assert not psutil.wait_procs(ranks, timeout=60)[1], "a rank outlived the launcher"
+
+    processes = tiny_runs.launch(recipe, 2)
+    step = dice.randint(7, 10)
+    wait_for(lambda: reached(run, step), processes[0])
+    time.sleep(dice.random() * 0.3)
+    for process in processes:
+        process.kill()
+    assert tiny_runs.finish(processes) == [-signal.SIGKILL] * 2
     tiny_runs.train(recipe, 2)
     assert tiny_runs.losses(run) == undisturbed
     assert "resuming at step" in tiny_runs.said(recipe)
 
 
-def test_killed_inside_a_save(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
+@pytest.mark.parametrize("moment", list(train_killed_in_a_save.MOMENTS))
+def test_killed_inside_a_save(
+    tmp_path: Path, undisturbed: dict[int, dict[str, float]], moment: str
+) -> None:
     """The half-written checkpoint is ignored, named, and the one before is taken."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
-    partial = run / "checkpoints" / "step_00000006.partial"
-    kill_after(tiny_runs.launch(recipe, 2), partial.exists, slice(0, 2))
-    # A kill may come a moment too late for the machine's speed: then make what it would have left.
-    if not partial.exists():
-        (run / "checkpoints" / "step_00000006").rename(partial)
-        (partial / "manifest.json").unlink()
+    script = Path(train_killed_in_a_save.__file__)
+    processes = tiny_runs.launch(recipe, 2, f"--moment={moment}", script=script)
+    killed, other = processes
+    assert killed.wait(240) == -signal.SIGKILL
+    other.kill()
+    other.wait()
+    assert (run / "checkpoints" / "step_00000006.partial").exists()
     tiny_runs.train(recipe, 2)
     assert tiny_runs.losses(run) == undisturbed
     assert "the save did not finish" in tiny_runs.said(recipe)
@@ -103,34 +125,66 @@ def test_signal_stops_cleanly(tmp_path: Path, undisturbed: dict[int, dict[str, f
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     processes = tiny_runs.launch(recipe, 2)
-    deadline = time.monotonic() + 240
-    while not reached(run, 4) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: reached(run, 4), processes[0])
     processes[1].send_signal(signal.SIGUSR1)
     assert tiny_runs.finish(processes) == [75, 75], tiny_runs.said(recipe)
     tiny_runs.train(recipe, 2)
     assert tiny_runs.losses(run) == undisturbed
 
 
+def test_resume_with_everything_on(tmp_path: Path) -> None:
+    """bf16, accumulation, checkpointed blocks, a loader process, and between two lines of the log:
+    the same last line and the same bits in the last checkpoint."""
+    recipe = tiny_runs.make_recipe(
+        tmp_path,
+        train={"max_steps": 8, "precision": "bf16", "micro_batch_size": 4},
+        log={"every_steps": 4},
+        checkpoint={"every_steps": 3},
+        data={"workers": 1},
+    )
+    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000008"
+    ends = []
+    for _ in range(2):  # the second time from step 6
+        shutil.rmtree(last, ignore_errors=True)
+        tiny_runs.train(recipe, 2, "model.gradient_checkpointing=true")
+        kinds = ("weight", "exp_avg", "exp_avg_sq", "momentum")
+        tensors = {kind: tiny_runs.whole_tensors(last, kind) for kind in kinds}
+        ends.append((tiny_runs.losses(run), tensors))
+    assert "resuming at step 6" in tiny_runs.said(recipe)
+    (losses, tensors), (losses_again, tensors_again) = ends
+    assert losses == losses_again and 8 in losses
+    for kind, named in tensors.items():
+        assert named and named.keys() == tensors_again[kind].keys()
+        for name, tensor in named.items():
+            assert torch.equal(tensor, tensors_again[kind][name]), f"{kind} {name}"
+
+
 def test_full_disk_while_saving(tmp_path: Path) -> None:
-    """A checkpoint that does not fit is said, the earlier ones stay, and the run goes on."""
+    """A checkpoint that does not fit is said, the earlier one stays whole, and the run goes on."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
+        assert not os.environ.get("CI"), "CI must be able to mount a small disk"
         pytest.skip("mounting a small disk needs root")
     try:
         recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
-        codes = tiny_runs.finish(tiny_runs.launch(recipe, 1, f"output_dir={disk}/run"))
+        output = f"output_dir={disk}/run"
+        tiny_runs.train(recipe, 1, output, "train.max_steps=3")
+        (earlier,) = (disk / "run" / "checkpoints").iterdir()
+        before = {path.name: path.read_bytes() for path in earlier.iterdir()}
+        room = sum(map(len, before.values())) // 2  # too little for another one
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - room))
+        codes = tiny_runs.finish(tiny_runs.launch(recipe, 1, output))
         said = tiny_runs.said(recipe)
         assert codes == [1], said  # the last checkpoint is missing, so it is no success
+        assert "resuming at step 3" in said
         assert "was NOT saved" in said
         assert "No space left" in said
         assert "Earlier checkpoints are intact" in said
-        kept = sorted((disk / "run" / "checkpoints").iterdir())
-        assert [path.name for path in kept][:1] == ["step_00000003"]
-        assert all(json.loads((path / "manifest.json").read_text())["files"] for path in kept)
         assert f"step {STEPS}/{STEPS}" in said
+        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == [earlier.name]
+        assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
     finally:
         subprocess.run(["umount", str(disk)], check=False)
         shutil.rmtree(disk, ignore_errors=True)

@@ -57,7 +57,7 @@ def records(name: str) -> list[Record]:
 
 
 def make_recipe(folder: Path, **changes: Any) -> Path:
-    """Data, vocabulary and recipe of a run in `folder`; `changes` are sections to update."""
+    """Data, vocabulary and recipe of a run in `folder`; `changes` are merged into it."""
     from transformers import BertTokenizerFast
 
     if not (folder / "shapes").exists():
@@ -96,11 +96,18 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
             "every_steps": 1000, "captions": 2, "max_caption_tokens": 8, "rerank_top_k": 4,
         },
     }  # fmt: skip
-    for section, settings in changes.items():
-        recipe[section] |= settings
+    _merge(recipe, changes)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     return file
+
+
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    for name, value in changes.items():
+        if isinstance(value, dict) and isinstance(tree.get(name), dict):
+            _merge(tree[name], value)
+        else:
+            tree[name] = value
 
 
 TRAIN = REPO / "blip_scale" / "train.py"

@@ -24,4 +24,4 @@ def train_after_a_copy(run: loop.Run) -> int:
 
 if __name__ == "__main__":
     loop._train = train_after_a_copy
-    sys.exit(train.main())
+    train.command()

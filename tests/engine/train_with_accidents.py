@@ -38,4 +38,4 @@ def learning_rate(optimizer: OptimizerRecipe, step: int, steps_per_epoch: int) -
 if __name__ == "__main__":
     Pretrain.losses = losses  # type: ignore[method-assign]
     loop.learning_rate = learning_rate
-    sys.exit(train.main())
+    train.command()

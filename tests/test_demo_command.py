@@ -1,0 +1,78 @@
+"""`make demo` as a newcomer types it: it ends in time, every loss falls, and it has learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.demo
+
+LONGEST_S = 15 * 60
+TIMES_CHANCE = 20
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+
+def make_demo(run: Path, repo: Path) -> str:
+    """Both streams of the command, which must succeed."""
+    done = subprocess.run(
+        ["make", "demo", f"DEMO_RUN={run}"],
+        cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        env={name: value for name, value in os.environ.items() if name != "MAKEFLAGS"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> Path:
+    """Output folder of a fresh run."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    assert "TensorBoard" in make_demo(folder, repo)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.timeout(2 * LONGEST_S)
+def test_it_ends_in_time(summary: dict[str, Any]) -> None:
+    assert summary["seconds"] < summary["seconds_whole_command"] <= LONGEST_S
+
+
+def test_every_loss_goes_down(summary: dict[str, Any]) -> None:
+    first, last = summary["losses_first"], summary["losses_last"]
+    assert last["loss/itc"] < 0.6 * first["loss/itc"]
+    assert last["loss/itm"] < 0.635 < first["loss/itm"]  # below what one answer for all pairs gives
+    assert last["loss/lm"] < 0.5 * first["loss/lm"]
+
+
+def test_it_finds_drawings_that_it_never_saw(summary: dict[str, Any]) -> None:
+    found = summary["evaluation"]
+    candidates = found["heldout_drawing/candidates"]
+    assert candidates >= 500
+    for direction in DIRECTIONS:
+        for score in ("itc", "itm"):
+            assert found[f"heldout_drawing/{score}_{direction}_r1"] >= TIMES_CHANCE / candidates
+        # Concepts never seen are much harder; to be better than chance is what can be asked.
+        concepts = found["heldout_concept/candidates"]
+        assert found[f"heldout_concept/itc_{direction}_r10"] >= 5 * 10 / concepts
+
+
+def test_it_says_something_of_what_it_sees(summary: dict[str, Any]) -> None:
+    captions = summary["captions"]
+    assert {one["set"] for one in captions} == {"heldout_drawing", "heldout_concept"}
+    assert len({one["caption"] for one in captions}) > len(captions) / 2  # not one for all
+    assert all(one["caption"].strip() for one in captions)
+
+
+def test_a_second_call_reuses_what_is_there(run: Path, repo: Path, summary: dict[str, Any]) -> None:
+    said = make_demo(run, repo)
+    assert "was there already" in said and "nothing left to do" in said
+    assert json.loads((run / "summary.json").read_text()) == summary
