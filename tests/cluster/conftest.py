@@ -1,5 +1,6 @@
-"""Fixtures that start servers."""
+"""Fixtures: a real S3 server, and small sets of shards with loaders over them."""
 
+from loader_fixtures import make_loader, make_shards, text, vocabulary
 from s3_server import _server, s3
 
-__all__ = ["_server", "s3"]
+__all__ = ["_server", "make_loader", "make_shards", "s3", "text", "vocabulary"]

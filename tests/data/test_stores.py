@@ -107,6 +107,7 @@ def test_streams_are_checked(make_shards: MakeShards, make_loader: MakeLoader) -
         make_loader([stream(folder), stream(folder)])
 
 
+@pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_a_remote_is_cached(
     make_shards: MakeShards, make_loader: MakeLoader, tmp_path: Path, compression: str | None

@@ -1,0 +1,111 @@
+"""A proxy before an HTTP server that fails a seeded share of the requests."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+_HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
+
+
+class FaultyProxy(ThreadingHTTPServer):
+    """Passes requests on; of each kind of fault it does every other one.
+
+    Faults are an answer 503 without the server's having been asked, and a connection that is cut
+    in the middle of the server's answer.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, port: int, share: float, seed: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream_port = port
+        self.requests = 0
+        self.downloads: Counter[str] = Counter()
+        """GET requests by path."""
+        self.faults = {"refused": 0, "cut": 0}
+        self._share = share
+        self._dice = random.Random(seed)
+        self._lock = threading.Lock()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def draw(self, command: str, path: str) -> str | None:
+        """The fate of the next request."""
+        with self._lock:
+            self.requests += 1
+            self.downloads[path] += command == "GET"
+            if self._dice.random() >= self._share:
+                return None
+            fault = "cut" if self.faults["refused"] > self.faults["cut"] else "refused"
+            self.faults[fault] += 1
+            return fault
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that was killed is not worth a traceback."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultyProxy
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server.draw(self.command, self.path)
+        if fault == "refused":
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port, timeout=60)
+        try:  # the client has signed the Host header: it must go on as it is
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                upstream.putheader(name, value)
+            upstream.endheaders(body or None)
+            answer = upstream.getresponse()
+            content = answer.read()
+        except OSError:  # the server is down: so is the proxy, to its client
+            self.close_connection = True
+            return
+        finally:
+            upstream.close()
+        length = str(len(content))
+        if self.command == "HEAD":
+            length = answer.getheader("Content-Length", "0")
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in _HOP_BY_HOP:
+                self.send_header(name, value)
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if fault == "cut":
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return
+        self.wfile.write(content)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing on the terminal."""
+
+
+@contextmanager
+def faulty_proxy(port: int, share: float = 0.05, seed: int = 0) -> Iterator[FaultyProxy]:
+    """A running proxy before the server at `port` of this machine."""
+    proxy = FaultyProxy(port, share, seed)
+    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        proxy.shutdown()
+        proxy.server_close()

@@ -1,0 +1,78 @@
+"""Fixtures: small sets of shards, a vocabulary of their own, and loaders over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_samples import VOCABULARY, MakeLoader, MakeShards, jpeg
+
+from blip_scale.data import (
+    CaptionInput,
+    LoaderPosition,
+    Record,
+    TrainLoader,
+    load_tokenizer,
+    write_shards,
+)
+from blip_scale.recipe import DataRecipe, StreamRecipe, TextRecipe
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT tokenizer whose special tokens lie elsewhere than bert-base-uncased's."""
+    from transformers import BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("vocabulary")
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(vocabulary: Path) -> CaptionInput:
+    return CaptionInput(
+        load_tokenizer(TextRecipe(checkpoint=None, tokenizer=str(vocabulary))), max_tokens=8
+    )
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> MakeShards:
+    """make_shards(name, count): a set with the ids name-0, name-1, ...; about 8 a shard."""
+
+    def make(
+        name: str, count: int, corrupt: frozenset[int] = frozenset(), compression: str | None = None
+    ) -> Path:
+        records = (
+            Record(
+                f"{name}-{i}", b"no image" if i in corrupt else jpeg(i), f"A pair, {name}!", name
+            )
+            for i in range(count)
+        )
+        folder = tmp_path / "sets" / name
+        write_shards(folder, records, shard_size="20kb", compression=compression)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_loader(text: CaptionInput) -> MakeLoader:
+    """make_loader(streams, rank, world_size, global_batch, ...) with a micro batch of the whole
+    share.
+    """
+
+    def make(
+        streams: list[StreamRecipe],
+        rank: int = 0,
+        world_size: int = 1,
+        global_batch: int = 8,
+        **settings: object,
+    ) -> TrainLoader:
+        micro_batch = int(settings.pop("micro_batch", global_batch // world_size))  # type: ignore[call-overload]
+        seed = int(settings.pop("seed", 1))  # type: ignore[call-overload]
+        data = DataRecipe(streams=streams, make_with="make the data", **({"workers": 0} | settings))  # type: ignore[arg-type]
+        position = LoaderPosition(rank, world_size, micro_batch, global_batch)
+        return TrainLoader(data, 16, text, seed, position)
+
+    return make

@@ -1,0 +1,69 @@
+"""Shards come before the order does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_samples import MakeLoader, MakeShards, stream, take
+
+from blip_scale.data import prefetch
+from blip_scale.data.order import SampleOrder, StreamShape
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "POLL_S", 0.01)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def shards_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("shard.*.mds")}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_without_a_limit_is_filled_before_it_is_read(
+    make_shards: MakeShards, make_loader: MakeLoader, tmp_path: Path, workers: int
+) -> None:
+    remote, cache = make_shards("red", 80), tmp_path / "cache"
+    expected = [batch.ids for batch in take(make_loader([stream(remote)]), 10)]
+    loader = make_loader([stream(cache, remote=remote)], workers=workers)
+    batches = iter(loader)
+    first = next(batches).ids
+    wait_for(lambda: shards_in(cache) == shards_in(remote))
+    shutil.rmtree(remote)
+    assert [first, *(next(batches).ids for _ in range(9))] == expected
+    loader.close()
+
+
+def test_what_comes_next_is_there_within_the_limit(
+    make_shards: MakeShards, make_loader: MakeLoader, tmp_path: Path
+) -> None:
+    remote, cache = make_shards("red", 160), tmp_path / "cache"
+    entries = json.loads((remote / "index.json").read_text())["shards"]
+    sizes = {entry["raw_data"]["basename"]: entry["raw_data"]["bytes"] for entry in entries}
+    limit = 6 * max(sizes.values())
+    shape = StreamShape("red", tuple(entry["samples"] for entry in entries), 160)
+    order = SampleOrder([shape], seed=1, block_samples=16)
+    loader = make_loader(
+        [stream(cache, remote=remote)], shuffle_block=16, cache_limit=str(limit), workers=0
+    )
+    batches = iter(loader)
+    for step in range(20):
+        next(batches)
+        upcoming = order.upcoming(0, step * 8)
+        wanted = {f"shard.{shard:05}.mds" for _, shard in next(upcoming) + next(upcoming)[:1]}
+        wait_for(lambda wanted=wanted: wanted <= shards_in(cache))  # type: ignore[misc]
+        assert sum(sizes[name] for name in shards_in(cache)) <= limit
+    loader.close()
+    assert len(sizes) > 12
