@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,9 +55,9 @@ def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
 
 
 def stream(folder: Path, remote: Path | str | None = None, **settings: float) -> StreamRecipe:
-    """A stream with the name of its folder, or of the remote's."""
+    """A stream with the name of its folder, or of the remote's without a suffix `-1a2b3c4d`."""
     return StreamRecipe(
-        name=Path(remote or folder).name,
+        name=re.sub(r"-[0-9a-f]{8}$", "", Path(remote or folder).name),
         local=str(folder),
         remote=str(remote) if remote else None,
         **settings,  # type: ignore[arg-type]
