@@ -37,7 +37,7 @@ CURVES = LOSSES | {
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
     "queue/age_steps", "momentum/gap",
     "speed/samples_per_s", "speed/mfu", "speed/data_wait_share",
-    "memory/peak_gib", "data/skipped_samples",
+    "memory/peak_gib", "data/skipped_samples", "data/share_shapes",
 }  # fmt: skip
 SHARES = (
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
@@ -89,10 +89,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_terminal_shows_our_lines_alone(finished: Path) -> None:
     """And nothing of DeepSpeed, torch and transformers, on neither stream, of neither rank."""
     assert (finished.parent / "stdout").read_text() == ""
-    ours = re.compile(r"\d\d:\d\d:\d\d (pretrain on 2 rank|step |saved |done: )")
+    ours = re.compile(r"\d\d:\d\d:\d\d (an epoch|pretrain on 2 rank|step |saved |done: )")
     lines = (finished.parent / "stderr").read_text().splitlines()
     assert [line for line in lines if not ours.match(line)] == []
-    assert "ZeRO-3, fp32, attention by sdpa" in lines[0]
+    assert "shapes 100.0% (64 = 1 x 64)" in lines[0]
+    assert "ZeRO-3, fp32, attention by sdpa" in lines[1]
     steps = [line for line in lines if re.search(r"step \d+/6 ", line)]
     assert len(steps) == STEPS
     assert all(" itc " in line and " lr " in line and " eta " in line for line in steps)
@@ -267,14 +268,14 @@ def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
     run, said = tmp_path / "run", terminal(recipe)
     assert "pretrain on 1 rank(s) of cpu, ZeRO-2" in said
     named = [line for line in said.splitlines() if "could not be read" in line]
-    assert len(named) == 3  # an epoch is one step here: it is met in each of them
+    assert len(named) == 1  # though it is met in each of the three epochs, a step each
     for line in named:
         assert "WARNING skipped a sample" in line
         assert f"spoiled/shard.00000.mds[5] {spoiled[5].id}: " in line
     assert [row["data/skipped_samples"] for row in rows(run) if "loss/total" in row] == [1, 3]
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["ranks"], summary["skipped_samples"]) == (1, 3)
-    ours = re.compile(r"\d\d:\d\d:\d\d (pretrain on|step|saved|done|WARNING skipped)")
+    ours = re.compile(r"\d\d:\d\d:\d\d (an epoch|pretrain on|step|saved|done|WARNING skipped)")
     assert [line for line in said.splitlines() if not ours.match(line)] == []
 
 
