@@ -1,0 +1,103 @@
+"""One chunk of the input -> its shards and its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from blip_scale.data.conversion.output import OutputFolder
+from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject
+from blip_scale.data.conversion.report import REPORTS, Counts, Report, report_name
+from blip_scale.data.conversion.screening import Rules, screen
+from blip_scale.data.shards import INDEX_NAME, Record, shard_writer
+
+Tick = Callable[[int, int], None]
+"""tick(read, rejected): pairs since the last call."""
+_TICK_EVERY = 50
+
+
+def convert_chunk(
+    number: int, chunk: Chunk, out: OutputFolder, rules: Rules, shard_bytes: int, tick: Tick
+) -> Report:
+    """Read a chunk, screen its pairs, write its shards and then its report to `out`.
+
+    The same chunk gives the same bytes. Raises OSError when the disk is full or a file can't be
+    read; then nothing of this chunk is left in `out`.
+    """
+    report = Report(number, chunk.name)
+
+    def records() -> Iterable[Record]:
+        seen: set[str] = set()
+        done = Counts()
+        for found in chunk.read():
+            record = _take(found, rules, report, seen)
+            if record is not None:
+                report.ids.append(record.id)
+                yield record
+            if report.pairs.read % _TICK_EVERY == 0:
+                tick(report.pairs.read - done.read, report.pairs.rejected - done.rejected)
+                done = Counts(report.pairs.read, 0, report.pairs.rejected)
+        tick(report.pairs.read - done.read, report.pairs.rejected - done.rejected)
+
+    with out.workshop(f"{number:06}") as folder:
+        report.shards = write_chunk_shards(folder, records(), f"{number:06}", shard_bytes)
+        put_report(out, folder, report)
+    return report
+
+
+def _take(found: Found, rules: Rules, report: Report, seen: set[str]) -> Record | None:
+    """Screen one pair and count what becomes of it and of its captions."""
+    report.pairs.read += 1
+    if isinstance(found, Reject):
+        report.pairs.rejected += 1
+        report.rejects.append(found)
+        return None
+    captions = _caption_count(found)
+    report.captions.read += captions
+    if found.id in seen:
+        record, rejects, anew = None, [Reject(found.id, Reason.DUPLICATE_ID)], False
+    else:
+        record, rejects, anew = screen(found, rules)
+    report.rejects += rejects
+    if record is None:
+        report.pairs.rejected += 1
+        report.captions.rejected += captions
+        return None
+    seen.add(found.id)
+    report.pairs.written += 1
+    report.captions.written += len(record.captions)
+    report.captions.rejected += len(rejects)
+    report.reencoded += anew
+    return record
+
+
+def _caption_count(pair: RawPair) -> int:
+    if isinstance(pair.captions, list):
+        return len(pair.captions)
+    return int(pair.captions is not None)
+
+
+def write_chunk_shards(
+    folder: Path, records: Iterable[Record], prefix: str, shard_bytes: int
+) -> list[dict[str, Any]]:
+    """Shards named shard.PREFIX.NNNNN.mds in `folder`; returns their entries of the MDS index."""
+    made = folder / "mds"
+    with shard_writer(made, shard_bytes) as writer:
+        for record in records:
+            writer.write(record.sample())
+    shards: list[dict[str, Any]] = json.loads((made / INDEX_NAME).read_text())["shards"]
+    for number, shard in enumerate(shards):
+        name = f"shard.{prefix}.{number:05}.mds"
+        (made / shard["raw_data"]["basename"]).rename(folder / name)
+        shard["raw_data"]["basename"] = name
+    return shards
+
+
+def put_report(out: OutputFolder, folder: Path, report: Report) -> None:
+    """Move the shards and then the report of a chunk out of its workshop."""
+    name = report_name(report.number)
+    (folder / REPORTS).mkdir()
+    (folder / name).write_text(report.to_json())
+    out.put(folder, [*report.shard_names, name])

@@ -1,0 +1,141 @@
+"""Converted chunks -> one set: duplicates dropped, index, rejects and summary written."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from streaming.base.format.mds import MDSReader
+
+from blip_scale.data.conversion.chunks import put_report, write_chunk_shards
+from blip_scale.data.conversion.output import OutputFolder
+from blip_scale.data.conversion.pairs import Reason, Reject
+from blip_scale.data.conversion.report import Counts, Report, reject_fields, report_name
+from blip_scale.data.shards import INDEX_NAME, Record
+
+SUMMARY_NAME = "summary.json"
+REJECTS_NAME = "rejects.jsonl"
+
+
+def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
+    """Write index.json, rejects.jsonl and summary.json over all chunks; returns the summary.
+
+    `plan` is the content of conversion.json. Of pairs with the same id the first is kept, by the
+    number of its chunk; the shards with the others are written again without them. Raises
+    ValueError, naming them, where chunks are missing. May be called again at any time.
+    """
+    numbers = range(plan["chunks"])
+    there = out.names("chunks/")
+    missing = [number for number in numbers if report_name(number) not in there]
+    if missing:
+        raise ValueError(
+            f"{out.location}: {len(missing)} of {len(numbers)} chunks are not converted yet (the "
+            f"first is number {missing[0]}): run the parts that are not finished"
+        )
+    for number, ids in _repeated_ids(out, numbers).items():
+        _drop(out, number, ids, plan["shard_bytes"])
+    return _write_set(out, plan, _reports(out, numbers))
+
+
+def _reports(out: OutputFolder, numbers: Iterable[int]) -> Iterator[Report]:
+    for text in out.read_many([report_name(number) for number in numbers]):
+        yield Report.from_json(text)
+
+
+def _repeated_ids(out: OutputFolder, numbers: Sequence[int]) -> dict[int, list[str]]:
+    """Ids by chunk that an earlier chunk has too.
+
+    Only 64-bit hashes of all ids are held in memory (16 bytes a pair with the chunk's number).
+    """
+    hashes, owners = [], []
+    for report in _reports(out, numbers):
+        hashes.append(np.array([xxhash.xxh3_64_intdigest(i) for i in report.ids], np.uint64))
+        owners.append(np.full(len(report.ids), report.number, np.int64))
+    every, owner = np.concatenate(hashes), np.concatenate(owners)
+    order = np.argsort(every, kind="stable")
+    same = every[order][1:] == every[order][:-1]
+    suspects = set(every[order][1:][same].tolist())
+    if not suspects:
+        return {}
+    concerned = sorted(set(owner[np.isin(every, list(suspects))].tolist()))
+    seen: set[str] = set()
+    repeated: dict[int, list[str]] = defaultdict(list)
+    for report in _reports(out, concerned):
+        for one in report.ids:
+            if xxhash.xxh3_64_intdigest(one) in suspects:
+                if one in seen:
+                    repeated[report.number].append(one)
+                seen.add(one)
+    return repeated
+
+
+def _drop(out: OutputFolder, number: int, ids: list[str], shard_bytes: int) -> None:
+    """Write the shards of a chunk again without some of its samples, under other names.
+
+    The report is what says which shards count, so a kill at any moment does no harm.
+    """
+    report = Report.from_json(out.read(report_name(number)))
+    old_names = report.shard_names
+    dropped = set(ids)
+    lost_captions = 0
+
+    def records(folder: Path) -> Iterator[Record]:
+        nonlocal lost_captions
+        for shard in report.shards:
+            path = out.fetch(shard["raw_data"]["basename"], folder / "fetched")
+            reader = MDSReader.from_json(str(path.parent), None, shard)
+            for index in range(reader.samples):
+                sample = reader.get_item(index)
+                if sample["id"] in dropped:
+                    lost_captions += len(sample["captions"])
+                else:
+                    yield Record(caption=sample.pop("captions"), **sample)
+
+    with out.workshop(f"{number:06}") as folder:
+        report.shards = write_chunk_shards(
+            folder, records(folder), f"{number:06}.unique", shard_bytes
+        )
+        report.ids = [one for one in report.ids if one not in dropped]
+        report.rejects += [Reject(one, Reason.DUPLICATE_ID, "of an earlier chunk") for one in ids]
+        report.pairs += Counts(0, -len(ids), len(ids))
+        report.captions += Counts(0, -lost_captions, lost_captions)
+        put_report(out, folder, report)
+    out.discard(old_names)
+
+
+def _write_set(
+    out: OutputFolder, plan: dict[str, Any], reports: Iterable[Report]
+) -> dict[str, Any]:
+    """The index comes last: where it is, the set is whole."""
+    shards: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
+    pairs, captions, reencoded = Counts(), Counts(), 0
+    with out.workshop("merge", own=True) as folder:
+        with (folder / REJECTS_NAME).open("w", encoding="utf-8") as file:
+            for report in reports:
+                shards += report.shards
+                reasons += report.reasons
+                pairs, captions = pairs + report.pairs, captions + report.captions
+                reencoded += report.reencoded
+                for reject in report.rejects:
+                    file.write(json.dumps(reject_fields(reject)) + "\n")
+        summary = {
+            "pairs": asdict(pairs),
+            "captions": asdict(captions),
+            "rejects": dict(sorted(reasons.items())),
+            "reencoded_images": reencoded,
+            "shards": len(shards),
+            "bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
+            "made_by": plan,
+        }
+        index = {"version": 2, "shards": shards}
+        (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
+        (folder / INDEX_NAME).write_text(json.dumps(index, sort_keys=True))
+        out.put(folder, [REJECTS_NAME, SUMMARY_NAME, INDEX_NAME])
+    return summary

@@ -1,0 +1,122 @@
+"""What a reader gives: pairs as they were found, in chunks that are converted one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+
+class Reason(StrEnum):
+    """Why something that was read is not written."""
+
+    MISSING_IMAGE = "missing image"
+    UNDECODABLE = "undecodable"
+    TOO_SMALL = "too small"
+    EXTREME_ASPECT = "extreme aspect"
+    TOO_MANY_PIXELS = "too many pixels"
+    MISSING_CAPTION = "missing caption"
+    CAPTION_NO_TEXT = "caption is no text"
+    EMPTY_CAPTION = "empty caption"
+    DUPLICATE_ID = "duplicate id"
+    MISSING_KEY = "missing key"
+    DAMAGED_INPUT = "damaged input"
+
+
+@dataclass(frozen=True)
+class RawPair:
+    """One image with its text as the source has it; nothing is checked yet."""
+
+    id: str
+    image: bytes | str | None
+    """The encoded file, or where it lies (a path or URL); None: the source has no image."""
+    captions: Any
+    """One text or a list of them; None: the source has no text."""
+    url: str = ""
+    similarity: float | None = None
+    stored_bytes: int = 0
+    """What it takes in the input, where that is much more than its image."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """What was read and not written, and why."""
+
+    id: str
+    """Of the pair, or the place in the input where there is no pair to read."""
+    reason: Reason
+    detail: str = ""
+    caption: int | None = None
+    """Only this caption of the pair is rejected, by its number; None: the whole pair."""
+
+
+Found = RawPair | Reject
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of the input that one process converts to shards of its own.
+
+    The same input must give the same chunks in the same order: their numbers name the shards.
+    """
+
+    name: str
+    read: Callable[[], Iterable[Found]]
+    """Runs in another process, so it must be picklable (functools.partial of a function)."""
+    fingerprint: str
+    """Changes when the input changes."""
+    pairs: int | None = None
+    """How many there are, where that is known before reading."""
+    input_bytes: int = 0
+    """Size of a file that is read as a whole, 0 for a list of images."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the user points at, and how it is to be read."""
+
+    location: str
+    """A folder or file; a path or any URL that fsspec opens."""
+    images: str = ""
+    """Folder that the image paths of annotations start from; "": where the annotations lie."""
+    strip_prefix: str = ""
+    """Removed from the image paths of annotations first: lists hold their makers' absolute paths.
+    """
+    split: str = ""
+    """Part of a set that has several: train, val or test; "": all of it."""
+    caption_key: str = ""
+    """Key or column with the caption, where it is none of the usual ones."""
+    pairs_per_chunk: int = 4000
+    """Where the input is a list of images; tars and parquet files are a chunk each."""
+
+
+Reader = Callable[[Source], Iterable[Chunk]]
+
+
+def in_chunks(found: list[Found], size: int) -> Iterator[Chunk]:
+    """Cut a list into chunks of `size`."""
+    for start in range(0, len(found), size):
+        part = found[start : start + size]
+        yield Chunk(
+            name=f"{start} to {start + len(part) - 1}",
+            read=partial(iter, part),
+            fingerprint=f"{len(part)}: {part[0].id} to {part[-1].id}",
+            pairs=len(part),
+        )
+
+
+def group_by_image(found: Iterable[Found]) -> list[Found]:
+    """Pairs of the same id become one with all their captions, in the order of first sight."""
+    grouped: dict[str, RawPair] = {}
+    captions: dict[str, list[Any]] = {}
+    rejects: list[Found] = []
+    for one in found:
+        if isinstance(one, Reject):
+            rejects.append(one)
+            continue
+        grouped.setdefault(one.id, one)
+        texts = one.captions if isinstance(one.captions, list) else [one.captions]
+        captions.setdefault(one.id, []).extend(texts)
+    return [*(replace(pair, captions=captions[pair.id]) for pair in grouped.values()), *rejects]

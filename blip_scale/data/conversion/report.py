@@ -1,0 +1,77 @@
+"""What is known of a converted chunk: its shards, ids, counts and rejects, as one JSON file.
+
+A chunk is converted when its report is there; the report is written after the shards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from blip_scale.data.conversion.pairs import Reason, Reject
+
+REPORTS = "chunks/"
+
+
+@dataclass
+class Counts:
+    """read = written + rejected, of pairs and of captions."""
+
+    read: int = 0
+    written: int = 0
+    rejected: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.read + other.read, self.written + other.written, self.rejected + other.rejected
+        )
+
+
+@dataclass
+class Report:
+    """Of one chunk."""
+
+    number: int
+    name: str
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    """Entries of the MDS index."""
+    ids: list[str] = field(default_factory=list)
+    """Of the samples, in the order of the shards."""
+    rejects: list[Reject] = field(default_factory=list)
+    pairs: Counts = field(default_factory=Counts)
+    captions: Counts = field(default_factory=Counts)
+    reencoded: int = 0
+    """Images that were turned or scaled."""
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return Counter(str(reject.reason) for reject in self.rejects)
+
+    @property
+    def shard_names(self) -> list[str]:
+        return [shard["raw_data"]["basename"] for shard in self.shards]
+
+    def to_json(self) -> str:
+        rejects = [reject_fields(reject) for reject in self.rejects]
+        return json.dumps(asdict(self) | {"rejects": rejects}, ensure_ascii=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Report:
+        fields = json.loads(text)
+        rejects = [
+            Reject(**(reject | {"reason": Reason(reject["reason"])}))
+            for reject in fields.pop("rejects")
+        ]
+        pairs, captions = Counts(**fields.pop("pairs")), Counts(**fields.pop("captions"))
+        return cls(**fields, pairs=pairs, captions=captions, rejects=rejects)
+
+
+def report_name(number: int) -> str:
+    return f"{REPORTS}{number:06}.json"
+
+
+def reject_fields(reject: Reject) -> dict[str, Any]:
+    """As a line of rejects.jsonl; what is empty is left out."""
+    return {key: value for key, value in asdict(reject).items() if value not in ("", None)}

@@ -1,0 +1,179 @@
+"""From a pair as found to the record that is written, or the reason why it is not."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from blip_scale.data.captions import clean_caption
+from blip_scale.data.conversion.locations import read_file
+from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
+from blip_scale.data.shards import Record
+
+_ORIENTATION = 0x0112  # the EXIF tag; 1: upright
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # would differ from run to run
+PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Pillow opens nothing larger (178,956,970 pixels), here or in training."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is accepted, and how it is written."""
+
+    source: str
+    """Goes into every record."""
+    max_words: int = 30
+    """Of a cleaned caption; longer ones are cut, as published."""
+    min_side: int = 32
+    """Pixels of the shorter side."""
+    max_aspect: float = 10.0
+    """Longer side over shorter side."""
+    max_pixels: int = 89_478_485
+    """Larger images are rejected before they are decoded (Pillow's warning threshold)."""
+    max_side: int | None = None
+    """Images whose shorter side has more pixels are scaled down to it; None: bytes are kept."""
+    jpeg_quality: int = 95
+    """Of images that are scaled down or turned upright."""
+
+
+class _Refused(Exception):
+    def __init__(self, reason: Reason, detail: str = ""):
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that was decoded without a fault."""
+
+    data: bytes
+    width: int
+    height: int
+    reencoded: bool
+
+
+def screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bool]:
+    """The record of a pair (None: it is rejected), what is rejected of it, and whether its image
+    was encoded anew.
+
+    Single captions may be rejected while the pair stays. Raises OSError where a file is there but
+    can't be read: that is no property of the pair.
+    """
+    try:
+        captions, rejects = _captions(pair, rules.max_words)
+        picture = check_image(_image_bytes(pair), rules)
+    except _Refused as refused:
+        return None, [Reject(pair.id, refused.reason, refused.detail)], False
+    similarity = math.nan if pair.similarity is None else pair.similarity
+    record = Record(
+        pair.id, picture.data, captions, rules.source,
+        picture.width, picture.height, pair.url, similarity,
+    )  # fmt: skip
+    return record, rejects, picture.reencoded
+
+
+def _captions(pair: RawPair, max_words: int) -> tuple[list[str], list[Reject]]:
+    """The cleaned captions; refused where none is left."""
+    found = pair.captions if isinstance(pair.captions, list) else [pair.captions]
+    cleaned: list[str] = []
+    rejects: list[Reject] = []
+    for number, caption in enumerate(found):
+        try:
+            cleaned.append(_clean(caption, max_words))
+        except _Refused as refused:
+            rejects.append(Reject(pair.id, refused.reason, refused.detail, number))
+    if cleaned:
+        return cleaned, rejects
+    first = rejects[0] if rejects else Reject(pair.id, Reason.MISSING_CAPTION)
+    raise _Refused(first.reason, first.detail)
+
+
+def _clean(caption: object, max_words: int) -> str:
+    if caption is None or (isinstance(caption, float) and math.isnan(caption)):
+        raise _Refused(Reason.MISSING_CAPTION)
+    if isinstance(caption, bytes):
+        raise _Refused(Reason.CAPTION_NO_TEXT, "not UTF-8")
+    if not isinstance(caption, str):
+        raise _Refused(Reason.CAPTION_NO_TEXT, type(caption).__name__)
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise _Refused(Reason.CAPTION_NO_TEXT, "half a surrogate pair") from error
+    cleaned = clean_caption(caption, max_words)
+    if not cleaned.strip():
+        raise _Refused(Reason.EMPTY_CAPTION)
+    return cleaned
+
+
+def _image_bytes(pair: RawPair) -> bytes:
+    if pair.image is None:
+        raise _Refused(Reason.MISSING_IMAGE)
+    if isinstance(pair.image, bytes):
+        return pair.image
+    try:
+        return read_file(pair.image)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise _Refused(Reason.MISSING_IMAGE, pair.image) from error
+    except Exception as error:
+        if pair.image.startswith(("http://", "https://")):  # hosts die; a bucket must not
+            raise _Refused(Reason.MISSING_IMAGE, f"{pair.image}: {type(error).__name__}") from error
+        raise
+
+
+def check_image(data: bytes, rules: Rules) -> Picture:
+    """Decode an image wholly; raises an exception with the reason where it is refused.
+
+    The bytes are kept unless EXIF says that the image lies on its side (then it is turned, as
+    nothing that reads shards looks at EXIF) or `rules.max_side` says that it is too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about size and odd metadata
+            with Image.open(io.BytesIO(data)) as image:
+                _check_size(image.size, rules)
+                image.load()
+                turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+                large = rules.max_side is not None and min(image.size) > rules.max_side
+                if turned or large:
+                    return _encode_anew(image, rules)
+                if image.mode != "RGB":
+                    image.convert("RGB")  # as training will
+                return Picture(data, *image.size, reencoded=False)
+    except (_Refused, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise _Refused(Reason.TOO_MANY_PIXELS, f"over {PIXEL_LIMIT}") from error
+    except UnidentifiedImageError as error:
+        detail = "no known image format" if data else "no bytes"
+        raise _Refused(Reason.UNDECODABLE, detail) from error
+    except Exception as error:  # each format's decoder has its own ways to fail
+        detail = _ADDRESS.sub("", f"{type(error).__name__}: {error}")
+        raise _Refused(Reason.UNDECODABLE, detail) from error
+
+
+def _check_size(size: tuple[int, int], rules: Rules) -> None:
+    """By the header alone, so that a small file can't claim all memory."""
+    detail = f"{size[0]}x{size[1]}"
+    if size[0] * size[1] > rules.max_pixels:
+        raise _Refused(Reason.TOO_MANY_PIXELS, detail)
+    if min(size) < rules.min_side:
+        raise _Refused(Reason.TOO_SMALL, detail)
+    if max(size) > rules.max_aspect * min(size):
+        raise _Refused(Reason.EXTREME_ASPECT, detail)
+
+
+def _encode_anew(image: Image.Image, rules: Rules) -> Picture:
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    scale = 1.0 if rules.max_side is None else min(1.0, rules.max_side / min(upright.size))
+    if scale < 1.0:
+        size = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
+        upright = upright.resize(size, Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    upright.save(encoded, "JPEG", quality=rules.jpeg_quality)
+    return Picture(encoded.getvalue(), *upright.size, reencoded=True)

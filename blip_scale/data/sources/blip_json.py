@@ -1,0 +1,28 @@
+"""The lists that Salesforce published for BLIP: JSON lists of {image, caption} or {url, caption}.
+
+`caption` is a text or a list of texts; items of the same image become one record. Items with a url
+alone are fetched from it one by one, which suits some thousands: for the bootstrapped lists of
+millions let img2dataset fetch the images, and read what it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from blip_scale.data.conversion import Chunk, Found, Source, group_by_image, in_chunks
+from blip_scale.data.sources.annotations import json_files, load_json, pair_of_item
+
+
+def chunks(source: Source) -> Iterator[Chunk]:
+    """All lists that `source` names together, cut into chunks."""
+    return in_chunks(group_by_image(read_lists(source)), source.pairs_per_chunk)
+
+
+def read_lists(source: Source) -> Iterator[Found]:
+    """Every item. Raises ValueError for a file that holds no list."""
+    for location in json_files(source.location):
+        items = load_json(location)
+        if not isinstance(items, list):
+            raise ValueError(f"{location} holds no list of {{image, caption}}")
+        for number, item in enumerate(items):
+            yield pair_of_item(source, location, number, item)

@@ -1,0 +1,52 @@
+"""COCO captions: Karpathy's dataset_coco.json, or the lists that BLIP publishes for its splits.
+
+A record is an image with its five captions. `split` train is Karpathy's train and restval together
+(113,287 images), as everywhere in the literature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from blip_scale.data.conversion import Chunk, Found, RawPair, Reason, Reject, Source, in_chunks
+from blip_scale.data.conversion.locations import basename, is_folder, join
+from blip_scale.data.sources import blip_json
+from blip_scale.data.sources.annotations import image_location, load_json
+
+_SPLITS = {"train": {"train", "restval"}, "val": {"val"}, "test": {"test"}}
+
+
+def chunks(source: Source) -> Iterator[Chunk]:
+    """Chunks of one annotation file, or of the dataset_coco.json in a folder.
+
+    Raises ValueError for an unknown split.
+    """
+    if is_folder(source.location):
+        source = replace(source, location=join(source.location, "dataset_coco.json"))
+    annotations = load_json(source.location)
+    if isinstance(annotations, list):
+        if source.split:
+            raise ValueError(f"{source.location} is the list of one split: leave --split out")
+        return blip_json.chunks(source)
+    if not isinstance(annotations, dict) or not isinstance(annotations.get("images"), list):
+        raise ValueError(f"{source.location} is neither dataset_coco.json nor a list of captions")
+    if source.split and source.split not in _SPLITS:
+        raise ValueError(f"--split {source.split}: COCO has {', '.join(_SPLITS)}")
+    return in_chunks(list(_karpathy(source, annotations["images"])), source.pairs_per_chunk)
+
+
+def _karpathy(source: Source, images: list[dict[str, Any]]) -> Iterator[Found]:
+    wanted = _SPLITS.get(source.split)
+    for number, image in enumerate(images):
+        if wanted is not None and image.get("split") not in wanted:
+            continue
+        missing = [key for key in ("filename", "sentences") if key not in image]
+        if missing:
+            place = f"{basename(source.location)}:{number}"
+            yield Reject(place, Reason.MISSING_KEY, ", ".join(missing))
+            continue
+        path = join(image.get("filepath", ""), image["filename"])
+        captions = [sentence.get("raw") for sentence in image["sentences"]]
+        yield RawPair(path, image_location(source, source.location, path), captions)

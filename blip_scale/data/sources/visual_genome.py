@@ -1,0 +1,51 @@
+"""Visual Genome: the region descriptions as distributed, or vg_caption.json as BLIP uses it.
+
+A record is an image with the phrases of all its regions. Give the folder with
+region_descriptions.json, image_data.json, VG_100K and VG_100K_2, or a JSON list of
+{image, caption}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from blip_scale.data.conversion import Chunk, Found, RawPair, Reason, Reject, Source, in_chunks
+from blip_scale.data.conversion.locations import is_folder, join
+from blip_scale.data.sources import blip_json
+from blip_scale.data.sources.annotations import load_json
+
+REGIONS = "region_descriptions.json"
+IMAGES = "image_data.json"
+
+
+def chunks(source: Source) -> Iterator[Chunk]:
+    """Chunks of the regions of a folder, or of a list."""
+    if not is_folder(source.location):
+        return blip_json.chunks(source)
+    return in_chunks(list(_regions(source)), source.pairs_per_chunk)
+
+
+def _regions(source: Source) -> Iterator[Found]:
+    described = load_json(join(source.location, REGIONS))
+    images = {item.get("image_id"): item for item in load_json(join(source.location, IMAGES))}
+    for number, entry in enumerate(described):
+        regions = entry.get("regions")
+        # Newer releases have the image's id beside the regions, older ones in every region alone.
+        image_id = entry.get("id", entry.get("image_id"))
+        if image_id is None and regions:
+            image_id = regions[0].get("image_id")
+        if image_id is None or regions is None:
+            yield Reject(f"{REGIONS}:{number}", Reason.MISSING_KEY, "id or regions")
+            continue
+        if image_id not in images:
+            yield Reject(str(image_id), Reason.MISSING_IMAGE, f"not in {IMAGES}")
+            continue
+        yield _pair(source, image_id, images[image_id], [r.get("phrase") for r in regions])
+
+
+def _pair(source: Source, image_id: Any, image: dict[str, Any], phrases: list[Any]) -> RawPair:
+    url = image.get("url") or ""
+    # .../VG_100K_2/1.jpg: the folders on the disk are called as on the server.
+    path = "/".join(url.split("/")[-2:]) or f"VG_100K/{image_id}.jpg"
+    return RawPair(str(image_id), join(source.images or source.location, path), phrases, url)

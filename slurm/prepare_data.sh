@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Convert a published set to shards with an array job: each task takes one part of the input on one
+# node with all its cores, and the task that ends last merges. Where a task was killed or requeued,
+# submit the same line again: what is finished is kept.
+#
+#   sbatch --array=0-63 slurm/prepare_data.sh laion /data/laion400m s3://bucket/laion --min-side 200
+#
+# What a site changes is here, or on sbatch's command line:
+#SBATCH --job-name=prepare_data
+#SBATCH --array=0-15
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=32
+#SBATCH --mem=64G
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --output=prepare_data_%A_%a.log
+set -euo pipefail
+
+# ... or in the environment:
+REPO=${REPO:-${SLURM_SUBMIT_DIR:-.}}          # clone of blip_scale
+PYTHON=${PYTHON:-$REPO/.venv/bin/python}
+SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}}           # shards are made here before they go to a bucket
+# For a bucket: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if it isn't Amazon's, S3_ENDPOINT_URL.
+
+if [ "$#" -lt 3 ]; then
+    echo "usage: sbatch [--array=0-N] slurm/prepare_data.sh SOURCE IN OUT [options]" >&2
+    exit 2
+fi
+first=${SLURM_ARRAY_TASK_MIN:-0}
+part=$((${SLURM_ARRAY_TASK_ID:-0} - first))
+parts=${SLURM_ARRAY_TASK_COUNT:-1}
+
+# Each process decodes alone; threads inside of it would only get in each other's way.
+export OMP_NUM_THREADS=1
+exec "$PYTHON" "$REPO/tools/prepare_data.py" "$@" \
+    --shard "$part/$parts" --workers "${SLURM_CPUS_PER_TASK:-$(nproc)}" --scratch "$SCRATCH"

@@ -1,0 +1,352 @@
+"""Whole conversions: counts, the same bytes whatever happens on the way, and what stops them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_samples import jpeg, stream
+from odd_files import (
+    BAD_IMAGES,
+    GOOD_IMAGES,
+    img2dataset_samples,
+    members,
+    write_img2dataset_tars,
+    write_tar,
+)
+
+from blip_scale.data.conversion import (
+    Chunk,
+    Conversion,
+    Found,
+    Part,
+    Progress,
+    RawPair,
+    Rules,
+    Source,
+    convert,
+    merge,
+)
+from blip_scale.data.sources import READERS
+from blip_scale.data.stores import StreamStore
+
+RULES = Rules("test")
+
+
+def job_of(folder: Path, out: Path, **more: Any) -> Conversion:
+    chunks = list(READERS["laion"](Source(str(folder))))
+    return Conversion(chunks, str(out), RULES, **({"shard_bytes": 20_000, "workers": 2} | more))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
+    store = StreamStore(stream(folder))
+    samples = [
+        store.read(shard, i)
+        for shard, count in enumerate(store.shard_samples)
+        for i in range(count)
+    ]
+    found = {sample["id"]: sample for sample in samples}
+    assert len(found) == len(samples), "ids are unique"
+    return found
+
+
+def rejects_of(folder: Path) -> list[tuple[str, str]]:
+    lines = (folder / "rejects.jsonl").read_text().splitlines()
+    return [(fields["id"], fields["reason"]) for fields in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six tars of 25 pairs."""
+    folder = tmp_path_factory.mktemp("tars")
+    write_img2dataset_tars(folder, 6, 25)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    convert(job_of(tars, folder, workers=1), Part())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole: Path) -> dict[str, bytes]:
+    return files_of(whole)
+
+
+def test_everything_arrives(whole: Path, undisturbed: dict[str, bytes]) -> None:
+    found = samples_of(whole)
+    expected = [sample for shard in range(6) for sample in img2dataset_samples(shard, 25)]
+    assert list(found) == [key for key, _, _ in expected]
+    for key, files, meta in expected:
+        sample = found[key]
+        assert sample == {
+            "id": key, "image": files["jpg"], "source": "test", "width": 80, "height": 60,
+            "captions": [f"picture {key}, a cat 😺 with a 👩‍👩‍👧 family"],
+            "url": meta["url"], "similarity": 0.3125,
+        }  # fmt: skip
+    shards = [name for name in undisturbed if name.startswith("shard.")]
+    assert len(shards) > 6 and all(len(undisturbed[name]) <= 20_000 for name in shards)
+    summary = json.loads(undisturbed["summary.json"])
+    assert summary["pairs"] == {"read": 150, "written": 150, "rejected": 0}
+    assert summary["shards"] == len(shards)
+    assert summary["bytes"] == sum(len(undisturbed[name]) for name in shards)
+
+
+def test_two_workers_give_the_same_bytes(
+    tars: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    seen: list[Progress] = []
+    convert(job_of(tars, tmp_path / "out"), Part(), seen.append)
+    assert files_of(tmp_path / "out") == undisturbed
+    assert seen[-1] == Progress(150, 0, 6, 6, 150)
+    assert not list((tmp_path / "out").glob(".*")), "nothing is left lying"
+
+
+def test_two_machines_give_the_same_bytes(
+    tars: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    assert convert(job_of(tars, out), Part(1, 2)) is None
+    assert not (out / "index.json").exists()
+    with pytest.raises(ValueError, match=r"3 of 6 chunks are not converted yet .*number 0"):
+        merge(str(out))
+    assert convert(job_of(tars, out), Part(0, 2)) is not None, "the last part merges"
+    assert files_of(out) == undisturbed
+    (out / "index.json").unlink()
+    merge(str(out))
+    assert files_of(out) == undisturbed
+
+
+def test_a_finished_set_is_left_as_it_is(
+    tars: Path, whole: Path, undisturbed: dict[str, bytes]
+) -> None:
+    def fail(progress: Progress) -> None:
+        raise AssertionError("converted again")
+
+    convert(job_of(tars, whole), Part(), fail)
+    assert files_of(whole) == undisturbed
+
+
+@pytest.mark.multiprocess
+def test_killed_again_and_again(tars: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    """kill -9 after each new chunk, until there is nothing left to do: the same bytes."""
+    out = tmp_path / "out"
+    context = multiprocessing.get_context("fork")
+    job = job_of(tars, out, workers=2)
+    slow = [
+        Chunk(c.name, partial(_slowly, c.read), c.fingerprint, c.pairs, c.input_bytes)
+        for c in job.chunks
+    ]
+    kills = 0
+    while not (out / "index.json").exists():
+        done = len(list(out.glob("chunks/*.json")))
+        process = context.Process(
+            target=convert, args=(Conversion(slow, job.out, RULES, 20_000, 2), Part())
+        )
+        process.start()
+        workers: list[int] = []
+        while process.is_alive() and len(list(out.glob("chunks/*.json"))) == done:
+            workers = _children(process.pid) or workers
+            time.sleep(0.01)
+        time.sleep(0.1)  # into the next chunks
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        _wait_for_end(workers)
+    assert kills >= 2
+    assert files_of(out) == undisturbed
+
+
+def _slowly(read: partial[Iterator[Found]]) -> Iterator[Found]:
+    for found in read():
+        time.sleep(0.01)
+        yield found
+
+
+def _children(pid: int | None) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def _wait_for_end(pids: list[int]) -> None:
+    """Workers end by themselves when their parent was killed."""
+    assert pids
+    until = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < until, "a worker outlived its parent"
+        time.sleep(0.01)
+
+
+def test_read_is_written_and_rejected(tmp_path: Path) -> None:
+    """All odd cases in one set, and a tar that is cut off."""
+    texts = {"txt": b"a dog"}
+    samples = [
+        *((f"good-{i}", {"jpg": data} | texts) for i, data in enumerate(GOOD_IMAGES.values())),
+        *((f"bad-{i}", {"jpg": data} | texts) for i, (data, _) in enumerate(BAD_IMAGES.values())),
+        ("no-image", texts),
+        ("no-text", {"jpg": jpeg(1)}),
+        ("empty-text", {"jpg": jpeg(2), "txt": b"!!!"}),
+        ("good-0", {"jpg": jpeg(3)} | texts),
+        ("several", {"jpg": jpeg(4, (60, 50)), "json": b'{"captions": ["one", "", "two"]}'}),
+    ]
+    write_tar(tmp_path / "in" / "0.tar", members(*samples))
+    cut = write_tar(
+        tmp_path / "in" / "1.tar",
+        members(*((key, files) for key, files, _ in img2dataset_samples(1, 6))),
+    )
+    cut.write_bytes(cut.read_bytes()[:20_000])
+    summary = convert(job_of(tmp_path / "in", tmp_path / "out"), Part())
+    assert summary is not None
+    found = samples_of(tmp_path / "out")
+    good = len(GOOD_IMAGES)
+    assert [one for one in found if one.startswith("good")] == [f"good-{i}" for i in range(good)]
+    assert found["several"]["captions"] == ["one", "two"]
+    assert found["good-0"]["image"] == GOOD_IMAGES["jpeg"], "the first of two stays"
+    named = rejects_of(tmp_path / "out")
+    for i, (_, reason) in enumerate(BAD_IMAGES.values()):
+        assert (f"bad-{i}", reason) in named
+    for line in [
+        ("no-image", "missing image"), ("no-text", "missing caption"), ("1.tar", "damaged input"),
+        ("empty-text", "empty caption"), ("good-0", "duplicate id"), ("several", "empty caption"),
+    ]:  # fmt: skip
+        assert line in named
+    for name in ("pairs", "captions"):
+        counts = summary[name]
+        assert counts["read"] == counts["written"] + counts["rejected"]
+    assert summary["pairs"]["written"] == len(found)
+    whole_pairs = [line for line in named if line[0] != "several"]
+    assert summary["pairs"]["rejected"] == len(whole_pairs)
+    assert summary["captions"]["written"] == sum(len(one["captions"]) for one in found.values())
+    assert sum(summary["rejects"].values()) == len(named)
+
+
+def test_ids_of_other_chunks_are_dropped(tmp_path: Path) -> None:
+    """By the number of the chunk, whichever was converted first."""
+    first, second = img2dataset_samples(0, 30), img2dataset_samples(1, 30)
+    twice = [(key, files | {"jpg": jpeg(7, (80, 60))}) for key, files, _ in first[3:12]]
+    own = [(key, files) for key, files, _ in second]
+    write_tar(tmp_path / "in" / "0.tar", members(*((key, files) for key, files, _ in first)))
+    write_tar(tmp_path / "in" / "1.tar", members(*own[:20], *twice, *own[20:]))
+    write_tar(tmp_path / "in" / "2.tar", members(twice[0]))
+    results = []
+    for name, parts in (("a", [Part()]), ("b", [Part(2, 3), Part(1, 3), Part(0, 3)])):
+        out = tmp_path / name
+        summary = [convert(job_of(tmp_path / "in", out), part) for part in parts][-1]
+        assert summary is not None
+        assert summary["pairs"] == {"read": 70, "written": 60, "rejected": 10}
+        assert summary["captions"] == {"read": 70, "written": 60, "rejected": 10}
+        assert summary["rejects"] == {"duplicate id": 10}
+        found = samples_of(out)
+        assert sorted(found) == sorted(key for key, _, _ in first + second)
+        assert all(found[key]["image"] == files["jpg"] for key, files, _ in first)
+        named = json.loads((out / "index.json").read_text())["shards"]
+        assert {path.name for path in out.glob("shard.*")} == {
+            shard["raw_data"]["basename"] for shard in named
+        }
+        merge(str(out))
+        results.append(files_of(out))
+    assert results[0] == results[1]
+
+
+def test_a_restart_must_be_the_same_job(tmp_path: Path) -> None:
+    tars, out = tmp_path / "tars", tmp_path / "out"
+    write_img2dataset_tars(tars, 6, 2)
+    convert(job_of(tars, out), Part(0, 2))
+    for changed in (
+        Conversion(job_of(tars, out).chunks, str(out), Rules("test", max_words=40), 20_000),
+        job_of(tars, out, shard_bytes=30_000),
+    ):
+        with pytest.raises(ValueError, match="begun with other input or settings"):
+            convert(changed, Part(1, 2))
+    write_tar(tars / "00005.tar", members(("a", {"jpg": jpeg(1), "txt": b"a dog"})))
+    with pytest.raises(ValueError, match="input was"):
+        convert(job_of(tars, out), Part(1, 2))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds another set"):
+        convert(job_of(tars, tmp_path / "other"), Part())
+    with pytest.raises(FileNotFoundError, match="no conversion was begun here"):
+        merge(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="parts are counted from 0 to 1"):
+        Part(2, 2)
+
+
+def _failing(error: Exception, pairs: int) -> Iterator[Found]:
+    for i in range(pairs):
+        yield RawPair(f"{i}", jpeg(i, (80, 60)), "a dog")
+    raise error
+
+
+def test_an_error_keeps_what_is_finished(
+    tars: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    job = job_of(tars, tmp_path / "out", workers=1)
+    broken = partial(_failing, PermissionError(13, "no access", "5.jpg"), 10)
+    chunks = [*job.chunks[:5], Chunk(job.chunks[5].name, broken, job.chunks[5].fingerprint)]
+    with pytest.raises(PermissionError, match=r"no access: '5\.jpg'"):
+        convert(Conversion(chunks, job.out, RULES, 20_000, 1), Part())
+    assert len(list((tmp_path / "out" / "chunks").glob("*"))) == 5
+    assert not list((tmp_path / "out").glob("shard.000005*"))
+    convert(job, Part())
+    assert files_of(tmp_path / "out") == undisturbed
+
+
+def _die() -> Iterator[Found]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield RawPair("never", None, None)
+
+
+def test_a_killed_worker_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"a worker was killed .*the same command goes on"):
+        convert(Conversion([Chunk("0", _die, "")], str(tmp_path / "out"), RULES), Part())
+
+
+def _limited(read: partial[Iterator[Found]]) -> Iterator[Found]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    return read()
+
+
+def test_a_file_that_cannot_be_written(
+    tars: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """The kernel refuses to write on, as on a full disk; afterwards the same call goes on."""
+    job = job_of(tars, tmp_path / "out", workers=1)
+    chunks = [
+        Chunk(c.name, partial(_limited, c.read) if n == 2 else c.read, c.fingerprint)
+        for n, c in enumerate(job.chunks)
+    ]  # fmt: skip
+    with pytest.raises(OSError, match="File too large"):
+        convert(Conversion(chunks, job.out, RULES, 20_000, 1), Part())
+    assert len(list((tmp_path / "out" / "chunks").glob("*"))) == 2
+    assert not list((tmp_path / "out").glob("shard.000002*"))
+    convert(job, Part())
+    assert files_of(tmp_path / "out") == undisturbed
+
+
+def test_nothing_good_at_all(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "0.tar", members(("a", {"txt": b"a dog"})))
+    summary = convert(job_of(tmp_path / "in", tmp_path / "out"), Part())
+    assert summary is not None and summary["pairs"] == {"read": 1, "written": 0, "rejected": 1}
+    with pytest.raises(ValueError, match="holds no sample"):
+        samples_of(tmp_path / "out")

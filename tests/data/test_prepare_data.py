@@ -1,0 +1,184 @@
+"""The command, and the array job that runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from data_samples import jpeg
+from odd_files import write_img2dataset_tars
+
+from blip_scale.data.sources import READERS
+
+Main = Callable[[list[str]], int]
+
+
+@pytest.fixture(scope="module")
+def prepare(repo: Path) -> Main:
+    """tools/prepare_data.py in this process."""
+    path = repo / "tools" / "prepare_data.py"
+    spec = importlib.util.spec_from_file_location("prepare_data", path)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    main: Main = tool.main
+    return main
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    write_img2dataset_tars(tmp_path / "tars", 4, 25)
+    return tmp_path / "tars"
+
+
+def test_every_reader_is_offered(prepare: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prepare(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n    {name}" in said for name in [*READERS, "demo"])
+    with pytest.raises(SystemExit):
+        prepare(["laion", "--help"])
+    said = capsys.readouterr().out
+    assert "--jpeg-quality JPEG_QUALITY" in said and "(95)" in said
+
+
+def test_a_folder_of_ones_own(
+    prepare: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        (tmp_path / "in" / f"{i}.jpg").write_bytes(jpeg(i, (80, 60)))
+        if i:
+            (tmp_path / "in" / f"{i}.txt").write_text(f"Number {i}.")
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"<html>")
+    (tmp_path / "in" / "broken.txt").write_text("a dog")
+    arguments = ["folder", str(tmp_path / "in"), str(tmp_path / "out")]
+    more = ["--label", "mine", "--max-side", "50", "--workers", "1", "--pairs-per-chunk", "4"]
+    assert prepare([*arguments, *more]) == 0
+    said = capsys.readouterr()
+    assert "pairs: 6 read = 4 written + 2 rejected" in said.out
+    assert "captions: 5 read = 4 written + 1 rejected" in said.out
+    assert "  missing caption: 1\n" in said.out and "  undecodable: 1\n" in said.out
+    assert "33.3% rejected, chunk 2/2" in said.err, "the progress bar"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["reencoded_images"] == 4
+    assert summary["made_by"]["rules"]["source"] == "mine"
+
+
+def test_a_dry_run_writes_nothing(
+    prepare: Main, tars: Path, capsys: pytest.CaptureFixture[str], vocabulary: Path
+) -> None:
+    before = sorted(tars.parent.rglob("*"))
+    arguments = ["laion", str(tars), "--dry-run", "--sample", "40"]
+    assert prepare([*arguments, "--tokenizer", str(vocabulary)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "sample: 40 pairs, 40 of them would be written"
+    table = {line.split()[0]: line.split()[1:] for line in said[2:-1]}
+    assert table["width"] == ["80"] * 5 and table["height"] == ["60"] * 5
+    assert table["words"] == ["9"] * 5 and int(table["tokens"][0]) > 9
+    assert said[-1].startswith("whole: about ") and "of shards" in said[-1]
+    whole = int(said[-1].split()[2])
+    assert 90 <= whole <= 120, "of 100"
+    assert sorted(tars.parent.rglob("*")) == before
+    assert prepare([*arguments, "--tokenizer", "/nowhere"]) == 0
+    assert "token lengths are left out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["laion", "/nowhere", "OUT"], "/nowhere: there is no such file or folder"),
+        (["laion", "TARS"], "say where the shards go"),
+        (["laion", "TARS", "OUT", "--shard", "2/2"], "parts are counted from 0 to 1"),
+        (["laion", "TARS", "OUT", "--shard", "two"], "give i/n"),
+        (["laion", "TARS", "OUT", "--merge"], "no conversion was begun here"),
+        (["laion", "TARS", "OUT", "--max-pixels", "999999999"], "from 1 to 178956970"),
+        (["laion", "TARS", "ftp://host/set"], "Invalid Cloud provider prefix: ftp"),
+        (["laion", "TARS", "OUT", "--shard-size", "many"], "many"),
+        (["laion", "nosuch://bucket/set", "OUT"], "nosuch://bucket/set can't be opened"),
+        (["coco", "TARS", "OUT"], "tars/dataset_coco.json"),
+        (["folder", "TARS", "OUT"], "there is no image"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    prepare: Main,
+    arguments: list[str],
+    message: str,
+    tars: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"TARS": str(tars), "OUT": str(tars.parent / "out")}
+    assert prepare([places.get(one, one) for one in arguments]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+
+
+def test_the_wrong_parquet_is_one_line(
+    prepare: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pyarrow.Table.from_pylist([{"URL": "https://host.example/1.jpg", "TEXT": "a dog"}])
+    pyarrow.parquet.write_table(table, tmp_path / "list.parquet")
+    for more in ([str(tmp_path / "out")], ["--dry-run"]):
+        assert prepare(["laion", str(tmp_path / "list.parquet"), *more]) == 1
+        assert "has no column with images" in capsys.readouterr().err
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_at_once(
+    number: signal.Signals, prepare: Main, repo: Path, tmp_path: Path
+) -> None:
+    write_img2dataset_tars(tmp_path / "tars", 20, 250)
+    arguments = ["laion", str(tmp_path / "tars"), str(tmp_path / "out"), "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, str(repo / "tools" / "prepare_data.py"), *arguments],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list((tmp_path / "out").glob("chunks/*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert said.splitlines()[-1] == "stopped; finished chunks are kept, the same command goes on"
+    assert "Traceback" not in said
+    assert 1 <= len(list((tmp_path / "out").glob("chunks/*"))) < 20
+    assert prepare(arguments) == 0
+
+
+@pytest.mark.multiprocess
+def test_the_array_job(tars: Path, repo: Path, tmp_path: Path) -> None:
+    """The script with the variables that SLURM sets, one task after the other."""
+    script = repo / "slurm" / "prepare_data.sh"
+    out = tmp_path / "out"
+    for task in (5, 4):
+        array = {"ID": task, "MIN": 4, "COUNT": 2}
+        environment = os.environ | {f"SLURM_ARRAY_TASK_{k}": str(v) for k, v in array.items()}
+        environment |= {"SLURM_CPUS_PER_TASK": "1", "REPO": str(repo), "PYTHON": sys.executable}
+        run = subprocess.run(
+            [str(script), "laion", str(tars), str(out), "--min-side", "20"],
+            env=environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    assert "pairs: 100 read = 100 written + 0 rejected" in run.stdout
+    assert (out / "index.json").is_file()
+    assert subprocess.run([str(script), "laion"], check=False, capture_output=True).returncode == 2
+
+
+def test_scripts_pass_shellcheck(repo: Path) -> None:
+    tool = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
+    scripts = [str(path) for path in sorted((repo / "slurm").glob("*.sh"))]
+    assert scripts
+    run = subprocess.run([tool, *scripts], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout

@@ -1,0 +1,259 @@
+"""COCO, Visual Genome, BLIP's lists and plain folders in the forms that they are distributed in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from odd_files import EMOJI_CAPTION, RIGHT_TO_LEFT_CAPTION, pairs, read_all, rejects
+
+from blip_scale.data.conversion import Found, Source
+from blip_scale.data.sources import READERS
+
+
+def read(name: str, location: Path, **more: Any) -> list[Found]:
+    return read_all(list(READERS[name](Source(str(location), **more))))
+
+
+def save(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def karpathy(number: int, split: str, folder: str = "val2014") -> dict[str, Any]:
+    sentences = [
+        {
+            "tokens": ["a", "man"],
+            "raw": f"A man, {number}-{i}.",
+            "imgid": number,
+            "sentid": 10 * number + i,
+        }
+        for i in range(5)
+    ]
+    return {
+        "filepath": folder, "sentids": [s["sentid"] for s in sentences],
+        "filename": f"COCO_{folder}_{number:012}.jpg", "imgid": number, "split": split,
+        "sentences": sentences, "cocoid": number,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def dataset_coco(tmp_path: Path) -> Path:
+    images = [
+        karpathy(1, "test"),
+        karpathy(2, "restval"),
+        karpathy(3, "val"),
+        karpathy(4, "train", "train2014"),
+        {"filename": "no_sentences.jpg", "split": "train"},
+    ]
+    return save(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+
+
+def test_karpathy(dataset_coco: Path) -> None:
+    found = read("coco", dataset_coco, split="train")
+    root = dataset_coco.parent
+    (second, fourth) = pairs(found).values()
+    assert second.id == "val2014/COCO_val2014_000000000002.jpg"
+    assert second.image == f"{root}/val2014/COCO_val2014_000000000002.jpg"
+    assert second.captions == [f"A man, 2-{i}." for i in range(5)]
+    assert fourth.image == f"{root}/train2014/COCO_train2014_000000000004.jpg"
+    assert rejects(found) == [("dataset_coco.json:4", "missing key")]
+    assert len(pairs(read("coco", dataset_coco))) == 4
+    (third,) = pairs(read("coco", dataset_coco, split="val", images="/coco")).values()
+    assert third.image == "/coco/val2014/COCO_val2014_000000000003.jpg"
+    assert len(read("coco", root)) == 5
+    with pytest.raises(ValueError, match="COCO has train, val, test"):
+        read("coco", dataset_coco, split="minival")
+
+
+def test_blip_lists_of_coco(tmp_path: Path) -> None:
+    train = save(
+        tmp_path / "coco_karpathy_train.json",
+        [
+            {
+                "caption": f"caption {i}", "image": f"val2014/{image}.jpg",
+                "image_id": f"coco_{image}",
+            }
+            for i in range(5)
+            for image in ("a", "b")
+        ],
+    )  # fmt: skip
+    found = pairs(read("coco", train, images="s3://bucket/coco/"))
+    assert list(found) == ["val2014/a.jpg", "val2014/b.jpg"], "one record an image"
+    assert found["val2014/b.jpg"].captions == [f"caption {i}" for i in range(5)]
+    assert found["val2014/b.jpg"].image == "s3://bucket/coco/val2014/b.jpg"
+    val = save(
+        tmp_path / "coco_karpathy_val.json", [{"image": "val2014/c.jpg", "caption": ["one", "two"]}]
+    )
+    (third,) = pairs(read("coco", val)).values()
+    assert third.captions == ["one", "two"] and third.image == f"{tmp_path}/val2014/c.jpg"
+    with pytest.raises(ValueError, match="leave --split out"):
+        read("coco", val, split="val")
+    with pytest.raises(ValueError, match="neither dataset_coco"):
+        read("coco", save(tmp_path / "captions_val2014.json", {"annotations": []}))
+
+
+def region(image_id: int, number: int, phrase: str | None) -> dict[str, Any]:
+    return {
+        "region_id": 1000 * image_id + number, "width": 82, "height": 139, "image_id": image_id,
+        "phrase": phrase, "y": 57, "x": 421,
+    }  # fmt: skip
+
+
+def test_visual_genome_as_distributed(tmp_path: Path) -> None:
+    save(
+        tmp_path / "region_descriptions.json",
+        [
+            {"id": 1, "regions": [region(1, 0, "the clock is green"), region(1, 1, None)]},
+            {"regions": [region(2, 0, "older releases have no id here")]},
+            {"id": 3, "regions": []},
+            {"id": 4, "regions": [region(4, 0, "image_data lacks it")]},
+            {"id": 5},
+        ],
+    )
+    url = "https://cs.stanford.edu/people/rak248/VG_100K_2/{}.jpg"
+    save(
+        tmp_path / "image_data.json",
+        [
+            {"width": 800, "url": url.format(i), "height": 600, "image_id": i, "coco_id": None,
+             "flickr_id": None}
+            for i in (1, 2, 3)
+        ],
+    )  # fmt: skip
+    found = read("visual_genome", tmp_path)
+    first, second, third = pairs(found).values()
+    assert first.id == "1" and first.captions == ["the clock is green", None]
+    assert first.image == f"{tmp_path}/VG_100K_2/1.jpg" and first.url == url.format(1)
+    assert second.id == "2" and third.captions == []
+    assert rejects(found) == [
+        ("4", "missing image"), ("region_descriptions.json:4", "missing key"),
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError):
+        read("visual_genome", tmp_path / "nowhere")
+
+
+def test_visual_genome_as_blip_uses_it(tmp_path: Path) -> None:
+    prefix = "/export/share/datasets/vision/visual-genome/"
+    path = save(
+        tmp_path / "vg_caption.json",
+        [
+            {"image": f"{prefix}image/1.jpg", "caption": "the clock is green"},
+            {"image": f"{prefix}image/2.jpg", "caption": "a car"},
+            {"image": f"{prefix}image/1.jpg", "caption": "shade is along the street"},
+        ],
+    )
+    found = pairs(read("visual_genome", path, images="/vg", strip_prefix=prefix))
+    assert list(found) == ["image/1.jpg", "image/2.jpg"]
+    assert found["image/1.jpg"].image == "/vg/image/1.jpg"
+    assert found["image/1.jpg"].captions == ["the clock is green", "shade is along the street"]
+    kept = pairs(read("visual_genome", path))
+    assert kept[f"{prefix}image/2.jpg"].image == f"{prefix}image/2.jpg", "absolute as it is"
+
+
+def test_lists_of_blip(tmp_path: Path) -> None:
+    save(
+        tmp_path / "lists" / "ccs_filtered.json",
+        [
+            {"url": "http://host.example/1.jpg", "caption": EMOJI_CAPTION},
+            {"image": "a/2.jpg", "caption": RIGHT_TO_LEFT_CAPTION, "url": "http://host.example/2"},
+            {"image": "a/3.jpg"},
+            {"caption": "no image and no url"},
+            "a text",
+            {"image": 7, "caption": "no path"},
+        ],
+    )
+    save(tmp_path / "lists" / "more.json", [{"image": "a/2.jpg", "caption": ["a second text"]}])
+    found = read("blip_json", tmp_path / "lists")
+    first, second, third = pairs(found).values()
+    assert (first.id, first.image) == ("http://host.example/1.jpg",) * 2
+    assert first.captions == [EMOJI_CAPTION]
+    assert second.image == f"{tmp_path}/lists/a/2.jpg" and second.url == "http://host.example/2"
+    assert second.captions == [RIGHT_TO_LEFT_CAPTION, "a second text"], "over all lists"
+    assert third.captions == [None]
+    assert rejects(found) == [
+        ("ccs_filtered.json:3", "missing key"),
+        ("ccs_filtered.json:4", "damaged input"),
+        ("ccs_filtered.json:5", "missing key"),
+    ]
+    (tmp_path / "broken.json").write_text('[{"image": "a.jpg", "capt')
+    with pytest.raises(ValueError, match=r"broken\.json is no JSON"):
+        read("blip_json", tmp_path / "broken.json")
+    with pytest.raises(ValueError, match="holds no list"):
+        read("blip_json", save(tmp_path / "object.json", {"image": "a.jpg"}))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"there is no \.json"):
+        read("blip_json", tmp_path / "empty")
+
+
+def test_a_folder_with_texts_beside_the_images(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jpg", "a.PNG", "deep/c.jpg", "deep/notes.md", "alone.txt", "d.webp"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "a.txt").write_text(EMOJI_CAPTION, encoding="utf-8")
+    (tmp_path / "deep" / "c.txt").write_text("a cow\non two lines\n")
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe")
+    chunks = list(READERS["folder"](Source(str(tmp_path), pairs_per_chunk=3)))
+    assert [(chunk.name, chunk.pairs) for chunk in chunks] == [("0 to 2", 3), ("3 to 3", 1)]
+    found = pairs(read_all(chunks))
+    assert {name: pair.captions for name, pair in found.items()} == {
+        "a.PNG": EMOJI_CAPTION, "b.jpg": None, "d.webp": b"\xff\xfe",
+        "deep/c.jpg": "a cow\non two lines\n",
+    }  # fmt: skip
+    assert found["deep/c.jpg"].image == f"{tmp_path}/deep/c.jpg"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="there is no image"):
+        read("folder", tmp_path / "empty")
+
+
+CSV = (
+    "\ufeffimage,caption,similarity\n"
+    'a.jpg,"a dog, running",0.5\n'
+    "b.jpg,كلب,\n"
+    'a.jpg,"two\nlines",\n'
+    ",no image,\n"
+    "c.jpg,,\n"
+    "short.jpg\n"
+)
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.tsv", "metadata.csv"])
+def test_a_folder_with_a_table(name: str, tmp_path: Path) -> None:
+    text = CSV if name.endswith("csv") else CSV.replace(",", "\t").replace("dog\t", "dog,")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "unlisted.jpg").write_bytes(b"not in the table")
+    found = read("folder", tmp_path)
+    assert {key: pair.captions for key, pair in pairs(found).items()} == {
+        "a.jpg": ["a dog, running", "two\nlines"], "b.jpg": ["كلب"], "c.jpg": [""],
+        "short.jpg": [None],
+    }  # fmt: skip
+    assert pairs(found)["a.jpg"].similarity == 0.5 and pairs(found)["b.jpg"].similarity is None
+    assert rejects(found) == [(f"{name}:5", "missing key")]
+
+
+def test_a_folder_with_json_lines(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"file_name": "a.jpg", "text": EMOJI_CAPTION, "url": "http://host.example/a"}),
+        "",
+        json.dumps({"file_name": "b.jpg", "captions": ["one", "two"]}),
+        '{"file_name": "c.jpg", "te',
+        json.dumps(["no object"]),
+        json.dumps({"text": "no image"}),
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for place in (tmp_path, tmp_path / "captions.jsonl"):
+        found = read("folder", place)
+        assert {key: pair.captions for key, pair in pairs(found).items()} == {
+            "a.jpg": [EMOJI_CAPTION], "b.jpg": ["one", "two"],
+        }  # fmt: skip
+        assert pairs(found)["a.jpg"].url == "http://host.example/a"
+        assert rejects(found) == [
+            ("captions.jsonl:4", "damaged input"),
+            ("captions.jsonl:5", "damaged input"),
+            ("captions.jsonl:6", "missing key"),
+        ]
+    (tmp_path / "a.jpg").write_bytes(b"an image")
+    with pytest.raises(ValueError, match=r"neither a folder nor a \.csv"):
+        read("folder", tmp_path / "a.jpg")

@@ -1,0 +1,220 @@
+"""Tars, parquet files and folders as img2dataset writes them, whole and damaged."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from odd_files import (
+    EMOJI_CAPTION,
+    HTML,
+    img2dataset_meta,
+    img2dataset_samples,
+    members,
+    pairs,
+    read_all,
+    rejects,
+    write_img2dataset_parquet,
+    write_img2dataset_tars,
+    write_tar,
+)
+
+from blip_scale.data.conversion import RawPair, Source
+from blip_scale.data.sources import READERS
+
+
+def write_parquet_form(folder: Path, shards: int, count: int) -> None:
+    for shard in range(shards):
+        write_img2dataset_parquet(folder / f"{shard:05}.parquet", img2dataset_samples(shard, count))
+
+
+def write_files_form(folder: Path, shards: int, count: int) -> None:
+    for shard in range(shards):
+        samples = img2dataset_samples(shard, count)
+        (folder / f"{shard:05}").mkdir(parents=True)
+        for key, files, _ in samples:
+            for ending, data in files.items():
+                (folder / f"{shard:05}" / f"{key}.{ending}").write_bytes(data)
+        write_img2dataset_parquet(folder / f"{shard:05}.parquet", samples, images=False)
+
+
+@pytest.mark.parametrize("name", ["laion", "sbu", "conceptual_captions"])
+@pytest.mark.parametrize("write", [write_img2dataset_tars, write_parquet_form, write_files_form])
+def test_the_three_forms_hold_the_same(
+    write: Callable[[Path, int, int], None], name: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "in", 2, 6)
+    chunks = list(READERS[name](Source(str(tmp_path / "in"))))
+    assert [chunk.name.split(".")[0] for chunk in chunks] == ["00000", "00001"]
+    found = pairs(read_all(chunks))
+    expected = [sample for shard in range(2) for sample in img2dataset_samples(shard, 6)]
+    assert list(found) == [key for key, _, _ in expected]
+    for key, files, _ in expected:
+        pair = found[key]
+        assert pair.image == files["jpg"]
+        assert pair.captions == f"Picture {key}, {EMOJI_CAPTION}"
+        assert (pair.url, pair.similarity) == (f"https://host.example/{key}.jpg", 0.3125)
+
+
+def test_one_file_and_urls(tmp_path: Path) -> None:
+    write_img2dataset_tars(tmp_path, 2, 3)
+    write_parquet_form(tmp_path / "parquet", 1, 3)
+    for place in (
+        f"{tmp_path}/00001.tar", f"file://{tmp_path}/00001.tar",
+        f"{tmp_path}/parquet/00000.parquet", f"file://{tmp_path}/parquet",
+    ):  # fmt: skip
+        assert len(pairs(read_all(list(READERS["laion"](Source(place)))))) == 3
+
+
+def test_images_that_img2dataset_did_not_get(tmp_path: Path) -> None:
+    samples = img2dataset_samples(0, 3)
+    failed = img2dataset_meta(
+        "000000009", "gone", status="failed_to_download", error_message="HTTP Error 404", width=None
+    )
+    write_img2dataset_parquet(tmp_path / "00000.parquet", [*samples, ("000000009", {}, failed)])
+    found = read_all(list(READERS["laion"](Source(str(tmp_path)))))
+    assert len(pairs(found)) == 3
+    assert rejects(found) == [("000000009", "missing image")]
+
+
+def test_a_list_of_urls_is_not_the_set(tmp_path: Path) -> None:
+    rows = [{"URL": "https://host.example/1.jpg", "TEXT": "a dog", "similarity": 0.3}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "part-0.parquet")
+    (chunk,) = READERS["laion"](Source(str(tmp_path)))
+    with pytest.raises(ValueError, match=r"part-0\.parquet has no column with images .*img2data"):
+        list(chunk.read())
+    (tmp_path / "cc3m.tsv").write_text("a dog\thttps://host.example/1.jpg\n")
+    with pytest.raises(ValueError, match=r"cc3m\.tsv is a list of URLs: .* img2dataset first"):
+        READERS["conceptual_captions"](Source(str(tmp_path / "cc3m.tsv")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no output of img2dataset"):
+        READERS["laion"](Source(str(tmp_path / "empty")))
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+        READERS["laion"](Source(str(tmp_path / "nowhere")))
+
+
+def read_tar(path: Path, caption_key: str = "") -> list:
+    return read_all(list(READERS["webdataset"](Source(str(path), caption_key=caption_key))))
+
+
+def test_samples_of_any_webdataset(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "a.tar",
+        members(
+            ("dir.v1/plain", {"PNG": b"image 1", "txt": b"\xef\xbb\xbfone"}),
+            ("./dotted", {"cls": b"7", "jpeg": b"image 2", "json": b'{"text": ["two", "zwei"]}'}),
+            ("no_text", {"jpg": b"image 3", "json": b'{"url": "u", "similarity": "0.5"}'}),
+            ("no_image", {"txt": b"four", "json": b"[1]"}),
+            ("bad_text", {"jpg": b"image 5", "txt": b"\xff\xfe", "json": b'{"similarity": NaN}'}),
+            ("html", {"jpg": HTML, "txt": b"six", "json": HTML}),
+            ("twice", {"jpg": b"image 7", "txt": b"seven"}),
+            ("twice", {"jpg": b"image 8", "txt": b"eight"}),
+            ("._twice", {"jpg": b"resource fork"}),
+            ("README", {"md": b"no sample"}),
+        ),
+    )
+    found = read_tar(path)
+    assert all(isinstance(one, RawPair) for one in found)
+    assert [(one.id, one.image, one.captions) for one in found] == [
+        ("dir.v1/plain", b"image 1", "one"),
+        ("dotted", b"image 2", ["two", "zwei"]),
+        ("no_text", b"image 3", None),
+        ("no_image", None, "four"),
+        ("bad_text", b"image 5", b"\xff\xfe"),
+        ("html", HTML, "six"),
+        ("twice", b"image 7", "seven"),
+        ("twice", b"image 8", "eight"),
+    ]
+    assert (found[2].url, found[2].similarity, found[4].similarity) == ("u", 0.5, None)
+
+
+def test_the_caption_may_lie_elsewhere(tmp_path: Path) -> None:
+    meta = json.dumps({"caption": "alt text", "synthetic": "a brown dog"}).encode()
+    path = write_tar(
+        tmp_path / "a.tar", members(("a", {"jpg": b"image", "txt": b"raw", "json": meta}))
+    )
+    assert read_tar(path)[0].captions == "raw"
+    assert read_tar(path, "synthetic")[0].captions == "a brown dog"
+    assert read_tar(path, "nothing")[0].captions is None
+
+
+def test_compressed_tars_and_folders_of_them(tmp_path: Path) -> None:
+    samples = img2dataset_samples(0, 3)
+    files = members(*((key, parts) for key, parts, _ in samples))
+    write_tar(tmp_path / "a" / "one.tar.gz", files, "w:gz")
+    write_tar(tmp_path / "b" / "two.tgz", files, "w:gz")
+    chunks = list(READERS["webdataset"](Source(str(tmp_path))))
+    assert [chunk.name for chunk in chunks] == ["a/one.tar.gz", "b/two.tgz"]
+    assert len(read_all(chunks)) == 6
+
+
+def cut_after(part: float) -> Callable[[bytes], bytes]:
+    return lambda data: data[: int(len(data) * part)]
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "00000.tar.gz"])
+@pytest.mark.parametrize("damage", [cut_after(0.5), cut_after(0.503), cut_after(0.507)])
+def test_a_truncated_tar(damage: Callable[[bytes], bytes], name: str, tmp_path: Path) -> None:
+    samples = img2dataset_samples(0, 20)
+    path = write_tar(tmp_path / name, members(*((key, parts) for key, parts, _ in samples)))
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()))
+    found = read_tar(path)
+    kept = pairs(found)
+    assert 5 < len(kept) < 15 and rejects(found)[-1] == (name, "damaged input")
+    cut = [one for one, _ in rejects(found)[:-1]]
+    assert cut in ([], [samples[len(kept)][0]]), "the sample that was cut is named"
+    for key, files, _ in samples[: len(kept)]:
+        assert kept[key].image == files["jpg"], "nothing half-read"
+
+
+@pytest.mark.parametrize("content", [b"", HTML, b"\0" * 100])
+def test_no_tar_at_all(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    assert rejects(read_tar(tmp_path / "a.tar")) == [("a.tar", "damaged input")]
+
+
+def test_a_flipped_header_in_a_tar(tmp_path: Path) -> None:
+    samples = img2dataset_samples(0, 6)
+    path = write_tar(tmp_path / "a.tar", members(*((key, parts) for key, parts, _ in samples)))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"000000003.jpg") + 1] ^= 1
+    path.write_bytes(data)
+    found = read_tar(path)
+    assert list(pairs(found)) == [key for key, _, _ in samples[:2]]
+    assert [one for one, _ in rejects(found)] == [samples[2][0], "a.tar"]
+
+
+def test_a_damaged_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "00000.parquet"
+    write_img2dataset_parquet(path, img2dataset_samples(0, 16))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    assert rejects(read_all(list(READERS["laion"](Source(str(path)))))) == [
+        ("00000.parquet", "damaged input")
+    ]
+    path.write_bytes(b"")
+    assert rejects(read_all(list(READERS["laion"](Source(str(path)))))) == [
+        ("00000.parquet", "damaged input")
+    ]
+
+
+def test_parquet_of_the_hub(tmp_path: Path) -> None:
+    rows = [
+        {"image": {"bytes": b"image 0", "path": "a.jpg"}, "text": ["one", "two"]},
+        {"image": {"bytes": None, "path": "b.jpg"}, "text": ["three"]},
+        {"image": None, "text": None},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train-0.parquet")
+    found = read_all(list(READERS["laion"](Source(str(tmp_path)))))
+    assert [(one.id, one.image, one.captions) for one in found if isinstance(one, RawPair)] == [
+        ("train-0/0", b"image 0", ["one", "two"]),
+        ("train-0/1", None, ["three"]),
+        ("train-0/2", None, None),
+    ]
