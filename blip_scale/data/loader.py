@@ -8,7 +8,8 @@ import itertools
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -19,11 +20,12 @@ from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition, MicroBa
 from blip_scale.data.mixing import describe, samples_per_epoch
 from blip_scale.data.order import SampleOrder, StreamShape
 from blip_scale.data.prefetch import Prefetcher
-from blip_scale.data.stores import open_streams
+from blip_scale.data.stores import StreamStore, open_streams
 from blip_scale.data.transforms import TrainTransform
 from blip_scale.recipe import DataRecipe
 
 _PREFETCHED_BATCHES = 4  # a worker
+_DEATH_SEEN_S = 1.0  # a message may break off a moment before its sender is seen to be dead
 _DEATHS = 3  # of workers without a batch in between: then the run stops
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class TrainLoader:
         sizes = [store.samples for store in stores]
         counts = samples_per_epoch(data, sizes)
         logger.info("an epoch of %d pairs: %s", sum(counts), describe(data, sizes, counts))
+        _warn_of_small_cache(data, stores, counts)
         shapes = [
             StreamShape(store.name, store.shard_samples, count)
             for store, count in zip(stores, counts, strict=True)
@@ -142,12 +145,11 @@ class TrainLoader:
             try:
                 return next(self._iterator)
             except Exception:  # RuntimeError, or what a torn message makes of itself
+                wait([process.sentinel for process in self._processes], _DEATH_SEEN_S)
                 dead = [process for process in self._processes if not process.is_alive()]
                 if not dead:
                     raise
-                died = ", ".join(
-                    f"pid {process.pid}: exit code {process.exitcode}" for process in dead
-                )
+                died = ", ".join(f"pid {p.pid}: exit code {p.exitcode}" for p in dead)
             logger.warning("a loader worker died (%s), all are started again", died)
             self.close()
             self._start()
@@ -188,6 +190,26 @@ class TrainLoader:
             if process.is_alive():  # it waits for a remote and hears nothing else
                 process.kill()
         self._processes = []
+
+
+def _warn_of_small_cache(
+    data: DataRecipe, stores: Sequence[StreamStore], counts: Sequence[int]
+) -> None:
+    """A block is read in random order: shards of it that don't fit are fetched many times."""
+    limit_bytes = next((store.cache.limit_bytes for store in stores if store.cache), None)
+    epoch_bytes = sum(
+        count / store.samples * sum(map(store.shard_bytes, range(len(store.shards))))
+        for store, count in zip(stores, counts, strict=True)
+        if store.remote
+    )
+    block_bytes = epoch_bytes * min(1.0, data.shuffle_block / sum(counts))
+    if limit_bytes is not None and limit_bytes < block_bytes:
+        logger.warning(
+            "data.cache_limit is %.1f GB, and the samples that are shuffled together lie in %.1f "
+            "GB of shards: they will be fetched again and again. Raise it, or lower "
+            "data.shuffle_block (%d)",
+            limit_bytes / 1e9, block_bytes / 1e9, data.shuffle_block,
+        )  # fmt: skip
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import pytest
 import torch
 from data_samples import MakeLoader, MakeShards, stream, take
+from torch.utils.data import Dataset
 
 from blip_scale.data import Batch, CaptionInput
+from blip_scale.data.order import SampleOrder
+from blip_scale.data.prefetch import Prefetcher
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -211,3 +217,68 @@ def test_close_ends_an_iterator_that_is_still_held(
     next(batches)
     loader.close()
     assert list(batches) == []
+
+
+@pytest.mark.multiprocess
+def test_killed_workers_are_replaced_and_nothing_is_lost(
+    make_shards: MakeShards, make_loader: MakeLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    streams = [stream(make_shards("red", 45))]
+    expected = take(make_loader(streams), 24)
+    loader = make_loader(streams, workers=2)
+    batches = iter(loader)
+    read = []
+    for batch in batches:
+        read.append(batch)
+        if len(read) == 2:
+            multiprocessing.active_children()[0].kill()
+        if len(read) == 13:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        if len(read) == 24:
+            break
+    loader.close()
+    assert all(equal(a, b) for a, b in zip(read, expected, strict=True))
+    assert "a loader worker died (pid" in caplog.text and "exit code -9" in caplog.text
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.multiprocess
+def test_workers_that_die_again_and_again_end_the_run(
+    make_shards: MakeShards, make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make_loader([stream(make_shards("red", 45))], workers=1)
+    monkeypatch.setattr(loader, "_batches", _Deadly())
+    with pytest.raises(RuntimeError, match=r"workers die again and again .*lower data.workers"):
+        next(iter(loader))
+
+
+class _Deadly(Dataset[None]):
+    """Kills the worker that reads from it, as the kernel does for want of memory."""
+
+    prefetcher = Prefetcher([], SampleOrder([], 0, 1))
+
+    def __getitem__(self, number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_changes_its_ranks_reads_the_same_row(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    """Three epochs of two streams, interrupted at every other step, on another number of ranks."""
+    streams = [stream(make_shards("red", 30)), stream(make_shards("blue", 18))]
+    whole = [name for batch in take(make_loader(streams), 18) for name in batch.ids]
+    row: list[str] = []
+    state = make_loader(streams).state_dict()
+    for ranks, workers in ((2, 0), (4, 1), (1, 2), (2, 1), (1, 0), (4, 0), (2, 2), (1, 1), (4, 0)):
+        loaders = [make_loader(streams, rank, ranks, workers=workers) for rank in range(ranks)]
+        for loader in loaders:
+            loader.load_state_dict(state)
+        parts = [take(loader, 2) for loader in loaders]
+        row += [name for step in zip(*parts, strict=True) for batch in step for name in batch.ids]
+        states = [loader.state_dict() for loader in loaders]
+        state = states[0]
+        assert all(other == state for other in states)
+    assert row == whole
+    for epoch in (row[:48], row[48:96], row[96:]):
+        assert len(set(epoch)) == 48, "each sample once an epoch"

@@ -46,6 +46,22 @@ def test_a_cache_without_a_limit_is_filled_before_it_is_read(
     loader.close()
 
 
+@pytest.mark.parametrize(("shuffle_block", "is_small"), [(40, False), (160, True)])
+def test_a_cache_that_is_smaller_than_a_block_is_said(
+    make_shards: MakeShards,
+    make_loader: MakeLoader,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    shuffle_block: int,
+    is_small: bool,
+) -> None:
+    remote = make_shards("red", 80)
+    half = sum(path.stat().st_size for path in remote.glob("shard.*")) * 6 // 10
+    streams = [stream(tmp_path / "cache", remote=remote)]
+    make_loader(streams, cache_limit=str(half), shuffle_block=shuffle_block)
+    assert ("lower data.shuffle_block" in caplog.text) == is_small
+
+
 def test_what_comes_next_is_there_within_the_limit(
     make_shards: MakeShards, make_loader: MakeLoader, tmp_path: Path
 ) -> None:
