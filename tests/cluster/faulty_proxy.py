@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+from s3_server import environment
+
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
@@ -99,11 +102,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty_proxy(port: int, share: float = 0.05, seed: int = 0) -> Iterator[FaultyProxy]:
-    """A running proxy before the server at `port` of this machine."""
+def faulty_proxy(
+    port: int, monkeypatch: pytest.MonkeyPatch, share: float = 0.05, seed: int = 0
+) -> Iterator[FaultyProxy]:
+    """A running proxy before the S3 server at `port` of this machine; clients are led to it."""
     proxy = FaultyProxy(port, share, seed)
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()
+    for name, value in environment(proxy.endpoint).items():
+        monkeypatch.setenv(name, value)
     try:
         yield proxy
     finally:

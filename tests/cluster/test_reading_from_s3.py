@@ -15,7 +15,7 @@ import pytest
 import torch
 from data_samples import MakeLoader, MakeShards, stream, take
 from faulty_proxy import faulty_proxy
-from s3_server import S3Server, environment
+from s3_server import S3Server
 
 from blip_scale.data import Batch, TrainLoader, fetching, prefetch
 from blip_scale.data.stores import StreamStore
@@ -102,9 +102,7 @@ def test_one_request_in_twenty_fails(
     folder = make_shards("red", 60)
     remote = s3.upload(folder)
     expected = take(make_loader([stream(folder)]), 14)
-    with faulty_proxy(s3.port, share=0.05, seed=1) as proxy:
-        for name, value in environment(proxy.endpoint).items():
-            monkeypatch.setenv(name, value)
+    with faulty_proxy(s3.port, monkeypatch, share=0.05, seed=1) as proxy:
         bucket = [stream(tmp_path / "cache", remote=remote)]
         batches = take(make_loader(bucket, cache_limit=SMALL, workers=1), 14)
         assert proxy.requests > 100
@@ -165,9 +163,7 @@ def test_two_nodes_share_a_cache_and_fetch_each_shard_once(
     folder = make_shards("red", 120)
     remote = s3.upload(folder)
     whole = [name for batch in take(make_loader([stream(folder)]), 15) for name in batch.ids]
-    with faulty_proxy(s3.port, share=0.0) as proxy:
-        for name, value in environment(proxy.endpoint).items():
-            monkeypatch.setenv(name, value)
+    with faulty_proxy(s3.port, monkeypatch, share=0.0) as proxy:
         context = multiprocessing.get_context("fork")
         ends, processes = [], []
         for rank in range(2):

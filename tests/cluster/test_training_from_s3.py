@@ -12,7 +12,7 @@ import psutil
 import pytest
 import tiny_runs
 from faulty_proxy import faulty_proxy
-from s3_server import S3Server, environment
+from s3_server import S3Server
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
@@ -68,9 +68,7 @@ def test_the_server_stops_and_a_loader_worker_is_killed(
 ) -> None:
     """All through a proxy that fails one request in twenty."""
     recipe = from_bucket(tmp_path, s3)
-    with faulty_proxy(s3.port, share=0.05, seed=int(time.time())) as proxy:
-        for name, value in environment(proxy.endpoint).items():
-            monkeypatch.setenv(name, value)
+    with faulty_proxy(s3.port, monkeypatch, share=0.05, seed=int(time.time())) as proxy:
         processes = tiny_runs.launch(recipe, RANKS)
         wait_for_step(tmp_path, 4, processes[0])
         s3.stop()
