@@ -9,6 +9,7 @@ Legend: H and W the height and width of the image.
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import simplejpeg
@@ -16,7 +17,14 @@ from PIL import Image
 
 from blip_scale.data.stores import CorruptSample
 
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _FAST_COLOURS = ("YCbCr", "RGB", "Gray")  # not CMYK and YCCK: Pillow knows Adobe's inverted inks
+
+
+def describe(error: Exception) -> str:
+    """Kind and message of a decoder's error, the same whenever the same image fails: Pillow writes
+    the address of an object in memory into some."""
+    return _ADDRESS.sub("", f"{type(error).__name__}: {error}")
 
 
 def decode_image(encoded: bytes) -> Image.Image:
@@ -27,7 +35,7 @@ def decode_image(encoded: bytes) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # every format's decoder has its own ways to fail
-        raise CorruptSample(f"{type(error).__name__}: {error}") from error
+        raise CorruptSample(describe(error)) from error
 
 
 def jpeg_size(encoded: bytes) -> tuple[int, int] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import warnings
 from dataclasses import dataclass
 
@@ -13,10 +12,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.conversion.locations import read_file
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
+from blip_scale.data.decoding import describe
 from blip_scale.data.shards import Record
 
 _ORIENTATION = 0x0112  # the EXIF tag; 1: upright
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # would differ from run to run
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Pillow opens nothing larger (178,956,970 pixels), here or in training."""
 
@@ -153,8 +152,7 @@ def check_image(data: bytes, rules: Rules) -> Picture:
         detail = "no known image format" if data else "no bytes"
         raise _Refused(Reason.UNDECODABLE, detail) from error
     except Exception as error:  # each format's decoder has its own ways to fail
-        detail = _ADDRESS.sub("", f"{type(error).__name__}: {error}")
-        raise _Refused(Reason.UNDECODABLE, detail) from error
+        raise _Refused(Reason.UNDECODABLE, describe(error)) from error
 
 
 def _check_size(size: tuple[int, int], rules: Rules) -> None:
