@@ -58,9 +58,8 @@ def test_it_finds_drawings_that_it_never_saw(summary: dict[str, Any]) -> None:
     candidates = found["heldout_drawing/candidates"]
     assert candidates >= 500
     for direction in DIRECTIONS:
-        assert found[f"heldout_drawing/itc_{direction}_r1"] >= TIMES_CHANCE / candidates
-        # Matching has only begun to learn: its re-ranking is far above chance, no more is asked.
-        assert found[f"heldout_drawing/itm_{direction}_r1"] >= 10 / candidates
+        for score in ("itc", "itm"):
+            assert found[f"heldout_drawing/{score}_{direction}_r1"] >= TIMES_CHANCE / candidates
         # Concepts never seen are much harder; to be better than chance is what can be asked.
         concepts = found["heldout_concept/candidates"]
         assert found[f"heldout_concept/itc_{direction}_r10"] >= 5 * 10 / concepts
