@@ -18,6 +18,7 @@ PACKAGE = REPO / "blip_scale"
 ROOMS = {"model", "objectives", "interop", "data", "engine", "tasks"}
 MAY_IMPORT = {
     "settings": set(),
+    "launcher": set(),
     "recipe": {"settings"},
     "checks": {"settings", "recipe"},
     "model": set(),
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "data": {"settings", "recipe"},
     "engine": {"settings", "recipe"},
     "tasks": {"settings", "recipe", "checks", *ROOMS},
-    "train": {"settings", "recipe", "checks", *ROOMS},
+    "train": {"settings", "recipe", "checks", "launcher", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""
 
