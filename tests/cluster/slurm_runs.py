@@ -13,7 +13,7 @@ from s3_server import S3Server
 from slurm_cluster import SlurmCluster, wait_for
 
 REPO = tiny_runs.REPO
-EVERY_STEPS = 4
+EVERY_STEPS = 3
 ONE_A_NODE = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--nodes=2")
 
 
@@ -30,9 +30,10 @@ class Job:
         """Folder of the run."""
         return self.folder / "run"
 
-    def restarts(self) -> int:
-        """How often SLURM has started it anew."""
-        return int(self.cluster.job(self.number)["Restarts"])
+    def starts(self) -> int:
+        """How often training began: the log then holds nothing past the step that it goes on
+        from."""
+        return self.rank_log().count("trainable parameters")
 
     def step(self) -> int:
         """Newest step in the log."""
