@@ -109,12 +109,14 @@ class SlurmCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start_node(self, node: str) -> None:
-        """Start the daemon of a node."""
-        self._start("slurmd", "-D", "-N", node)
+        """Start the daemon of a node, on its share of the cores: what it starts stays there."""
+        cores = sorted(os.sched_getaffinity(0))
+        share = cores[NODES.index(node) % len(cores) :: len(NODES)]
+        self._start("taskset", "--cpu-list", ",".join(map(str, share)), "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
         """What a power cut does: everything on the node ends at once, its daemon first."""
-        daemon = self._daemons.pop(f"slurmd -D -N {node}", None)
+        daemon = self._daemons.pop(node, None)
         if daemon is not None:
             daemon.kill()
             daemon.wait()
@@ -168,7 +170,7 @@ class SlurmCluster:
         shown = self.run("scontrol", "show", "job", "--oneliner", job)
         return dict(re.findall(r"(\w+)=(\S+)", shown))
 
-    def wait(self, job: str, state: str, timeout_s: float = 300, restarts: int = 0) -> None:
+    def wait(self, job: str, state: str, timeout_s: float = 600, restarts: int = 0) -> None:
         """Until a job is in a state, having been started anew at least so many times."""
 
         def reached() -> bool:
@@ -193,8 +195,8 @@ class SlurmCluster:
 
     def _start(self, *command: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
-        with (self.folder / f"{command[0]}.out").open("ab") as log:
-            self._daemons[" ".join(command)] = subprocess.Popen(
+        with (self.folder / "daemons.out").open("ab") as log:
+            self._daemons[command[-1]] = subprocess.Popen(
                 command, env=environment | self.environment, stdout=log, stderr=log,
                 stdin=subprocess.DEVNULL, cwd=self.folder,
             )  # fmt: skip
