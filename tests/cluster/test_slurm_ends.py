@@ -41,14 +41,14 @@ def test_a_job_that_fails_at_the_same_step_stops_with_a_report(
 
 
 def test_a_refused_recipe_is_not_requeued(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """Both ranks refuse, a moment apart; one of them says why."""
+    """Both ranks refuse the weights to start from, a moment apart; one of them says why."""
     tiny_runs.make_recipe(tmp_path)
-    job = slurm_runs.submit(slurm, "finetune.sh", tmp_path, "train.epochs=0", INIT="weights")
+    job = slurm_runs.submit(slurm, "finetune.sh", tmp_path, INIT="not/there.pth")
     slurm.wait(job.number, "FAILED")
     found = slurm.job(job.number)
     assert (found["Restarts"], found["ExitCode"]) == ("0", "2:0"), job.said()
     assert "not requeued: the input was refused" in job.said()
-    assert "train.epochs" in (job.run / "logs" / "task_0.log").read_text()
+    assert "model.checkpoint" in (job.run / "logs" / "task_0.log").read_text()
     assert not (job.run / "failure_report.txt").exists()
 
 
