@@ -20,7 +20,7 @@ from blip_scale.engine.communication import CommunicationMeter
 from blip_scale.engine.deepspeed import initialize, start
 from blip_scale.engine.heartbeat import Heartbeat
 from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE, Interrupts
-from blip_scale.engine.manifest import RunManifest, fingerprint, software
+from blip_scale.engine.manifest import RunManifest, digest, fingerprint, software
 from blip_scale.engine.monitor import Monitor, measure_peak_flops
 from blip_scale.engine.samples import SampleRecord
 from blip_scale.engine.schedule import learning_rate
@@ -159,6 +159,7 @@ def _begin_manifest(
             "job_id": os.environ.get("SLURM_JOB_ID"),
             "world_size": collectives.world_size(),
             "nodes": nodes,
+            "recipe_xxh64": digest(to_yaml(recipe).encode()),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "from": fingerprint(found) if found is not None else None,
         },

@@ -102,10 +102,15 @@ class RunManifest:
 def fingerprint(checkpoint: Path) -> dict[str, str | None]:
     """Name of a checkpoint and hash of its manifest, which holds the checksums of its files."""
     try:
-        digest = xxhash.xxh64((checkpoint / "manifest.json").read_bytes()).hexdigest()
+        found = digest((checkpoint / "manifest.json").read_bytes())
     except OSError:
-        digest = None
-    return {"checkpoint": str(checkpoint), "manifest_xxh64": digest}
+        found = None
+    return {"checkpoint": str(checkpoint), "manifest_xxh64": found}
+
+
+def digest(content: bytes) -> str:
+    """xxh64 in hexadecimal digits."""
+    return xxhash.xxh64(content).hexdigest()
 
 
 def software() -> dict[str, dict[str, Any]]:

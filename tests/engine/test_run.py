@@ -37,11 +37,16 @@ CURVES = LOSSES | {
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
     "queue/age_steps", "momentum/gap",
     "speed/samples_per_s", "speed/mfu", "speed/data_wait_share",
-    "memory/peak_gib", "data/skipped_samples", "data/share_shapes",
+    "speed/slowest_rank_ratio",
+    "memory/peak_gib", "data/skipped_samples", "data/share_shapes", "train/skipped_steps",
+    "communication/blocked_share", "communication/calls_per_step",
+    "communication/gigabytes_per_step", "communication/all_gather_share",
+    "communication/reduce_scatter_share", "communication/all_reduce_share",
+    "communication/other_share", "alarm/loss_spike", "alarm/loss_spike_ratio",
 }  # fmt: skip
 SHARES = (
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
-    "train/alpha", "speed/data_wait_share",
+    "train/alpha", "speed/data_wait_share", "communication/blocked_share",
 )  # fmt: skip
 RECALLS = {
     f"heldout/{kind}_{direction}_r{k}"
@@ -308,15 +313,16 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:
     assert checkpoint.newest_whole(checkpoints) == saved[-1]
 
 
-def test_numbers_that_go_wrong(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "micro_batch"), [(3, 8), (2, 4)], ids=["zero3", "zero2-twice"])
+def test_numbers_that_go_wrong(tmp_path: Path, stage: int, micro_batch: int) -> None:
     """Steps that are not finite change nothing on any rank; a row of them ends the run."""
     recipe = tiny_runs.make_recipe(
         tmp_path,
-        train={"max_steps": 100, "max_nonfinite_steps": 3},
+        train={"max_steps": 100, "max_nonfinite_steps": 3, "micro_batch_size": micro_batch},
         checkpoint={"every_steps": 1},
     )
     script = Path(train_with_accidents.__file__)
-    processes = tiny_runs.launch(recipe, RANKS, script=script)
+    processes = tiny_runs.launch(recipe, RANKS, stage=stage, script=script)
     codes = [process.wait(300) for process in processes]
     said = tiny_runs.said(recipe)
     assert codes == [1, 1], said
@@ -352,5 +358,7 @@ def test_numbers_that_go_wrong(tmp_path: Path) -> None:
     )
     assert all(tensor.isfinite().all() for tensor in tensors(burst + 2).values())
     by_step = {row["step"]: row for row in rows(tmp_path / "run") if "loss/total" in row}
+    skips = {step: row["train/skipped_steps"] for step, row in by_step.items()}
+    assert skips == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 3}
     assert by_step[bad]["loss/total"] is None
     assert by_step[bad + 1]["loss/total"] > 0
