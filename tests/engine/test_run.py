@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+import socket
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import plain_reference
 import pytest
 import tiny_runs
 import torch
+import train_with_a_slow_rank
 import train_with_accidents
 import yaml
 from PIL import Image
@@ -256,6 +259,31 @@ def test_a_checkpoint_serves_other_ranks_and_stages(
         found = tiny_runs.losses(tmp_path / "run")
         for step in range(4, steps + 1):
             assert found[step] == pytest.approx(expected[step], abs=2e-5), step
+
+
+def test_a_slow_rank_and_a_jump_of_the_loss_are_seen(tmp_path: Path) -> None:
+    """The rank is named, though all take equally long for a step; the jump with its samples."""
+    slow = train_with_a_slow_rank
+    recipe = tiny_runs.make_recipe(tmp_path, train={"max_steps": slow.SPIKE_STEP + 1})
+    script = Path(slow.__file__)
+    codes = tiny_runs.finish(tiny_runs.launch(recipe, RANKS, script=script))
+    said = tiny_runs.said(recipe)
+    assert codes == [0, 0], said
+    by_step = {row["step"]: row for row in rows(tmp_path / "run") if "loss/total" in row}
+    ratios = [by_step[step]["speed/slowest_rank_ratio"] for step in by_step]
+    before, after = ratios[2 : slow.SLOW_FROM_STEP - 1], ratios[slow.SLOW_FROM_STEP :]
+    assert 1 <= statistics.median(before) < 1.3 < 1.8 < statistics.median(after)
+    waits = [by_step[step]["communication/blocked_share"] for step in by_step]
+    assert statistics.median(waits[slow.SLOW_FROM_STEP :]) > statistics.median(waits[2:12])
+    named = re.findall(r"step \d+: rank (\d) on (\S+) is slow", said)
+    assert ("1", socket.gethostname()) in named
+    jumps = [step for step, row in by_step.items() if row["alarm/loss_spike"]]
+    assert jumps == [slow.SPIKE_STEP]
+    assert by_step[slow.SPIKE_STEP]["alarm/loss_spike_ratio"] > 20
+    loss = by_step[slow.SPIKE_STEP]["loss/total"]
+    (line,) = re.findall(r"step 25: loss/total (\S+), usual is .* worst in step 25 \((.*)\)", said)
+    assert float(line[0]) == pytest.approx(loss, rel=1e-3)
+    assert len(re.findall(r"shapes-\w", line[1])) == 8
 
 
 def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
