@@ -273,8 +273,6 @@ def test_a_slow_rank_and_a_jump_of_the_loss_are_seen(tmp_path: Path) -> None:
     ratios = [by_step[step]["speed/slowest_rank_ratio"] for step in by_step]
     before, after = ratios[2 : slow.SLOW_FROM_STEP - 1], ratios[slow.SLOW_FROM_STEP :]
     assert 1 <= statistics.median(before) < 1.3 < 1.8 < statistics.median(after)
-    waits = [by_step[step]["communication/blocked_share"] for step in by_step]
-    assert statistics.median(waits[slow.SLOW_FROM_STEP :]) > statistics.median(waits[2:12])
     named = re.findall(r"step \d+: rank (\d) on (\S+) is slow", said)
     assert ("1", socket.gethostname()) in named
     jumps = [step for step, row in by_step.items() if row["alarm/loss_spike"]]
