@@ -151,8 +151,8 @@ class DataRecipe:
     cache_limit: str | None = None
     """Largest size of the local cache, e.g. `200gb`; null keeps everything."""
     retry_s: Rate = 900.0
-    """So long a remote that fails is asked again before the run gives up; below the half hour that
-    ranks wait for each other."""
+    """So long a remote that fails is asked again before the run gives up; below the
+    `train.stall_timeout_s` that ranks wait for each other."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -193,6 +193,9 @@ class TrainRecipe:
     """Type of the weights and activations; masters, momentum, queues and losses are always fp32."""
     max_nonfinite_steps: Positive = 10
     """Stop with a report after this many skipped steps in a row (loss or gradient not finite)."""
+    stall_timeout_s: Rate = 1800.0
+    """A rank that takes longer for a step, an evaluation, a save or the start ends, with its stacks
+    in its log, and the run with it; ranks wait as long for each other. 0: for ever."""
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -216,6 +219,8 @@ class LogRecipe:
     """Optimizer steps between two lines on the terminal and points in TensorBoard."""
     peak_tflops: Above0 | None = None
     """Matrix-multiply peak of one rank's device for MFU; null: measured at the start."""
+    sample_ids: bool = False
+    """Keep the ids of every step's samples, rank by rank, in samples/rank_N.jsonl."""
 
 
 @dataclass(frozen=True, config=_STRICT)
