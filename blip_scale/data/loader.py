@@ -158,6 +158,11 @@ class TrainLoader:
             "memory: lower data.workers"
         )
 
+    @property
+    def stores(self) -> Sequence[StreamStore]:
+        """The streams that are read."""
+        return self._batches.stores
+
     def shares(self, batch: Batch) -> list[float]:
         """Share of every stream of `stream_names` in a batch."""
         return [batch.streams.count(name) / len(batch.streams) for name in self.stream_names]

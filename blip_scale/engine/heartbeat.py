@@ -48,14 +48,10 @@ class Heartbeat:
         self._log = log_file.open("a") if stall_timeout_s else None
         self._disk = files.Spared(f"heartbeat in {self._file}")
         self._written = 0.0
-        self._state: dict[str, Any] = {
-            "step": 0,
-            "total_steps": 0,
-            "checkpoint_step": 0,
-            "restarts": 0,
-        }
-        if self._is_main:
-            self._state |= self._left_by_the_start_before()
+        self.before = self._left_by_the_start_before() if self._is_main else {}
+        """What the start before this one said last, empty without one."""
+        self._state: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | self.before
+        self._state["restarts"] += bool(self.before)
         self._state["job_id"] = os.environ.get("SLURM_JOB_ID")
         self.beat("starting", samples_per_s=0.0)
 
@@ -94,7 +90,6 @@ class Heartbeat:
     def _left_by_the_start_before(self) -> dict[str, Any]:
         try:
             found = json.loads(self._file.read_text(encoding="utf-8"))
-            kept = {name: int(found[name]) for name in _COUNTS}
+            return {name: int(found[name]) for name in _COUNTS}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
-        return kept | {"restarts": kept["restarts"] + 1}

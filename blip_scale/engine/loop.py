@@ -5,26 +5,33 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from blip_scale.engine import checkpoint, collectives, logs, reporting
+from blip_scale.engine.anomalies import Stragglers
+from blip_scale.engine.communication import CommunicationMeter
 from blip_scale.engine.deepspeed import initialize, start
 from blip_scale.engine.heartbeat import Heartbeat
 from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE, Interrupts
+from blip_scale.engine.manifest import RunManifest, digest, fingerprint, software
 from blip_scale.engine.monitor import Monitor, measure_peak_flops
 from blip_scale.engine.samples import SampleRecord
 from blip_scale.engine.schedule import learning_rate
-from blip_scale.engine.session import History, Run
+from blip_scale.engine.session import History, Run, WorstStep
 from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Progress, Task
 from blip_scale.recipe import Recipe, to_yaml
 
 logger = logging.getLogger(__name__)
+
+_ENDS = {0: "done", REQUEUE_EXIT_CODE: "stopped on request", 1: "gave up"}
 
 
 def run(
@@ -39,6 +46,8 @@ def run(
     rank = int(os.environ.get("RANK", "0"))
     logs.set_up(Path(recipe.output_dir), rank)
     heartbeat = Heartbeat(Path(recipe.output_dir), rank, recipe.train.stall_timeout_s)
+    meter = CommunicationMeter()
+    meter.install()
     device = start(recipe.train.stall_timeout_s)
     if device.type == "cpu":  # ranks that each take all cores slow each other down
         torch.set_num_threads(
@@ -47,9 +56,13 @@ def run(
     interrupts = Interrupts()
     task = build_task(recipe, device)
     try:
-        session = _open(task, recipe, ds_config, heartbeat, interrupts)
+        session = _open(task, recipe, ds_config, heartbeat, meter, interrupts)
         try:
             code = _train(session)
+            session.manifest.ended(session.step, _ENDS[code])
+        except BaseException as error:
+            session.manifest.ended(session.step, f"{type(error).__name__}: {error}")
+            raise
         finally:
             session.monitor.close()
     finally:
@@ -64,6 +77,7 @@ def _open(
     recipe: Recipe,
     ds_config: dict[str, Any],
     heartbeat: Heartbeat,
+    meter: CommunicationMeter,
     interrupts: Interrupts,
 ) -> Run:
     """Wrap the network, and take up the newest whole checkpoint if there is one."""
@@ -89,6 +103,7 @@ def _open(
         alarms=task.alarms,
     )
     _keep_recipe(recipe, monitor)
+    manifest = _begin_manifest(task, recipe, ds_config, heartbeat, found)
     logger.info(
         "%s on %d rank(s) of %s, ZeRO-%d, %s, attention by %s: %.1fM trainable parameters, "
         "%d steps of %d pairs",
@@ -104,7 +119,10 @@ def _open(
         momentum,
         monitor,
         heartbeat,
+        manifest,
         SampleRecord(Path(recipe.output_dir), state.step, recipe.log.sample_ids),
+        meter,
+        Stragglers(collectives.all_gather_objects(socket.gethostname())),
         interrupts,
         total_steps,
         accumulation=ds_config["gradient_accumulation_steps"],
@@ -121,6 +139,33 @@ def _keep_recipe(recipe: Recipe, monitor: Monitor) -> None:
     monitor.text("recipe", text)
     if collectives.rank() == 0:
         (Path(recipe.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def _begin_manifest(
+    task: Task,
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    heartbeat: Heartbeat,
+    found: Path | None,
+) -> RunManifest:
+    """Note this start: from what, on which machines, and from which checkpoint."""
+    nodes: dict[str, list[int]] = {}
+    for rank, host in enumerate(collectives.all_gather_objects(socket.gethostname())):
+        nodes.setdefault(host, []).append(rank)
+    manifest = RunManifest(Path(recipe.output_dir), is_main=collectives.rank() == 0)
+    manifest.begin(
+        {"recipe": asdict(recipe), "deepspeed": ds_config, "data": task.inventory(), **software()},
+        {
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "world_size": collectives.world_size(),
+            "nodes": nodes,
+            "recipe_xxh64": digest(to_yaml(recipe).encode()),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "from": fingerprint(found) if found is not None else None,
+        },
+        heartbeat.before,
+    )
+    return manifest
 
 
 def _train(run: Run) -> int:
@@ -165,6 +210,7 @@ def _train(run: Run) -> int:
 def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
     """Accumulate micro-batches, update unless something is not finite, and note the metrics."""
     began = time.perf_counter()
+    run.meter.reset()
     deepspeed, task, recipe = run.engine.deepspeed, run.task, run.recipe
     data_wait_s = 0.0
     sums: dict[str, Any] = {}
@@ -198,6 +244,9 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
     reporting.note_trouble(run, finite, means.pop("skipped"), ids, skipped)
     means |= {f"gradient_norm/{name}": value for name, value in norms.items()}
     means |= {"train/learning_rate": rate, "data_wait_s": data_wait_s}
+    if means["loss/total"] > run.worst.loss:
+        run.worst = WorstStep(means["loss/total"], run.step, ids)
+    means |= run.meter.metrics()
     means["step_s"] = time.perf_counter() - began
     run.history.seconds += means["step_s"]
     run.history.window.append(means)
@@ -243,5 +292,6 @@ def _save(run: Run) -> bool:
         run.momentum,
     )
     if saved is not None:
+        run.manifest.saved(run.step, saved)
         checkpoint.prune(run.checkpoints, saved, run.recipe.checkpoint.keep_last)
     return saved is not None

@@ -220,6 +220,10 @@ class Pretrain:
         med = networks.initialized_med(self.recipe, self._config)
         return {f"med.{name}": parameter.data for name, parameter in med.named_parameters()}
 
+    def inventory(self) -> list[dict[str, Any]]:
+        """The training streams with their shards."""
+        return data.inventory(self._loader.stores)
+
     def batches(self) -> Iterator[data.Batch]:
         """This rank's micro-batches."""
         return iter(self._loader)

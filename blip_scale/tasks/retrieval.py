@@ -68,8 +68,8 @@ def rerank(
     S]).
 
     For each image its `top_k` texts by cosine, and for each text its `top_k` images, get the raw
-    match logit plus the cosine; every other pair gets -100 (blip_spec: published evaluation). The
-    work is shared over the ranks and the scores are summed.
+    match logit plus the cosine; every other pair gets -100 (blip_spec: published evaluation). A
+    pair that both directions want is matched once. The pairs are shared over the ranks.
 
     Args:
         texts: packed texts of some indices, first token [ENC].
@@ -77,23 +77,25 @@ def rerank(
     similarity_IS = features.image_features @ features.text_features.T
     count = len(similarity_IS)
     top_k = min(top_k, count)
-    mine = range(*share(count).indices(count))
-    logits_and_seen = torch.zeros(2, 2, count, count, device=similarity_IS.device)
-    text_candidates = similarity_IS.topk(top_k, dim=1).indices.tolist()
-    image_candidates = similarity_IS.T.topk(top_k, dim=1).indices.tolist()
-    pairs = [(0, i, t) for i in mine for t in text_candidates[i]]
-    pairs += [(1, i, t) for t in mine for i in image_candidates[t]]
-    for begin in range(0, len(pairs), batch_size):
-        chunk = pairs[begin : begin + batch_size]
-        images = sorted({i for _, i, _ in chunk})
-        rows = {image: row for row, image in enumerate(images)}
-        index = torch.tensor([rows[i] for _, i, _ in chunk], device=similarity_IS.device)
-        logits = med.match(texts([t for _, _, t in chunk]), features.image_embeds[images], index)
-        directions, image_rows, text_columns = torch.tensor(chunk, device=index.device).unbind(1)
-        logits_and_seen[0, directions, image_rows, text_columns] = logits[:, 1].float()
-        logits_and_seen[1, directions, image_rows, text_columns] = 1.0
-    logits, seen = collectives.all_reduce_sum(logits_and_seen)
-    return torch.where(seen > 0, logits + similarity_IS, NOT_RERANKED)
+    wanted = torch.zeros(2, count, count, dtype=torch.bool, device=similarity_IS.device)
+    wanted[0].scatter_(1, _best(similarity_IS, top_k), True)
+    wanted[1].T.scatter_(1, _best(similarity_IS.T, top_k), True)
+    pairs = wanted.any(dim=0).nonzero()  # in the order of the images: a batch has few of them
+    mine = pairs[share(len(pairs))]
+    logits = torch.zeros_like(similarity_IS, dtype=torch.float32)
+    for begin in range(0, len(mine), batch_size):
+        images, sentences = mine[begin : begin + batch_size].unbind(1)
+        own_images, index = images.unique(return_inverse=True)
+        matched = med.match(texts(sentences.tolist()), features.image_embeds[own_images], index)
+        logits[images, sentences] = matched[:, 1].float()
+    logits = collectives.all_reduce_sum(logits)
+    return torch.where(wanted, logits + similarity_IS, NOT_RERANKED)
+
+
+def _best(scores: Tensor, top_k: int) -> Tensor:
+    """Columns of the `top_k` highest scores of every row, [rows, top_k], the same on all ranks."""
+    mine = scores[share(len(scores))].topk(top_k, dim=1).indices
+    return torch.cat(collectives.all_gather_ragged(mine))
 
 
 def retrieval_figures(scores_IS: Tensor, reranked: Tensor | None) -> dict[str, float]:

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+import socket
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import plain_reference
 import pytest
 import tiny_runs
 import torch
+import train_with_a_slow_rank
 import train_with_accidents
 import yaml
 from PIL import Image
@@ -37,11 +40,16 @@ CURVES = LOSSES | {
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
     "queue/age_steps", "momentum/gap",
     "speed/samples_per_s", "speed/mfu", "speed/data_wait_share",
-    "memory/peak_gib", "data/skipped_samples", "data/share_shapes",
+    "speed/slowest_rank_ratio",
+    "memory/peak_gib", "data/skipped_samples", "data/share_shapes", "train/skipped_steps",
+    "communication/blocked_share", "communication/calls_per_step",
+    "communication/gigabytes_per_step", "communication/all_gather_share",
+    "communication/reduce_scatter_share", "communication/all_reduce_share",
+    "communication/other_share", "alarm/loss_spike", "alarm/loss_spike_ratio",
 }  # fmt: skip
 SHARES = (
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
-    "train/alpha", "speed/data_wait_share",
+    "train/alpha", "speed/data_wait_share", "communication/blocked_share",
 )  # fmt: skip
 RECALLS = {
     f"heldout/{kind}_{direction}_r{k}"
@@ -253,6 +261,29 @@ def test_a_checkpoint_serves_other_ranks_and_stages(
             assert found[step] == pytest.approx(expected[step], abs=2e-5), step
 
 
+def test_a_slow_rank_and_a_jump_of_the_loss_are_seen(tmp_path: Path) -> None:
+    """The rank is named, though all take equally long for a step; the jump with its samples."""
+    slow = train_with_a_slow_rank
+    recipe = tiny_runs.make_recipe(tmp_path, train={"max_steps": slow.SPIKE_STEP + 1})
+    script = Path(slow.__file__)
+    codes = tiny_runs.finish(tiny_runs.launch(recipe, RANKS, script=script))
+    said = tiny_runs.said(recipe)
+    assert codes == [0, 0], said
+    by_step = {row["step"]: row for row in rows(tmp_path / "run") if "loss/total" in row}
+    ratios = [by_step[step]["speed/slowest_rank_ratio"] for step in by_step]
+    before, after = ratios[2 : slow.SLOW_FROM_STEP - 1], ratios[slow.SLOW_FROM_STEP :]
+    assert 1 <= statistics.median(before) < 1.3 < 1.8 < statistics.median(after)
+    named = re.findall(r"step \d+: rank (\d) on (\S+) is slow", said)
+    assert ("1", socket.gethostname()) in named
+    jumps = [step for step, row in by_step.items() if row["alarm/loss_spike"]]
+    assert jumps == [slow.SPIKE_STEP]
+    assert by_step[slow.SPIKE_STEP]["alarm/loss_spike_ratio"] > 20
+    loss = by_step[slow.SPIKE_STEP]["loss/total"]
+    (line,) = re.findall(r"step 25: loss/total (\S+), usual is .* worst in step 25 \((.*)\)", said)
+    assert float(line[0]) == pytest.approx(loss, rel=1e-3)
+    assert len(re.findall(r"shapes-\w", line[1])) == 8
+
+
 def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
     """One rank without a launcher, ZeRO-2: the sample that cannot be read is named and counted."""
     spoiled = [
@@ -308,15 +339,16 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:
     assert checkpoint.newest_whole(checkpoints) == saved[-1]
 
 
-def test_numbers_that_go_wrong(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "micro_batch"), [(3, 8), (2, 4)], ids=["zero3", "zero2-twice"])
+def test_numbers_that_go_wrong(tmp_path: Path, stage: int, micro_batch: int) -> None:
     """Steps that are not finite change nothing on any rank; a row of them ends the run."""
     recipe = tiny_runs.make_recipe(
         tmp_path,
-        train={"max_steps": 100, "max_nonfinite_steps": 3},
+        train={"max_steps": 100, "max_nonfinite_steps": 3, "micro_batch_size": micro_batch},
         checkpoint={"every_steps": 1},
     )
     script = Path(train_with_accidents.__file__)
-    processes = tiny_runs.launch(recipe, RANKS, script=script)
+    processes = tiny_runs.launch(recipe, RANKS, stage=stage, script=script)
     codes = [process.wait(300) for process in processes]
     said = tiny_runs.said(recipe)
     assert codes == [1, 1], said
@@ -352,5 +384,7 @@ def test_numbers_that_go_wrong(tmp_path: Path) -> None:
     )
     assert all(tensor.isfinite().all() for tensor in tensors(burst + 2).values())
     by_step = {row["step"]: row for row in rows(tmp_path / "run") if "loss/total" in row}
+    skips = {step: row["train/skipped_steps"] for step, row in by_step.items()}
+    assert skips == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 3}
     assert by_step[bad]["loss/total"] is None
     assert by_step[bad + 1]["loss/total"] > 0
