@@ -28,12 +28,12 @@ export MASTER_ADDR MASTER_PORT
 # A rank that dies brings the others down a minute later. Not at once (--kill-on-bad-exit=1): when
 # all refuse a recipe or stop on request, those that are a moment later would be killed, and 143
 # would hide what they had to say; so would the cause of a failure in another rank's last words.
+export SLURM_KILL_BAD_EXIT=0 SLURM_WAIT=${SLURM_WAIT:-60}
 mkdir -p "$OUTPUT_DIR/logs"
 read -ra command <<<"$TRAIN"
 code=0
 trap : TERM # past the time limit SLURM ends ranks and script; the last line is still wanted then
-srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60 \
-    --open-mode=append --output="$OUTPUT_DIR/logs/task_%t.log" \
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append --output="$OUTPUT_DIR/logs/task_%t.log" \
     "${command[@]}" --recipe "$RECIPE" --deepspeed "$DEEPSPEED" output_dir="$OUTPUT_DIR" "$@" &
 wait $! || code=$?
 

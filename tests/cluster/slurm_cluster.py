@@ -202,7 +202,7 @@ class SlurmCluster:
             )  # fmt: skip
 
 
-def wait_for(moment: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
+def wait_for(moment: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
     """Until `moment()` comes true."""
     deadline = time.monotonic() + timeout_s
     while not moment():
