@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from blip_scale.engine import checkpoint, collectives, logs
+from blip_scale.engine import collectives, logs, restore
+from blip_scale.engine.checkpoint import RunState, Saver
 from blip_scale.engine.deepspeed import ZeroEngine, initialize, start
 from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE, Interrupts
 from blip_scale.engine.monitor import Monitor, measure_peak_flops, peak_memory_gib
+from blip_scale.engine.places import open_place
 from blip_scale.engine.schedule import learning_rate
 from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Progress, Task
@@ -48,6 +50,7 @@ class Run:
     task: Task
     engine: ZeroEngine
     momentum: ShardedMomentum
+    saver: Saver
     monitor: Monitor
     interrupts: Interrupts
     total_steps: int
@@ -57,11 +60,6 @@ class Run:
     """What was said of samples that could not be read: once is enough."""
     step: int = 0
     history: History = field(default_factory=History)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return Path(self.recipe.output_dir) / "checkpoints"
 
 
 def run(
@@ -97,11 +95,11 @@ def _open(task: Task, recipe: Recipe, ds_config: dict[str, Any], interrupts: Int
     engine = initialize(task.build_network, recipe, ds_config)
     engine.fill(task.initial_weights())
     momentum = ShardedMomentum(engine, task.momentum_pairs)
-    folder = Path(recipe.output_dir) / "checkpoints"
-    found = checkpoint.newest_whole(folder)
-    state = checkpoint.RunState(0)
+    place = open_place(recipe)
+    found = restore.newest_whole(place, engine.stage)
+    state = RunState(0)
     if found is not None:
-        state = checkpoint.load(found, engine, momentum)
+        state = restore.load(found, engine, momentum)
         task.load_state_dict(state.task, state.shared)
         logger.info("resuming at step %d from %s", state.step, found)
     total_steps = recipe.train.epochs * task.steps_per_epoch
@@ -129,6 +127,7 @@ def _open(task: Task, recipe: Recipe, ds_config: dict[str, Any], interrupts: Int
         task,
         engine,
         momentum,
+        Saver(place, recipe.checkpoint, engine, momentum, monitor.scalars, state.step),
         monitor,
         interrupts,
         total_steps,
@@ -152,14 +151,17 @@ def _train(run: Run) -> int:
     """Optimizer steps to the end, with logging, evaluation and checkpoints on their intervals."""
     recipe, history = run.recipe, run.history
     batches = run.task.batches() if run.step < run.total_steps else iter(())
-    while run.step < run.total_steps:
+    stop = False
+    while run.step < run.total_steps and not stop:
         _optimizer_step(run, batches)
         stop = run.interrupts.agreed(run.engine.device)
+        run.saver.poll()
         if history.skipped_in_a_row >= recipe.train.max_nonfinite_steps:
             logger.error(
                 "giving up at step %d: loss or gradient was not finite in %d steps in a row. "
                 "The last checkpoint is from before them.", run.step, history.skipped_in_a_row,
             )  # fmt: skip
+            run.saver.finish()
             return 1
         at_end = run.step == run.total_steps
         run.monitor.advance(run.step)
@@ -168,11 +170,12 @@ def _train(run: Run) -> int:
         if at_end or (run.step % recipe.evaluation.every_steps == 0 and not stop):
             _evaluate(run)
         if at_end or stop or run.step % recipe.checkpoint.every_steps == 0:
-            saved = _save(run)
-            if not saved and (at_end or stop):
-                return 1
-        if stop and not at_end:
-            return REQUEUE_EXIT_CODE
+            state, shared = run.task.state_dict()
+            run.saver.begin(RunState(run.step, vars(history), state, shared))
+    if not run.saver.finish():
+        return 1
+    if run.step < run.total_steps:
+        return REQUEUE_EXIT_CODE
     _finish(run)
     return 0
 
@@ -288,21 +291,6 @@ def _evaluate(run: Run) -> None:
     run.history.seconds += seconds
     figures = "  ".join(f"{name} {value:.3g}" for name, value in found.scalars.items())
     logger.info("step %d, evaluated in %.1f s: %s", run.step, seconds, figures)
-
-
-def _save(run: Run) -> bool:
-    """Commit a checkpoint; False when the disk would not take it."""
-    state, shared = run.task.state_dict()
-    position = dict(vars(run.history))
-    saved = checkpoint.save(
-        run.checkpoints,
-        checkpoint.RunState(run.step, position, state, shared),
-        run.engine,
-        run.momentum,
-    )
-    if saved is not None:
-        checkpoint.prune(run.checkpoints, saved, run.recipe.checkpoint.keep_last)
-    return saved is not None
 
 
 def _finish(run: Run) -> None:

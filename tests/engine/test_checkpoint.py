@@ -13,9 +13,11 @@ import torch
 from fake_ranks import FakeRanks
 from torch import Tensor, nn
 
-from blip_scale.engine import checkpoint
-from blip_scale.engine.checkpoint import RunState
+from blip_scale.engine import checkpoint_files, collectives, restore
+from blip_scale.engine.checkpoint import RunState, Saver
 from blip_scale.engine.deepspeed import AdamW, Shard
+from blip_scale.engine.places import Place
+from blip_scale.recipe import CheckpointRecipe
 
 SIZES = {"first": 7, "second": 20, "last": 1}
 FOLLOWED = ("first", "last")
@@ -66,6 +68,8 @@ class Pieces:
             shards=self.all_shards,
             trainable={name: torch.empty(size) for name, size in SIZES.items()},
             optimizer=self.optimizer,
+            stage=3,
+            device=torch.device("cpu"),
             refresh=lambda: self.refreshed.append("engine"),
         )
         self.momentum: Any = SimpleNamespace(
@@ -87,11 +91,34 @@ class Pieces:
         pairs = zip(self.momentum.shards, self.momentum.averages, strict=True)
         return found + [("momentum", shard, average) for shard, average in pairs]
 
-    def save(self, folder: Path, step: int = 5) -> Path | None:
-        state = RunState(
-            step, {"seconds": 1.5}, {"queue": {"pointer": 3}}, {"queue/image": torch.eye(3)}
-        )
-        return checkpoint.save(folder, state, self.engine, self.momentum)
+    def saver(self, place: Place, start_step: int = 0, **settings: Any) -> Saver:
+        """One that keeps what it reports in `self.curves`."""
+        self.curves: dict[int, dict[str, float]] = {}
+        recipe = CheckpointRecipe(**settings)
+        report = self.curves.__setitem__
+        return Saver(place, recipe, self.engine, self.momentum, report, start_step)
+
+    def save(self, folder: Path, step: int = 5, **settings: Any) -> Path | None:
+        """One checkpoint, written at once, of a run that goes on from those of earlier steps."""
+        settings = {"background": False, "keep_last": 100} | settings
+        saver = self.saver(place_of(folder), step - 1, **settings)
+        saver.begin(state_of(step))
+        return folder / f"step_{step:08d}" if saver.finish() else None
+
+
+def state_of(step: int) -> RunState:
+    position, task = {"seconds": 1.5}, {"queue": {"pointer": 3}}
+    return RunState(step, position, task, {"queue/image": torch.eye(3)})
+
+
+def place_of(folder: Path, sharers: tuple[int, ...] | None = None) -> Place:
+    """A folder that all ranks see, or some."""
+    rank, world_size = collectives.rank(), collectives.world_size()
+    return Place(folder, None, rank, sharers or tuple(range(world_size)), world_size)
+
+
+def newest_whole(folder: Path, stage: int = 3) -> Path | None:
+    return restore.newest_whole(place_of(folder), stage)
 
 
 def alone(filled: bool = True) -> Pieces:
@@ -120,10 +147,10 @@ def test_ranks_and_stage_may_change(
     assert len(manifest["files"]) == before + 1
 
     def load(rank: int) -> tuple[Pieces, RunState]:
-        found = checkpoint.newest_whole(tmp_path)
+        found = newest_whole(tmp_path)
         assert found is not None
         pieces = Pieces(loaded_as(rank, after), filled=False)
-        return pieces, checkpoint.load(found, pieces.engine, pieces.momentum)
+        return pieces, restore.load(found, pieces.engine, pieces.momentum)
 
     covered = {kind: dict.fromkeys(SIZES, 0) for kind in KINDS}
     for pieces, state in FakeRanks(after, monkeypatch).run(load):
@@ -148,36 +175,44 @@ def test_a_run_without_an_update_has_no_moments(tmp_path: Path) -> None:
     pieces.optimizer.state.clear()
     pieces.save(tmp_path)
     fresh = alone(filled=False)
-    checkpoint.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
+    restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
     assert not fresh.optimizer.state
     assert torch.equal(fresh.all_shards[1].weight, values("weight", "second"))
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 10, 100):
+    """And, for ever, those of the steps asked for; what is no checkpoint is left alone."""
+    for step in (1, 2, 10, 99):
         alone().save(tmp_path, step)
     (tmp_path / "step_00000200.partial").mkdir()
     (tmp_path / "notes").mkdir()
-    checkpoint.prune(tmp_path, tmp_path / "step_00000100", 2)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["notes", "step_00000010", "step_00000100", "step_00000200.partial"]
-    checkpoint.prune(tmp_path, tmp_path / "step_00000100", 5)
-    assert len(list(tmp_path.iterdir())) == 4
+    alone().save(tmp_path, 100, keep_last=2, keep_every=5)
+    left = ["notes", "step_00000010", "step_00000099", "step_00000100", "step_00000200.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    alone().save(tmp_path, 101, keep_last=5)
+    assert len(list(tmp_path.iterdir())) == len(left) + 1
 
 
 def test_a_damaged_one_of_a_later_step_costs_no_good_one(tmp_path: Path) -> None:
     """The run fell back behind it and goes on saving: what it keeps are its own."""
-    for step in (50, 60, 87):
+    for step in (50, 87):
         alone().save(tmp_path, step)
     flip_a_byte(tmp_path / "step_00000087" / "rank_00000.safetensors")
-    checkpoint.prune(tmp_path, tmp_path / "step_00000060", 1)
-    assert checkpoint.newest_whole(tmp_path) == tmp_path / "step_00000060"
+    assert newest_whole(tmp_path) == tmp_path / "step_00000050"
+    alone().save(tmp_path, 60, keep_last=1)
+    assert newest_whole(tmp_path) == tmp_path / "step_00000060"
     assert not (tmp_path / "step_00000050").exists()
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
-    assert checkpoint.newest_whole(tmp_path / "never") is None
-    checkpoint.prune(tmp_path / "never", tmp_path / "never" / "step_00000001", 3)
+    assert newest_whole(tmp_path / "never") is None
+
+
+def test_checkpoints_of_which_none_is_whole_are_no_new_beginning(tmp_path: Path) -> None:
+    alone().save(tmp_path, 4)
+    flip_a_byte(tmp_path / "step_00000004" / "rank_00000.safetensors")
+    with pytest.raises(ValueError, match="none of the 1 checkpoints in .* is whole"):
+        newest_whole(tmp_path)
 
 
 def flip_a_byte(file: Path) -> None:
@@ -218,7 +253,7 @@ def test_damage_is_found_and_the_one_before_taken(
     alone().save(tmp_path, 5)
     spoil, said = DAMAGES[damage]
     spoil(tmp_path / "step_00000005")
-    found = FakeRanks(ranks, monkeypatch).run(lambda rank: checkpoint.newest_whole(tmp_path))
+    found = FakeRanks(ranks, monkeypatch).run(lambda rank: newest_whole(tmp_path))
     assert found == [tmp_path / "step_00000004"] * ranks
     assert said in caplog.text
     assert "step_00000005" in caplog.text
@@ -231,7 +266,7 @@ def test_what_a_killed_save_left_is_removed(
     leftover = tmp_path / "step_00000005.partial"
     leftover.mkdir()
     (leftover / "rank_00000.safetensors").write_bytes(b"half")
-    assert checkpoint.newest_whole(tmp_path) == tmp_path / "step_00000004"
+    assert newest_whole(tmp_path) == tmp_path / "step_00000004"
     assert not leftover.exists()
     assert f"ignoring {leftover}: the save did not finish" in caplog.text
 
@@ -243,7 +278,7 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
     pieces.all_shards[0].weight.fill_(-1.0)
     assert pieces.save(tmp_path) == tmp_path / "step_00000005"
     fresh = alone(filled=False)
-    checkpoint.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
+    restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
     assert torch.equal(fresh.all_shards[0].weight, torch.full((7,), -1.0))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
 
@@ -257,21 +292,21 @@ def test_a_rank_that_cannot_write_is_said_by_name(
 ) -> None:
     """No rank waits for it, no half checkpoint stays, the one before is as it was."""
     alone().save(tmp_path, 4)
-    write = checkpoint.save_file
+    write = checkpoint_files.save_file
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         if f"rank_{failing:05d}" in str(path):
             raise OSError(28, "No space left on device")
         write(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint_files, "save_file", full)
     fake = FakeRanks(2, monkeypatch)
     with caplog.at_level(logging.ERROR):
         assert fake.run(lambda rank: Pieces(even_slices(rank, 2)).save(tmp_path)) == [None, None]
     assert f"rank {failing}: OSError: [Errno 28] No space left on device" in caplog.text
     assert "Earlier checkpoints are intact" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
-    whole = fake.run(lambda rank: checkpoint.newest_whole(tmp_path))
+    whole = fake.run(lambda rank: newest_whole(tmp_path))
     assert whole == [tmp_path / "step_00000004"] * 2
 
 
@@ -292,5 +327,5 @@ def test_another_network_is_refused(
     other = alone(filled=False)
     said = f"holds {saved} elements of {name}, the recipe's network {here}: it is of another"
     with pytest.raises(ValueError, match=said):
-        checkpoint.load(tmp_path / "step_00000005", other.engine, other.momentum)
+        restore.load(tmp_path / "step_00000005", other.engine, other.momentum)
     assert not any(shard.weight.any() for shard in other.all_shards)  # nothing was loaded
