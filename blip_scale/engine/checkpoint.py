@@ -152,7 +152,7 @@ class Saver:
         self._pause_s += time.perf_counter() - self._entered
 
     def _copy(self, state: RunState) -> _Snapshot:
-        """Copy this rank's shards, and on rank 0 what all share, to host memory."""
+        """Copy this rank's shards, and on one rank a folder what all share, to host memory."""
         engine, momentum = self._engine, self._momentum
         tensors: dict[str, Tensor] = {}
         for shard in engine.shards:
@@ -164,7 +164,7 @@ class Saver:
             tensors[f"momentum/{shard.name}"] = average
         starts = {shard.name: f"{shard.start}" for shard in engine.shards}
         contents = {files.rank_file(self._place.rank): _copied(tensors, starts)}
-        if self._place.rank == 0:
+        if self._place.is_first:
             contents[files.SHARED] = _copied(state.shared, {})
         head = {
             "step": state.step,

@@ -123,7 +123,9 @@ class Uploads:
     def _upload_share(self, step: int) -> None:
         """This rank's part of the files that lie here."""
         folder = self._place.folder / files.folder_name(step)
-        here = sorted(path.name for path in folder.iterdir() if path.name != files.MANIFEST)
+        # Each node has the shared file: one copy is enough.
+        left_out = {files.MANIFEST} | ({files.SHARED} if 0 not in self._place.sharers else set())
+        here = sorted({path.name for path in folder.iterdir()} - left_out)
         for name in self._place.share(here):
             self._remote.put(f"{folder.name}/{name}", folder / name)
 

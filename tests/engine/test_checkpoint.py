@@ -4,125 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_pieces import (
+    FOLLOWED,
+    KINDS,
+    SIZES,
+    Pieces,
+    alone,
+    even_slices,
+    flip_a_byte,
+    newest_whole,
+    one_stretch,
+    place_of,
+    state_of,
+    values,
+)
 from fake_ranks import FakeRanks
-from torch import Tensor, nn
 
-from blip_scale.engine import checkpoint_files, collectives, restore
-from blip_scale.engine.checkpoint import RunState, Saver
-from blip_scale.engine.deepspeed import AdamW, Shard
+from blip_scale.engine import checkpoint_files, restore
+from blip_scale.engine.checkpoint import RunState
 from blip_scale.engine.places import Place
-from blip_scale.recipe import CheckpointRecipe
-
-SIZES = {"first": 7, "second": 20, "last": 1}
-FOLLOWED = ("first", "last")
-"""Parameters with a momentum average."""
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "momentum")
-
-
-def values(kind: str, name: str) -> Tensor:
-    """Numbers that occur nowhere else."""
-    start = 1000 * KINDS.index(kind) + 100 * list(SIZES).index(name)
-    return torch.arange(start, start + SIZES[name], dtype=torch.float32)
-
-
-def even_slices(rank: int, ranks: int) -> dict[str, range]:
-    """As ZeRO-3 cuts: an equal slice of every parameter."""
-    cut = {}
-    for name, size in SIZES.items():
-        each = -(-size // ranks)
-        cut[name] = range(min(size, rank * each), min(size, (rank + 1) * each))
-    return cut
-
-
-def one_stretch(rank: int, ranks: int) -> dict[str, range]:
-    """As ZeRO-2 cuts: a stretch of all parameters laid end to end."""
-    each = -(-sum(SIZES.values()) // ranks)
-    cut, begin = {}, 0
-    for name, size in SIZES.items():
-        low, high = (min(size, max(0, edge * each - begin)) for edge in (rank, rank + 1))
-        cut[name], begin = range(low, high), begin + size
-    return cut
-
-
-class Pieces:
-    """Stands for a rank's ZeroEngine and its ShardedMomentum."""
-
-    def __init__(self, cut: dict[str, range], filled: bool = True) -> None:
-        owned = {name: part for name, part in cut.items() if len(part)}
-        flat = torch.zeros(sum(map(len, owned.values())))
-        self.optimizer: torch.optim.Optimizer = AdamW([nn.Parameter(flat)], fused=True)
-        self.all_shards: list[Shard] = []
-        for name, part in owned.items():
-            offset = sum(shard.numel for shard in self.all_shards)
-            shard = Shard(name, nn.Parameter(flat), part.start, len(part), flat, offset)
-            self.all_shards.append(shard)
-        followed = [shard for shard in self.all_shards if shard.name in FOLLOWED]
-        self.refreshed: list[str] = []
-        self.engine: Any = SimpleNamespace(
-            shards=self.all_shards,
-            trainable={name: torch.empty(size) for name, size in SIZES.items()},
-            optimizer=self.optimizer,
-            stage=3,
-            device=torch.device("cpu"),
-            refresh=lambda: self.refreshed.append("engine"),
-        )
-        self.momentum: Any = SimpleNamespace(
-            shards=followed,
-            averages=[torch.zeros(shard.numel) for shard in followed],
-            refresh=lambda: self.refreshed.append("momentum"),
-        )
-        if filled:
-            moments = {key: torch.zeros_like(flat) for key in KINDS[1:3]}
-            self.optimizer.state[flat] = {"step": torch.tensor(17.0), **moments}
-            for kind, shard, tensor in self.tensors():
-                tensor += values(kind, shard.name)[shard.start : shard.start + shard.numel]
-
-    def tensors(self) -> list[tuple[str, Shard, Tensor]]:
-        """Everything that a checkpoint must keep, as live views."""
-        found = [("weight", shard, shard.weight) for shard in self.all_shards]
-        for key in KINDS[1:3]:
-            found += [(key, one, one.state(self.optimizer, key)) for one in self.all_shards]
-        pairs = zip(self.momentum.shards, self.momentum.averages, strict=True)
-        return found + [("momentum", shard, average) for shard, average in pairs]
-
-    def saver(self, place: Place, start_step: int = 0, **settings: Any) -> Saver:
-        """One that keeps what it reports in `self.curves`."""
-        self.curves: dict[int, dict[str, float]] = {}
-        recipe = CheckpointRecipe(**settings)
-        report = self.curves.__setitem__
-        return Saver(place, recipe, self.engine, self.momentum, report, start_step)
-
-    def save(self, folder: Path, step: int = 5, **settings: Any) -> Path | None:
-        """One checkpoint, written at once, of a run that goes on from those of earlier steps."""
-        settings = {"background": False, "keep_last": 100} | settings
-        saver = self.saver(place_of(folder), step - 1, **settings)
-        saver.begin(state_of(step))
-        return folder / f"step_{step:08d}" if saver.finish() else None
-
-
-def state_of(step: int) -> RunState:
-    position, task = {"seconds": 1.5}, {"queue": {"pointer": 3}}
-    return RunState(step, position, task, {"queue/image": torch.eye(3)})
-
-
-def place_of(folder: Path, sharers: tuple[int, ...] | None = None) -> Place:
-    """A folder that all ranks see, or some."""
-    rank, world_size = collectives.rank(), collectives.world_size()
-    return Place(folder, None, rank, sharers or tuple(range(world_size)), world_size)
-
-
-def newest_whole(folder: Path, stage: int = 3) -> Path | None:
-    return restore.newest_whole(place_of(folder), stage)
-
-
-def alone(filled: bool = True) -> Pieces:
-    return Pieces(even_slices(0, 1), filled)
 
 
 @pytest.mark.parametrize("saved_as", [even_slices, one_stretch])
@@ -211,14 +117,8 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
 def test_checkpoints_of_which_none_is_whole_are_no_new_beginning(tmp_path: Path) -> None:
     alone().save(tmp_path, 4)
     flip_a_byte(tmp_path / "step_00000004" / "rank_00000.safetensors")
-    with pytest.raises(ValueError, match="none of the 1 checkpoints in .* is whole"):
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* is whole"):
         newest_whole(tmp_path)
-
-
-def flip_a_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 DAMAGES = {
@@ -329,3 +229,91 @@ def test_another_network_is_refused(
     with pytest.raises(ValueError, match=said):
         restore.load(tmp_path / "step_00000005", other.engine, other.momentum)
     assert not any(shard.weight.any() for shard in other.all_shards)  # nothing was loaded
+
+
+def test_training_goes_on_while_a_copy_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a later step writes into weights, queue and history is not in the checkpoint."""
+    begun, may_write = threading.Event(), threading.Event()
+    write = checkpoint_files.save_file
+
+    def slow(tensors: Any, path: Path, metadata: Any) -> None:
+        begun.set()
+        assert may_write.wait(60)
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint_files, "save_file", slow)
+    pieces = alone()
+    saver, state = pieces.saver(place_of(tmp_path)), state_of(5)
+    saver.begin(state)
+    assert begun.wait(60)
+    for _, _, tensor in pieces.tensors():
+        tensor.fill_(-1.0)
+    state.shared["queue/image"].zero_()
+    state.position["seconds"] = 99.0
+    state.task["queue"]["pointer"] = 99
+    saver.poll()
+    assert saver.newest == 0 and not (tmp_path / "step_00000005").exists()
+    may_write.set()
+    assert saver.finish() and saver.newest == 5
+    fresh = alone(filled=False)
+    found = restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
+    for kind, shard, tensor in fresh.tensors():
+        assert torch.equal(tensor, values(kind, shard.name)), f"{kind} {shard.name}"
+    assert (found.position, found.task) == (state_of(5).position, state_of(5).task)
+    assert torch.equal(found.shared["queue/image"], torch.eye(3))
+    assert pieces.curves[5].keys() == {"checkpoint/pause_s", "checkpoint/write_s"}
+
+
+def test_one_save_follows_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polls commit what all ranks have written; a save that comes too early waits for it."""
+
+    def run(rank: int) -> list[int]:
+        saver = Pieces(even_slices(rank, 2)).saver(place_of(tmp_path))
+        saver.begin(state_of(1))
+        while saver.newest < 1:
+            saver.poll()
+        saver.begin(state_of(2))
+        saver.begin(state_of(3))
+        seen = [saver.newest]
+        assert saver.finish()
+        return [*seen, saver.newest]
+
+    assert FakeRanks(2, monkeypatch).run(run) == [[2, 3]] * 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_every_node_has_a_disk_of_its_own(
+    tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each commits its part, and goes on from it; another number of ranks would need all parts."""
+
+    def place(rank: int) -> Place:
+        return place_of(tmp_path / str(rank), is_shared=False)
+
+    def save(rank: int) -> None:
+        saver = Pieces(even_slices(rank, 2)).saver(place(rank))
+        saver.begin(state_of(5))
+        assert saver.finish()
+
+    FakeRanks(2, monkeypatch).run(save)
+    for rank in range(2):
+        names = {path.name for path in (tmp_path / str(rank) / "step_00000005").iterdir()}
+        assert names == {f"rank_{rank:05d}.safetensors", "shared.safetensors", "manifest.json"}
+
+    def go_on(rank: int) -> None:
+        found = restore.newest_whole(place(rank), stage=3)
+        assert found is not None
+        pieces = Pieces(even_slices(rank, ranks), filled=False)
+        restore.load(found, pieces.engine, pieces.momentum)
+        for kind, shard, tensor in pieces.tensors():
+            expected = values(kind, shard.name)[shard.start : shard.start + shard.numel]
+            assert torch.equal(tensor, expected)
+
+    if ranks == 2:
+        FakeRanks(2, monkeypatch).run(go_on)
+    else:
+        with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+            FakeRanks(1, monkeypatch).run(go_on)
