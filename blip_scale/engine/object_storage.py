@@ -6,13 +6,14 @@ import itertools
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
-from obstore import exceptions, store
+from obstore import store
 
 logger = logging.getLogger(__name__)
 
@@ -22,19 +23,15 @@ _CHUNK_BYTES = 16 << 20  # of one request: it must pass within the timeout
 _TIMEOUT_S = 60
 _FIRST_PAUSE_S = 1.0  # doubled after every attempt, with jitter
 _LONGEST_PAUSE_S = 30.0
-_REFUSALS = (
-    exceptions.NotFoundError,
-    exceptions.PermissionDeniedError,
-    exceptions.UnauthenticatedError,
-)
-"""Asking again would not help."""
+_REFUSALS = re.compile(r"status code: 40[0134]\b")
+"""Bad request, no credentials, no rights, not there: asking again would not help."""
 
 
 class ObjectFolder:
     """The objects under a URL.
 
     Every call is tried again for `retry_s` seconds where the storage fails, and then raises
-    OSError; what it refuses (no such bucket, no rights) raises at once.
+    OSError; what it refuses (no such bucket, no rights) raises FileNotFoundError at once.
     """
 
     def __init__(self, url: str, retry_s: float) -> None:
@@ -113,7 +110,9 @@ class ObjectFolder:
                 pause_s *= random.Random().uniform(0.5, 1.0)  # not all ranks at once
                 left_s = deadline - time.monotonic()
                 said = f"can't {verb} {self.url}/{name}: {_first_line(error)}"
-                if isinstance(error, _REFUSALS) or left_s <= pause_s:
+                if _REFUSALS.search(str(error)):
+                    raise FileNotFoundError(said) from error
+                if left_s <= pause_s:
                     raise OSError(f"{said} (tried {number + 1} times)") from error
                 logger.warning("%s; again in %.1f s, for up to %.0f s", said, pause_s, left_s)
                 time.sleep(pause_s)

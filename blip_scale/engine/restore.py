@@ -42,7 +42,8 @@ def newest_whole(place: Place, stage: int) -> Path | None:
 
     Raises:
         ValueError: there are checkpoints, but none that is whole.
-        OSError: there is none here, and the object storage cannot be asked.
+        OSError: there is none here, and the object storage cannot be asked (FileNotFoundError: it
+            refuses, now and later).
     """
     if place.is_first:
         for path in sorted(place.folder.glob("step_*.partial")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 import uuid
 from pathlib import Path
 
@@ -146,7 +147,15 @@ def test_a_step_that_is_saved_once_more_replaces_the_old_one(url: str, tmp_path:
     assert restore.load(found, fresh.engine, fresh.momentum).position == {"seconds": 7.0}
 
 
-def test_a_bucket_that_is_not_there_is_said_at_once(s3: S3Server, tmp_path: Path) -> None:
-    place = place_of(tmp_path, ObjectFolder("s3://no-such-bucket/run", retry_s=60))
-    with pytest.raises(OSError, match="no-such-bucket"):
+@pytest.mark.parametrize("problem", ["no such bucket", "no rights"])
+def test_a_refusal_is_said_at_once(
+    problem: str, s3: S3Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if problem == "no rights":
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    else:
+        url = "s3://no-such-bucket/run"
+    place, began = place_of(tmp_path, ObjectFolder(url, retry_s=60)), time.monotonic()
+    with pytest.raises(FileNotFoundError, match=f"can't list {url}.*(NoSuchBucket|Signature|40)"):
         restore.newest_whole(place, stage=3)
+    assert time.monotonic() - began < 10
