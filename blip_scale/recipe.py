@@ -184,7 +184,11 @@ class TrainRecipe:
     """Pairs an optimizer step, over all ranks and accumulation micro-steps."""
     micro_batch_size: Positive | None = None
     """Pairs a rank takes through the network at once; null: global_batch_size / ranks (no
-    accumulation)."""
+    accumulation), or what max_micro_batch_size makes of it."""
+    max_micro_batch_size: Positive | None = None
+    """Where micro_batch_size is null: the largest size up to this one that divides
+    global_batch_size / ranks is taken, and accumulation does the rest. So a recipe runs on more or
+    fewer ranks with the same global batch."""
     epochs: Positive = 20
     """Times through the training streams."""
     max_steps: Positive | None = None
@@ -211,6 +215,17 @@ class CheckpointRecipe:
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep_last: Positive = 3
     """Whole checkpoints that are kept; older ones are deleted."""
+    keep_every: Positive | None = None
+    """Checkpoints of steps that are multiples of this are kept for ever; null: none is."""
+    folder: str | None = None
+    """Where they go; null: output_dir/checkpoints. A path may differ from node to node (a local
+    disk). s3://bucket/prefix: they are committed in output_dir/checkpoints and uploaded from there,
+    and fetched where output_dir lacks them. Environment variables are expanded."""
+    background: bool = True
+    """Write while training goes on: the pause is that of a copy in host memory."""
+    retry_s: Rate = 300.0
+    """So long object storage that fails is asked again: at the start, by an upload (which is then
+    tried again after the next save), and so long at most a run that ends waits for uploads."""
 
 
 @dataclass(frozen=True, config=_STRICT)

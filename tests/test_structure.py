@@ -19,13 +19,14 @@ ROOMS = {"model", "objectives", "interop", "data", "engine", "tasks"}
 MAY_IMPORT = {
     "settings": set(),
     "recipe": {"settings"},
-    "checks": {"settings", "recipe"},
+    "batch_sizes": {"recipe"},
+    "checks": {"settings", "recipe", "batch_sizes"},
     "model": set(),
     "objectives": {"model"},
     "interop": {"model"},
     "data": {"settings", "recipe"},
     "engine": {"settings", "recipe"},
-    "tasks": {"settings", "recipe", "checks", *ROOMS},
+    "tasks": {"settings", "recipe", "batch_sizes", "checks", *ROOMS},
     "train": {"settings", "recipe", "checks", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""
