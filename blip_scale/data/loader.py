@@ -53,12 +53,12 @@ class TrainLoader:
         position: LoaderPosition,
     ):
         stores = open_streams(data)
-        sizes = [store.samples for store in stores]
+        sizes = [sum(store.shard_items) for store in stores]
         counts = samples_per_epoch(data, sizes)
         logger.info("an epoch of %d pairs: %s", sum(counts), describe(data, sizes, counts))
         _warn_of_small_cache(data, stores, counts)
         shapes = [
-            StreamShape(store.name, store.shard_samples, count)
+            StreamShape(store.name, store.shard_items, count)
             for store, count in zip(stores, counts, strict=True)
         ]
         order = SampleOrder(shapes, seed, data.shuffle_block)
@@ -198,7 +198,7 @@ def _warn_of_small_cache(
     """A block is read in random order: shards of it that don't fit are fetched many times."""
     limit_bytes = next((store.cache.limit_bytes for store in stores if store.cache), None)
     epoch_bytes = sum(
-        count / store.samples * sum(map(store.shard_bytes, range(len(store.shards))))
+        count / sum(store.shard_items) * sum(map(store.shard_bytes, range(len(store.shards))))
         for store, count in zip(stores, counts, strict=True)
         if store.remote
     )

@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from streaming.base.util import bytes_to_int
 from blip_scale.data import cache as caching
 from blip_scale.data.cache import ShardCache, locked
 from blip_scale.data.fetching import DamagedFile, Fetcher, is_intact
-from blip_scale.data.shards import INDEX_NAME, read_index
+from blip_scale.data.shards import INDEX_NAME, read_caption_counts, read_index
 from blip_scale.recipe import DataRecipe, StreamRecipe
 
 INDEX_RETRY_S = 10.0
@@ -70,10 +72,12 @@ class StreamStore:
             self._fetch_index()
         try:
             self.shards = read_index(self.folder)
+            counts = read_caption_counts(self.folder) if stream.repeat == "captions" else None
         except FileNotFoundError as error:
             raise FileNotFoundError(self._message(str(error))) from error
         except ValueError as error:
             raise ValueError(self._message(str(error))) from error
+        self._caption_ends = counts and [list(accumulate(part or [])) for part in counts]
         if not self.samples:
             raise ValueError(self._message(f"{self.folder} holds no sample"))
         if self.remote is None:
@@ -86,6 +90,24 @@ class StreamStore:
     @property
     def samples(self) -> int:
         return sum(self.shard_samples)
+
+    @property
+    def shard_items(self) -> tuple[int, ...]:
+        """What an epoch takes of each shard: its samples or, with `repeat: captions`, captions."""
+        if self._caption_ends is None:
+            return self.shard_samples
+        each = zip(self._caption_ends, self.shard_samples, strict=True)
+        return tuple(ends[-1] if ends else samples for ends, samples in each)
+
+    def locate(self, shard: int, item: int) -> tuple[int, int | None]:
+        """The sample that an item of `shard_items` is, and which of its captions (None: any)."""
+        if self._caption_ends is None:
+            return item, None
+        ends = self._caption_ends[shard]
+        if not ends:
+            return item, 0
+        sample = bisect_right(ends, item)
+        return sample, item - (ends[sample - 1] if sample else 0)
 
     def shard_bytes(self, shard: int) -> int:
         """Size of the uncompressed shard."""

@@ -17,7 +17,7 @@ from blip_scale.data.conversion.chunks import put_report, write_chunk_shards
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Reason, Reject
 from blip_scale.data.conversion.report import Counts, Report, reject_fields, report_name
-from blip_scale.data.shards import INDEX_NAME, Record
+from blip_scale.data.shards import CAPTIONS_KEY, INDEX_NAME, Record
 
 SUMMARY_NAME = "summary.json"
 REJECTS_NAME = "rejects.jsonl"
@@ -98,9 +98,8 @@ def _drop(out: OutputFolder, number: int, ids: list[str], shard_bytes: int) -> N
                     yield Record(caption=sample.pop("captions"), **sample)
 
     with out.workshop(f"{number:06}") as folder:
-        report.shards = write_chunk_shards(
-            folder, records(folder), f"{number:06}.unique", shard_bytes
-        )
+        # The old shards' entries are read while the new ones are written.
+        write_chunk_shards(report, folder, records(folder), f"{number:06}.unique", shard_bytes)
         report.ids = [one for one in report.ids if one not in dropped]
         report.rejects += [Reject(one, Reason.DUPLICATE_ID, "of an earlier chunk") for one in ids]
         report.pairs += Counts(0, -len(ids), len(ids))
@@ -114,12 +113,14 @@ def _write_set(
 ) -> dict[str, Any]:
     """The index comes last: where it is, the set is whole."""
     shards: list[dict[str, Any]] = []
+    shard_captions: list[list[int] | None] = []
     reasons: Counter[str] = Counter()
     pairs, captions, reencoded = Counts(), Counts(), 0
     with out.workshop("merge", own=True) as folder:
         with (folder / REJECTS_NAME).open("w", encoding="utf-8") as file:
             for report in reports:
                 shards += report.shards
+                shard_captions += report.shard_captions
                 reasons += report.reasons
                 pairs, captions = pairs + report.pairs, captions + report.captions
                 reencoded += report.reencoded
@@ -134,7 +135,7 @@ def _write_set(
             "bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
             "made_by": plan,
         }
-        index = {"version": 2, "shards": shards}
+        index = {"version": 2, "shards": shards, CAPTIONS_KEY: shard_captions}
         (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
         (folder / INDEX_NAME).write_text(json.dumps(index, sort_keys=True))
         out.put(folder, [REJECTS_NAME, SUMMARY_NAME, INDEX_NAME])
