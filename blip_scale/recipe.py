@@ -224,7 +224,7 @@ class EvaluationRecipe:
     every_steps: Positive = 5000
     """Held-out retrieval and caption panel every so many steps, and at the end."""
     max_pairs: Positive = 5000
-    """Pairs taken from each held-out set."""
+    """Images taken from each held-out set, with all their captions."""
     batch_size: Positive = 64
     """Images or texts a rank takes through the network at once."""
     rerank_top_k: Count = 128

@@ -1,8 +1,9 @@
 """Zero-shot image-text retrieval: contrastive similarity, then image-text matching on the best
 candidates.
 
-Legend: I images, S texts (text i belongs to image i), E embed_dim, N image tokens, D width, k
-    candidates.
+Legend: I images, S texts (each belongs to one image, an image has one or more), Q queries (images
+    or texts) and C candidates (the other kind), K of them re-ranked, E embed_dim, N image tokens, D
+    width.
 """
 
 from __future__ import annotations
@@ -22,30 +23,36 @@ NOT_RERANKED = -100.0
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """Features of a rank's share of the held-out pairs, or of all of them."""
+    """Features of the held-out images and texts."""
 
     image_embeds: Tensor
     """[I, N, D] image tokens."""
     image_features: Tensor
     """[I, E] projected and normalised."""
     text_features: Tensor
-    """[I, E] projected and normalised."""
+    """[S, E] projected and normalised."""
 
 
-def recalls(scores_IS: Tensor) -> dict[str, float]:
-    """R@1, R@5, R@10 in both directions where text i is the one right answer of image i.
+def recalls(scores_IS: Tensor, owners_S: Tensor) -> dict[str, float]:
+    """R@1, R@5, R@10 in both directions. An image is right when any of its texts is among the first
+    k, a text when its image is.
 
     A tie counts against the right answer, so that constant scores give 0 and not 1.
 
     Args:
-        scores_IS: [I, S] with I = S; higher is better.
+        scores_IS: higher is better.
+        owners_S: int64, the image that each text belongs to.
     """
+    is_own_IS = owners_S == torch.arange(len(scores_IS), device=owners_S.device)[:, None]
     found = {}
-    for direction, scores in (("image_to_text", scores_IS), ("text_to_image", scores_IS.T)):
-        own = scores.diagonal()[:, None]
-        better = (scores >= own).sum(dim=1) - 1
+    for direction, scores_QC, is_own_QC in (
+        ("image_to_text", scores_IS, is_own_IS),
+        ("text_to_image", scores_IS.T, is_own_IS.T),
+    ):
+        best_own_Q1 = scores_QC.masked_fill(~is_own_QC, -torch.inf).amax(dim=1, keepdim=True)
+        better_Q = ((scores_QC >= best_own_Q1) & ~is_own_QC).sum(dim=1)
         for k in (1, 5, 10):
-            found[f"{direction}_r{k}"] = (better < k).double().mean().item()
+            found[f"{direction}_r{k}"] = (better_Q < k).double().mean().item()
     return found
 
 
@@ -68,40 +75,55 @@ def rerank(
     S]).
 
     For each image its `top_k` texts by cosine, and for each text its `top_k` images, get the raw
-    match logit plus the cosine; every other pair gets -100 (blip_spec: published evaluation). The
-    work is shared over the ranks and the scores are summed.
+    match logit plus the cosine; every other pair gets -100 (as published). The work is shared over
+    the ranks.
 
     Args:
         texts: packed texts of some indices, first token [ENC].
     """
     similarity_IS = features.image_features @ features.text_features.T
-    count = len(similarity_IS)
-    top_k = min(top_k, count)
-    mine = range(*share(count).indices(count))
-    logits_and_seen = torch.zeros(2, 2, count, count, device=similarity_IS.device)
-    text_candidates = similarity_IS.topk(top_k, dim=1).indices.tolist()
-    image_candidates = similarity_IS.T.topk(top_k, dim=1).indices.tolist()
-    pairs = [(0, i, t) for i in mine for t in text_candidates[i]]
-    pairs += [(1, i, t) for t in mine for i in image_candidates[t]]
+    scores_2IS = torch.full((2, *similarity_IS.shape), NOT_RERANKED, device=similarity_IS.device)
+    views = ((similarity_IS, scores_2IS[0]), (similarity_IS.T, scores_2IS[1].T))
+    for by_image, (similarity_QC, scores_QC) in zip((True, False), views, strict=True):
+        cosines_QK, candidates_QK = similarity_QC.topk(min(top_k, similarity_QC.shape[1]), dim=1)
+        logits_QK = torch.zeros_like(cosines_QK, dtype=torch.float32)
+        mine = share(len(candidates_QK))
+        queries = torch.arange(len(candidates_QK))[mine, None].expand(-1, candidates_QK.shape[1])
+        pairs = torch.stack([queries, candidates_QK[mine].cpu()], dim=2).reshape(-1, 2)
+        logits = _match(med, features, texts, pairs if by_image else pairs.flip(1), batch_size)
+        logits_QK[mine] = logits.view_as(logits_QK[mine])
+        scores_QC.scatter_(1, candidates_QK, collectives.all_reduce_sum(logits_QK) + cosines_QK)
+    return scores_2IS
+
+
+def _match(
+    med: MED,
+    features: PairFeatures,
+    texts: Callable[[Sequence[int]], PackedText],
+    pairs: Tensor,
+    batch_size: int,
+) -> Tensor:
+    """Match logits, fp32 [P], of `pairs`: the numbers of an image and of a text, int64 [P, 2]."""
+    device = features.image_embeds.device
+    logits = [torch.zeros(0, device=device)]
     for begin in range(0, len(pairs), batch_size):
-        chunk = pairs[begin : begin + batch_size]
-        images = sorted({i for _, i, _ in chunk})
-        rows = {image: row for row, image in enumerate(images)}
-        index = torch.tensor([rows[i] for _, i, _ in chunk], device=similarity_IS.device)
-        logits = med.match(texts([t for _, _, t in chunk]), features.image_embeds[images], index)
-        directions, image_rows, text_columns = torch.tensor(chunk, device=index.device).unbind(1)
-        logits_and_seen[0, directions, image_rows, text_columns] = logits[:, 1].float()
-        logits_and_seen[1, directions, image_rows, text_columns] = 1.0
-    logits, seen = collectives.all_reduce_sum(logits_and_seen)
-    return torch.where(seen > 0, logits + similarity_IS, NOT_RERANKED)
+        images, sentences = pairs[begin : begin + batch_size].unbind(1)
+        unique, rows = images.unique(return_inverse=True)
+        embeds = features.image_embeds[unique.to(device)]
+        logits.append(med.match(texts(sentences.tolist()), embeds, rows.to(device))[:, 1].float())
+    return torch.cat(logits)
 
 
-def retrieval_figures(scores_IS: Tensor, reranked: Tensor | None) -> dict[str, float]:
-    """`itc/...` and, where the pairs were re-ranked, `itm/...` recalls, and the number of
-    candidates."""
-    figures = {f"itc_{name}": value for name, value in recalls(scores_IS).items()}
-    if reranked is not None:
-        for direction, scores in zip(("image_to_text", "text_to_image"), reranked, strict=True):
-            both = recalls(scores)
+def retrieval_figures(
+    scores_IS: Tensor, reranked_2IS: Tensor | None, owners_S: Tensor
+) -> dict[str, float]:
+    """`itc_...` and, where the pairs were re-ranked, `itm_...` recalls, and the numbers of
+    candidates, images (`candidates`) and `texts`."""
+    owners_S = owners_S.to(scores_IS.device)
+    figures = {f"itc_{name}": value for name, value in recalls(scores_IS, owners_S).items()}
+    if reranked_2IS is not None:
+        for direction, scores in zip(("image_to_text", "text_to_image"), reranked_2IS, strict=True):
+            both = recalls(scores, owners_S)
             figures |= {f"itm_{name}": both[name] for name in both if name.startswith(direction)}
-    return figures | {"candidates": float(len(scores_IS))}
+    images, texts = scores_IS.shape
+    return figures | {"candidates": float(images), "texts": float(texts)}

@@ -89,14 +89,20 @@ def test_each_caption_once_an_epoch(tmp_path: Path, make_loader: MakeLoader) -> 
     """Images of one to five captions, as in Visual Genome: on two ranks, with a resume in mid
     epoch; the order is that of one rank.
     """
-    records = [Record(f"{i}", jpeg(i), [f"{i} {t}" for t in range(1 + i % 5)], "s") for i in range(32)]
+    records = [
+        Record(f"{i}", jpeg(i), [f"{i} {t}" for t in range(1 + i % 5)], "s") for i in range(32)
+    ]
     write_shards(tmp_path / "set", records, shard_size="20kb")
     texts = {text for record in records for text in record.captions}
     assert len(texts) == 93
     streams = [stream(tmp_path / "set", repeat="captions")]
     batches = take(make_loader(streams, global_batch=31), 6)
     for epoch in (batches[:3], batches[3:]):
-        read = [(text, name) for batch in epoch for text, name in zip(batch.captions, batch.ids, strict=True)]
+        read = [
+            (text, name)
+            for batch in epoch
+            for text, name in zip(batch.captions, batch.ids, strict=True)
+        ]
         assert {text for text, _ in read} == texts and len(read) == 93
         assert all(text.split()[0] == name for text, name in read)
     assert batches[0].captions != batches[3].captions
