@@ -28,6 +28,11 @@ _PREFETCHED_BATCHES = 4  # a worker
 _DEATH_SEEN_S = 1.0  # a message may break off a moment before its sender is seen to be dead
 _DEATHS = 3  # of workers without a batch in between: then the run stops
 
+_STREAMS_DECIDE = (
+    " (name, samples, samples an epoch of each: they decide the order, the name too; `local` and "
+    "`remote` may change)"
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -170,9 +175,10 @@ class TrainLoader:
         """Go on where `state_dict` was taken; ranks may differ, the data may not."""
         for name, mine in self._identity.items():
             if state[name] != mine:
+                why = _STREAMS_DECIDE if name == "streams" else ""
                 raise ValueError(
                     f"the checkpoint was made with other data: {name} was {state[name]} and is "
-                    f"{mine} now; restore it or start a new run in another output_dir"
+                    f"{mine} now{why}; restore it or start a new run in another output_dir"
                 )
         if state["samples_seen"] % self._position.micro_samples:
             raise ValueError(
