@@ -112,10 +112,11 @@ class StreamRecipe:
     remote: str | None = None
     """Where the shards lie: s3://bucket/prefix, another folder, ... (anything MosaicML Streaming
     reads)."""
-    repeat: Above0 | None = None
-    """How many times an epoch reads the stream (0.5: a different half in each epoch). Instead, one
-    of the next two can be given; null without them: once. An image with several captions gives
-    another one each time, so `repeat: 5` reads each of five captions once an epoch."""
+    repeat: Above0 | Literal["captions"] | None = None
+    """How many times an epoch reads the stream (0.5: a different half in each epoch); an image with
+    several captions gives another one each time. `captions`: each image as often as it has
+    captions, each caption once. Instead, one of the next two can be given; null without them:
+    once."""
     samples_per_epoch: Positive | None = None
     """So many samples an epoch takes from the stream, going on where the epoch before stopped."""
     weight: Above0 | None = None
@@ -243,7 +244,7 @@ class EvaluationRecipe:
     every_steps: Positive = 5000
     """Held-out retrieval and caption panel every so many steps, and at the end."""
     max_pairs: Positive = 5000
-    """Pairs taken from each held-out set."""
+    """Images taken from each held-out set, with all their captions."""
     batch_size: Positive = 64
     """Images or texts a rank takes through the network at once."""
     rerank_top_k: Count = 128
