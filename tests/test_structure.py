@@ -25,8 +25,10 @@ MAY_IMPORT = {
     "interop": {"model"},
     "data": {"settings", "recipe"},
     "engine": {"settings", "recipe"},
+    "planning": {"settings", "recipe", "checks", "model", "data"},
     "tasks": {"settings", "recipe", "checks", *ROOMS},
-    "train": {"settings", "recipe", "checks", *ROOMS},
+    "preflight": {"settings", "recipe", "checks", "planning", *ROOMS},
+    "train": {"settings", "recipe", "checks", "preflight", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""
 
