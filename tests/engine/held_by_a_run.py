@@ -38,9 +38,7 @@ def main() -> None:
     options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
     chosen = recipe.load(options["--recipe"])
     device = start()
-    ds_config = checks.resolve_deepspeed(
-        chosen, options["--deepspeed"], collectives.world_size()
-    )
+    ds_config = checks.resolve_deepspeed(chosen, options["--deepspeed"], collectives.world_size())
     before = held()
     task = Pretrain(chosen, device)
     engine = initialize(task.build_network, chosen, ds_config)
