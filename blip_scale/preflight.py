@@ -17,8 +17,9 @@ import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip_scale import checks
 from blip_scale.recipe import Recipe, StreamRecipe
@@ -129,7 +130,7 @@ def _checks(setting: Setting) -> list[tuple[str, Callable[[], str]]]:
         ("initial weights", lambda: _weights(recipe)),
     ]
     for stream in [*recipe.data.streams, *recipe.data.heldout]:
-        found.append((f"stream {stream.name}", lambda stream=stream: _stream(recipe, stream)))
+        found.append((f"stream {stream.name}", partial(_stream, recipe, stream)))
     return [
         *found,
         ("cache", lambda: _cache(recipe)),
@@ -303,14 +304,12 @@ def _checkpoint_folder(recipe: Recipe) -> str:
         return f"{_free_bytes(Path(where)) / _GB:.1f} GB free in {where}"
     import obstore
 
+    client: dict[str, Any] = {"allow_http": True, "timeout": f"{_RETRY_S:.0f}s"}
+    options: dict[str, Any] = {"client_options": client, "retry_config": {"max_retries": 2}}
     endpoint = os.environ.get("S3_ENDPOINT_URL")
-    options = {"endpoint": endpoint} if endpoint and where.startswith("s3://") else {}
-    store = obstore.store.from_url(
-        where,
-        client_options={"allow_http": True, "timeout": f"{_RETRY_S:.0f}s"},
-        retry_config={"max_retries": 2},
-        **options,
-    )
+    if endpoint and where.startswith("s3://"):
+        options["endpoint"] = endpoint
+    store = obstore.store.from_url(where, **options)
     name, content = f"dry_run_{uuid.uuid4().hex}", b"written by train.py --dry-run"
     obstore.put(store, name, content)
     try:

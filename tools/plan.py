@@ -93,7 +93,7 @@ def table(plan: Plan) -> str:
         lines.append(_row("on the host, a node", plan.memory.host * cluster.gpus_per_node / GIB))
     lines += [
         "",
-        f"optimizer step, ms ({plan.steps} of them; {plan.mfu:.0%} MFU)",
+        f"optimizer step, ms ({plan.steps} of them; {step.mfu:.0%} MFU)",
         _row("compute", step.compute_s * 1e3, 1),
         _row("host (launching)", step.host_s * 1e3, 1),
         _row("weights and gradients exchanged", step.communication_s * 1e3, 1),
@@ -104,8 +104,8 @@ def table(plan: Plan) -> str:
         f"{plan.seconds / 3600 * cluster.ranks:.0f} GPU-hours, {plan.samples_per_s:.0f} pairs/s",
         f"data      {data['images_per_s_per_node']:.0f} images/s and "
         f"{data['mb_per_s_per_node']:.0f} MB/s a node, {plan.cores_a_gpu:.1f} CPU cores a GPU",
-        f"storage   {data['shards_tib']:.2f} TiB of shards ({plan.volume.samples / 1e6:.1f}M images)"
-        f", {data['checkpoint_gib']:.1f} GiB a checkpoint ({plan.kept_checkpoints} kept)",
+        f"storage   {data['shards_tib']:.2f} TiB of shards ({plan.volume.samples / 1e6:.1f}M "
+        f"images), {data['checkpoint_gib']:.1f} GiB a checkpoint ({plan.kept_checkpoints} kept)",
         "",
         "assumed",
         *(f"  - {assumption}" for assumption in plan.assumptions),

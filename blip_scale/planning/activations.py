@@ -48,9 +48,9 @@ def saved_activations(
     image_tokens = micro.batch * vision.tokens * vision.width * size
     embedding = (2 * size + _mask(text, micro)) * text.width
     if checkpointing:
-        blocks = vision.depth * image_tokens
-        encoder = text.layers * micro.text_tokens * text.width * size
-        sweep = text.layers * (rows + decoded) * text.width * size
+        blocks = float(vision.depth * image_tokens)
+        encoder = float(text.layers * micro.text_tokens * text.width * size)
+        sweep = float(text.layers * (rows + decoded) * text.width * size)
     else:
         blocks = vision.depth * block
         encoder = (text.layers - 1) * encoded + encoded_last

@@ -56,7 +56,8 @@ def network_of(recipe: Recipe) -> Network:
         ValueError: a ViT that timm does not know, or a text checkpoint whose sizes are not known.
         FileNotFoundError: a checkpoint folder or package that is not there.
     """
-    vision, notes = recipe.model.vision, []
+    vision = recipe.model.vision
+    notes: list[str] = []
     text = _text_config(recipe.model.text, notes)
     vision_config = VisionConfig(
         vision.name, vision.image_size, vision.overrides, vision.drop_path_rate

@@ -125,7 +125,6 @@ class Plan:
             "step": step,
             "steps": self.steps,
             "samples_per_s": self.samples_per_s,
-            "mfu": self.mfu,
             "data": {
                 "images": self.volume.samples,
                 "samples_per_epoch": self.volume.samples_per_epoch,
@@ -150,13 +149,6 @@ class Plan:
         return self.checkpoint_bytes * (self.kept_checkpoints + 1)
 
     @property
-    def mfu(self) -> float:
-        """Share of the peak of matrix products that the step as a whole reaches."""
-        gpu = self.cluster.gpu
-        peak = gpu.bf16_tflops or gpu.fp32_tflops
-        return self.step.useful_flops / self.step.total_s / (peak * 1e12)
-
-    @property
     def data_mb_s(self) -> float:
         """Megabytes a second that each node reads."""
         return self.samples_per_s / self.cluster.nodes * self.volume.sample_bytes / 1e6
@@ -166,7 +158,7 @@ def make_plan(
     recipe: Recipe,
     zero: Mapping[str, Any],
     cluster: Cluster,
-    assumed: Assumptions = Assumptions(),  # noqa: B008  frozen
+    assumed: Assumptions = Assumptions(),
 ) -> Plan:
     """Plan a recipe.
 

@@ -64,6 +64,8 @@ class StepTime:
     """Of one rank, recomputation included."""
     useful_flops: float
     """Without it."""
+    mfu: float
+    """Share of the peak of matrix products that `useful_flops` take of the whole step."""
     limit: str
     """What takes the time: compute, host or communication."""
 
@@ -104,8 +106,15 @@ def step_time(
         update += own * (4 + size) / 25e9 + own * 28 / 20e9
     parts = {"compute": compute, "host": host, "communication": reduce}
     micro = max(parts.values()) if sharding.overlap else max(compute, host) + reduce
+    total = micro * micro_steps + update
     return StepTime(
-        compute * micro_steps, host * micro_steps, reduce * micro_steps, update,
-        micro * micro_steps + update, (useful + recomputed) * micro_steps, useful * micro_steps,
+        compute * micro_steps,
+        host * micro_steps,
+        reduce * micro_steps,
+        update,
+        total,
+        (useful + recomputed) * micro_steps,
+        useful * micro_steps,
+        useful * micro_steps / total / (peak * 1e12),
         max(parts, key=lambda name: parts[name]),
-    )  # fmt: skip
+    )

@@ -38,8 +38,15 @@ def ds_config(folder: Path, stage: int) -> Path:
 
 @pytest.mark.parametrize(
     ("stage", "ranks", "precision"),
-    [(3, 1, "bf16"), (3, 2, "bf16"), (3, 4, "fp32"), (2, 1, "fp32"), (2, 2, "bf16"), (2, 4, "bf16")],
-)  # fmt: skip
+    [
+        (3, 1, "bf16"),
+        (3, 2, "bf16"),
+        (3, 4, "fp32"),
+        (2, 1, "fp32"),
+        (2, 2, "bf16"),
+        (2, 4, "bf16"),
+    ],
+)
 def test_states_are_what_deepspeed_holds(
     tmp_path: Path, stage: int, ranks: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
