@@ -18,7 +18,7 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
     others = [folder for folder in sys.path if os.path.realpath(folder) != str(_PACKAGE)]
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
-from blip_scale import checks, recipe, settings  # noqa: E402
+from blip_scale import checks, preflight, recipe, settings  # noqa: E402
 
 logger = logging.getLogger("blip_scale.train")
 
@@ -27,8 +27,7 @@ BAD_INPUT = 2
 
 
 def command() -> NoReturn:
-    """Run the command and end the process with its exit code, without tearing Python down.
-
+    """Run the command and end the process with its exit code, without tearing Python down:
     DeepSpeed keeps the process groups, so gloo's threads are never joined; one that asks for the
     interpreter's lock while it is torn down aborts the process (`terminate called without an active
     exception`), and a run that went well would count as failed.
@@ -49,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_recipe:
             sys.stdout.write(recipe.to_yaml(chosen))
             return 0
+        if options.dry_run:
+            return preflight.run(chosen, options)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         checks.check(chosen, world_size)
         ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         help="DeepSpeed's JSON settings (default: ds_configs/zero3.json)",
     )  # fmt: skip
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
+    preflight.add_options(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
     return parser
 

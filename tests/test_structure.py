@@ -26,8 +26,10 @@ MAY_IMPORT = {
     "interop": {"model"},
     "data": {"settings", "recipe"},
     "engine": {"settings", "recipe"},
+    "planning": {"settings", "recipe", "batch_sizes", "checks", "model", "data"},
     "tasks": {"settings", "recipe", "batch_sizes", "checks", *ROOMS},
-    "train": {"settings", "recipe", "checks", *ROOMS},
+    "preflight": {"settings", "recipe", "batch_sizes", "checks", "planning", *ROOMS},
+    "train": {"settings", "recipe", "checks", "preflight", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""
 
