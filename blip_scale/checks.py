@@ -192,7 +192,14 @@ def _check_model(recipe: Recipe) -> None:
     for name, value in (("checkpoint", text.checkpoint), ("tokenizer", text.tokenizer)):
         if value is not None:
             _check_package(f"model.text.{name}", expand(value, f"model.text.{name}"))
-    if vision.checkpoint not in (None, "timm"):
+    if recipe.model.checkpoint is not None:
+        whole = Path(expand(recipe.model.checkpoint, "model.checkpoint"))
+        if not whole.exists():
+            raise FileNotFoundError(
+                f"model.checkpoint: {whole}: no such file or folder; give a training checkpoint, "
+                "a BLIP .pth, a Hugging Face folder, or null"
+            )
+    elif vision.checkpoint not in (None, "timm"):
         file = Path(expand(vision.checkpoint, "model.vision.checkpoint"))
         if not file.is_file():
             raise FileNotFoundError(

@@ -75,6 +75,10 @@ class TextRecipe:
 class ModelRecipe:
     vision: VisionRecipe = field(default_factory=VisionRecipe)
     text: TextRecipe = field(default_factory=TextRecipe)
+    checkpoint: str | None = None
+    """Initial weights of the whole network: a training checkpoint (step_N, or the folder of a run),
+    BLIP's .pth, or a Hugging Face folder. It wins over the weights of model.vision.checkpoint and
+    model.text.checkpoint; sizes and tokenizer still come from these settings."""
     embed_dim: Positive = 256
     """Width of the contrastive space."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
