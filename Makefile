@@ -61,9 +61,11 @@ demo: install
 test: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory lint
 	@echo "Unit tests"
-	@$(RUN) python -m pytest -q -n 2 -m "not multiprocess and not s3 and not demo and not gpu"
+	@$(RUN) python -m pytest -q -n 2 -m "not multiprocess and not s3 and not demo and not gpu and not slurm"
 	@echo "Tests with several ranks and whole runs"
-	@$(RUN) python -m pytest -q -n 2 --dist loadfile -m "(multiprocess or s3 or gpu) and not demo"
+	@$(RUN) python -m pytest -q -n 2 --dist loadfile -m "(multiprocess or s3 or gpu) and not demo and not slurm"
+	@echo "Jobs on a real SLURM of two nodes"
+	@$(RUN) python -m pytest -q -m slurm
 	@echo "The demo (about ten minutes)"
 	@$(RUN) python -m pytest -q -m demo
 

@@ -33,6 +33,7 @@ BAD = 2
 """Exit code when a check failed."""
 _RETRY_S = 20.0
 _EXCHANGE_BYTES = 64 * 2**20
+_EXCHANGE_TIMEOUT_S = 300.0  # ranks that don't find each other by then never will
 _GB = 1e9
 _PROCESS_GB = 3.0
 """Host memory of a rank besides weights: Python, torch, pinned batches; and of a loader worker a
@@ -354,7 +355,7 @@ def _interconnect(world_size: int) -> str:
     from blip_scale.engine import collectives
     from blip_scale.engine.deepspeed import start
 
-    device = start()
+    device = start(_EXCHANGE_TIMEOUT_S)
     seconds = collectives.time_all_reduce(_EXCHANGE_BYTES, device)
     moved = 2 * _EXCHANGE_BYTES * (world_size - 1) / world_size
     return (

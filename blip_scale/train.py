@@ -18,7 +18,7 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
     others = [folder for folder in sys.path if os.path.realpath(folder) != str(_PACKAGE)]
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
-from blip_scale import checks, preflight, recipe, settings  # noqa: E402
+from blip_scale import checks, launcher, preflight, recipe, settings  # noqa: E402
 
 logger = logging.getLogger("blip_scale.train")
 
@@ -32,6 +32,7 @@ def command() -> NoReturn:
     interpreter's lock while it is torn down aborts the process (`terminate called without an active
     exception`), and a run that went well would count as failed.
     """
+    launcher.stop_at_once_on_signals()
     code = main()
     logging.shutdown()
     sys.stdout.flush()
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     logs = None
     try:
+        launcher.adopt_srun_step()
         options, overrides = _parser().parse_known_args(arguments)
         chosen = recipe.load(options.recipe, overrides)
         if options.print_recipe:

@@ -18,6 +18,7 @@ PACKAGE = REPO / "blip_scale"
 ROOMS = {"model", "objectives", "interop", "data", "engine", "tasks"}
 MAY_IMPORT = {
     "settings": set(),
+    "launcher": set(),
     "recipe": {"settings"},
     "batch_sizes": {"recipe"},
     "checks": {"settings", "recipe", "batch_sizes"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "planning": {"settings", "recipe", "batch_sizes", "checks", "model", "data"},
     "tasks": {"settings", "recipe", "batch_sizes", "checks", *ROOMS},
     "preflight": {"settings", "recipe", "batch_sizes", "checks", "planning", *ROOMS},
-    "train": {"settings", "recipe", "checks", "preflight", *ROOMS},
+    "train": {"settings", "recipe", "checks", "launcher", "preflight", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""
 

@@ -28,7 +28,8 @@ from transformers import (
     BlipVisionConfig,
 )
 
-from blip_scale.interop import to_huggingface
+from blip_scale.interop import Head, to_salesforce
+from blip_scale.interop.huggingface_names import to_huggingface
 from blip_scale.model import MED, MEDConfig, PackedText
 from blip_scale.model.vision import build_vision
 from blip_scale.recipe import ObjectiveRecipe, OptimizerRecipe
@@ -66,8 +67,8 @@ class PublishedStep:
         sizes = _huggingface_config(config)
         retrieval = BlipForImageTextRetrieval(sizes)
         captioning = BlipForConditionalGeneration(sizes)
-        _load_text(retrieval, to_huggingface(med.state_dict(), "retrieval"))
-        _load_text(captioning, to_huggingface(med.state_dict(), "captioning"))
+        _load_text(retrieval, med, "retrieval")
+        _load_text(captioning, med, "caption")
         self.text_encoder, self.text_decoder = retrieval.text_encoder, captioning.text_decoder
         self.vision_proj, self.text_proj = retrieval.vision_proj, retrieval.text_proj
         self.itm_head = retrieval.itm_head
@@ -295,8 +296,9 @@ def _huggingface_config(config: MEDConfig) -> BlipConfig:
     )
 
 
-def _load_text(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _load_text(model: nn.Module, med: MED, head: Head) -> None:
     """All but the ViT, which is timm's here."""
+    state = to_huggingface(to_salesforce(med.state_dict(), head))
     texts = {name: value for name, value in state.items() if not name.startswith("vision_model.")}
     found = model.load_state_dict(texts, strict=False)
     missing = [name for name in found.missing_keys if not name.startswith("vision_model.")]

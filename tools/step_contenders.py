@@ -89,7 +89,7 @@ class Ours:
         from blip_scale.engine.sharded_momentum import ShardedMomentum
         from blip_scale.tasks.pretrain import Pretrain
 
-        self.device = start()
+        self.device = start(match.recipe.train.stall_timeout_s)
         self.recipe = match.recipe
         self.task = Pretrain(match.recipe, self.device)
         ds_config = checks.resolve_deepspeed(match.recipe, match.ds_config, 1)
@@ -211,7 +211,7 @@ class Published:
         from blip_scale.tasks import networks
         from blip_scale.tasks.pretrain import Pretrain
 
-        self.device = start()
+        self.device = start(match.recipe.train.stall_timeout_s)
         chosen = match.recipe
         task = Pretrain(chosen, self.device)
         loader = task.batches()
