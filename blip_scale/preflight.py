@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blip_scale import checks
 from blip_scale.recipe import Recipe, StreamRecipe
@@ -297,27 +297,21 @@ def _free_bytes(folder: Path) -> float:
 
 def _checkpoint_folder(recipe: Recipe) -> str:
     """Object storage takes, gives back and deletes a small object."""
-    where = getattr(recipe.checkpoint, "folder", None)
-    if where is None:
+    if recipe.checkpoint.folder is None:
         return "in output_dir"
-    where = os.path.expandvars(where).rstrip("/")
+    where = os.path.expandvars(recipe.checkpoint.folder).rstrip("/")
     if "://" not in where:
         return f"{_free_bytes(Path(where)) / _GB:.1f} GB free in {where}"
-    import obstore
+    from blip_scale.engine.object_storage import ObjectFolder
 
-    client: dict[str, Any] = {"allow_http": True, "timeout": f"{_RETRY_S:.0f}s"}
-    options: dict[str, Any] = {"client_options": client, "retry_config": {"max_retries": 2}}
-    endpoint = os.environ.get("S3_ENDPOINT_URL")
-    if endpoint and where.startswith("s3://"):
-        options["endpoint"] = endpoint
-    store = obstore.store.from_url(where, **options)
+    objects = ObjectFolder(where, _RETRY_S)
     name, content = f"dry_run_{uuid.uuid4().hex}", b"written by train.py --dry-run"
-    obstore.put(store, name, content)
+    objects.put(name, content)
     try:
-        if bytes(obstore.get(store, name).bytes()) != content:
+        if objects.get(name) != content:
             raise ValueError(f"{where}: what was written came back different")
     finally:
-        obstore.delete(store, name)
+        objects.delete([name])
     return f"{where}: an object written, read back and deleted"
 
 

@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="train.py",
         usage="deepspeed blip_scale/train.py [--recipe NAME_OR_FILE] [--deepspeed PATH] "
         "[SETTING=VALUE ...]",
-        description="Pretrain BLIP with DeepSpeed; without a launcher, on one rank.\n"
-        "Started again, a run goes on from its newest whole checkpoint.",
+        description="Pretrain BLIP with DeepSpeed; without a launcher, on one rank. Started again, "
+        "a run goes on.",
         epilog="Settings, with their defaults before a recipe changes them. Give them as\n"
         "train.epochs=2, --train.epochs=2 or --train.epochs 2; values are YAML.\n\n"
         + settings.help_text(recipe.Recipe),
@@ -114,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _default_deepspeed() -> Path:
     """ds_configs/zero3.json beside the package in a clone, inside it when installed."""
-    folders = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
-    return next((folder for folder in folders if folder.is_dir()), folders[0]) / "zero3.json"
+    beside = _PACKAGE.parent / "ds_configs"
+    return (beside if beside.is_dir() else _PACKAGE / "ds_configs") / "zero3.json"
 
 
 if __name__ == "__main__":

@@ -466,7 +466,8 @@ class TestPublishedSettings:
 
     def test_streams(self) -> None:
         """15.3M texts an epoch (and VG's released list for the paper's), LAION a fifth on top."""
-        images = {"coco": 113_287, "visual_genome": 100_000, "conceptual_captions_3m": 3_000_000}
+        # Texts of the first two, which are read a caption at a time.
+        images = {"coco": 566_747, "visual_genome": 821_000, "conceptual_captions_3m": 3_000_000}
         images |= {"conceptual_captions_12m": 10_000_000, "sbu": 860_000, "laion": 115_000_000}
         for name, total, laion in (("base_14M", 15.25e6, 0), ("base_129M", 38.25e6, 23_000_000)):
             data = load(name).data

@@ -68,7 +68,7 @@ class PublishedStep:
         retrieval = BlipForImageTextRetrieval(sizes)
         captioning = BlipForConditionalGeneration(sizes)
         _load_text(retrieval, med, "retrieval")
-        _load_text(captioning, med, "caption")
+        _load_text(captioning, med, "captioning")
         self.text_encoder, self.text_decoder = retrieval.text_encoder, captioning.text_decoder
         self.vision_proj, self.text_proj = retrieval.vision_proj, retrieval.text_proj
         self.itm_head = retrieval.itm_head

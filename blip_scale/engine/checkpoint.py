@@ -104,6 +104,11 @@ class Saver:
             self._uploads = Uploads(place, settings, engine.device, report)
             self._uploads.resume(self._steps)
 
+    @property
+    def newest(self) -> int:
+        """Step of the newest committed checkpoint, 0 without any."""
+        return max(self._steps, default=0)
+
     def begin(self, state: RunState) -> None:
         """Take a copy of the run and start to write it, after the save before has ended.
 

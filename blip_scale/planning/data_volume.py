@@ -19,6 +19,8 @@ PUBLISHED = {
     "laion": 115_000_000,
 }
 """Images of the published sets by stream name (Li et al. 2022, table 15)."""
+PUBLISHED_CAPTIONS = {"coco": 5 * 113_000, "visual_genome": 821_000}
+"""Their captions, where they are not one an image; those of Visual Genome as BLIP's list has them."""
 
 SAMPLE_BYTES = 30_000
 """A sample in its shard, where nothing is there to be measured: a JPEG of web size with caption."""
@@ -45,7 +47,7 @@ def volume_of(recipe: Recipe, sample_bytes: float | None = None) -> Volume:
     Raises:
         ValueError: a stream is neither here nor one of the published sets.
     """
-    sizes, stored, notes, published = [], 0.0, [], []
+    samples, sizes, stored, notes, published = 0, [], 0.0, [], []
     each = sample_bytes or SAMPLE_BYTES
     for index, stream in enumerate(recipe.data.streams):
         found = _count(Path(os.path.expandvars(stream.remote or stream.local)).expanduser())
@@ -57,26 +59,29 @@ def volume_of(recipe: Recipe, sample_bytes: float | None = None) -> Volume:
                     f"data.streams.{index}.local=FOLDER"
                 )
             published.append(stream.name)
-            found = PUBLISHED[stream.name], PUBLISHED[stream.name] * each
-        sizes.append(found[0])
-        stored += found[1]
+            images = PUBLISHED[stream.name]
+            found = images, PUBLISHED_CAPTIONS.get(stream.name, images), images * each
+        samples += found[0]
+        sizes.append(found[1] if stream.repeat == "captions" else found[0])
+        stored += found[2]
     if published:
         notes.append(
             f"published numbers of images, {each / 1e3:.0f} kB each, for what is not here: "
             + ", ".join(published)
         )
     counts = samples_per_epoch(recipe.data, sizes)
-    return Volume(sum(sizes), stored, sum(counts), stored / sum(sizes), notes)
+    return Volume(samples, stored, sum(counts), stored / samples, notes)
 
 
-def _count(folder: Path) -> tuple[int, float] | None:
-    """Samples and bytes as the index in a folder says."""
+def _count(folder: Path) -> tuple[int, int, float] | None:
+    """Samples, captions and bytes as the index in a folder says."""
     file = folder / "index.json"
     if not file.is_file():
         return None
     try:
         shards = json.loads(file.read_text(encoding="utf-8"))["shards"]
         size = sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in shards)
-        return sum(shard["samples"] for shard in shards), float(size)
+        captions = sum(shard.get("captions", shard["samples"]) for shard in shards)
+        return sum(shard["samples"] for shard in shards), captions, float(size)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not an index of MDS shards ({error!r})") from error
