@@ -201,8 +201,9 @@ class Saver:
         if errors:
             if self._place.is_first:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            logger.error(
-                "checkpoint of step %d was NOT saved to %s: %s. Earlier checkpoints are intact.",
+            level = logging.ERROR if self._place.rank == 0 else logging.WARNING  # said once
+            logger.log(
+                level, "checkpoint of step %d was NOT saved to %s: %s. Earlier checkpoints are intact.",
                 snapshot.step, folder, "; ".join(errors),
             )  # fmt: skip
             return
