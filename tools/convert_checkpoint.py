@@ -71,8 +71,9 @@ def _convert(options: argparse.Namespace) -> None:
                 raise ValueError(f"{part.origin} can't become a Hugging Face {part.head}: {reason}")
     elif target == "salesforce":
         parts = [interop.with_training_state(part) for part in parts]
-    for note in dict.fromkeys(note for part in parts for note in part.notes):
-        print(f"note: {note}")
+    if target != "hf":  # which has no place for what notes are about
+        for note in parts[0].notes:
+            print(f"note: {note}")
     with _placed(options.out, folder=target != "salesforce") as place:
         if target == "salesforce":
             interop.write_salesforce(parts[0], place)

@@ -56,8 +56,8 @@ def read_huggingface(folder: Path) -> BlipWeights:
         )
     config = med_config(theirs, str(folder))
     state = from_huggingface(_load(folder, name))
-    if head == "retrieval" and getattr(theirs, "temperature", None) is not None:
-        state["temp"] = torch.tensor(theirs.temperature)
+    if head == "retrieval" and getattr(theirs, "itc_temperature", None) is not None:
+        state["temp"] = torch.tensor(theirs.itc_temperature)
     step = getattr(theirs, "pretraining_steps", None)
     return checked(BlipWeights(head, config, state, str(folder), step))
 
@@ -111,7 +111,7 @@ def _load(folder: Path, name: str) -> State:
 
     try:
         model, found = getattr(transformers, name).from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, torch_dtype="float32"
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, dtype="float32"
         )
     except (OSError, ValueError, RuntimeError, EOFError) as error:
         kind = FileNotFoundError if "no file named" in str(error) else ValueError

@@ -70,7 +70,7 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
     if "temp" in weights.state:
         temperature = weights.state["temp"]
         extra = {
-            "temperature": temperature.item(),
+            "itc_temperature": temperature.item(),
             "logit_scale_init_value": -temperature.log().item(),
         }
     if weights.step is not None:
@@ -80,7 +80,7 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
         vision_config=vision.to_dict(),
         image_text_hidden_size=config.embed_dim,
         architectures=[CLASSES[weights.head]],
-        torch_dtype="float32",
+        dtype="float32",
         **extra,
     )
 

@@ -97,8 +97,8 @@ def read_training_checkpoint(
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
     state = to_salesforce(found, "pretrain")
-    if with_state:
-        queue = load_file(folder / _SHARED)
+    queue = load_file(folder / _SHARED) if with_state else {}
+    if queue:
         state |= momentum_to_salesforce(momentum, state)
         state |= {f"{kind}_queue": queue[f"queue/{kind}"] for kind in ("image", "text")}
         state["queue_ptr"] = torch.tensor([manifest["task"]["queue"]["pointer"]])
@@ -118,16 +118,18 @@ def write_training_checkpoint(weights: BlipWeights, folder: Path) -> None:
     weight = from_salesforce(weights.state, names)
     momentum = momentum_from_salesforce(weights.state, weights.config)
     tensors = {f"weight/{_MODEL}{name}": tensor for name, tensor in weight.items()}
-    tensors |= {f"momentum/{_MODEL}{name}": tensor for name, tensor in momentum.items()}
+    for name, tensor in momentum.items():  # may be the weight itself, which safetensors refuses
+        shared = tensor.data_ptr() == weight[name].data_ptr()
+        tensors[f"momentum/{_MODEL}{name}"] = tensor.clone() if shared else tensor
     tensors = {name: tensor.flatten().contiguous() for name, tensor in tensors.items()}
     starts = {f"{_MODEL}{name}": "0" for name in weight}
     save_file(tensors, folder / "rank_00000.safetensors", starts)
-    shared, task = {}, {}
+    queues, task = {}, {}
     if "image_queue" in weights.state:
-        shared = {f"queue/{kind}": weights.state[f"{kind}_queue"] for kind in ("image", "text")}
+        queues = {f"queue/{kind}": weights.state[f"{kind}_queue"] for kind in ("image", "text")}
         task = {"queue": {"pointer": int(weights.state["queue_ptr"]), "enqueued": 0}}
-        shared["queue/entered_at"] = torch.full((shared["queue/image"].shape[1],), -1)
-    save_file({key: tensor.contiguous() for key, tensor in shared.items()}, folder / _SHARED)
+        queues["queue/entered_at"] = torch.full((queues["queue/image"].shape[1],), -1)
+    save_file({key: tensor.contiguous() for key, tensor in queues.items()}, folder / _SHARED)
     manifest = {
         "step": weights.step or 0,
         "world_size": 1,
