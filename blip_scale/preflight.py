@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import math
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip_scale import checks
+from blip_scale.free_space import free_bytes
 from blip_scale.recipe import Recipe, StreamRecipe
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def _cache(recipe: Recipe) -> str:
     for folder in sorted(folders):
         path = Path(os.path.expandvars(folder)).expanduser()
         held = sum(file.stat().st_size for file in path.glob("*")) if path.is_dir() else 0
-        least = min(least, _free_bytes(path) + held)
+        least = min(least, free_bytes(path) + held)
     if limit is not None and least < limit:
         raise ValueError(
             f"data.cache_limit is {limit / _GB:.1f} GB, but {least / _GB:.1f} GB are free: lower "
@@ -265,7 +265,7 @@ def _cache(recipe: Recipe) -> str:
 def _output(setting: Setting) -> str:
     """Room for the checkpoints that are kept and one that is being written."""
     folder = Path(setting.recipe.output_dir)
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     planned = setting.plan().checkpoints_bytes
     said = (
         f"{free / _GB:.1f} GB free in {folder}, {planned / _GB:.1f} GB for "
@@ -276,32 +276,13 @@ def _output(setting: Setting) -> str:
     return said
 
 
-def _free_bytes(folder: Path) -> float:
-    """Free bytes of a folder in which a file can be written; made, and removed again, if it was
-    not there."""
-    above = folder
-    while not above.exists() and above != above.parent:
-        above = above.parent
-    try:
-        new = [folder, *folder.parents]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"0" * 4096)
-        free = float(shutil.disk_usage(folder).free)
-        for made in new[: new.index(above)]:
-            made.rmdir()
-        return free
-    except OSError as error:
-        raise OSError(f"{folder} can't be written ({error.strerror}): give another") from error
-
-
 def _checkpoint_folder(recipe: Recipe) -> str:
     """Object storage takes, gives back and deletes a small object."""
     if recipe.checkpoint.folder is None:
         return "in output_dir"
     where = os.path.expandvars(recipe.checkpoint.folder).rstrip("/")
     if "://" not in where:
-        return f"{_free_bytes(Path(where)) / _GB:.1f} GB free in {where}"
+        return f"{free_bytes(Path(where)) / _GB:.1f} GB free in {where}"
     from blip_scale.engine.object_storage import ObjectFolder
 
     objects = ObjectFolder(where, _RETRY_S)

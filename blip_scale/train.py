@@ -87,12 +87,10 @@ def _refuse(error: Exception, logs: Path | None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
-        usage="deepspeed blip_scale/train.py [--recipe NAME_OR_FILE] [--deepspeed PATH] "
-        "[SETTING=VALUE ...]",
+        usage="deepspeed blip_scale/train.py [--recipe NAME] [--deepspeed PATH] [SETTING=VALUE]",
         description="Pretrain BLIP with DeepSpeed; without a launcher, on one rank. Started again, "
         "a run goes on.",
-        epilog="Settings, with their defaults before a recipe changes them. Give them as\n"
-        "train.epochs=2, --train.epochs=2 or --train.epochs 2; values are YAML.\n\n"
+        epilog="Settings with their defaults; train.epochs=2 or --train.epochs 2, in YAML.\n\n"
         + settings.help_text(recipe.Recipe),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -108,14 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
     preflight.add_options(parser)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     return parser
 
 
 def _default_deepspeed() -> Path:
     """ds_configs/zero3.json beside the package in a clone, inside it when installed."""
-    beside = _PACKAGE.parent / "ds_configs"
-    return (beside if beside.is_dir() else _PACKAGE / "ds_configs") / "zero3.json"
+    beside = _PACKAGE.parent / "ds_configs" / "zero3.json"
+    return beside if beside.is_file() else _PACKAGE / "ds_configs" / "zero3.json"
 
 
 if __name__ == "__main__":

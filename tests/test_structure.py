@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "engine": {"settings", "recipe"},
     "planning": {"settings", "recipe", "batch_sizes", "checks", "model", "data"},
     "tasks": {"settings", "recipe", "batch_sizes", "checks", *ROOMS},
-    "preflight": {"settings", "recipe", "batch_sizes", "checks", "planning", *ROOMS},
+    "free_space": set(),
+    "preflight": {"settings", "recipe", "free_space", "batch_sizes", "checks", "planning", *ROOMS},
     "train": {"settings", "recipe", "checks", "launcher", "preflight", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""

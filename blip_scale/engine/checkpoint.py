@@ -203,7 +203,8 @@ class Saver:
                 shutil.rmtree(unfinished, ignore_errors=True)
             level = logging.ERROR if self._place.rank == 0 else logging.WARNING  # said once
             logger.log(
-                level, "checkpoint of step %d was NOT saved to %s: %s. Earlier checkpoints are intact.",
+                level,
+                "checkpoint of step %d was NOT saved to %s: %s. Earlier checkpoints are intact.",
                 snapshot.step, folder, "; ".join(errors),
             )  # fmt: skip
             return

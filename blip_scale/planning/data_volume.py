@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip_scale.data.mixing import samples_per_epoch
+from blip_scale.data.shards import read_caption_counts
 from blip_scale.recipe import Recipe
 
 PUBLISHED = {
@@ -20,7 +21,7 @@ PUBLISHED = {
 }
 """Images of the published sets by stream name (Li et al. 2022, table 15)."""
 PUBLISHED_CAPTIONS = {"coco": 5 * 113_000, "visual_genome": 821_000}
-"""Their captions, where they are not one an image; those of Visual Genome as BLIP's list has them."""
+"""Their captions, where an image has several; Visual Genome's as in BLIP's list."""
 
 SAMPLE_BYTES = 30_000
 """A sample in its shard, where nothing is there to be measured: a JPEG of web size with caption."""
@@ -47,10 +48,12 @@ def volume_of(recipe: Recipe, sample_bytes: float | None = None) -> Volume:
     Raises:
         ValueError: a stream is neither here nor one of the published sets.
     """
-    samples, sizes, stored, notes, published = 0, [], 0.0, [], []
+    samples, items, stored, notes, published = 0, [], 0.0, [], []
     each = sample_bytes or SAMPLE_BYTES
     for index, stream in enumerate(recipe.data.streams):
-        found = _count(Path(os.path.expandvars(stream.remote or stream.local)).expanduser())
+        folder = Path(os.path.expandvars(stream.remote or stream.local)).expanduser()
+        by_caption = stream.repeat == "captions"
+        found = _count(folder, by_caption)
         if found is None:
             if stream.name not in PUBLISHED:
                 raise ValueError(
@@ -60,28 +63,34 @@ def volume_of(recipe: Recipe, sample_bytes: float | None = None) -> Volume:
                 )
             published.append(stream.name)
             images = PUBLISHED[stream.name]
-            found = images, PUBLISHED_CAPTIONS.get(stream.name, images), images * each
+            captions = PUBLISHED_CAPTIONS.get(stream.name, images)
+            found = images, captions if by_caption else images, images * each
         samples += found[0]
-        sizes.append(found[1] if stream.repeat == "captions" else found[0])
+        items.append(found[1])
         stored += found[2]
     if published:
         notes.append(
             f"published numbers of images, {each / 1e3:.0f} kB each, for what is not here: "
             + ", ".join(published)
         )
-    counts = samples_per_epoch(recipe.data, sizes)
+    counts = samples_per_epoch(recipe.data, items)
     return Volume(samples, stored, sum(counts), stored / samples, notes)
 
 
-def _count(folder: Path) -> tuple[int, int, float] | None:
-    """Samples, captions and bytes as the index in a folder says."""
+def _count(folder: Path, by_caption: bool) -> tuple[int, int, float] | None:
+    """Samples, what an epoch takes of them (captions, if it goes by them) and bytes, as the index
+    in a folder says."""
     file = folder / "index.json"
     if not file.is_file():
         return None
     try:
         shards = json.loads(file.read_text(encoding="utf-8"))["shards"]
         size = sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in shards)
-        captions = sum(shard.get("captions", shard["samples"]) for shard in shards)
-        return sum(shard["samples"] for shard in shards), captions, float(size)
+        samples = [shard["samples"] for shard in shards]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not an index of MDS shards ({error!r})") from error
+    items = samples
+    if by_caption:
+        counts = zip(samples, read_caption_counts(folder), strict=True)
+        items = [sum(part) if part else whole for whole, part in counts]
+    return sum(samples), sum(items), float(size)

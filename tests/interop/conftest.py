@@ -11,8 +11,8 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(REPO / "tools"), str(Path(__file__).resolve().parent)]
 
-import convert_checkpoint
-import tiny_blip
+import convert_checkpoint  # noqa: E402
+import tiny_blip  # noqa: E402
 
 Convert = Callable[..., Path]
 
