@@ -295,10 +295,10 @@ class TestWhatCannotWork:
 
     def test_waiting_for_a_remote_is_no_stall(self, data: list[str]) -> None:
         patience = [*data, "train.stall_timeout_s=600"]
-        check(load("demo", patience), 1)  # nothing is remote
+        checks.check(load("demo", patience), 1)  # nothing is remote
         remote = "data.streams.0.remote=s3://bucket/prefix"
         assert "data.retry_s: 900 s" in refusal([*patience, remote])
-        check(load("demo", [*data, remote, "train.stall_timeout_s=0"]), 1)
+        checks.check(load("demo", [*data, remote, "train.stall_timeout_s=0"]), 1)
 
 
 class TestDeepSpeed:
