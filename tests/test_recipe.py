@@ -328,6 +328,13 @@ class TestWhatCannotWork:
     def test_settings_that_contradict(self, override: str, said: str, data: list[str]) -> None:
         assert said in refusal([*data, override])
 
+    def test_waiting_for_a_remote_is_no_stall(self, data: list[str]) -> None:
+        patience = [*data, "train.stall_timeout_s=600"]
+        checks.check(load("demo", patience), 1)  # nothing is remote
+        remote = "data.streams.0.remote=s3://bucket/prefix"
+        assert "data.retry_s: 900 s" in refusal([*patience, remote])
+        checks.check(load("demo", [*data, remote, "train.stall_timeout_s=0"]), 1)
+
 
 class TestDeepSpeed:
     @pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])
