@@ -172,7 +172,8 @@ def test_killed_again_and_again(tars: Path, tmp_path: Path, undisturbed: dict[st
         kills += process.is_alive()
         process.kill()
         process.join()
-        _wait_for_end(workers)
+        if done < len(slow):  # else only the merge was left, which has no workers
+            _wait_for_end(workers)
     assert kills >= 2
     assert files_of(out) == undisturbed
 
