@@ -20,14 +20,18 @@ MAY_IMPORT = {
     "settings": set(),
     "launcher": set(),
     "recipe": {"settings"},
-    "checks": {"settings", "recipe"},
+    "batch_sizes": {"recipe"},
+    "checks": {"settings", "recipe", "batch_sizes"},
     "model": set(),
     "objectives": {"model"},
     "interop": {"model"},
     "data": {"settings", "recipe"},
     "engine": {"settings", "recipe"},
-    "tasks": {"settings", "recipe", "checks", *ROOMS},
-    "train": {"settings", "recipe", "checks", "launcher", *ROOMS},
+    "planning": {"settings", "recipe", "batch_sizes", "checks", "model", "data"},
+    "tasks": {"settings", "recipe", "batch_sizes", "checks", *ROOMS},
+    "free_space": set(),
+    "preflight": {"settings", "recipe", "free_space", "batch_sizes", "checks", "planning", *ROOMS},
+    "train": {"settings", "recipe", "checks", "launcher", "preflight", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""
 

@@ -5,6 +5,7 @@ from blip_scale.data.captions import clean_caption
 from blip_scale.data.heldout import HeldoutPairs, heldout_pairs
 from blip_scale.data.inventory import inventory
 from blip_scale.data.loader import TrainLoader
+from blip_scale.data.probe import probe_stream
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.tokenizer import (
     PackedTokens,
@@ -32,6 +33,7 @@ __all__ = [
     "inventory",
     "load_tokenizer",
     "pack_captions",
+    "probe_stream",
     "resolve_checkpoint",
     "special_ids",
     "write_shards",

@@ -6,6 +6,7 @@ Legend: B batch of one rank, W ranks.
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -104,3 +105,19 @@ def all_reduce_mean(values: Tensor) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on all ranks when it is true on one of them: the way to take a branch together."""
     return bool(all_reduce_sum(torch.tensor([float(flag)], device=device)).item() > 0)
+
+
+def time_all_reduce(size_bytes: int, device: torch.device) -> float:
+    """Seconds that an exchange of so many bytes takes, the best of three after a first one; all
+    ranks take part."""
+    values = torch.ones(size_bytes // 4, device=device)
+    seconds = []
+    for _ in range(4):
+        values.fill_(1.0)
+        barrier()
+        began = time.perf_counter()
+        total = float(all_reduce_sum(values)[-1])  # waits for the device
+        seconds.append(time.perf_counter() - began)
+        if total != world_size():
+            raise RuntimeError(f"a sum of ones over {world_size()} ranks gave {total}")
+    return min(seconds[1:])

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from blip_scale.engine import checkpoint, collectives, logs, reporting
+from blip_scale.engine import collectives, logs, reporting, restore
 from blip_scale.engine.anomalies import Stragglers
+from blip_scale.engine.checkpoint import RunState, Saver
 from blip_scale.engine.communication import CommunicationMeter
 from blip_scale.engine.deepspeed import initialize, start
 from blip_scale.engine.heartbeat import Heartbeat
 from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE, Interrupts
 from blip_scale.engine.manifest import RunManifest, digest, fingerprint, software
 from blip_scale.engine.monitor import Monitor, measure_peak_flops
+from blip_scale.engine.places import open_place
 from blip_scale.engine.samples import SampleRecord
 from blip_scale.engine.schedule import learning_rate
 from blip_scale.engine.session import History, Run, WorstStep
@@ -84,11 +86,11 @@ def _open(
     engine = initialize(task.build_network, recipe, ds_config)
     engine.fill(task.initial_weights())
     momentum = ShardedMomentum(engine, task.momentum_pairs)
-    folder = Path(recipe.output_dir) / "checkpoints"
-    found = checkpoint.newest_whole(folder)
-    state = checkpoint.RunState(0)
+    place = open_place(recipe)
+    found = restore.newest_whole(place, engine.stage)
+    state = RunState(0)
     if found is not None:
-        state = checkpoint.load(found, engine, momentum)
+        state = restore.load(found, engine, momentum)
         task.load_state_dict(state.task, state.shared)
         logger.info("resuming at step %d from %s", state.step, found)
     total_steps = recipe.train.epochs * task.steps_per_epoch
@@ -111,12 +113,18 @@ def _open(
         recipe.train.precision, task.kernel, engine.parameter_count / 1e6, total_steps,
         recipe.train.global_batch_size,
     )  # fmt: skip
+
+    def committed(step: int, folder: Path) -> None:
+        manifest.saved(step, folder)
+        heartbeat.beat("training", checkpoint_step=step)
+
     stated = recipe.log.peak_tflops
     return Run(
         recipe,
         task,
         engine,
         momentum,
+        Saver(place, recipe.checkpoint, engine, momentum, monitor.scalars, committed, state.step),
         monitor,
         heartbeat,
         manifest,
@@ -173,14 +181,18 @@ def _train(run: Run) -> int:
     recipe, history, heartbeat = run.recipe, run.history, run.heartbeat
     heartbeat.beat("training", step=run.step, total_steps=run.total_steps, checkpoint_step=run.step)
     batches = run.task.batches() if run.step < run.total_steps else iter(())
-    while run.step < run.total_steps:
+    stop = False
+    while run.step < run.total_steps and not stop:
         _optimizer_step(run, batches)
         stop = run.interrupts.agreed(run.engine.device)
+        run.saver.poll()
         if history.skipped_in_a_row >= recipe.train.max_nonfinite_steps:
             logger.error(
                 "giving up at step %d: loss or gradient was not finite in %d steps in a row. "
                 "The last checkpoint is from before them.", run.step, history.skipped_in_a_row,
             )  # fmt: skip
+            run.saver.finish()
+            run.saver.finish()
             return 1
         at_end = run.step == run.total_steps
         run.monitor.advance(run.step)
@@ -195,13 +207,15 @@ def _train(run: Run) -> int:
             heartbeat.beat("training")
         if at_end or stop or run.step % recipe.checkpoint.every_steps == 0:
             heartbeat.beat("saving")
-            saved = _save(run)
-            if not saved and (at_end or stop):
-                return 1
-            heartbeat.beat("training", **({"checkpoint_step": run.step} if saved else {}))
-        if stop and not at_end:
-            heartbeat.beat("stopped")
-            return REQUEUE_EXIT_CODE
+            state, shared = run.task.state_dict()
+            run.saver.begin(RunState(run.step, vars(history), state, shared))
+            heartbeat.beat("training")
+    heartbeat.beat("saving")
+    if not run.saver.finish():
+        return 1
+    if run.step < run.total_steps:
+        heartbeat.beat("stopped")
+        return REQUEUE_EXIT_CODE
     reporting.finish(run)
     heartbeat.beat("done")
     return 0
@@ -279,19 +293,3 @@ def _evaluate(run: Run) -> None:
     run.history.seconds += seconds
     figures = "  ".join(f"{name} {value:.3g}" for name, value in found.scalars.items())
     logger.info("step %d, evaluated in %.1f s: %s", run.step, seconds, figures)
-
-
-def _save(run: Run) -> bool:
-    """Commit a checkpoint; False when the disk would not take it."""
-    state, shared = run.task.state_dict()
-    position = dict(vars(run.history))
-    saved = checkpoint.save(
-        run.checkpoints,
-        checkpoint.RunState(run.step, position, state, shared),
-        run.engine,
-        run.momentum,
-    )
-    if saved is not None:
-        run.manifest.saved(run.step, saved)
-        checkpoint.prune(run.checkpoints, saved, run.recipe.checkpoint.keep_last)
-    return saved is not None

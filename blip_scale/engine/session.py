@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from blip_scale.engine.anomalies import Stragglers
+from blip_scale.engine.checkpoint import Saver
 from blip_scale.engine.communication import CommunicationMeter
 from blip_scale.engine.deepspeed import ZeroEngine
 from blip_scale.engine.heartbeat import Heartbeat
@@ -57,6 +57,7 @@ class Run:
     task: Task
     engine: ZeroEngine
     momentum: ShardedMomentum
+    saver: Saver
     monitor: Monitor
     heartbeat: Heartbeat
     manifest: RunManifest
@@ -72,8 +73,3 @@ class Run:
     worst: WorstStep = WorstStep()
     step: int = 0
     history: History = field(default_factory=History)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return Path(self.recipe.output_dir) / "checkpoints"

@@ -7,7 +7,7 @@ from blip_scale.model.attention import (
     attention,
     resolve_kernel,
 )
-from blip_scale.model.flops import pretraining_flops
+from blip_scale.model.flops import pretraining_flops, recomputation_flops
 from blip_scale.model.generation import (
     BeamSettings,
     NucleusSettings,
@@ -40,5 +40,6 @@ __all__ = [
     "caption_nucleus",
     "init_weights",
     "pretraining_flops",
+    "recomputation_flops",
     "resolve_kernel",
 ]

@@ -26,6 +26,8 @@ class _Vision:
 
     patches: float
     blocks: float
+    last_products: float
+    """Of `blocks`, what the last linear layer of each takes."""
     tokens: int
     width: int
 
@@ -42,8 +44,41 @@ def pretraining_flops(
             are taken as equal, and the hard-negative captions as long as the others.
         queue_size: columns Q of the queue.
     """
-    pairs, tokens, text = batch_size, text_tokens, config.text
-    vision = _vision_flops(config.vision)
+    pairs, text = batch_size, config.text
+    part = _parts(config, batch_size, text_tokens)
+    similarity = 2 * 2 * pairs * (pairs + queue_size) * config.embed_dim
+    project = 2 * pairs * config.embed_dim * (part.vision.width + text.width)
+    online = part.blocks + part.encode + part.sweep + part.heads + project
+    patches = pairs * part.vision.patches
+    momentum = patches + part.blocks + part.encode + project
+    # Backward: twice the forward, but once where a factor has no gradient (pixels, queue).
+    return float(3 * online + 2 * (patches + similarity) + momentum + similarity)
+
+
+def recomputation_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
+    """FLOPs that gradient checkpointing adds to a micro-step: a forward of ViT blocks and text
+    layers; arguments as above.
+
+    Recomputing stops at the last tensor that the backward pass needs, so the last product of each
+    ViT block is spared; a text layer ends in a norm, which needs it.
+    """
+    part = _parts(config, batch_size, text_tokens)
+    return float(part.blocks - batch_size * part.vision.last_products + part.encode + part.sweep)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Forward FLOPs of what has weights, a micro-batch."""
+
+    vision: _Vision
+    blocks: float
+    encode: float
+    sweep: float
+    heads: float
+
+
+def _parts(config: MEDConfig, pairs: int, tokens: int) -> _Parts:
+    text, vision = config.text, _vision_flops(config.vision)
     decoded = tokens - pairs
     layers, trimmed = text.layers - 1, 1
     encode = text.layers * _self_attention(text, tokens, tokens / pairs)
@@ -56,14 +91,7 @@ def pretraining_flops(
     for count, rows in ((layers, 3 * tokens + decoded), (trimmed, 3 * pairs + decoded)):
         sweep += count * (_cross_attention(text, rows, vision.tokens) + _mlp(text, rows))
     heads = 2 * text.width * (decoded * (text.width + text.vocab_size) + 3 * pairs * 2)
-    project = 2 * pairs * config.embed_dim * (vision.width + text.width)
-    similarity = 2 * 2 * pairs * (pairs + queue_size) * config.embed_dim
-
-    online = pairs * vision.blocks + encode + sweep + heads + project
-    momentum = pairs * (vision.patches + vision.blocks) + encode + project
-    # Backward: twice the forward, but once where a factor has no gradient (pixels, queue).
-    once = pairs * vision.patches + similarity
-    return float(3 * online + 2 * once + momentum + similarity)
+    return _Parts(vision, pairs * vision.blocks, encode, sweep, heads)
 
 
 def _self_attention(text: TextConfig, tokens: float, length: float) -> float:
@@ -89,9 +117,10 @@ def _cached_vision_flops(name: str, image_size: int, overrides: str) -> _Vision:
         vision = build_vision(VisionConfig(name, image_size, json.loads(overrides)))
     patches = vision.patch_embed.num_patches
     tokens = patches + vision.num_prefix_tokens
-    blocks = 0.0
+    blocks = last_products = 0.0
     for block in vision.blocks:
         weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
         blocks += 2 * tokens * weights + 4 * tokens**2 * block.attn.attn_dim
+        last_products += 2 * tokens * block.mlp.fc2.weight.numel()
     kernel = vision.patch_embed.proj.weight.numel()
-    return _Vision(2.0 * patches * kernel, blocks, tokens, vision.embed_dim)
+    return _Vision(2.0 * patches * kernel, blocks, last_products, tokens, vision.embed_dim)

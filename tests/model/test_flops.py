@@ -18,16 +18,18 @@ from blip_scale.model import (
     VisionConfig,
     init_weights,
     pretraining_flops,
+    recomputation_flops,
 )
 
 SPECIAL = SpecialTokens(pad=0, cls=1, sep=2, enc=4, dec=3)
 PAIRS, LENGTH, QUEUE = 4, 9, 96
 
 
-def config(depth: int, layers: int) -> MEDConfig:
+def config(depth: int, layers: int, checkpointing: bool = False) -> MEDConfig:
     sizes = {"embed_dim": 48, "depth": depth, "num_heads": 3, "patch_size": 8}
     text = TextConfig(SPECIAL, 500, 64, layers, 4, 192, 16)
-    return MEDConfig(VisionConfig("vit_tiny_patch16_224", 48, sizes), text, 32)
+    vision = VisionConfig("vit_tiny_patch16_224", 48, sizes)
+    return MEDConfig(vision, text, 32, gradient_checkpointing=checkpointing)
 
 
 def step(med: MED, momentum: MomentumEncoder, images: torch.Tensor, text: PackedText) -> None:
@@ -50,18 +52,21 @@ def step(med: MED, momentum: MomentumEncoder, images: torch.Tensor, text: Packed
     (loss + itm.sum() + F.cross_entropy(logits, lm_targets)).backward()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(("depth", "layers"), [(2, 1), (1, 3), (3, 3)])
-def test_paper_and_counter_agree(depth: int, layers: int) -> None:
-    med, momentum = MED(config(depth, layers)), MomentumEncoder(config(depth, layers))
+def test_paper_and_counter_agree(depth: int, layers: int, checkpointing: bool) -> None:
+    settings = config(depth, layers, checkpointing)
+    med, momentum = MED(settings), MomentumEncoder(settings)
     init_weights(med, seed=0)
     images = torch.randn(PAIRS, 3, 48, 48)
     text = PackedText.from_lists([[1, *range(5, 5 + LENGTH - 2), 2]] * PAIRS)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(med, momentum, images, text)
     counted = counter.get_total_flops()
-    assert pretraining_flops(med.config, PAIRS, PAIRS * LENGTH, QUEUE) == pytest.approx(
-        counted, rel=0.02
-    )
+    paper = pretraining_flops(med.config, PAIRS, PAIRS * LENGTH, QUEUE)
+    if checkpointing:
+        paper += recomputation_flops(med.config, PAIRS, PAIRS * LENGTH)
+    assert paper == pytest.approx(counted, rel=0.02)
 
 
 def test_published_size() -> None:

@@ -1,0 +1,24 @@
+"""Whether a stream can be read here: its index, and its first and last sample, decoded."""
+
+from __future__ import annotations
+
+from blip_scale.data.decoding import decode_image
+from blip_scale.data.stores import StreamStore
+from blip_scale.recipe import StreamRecipe
+
+
+def probe_stream(stream: StreamRecipe, make_with: str, retry_s: float) -> str:
+    """Open a stream and decode its ends; what was found, in a line.
+
+    Args:
+        retry_s: so long a remote that fails is asked again.
+
+    Raises:
+        FileNotFoundError: index or shard is not there, or may not be read.
+        ValueError: a damaged index, shard or sample (CorruptSample).
+    """
+    store = StreamStore(stream, make_with, retry_s=retry_s)
+    last = len(store.shards) - 1
+    for shard, sample in ((0, 0), (last, store.shard_samples[last] - 1)):
+        decode_image(store.read(shard, sample)["image"])
+    return f"{store.samples} samples in {len(store.shards)} shards, first and last decoded"

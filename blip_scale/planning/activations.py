@@ -1,0 +1,114 @@
+"""Bytes that a micro-step keeps for its backward pass, layer by layer, on paper.
+
+Attention is taken as fused (flash-attn, or SDPA's fused kernels): no matrix of probabilities is
+kept. Letters: B batch, N image tokens, D width, T text tokens, V vocabulary, K keys of ITC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blip_scale.model import MEDConfig
+from blip_scale.model.text import TextConfig
+from blip_scale.planning.network import VisionShape
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One micro-step of one rank."""
+
+    batch: int
+    text_tokens: int
+    """Of all its captions, [CLS] and [SEP] included."""
+    compute_bytes: int
+    """Of an element of weights and activations."""
+    queue_size: int
+    dropout_bytes: int = 1
+    """Of an element of a dropout mask: 1 on the GPU, an element of activations on the CPU."""
+
+
+def saved_activations(
+    config: MEDConfig, vision: VisionShape, micro: Micro, checkpointing: bool
+) -> dict[str, float]:
+    """Bytes that are alive between forward and backward, by part of the network.
+
+    With checkpointing a block keeps its input alone; `recomputed` is then the largest block, which
+    comes back whole in the backward pass.
+    """
+    text, size = config.text, micro.compute_bytes
+    block = _vision_block(vision, micro)
+    rows = 3 * micro.text_tokens
+    decoded = micro.text_tokens - micro.batch
+    swept = _text_layer(text, micro, rows + decoded, rows + decoded, vision.tokens)
+    trimmed = _text_layer(text, micro, rows + decoded, 3 * micro.batch + decoded, vision.tokens)
+    encoded = _text_layer(text, micro, micro.text_tokens, micro.text_tokens, 0)
+    encoded_last = _text_layer(text, micro, micro.text_tokens, micro.batch, 0)
+    image_tokens = micro.batch * vision.tokens * vision.width * size
+    embedding = (2 * size + _mask(text, micro)) * text.width
+    if checkpointing:
+        blocks = float(vision.depth * image_tokens)
+        encoder = float(text.layers * micro.text_tokens * text.width * size)
+        sweep = float(text.layers * (rows + decoded) * text.width * size)
+    else:
+        blocks = vision.depth * block
+        encoder = (text.layers - 1) * encoded + encoded_last
+        sweep = (text.layers - 1) * swept + trimmed
+    pixels = micro.batch * 3 * vision.image_size**2 * size
+    found = {
+        "vision": pixels + blocks + 2 * image_tokens,  # with the last norm's input and output
+        "text": encoder + micro.text_tokens * embedding,
+        "sweep": sweep + (rows + decoded) * embedding,
+        "language_head": decoded * (4 * text.width * size + text.vocab_size * _FP32),
+        "contrastive": 4.0 * micro.batch * (micro.batch + micro.queue_size) * _FP32,
+    }
+    if checkpointing:
+        found["recomputed"] = max(block, swept)
+    return {name: float(value) for name, value in found.items()}
+
+
+def temporaries(config: MEDConfig, vision: VisionShape, micro: Micro) -> dict[str, float]:
+    """Bytes that come and go at the peak, which is where the forward pass ends and the backward
+    pass begins: logits and their gradients, similarities, one block's gradients."""
+    text, size = config.text, micro.compute_bytes
+    decoded = micro.text_tokens - micro.batch
+    rows = 3 * micro.text_tokens + decoded
+    logits = decoded * text.vocab_size * (2 * _FP32 + size)
+    similarities = 4 * micro.batch * (micro.batch + micro.queue_size) * _FP32
+    wide = max(micro.batch * vision.tokens * vision.mlp_width, rows * text.mlp_width)
+    return {
+        "logits": float(logits),
+        "similarities": float(similarities),
+        "block_gradients": float(2 * wide * size),
+    }
+
+
+def _mask(text: TextConfig, micro: Micro) -> float:
+    return micro.dropout_bytes if text.dropout else 0
+
+
+def _vision_block(vision: VisionShape, micro: Micro) -> float:
+    """Residual stream twice, both norms' outputs, q k v, context, and the MLP's inside twice."""
+    rows = micro.batch * vision.tokens
+    elements = 8 * vision.width + 2 * vision.mlp_width
+    statistics = (4 + vision.heads) * _FP32
+    return rows * (elements * micro.compute_bytes + statistics)
+
+
+def _text_layer(
+    text: TextConfig, micro: Micro, rows: int, read_rows: int, image_tokens: int
+) -> float:
+    """Self-attention on `rows`; cross-attention, where there are image tokens, and MLP on the rows
+    that are read."""
+    size, mask = micro.compute_bytes, _mask(text, micro)
+    statistics = (2 + text.heads) * _FP32
+    attention = 6 * text.width * size + mask * text.width + statistics
+    mlp = (2 * text.width + 2 * text.mlp_width) * size + mask * text.width + 2 * _FP32
+    found = rows * attention + read_rows * mlp
+    if image_tokens:
+        # The rows are sorted by image and back again: two copies more than in self-attention.
+        cross = 6 * text.width * size + mask * text.width + statistics
+        keys_and_values = micro.batch * image_tokens * 2 * text.width * size
+        found += read_rows * cross + keys_and_values
+    return float(found)

@@ -1,0 +1,134 @@
+"""Bytes of weights, gradients, optimizer and momentum copies that a rank holds under ZeRO.
+
+What DeepSpeed 0.19.8 does with the engine of a run: read in its source and measured by the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blip_scale.planning.network import Network
+
+_FP32 = 4
+_DEFAULT_BUCKET = 5e8
+_DEFAULT_LIVE = 1e9
+_DEFAULT_PREFETCH = 5e7
+_DEFAULT_PERSISTENT = 1e5
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How states lie on ranks: the part of DeepSpeed's settings that memory depends on."""
+
+    stage: int
+    ranks: int
+    offload: bool
+    compute_bytes: int
+    """Of an element of the weights that compute."""
+    reduce_bucket: float = _DEFAULT_BUCKET
+    overlap: bool = False
+    prefetch: float = _DEFAULT_PREFETCH
+    persistent: float = _DEFAULT_PERSISTENT
+    """ZeRO-3 keeps parameters up to this size whole."""
+    live: float = _DEFAULT_LIVE
+    """ZeRO-3 keeps gathered what it will use again within so many elements."""
+
+    @staticmethod
+    def of(ds_config: Mapping[str, Any], ranks: int, compute_bytes: int) -> Sharding:
+        """From DeepSpeed's settings, "auto" resolved or not; DeepSpeed's defaults where they are
+        silent."""
+        zero = ds_config["zero_optimization"]
+
+        def number(name: str, default: float) -> float:
+            value = zero.get(name, default)
+            return default if value == "auto" else float(value)
+
+        stage = zero["stage"]
+        overlap = zero.get("overlap_comm", stage == 3)
+        return Sharding(
+            stage=stage,
+            ranks=ranks,
+            offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            compute_bytes=compute_bytes,
+            reduce_bucket=number("reduce_bucket_size", _DEFAULT_BUCKET),
+            overlap=bool(overlap),
+            prefetch=number("stage3_prefetch_bucket_size", _DEFAULT_PREFETCH),
+            persistent=number("stage3_param_persistence_threshold", _DEFAULT_PERSISTENT),
+            live=min(
+                number("stage3_max_live_parameters", _DEFAULT_LIVE),
+                number("stage3_max_reuse_distance", _DEFAULT_LIVE),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of one rank."""
+
+    resting: dict[str, float]
+    """On the GPU for the whole run."""
+    backward: dict[str, float]
+    """On the GPU while micro-steps run."""
+    update: dict[str, float]
+    """On the GPU in the optimizer step, when no activation is left."""
+    host: dict[str, float]
+    """In the memory of the node, a rank."""
+
+
+def states(network: Network, sharding: Sharding, queue_size: int) -> States:
+    """Bytes of the rank that holds most.
+
+    Below ZeRO-3 a rank owns a stretch of all parameters laid end to end, and some stretches have
+    momentum copies throughout: that rank holds an average for each of its masters.
+    """
+    size, ranks = sharding.compute_bytes, sharding.ranks
+    trained, copied = sum(network.trainable), sum(network.momentum)
+    if sharding.stage == 3:
+        own = sum(-(-numel // ranks) for numel in network.trainable)
+        averaged = sum(-(-numel // ranks) for numel in network.momentum)
+        kept = [n for n in [*network.trainable, *network.momentum] if n <= sharding.persistent]
+        resting = {
+            "weights": size * own,
+            "momentum_weights": size * averaged,
+            "persistent_weights": size * sum(kept) if ranks > 1 else 0,
+            "reduce_bucket": size * sharding.reduce_bucket,
+        }
+        whole = trained + copied
+        live = min(whole, max(sharding.live, network.largest_module + sharding.prefetch))
+        backward = {"gathered_weights": size * live if ranks > 1 else 0}
+        update = {"gradient_copy": _FP32 * own}
+        gradients = _FP32 * own
+    else:
+        own = -(-trained // ranks)
+        averaged = min(copied, own)
+        resting = {"weights": size * trained, "momentum_weights": size * copied}
+        buckets = (2 if sharding.overlap else 1) * sharding.reduce_bucket
+        reduced = trained if sharding.stage == 1 else own
+        backward = {"reduce_bucket": size * buckets, "fresh_gradients": size * reduced}
+        update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * copied}
+        gradients = _FP32 * reduced
+        backward["gradients"] = gradients
+    optimizer = {
+        "masters": _FP32 * own, "moments": 2 * _FP32 * own, "momentum_averages": _FP32 * averaged,
+    }  # fmt: skip
+    host: dict[str, float] = {}
+    if sharding.offload:
+        host = {**optimizer, "gradients": gradients}
+        backward.pop("gradients", None)
+        update.pop("gradient_copy")
+    else:
+        resting |= optimizer
+        if sharding.stage == 3:
+            resting["gradients"] = gradients
+    resting["queue"] = 2 * _FP32 * network.config.embed_dim * queue_size
+    return States(*({k: float(v) for k, v in part.items()} for part in (resting, backward, update,
+                                                                        host)))  # fmt: skip
+
+
+def checkpoint_bytes(network: Network, queue_size: int) -> float:
+    """A checkpoint on the disk: masters, moments, momentum averages, queues; of all ranks."""
+    trained, copied = sum(network.trainable), sum(network.momentum)
+    queue = 2 * _FP32 * network.config.embed_dim * queue_size + 8 * queue_size
+    return float(3 * _FP32 * trained + _FP32 * copied + queue)

@@ -1,0 +1,67 @@
+"""What the ranks of a run hold: a stand-in for train.py that takes two optimizer steps and counts
+bytes.
+
+Writes held_RANK.json beside the recipe: bytes of all tensors alive after the forward pass, after
+the backward passes (before the update) and after the update, each storage once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from blip_scale import checks, recipe
+from blip_scale.engine import collectives
+from blip_scale.engine.deepspeed import initialize, start
+from blip_scale.engine.sharded_momentum import ShardedMomentum
+from blip_scale.engine.task import Progress
+from blip_scale.tasks import Pretrain
+
+
+def held() -> int:
+    """Bytes of the tensors that Python sees; what autograd alone keeps (activations) is not
+    among them."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def main() -> None:
+    options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+    chosen = recipe.load(options["--recipe"])
+    device = start()
+    ds_config = checks.resolve_deepspeed(chosen, options["--deepspeed"], collectives.world_size())
+    before = held()
+    task = Pretrain(chosen, device)
+    engine = initialize(task.build_network, chosen, ds_config)
+    engine.fill(task.initial_weights())
+    momentum = ShardedMomentum(engine, task.momentum_pairs)
+    batches = task.batches()
+    accumulation = ds_config["gradient_accumulation_steps"]
+    found = {}
+    for step in range(2):
+        for index in range(accumulation):
+            progress = Progress(step, step * accumulation + index, task.steps_per_epoch)
+            losses = task.losses(engine.deepspeed, next(batches), progress)
+            found["forward"] = held() - before
+            engine.deepspeed.backward(losses["loss/total"])
+            if index < accumulation - 1:
+                engine.deepspeed.step()
+        found["backward"] = held() - before
+        engine.step(1e-3, apply=True)
+        task.after_step(engine, momentum, applied=True)
+        found["update"] = held() - before
+    rank = collectives.rank()
+    Path(options["--recipe"]).with_name(f"held_{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The plan's memory against what DeepSpeed's engine really holds, on 1, 2 and 4 ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import REPO, finish, launch, make_recipe, said
+
+from blip_scale import recipe
+from blip_scale.planning.network import network_of
+from blip_scale.planning.states import Sharding, states
+
+pytestmark = pytest.mark.multiprocess
+
+# Wide enough that weights weigh more than what is rounded up.
+SIZES: dict[str, Any] = {
+    "vision": {"overrides": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}},
+    "text": {"width": 96, "mlp_width": 384},
+}
+BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "allgather_bucket_size")
+
+
+def ds_config(folder: Path, stage: int) -> Path:
+    """The one of the repository, with buckets and thresholds of the tiny network's size."""
+    config = json.loads((REPO / f"ds_configs/zero{stage}.json").read_text())
+    zero = config["zero_optimization"]
+    zero |= {name: 40_000 for name in BUCKETS if name in zero}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 300
+    file = folder / "ds_config.json"
+    file.write_text(json.dumps(config))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "precision"),
+    [
+        (3, 1, "bf16"),
+        (3, 2, "bf16"),
+        (3, 4, "fp32"),
+        (2, 1, "fp32"),
+        (2, 2, "bf16"),
+        (2, 4, "bf16"),
+    ],
+)
+def test_states_are_what_deepspeed_holds(
+    tmp_path: Path, stage: int, ranks: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
+    train = {"precision": precision, "micro_batch_size": 2}
+    file = make_recipe(tmp_path, train=train, model=SIZES)
+    config = ds_config(tmp_path, stage)
+    script = Path(__file__).with_name("held_by_a_run.py")
+    codes = finish(launch(file, ranks, "--deepspeed", str(config), stage=stage, script=script))
+    assert codes == [0] * ranks, said(file)
+    found = [json.loads((tmp_path / f"held_{rank}.json").read_text()) for rank in range(ranks)]
+
+    chosen = recipe.load(str(file))
+    sharding = Sharding.of(json.loads(config.read_text()), ranks, 4 if precision == "fp32" else 2)
+    planned = states(network_of(chosen), sharding, chosen.objective.queue_size)
+    resting = sum(planned.resting.values())
+    most = {moment: max(rank[moment] for rank in found) for moment in found[0]}
+    assert resting == pytest.approx(most["update"], rel=0.1)
+    gradients = planned.backward.get("gradients", 0)
+    assert resting + gradients == pytest.approx(most["backward"], rel=0.1)
+    if stage == 3:  # autograd sees gathered weights, Python too: DeepSpeed keeps them
+        gathered = planned.backward["gathered_weights"]
+        assert resting + gathered == pytest.approx(most["forward"], rel=0.1)

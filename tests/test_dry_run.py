@@ -1,0 +1,82 @@
+"""`train.py --dry-run` on set-ups that work and on broken ones: everything is seen at once."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import finish, launch, make_recipe, said
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def lines(output: str) -> dict[str, tuple[str, str]]:
+    """Level and message by check, of the terminal's `time LEVEL NAME: MESSAGE`."""
+    found = {}
+    for line in output.splitlines():
+        words = line.split(maxsplit=2)
+        if len(words) == 3 and words[1] in ("ok", "warning", "FAILED"):
+            name, _, message = words[2].partition(": ")
+            found[name] = (words[1], message)
+    return found
+
+
+def dry_run(train: Command, recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return train("--recipe", str(recipe), "--dry-run", *arguments, timeout_s=300)
+
+
+@pytest.mark.multiprocess
+def test_a_sound_set_up_is_ready(tmp_path: Path, train: Command) -> None:
+    done = dry_run(train, make_recipe(tmp_path), "--ranks", "2", "--gpu", "h100")
+    found = lines(done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert {level for level, _ in found.values()} <= {"ok", "warning"}
+    assert found["batch"] == ("ok", "16 = 2 ranks x 8 x 1 micro-steps")
+    assert "64 samples" in found["stream shapes"][1]
+    assert found["GPU memory"][1].startswith("fits")
+    assert "not measured" in found["interconnect"][1]
+    assert not (tmp_path / "run").exists()  # nothing is left behind
+
+
+@pytest.mark.multiprocess
+def test_all_problems_are_seen_at_once(tmp_path: Path, train: Command) -> None:
+    changes: dict[str, Any] = {
+        "data": {"streams": [{"name": "lost", "local": str(tmp_path / "nowhere")}]},
+        "model": {"text": {"tokenizer": str(tmp_path / "no" / "such" / "tokenizer")}},
+        "output_dir": str(tmp_path / "recipe.yaml" / "run"),  # below a file
+    }
+    file = make_recipe(tmp_path, **changes)
+    done = dry_run(train, file, "--ranks", "3")
+    found = lines(done.stderr)
+    assert done.returncode == 2
+    broken = {name for name, (level, _) in found.items() if level == "FAILED"}
+    assert {"settings", "batch", "initial weights", "stream lost", "output"} <= broken
+    assert "possible: train.global_batch_size=15 or 18" in found["batch"][1]
+    assert "no index.json" in found["stream lost"][1]
+    assert "can't be written" in found["output"][1]
+    assert found["stream heldout"][0] == "ok"
+    assert "checks failed" in done.stderr
+
+
+@pytest.mark.multiprocess
+def test_too_little_memory_is_named_with_its_mend(tmp_path: Path, train: Command) -> None:
+    wide = {"vision": {"overrides": {"patch_size": 8, "embed_dim": 768, "depth": 48}}}
+    train_section = {"global_batch_size": 4096}
+    objective = {"queue_size": 4096}
+    file = make_recipe(tmp_path, model=wide, train=train_section, objective=objective)
+    done = dry_run(train, file, "--gpu", "rtx4090")
+    level, message = lines(done.stderr)["GPU memory"]
+    assert done.returncode == 2 and level == "FAILED"
+    assert "does not fit" in message and "train.micro_batch_size=" in message
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_measure_what_lies_between_them(tmp_path: Path) -> None:
+    file = make_recipe(tmp_path)
+    codes = finish(launch(file, 2, "--dry-run"))
+    assert codes == [0, 0], said(file)
+    level, message = lines(said(file))["interconnect"]
+    assert level == "ok" and "2 ranks sum 64 MiB" in message and "GB/s" in message

@@ -1,0 +1,132 @@
+"""Activations on paper against autograd's; what plan.py says."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blip_scale.model import (
+    MED,
+    MEDConfig,
+    MomentumEncoder,
+    PackedText,
+    SpecialTokens,
+    TextConfig,
+    VisionConfig,
+    init_weights,
+)
+from blip_scale.objectives import FeaturePair
+from blip_scale.planning.activations import Micro, saved_activations
+from blip_scale.planning.network import vision_shape
+from blip_scale.recipe import ObjectiveRecipe
+from blip_scale.tasks.pretrain import PretrainNetwork
+
+REPO = Path(__file__).resolve().parent.parent
+LENGTH, QUEUE, EMBED = 12, 96, 32
+
+
+def network(checkpointing: bool) -> PretrainNetwork:
+    vision = {"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 8}
+    special = SpecialTokens(pad=0, cls=1, sep=2, enc=4, dec=3)
+    text = TextConfig(special, 500, 96, 3, 4, 384, 32, dropout=0.0)
+    config = MEDConfig(
+        VisionConfig("vit_tiny_patch16_224", 64, vision), text, EMBED,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    built = PretrainNetwork(MED(config), MomentumEncoder(config), ObjectiveRecipe())
+    init_weights(built.med, seed=0)
+    for _, momentum, online in built.momentum.pairs(built.med):
+        momentum.data.copy_(online.data)
+    return built.train()
+
+
+def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
+    """Bytes that a forward pass leaves alive: what autograd saved, and what checkpointing holds."""
+
+    def alive() -> dict[int, int]:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+    images = torch.randn(batch, 3, 64, 64)
+    text = PackedText.from_lists([[1, *range(5, 5 + LENGTH - 2), 2]] * batch)
+    keys = FeaturePair(torch.randn(EMBED, QUEUE), torch.randn(EMBED, QUEUE))
+    before = alive()
+    del before[images.untyped_storage().data_ptr()]  # it is kept for the patches' gradient
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = built(images, text, keys, 0.4, torch.Generator().manual_seed(0))
+    found = {**alive(), **saved}
+    assert out["loss/total"].requires_grad
+    return sum(size for pointer, size in found.items() if pointer not in before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("batch", [8, 24])
+def test_activations_are_what_autograd_keeps(batch: int, checkpointing: bool) -> None:
+    built = network(checkpointing)
+    config = built.med.config
+    micro = Micro(batch, batch * LENGTH, 4, QUEUE, dropout_bytes=4)
+    planned = saved_activations(config, vision_shape(config.vision), micro, checkpointing)
+    planned.pop("recomputed", None)  # comes back later
+    assert sum(planned.values()) == pytest.approx(kept_for_backward(built, batch), rel=0.1)
+
+
+def plan(*arguments: str, code: int = 0) -> str:
+    """What plan.py says, on stdout or, where it refuses, on stderr."""
+    command = [sys.executable, str(REPO / "tools" / "plan.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
+
+
+def test_published_recipe() -> None:
+    """Arithmetic of the base recipe that can be done by hand."""
+    found: dict[str, Any] = json.loads(plan("base_129M", "--nodes", "4", "--json"))
+    assert found["parameters"]["trainable"] == pytest.approx(252.4e6, rel=1e-3)
+    assert found["batch"] == {
+        "global_batch": 2880, "micro_batch": 90, "accumulation": 1, "world_size": 32,
+    }  # fmt: skip
+    epoch = 5 * 113_000 + 821_000 + 860_000 + 3e6 + 10e6 + 23e6
+    assert found["steps"] == 20 * (epoch // 2880)
+    assert found["days"] == pytest.approx(found["steps"] * found["step_seconds"] / 86_400)
+    assert found["gpu_hours"] == pytest.approx(found["days"] * 24 * 32)
+    assert found["memory_per_gpu_gib"] == pytest.approx(sum(found["memory_terms_gib"].values()))
+    assert found["fits"] and found["max_micro_batch_size"] == 90
+    assert found["step"]["useful_flops"] == pytest.approx(90 * 194e9, rel=0.02)
+    masters = found["memory_terms_gib"]["masters"] * 2**30
+    assert masters == pytest.approx(4 * 252.4e6 / 32, rel=1e-3)
+
+
+def test_says_what_to_change() -> None:
+    any_size = "train.max_micro_batch_size=null"
+    said = plan("base_129M", any_size, "--nodes", "1", "--gpu", "rtx4090")
+    assert said.startswith("does not fit") and "give train.micro_batch_size=180" in said
+    # The mend does what it says.
+    assert plan("base_129M", "train.micro_batch_size=180", "--gpu", "rtx4090").startswith("fits")
+    found = json.loads(plan("large_129M", "--nodes", "4", "--offload", "--json"))
+    assert found["host_memory_per_node_gib"] > 0 and "masters" not in found["memory_terms_gib"]
+    said = plan("base_129M", "--gpu", "v100-32", "--zero", "1", "train.micro_batch_size=36")
+    assert "no bf16" in said and "ZeRO-1 is shown for comparison" in said
+
+
+def test_refuses_in_one_line() -> None:
+    said = plan("base_129M", "--nodes", "64", code=2)
+    assert said.count("\n") == 1 and "2560 or 3072" in said and "--nodes 45 or 60 or 72" in said
+    assert "did you mean h100" in plan("base_129M", "--gpu", "h10", code=2)
+    stream = "data.streams=[{name: mine, local: /nowhere}]"
+    assert "data.streams.0 (mine)" in plan("base_129M", stream, code=2)
