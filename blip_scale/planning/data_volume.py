@@ -36,11 +36,14 @@ class Volume:
     notes: list[str]
 
 
-def volume_of(recipe: Recipe, sample_bytes: float | None = None) -> Volume:
+def volume_of(
+    recipe: Recipe, sample_bytes: float | None = None, unknown: int | None = None
+) -> Volume:
     """Samples and bytes of the training streams.
 
     Args:
-        sample_bytes: of a sample of those that are not here; null takes SAMPLE_BYTES.
+        sample_bytes: of a sample of those that are not here; None takes SAMPLE_BYTES.
+        unknown: samples of a stream that is neither here nor published; None refuses it.
 
     Raises:
         ValueError: a stream is neither here nor one of the published sets.
@@ -48,16 +51,19 @@ def volume_of(recipe: Recipe, sample_bytes: float | None = None) -> Volume:
     sizes, stored, notes, published = [], 0.0, [], []
     each = sample_bytes or SAMPLE_BYTES
     for index, stream in enumerate(recipe.data.streams):
-        found = _count(Path(os.path.expandvars(stream.remote or stream.local)).expanduser())
+        places = [place for place in (stream.remote, stream.local) if place]  # or its cache
+        folders = (Path(os.path.expandvars(place)).expanduser() for place in places)
+        found = next(filter(None, map(_count, folders)), None)
         if found is None:
-            if stream.name not in PUBLISHED:
+            if stream.name not in PUBLISHED and unknown is None:
                 raise ValueError(
                     f"data.streams.{index} ({stream.name}): no index.json at "
                     f"{stream.remote or stream.local}, and no published set has that name; give "
                     f"data.streams.{index}.local=FOLDER"
                 )
+            samples = PUBLISHED.get(stream.name, unknown or 0)
             published.append(stream.name)
-            found = PUBLISHED[stream.name], PUBLISHED[stream.name] * each
+            found = samples, samples * each
         sizes.append(found[0])
         stored += found[1]
     if published:
