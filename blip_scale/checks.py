@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blip_scale.batch_sizes import BatchSizes, batch_sizes
 from blip_scale.recipe import FP16_REFUSED, DataRecipe, OptimizerRecipe, Recipe, StreamRecipe
 from blip_scale.settings import expand
 
 AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    """`global_batch = micro_batch * world_size * accumulation`, in pairs."""
-
-    global_batch: int
-    micro_batch: int
-    accumulation: int
-    world_size: int
 
 
 def check(recipe: Recipe, world_size: int) -> BatchSizes:
@@ -36,36 +25,9 @@ def check(recipe: Recipe, world_size: int) -> BatchSizes:
     _check_pools(recipe, sizes)
     _check_model(recipe)
     _check_bounds(recipe)
+    _check_checkpoints(recipe)
     _check_data(recipe)
     return sizes
-
-
-def batch_sizes(recipe: Recipe, world_size: int) -> BatchSizes:
-    """Split the global batch over ranks and accumulation micro-steps.
-
-    Raises:
-        ValueError: it does not divide; names the sizes that do.
-    """
-    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    unit = world_size * (micro or 1)
-    if batch % unit == 0:
-        micro = micro or batch // world_size
-        return BatchSizes(batch, micro, batch // (micro * world_size), world_size)
-    near = sorted({max(1, batch // unit) * unit, math.ceil(batch / unit) * unit})
-    mend = f"train.global_batch_size={' or '.join(map(str, near))}"
-    if batch % world_size == 0:
-        share = batch // world_size
-        least = 2 if recipe.objective.negatives == "local" else 1
-        possible = [size for size in range(least, share + 1) if share % size == 0]
-        if possible:
-            mend += f", or train.micro_batch_size={' or '.join(map(str, possible))}"
-    factors = (
-        f"{world_size} ranks" if micro is None else f"{world_size} ranks * micro batch {micro}"
-    )
-    raise ValueError(
-        f"train.global_batch_size: {batch} is not a multiple of {unit} ({factors}); "
-        f"possible: {mend}"
-    )
 
 
 def resolve_deepspeed(
@@ -230,7 +192,14 @@ def _check_model(recipe: Recipe) -> None:
     for name, value in (("checkpoint", text.checkpoint), ("tokenizer", text.tokenizer)):
         if value is not None:
             _check_package(f"model.text.{name}", expand(value, f"model.text.{name}"))
-    if vision.checkpoint not in (None, "timm"):
+    if recipe.model.checkpoint is not None:
+        whole = Path(expand(recipe.model.checkpoint, "model.checkpoint"))
+        if not whole.exists():
+            raise FileNotFoundError(
+                f"model.checkpoint: {whole}: no such file or folder; give a training checkpoint, "
+                "a BLIP .pth, a Hugging Face folder, or null"
+            )
+    elif vision.checkpoint not in (None, "timm"):
         file = Path(expand(vision.checkpoint, "model.vision.checkpoint"))
         if not file.is_file():
             raise FileNotFoundError(
@@ -262,6 +231,24 @@ def _check_bounds(recipe: Recipe) -> None:
     for low, low_value, high, high_value in pairs:
         if low_value > high_value:
             raise ValueError(f"{low}: {low_value} is larger than {high} {high_value}")
+    patience = recipe.train.stall_timeout_s
+    if patience and recipe.data.retry_s >= patience and any(s.remote for s in recipe.data.streams):
+        raise ValueError(
+            f"data.retry_s: {recipe.data.retry_s:g} s of waiting for a remote would end the run "
+            f"after train.stall_timeout_s, {patience:g} s: lower the first or raise the second"
+        )
+
+
+def _check_checkpoints(recipe: Recipe) -> None:
+    """Checkpoints go to a path or to S3."""
+    if recipe.checkpoint.folder is None:
+        return
+    location = expand(recipe.checkpoint.folder, "checkpoint.folder")
+    scheme, separator, path = location.partition("://")
+    if separator and (scheme != "s3" or not path.strip("/")):
+        raise ValueError(
+            f"checkpoint.folder: {location}: expected a path, s3://bucket/prefix or null"
+        )
 
 
 def _check_data(recipe: Recipe) -> None:

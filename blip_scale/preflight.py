@@ -12,16 +12,16 @@ import dataclasses
 import logging
 import math
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blip_scale import checks
+from blip_scale.free_space import free_bytes
 from blip_scale.recipe import Recipe, StreamRecipe
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ BAD = 2
 """Exit code when a check failed."""
 _RETRY_S = 20.0
 _EXCHANGE_BYTES = 64 * 2**20
+_EXCHANGE_TIMEOUT_S = 300.0  # ranks that don't find each other by then never will
 _GB = 1e9
 _PROCESS_GB = 3.0
 """Host memory of a rank besides weights: Python, torch, pinned batches; and of a loader worker a
@@ -249,7 +250,7 @@ def _cache(recipe: Recipe) -> str:
     for folder in sorted(folders):
         path = Path(os.path.expandvars(folder)).expanduser()
         held = sum(file.stat().st_size for file in path.glob("*")) if path.is_dir() else 0
-        least = min(least, _free_bytes(path) + held)
+        least = min(least, free_bytes(path) + held)
     if limit is not None and least < limit:
         raise ValueError(
             f"data.cache_limit is {limit / _GB:.1f} GB, but {least / _GB:.1f} GB are free: lower "
@@ -266,7 +267,7 @@ def _cache(recipe: Recipe) -> str:
 def _output(setting: Setting) -> str:
     """Room for the checkpoints that are kept and one that is being written."""
     folder = Path(setting.recipe.output_dir)
-    free = _free_bytes(folder)
+    free = free_bytes(folder)
     planned = setting.plan().checkpoints_bytes
     said = (
         f"{free / _GB:.1f} GB free in {folder}, {planned / _GB:.1f} GB for "
@@ -277,48 +278,23 @@ def _output(setting: Setting) -> str:
     return said
 
 
-def _free_bytes(folder: Path) -> float:
-    """Free bytes of a folder in which a file can be written; made, and removed again, if it was
-    not there."""
-    above = folder
-    while not above.exists() and above != above.parent:
-        above = above.parent
-    try:
-        new = [folder, *folder.parents]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"0" * 4096)
-        free = float(shutil.disk_usage(folder).free)
-        for made in new[: new.index(above)]:
-            made.rmdir()
-        return free
-    except OSError as error:
-        raise OSError(f"{folder} can't be written ({error.strerror}): give another") from error
-
-
 def _checkpoint_folder(recipe: Recipe) -> str:
     """Object storage takes, gives back and deletes a small object."""
-    where = getattr(recipe.checkpoint, "folder", None)
-    if where is None:
+    if recipe.checkpoint.folder is None:
         return "in output_dir"
-    where = os.path.expandvars(where).rstrip("/")
+    where = os.path.expandvars(recipe.checkpoint.folder).rstrip("/")
     if "://" not in where:
-        return f"{_free_bytes(Path(where)) / _GB:.1f} GB free in {where}"
-    import obstore
+        return f"{free_bytes(Path(where)) / _GB:.1f} GB free in {where}"
+    from blip_scale.engine.object_storage import ObjectFolder
 
-    client: dict[str, Any] = {"allow_http": True, "timeout": f"{_RETRY_S:.0f}s"}
-    options: dict[str, Any] = {"client_options": client, "retry_config": {"max_retries": 2}}
-    endpoint = os.environ.get("S3_ENDPOINT_URL")
-    if endpoint and where.startswith("s3://"):
-        options["endpoint"] = endpoint
-    store = obstore.store.from_url(where, **options)
+    objects = ObjectFolder(where, _RETRY_S)
     name, content = f"dry_run_{uuid.uuid4().hex}", b"written by train.py --dry-run"
-    obstore.put(store, name, content)
+    objects.put(name, content)
     try:
-        if bytes(obstore.get(store, name).bytes()) != content:
+        if objects.get(name) != content:
             raise ValueError(f"{where}: what was written came back different")
     finally:
-        obstore.delete(store, name)
+        objects.delete([name])
     return f"{where}: an object written, read back and deleted"
 
 
@@ -356,7 +332,7 @@ def _interconnect(world_size: int) -> str:
     from blip_scale.engine import collectives
     from blip_scale.engine.deepspeed import start
 
-    device = start()
+    device = start(_EXCHANGE_TIMEOUT_S)
     seconds = collectives.time_all_reduce(_EXCHANGE_BYTES, device)
     moved = 2 * _EXCHANGE_BYTES * (world_size - 1) / world_size
     return (

@@ -75,6 +75,10 @@ class TextRecipe:
 class ModelRecipe:
     vision: VisionRecipe = field(default_factory=VisionRecipe)
     text: TextRecipe = field(default_factory=TextRecipe)
+    checkpoint: str | None = None
+    """Initial weights of the whole network: a training checkpoint (step_N, or the folder of a run),
+    BLIP's .pth, or a Hugging Face folder. It wins over the weights of model.vision.checkpoint and
+    model.text.checkpoint; sizes and tokenizer still come from these settings."""
     embed_dim: Positive = 256
     """Width of the contrastive space."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
@@ -112,10 +116,11 @@ class StreamRecipe:
     remote: str | None = None
     """Where the shards lie: s3://bucket/prefix, another folder, ... (anything MosaicML Streaming
     reads)."""
-    repeat: Above0 | None = None
-    """How many times an epoch reads the stream (0.5: a different half in each epoch). Instead, one
-    of the next two can be given; null without them: once. An image with several captions gives
-    another one each time, so `repeat: 5` reads each of five captions once an epoch."""
+    repeat: Above0 | Literal["captions"] | None = None
+    """How many times an epoch reads the stream (0.5: a different half in each epoch); an image with
+    several captions gives another one each time. `captions`: each image as often as it has
+    captions, each caption once. Instead, one of the next two can be given; null without them:
+    once."""
     samples_per_epoch: Positive | None = None
     """So many samples an epoch takes from the stream, going on where the epoch before stopped."""
     weight: Above0 | None = None
@@ -151,8 +156,8 @@ class DataRecipe:
     cache_limit: str | None = None
     """Largest size of the local cache, e.g. `200gb`; null keeps everything."""
     retry_s: Rate = 900.0
-    """So long a remote that fails is asked again before the run gives up; below the half hour that
-    ranks wait for each other."""
+    """So long a remote that fails is asked again before the run gives up; below the
+    `train.stall_timeout_s` that ranks wait for each other."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -184,7 +189,11 @@ class TrainRecipe:
     """Pairs an optimizer step, over all ranks and accumulation micro-steps."""
     micro_batch_size: Positive | None = None
     """Pairs a rank takes through the network at once; null: global_batch_size / ranks (no
-    accumulation)."""
+    accumulation), or what max_micro_batch_size makes of it."""
+    max_micro_batch_size: Positive | None = None
+    """Where micro_batch_size is null: the largest size up to this one that divides
+    global_batch_size / ranks is taken, and accumulation does the rest. So a recipe runs on more or
+    fewer ranks with the same global batch."""
     epochs: Positive = 20
     """Times through the training streams."""
     max_steps: Positive | None = None
@@ -193,6 +202,9 @@ class TrainRecipe:
     """Type of the weights and activations; masters, momentum, queues and losses are always fp32."""
     max_nonfinite_steps: Positive = 10
     """Stop with a report after this many skipped steps in a row (loss or gradient not finite)."""
+    stall_timeout_s: Rate = 1800.0
+    """A rank that takes longer for a step, an evaluation, a save or the start ends, with its stacks
+    in its log, and the run with it; ranks wait as long for each other. 0: for ever."""
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -208,6 +220,17 @@ class CheckpointRecipe:
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep_last: Positive = 3
     """Whole checkpoints that are kept; older ones are deleted."""
+    keep_every: Positive | None = None
+    """Checkpoints of steps that are multiples of this are kept for ever; null: none is."""
+    folder: str | None = None
+    """Where they go; null: output_dir/checkpoints. A path may differ from node to node (a local
+    disk). s3://bucket/prefix: they are committed in output_dir/checkpoints and uploaded from there,
+    and fetched where output_dir lacks them. Environment variables are expanded."""
+    background: bool = True
+    """Write while training goes on: the pause is that of a copy in host memory."""
+    retry_s: Rate = 300.0
+    """So long object storage that fails is asked again: at the start, by an upload (which is then
+    tried again after the next save), and so long at most a run that ends waits for uploads."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -216,6 +239,8 @@ class LogRecipe:
     """Optimizer steps between two lines on the terminal and points in TensorBoard."""
     peak_tflops: Above0 | None = None
     """Matrix-multiply peak of one rank's device for MFU; null: measured at the start."""
+    sample_ids: bool = False
+    """Keep the ids of every step's samples, rank by rank, in samples/rank_N.jsonl."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -223,7 +248,7 @@ class EvaluationRecipe:
     every_steps: Positive = 5000
     """Held-out retrieval and caption panel every so many steps, and at the end."""
     max_pairs: Positive = 5000
-    """Pairs taken from each held-out set."""
+    """Images taken from each held-out set, with all their captions."""
     batch_size: Positive = 64
     """Images or texts a rank takes through the network at once."""
     rerank_top_k: Count = 128

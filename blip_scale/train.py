@@ -18,7 +18,7 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
     others = [folder for folder in sys.path if os.path.realpath(folder) != str(_PACKAGE)]
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
-from blip_scale import checks, preflight, recipe, settings  # noqa: E402
+from blip_scale import checks, launcher, preflight, recipe, settings  # noqa: E402
 
 logger = logging.getLogger("blip_scale.train")
 
@@ -32,6 +32,7 @@ def command() -> NoReturn:
     interpreter's lock while it is torn down aborts the process (`terminate called without an active
     exception`), and a run that went well would count as failed.
     """
+    launcher.stop_at_once_on_signals()
     code = main()
     logging.shutdown()
     sys.stdout.flush()
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     logs = None
     try:
+        launcher.adopt_srun_step()
         options, overrides = _parser().parse_known_args(arguments)
         chosen = recipe.load(options.recipe, overrides)
         if options.print_recipe:
@@ -85,12 +87,10 @@ def _refuse(error: Exception, logs: Path | None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
-        usage="deepspeed blip_scale/train.py [--recipe NAME_OR_FILE] [--deepspeed PATH] "
-        "[SETTING=VALUE ...]",
-        description="Pretrain BLIP with DeepSpeed; without a launcher, on one rank.\n"
-        "Started again, a run goes on from its newest whole checkpoint.",
-        epilog="Settings, with their defaults before a recipe changes them. Give them as\n"
-        "train.epochs=2, --train.epochs=2 or --train.epochs 2; values are YAML.\n\n"
+        usage="deepspeed blip_scale/train.py [--recipe NAME] [--deepspeed PATH] [SETTING=VALUE]",
+        description="Pretrain BLIP with DeepSpeed; without a launcher, on one rank. Started again, "
+        "a run goes on.",
+        epilog="Settings with their defaults; train.epochs=2 or --train.epochs 2, in YAML.\n\n"
         + settings.help_text(recipe.Recipe),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -106,14 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
     preflight.add_options(parser)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     return parser
 
 
 def _default_deepspeed() -> Path:
     """ds_configs/zero3.json beside the package in a clone, inside it when installed."""
-    folders = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
-    return next((folder for folder in folders if folder.is_dir()), folders[0]) / "zero3.json"
+    beside = _PACKAGE.parent / "ds_configs" / "zero3.json"
+    return beside if beside.is_file() else _PACKAGE / "ds_configs" / "zero3.json"
 
 
 if __name__ == "__main__":

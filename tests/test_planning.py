@@ -113,7 +113,8 @@ def test_published_recipe() -> None:
 
 
 def test_says_what_to_change() -> None:
-    said = plan("base_129M", "--nodes", "1", "--gpu", "rtx4090")
+    any_size = "train.max_micro_batch_size=null"
+    said = plan("base_129M", any_size, "--nodes", "1", "--gpu", "rtx4090")
     assert said.startswith("does not fit") and "give train.micro_batch_size=180" in said
     # The mend does what it says.
     assert plan("base_129M", "train.micro_batch_size=180", "--gpu", "rtx4090").startswith("fits")

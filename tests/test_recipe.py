@@ -83,9 +83,13 @@ class TestReading:
     @pytest.mark.parametrize("world_size", [1, 2, 8, 32])
     def test_shipped_recipes_fit_their_batches(self, name: str, world_size: int) -> None:
         chosen = load(name)
-        sizes = checks.batch_sizes(chosen, world_size)
-        assert sizes.accumulation == 1
-        assert sizes.micro_batch * world_size == chosen.train.global_batch_size
+        sizes, most = checks.batch_sizes(chosen, world_size), chosen.train.max_micro_batch_size
+        product = sizes.micro_batch * sizes.accumulation * world_size
+        assert product == chosen.train.global_batch_size
+        if most is None or world_size == 32:  # the published size
+            assert sizes.accumulation == 1
+        else:
+            assert most / 2 < sizes.micro_batch <= most
 
     @pytest.mark.parametrize("name", [n for n in recipe.names() if n != "demo"])
     def test_large_recipes_check_where_their_data_is(
@@ -254,11 +258,42 @@ class TestWhatCannotWork:
         assert "128 is not a multiple of 96" in message
         assert "train.global_batch_size=96 or 192" in message
         assert "train.micro_batch_size=2 or 4 or 8 or 16 or 32 or 64" in message
-        assert "126 or 129" in refusal(data, world_size=3)
+        message = refusal(data, world_size=3)
+        assert "126 or 129, or 1 or 2 or 4 or 8 or 16 or 32 ranks" in message
 
     def test_accumulation(self) -> None:
         sizes = checks.batch_sizes(load("demo", ["train.micro_batch_size=16"]), 2)
         assert (sizes.micro_batch, sizes.accumulation) == (16, 4)
+
+    @pytest.mark.parametrize(
+        ("ranks", "expected"), [(1, (90, 32)), (35, None), (40, (72, 1)), (64, (45, 1))]
+    )
+    def test_the_micro_batch_follows_the_ranks(
+        self, ranks: int, expected: tuple[int, int] | None
+    ) -> None:
+        """The largest one that divides; a number of ranks that cannot work is told which can."""
+        chosen = load("base_14M", ["train.max_micro_batch_size=90"])
+        if expected:
+            sizes = checks.batch_sizes(chosen, ranks)
+            assert (sizes.micro_batch, sizes.accumulation) == expected
+            return
+        with pytest.raises(ValueError, match="2880 is not a multiple of 35") as refused:
+            checks.batch_sizes(chosen, ranks)
+        assert "possible: train.global_batch_size=2870 or 2905" in str(refused.value)
+        assert "or 24 or 30 or 32 or 36 or 40 or 45 ranks" in str(refused.value)
+
+    def test_micro_batches_that_are_all_too_large(self) -> None:
+        overrides = ["train.global_batch_size=194", "train.max_micro_batch_size=90"]
+        with pytest.raises(ValueError, match="97 pairs of each of 2 ranks do not divide") as found:
+            checks.batch_sizes(load("demo", overrides), 2)
+        said = str(found.value)
+        assert "train.max_micro_batch_size=97, or 1 or 97 ranks" in said
+        stated = load("demo", [*overrides, "train.micro_batch_size=97"])
+        assert checks.batch_sizes(stated, 2).micro_batch == 97  # what is stated holds
+
+    @pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://", "${NO_SUCH_VARIABLE}/run"])
+    def test_where_checkpoints_cannot_go(self, folder: str, data: list[str]) -> None:
+        assert "checkpoint.folder: " in refusal([*data, f"checkpoint.folder={folder}"])
 
     def test_missing_data_names_the_command_that_makes_it(self, tmp_path: Path) -> None:
         message = refusal([f"data.streams.0.local={tmp_path}/nowhere"])
@@ -292,6 +327,13 @@ class TestWhatCannotWork:
     )
     def test_settings_that_contradict(self, override: str, said: str, data: list[str]) -> None:
         assert said in refusal([*data, override])
+
+    def test_waiting_for_a_remote_is_no_stall(self, data: list[str]) -> None:
+        patience = [*data, "train.stall_timeout_s=600"]
+        checks.check(load("demo", patience), 1)  # nothing is remote
+        remote = "data.streams.0.remote=s3://bucket/prefix"
+        assert "data.retry_s: 900 s" in refusal([*patience, remote])
+        checks.check(load("demo", [*data, remote, "train.stall_timeout_s=0"]), 1)
 
 
 class TestDeepSpeed:
@@ -431,7 +473,8 @@ class TestPublishedSettings:
 
     def test_streams(self) -> None:
         """15.3M texts an epoch (and VG's released list for the paper's), LAION a fifth on top."""
-        images = {"coco": 113_287, "visual_genome": 100_000, "conceptual_captions_3m": 3_000_000}
+        # Texts of the first two, which are read a caption at a time.
+        images = {"coco": 566_747, "visual_genome": 821_000, "conceptual_captions_3m": 3_000_000}
         images |= {"conceptual_captions_12m": 10_000_000, "sbu": 860_000, "laion": 115_000_000}
         for name, total, laion in (("base_14M", 15.25e6, 0), ("base_129M", 38.25e6, 23_000_000)):
             data = load(name).data

@@ -18,17 +18,20 @@ PACKAGE = REPO / "blip_scale"
 ROOMS = {"model", "objectives", "interop", "data", "engine", "tasks"}
 MAY_IMPORT = {
     "settings": set(),
+    "launcher": set(),
     "recipe": {"settings"},
-    "checks": {"settings", "recipe"},
+    "batch_sizes": {"recipe"},
+    "checks": {"settings", "recipe", "batch_sizes"},
     "model": set(),
     "objectives": {"model"},
     "interop": {"model"},
     "data": {"settings", "recipe"},
     "engine": {"settings", "recipe"},
-    "planning": {"settings", "recipe", "checks", "model", "data"},
-    "tasks": {"settings", "recipe", "checks", *ROOMS},
-    "preflight": {"settings", "recipe", "checks", "planning", *ROOMS},
-    "train": {"settings", "recipe", "checks", "preflight", *ROOMS},
+    "planning": {"settings", "recipe", "batch_sizes", "checks", "model", "data"},
+    "tasks": {"settings", "recipe", "batch_sizes", "checks", *ROOMS},
+    "free_space": set(),
+    "preflight": {"settings", "recipe", "free_space", "batch_sizes", "checks", "planning", *ROOMS},
+    "train": {"settings", "recipe", "checks", "launcher", "preflight", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""
 

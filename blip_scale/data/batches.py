@@ -137,12 +137,18 @@ class MicroBatches(Dataset["Batch | Exception"]):
         skipped: list[str] = []
         for place in range(begin, begin + self.position.micro_batch_size):
             slot = self.order.locate(epoch, place)
+            store = self.stores[slot.stream]
+            index, caption = store.locate(slot.shard, slot.sample)
+            slot = replace(slot, sample=index)
             sample, image = read_or_replace(
-                self.stores[slot.stream], slot, partial(self._pixels, epoch, place), skipped
+                store, slot, partial(self._pixels, epoch, place), skipped
             )
             samples.append(sample)
-            streams.append(self.stores[slot.stream].name)
-            captions.append(clean_caption(self._draw(sample, slot), self.text.max_words))
+            streams.append(store.name)
+            if caption is None:
+                caption = self._due_caption(sample, slot)
+            text = sample["captions"][caption % len(sample["captions"])]  # a stand-in has its own
+            captions.append(clean_caption(text, self.text.max_words))
             images.append(image)
         packed = pack_captions(self.text.tokenizer, captions, self.text.max_tokens)
         return Batch(
@@ -160,11 +166,9 @@ class MicroBatches(Dataset["Batch | Exception"]):
     def _pixels(self, epoch: int, place: int, encoded: bytes) -> Tensor:
         return self.transform(encoded, np.random.default_rng((self.seed, epoch, place)))
 
-    def _draw(self, sample: dict[str, Any], slot: Slot) -> str:
-        """One of the captions: a random one at first, in each later pass the next."""
-        captions: list[str] = sample["captions"]
-        first = zlib.crc32(f"{self.seed}/{sample['id']}".encode())
-        return captions[(first + slot.passing) % len(captions)]
+    def _due_caption(self, sample: dict[str, Any], slot: Slot) -> int:
+        """A random one of the captions at first, in each later pass the next (counted on)."""
+        return zlib.crc32(f"{self.seed}/{sample['id']}".encode()) + slot.passing
 
 
 def read_or_replace(

@@ -25,9 +25,9 @@ REFUSED_ATTEMPTS = 4
 DAMAGED_ATTEMPTS = 3
 """So often is a file fetched that arrives whole but with other content than the index says."""
 
-_REFUSALS = {
-    "403", "404", "AccessDenied", "InvalidAccessKeyId", "NoSuchBucket", "NoSuchKey",
-    "SignatureDoesNotMatch",
+_MISSING = {"404", "NoSuchKey"}
+_REFUSALS = _MISSING | {
+    "403", "AccessDenied", "InvalidAccessKeyId", "NoSuchBucket", "SignatureDoesNotMatch",
 }  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,17 @@ class DamagedFile(ValueError):
     """A remote file whose content is not what the index says, however often it is fetched."""
 
 
+class MissingFile(FileNotFoundError):
+    """A file that the remote says it does not have, however often it is asked."""
+
+
 class Fetcher:
     """Brings files of one remote folder."""
 
     def __init__(self, remote: str, retry_s: float, label: str):
         self.remote = remote
         self._retry_s = retry_s
-        self._label = label  # begins every message
+        self._label = label  # begins every line of the log
         # A downloader's connections belong to one thread of one process.
         self._downloaders: dict[tuple[int, int], CloudDownloader] = {}
 
@@ -57,11 +61,12 @@ class Fetcher:
 
         Raises:
             DamagedFile: the content stays other than `info` says.
-            FileNotFoundError: it is not there, or could not be had in time.
+            MissingFile: it is not there.
+            FileNotFoundError: it could not be had in time, or is forbidden.
             OSError: no room for it here.
         """
         deadline = time.monotonic() + (self._retry_s if retry_s is None else retry_s)
-        source, refused, damaged = f"{self.remote}/{name}", 0, 0
+        source, refused, missing, damaged = f"{self.remote}/{name}", 0, 0, 0
         for attempt in itertools.count(1):
             is_damaged = False
             try:
@@ -76,6 +81,7 @@ class Fetcher:
                     raise
                 problem = f"{type(error).__name__}: {error}"
                 refused += _is_refusal(error)
+                missing += _is_missing(error)
             _remove(target)
             pause_s = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
             pause_s *= random.Random().uniform(0.5, 1.0)  # not all processes at once
@@ -84,9 +90,8 @@ class Fetcher:
             if damaged == DAMAGED_ATTEMPTS or (is_damaged and left_s <= pause_s):
                 raise DamagedFile(f"{source} stays damaged, fetched {attempt} times ({problem})")
             if refused == REFUSED_ATTEMPTS or left_s <= pause_s:
-                raise FileNotFoundError(
-                    f"{self._label}: {source} can't be fetched, tried {attempt} times ({problem})"
-                )
+                kind = MissingFile if missing == attempt else FileNotFoundError
+                raise kind(f"{source} can't be fetched, tried {attempt} times ({problem})")
             logger.warning(
                 "%s: attempt %d for %s failed, again in %.1f s, for up to %.0f s more: %s",
                 self._label, attempt, source, pause_s, left_s, problem,
@@ -131,10 +136,23 @@ def _remove(target: Path) -> None:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether trying again is of little use: not there, or not allowed."""
-    answer = getattr(error, "response", None)  # botocore's
-    code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
     return (
-        isinstance(error, FileNotFoundError | PermissionError)
-        or str(code) in _REFUSALS
-        or type(error).__name__ in ("NoCredentialsError", "NotFound", "Forbidden")
+        _is_missing(error)
+        or isinstance(error, PermissionError)
+        or _code(error) in _REFUSALS
+        or type(error).__name__ in ("NoCredentialsError", "Forbidden")
     )
+
+
+def _is_missing(error: Exception) -> bool:
+    return (
+        isinstance(error, FileNotFoundError)
+        or _code(error) in _MISSING
+        or type(error).__name__ == "NotFound"  # Google's
+    )
+
+
+def _code(error: Exception) -> str:
+    """What an S3 server says is wrong; "" for other errors."""
+    answer = getattr(error, "response", None)  # botocore's
+    return str(answer.get("Error", {}).get("Code")) if isinstance(answer, dict) else ""

@@ -28,6 +28,11 @@ _PREFETCHED_BATCHES = 4  # a worker
 _DEATH_SEEN_S = 1.0  # a message may break off a moment before its sender is seen to be dead
 _DEATHS = 3  # of workers without a batch in between: then the run stops
 
+_STREAMS_DECIDE = (
+    " (name, samples, samples an epoch of each: they decide the order, the name too; `local` and "
+    "`remote` may change)"
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,12 +58,12 @@ class TrainLoader:
         position: LoaderPosition,
     ):
         stores = open_streams(data)
-        sizes = [store.samples for store in stores]
+        sizes = [sum(store.shard_items) for store in stores]
         counts = samples_per_epoch(data, sizes)
         logger.info("an epoch of %d pairs: %s", sum(counts), describe(data, sizes, counts))
         _warn_of_small_cache(data, stores, counts)
         shapes = [
-            StreamShape(store.name, store.shard_samples, count)
+            StreamShape(store.name, store.shard_items, count)
             for store, count in zip(stores, counts, strict=True)
         ]
         order = SampleOrder(shapes, seed, data.shuffle_block)
@@ -158,6 +163,11 @@ class TrainLoader:
             "memory: lower data.workers"
         )
 
+    @property
+    def stores(self) -> Sequence[StreamStore]:
+        """The streams that are read."""
+        return self._batches.stores
+
     def shares(self, batch: Batch) -> list[float]:
         """Share of every stream of `stream_names` in a batch."""
         return [batch.streams.count(name) / len(batch.streams) for name in self.stream_names]
@@ -170,9 +180,10 @@ class TrainLoader:
         """Go on where `state_dict` was taken; ranks may differ, the data may not."""
         for name, mine in self._identity.items():
             if state[name] != mine:
+                why = _STREAMS_DECIDE if name == "streams" else ""
                 raise ValueError(
                     f"the checkpoint was made with other data: {name} was {state[name]} and is "
-                    f"{mine} now; restore it or start a new run in another output_dir"
+                    f"{mine} now{why}; restore it or start a new run in another output_dir"
                 )
         if state["samples_seen"] % self._position.micro_samples:
             raise ValueError(
@@ -198,7 +209,7 @@ def _warn_of_small_cache(
     """A block is read in random order: shards of it that don't fit are fetched many times."""
     limit_bytes = next((store.cache.limit_bytes for store in stores if store.cache), None)
     epoch_bytes = sum(
-        count / store.samples * sum(map(store.shard_bytes, range(len(store.shards))))
+        count / sum(store.shard_items) * sum(map(store.shard_bytes, range(len(store.shards))))
         for store, count in zip(stores, counts, strict=True)
         if store.remote
     )

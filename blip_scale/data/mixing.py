@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from blip_scale.recipe import DataRecipe
+from blip_scale.recipe import DataRecipe, StreamRecipe
 
 
 def samples_per_epoch(data: DataRecipe, sizes: Sequence[int]) -> list[int]:
-    """Samples that an epoch takes from each training stream, which have `sizes` samples.
+    """Samples that an epoch takes from each training stream, which have `sizes` samples (captions,
+    where `repeat` says so).
 
     Raises ValueError for weights without `data.samples_per_epoch` and for a stream of which an
     epoch would take nothing.
@@ -21,7 +22,7 @@ def samples_per_epoch(data: DataRecipe, sizes: Sequence[int]) -> list[int]:
         counts = [stop - start for start, stop in zip([0, *bounds], bounds, strict=False)]
     else:
         counts = [
-            stream.samples_per_epoch or round(size * (stream.repeat or 1.0))
+            stream.samples_per_epoch or round(size * _repeats(stream))
             for stream, size in zip(data.streams, sizes, strict=True)
         ]
     for stream, size, count in zip(data.streams, sizes, counts, strict=True):
@@ -31,6 +32,10 @@ def samples_per_epoch(data: DataRecipe, sizes: Sequence[int]) -> list[int]:
                 "repeat or weight, or leave it out"
             )
     return counts
+
+
+def _repeats(stream: StreamRecipe) -> float:
+    return stream.repeat if isinstance(stream.repeat, float) else 1.0
 
 
 def describe(data: DataRecipe, sizes: Sequence[int], counts: Sequence[int]) -> str:

@@ -23,7 +23,8 @@ _PASS, _SHARD, _EPOCH, _BLOCK = range(4)  # keep the uses of the seed apart
 
 @dataclass(frozen=True)
 class StreamShape:
-    """What the order needs to know of a stream."""
+    """What the order needs to know of a stream. Its samples are images, or captions where each of
+    them is to be read once an epoch."""
 
     name: str
     shard_samples: tuple[int, ...]

@@ -10,6 +10,9 @@ Every sample has the columns of `COLUMNS`:
 - `width` and `height` of the image in pixels, 0 where it can't be read;
 - `url`, where the image was found, "" where unknown;
 - `similarity` of image and text as the source gives it, NaN where it gives none.
+
+Beside the shards index.json names the number of captions of every sample, so that an epoch can take
+each caption once: `captions`, a list a shard, or null where all samples of a shard have one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import math
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ COLUMNS = {
     "similarity": "float32",
 }
 INDEX_NAME = "index.json"
+CAPTIONS_KEY = "captions"
 HASH = "xxh64"
 
 
@@ -107,15 +112,20 @@ def write_shards(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     ids: set[str] = set()
+    counts: list[int] = []
     with shard_writer(partial, shard_size, compression) as writer:
         for record in records:
             if record.id in ids:
                 raise ValueError(f"{folder}: the id {record.id!r} comes twice; ids must be unique")
             ids.add(record.id)
+            counts.append(len(record.captions))
             writer.write(record.sample())
     if not ids:
         shutil.rmtree(partial)
         raise ValueError(f"{folder}: there is no record to write")
+    index = json.loads((partial / INDEX_NAME).read_text())
+    index[CAPTIONS_KEY] = captions_by_shard(index["shards"], counts)
+    (partial / INDEX_NAME).write_text(json.dumps(index, sort_keys=True))
     partial.rename(folder)
     return len(ids)
 
@@ -139,6 +149,31 @@ def read_index(folder: Path) -> list[MDSReader]:
         if missing:
             raise ValueError(f"{path}: the shards lack the columns {sorted(missing)}")
     return readers
+
+
+def captions_by_shard(
+    shards: Sequence[dict[str, Any]], counts: Sequence[int]
+) -> list[list[int] | None]:
+    """What the index says of the captions: `counts` are those of all samples in their order."""
+    ends = list(accumulate(shard["samples"] for shard in shards))
+    parts = [list(counts[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    return [None if set(part) <= {1} else part for part in parts]
+
+
+def read_caption_counts(folder: Path) -> list[list[int] | None]:
+    """What `captions_by_shard` put into the index, for each shard.
+
+    Raises ValueError for an index without it.
+    """
+    path = folder / INDEX_NAME
+    index = json.loads(path.read_text())
+    counts: list[list[int] | None] = index.get(CAPTIONS_KEY, [])
+    if len(counts) != len(index["shards"]):
+        raise ValueError(
+            f"{path} does not say how many captions each sample has: write the set again, or give "
+            "`repeat` as a number"
+        )
+    return counts
 
 
 def _image_size(image: bytes) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from streaming.base.util import bytes_to_int
 
 from blip_scale.data import cache as caching
 from blip_scale.data.cache import ShardCache, locked
-from blip_scale.data.fetching import DamagedFile, Fetcher, is_intact
-from blip_scale.data.shards import INDEX_NAME, read_index
+from blip_scale.data.fetching import DamagedFile, Fetcher, MissingFile, is_intact
+from blip_scale.data.shards import INDEX_NAME, read_caption_counts, read_index
 from blip_scale.recipe import DataRecipe, StreamRecipe
 
 INDEX_RETRY_S = 10.0
@@ -40,7 +42,8 @@ class CorruptSample(ValueError):
 
 
 class DamagedShard(CorruptSample):
-    """A shard whose content on the remote is not what the index says, however often it comes."""
+    """A shard that the remote does not have, or whose content is not what the index says, however
+    often it is asked for."""
 
 
 class StreamStore:
@@ -70,10 +73,12 @@ class StreamStore:
             self._fetch_index()
         try:
             self.shards = read_index(self.folder)
+            counts = read_caption_counts(self.folder) if stream.repeat == "captions" else None
         except FileNotFoundError as error:
             raise FileNotFoundError(self._message(str(error))) from error
         except ValueError as error:
             raise ValueError(self._message(str(error))) from error
+        self._caption_ends = counts and [list(accumulate(part or [])) for part in counts]
         if not self.samples:
             raise ValueError(self._message(f"{self.folder} holds no sample"))
         if self.remote is None:
@@ -86,6 +91,24 @@ class StreamStore:
     @property
     def samples(self) -> int:
         return sum(self.shard_samples)
+
+    @property
+    def shard_items(self) -> tuple[int, ...]:
+        """What an epoch takes of each shard: its samples or, with `repeat: captions`, captions."""
+        if self._caption_ends is None:
+            return self.shard_samples
+        each = zip(self._caption_ends, self.shard_samples, strict=True)
+        return tuple(ends[-1] if ends else samples for ends, samples in each)
+
+    def locate(self, shard: int, item: int) -> tuple[int, int | None]:
+        """The sample that an item of `shard_items` is, and which of its captions (None: any)."""
+        if self._caption_ends is None:
+            return item, None
+        ends = self._caption_ends[shard]
+        if not ends:
+            return item, 0
+        sample = bisect_right(ends, item)
+        return sample, item - (ends[sample - 1] if sample else 0)
 
     def shard_bytes(self, shard: int) -> int:
         """Size of the uncompressed shard."""
@@ -182,13 +205,27 @@ class StreamStore:
     def _obtain_or_give_up(self, number: int) -> None:
         try:
             self._obtain(self.shards[number])
-        except DamagedFile as error:
+        except (DamagedFile, FileNotFoundError) as error:
+            is_gone = isinstance(error, MissingFile) and self._has_index()
+            if not is_gone and not isinstance(error, DamagedFile):  # it is out of reach
+                raise FileNotFoundError(f"stream {self.name!r}: {error}") from error
             samples = self.shard_samples[number]
             logger.warning(
                 "%s", self._message(f"{error}; others stand in for its {samples} samples")
             )
             self._damaged[number] = f"{self.name}/{self.shard_name(number)}: {error}"
             raise DamagedShard(self._damaged[number]) from error
+
+    def _has_index(self) -> bool:
+        """Whether the remote still has the set."""
+        part = self.folder / f"{INDEX_NAME}.check"
+        with locked(self.folder, "index"):
+            try:
+                self._fetcher.fetch(INDEX_NAME, part, retry_s=0)
+            except FileNotFoundError:
+                return False
+            part.unlink()
+            return True
 
     def _obtain(self, shard: MDSReader, retry_s: float | None = None) -> None:
         """Bring a shard into the folder; on a full disk, shards that are not in use make room."""
@@ -256,9 +293,8 @@ class StreamStore:
                     self._fetcher.fetch(INDEX_NAME, part, retry_s=retry_s)
             except FileNotFoundError as error:
                 if not target.is_file():
-                    mend = f"; make it with `{self._make_with}`" if self._make_with else ""
-                    raise FileNotFoundError(f"{error}{mend}") from error
-                logger.warning("%s; its cached copy is used", error)
+                    raise FileNotFoundError(self._message(str(error))) from error
+                logger.warning("stream %r: %s; its cached copy is used", self.name, error)
                 return
             if target.is_file() and target.read_bytes() != part.read_bytes():
                 logger.warning(

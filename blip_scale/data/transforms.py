@@ -6,9 +6,10 @@ Results are uint8 [3, H, W]; normalisation with IMAGE_MEAN and IMAGE_STD is done
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 _ASPECT_RANGE = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 _DIVISORS = (8, 4, 2)  # libjpeg-turbo has fast code for these; in between it is slower than at 1
+_BUFFER_BYTES = 3 << 22  # for decoded images of up to 4 megapixels
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom."""
@@ -53,15 +55,21 @@ class TrainTransform:
     augment: bool = True
     path: Literal["fast", "exact", "published"] = "exact"
     """See DataRecipe.transform."""
+    _buffer: np.ndarray = field(
+        default_factory=lambda: np.empty(_BUFFER_BYTES, np.uint8), repr=False, compare=False
+    )
 
     def __call__(self, encoded: bytes, rng: np.random.Generator) -> Tensor:
         """uint8 [3, size, size], contiguous; raises CorruptSample for what can't be decoded."""
         crop = self._published_crop if self.path == "published" else self._fast_crop
         pixels = crop(encoded, rng)
         if self.flip and rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return rand_augment(image, rng) if self.augment else image
+            pixels = cv2.flip(pixels, 1)
+        if self.augment:
+            pixels = rand_augment(pixels, rng)
+        planes = np.empty((3, self.size, self.size), np.uint8)
+        cv2.split(pixels, list(planes))  # 0.01 ms, numpy's transposition 0.08
+        return torch.from_numpy(planes)
 
     def _published_crop(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
         image = decode_image(encoded)
@@ -78,7 +86,7 @@ class TrainTransform:
             box = random_crop_box(size, self.min_scale, rng)
             divisor = self._divisor(box)
             left, top, right, bottom = (round(side / divisor) for side in box)
-            pixels = decode_jpeg(encoded, size, divisor)[top:bottom, left:right]
+            pixels = decode_jpeg(encoded, size, divisor, self._buffer)[top:bottom, left:right]
         # Contiguous and with the batch axis from the start: then torch sees that the channels come
         # last and takes its fast way (0.19 ms, else 0.27).
         batch = torch.from_numpy(np.array(pixels[None], order="C")).permute(0, 3, 1, 2)

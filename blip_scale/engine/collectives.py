@@ -26,12 +26,12 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Number of ranks on this machine, as torchrun, DeepSpeed or SLURM say it.
+    """Number of ranks on this machine, as the launcher says it.
 
     Raises:
         KeyError: several ranks run and no launcher said how many of them are here.
     """
-    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     if world_size() == 1:

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +199,12 @@ def whole(parameter: nn.Parameter, stage: int) -> Iterator[None]:
         yield
 
 
-def start() -> torch.device:
+def start(timeout_s: float) -> torch.device:
     """Join the process group, one of a single rank where no launcher made more, and give this
-    rank's device."""
+    rank's device.
+
+    `timeout_s`: so long a rank waits for the others in an exchange; 0: for ever.
+    """
     for variable, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(variable, alone)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -216,8 +220,14 @@ def start() -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     with logs.prints_to_log("DeepSpeed"):
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s)
+        )
     return torch.device(accelerator.current_device_name())
+
+
+def _patience(timeout_s: float) -> timedelta:
+    return timedelta(seconds=timeout_s) if timeout_s else timedelta(days=365)
 
 
 def initialize(
@@ -239,6 +249,9 @@ def initialize(
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = _build_optimizer(list(trainable.values()), recipe, ds_config)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=ds_config)
+    torch.distributed.set_timeout(  # of DeepSpeed's own group, which has torch's 10 or 30 minutes
+        _patience(recipe.train.stall_timeout_s), engine.data_parallel_group
+    )
     shards = [shard for name, p in trainable.items() for shard in _shard(engine, stage, name, p)]
     towers: dict[str, list[int]] = {"vision": [], "text": []}
     for index, shard in enumerate(shards):

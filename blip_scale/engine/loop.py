@@ -5,63 +5,35 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blip_scale.engine import checkpoint, collectives, logs
-from blip_scale.engine.deepspeed import ZeroEngine, initialize, start
+from blip_scale.engine import collectives, logs, reporting, restore
+from blip_scale.engine.anomalies import Stragglers
+from blip_scale.engine.checkpoint import RunState, Saver
+from blip_scale.engine.communication import CommunicationMeter
+from blip_scale.engine.deepspeed import initialize, start
+from blip_scale.engine.heartbeat import Heartbeat
 from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE, Interrupts
-from blip_scale.engine.monitor import Monitor, measure_peak_flops, peak_memory_gib
+from blip_scale.engine.manifest import RunManifest, digest, fingerprint, software
+from blip_scale.engine.monitor import Monitor, measure_peak_flops
+from blip_scale.engine.places import open_place
+from blip_scale.engine.samples import SampleRecord
 from blip_scale.engine.schedule import learning_rate
+from blip_scale.engine.session import History, Run, WorstStep
 from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Progress, Task
 from blip_scale.recipe import Recipe, to_yaml
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class History:
-    """What a restarted run must know of its past; saved in every checkpoint."""
-
-    seconds: float = 0.0
-    skipped_samples: int = 0
-    skipped_in_a_row: int = 0
-    window: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of the steps since the last logged line."""
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
-    captions: list[dict[str, str]] = field(default_factory=list)
-
-
-@dataclass
-class Run:
-    """The parts of a run."""
-
-    recipe: Recipe
-    task: Task
-    engine: ZeroEngine
-    momentum: ShardedMomentum
-    monitor: Monitor
-    interrupts: Interrupts
-    total_steps: int
-    accumulation: int
-    peak_flops: float
-    named: set[str] = field(default_factory=set)
-    """What was said of samples that could not be read: once is enough."""
-    step: int = 0
-    history: History = field(default_factory=History)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return Path(self.recipe.output_dir) / "checkpoints"
+_ENDS = {0: "done", REQUEUE_EXIT_CODE: "stopped on request", 1: "gave up"}
 
 
 def run(
@@ -73,8 +45,12 @@ def run(
         Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 when it had to
         give up.
     """
-    logs.set_up(Path(recipe.output_dir), int(os.environ.get("RANK", "0")))
-    device = start()
+    rank = int(os.environ.get("RANK", "0"))
+    logs.set_up(Path(recipe.output_dir), rank)
+    heartbeat = Heartbeat(Path(recipe.output_dir), rank, recipe.train.stall_timeout_s)
+    meter = CommunicationMeter()
+    meter.install()
+    device = start(recipe.train.stall_timeout_s)
     if device.type == "cpu":  # ranks that each take all cores slow each other down
         torch.set_num_threads(
             max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size())
@@ -82,26 +58,39 @@ def run(
     interrupts = Interrupts()
     task = build_task(recipe, device)
     try:
-        session = _open(task, recipe, ds_config, interrupts)
+        session = _open(task, recipe, ds_config, heartbeat, meter, interrupts)
         try:
-            return _train(session)
+            code = _train(session)
+            session.manifest.ended(session.step, _ENDS[code])
+        except BaseException as error:
+            session.manifest.ended(session.step, f"{type(error).__name__}: {error}")
+            raise
         finally:
             session.monitor.close()
     finally:
         task.close()
         interrupts.restore()
+    heartbeat.close()  # not after an error: it guards the way out as well
+    return code
 
 
-def _open(task: Task, recipe: Recipe, ds_config: dict[str, Any], interrupts: Interrupts) -> Run:
+def _open(
+    task: Task,
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    heartbeat: Heartbeat,
+    meter: CommunicationMeter,
+    interrupts: Interrupts,
+) -> Run:
     """Wrap the network, and take up the newest whole checkpoint if there is one."""
     engine = initialize(task.build_network, recipe, ds_config)
     engine.fill(task.initial_weights())
     momentum = ShardedMomentum(engine, task.momentum_pairs)
-    folder = Path(recipe.output_dir) / "checkpoints"
-    found = checkpoint.newest_whole(folder)
-    state = checkpoint.RunState(0)
+    place = open_place(recipe)
+    found = restore.newest_whole(place, engine.stage)
+    state = RunState(0)
     if found is not None:
-        state = checkpoint.load(found, engine, momentum)
+        state = restore.load(found, engine, momentum)
         task.load_state_dict(state.task, state.shared)
         logger.info("resuming at step %d from %s", state.step, found)
     total_steps = recipe.train.epochs * task.steps_per_epoch
@@ -116,6 +105,7 @@ def _open(task: Task, recipe: Recipe, ds_config: dict[str, Any], interrupts: Int
         alarms=task.alarms,
     )
     _keep_recipe(recipe, monitor)
+    manifest = _begin_manifest(task, recipe, ds_config, heartbeat, found)
     logger.info(
         "%s on %d rank(s) of %s, ZeRO-%d, %s, attention by %s: %.1fM trainable parameters, "
         "%d steps of %d pairs",
@@ -123,13 +113,24 @@ def _open(task: Task, recipe: Recipe, ds_config: dict[str, Any], interrupts: Int
         recipe.train.precision, task.kernel, engine.parameter_count / 1e6, total_steps,
         recipe.train.global_batch_size,
     )  # fmt: skip
+
+    def committed(step: int, folder: Path) -> None:
+        manifest.saved(step, folder)
+        heartbeat.beat("training", checkpoint_step=step)
+
     stated = recipe.log.peak_tflops
     return Run(
         recipe,
         task,
         engine,
         momentum,
+        Saver(place, recipe.checkpoint, engine, momentum, monitor.scalars, committed, state.step),
         monitor,
+        heartbeat,
+        manifest,
+        SampleRecord(Path(recipe.output_dir), state.step, recipe.log.sample_ids),
+        meter,
+        Stragglers(collectives.all_gather_objects(socket.gethostname())),
         interrupts,
         total_steps,
         accumulation=ds_config["gradient_accumulation_steps"],
@@ -148,38 +149,82 @@ def _keep_recipe(recipe: Recipe, monitor: Monitor) -> None:
         (Path(recipe.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
+def _begin_manifest(
+    task: Task,
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    heartbeat: Heartbeat,
+    found: Path | None,
+) -> RunManifest:
+    """Note this start: from what, on which machines, and from which checkpoint."""
+    nodes: dict[str, list[int]] = {}
+    for rank, host in enumerate(collectives.all_gather_objects(socket.gethostname())):
+        nodes.setdefault(host, []).append(rank)
+    manifest = RunManifest(Path(recipe.output_dir), is_main=collectives.rank() == 0)
+    manifest.begin(
+        {"recipe": asdict(recipe), "deepspeed": ds_config, "data": task.inventory(), **software()},
+        {
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "world_size": collectives.world_size(),
+            "nodes": nodes,
+            "recipe_xxh64": digest(to_yaml(recipe).encode()),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "from": fingerprint(found) if found is not None else None,
+        },
+        heartbeat.before,
+    )
+    return manifest
+
+
 def _train(run: Run) -> int:
     """Optimizer steps to the end, with logging, evaluation and checkpoints on their intervals."""
-    recipe, history = run.recipe, run.history
+    recipe, history, heartbeat = run.recipe, run.history, run.heartbeat
+    heartbeat.beat("training", step=run.step, total_steps=run.total_steps, checkpoint_step=run.step)
     batches = run.task.batches() if run.step < run.total_steps else iter(())
-    while run.step < run.total_steps:
+    stop = False
+    while run.step < run.total_steps and not stop:
         _optimizer_step(run, batches)
         stop = run.interrupts.agreed(run.engine.device)
+        run.saver.poll()
         if history.skipped_in_a_row >= recipe.train.max_nonfinite_steps:
             logger.error(
                 "giving up at step %d: loss or gradient was not finite in %d steps in a row. "
                 "The last checkpoint is from before them.", run.step, history.skipped_in_a_row,
             )  # fmt: skip
+            run.saver.finish()
+            run.saver.finish()
             return 1
         at_end = run.step == run.total_steps
         run.monitor.advance(run.step)
+        step_s = sum(step["step_s"] for step in history.window) / len(history.window)
+        samples_per_s = recipe.train.global_batch_size / step_s
+        heartbeat.beat("training", step=run.step, samples_per_s=samples_per_s)
         if at_end or run.step == 1 or run.step % recipe.log.every_steps == 0:
-            _log(run)
+            reporting.log(run)
         if at_end or (run.step % recipe.evaluation.every_steps == 0 and not stop):
+            heartbeat.beat("evaluating")
             _evaluate(run)
+            heartbeat.beat("training")
         if at_end or stop or run.step % recipe.checkpoint.every_steps == 0:
-            saved = _save(run)
-            if not saved and (at_end or stop):
-                return 1
-        if stop and not at_end:
-            return REQUEUE_EXIT_CODE
-    _finish(run)
+            heartbeat.beat("saving")
+            state, shared = run.task.state_dict()
+            run.saver.begin(RunState(run.step, vars(history), state, shared))
+            heartbeat.beat("training")
+    heartbeat.beat("saving")
+    if not run.saver.finish():
+        return 1
+    if run.step < run.total_steps:
+        heartbeat.beat("stopped")
+        return REQUEUE_EXIT_CODE
+    reporting.finish(run)
+    heartbeat.beat("done")
     return 0
 
 
 def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
     """Accumulate micro-batches, update unless something is not finite, and note the metrics."""
     began = time.perf_counter()
+    run.meter.reset()
     deepspeed, task, recipe = run.engine.deepspeed, run.task, run.recipe
     data_wait_s = 0.0
     sums: dict[str, Any] = {}
@@ -209,9 +254,13 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
     run.engine.step(rate, apply=finite)
     task.after_step(run.engine, run.momentum, applied=finite)
     run.step += 1
-    _note_trouble(run, finite, means.pop("skipped"), ids, skipped)
+    run.samples.add(run.step, ids)
+    reporting.note_trouble(run, finite, means.pop("skipped"), ids, skipped)
     means |= {f"gradient_norm/{name}": value for name, value in norms.items()}
     means |= {"train/learning_rate": rate, "data_wait_s": data_wait_s}
+    if means["loss/total"] > run.worst.loss:
+        run.worst = WorstStep(means["loss/total"], run.step, ids)
+    means |= run.meter.metrics()
     means["step_s"] = time.perf_counter() - began
     run.history.seconds += means["step_s"]
     run.history.window.append(means)
@@ -232,50 +281,6 @@ def _average(run: Run, sums: dict[str, Any], skipped: int) -> dict[str, float]:
     return dict(zip([*sums, "skipped"], collectives.all_reduce_mean(values).tolist(), strict=True))
 
 
-def _note_trouble(
-    run: Run, finite: bool, skipped: float, ids: list[str], reasons: list[str]
-) -> None:
-    """Count and name what went wrong in a step; every rank takes the same branches."""
-    history = run.history
-    history.skipped_in_a_row = 0 if finite else history.skipped_in_a_row + 1
-    if skipped:
-        history.skipped_samples += round(skipped)
-        everywhere = {r: None for part in collectives.all_gather_objects(reasons) for r in part}
-        for reason in (r for r in everywhere if r not in run.named):
-            logger.warning("skipped a sample that could not be read: %s", reason)
-        run.named.update(everywhere)
-    if not finite:
-        everyone = [name for part in collectives.all_gather_objects(ids) for name in part]
-        shown = ", ".join(everyone[:8]) + (", ..." if len(everyone) > 8 else "")
-        logger.warning("step %d: loss or gradient not finite, update skipped (%s)", run.step, shown)
-
-
-def _log(run: Run) -> None:
-    """One line, one point in every curve: means over the steps since the last one."""
-    window, recipe = run.history.window, run.recipe
-    names = list(window[-1])
-    means = {name: sum(step[name] for step in window) / len(window) for name in names}
-    step_s = means.pop("step_s")
-    data_wait_s, memory_gib = collectives.all_reduce_max(
-        torch.tensor(
-            [means.pop("data_wait_s"), peak_memory_gib(run.engine.device)], device=run.engine.device
-        )
-    ).tolist()  # of the rank that has it worst: the others wait for it in the next collective
-    means |= run.task.metrics(run.engine, run.momentum)
-    means |= {
-        "speed/samples_per_s": recipe.train.global_batch_size / step_s,
-        "speed/data_wait_share": data_wait_s / step_s,
-        "speed/mfu": run.task.flops_per_step() / step_s / run.peak_flops,
-        "memory/peak_gib": memory_gib,
-        "data/skipped_samples": float(run.history.skipped_samples),
-    }
-    run.monitor.log(run.step, means)
-    losses = {name: value for name, value in means.items() if name.startswith("loss/")}
-    run.history.first = run.history.first or losses
-    run.history.last = losses
-    window.clear()
-
-
 def _evaluate(run: Run) -> None:
     """Held-out figures and pictures."""
     began = time.perf_counter()
@@ -288,42 +293,3 @@ def _evaluate(run: Run) -> None:
     run.history.seconds += seconds
     figures = "  ".join(f"{name} {value:.3g}" for name, value in found.scalars.items())
     logger.info("step %d, evaluated in %.1f s: %s", run.step, seconds, figures)
-
-
-def _save(run: Run) -> bool:
-    """Commit a checkpoint; False when the disk would not take it."""
-    state, shared = run.task.state_dict()
-    position = dict(vars(run.history))
-    saved = checkpoint.save(
-        run.checkpoints,
-        checkpoint.RunState(run.step, position, state, shared),
-        run.engine,
-        run.momentum,
-    )
-    if saved is not None:
-        checkpoint.prune(run.checkpoints, saved, run.recipe.checkpoint.keep_last)
-    return saved is not None
-
-
-def _finish(run: Run) -> None:
-    """summary.json, and where to look; a run that was at its end before keeps its own."""
-    history = run.history
-    if (
-        run.step == run.monitor.start_step
-        and (Path(run.recipe.output_dir) / "summary.json").exists()
-    ):
-        logger.info("nothing left to do: all %d steps were done before", run.step)
-        return
-    run.monitor.summary(
-        {
-            "steps": run.step,
-            "seconds": round(history.seconds, 1),
-            "ranks": collectives.world_size(),
-            "losses_first": history.first,
-            "losses_last": history.last,
-            "evaluation": history.evaluation,
-            "captions": history.captions,
-            "skipped_samples": history.skipped_samples,
-        }
-    )
-    logger.info("done: %d steps. tensorboard --logdir %s", run.step, run.recipe.output_dir)

@@ -6,12 +6,10 @@ import datetime
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from blip_scale.engine import collectives
+from blip_scale.engine import collectives, files
 from blip_scale.engine.pictures import Panel, draw_grid
 
 __all__ = ["Alarm", "Monitor", "Panel", "measure_peak_flops", "peak_memory_gib"]
@@ -82,14 +80,14 @@ class Monitor:
         self._step = start_step
         self._began = time.monotonic()
         self._writer: SummaryWriter | None = None
-        self._disk_failed = False
+        self._disk = files.Spared(f"more points of the curves in {output_dir}", self._drop_writer)
         self._bar: Any = None
         if not is_main:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._metrics_file = output_dir / "metrics.jsonl"
-        with self._spare_the_run():
-            _truncate(self._metrics_file, start_step)
+        with self._disk:
+            files.take_back(self._metrics_file, start_step)
             self._open_writer(purge_step=start_step + 1)
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -130,11 +128,9 @@ class Monitor:
         if not self._is_main:
             return
         finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-        head = {"step": step, "samples": step * self._samples_per_step, "time": time.time()}
-        line = json.dumps({**head, **finite})
-        with self._spare_the_run():
-            with self._metrics_file.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        head = {"samples": step * self._samples_per_step, "time": time.time()}
+        with self._disk:
+            files.add_line(self._metrics_file, step, {**head, **finite})
             writer = self._open_writer()
             for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
@@ -146,7 +142,7 @@ class Monitor:
             return
         rows = [f"| {_cell(panel.caption)} | {_cell(panel.truth)} |" for panel in panels]
         table = "\n".join(["| generated | true |", "|---|---|", *rows])
-        with self._spare_the_run():
+        with self._disk:
             writer = self._open_writer()
             writer.add_image(name, draw_grid(panels), step)
             writer.add_text(name, table, step)
@@ -156,7 +152,7 @@ class Monitor:
         """Show a text as it stands (the recipe, say)."""
         if not self._is_main:
             return
-        with self._spare_the_run():
+        with self._disk:
             verbatim = "\n".join("    " + line for line in text.splitlines())
             self._open_writer().add_text(name, verbatim, self.start_step)
 
@@ -169,14 +165,14 @@ class Monitor:
         if not self._is_main:
             return
         file = self._output_dir / "summary.json"
-        _write_whole(file, json.dumps(_strict(figures), indent=2, ensure_ascii=False) + "\n")
+        files.write_whole(file, json.dumps(_strict(figures), indent=2, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         """End the bar and the event file."""
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            with self._spare_the_run():
+            with self._disk:
                 self._writer.close()
         self._bar = self._writer = None
 
@@ -186,23 +182,9 @@ class Monitor:
             self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
         return self._writer
 
-    @contextmanager
-    def _spare_the_run(self) -> Iterator[None]:
-        """A full disk is said once; the next write tries again, with a new event file."""
-        try:
-            yield
-        except OSError as error:
-            self._writer = None
-            if not self._disk_failed:
-                logger.warning(
-                    "%s takes no more points of the curves (%s); training goes on without them, "
-                    "make room on the disk",
-                    self._output_dir,
-                    error,
-                )
-            self._disk_failed = True
-        else:
-            self._disk_failed = False
+    def _drop_writer(self) -> None:
+        """After an error: the next write opens a new event file."""
+        self._writer = None
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
         """Aligned, whatever the step: `step   50/9000  itc 8.1234  ...  eta 0:12:34`."""
@@ -264,30 +246,6 @@ def _short(name: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _truncate(file: Path, last_step: int) -> None:
-    """Keep the lines up to a step; a line torn by a kill goes as well."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    _write_whole(file, "".join(kept))
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Replace a file in one step."""
-    draft = file.with_name(file.name + ".partial")
-    with draft.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(file)
 
 
 def _strict(value: Any) -> Any:

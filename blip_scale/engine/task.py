@@ -53,6 +53,10 @@ class Task(Protocol):
     def initial_weights(self) -> dict[str, Tensor]:
         """All trainable parameters by name, whole, in fp32 on the CPU; equal on all ranks."""
 
+    def inventory(self) -> list[dict[str, Any]]:
+        """The data for the run's manifest, JSON-able: a stream an object with its `name`, whatever
+        identifies its content, and `files`, a list that may be long."""
+
     def batches(self) -> Iterator[Any]:
         """This rank's micro-batches for ever, from where `load_state_dict` left off.
 

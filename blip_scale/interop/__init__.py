@@ -1,14 +1,39 @@
-"""Weights of others, in and out: Hugging Face BLIP, BERT-type checkpoints, timm ViTs."""
+"""Weights of others, in and out: Hugging Face BLIP, Salesforce's files, BERT, timm ViTs."""
 
 from blip_scale.interop.bert import from_bert, load_bert
-from blip_scale.interop.huggingface import from_huggingface, to_huggingface
+from blip_scale.interop.blip_weights import BlipWeights, turned_into, with_training_state
+from blip_scale.interop.checkpoints import Format, format_of, load_checkpoint, read_checkpoint
+from blip_scale.interop.huggingface import write_huggingface
+from blip_scale.interop.huggingface_config import CLASSES, inexpressible
+from blip_scale.interop.model_card import Origin, model_card
+from blip_scale.interop.salesforce import HEADS, Head, from_salesforce, to_salesforce
+from blip_scale.interop.salesforce_files import read_salesforce, write_salesforce
+from blip_scale.interop.training_checkpoints import step_folder, write_training_checkpoint
 from blip_scale.interop.vision import interpolate_positions, load_vision
 
 __all__ = [
+    "CLASSES",
+    "HEADS",
+    "BlipWeights",
+    "Format",
+    "Head",
+    "Origin",
+    "format_of",
     "from_bert",
-    "from_huggingface",
+    "from_salesforce",
+    "inexpressible",
     "interpolate_positions",
     "load_bert",
+    "load_checkpoint",
     "load_vision",
-    "to_huggingface",
+    "model_card",
+    "read_checkpoint",
+    "read_salesforce",
+    "step_folder",
+    "to_salesforce",
+    "turned_into",
+    "with_training_state",
+    "write_huggingface",
+    "write_salesforce",
+    "write_training_checkpoint",
 ]

@@ -1,155 +1,134 @@
-"""Names of Hugging Face's BLIP and ours: a table, and state dicts through it both ways.
-
-No tensor is transposed; ours are fused where theirs are several (query, key, value). Their text
-encoder (retrieval) and text decoder (captioning) are two models; MED holds both in one stack.
-
-Their models must be told BLIP's published sizes: vision layer_norm_eps 1e-6 (their default is 1e-5)
-and the number of text heads (their default is 8).
-"""
+"""Hugging Face BLIP folders, in and out."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from typing import Literal
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
 
-Kind = Literal["captioning", "retrieval"]
-Row = tuple[str, tuple[str, ...]]
-"""Our name and theirs, which are put one after another along the first dimension."""
-
-_IGNORED = re.compile(r"position_ids$|^text_decoder\.cls\.predictions\.decoder\.bias$")
-_OUR_LAYER = re.compile(r"^(vision\.blocks|text\.layers)\.(\d+)\.")
-_THEIR_LAYER = re.compile(
-    r"^(vision_model\.encoder\.layers|text_\w+\.(?:bert\.)?encoder\.layer)\.(\d+)\."
+from blip_scale.interop.blip_weights import (
+    BlipWeights,
+    checked,
+    one_line,
+    united,
+    without_training_state,
 )
+from blip_scale.interop.huggingface_config import CLASSES, blip_config, inexpressible, med_config
+from blip_scale.interop.huggingface_names import from_huggingface, to_huggingface
+from blip_scale.interop.salesforce import State
+from blip_scale.model import MEDConfig
 
-_VISION = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
-    "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
-    "norm.weight": "post_layernorm.weight",
-    "norm.bias": "post_layernorm.bias",
-}
-_VISION_BLOCK = {
-    "norm1": "layer_norm1",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.projection",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-_TEXT_LAYER = {
-    "cross_attention.query": ("crossattention.self.query",),
-    "cross_attention.key_value": ("crossattention.self.key", "crossattention.self.value"),
-    "cross_attention.output": ("crossattention.output.dense",),
-    "cross_attention.norm": ("crossattention.output.LayerNorm",),
-    "mlp.fc1": ("intermediate.dense",),
-    "mlp.fc2": ("output.dense",),
-    "mlp.norm": ("output.LayerNorm",),
-}
-_SELF_ATTENTION = {
-    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "output": ("attention.output.dense",),
-    "norm": ("attention.output.LayerNorm",),
-}
-_LM_HEAD = {
-    "dense.weight": "transform.dense.weight",
-    "dense.bias": "transform.dense.bias",
-    "norm.weight": "transform.LayerNorm.weight",
-    "norm.bias": "transform.LayerNorm.bias",
-    "weight": "decoder.weight",
-    "bias": "bias",
-}
-_HEADS = ("vision_proj", "text_proj", "itm_head")
-_PARTS = ("weight", "bias")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a MED state dict that one of their models holds; load it with strict=False.
-
-    BlipForConditionalGeneration lacks the encoder's self-attentions, BlipForImageTextRetrieval the
-    decoder's, and each the heads of the other.
+def read_huggingface(folder: Path) -> BlipWeights:
+    """A folder with one of their models; or with two, in `captioning/` and `retrieval/`, which
+    together are a whole MED.
 
     Raises:
-        ValueError: names that are missing or unknown.
+        ValueError: not BLIP, another activation, names or shapes that don't fit, damaged files,
+            halves of two networks.
+        FileNotFoundError: no config.json, or no weights beside it.
     """
-    kind: Kind = "captioning" if any(k.startswith("text_decoder.") for k in state) else "retrieval"
-    table = list(_table(kind, *_depths(state, _THEIR_LAYER)))
-    known = {name for _, theirs in table for name in theirs}
-    missing = sorted(known - set(state))
-    unknown = sorted(name for name in set(state) - known if not _IGNORED.search(name))
-    if missing or unknown:
-        raise ValueError(
-            f"not a Hugging Face BLIP {kind} state dict: missing {_some(missing)}; "
-            f"unknown {_some(unknown)}"
+    if not (folder / "config.json").is_file():
+        halves = [folder / "captioning", folder / "retrieval"]
+        if all((half / "config.json").is_file() for half in halves):
+            captioning, retrieval = map(read_huggingface, halves)
+            return united(captioning, retrieval, str(folder))
+        raise FileNotFoundError(
+            f"{folder}: no config.json there (nor captioning/ and retrieval/ with one each)"
         )
-    return {ours: torch.cat([state[name] for name in theirs]) for ours, theirs in table}
+    from transformers import AutoConfig, BlipConfig
+
+    try:
+        theirs = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json can't be read: {one_line(error)}") from error
+    name = (theirs.architectures or ["a model without a name"])[0]
+    head = next((head for head, known in CLASSES.items() if known == name), None)
+    if head is None or not isinstance(theirs, BlipConfig):
+        raise ValueError(
+            f"{folder} holds {name} ({theirs.model_type}); expected {', '.join(CLASSES.values())}"
+        )
+    config = med_config(theirs, str(folder))
+    state = from_huggingface(_load(folder, name))
+    if head == "retrieval" and getattr(theirs, "itc_temperature", None) is not None:
+        state["temp"] = torch.tensor(theirs.itc_temperature)
+    step = getattr(theirs, "pretraining_steps", None)
+    return checked(BlipWeights(head, config, state, str(folder), step))
 
 
-def to_huggingface(state: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
-    """A MED state dict as that of BlipForConditionalGeneration ("captioning") or of
-    BlipForImageTextRetrieval ("retrieval"); the tensors are views of the given ones.
+def write_huggingface(weights: BlipWeights, folder: Path) -> None:
+    """Weights (safetensors), config and generation config of their model, into an empty folder.
+
+    The weights' tensors are taken out one by one, so that a second copy of the whole never exists.
 
     Raises:
-        ValueError: names that are missing.
+        ValueError: their model can't express this network; says why.
     """
-    table = list(_table(kind, *_depths(state, _OUR_LAYER)))
-    missing = sorted({ours for ours, _ in table} - set(state))
-    if missing:
-        raise ValueError(f"not the state dict of a MED: missing {_some(missing)}")
-    result: dict[str, Tensor] = {}
-    for ours, theirs in table:
-        result |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
-    if kind == "captioning":
-        result["text_decoder.cls.predictions.decoder.bias"] = state["lm_head.bias"]
-    return result
+    import transformers
+
+    reason = inexpressible(weights)
+    if reason:
+        raise ValueError(f"{weights.origin} can't become a Hugging Face {weights.head}: {reason}")
+    config = blip_config(weights)
+    with torch.device("meta"):
+        model = getattr(transformers, CLASSES[weights.head])(config)
+    state = without_training_state(weights.state)
+    weights.state = {}
+    mine = {}
+    for name in list(state):
+        if name != "temp":  # cloned: safetensors refuses tensors that share memory
+            mine.update(to_huggingface({name: state.pop(name).clone()}))
+    model.load_state_dict(mine, strict=True, assign=True)
+    model.tie_weights()
+    model.eval()
+    _save(model, weights.config, folder)
 
 
-def _table(kind: Kind, vision_blocks: int, text_layers: int) -> Iterator[Row]:
-    for ours, theirs in _VISION.items():
-        yield f"vision.{ours}", (f"vision_model.{theirs}",)
-    for i in range(vision_blocks):
-        for ours, theirs in _VISION_BLOCK.items():
-            for part in _PARTS:
-                their_name = f"vision_model.encoder.layers.{i}.{theirs}.{part}"
-                yield f"vision.blocks.{i}.{ours}.{part}", (their_name,)
-    if kind == "captioning":
-        yield from _text("text_decoder.bert", "self_attention_decoder", text_layers)
-        for ours, theirs in _LM_HEAD.items():
-            yield f"lm_head.{ours}", (f"text_decoder.cls.predictions.{theirs}",)
-    else:
-        yield from _text("text_encoder", "self_attention_encoder", text_layers)
-        for head in _HEADS:
-            for part in _PARTS:
-                yield f"{head}.{part}", (f"{head}.{part}",)
+def _save(model: PreTrainedModel, config: MEDConfig, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    special = config.text.special
+    if model.can_generate():
+        model.generation_config = GenerationConfig(
+            bos_token_id=special.dec,
+            eos_token_id=special.sep,
+            pad_token_id=special.pad,
+            max_new_tokens=min(20, config.text.max_positions - 1),
+            num_beams=3,
+        )
+    model.save_pretrained(folder, safe_serialization=True)
 
 
-def _text(prefix: str, self_attention: str, layers: int) -> Iterator[Row]:
-    for ours, theirs in (("word", "word_embeddings"), ("position", "position_embeddings")):
-        yield f"text.embeddings.{ours}.weight", (f"{prefix}.embeddings.{theirs}.weight",)
-    for part in _PARTS:
-        yield f"text.embeddings.norm.{part}", (f"{prefix}.embeddings.LayerNorm.{part}",)
-    names = dict(_TEXT_LAYER)
-    names |= {f"{self_attention}.{ours}": theirs for ours, theirs in _SELF_ATTENTION.items()}
-    for i in range(layers):
-        for ours, several in names.items():
-            for part in _PARTS:
-                their_names = tuple(f"{prefix}.encoder.layer.{i}.{name}.{part}" for name in several)
-                yield f"text.layers.{i}.{ours}.{part}", their_names
+def _load(folder: Path, name: str) -> State:
+    """State dict of their model; transformers reads what it knows and says what doesn't fit."""
+    import transformers
 
-
-def _depths(state: Mapping[str, Tensor], layer: re.Pattern[str]) -> tuple[int, int]:
-    """Number of vision blocks and of text layers in the names of a state dict."""
-    found = [match.groups() for match in map(layer.match, state) if match]
-    blocks = {number for stack, number in found if stack.startswith("vision")}
-    layers = {number for stack, number in found if not stack.startswith("vision")}
-    return len(blocks), len(layers)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more or "none"
+    try:
+        model, found = getattr(transformers, name).from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, dtype="float32"
+        )
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        kind = FileNotFoundError if "no file named" in str(error) else ValueError
+        raise kind(f"{folder} can't be read: {one_line(error)}") from error
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder}: damaged or unsafe weights: {one_line(error)}") from error
+    wrong = [
+        f"{name} {tuple(there)}, wanted {tuple(wanted)}"
+        for name, there, wanted in found["mismatched_keys"]
+    ]
+    unknown = sorted(n for n in found["unexpected_keys"] if not n.endswith("position_ids"))
+    problems = {
+        "missing": sorted(found["missing_keys"]), "left over": unknown, "of another shape": wrong,
+    }  # fmt: skip
+    if any(problems.values()):
+        text = "; ".join(
+            f"{kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names
+        )
+        raise ValueError(f"{folder} doesn't hold a whole {name}: {text}")
+    return dict(model.state_dict())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blip_scale.data.mixing import samples_per_epoch
+from blip_scale.data.shards import read_caption_counts
 from blip_scale.recipe import Recipe
 
 PUBLISHED = {
@@ -19,6 +20,8 @@ PUBLISHED = {
     "laion": 115_000_000,
 }
 """Images of the published sets by stream name (Li et al. 2022, table 15)."""
+PUBLISHED_CAPTIONS = {"coco": 5 * 113_000, "visual_genome": 821_000}
+"""Their captions, where an image has several; Visual Genome's as in BLIP's list."""
 
 SAMPLE_BYTES = 30_000
 """A sample in its shard, where nothing is there to be measured: a JPEG of web size with caption."""
@@ -43,17 +46,18 @@ def volume_of(
 
     Args:
         sample_bytes: of a sample of those that are not here; None takes SAMPLE_BYTES.
-        unknown: samples of a stream that is neither here nor published; None refuses it.
+        unknown: images of a stream that is neither here nor published; None refuses it.
 
     Raises:
         ValueError: a stream is neither here nor one of the published sets.
     """
-    sizes, stored, notes, published = [], 0.0, [], []
+    samples, items, stored, notes, published = 0, [], 0.0, [], []
     each = sample_bytes or SAMPLE_BYTES
     for index, stream in enumerate(recipe.data.streams):
         places = [place for place in (stream.remote, stream.local) if place]  # or its cache
         folders = (Path(os.path.expandvars(place)).expanduser() for place in places)
-        found = next(filter(None, map(_count, folders)), None)
+        by_caption = stream.repeat == "captions"
+        found = next(filter(None, (_count(folder, by_caption) for folder in folders)), None)
         if found is None:
             if stream.name not in PUBLISHED and unknown is None:
                 raise ValueError(
@@ -61,28 +65,36 @@ def volume_of(
                     f"{stream.remote or stream.local}, and no published set has that name; give "
                     f"data.streams.{index}.local=FOLDER"
                 )
-            samples = PUBLISHED.get(stream.name, unknown or 0)
             published.append(stream.name)
-            found = samples, samples * each
-        sizes.append(found[0])
-        stored += found[1]
+            images = PUBLISHED.get(stream.name, unknown or 0)
+            captions = PUBLISHED_CAPTIONS.get(stream.name, images)
+            found = images, captions if by_caption else images, images * each
+        samples += found[0]
+        items.append(found[1])
+        stored += found[2]
     if published:
         notes.append(
             f"published numbers of images, {each / 1e3:.0f} kB each, for what is not here: "
             + ", ".join(published)
         )
-    counts = samples_per_epoch(recipe.data, sizes)
-    return Volume(sum(sizes), stored, sum(counts), stored / sum(sizes), notes)
+    counts = samples_per_epoch(recipe.data, items)
+    return Volume(samples, stored, sum(counts), stored / samples, notes)
 
 
-def _count(folder: Path) -> tuple[int, float] | None:
-    """Samples and bytes as the index in a folder says."""
+def _count(folder: Path, by_caption: bool) -> tuple[int, int, float] | None:
+    """Samples, what an epoch takes of them (captions, if it goes by them) and bytes, as the index
+    in a folder says."""
     file = folder / "index.json"
     if not file.is_file():
         return None
     try:
         shards = json.loads(file.read_text(encoding="utf-8"))["shards"]
         size = sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in shards)
-        return sum(shard["samples"] for shard in shards), float(size)
+        samples = [shard["samples"] for shard in shards]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not an index of MDS shards ({error!r})") from error
+    items = samples
+    if by_caption:
+        counts = zip(samples, read_caption_counts(folder), strict=True)
+        items = [sum(part) if part else whole for whole, part in counts]
+    return sum(samples), sum(items), float(size)

@@ -15,8 +15,10 @@ from blip_scale.model import MED, MEDConfig, MomentumEncoder, SpecialTokens, Tex
 from blip_scale.model.vision import VisionConfig, build_vision
 from blip_scale.recipe import Recipe, TextRecipe
 
-_LARGE = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096}
-_KNOWN: dict[str, dict[str, int]] = {"bert-base-uncased": {}, "bert-large-uncased": _LARGE}
+_KNOWN: dict[str, dict[str, int]] = {
+    "bert-base-uncased": {},
+    "bert-large-uncased": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096},
+}
 """Sizes of text checkpoints that need not be here for a plan; TextConfig's defaults are base."""
 
 

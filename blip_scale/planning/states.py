@@ -128,7 +128,7 @@ def states(network: Network, sharding: Sharding, queue_size: int) -> States:
 
 
 def checkpoint_bytes(network: Network, queue_size: int) -> float:
-    """A checkpoint on the disk: masters, moments, momentum averages, queues."""
+    """A checkpoint on the disk: masters, moments, momentum averages, queues; of all ranks."""
     trained, copied = sum(network.trainable), sum(network.momentum)
     queue = 2 * _FP32 * network.config.embed_dim * queue_size + 8 * queue_size
     return float(3 * _FP32 * trained + _FP32 * copied + queue)

@@ -1,13 +1,15 @@
 """Held-out pairs through a MED: retrieval figures, and captions to look at.
 
-Legend: I pairs, N image tokens, D width.
+Legend: I images, S texts, N image tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from blip_scale import data
@@ -28,19 +30,18 @@ def evaluate(
 
     Args:
         med: whole network on this rank's device, in evaluation mode; the same on all ranks.
-        final: re-rank with image-text matching too, which costs top_k forwards a pair.
+        final: re-rank with image-text matching too, which costs top_k forwards for each image
+            and each text.
     """
     scalars: dict[str, float] = {}
     panels: dict[str, list[Panel]] = {}
     captions: list[dict[str, str]] = []
     for stream in recipe.data.heldout:
         pairs = data.heldout_pairs(
-            stream,
-            recipe.model.vision.image_size,
-            recipe.data.make_with,
-            recipe.evaluation.max_pairs,
+            stream, recipe.model.vision.image_size, recipe.data, recipe.evaluation.max_pairs
         )
-        texts = _Texts(pairs.captions, recipe, tokenizer, med)
+        texts = _Texts(list(chain.from_iterable(pairs.captions)), recipe, tokenizer, med)
+        owners_S = _owners(pairs)
         features = _encode(med, pairs, texts, recipe.evaluation.batch_size)
         similarity = features.image_features @ features.text_features.T
         reranked = None
@@ -49,7 +50,7 @@ def evaluate(
             reranked = retrieval.rerank(
                 med, features, texts.matching, settings.rerank_top_k, settings.batch_size
             )
-        figures = retrieval.retrieval_figures(similarity, reranked)
+        figures = retrieval.retrieval_figures(similarity, reranked, owners_S)
         scalars |= {f"{stream.name}/{name}": value for name, value in figures.items()}
         panels[stream.name] = _caption(med, pairs, recipe, tokenizer)
         captions += [
@@ -57,6 +58,13 @@ def evaluate(
             for i, panel in zip(_shown(len(pairs), recipe), panels[stream.name], strict=True)
         ]
     return Evaluation(scalars, panels, captions)
+
+
+def _owners(pairs: data.HeldoutPairs) -> Tensor:
+    """[S] int64: the image that each text belongs to."""
+    return torch.arange(len(pairs)).repeat_interleave(
+        torch.tensor([len(captions) for captions in pairs.captions])
+    )
 
 
 class _Texts:
@@ -67,6 +75,7 @@ class _Texts:
     ) -> None:
         limit = recipe.model.text.max_tokens
         self._token_ids = tokenizer(list(captions), truncation=True, max_length=limit)["input_ids"]
+        self.count = len(captions)
         self._device = med.vision_proj.weight.device
         self._enc = med.config.text.special.enc
 
@@ -82,17 +91,16 @@ class _Texts:
 def _encode(
     med: MED, pairs: data.HeldoutPairs, texts: _Texts, batch_size: int
 ) -> retrieval.PairFeatures:
-    """Features of all pairs on every rank; each rank encodes its share."""
+    """Features of all images and texts on every rank; each rank encodes its share."""
     like = med.vision_proj.weight
     embeds, images, sentences = [], [], []
-    mine = range(*retrieval.share(len(pairs)).indices(len(pairs)))
-    for begin in range(0, len(mine), batch_size):
-        indices = mine[begin : begin + batch_size]
+    for indices in _my_batches(len(pairs), batch_size):
         image_embeds = med.encode_image(
             normalize_images(pairs.images(indices).to(like.device), like.dtype)
         )
         embeds.append(image_embeds)
         images.append(med.project_image(image_embeds))
+    for indices in _my_batches(texts.count, batch_size):
         sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
     gathered = [
         torch.cat(collectives.all_gather_ragged(torch.cat(parts)))
@@ -101,8 +109,15 @@ def _encode(
     return retrieval.PairFeatures(*gathered)
 
 
+def _my_batches(count: int, batch_size: int) -> Iterator[range]:
+    """This rank's share of `count` items, in batches."""
+    mine = range(*retrieval.share(count).indices(count))
+    for begin in range(0, len(mine), batch_size):
+        yield mine[begin : begin + batch_size]
+
+
 def _shown(count: int, recipe: Recipe) -> list[int]:
-    """Pairs of the panel, evenly over the set."""
+    """Images of the panel, evenly over the set."""
     shown = min(recipe.evaluation.captions, count)
     return [index * count // shown for index in range(shown)]
 
@@ -126,6 +141,6 @@ def _caption(
     sequences = caption_beam(med, image_embeds, [med.config.text.special.dec], beam)
     said = tokenizer.batch_decode(sequences, skip_special_tokens=True)
     return [
-        Panel(image, caption, pairs.captions[index])
+        Panel(image, caption, pairs.captions[index][0])
         for image, caption, index in zip(images, said, shown, strict=True)
     ]

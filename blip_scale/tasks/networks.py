@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from blip_scale import data
 from blip_scale.data.tokenizer import special_ids
 from blip_scale.engine import collectives
-from blip_scale.interop import load_bert, load_vision
+from blip_scale.interop import load_bert, load_checkpoint, load_vision
 from blip_scale.model import (
     MED,
     MEDConfig,
@@ -23,6 +24,7 @@ from blip_scale.model import (
     init_weights,
 )
 from blip_scale.recipe import Recipe, TextRecipe
+from blip_scale.settings import expand
 
 
 def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
@@ -74,13 +76,17 @@ def _text_config(text: TextRecipe, tokenizer: PreTrainedTokenizerFast) -> TextCo
 
 
 def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
-    """A MED on the CPU in fp32: random from the seed, then the recipe's checkpoints over it.
+    """A MED on the CPU in fp32: all of it from `model.checkpoint`, else random from the seed with
+    the checkpoints of ViT and text over it.
 
     Every rank makes the same and keeps its shards, so the start of a run does not depend on the
     ranks.
     """
     med = MED(config)
     vision, text = recipe.model.vision, recipe.model.text
+    if recipe.model.checkpoint is not None:
+        load_checkpoint(med, Path(expand(recipe.model.checkpoint, "model.checkpoint")))
+        return med
     init_weights(med, recipe.seed, vision.init_std)
     if vision.checkpoint is not None:
         load_vision(med, vision.checkpoint)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_scale import data, objectives
+from blip_scale.batch_sizes import batch_sizes
 from blip_scale.engine import collectives
 from blip_scale.engine.deepspeed import ZeroEngine
 from blip_scale.engine.monitor import Alarm
@@ -187,10 +188,8 @@ class Pretrain:
         self.recipe, self.device = recipe, device
         self._tokenizer = data.load_tokenizer(recipe.model.text)
         self._config = networks.med_config(recipe, self._tokenizer)
-        world_size = collectives.world_size()
-        self._batch_size = (
-            recipe.train.micro_batch_size or recipe.train.global_batch_size // world_size
-        )
+        sizes = batch_sizes(recipe, collectives.world_size())
+        self._batch_size, self._accumulation = sizes.micro_batch, sizes.accumulation
         self._loader = networks.train_loader(recipe, self._tokenizer, self._batch_size)
         self.steps_per_epoch = self._loader.samples_per_epoch // recipe.train.global_batch_size
         self._queue = FeatureQueue(
@@ -219,6 +218,10 @@ class Pretrain:
         """Weights of the recipe's checkpoints, random from the seed where there are none."""
         med = networks.initialized_med(self.recipe, self._config)
         return {f"med.{name}": parameter.data for name, parameter in med.named_parameters()}
+
+    def inventory(self) -> list[dict[str, Any]]:
+        """The training streams with their shards."""
+        return data.inventory(self._loader.stores)
 
     def batches(self) -> Iterator[data.Batch]:
         """This rank's micro-batches."""
@@ -276,11 +279,8 @@ class Pretrain:
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
-        accumulation = self.recipe.train.global_batch_size // (
-            self._batch_size * collectives.world_size()
-        )
         queue_size = self.recipe.objective.queue_size
-        return accumulation * pretraining_flops(
+        return self._accumulation * pretraining_flops(
             self._config, self._batch_size, self._tokens, queue_size
         )
 

@@ -1,8 +1,9 @@
 """Zero-shot image-text retrieval: contrastive similarity, then image-text matching on the best
 candidates.
 
-Legend: I images, S texts (text i belongs to image i), E embed_dim, N image tokens, D width, k
-    candidates.
+Legend: I images, S texts (each belongs to one image, an image has one or more), Q queries (images
+    or texts) and C candidates (the other kind), K of them re-ranked, E embed_dim, N image tokens, D
+    width.
 """
 
 from __future__ import annotations
@@ -22,30 +23,36 @@ NOT_RERANKED = -100.0
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """Features of a rank's share of the held-out pairs, or of all of them."""
+    """Features of the held-out images and texts."""
 
     image_embeds: Tensor
     """[I, N, D] image tokens."""
     image_features: Tensor
     """[I, E] projected and normalised."""
     text_features: Tensor
-    """[I, E] projected and normalised."""
+    """[S, E] projected and normalised."""
 
 
-def recalls(scores_IS: Tensor) -> dict[str, float]:
-    """R@1, R@5, R@10 in both directions where text i is the one right answer of image i.
+def recalls(scores_IS: Tensor, owners_S: Tensor) -> dict[str, float]:
+    """R@1, R@5, R@10 in both directions. An image is right when any of its texts is among the first
+    k, a text when its image is.
 
     A tie counts against the right answer, so that constant scores give 0 and not 1.
 
     Args:
-        scores_IS: [I, S] with I = S; higher is better.
+        scores_IS: higher is better.
+        owners_S: int64, the image that each text belongs to.
     """
+    is_own_IS = owners_S == torch.arange(len(scores_IS), device=owners_S.device)[:, None]
     found = {}
-    for direction, scores in (("image_to_text", scores_IS), ("text_to_image", scores_IS.T)):
-        own = scores.diagonal()[:, None]
-        better = (scores >= own).sum(dim=1) - 1
+    for direction, scores_QC, is_own_QC in (
+        ("image_to_text", scores_IS, is_own_IS),
+        ("text_to_image", scores_IS.T, is_own_IS.T),
+    ):
+        best_own_Q1 = scores_QC.masked_fill(~is_own_QC, -torch.inf).amax(dim=1, keepdim=True)
+        better_Q = ((scores_QC >= best_own_Q1) & ~is_own_QC).sum(dim=1)
         for k in (1, 5, 10):
-            found[f"{direction}_r{k}"] = (better < k).double().mean().item()
+            found[f"{direction}_r{k}"] = (better_Q < k).double().mean().item()
     return found
 
 
@@ -68,40 +75,44 @@ def rerank(
     S]).
 
     For each image its `top_k` texts by cosine, and for each text its `top_k` images, get the raw
-    match logit plus the cosine; every other pair gets -100 (blip_spec: published evaluation). The
-    work is shared over the ranks and the scores are summed.
+    match logit plus the cosine; every other pair gets -100 (as published). A pair that both
+    directions want is matched once. The pairs are shared over the ranks.
 
     Args:
         texts: packed texts of some indices, first token [ENC].
     """
     similarity_IS = features.image_features @ features.text_features.T
-    count = len(similarity_IS)
-    top_k = min(top_k, count)
-    mine = range(*share(count).indices(count))
-    logits_and_seen = torch.zeros(2, 2, count, count, device=similarity_IS.device)
-    text_candidates = similarity_IS.topk(top_k, dim=1).indices.tolist()
-    image_candidates = similarity_IS.T.topk(top_k, dim=1).indices.tolist()
-    pairs = [(0, i, t) for i in mine for t in text_candidates[i]]
-    pairs += [(1, i, t) for t in mine for i in image_candidates[t]]
-    for begin in range(0, len(pairs), batch_size):
-        chunk = pairs[begin : begin + batch_size]
-        images = sorted({i for _, i, _ in chunk})
-        rows = {image: row for row, image in enumerate(images)}
-        index = torch.tensor([rows[i] for _, i, _ in chunk], device=similarity_IS.device)
-        logits = med.match(texts([t for _, _, t in chunk]), features.image_embeds[images], index)
-        directions, image_rows, text_columns = torch.tensor(chunk, device=index.device).unbind(1)
-        logits_and_seen[0, directions, image_rows, text_columns] = logits[:, 1].float()
-        logits_and_seen[1, directions, image_rows, text_columns] = 1.0
-    logits, seen = collectives.all_reduce_sum(logits_and_seen)
-    return torch.where(seen > 0, logits + similarity_IS, NOT_RERANKED)
+    wanted = torch.zeros(2, *similarity_IS.shape, dtype=torch.bool, device=similarity_IS.device)
+    wanted[0].scatter_(1, _best(similarity_IS, top_k), True)
+    wanted[1].T.scatter_(1, _best(similarity_IS.T, top_k), True)
+    pairs = wanted.any(dim=0).nonzero()  # in the order of the images: a batch has few of them
+    mine = pairs[share(len(pairs))]
+    logits = torch.zeros_like(similarity_IS, dtype=torch.float32)
+    for begin in range(0, len(mine), batch_size):
+        images, sentences = mine[begin : begin + batch_size].unbind(1)
+        own_images, index = images.unique(return_inverse=True)
+        matched = med.match(texts(sentences.tolist()), features.image_embeds[own_images], index)
+        logits[images, sentences] = matched[:, 1].float()
+    logits = collectives.all_reduce_sum(logits)
+    return torch.where(wanted, logits + similarity_IS, NOT_RERANKED)
 
 
-def retrieval_figures(scores_IS: Tensor, reranked: Tensor | None) -> dict[str, float]:
-    """`itc/...` and, where the pairs were re-ranked, `itm/...` recalls, and the number of
-    candidates."""
-    figures = {f"itc_{name}": value for name, value in recalls(scores_IS).items()}
-    if reranked is not None:
-        for direction, scores in zip(("image_to_text", "text_to_image"), reranked, strict=True):
-            both = recalls(scores)
+def _best(scores_QC: Tensor, top_k: int) -> Tensor:
+    """Columns of the `top_k` highest scores of every row, [Q, K], the same on all ranks."""
+    mine = scores_QC[share(len(scores_QC))].topk(min(top_k, scores_QC.shape[1]), dim=1).indices
+    return torch.cat(collectives.all_gather_ragged(mine))
+
+
+def retrieval_figures(
+    scores_IS: Tensor, reranked_2IS: Tensor | None, owners_S: Tensor
+) -> dict[str, float]:
+    """`itc_...` and, where the pairs were re-ranked, `itm_...` recalls, and the numbers of
+    candidates, images (`candidates`) and `texts`."""
+    owners_S = owners_S.to(scores_IS.device)
+    figures = {f"itc_{name}": value for name, value in recalls(scores_IS, owners_S).items()}
+    if reranked_2IS is not None:
+        for direction, scores in zip(("image_to_text", "text_to_image"), reranked_2IS, strict=True):
+            both = recalls(scores, owners_S)
             figures |= {f"itm_{name}": both[name] for name in both if name.startswith(direction)}
-    return figures | {"candidates": float(len(scores_IS))}
+    images, texts = scores_IS.shape
+    return figures | {"candidates": float(images), "texts": float(texts)}

@@ -32,7 +32,8 @@ class FaultyProxy(ThreadingHTTPServer):
         self.downloads: Counter[str] = Counter()
         """GET requests by path."""
         self.faults = {"refused": 0, "cut": 0}
-        self._share = share
+        self.share = share
+        """Of the requests that fail; may be changed while it runs."""
         self._dice = random.Random(seed)
         self._lock = threading.Lock()
 
@@ -45,7 +46,7 @@ class FaultyProxy(ThreadingHTTPServer):
         with self._lock:
             self.requests += 1
             self.downloads[path] += command == "GET"
-            if self._dice.random() >= self._share:
+            if self._dice.random() >= self.share:
                 return None
             fault = "cut" if self.faults["refused"] > self.faults["cut"] else "refused"
             self.faults[fault] += 1

@@ -137,6 +137,15 @@ class S3Server:
         found = self.client().get_object(Bucket=self.bucket, Key=self._key(address))
         return bytes(found["Body"].read())
 
+    def delete(self, address: str) -> None:
+        """Remove one object, s3://bucket/key."""
+        self.client().delete_object(Bucket=self.bucket, Key=self._key(address))
+
+    def names(self, prefix: str) -> set[str]:
+        """Names of the objects whose address begins with s3://bucket/prefix."""
+        listed = self.client().list_objects_v2(Bucket=self.bucket, Prefix=self._key(prefix))
+        return {entry["Key"].rpartition("/")[2] for entry in listed.get("Contents", [])}
+
     def _key(self, address: str) -> str:
         return address.removeprefix(f"s3://{self.bucket}/")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -105,6 +106,16 @@ def test_into_a_bucket_and_training_from_it(
     assert run.returncode == 0, run.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["skipped_samples"]) == (5, 0)
+
+    twice = f"s3://{s3.bucket}/converted/twice"
+    tar_folder = tmp_path / "twice"
+    tar_folder.mkdir()
+    for name in ("0.tar", "1.tar"):
+        shutil.copy(folder / "00000.tar", tar_folder / name)
+    assert prepare(["laion", str(tar_folder), twice, *arguments[3:]]) == 0
+    assert f"duplicate id: {PAIRS_PER_TAR}" in capsys.readouterr().out
+    named = json.loads(s3.get(f"{twice}/index.json"))["shards"]
+    assert s3.names(f"{twice}/shard.") == {shard["raw_data"]["basename"] for shard in named}
 
     assert prepare([*arguments[:2], "s3://nobody/has/this", *arguments[3:]]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]

@@ -111,19 +111,23 @@ def test_one_request_in_twenty_fails(
     assert not any(batch.skipped for batch in batches)
 
 
-def test_damaged_shards_are_skipped_and_counted_alike_everywhere(
+def test_damaged_and_missing_shards_are_skipped_and_counted_alike_everywhere(
     s3: S3Server, make_shards: MakeShards, make_loader: MakeLoader, tmp_path: Path
 ) -> None:
-    folder = make_shards("red", 60)
+    folder = make_shards("red", 90)
     remote = s3.upload(folder)
     store = StreamStore(stream(folder))
     lost = set()
-    for shard in (1, 4):
+    for shard in (1, 3, 5):
         lost |= {store.read(shard, i)["id"] for i in range(store.shard_samples[shard])}
         content = (folder / store.shard_name(shard)).read_bytes()
         flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
-        damaged = flipped if shard == 1 else content[: len(content) // 2]
-        s3.put(f"{remote}/{store.shard_name(shard)}", damaged)
+        if shard == 1:
+            s3.put(f"{remote}/{store.shard_name(shard)}", flipped)
+        elif shard == 3:
+            s3.put(f"{remote}/{store.shard_name(shard)}", content[: len(content) // 2])
+        else:
+            s3.delete(f"{remote}/{store.shard_name(shard)}")
     whole = [name for batch in take(make_loader([stream(folder)]), 14) for name in batch.ids]
 
     runs, counts = [], []
@@ -141,7 +145,9 @@ def test_damaged_shards_are_skipped_and_counted_alike_everywhere(
         runs.append([name for step in steps for batch in step for name in batch.ids])
         counts.append(sum(len(batch.skipped) for step in steps for batch in step))
         said = {line for step in steps for batch in step for line in batch.skipped}
-        assert len(said) == 2 and all("stays damaged, fetched 3 times" in line for line in said)
+        assert sum("stays damaged, fetched 3 times" in line for line in said) == 2
+        assert sum("can't be fetched, tried 4 times" in line for line in said) == 1
+        assert len(said) == 3
     assert runs[0] == runs[1]
     assert counts == [sum(name in lost for name in whole)] * 2
     assert not lost & set(runs[0])

@@ -1,16 +1,21 @@
-"""Whole ZeRO-3 runs whose data lie in a bucket: equal, bit for bit, to a run from the folder."""
+"""Whole ZeRO-3 runs whose data or checkpoints lie in a bucket: equal, bit for bit, to a run from
+folders."""
 
 from __future__ import annotations
 
 import random
+import re
+import shutil
 import signal
 import subprocess
 import time
+import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 import tiny_runs
+import train_on_nodes
 from faulty_proxy import faulty_proxy
 from s3_server import S3Server
 
@@ -103,3 +108,50 @@ def test_killed_ranks_go_on_from_the_bucket(
     assert_nothing_lost(recipe, undisturbed)
     assert "resuming at step" in tiny_runs.said(recipe)
     assert not list((tmp_path / "cache").glob("shard.00000.mds.*"))
+
+
+def test_checkpoints_in_a_bucket(
+    s3: S3Server,
+    tmp_path: Path,
+    undisturbed: dict[int, dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two nodes without a common disk: the storage fails for a while, all ranks are killed, and one
+    node is replaced by an empty one."""
+    recipe = make_recipe(tmp_path)
+    run, node = tmp_path / "node_0", tmp_path / "node_1"
+    script = Path(train_on_nodes.__file__)
+    arguments = [
+        f"--nodes={tmp_path}", f"checkpoint.folder=s3://{s3.bucket}/{uuid.uuid4().hex[:8]}",
+        "checkpoint.retry_s=1", "checkpoint.every_steps=2",
+    ]  # fmt: skip
+
+    def said(what: str) -> bool:
+        log = run / "logs" / "rank_0.log"
+        return log.exists() and re.search(what, log.read_text()) is not None
+
+    def wait_for(what: str, process: subprocess.Popen) -> None:
+        deadline = time.monotonic() + 240
+        while not said(what):
+            assert time.monotonic() < deadline and process.poll() is None, tiny_runs.said(recipe)
+            time.sleep(0.005)
+
+    with faulty_proxy(s3.port, monkeypatch, share=0) as proxy:
+        processes = tiny_runs.launch(recipe, RANKS, *arguments, script=script)
+        wait_for("uploaded step_00000002", processes[0])
+        proxy.share = 1
+        wait_for(r"step_\d+ was not uploaded", processes[0])
+        proxy.share = 0
+        wait_for(r"(?s)was not uploaded.* uploaded step_", processes[0])
+        for process in processes:
+            process.kill()
+        assert tiny_runs.finish(processes) == [-signal.SIGKILL] * RANKS
+        shutil.rmtree(node)
+        codes = tiny_runs.finish(tiny_runs.launch(recipe, RANKS, *arguments, script=script))
+        assert codes == [0] * RANKS, tiny_runs.said(recipe)
+    assert tiny_runs.losses(run) == undisturbed, tiny_runs.said(recipe)[-3000:]
+    assert said(r"resuming at step \d*[02468] from")
+    assert "is missing here: fetching it from s3://" in (node / "logs/rank_1.log").read_text()
+    for place in (run, node):
+        names = [path.name for path in sorted((place / "checkpoints").iterdir())]
+        assert names == ["step_00000022", "step_00000024"]

@@ -54,7 +54,7 @@ def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
     return encoded.getvalue()
 
 
-def stream(folder: Path, remote: Path | str | None = None, **settings: float) -> StreamRecipe:
+def stream(folder: Path, remote: Path | str | None = None, **settings: float | str) -> StreamRecipe:
     """A stream with the name of its folder, or of the remote's without a suffix `-1a2b3c4d`."""
     return StreamRecipe(
         name=re.sub(r"-[0-9a-f]{8}$", "", Path(remote or folder).name),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -82,6 +83,57 @@ def test_five_repeats_read_each_of_five_captions(
         assert read == {f"text {i} {t}": 1 for i in range(16) for t in range(5)}
     again = take(make_loader(streams), 20)
     assert [batch.captions for batch in again] == [batch.captions for batch in batches]
+
+
+def test_each_caption_once_an_epoch(tmp_path: Path, make_loader: MakeLoader) -> None:
+    """Images of one to five captions, as in Visual Genome: on two ranks, with a resume in mid
+    epoch; the order is that of one rank.
+    """
+    records = [
+        Record(f"{i}", jpeg(i), [f"{i} {t}" for t in range(1 + i % 5)], "s") for i in range(32)
+    ]
+    write_shards(tmp_path / "set", records, shard_size="20kb")
+    texts = {text for record in records for text in record.captions}
+    assert len(texts) == 93
+    streams = [stream(tmp_path / "set", repeat="captions")]
+    batches = take(make_loader(streams, global_batch=31), 6)
+    for epoch in (batches[:3], batches[3:]):
+        read = [
+            (text, name)
+            for batch in epoch
+            for text, name in zip(batch.captions, batch.ids, strict=True)
+        ]
+        assert {text for text, _ in read} == texts and len(read) == 93
+        assert all(text.split()[0] == name for text, name in read)
+    assert batches[0].captions != batches[3].captions
+    whole = [text for batch in batches for text in batch.captions]
+
+    loader = make_loader(streams, global_batch=31, workers=2)
+    begun = take(loader, 2)
+    resumed = make_loader(streams, global_batch=31)
+    resumed.load_state_dict(loader.state_dict())
+    assert [text for batch in (*begun, *take(resumed, 4)) for text in batch.captions] == whole
+    ranks = [take(make_loader(streams, rank, 2, global_batch=62), 3) for rank in range(2)]
+    parts = [text for step in zip(*ranks, strict=True) for batch in step for text in batch.captions]
+    assert set(parts[:62]) < texts and len(set(parts[:62])) == 62
+
+
+def test_one_caption_each_is_the_order_of_once(tmp_path: Path, make_loader: MakeLoader) -> None:
+    folder = captions_of(tmp_path / "set", 32, texts=1)
+    by_caption, once = (
+        [batch.ids for batch in take(make_loader([stream(folder, **how)]), 8)]
+        for how in ({"repeat": "captions"}, {})
+    )
+    assert by_caption == once
+
+
+def test_an_index_without_captions_is_refused(tmp_path: Path, make_loader: MakeLoader) -> None:
+    folder = captions_of(tmp_path / "set", 16, texts=2)
+    index = folder / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"captions": []}))
+    with pytest.raises(ValueError, match=r"stream 'set': .*does not say how many captions"):
+        make_loader([stream(folder, repeat="captions")])
+    make_loader([stream(folder)])
 
 
 def test_captions_take_turns_over_epochs_and_begin_anywhere(

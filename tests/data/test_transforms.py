@@ -118,7 +118,9 @@ def resized(pixels: np.ndarray) -> Tensor:
 def test_only_crops_that_stay_large_are_decoded_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     divisors = []
 
-    def recording(encoded: bytes, size: tuple[int, int], divisor: int) -> np.ndarray:
+    def recording(
+        encoded: bytes, size: tuple[int, int], divisor: int, buffer: np.ndarray
+    ) -> np.ndarray:
         divisors.append(divisor)
         pixels = transforms.decode_image(encoded).reduce(divisor)
         return np.array(pixels)

@@ -4,98 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_pieces import (
+    FOLLOWED,
+    KINDS,
+    SIZES,
+    Pieces,
+    alone,
+    even_slices,
+    flip_a_byte,
+    newest_whole,
+    one_stretch,
+    place_of,
+    state_of,
+    values,
+)
 from fake_ranks import FakeRanks
-from torch import Tensor, nn
 
-from blip_scale.engine import checkpoint
+from blip_scale.engine import checkpoint_files, restore
 from blip_scale.engine.checkpoint import RunState
-from blip_scale.engine.deepspeed import AdamW, Shard
-
-SIZES = {"first": 7, "second": 20, "last": 1}
-FOLLOWED = ("first", "last")
-"""Parameters with a momentum average."""
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "momentum")
-
-
-def values(kind: str, name: str) -> Tensor:
-    """Numbers that occur nowhere else."""
-    start = 1000 * KINDS.index(kind) + 100 * list(SIZES).index(name)
-    return torch.arange(start, start + SIZES[name], dtype=torch.float32)
-
-
-def even_slices(rank: int, ranks: int) -> dict[str, range]:
-    """As ZeRO-3 cuts: an equal slice of every parameter."""
-    cut = {}
-    for name, size in SIZES.items():
-        each = -(-size // ranks)
-        cut[name] = range(min(size, rank * each), min(size, (rank + 1) * each))
-    return cut
-
-
-def one_stretch(rank: int, ranks: int) -> dict[str, range]:
-    """As ZeRO-2 cuts: a stretch of all parameters laid end to end."""
-    each = -(-sum(SIZES.values()) // ranks)
-    cut, begin = {}, 0
-    for name, size in SIZES.items():
-        low, high = (min(size, max(0, edge * each - begin)) for edge in (rank, rank + 1))
-        cut[name], begin = range(low, high), begin + size
-    return cut
-
-
-class Pieces:
-    """Stands for a rank's ZeroEngine and its ShardedMomentum."""
-
-    def __init__(self, cut: dict[str, range], filled: bool = True) -> None:
-        owned = {name: part for name, part in cut.items() if len(part)}
-        flat = torch.zeros(sum(map(len, owned.values())))
-        self.optimizer: torch.optim.Optimizer = AdamW([nn.Parameter(flat)], fused=True)
-        self.all_shards: list[Shard] = []
-        for name, part in owned.items():
-            offset = sum(shard.numel for shard in self.all_shards)
-            shard = Shard(name, nn.Parameter(flat), part.start, len(part), flat, offset)
-            self.all_shards.append(shard)
-        followed = [shard for shard in self.all_shards if shard.name in FOLLOWED]
-        self.refreshed: list[str] = []
-        self.engine: Any = SimpleNamespace(
-            shards=self.all_shards,
-            trainable={name: torch.empty(size) for name, size in SIZES.items()},
-            optimizer=self.optimizer,
-            refresh=lambda: self.refreshed.append("engine"),
-        )
-        self.momentum: Any = SimpleNamespace(
-            shards=followed,
-            averages=[torch.zeros(shard.numel) for shard in followed],
-            refresh=lambda: self.refreshed.append("momentum"),
-        )
-        if filled:
-            moments = {key: torch.zeros_like(flat) for key in KINDS[1:3]}
-            self.optimizer.state[flat] = {"step": torch.tensor(17.0), **moments}
-            for kind, shard, tensor in self.tensors():
-                tensor += values(kind, shard.name)[shard.start : shard.start + shard.numel]
-
-    def tensors(self) -> list[tuple[str, Shard, Tensor]]:
-        """Everything that a checkpoint must keep, as live views."""
-        found = [("weight", shard, shard.weight) for shard in self.all_shards]
-        for key in KINDS[1:3]:
-            found += [(key, one, one.state(self.optimizer, key)) for one in self.all_shards]
-        pairs = zip(self.momentum.shards, self.momentum.averages, strict=True)
-        return found + [("momentum", shard, average) for shard, average in pairs]
-
-    def save(self, folder: Path, step: int = 5) -> Path | None:
-        state = RunState(
-            step, {"seconds": 1.5}, {"queue": {"pointer": 3}}, {"queue/image": torch.eye(3)}
-        )
-        return checkpoint.save(folder, state, self.engine, self.momentum)
-
-
-def alone(filled: bool = True) -> Pieces:
-    return Pieces(even_slices(0, 1), filled)
+from blip_scale.engine.places import Place
 
 
 @pytest.mark.parametrize("saved_as", [even_slices, one_stretch])
@@ -120,10 +53,10 @@ def test_ranks_and_stage_may_change(
     assert len(manifest["files"]) == before + 1
 
     def load(rank: int) -> tuple[Pieces, RunState]:
-        found = checkpoint.newest_whole(tmp_path)
+        found = newest_whole(tmp_path)
         assert found is not None
         pieces = Pieces(loaded_as(rank, after), filled=False)
-        return pieces, checkpoint.load(found, pieces.engine, pieces.momentum)
+        return pieces, restore.load(found, pieces.engine, pieces.momentum)
 
     covered = {kind: dict.fromkeys(SIZES, 0) for kind in KINDS}
     for pieces, state in FakeRanks(after, monkeypatch).run(load):
@@ -148,42 +81,44 @@ def test_a_run_without_an_update_has_no_moments(tmp_path: Path) -> None:
     pieces.optimizer.state.clear()
     pieces.save(tmp_path)
     fresh = alone(filled=False)
-    checkpoint.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
+    restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
     assert not fresh.optimizer.state
     assert torch.equal(fresh.all_shards[1].weight, values("weight", "second"))
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 10, 100):
+    """And, for ever, those of the steps asked for; what is no checkpoint is left alone."""
+    for step in (1, 2, 10, 99):
         alone().save(tmp_path, step)
     (tmp_path / "step_00000200.partial").mkdir()
     (tmp_path / "notes").mkdir()
-    checkpoint.prune(tmp_path, tmp_path / "step_00000100", 2)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["notes", "step_00000010", "step_00000100", "step_00000200.partial"]
-    checkpoint.prune(tmp_path, tmp_path / "step_00000100", 5)
-    assert len(list(tmp_path.iterdir())) == 4
+    alone().save(tmp_path, 100, keep_last=2, keep_every=5)
+    left = ["notes", "step_00000010", "step_00000099", "step_00000100", "step_00000200.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    alone().save(tmp_path, 101, keep_last=5)
+    assert len(list(tmp_path.iterdir())) == len(left) + 1
 
 
 def test_a_damaged_one_of_a_later_step_costs_no_good_one(tmp_path: Path) -> None:
     """The run fell back behind it and goes on saving: what it keeps are its own."""
-    for step in (50, 60, 87):
+    for step in (50, 87):
         alone().save(tmp_path, step)
     flip_a_byte(tmp_path / "step_00000087" / "rank_00000.safetensors")
-    checkpoint.prune(tmp_path, tmp_path / "step_00000060", 1)
-    assert checkpoint.newest_whole(tmp_path) == tmp_path / "step_00000060"
+    assert newest_whole(tmp_path) == tmp_path / "step_00000050"
+    alone().save(tmp_path, 60, keep_last=1)
+    assert newest_whole(tmp_path) == tmp_path / "step_00000060"
     assert not (tmp_path / "step_00000050").exists()
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
-    assert checkpoint.newest_whole(tmp_path / "never") is None
-    checkpoint.prune(tmp_path / "never", tmp_path / "never" / "step_00000001", 3)
+    assert newest_whole(tmp_path / "never") is None
 
 
-def flip_a_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+def test_checkpoints_of_which_none_is_whole_are_no_new_beginning(tmp_path: Path) -> None:
+    alone().save(tmp_path, 4)
+    flip_a_byte(tmp_path / "step_00000004" / "rank_00000.safetensors")
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* is whole"):
+        newest_whole(tmp_path)
 
 
 DAMAGES = {
@@ -218,7 +153,7 @@ def test_damage_is_found_and_the_one_before_taken(
     alone().save(tmp_path, 5)
     spoil, said = DAMAGES[damage]
     spoil(tmp_path / "step_00000005")
-    found = FakeRanks(ranks, monkeypatch).run(lambda rank: checkpoint.newest_whole(tmp_path))
+    found = FakeRanks(ranks, monkeypatch).run(lambda rank: newest_whole(tmp_path))
     assert found == [tmp_path / "step_00000004"] * ranks
     assert said in caplog.text
     assert "step_00000005" in caplog.text
@@ -231,7 +166,7 @@ def test_what_a_killed_save_left_is_removed(
     leftover = tmp_path / "step_00000005.partial"
     leftover.mkdir()
     (leftover / "rank_00000.safetensors").write_bytes(b"half")
-    assert checkpoint.newest_whole(tmp_path) == tmp_path / "step_00000004"
+    assert newest_whole(tmp_path) == tmp_path / "step_00000004"
     assert not leftover.exists()
     assert f"ignoring {leftover}: the save did not finish" in caplog.text
 
@@ -243,7 +178,7 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
     pieces.all_shards[0].weight.fill_(-1.0)
     assert pieces.save(tmp_path) == tmp_path / "step_00000005"
     fresh = alone(filled=False)
-    checkpoint.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
+    restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
     assert torch.equal(fresh.all_shards[0].weight, torch.full((7,), -1.0))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
 
@@ -257,21 +192,21 @@ def test_a_rank_that_cannot_write_is_said_by_name(
 ) -> None:
     """No rank waits for it, no half checkpoint stays, the one before is as it was."""
     alone().save(tmp_path, 4)
-    write = checkpoint.save_file
+    write = checkpoint_files.save_file
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         if f"rank_{failing:05d}" in str(path):
             raise OSError(28, "No space left on device")
         write(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint_files, "save_file", full)
     fake = FakeRanks(2, monkeypatch)
     with caplog.at_level(logging.ERROR):
         assert fake.run(lambda rank: Pieces(even_slices(rank, 2)).save(tmp_path)) == [None, None]
     assert f"rank {failing}: OSError: [Errno 28] No space left on device" in caplog.text
     assert "Earlier checkpoints are intact" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
-    whole = fake.run(lambda rank: checkpoint.newest_whole(tmp_path))
+    whole = fake.run(lambda rank: newest_whole(tmp_path))
     assert whole == [tmp_path / "step_00000004"] * 2
 
 
@@ -292,5 +227,93 @@ def test_another_network_is_refused(
     other = alone(filled=False)
     said = f"holds {saved} elements of {name}, the recipe's network {here}: it is of another"
     with pytest.raises(ValueError, match=said):
-        checkpoint.load(tmp_path / "step_00000005", other.engine, other.momentum)
+        restore.load(tmp_path / "step_00000005", other.engine, other.momentum)
     assert not any(shard.weight.any() for shard in other.all_shards)  # nothing was loaded
+
+
+def test_training_goes_on_while_a_copy_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a later step writes into weights, queue and history is not in the checkpoint."""
+    begun, may_write = threading.Event(), threading.Event()
+    write = checkpoint_files.save_file
+
+    def slow(tensors: Any, path: Path, metadata: Any) -> None:
+        begun.set()
+        assert may_write.wait(60)
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint_files, "save_file", slow)
+    pieces = alone()
+    saver, state = pieces.saver(place_of(tmp_path)), state_of(5)
+    saver.begin(state)
+    assert begun.wait(60)
+    for _, _, tensor in pieces.tensors():
+        tensor.fill_(-1.0)
+    state.shared["queue/image"].zero_()
+    state.position["seconds"] = 99.0
+    state.task["queue"]["pointer"] = 99
+    saver.poll()
+    assert saver.newest == 0 and not (tmp_path / "step_00000005").exists()
+    may_write.set()
+    assert saver.finish() and saver.newest == 5
+    fresh = alone(filled=False)
+    found = restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
+    for kind, shard, tensor in fresh.tensors():
+        assert torch.equal(tensor, values(kind, shard.name)), f"{kind} {shard.name}"
+    assert (found.position, found.task) == (state_of(5).position, state_of(5).task)
+    assert torch.equal(found.shared["queue/image"], torch.eye(3))
+    assert pieces.curves[5].keys() == {"checkpoint/pause_s", "checkpoint/write_s"}
+
+
+def test_one_save_follows_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polls commit what all ranks have written; a save that comes too early waits for it."""
+
+    def run(rank: int) -> list[int]:
+        saver = Pieces(even_slices(rank, 2)).saver(place_of(tmp_path))
+        saver.begin(state_of(1))
+        while saver.newest < 1:
+            saver.poll()
+        saver.begin(state_of(2))
+        saver.begin(state_of(3))
+        seen = [saver.newest]
+        assert saver.finish()
+        return [*seen, saver.newest]
+
+    assert FakeRanks(2, monkeypatch).run(run) == [[2, 3]] * 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_every_node_has_a_disk_of_its_own(
+    tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each commits its part, and goes on from it; another number of ranks would need all parts."""
+
+    def place(rank: int) -> Place:
+        return place_of(tmp_path / str(rank), is_shared=False)
+
+    def save(rank: int) -> None:
+        saver = Pieces(even_slices(rank, 2)).saver(place(rank))
+        saver.begin(state_of(5))
+        assert saver.finish()
+
+    FakeRanks(2, monkeypatch).run(save)
+    for rank in range(2):
+        names = {path.name for path in (tmp_path / str(rank) / "step_00000005").iterdir()}
+        assert names == {f"rank_{rank:05d}.safetensors", "shared.safetensors", "manifest.json"}
+
+    def go_on(rank: int) -> None:
+        found = restore.newest_whole(place(rank), stage=3)
+        assert found is not None
+        pieces = Pieces(even_slices(rank, ranks), filled=False)
+        restore.load(found, pieces.engine, pieces.momentum)
+        for kind, shard, tensor in pieces.tensors():
+            expected = values(kind, shard.name)[shard.start : shard.start + shard.numel]
+            assert torch.equal(tensor, expected)
+
+    if ranks == 2:
+        FakeRanks(2, monkeypatch).run(go_on)
+    else:
+        with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+            FakeRanks(1, monkeypatch).run(go_on)

@@ -67,9 +67,10 @@ def draws() -> list[float]:
 
 
 def measure(folder: Path, ranks: int) -> dict[int, dict[str, float]]:
-    """Losses by step of a fresh run: fp32, dropout on, ZeRO-3."""
+    """Losses by step of a run that the `deepspeed` command starts: fp32, dropout on, ZeRO-3."""
     recipe = tiny_runs.make_recipe(folder, train={"max_steps": STEPS})
-    tiny_runs.train(recipe, ranks)
+    code = tiny_runs.launch_by_command(recipe, ranks).wait(300)
+    assert code == 0, (folder / "stderr").read_text()
     return tiny_runs.losses(folder / "run")
 
 

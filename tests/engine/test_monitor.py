@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def test_summary_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def no_room(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", no_room)
+    monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(OSError, match="No space"):
         monitor.summary({"losses": {}})
     assert json.loads(file.read_text(encoding="utf-8"))["captions"] == ["größer"]

@@ -3,8 +3,10 @@ saved."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,9 @@ import pytest
 import tiny_runs
 import torch
 import train_killed_in_a_save
+
+from blip_scale import recipe as recipes
+from blip_scale.data import CaptionInput, LoaderPosition, TrainLoader, load_tokenizer
 
 pytestmark = pytest.mark.multiprocess
 
@@ -81,6 +86,67 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[st
     tiny_runs.train(recipe, 2)
     assert tiny_runs.losses(run) == undisturbed
     assert "resuming at step" in tiny_runs.said(recipe)
+
+
+def test_a_rank_that_stalls_or_dies_ends_the_others(
+    tmp_path: Path, undisturbed: dict[int, dict[str, float]]
+) -> None:
+    """Without a launcher that would do it: within the time that the recipe gives, with stacks in
+    the log. Then the run goes on, and its record says that every sample was used once."""
+    stall_s = 40  # the start must fit in, on a busy machine too
+    recipe = tiny_runs.make_recipe(
+        tmp_path,
+        checkpoint={"every_steps": 3},
+        train={"max_steps": STEPS, "stall_timeout_s": stall_s},
+        log={"sample_ids": True},
+    )
+    run = tmp_path / "run"
+    processes = tiny_runs.launch(recipe, 2)
+    wait_for(lambda: reached(run, 4), processes[0])
+    processes[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert processes[0].wait(3 * stall_s) == 1
+    assert time.monotonic() - stopped < stall_s + 20
+    log = (run / "logs" / "rank_0.log").read_text()
+    assert f"Timeout (0:00:{stall_s})!" in log and "in _train" in log
+    processes[1].send_signal(signal.SIGCONT)
+    assert processes[1].wait(60) != 0
+
+    processes = tiny_runs.launch(recipe, 2)
+    wait_for(lambda: reached(run, 7), processes[0])
+    processes[1].kill()
+    assert processes[0].wait(stall_s) == 1
+    tiny_runs.train(recipe, 2)
+    assert tiny_runs.losses(run) == undisturbed
+    _assert_every_sample_once(recipe)
+
+    heartbeat = json.loads((run / "heartbeat.json").read_text())
+    assert (heartbeat["phase"], heartbeat["restarts"]) == ("done", 2)
+    assert (heartbeat["step"], heartbeat["checkpoint_step"]) == (STEPS, STEPS)
+    attempts = json.loads((run / "manifest.json").read_text())["attempts"]
+    assert [attempt["ended"]["why"][:9] for attempt in attempts] == [
+        "not known", "RuntimeEr", "done",
+    ]  # fmt: skip
+    assert attempts[0]["from"] is None
+    for attempt in attempts[1:]:
+        assert re.search(r"step_0000000[369]$", attempt["from"]["checkpoint"])
+
+
+def _assert_every_sample_once(recipe: Path) -> None:
+    """The record of each rank is what a loader gives that nobody disturbed."""
+    chosen = recipes.load(str(recipe))
+    text = CaptionInput(load_tokenizer(chosen.model.text), chosen.model.text.max_tokens)
+    for rank in range(2):
+        position = LoaderPosition(rank, 2, 8, chosen.train.global_batch_size)
+        loader = TrainLoader(
+            chosen.data, chosen.model.vision.image_size, text, chosen.seed, position
+        )
+        expected = [
+            {"step": step, "ids": batch.ids}
+            for step, batch in zip(range(1, STEPS + 1), loader, strict=False)
+        ]
+        file = recipe.parent / "run" / "samples" / f"rank_{rank}.jsonl"
+        assert [json.loads(line) for line in file.read_text().splitlines()] == expected
 
 
 @pytest.mark.parametrize("moment", list(train_killed_in_a_save.MOMENTS))
@@ -159,7 +225,7 @@ def test_resume_with_everything_on(tmp_path: Path) -> None:
             assert torch.equal(tensor, tensors_again[kind][name]), f"{kind} {name}"
 
 
-def test_full_disk_while_saving(tmp_path: Path) -> None:
+def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
     """A checkpoint that does not fit is said, the earlier one stays whole, and the run goes on."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -169,21 +235,21 @@ def test_full_disk_while_saving(tmp_path: Path) -> None:
         pytest.skip("mounting a small disk needs root")
     try:
         recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
-        output = f"output_dir={disk}/run"
-        tiny_runs.train(recipe, 1, output, "train.max_steps=3")
-        (earlier,) = (disk / "run" / "checkpoints").iterdir()
+        folder = f"checkpoint.folder={disk}/checkpoints"
+        tiny_runs.train(recipe, 2, folder, "train.max_steps=3")
+        (earlier,) = (disk / "checkpoints").iterdir()
         before = {path.name: path.read_bytes() for path in earlier.iterdir()}
         room = sum(map(len, before.values())) // 2  # too little for another one
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - room))
-        codes = tiny_runs.finish(tiny_runs.launch(recipe, 1, output))
+        codes = tiny_runs.finish(tiny_runs.launch(recipe, 2, folder))
         said = tiny_runs.said(recipe)
-        assert codes == [1], said  # the last checkpoint is missing, so it is no success
+        assert set(codes) == {1}, said  # the last checkpoint is missing, so it is no success
         assert "resuming at step 3" in said
-        assert "was NOT saved" in said
+        assert said.count("was NOT saved") == 3
         assert "No space left" in said
         assert "Earlier checkpoints are intact" in said
-        assert f"step {STEPS}/{STEPS}" in said
-        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == [earlier.name]
+        assert tiny_runs.losses(tmp_path / "run") == undisturbed
+        assert [path.name for path in (disk / "checkpoints").iterdir()] == [earlier.name]
         assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
     finally:
         subprocess.run(["umount", str(disk)], check=False)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import shutil
+import socket
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -15,16 +18,18 @@ import plain_reference
 import pytest
 import tiny_runs
 import torch
+import train_with_a_slow_rank
 import train_with_accidents
 import yaml
+from checkpoint_pieces import newest_whole
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from blip_scale import recipe as recipes
-from blip_scale.data import Record, write_shards
-from blip_scale.engine import checkpoint
+from blip_scale.data import Record, load_tokenizer, write_shards
 from blip_scale.objectives import FeatureQueue
+from blip_scale.tasks import networks
 
 pytestmark = pytest.mark.multiprocess
 
@@ -37,11 +42,16 @@ CURVES = LOSSES | {
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
     "queue/age_steps", "momentum/gap",
     "speed/samples_per_s", "speed/mfu", "speed/data_wait_share",
-    "memory/peak_gib", "data/skipped_samples", "data/share_shapes",
+    "speed/slowest_rank_ratio",
+    "memory/peak_gib", "data/skipped_samples", "data/share_shapes", "train/skipped_steps",
+    "communication/blocked_share", "communication/calls_per_step",
+    "communication/gigabytes_per_step", "communication/all_gather_share",
+    "communication/reduce_scatter_share", "communication/all_reduce_share",
+    "communication/other_share", "alarm/loss_spike", "alarm/loss_spike_ratio",
 }  # fmt: skip
 SHARES = (
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
-    "train/alpha", "speed/data_wait_share",
+    "train/alpha", "speed/data_wait_share", "communication/blocked_share",
 )  # fmt: skip
 RECALLS = {
     f"heldout/{kind}_{direction}_r{k}"
@@ -49,6 +59,8 @@ RECALLS = {
     for direction in ("image_to_text", "text_to_image")
     for k in (1, 5, 10)
 }
+
+PAUSES = {"checkpoint/pause_s", "checkpoint/write_s"}
 
 
 def run_command(recipe: Path, ranks: int | None = None) -> int:
@@ -134,7 +146,10 @@ def test_every_curve_is_there(finished: Path) -> None:
     run = finished.parent / "run"
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
     tags = events.Tags()
-    assert set(tags["scalars"]) == CURVES | RECALLS | {"heldout/candidates"}
+    assert set(tags["scalars"]) == CURVES | RECALLS | PAUSES | {"heldout/candidates"}
+    for name in PAUSES:
+        assert [point.step for point in events.Scalars(name)] == [3, 6]
+        assert all(0 < point.value < 60 for point in events.Scalars(name))
     by_step = {row["step"]: row for row in rows(run) if "loss/total" in row}
     for name in CURVES:
         points = events.Scalars(name)
@@ -215,42 +230,92 @@ def test_a_finished_run_has_nothing_left_to_do(finished: Path) -> None:
     assert json.loads((run / "summary.json").read_text()) == summary
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stage", "steps"),
-    [(1, 3, 3), (2, 2, STEPS)],
-    ids=["one-rank", "zero2"],
-)
-def test_a_checkpoint_serves_other_ranks_and_stages(
-    tmp_path: Path, finished: Path, ranks: int, stage: int, steps: int
-) -> None:
-    """Written by two ranks of ZeRO-3: every number arrives, and where the ranks are the same (only
-    they fix the local batches) the run goes on with the same losses."""
-    recipe = tiny_runs.make_recipe(
-        tmp_path, evaluation={"every_steps": 3}, train={"max_steps": steps}
-    )
-    written = finished.parent / "run" / "checkpoints" / "step_00000003"
-    shutil.copytree(written, tmp_path / "run" / "checkpoints" / written.name)
-    script = Path(__file__).parent / "train_from_a_copy.py"
-    codes = tiny_runs.finish(tiny_runs.launch(recipe, ranks, stage=stage, script=script))
-    assert codes == [0] * ranks, tiny_runs.said(recipe)
-    loaded = tmp_path / "run" / "reloaded" / written.name
+def assert_same_checkpoint(written: Path, loaded: Path) -> None:
+    """Every number and all state are the same, whoever wrote it."""
     for kind in KINDS:
         before, after = (tiny_runs.whole_tensors(folder, kind) for folder in (written, loaded))
         assert before.keys() == after.keys() and len(before) > 20
         for name, tensor in before.items():
             assert torch.equal(after[name], tensor), f"{kind} {name}"
     before, after = (load_file(folder / "shared.safetensors") for folder in (written, loaded))
-    assert before.keys() == after.keys()
+    assert before.keys() == after.keys() == {"queue/image", "queue/text", "queue/entered_at"}
     assert all(torch.equal(before[key], after[key]) for key in before)
     old, new = (json.loads((f / "manifest.json").read_text()) for f in (written, loaded))
-    for key in ("step", "optimizer_steps", "position", "task"):
+    for key in ("step", "optimizer_steps", "parameters", "position", "task"):
         assert old[key] == new[key], key
-    assert (old["world_size"], new["world_size"]) == (RANKS, ranks)
-    expected = tiny_runs.losses(finished.parent / "run")
-    if steps > 3:
-        found = tiny_runs.losses(tmp_path / "run")
-        for step in range(4, steps + 1):
-            assert found[step] == pytest.approx(expected[step], abs=2e-5), step
+
+
+def resume_a_copy(recipe: Path, step: int, ranks: int, stage: int, *arguments: str) -> None:
+    """Go on from the checkpoint of `step`, and compare what was loaded with what was written."""
+    script = Path(__file__).parent / "train_from_a_copy.py"
+    codes = tiny_runs.finish(
+        tiny_runs.launch(recipe, ranks, *arguments, stage=stage, script=script)
+    )
+    assert codes == [0] * ranks, tiny_runs.said(recipe)
+    name = f"step_{step:08d}"
+    run = recipe.parent / "run"
+    assert_same_checkpoint(run / "checkpoints" / name, run / "reloaded" / name)
+    assert (
+        json.loads((run / "reloaded" / name / "manifest.json").read_text())["world_size"] == ranks
+    )
+
+
+def copy_of_step_3(finished: Path, folder: Path) -> None:
+    """As saved by two ranks of ZeRO-3."""
+    written = finished.parent / "run" / "checkpoints" / "step_00000003"
+    shutil.copytree(written, folder / "run" / "checkpoints" / written.name)
+
+
+def test_another_stage_goes_on_with_the_same_losses(tmp_path: Path, finished: Path) -> None:
+    recipe = tiny_runs.make_recipe(
+        tmp_path, evaluation={"every_steps": 3}, train={"max_steps": STEPS}
+    )
+    copy_of_step_3(finished, tmp_path)
+    resume_a_copy(recipe, 3, RANKS, 2)
+    expected, found = (tiny_runs.losses(path.parent / "run") for path in (finished, recipe))
+    for step in range(4, STEPS + 1):
+        assert found[step] == pytest.approx(expected[step], abs=2e-5), step
+
+
+def test_other_numbers_of_ranks_take_the_same_samples(tmp_path: Path, finished: Path) -> None:
+    """Two ranks, then one, then four, then one of ZeRO-2: nothing is lost on the way, and the
+    global batch stays as it is, by more or less accumulation."""
+    recipe = tiny_runs.make_recipe(tmp_path, train={"max_micro_batch_size": 4})
+    copy_of_step_3(finished, tmp_path)
+    for step, (ranks, stage) in enumerate([(1, 3), (4, 3), (1, 2)], start=3):
+        resume_a_copy(recipe, step, ranks, stage, f"train.max_steps={step + 1}")
+    lines = (tmp_path / "run" / "ids.jsonl").read_text().splitlines()
+    parts = sorted(json.loads(line) for line in lines)
+    assert [len(ids) for *_, ids in parts] == [4] * (3 * BATCH // 4)
+    taken = [name for *_, ids in parts for name in ids]
+    chosen = recipes.load(str(recipe))
+    loader = networks.train_loader(chosen, load_tokenizer(chosen.model.text), BATCH)
+    order = [name for batch in itertools.islice(iter(loader), STEPS) for name in batch.ids]
+    loader.close()
+    assert taken == order[3 * BATCH :]
+
+
+def test_a_slow_rank_and_a_jump_of_the_loss_are_seen(tmp_path: Path) -> None:
+    """The rank is named, though all take equally long for a step; the jump with its samples."""
+    slow = train_with_a_slow_rank
+    recipe = tiny_runs.make_recipe(tmp_path, train={"max_steps": slow.SPIKE_STEP + 1})
+    script = Path(slow.__file__)
+    codes = tiny_runs.finish(tiny_runs.launch(recipe, RANKS, script=script))
+    said = tiny_runs.said(recipe)
+    assert codes == [0, 0], said
+    by_step = {row["step"]: row for row in rows(tmp_path / "run") if "loss/total" in row}
+    ratios = [by_step[step]["speed/slowest_rank_ratio"] for step in by_step]
+    before, after = ratios[2 : slow.SLOW_FROM_STEP - 1], ratios[slow.SLOW_FROM_STEP :]
+    assert 1 <= statistics.median(before) < 1.3 < 1.8 < statistics.median(after)
+    named = re.findall(r"step \d+: rank (\d) on (\S+) is slow", said)
+    assert ("1", socket.gethostname()) in named
+    jumps = [step for step, row in by_step.items() if row["alarm/loss_spike"]]
+    assert jumps == [slow.SPIKE_STEP]
+    assert by_step[slow.SPIKE_STEP]["alarm/loss_spike_ratio"] > 20
+    loss = by_step[slow.SPIKE_STEP]["loss/total"]
+    (line,) = re.findall(r"step 25: loss/total (\S+), usual is .* worst in step 25 \((.*)\)", said)
+    assert float(line[0]) == pytest.approx(loss, rel=1e-3)
+    assert len(re.findall(r"shapes-\w", line[1])) == 8
 
 
 def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
@@ -305,18 +370,19 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:
         shutil.rmtree(path)
     saved = sorted(checkpoints.iterdir())
     assert len(saved) >= 2
-    assert checkpoint.newest_whole(checkpoints) == saved[-1]
+    assert newest_whole(checkpoints) == saved[-1]
 
 
-def test_numbers_that_go_wrong(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "micro_batch"), [(3, 8), (2, 4)], ids=["zero3", "zero2-twice"])
+def test_numbers_that_go_wrong(tmp_path: Path, stage: int, micro_batch: int) -> None:
     """Steps that are not finite change nothing on any rank; a row of them ends the run."""
     recipe = tiny_runs.make_recipe(
         tmp_path,
-        train={"max_steps": 100, "max_nonfinite_steps": 3},
+        train={"max_steps": 100, "max_nonfinite_steps": 3, "micro_batch_size": micro_batch},
         checkpoint={"every_steps": 1},
     )
     script = Path(train_with_accidents.__file__)
-    processes = tiny_runs.launch(recipe, RANKS, script=script)
+    processes = tiny_runs.launch(recipe, RANKS, stage=stage, script=script)
     codes = [process.wait(300) for process in processes]
     said = tiny_runs.said(recipe)
     assert codes == [1, 1], said
@@ -352,5 +418,7 @@ def test_numbers_that_go_wrong(tmp_path: Path) -> None:
     )
     assert all(tensor.isfinite().all() for tensor in tensors(burst + 2).values())
     by_step = {row["step"]: row for row in rows(tmp_path / "run") if "loss/total" in row}
+    skips = {step: row["train/skipped_steps"] for step, row in by_step.items()}
+    assert skips == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 3}
     assert by_step[bad]["loss/total"] is None
     assert by_step[bad + 1]["loss/total"] > 0

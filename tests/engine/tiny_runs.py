@@ -8,11 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from fork_server import ForkedProcess, ForkServer
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from torch import Tensor
@@ -110,16 +112,18 @@ def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
             tree[name] = value
 
 
+Rank = ForkedProcess | subprocess.Popen[bytes]
 TRAIN = REPO / "blip_scale" / "train.py"
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 
 def launch(
     recipe: Path, ranks: int = 1, *arguments: str, stage: int = 3, script: Path = TRAIN
-) -> list[subprocess.Popen]:
+) -> list[Rank]:
     """Start the train command on some ranks, as a launcher does; stderr goes to rank files.
 
-    `script` stands in for train.py and takes its arguments.
+    `script` stands in for train.py and takes its arguments. The ranks are forked with everything
+    imported; `launch_by_command` starts fresh interpreters.
     """
     port = _free_port()
     processes = []
@@ -129,13 +133,16 @@ def launch(
             "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
-        command = [sys.executable, str(script), "--recipe", str(recipe)]
+        command = [str(script), "--recipe", str(recipe)]
         command += ["--deepspeed", str(REPO / f"ds_configs/zero{stage}.json"), *arguments]
         with (recipe.parent / f"stderr_{rank}.txt").open("a") as stderr:
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr, cwd=REPO)
-            )
+            processes.append(_fork_server().start(command, environment, REPO, stderr))
     return processes
+
+
+@cache
+def _fork_server() -> ForkServer:
+    return ForkServer(os.environ | {"DS_ACCELERATOR": "cpu"})
 
 
 def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Popen:
@@ -165,7 +172,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def finish(processes: list[subprocess.Popen], timeout_s: float = 300) -> list[int]:
+def finish(processes: list[Rank], timeout_s: float = 300) -> list[int]:
     """Exit codes; once a rank failed, the others are ended, as a launcher does."""
     codes = []
     for process in processes:

@@ -1,27 +1,52 @@
-"""train.py that first saves what it has just loaded, as `reloaded` beside the checkpoints."""
+"""train.py that first saves what it has just loaded, as `reloaded` beside the checkpoints, and then
+notes which samples each rank takes."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import train
-from blip_scale.engine import checkpoint, loop
+from blip_scale.engine import collectives, loop
+from blip_scale.engine.checkpoint import RunState, Saver
+from blip_scale.engine.places import Place
+from blip_scale.recipe import CheckpointRecipe
+from blip_scale.tasks import Pretrain
 
-_train = loop._train
+_train, _losses = loop._train, Pretrain.losses
 
 
 def train_after_a_copy(run: loop.Run) -> int:
     """Save, before any step, all that the checkpoint gave."""
+    (group,) = run.engine.optimizer.param_groups  # one: no group can lose its weight decay
+    assert group["weight_decay"] == run.recipe.optimizer.weight_decay
     state, shared = run.task.state_dict()
-    loaded = checkpoint.RunState(run.step, dict(vars(run.history)), state, shared)
+    loaded = RunState(run.step, vars(run.history), state, shared)
+    rank, world_size = collectives.rank(), collectives.world_size()
     folder = Path(run.recipe.output_dir) / "reloaded"
-    assert checkpoint.save(folder, loaded, run.engine, run.momentum) is not None
+    place = Place(folder, None, rank, tuple(range(world_size)), world_size)
+    saver = Saver(
+        place, CheckpointRecipe(), run.engine, run.momentum, lambda *_: None, lambda *_: None
+    )
+    saver.begin(loaded)
+    assert saver.finish()
     return _train(run)
+
+
+def losses(self: Pretrain, network: Any, batch: Any, progress: Any) -> dict[str, Any]:
+    """Those of the task; the ids of the batch go to a file."""
+    file = Path(self.recipe.output_dir) / "ids.jsonl"
+    line = json.dumps([progress.step, progress.micro_step, collectives.rank(), batch.ids])
+    with file.open("a") as stream:
+        stream.write(line + "\n")
+    return _losses(self, network, batch, progress)
 
 
 if __name__ == "__main__":
     loop._train = train_after_a_copy
+    Pretrain.losses = losses  # type: ignore[method-assign]
     train.command()

@@ -5,33 +5,43 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import train
-from blip_scale.engine import checkpoint
+from blip_scale.engine import checkpoint_files
 
-MOMENTS = {"writing": "_write", "committing": "_commit"}
-"""Name of the moment -> what of blip_scale.engine.checkpoint is not reached any more."""
+MOMENTS = {"writing": "save_file", "committing": "commit"}
+"""Name of the moment -> what of blip_scale.engine.checkpoint_files does not come to its end: in the
+thread that writes while training goes on, or in the main thread."""
 _DOOMED = "step_00000006.partial"
 
 
-def kill_before(name: str) -> None:
+def kill_in(moment: str) -> None:
     """Replace a function by one that dies when it is called for the doomed checkpoint."""
-    original = getattr(checkpoint, name)
+    original = getattr(checkpoint_files, MOMENTS[moment])
 
-    def dying(path: Path, *arguments: Any) -> Any:
-        if _DOOMED in str(path) and os.environ["RANK"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(path, *arguments)
+    def dying(*arguments: Any) -> Any:
+        (path, *_) = (one for one in arguments if isinstance(one, Path))
+        if _DOOMED not in str(path) or os.environ["RANK"] != "0":
+            return original(*arguments)
+        if moment == "writing":  # half a file is there, and the training is at the next step
+            original(*arguments)
+            os.truncate(path, path.stat().st_size // 2)
+            metrics = path.parent.parent.parent / "metrics.jsonl"
+            while '"step": 7,' not in metrics.read_text():
+                time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
 
-    setattr(checkpoint, name, dying)
+    setattr(checkpoint_files, MOMENTS[moment], dying)
 
 
 if __name__ == "__main__":
     (moment,) = (part for part in sys.argv if part.startswith("--moment="))
     sys.argv.remove(moment)
-    kill_before(MOMENTS[moment.partition("=")[2]])
+    kill_in(moment.partition("=")[2])
     train.command()

@@ -15,17 +15,20 @@ from blip_scale.recipe import OptimizerRecipe
 from blip_scale.tasks import Pretrain
 
 BAD_LOSS_STEP = 3
-"""The loss of rank 1 is not a number in this step (counted from 1)."""
+"""The loss of rank 1 is once not a number in this step (counted from 1)."""
 BURST_STEP = 5
 """The learning rate of this step throws the weights far away: no later loss is finite."""
 
+_spoilt: set[int] = set()
 _losses, _learning_rate = Pretrain.losses, loop.learning_rate
 
 
 def losses(self: Pretrain, network: Any, batch: Any, progress: Any) -> dict[str, Any]:
-    """Those of the task, spoilt in one step on rank 1."""
+    """Those of the task, spoilt in one step on rank 1, in the first of its micro-steps."""
     found = _losses(self, network, batch, progress)
-    if progress.step + 1 == BAD_LOSS_STEP and os.environ["RANK"] == "1":
+    bad = progress.step + 1 == BAD_LOSS_STEP and os.environ["RANK"] == "1"
+    if bad and progress.step not in _spoilt:
+        _spoilt.add(progress.step)
         found["loss/total"] = found["loss/total"] * float("nan")
     return found
 

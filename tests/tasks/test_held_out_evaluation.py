@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 from fake_ranks import FakeRanks
 
 from blip_scale import data
 from blip_scale.engine.task import Evaluation
 from blip_scale.model import MED, BeamSettings, PackedText, caption_beam
-from blip_scale.recipe import Recipe
+from blip_scale.recipe import Recipe, StreamRecipe
 from blip_scale.tasks import heldout, networks, retrieval
 
 OTHERS = 5
 """Pairs in the second held-out set; the first has 16."""
+COUNTS = ("candidates", "texts")
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +45,10 @@ def test_every_set_has_its_figures(med: MED, recipe: Recipe) -> None:
         for direction in ("image_to_text", "text_to_image")
         for k in (1, 5, 10)
     ]
-    names = {f"{name}/{kind}" for name in ("heldout", "others") for kind in [*kinds, "candidates"]}
+    names = {f"{name}/{kind}" for name in ("heldout", "others") for kind in [*kinds, *COUNTS]}
     assert set(found.scalars) == names
-    assert (found.scalars["heldout/candidates"], found.scalars["others/candidates"]) == (16, OTHERS)
+    assert [found.scalars[f"heldout/{count}"] for count in COUNTS] == [16, 16]
+    assert [found.scalars[f"others/{count}"] for count in COUNTS] == [OTHERS, OTHERS]
     during = evaluate(med, recipe, final=False)
     assert set(during.scalars) == {name for name in names if "/itm_" not in name}
 
@@ -55,13 +59,54 @@ def test_figures_are_those_of_the_pairs(med: MED, recipe: Recipe) -> None:
     tokenizer = data.load_tokenizer(recipe.model.text)
     pairs = data.heldout_pairs(recipe.data.heldout[0], recipe.model.vision.image_size)
     images = networks.normalize_images(pairs.images(range(16)), torch.float32)
-    texts = PackedText.from_lists([tokenizer(caption)["input_ids"] for caption in pairs.captions])
+    texts = PackedText.from_lists(
+        [tokenizer(caption)["input_ids"] for (caption,) in pairs.captions]
+    )
     cosine = (
         med.project_image(med.encode_image(images)) @ med.project_text(med.encode_text(texts)).T
     )
-    expected = {f"heldout/itc_{name}": value for name, value in retrieval.recalls(cosine).items()}
+    expected = {
+        f"heldout/itc_{name}": value
+        for name, value in retrieval.recalls(cosine, torch.arange(16)).items()
+    }
     found = evaluate(med, recipe, final=False).scalars
     assert {name: found[name] for name in expected} == expected
+
+
+@torch.no_grad()
+def test_all_texts_of_an_image_count(
+    med: MED, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of one to three captions, counted by sorting; the same on two ranks."""
+    records = tiny_runs.records("others")[:9]
+    texts = [
+        [f"{r.caption} {'again ' * n}{i}" for n in range(1 + i % 3)] for i, r in enumerate(records)
+    ]
+    several = [replace(record, caption=own) for record, own in zip(records, texts, strict=True)]
+    data.write_shards(tmp_path / "several", several)
+    stream = StreamRecipe("several", str(tmp_path / "several"))
+    recipe = replace(recipe, data=replace(recipe.data, heldout=[stream]))
+
+    pairs = data.heldout_pairs(stream, recipe.model.vision.image_size)
+    tokenizer = data.load_tokenizer(recipe.model.text)
+    images = networks.normalize_images(pairs.images(range(9)), torch.float32)
+    tokens = [tokenizer(text)["input_ids"] for own in pairs.captions for text in own]
+    owners = [i for i, own in enumerate(pairs.captions) for _ in own]
+    cosine = (
+        med.project_image(med.encode_image(images))
+        @ med.project_text(med.encode_text(PackedText.from_lists(tokens))).T
+    )
+    found = evaluate(med, recipe).scalars
+    assert (found["several/candidates"], found["several/texts"]) == (9, 18)
+    for k in (1, 5, 10):
+        best = [row.argsort(descending=True)[:k].tolist() for row in cosine]
+        hits = [any(owners[text] == image for text in own) for image, own in enumerate(best)]
+        assert found[f"several/itc_image_to_text_r{k}"] == pytest.approx(sum(hits) / 9)
+        best = [column.argsort(descending=True)[:k].tolist() for column in cosine.T]
+        hits = [owners[text] in own for text, own in enumerate(best)]
+        assert found[f"several/itc_text_to_image_r{k}"] == pytest.approx(sum(hits) / 18)
+    for ours in FakeRanks(2, monkeypatch).run(lambda rank: evaluate(med, recipe)):
+        assert ours.scalars == found
 
 
 def test_captions_and_pictures_keep_step_with_the_pairs(med: MED, recipe: Recipe) -> None:
@@ -77,7 +122,7 @@ def test_captions_and_pictures_keep_step_with_the_pairs(med: MED, recipe: Recipe
         for place, panel in zip(places, found.panels[stream.name], strict=True):
             image = pairs.images([place])
             assert torch.equal(panel.image, image[0])
-            assert panel.truth == pairs.captions[place]
+            assert panel.truth == pairs.captions[place][0]
             with torch.no_grad():
                 embeds = med.encode_image(networks.normalize_images(image, torch.float32))
             sequence = caption_beam(med, embeds, [med.config.text.special.dec], beam)[0]

@@ -19,13 +19,45 @@ from blip_scale.model import (
     init_weights,
 )
 from blip_scale.tasks import retrieval
-from blip_scale.tasks.retrieval import NOT_RERANKED, PairFeatures, recalls, share
+from blip_scale.tasks.retrieval import NOT_RERANKED, PairFeatures, share
 
-PAIRS, TOP_K = 7, 3
+IMAGES, TEXTS, TOP_K = 7, 10, 3
 PAD, CLS, SEP, ENC, DEC = range(5)
 RECALLS = [
     f"{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)
 ]
+
+
+def recalls(scores: Tensor) -> dict[str, float]:
+    """Where text i belongs to image i."""
+    return retrieval.recalls(scores, torch.arange(len(scores)))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_several_texts_an_image_against_a_count(ties: bool) -> None:
+    """Any of an image's texts will do; ties with the texts of others count against it."""
+    generator = torch.Generator().manual_seed(3)
+    owners = torch.randint(0, 12, (40,), generator=generator)
+    owners[:12] = torch.arange(12)
+    scores = torch.randn(12, 40, generator=generator)
+    if ties:
+        scores = scores.round()
+    found = retrieval.recalls(scores, owners)
+    for k in (1, 5, 10):
+        images = [
+            any(
+                sum(bool(s >= row[own]) for s, o in zip(row, owners, strict=True) if o != image) < k
+                for own in (owners == image).nonzero()[:, 0]
+            )
+            for image, row in enumerate(scores)
+        ]
+        texts = [
+            sum(bool(s >= scores[owner, text]) for s in scores[:, text]) - 1 < k
+            for text, owner in enumerate(owners)
+        ]
+        assert found[f"image_to_text_r{k}"] == pytest.approx(sum(images) / 12)
+        assert found[f"text_to_image_r{k}"] == pytest.approx(sum(texts) / 40)
+    assert len(set(found.values())) > 3
 
 
 def test_the_right_answer_first_is_a_recall_of_one() -> None:
@@ -125,10 +157,10 @@ def matching_texts(indices: Sequence[int]) -> PackedText:
 
 @pytest.fixture(scope="module")
 def features(med: MED) -> PairFeatures:
-    images = torch.randn(PAIRS, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    images = torch.randn(IMAGES, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         embeds = med.encode_image(images)
-        sentences = PackedText.from_lists([sentence(i) for i in range(PAIRS)])
+        sentences = PackedText.from_lists([sentence(i) for i in range(TEXTS)])
         return PairFeatures(
             embeds, med.project_image(embeds), med.project_text(med.encode_text(sentences))
         )
@@ -138,9 +170,9 @@ def features(med: MED) -> PairFeatures:
 def brute_force(med: MED, features: PairFeatures, top_k: int) -> Tensor:
     """Pair by pair, one forward each."""
     cosine = features.image_features @ features.text_features.T
-    scores = torch.full((2, PAIRS, PAIRS), NOT_RERANKED)
-    for image in range(PAIRS):
-        for text in range(PAIRS):
+    scores = torch.full((2, IMAGES, TEXTS), NOT_RERANKED)
+    for image in range(IMAGES):
+        for text in range(TEXTS):
             logits = med.match(
                 matching_texts([text]), features.image_embeds[image : image + 1], torch.tensor([0])
             )
@@ -169,10 +201,9 @@ def test_reranking_equals_brute_force(
     )
     for scores in found:
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-    per_query = min(top_k, PAIRS)
     reranked = found[0] != NOT_RERANKED
-    assert (reranked[0].sum(dim=1) == per_query).all()
-    assert (reranked[1].sum(dim=0) == per_query).all()
+    assert (reranked[0].sum(dim=1) == min(top_k, TEXTS)).all()
+    assert (reranked[1].sum(dim=0) == min(top_k, IMAGES)).all()
     seen = expected[reranked]
     assert len(seen) == 1 or seen.std() > 0.01  # the network does tell pairs apart
 
@@ -183,12 +214,17 @@ def test_no_candidates_leave_nothing_reranked(med: MED, features: PairFeatures) 
 
 
 def test_figures_take_each_direction_from_its_own_scores() -> None:
-    plain = retrieval.retrieval_figures(torch.eye(20), None)
-    assert plain == {f"itc_{name}": 1.0 for name in RECALLS} | {"candidates": 20.0}
+    plain = retrieval.retrieval_figures(torch.eye(20), None, torch.arange(20))
+    assert plain == {f"itc_{name}": 1.0 for name in RECALLS} | {
+        "candidates": 20.0, "texts": 20.0
+    }  # fmt: skip
     wrong = 1.0 - torch.eye(20)
-    figures = retrieval.retrieval_figures(wrong, torch.stack([torch.eye(20), wrong]))
+    figures = retrieval.retrieval_figures(
+        wrong, torch.stack([torch.eye(20), wrong]), torch.arange(20)
+    )
     assert list(figures) == [
-        *[f"itc_{name}" for name in RECALLS], *[f"itm_{name}" for name in RECALLS], "candidates"
+        *[f"itc_{name}" for name in RECALLS], *[f"itm_{name}" for name in RECALLS],
+        "candidates", "texts",
     ]  # fmt: skip
     assert figures["itc_image_to_text_r1"] == 0.0
     assert figures["itm_image_to_text_r10"] == 1.0

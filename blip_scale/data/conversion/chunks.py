@@ -11,7 +11,7 @@ from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject
 from blip_scale.data.conversion.report import REPORTS, Counts, Report, report_name
 from blip_scale.data.conversion.screening import Rules, screen
-from blip_scale.data.shards import INDEX_NAME, Record, shard_writer
+from blip_scale.data.shards import INDEX_NAME, Record, captions_by_shard, shard_writer
 
 Tick = Callable[[int, int], None]
 """tick(read, rejected): pairs since the last call."""
@@ -42,7 +42,7 @@ def convert_chunk(
         tick(report.pairs.read - done.read, report.pairs.rejected - done.rejected)
 
     with out.workshop(f"{number:06}") as folder:
-        report.shards = write_chunk_shards(folder, records(), f"{number:06}", shard_bytes)
+        write_chunk_shards(report, folder, records(), f"{number:06}", shard_bytes)
         put_report(out, folder, report)
     return report
 
@@ -80,19 +80,23 @@ def _caption_count(pair: RawPair) -> int:
 
 
 def write_chunk_shards(
-    folder: Path, records: Iterable[Record], prefix: str, shard_bytes: int
-) -> list[dict[str, Any]]:
-    """Shards named shard.PREFIX.NNNNN.mds in `folder`; returns their entries of the MDS index."""
+    report: Report, folder: Path, records: Iterable[Record], prefix: str, shard_bytes: int
+) -> None:
+    """Shards named shard.PREFIX.NNNNN.mds in `folder`; what the index is to say of them goes into
+    the report.
+    """
     made = folder / "mds"
+    captions: list[int] = []
     with shard_writer(made, shard_bytes) as writer:
         for record in records:
+            captions.append(len(record.captions))
             writer.write(record.sample())
     shards: list[dict[str, Any]] = json.loads((made / INDEX_NAME).read_text())["shards"]
     for number, shard in enumerate(shards):
         name = f"shard.{prefix}.{number:05}.mds"
         (made / shard["raw_data"]["basename"]).rename(folder / name)
         shard["raw_data"]["basename"] = name
-    return shards
+    report.shards, report.shard_captions = shards, captions_by_shard(shards, captions)
 
 
 def put_report(out: OutputFolder, folder: Path, report: Report) -> None:

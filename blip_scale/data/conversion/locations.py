@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -104,6 +104,14 @@ def read_file(location: str) -> bytes:
     filesystem, path = _filesystem(location)
     with named_errors(location):
         return bytes(filesystem.cat_file(path))
+
+
+def remove_files(locations: Sequence[str]) -> None:
+    """Remove files of the same remote."""
+    for location in locations:
+        filesystem, path = _filesystem(location)
+        with named_errors(location):
+            filesystem.rm_file(path)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -17,10 +18,11 @@ from blip_scale.data.conversion.chunks import put_report, write_chunk_shards
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Reason, Reject
 from blip_scale.data.conversion.report import Counts, Report, reject_fields, report_name
-from blip_scale.data.shards import INDEX_NAME, Record
+from blip_scale.data.shards import CAPTIONS_KEY, INDEX_NAME, Record
 
 SUMMARY_NAME = "summary.json"
 REJECTS_NAME = "rejects.jsonl"
+_OURS = re.compile(r"shard\.\d{6}\.(unique\.)?\d{5}\.mds")  # what a conversion writes
 
 
 def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +42,10 @@ def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
         )
     for number, ids in _repeated_ids(out, numbers).items():
         _drop(out, number, ids, plan["shard_bytes"])
-    return _write_set(out, plan, _reports(out, numbers))
+    summary, shards = _write_set(out, plan, _reports(out, numbers))
+    # What was written again without duplicates, by this call or by one that was killed.
+    out.discard(name for name in out.names("shard.") - shards if _OURS.fullmatch(name))
+    return summary
 
 
 def _reports(out: OutputFolder, numbers: Iterable[int]) -> Iterator[Report]:
@@ -81,7 +86,6 @@ def _drop(out: OutputFolder, number: int, ids: list[str], shard_bytes: int) -> N
     The report is what says which shards count, so a kill at any moment does no harm.
     """
     report = Report.from_json(out.read(report_name(number)))
-    old_names = report.shard_names
     dropped = set(ids)
     lost_captions = 0
 
@@ -98,28 +102,29 @@ def _drop(out: OutputFolder, number: int, ids: list[str], shard_bytes: int) -> N
                     yield Record(caption=sample.pop("captions"), **sample)
 
     with out.workshop(f"{number:06}") as folder:
-        report.shards = write_chunk_shards(
-            folder, records(folder), f"{number:06}.unique", shard_bytes
-        )
+        # The old shards' entries are read while the new ones are written.
+        write_chunk_shards(report, folder, records(folder), f"{number:06}.unique", shard_bytes)
         report.ids = [one for one in report.ids if one not in dropped]
         report.rejects += [Reject(one, Reason.DUPLICATE_ID, "of an earlier chunk") for one in ids]
         report.pairs += Counts(0, -len(ids), len(ids))
         report.captions += Counts(0, -lost_captions, lost_captions)
         put_report(out, folder, report)
-    out.discard(old_names)
 
 
 def _write_set(
     out: OutputFolder, plan: dict[str, Any], reports: Iterable[Report]
-) -> dict[str, Any]:
-    """The index comes last: where it is, the set is whole."""
+) -> tuple[dict[str, Any], set[str]]:
+    """The index comes last: where it is, the set is whole. Returns the summary and the names of the
+    shards."""
     shards: list[dict[str, Any]] = []
+    shard_captions: list[list[int] | None] = []
     reasons: Counter[str] = Counter()
     pairs, captions, reencoded = Counts(), Counts(), 0
     with out.workshop("merge", own=True) as folder:
         with (folder / REJECTS_NAME).open("w", encoding="utf-8") as file:
             for report in reports:
                 shards += report.shards
+                shard_captions += report.shard_captions
                 reasons += report.reasons
                 pairs, captions = pairs + report.pairs, captions + report.captions
                 reencoded += report.reencoded
@@ -134,8 +139,8 @@ def _write_set(
             "bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
             "made_by": plan,
         }
-        index = {"version": 2, "shards": shards}
+        index = {"version": 2, "shards": shards, CAPTIONS_KEY: shard_captions}
         (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
         (folder / INDEX_NAME).write_text(json.dumps(index, sort_keys=True))
         out.put(folder, [REJECTS_NAME, SUMMARY_NAME, INDEX_NAME])
-    return summary
+    return summary, {shard["raw_data"]["basename"] for shard in shards}

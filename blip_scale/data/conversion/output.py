@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import Any
 
 from streaming.base.storage import CloudDownloader, CloudUploader
 
-from blip_scale.data.conversion.locations import is_local, named_errors
+from blip_scale.data.conversion.locations import is_local, named_errors, remove_files
 
 _ATTEMPTS = 5  # of an upload, with a doubling pause between them
 _CONNECTIONS = 8
 _AT_HAND = 64  # so many files are held in memory
+
+logger = logging.getLogger(__name__)
 
 # Says at every upload that the folder with the files to upload isn't empty.
 logging.getLogger("streaming.base.storage.upload").setLevel(logging.ERROR)
@@ -108,11 +110,16 @@ class OutputFolder:
                 yield from threads.map(download, names[start : start + _AT_HAND])
         downloader.clean_up()
 
-    def discard(self, names: Sequence[str]) -> None:
-        """Remove local files; in a remote they stay, as no index names them any more."""
+    def discard(self, names: Iterable[str]) -> None:
+        """Remove files. In a remote that does not allow it, they stay, and a warning says so."""
         if not self.is_remote:
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)
+            return
+        try:
+            remove_files([f"{self.location}/{name}" for name in sorted(names)])
+        except (OSError, ValueError) as error:
+            logger.warning("%s: files that no index names stay there: %s", self.location, error)
 
     def _uploader(self, folder: Path) -> Any:
         return CloudUploader.get(

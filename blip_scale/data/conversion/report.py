@@ -37,6 +37,8 @@ class Report:
     name: str
     shards: list[dict[str, Any]] = field(default_factory=list)
     """Entries of the MDS index."""
+    shard_captions: list[list[int] | None] = field(default_factory=list)
+    """Captions of every sample, by shard, as the index has them."""
     ids: list[str] = field(default_factory=list)
     """Of the samples, in the order of the shards."""
     rejects: list[Reject] = field(default_factory=list)

@@ -74,7 +74,7 @@ class Conversion:
         for chunk in self.chunks:
             digest.update(f"{chunk.name}\n{chunk.fingerprint}\n".encode())
         return {
-            "format": 1,
+            "format": 2,
             "chunks": len(self.chunks),
             "input": digest.hexdigest(),
             "shard_bytes": self.shard_bytes,

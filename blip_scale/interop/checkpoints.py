@@ -1,0 +1,119 @@
+"""Any BLIP checkpoint: what kind it is, its weights, and a MED filled with them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from blip_scale.interop.blip_weights import BlipWeights, turned_into
+from blip_scale.interop.huggingface import read_huggingface
+from blip_scale.interop.salesforce import from_salesforce
+from blip_scale.interop.salesforce_files import read_salesforce
+from blip_scale.interop.training_checkpoints import read_training_checkpoint, step_folder
+from blip_scale.interop.vision import interpolate_positions
+from blip_scale.model import MED, MEDConfig, build_vision
+
+log = logging.getLogger(__name__)
+
+Format = Literal["ours", "salesforce", "hf"]
+
+
+def format_of(path: Path) -> Format:
+    """What a checkpoint is, by a look at it.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a folder of none of the kinds.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        return "salesforce"
+    if step_folder(path):
+        return "ours"
+    if any((path / sub / "config.json").is_file() for sub in ("", "captioning")):
+        return "hf"
+    raise ValueError(
+        f"{path} is no checkpoint: expected a training checkpoint (step_N with manifest.json, or "
+        "the folder of a run), a .pth file, or a Hugging Face folder (config.json)"
+    )
+
+
+def read_checkpoint(
+    path: Path, config: MEDConfig | None = None, with_state: bool = True
+) -> BlipWeights:
+    """The weights in a checkpoint of any kind.
+
+    Args:
+        path: `step_N` or a run's folder (its newest), `.pth`, or a Hugging Face folder.
+        config: of the network, where the checkpoint doesn't say it; where it does, they must agree
+            in all but the image size.
+        with_state: also momentum copies and queues of a training checkpoint.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a part of it is missing.
+        ValueError: not BLIP, damaged, unsafe, or another network; names what.
+    """
+    kind = format_of(path)
+    if kind == "ours":
+        folder = step_folder(path)
+        assert folder is not None
+        weights = read_training_checkpoint(folder, config, with_state)
+    elif kind == "salesforce":
+        weights = read_salesforce(path, config)
+    else:
+        weights = read_huggingface(path)
+    if config is not None:
+        found, wanted = _sizes(weights.config), _sizes(config)
+        other = [f"{name} {found[name]}, not {wanted[name]}" for name in wanted
+                 if found[name] != wanted[name]]  # fmt: skip
+        if other:
+            raise ValueError(f"{path} is of another network than the recipe's: {'; '.join(other)}")
+    return weights
+
+
+def load_checkpoint(med: MED, path: Path) -> None:
+    """Fills all of a plain MED; position embeddings are interpolated to its resolution.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a part of it is missing.
+        ValueError: not BLIP, damaged, unsafe, another network, or not the whole MED.
+    """
+    weights = turned_into(read_checkpoint(path, med.config, with_state=False), "pretrain")
+    parameters = dict(med.named_parameters())
+    state = from_salesforce(weights.state, parameters)
+    vision = med.vision
+    if vision.pos_embed is not None:
+        extra = vision.pos_embed.shape[1] - vision.patch_embed.num_patches
+        state["vision.pos_embed"] = interpolate_positions(
+            state["vision.pos_embed"], vision.patch_embed.grid_size, extra
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+    log.info("all weights from %s%s", path, "".join(f"; {note}" for note in weights.notes))
+
+
+def _sizes(config: MEDConfig) -> dict[str, Any]:
+    """What tells one network from another, apart from the resolution."""
+    with torch.device("meta"):
+        vision = build_vision(config.vision)
+    text = config.text
+    return {
+        "vision width": vision.embed_dim,
+        "vision blocks": len(vision.blocks),
+        "vision heads": vision.blocks[0].attn.num_heads,
+        "patch size": vision.patch_embed.patch_size[0],
+        "text width": text.width,
+        "text layers": text.layers,
+        "text heads": text.heads,
+        "text MLP width": text.mlp_width,
+        "positions": text.max_positions,
+        "vocabulary": text.vocab_size,
+        "special tokens": text.special,
+        "norm eps": text.norm_eps,
+        "embed_dim": config.embed_dim,
+    }

@@ -1,0 +1,114 @@
+"""README.md of an exported Hugging Face folder: how to use it, what it is, where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from blip_scale.interop.blip_weights import BlipWeights
+from blip_scale.interop.huggingface_config import CLASSES
+from blip_scale.interop.salesforce import Head
+
+_PIPELINES: dict[Head, str] = {"captioning": "image-to-text", "vqa": "visual-question-answering"}
+_USE: dict[Head, str] = {
+    "captioning": """from transformers import pipeline
+
+captioner = pipeline("image-to-text", "FOLDER")
+print(captioner("photo.jpg")[0]["generated_text"])""",
+    "retrieval": """from PIL import Image
+from transformers import BlipForImageTextRetrieval, BlipProcessor
+
+processor = BlipProcessor.from_pretrained("FOLDER")
+model = BlipForImageTextRetrieval.from_pretrained("FOLDER")
+inputs = processor(Image.open("photo.jpg"), "a dog on a beach", return_tensors="pt")
+print(model(**inputs, use_itm_head=False).itm_score)  # cosine
+inputs["input_ids"][:, 0] = model.config.text_config.enc_token_id  # as in training
+print(model(**inputs).itm_score.softmax(-1)[:, 1])  # probability of a match""",
+    "vqa": """from PIL import Image
+from transformers import BlipForQuestionAnswering, BlipProcessor
+
+processor = BlipProcessor.from_pretrained("FOLDER")
+model = BlipForQuestionAnswering.from_pretrained("FOLDER")
+inputs = processor(Image.open("photo.jpg"), "what is on the beach?", return_tensors="pt")
+inputs["input_ids"][:, 0] = model.config.text_config.enc_token_id  # as in training
+print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))""",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run says about its checkpoint; empty for checkpoints from elsewhere."""
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The resolved recipe."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """summary.json, of the end of the run."""
+
+
+def model_card(weights: BlipWeights, origin: Origin) -> str:
+    """The card in Markdown. Only what is known is said."""
+    head, config = weights.head, weights.config
+    tags = [f"pipeline_tag: {_PIPELINES[head]}"] if head in _PIPELINES else []
+    front = ["---", "library_name: transformers", "tags: [blip]", *tags, "---"]
+    text, vision = config.text, config.vision
+    untrained = (
+        "\nIts encoder and decoder are those of pretraining: it was not fine-tuned on questions, "
+        "so its answers mean nothing before that.\n"
+        if head == "vqa" and origin.recipe else ""
+    )  # fmt: skip
+    network = (
+        f"| ViT | {vision.name}{f', {vision.overrides}' if vision.overrides else ''}, "
+        f"{vision.image_size} pixels |\n"
+        f"| text | {text.layers} layers, width {text.width}, {text.heads} heads, "
+        f"vocabulary {text.vocab_size} |\n"
+        f"| special tokens | [DEC] {text.special.dec} opens a caption, [ENC] {text.special.enc} "
+        "an image-grounded text |"
+    )
+    return f"""{chr(10).join(front)}
+
+# BLIP for {head}
+
+`{CLASSES[head]}` ([Li et al., 2022](https://arxiv.org/abs/2201.12086)), converted from a checkpoint
+of blip_scale or of BLIP's published code.
+{untrained}
+```python
+{_USE[head]}
+```
+
+## Network
+
+| | |
+|---|---|
+{network}
+
+## Training
+
+{_training(weights, origin)}
+{_figures(weights, origin)}"""
+
+
+def _training(weights: BlipWeights, origin: Origin) -> str:
+    if not origin.recipe:
+        step = f" It was pretrained for {weights.step} steps." if weights.step else ""
+        return f"The checkpoint says nothing of its data.{step}\n"
+    recipe = origin.recipe
+    streams = ", ".join(stream["name"] for stream in recipe["data"]["streams"])
+    rows = {
+        "data": streams,
+        "steps": weights.step,
+        "pairs a step": recipe["train"]["global_batch_size"],
+        "precision": recipe["train"]["precision"],
+        "peak learning rate": recipe["optimizer"]["peak_lr"],
+        "seed": recipe["seed"],
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"| | |\n|---|---|\n{table}\n"
+
+
+def _figures(weights: BlipWeights, origin: Origin) -> str:
+    """The end of the run's figures, if this checkpoint is its end."""
+    evaluation = origin.summary.get("evaluation") or {}
+    if not evaluation or origin.summary.get("steps") != weights.step:
+        return ""
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(evaluation.items()))
+    return f"\n## Held-out figures\n\n| | |\n|---|---|\n{rows}\n"

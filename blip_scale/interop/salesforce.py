@@ -1,0 +1,286 @@
+"""Names of BLIP's published code and ours: a table, and state dicts through it both ways.
+
+No tensor is transposed; ours are fused where theirs are several (query, key, value). Their text
+encoder and text decoder are two modules that share all but self-attention; MED holds both in one
+stack. Their names are the common tongue of all conversions: Hugging Face's differ in the ViT alone.
+
+Heads, the models that the published code makes files of: `pretrain` (all of it), `captioning`
+(decoder), `retrieval` (encoder with its projections and matching head), `vqa` (encoder and a
+decoder that reads the encoder's states), `nlvr2` (encoder with two cross-attentions).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from blip_scale.model import MED, MEDConfig, MomentumEncoder
+
+Head = Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr2"]
+HEADS: tuple[Head, ...] = get_args(Head)
+State = dict[str, Tensor]
+
+_TOWERS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+"""Parts that have a momentum copy, named with `_m`."""
+PARTS: dict[Head, tuple[str, ...]] = {
+    "pretrain": (*_TOWERS, "itm_head", "text_decoder", "temp"),
+    "captioning": ("visual_encoder", "text_decoder"),
+    "retrieval": (*_TOWERS, "itm_head", "temp"),
+    "vqa": ("visual_encoder", "text_encoder", "text_decoder"),
+    "nlvr2": ("visual_encoder", "text_encoder"),
+}
+"""What each head holds; its training state (momentum copies, queues) and `nlvr2`'s classifier come
+on top."""
+
+_STATE = re.compile(r"^(\w+_m\.|(image|text|idx)_queue$|(queue_ptr|ptr_queue)$)")
+_POSITION_IDS = ".embeddings.position_ids"
+_WORDS = "text_decoder.bert.embeddings.word_embeddings.weight"
+_PREDICTIONS = "text_decoder.cls.predictions."
+TIED = {
+    f"{_PREDICTIONS}decoder.weight": _WORDS,
+    f"{_PREDICTIONS}decoder.bias": f"{_PREDICTIONS}bias",
+}
+"""Second names of one tensor in their decoder."""
+_EMBEDDINGS = {
+    "word.weight": "word_embeddings.weight",
+    "position.weight": "position_embeddings.weight",
+    "norm.weight": "LayerNorm.weight",
+    "norm.bias": "LayerNorm.bias",
+}
+_SELF_ATTENTION = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "output": ("attention.output.dense",),
+    "norm": ("attention.output.LayerNorm",),
+}
+_TEXT_LAYER = {
+    "cross_attention.query": ("crossattention.self.query",),
+    "cross_attention.key_value": ("crossattention.self.key", "crossattention.self.value"),
+    "cross_attention.output": ("crossattention.output.dense",),
+    "cross_attention.norm": ("crossattention.output.LayerNorm",),
+    "mlp.fc1": ("intermediate.dense",),
+    "mlp.fc2": ("output.dense",),
+    "mlp.norm": ("output.LayerNorm",),
+}
+_LM_HEAD = {
+    "dense.weight": "transform.dense.weight",
+    "dense.bias": "transform.dense.bias",
+    "norm.weight": "transform.LayerNorm.weight",
+    "norm.bias": "transform.LayerNorm.bias",
+    "bias": "bias",
+}
+
+
+def their_names(ours: str) -> dict[str, tuple[str, ...]]:
+    """The part of BLIP -> its names, in order along the first dimension, of one MED parameter."""
+    section, _, rest = ours.partition(".")
+    if section == "vision":
+        return {"visual_encoder": (f"visual_encoder.{rest}",)}
+    if section == "temperature":
+        return {"temp": ("temp",)}
+    if section == "lm_head":
+        return {"text_decoder": (_PREDICTIONS + _LM_HEAD[rest],)}
+    if section != "text":
+        return {section: (ours,)}
+    stacks = {"text_encoder": "text_encoder", "text_decoder": "text_decoder.bert"}
+    kind, _, rest = rest.partition(".")
+    if kind == "embeddings":
+        return {
+            part: (f"{stack}.embeddings.{_EMBEDDINGS[rest]}",) for part, stack in stacks.items()
+        }
+    number, _, rest = rest.partition(".")
+    block, _, inner = rest.partition(".")
+    if block.startswith("self_attention_"):
+        part = block.replace("self_attention", "text")
+        stacks = {part: stacks[part]}
+        module, _, kind = inner.rpartition(".")
+        several = _SELF_ATTENTION[module]
+    else:
+        module, _, kind = rest.rpartition(".")
+        several = _TEXT_LAYER[module]
+    return {
+        part: tuple(f"{stack}.encoder.layer.{number}.{name}.{kind}" for name in several)
+        for part, stack in stacks.items()
+    }
+
+
+def to_salesforce(med: Mapping[str, Tensor], head: Head) -> State:
+    """MED parameters as the published layout of a head, without its training state.
+
+    Encoder and decoder get the same tensors where they share; fused ones are cut into views.
+    Second names (tied tensors) and position_ids are there.
+
+    Args:
+        med: parameters by name; `lm_head.weight`, which is the word embedding, may be left out.
+    """
+    state: State = {}
+    for ours, tensor in med.items():
+        if ours == "lm_head.weight":
+            continue
+        for part, names in their_names(ours).items():
+            if part in PARTS[head]:
+                pieces = (tensor.reshape(()),) if part == "temp" else tensor.chunk(len(names))
+                state |= zip(names, pieces, strict=True)
+    return complete(state)
+
+
+def from_salesforce(state: Mapping[str, Tensor], names: Iterable[str]) -> State:
+    """Parameters of MED by name, as far as the parts that are there reach.
+
+    Args:
+        state: published names, all of each part.
+        names: of the MED's parameters.
+
+    Raises:
+        ValueError: encoder and decoder differ where MED has one tensor (fine-tuned apart).
+    """
+    result: State = {}
+    for ours in names:
+        found = [
+            theirs for theirs in their_names(ours).values() if all(name in state for name in theirs)
+        ]
+        if not found:
+            continue
+        tensors = [_join(state, theirs) for theirs in found]
+        if len(tensors) == 2 and not torch.equal(*tensors):
+            raise ValueError(
+                f"{found[0][0]} and {found[1][0]} differ: encoder and decoder were fine-tuned "
+                "apart, and MED has one tensor for both; take the pretrained checkpoint"
+            )
+        result[ours] = tensors[0].reshape(1) if ours == "temperature.value" else tensors[0]
+    return result
+
+
+def _join(state: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    if len(names) == 1:
+        return state[names[0]]
+    return torch.cat([state[name] for name in names])
+
+
+def complete(state: State) -> State:
+    """The state with second names and position_ids, which some writers leave out."""
+    for second, first in TIED.items():
+        for missing, there in ((second, first), (first, second)):
+            if missing not in state and there in state:
+                state[missing] = state[there]
+    for name, tensor in list(state.items()):
+        if name.endswith(".embeddings.position_embeddings.weight"):
+            ids = torch.arange(len(tensor), device=tensor.device)[None]
+            state[name.removesuffix(".embeddings.position_embeddings.weight") + _POSITION_IDS] = ids
+    return state
+
+
+def momentum_to_salesforce(momentum: Mapping[str, Tensor], online: Mapping[str, Tensor]) -> State:
+    """Momentum copies in the published layout.
+
+    The published text copy has cross-attention too, which nothing reads; it gets the online
+    weights.
+
+    Args:
+        momentum: parameters of a MomentumEncoder by name.
+        online: the published layout of the model.
+    """
+    state: State = {}
+    for name, tensor in online.items():
+        part, _, rest = name.partition(".")
+        if part in _TOWERS:
+            state[f"{part}_m.{rest}"] = tensor
+    for ours, tensor in momentum.items():
+        for part, names in their_names(ours).items():
+            if part != "text_decoder":
+                copies = (name.replace(part, f"{part}_m", 1) for name in names)
+                state |= zip(copies, tensor.chunk(len(names)), strict=True)
+    return state
+
+
+def momentum_from_salesforce(state: Mapping[str, Tensor], config: MEDConfig) -> State:
+    """Parameters of a MomentumEncoder by name; empty where there are no copies."""
+    if not any(name.startswith("visual_encoder_m.") for name in state):
+        return {}
+    with torch.device("meta"):
+        names = [name for name, _ in MomentumEncoder(config).named_parameters()]
+    copies = {
+        re.sub(r"^(\w+)_m\.", r"\1.", name): tensor
+        for name, tensor in state.items()
+        if name.partition(".")[0].endswith("_m")
+    }
+    return from_salesforce(copies, names)
+
+
+def is_training_state(name: str) -> bool:
+    """Whether it is a momentum copy, a queue or a queue's pointer."""
+    return bool(_STATE.match(name))
+
+
+def head_of(names: Iterable[str]) -> Head:
+    """Which model's file it is, by its names.
+
+    Raises:
+        ValueError: it isn't BLIP.
+    """
+    names = list(names)
+    parts = {name.partition(".")[0] for name in names}
+    if any(".crossattention.self0." in name for name in names):
+        return "nlvr2"
+    if "visual_encoder" in parts and {"text_encoder", "text_decoder"} & parts:
+        if "text_decoder" not in parts:
+            return "retrieval"
+        if "text_encoder" not in parts:
+            return "captioning"
+        return "pretrain" if {"itm_head", "vision_proj"} & parts else "vqa"
+    shown = ", ".join(sorted(parts)[:5]) or "nothing"
+    raise ValueError(
+        f"it isn't BLIP: it holds {shown}{', ...' if len(parts) > 5 else ''}; expected "
+        "visual_encoder with text_encoder or text_decoder"
+    )
+
+
+def expected_shapes(head: Head, config: MEDConfig, queue_size: int | None) -> dict[str, torch.Size]:
+    """Every name of a head's published layout with its shape.
+
+    Args:
+        queue_size: columns of the queues; None leaves the training state out.
+    """
+    with torch.device("meta"):
+        med = dict(MED(config).named_parameters())
+    shapes = {name: tensor.shape for name, tensor in to_salesforce(med, head).items()}
+    width = config.text.width
+    if head == "vqa":  # its decoder reads the encoder's states
+        for name, shape in shapes.items():
+            if re.match(r"text_decoder.*crossattention\.self\.(key|value)\.weight", name):
+                shapes[name] = torch.Size((shape[0], width))
+    if head == "nlvr2":
+        shapes = _with_two_images(shapes, config)
+    if queue_size is not None:
+        for name in [name for name in shapes if name.partition(".")[0] in _TOWERS]:
+            part, _, rest = name.partition(".")
+            shapes[f"{part}_m.{rest}"] = shapes[name]
+        for kind in ("image", "text"):
+            shapes[f"{kind}_queue"] = torch.Size((config.embed_dim, queue_size))
+        if head == "retrieval":
+            shapes["idx_queue"] = torch.Size((1, queue_size))
+        shapes["ptr_queue" if head == "retrieval" else "queue_ptr"] = torch.Size((1,))
+    return shapes
+
+
+def _with_two_images(shapes: dict[str, torch.Size], config: MEDConfig) -> dict[str, torch.Size]:
+    """NLVR2: two cross-attentions a layer; the upper half of the layers merge them by a matrix."""
+    width, result = config.text.width, {}
+    for name, shape in shapes.items():
+        match = re.fullmatch(r"(.*crossattention\.)(self|output\.dense)(\..*)", name)
+        for number in (0, 1) if match else ():
+            assert match is not None
+            result[f"{match[1]}{match[2]}{number}{match[3]}"] = shape
+        if not match:
+            result[name] = shape
+    for layer in range(config.text.layers // 2, config.text.layers):
+        merge = f"text_encoder.encoder.layer.{layer}.crossattention.output.merge_layer"
+        result |= {f"{merge}.weight": torch.Size((width, 2 * width))}
+        result |= {f"{merge}.bias": torch.Size((width,))}
+    for number, rows in ((0, width), (2, 2)):
+        result[f"cls_head.{number}.weight"] = torch.Size((rows, width))
+        result[f"cls_head.{number}.bias"] = torch.Size((rows,))
+    return result

@@ -1,0 +1,156 @@
+"""The `.pth` files of BLIP's published code, in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip_scale.interop.blip_weights import BlipWeights, checked, depth, one_line
+from blip_scale.interop.salesforce import State, head_of
+from blip_scale.model import MEDConfig, SpecialTokens, TextConfig, VisionConfig, build_vision
+
+_HEAD_WIDTH = 64
+"""Of all attention heads of the published networks; the tensors don't tell."""
+_NETWORK = "network"
+"""Our own files say the sizes under this key, beside `model`."""
+
+
+def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
+    """A published layout; the tensors stay on the disk until they are read.
+
+    Args:
+        config: of the network, for files that don't say their number of heads; None takes the
+            published 64 channels a head.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unsafe pickle, a damaged file, another model, names or shapes that don't fit.
+    """
+    loaded = load_pth(path)
+    state = loaded.get("model", loaded)
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{path}: no state dict under `model`")
+    state = dict(state)
+    try:
+        head = head_of(state)
+        config = _network(loaded) or config or _guessed(state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    config = at_their_resolution(config, state)
+    step = loaded.get("step")
+    return checked(BlipWeights(head, config, state, str(path), step))
+
+
+def write_salesforce(weights: BlipWeights, path: Path) -> None:
+    """A file that the published loaders take: `model`, and the sizes beside it."""
+    network = dataclasses.asdict(weights.config)
+    torch.save({"model": weights.state, _NETWORK: network, "step": weights.step}, path)
+
+
+def load_pth(path: Path) -> dict[str, Any]:
+    """The dictionary in a file, tensors and plain values alone, mapped where the format allows it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unsafe pickle, a damaged file, or something else than a dictionary.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is damaged or not all there: the end of the file is missing")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" not in str(error) or "GLOBAL" not in str(error):
+            raise ValueError(f"{path} is no PyTorch file, or damaged") from error
+        raise ValueError(
+            f"{path} holds more than tensors, and reading that could run any code: refused. If you "
+            "trust its maker, keep the tensors alone: torch.save({'model': "
+            "torch.load(FILE, weights_only=False)['model']}, NEW_FILE)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}; expected a dict with `model`")
+    return loaded
+
+
+def at_their_resolution(config: MEDConfig, state: State) -> MEDConfig:
+    """The config with the image size that the position embeddings were made for."""
+    positions = state.get("visual_encoder.pos_embed")
+    if positions is None or positions.dim() != 3:
+        return config
+    with torch.device("meta"):
+        vit = build_vision(config.vision)
+    extra = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
+    side = math.isqrt(max(positions.shape[1] - extra, 0)) * vit.patch_embed.patch_size[0]
+    if side == config.vision.image_size or not side:
+        return config
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=side))
+
+
+def _network(loaded: dict[str, Any]) -> MEDConfig | None:
+    network = loaded.get(_NETWORK)
+    return None if network is None else med_config_from(network)
+
+
+def med_config_from(network: Mapping[str, Any]) -> MEDConfig:
+    """A MEDConfig from what dataclasses.asdict made of it.
+
+    Raises:
+        TypeError, KeyError, ValueError: it isn't one.
+    """
+    text = dict(network["text"])
+    special = SpecialTokens(**text.pop("special"))
+    rest = {name: value for name, value in network.items() if name not in ("vision", "text")}
+    return MEDConfig(VisionConfig(**network["vision"]), TextConfig(special, **text), **rest)
+
+
+def _guessed(state: State) -> MEDConfig:
+    """Sizes from shapes, and the published number of channels a head."""
+    encoder = any(name.startswith("text_encoder.") for name in state)
+    bert = "text_encoder" if encoder else "text_decoder.bert"
+    words = state[f"{bert}.embeddings.word_embeddings.weight"]
+    vision = state["visual_encoder.patch_embed.proj.weight"]
+    hidden = state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0]
+    for kind, width in (("text", words.shape[1]), ("vision", vision.shape[0])):
+        if width not in (768, 1024):
+            raise ValueError(
+                f"the file doesn't say how many {kind} heads there are and its width {width} is "
+                "none of the published ones; give --recipe with the network's sizes"
+            )
+    vocabulary = words.shape[0]
+    return MEDConfig(
+        VisionConfig(
+            "vit_base_patch16_224",
+            224,
+            {
+                "patch_size": vision.shape[-1],
+                "embed_dim": vision.shape[0],
+                "depth": depth(state, re.escape("visual_encoder.blocks")),
+                "num_heads": vision.shape[0] // _HEAD_WIDTH,
+                "mlp_ratio": hidden / vision.shape[0],
+            },
+        ),
+        TextConfig(
+            SpecialTokens(pad=0, cls=101, sep=102, enc=vocabulary - 1, dec=vocabulary - 2),
+            vocabulary,
+            words.shape[1],
+            depth(state, re.escape(f"{bert}.encoder.layer")),
+            words.shape[1] // _HEAD_WIDTH,
+            state[f"{bert}.encoder.layer.0.intermediate.dense.weight"].shape[0],
+            state[f"{bert}.embeddings.position_embeddings.weight"].shape[0],
+        ),
+        state["vision_proj.weight"].shape[0] if "vision_proj.weight" in state else 256,
+    )

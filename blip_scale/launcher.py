@@ -1,0 +1,71 @@
+"""Which rank this process is when `srun` started it, and what a signal does before the run has
+begun.
+
+Every launcher of PyTorch says RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in the environment.
+`srun` says the same in variables of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+NOTHING_LOST = 75
+"""Exit code of a run that stopped on request and is to be started again (EX_TEMPFAIL)."""
+
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems hand out themselves
+
+
+def adopt_srun_step() -> None:
+    """Set the launcher's variables from SLURM's, where `srun` started several tasks and no launcher
+    between it and us has set them.
+
+    What counts is the step that this process belongs to: in an `sbatch` script or a shell of
+    `salloc`, whose job has several tasks, a plain `python train.py` stays one rank.
+
+    Raises:
+        ValueError: the step is on several nodes and MASTER_ADDR, where they meet, is not set.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks == 1 or "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    node = int(os.environ["SLURM_NODEID"])
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(tasks_on_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], node)),
+    }
+    if "MASTER_ADDR" not in os.environ:
+        if os.environ["SLURM_STEP_NUM_NODES"] != "1":
+            raise ValueError(
+                "MASTER_ADDR is not set: srun started ranks on several nodes, and they meet at the "
+                "first of them; set it as slurm/train.sh does"
+            )
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    job = int(os.environ["SLURM_JOB_ID"])
+    os.environ.setdefault("MASTER_PORT", str(_FIRST_PORT + job % _PORTS))
+
+
+def tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """Number of tasks on the node with this index; SLURM writes `2(x3),1` for 2, 2, 2, 1."""
+    for group in tasks_per_node.split(","):
+        tasks, _, nodes = group.partition("(x")
+        count = int(nodes.rstrip(")") or 1)
+        if node < count:
+            return int(tasks)
+        node -= count
+    raise ValueError(f"SLURM_STEP_TASKS_PER_NODE {tasks_per_node} does not reach the last node")
+
+
+def stop_at_once_on_signals() -> None:
+    """Until the engine takes the signals over, nothing has been done that could be lost: end the
+    process with the code of a clean stop, instead of by the signal, which would count as a failure.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    os._exit(NOTHING_LOST)

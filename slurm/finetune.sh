@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Train a recipe from the weights of a checkpoint. Submit it from the clone; arguments are settings:
+#
+#   RECIPE=finetune.yaml INIT=runs/pretrain_129M/weights sbatch slurm/finetune.sh
+#
+# What a site changes is here, or on sbatch's command line (--partition, --account, --nodes ...):
+#SBATCH --job-name=finetune
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x_%j.log
+# ... or in the environment: slurm/train.sh says what (REPO, PYTHON, OUTPUT_DIR, the bucket's keys).
+set -euo pipefail
+
+: "${RECIPE:?a recipe of the package or a YAML file}" "${INIT:?the checkpoint to start from}"
+export RECIPE
+set -- model.checkpoint="$INIT" "$@"
+# shellcheck source=slurm/train.sh
+source "${REPO:-$SLURM_SUBMIT_DIR}/slurm/train.sh"

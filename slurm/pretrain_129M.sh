@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Pretrain ViT-B/16 on the 129M pairs. Submit it from the clone; arguments are settings:
+#
+#   sbatch slurm/pretrain_129M.sh train.epochs=10
+#
+# What a site changes is here, or on sbatch's command line (--partition, --account, --nodes ...):
+#SBATCH --job-name=pretrain_129M
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x_%j.log
+# ... or in the environment: slurm/train.sh says what (REPO, PYTHON, OUTPUT_DIR, the bucket's keys).
+set -euo pipefail
+
+export RECIPE=${RECIPE:-base_129M}
+# shellcheck source=slurm/train.sh
+source "${REPO:-$SLURM_SUBMIT_DIR}/slurm/train.sh"

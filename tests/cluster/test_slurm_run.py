@@ -1,0 +1,172 @@
+"""A two-node run from a bucket, through everything that happens to a job in its life: what it
+computes is, bit for bit, what the run computes that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import slurm_runs
+import tiny_runs
+import torch
+from s3_server import S3Server
+from slurm_cluster import SlurmCluster, wait_for
+from slurm_runs import EVERY_STEPS, Job
+
+pytestmark = [pytest.mark.slurm, pytest.mark.s3, pytest.mark.timeout(3600)]
+
+KILLS = int(os.environ.get("BLIP_KILLS", "3"))
+"""How often the run that is killed at random moments is killed."""
+STEPS = 36 + 2 * KILLS
+RECORDED = "log.sample_ids=true"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    slurm: SlurmCluster, _server: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Job:
+    """A run to its end that nobody disturbs, with all that a node has: one `GPU` of four."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    slurm_runs.make_recipe(folder, _server, STEPS)
+    job = slurm_runs.submit(slurm, "pretrain_129M.sh", folder, RECORDED, **_server.environment)
+    slurm.wait(job.number, "COMPLETED")
+    return job
+
+
+def training_record(job: Job) -> dict[int, list[str]]:
+    """Ids of the samples of every step, rank after rank."""
+    found: dict[int, list[str]] = {}
+    for rank in range(2):
+        lines = (job.run / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()
+        steps = [json.loads(line) for line in lines]
+        assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1)), f"rank {rank}"
+        for entry in steps:
+            found.setdefault(entry["step"], []).extend(entry["ids"])
+    return found
+
+
+def assert_equal(job: Job, undisturbed: Job) -> None:
+    """Losses of all steps, the samples of all steps, and all that the last checkpoint holds."""
+    assert tiny_runs.losses(job.run) == tiny_runs.losses(undisturbed.run), job.said()
+    assert training_record(job) == training_record(undisturbed)
+    last = f"checkpoints/step_{STEPS:08d}"
+    for kind in ("weight", "momentum", "exp_avg", "exp_avg_sq"):
+        found = tiny_runs.whole_tensors(job.run / last, kind)
+        expected = tiny_runs.whole_tensors(undisturbed.run / last, kind)
+        assert found.keys() == expected.keys() and found
+        assert all(torch.equal(found[name], expected[name]) for name in found), kind
+
+
+def test_two_nodes_from_a_bucket_to_the_end(undisturbed: Job, slurm: SlurmCluster) -> None:
+    """One task a node, a log a rank, each node through its own cache; every sample once an
+    epoch."""
+    job = slurm.job(undisturbed.number)
+    assert (job["NumNodes"], job["ExitCode"], job["Restarts"]) == ("2", "0:0", "0")
+    assert "gres/gpu" in job.get("TresPerNode", "") or "gres:gpu" in job.get("TresPerNode", "")
+    assert "the run is done" in undisturbed.said()
+    summary = json.loads((undisturbed.run / "summary.json").read_text())
+    assert (summary["steps"], summary["ranks"]) == (STEPS, 2)
+    for rank in range(2):
+        assert (undisturbed.run / "logs" / f"task_{rank}.log").exists()
+        assert list((undisturbed.folder / f"cache-n{rank + 1}").glob("shard.*"))
+    seen: Counter[str] = Counter()
+    per_epoch = 64 // 16
+    for step, ids in training_record(undisturbed).items():
+        seen.update(ids)
+        if step % per_epoch == 0:
+            assert set(seen.values()) == {step // per_epoch} and len(seen) == 64
+
+
+def test_everything_that_happens_to_a_job(
+    undisturbed: Job, slurm: SlurmCluster, _server: S3Server, tmp_path: Path
+) -> None:
+    """SIGUSR1, the time limit, a dead rank, a node that loses power, requeue, preemption: one run,
+    one job number, and nobody types sbatch again."""
+    slurm_runs.make_recipe(tmp_path, _server, STEPS)
+    # No `GPUs` here: SLURM 22.05 forgets those of a requeued job whose node went down.
+    job = slurm_runs.submit(
+        slurm, "pretrain_129M.sh", tmp_path, RECORDED,
+        options=("--gpus-per-node=0",), **_server.environment,
+    )  # fmt: skip
+    part = STEPS // 7
+
+    job.wait_for_step(part)
+    slurm.run("scancel", "--signal=USR1", job.number)
+    slurm.wait(job.number, "RUNNING", restarts=1)
+    stopped = job.newest_checkpoint()
+    job.wait_for_step(2 * part)
+    assert job.resumed_at() == [stopped], "a stop on request loses no step"
+    assert "exit code 75" in job.said()
+
+    for rank in slurm.ranks().values():  # or the run is over before SLURM looks at its clock,
+        rank.suspend()  # twice a minute; the signal wakes them
+    minutes = int(slurm.job(job.number)["RunTime"].split(":")[1])
+    slurm.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 5}")
+    wait_for(lambda: slurm.job(job.number)["Restarts"] == "2", "the time limit")
+    slurm.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+    slurm.wait(job.number, "RUNNING", restarts=2)
+    stopped = job.newest_checkpoint()
+    job.wait_for_step(3 * part)
+    assert job.resumed_at()[1:] == [stopped], "nor does the time limit"
+
+    slurm.ranks()[1].kill()
+    slurm.wait(job.number, "RUNNING", restarts=3)
+    job.wait_for_step(4 * part)
+
+    slurm.kill_node("n2")
+    wait_for(lambda: slurm.idle_nodes() == 1, "n2 is down")
+    slurm.start_node("n2")
+    slurm.wait(job.number, "RUNNING", restarts=4)
+    job.wait_for_step(5 * part)
+
+    slurm.run("scontrol", "requeue", job.number)
+    slurm.wait(job.number, "RUNNING", restarts=5)
+    job.wait_for_step(6 * part)
+
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", f"-o{tmp_path}/u")
+    slurm.run("sbatch", *urgent)
+    slurm.wait(job.number, "RUNNING", restarts=6)
+    slurm.wait(job.number, "COMPLETED")
+    assert_equal(job, undisturbed)
+    assert len(job.resumed_at()) == 6
+    attempts = json.loads((job.run / "attempts.json").read_text())
+    assert not (job.run / "failure_report.txt").exists()
+    assert [attempt["exit_code"] for attempt in attempts].count(75) >= 2
+    assert 137 in [attempt["exit_code"] for attempt in attempts]
+
+
+def test_killed_at_random_moments(
+    undisturbed: Job, slurm: SlurmCluster, _server: S3Server, tmp_path: Path
+) -> None:
+    """A random rank, by SIGKILL, at a random moment: one in four while it starts, the others in a
+    step or a save. BLIP_KILLS says how often."""
+    slurm_runs.make_recipe(tmp_path, _server, STEPS)
+    job = slurm_runs.submit(
+        slurm, "pretrain_129M.sh", tmp_path, RECORDED,
+        MAX_FAILURES="1000", **_server.environment,
+    )  # fmt: skip
+    dice = random.Random(time.time_ns())
+    lost = []
+    for kill in range(KILLS):
+        begun = job.starts()
+        saved = job.newest_checkpoint()
+        slurm.wait(job.number, "RUNNING", restarts=kill)
+        wait_for(lambda: len(slurm.ranks()) == 2, "two ranks")
+        if dice.random() < 0.25:
+            time.sleep(dice.random() * 8)
+        else:
+            goal = min(saved + dice.randint(1, EVERY_STEPS + 1), STEPS - 2)
+            wait_for(lambda: job.starts() > begun and job.step() >= goal, f"step {goal}")  # noqa: B023
+            time.sleep(dice.random() * 0.3)
+        slurm.ranks()[dice.randint(0, 1)].kill()
+        slurm.wait(job.number, "RUNNING", restarts=kill + 1)
+        lost.append((job.step(), job.newest_checkpoint()))
+    slurm.wait(job.number, "COMPLETED")
+    assert_equal(job, undisturbed)
+    assert all(0 <= step - saved <= EVERY_STEPS for step, saved in lost), lost
+    print(f"{KILLS} kills; step reached and newest checkpoint: {lost}")

@@ -1,0 +1,31 @@
+"""train.py on which one rank fails in the same step at every start, as with a broken shard of
+weights or a kernel that cannot take one batch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from blip_scale import train
+from blip_scale.tasks import Pretrain
+
+FAILING_STEP = 6
+MESSAGE = "this batch cannot be computed"
+
+_losses = Pretrain.losses
+
+
+def losses(self: Pretrain, network: Any, batch: Any, progress: Any) -> dict[str, Any]:
+    """Those of the task, up to a step."""
+    if progress.step + 1 == FAILING_STEP and os.environ["RANK"] == "1":
+        raise RuntimeError(MESSAGE)
+    return _losses(self, network, batch, progress)
+
+
+if __name__ == "__main__":
+    Pretrain.losses = losses  # type: ignore[method-assign]
+    train.command()

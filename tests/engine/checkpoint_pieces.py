@@ -1,0 +1,129 @@
+"""Ranks without any training: a few parameters cut in pieces, that can be saved and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip_scale.engine import collectives, restore
+from blip_scale.engine.checkpoint import RunState, Saver
+from blip_scale.engine.deepspeed import AdamW, Shard
+from blip_scale.engine.object_storage import ObjectFolder
+from blip_scale.engine.places import Place
+from blip_scale.recipe import CheckpointRecipe
+
+SIZES = {"first": 7, "second": 20, "last": 1}
+FOLLOWED = ("first", "last")
+"""Parameters with a momentum average."""
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "momentum")
+
+
+def values(kind: str, name: str) -> Tensor:
+    """Numbers that occur nowhere else."""
+    start = 1000 * KINDS.index(kind) + 100 * list(SIZES).index(name)
+    return torch.arange(start, start + SIZES[name], dtype=torch.float32)
+
+
+def even_slices(rank: int, ranks: int) -> dict[str, range]:
+    """As ZeRO-3 cuts: an equal slice of every parameter."""
+    cut = {}
+    for name, size in SIZES.items():
+        each = -(-size // ranks)
+        cut[name] = range(min(size, rank * each), min(size, (rank + 1) * each))
+    return cut
+
+
+def one_stretch(rank: int, ranks: int) -> dict[str, range]:
+    """As ZeRO-2 cuts: a stretch of all parameters laid end to end."""
+    each = -(-sum(SIZES.values()) // ranks)
+    cut, begin = {}, 0
+    for name, size in SIZES.items():
+        low, high = (min(size, max(0, edge * each - begin)) for edge in (rank, rank + 1))
+        cut[name], begin = range(low, high), begin + size
+    return cut
+
+
+class Pieces:
+    """Stands for a rank's ZeroEngine and its ShardedMomentum."""
+
+    def __init__(self, cut: dict[str, range], filled: bool = True) -> None:
+        owned = {name: part for name, part in cut.items() if len(part)}
+        flat = torch.zeros(sum(map(len, owned.values())))
+        self.optimizer: torch.optim.Optimizer = AdamW([nn.Parameter(flat)], fused=True)
+        self.all_shards: list[Shard] = []
+        for name, part in owned.items():
+            offset = sum(shard.numel for shard in self.all_shards)
+            shard = Shard(name, nn.Parameter(flat), part.start, len(part), flat, offset)
+            self.all_shards.append(shard)
+        followed = [shard for shard in self.all_shards if shard.name in FOLLOWED]
+        self.refreshed: list[str] = []
+        self.engine: Any = SimpleNamespace(
+            shards=self.all_shards,
+            trainable={name: torch.empty(size) for name, size in SIZES.items()},
+            optimizer=self.optimizer,
+            stage=3,
+            device=torch.device("cpu"),
+            refresh=lambda: self.refreshed.append("engine"),
+        )
+        self.momentum: Any = SimpleNamespace(
+            shards=followed,
+            averages=[torch.zeros(shard.numel) for shard in followed],
+            refresh=lambda: self.refreshed.append("momentum"),
+        )
+        if filled:
+            moments = {key: torch.zeros_like(flat) for key in KINDS[1:3]}
+            self.optimizer.state[flat] = {"step": torch.tensor(17.0), **moments}
+            for kind, shard, tensor in self.tensors():
+                tensor += values(kind, shard.name)[shard.start : shard.start + shard.numel]
+
+    def tensors(self) -> list[tuple[str, Shard, Tensor]]:
+        """Everything that a checkpoint must keep, as live views."""
+        found = [("weight", shard, shard.weight) for shard in self.all_shards]
+        for key in KINDS[1:3]:
+            found += [(key, one, one.state(self.optimizer, key)) for one in self.all_shards]
+        pairs = zip(self.momentum.shards, self.momentum.averages, strict=True)
+        return found + [("momentum", shard, average) for shard, average in pairs]
+
+    def saver(self, place: Place, start_step: int = 0, **settings: Any) -> Saver:
+        """One that keeps what it reports in `self.curves`."""
+        self.curves: dict[int, dict[str, float]] = {}
+        recipe = CheckpointRecipe(**settings)
+        report = self.curves.__setitem__
+        return Saver(place, recipe, self.engine, self.momentum, report, lambda *_: None, start_step)
+
+    def save(self, folder: Path, step: int = 5, **settings: Any) -> Path | None:
+        """One checkpoint, written at once, of a run that goes on from those of earlier steps."""
+        settings = {"background": False, "keep_last": 100} | settings
+        saver = self.saver(place_of(folder), step - 1, **settings)
+        saver.begin(state_of(step))
+        return folder / f"step_{step:08d}" if saver.finish() else None
+
+
+def state_of(step: int) -> RunState:
+    position, task = {"seconds": 1.5}, {"queue": {"pointer": 3}}
+    return RunState(step, position, task, {"queue/image": torch.eye(3)})
+
+
+def place_of(folder: Path, remote: ObjectFolder | None = None, is_shared: bool = True) -> Place:
+    """A folder that all ranks see, or this rank alone."""
+    rank, world_size = collectives.rank(), collectives.world_size()
+    sharers = tuple(range(world_size)) if is_shared else (rank,)
+    return Place(folder, remote, rank, sharers, world_size)
+
+
+def newest_whole(folder: Path, stage: int = 3) -> Path | None:
+    return restore.newest_whole(place_of(folder), stage)
+
+
+def alone(filled: bool = True) -> Pieces:
+    return Pieces(even_slices(0, 1), filled)
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)

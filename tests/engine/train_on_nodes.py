@@ -1,0 +1,17 @@
+"""train.py on ranks that share no disk: `--nodes=FOLDER` gives each an output_dir in it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from blip_scale import train
+
+if __name__ == "__main__":
+    (nodes,) = (part for part in sys.argv if part.startswith("--nodes="))
+    sys.argv.remove(nodes)
+    sys.argv.append(f"output_dir={nodes.partition('=')[2]}/node_{os.environ['RANK']}")
+    train.command()

@@ -1,0 +1,41 @@
+"""A tiny checkpoint of ours, and the command that converts it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(REPO / "tools"), str(Path(__file__).resolve().parent)]
+
+import convert_checkpoint  # noqa: E402
+import tiny_blip  # noqa: E402
+
+Convert = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer folder of the tiny words."""
+    return tiny_blip.vocabulary(tmp_path_factory.mktemp("words") / "vocabulary")
+
+
+@pytest.fixture(scope="session")
+def ours(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
+    """A checkpoint folder in our format, with momentum copies, queues and a tokenizer."""
+    folder = tmp_path_factory.mktemp("ours") / "step_00000007"
+    return tiny_blip.write_ours(folder, tiny_blip.config(vocabulary), vocabulary)
+
+
+@pytest.fixture(scope="session")
+def convert() -> Convert:
+    """Runs the command, which must succeed; gives what it wrote."""
+
+    def run(source: Path, out: Path, *arguments: str) -> Path:
+        assert convert_checkpoint.main([str(source), str(out), *arguments]) == 0
+        return out
+
+    return run

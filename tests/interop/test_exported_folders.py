@@ -1,0 +1,149 @@
+"""What transformers makes of an exported folder, against our own model: the same numbers, and the
+pipelines just work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_blip
+import tiny_runs
+import torch
+from conftest import Convert
+from PIL import Image
+from torch import Tensor
+
+from blip_scale.data import EvalTransform, load_tokenizer
+from blip_scale.interop import read_checkpoint
+from blip_scale.model import MED, BeamSettings, PackedText, caption_beam
+from blip_scale.model.packing import ImageIndex, plan_pass
+from blip_scale.recipe import TextRecipe
+from blip_scale.tasks.networks import normalize_images
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+TEXTS = ["a big red disc", "a small green cross on grey", "a black bar and a white square"]
+LENGTHS = {"max_length": 10, "min_length": 4}
+
+
+@pytest.fixture(scope="module")
+def hf(ours: Path, tmp_path_factory: pytest.TempPathFactory, convert: Convert) -> Path:
+    """Folders captioning, retrieval and vqa."""
+    return convert(ours, tmp_path_factory.mktemp("hf") / "hf", "--head", "all")
+
+
+@pytest.fixture(scope="module")
+def med(ours: Path) -> MED:
+    return tiny_blip.med_of(read_checkpoint(ours))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Drawings as PNG files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    drawn = [("red", "disc", True), ("green", "cross", False), ("black", "bar", True)]
+    files = [folder / f"{colour}.png" for colour, *_ in drawn]
+    for file, what in zip(files, drawn, strict=True):
+        file.write_bytes(tiny_runs.picture(*what))
+    return files
+
+
+def pixels(pictures: list[Path]) -> Tensor:
+    """What our own evaluation feeds to the network."""
+    transform = EvalTransform(32)
+    images = [transform(Image.open(file).convert("RGB")) for file in pictures]
+    return normalize_images(torch.stack(images), torch.float32)
+
+
+def packed(hf: Path, med: MED) -> tuple[PackedText, Tensor]:
+    """The texts packed, and their attention mask as transformers pads them."""
+    tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "vqa")))
+    rows = tokenizer(TEXTS)["input_ids"]
+    mask = tokenizer(TEXTS, padding=True, return_tensors="pt")["attention_mask"]
+    return PackedText.from_lists(rows), mask
+
+
+@torch.no_grad()
+def test_retrieval_scores(hf: Path, med: MED, pictures: list[Path]) -> None:
+    """Cosines and matching logits from files and words, through BlipProcessor."""
+    from transformers import BlipForImageTextRetrieval, BlipProcessor
+
+    processor = BlipProcessor.from_pretrained(hf / "retrieval")
+    theirs = BlipForImageTextRetrieval.from_pretrained(hf / "retrieval")
+    images = [Image.open(file).convert("RGB") for file in pictures]
+    inputs = processor(images, TEXTS, padding=True, return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"], pixels(pictures), **CLOSE)
+    text, _ = packed(hf, med)
+    embeds = med.encode_image(pixels(pictures))
+    cosines = med.project_image(embeds) @ med.project_text(med.encode_text(text)).T
+    expected = theirs(**inputs, use_itm_head=False).itm_score
+    torch.testing.assert_close(cosines, expected, **CLOSE)
+    assert cosines.std() > 0.01
+    special = med.config.text.special
+    assert theirs.config.text_config.enc_token_id == special.enc
+    inputs["input_ids"][:, 0] = special.enc
+    logits = med.match(text.with_first_token(special.enc), embeds, torch.arange(3))
+    torch.testing.assert_close(logits, theirs(**inputs).itm_score, **CLOSE)
+    assert theirs.config.itc_temperature == med.temperature().item()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_captions_token_for_token(hf: Path, med: MED, pictures: list[Path], beams: int) -> None:
+    from transformers import BlipForConditionalGeneration
+
+    theirs = BlipForConditionalGeneration.from_pretrained(hf / "captioning")
+    images, special = pixels(pictures), med.config.text.special
+    found = theirs.generate(images, num_beams=beams, do_sample=False, **LENGTHS).tolist()
+    captions = [ids[1 : ids.index(special.sep) if special.sep in ids else None] for ids in found]
+    settings = BeamSettings(num_beams=beams, **LENGTHS)
+    ours = caption_beam(med, med.encode_image(images), [special.dec], settings)
+    assert ours == captions
+    assert len({tuple(caption) for caption in ours}) > 1
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_answers_token_for_token(hf: Path, med: MED, pictures: list[Path], beams: int) -> None:
+    """The decoder reads all states of the image-grounded question."""
+    from transformers import BlipForQuestionAnswering
+
+    theirs = BlipForQuestionAnswering.from_pretrained(hf / "vqa")
+    tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "vqa")))
+    special, answers = med.config.text.special, set()
+    settings = BeamSettings(num_beams=beams, **LENGTHS)
+    for image, question in zip(pixels(pictures), TEXTS, strict=True):
+        ids = [special.enc, *tokenizer(question)["input_ids"][1:]]
+        expected = theirs.generate(
+            torch.tensor([ids]), image[None], num_beams=beams, do_sample=False, **LENGTHS
+        )[0].tolist()
+        end = expected.index(special.sep) if special.sep in expected else None
+        embeds = med.encode_image(image[None])
+        where = ImageIndex(1, embeds.shape[1], "sdpa", encoder=torch.zeros(1, dtype=torch.int64))
+        plan = plan_pass(PackedText.from_lists([ids]), None, where)
+        states = med.text(replace(plan, read_rows=None, read_cross=plan.cross), embeds)
+        ours = caption_beam(med, states[None], [special.dec], settings)[0]
+        assert ours == expected[1:end]
+        answers.add(tuple(ours))
+    assert len(answers) > 1
+
+
+def test_the_pipeline_just_works(hf: Path, med: MED, pictures: list[Path]) -> None:
+    """Words of our own beam search, for a picture by its path."""
+    from transformers import pipeline
+
+    captioner = pipeline("image-to-text", str(hf / "captioning"))
+    said = [captioner(str(file))[0]["generated_text"] for file in pictures]
+    special = med.config.text.special
+    settings = BeamSettings(num_beams=3, max_length=21, min_length=0)
+    ours = caption_beam(med, med.encode_image(pixels(pictures)), [special.dec], settings)
+    tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
+    assert said == tokenizer.batch_decode(ours, skip_special_tokens=True)
+    assert all(said) and len(set(said)) > 1
+
+
+def test_the_card_says_what_is_known(hf: Path) -> None:
+    card = (hf / "captioning" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\ntags: [blip]\npipeline_tag: image-to-")
+    assert "2 layers, width 48, 4 heads" in card and "pretrained for 7 steps" in card
+    assert "The checkpoint says nothing of its data" in card
+    assert "enc_token_id" in (hf / "retrieval" / "README.md").read_text()

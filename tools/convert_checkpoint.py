@@ -1,0 +1,279 @@
+"""Convert a BLIP checkpoint: ours, Salesforce's .pth, Hugging Face folders; any to any.
+
+python tools/convert_checkpoint.py runs/demo captioner
+python tools/convert_checkpoint.py runs/demo/checkpoints/step_00001000 blip.pth
+python tools/convert_checkpoint.py model_base.pth retrieval --head retrieval
+docs/tasks.md tells what each format holds and what can become what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import yaml
+
+from blip_scale import interop
+from blip_scale import recipe as recipes
+from blip_scale.data import IMAGE_MEAN, IMAGE_STD, load_tokenizer
+from blip_scale.interop import BlipWeights, Format, Head, Origin
+from blip_scale.model import MEDConfig
+from blip_scale.recipe import Recipe, TextRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ALL = "all"
+_PUBLISHED_TOKENIZER = "bert-base-uncased"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 1 for an error, which is said in one line."""
+    options = _parser().parse_args(arguments)
+    started = time.perf_counter()
+    try:
+        _convert(options)
+    except (ValueError, OSError) as error:
+        print(f"convert_checkpoint: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.out} in {time.perf_counter() - started:.1f} s")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> None:
+    kind = interop.format_of(options.source)
+    target = _target(options)
+    _check_free(options.out, options.overwrite)
+    recipe = _recipe(options, kind)
+    config = _network(recipe, options.tokenizer) if recipe else None
+    weights = interop.read_checkpoint(options.source, config)
+    step = "" if weights.step is None else f", step {weights.step}"
+    print(f"read {weights.origin}: {weights.head}{step}")
+    heads = _heads(options.head, weights, target)
+    parts = [interop.turned_into(weights, head) for head in heads]
+    if target == "hf":
+        tokenizer = _tokenizer(options, weights, recipe)
+        origin = _origin(options.source, kind, recipe)
+        for part in parts:
+            reason = interop.inexpressible(part)
+            if reason:
+                raise ValueError(f"{part.origin} can't become a Hugging Face {part.head}: {reason}")
+    elif target == "salesforce":
+        parts = [interop.with_training_state(part) for part in parts]
+    if target != "hf":  # which has no place for what notes are about
+        for note in parts[0].notes:
+            print(f"note: {note}")
+    with _placed(options.out, folder=target != "salesforce") as place:
+        if target == "salesforce":
+            interop.write_salesforce(parts[0], place)
+        elif target == "ours":
+            interop.write_training_checkpoint(parts[0], place)
+            if kind != "salesforce" or options.tokenizer or recipe:
+                _tokenizer(options, weights, recipe).save_pretrained(place / "tokenizer")
+        else:
+            for part in parts:
+                folder = place / part.head if options.head == ALL else place
+                _write_folder(part, folder, tokenizer, origin)
+
+
+def _target(options: argparse.Namespace) -> Format:
+    """The format to write: what --to says, else what the name of OUT says."""
+    is_file = options.out.suffix in (".pth", ".pt")
+    by_name: Format = "salesforce" if is_file else "hf"
+    target: Format = options.to or by_name
+    if is_file != (target == "salesforce"):
+        mend = "a name that ends in .pth" if not is_file else "the name of a folder"
+        raise ValueError(f"{options.out}: --to {target} writes to {mend}")
+    if target != "hf" and options.head == ALL:
+        raise ValueError("--head all makes Hugging Face folders; give --to hf")
+    return target
+
+
+def _heads(asked: str | None, weights: BlipWeights, target: Format) -> list[Head]:
+    if target == "ours":
+        if asked not in (None, "pretrain"):
+            raise ValueError(
+                f"--head {asked}: our checkpoints hold the whole network; leave it out"
+            )
+        return ["pretrain"]
+    if asked == ALL:
+        found: list[Head] = ["captioning", "retrieval"]
+        try:
+            vqa = interop.turned_into(weights, "vqa")
+            reason = interop.inexpressible(vqa)
+        except ValueError as error:
+            reason = str(error)
+        if reason:
+            print(f"note: without vqa: {reason}")
+            return found
+        return [*found, "vqa"]
+    if asked is not None:
+        return [head for head in interop.HEADS if head == asked]
+    return ["captioning"] if target == "hf" and weights.head == "pretrain" else [weights.head]
+
+
+def _recipe(options: argparse.Namespace, kind: Format) -> Recipe | None:
+    """The recipe that says the sizes: --recipe, else the one that a run wrote."""
+    if options.recipe:
+        return recipes.load(options.recipe)
+    if kind != "ours":
+        return None
+    folder = interop.step_folder(options.source)
+    assert folder is not None
+    if (folder / "network.json").is_file():
+        return None
+    file = folder.parent.parent / "recipe.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder}: the run's recipe.yaml isn't at {file}; give it with --recipe"
+        )
+    return recipes.load(str(file))
+
+
+def _network(recipe: Recipe, tokenizer: str | None) -> MEDConfig:
+    from blip_scale.tasks import networks  # here: it brings DeepSpeed, which takes seconds
+
+    return networks.med_config(recipe, load_tokenizer(_text(recipe, tokenizer)))
+
+
+def _text(recipe: Recipe, tokenizer: str | None) -> TextRecipe:
+    text = recipe.model.text
+    return replace(text, tokenizer=tokenizer) if tokenizer else text
+
+
+def _tokenizer(
+    options: argparse.Namespace, weights: BlipWeights, recipe: Recipe | None
+) -> PreTrainedTokenizerFast:
+    """--tokenizer, else the recipe's, else the one beside the checkpoint, else the published."""
+    folders = (options.source, options.source / "tokenizer", options.source / "captioning")
+    beside = [f for f in folders if (f / "tokenizer_config.json").is_file()]
+    if recipe:
+        text = _text(recipe, options.tokenizer)
+    elif options.tokenizer or beside:
+        text = TextRecipe(tokenizer=options.tokenizer or str(beside[0]))
+    else:
+        text = TextRecipe(tokenizer=_PUBLISHED_TOKENIZER)
+    try:
+        tokenizer = load_tokenizer(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; give --tokenizer FOLDER") from error
+    if len(tokenizer) != weights.config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer {text.tokenizer or text.checkpoint} has {len(tokenizer)} tokens with "
+            f"[DEC] and [ENC], the network {weights.config.text.vocab_size}; give --tokenizer"
+        )
+    return tokenizer
+
+
+def _origin(source: Path, kind: Format, recipe: Recipe | None) -> Origin:
+    """What the files of a run say, for the model card."""
+    if kind != "ours" or recipe is None:
+        return Origin()
+    folder = interop.step_folder(source)
+    assert folder is not None
+    summary = folder.parent.parent / "summary.json"
+    figures = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    return Origin(yaml.safe_load(recipes.to_yaml(recipe)), figures)
+
+
+def _write_folder(
+    weights: BlipWeights, folder: Path, tokenizer: PreTrainedTokenizerFast, origin: Origin
+) -> None:
+    """Everything that transformers' pipelines and BlipProcessor want."""
+    from transformers import BlipImageProcessor, BlipProcessor
+
+    size = weights.config.vision.image_size
+    card = interop.model_card(weights, origin)
+    interop.write_huggingface(weights, folder)
+    pixels = BlipImageProcessor(
+        size={"height": size, "width": size}, image_mean=IMAGE_MEAN, image_std=IMAGE_STD
+    )
+    tokenizer.model_max_length = weights.config.text.max_positions
+    try:
+        BlipProcessor(pixels, tokenizer).save_pretrained(folder)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"BlipProcessor takes BERT tokenizers alone, not {type(tokenizer).__name__}: {error}"
+        ) from error
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """OUT isn't there; or --overwrite, and it is a checkpoint."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out} exists; give another name, or --overwrite")
+    if out.is_dir():
+        try:
+            interop.format_of(out)
+        except ValueError as error:
+            raise FileExistsError(
+                f"{out} is a folder of something else: not overwritten"
+            ) from error
+
+
+@contextmanager
+def _placed(out: Path, folder: bool) -> Iterator[Path]:
+    """A path to write to that takes the place of `out` when all is written, and not before."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    place = work / "new"
+    try:
+        if folder:
+            place.mkdir()
+        yield place
+        if folder and out.exists():
+            out.rename(work / "old")
+        place.replace(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py",
+        description="Convert a BLIP checkpoint. What IN is, is found by looking at it; OUT is "
+        "written whole or not at all.",
+        epilog="docs/tasks.md tells what each format holds and what can become what.",
+    )
+    parser.add_argument(
+        "source", metavar="IN", type=Path,
+        help="training checkpoint (step_N, or a run's folder: its newest), .pth, or Hugging Face "
+        "folder",
+    )  # fmt: skip
+    parser.add_argument("out", metavar="OUT", type=Path, help="NAME.pth, or a folder")
+    parser.add_argument(
+        "--to", choices=("hf", "salesforce", "ours"),
+        help="default: salesforce for .pth, else hf",
+    )  # fmt: skip
+    parser.add_argument(
+        "--head", choices=(*interop.HEADS, ALL),
+        help="which model; default: that of IN, and captioning from pretraining to hf; all: "
+        "folders captioning, retrieval and (where it can be) vqa in OUT",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recipe", metavar="NAME_OR_FILE",
+        help="the network's sizes, where IN doesn't say them; default: recipe.yaml of the run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER_OR_HUB_NAME",
+        help=f"default: the recipe's, the one in IN, {_PUBLISHED_TOKENIZER}",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

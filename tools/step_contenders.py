@@ -1,0 +1,333 @@
+"""What `tools/benchmark.py step` measures: ours and the published step, in processes of their own.
+
+They take turns, a step each, so that whatever else the machine does meets both. Both train on the
+same batches from the same weights.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from blip_scale import checks, data, recipe
+from blip_scale.recipe import Recipe
+
+TOKEN_MEAN = 12.5
+"""Tokens of a caption, [CLS] and [SEP] included: published captions lie at 10 to 15."""
+_TOKEN_SIGMA = 0.35  # of the logarithm
+_WARM_UP_STEPS = 2
+_BATCHES = 4  # different ones, in turns
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+"""glibc keeps large blocks: what returning them to the kernel costs is no matter of the step."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """What all contenders run."""
+
+    recipe: Recipe
+    ds_config: str
+    threads: int
+    folder: Path
+    """Holds the data."""
+
+
+def make_match(chosen: Recipe, ds_config: str, threads: int, folder: Path) -> Match:
+    """Write pictures of noise with captions of realistic lengths, and a recipe that reads them."""
+    batch = chosen.train.global_batch_size
+    tokenizer = data.load_tokenizer(chosen.model.text)
+    words = [word for word in tokenizer.get_vocab() if word.isalpha() and word.isascii()]
+    rng = np.random.default_rng(0)
+    side = chosen.model.vision.image_size
+
+    def records() -> Iterator[data.Record]:
+        for number in range(_BATCHES * batch):
+            drawn = rng.lognormal(np.log(TOKEN_MEAN) - _TOKEN_SIGMA**2 / 2, _TOKEN_SIGMA)
+            length = int(np.clip(round(drawn), 3, chosen.model.text.max_tokens)) - 2
+            caption = " ".join(rng.choice(words, length))
+            pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            yield data.Record(f"{number:06}", _encoded(pixels), caption, "noise")
+
+    data.write_shards(folder / "noise", records())
+    streams = [recipe.StreamRecipe(name="noise", local=str(folder / "noise"))]
+    reading = recipe.DataRecipe(streams=streams, workers=0)
+    ready = replace(chosen, data=reading, output_dir=str(folder / "run"))
+    return Match(ready, ds_config, threads, folder)
+
+
+def _encoded(pixels: np.ndarray) -> bytes:
+    import simplejpeg
+
+    return simplejpeg.encode_jpeg(pixels)
+
+
+class Ours:
+    """The step of a real run on one rank: DeepSpeed's engine, or plain PyTorch in its place."""
+
+    def __init__(self, match: Match) -> None:
+        from blip_scale.engine.deepspeed import initialize, start
+        from blip_scale.engine.sharded_momentum import ShardedMomentum
+        from blip_scale.tasks.pretrain import Pretrain
+
+        self.device = start(match.recipe.train.stall_timeout_s)
+        self.recipe = match.recipe
+        self.task = Pretrain(match.recipe, self.device)
+        ds_config = checks.resolve_deepspeed(match.recipe, match.ds_config, 1)
+        self.engine = initialize(self.task.build_network, match.recipe, ds_config)
+        self.engine.fill(self.task.initial_weights())
+        self.momentum = ShardedMomentum(self.engine, self.task.momentum_pairs)
+        self.engine.deepspeed.train()
+        loader = self.task.batches()
+        self.batches = [next(loader) for _ in range(_BATCHES)]
+        self.steps = 0
+
+    def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
+        """One optimizer step as the train loop takes it; `mark` hears what has just ended."""
+        self.forward_and_backward(mark)
+        norms = self.engine.gradient_norms()
+        self.engine.step(self.recipe.optimizer.peak_lr, apply=norms["all"] < float("inf"))
+        mark("optimizer")
+        self.task.after_step(self.engine, self.momentum, applied=True)
+        mark("momentum update, queue")
+        self.steps += 1
+
+    def forward_and_backward(self, mark: Callable[[str], None]) -> None:
+        from blip_scale.engine import Progress
+
+        batch = self.batches[self.steps % _BATCHES]
+        progress = Progress(self.steps, self.steps, self.task.steps_per_epoch)
+        metrics = self.task.losses(self.engine.deepspeed, batch, progress)
+        mark("losses")
+        self.engine.deepspeed.backward(metrics["loss/total"])
+        mark("vision backward")
+
+    def split(self) -> dict[str, float]:
+        """Seconds of the parts of one step, by hooks at their ends."""
+        network = self.engine.module
+        parts: dict[str, float] = {}
+        last = [time.perf_counter()]
+
+        def mark(part: str) -> None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            now = time.perf_counter()
+            parts[part] = parts.get(part, 0.0) + now - last[0]
+            last[0] = now
+
+        with _marked(network, mark):
+            last[0] = time.perf_counter()
+            self.step(mark)
+        return parts
+
+    def flops(self) -> float:
+        """Of forward and backward of a step, by torch's counter."""
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.forward_and_backward(lambda part: None)
+        self.task.after_step(self.engine, self.momentum, applied=False)
+        self.engine.step(0.0, apply=False)
+        return float(counter.get_total_flops())
+
+    def trace(self, file: Path) -> None:
+        """One step in the format of Perfetto and TensorBoard's profiler."""
+        with torch.profiler.profile() as profile:
+            self.step()
+        profile.export_chrome_trace(str(file))
+
+    def peak_flops(self) -> float:
+        """Of a matrix product in the type of the weights."""
+        from blip_scale.engine.monitor import measure_peak_flops
+
+        return measure_peak_flops(self.device, self.engine.dtype)
+
+    def describe(self) -> dict[str, float]:
+        """Token mean of the captions."""
+        tokens = sum(len(batch.token_ids) for batch in self.batches)
+        return {"token_mean": tokens / sum(len(batch.ids) for batch in self.batches)}
+
+
+@contextmanager
+def _marked(network: Any, mark: Callable[[str], None]) -> Iterator[None]:
+    """Hooks on the parts of a PretrainNetwork that say when each ended, forward and backward."""
+    med, momentum = network.med, network.momentum
+    handles = []
+    passes = [0]
+
+    def after_text(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        passes[0] += 1
+        if passes[0] == 1:
+            mark("text forward")
+            output.register_hook(lambda gradient: mark("sweep backward"))
+        else:
+            mark("sweep forward")
+            output.register_hook(lambda gradient: mark("head backward"))
+
+    def after_vision(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        mark("vision forward")
+        output.register_hook(lambda gradient: mark("text backward"))
+
+    for module, hook in ((med.vision, after_vision), (med.text, after_text)):
+        handles.append(module.register_forward_hook(hook))
+    for module, part in (
+        (momentum.vision, "momentum vision"), (momentum.text, "momentum text"),
+        (med.lm_head, "head forward"),
+    ):  # fmt: skip
+        handles.append(module.register_forward_hook(lambda *_, part=part: mark(part)))
+    handles.append(med.temperature.register_forward_hook(lambda *_: mark("projections")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Published:
+    """The step of the published code, from the same weights, on the same batches."""
+
+    def __init__(self, match: Match) -> None:
+        from published_step import PublishedStep
+
+        from blip_scale.engine.deepspeed import start
+        from blip_scale.objectives import FeatureQueue
+        from blip_scale.tasks import networks
+        from blip_scale.tasks.pretrain import Pretrain
+
+        self.device = start(match.recipe.train.stall_timeout_s)
+        chosen = match.recipe
+        task = Pretrain(chosen, self.device)
+        loader = task.batches()
+        batches = [next(loader) for _ in range(_BATCHES)]
+        self.batches = [networks.to_model_input(b, self.device, torch.float32) for b in batches]
+        config = networks.med_config(chosen, data.load_tokenizer(chosen.model.text))
+        queue = FeatureQueue(chosen.model.embed_dim, chosen.objective.queue_size, chosen.seed)
+        features = (queue.features.image, queue.features.text)
+        med = networks.initialized_med(chosen, config)
+        self.network = PublishedStep(
+            med, chosen.objective, chosen.optimizer, features, chosen.model.text.max_tokens
+        )
+        self.bf16 = chosen.train.precision == "bf16"
+        self.steps = 0
+        self.attention = self._faster_attention()
+
+    def step(self) -> None:
+        """One optimizer step; in bf16 under autocast, as its users run it."""
+        images, text = self.batches[self.steps % _BATCHES]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            self.network.step(images, text, alpha=0.0)
+        self.steps += 1
+
+    def _faster_attention(self) -> str:
+        """The ViT's, by trying: a comparison should not be won by a bad choice."""
+        self.step()
+        seconds = {}
+        for kind in ("eager", "sdpa"):
+            self.network.take_attention(kind)
+            seconds[kind] = min(_timed(self.step) for _ in range(2))
+        best = min(seconds, key=lambda kind: seconds[kind])
+        self.network.take_attention(best)
+        return best
+
+    def describe(self) -> dict[str, str]:
+        """What was chosen."""
+        return {"published_vision_attention": self.attention}
+
+
+CONTENDERS: dict[str, Callable[[Match], Any]] = {"ours": Ours, "published": Published}
+
+
+class Contest:
+    """A process a contender; they wait for their turn."""
+
+    def __init__(self, match: Match, names: list[str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: dict[str, Connection] = {}
+        self._processes = []
+        for name in names:
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, name, match))
+            process.start()
+            theirs.close()
+            self._pipes[name] = mine
+            self._processes.append(process)
+            self.ask(name, "ready")  # one after another: building takes the most memory
+
+    def ask(self, name: str, what: str, *arguments: Any) -> Any:
+        """Call a method of a contender; raises RuntimeError where it died."""
+        try:
+            self._pipes[name].send((what, arguments))
+            return self._pipes[name].recv()
+        except (EOFError, BrokenPipeError) as error:
+            raise RuntimeError(f"contender {name} died; see above") from error
+
+    def __enter__(self) -> Contest:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for pipe in self._pipes.values():
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(pipe: Connection, name: str, match: Match) -> None:
+    torch.set_num_threads(match.threads)
+    torch.manual_seed(0)
+    contender = CONTENDERS[name](match)
+    for _ in range(_WARM_UP_STEPS):
+        contender.step()
+    answers: dict[str, Callable[..., Any]] = {
+        "ready": lambda: True,
+        "seconds": lambda: _timed(contender.step),
+        "peak_memory_gib": lambda: _peak_memory_gib(contender.device),
+    }
+    while True:
+        try:
+            what, arguments = pipe.recv()
+        except EOFError:
+            os._exit(0)  # DeepSpeed's process group is not torn down
+        pipe.send((answers.get(what) or getattr(contender, what))(*arguments))
+
+
+def _timed(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Where the pictures lie while it runs."""
+    return tempfile.TemporaryDirectory(prefix="benchmark-step-")
