@@ -70,11 +70,15 @@ class Setting:
         """The plan for these ranks, on the GPU that was named or is here."""
         from blip_scale.planning import Assumptions, Cluster, make_plan
 
-        config = checks.resolve_deepspeed(self.recipe, self.ds_config, self.ranks)
         nodes = self.ranks // self.gpus_per_node
         cluster = Cluster(nodes, self.gpus_per_node, self._gpu())
         # A stream that is not there has a line of its own; memory and disk do not depend on it.
-        return make_plan(self.recipe, config, cluster, Assumptions(unknown_samples=10**6))
+        assumed = Assumptions(unknown_samples=10**6)
+        try:
+            config = checks.resolve_deepspeed(self.recipe, self.ds_config, self.ranks)
+            return make_plan(self.recipe, config, cluster, assumed)
+        except (ValueError, FileNotFoundError) as error:  # another check has failed of it
+            raise Doubt(f"cannot be planned: {error}") from error
 
     def _gpu(self) -> GPU:
         import torch

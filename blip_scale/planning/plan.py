@@ -206,7 +206,7 @@ def make_plan(
         warnings.append("train.py takes ZeRO 2 or 3: ZeRO-1 is shown for comparison")
     return Plan(
         sizes, sharding.stage, sharding.offload, held, limit, largest, max(fitting, default=0),
-        step, steps, volume, checkpoint_bytes(network, queue), recipe.checkpoint.keep_last,
+        step, steps, volume, checkpoint_bytes(network, queue), _kept(recipe, steps),
         sizes.global_batch / step.total_s / cluster.ranks / assumed.images_a_core,
         network, cluster, _assumptions(cluster, sharding, assumed, [*network.notes, *volume.notes]),
         tuple(warnings),
@@ -224,6 +224,12 @@ def _sizes(recipe: Recipe, cluster: Cluster) -> checks.BatchSizes:
         near = sorted(sorted(nodes, key=lambda n: abs(n - cluster.nodes))[:3])
         others = f"; or --nodes {' or '.join(map(str, near))}" if near else ""
         raise ValueError(f"{error}{others}") from error
+
+
+def _kept(recipe: Recipe, steps: int) -> int:
+    """Checkpoints that lie on the disk at the end."""
+    for_ever = recipe.checkpoint.keep_every
+    return recipe.checkpoint.keep_last + (steps // for_ever if for_ever else 0)
 
 
 def _assumptions(
