@@ -68,11 +68,17 @@ class Setting:
 
     def plan(self) -> Plan:
         """The plan for these ranks, on the GPU that was named or is here."""
-        from blip_scale.planning import Cluster, make_plan
+        from blip_scale.planning import Assumptions, Cluster, make_plan
 
-        config = checks.resolve_deepspeed(self.recipe, self.ds_config, self.ranks)
         nodes = self.ranks // self.gpus_per_node
-        return make_plan(self.recipe, config, Cluster(nodes, self.gpus_per_node, self._gpu()))
+        cluster = Cluster(nodes, self.gpus_per_node, self._gpu())
+        # A stream that is not there has a line of its own; memory and disk do not depend on it.
+        assumed = Assumptions(unknown_samples=10**6)
+        try:
+            config = checks.resolve_deepspeed(self.recipe, self.ds_config, self.ranks)
+            return make_plan(self.recipe, config, cluster, assumed)
+        except (ValueError, FileNotFoundError) as error:  # another check has failed of it
+            raise Doubt(f"cannot be planned: {error}") from error
 
     def _gpu(self) -> GPU:
         import torch
@@ -299,11 +305,11 @@ def _checkpoint_folder(recipe: Recipe) -> str:
 def _gpu_memory(setting: Setting) -> str:
     plan = setting.plan()
     if not plan.fits:
-        raise ValueError(plan.verdict)
+        raise ValueError(plan.memory_verdict)
     if math.isinf(plan.limit_bytes):
         need = plan.memory.total / 2**30
         raise Doubt(f"{need:.1f} GiB a GPU are planned, and none is here: give --gpu NAME")
-    return plan.verdict
+    return plan.memory_verdict
 
 
 def _host_memory(setting: Setting) -> str:

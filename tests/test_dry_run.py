@@ -58,6 +58,7 @@ def test_all_problems_are_seen_at_once(tmp_path: Path, train: Command) -> None:
     assert "no index.json" in found["stream lost"][1]
     assert "can't be written" in found["output"][1]
     assert found["stream heldout"][0] == "ok"
+    assert "host memory" not in broken
     assert "checks failed" in done.stderr
 
 

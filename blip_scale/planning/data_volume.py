@@ -39,11 +39,14 @@ class Volume:
     notes: list[str]
 
 
-def volume_of(recipe: Recipe, sample_bytes: float | None = None) -> Volume:
+def volume_of(
+    recipe: Recipe, sample_bytes: float | None = None, unknown: int | None = None
+) -> Volume:
     """Samples and bytes of the training streams.
 
     Args:
-        sample_bytes: of a sample of those that are not here; null takes SAMPLE_BYTES.
+        sample_bytes: of a sample of those that are not here; None takes SAMPLE_BYTES.
+        unknown: images of a stream that is neither here nor published; None refuses it.
 
     Raises:
         ValueError: a stream is neither here nor one of the published sets.
@@ -51,18 +54,19 @@ def volume_of(recipe: Recipe, sample_bytes: float | None = None) -> Volume:
     samples, items, stored, notes, published = 0, [], 0.0, [], []
     each = sample_bytes or SAMPLE_BYTES
     for index, stream in enumerate(recipe.data.streams):
-        folder = Path(os.path.expandvars(stream.remote or stream.local)).expanduser()
+        places = [place for place in (stream.remote, stream.local) if place]  # or its cache
+        folders = (Path(os.path.expandvars(place)).expanduser() for place in places)
         by_caption = stream.repeat == "captions"
-        found = _count(folder, by_caption)
+        found = next(filter(None, (_count(folder, by_caption) for folder in folders)), None)
         if found is None:
-            if stream.name not in PUBLISHED:
+            if stream.name not in PUBLISHED and unknown is None:
                 raise ValueError(
                     f"data.streams.{index} ({stream.name}): no index.json at "
                     f"{stream.remote or stream.local}, and no published set has that name; give "
                     f"data.streams.{index}.local=FOLDER"
                 )
             published.append(stream.name)
-            images = PUBLISHED[stream.name]
+            images = PUBLISHED.get(stream.name, unknown or 0)
             captions = PUBLISHED_CAPTIONS.get(stream.name, images)
             found = images, captions if by_caption else images, images * each
         samples += found[0]

@@ -13,6 +13,7 @@ RESERVE_BYTES = 1.5 * 2**30
 """CUDA's context, NCCL's and cuBLAS's buffers."""
 FRAGMENTATION = 0.05
 """Part of the tensors' memory that the allocator holds beside it."""
+_LARGEST = 2**16  # nobody asks for more; and a device of unknown memory takes any
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def largest_micro_batch(
     if not fits(1):
         return 0
     high = 1
-    while fits(2 * high):
+    while high < _LARGEST and fits(2 * high):
         high *= 2
     low = high
     high *= 2

@@ -37,6 +37,8 @@ class Assumptions:
     tokens_each: float = TOKENS_A_CAPTION
     sample_bytes: float | None = None
     images_a_core: float = IMAGES_A_CORE
+    unknown_samples: int | None = None
+    """Of a stream that is neither here nor published; None refuses it."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,22 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """One line: whether it fits, and what to change where it does not."""
+        """One line: whether it fits, how long it takes, and what to change where it does not."""
+        if not self.fits:
+            return self.memory_verdict
+        return (
+            f"{self.memory_verdict}; {_duration(self.seconds)} on {self.cluster.ranks} GPUs, "
+            f"{self.step.limit} takes the time"
+        )
+
+    @property
+    def memory_verdict(self) -> str:
+        """The verdict without the time."""
         used, there = self.memory.total / GIB, self.limit_bytes / GIB
         micro, best = self.sizes.micro_batch, self.max_micro_batch
         if self.fits:
             room = "" if best == micro else f", {best} would fit as well"
-            return (
-                f"fits: {used:.1f} of {there:.1f} GiB a GPU with a micro-batch of {micro}{room}; "
-                f"{_duration(self.seconds)} on {self.cluster.ranks} GPUs, "
-                f"{self.step.limit} takes the time"
-            )
+            return f"fits: {used:.1f} of {there:.1f} GiB a GPU with a micro-batch of {micro}{room}"
         if best:
             mend = f"give train.micro_batch_size={best}"
         elif not self.network.config.gradient_checkpointing:
@@ -190,7 +198,7 @@ def make_plan(
     fitting = [n for n in range(least, min(share, largest) + 1) if share % n == 0]
     tokens = math.ceil(sizes.micro_batch * each)
     step = step_time(network, sharding, sizes, cluster, (tokens, queue))
-    volume = volume_of(recipe, assumed.sample_bytes)
+    volume = volume_of(recipe, assumed.sample_bytes, assumed.unknown_samples)
     steps = recipe.train.epochs * (volume.samples_per_epoch // sizes.global_batch)
     if recipe.train.max_steps is not None:
         steps = min(steps, recipe.train.max_steps)
@@ -198,7 +206,7 @@ def make_plan(
         warnings.append("train.py takes ZeRO 2 or 3: ZeRO-1 is shown for comparison")
     return Plan(
         sizes, sharding.stage, sharding.offload, held, limit, largest, max(fitting, default=0),
-        step, steps, volume, checkpoint_bytes(network, queue), recipe.checkpoint.keep_last,
+        step, steps, volume, checkpoint_bytes(network, queue), _kept(recipe, steps),
         sizes.global_batch / step.total_s / cluster.ranks / assumed.images_a_core,
         network, cluster, _assumptions(cluster, sharding, assumed, [*network.notes, *volume.notes]),
         tuple(warnings),
@@ -216,6 +224,12 @@ def _sizes(recipe: Recipe, cluster: Cluster) -> checks.BatchSizes:
         near = sorted(sorted(nodes, key=lambda n: abs(n - cluster.nodes))[:3])
         others = f"; or --nodes {' or '.join(map(str, near))}" if near else ""
         raise ValueError(f"{error}{others}") from error
+
+
+def _kept(recipe: Recipe, steps: int) -> int:
+    """Checkpoints that lie on the disk at the end."""
+    for_ever = recipe.checkpoint.keep_every
+    return recipe.checkpoint.keep_last + (steps // for_ever if for_ever else 0)
 
 
 def _assumptions(

@@ -25,12 +25,17 @@ def test_rights_of_a_bucket(
     recipe = make_recipe(tmp_path)
     arguments = ["--recipe", str(recipe), "--dry-run", "--gpu", "h100"]
     arguments += [f"data.streams={stream}", "data.cache_limit=100mb"]
+    arguments += [f"checkpoint.folder=s3://{s3.bucket}/checkpoints"]
     done = train(*arguments, timeout_s=300)
     assert done.returncode == 0, done.stderr
     assert "ok      stream shapes: 64 samples" in done.stderr
     assert "ok      cache" in done.stderr
+    assert "written, read back and deleted" in done.stderr
+    listed = s3.client().list_objects_v2(Bucket=s3.bucket, Prefix="checkpoints/")
+    assert listed["KeyCount"] == 0
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     done = train(*arguments, "data.retry_s=2", timeout_s=300)
     assert done.returncode == 2
     assert "FAILED  stream shapes" in done.stderr and "can't be fetched" in done.stderr
+    assert "FAILED  checkpoints" in done.stderr
