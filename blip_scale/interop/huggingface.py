@@ -99,7 +99,7 @@ def _save(model: PreTrainedModel, config: MEDConfig, folder: Path) -> None:
             bos_token_id=special.dec,
             eos_token_id=special.sep,
             pad_token_id=special.pad,
-            max_new_tokens=min(20, config.text.max_positions - 1),
+            max_length=min(30, config.text.max_positions),  # 30 as published; pipelines heed it
             num_beams=3,
         )
     model.save_pretrained(folder, safe_serialization=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tiny_blip
 import torch
-from conftest import Convert
 from safetensors.torch import load_file
+from tiny_blip import Convert
 from torch import Tensor
 
 from blip_scale.interop import (
