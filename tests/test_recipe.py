@@ -318,6 +318,7 @@ class TestWhatCannotWork:
             ),
             ("model.text.checkpoint=package:no_such_package", "no_such_package is not installed"),
             ("model.text.checkpoint=null", "there is no vocabulary"),
+            ("model.checkpoint=nowhere", "model.checkpoint: nowhere: no such file or folder"),
             ("model.vision.checkpoint=nowhere.pth", "nowhere.pth: no such file"),
             ("model.vision.overrides.patch_size=15", "not a multiple of the patch size 15"),
             ("model.vision.overrides.num_heads=5", "not a multiple of num_heads 5"),

@@ -99,7 +99,7 @@ def _save(model: PreTrainedModel, config: MEDConfig, folder: Path) -> None:
             bos_token_id=special.dec,
             eos_token_id=special.sep,
             pad_token_id=special.pad,
-            max_new_tokens=min(20, config.text.max_positions - 1),
+            max_length=min(30, config.text.max_positions),  # 30 as published; pipelines heed it
             num_beams=3,
         )
     model.save_pretrained(folder, safe_serialization=True)
@@ -108,7 +108,10 @@ def _save(model: PreTrainedModel, config: MEDConfig, folder: Path) -> None:
 def _load(folder: Path, name: str) -> State:
     """State dict of their model; transformers reads what it knows and says what doesn't fit."""
     import transformers
+    from transformers.utils import logging as their_logging
 
+    verbosity = their_logging.get_verbosity()
+    their_logging.set_verbosity_error()  # it would advise to train what is refused here
     try:
         model, found = getattr(transformers, name).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, dtype="float32"
@@ -118,10 +121,10 @@ def _load(folder: Path, name: str) -> State:
         raise kind(f"{folder} can't be read: {one_line(error)}") from error
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: damaged or unsafe weights: {one_line(error)}") from error
-    wrong = [
-        f"{name} {tuple(there)}, wanted {tuple(wanted)}"
-        for name, there, wanted in found["mismatched_keys"]
-    ]
+    finally:
+        their_logging.set_verbosity(verbosity)
+    state = dict(model.state_dict())
+    wrong = [f"{key}, wanted {tuple(state[key].shape)}" for key in sorted(found["mismatched_keys"])]
     unknown = sorted(n for n in found["unexpected_keys"] if not n.endswith("position_ids"))
     problems = {
         "missing": sorted(found["missing_keys"]), "left over": unknown, "of another shape": wrong,
@@ -131,4 +134,4 @@ def _load(folder: Path, name: str) -> State:
             f"{kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names
         )
         raise ValueError(f"{folder} doesn't hold a whole {name}: {text}")
-    return dict(model.state_dict())
+    return state

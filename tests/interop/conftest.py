@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_blip
+from tiny_blip import Convert
 
-REPO = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(REPO / "tools"), str(Path(__file__).resolve().parent)]
-
-import convert_checkpoint  # noqa: E402
-import tiny_blip  # noqa: E402
-
-Convert = Callable[..., Path]
+from tools import convert_checkpoint
 
 
 @pytest.fixture(scope="session")

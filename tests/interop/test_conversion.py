@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny_blip
 import torch
-from conftest import Convert
-from safetensors.torch import load_file
+import xxhash
+from safetensors.torch import load_file, save_file
+from tiny_blip import Convert
 from torch import Tensor
 
 from blip_scale.interop import (
@@ -110,8 +113,6 @@ def test_a_fine_tuned_half_stays_one(ours: Path, tmp_path: Path, convert: Conver
     weights = load_file(hf / "captioning" / "model.safetensors")
     name = "vision_model.encoder.layers.1.mlp.fc2.bias"
     weights[name][3] += 1e-6
-    from safetensors.torch import save_file
-
     save_file(weights, hf / "captioning" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc2\.bias differs between captioning"):
         read_checkpoint(hf)
@@ -240,6 +241,40 @@ def test_published_files_without_sizes(tmp_path: Path) -> None:
     assert (config.text.heads, config.text.layers, config.vision.image_size) == (12, 1, 32)
     assert config.vision.overrides["num_heads"] == 12 and config.vision.overrides["depth"] == 1
     assert config.text.special == sizes.text.special
+
+
+def test_pieces_of_ranks_are_put_together(ours: Path, tmp_path: Path) -> None:
+    """Stretches of any length in the files of three ranks, as ZeRO-2 and ZeRO-3 cut them."""
+    folder = tmp_path / "step_00000007"
+    shutil.copytree(ours, folder)
+    source = folder / "rank_00000.safetensors"
+    whole = load_file(source)
+    source.unlink()
+    names = sorted({name.partition("/med.")[2] for name in whole})
+    for rank in range(3):
+        pieces, starts = {}, {}
+        for number, name in enumerate(names):
+            size = len(whole[f"weight/med.{name}"])
+            cuts = [0, size // (2 + number % 4), size - size // 5, size]
+            if cuts[rank] == cuts[rank + 1]:
+                continue
+            starts[f"med.{name}"] = str(cuts[rank])
+            for kind in ("weight", "momentum"):
+                if f"{kind}/med.{name}" in whole:
+                    piece = whole[f"{kind}/med.{name}"][cuts[rank] : cuts[rank + 1]]
+                    pieces[f"{kind}/med.{name}"] = piece.contiguous()
+        save_file(pieces, folder / f"rank_{rank:05d}.safetensors", starts)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for file in folder.glob("*.safetensors"):
+        digest = xxhash.xxh3_64(file.read_bytes()).hexdigest()
+        manifest["files"][file.name] = {"bytes": file.stat().st_size, "xxh3": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found, expected = read_checkpoint(folder).state, read_checkpoint(ours).state
+    assert_equal(found, expected)
+    del manifest["files"]["rank_00001.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"\d+ elements of "):
+        read_checkpoint(folder)
 
 
 def test_weights_of_other_resolutions_keep_theirs(

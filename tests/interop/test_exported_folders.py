@@ -10,8 +10,8 @@ import pytest
 import tiny_blip
 import tiny_runs
 import torch
-from conftest import Convert
 from PIL import Image
+from tiny_blip import Convert
 from torch import Tensor
 
 from blip_scale.data import EvalTransform, load_tokenizer
@@ -134,7 +134,7 @@ def test_the_pipeline_just_works(hf: Path, med: MED, pictures: list[Path]) -> No
     captioner = pipeline("image-to-text", str(hf / "captioning"))
     said = [captioner(str(file))[0]["generated_text"] for file in pictures]
     special = med.config.text.special
-    settings = BeamSettings(num_beams=3, max_length=21, min_length=0)
+    settings = BeamSettings(num_beams=3, max_length=30, min_length=0)
     ours = caption_beam(med, med.encode_image(pixels(pictures)), [special.dec], settings)
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
     assert said == tokenizer.batch_decode(ours, skip_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import tiny_runs
@@ -23,6 +24,7 @@ from blip_scale.model import (
 )
 from blip_scale.recipe import TextRecipe
 
+Convert = Callable[..., Path]
 QUEUE = 12
 STEP = 7
 SIZES = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -1,0 +1,213 @@
+"""Checkpoints that can't be used are refused in one line that says why; nothing is written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_blip
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_blip import Convert
+from transformers import BertConfig, BertModel
+
+from blip_scale.interop import inexpressible, read_checkpoint
+from blip_scale.model import VisionConfig
+from tools import convert_checkpoint
+
+Capture = pytest.CaptureFixture[str]
+
+
+def refusal(capsys: Capture, source: Path, out: Path, *arguments: str) -> str:
+    """What the command says; it fails, and leaves nothing behind."""
+    before = sorted(out.parent.iterdir())
+    capsys.readouterr()
+    assert convert_checkpoint.main([str(source), str(out), *arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("convert_checkpoint: ") and said.count("\n") == 1
+    assert sorted(out.parent.iterdir()) == before
+    return said
+
+
+class Exploit:
+    """Runs code when it is unpickled the unsafe way."""
+
+    def __reduce__(self) -> tuple:
+        return (print, ("it ran",))
+
+
+@pytest.fixture
+def pth(ours: Path, tmp_path: Path, convert: Convert) -> Path:
+    return convert(ours, tmp_path / "blip.pth")
+
+
+@pytest.fixture
+def captioner(ours: Path, tmp_path: Path, convert: Convert) -> Path:
+    return convert(ours, tmp_path / "captioner")
+
+
+def test_files_that_are_damaged_or_unsafe(pth: Path, tmp_path: Path, capsys: Capture) -> None:
+    out, bad = tmp_path / "out", tmp_path / "bad.pth"
+    content = pth.read_bytes()
+    bad.write_bytes(content[: len(content) // 2])
+    assert "not all there: the end of the file is missing" in refusal(capsys, bad, out)
+    bad.write_bytes(b"")
+    assert f"{bad} is damaged" in refusal(capsys, bad, out)
+    bad.write_bytes(b"no pickle at all")
+    assert f"{bad} is no PyTorch file, or damaged" in refusal(capsys, bad, out)
+    torch.save({"model": {"a": torch.zeros(1)}, "extra": Exploit()}, bad)
+    assert "holds more than tensors, and reading that could run any code" in refusal(
+        capsys, bad, out
+    )
+    bad.write_bytes(pickle.dumps(Exploit()))
+    refusal(capsys, bad, out)
+    assert "it ran" not in capsys.readouterr().out
+    assert "no such file or folder" in refusal(capsys, tmp_path / "nowhere", out)
+    assert "is no checkpoint: expected" in refusal(capsys, tmp_path, tmp_path / "out")
+
+
+def test_files_of_other_models(pth: Path, tmp_path: Path, capsys: Capture) -> None:
+    out, bad = tmp_path / "out", tmp_path / "bad.pth"
+    torch.save({"model": {"bert.embeddings.weight": torch.zeros(2)}}, bad)
+    assert "it isn't BLIP: it holds bert" in refusal(capsys, bad, out)
+    loaded = torch.load(pth, weights_only=True)
+    for key, value, said in (
+        ("itm_head.weight", None, "missing: itm_head.weight"),
+        ("itm_head.extra", torch.zeros(1), "left over: itm_head.extra"),
+        ("itm_head.weight", torch.zeros(3, 48),
+         "of another shape: itm_head.weight (3, 48), wanted (2, 48)"),
+        ("vision_proj_m.bias", None, "missing: vision_proj_m.bias"),
+        ("image_queue", None, "missing: image_queue"),
+        ("text_decoder.cls.predictions.decoder.weight", torch.zeros(23, 48) + 1, None),
+    ):  # fmt: skip
+        state = dict(loaded["model"])
+        if value is None:
+            del state[key]
+        else:
+            state[key] = value
+        torch.save(loaded | {"model": state}, bad)
+        said = said or "isn't equal to text_decoder.bert.embeddings.word_embeddings.weight"
+        assert said in refusal(capsys, bad, out), key
+    del loaded["network"]
+    torch.save(loaded, bad)
+    assert "doesn't say how many text heads there are and its width 48" in refusal(capsys, bad, out)
+
+
+def test_folders_that_are_damaged_or_other_models(
+    captioner: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out, weights = tmp_path / "out.pth", captioner / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    assert "damaged" in refusal(capsys, captioner, out)
+    weights.write_bytes(content)
+    tensors = load_file(weights)
+    name = "vision_model.post_layernorm.bias"
+    save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
+    assert f"missing: {name}" in refusal(capsys, captioner, out)
+    save_file(tensors | {name: torch.zeros(5)}, weights, {"format": "pt"})
+    assert f"of another shape: {name}, wanted (48,)" in refusal(capsys, captioner, out)
+    save_file(tensors | {"more": torch.zeros(5)}, weights, {"format": "pt"})
+    assert "left over: more" in refusal(capsys, captioner, out)
+    weights.unlink()
+    assert f"{captioner} can't be read" in refusal(capsys, captioner, out)
+    torch.save(tensors | {"extra": Exploit()}, captioner / "pytorch_model.bin")
+    assert f"{captioner}" in refusal(capsys, captioner, out)
+    assert "it ran" not in capsys.readouterr().out
+    bert = tmp_path / "bert"
+    BertModel(
+        BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                   intermediate_size=8)
+    ).save_pretrained(bert)  # fmt: skip
+    assert "holds BertModel (bert); expected BlipFor" in refusal(capsys, bert, out)
+
+
+def test_an_older_folder_with_bin_weights_is_read(captioner: Path) -> None:
+    """Published ones have pytorch_model.bin, with position_ids and without second names."""
+    expected = read_checkpoint(captioner).state
+    weights = captioner / "model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop("text_decoder.cls.predictions.decoder.weight", None)
+    tensors["text_decoder.bert.embeddings.position_ids"] = torch.arange(32)[None]
+    torch.save(tensors, captioner / "pytorch_model.bin")
+    weights.unlink()
+    found = read_checkpoint(captioner).state
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_training_checkpoints_that_are_not_whole(
+    ours: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out.pth"
+    copy = tmp_path / "step_00000007"
+    shutil.copytree(ours, copy)
+    file = copy / "rank_00000.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-8])
+    assert "is damaged: size or checksum" in refusal(capsys, copy, out)
+    file.unlink()
+    assert "rank_00000.safetensors is missing" in refusal(capsys, copy, out)
+    file.write_bytes(content)
+    network = json.loads((copy / "network.json").read_text())
+    network["text"]["layers"] = 3
+    (copy / "network.json").write_text(json.dumps(network))
+    assert "holds another network: missing text.layers.2." in refusal(capsys, copy, out)
+    (copy / "network.json").unlink()
+    assert "give it with --recipe" in refusal(capsys, copy, out)
+
+
+def test_what_exists_is_kept(
+    ours: Path, captioner: Path, tmp_path: Path, convert: Convert, capsys: Capture
+) -> None:
+    before = (captioner / "model.safetensors").read_bytes()
+    assert "exists; give another name, or --overwrite" in refusal(capsys, ours, captioner)
+    assert (captioner / "model.safetensors").read_bytes() == before
+    convert(ours, captioner, "--head", "retrieval", "--overwrite")
+    assert read_checkpoint(captioner).head == "retrieval"
+    other = tmp_path / "holiday"
+    other.mkdir()
+    (other / "photo.jpg").write_bytes(b"mine")
+    assert "folder of something else" in refusal(capsys, ours, other, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_names_and_heads_that_contradict(ours: Path, tmp_path: Path, capsys: Capture) -> None:
+    for out, arguments, said in (
+        ("out", ("--to", "salesforce"), "a name that ends in .pth"),
+        ("out.pth", ("--to", "hf"), "the name of a folder"),
+        ("out.pth", ("--head", "all"), "--head all makes Hugging Face folders"),
+        ("out", ("--to", "ours", "--head", "vqa"), "our checkpoints hold the whole network"),
+        ("out.pth", ("--head", "nlvr2"), "starts from the pretrain layout"),
+        ("out", ("--head", "pretrain"), "transformers has no such class"),
+        ("out", ("--tokenizer", str(tmp_path / "none")), "there is no folder"),
+    ):
+        assert said in refusal(capsys, ours, tmp_path / out, *arguments), arguments
+
+
+@pytest.mark.parametrize(
+    ("vision", "said"),
+    [
+        (VisionConfig("deit3_small_patch16_224", 32), "has nothing for ls1.gamma, ls2.gamma"),
+        (VisionConfig("vit_small_patch16_224", 32, {"qk_norm": True}), "attn.k_norm.bias"),
+        (VisionConfig("vit_small_patch16_224", 32, {"reg_tokens": 2}), "nothing for reg_token"),
+        (VisionConfig("vit_small_patch16_224", 32, {"no_embed_class": True}), "class token has no"),
+        (VisionConfig("vit_base_patch16_clip_quickgelu_224", 32), "norm_pre"),
+        (VisionConfig("vit_small_patch16_224", 32, {"qkv_bias": False}), "blocks.0.attn.qkv.bias"),
+    ],
+)
+def test_vits_that_hugging_face_has_not(vision: VisionConfig, said: str, vocabulary: Path) -> None:
+    weights = tiny_blip.pretrained(tiny_blip.config(vocabulary, vision))
+    weights.head = "captioning"
+    assert said in (inexpressible(weights) or "")
+
+
+def test_answers_need_one_width(vocabulary: Path) -> None:
+    wide = VisionConfig("vit_tiny_patch16_224", 32, tiny_blip.SIZES | {"embed_dim": 96})
+    from blip_scale.interop import turned_into
+
+    with pytest.raises(ValueError, match=r"question states of width 48.*image tokens of width 96"):
+        turned_into(tiny_blip.pretrained(tiny_blip.config(vocabulary, wide)), "vqa")
