@@ -37,7 +37,7 @@ def held() -> int:
 def main() -> None:
     options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
     chosen = recipe.load(options["--recipe"])
-    device = start()
+    device = start(600.0)
     ds_config = checks.resolve_deepspeed(chosen, options["--deepspeed"], collectives.world_size())
     before = held()
     task = Pretrain(chosen, device)

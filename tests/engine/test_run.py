@@ -135,8 +135,9 @@ def test_the_summary(finished: Path) -> None:
     assert (summary["losses_first"], summary["losses_last"]) == (by_step[1], by_step[STEPS])
     assert set(summary["losses_first"]) == LOSSES
     assert summary["losses_last"]["loss/total"] < summary["losses_first"]["loss/total"]
-    assert set(summary["evaluation"]) == RECALLS | {"heldout/candidates"}
+    assert set(summary["evaluation"]) == RECALLS | {"heldout/candidates", "heldout/texts"}
     assert summary["evaluation"].pop("heldout/candidates") == 16
+    assert summary["evaluation"].pop("heldout/texts") == 16
     assert all(0 <= value <= 1 for value in summary["evaluation"].values())
     assert [set(one) for one in summary["captions"]] == [{"set", "id", "caption", "truth"}] * 2
 
@@ -146,7 +147,10 @@ def test_every_curve_is_there(finished: Path) -> None:
     run = finished.parent / "run"
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
     tags = events.Tags()
-    assert set(tags["scalars"]) == CURVES | RECALLS | PAUSES | {"heldout/candidates"}
+    assert set(tags["scalars"]) == CURVES | RECALLS | PAUSES | {
+        "heldout/candidates",
+        "heldout/texts",
+    }
     for name in PAUSES:
         assert [point.step for point in events.Scalars(name)] == [3, 6]
         assert all(0 < point.value < 60 for point in events.Scalars(name))
