@@ -36,10 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
 def data(options: argparse.Namespace) -> dict[str, Any]:
     """Images per second of every contender at every size, and the waiting share of a run."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything is counted per core
-    from data_contenders import Contest, Trial
+    from data_contenders import DataContest, Trial
 
     sizes = {}
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder, Contest() as contest:
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder, DataContest() as contest:
         for name in options.sizes:
             width, height = (int(side) for side in name.split("x"))
             trial = Trial(Path(folder) / name, (width, height), options.crop, options.workers)
@@ -135,15 +135,15 @@ def table(result: dict[str, Any]) -> str:
 def step(options: argparse.Namespace) -> dict[str, Any]:
     """Time, operations and memory of a pretraining step, beside the published form's."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from step_contenders import ALLOCATOR, Contest, make_match, temporary_folder
+    from step_contenders import ALLOCATOR, StepContest, make_match
 
     if options.allocator == "tuned":
         os.environ.update(ALLOCATOR)  # for every contender alike; read when a process starts
     chosen = recipe.load(options.recipe, [*_step_settings(options), *options.settings])
     names = ["ours", *options.against]
-    with temporary_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         match = make_match(chosen, options.deepspeed, options.threads, Path(folder))
-        with Contest(match, names) as contest:
+        with StepContest(match, names) as contest:
             seconds: dict[str, list[float]] = {name: [] for name in names}
             peaks = []
             for _ in range(options.rounds):

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
 import webdataset
+from contest import Contest, ask
 from PIL import Image, ImageOps
 from published_transform import decode, published_transform
 
@@ -197,20 +197,14 @@ _PROCESSES = (
 )
 
 
-class Contest:
-    """Processes of the contenders, as fresh as loader workers; they wait for their turn."""
+class DataContest(Contest):
+    """Processes as fresh as loader workers."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        super().__init__()
         self._pipes: dict[str, Connection] = {}
-        self._processes = []
         for names in _PROCESSES:
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,))
-            process.start()
-            theirs.close()
-            self._pipes |= dict.fromkeys(names, mine)
-            self._processes.append(process)
+            self._pipes |= dict.fromkeys(names, self.start(_serve))
 
     def rates(self, trial: Trial, rounds: int) -> dict[str, list[float]]:
         """Images per second of every contender, round by round; raises RuntimeError where one
@@ -219,30 +213,10 @@ class Contest:
         rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
         for number in range(-1, rounds):  # the first round warms up
             for name in CONTENDERS:
-                self._pipes[name].send((name, trial))
-                try:
-                    rate = self._pipes[name].recv()
-                except EOFError as error:
-                    raise RuntimeError(f"contender {name} died; see above") from error
+                rate = ask(self._pipes[name], name, (name, trial))
                 if number >= 0:
                     rates[name].append(rate)
         return rates
-
-    def __enter__(self) -> Contest:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for pipe in self._pipes.values():
-            pipe.close()
-        for process in self._processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
 
 
 def _serve(pipe: Connection) -> None:

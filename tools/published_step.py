@@ -24,11 +24,11 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
-    BlipTextConfig,
     BlipVisionConfig,
 )
 
 from blip_scale.interop import Head, to_salesforce
+from blip_scale.interop.huggingface_config import text_config
 from blip_scale.interop.huggingface_names import to_huggingface
 from blip_scale.model import MED, MEDConfig, PackedText
 from blip_scale.model.vision import build_vision
@@ -267,25 +267,10 @@ def _plain_vision(config: MEDConfig) -> VisionTransformer:
 
 def _huggingface_config(config: MEDConfig) -> BlipConfig:
     """transformers' settings of the text side; their ViT is made tiny, it is not used."""
-    ours, width = config.text, build_vision(config.vision).embed_dim
-    text = BlipTextConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.width,
-        encoder_hidden_size=width,
-        intermediate_size=ours.mlp_width,
-        num_hidden_layers=ours.layers,
-        num_attention_heads=ours.heads,
-        max_position_embeddings=ours.max_positions,
-        hidden_dropout_prob=ours.dropout,
-        attention_probs_dropout_prob=ours.dropout,
-        layer_norm_eps=ours.norm_eps,
-        bos_token_id=ours.special.dec,
-        sep_token_id=ours.special.sep,
-        pad_token_id=ours.special.pad,
-        eos_token_id=ours.special.sep,
-        is_decoder=True,
-        use_cache=False,
-    )
+    width = build_vision(config.vision).embed_dim
+    text = text_config(config.text, width)
+    text.hidden_dropout_prob = text.attention_probs_dropout_prob = config.text.dropout
+    text.use_cache = False
     vision = BlipVisionConfig(
         hidden_size=width, intermediate_size=1, num_hidden_layers=0, image_size=8, patch_size=8
     )

@@ -6,21 +6,18 @@ same batches from the same weights.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import resource
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from contest import Contest, ask
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -254,45 +251,19 @@ class Published:
 CONTENDERS: dict[str, Callable[[Match], Any]] = {"ours": Ours, "published": Published}
 
 
-class Contest:
-    """A process a contender; they wait for their turn."""
+class StepContest(Contest):
+    """A process a contender."""
 
     def __init__(self, match: Match, names: list[str]) -> None:
-        context = multiprocessing.get_context("spawn")
+        super().__init__()
         self._pipes: dict[str, Connection] = {}
-        self._processes = []
         for name in names:
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, name, match))
-            process.start()
-            theirs.close()
-            self._pipes[name] = mine
-            self._processes.append(process)
+            self._pipes[name] = self.start(_serve, name, match)
             self.ask(name, "ready")  # one after another: building takes the most memory
 
     def ask(self, name: str, what: str, *arguments: Any) -> Any:
         """Call a method of a contender; raises RuntimeError where it died."""
-        try:
-            self._pipes[name].send((what, arguments))
-            return self._pipes[name].recv()
-        except (EOFError, BrokenPipeError) as error:
-            raise RuntimeError(f"contender {name} died; see above") from error
-
-    def __enter__(self) -> Contest:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for pipe in self._pipes.values():
-            pipe.close()
-        for process in self._processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
+        return ask(self._pipes[name], name, (what, arguments))
 
 
 def _serve(pipe: Connection, name: str, match: Match) -> None:
@@ -301,10 +272,12 @@ def _serve(pipe: Connection, name: str, match: Match) -> None:
     contender = CONTENDERS[name](match)
     for _ in range(_WARM_UP_STEPS):
         contender.step()
+    from blip_scale.engine.monitor import peak_memory_gib
+
     answers: dict[str, Callable[..., Any]] = {
         "ready": lambda: True,
         "seconds": lambda: _timed(contender.step),
-        "peak_memory_gib": lambda: _peak_memory_gib(contender.device),
+        "peak_memory_gib": lambda: peak_memory_gib(contender.device),
     }
     while True:
         try:
@@ -320,14 +293,3 @@ def _timed(step: Callable[[], None]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """Where the pictures lie while it runs."""
-    return tempfile.TemporaryDirectory(prefix="benchmark-step-")

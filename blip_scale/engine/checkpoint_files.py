@@ -11,6 +11,7 @@ the ZeRO stage that wrote it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -90,11 +91,8 @@ def is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
 
 
 def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_64()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
 def commit(partial: Path, final: Path, manifest: str) -> None:

@@ -192,7 +192,6 @@ def _train(run: Run) -> int:
                 "The last checkpoint is from before them.", run.step, history.skipped_in_a_row,
             )  # fmt: skip
             run.saver.finish()
-            run.saver.finish()
             return 1
         at_end = run.step == run.total_steps
         run.monitor.advance(run.step)

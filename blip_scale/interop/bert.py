@@ -25,13 +25,13 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 _EMBEDDINGS = {"word": "word_embeddings", "position": "position_embeddings"}
 _ROWS = ("text.embeddings.word.weight", "text.embeddings.position.weight", "lm_head.bias")
 """Their first rows are taken, as many as both sides have."""
-_SELF_ATTENTION = {
+SELF_ATTENTION = {
     "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
     "output": ("attention.output.dense",),
     "norm": ("attention.output.LayerNorm",),
 }
-_MLP = {"fc1": "intermediate.dense", "fc2": "output.dense", "norm": "output.LayerNorm"}
-_LM_HEAD = {
+MLP = {"fc1": "intermediate.dense", "fc2": "output.dense", "norm": "output.LayerNorm"}
+LM_HEAD = {
     "dense.weight": "transform.dense.weight",
     "dense.bias": "transform.dense.bias",
     "norm.weight": "transform.LayerNorm.weight",
@@ -111,14 +111,14 @@ def _table(layers: int, mlm_head: bool) -> Iterator[tuple[str, tuple[str, ...]]]
         yield f"text.embeddings.norm.{part}", (f"embeddings.LayerNorm.{part}",)
         for i in range(layers):
             layer = f"encoder.layer.{i}"
-            for name, several in _SELF_ATTENTION.items():
+            for name, several in SELF_ATTENTION.items():
                 their_names = tuple(f"{layer}.{theirs}.{part}" for theirs in several)
                 for use in ("encoder", "decoder"):
                     yield f"text.layers.{i}.self_attention_{use}.{name}.{part}", their_names
-            for name, theirs in _MLP.items():
+            for name, theirs in MLP.items():
                 yield f"text.layers.{i}.mlp.{name}.{part}", (f"{layer}.{theirs}.{part}",)
     if mlm_head:
-        for ours, theirs in _LM_HEAD.items():
+        for ours, theirs in LM_HEAD.items():
             yield f"lm_head.{ours}", (f"cls.predictions.{theirs}",)
 
 

@@ -19,7 +19,7 @@ from blip_scale.model import MEDConfig, SpecialTokens, TextConfig, VisionConfig,
 from blip_scale.model.vision import NORM_EPS
 
 if TYPE_CHECKING:
-    from transformers import BlipConfig
+    from transformers import BlipConfig, BlipTextConfig
 
 CLASSES: dict[Head, str] = {
     "captioning": "BlipForConditionalGeneration",
@@ -31,7 +31,7 @@ _PUBLISHED_CLS = 101
 
 def blip_config(weights: BlipWeights) -> BlipConfig:
     """Their config of this network; temperature and steps are extra entries."""
-    from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
+    from transformers import BlipConfig, BlipVisionConfig
 
     config, text = weights.config, weights.config.text
     with torch.device("meta"):
@@ -47,25 +47,7 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
         layer_norm_eps=NORM_EPS,
         initializer_range=0.02,  # theirs is 1e-10, useless where anybody trains from scratch
     )
-    special = text.special
-    theirs = BlipTextConfig(
-        vocab_size=text.vocab_size,
-        hidden_size=text.width,
-        encoder_hidden_size=vit.embed_dim,
-        intermediate_size=text.mlp_width,
-        num_hidden_layers=text.layers,
-        num_attention_heads=text.heads,
-        max_position_embeddings=text.max_positions,
-        hidden_act="gelu",
-        layer_norm_eps=text.norm_eps,
-        bos_token_id=special.dec,
-        eos_token_id=special.sep,  # theirs is 2, at which nothing ever stops
-        sep_token_id=special.sep,
-        pad_token_id=special.pad,
-        cls_token_id=special.cls,
-        enc_token_id=special.enc,
-        is_decoder=True,
-    )
+    theirs = text_config(text, vit.embed_dim)
     extra: dict[str, Any] = {}
     if "temp" in weights.state:
         temperature = weights.state["temp"]
@@ -82,6 +64,31 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
         architectures=[CLASSES[weights.head]],
         dtype="float32",
         **extra,
+    )
+
+
+def text_config(text: TextConfig, image_width: int) -> BlipTextConfig:
+    """Their config of this text stack, which looks at image tokens of a width."""
+    from transformers import BlipTextConfig
+
+    special = text.special
+    return BlipTextConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.width,
+        encoder_hidden_size=image_width,
+        intermediate_size=text.mlp_width,
+        num_hidden_layers=text.layers,
+        num_attention_heads=text.heads,
+        max_position_embeddings=text.max_positions,
+        hidden_act="gelu",
+        layer_norm_eps=text.norm_eps,
+        bos_token_id=special.dec,
+        eos_token_id=special.sep,  # theirs is 2, at which nothing ever stops
+        sep_token_id=special.sep,
+        pad_token_id=special.pad,
+        cls_token_id=special.cls,
+        enc_token_id=special.enc,
+        is_decoder=True,
     )
 
 

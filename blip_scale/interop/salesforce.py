@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from blip_scale.interop.bert import LM_HEAD, MLP, SELF_ATTENTION
 from blip_scale.model import MED, MEDConfig, MomentumEncoder
 
 Head = Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr2"]
@@ -51,26 +52,12 @@ _EMBEDDINGS = {
     "norm.weight": "LayerNorm.weight",
     "norm.bias": "LayerNorm.bias",
 }
-_SELF_ATTENTION = {
-    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "output": ("attention.output.dense",),
-    "norm": ("attention.output.LayerNorm",),
-}
 _TEXT_LAYER = {
     "cross_attention.query": ("crossattention.self.query",),
     "cross_attention.key_value": ("crossattention.self.key", "crossattention.self.value"),
     "cross_attention.output": ("crossattention.output.dense",),
     "cross_attention.norm": ("crossattention.output.LayerNorm",),
-    "mlp.fc1": ("intermediate.dense",),
-    "mlp.fc2": ("output.dense",),
-    "mlp.norm": ("output.LayerNorm",),
-}
-_LM_HEAD = {
-    "dense.weight": "transform.dense.weight",
-    "dense.bias": "transform.dense.bias",
-    "norm.weight": "transform.LayerNorm.weight",
-    "norm.bias": "transform.LayerNorm.bias",
-    "bias": "bias",
+    **{f"mlp.{ours}": (theirs,) for ours, theirs in MLP.items()},
 }
 
 
@@ -82,7 +69,7 @@ def their_names(ours: str) -> dict[str, tuple[str, ...]]:
     if section == "temperature":
         return {"temp": ("temp",)}
     if section == "lm_head":
-        return {"text_decoder": (_PREDICTIONS + _LM_HEAD[rest],)}
+        return {"text_decoder": (_PREDICTIONS + LM_HEAD[rest],)}
     if section != "text":
         return {section: (ours,)}
     stacks = {"text_encoder": "text_encoder", "text_decoder": "text_decoder.bert"}
@@ -97,7 +84,7 @@ def their_names(ours: str) -> dict[str, tuple[str, ...]]:
         part = block.replace("self_attention", "text")
         stacks = {part: stacks[part]}
         module, _, kind = inner.rpartition(".")
-        several = _SELF_ATTENTION[module]
+        several = SELF_ATTENTION[module]
     else:
         module, _, kind = rest.rpartition(".")
         several = _TEXT_LAYER[module]

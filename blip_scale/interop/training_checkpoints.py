@@ -8,6 +8,7 @@ state, so no run goes on from them: `model.checkpoint` takes them.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -164,10 +165,8 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 
 def _entry(file: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_64()
     with file.open("rb") as opened:
-        while chunk := opened.read(1 << 24):
-            digest.update(chunk)
+        digest = hashlib.file_digest(opened, xxhash.xxh3_64)
     return {"bytes": file.stat().st_size, "xxh3": digest.hexdigest()}
 
 
