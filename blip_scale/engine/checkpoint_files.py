@@ -92,7 +92,8 @@ def is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+        digest = hashlib.file_digest(file, xxhash.xxh3_64)  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 def commit(partial: Path, final: Path, manifest: str) -> None:

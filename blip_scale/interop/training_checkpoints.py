@@ -166,7 +166,7 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 def _entry(file: Path) -> dict[str, Any]:
     with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, xxhash.xxh3_64)
+        digest = hashlib.file_digest(opened, xxhash.xxh3_64)  # type: ignore[arg-type]
     return {"bytes": file.stat().st_size, "xxh3": digest.hexdigest()}
 
 
