@@ -142,6 +142,8 @@ class Saver:
         self._finish_writing()
         if self._uploads:
             self._uploads.finish()
+            kept = set(self._steps) | self._uploads.busy_with
+            self._prune(self.newest, kept)  # what had to wait for its upload
         return self._is_saved
 
     def _finish_writing(self) -> None:
@@ -220,7 +222,8 @@ class Saver:
         kept = files.retained(self._steps, settings.keep_last, settings.keep_every)
         self._steps = sorted(kept)
         if self._uploads:
-            kept = kept | self._uploads.add(snapshot.step, kept)
+            self._uploads.add(snapshot.step, kept)
+            kept = kept | self._uploads.busy_with
         yield partial(self._prune, snapshot.step, kept)
 
     def _commit(self, step: int, manifest: str) -> list[str]:

@@ -48,15 +48,15 @@ class Uploads:
         self._waiting = sorted(steps)
         self._start()
 
-    def add(self, step: int, kept: set[int]) -> set[int]:
-        """Upload a checkpoint that was just committed; forget what waits and is not `kept`.
+    @property
+    def busy_with(self) -> set[int]:
+        """The step that is being uploaded, if any: it must not be removed yet."""
+        return set() if self._under_way is None else {self._under_way}
 
-        Returns:
-            Steps that must not be removed yet.
-        """
+    def add(self, step: int, kept: set[int]) -> None:
+        """Upload a checkpoint that was just committed; forget what waits and is not `kept`."""
         self._waiting = sorted({*self._waiting, step} & kept)
         self._start()
-        return set() if self._under_way is None else {self._under_way}
 
     def poll(self) -> None:
         """Take the upload on, if all ranks have come so far."""

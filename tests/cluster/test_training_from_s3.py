@@ -154,4 +154,4 @@ def test_checkpoints_in_a_bucket(
     assert "is missing here: fetching it from s3://" in (node / "logs/rank_1.log").read_text()
     for place in (run, node):
         names = [path.name for path in sorted((place / "checkpoints").iterdir())]
-        assert names[-2:] == ["step_00000022", "step_00000024"]
+        assert names == ["step_00000022", "step_00000024"]
