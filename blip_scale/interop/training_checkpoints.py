@@ -41,13 +41,12 @@ _SHARED = "shared.safetensors"
 
 def step_folder(path: Path) -> Path | None:
     """The checkpoint that a path means: itself, or the newest of a run's folder; None without."""
-    if (path / MANIFEST).is_file():
-        return path
     for folder in (path / "checkpoints", path):
         steps = [f for f in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", f.name)]
         if steps:
             return max(steps)
-    return None
+    is_run = (path / "recipe.yaml").is_file()  # whose manifest.json is that of the run
+    return path if (path / MANIFEST).is_file() and not is_run else None
 
 
 def _network_of(folder: Path) -> MEDConfig | None:
