@@ -77,6 +77,8 @@ class CaptionInput:
     max_tokens: int
     """[CLS] and [SEP] included; longer captions are cut."""
     max_words: int = 30
+    prompt: str = ""
+    """How every caption begins."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class MicroBatches(Dataset["Batch | Exception"]):
             text = sample["captions"][caption % len(sample["captions"])]  # a stand-in has its own
             captions.append(clean_caption(text, self.text.max_words))
             images.append(image)
-        packed = pack_captions(self.text.tokenizer, captions, self.text.max_tokens)
+        prompted = [self.text.prompt + caption for caption in captions]
+        packed = pack_captions(self.text.tokenizer, prompted, self.text.max_tokens)
         return Batch(
             images=torch.stack(images),
             token_ids=packed.token_ids,
