@@ -15,7 +15,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "blip_scale"
 
-ROOMS = {"model", "objectives", "interop", "data", "engine", "tasks"}
+ROOMS = {"model", "objectives", "interop", "data", "metrics", "engine", "tasks"}
 MAY_IMPORT = {
     "settings": set(),
     "launcher": set(),
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "checks": {"settings", "recipe", "batch_sizes"},
     "model": set(),
     "objectives": {"model"},
+    "metrics": set(),
     "interop": {"model"},
     "data": {"settings", "recipe"},
     "engine": {"settings", "recipe"},
