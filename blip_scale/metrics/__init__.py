@@ -1,5 +1,6 @@
 """What predictions are worth: functions of plain texts and numbers."""
 
+from blip_scale.metrics.answers import normalize_answer, vqa_accuracy
 from blip_scale.metrics.captions import CAPTION_METRICS, CaptionScores, caption_scores
 
-__all__ = ["CAPTION_METRICS", "CaptionScores", "caption_scores"]
+__all__ = ["CAPTION_METRICS", "CaptionScores", "caption_scores", "normalize_answer", "vqa_accuracy"]

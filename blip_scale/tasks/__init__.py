@@ -4,11 +4,20 @@ from blip_scale.tasks.captioning import Captioning
 from blip_scale.tasks.pretrain import Pretrain
 from blip_scale.tasks.retrieval_task import Retrieval
 from blip_scale.tasks.training import TrainingTask
+from blip_scale.tasks.vqa import VisualQuestionAnswering
 
 TASKS: dict[str, type[TrainingTask]] = {
     "pretrain": Pretrain,
     "retrieval": Retrieval,
     "captioning": Captioning,
+    "vqa": VisualQuestionAnswering,
 }
 
-__all__ = ["TASKS", "Captioning", "Pretrain", "Retrieval", "TrainingTask"]
+__all__ = [
+    "TASKS",
+    "Captioning",
+    "Pretrain",
+    "Retrieval",
+    "TrainingTask",
+    "VisualQuestionAnswering",
+]
