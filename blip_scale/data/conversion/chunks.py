@@ -11,7 +11,7 @@ from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject
 from blip_scale.data.conversion.report import REPORTS, Counts, Report, report_name
 from blip_scale.data.conversion.screening import Rules, screen
-from blip_scale.data.shards import INDEX_NAME, Record, captions_by_shard, shard_writer
+from blip_scale.data.shards import INDEX_NAME, Record, captions_by_shard, shard_writer, with_first
 
 Tick = Callable[[int, int], None]
 """tick(read, rejected): pairs since the last call."""
@@ -87,7 +87,8 @@ def write_chunk_shards(
     """
     made = folder / "mds"
     captions: list[int] = []
-    with shard_writer(made, shard_bytes) as writer:
+    first, records = with_first(records)
+    with shard_writer(made, shard_bytes, first=first) as writer:
         for record in records:
             captions.append(len(record.captions))
             writer.write(record.sample())
