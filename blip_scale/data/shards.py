@@ -11,6 +11,8 @@ Every sample has the columns of `COLUMNS`:
 - `url`, where the image was found, "" where unknown;
 - `similarity` of image and text as the source gives it, NaN where it gives none.
 
+Sets that CapFilt wrote have `provenance` too, a JSON list with what is known of each caption.
+
 Beside the shards index.json names the number of captions of every sample, so that an epoch can take
 each caption once: `captions`, a list a shard, or null where all samples of a shard have one.
 """
@@ -41,6 +43,7 @@ COLUMNS = {
     "url": "str",
     "similarity": "float32",
 }
+PROVENANCE = "provenance"
 INDEX_NAME = "index.json"
 CAPTIONS_KEY = "captions"
 HASH = "xxh64"
@@ -61,6 +64,8 @@ class Record:
     height: int = 0
     url: str = ""
     similarity: float = math.nan
+    provenance: Sequence[dict[str, Any]] | None = None
+    """Of each caption; None: the set has no such column."""
 
     @property
     def captions(self) -> list[str]:
@@ -71,7 +76,7 @@ class Record:
         if not self.captions:
             raise ValueError(f"the record {self.id!r} has no caption")
         width, height = (self.width, self.height) if self.width else _image_size(self.image)
-        return {
+        sample = {
             "id": self.id,
             "image": self.image,
             "captions": self.captions,
@@ -81,12 +86,18 @@ class Record:
             "url": self.url,
             "similarity": self.similarity,
         }
+        return sample if self.provenance is None else sample | {PROVENANCE: list(self.provenance)}
 
 
-def shard_writer(folder: Path, shard_size: str | int, compression: str | None = None) -> MDSWriter:
+def shard_writer(
+    folder: Path,
+    shard_size: str | int,
+    compression: str | None = None,
+    with_provenance: bool = False,
+) -> MDSWriter:
     """A writer of shards of at most `shard_size` with our columns and checksums."""
     return MDSWriter(
-        columns=COLUMNS,
+        columns=COLUMNS | {PROVENANCE: "json"} if with_provenance else COLUMNS,
         out=str(folder),
         compression=compression,
         hashes=[HASH],
