@@ -90,10 +90,10 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
         return None
     statistics = _statistics(summary)
     out = OutputFolder(job.out, task.scratch)
-    with out.workshop("statistics", own=True) as folder:
-        (folder / SHEET_NAME).write_text(sample_sheet(store, out, statistics, job.shown, folder))
-        (folder / STATISTICS_NAME).write_text(json.dumps(statistics, indent=2) + "\n")
-        out.put(folder, [SHEET_NAME, STATISTICS_NAME])
+    with out.workshop("statistics", own=True) as made:
+        (made / SHEET_NAME).write_text(sample_sheet(store, out, statistics, job.shown, made))
+        (made / STATISTICS_NAME).write_text(json.dumps(statistics, indent=2) + "\n")
+        out.put(made, [SHEET_NAME, STATISTICS_NAME])
     return statistics
 
 

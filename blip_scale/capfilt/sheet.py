@@ -38,7 +38,7 @@ th:first-child, td:first-child { text-align: left; }
 .card small { color: #7a848e; word-break: break-all; }
 .text { margin: .35em 0; padding-left: .6em; border-left: 4px solid #3f8f5b; }
 .text.dropped { border-color: #c2554a; color: #6d3a35; text-decoration: line-through; }
-.tag { font-size: 12px; color: #59636e; display: block; }
+.tag { font-size: 12px; color: #59636e; display: inline-block; width: 100%; }
 """
 
 
