@@ -44,9 +44,7 @@ def _predict(options: argparse.Namespace) -> int:
     loading = Loading(
         options.recipe, options.tokenizer, options.image_size, options.device, options.precision
     )
-    reader = answers.Reader(
-        load_blip(options.model, loading), options.batch_size, options.threads
-    )
+    reader = answers.Reader(load_blip(options.model, loading), options.batch_size, options.threads)
     failed = []
     with _output(options.out) as write, tqdm(total=len(paths), unit="image") as bar:
         last = None

@@ -179,7 +179,7 @@ def _sorted_out(
     fields = {key: sample[key] for key in ("source", "width", "height", "url", "similarity")}
     record = None
     if captions:
-        record = Record(sample["id"], sample["image"], captions, provenance=provenance, **fields)
+        record = Record(sample["id"], sample["image"], captions, annotations=provenance, **fields)
     return Screened(sample["id"], record, rejects, len(scored), tallies)
 
 

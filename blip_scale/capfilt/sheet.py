@@ -18,7 +18,6 @@ from blip_scale.data.conversion import Reason
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.report import Report, report_name
 from blip_scale.data.decoding import decode_image
-from blip_scale.data.shards import PROVENANCE
 from blip_scale.data.stores import CorruptSample, StreamStore
 
 _SIDE = 224
@@ -94,7 +93,7 @@ def _looked_up(
     captions = []
     if sample["id"] in report.ids:
         written = _written(report, out, report.ids.index(sample["id"]), scratch)
-        for text, origin in zip(written["captions"], written[PROVENANCE], strict=True):
+        for text, origin in zip(written["captions"], written["annotations"], strict=True):
             captions.append((origin["kind"], origin["score"], text, True))
     for reject in report.rejects:
         if reject.id == sample["id"]:

@@ -1,7 +1,7 @@
 """Pixels and captions: shards, streams and their order, transforms, tokenizer, packed batches."""
 
 from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition
-from blip_scale.data.captions import clean_caption
+from blip_scale.data.captions import clean_caption, clean_question
 from blip_scale.data.heldout import HeldoutPairs, heldout_pairs
 from blip_scale.data.inventory import inventory
 from blip_scale.data.loader import TrainLoader
@@ -35,6 +35,7 @@ __all__ = [
     "TrainLoader",
     "TrainTransform",
     "clean_caption",
+    "clean_question",
     "heldout_pairs",
     "inventory",
     "load_tokenizer",

@@ -11,7 +11,11 @@ Every sample has the columns of `COLUMNS`:
 - `url`, where the image was found, "" where unknown;
 - `similarity` of image and text as the source gives it, NaN where it gives none.
 
-Sets that CapFilt wrote have `provenance` too, a JSON list with what is known of each caption.
+Sets of the fine-tuning tasks, and those of CapFilt, have one or two columns more (`EXTRA_COLUMNS`):
+
+- `annotations`, a JSON list with an entry for each of the captions: answers, label, candidates,
+  provenance;
+- `second_image`, where a caption speaks of two images.
 
 Beside the shards index.json names the number of captions of every sample, so that an epoch can take
 each caption once: `captions`, a list a shard, or null where all samples of a shard have one.
@@ -23,9 +27,9 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,8 @@ COLUMNS = {
     "url": "str",
     "similarity": "float32",
 }
-PROVENANCE = "provenance"
+EXTRA_COLUMNS = {"annotations": "json", "second_image": "bytes"}
+IMAGE_COLUMNS = ("image", "second_image")
 INDEX_NAME = "index.json"
 CAPTIONS_KEY = "captions"
 HASH = "xxh64"
@@ -64,19 +69,32 @@ class Record:
     height: int = 0
     url: str = ""
     similarity: float = math.nan
-    provenance: Sequence[dict[str, Any]] | None = None
-    """Of each caption; None: the set has no such column."""
+    annotations: Sequence[dict[str, Any]] | None = None
+    """What the task knows of each caption, one each."""
+    second_image: bytes | None = None
+
+    @property
+    def extra_columns(self) -> dict[str, str]:
+        """Those of `EXTRA_COLUMNS` that the record has."""
+        return {
+            name: kind for name, kind in EXTRA_COLUMNS.items() if getattr(self, name) is not None
+        }
 
     @property
     def captions(self) -> list[str]:
         return [self.caption] if isinstance(self.caption, str) else list(self.caption)
 
     def sample(self) -> dict[str, Any]:
-        """The columns of `COLUMNS`. Raises ValueError where there is no caption."""
+        """The columns of `COLUMNS`, and of `EXTRA_COLUMNS` those that are there.
+
+        Raises ValueError where there is no caption, or not one annotation for each.
+        """
         if not self.captions:
             raise ValueError(f"the record {self.id!r} has no caption")
+        if self.annotations is not None and len(self.annotations) != len(self.captions):
+            raise ValueError(f"the record {self.id!r} needs an annotation for each caption")
         width, height = (self.width, self.height) if self.width else _image_size(self.image)
-        sample = {
+        return {
             "id": self.id,
             "image": self.image,
             "captions": self.captions,
@@ -85,19 +103,24 @@ class Record:
             "height": height,
             "url": self.url,
             "similarity": self.similarity,
+            **{name: getattr(self, name) for name in self.extra_columns},
         }
-        return sample if self.provenance is None else sample | {PROVENANCE: list(self.provenance)}
+
+
+def with_first(records: Iterable[Record]) -> tuple[Record | None, Iterator[Record]]:
+    """The first record, which tells the extra columns of the set, and all of them."""
+    every = iter(records)
+    first = next(every, None)
+    return first, every if first is None else chain([first], every)
 
 
 def shard_writer(
-    folder: Path,
-    shard_size: str | int,
-    compression: str | None = None,
-    with_provenance: bool = False,
+    folder: Path, shard_size: str | int, compression: str | None = None, first: Record | None = None
 ) -> MDSWriter:
-    """A writer of shards of at most `shard_size` with our columns and checksums."""
+    """A writer of shards of at most `shard_size` with our columns, the extra ones of the first
+    record, and checksums."""
     return MDSWriter(
-        columns=COLUMNS | {PROVENANCE: "json"} if with_provenance else COLUMNS,
+        columns=COLUMNS | (first.extra_columns if first else {}),
         out=str(folder),
         compression=compression,
         hashes=[HASH],
@@ -124,7 +147,8 @@ def write_shards(
     shutil.rmtree(partial, ignore_errors=True)
     ids: set[str] = set()
     counts: list[int] = []
-    with shard_writer(partial, shard_size, compression) as writer:
+    first, records = with_first(records)
+    with shard_writer(partial, shard_size, compression, first) as writer:
         for record in records:
             if record.id in ids:
                 raise ValueError(f"{folder}: the id {record.id!r} comes twice; ids must be unique")

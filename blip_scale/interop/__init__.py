@@ -8,6 +8,7 @@ from blip_scale.interop.huggingface_config import CLASSES, inexpressible
 from blip_scale.interop.model_card import Origin, model_card
 from blip_scale.interop.salesforce import HEADS, Head, from_salesforce, to_salesforce
 from blip_scale.interop.salesforce_files import read_salesforce, write_salesforce
+from blip_scale.interop.task_names import task_from_published, task_to_published
 from blip_scale.interop.training_checkpoints import step_folder, write_training_checkpoint
 from blip_scale.interop.vision import interpolate_positions, load_vision
 
@@ -30,6 +31,8 @@ __all__ = [
     "read_checkpoint",
     "read_salesforce",
     "step_folder",
+    "task_from_published",
+    "task_to_published",
     "to_salesforce",
     "turned_into",
     "with_training_state",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Screened
 from blip_scale.data.conversion.report import REPORTS, Counts, Report, report_name
 from blip_scale.data.conversion.screening import Rules, screen
-from blip_scale.data.shards import INDEX_NAME, Record, captions_by_shard, shard_writer
+from blip_scale.data.shards import INDEX_NAME, Record, captions_by_shard, shard_writer, with_first
 
 Tick = Callable[[int, int], None]
 """tick(read, rejected): pairs since the last call."""
@@ -95,11 +94,9 @@ def write_chunk_shards(
     """
     made = folder / "mds"
     captions: list[int] = []
-    records = iter(records)
-    first = list(islice(records, 1))  # which shows the columns of all
-    with_provenance = bool(first and first[0].provenance is not None)
-    with shard_writer(made, shard_bytes, with_provenance=with_provenance) as writer:
-        for record in chain(first, records):
+    first, records = with_first(records)
+    with shard_writer(made, shard_bytes, first=first) as writer:
+        for record in records:
             captions.append(len(record.captions))
             writer.write(record.sample())
     shards: list[dict[str, Any]] = json.loads((made / INDEX_NAME).read_text())["shards"]

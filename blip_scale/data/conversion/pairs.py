@@ -26,6 +26,7 @@ class Reason(StrEnum):
     MISSING_KEY = "missing key"
     WEB_UNMATCHED = "web caption doesn't match"
     SYNTHETIC_UNMATCHED = "synthetic caption doesn't match"
+    BAD_ANNOTATION = "bad annotation"
     DAMAGED_INPUT = "damaged input"
 
 
@@ -42,6 +43,12 @@ class RawPair:
     similarity: float | None = None
     stored_bytes: int = 0
     """What it takes in the input, where that is much more than its image."""
+    annotations: list[dict[str, Any]] | None = None
+    """What the task knows of each of the captions, one each."""
+    second_image: bytes | str | None = None
+    """Where the captions speak of two images."""
+    is_question: bool = False
+    """Questions are cleaned in another way than captions."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +133,11 @@ def in_chunks(found: list[Found], size: int) -> Iterator[Chunk]:
 
 
 def group_by_image(found: Iterable[Found]) -> list[Found]:
-    """Pairs of the same id become one with all their captions, in the order of first sight."""
+    """Pairs of the same id become one with all their captions and annotations, in the order of
+    first sight."""
     grouped: dict[str, RawPair] = {}
     captions: dict[str, list[Any]] = {}
+    annotations: dict[str, list[dict[str, Any]]] = {}
     rejects: list[Found] = []
     for one in found:
         if not isinstance(one, RawPair):
@@ -137,4 +146,9 @@ def group_by_image(found: Iterable[Found]) -> list[Found]:
         grouped.setdefault(one.id, one)
         texts = one.captions if isinstance(one.captions, list) else [one.captions]
         captions.setdefault(one.id, []).extend(texts)
-    return [*(replace(pair, captions=captions[pair.id]) for pair in grouped.values()), *rejects]
+        annotations.setdefault(one.id, []).extend(one.annotations or [])
+    whole = (
+        replace(pair, captions=captions[pair.id], annotations=annotations[pair.id] or None)
+        for pair in grouped.values()
+    )
+    return [*whole, *rejects]
