@@ -14,10 +14,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from blip_scale.data import clean_caption, normalize_images
+from blip_scale.data import clean_caption, clean_question, normalize_images
 from blip_scale.interop import Head
 from blip_scale.model import (
     MED,
+    VQA,
     BeamSettings,
     NucleusSettings,
     PackedText,
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
 
 MAX_TEXT_TOKENS = 35
 """Texts are cut to so many, as the published retrieval does."""
-Use = Literal["caption", "match", "embed"]
+Use = Literal["caption", "match", "embed", "vqa"]
 _HEADS: dict[Use, tuple[Head, ...]] = {
     "caption": ("pretrain", "captioning"),
     "match": ("pretrain", "retrieval"),
     "embed": ("pretrain", "retrieval"),
+    "vqa": ("vqa",),
 }
 """What each use can be made with."""
 
@@ -43,7 +45,7 @@ _HEADS: dict[Use, tuple[Head, ...]] = {
 class Blip:
     """`load_blip` makes it. Methods raise ValueError where the checkpoint lacks what they need."""
 
-    med: MED
+    network: MED | VQA
     """In evaluation mode; what the checkpoint lacks is on the meta device."""
     tokenizer: PreTrainedTokenizerFast
     head: Head
@@ -55,24 +57,30 @@ class Blip:
     """How captions begin, unless another prompt is asked for."""
 
     @property
+    def med(self) -> MED:
+        """The network of every checkpoint but one of `vqa`."""
+        assert isinstance(self.network, MED)
+        return self.network
+
+    @property
     def image_size(self) -> int:
         """Pixels of both sides."""
-        return self.med.config.vision.image_size
+        return self.network.config.vision.image_size
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.med.vision.patch_embed.proj.weight.device
+        return self.network.vision.patch_embed.proj.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self.med.vision.patch_embed.proj.weight.dtype
+        return self.network.vision.patch_embed.proj.weight.dtype
 
     @torch.inference_mode()
     def image_embeds(self, pixels: Tensor) -> Tensor:
         """uint8 [I, 3, H, W] to image tokens [I, N, D]."""
-        return self.med.encode_image(normalize_images(pixels.to(self.device), self.dtype))
+        return self.network.encode_image(normalize_images(pixels.to(self.device), self.dtype))
 
     @torch.inference_mode()
     def captions(
@@ -96,13 +104,45 @@ class Blip:
             found = caption_beam(self.med, image_embeds, prompt_ids, settings)
         else:
             found = caption_nucleus(self.med, image_embeds, prompt_ids, settings, draws)
-        said = self.tokenizer.batch_decode(found, skip_special_tokens=True)
+        return self._words(found)
+
+    @torch.inference_mode()
+    def answers(
+        self,
+        image_embeds: Tensor,
+        questions: Sequence[str],
+        owners: Sequence[int],
+        settings: BeamSettings | None = None,
+    ) -> list[str]:
+        """An answer to each question, written freely.
+
+        Args:
+            image_embeds: [I, N, D].
+            owners: the image of each question.
+            settings: None takes the published beam search.
+        """
+        self.require("vqa")
+        assert isinstance(self.network, VQA)
+        if not questions:
+            return []
+        text = self._packed([clean_question(q) for q in questions])
+        text = text.with_first_token(self.network.config.text.special.enc)
+        index = torch.tensor(owners, dtype=torch.int64, device=self.device)
+        states = self.network.encode_questions(text, image_embeds, index)
+        settings = settings or BeamSettings(max_length=10, min_length=1)
+        prompt = self.prompt_ids("")
+        return self._words(
+            caption_beam(self.network, states[None], prompt, settings, text.segments)
+        )
+
+    def _words(self, sequences: list[list[int]]) -> list[str]:
+        said = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         return [text.strip() for text in said]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """[DEC] and the tokens of the prompt."""
         tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return [self.med.config.text.special.dec, *tokens]
+        return [self.network.config.text.special.dec, *tokens]
 
     @torch.inference_mode()
     def match(self, image_embeds: Tensor, texts: Sequence[str], owners: Sequence[int]) -> Tensor:
@@ -115,7 +155,7 @@ class Blip:
         self.require("match")
         if not texts:
             return torch.empty(0)
-        text = self._packed(texts).with_first_token(self.med.config.text.special.enc)
+        text = self._captions(texts).with_first_token(self.med.config.text.special.enc)
         index = torch.tensor(owners, dtype=torch.int64, device=self.device)
         return self.med.match(text, image_embeds, index).float().softmax(-1)[:, 1].cpu()
 
@@ -129,13 +169,16 @@ class Blip:
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Features of norm 1, fp32 [S, E] on the CPU."""
         self.require("embed")
-        return self.med.project_text(self.med.encode_text(self._packed(texts))).cpu()
+        return self.med.project_text(self.med.encode_text(self._captions(texts))).cpu()
+
+    def _captions(self, texts: Sequence[str]) -> PackedText:
+        """Cleaned as captions are in training."""
+        return self._packed([clean_caption(text) for text in texts])
 
     def _packed(self, texts: Sequence[str]) -> PackedText:
-        """Cleaned as captions are in training, [CLS] first."""
-        limit = min(MAX_TEXT_TOKENS, self.med.config.text.max_positions)
-        cleaned = [clean_caption(text) for text in texts]
-        rows = self.tokenizer(cleaned, truncation=True, max_length=limit)["input_ids"]
+        """Tokens with [CLS] first."""
+        limit = min(MAX_TEXT_TOKENS, self.network.config.text.max_positions)
+        rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         return PackedText.from_lists(rows, self.device)
 
     def require(self, use: Use) -> None:

@@ -16,7 +16,7 @@ from blip_scale.data import load_tokenizer
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop import BlipWeights, Format
-from blip_scale.model import MED, MEDConfig
+from blip_scale.model import MED, VQA, MEDConfig
 from blip_scale.recipe import Recipe, TextRecipe
 
 if TYPE_CHECKING:
@@ -59,14 +59,16 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
         text = text_of(recipe, loading.tokenizer)
         config = med_config(recipe, load_tokenizer(text))
     weights = interop.read_checkpoint(source, config, with_state=False)
+    if weights.head == "nlvr2":
+        raise ValueError(f"{source} is an nlvr2 checkpoint, which reads pairs of images: not here")
     tokenizer = tokenizer_of(source, weights.config, recipe, loading.tokenizer)
     device = torch.device(loading.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = loading.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     fingerprint = _fingerprint(weights)
-    med = _filled(_resized(weights.config, loading.image_size), weights, device, dtype)
+    network = _filled(_resized(weights.config, loading.image_size), weights, device, dtype)
     prompt = _PROMPT if weights.head == "captioning" else ""
-    return Blip(med, tokenizer, weights.head, weights.origin, fingerprint, prompt)
+    return Blip(network, tokenizer, weights.head, weights.origin, fingerprint, prompt)
 
 
 def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
@@ -135,13 +137,16 @@ def _resized(config: MEDConfig, image_size: int | None) -> MEDConfig:
 
 def _filled(
     config: MEDConfig, weights: BlipWeights, device: torch.device, dtype: torch.dtype
-) -> MED:
-    """A MED in evaluation mode; what the checkpoint's head lacks holds no memory and can't be
-    read."""
+) -> MED | VQA:
+    """The network in evaluation mode; what the checkpoint's head lacks holds no memory and can't
+    be read."""
+    is_vqa = weights.head == "vqa"
     with torch.device("meta"):
-        med = MED(replace(config, gradient_checkpointing=False))
-    state = interop.from_salesforce(weights.state, dict(med.named_parameters()))
-    positions, vision = state.get("vision.pos_embed"), med.vision
+        network = (VQA if is_vqa else MED)(replace(config, gradient_checkpointing=False))
+    names = dict(network.named_parameters())
+    rename = interop.task_from_published if is_vqa else interop.from_salesforce
+    state = rename(weights.state, names)
+    positions, vision = state.get("vision.pos_embed"), network.vision
     if positions is not None and vision.pos_embed is not None:
         extra = vision.pos_embed.shape[1] - vision.patch_embed.num_patches
         state["vision.pos_embed"] = interop.interpolate_positions(
@@ -149,9 +154,10 @@ def _filled(
         )
     placed = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     if "lm_head.bias" in placed:
-        placed["lm_head.weight"] = placed["text.embeddings.word.weight"]
-    med.load_state_dict(placed, strict=False, assign=True)
-    return med.eval().requires_grad_(False)
+        words = "text_decoder" if is_vqa else "text"
+        placed["lm_head.weight"] = placed[f"{words}.embeddings.word.weight"]
+    network.load_state_dict(placed, strict=False, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 def _fingerprint(weights: BlipWeights) -> str:
