@@ -209,7 +209,7 @@ class TestUnknownAndWrong:
                 "data.streams is a list of 3: expected an index from 0 to 2",
             ),
             ("train.epochs.x=2", "it has no settings below"),
-            ("task=other", 'task: expected one of pretrain, retrieval'),
+            ("task=other", "task: expected one of pretrain, retrieval"),
             ("train.epochs=[", "not valid YAML"),
             ("train.epochs", "expected a setting with its value"),
         ],

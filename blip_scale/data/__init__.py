@@ -14,7 +14,13 @@ from blip_scale.data.tokenizer import (
     resolve_checkpoint,
     special_ids,
 )
-from blip_scale.data.transforms import IMAGE_MEAN, IMAGE_STD, EvalTransform, TrainTransform
+from blip_scale.data.transforms import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    EvalTransform,
+    TrainTransform,
+    normalize_images,
+)
 
 __all__ = [
     "IMAGE_MEAN",
@@ -33,6 +39,7 @@ __all__ = [
     "heldout_pairs",
     "inventory",
     "load_tokenizer",
+    "normalize_images",
     "pack_captions",
     "probe_stream",
     "resolve_checkpoint",
