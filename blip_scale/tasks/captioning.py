@@ -150,7 +150,7 @@ def image_ids(pairs: data.HeldoutPairs, location: str, strip_prefix: str = "") -
             known[item["image"].removeprefix(strip_prefix)] = item["img_id"]
     found: list[int | str] = []
     for name, own in zip(pairs.ids, pairs.annotations, strict=True):
-        digits = re.search(r"(\d+)(\.\w+)?$", name)
+        digits = re.search(r"(?:^|[_/])(\d{6,})\.\w+$", name)
         by_name = int(digits[1]) if digits else name
         annotated = own[0].get("id") if own else None
         found.append(known.get(name, by_name if annotated is None else annotated))
