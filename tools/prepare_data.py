@@ -97,7 +97,7 @@ def _convert(options: argparse.Namespace) -> int:
     )  # fmt: skip
     start_s = time.perf_counter()
     with tqdm(desc=options.name, unit="pair", mininterval=1.0, smoothing=0.05) as bar:
-        summary = convert(job, _part(options.shard), _shower(bar))
+        summary = convert(job, Part.parse(options.shard), _shower(bar))
     if summary is None:
         print(f"{options.out}: part {options.shard} is done; other parts are not yet")
     else:
@@ -134,13 +134,6 @@ def _chunks(options: argparse.Namespace) -> list[Chunk]:
         pairs_per_chunk=options.pairs_per_chunk,
     )
     return list(READERS[options.name](source))
-
-
-def _part(text: str) -> Part:
-    number, slash, of = text.partition("/")
-    if not (slash and number.isdigit() and of.isdigit()):
-        raise ValueError(f"--shard {text}: give i/n, for example 0/8 to 7/8")
-    return Part(int(number), int(of))
 
 
 def _shower(bar: tqdm) -> Callable[[Progress], None]:

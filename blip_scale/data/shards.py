@@ -11,9 +11,10 @@ Every sample has the columns of `COLUMNS`:
 - `url`, where the image was found, "" where unknown;
 - `similarity` of image and text as the source gives it, NaN where it gives none.
 
-Sets of the fine-tuning tasks have one or two columns more (`EXTRA_COLUMNS`):
+Sets of the fine-tuning tasks, and those of CapFilt, have one or two columns more (`EXTRA_COLUMNS`):
 
-- `annotations`, a JSON list with an entry for each of the captions: answers, label, candidates;
+- `annotations`, a JSON list with an entry for each of the captions: answers, label, candidates,
+  provenance;
 - `second_image`, where a caption speaks of two images.
 
 Beside the shards index.json names the number of captions of every sample, so that an epoch can take

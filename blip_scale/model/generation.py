@@ -104,18 +104,27 @@ def caption_nucleus(
     image_embeds: Tensor,
     prompt_ids: Sequence[int],
     settings: NucleusSettings | None = None,
-    generator: torch.Generator | None = None,
+    draws_IL: Tensor | None = None,
 ) -> list[list[int]]:
     """One caption of each image by nucleus sampling; arguments and result as in `caption_beam`.
 
-    `generator` lives on the device of image_embeds; None takes the global one.
+    Args:
+        draws_IL: fp32 [I, max_length] in [0, 1): the number that chooses each token, so that a
+            caption depends on its own row alone, whatever else is in the batch. None draws from the
+            global generator.
     """
     settings = settings or NucleusSettings()
     decoder = _begin(med, (image_embeds, None), prompt_ids, settings)
 
     def draw(logits_RV: Tensor) -> Tensor:
         probabilities = nucleus(logits_RV, settings).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        if draws_IL is None:
+            return torch.multinomial(probabilities, 1).squeeze(-1)
+        place = decoder.sequences_RL.shape[1]
+        shares = probabilities.cumsum(-1)
+        shares = shares / shares[:, -1:]  # ends at 1 exactly, above every draw
+        drawn = draws_IL[:, place, None].to(shares).contiguous()
+        return torch.searchsorted(shares, drawn, right=True).squeeze(-1)
 
     return _one_by_one(decoder, settings, draw)
 

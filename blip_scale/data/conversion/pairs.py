@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
+
+from blip_scale.data.shards import Record
 
 
 class Reason(StrEnum):
@@ -22,6 +24,8 @@ class Reason(StrEnum):
     EMPTY_CAPTION = "empty caption"
     DUPLICATE_ID = "duplicate id"
     MISSING_KEY = "missing key"
+    WEB_UNMATCHED = "web caption doesn't match"
+    SYNTHETIC_UNMATCHED = "synthetic caption doesn't match"
     BAD_ANNOTATION = "bad annotation"
     DAMAGED_INPUT = "damaged input"
 
@@ -59,7 +63,21 @@ class Reject:
     """Only this caption of the pair is rejected, by its number; None: the whole pair."""
 
 
-Found = RawPair | Reject
+@dataclass(frozen=True)
+class Screened:
+    """What became of a pair that its reader screened itself."""
+
+    id: str
+    record: Record | None
+    """None: the whole pair is rejected."""
+    rejects: list[Reject]
+    captions: int
+    """So many were read, or made."""
+    tallies: dict[str, int] = field(default_factory=dict)
+    """Numbers that are added up over the set, for its summary."""
+
+
+Found = RawPair | Reject | Screened
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ def group_by_image(found: Iterable[Found]) -> list[Found]:
     annotations: dict[str, list[dict[str, Any]]] = {}
     rejects: list[Found] = []
     for one in found:
-        if isinstance(one, Reject):
+        if not isinstance(one, RawPair):
             rejects.append(one)
             continue
         grouped.setdefault(one.id, one)
