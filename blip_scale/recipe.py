@@ -105,6 +105,9 @@ class ObjectiveRecipe:
     """Initial contrastive temperature (learned, clamped to [0.001, 0.5])."""
     label_smoothing: Fraction = 0.1
     """Label smoothing of the LM loss."""
+    false_answers: Positive = 2
+    """VisDial: so many false candidates are seen with each true answer (ITM has two negatives for
+    a pair)."""
     negatives: Literal["local", "global"] = "local"
     """Pool of the ITM hard negatives: the rank's own batch (published) or the batches of all
     ranks."""
