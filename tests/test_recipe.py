@@ -209,7 +209,7 @@ class TestUnknownAndWrong:
                 "data.streams is a list of 3: expected an index from 0 to 2",
             ),
             ("train.epochs.x=2", "it has no settings below"),
-            ("task=other", 'task: expected one of pretrain, retrieval'),
+            ("task=other", "task: expected one of pretrain, retrieval"),
             ("train.epochs=[", "not valid YAML"),
             ("train.epochs", "expected a setting with its value"),
         ],
@@ -387,7 +387,7 @@ class TestDeepSpeed:
                 ["optimizer.params.lr is 0.001", "optimizer.peak_lr gives"],
             ),
             ({"optimizer": {"type": "Lamb"}}, ['optimizer.type is "Lamb"', '"AdamW"']),
-            ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optimizer.warmup_steps"]),
+            ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optimizer.schedule"]),
         ],
     )
     def test_conflicts_name_both_sides(
@@ -438,7 +438,7 @@ class TestPublishedSettings:
         assert (objective.alpha, objective.alpha_ramp_epochs) == (0.4, 2)
         assert (objective.temperature, objective.label_smoothing) == (0.07, 0.1)
         assert objective.negatives == "local"
-        assert (optimizer.warmup_steps, optimizer.warmup_lr, optimizer.min_lr) == (3000, 1e-6, 1e-6)
+        assert (optimizer.schedule, optimizer.warmup_lr, optimizer.min_lr) == (3000, 1e-6, 1e-6)
         assert (optimizer.lr_decay, optimizer.weight_decay) == (0.9, 0.05)
         assert (optimizer.betas, optimizer.eps, optimizer.gradient_clip) == ((0.9, 0.999), 1e-8, 0)
         assert chosen.train.epochs == 20

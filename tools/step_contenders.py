@@ -79,24 +79,30 @@ def _encoded(pixels: np.ndarray) -> bytes:
 
 
 class Ours:
-    """The step of a real run on one rank: DeepSpeed's engine, or plain PyTorch in its place."""
+    """The step of a real run on one rank, under DeepSpeed's engine."""
 
     def __init__(self, match: Match) -> None:
-        from blip_scale.engine.deepspeed import initialize, start
-        from blip_scale.engine.sharded_momentum import ShardedMomentum
+        from blip_scale.engine.deepspeed import start
         from blip_scale.tasks.pretrain import Pretrain
 
         self.device = start(match.recipe.train.stall_timeout_s)
         self.recipe = match.recipe
         self.task = Pretrain(match.recipe, self.device)
-        ds_config = checks.resolve_deepspeed(match.recipe, match.ds_config, 1)
-        self.engine = initialize(self.task.build_network, match.recipe, ds_config)
-        self.engine.fill(self.task.initial_weights())
-        self.momentum = ShardedMomentum(self.engine, self.task.momentum_pairs)
+        self.engine, self.momentum = self.wrapped(match)
         self.engine.deepspeed.train()
         loader = self.task.batches()
         self.batches = [next(loader) for _ in range(_BATCHES)]
         self.steps = 0
+
+    def wrapped(self, match: Match) -> tuple[Any, Any]:
+        """The engine around the task's network, filled, and the momentum copies."""
+        from blip_scale.engine.deepspeed import initialize
+        from blip_scale.engine.sharded_momentum import ShardedMomentum
+
+        ds_config = checks.resolve_deepspeed(match.recipe, match.ds_config, 1)
+        engine = initialize(self.task.build_network, match.recipe, ds_config)
+        engine.fill(self.task.initial_weights())
+        return engine, ShardedMomentum(engine, self.task.momentum_pairs)
 
     def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
         """One optimizer step as the train loop takes it; `mark` hears what has just ended."""
@@ -115,8 +121,11 @@ class Ours:
         progress = Progress(self.steps, self.steps, self.task.steps_per_epoch)
         metrics = self.task.losses(self.engine.deepspeed, batch, progress)
         mark("losses")
-        self.engine.deepspeed.backward(metrics["loss/total"])
+        self.backward(metrics["loss/total"])
         mark("vision backward")
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.deepspeed.backward(loss)
 
     def split(self) -> dict[str, float]:
         """Seconds of the parts of one step, by hooks at their ends."""
@@ -248,7 +257,99 @@ class Published:
         return {"published_vision_attention": self.attention}
 
 
-CONTENDERS: dict[str, Callable[[Match], Any]] = {"ours": Ours, "published": Published}
+class PlainEngine:
+    """PyTorch alone in the place of `ZeroEngine`: what the engine costs is the difference. In bf16
+    with fp32 masters, as the engine has them."""
+
+    def __init__(self, network: nn.Module, match: Match) -> None:
+        self.deepspeed = self.module = network
+        self.dtype = next(network.parameters()).dtype
+        self._trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        self._masters = {
+            name: nn.Parameter(p.detach().float()) if p.dtype != torch.float32 else p
+            for name, p in self._trainable.items()
+        }
+        settings = match.recipe.optimizer
+        self._optimizer = torch.optim.AdamW(
+            self._masters.values(), betas=settings.betas, weight_decay=settings.weight_decay,
+            eps=settings.eps, fused=True,
+        )  # fmt: skip
+        self.shards = [_PlainShard(name, master) for name, master in self._masters.items()]
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Of all gradients."""
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        return {"all": float(nn.utils.get_total_norm(gradients))}
+
+    def step(self, learning_rate: float, apply: bool) -> None:
+        """AdamW on the masters; the weights that compute follow them."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        for name, parameter in self._trainable.items():
+            master = self._masters[name]
+            if master is not parameter:
+                assert parameter.grad is not None
+                master.grad, parameter.grad = parameter.grad.float(), None
+        if apply:
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.refresh()
+
+    def refresh(self, names: list[str] | None = None) -> None:
+        """The weights that compute follow their masters."""
+        for name in names or self._trainable:
+            if self._masters[name] is not self._trainable[name]:
+                self._trainable[name].data.copy_(self._masters[name].data)
+
+
+class _PlainShard:
+    def __init__(self, name: str, master: nn.Parameter) -> None:
+        self.name, self.weight = name, master.data
+
+
+class _PlainMomentum:
+    """fp32 averages of whole parameters, and the momentum weights that follow them."""
+
+    def __init__(self, engine: PlainEngine, pairs: dict[str, str]) -> None:
+        parameters = dict(engine.module.named_parameters())
+        masters = {shard.name: shard.weight for shard in engine.shards}
+        self._copies = [parameters[name].data for name in pairs]
+        self.weights = [masters[name] for name in pairs.values()]
+        fp32 = engine.dtype == torch.float32
+        for copy, weight in zip(self._copies, self.weights, strict=True):
+            copy.copy_(weight)
+        self.averages = self._copies if fp32 else [weight.clone() for weight in self.weights]
+
+    def refresh(self) -> None:
+        """In bf16 the weights are rounded averages."""
+        if self.averages is not self._copies:
+            torch._foreach_copy_(self._copies, self.averages)
+
+
+class Plain(Ours):
+    """Our step without DeepSpeed."""
+
+    def wrapped(self, match: Match) -> tuple[Any, Any]:
+        """The network itself."""
+        network = self.task.build_network()
+        weights = self.task.initial_weights()
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name].view_as(parameter))
+        network.to(torch.bfloat16 if match.recipe.train.precision == "bf16" else torch.float32)
+        engine = PlainEngine(network, match)
+        return engine, _PlainMomentum(engine, self.task.momentum_pairs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+CONTENDERS: dict[str, Callable[[Match], Any]] = {
+    "ours": Ours,
+    "plain": Plain,
+    "published": Published,
+}
 
 
 class StepContest(Contest):
