@@ -438,7 +438,7 @@ class TestPublishedSettings:
         assert (objective.alpha, objective.alpha_ramp_epochs) == (0.4, 2)
         assert (objective.temperature, objective.label_smoothing) == (0.07, 0.1)
         assert objective.negatives == "local"
-        assert (optimizer.schedule, optimizer.warmup_lr, optimizer.min_lr) == (3000, 1e-6, 1e-6)
+        assert (optimizer.warmup_steps, optimizer.warmup_lr, optimizer.min_lr) == (3000, 1e-6, 1e-6)
         assert (optimizer.lr_decay, optimizer.weight_decay) == (0.9, 0.05)
         assert (optimizer.betas, optimizer.eps, optimizer.gradient_clip) == ((0.9, 0.999), 1e-8, 0)
         assert chosen.train.epochs == 20
