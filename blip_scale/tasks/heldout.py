@@ -121,7 +121,8 @@ class _Texts:
 def _encode(
     med: MED, pairs: data.HeldoutPairs, texts: _Texts, batch_size: int
 ) -> retrieval.PairFeatures:
-    """Features of all images and texts on every rank; each rank encodes its share."""
+    """Features of all images and texts on every rank, and the image tokens of its share; each rank
+    encodes its share."""
     embeds, images, sentences = [], [], []
     for indices in my_batches(len(pairs), batch_size):
         image_embeds = med.encode_image(networks.to_pixels(pairs.images(indices), med))
@@ -130,10 +131,9 @@ def _encode(
     for indices in my_batches(texts.count, batch_size):
         sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
     gathered = [
-        torch.cat(collectives.all_gather_ragged(torch.cat(parts)))
-        for parts in (embeds, images, sentences)
+        torch.cat(collectives.all_gather_ragged(torch.cat(parts))) for parts in (images, sentences)
     ]
-    return retrieval.PairFeatures(*gathered)
+    return retrieval.PairFeatures(torch.cat(embeds), *gathered)
 
 
 def my_batches(count: int, batch_size: int) -> Iterator[range]:
