@@ -15,7 +15,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "blip_scale"
 
-ROOMS = {"model", "objectives", "interop", "data", "metrics", "engine", "tasks"}
+ROOMS = {"model", "objectives", "interop", "data", "inference", "metrics", "engine", "tasks"}
 MAY_IMPORT = {
     "settings": set(),
     "launcher": set(),
@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "metrics": set(),
     "interop": {"model"},
     "data": {"settings", "recipe"},
+    "inference": {"settings", "recipe", "model", "interop", "data"},
+    "capfilt": {"settings", "recipe", "model", "data", "inference"},
     "engine": {"settings", "recipe"},
     "planning": {"settings", "recipe", "batch_sizes", "checks", "model", "data"},
     "tasks": {"settings", "recipe", "batch_sizes", "checks", *ROOMS},

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,15 +26,21 @@ import yaml
 from blip_scale import interop
 from blip_scale import recipe as recipes
 from blip_scale.data import IMAGE_MEAN, IMAGE_STD, load_tokenizer
+from blip_scale.inference import (
+    PUBLISHED_TOKENIZER,
+    med_config,
+    recipe_of,
+    text_of,
+    tokenizer_of,
+)
 from blip_scale.interop import BlipWeights, Format, Head, Origin
 from blip_scale.model import MEDConfig
-from blip_scale.recipe import Recipe, TextRecipe
+from blip_scale.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ALL = "all"
-_PUBLISHED_TOKENIZER = "bert-base-uncased"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +60,7 @@ def _convert(options: argparse.Namespace) -> None:
     kind = interop.format_of(options.source)
     target = _target(options)
     _check_free(options.out, options.overwrite)
-    recipe = _recipe(options, kind)
+    recipe = recipe_of(options.source, kind, options.recipe)
     config = _network(recipe, options.tokenizer) if recipe else None
     weights = interop.read_checkpoint(options.source, config)
     step = "" if weights.step is None else f", step {weights.step}"
@@ -63,7 +68,7 @@ def _convert(options: argparse.Namespace) -> None:
     heads = _heads(options.head, weights, target)
     parts = [interop.turned_into(weights, head) for head in heads]
     if target == "hf":
-        tokenizer = _tokenizer(options, weights, recipe)
+        tokenizer = tokenizer_of(options.source, weights.config, recipe, options.tokenizer)
         origin = _origin(options.source, kind, recipe)
         for part in parts:
             reason = interop.inexpressible(part)
@@ -80,7 +85,8 @@ def _convert(options: argparse.Namespace) -> None:
         elif target == "ours":
             interop.write_training_checkpoint(parts[0], place)
             if kind != "salesforce" or options.tokenizer or recipe:
-                _tokenizer(options, weights, recipe).save_pretrained(place / "tokenizer")
+                tokenizer = tokenizer_of(options.source, weights.config, recipe, options.tokenizer)
+                tokenizer.save_pretrained(place / "tokenizer")
         else:
             for part in parts:
                 folder = place / part.head if options.head == ALL else place
@@ -123,57 +129,8 @@ def _heads(asked: str | None, weights: BlipWeights, target: Format) -> list[Head
     return ["captioning"] if target == "hf" and weights.head == "pretrain" else [weights.head]
 
 
-def _recipe(options: argparse.Namespace, kind: Format) -> Recipe | None:
-    """The recipe that says the sizes: --recipe, else the one that a run wrote."""
-    if options.recipe:
-        return recipes.load(options.recipe)
-    if kind != "ours":
-        return None
-    folder = interop.step_folder(options.source)
-    assert folder is not None
-    if (folder / "network.json").is_file():
-        return None
-    file = folder.parent.parent / "recipe.yaml"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder}: the run's recipe.yaml isn't at {file}; give it with --recipe"
-        )
-    return recipes.load(str(file))
-
-
 def _network(recipe: Recipe, tokenizer: str | None) -> MEDConfig:
-    from blip_scale.tasks import networks  # here: it brings DeepSpeed, which takes seconds
-
-    return networks.med_config(recipe, load_tokenizer(_text(recipe, tokenizer)))
-
-
-def _text(recipe: Recipe, tokenizer: str | None) -> TextRecipe:
-    text = recipe.model.text
-    return replace(text, tokenizer=tokenizer) if tokenizer else text
-
-
-def _tokenizer(
-    options: argparse.Namespace, weights: BlipWeights, recipe: Recipe | None
-) -> PreTrainedTokenizerFast:
-    """--tokenizer, else the recipe's, else the one beside the checkpoint, else the published."""
-    folders = (options.source, options.source / "tokenizer", options.source / "captioning")
-    beside = [f for f in folders if (f / "tokenizer_config.json").is_file()]
-    if recipe:
-        text = _text(recipe, options.tokenizer)
-    elif options.tokenizer or beside:
-        text = TextRecipe(tokenizer=options.tokenizer or str(beside[0]))
-    else:
-        text = TextRecipe(tokenizer=_PUBLISHED_TOKENIZER)
-    try:
-        tokenizer = load_tokenizer(text)
-    except ValueError as error:
-        raise ValueError(f"{error}; give --tokenizer FOLDER") from error
-    if len(tokenizer) != weights.config.text.vocab_size:
-        raise ValueError(
-            f"the tokenizer {text.tokenizer or text.checkpoint} has {len(tokenizer)} tokens with "
-            f"[DEC] and [ENC], the network {weights.config.text.vocab_size}; give --tokenizer"
-        )
-    return tokenizer
+    return med_config(recipe, load_tokenizer(text_of(recipe, tokenizer)))
 
 
 def _origin(source: Path, kind: Format, recipe: Recipe | None) -> Origin:
@@ -269,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", metavar="FOLDER_OR_HUB_NAME",
-        help=f"default: the recipe's, the one in IN, {_PUBLISHED_TOKENIZER}",
+        help=f"default: the recipe's, the one in IN, {PUBLISHED_TOKENIZER}",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     return parser

@@ -1,9 +1,10 @@
 """Pixels and captions: shards, streams and their order, transforms, tokenizer, packed batches."""
 
 from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition
-from blip_scale.data.captions import clean_caption
+from blip_scale.data.captions import Clean, clean_caption, clean_question
 from blip_scale.data.heldout import HeldoutPairs, heldout_pairs
 from blip_scale.data.inventory import inventory
+from blip_scale.data.listed import listed_pairs
 from blip_scale.data.loader import TrainLoader
 from blip_scale.data.probe import probe_stream
 from blip_scale.data.shards import Record, write_shards
@@ -14,13 +15,20 @@ from blip_scale.data.tokenizer import (
     resolve_checkpoint,
     special_ids,
 )
-from blip_scale.data.transforms import IMAGE_MEAN, IMAGE_STD, EvalTransform, TrainTransform
+from blip_scale.data.transforms import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    EvalTransform,
+    TrainTransform,
+    normalize_images,
+)
 
 __all__ = [
     "IMAGE_MEAN",
     "IMAGE_STD",
     "Batch",
     "CaptionInput",
+    "Clean",
     "EvalTransform",
     "HeldoutPairs",
     "LoaderPosition",
@@ -29,9 +37,12 @@ __all__ = [
     "TrainLoader",
     "TrainTransform",
     "clean_caption",
+    "clean_question",
     "heldout_pairs",
     "inventory",
+    "listed_pairs",
     "load_tokenizer",
+    "normalize_images",
     "pack_captions",
     "probe_stream",
     "resolve_checkpoint",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blip_scale.data.captions import clean_caption
+from blip_scale.data.captions import Clean, clean_caption
+from blip_scale.data.image_pairs import maybe_swap
 from blip_scale.data.order import SampleOrder, Slot
 from blip_scale.data.prefetch import Prefetcher
+from blip_scale.data.shards import IMAGE_COLUMNS
 from blip_scale.data.stores import CorruptSample, DamagedShard, StreamStore
 from blip_scale.data.tokenizer import pack_captions
 from blip_scale.data.transforms import TrainTransform
@@ -26,6 +28,7 @@ from blip_scale.data.transforms import TrainTransform
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_SWAP = 1  # keeps this use of the seed apart from the pixels'
 _DAMAGED_SHARDS = 8  # in a row: then it is no accident, and the run stops
 
 
@@ -34,7 +37,7 @@ class Batch:
     """One micro batch of one rank."""
 
     images: Tensor
-    """[B, 3, H, W] uint8, not normalised."""
+    """[B, 3, H, W] uint8, not normalised; [B, 2, 3, H, W] where captions speak of two images."""
     token_ids: Tensor
     """[T] int64: [CLS] caption [SEP] of every pair, packed."""
     offsets: Tensor
@@ -49,6 +52,8 @@ class Batch:
     """Name of the stream that each pair is from."""
     skipped: list[str]
     """Place, id and reason of every corrupt sample that another one stands in for."""
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+    """What the task knows of each caption, where the set has that."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
@@ -77,6 +82,7 @@ class CaptionInput:
     max_tokens: int
     """[CLS] and [SEP] included; longer captions are cut."""
     max_words: int = 30
+    clean: Clean = clean_caption
     prompt: str = ""
     """How every caption begins."""
 
@@ -136,6 +142,7 @@ class MicroBatches(Dataset["Batch | Exception"]):
         captions: list[str] = []
         streams: list[str] = []
         images: list[Tensor] = []
+        annotations: list[dict[str, Any]] = []
         skipped: list[str] = []
         for place in range(begin, begin + self.position.micro_batch_size):
             slot = self.order.locate(epoch, place)
@@ -149,8 +156,13 @@ class MicroBatches(Dataset["Batch | Exception"]):
             streams.append(store.name)
             if caption is None:
                 caption = self._due_caption(sample, slot)
-            text = sample["captions"][caption % len(sample["captions"])]  # a stand-in has its own
-            captions.append(clean_caption(text, self.text.max_words))
+            caption %= len(sample["captions"])  # a stand-in has its own
+            text = self.text.clean(sample["captions"][caption], self.text.max_words)
+            if "annotations" in sample:
+                annotations.append(sample["annotations"][caption])
+            if "second_image" in sample:
+                image, text = maybe_swap(image, text, self._rng(epoch, place, _SWAP))
+            captions.append(text)
             images.append(image)
         prompted = [self.text.prompt + caption for caption in captions]
         packed = pack_captions(self.text.tokenizer, prompted, self.text.max_tokens)
@@ -164,10 +176,16 @@ class MicroBatches(Dataset["Batch | Exception"]):
             sources=[sample["source"] for sample in samples],
             streams=streams,
             skipped=skipped,
+            annotations=annotations,
         )
 
-    def _pixels(self, epoch: int, place: int, encoded: bytes) -> Tensor:
-        return self.transform(encoded, np.random.default_rng((self.seed, epoch, place)))
+    def _pixels(self, epoch: int, place: int, sample: dict[str, Any]) -> Tensor:
+        rng = self._rng(epoch, place)
+        images = [self.transform(sample[name], rng) for name in IMAGE_COLUMNS if name in sample]
+        return images[0] if len(images) == 1 else torch.stack(images)
+
+    def _rng(self, epoch: int, place: int, *use: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, epoch, place, *use))
 
     def _due_caption(self, sample: dict[str, Any], slot: Slot) -> int:
         """A random one of the captions at first, in each later pass the next (counted on)."""
@@ -175,9 +193,9 @@ class MicroBatches(Dataset["Batch | Exception"]):
 
 
 def read_or_replace(
-    store: StreamStore, slot: Slot, decode: Callable[[bytes], Tensor], skipped: list[str]
+    store: StreamStore, slot: Slot, decode: Callable[[dict[str, Any]], Tensor], skipped: list[str]
 ) -> tuple[dict[str, Any], Tensor]:
-    """The sample at `slot` and what `decode` makes of its image; the next one of its shard that is
+    """The sample at `slot` and what `decode` makes of its images; the next one of its shard that is
     whole, if it is corrupt; one of the next shard, if the shard is damaged.
 
     What is passed over is added to `skipped`. Raises ValueError when the shard has no whole sample,
@@ -201,7 +219,7 @@ def _read_from(
     store: StreamStore,
     shard: int,
     sample: int,
-    decode: Callable[[bytes], Tensor],
+    decode: Callable[[dict[str, Any]], Tensor],
     skipped: list[str],
 ) -> tuple[dict[str, Any], Tensor]:
     count = store.shard_samples[shard]
@@ -211,7 +229,7 @@ def _read_from(
         try:
             found = store.read(shard, index)
             name += f" {found['id']}"
-            return found, decode(found["image"])
+            return found, decode(found)
         except DamagedShard:
             raise
         except CorruptSample as error:

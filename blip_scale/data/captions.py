@@ -1,8 +1,13 @@
-"""Caption cleaning as published with BLIP (`pre_caption` of the original code)."""
+"""Cleaning of captions and questions as published with BLIP (`pre_caption` and `pre_question` of
+the original code)."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+
+Clean = Callable[[str, int], str]
+"""clean(text, max_words)."""
 
 _REMOVED = re.compile(r"[.!\"()*#:;~]")
 _WHITESPACE_RUN = re.compile(r"\s{2,}")
@@ -19,3 +24,12 @@ def clean_caption(caption: str, max_words: int = 30) -> str:
     caption = _WHITESPACE_RUN.sub(" ", caption)
     caption = caption.rstrip("\n").strip(" ")
     return " ".join(caption.split(" ")[:max_words])
+
+
+def clean_question(question: str, max_words: int = 50) -> str:
+    """Lower-case, delete the punctuation that BLIP drops, keep at most `max_words` words.
+
+    Unlike in captions nothing takes the place of . ! " ( ) * # : ; ~ and runs of spaces stay.
+    """
+    question = _REMOVED.sub("", question.lower()).rstrip(" ")
+    return " ".join(question.split(" ")[:max_words])

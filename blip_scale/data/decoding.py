@@ -1,7 +1,7 @@
 """Encoded images to pixels: JPEG by simplejpeg (libjpeg-turbo), everything else by Pillow.
 
-Both decoders give the same pixels, bit for bit. EXIF orientation and colour profiles are ignored,
-as in the published code; a truncated file is corrupt.
+Both decoders give the same pixels, bit for bit. Colour profiles are ignored and, unless asked for,
+EXIF orientation, as in the published code; a truncated file is corrupt.
 
 Legend: H and W the height and width of the image.
 """
@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 from blip_scale.data.stores import CorruptSample
 
@@ -27,11 +27,16 @@ def describe(error: Exception) -> str:
     return _ADDRESS.sub("", f"{type(error).__name__}: {error}")
 
 
-def decode_image(encoded: bytes) -> Image.Image:
-    """RGB pixels of an encoded image, by Pillow; raises CorruptSample for what can't be decoded."""
+def decode_image(encoded: bytes, upright: bool = False) -> Image.Image:
+    """RGB pixels of an encoded image, by Pillow; raises CorruptSample for what can't be decoded.
+
+    Args:
+        upright: turn it as EXIF says, as a person sees it; the published code, and training on
+            shards, don't look.
+    """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            return image.convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # every format's decoder has its own ways to fail

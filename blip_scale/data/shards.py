@@ -11,6 +11,12 @@ Every sample has the columns of `COLUMNS`:
 - `url`, where the image was found, "" where unknown;
 - `similarity` of image and text as the source gives it, NaN where it gives none.
 
+Sets of the fine-tuning tasks, and those of CapFilt, have one or two columns more (`EXTRA_COLUMNS`):
+
+- `annotations`, a JSON list with an entry for each of the captions: answers, label, candidates,
+  provenance;
+- `second_image`, where a caption speaks of two images.
+
 Beside the shards index.json names the number of captions of every sample, so that an epoch can take
 each caption once: `captions`, a list a shard, or null where all samples of a shard have one.
 """
@@ -21,9 +27,9 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +47,8 @@ COLUMNS = {
     "url": "str",
     "similarity": "float32",
 }
+EXTRA_COLUMNS = {"annotations": "json", "second_image": "bytes"}
+IMAGE_COLUMNS = ("image", "second_image")
 INDEX_NAME = "index.json"
 CAPTIONS_KEY = "captions"
 HASH = "xxh64"
@@ -61,15 +69,30 @@ class Record:
     height: int = 0
     url: str = ""
     similarity: float = math.nan
+    annotations: Sequence[dict[str, Any]] | None = None
+    """What the task knows of each caption, one each."""
+    second_image: bytes | None = None
+
+    @property
+    def extra_columns(self) -> dict[str, str]:
+        """Those of `EXTRA_COLUMNS` that the record has."""
+        return {
+            name: kind for name, kind in EXTRA_COLUMNS.items() if getattr(self, name) is not None
+        }
 
     @property
     def captions(self) -> list[str]:
         return [self.caption] if isinstance(self.caption, str) else list(self.caption)
 
     def sample(self) -> dict[str, Any]:
-        """The columns of `COLUMNS`. Raises ValueError where there is no caption."""
+        """The columns of `COLUMNS`, and of `EXTRA_COLUMNS` those that are there.
+
+        Raises ValueError where there is no caption, or not one annotation for each.
+        """
         if not self.captions:
             raise ValueError(f"the record {self.id!r} has no caption")
+        if self.annotations is not None and len(self.annotations) != len(self.captions):
+            raise ValueError(f"the record {self.id!r} needs an annotation for each caption")
         width, height = (self.width, self.height) if self.width else _image_size(self.image)
         return {
             "id": self.id,
@@ -80,13 +103,24 @@ class Record:
             "height": height,
             "url": self.url,
             "similarity": self.similarity,
+            **{name: getattr(self, name) for name in self.extra_columns},
         }
 
 
-def shard_writer(folder: Path, shard_size: str | int, compression: str | None = None) -> MDSWriter:
-    """A writer of shards of at most `shard_size` with our columns and checksums."""
+def with_first(records: Iterable[Record]) -> tuple[Record | None, Iterator[Record]]:
+    """The first record, which tells the extra columns of the set, and all of them."""
+    every = iter(records)
+    first = next(every, None)
+    return first, every if first is None else chain([first], every)
+
+
+def shard_writer(
+    folder: Path, shard_size: str | int, compression: str | None = None, first: Record | None = None
+) -> MDSWriter:
+    """A writer of shards of at most `shard_size` with our columns, the extra ones of the first
+    record, and checksums."""
     return MDSWriter(
-        columns=COLUMNS,
+        columns=COLUMNS | (first.extra_columns if first else {}),
         out=str(folder),
         compression=compression,
         hashes=[HASH],
@@ -113,7 +147,8 @@ def write_shards(
     shutil.rmtree(partial, ignore_errors=True)
     ids: set[str] = set()
     counts: list[int] = []
-    with shard_writer(partial, shard_size, compression) as writer:
+    first, records = with_first(records)
+    with shard_writer(partial, shard_size, compression, first) as writer:
         for record in records:
             if record.id in ids:
                 raise ValueError(f"{folder}: the id {record.id!r} comes twice; ids must be unique")

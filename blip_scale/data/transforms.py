@@ -1,6 +1,6 @@
 """The published image transforms, with a random generator that the caller owns.
 
-Results are uint8 [3, H, W]; normalisation with IMAGE_MEAN and IMAGE_STD is done on the device.
+Results are uint8 [3, H, W]; `normalize_images` comes after, on the device.
 """
 
 from __future__ import annotations
@@ -123,3 +123,11 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels uint8 [B, 3, H, W] to network input of `dtype`: CLIP's mean and deviation, as
+    published."""
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1) * 255
+    deviation = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1) * 255
+    return ((images.float() - mean) / deviation).to(dtype)

@@ -5,32 +5,45 @@ from blip_scale.interop.blip_weights import BlipWeights, turned_into, with_train
 from blip_scale.interop.checkpoints import (
     Format,
     format_of,
+    grown,
     head_parameters,
     load_checkpoint,
     read_checkpoint,
 )
-from blip_scale.interop.heads import cut_down, from_published, shapes_of
+from blip_scale.interop.heads import (
+    OWN_NETWORKS,
+    build_network,
+    cut_down,
+    expected_shapes,
+    from_published,
+    shapes_of,
+)
 from blip_scale.interop.huggingface import write_huggingface
 from blip_scale.interop.huggingface_config import CLASSES, inexpressible
 from blip_scale.interop.model_card import Origin, model_card
 from blip_scale.interop.salesforce import HEADS, PARTS, Head, from_salesforce, to_salesforce
 from blip_scale.interop.salesforce_files import read_salesforce, write_salesforce
+from blip_scale.interop.task_names import task_from_published, task_to_published
 from blip_scale.interop.training_checkpoints import step_folder, write_training_checkpoint
 from blip_scale.interop.vision import interpolate_positions, load_vision
 
 __all__ = [
     "CLASSES",
     "HEADS",
+    "OWN_NETWORKS",
     "PARTS",
     "BlipWeights",
     "Format",
     "Head",
     "Origin",
+    "build_network",
     "cut_down",
+    "expected_shapes",
     "format_of",
     "from_bert",
     "from_published",
     "from_salesforce",
+    "grown",
     "head_parameters",
     "inexpressible",
     "interpolate_positions",
@@ -42,6 +55,8 @@ __all__ = [
     "read_salesforce",
     "shapes_of",
     "step_folder",
+    "task_from_published",
+    "task_to_published",
     "to_salesforce",
     "turned_into",
     "with_training_state",

@@ -8,7 +8,10 @@ from blip_scale.model.attention import (
     resolve_kernel,
 )
 from blip_scale.model.flops import (
+    TextWork,
     captioning_flops,
+    fine_tuning_flops,
+    head_flops,
     pretraining_flops,
     recomputation_flops,
     retrieval_flops,
@@ -19,14 +22,19 @@ from blip_scale.model.generation import (
     caption_beam,
     caption_nucleus,
 )
-from blip_scale.model.initialization import init_weights
+from blip_scale.model.initialization import fill_from_med, init_weights
 from blip_scale.model.med import MED, MEDConfig, MomentumEncoder, Temperature
+from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.packing import PackedText
 from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.visdial import VisDial
 from blip_scale.model.vision import VisionConfig, build_vision
+from blip_scale.model.vqa import VQA
 
 __all__ = [
     "MED",
+    "NLVR2",
+    "VQA",
     "AttentionLayout",
     "BeamSettings",
     "Kernel",
@@ -38,12 +46,17 @@ __all__ = [
     "SpecialTokens",
     "Temperature",
     "TextConfig",
+    "TextWork",
+    "VisDial",
     "VisionConfig",
     "attention",
     "build_vision",
     "caption_beam",
     "caption_nucleus",
     "captioning_flops",
+    "fill_from_med",
+    "fine_tuning_flops",
+    "head_flops",
     "init_weights",
     "pretraining_flops",
     "recomputation_flops",

@@ -12,17 +12,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_scale.model.attention import AttentionLayout, attention, dense_segments
-from blip_scale.model.med import MED
-from blip_scale.model.text import TextLayer
+from blip_scale.model.attention import AttentionLayout, Segments, attention, dense_segments
+from blip_scale.model.med import LMHead, MEDConfig
+from blip_scale.model.text import TextLayer, TextStack
 
 NEVER = -1.0e9
 """Score of what must not be chosen."""
+
+
+class Writer(Protocol):
+    """What writes: a MED, or another network with a decoder."""
+
+    config: MEDConfig
+    lm_head: LMHead
+    training: bool
+
+    @property
+    def text(self) -> TextStack:
+        """The stack whose decoder writes."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +72,11 @@ class NucleusSettings:
 
 @torch.no_grad()
 def caption_beam(
-    med: MED,
+    med: Writer,
     image_embeds: Tensor,
     prompt_ids: Sequence[int],
     settings: BeamSettings | None = None,
+    contexts: Segments | None = None,
 ) -> list[list[int]]:
     """The best caption of each image by beam search.
 
@@ -71,12 +85,14 @@ def caption_beam(
         image_embeds: [I, N, D] from `med.encode_image`.
         prompt_ids: how every caption starts: [DEC] and the tokens of the prompt, no [SEP].
         settings: None takes the defaults.
+        contexts: for a decoder that reads contexts of different lengths (VQA): where each lies in
+            image_embeds, which then is [1, T, D]. None: each image is one.
 
     Returns:
-        For each image the token ids after the prompt, without [SEP].
+        For each image (context) the token ids after the prompt, without [SEP].
     """
     settings = settings or BeamSettings()
-    decoder = _begin(med, image_embeds, prompt_ids, settings.num_beams, settings.max_length)
+    decoder = _begin(med, (image_embeds, contexts), prompt_ids, settings)
     if settings.num_beams == 1:
         return _one_by_one(decoder, settings, lambda logits: logits.argmax(-1))
     return _beam_search(decoder, settings)
@@ -84,22 +100,31 @@ def caption_beam(
 
 @torch.no_grad()
 def caption_nucleus(
-    med: MED,
+    med: Writer,
     image_embeds: Tensor,
     prompt_ids: Sequence[int],
     settings: NucleusSettings | None = None,
-    generator: torch.Generator | None = None,
+    draws_IL: Tensor | None = None,
 ) -> list[list[int]]:
     """One caption of each image by nucleus sampling; arguments and result as in `caption_beam`.
 
-    `generator` lives on the device of image_embeds; None takes the global one.
+    Args:
+        draws_IL: fp32 [I, max_length] in [0, 1): the number that chooses each token, so that a
+            caption depends on its own row alone, whatever else is in the batch. None draws from the
+            global generator.
     """
     settings = settings or NucleusSettings()
-    decoder = _begin(med, image_embeds, prompt_ids, 1, settings.max_length)
+    decoder = _begin(med, (image_embeds, None), prompt_ids, settings)
 
     def draw(logits_RV: Tensor) -> Tensor:
         probabilities = nucleus(logits_RV, settings).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        if draws_IL is None:
+            return torch.multinomial(probabilities, 1).squeeze(-1)
+        place = decoder.sequences_RL.shape[1]
+        shares = probabilities.cumsum(-1)
+        shares = shares / shares[:, -1:]  # ends at 1 exactly, above every draw
+        drawn = draws_IL[:, place, None].to(shares).contiguous()
+        return torch.searchsorted(shares, drawn, right=True).squeeze(-1)
 
     return _one_by_one(decoder, settings, draw)
 
@@ -114,18 +139,21 @@ def nucleus(logits_RV: Tensor, settings: NucleusSettings) -> Tensor:
     return torch.full_like(logits_RV, -torch.inf).scatter(-1, tokens, kept)
 
 
+_Seen = tuple[Tensor, Segments | None]
+"""What is looked at: image_embeds, and where contexts lie in them."""
+
+
 class _Decoder:
     """The rows being written, with their keys and values in every layer."""
 
-    def __init__(
-        self, med: MED, image_embeds: Tensor, prompt_ids: Sequence[int], beams: int
-    ) -> None:
-        self.med, self.beams, self.images = med, beams, len(image_embeds)
+    def __init__(self, med: Writer, seen: _Seen, prompt_ids: Sequence[int], beams: int) -> None:
+        image_embeds, contexts = seen
+        self._image_keys = contexts or dense_segments(*image_embeds.shape[:2], image_embeds.device)
+        self.med, self.beams, self.images = med, beams, self._image_keys.count
         self.prompt_length = len(prompt_ids)
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=image_embeds.device)
         self.sequences_RL = prompt.repeat(self.images * beams, 1)
         self._layers = [layer for layer in med.text.layers if isinstance(layer, TextLayer)]
-        self._image_keys = dense_segments(*image_embeds.shape[:2], image_embeds.device)
         self._image_kv = [
             layer.cross_attention.project_images(image_embeds) for layer in self._layers
         ]
@@ -173,8 +201,13 @@ class _Decoder:
 
 
 def _begin(
-    med: MED, image_embeds: Tensor, prompt_ids: Sequence[int], beams: int, max_length: int
+    med: Writer,
+    seen: _Seen,
+    prompt_ids: Sequence[int],
+    settings: BeamSettings | NucleusSettings,
 ) -> _Decoder:
+    beams = settings.num_beams if isinstance(settings, BeamSettings) else 1
+    max_length = settings.max_length
     if med.training:
         raise ValueError("captions need a MED in eval mode: call med.eval() first")
     if beams < 1:
@@ -185,7 +218,7 @@ def _begin(
             f"max_length {max_length} counts the prompt: it must be above its {len(prompt_ids)} "
             f"tokens and at most the text stack's {positions} positions"
         )
-    return _Decoder(med, image_embeds, prompt_ids, beams)
+    return _Decoder(med, seen, prompt_ids, beams)
 
 
 def _restrain(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 
 import torch
 from timm.models.vision_transformer import LayerScale
-from torch import nn
+from torch import Tensor, nn
 
 from blip_scale.model.med import MED
 
@@ -47,6 +49,51 @@ def init_weights(med: MED, seed: int, vision_std: float = STD) -> None:
     for head in (med.vision_proj, med.text_proj, med.itm_head):
         _torch_default(head, generator)
     med.temperature.value.fill_(med.temperature.initial)
+
+
+@torch.no_grad()
+def fill_from_med(network: nn.Module, med: Mapping[str, Tensor], seed: int) -> list[str]:
+    """Fills a VQA, NLVR2 or VisDial network from a MED, as the published fine-tuning starts.
+
+    Encoder and decoder get what MED shares between them, both cross-attentions of NLVR2 the same.
+    What MED doesn't have, or has in another shape, is random from `seed`: linear layers of the text
+    stacks (a decoder that reads states of another width than the image tokens', merge layers)
+    normal of std 0.02 with biases 0, other heads PyTorch's default.
+
+    Args:
+        network: not partitioned.
+        med: parameters of a MED by name; a prefix `med.` is passed over.
+
+    Returns:
+        The names of the random ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    there = {name.removeprefix("med."): tensor for name, tensor in med.items()}
+    drawn = []
+    modules = dict(network.named_modules())
+    for name, parameter in network.named_parameters():
+        source = there.get(name_in_med(name))
+        if source is not None and source.shape == parameter.shape:
+            parameter.copy_(source)
+            continue
+        drawn.append(name)
+        path, _, kind = name.rpartition(".")
+        module = modules[path]
+        assert isinstance(module, nn.Linear), name
+        if not name.startswith("text_"):
+            if kind == "weight":
+                _torch_default(module, generator)
+        elif kind == "weight":
+            nn.init.normal_(module.weight, std=STD, generator=generator)
+        else:
+            nn.init.zeros_(module.bias)
+    return drawn
+
+
+def name_in_med(name: str) -> str:
+    """What a parameter of a VQA, NLVR2 or VisDial network is called in MED."""
+    name = re.sub(r"^text_(encoder|decoder)\.", "text.", name)
+    return re.sub(r"\.cross_attention\.images\.[01]\.", ".cross_attention.", name)
 
 
 def _reset_simple(module: nn.Module) -> None:

@@ -118,6 +118,9 @@ class ImageIndex:
     """[S] int64 for the sequences of the encoder text."""
     decoder: Tensor | None = None
     """[S] int64 for the sequences of the decoder text."""
+    keys: Segments | None = None
+    """Where the tokens of each context lie, if it isn't an image of `tokens` tokens: the states of
+    a question, an image with its caption."""
 
 
 def plan_pass(
@@ -170,6 +173,5 @@ def _group_by_image(row_images_T: Tensor, images: ImageIndex) -> AttentionLayout
     offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     longest = len(row_images_T) if images.kernel == "flash" else int(counts.max())
     queries = Segments(offsets, longest, row_images_T.argsort(stable=True))
-    return AttentionLayout(
-        queries, dense_segments(images.images, images.tokens, row_images_T.device)
-    )
+    keys = images.keys or dense_segments(images.images, images.tokens, row_images_T.device)
+    return AttentionLayout(queries, keys)

@@ -11,6 +11,7 @@ that are read after the last layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from blip_scale.model.attention import AttentionLayout, Kernel, attention
 from blip_scale.model.packing import TextPass
+
+Role = Literal["both", "encoder", "decoder"]
+"""Which self-attentions the layers of a stack have: BLIP's fine-tuned models tie nothing, and an
+encoder or a decoder of its own needs one."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +155,15 @@ class TextMLP(nn.Module):
 class TextLayer(nn.Module):
     """One layer; without an image width the bidirectional self-attention and the MLP alone."""
 
-    def __init__(self, config: TextConfig, image_width: int | None, kernel: Kernel) -> None:
+    def __init__(
+        self, config: TextConfig, image_width: int | None, kernel: Kernel, role: Role = "both"
+    ) -> None:
         super().__init__()
-        self.self_attention_encoder = SelfAttention(config, kernel)
+        if role != "decoder":
+            self.self_attention_encoder = SelfAttention(config, kernel)
         if image_width is not None:
-            self.self_attention_decoder = SelfAttention(config, kernel)
+            if role != "encoder":
+                self.self_attention_decoder = SelfAttention(config, kernel)
             self.cross_attention = CrossAttention(config, image_width, kernel)
         self.mlp = TextMLP(config)
 
@@ -188,12 +197,13 @@ class TextStack(nn.Module):
         image_width: int | None,
         kernel: Kernel = "auto",
         gradient_checkpointing: bool = False,
+        role: Role = "both",
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
         self.embeddings = TextEmbeddings(config)
         self.layers = nn.ModuleList(
-            TextLayer(config, image_width, kernel) for _ in range(config.layers)
+            TextLayer(config, image_width, kernel, role) for _ in range(config.layers)
         )
 
     def forward(self, plan: TextPass, image_embeds_IND: Tensor | None = None) -> Tensor:

@@ -45,18 +45,16 @@ def evaluate(
     return Evaluation(scalars, panels, captions)
 
 
-def heldout_sets(recipe: Recipe) -> Iterator[tuple[str, data.HeldoutPairs]]:
-    """The recipe's held-out sets by name."""
+def heldout_sets(
+    recipe: Recipe, clean: data.Clean = data.clean_caption, max_words: int = 30
+) -> Iterator[tuple[str, data.HeldoutPairs]]:
+    """The recipe's held-out sets by name, their texts cleaned."""
+    size, most = recipe.model.vision.image_size, recipe.evaluation.max_pairs
     for stream in recipe.data.heldout:
-        yield (
-            stream.name,
-            data.heldout_pairs(
-                stream, recipe.model.vision.image_size, recipe.data, recipe.evaluation.max_pairs
-            ),
-        )
+        pairs = data.heldout_pairs(stream, size, recipe.data, most, clean, max_words)
+        yield stream.name, pairs
 
 
-@torch.no_grad()
 def retrieval_on(
     med: MED,
     pairs: data.HeldoutPairs,
@@ -66,6 +64,20 @@ def retrieval_on(
 ) -> dict[str, float]:
     """Recalls on a set (`retrieval.retrieval_figures`), all ranks together; `with_matching`: of
     the candidates re-ranked too."""
+    similarity, reranked = scores_on(med, pairs, recipe, tokenizer, with_matching)
+    return retrieval.retrieval_figures(similarity, reranked, _owners(pairs))
+
+
+@torch.no_grad()
+def scores_on(
+    med: MED,
+    pairs: data.HeldoutPairs,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    with_matching: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Cosines [I, S] of all images and texts of a set, and what `retrieval.rerank` makes of them;
+    the same on all ranks."""
     settings = recipe.evaluation
     texts = _Texts(list(chain.from_iterable(pairs.captions)), recipe, tokenizer, med)
     features = _encode(med, pairs, texts, settings.batch_size)
@@ -75,7 +87,7 @@ def retrieval_on(
         reranked = retrieval.rerank(
             med, features, texts.matching, settings.rerank_top_k, settings.batch_size
         )
-    return retrieval.retrieval_figures(similarity, reranked, _owners(pairs))
+    return similarity, reranked
 
 
 def _owners(pairs: data.HeldoutPairs) -> Tensor:
@@ -109,22 +121,22 @@ class _Texts:
 def _encode(
     med: MED, pairs: data.HeldoutPairs, texts: _Texts, batch_size: int
 ) -> retrieval.PairFeatures:
-    """Features of all images and texts on every rank; each rank encodes its share."""
+    """Features of all images and texts on every rank, and the image tokens of its share; each rank
+    encodes its share."""
     embeds, images, sentences = [], [], []
-    for indices in _my_batches(len(pairs), batch_size):
+    for indices in my_batches(len(pairs), batch_size):
         image_embeds = med.encode_image(networks.to_pixels(pairs.images(indices), med))
         embeds.append(image_embeds)
         images.append(med.project_image(image_embeds))
-    for indices in _my_batches(texts.count, batch_size):
+    for indices in my_batches(texts.count, batch_size):
         sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
     gathered = [
-        torch.cat(collectives.all_gather_ragged(torch.cat(parts)))
-        for parts in (embeds, images, sentences)
+        torch.cat(collectives.all_gather_ragged(torch.cat(parts))) for parts in (images, sentences)
     ]
-    return retrieval.PairFeatures(*gathered)
+    return retrieval.PairFeatures(torch.cat(embeds), *gathered)
 
 
-def _my_batches(count: int, batch_size: int) -> Iterator[range]:
+def my_batches(count: int, batch_size: int) -> Iterator[range]:
     """This rank's share of `count` items, in batches."""
     mine = range(*retrieval.share(count).indices(count))
     for begin in range(0, len(mine), batch_size):
@@ -155,7 +167,7 @@ def captions_of(
     )
     prompt_ids = networks.prompt_ids(recipe.model.text.prompt, tokenizer)
     mine: list[str] = []
-    for places in _my_batches(len(images), settings.batch_size):
+    for places in my_batches(len(images), settings.batch_size):
         pixels = pairs.images(images[place] for place in places)
         embeds = med.encode_image(networks.to_pixels(pixels, med))
         sequences = caption_beam(med, embeds, prompt_ids, beam)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from blip_scale.data.conversion.output import OutputFolder
-from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject
+from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Screened
 from blip_scale.data.conversion.report import REPORTS, Counts, Report, report_name
 from blip_scale.data.conversion.screening import Rules, screen
-from blip_scale.data.shards import INDEX_NAME, Record, captions_by_shard, shard_writer
+from blip_scale.data.shards import INDEX_NAME, Record, captions_by_shard, shard_writer, with_first
 
 Tick = Callable[[int, int], None]
 """tick(read, rejected): pairs since the last call."""
@@ -19,7 +20,7 @@ _TICK_EVERY = 50
 
 
 def convert_chunk(
-    number: int, chunk: Chunk, out: OutputFolder, rules: Rules, shard_bytes: int, tick: Tick
+    number: int, chunk: Chunk, out: OutputFolder, rules: Rules | None, shard_bytes: int, tick: Tick
 ) -> Report:
     """Read a chunk, screen its pairs, write its shards and then its report to `out`.
 
@@ -47,7 +48,7 @@ def convert_chunk(
     return report
 
 
-def _take(found: Found, rules: Rules, report: Report, seen: set[str]) -> Record | None:
+def _take(found: Found, rules: Rules | None, report: Report, seen: set[str]) -> Record | None:
     """Screen one pair and count what becomes of it and of its captions."""
     report.pairs.read += 1
     if isinstance(found, Reject):
@@ -58,7 +59,11 @@ def _take(found: Found, rules: Rules, report: Report, seen: set[str]) -> Record 
     report.captions.read += captions
     if found.id in seen:
         record, rejects, anew = None, [Reject(found.id, Reason.DUPLICATE_ID)], False
+    elif isinstance(found, Screened):
+        record, rejects, anew = found.record, found.rejects, False
+        report.tallies = dict(Counter(report.tallies) + Counter(found.tallies))
     else:
+        assert rules is not None
         record, rejects, anew = screen(found, rules)
     report.rejects += rejects
     if record is None:
@@ -73,7 +78,9 @@ def _take(found: Found, rules: Rules, report: Report, seen: set[str]) -> Record 
     return record
 
 
-def _caption_count(pair: RawPair) -> int:
+def _caption_count(pair: RawPair | Screened) -> int:
+    if isinstance(pair, Screened):
+        return pair.captions
     if isinstance(pair.captions, list):
         return len(pair.captions)
     return int(pair.captions is not None)
@@ -87,7 +94,8 @@ def write_chunk_shards(
     """
     made = folder / "mds"
     captions: list[int] = []
-    with shard_writer(made, shard_bytes) as writer:
+    first, records = with_first(records)
+    with shard_writer(made, shard_bytes, first=first) as writer:
         for record in records:
             captions.append(len(record.captions))
             writer.write(record.sample())

@@ -119,6 +119,7 @@ def _write_set(
     shards: list[dict[str, Any]] = []
     shard_captions: list[list[int] | None] = []
     reasons: Counter[str] = Counter()
+    tallies: Counter[str] = Counter()
     pairs, captions, reencoded = Counts(), Counts(), 0
     with out.workshop("merge", own=True) as folder:
         with (folder / REJECTS_NAME).open("w", encoding="utf-8") as file:
@@ -126,6 +127,7 @@ def _write_set(
                 shards += report.shards
                 shard_captions += report.shard_captions
                 reasons += report.reasons
+                tallies += Counter(report.tallies)
                 pairs, captions = pairs + report.pairs, captions + report.captions
                 reencoded += report.reencoded
                 for reject in report.rejects:
@@ -139,6 +141,8 @@ def _write_set(
             "bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
             "made_by": plan,
         }
+        if tallies:
+            summary["tallies"] = dict(sorted(tallies.items()))
         index = {"version": 2, "shards": shards, CAPTIONS_KEY: shard_captions}
         (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
         (folder / INDEX_NAME).write_text(json.dumps(index, sort_keys=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
+
+from blip_scale.data.shards import Record
 
 
 class Reason(StrEnum):
@@ -22,6 +24,9 @@ class Reason(StrEnum):
     EMPTY_CAPTION = "empty caption"
     DUPLICATE_ID = "duplicate id"
     MISSING_KEY = "missing key"
+    WEB_UNMATCHED = "web caption doesn't match"
+    SYNTHETIC_UNMATCHED = "synthetic caption doesn't match"
+    BAD_ANNOTATION = "bad annotation"
     DAMAGED_INPUT = "damaged input"
 
 
@@ -38,6 +43,12 @@ class RawPair:
     similarity: float | None = None
     stored_bytes: int = 0
     """What it takes in the input, where that is much more than its image."""
+    annotations: list[dict[str, Any]] | None = None
+    """What the task knows of each of the captions, one each."""
+    second_image: bytes | str | None = None
+    """Where the captions speak of two images."""
+    is_question: bool = False
+    """Questions are cleaned in another way than captions."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,21 @@ class Reject:
     """Only this caption of the pair is rejected, by its number; None: the whole pair."""
 
 
-Found = RawPair | Reject
+@dataclass(frozen=True)
+class Screened:
+    """What became of a pair that its reader screened itself."""
+
+    id: str
+    record: Record | None
+    """None: the whole pair is rejected."""
+    rejects: list[Reject]
+    captions: int
+    """So many were read, or made."""
+    tallies: dict[str, int] = field(default_factory=dict)
+    """Numbers that are added up over the set, for its summary."""
+
+
+Found = RawPair | Reject | Screened
 
 
 @dataclass(frozen=True)
@@ -88,6 +113,8 @@ class Source:
     """Part of a set that has several: train, val or test; "": all of it."""
     caption_key: str = ""
     """Key or column with the caption, where it is none of the usual ones."""
+    relevance: str = ""
+    """File with people's judgement of the candidates of dialogs (VisDial)."""
     pairs_per_chunk: int = 4000
     """Where the input is a list of images; tars and parquet files are a chunk each."""
 
@@ -108,15 +135,22 @@ def in_chunks(found: list[Found], size: int) -> Iterator[Chunk]:
 
 
 def group_by_image(found: Iterable[Found]) -> list[Found]:
-    """Pairs of the same id become one with all their captions, in the order of first sight."""
+    """Pairs of the same id become one with all their captions and annotations, in the order of
+    first sight."""
     grouped: dict[str, RawPair] = {}
     captions: dict[str, list[Any]] = {}
+    annotations: dict[str, list[dict[str, Any]]] = {}
     rejects: list[Found] = []
     for one in found:
-        if isinstance(one, Reject):
+        if not isinstance(one, RawPair):
             rejects.append(one)
             continue
         grouped.setdefault(one.id, one)
         texts = one.captions if isinstance(one.captions, list) else [one.captions]
         captions.setdefault(one.id, []).extend(texts)
-    return [*(replace(pair, captions=captions[pair.id]) for pair in grouped.values()), *rejects]
+        annotations.setdefault(one.id, []).extend(one.annotations or [])
+    whole = (
+        replace(pair, captions=captions[pair.id], annotations=annotations[pair.id] or None)
+        for pair in grouped.values()
+    )
+    return [*whole, *rejects]

@@ -46,6 +46,8 @@ class Report:
     captions: Counts = field(default_factory=Counts)
     reencoded: int = 0
     """Images that were turned or scaled."""
+    tallies: dict[str, int] = field(default_factory=dict)
+    """See `Screened`."""
 
     @property
     def reasons(self) -> Counter[str]:

@@ -41,6 +41,14 @@ class Part:
                 f"--shard {self.number}/{self.of}: parts are counted from 0 to {self.of - 1}"
             )
 
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """`i/n`; raises ValueError for anything else."""
+        number, slash, of = text.partition("/")
+        if not (slash and number.isdigit() and of.isdigit()):
+            raise ValueError(f"--shard {text}: give i/n, for example 0/8 to 7/8")
+        return cls(int(number), int(of))
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -56,17 +64,21 @@ class Progress:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A whole job; everything but the last three decides about the bytes written."""
+    """A whole job; all but `workers`, `scratch` and `start_method` decides about the bytes
+    written."""
 
     chunks: Sequence[Chunk]
     out: str
-    rules: Rules
+    rules: Rules | None
+    """None: the chunks screen their pairs themselves."""
     shard_bytes: int = 64 << 20
     workers: int = 1
     scratch: str | None = None
     start_method: str = "fork"
     """Of the workers: spawn where the chunks were listed from a remote, as its client's threads do
     not outlive a fork."""
+    settings: dict[str, Any] | None = None
+    """What decides about the pairs of chunks that screen them themselves."""
 
     def plan(self) -> dict[str, Any]:
         """What conversion.json says: all parts and restarts must agree on it."""
@@ -78,7 +90,7 @@ class Conversion:
             "chunks": len(self.chunks),
             "input": digest.hexdigest(),
             "shard_bytes": self.shard_bytes,
-            "rules": asdict(self.rules),
+            "rules": asdict(self.rules) if self.rules else self.settings,
         }
 
 
@@ -204,7 +216,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(number: int, chunk: Chunk, out: OutputFolder, rules: Rules, shard_bytes: int) -> None:
+def _work(
+    number: int, chunk: Chunk, out: OutputFolder, rules: Rules | None, shard_bytes: int
+) -> None:
     convert_chunk(number, chunk, out, rules, shard_bytes, _count)
 
 

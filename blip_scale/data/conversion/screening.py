@@ -6,10 +6,11 @@ import io
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from blip_scale.data.captions import clean_caption
+from blip_scale.data.captions import Clean, clean_caption, clean_question
 from blip_scale.data.conversion.locations import read_file
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
 from blip_scale.data.decoding import describe
@@ -66,25 +67,38 @@ def screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bo
     """
     try:
         captions, rejects = _captions(pair, rules.max_words)
-        picture = check_image(_image_bytes(pair), rules)
+        picture = check_image(_image_bytes(pair.image), rules)
+        second = None
+        if pair.second_image is not None:
+            second = check_image(_image_bytes(pair.second_image), rules)
     except _Refused as refused:
         return None, [Reject(pair.id, refused.reason, refused.detail)], False
     similarity = math.nan if pair.similarity is None else pair.similarity
     record = Record(
         pair.id, picture.data, captions, rules.source,
         picture.width, picture.height, pair.url, similarity,
+        _annotations(pair, rejects), second.data if second else None,
     )  # fmt: skip
-    return record, rejects, picture.reencoded
+    return record, rejects, picture.reencoded or (second is not None and second.reencoded)
+
+
+def _annotations(pair: RawPair, rejects: list[Reject]) -> list[dict[str, Any]] | None:
+    """Those of the captions that are kept."""
+    if pair.annotations is None:
+        return None
+    dropped = {reject.caption for reject in rejects}
+    return [one for number, one in enumerate(pair.annotations) if number not in dropped]
 
 
 def _captions(pair: RawPair, max_words: int) -> tuple[list[str], list[Reject]]:
     """The cleaned captions; refused where none is left."""
+    clean = clean_question if pair.is_question else clean_caption
     found = pair.captions if isinstance(pair.captions, list) else [pair.captions]
     cleaned: list[str] = []
     rejects: list[Reject] = []
     for number, caption in enumerate(found):
         try:
-            cleaned.append(_clean(caption, max_words))
+            cleaned.append(_clean(caption, max_words, clean))
         except _Refused as refused:
             rejects.append(Reject(pair.id, refused.reason, refused.detail, number))
     if cleaned:
@@ -93,7 +107,7 @@ def _captions(pair: RawPair, max_words: int) -> tuple[list[str], list[Reject]]:
     raise _Refused(first.reason, first.detail)
 
 
-def _clean(caption: object, max_words: int) -> str:
+def _clean(caption: object, max_words: int, clean: Clean) -> str:
     if caption is None or (isinstance(caption, float) and math.isnan(caption)):
         raise _Refused(Reason.MISSING_CAPTION)
     if isinstance(caption, bytes):
@@ -104,24 +118,24 @@ def _clean(caption: object, max_words: int) -> str:
         caption.encode()
     except UnicodeEncodeError as error:
         raise _Refused(Reason.CAPTION_NO_TEXT, "half a surrogate pair") from error
-    cleaned = clean_caption(caption, max_words)
+    cleaned = clean(caption, max_words)
     if not cleaned.strip():
         raise _Refused(Reason.EMPTY_CAPTION)
     return cleaned
 
 
-def _image_bytes(pair: RawPair) -> bytes:
-    if pair.image is None:
+def _image_bytes(image: bytes | str | None) -> bytes:
+    if image is None:
         raise _Refused(Reason.MISSING_IMAGE)
-    if isinstance(pair.image, bytes):
-        return pair.image
+    if isinstance(image, bytes):
+        return image
     try:
-        return read_file(pair.image)
+        return read_file(image)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise _Refused(Reason.MISSING_IMAGE, pair.image) from error
+        raise _Refused(Reason.MISSING_IMAGE, image) from error
     except Exception as error:
-        if pair.image.startswith(("http://", "https://")):  # hosts die; a bucket must not
-            raise _Refused(Reason.MISSING_IMAGE, f"{pair.image}: {type(error).__name__}") from error
+        if image.startswith(("http://", "https://")):  # hosts die; a bucket must not
+            raise _Refused(Reason.MISSING_IMAGE, f"{image}: {type(error).__name__}") from error
         raise
 
 

@@ -73,6 +73,7 @@ def survey(
             if isinstance(one, Reject):
                 found.reasons[one.reason] += 1
                 continue
+            assert isinstance(one, RawPair), "sources don't screen their pairs themselves"
             found_bytes += one.stored_bytes or _image_bytes(one)
             record, rejects, _ = screen(one, rules)
             found.reasons.update(reject.reason for reject in rejects)

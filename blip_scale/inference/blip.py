@@ -1,0 +1,200 @@
+"""A trained BLIP that can be asked: captions, matching probabilities, features.
+
+Shapes: I images, S texts, N image tokens, D width, E embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from blip_scale.data import clean_caption, clean_question, normalize_images
+from blip_scale.interop import Head
+from blip_scale.model import (
+    MED,
+    VQA,
+    BeamSettings,
+    NucleusSettings,
+    PackedText,
+    caption_beam,
+    caption_nucleus,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MAX_TEXT_TOKENS = 35
+"""Texts are cut to so many, as the published retrieval does."""
+Use = Literal["caption", "match", "embed", "vqa"]
+_HEADS: dict[Use, tuple[Head, ...]] = {
+    "caption": ("pretrain", "captioning"),
+    "match": ("pretrain", "retrieval"),
+    "embed": ("pretrain", "retrieval"),
+    "vqa": ("vqa",),
+}
+"""What each use can be made with."""
+
+
+@dataclass(frozen=True)
+class Blip:
+    """`load_blip` makes it. Methods raise ValueError where the checkpoint lacks what they need."""
+
+    network: MED | VQA
+    """In evaluation mode; what the checkpoint lacks is on the meta device."""
+    tokenizer: PreTrainedTokenizerFast
+    head: Head
+    origin: str
+    """Path that it was read from."""
+    fingerprint: str
+    """Hash of the weights."""
+    prompt: str
+    """How captions begin, unless another prompt is asked for."""
+
+    @property
+    def med(self) -> MED:
+        """The network of every checkpoint but one of `vqa`."""
+        assert isinstance(self.network, MED)
+        return self.network
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of both sides."""
+        return self.network.config.vision.image_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.network.vision.patch_embed.proj.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.network.vision.patch_embed.proj.weight.dtype
+
+    @torch.inference_mode()
+    def image_embeds(self, pixels: Tensor) -> Tensor:
+        """uint8 [I, 3, H, W] to image tokens [I, N, D]."""
+        return self.network.encode_image(normalize_images(pixels.to(self.device), self.dtype))
+
+    @torch.inference_mode()
+    def captions(
+        self,
+        image_embeds: Tensor,
+        settings: BeamSettings | NucleusSettings,
+        prompt: str | None = None,
+        draws: Tensor | None = None,
+    ) -> list[str]:
+        """A caption of each image, without the prompt.
+
+        Args:
+            image_embeds: [I, N, D].
+            settings: beam search or nucleus sampling; lengths count [DEC], prompt and [SEP].
+            prompt: how it begins; None takes the checkpoint's.
+            draws: of nucleus sampling, see `draws_of`.
+        """
+        self.require("caption")
+        prompt_ids = self.prompt_ids(self.prompt if prompt is None else prompt)
+        if isinstance(settings, BeamSettings):
+            found = caption_beam(self.med, image_embeds, prompt_ids, settings)
+        else:
+            found = caption_nucleus(self.med, image_embeds, prompt_ids, settings, draws)
+        return self._words(found)
+
+    @torch.inference_mode()
+    def answers(
+        self,
+        image_embeds: Tensor,
+        questions: Sequence[str],
+        owners: Sequence[int],
+        settings: BeamSettings | None = None,
+    ) -> list[str]:
+        """An answer to each question, written freely.
+
+        Args:
+            image_embeds: [I, N, D].
+            owners: the image of each question.
+            settings: None takes the published beam search.
+        """
+        self.require("vqa")
+        assert isinstance(self.network, VQA)
+        if not questions:
+            return []
+        text = self._packed([clean_question(q) for q in questions])
+        text = text.with_first_token(self.network.config.text.special.enc)
+        index = torch.tensor(owners, dtype=torch.int64, device=self.device)
+        states = self.network.encode_questions(text, image_embeds, index)
+        settings = settings or BeamSettings(max_length=10, min_length=1)
+        prompt = self.prompt_ids("")
+        return self._words(
+            caption_beam(self.network, states[None], prompt, settings, text.segments)
+        )
+
+    def _words(self, sequences: list[list[int]]) -> list[str]:
+        said = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return [text.strip() for text in said]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """[DEC] and the tokens of the prompt."""
+        tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return [self.network.config.text.special.dec, *tokens]
+
+    @torch.inference_mode()
+    def match(self, image_embeds: Tensor, texts: Sequence[str], owners: Sequence[int]) -> Tensor:
+        """Probability that image and text belong together, fp32 [S] on the CPU.
+
+        Args:
+            image_embeds: [I, N, D].
+            owners: the image of each text.
+        """
+        self.require("match")
+        if not texts:
+            return torch.empty(0)
+        text = self._captions(texts).with_first_token(self.med.config.text.special.enc)
+        index = torch.tensor(owners, dtype=torch.int64, device=self.device)
+        return self.med.match(text, image_embeds, index).float().softmax(-1)[:, 1].cpu()
+
+    @torch.inference_mode()
+    def image_features(self, image_embeds: Tensor) -> Tensor:
+        """[I, N, D] to features of norm 1, fp32 [I, E] on the CPU."""
+        self.require("embed")
+        return self.med.project_image(image_embeds).cpu()
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Features of norm 1, fp32 [S, E] on the CPU."""
+        self.require("embed")
+        return self.med.project_text(self.med.encode_text(self._captions(texts))).cpu()
+
+    def _captions(self, texts: Sequence[str]) -> PackedText:
+        """Cleaned as captions are in training."""
+        return self._packed([clean_caption(text) for text in texts])
+
+    def _packed(self, texts: Sequence[str]) -> PackedText:
+        """Tokens with [CLS] first."""
+        limit = min(MAX_TEXT_TOKENS, self.network.config.text.max_positions)
+        rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+        return PackedText.from_lists(rows, self.device)
+
+    def require(self, use: Use) -> None:
+        """Raises ValueError where the checkpoint can't serve a use."""
+        if self.head not in _HEADS[use]:
+            raise ValueError(
+                f"{self.origin} is a {self.head} checkpoint; {use} takes one of: "
+                f"{', '.join(_HEADS[use])}"
+            )
+
+
+def draws_of(ids: Sequence[str], seed: int, length: int) -> Tensor:
+    """The random numbers of nucleus sampling, fp32 [len(ids), length]: each row a pure function of
+    the seed and its id."""
+    rows = [
+        np.random.default_rng((seed, xxhash.xxh3_64_intdigest(one))).random(length, np.float32)
+        for one in ids
+    ]
+    return torch.from_numpy(np.stack(rows))

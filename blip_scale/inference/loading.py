@@ -1,0 +1,173 @@
+"""Any BLIP checkpoint, made ready to be asked: recipe, tokenizer and network found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+from torch import Tensor
+
+from blip_scale import interop
+from blip_scale import recipe as recipes
+from blip_scale.data import load_tokenizer
+from blip_scale.inference.blip import Blip
+from blip_scale.inference.sizes import med_config
+from blip_scale.interop import BlipWeights, Format
+from blip_scale.model import MED, VQA, MEDConfig
+from blip_scale.recipe import Recipe, TextRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PUBLISHED_TOKENIZER = "bert-base-uncased"
+_PROMPT = "a picture of "
+"""With which the published captioners were fine-tuned."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a checkpoint doesn't say, or is to be otherwise."""
+
+    recipe: str | None = None
+    """Name or file of the recipe with the network's sizes; None: recipe.yaml of the run."""
+    tokenizer: str | None = None
+    """Folder or hub name; None: the recipe's, the one beside the checkpoint, the published one."""
+    image_size: int | None = None
+    """Pixels; position embeddings are interpolated. None: that of the checkpoint."""
+    device: str | None = None
+    """None: the GPU if there is one."""
+    precision: str | None = None
+    """`bf16` or `fp32`; None: bf16 on a GPU, fp32 on the CPU."""
+
+
+def load_blip(source: Path, loading: Loading | None = None) -> Blip:
+    """The network in a checkpoint of any kind, on its device, with its tokenizer.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a part of it is missing.
+        ValueError: not BLIP, damaged, unsafe, of a kind that can't be asked, or with another's
+            tokenizer.
+    """
+    loading = loading or Loading()
+    kind = interop.format_of(source)
+    recipe = recipe_of(source, kind, loading.recipe)
+    config = None
+    if recipe:
+        text = text_of(recipe, loading.tokenizer)
+        config = med_config(recipe, load_tokenizer(text))
+    weights = interop.read_checkpoint(source, config, with_state=False)
+    if weights.head == "nlvr2":
+        raise ValueError(f"{source} is an nlvr2 checkpoint, which reads pairs of images: not here")
+    tokenizer = tokenizer_of(source, weights.config, recipe, loading.tokenizer)
+    device = torch.device(loading.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = loading.precision or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    fingerprint = _fingerprint(weights)
+    network = _filled(_resized(weights.config, loading.image_size), weights, device, dtype)
+    prompt = _PROMPT if weights.head == "captioning" else ""
+    if recipe:
+        prompt = recipe.model.text.prompt
+    return Blip(network, tokenizer, weights.head, weights.origin, fingerprint, prompt)
+
+
+def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
+    """The recipe that says a network's sizes: the given one, else the one that a run wrote; None
+    where the checkpoint says them itself.
+
+    Raises:
+        FileNotFoundError: a run's checkpoint without its recipe.
+    """
+    if given:
+        return recipes.load(given)
+    if kind != "ours":
+        return None
+    folder = interop.step_folder(source)
+    assert folder is not None
+    if (folder / "network.json").is_file():
+        return None
+    file = folder.parent.parent / "recipe.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder}: the run's recipe.yaml isn't at {file}; give it with --recipe"
+        )
+    return recipes.load(str(file))
+
+
+def text_of(recipe: Recipe, tokenizer: str | None) -> TextRecipe:
+    """The recipe's text settings, with another tokenizer where one is given."""
+    text = recipe.model.text
+    return replace(text, tokenizer=tokenizer) if tokenizer else text
+
+
+def tokenizer_of(
+    source: Path, config: MEDConfig, recipe: Recipe | None, given: str | None
+) -> PreTrainedTokenizerFast:
+    """The given tokenizer, else the recipe's, else the one beside the checkpoint, else the
+    published one.
+
+    Raises:
+        ValueError: it can't be loaded, or isn't that of a network of these sizes.
+    """
+    folders = (source, source / "tokenizer", source / "captioning")
+    beside = [f for f in folders if (f / "tokenizer_config.json").is_file()]
+    if recipe:
+        text = text_of(recipe, given)
+    elif given or beside:
+        text = TextRecipe(tokenizer=given or str(beside[0]))
+    else:
+        text = TextRecipe(tokenizer=PUBLISHED_TOKENIZER)
+    try:
+        tokenizer = load_tokenizer(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; give --tokenizer FOLDER") from error
+    if len(tokenizer) != config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer {text.tokenizer or text.checkpoint} has {len(tokenizer)} tokens with "
+            f"[DEC] and [ENC], the network {config.text.vocab_size}; give --tokenizer"
+        )
+    return tokenizer
+
+
+def _resized(config: MEDConfig, image_size: int | None) -> MEDConfig:
+    if image_size is None:
+        return config
+    return replace(config, vision=replace(config.vision, image_size=image_size))
+
+
+def _filled(
+    config: MEDConfig, weights: BlipWeights, device: torch.device, dtype: torch.dtype
+) -> MED | VQA:
+    """The network in evaluation mode; what the checkpoint's head lacks holds no memory and can't
+    be read."""
+    is_vqa = weights.head == "vqa"
+    with torch.device("meta"):
+        network = (VQA if is_vqa else MED)(replace(config, gradient_checkpointing=False))
+    names = dict(network.named_parameters())
+    rename = interop.task_from_published if is_vqa else interop.from_salesforce
+    state = rename(weights.state, names)
+    positions, vision = state.get("vision.pos_embed"), network.vision
+    if positions is not None and vision.pos_embed is not None:
+        extra = vision.pos_embed.shape[1] - vision.patch_embed.num_patches
+        state["vision.pos_embed"] = interop.interpolate_positions(
+            positions, vision.patch_embed.grid_size, extra
+        )
+    placed = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    if "lm_head.bias" in placed:
+        words = "text_decoder" if is_vqa else "text"
+        placed["lm_head.weight"] = placed[f"{words}.embeddings.word.weight"]
+    network.load_state_dict(placed, strict=False, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _fingerprint(weights: BlipWeights) -> str:
+    """A hash of the weights, the same whatever file format they were read from."""
+    digest = xxhash.xxh3_64(weights.head.encode())
+    for name in sorted(weights.state):
+        tensor: Tensor = weights.state[name]
+        if tensor.is_floating_point() and name != "temp":  # which Hugging Face's may lack
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""Names of the VQA and NLVR2 networks and of BLIP's published files of them, both ways.
+
+Encoder and decoder are two stacks here as there, so every parameter has one place. VisDial was
+never published: its names follow the same rule, so that it can start from a retrieval file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from blip_scale.interop.salesforce import State, complete, their_names
+
+_OF_PAIR = {
+    "query": ("self{}.query",),
+    "key_value": ("self{}.key", "self{}.value"),
+    "output": ("output.dense{}",),
+}
+_PAIR = re.compile(
+    r"text_encoder\.layers\.(\d+)\.cross_attention\.images\.(\d)\.(\w+)\.(weight|bias)"
+)
+_MERGE = re.compile(r"text_encoder\.layers\.(\d+)\.cross_attention\.merge_layer\.(weight|bias)")
+_CROSS = "text_encoder.encoder.layer.{}.crossattention."
+
+
+def published_names(ours: str) -> tuple[str, ...]:
+    """The published names, in order along the first dimension, of one parameter."""
+    pair, merge = _PAIR.fullmatch(ours), _MERGE.fullmatch(ours)
+    if pair:
+        layer, number, module, kind = pair.groups()
+        names = (name.format(number) for name in _OF_PAIR[module])
+        return tuple(f"{_CROSS.format(layer)}{name}.{kind}" for name in names)
+    if merge:
+        return (f"{_CROSS.format(merge[1])}output.merge_layer.{merge[2]}",)
+    section, _, rest = ours.partition(".")
+    if section in ("text_encoder", "text_decoder"):
+        return their_names(f"text.{rest}")[section]
+    if section == "cls_head":
+        return (ours,)
+    return next(iter(their_names(ours).values()))
+
+
+def task_to_published(parameters: Mapping[str, Tensor]) -> State:
+    """Parameters of a network in the published layout, second names and position_ids included."""
+    state: State = {}
+    for ours, tensor in parameters.items():
+        if ours != "lm_head.weight":  # the word embedding
+            names = published_names(ours)
+            state |= zip(names, tensor.chunk(len(names)), strict=True)
+    return complete(state)
+
+
+def task_from_published(state: Mapping[str, Tensor], names: Iterable[str]) -> State:
+    """The parameters `names` out of a whole published layout."""
+    return {
+        ours: torch.cat([state[theirs] for theirs in published_names(ours)])
+        for ours in names
+        if ours != "lm_head.weight"
+    }

@@ -1,0 +1,91 @@
+"""BLIP for reasoning over two images (NLVR2): is a sentence true of the pair?
+
+Each layer has one cross-attention for each image. Their outputs are averaged in the lower half of
+the layers; in the upper half a matrix merges them (Li et al. 2022, figure 5b).
+
+Shapes: B pairs, N image tokens, D width, T packed tokens, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blip_scale.model.attention import AttentionLayout, Kernel, attention, resolve_kernel
+from blip_scale.model.med import MEDConfig
+from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
+from blip_scale.model.text import TextConfig, TextLayer, TextStack
+from blip_scale.model.vision import build_vision
+
+
+class OneOfTwo(nn.Module):
+    """The cross-attention to one image of the pair, before residual and norm."""
+
+    def __init__(self, config: TextConfig, image_width: int, kernel: Kernel) -> None:
+        super().__init__()
+        self.heads, self.kernel, self.probability = config.heads, kernel, config.dropout
+        self.query = nn.Linear(config.width, config.width)
+        self.key_value = nn.Linear(image_width, 2 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+
+    def forward(self, hidden_TD: Tensor, image_embeds: Tensor, layout: AttentionLayout) -> Tensor:
+        """[T, D] and [B, N, image width] to [T, D]."""
+        q_THC = self.query(hidden_TD).unflatten(-1, (self.heads, -1))
+        key_value = self.key_value(image_embeds.flatten(0, 1))
+        k, v = key_value.unflatten(-1, (2, self.heads, -1)).unbind(1)
+        dropout = self.probability if self.training else 0.0
+        return self.output(attention(q_THC, k, v, layout, dropout, self.kernel).flatten(1))
+
+
+class PairCrossAttention(nn.Module):
+    """Attention of text to both images, with one residual and norm."""
+
+    def __init__(self, config: TextConfig, image_width: int, kernel: Kernel, merge: bool) -> None:
+        super().__init__()
+        self.images = nn.ModuleList(OneOfTwo(config, image_width, kernel) for _ in range(2))
+        if merge:
+            self.merge_layer = nn.Linear(2 * config.width, config.width)
+        self.merge = merge
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_TD: Tensor, image_embeds: Tensor, layout: AttentionLayout) -> Tensor:
+        """[T, D] and [2B, N, image width], all first images before all second ones, to [T, D]."""
+        halves = image_embeds.chunk(2)
+        seen = [one(hidden_TD, half, layout) for one, half in zip(self.images, halves, strict=True)]
+        merged = self.merge_layer(torch.cat(seen, -1)) if self.merge else (seen[0] + seen[1]) / 2
+        return self.norm(hidden_TD + self.dropout(merged))
+
+
+class NLVR2(nn.Module):
+    """The whole network."""
+
+    def __init__(self, config: MEDConfig) -> None:
+        super().__init__()
+        self.config = config
+        text, kernel, checkpointing = config.text, config.kernel, config.gradient_checkpointing
+        self.vision = build_vision(config.vision, kernel, checkpointing)
+        image_width = self.vision.embed_dim
+        self.text_encoder = TextStack(text, image_width, kernel, checkpointing, "encoder")
+        for number, layer in enumerate(self.text_encoder.layers):
+            assert isinstance(layer, TextLayer)
+            merge = number >= text.layers // 2
+            pair: nn.Module = PairCrossAttention(text, image_width, kernel, merge)
+            layer.add_module("cross_attention", pair)
+        self.cls_head = nn.Sequential(
+            nn.Linear(text.width, text.width), nn.ReLU(), nn.Linear(text.width, 2)
+        )
+
+    def forward(self, images: Tensor, sentences: PackedText) -> Tensor:
+        """Logits [B, 2]; class 1 is "true".
+
+        Args:
+            images: [2B, 3, H, W] normalised, all first images before all second ones.
+            sentences: B sequences whose first token is [ENC].
+        """
+        image_embeds = self.vision(images)
+        pairs, tokens = len(images) // 2, image_embeds.shape[1]
+        kernel = resolve_kernel(self.config.kernel, image_embeds.device, image_embeds.dtype)
+        own = torch.arange(pairs, device=images.device)
+        plan = plan_pass(sentences, None, ImageIndex(pairs, tokens, kernel, encoder=own))
+        return self.cls_head(self.text_encoder(plan, image_embeds))

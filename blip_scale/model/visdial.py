@@ -1,0 +1,87 @@
+"""BLIP for visual dialog: does an answer belong to a question, given image, caption and history?
+
+A text encoder reads the caption; its states and the image tokens together are what the dialog
+encoder's cross-attention looks at (Li et al. 2022, figure 5c; no code was published). Here one
+stack is both encoders, as MED's text encoder is: the caption goes through it without
+cross-attention. Where image and text have different widths (ViT-L), a matrix brings the caption's
+states to the width of the image tokens.
+
+Shapes: I images and captions, N image tokens, D width, T packed tokens, S dialogs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip_scale.model.attention import Segments, resolve_kernel
+from blip_scale.model.med import MEDConfig
+from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
+from blip_scale.model.text import TextStack
+from blip_scale.model.vision import build_vision
+
+
+class VisDial(nn.Module):
+    """The whole network."""
+
+    def __init__(self, config: MEDConfig) -> None:
+        super().__init__()
+        self.config = config
+        kernel, checkpointing = config.kernel, config.gradient_checkpointing
+        self.vision = build_vision(config.vision, kernel, checkpointing)
+        width, image_width = config.text.width, self.vision.embed_dim
+        self.text_encoder = TextStack(config.text, image_width, kernel, checkpointing, "encoder")
+        self.caption_proj: nn.Module = (
+            nn.Identity() if width == image_width else nn.Linear(width, image_width)
+        )
+        self.itm_head = nn.Linear(width, 2)
+
+    def encode_context(self, images: Tensor, captions: PackedText) -> tuple[Tensor, Segments]:
+        """Image tokens and caption states [1, T, image width], and where those of each image lie.
+
+        Args:
+            images: [I, 3, H, W] normalised.
+            captions: I sequences whose first token is [CLS].
+        """
+        image_embeds = self.vision(images)
+        plan = replace(plan_pass(captions, None, None), read_rows=None)
+        states = self.caption_proj(self.text_encoder(plan))
+        return torch.cat([image_embeds.flatten(0, 1), states])[None], beside(
+            image_embeds.shape[1], captions.segments, len(states)
+        )
+
+    def match(
+        self, dialogs: PackedText, context: tuple[Tensor, Segments], image_index: Tensor
+    ) -> Tensor:
+        """Logits [S, 2]; class 1 is "the last answer is true".
+
+        Args:
+            dialogs: S sequences whose first token is [ENC].
+            context: from `encode_context`.
+            image_index: [S] int64, the image of each dialog.
+        """
+        embeds, keys = context
+        kernel = resolve_kernel(self.config.kernel, embeds.device, embeds.dtype)
+        plan = plan_pass(dialogs, None, ImageIndex(keys.count, 0, kernel, image_index, keys=keys))
+        return self.itm_head(self.text_encoder(plan, embeds))
+
+
+def beside(image_tokens: int, captions: Segments, caption_tokens: int) -> Segments:
+    """Segments over the tokens of all images, followed by those of all captions: an image's tokens
+    and its caption's are one sequence.
+
+    Args:
+        image_tokens: N of every image.
+        captions: one for each image.
+        caption_tokens: of all captions together.
+    """
+    count, device = captions.count, captions.offsets.device
+    offsets = F.pad((captions.lengths + image_tokens).cumsum(0, dtype=torch.int32), (1, 0))
+    images = torch.arange(count * image_tokens, device=device)
+    words = torch.arange(caption_tokens, device=device) + count * image_tokens
+    owners = torch.cat([images // image_tokens, captions.sequence_of(caption_tokens)])
+    order = torch.cat([images, words])[owners.argsort(stable=True)]
+    return Segments(offsets, captions.max_length + image_tokens, order)

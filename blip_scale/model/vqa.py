@@ -1,0 +1,75 @@
+"""BLIP for visual question answering: an encoder of questions, and a decoder that writes answers.
+
+The encoder is MED's image-grounded text encoder, all of whose states the decoder's cross-attention
+reads; the decoder never sees the image itself. The two are not tied (Li et al. 2022, figure 5a).
+
+Shapes: B images and questions, N image tokens, D width, T packed tokens, A answers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from blip_scale.model.attention import Segments, resolve_kernel
+from blip_scale.model.med import LMHead, MEDConfig
+from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
+from blip_scale.model.text import TextStack
+from blip_scale.model.vision import build_vision
+
+
+class VQA(nn.Module):
+    """The whole network."""
+
+    def __init__(self, config: MEDConfig) -> None:
+        super().__init__()
+        self.config = config
+        kernel, checkpointing = config.kernel, config.gradient_checkpointing
+        self.vision = build_vision(config.vision, kernel, checkpointing)
+        self.text_encoder = TextStack(
+            config.text, self.vision.embed_dim, kernel, checkpointing, "encoder"
+        )
+        self.text_decoder = TextStack(
+            config.text, config.text.width, kernel, checkpointing, "decoder"
+        )
+        self.lm_head = LMHead(config.text, self.text_decoder.embeddings.word.weight)
+
+    @property
+    def text(self) -> TextStack:
+        """The stack that writes."""
+        return self.text_decoder
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] to image_embeds [B, N, D]."""
+        return self.vision(images)
+
+    def encode_questions(
+        self, questions: PackedText, image_embeds: Tensor, image_index: Tensor
+    ) -> Tensor:
+        """States [T, D] of all tokens of questions, first token [ENC].
+
+        Args:
+            image_embeds: [B, N, image width].
+            image_index: int64, the image of each question.
+        """
+        images, tokens, _ = image_embeds.shape
+        kernel = resolve_kernel(self.config.kernel, image_embeds.device, image_embeds.dtype)
+        plan = plan_pass(questions, None, ImageIndex(images, tokens, kernel, encoder=image_index))
+        plan = replace(plan, read_rows=None, read_cross=plan.cross)  # all states, not the first
+        return self.text_encoder(plan, image_embeds)
+
+    def decode(
+        self, answers: PackedText, states_TD: Tensor, questions: Segments, question_index: Tensor
+    ) -> Tensor:
+        """Next-token logits [T of the answers, V] at every token of answers beginning with [DEC].
+
+        Args:
+            states_TD: from `encode_questions`.
+            questions: where the states of each question lie.
+            question_index: [A] int64, the question of each answer.
+        """
+        kernel = resolve_kernel(self.config.kernel, states_TD.device, states_TD.dtype)
+        seen = ImageIndex(questions.count, 0, kernel, decoder=question_index, keys=questions)
+        plan = plan_pass(None, answers, seen)
+        return self.lm_head(self.text_decoder(plan, states_TD[None]))

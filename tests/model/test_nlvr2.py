@@ -1,0 +1,109 @@
+"""The NLVR2 network against a plain one, written from the paper's and the code's formulas for one
+pair at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_med import ENC, MakeMED, tiny_config
+from torch import Tensor
+
+from blip_scale.interop import task_from_published, task_to_published
+from blip_scale.interop.heads import expected_shapes
+from blip_scale.model import NLVR2, PackedText, fill_from_med
+from blip_scale.model.initialization import name_in_med
+
+
+@pytest.fixture
+def network() -> NLVR2:
+    """Of three layers the first averages, the other two merge."""
+    network = NLVR2(tiny_config())
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return network.eval()
+
+
+def plain(state: dict[str, Tensor], network: NLVR2, embeds: list[Tensor], ids: list[int]) -> Tensor:
+    """Logits [2] of one sentence about the images whose tokens [N, image width] are given, out of
+    the published state."""
+    text = network.config.text
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(
+            x, (text.width,), state[f"{name}.weight"], state[f"{name}.bias"], text.norm_eps
+        )
+
+    def attend(x: Tensor, seen: Tensor, name: str) -> Tensor:
+        channels = text.width // text.heads
+        q, k, v = (
+            linear(y, f"{name}.{kind}").view(len(y), text.heads, channels)
+            for y, kind in ((x, "query"), (seen, "key"), (seen, "value"))
+        )
+        weights = torch.einsum("ihc,jhc->hij", q, k).div(math.sqrt(channels)).softmax(-1)
+        return torch.einsum("hij,jhc->ihc", weights, v).reshape(len(x), text.width)
+
+    bert = "text_encoder.embeddings"
+    x = state[f"{bert}.word_embeddings.weight"][ids]
+    x = norm(x + state[f"{bert}.position_embeddings.weight"][: len(ids)], f"{bert}.LayerNorm")
+    for number in range(text.layers):
+        layer = f"text_encoder.encoder.layer.{number}"
+        own = linear(attend(x, x, f"{layer}.attention.self"), f"{layer}.attention.output.dense")
+        x = norm(own + x, f"{layer}.attention.output.LayerNorm")
+        cross = f"{layer}.crossattention"
+        both = [
+            linear(attend(x, embeds[i], f"{cross}.self{i}"), f"{cross}.output.dense{i}")
+            for i in range(2)
+        ]
+        if number < text.layers // 2:
+            merged = (both[0] + both[1]) / 2
+        else:
+            merged = linear(torch.cat(both, -1), f"{cross}.output.merge_layer")
+        x = norm(merged + x, f"{cross}.output.LayerNorm")
+        hidden = F.gelu(linear(x, f"{layer}.intermediate.dense"))
+        x = norm(linear(hidden, f"{layer}.output.dense") + x, f"{layer}.output.LayerNorm")
+    return linear(F.relu(linear(x[0], "cls_head.0")), "cls_head.2")
+
+
+@torch.no_grad()
+def test_logits(network: NLVR2, images: Tensor, sentences: list[list[int]]) -> None:
+    pairs = torch.cat([images, images.flip(0)])
+    text = PackedText.from_lists(sentences).with_first_token(ENC)
+    state = task_to_published(dict(network.named_parameters()))
+    embeds = network.vision(pairs)
+    expected = [
+        plain(state, network, [embeds[i], embeds[i + len(images)]], [ENC, *sentences[i][1:]])
+        for i in range(len(images))
+    ]
+    torch.testing.assert_close(network(pairs, text), torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_names_are_the_whole_published_layout(network: NLVR2) -> None:
+    mine = dict(network.named_parameters())
+    state = task_to_published(mine)
+    wanted = expected_shapes("nlvr2", network.config, None)
+    assert {name: tensor.shape for name, tensor in state.items()} == wanted
+    back = task_from_published(state, mine)
+    assert all(torch.equal(back[name], mine[name]) for name in mine)
+
+
+def test_start_from_pretraining(make_med: MakeMED) -> None:
+    """Both cross-attentions are MED's; merge layers and classifier alone are random."""
+    med, network = make_med(), NLVR2(tiny_config())
+    drawn = fill_from_med(network, dict(med.named_parameters()), seed=3)
+    assert {name.split(".")[-2] for name in drawn} == {"merge_layer", "0", "2"}
+    there = dict(med.named_parameters())
+    for name, parameter in network.named_parameters():
+        assert torch.isfinite(parameter).all()
+        if name not in drawn:
+            assert torch.equal(parameter, there[name_in_med(name)])
+    again = NLVR2(tiny_config())
+    fill_from_med(again, dict(med.named_parameters()), seed=3)
+    assert all(map(torch.equal, network.parameters(), again.parameters()))
