@@ -77,7 +77,7 @@ def resolve_deepspeed(
     if config.get("scheduler", AUTO) != AUTO:
         raise ValueError(
             f"{path} and the recipe disagree: scheduler is set, but the learning rate follows the "
-            "recipe's optimizer.warmup_steps and optimizer.lr_decay; remove scheduler"
+            "recipe's optimizer.schedule; remove scheduler"
         )
     for name in ("optimizer", "scheduler", "fp16", "amp", "torch_autocast"):
         config.pop(name, None)
@@ -150,6 +150,8 @@ def _without_auto(value: Any) -> Any:
 
 def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
     """Hard negatives need two pairs to choose from, the queue room for a global batch."""
+    if recipe.task not in ("pretrain", "retrieval"):
+        return
     pool = sizes.micro_batch * (sizes.world_size if recipe.objective.negatives == "global" else 1)
     if pool < 2:
         mend = "train.micro_batch_size=2 or more"

@@ -228,11 +228,12 @@ def _deepspeed(setting: Setting) -> str:
 
 def _weights(recipe: Recipe) -> str:
     from blip_scale import data
-    from blip_scale.tasks import networks
+    from blip_scale.tasks import TASKS, networks
 
     tokenizer = data.load_tokenizer(recipe.model.text)
-    med = networks.initialized_med(recipe, networks.med_config(recipe, tokenizer))
-    count = sum(parameter.numel() for parameter in med.parameters())
+    config = networks.med_config(recipe, tokenizer)
+    parameters = networks.initial_parameters(recipe, config, TASKS[recipe.task].head)
+    count = sum(parameter.numel() for parameter in parameters.values())
     return f"tokenizer of {len(tokenizer)} tokens, {count / 1e6:.1f}M parameters loaded"
 
 

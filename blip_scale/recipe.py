@@ -68,7 +68,11 @@ class TextRecipe:
     dropout: Fraction = 0.1
     """Dropout on hidden states and on attention probabilities."""
     max_tokens: Annotated[int, Field(ge=3)] = 30
-    """Captions are truncated to this many tokens, [CLS] and [SEP] included (published: 30)."""
+    """Captions are truncated to this many tokens, [CLS] and [SEP] included (published: 30, 35 for
+    retrieval, 40 for captioning)."""
+    prompt: str = ""
+    """How every caption begins, in training (outside of the loss) and when one is generated
+    (published for captioning: `a picture of `)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -142,7 +146,8 @@ class DataRecipe:
     make_with: str = ""
     """The command that makes the data, named when it is missing."""
     min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Lower end of the area of RandomResizedCrop (published: 0.2 for pretraining)."""
+    """Lower end of the area of RandomResizedCrop (published: 0.2 for pretraining, 0.5 for
+    fine-tuning)."""
     flip: bool = True
     """Horizontal flip with probability one half."""
     augment: bool = True
@@ -162,6 +167,9 @@ class DataRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerRecipe:
+    schedule: Literal["pretrain", "cosine"] = "pretrain"
+    """`pretrain`: warm-up in the first epoch, then lr_decay once an epoch; `cosine`: half a cosine
+    from peak_lr in the first epoch towards min_lr after the last, once an epoch (fine-tuning)."""
     peak_lr: Above0 = 3e-4
     """Learning rate after the warm-up."""
     min_lr: Rate = 1e-6
@@ -245,8 +253,8 @@ class LogRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluationRecipe:
-    every_steps: Positive = 5000
-    """Held-out retrieval and caption panel every so many steps, and at the end."""
+    every_steps: Positive | Literal["epoch"] = 5000
+    """Held-out figures every so many steps, or after each epoch, and at the end."""
     max_pairs: Positive = 5000
     """Images taken from each held-out set, with all their captions."""
     batch_size: Positive = 64
@@ -261,11 +269,13 @@ class EvaluationRecipe:
     """Longest caption, prompt included."""
     min_caption_tokens: Count = 5
     """Shortest caption, prompt included."""
+    repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
+    """Above 1 makes words that are there already less likely (published: 1, for NoCaps 1.1)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "retrieval", "captioning"] = "pretrain"
     """What is trained: a name of blip_scale.tasks.TASKS."""
     output_dir: str = "runs/default"
     """Checkpoints, logs, TensorBoard and summary.json."""

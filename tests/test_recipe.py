@@ -209,7 +209,7 @@ class TestUnknownAndWrong:
                 "data.streams is a list of 3: expected an index from 0 to 2",
             ),
             ("train.epochs.x=2", "it has no settings below"),
-            ("task=vqa", 'task: expected pretrain, found "vqa"'),
+            ("task=other", "task: expected one of pretrain, retrieval"),
             ("train.epochs=[", "not valid YAML"),
             ("train.epochs", "expected a setting with its value"),
         ],

@@ -15,7 +15,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "blip_scale"
 
-ROOMS = {"model", "objectives", "interop", "data", "inference", "engine", "tasks"}
+ROOMS = {"model", "objectives", "interop", "data", "metrics", "inference", "engine", "tasks"}
 MAY_IMPORT = {
     "settings": set(),
     "launcher": set(),
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "checks": {"settings", "recipe", "batch_sizes"},
     "model": set(),
     "objectives": {"model"},
+    "metrics": set(),
     "interop": {"model"},
     "data": {"settings", "recipe"},
     "inference": {"settings", "recipe", "model", "interop", "data"},

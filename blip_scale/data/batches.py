@@ -83,6 +83,8 @@ class CaptionInput:
     """[CLS] and [SEP] included; longer captions are cut."""
     max_words: int = 30
     clean: Clean = clean_caption
+    prompt: str = ""
+    """How every caption begins."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class MicroBatches(Dataset["Batch | Exception"]):
                 image, text = maybe_swap(image, text, self._rng(epoch, place, _SWAP))
             captions.append(text)
             images.append(image)
-        packed = pack_captions(self.text.tokenizer, captions, self.text.max_tokens)
+        prompted = [self.text.prompt + caption for caption in captions]
+        packed = pack_captions(self.text.tokenizer, prompted, self.text.max_tokens)
         return Batch(
             images=torch.stack(images),
             token_ids=packed.token_ids,

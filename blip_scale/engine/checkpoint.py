@@ -92,6 +92,8 @@ class Saver:
         self._momentum = momentum
         self._report = report
         self._committed = committed
+        self.best: int | None = None
+        """Step of the best checkpoint so far, which is kept; None where none is chosen."""
         self._writing: Background | None = None
         self._is_saved = True
         self._pause_s = 0.0
@@ -220,6 +222,7 @@ class Saver:
         self._steps = sorted({*self._steps, snapshot.step})
         settings = self._settings
         kept = files.retained(self._steps, settings.keep_last, settings.keep_every)
+        kept |= {step for step in self._steps if step == self.best}
         self._steps = sorted(kept)
         if self._uploads:
             self._uploads.add(snapshot.step, kept)

@@ -79,7 +79,8 @@ def write(folder: Path, contents: Mapping[str, Content]) -> dict[str, dict[str, 
 
 
 def _write_file(path: Path, content: Content) -> dict[str, Any]:
-    save_file(content.tensors, path, content.metadata)
+    # safetensors writes a file that it cannot read from no tensors and an empty dictionary.
+    save_file(content.tensors, path, content.metadata or None)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "xxh3": _checksum(path)}

@@ -137,6 +137,8 @@ class ZeroEngine:
         ZeRO-3 needs no exchange but for the small parameters that stay gathered; below, where every
         rank holds whole parameters, the parts of all ranks are put together in one sum.
         """
+        if not parameters:
+            return
         if self.stage == 3:
             for part in parts:
                 parameters[part.index].ds_tensor.data[: part.values.numel()].copy_(part.values)

@@ -119,12 +119,17 @@ def _open(
         heartbeat.beat("training", checkpoint_step=step)
 
     stated = recipe.log.peak_tflops
+    history = History(**state.position)
+    saver = Saver(
+        place, recipe.checkpoint, engine, momentum, monitor.scalars, committed, state.step
+    )
+    saver.best = int(history.best["step"]) if history.best else None
     return Run(
         recipe,
         task,
         engine,
         momentum,
-        Saver(place, recipe.checkpoint, engine, momentum, monitor.scalars, committed, state.step),
+        saver,
         monitor,
         heartbeat,
         manifest,
@@ -136,7 +141,7 @@ def _open(
         accumulation=ds_config["gradient_accumulation_steps"],
         peak_flops=stated * 1e12 if stated else measure_peak_flops(engine.device, engine.dtype),
         step=state.step,
-        history=History(**state.position),
+        history=history,
     )
 
 
@@ -200,11 +205,14 @@ def _train(run: Run) -> int:
         heartbeat.beat("training", step=run.step, samples_per_s=samples_per_s)
         if at_end or run.step == 1 or run.step % recipe.log.every_steps == 0:
             reporting.log(run)
-        if at_end or (run.step % recipe.evaluation.every_steps == 0 and not stop):
+        every = recipe.evaluation.every_steps
+        every = run.task.steps_per_epoch if every == "epoch" else every
+        is_best = False
+        if at_end or (run.step % every == 0 and not stop):
             heartbeat.beat("evaluating")
-            _evaluate(run)
+            is_best = _evaluate(run)
             heartbeat.beat("training")
-        if at_end or stop or run.step % recipe.checkpoint.every_steps == 0:
+        if at_end or stop or is_best or run.step % recipe.checkpoint.every_steps == 0:
             heartbeat.beat("saving")
             state, shared = run.task.state_dict()
             run.saver.begin(RunState(run.step, vars(history), state, shared))
@@ -248,7 +256,7 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
         skipped += batch.skipped
     means = _average(run, sums, len(skipped))
     norms = run.engine.gradient_norms()
-    rate = learning_rate(recipe.optimizer, run.step, task.steps_per_epoch)
+    rate = learning_rate(recipe.optimizer, run.step, task.steps_per_epoch, recipe.train.epochs)
     finite = math.isfinite(means["loss/total"]) and math.isfinite(norms["all"])
     run.engine.step(rate, apply=finite)
     task.after_step(run.engine, run.momentum, applied=finite)
@@ -280,8 +288,8 @@ def _average(run: Run, sums: dict[str, Any], skipped: int) -> dict[str, float]:
     return dict(zip([*sums, "skipped"], collectives.all_reduce_mean(values).tolist(), strict=True))
 
 
-def _evaluate(run: Run) -> None:
-    """Held-out figures and pictures."""
+def _evaluate(run: Run) -> bool:
+    """Held-out figures and pictures; whether the score is the best so far."""
     began = time.perf_counter()
     found = run.task.evaluate(run.engine, final=run.step == run.total_steps)
     run.monitor.scalars(run.step, found.scalars)
@@ -292,3 +300,9 @@ def _evaluate(run: Run) -> None:
     run.history.seconds += seconds
     figures = "  ".join(f"{name} {value:.3g}" for name, value in found.scalars.items())
     logger.info("step %d, evaluated in %.1f s: %s", run.step, seconds, figures)
+    best = run.history.best
+    if found.score is None or (best and found.score <= best["score"]):
+        return False
+    run.history.best = {"step": run.step, "score": found.score}
+    run.saver.best = run.step
+    return True

@@ -127,6 +127,7 @@ def finish(run: Run) -> None:
             "losses_last": history.last,
             "evaluation": history.evaluation,
             "captions": history.captions,
+            "best": history.best,
             "skipped_samples": history.skipped_samples,
         }
     )

@@ -37,6 +37,8 @@ class History:
     last: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
     captions: list[dict[str, str]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    """`step` and `score` of the best evaluation, where the task gives a score."""
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found."""
+    """What an evaluation found; the same on all ranks."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     panels: dict[str, list[Panel]] = field(default_factory=dict)
     captions: list[dict[str, str]] = field(default_factory=list)
+    score: float | None = None
+    """By which the best checkpoint is chosen, higher is better; None: there is no choice."""
 
 
 class Task(Protocol):
@@ -39,7 +41,7 @@ class Task(Protocol):
 
     steps_per_epoch: int
     momentum_pairs: dict[str, str]
-    """Momentum parameter name -> name of the parameter that it follows."""
+    """Momentum parameter name -> name of the parameter that it follows; empty without momentum."""
     alarms: tuple[Alarm, ...]
     """Warnings that hang on the logged metrics."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PUBLISHED_TOKENIZER = "bert-base-uncased"
 _PROMPT = "a picture of "
-"""With which the published captioners were fine-tuned."""
+"""With which the published captioners were fine-tuned; our runs say theirs in their recipe."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
     fingerprint = _fingerprint(weights)
     network = _filled(_resized(weights.config, loading.image_size), weights, device, dtype)
     prompt = _PROMPT if weights.head == "captioning" else ""
+    if recipe:
+        prompt = recipe.model.text.prompt
     return Blip(network, tokenizer, weights.head, weights.origin, fingerprint, prompt)
 
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 
 from blip_scale.interop.blip_weights import BlipWeights, turned_into
+from blip_scale.interop.heads import from_published, shapes_of
 from blip_scale.interop.huggingface import read_huggingface
-from blip_scale.interop.salesforce import from_salesforce
+from blip_scale.interop.salesforce import Head, State
 from blip_scale.interop.salesforce_files import read_salesforce
 from blip_scale.interop.training_checkpoints import read_training_checkpoint, step_folder
 from blip_scale.interop.vision import interpolate_positions
@@ -79,22 +80,33 @@ def load_checkpoint(med: MED, path: Path) -> None:
     """Fills all of a plain MED; position embeddings are interpolated to its resolution.
 
     Raises:
-        FileNotFoundError: nothing is there, or a part of it is missing.
-        ValueError: not BLIP, damaged, unsafe, another network, or not the whole MED.
+        FileNotFoundError, ValueError: as `head_parameters`.
     """
-    weights = turned_into(read_checkpoint(path, med.config, with_state=False), "pretrain")
-    parameters = dict(med.named_parameters())
-    state = from_salesforce(weights.state, parameters)
-    vision = med.vision
+    state = head_parameters(path, "pretrain", med.config)
+    with torch.no_grad():
+        for name, parameter in med.named_parameters():
+            parameter.copy_(state[f"med.{name}"])
+
+
+def head_parameters(path: Path, head: Head, config: MEDConfig) -> State:
+    """The parameters of a head's network (`heads`) from a checkpoint of that head or of one that
+    can become it; position embeddings are interpolated to the network's resolution.
+
+    Raises:
+        FileNotFoundError: nothing is there, or a part of it is missing.
+        ValueError: not BLIP, damaged, unsafe, another network, or a head that can't become this.
+    """
+    weights = turned_into(read_checkpoint(path, config, with_state=False), head)
+    state = from_published(weights.state, head, shapes_of(head, config))
+    with torch.device("meta"):
+        vision = build_vision(config.vision)
     if vision.pos_embed is not None:
         extra = vision.pos_embed.shape[1] - vision.patch_embed.num_patches
-        state["vision.pos_embed"] = interpolate_positions(
-            state["vision.pos_embed"], vision.patch_embed.grid_size, extra
+        state["med.vision.pos_embed"] = interpolate_positions(
+            state["med.vision.pos_embed"], vision.patch_embed.grid_size, extra
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
     log.info("all weights from %s%s", path, "".join(f"; {note}" for note in weights.notes))
+    return state
 
 
 def _sizes(config: MEDConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blip_scale.interop.blip_weights import BlipWeights, checked
-from blip_scale.interop.salesforce import (
-    from_salesforce,
-    momentum_from_salesforce,
-    momentum_to_salesforce,
-    to_salesforce,
-)
+from blip_scale.interop.heads import from_published, head_of_names, shapes_of, to_published
+from blip_scale.interop.salesforce import momentum_from_salesforce, momentum_to_salesforce
 from blip_scale.interop.salesforce_files import at_their_resolution, med_config_from
-from blip_scale.model import MED, MEDConfig
+from blip_scale.model import MEDConfig
 
 MANIFEST = "manifest.json"
 NETWORK = "network.json"
@@ -41,13 +37,12 @@ _SHARED = "shared.safetensors"
 
 def step_folder(path: Path) -> Path | None:
     """The checkpoint that a path means: itself, or the newest of a run's folder; None without."""
-    if (path / MANIFEST).is_file():
-        return path
     for folder in (path / "checkpoints", path):
         steps = [f for f in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", f.name)]
         if steps:
             return max(steps)
-    return None
+    is_run = (path / "recipe.yaml").is_file()  # whose manifest.json is that of the run
+    return path if (path / MANIFEST).is_file() and not is_run else None
 
 
 def _network_of(folder: Path) -> MEDConfig | None:
@@ -64,8 +59,8 @@ def _network_of(folder: Path) -> MEDConfig | None:
 def read_training_checkpoint(
     folder: Path, config: MEDConfig | None, with_state: bool = True
 ) -> BlipWeights:
-    """Pretrained weights with their momentum copies and queues, put together parameter by
-    parameter.
+    """The weights of a head with their momentum copies and queues, put together parameter by
+    parameter; the names of the parameters tell which head it is (`heads`).
 
     Args:
         folder: `step_N`.
@@ -81,9 +76,8 @@ def read_training_checkpoint(
         raise ValueError(f"{folder} doesn't say the sizes of its network; give --recipe")
     manifest = _verified(folder)
     files = [folder / name for name in sorted(manifest["files"]) if name.startswith("rank_")]
-    with torch.device("meta"):
-        network = MED(config)
-    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    head = head_of_names(manifest["parameters"], config) or "pretrain"
+    shapes = shapes_of(head, config)
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
@@ -94,16 +88,21 @@ def read_training_checkpoint(
     missing = sorted(set(shapes) - set(found))
     if missing:
         raise ValueError(
-            f"{folder} holds another network: missing {', '.join(missing[:5])}"
+            f"{folder} holds another network: missing "
+            + ", ".join(name.removeprefix(_MODEL) for name in missing[:5])
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         )
-    state = to_salesforce(found, "pretrain")
+    state = to_published(found, head)
     queue = load_file(folder / _SHARED) if with_state else {}
     if queue:
-        state |= momentum_to_salesforce(momentum, state)
+        copies = {name.removeprefix(_MODEL): tensor for name, tensor in momentum.items()}
+        state |= momentum_to_salesforce(copies, state)
         state |= {f"{kind}_queue": queue[f"queue/{kind}"] for kind in ("image", "text")}
-        state["queue_ptr"] = torch.tensor([manifest["task"]["queue"]["pointer"]])
-    weights = BlipWeights("pretrain", config, state, str(folder), manifest["step"])
+        pointer = torch.tensor([manifest["task"]["queue"]["pointer"]])
+        state["queue_ptr" if head == "pretrain" else "ptr_queue"] = pointer
+        if head == "retrieval":
+            state["idx_queue"] = queue["queue/image_ids"][None]
+    weights = BlipWeights(head, config, state, str(folder), manifest["step"])
     weights.config = at_their_resolution(config, state)
     return checked(weights)
 
@@ -114,16 +113,15 @@ def write_training_checkpoint(weights: BlipWeights, folder: Path) -> None:
     Raises:
         ValueError: encoder and decoder are no halves of one network.
     """
-    with torch.device("meta"):
-        names = [name for name, _ in MED(weights.config).named_parameters()]
-    weight = from_salesforce(weights.state, names)
+    names = shapes_of("pretrain", weights.config)
+    weight = from_published(weights.state, "pretrain", names)
     momentum = momentum_from_salesforce(weights.state, weights.config)
-    tensors = {f"weight/{_MODEL}{name}": tensor for name, tensor in weight.items()}
+    tensors = {f"weight/{name}": tensor for name, tensor in weight.items()}
     for name, tensor in momentum.items():  # may be the weight itself, which safetensors refuses
-        shared = tensor.data_ptr() == weight[name].data_ptr()
+        shared = tensor.data_ptr() == weight[f"{_MODEL}{name}"].data_ptr()
         tensors[f"momentum/{_MODEL}{name}"] = tensor.clone() if shared else tensor
     tensors = {name: tensor.flatten().contiguous() for name, tensor in tensors.items()}
-    starts = {f"{_MODEL}{name}": "0" for name in weight}
+    starts = dict.fromkeys(weight, "0")
     save_file(tensors, folder / "rank_00000.safetensors", starts)
     queues, task = {}, {}
     if "image_queue" in weights.state:
@@ -136,7 +134,7 @@ def write_training_checkpoint(weights: BlipWeights, folder: Path) -> None:
         "world_size": 1,
         "stage": 3,
         "optimizer_steps": 0,
-        "parameters": {f"{_MODEL}{name}": tensor.numel() for name, tensor in weight.items()},
+        "parameters": {name: tensor.numel() for name, tensor in weight.items()},
         "position": {},
         "task": task,
         "files": {file.name: _entry(file) for file in sorted(folder.glob("*.safetensors"))},
@@ -171,9 +169,9 @@ def _entry(file: Path) -> dict[str, Any]:
 
 
 def _whole(
-    files: list[Any], kind: str, shapes: dict[str, tuple[int, ...]], folder: Path
+    files: list[Any], kind: str, shapes: Mapping[str, tuple[int, ...]], folder: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """(parameter of MED, tensor) of each that has this kind, its stretches put together."""
+    """(parameter, tensor) of each that has this kind, its stretches put together."""
     starts = [file.metadata() or {} for file in files]
     keys = [set(file.keys()) for file in files]
     for full in sorted({name for one in starts for name in one}):
@@ -184,8 +182,7 @@ def _whole(
         ]
         if not pieces:
             continue
-        name = full.removeprefix(_MODEL)
-        if full == name or name not in shapes:
+        if full not in shapes:
             raise ValueError(f"{folder} holds another network: {full} is left over")
         parts: list[Tensor] = []
         read = 0
@@ -196,11 +193,12 @@ def _whole(
             parts.append(stretch)
             read += len(stretch)
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        shape = shapes[name]
-        if name == "vision.pos_embed":  # any resolution
+        shape = shapes[full]
+        if full == f"{_MODEL}vision.pos_embed":  # any resolution
             shape = (1, len(tensor) // shape[-1], shape[-1])
         if len(tensor) != torch.Size(shape).numel():
             raise ValueError(
-                f"{folder} holds another network: {len(tensor)} elements of {name}, wanted {shape}"
+                f"{folder} holds another network: {len(tensor)} elements of "
+                f"{full.removeprefix(_MODEL)}, wanted {tuple(shape)}"
             )
-        yield name, tensor.view(shape)
+        yield full, tensor.view(shape)

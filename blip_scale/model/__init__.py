@@ -7,7 +7,12 @@ from blip_scale.model.attention import (
     attention,
     resolve_kernel,
 )
-from blip_scale.model.flops import pretraining_flops, recomputation_flops
+from blip_scale.model.flops import (
+    captioning_flops,
+    pretraining_flops,
+    recomputation_flops,
+    retrieval_flops,
+)
 from blip_scale.model.generation import (
     BeamSettings,
     NucleusSettings,
@@ -44,9 +49,11 @@ __all__ = [
     "build_vision",
     "caption_beam",
     "caption_nucleus",
+    "captioning_flops",
     "fill_from_med",
     "init_weights",
     "pretraining_flops",
     "recomputation_flops",
     "resolve_kernel",
+    "retrieval_flops",
 ]

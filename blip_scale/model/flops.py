@@ -1,4 +1,4 @@
-"""Floating-point operations of a pretraining step, counted on paper (2 for a multiply-add).
+"""Floating-point operations of a training step, counted on paper (2 for a multiply-add).
 
 Matrix multiplications and attention products alone, as usual for MFU. It is what the mathematics
 needs: recomputation by gradient checkpointing is not counted. A causal product counts whole.
@@ -55,6 +55,21 @@ def pretraining_flops(
     return float(3 * online + 2 * (patches + similarity) + momentum + similarity)
 
 
+def retrieval_flops(config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int) -> float:
+    """As `pretraining_flops`, for ITC and ITM alone."""
+    no_lm = _parts(config, batch_size, text_tokens, decodes=False)
+    lm = _parts(config, batch_size, text_tokens)
+    spared = lm.sweep + lm.heads - no_lm.sweep - no_lm.heads
+    return pretraining_flops(config, batch_size, text_tokens, queue_size) - 3 * spared
+
+
+def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
+    """FLOPs of forward and backward of LM alone; arguments as of `pretraining_flops`."""
+    part = _parts(config, batch_size, text_tokens, matches=False)
+    online = part.blocks + part.sweep + part.heads
+    return float(3 * online + 2 * batch_size * part.vision.patches)
+
+
 def recomputation_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
     """FLOPs that gradient checkpointing adds to a micro-step: a forward of ViT blocks and text
     layers; arguments as above.
@@ -77,20 +92,24 @@ class _Parts:
     heads: float
 
 
-def _parts(config: MEDConfig, pairs: int, tokens: int) -> _Parts:
+def _parts(
+    config: MEDConfig, pairs: int, tokens: int, matches: bool = True, decodes: bool = True
+) -> _Parts:
+    """`matches`, `decodes`: whether the sweep holds the pairs of ITM, and the captions of LM."""
     text, vision = config.text, _vision_flops(config.vision)
-    decoded = tokens - pairs
+    matched, firsts = (3 * tokens, 3 * pairs) if matches else (0, 0)
+    decoded = tokens - pairs if decodes else 0
     layers, trimmed = text.layers - 1, 1
     encode = text.layers * _self_attention(text, tokens, tokens / pairs)
     encode += layers * _mlp(text, tokens) + trimmed * _mlp(text, pairs)
     sweep = text.layers * (
-        _self_attention(text, 3 * tokens, tokens / pairs)
+        _self_attention(text, matched, tokens / pairs)
         + _self_attention(text, decoded, decoded / pairs)
         + 2 * pairs * vision.tokens * vision.width * 2 * text.width
     )
-    for count, rows in ((layers, 3 * tokens + decoded), (trimmed, 3 * pairs + decoded)):
+    for count, rows in ((layers, matched + decoded), (trimmed, firsts + decoded)):
         sweep += count * (_cross_attention(text, rows, vision.tokens) + _mlp(text, rows))
-    heads = 2 * text.width * (decoded * (text.width + text.vocab_size) + 3 * pairs * 2)
+    heads = 2 * text.width * (decoded * (text.width + text.vocab_size) + firsts * 2)
     return _Parts(vision, pairs * vision.blocks, encode, sweep, heads)
 
 

@@ -10,7 +10,7 @@ from blip_scale.objectives.contrastive import (
     soft_targets,
 )
 from blip_scale.objectives.feature_queue import FeatureQueue
-from blip_scale.objectives.language import lm_loss
+from blip_scale.objectives.language import IGNORED, lm_loss
 from blip_scale.objectives.matching import (
     CONSTANT_PREDICTION_LOSS,
     HardNegatives,
@@ -20,12 +20,14 @@ from blip_scale.objectives.matching import (
     match_accuracy,
     match_labels,
     negative_weights,
+    pair_labels,
     predicts_one_class,
 )
 from blip_scale.objectives.momentum import momentum_update_
 
 __all__ = [
     "CONSTANT_PREDICTION_LOSS",
+    "IGNORED",
     "FeaturePair",
     "FeatureQueue",
     "HardNegatives",
@@ -40,6 +42,7 @@ __all__ = [
     "match_labels",
     "momentum_update_",
     "negative_weights",
+    "pair_labels",
     "predicts_one_class",
     "retrieval_accuracy",
     "similarities",

@@ -62,26 +62,37 @@ def _scaled(queries_BE: Tensor, keys_BE: Tensor, queue_EQ: Tensor, temperature: 
 
 
 @torch.no_grad()
-def soft_targets(momentum_BK: Tensor, alpha: float) -> Tensor:
-    """Targets [B, K]: alpha times the momentum softmax, the rest on the positive (ALBEF, 3.2)."""
+def soft_targets(momentum_BK: Tensor, alpha: float, positives_BK: Tensor | None = None) -> Tensor:
+    """Targets [B, K]: alpha times the momentum softmax, the rest on the positive (ALBEF, 3.2), or
+    shared out evenly among the keys that `positives_BK` (bool) says are right."""
     targets_BK = momentum_BK.softmax(dim=1).mul_(alpha)
-    targets_BK.diagonal().add_(1.0 - alpha)
+    if positives_BK is None:
+        targets_BK.diagonal().add_(1.0 - alpha)
+    else:
+        count_B1 = positives_BK.sum(dim=1, keepdim=True)
+        targets_BK.add_(positives_BK / count_B1, alpha=1.0 - alpha)
     return targets_BK
 
 
-def itc_loss(online: Similarities, momentum: Similarities, alpha: float) -> Tensor:
+def itc_loss(
+    online: Similarities,
+    momentum: Similarities,
+    alpha: float,
+    positives_BK: Tensor | None = None,
+) -> Tensor:
     """Cross entropy with soft targets, mean over rows and the two directions; fp32 scalar.
 
     Args:
         online: similarities of the online features, with gradient.
         momentum: similarities of the momentum features, same shape.
         alpha: weight of the soft targets, from `alpha_at`.
+        positives_BK: [B, K] bool, keys of the same image; None: the row's own pair alone.
     """
     image_to_text = F.cross_entropy(
-        online.image_to_text, soft_targets(momentum.image_to_text, alpha)
+        online.image_to_text, soft_targets(momentum.image_to_text, alpha, positives_BK)
     )
     text_to_image = F.cross_entropy(
-        online.text_to_image, soft_targets(momentum.text_to_image, alpha)
+        online.text_to_image, soft_targets(momentum.text_to_image, alpha, positives_BK)
     )
     return (image_to_text + text_to_image) / 2
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from blip_scale.objectives.contrastive import FeaturePair
 
 _NEVER = -1
+_NO_IMAGE = -100  # as published
 
 
 class FeatureQueue:
@@ -25,7 +26,12 @@ class FeatureQueue:
     """
 
     def __init__(
-        self, embed_dim: int, size: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        embed_dim: int,
+        size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        with_image_ids: bool = False,
     ) -> None:
         """Fill both buffers with random unit columns.
 
@@ -34,12 +40,17 @@ class FeatureQueue:
             size: Q, pairs kept.
             seed: the same on all ranks.
             device: where the buffers live.
+            with_image_ids: keep which image each pair is of.
         """
         generator = torch.Generator().manual_seed(seed)
         self._image_EQ, self._text_EQ = (
             F.normalize(torch.randn(embed_dim, size, generator=generator), dim=0).to(device)
             for _ in range(2)
         )
+        self.image_ids: torch.Tensor | None = None
+        """[Q] int64, which image each column is of; -100 where nothing entered yet."""
+        if with_image_ids:
+            self.image_ids = torch.full((size,), _NO_IMAGE, dtype=torch.int64, device=device)
         # On the host: only ages are taken from it.
         self._entered_at_Q = torch.full((size,), _NEVER, dtype=torch.int64)
         self.pointer = 0
@@ -58,7 +69,9 @@ class FeatureQueue:
         return FeaturePair(image=self._image_EQ, text=self._text_EQ)
 
     @torch.no_grad()
-    def enqueue(self, features: FeaturePair, step: int) -> None:
+    def enqueue(
+        self, features: FeaturePair, step: int, image_ids: torch.Tensor | None = None
+    ) -> None:
         """Overwrite the oldest columns; the ring wraps, so any G up to Q will do.
 
         In place: the backward passes that used `features` of this queue must be done before.
@@ -66,6 +79,7 @@ class FeatureQueue:
         Args:
             features: momentum features of all ranks [G, E], the same tensors on every rank.
             step: optimizer step, for `age`.
+            image_ids: [G] int64, for a queue that keeps them.
 
         Raises:
             ValueError: G is larger than Q, or the shapes do not fit.
@@ -89,6 +103,8 @@ class FeatureQueue:
             self._image_EQ[:, columns] = features.image[rows].T
             self._text_EQ[:, columns] = features.text[rows].T
             self._entered_at_Q[columns] = step
+            if self.image_ids is not None and image_ids is not None:
+                self.image_ids[columns] = image_ids[rows]
         self.pointer = (self.pointer + incoming) % self.size
         self.enqueued += incoming
 
@@ -99,13 +115,14 @@ class FeatureQueue:
 
     def state_dict(self) -> dict[str, Any]:
         """All state; the tensors are the live ones: save or copy them before the next `enqueue`."""
-        return {
+        state = {
             "image": self._image_EQ,
             "text": self._text_EQ,
             "entered_at": self._entered_at_Q,
             "pointer": self.pointer,
             "enqueued": self.enqueued,
         }
+        return state if self.image_ids is None else state | {"image_ids": self.image_ids}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,5 +141,7 @@ class FeatureQueue:
         self._image_EQ.copy_(state["image"])
         self._text_EQ.copy_(state["text"])
         self._entered_at_Q.copy_(state["entered_at"])
+        if self.image_ids is not None:
+            self.image_ids.copy_(state["image_ids"])
         self.pointer = int(state["pointer"])
         self.enqueued = int(state["enqueued"])

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORED = -100
+"""Target of a position that the loss passes over: the tokens of a prompt."""
+
 
 def lm_loss(logits_PV: Tensor, targets_P: Tensor, label_smoothing: float = 0.1) -> Tensor:
     """Cross entropy with label smoothing, mean over the predicted tokens of this rank; fp32 scalar.
@@ -18,7 +21,9 @@ def lm_loss(logits_PV: Tensor, targets_P: Tensor, label_smoothing: float = 0.1) 
 
     Args:
         logits_PV: any floating type; the softmax is taken in fp32.
-        targets_P: token ids int64.
+        targets_P: token ids int64, or `IGNORED`.
         label_smoothing: s.
     """
-    return F.cross_entropy(logits_PV.float(), targets_P, label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        logits_PV.float(), targets_P, ignore_index=IGNORED, label_smoothing=label_smoothing
+    )

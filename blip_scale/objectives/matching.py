@@ -44,13 +44,23 @@ def check_pool(pool_size: int) -> None:
 
 
 @torch.no_grad()
-def negative_weights(similarities_BP: Tensor, first_positive: int = 0) -> Tensor:
+def negative_weights(
+    similarities_BP: Tensor, first_positive: int = 0, same_image_BP: Tensor | None = None
+) -> Tensor:
     """Weights to draw by [B, P], fp32: softmax over the pool plus 1e-4, 0 for the positive.
+
+    With `same_image_BP`, as in retrieval fine-tuning: softmax over the others, 0 for all pairs of
+    the same image (the published softmax over all with these set to 0, but for a factor a row, and
+    without its rows of zeros).
 
     Args:
         similarities_BP: similarities of the batch to the pool, already divided by the temperature.
         first_positive: row of the pool that is the positive of query 0; the next follow it.
+        same_image_BP: [B, P] bool.
     """
+    if same_image_BP is not None:
+        never = torch.finfo(torch.float32).min  # not -inf: a row may have no other image
+        return similarities_BP.float().masked_fill(same_image_BP, never).softmax(dim=1)
     weights_BP = similarities_BP.float().softmax(dim=1).add_(WEIGHT_FLOOR)
     batch = len(weights_BP)
     weights_BP[:, first_positive : first_positive + batch].fill_diagonal_(0.0)
@@ -62,6 +72,7 @@ def draw_negatives(
     image_to_text_BP: Tensor,
     generator: torch.Generator,
     first_positive: int = 0,
+    same_image_BP: Tensor | None = None,
 ) -> HardNegatives:
     """One negative image a text and one negative text an image, likelier the more similar they are.
 
@@ -73,13 +84,17 @@ def draw_negatives(
         image_to_text_BP: the same of the batch's images to the pool's texts.
         generator: on the device of the similarities.
         first_positive: 0 for the local pool, rank * B for the global one.
+        same_image_BP: see `negative_weights`; where a row has no other image, one of the same is
+            drawn (so `pair_labels`).
 
     Raises:
         ValueError: the pool is a single pair.
     """
     check_pool(text_to_image_BP.shape[1])
-    image_B = _draw(negative_weights(text_to_image_BP, first_positive), generator)
-    text_B = _draw(negative_weights(image_to_text_BP, first_positive), generator)
+    image_B, text_B = (
+        _draw(negative_weights(similarities_BP, first_positive, same_image_BP), generator)
+        for similarities_BP in (text_to_image_BP, image_to_text_BP)
+    )
     return HardNegatives(image=image_B, text=text_B)
 
 
@@ -95,6 +110,15 @@ def match_labels(batch: int, device: torch.device | str) -> Tensor:
     """Labels [3B] int64: B matched pairs (1), then B wrong images and B wrong texts (0)."""
     labels = torch.zeros(3 * batch, dtype=torch.int64, device=device)
     labels[:batch] = 1
+    return labels
+
+
+def pair_labels(negatives: HardNegatives, same_image_BP: Tensor) -> Tensor:
+    """`match_labels` where a pool may hold an image again: a drawn pair of the same image is a
+    match."""
+    labels = match_labels(len(same_image_BP), same_image_BP.device)
+    drawn_B2 = torch.stack([negatives.image, negatives.text], dim=1)
+    labels[len(same_image_BP) :] = same_image_BP.gather(1, drawn_B2).T.flatten()
     return labels
 
 
@@ -117,7 +141,7 @@ def match_accuracy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     right = (logits.argmax(dim=1) == labels).float()
     matched = labels.float()
     on_match = (right * matched).sum() / matched.sum()
-    on_mismatch = (right * (1 - matched)).sum() / (1 - matched).sum()
+    on_mismatch = (right * (1 - matched)).sum() / (1 - matched).sum().clamp(min=1)
     return on_match, on_mismatch
 
 

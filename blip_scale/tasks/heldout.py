@@ -18,8 +18,7 @@ from blip_scale.engine.pictures import Panel
 from blip_scale.engine.task import Evaluation
 from blip_scale.model import MED, BeamSettings, PackedText, caption_beam
 from blip_scale.recipe import Recipe
-from blip_scale.tasks import retrieval
-from blip_scale.tasks.networks import normalize_images
+from blip_scale.tasks import networks, retrieval
 
 
 @torch.no_grad()
@@ -36,28 +35,47 @@ def evaluate(
     scalars: dict[str, float] = {}
     panels: dict[str, list[Panel]] = {}
     captions: list[dict[str, str]] = []
-    for stream in recipe.data.heldout:
-        pairs = data.heldout_pairs(
-            stream, recipe.model.vision.image_size, recipe.data, recipe.evaluation.max_pairs
-        )
-        texts = _Texts(list(chain.from_iterable(pairs.captions)), recipe, tokenizer, med)
-        owners_S = _owners(pairs)
-        features = _encode(med, pairs, texts, recipe.evaluation.batch_size)
-        similarity = features.image_features @ features.text_features.T
-        reranked = None
-        if final:
-            settings = recipe.evaluation
-            reranked = retrieval.rerank(
-                med, features, texts.matching, settings.rerank_top_k, settings.batch_size
-            )
-        figures = retrieval.retrieval_figures(similarity, reranked, owners_S)
-        scalars |= {f"{stream.name}/{name}": value for name, value in figures.items()}
-        panels[stream.name] = _caption(med, pairs, recipe, tokenizer)
-        captions += [
-            {"set": stream.name, "id": pairs.ids[i], "caption": panel.caption, "truth": panel.truth}
-            for i, panel in zip(_shown(len(pairs), recipe), panels[stream.name], strict=True)
-        ]
+    for name, pairs in heldout_sets(recipe):
+        figures = retrieval_on(med, pairs, recipe, tokenizer, with_matching=final)
+        scalars |= {f"{name}/{figure}": value for figure, value in figures.items()}
+        shown = shown_images(len(pairs), recipe)
+        said = captions_of(med, pairs, shown, recipe, tokenizer)
+        panels[name], entries = panels_of(name, pairs, shown, said)
+        captions += entries
     return Evaluation(scalars, panels, captions)
+
+
+def heldout_sets(recipe: Recipe) -> Iterator[tuple[str, data.HeldoutPairs]]:
+    """The recipe's held-out sets by name."""
+    for stream in recipe.data.heldout:
+        yield (
+            stream.name,
+            data.heldout_pairs(
+                stream, recipe.model.vision.image_size, recipe.data, recipe.evaluation.max_pairs
+            ),
+        )
+
+
+@torch.no_grad()
+def retrieval_on(
+    med: MED,
+    pairs: data.HeldoutPairs,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    with_matching: bool,
+) -> dict[str, float]:
+    """Recalls on a set (`retrieval.retrieval_figures`), all ranks together; `with_matching`: of
+    the candidates re-ranked too."""
+    settings = recipe.evaluation
+    texts = _Texts(list(chain.from_iterable(pairs.captions)), recipe, tokenizer, med)
+    features = _encode(med, pairs, texts, settings.batch_size)
+    similarity = features.image_features @ features.text_features.T
+    reranked = None
+    if with_matching:
+        reranked = retrieval.rerank(
+            med, features, texts.matching, settings.rerank_top_k, settings.batch_size
+        )
+    return retrieval.retrieval_figures(similarity, reranked, _owners(pairs))
 
 
 def _owners(pairs: data.HeldoutPairs) -> Tensor:
@@ -76,7 +94,7 @@ class _Texts:
         limit = recipe.model.text.max_tokens
         self._token_ids = tokenizer(list(captions), truncation=True, max_length=limit)["input_ids"]
         self.count = len(captions)
-        self._device = med.vision_proj.weight.device
+        self._device = next(med.parameters()).device
         self._enc = med.config.text.special.enc
 
     def plain(self, indices: Sequence[int]) -> PackedText:
@@ -92,12 +110,9 @@ def _encode(
     med: MED, pairs: data.HeldoutPairs, texts: _Texts, batch_size: int
 ) -> retrieval.PairFeatures:
     """Features of all images and texts on every rank; each rank encodes its share."""
-    like = med.vision_proj.weight
     embeds, images, sentences = [], [], []
     for indices in _my_batches(len(pairs), batch_size):
-        image_embeds = med.encode_image(
-            normalize_images(pairs.images(indices).to(like.device), like.dtype)
-        )
+        image_embeds = med.encode_image(networks.to_pixels(pairs.images(indices), med))
         embeds.append(image_embeds)
         images.append(med.project_image(image_embeds))
     for indices in _my_batches(texts.count, batch_size):
@@ -116,31 +131,49 @@ def _my_batches(count: int, batch_size: int) -> Iterator[range]:
         yield mine[begin : begin + batch_size]
 
 
-def _shown(count: int, recipe: Recipe) -> list[int]:
+def shown_images(count: int, recipe: Recipe) -> list[int]:
     """Images of the panel, evenly over the set."""
     shown = min(recipe.evaluation.captions, count)
     return [index * count // shown for index in range(shown)]
 
 
-def _caption(
-    med: MED, pairs: data.HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
-) -> list[Panel]:
-    """Beam-search captions of the panel's images; every rank makes the same."""
+@torch.no_grad()
+def captions_of(
+    med: MED,
+    pairs: data.HeldoutPairs,
+    images: Sequence[int],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+) -> list[str]:
+    """Beam-search captions of some images, without the prompt; the ranks share the work."""
     settings = recipe.evaluation
-    shown = _shown(len(pairs), recipe)
-    if not shown:
-        return []
-    images = pairs.images(shown)
-    like = med.vision_proj.weight
-    image_embeds = med.encode_image(normalize_images(images.to(like.device), like.dtype))
     beam = BeamSettings(
         num_beams=settings.num_beams,
         max_length=settings.max_caption_tokens,
         min_length=settings.min_caption_tokens,
+        repetition_penalty=settings.repetition_penalty,
     )
-    sequences = caption_beam(med, image_embeds, [med.config.text.special.dec], beam)
-    said = tokenizer.batch_decode(sequences, skip_special_tokens=True)
-    return [
-        Panel(image, caption, pairs.captions[index][0])
-        for image, caption, index in zip(images, said, shown, strict=True)
+    prompt_ids = networks.prompt_ids(recipe.model.text.prompt, tokenizer)
+    mine: list[str] = []
+    for places in _my_batches(len(images), settings.batch_size):
+        pixels = pairs.images(images[place] for place in places)
+        embeds = med.encode_image(networks.to_pixels(pixels, med))
+        sequences = caption_beam(med, embeds, prompt_ids, beam)
+        mine += tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    return list(chain.from_iterable(collectives.all_gather_objects(mine)))
+
+
+def panels_of(
+    name: str, pairs: data.HeldoutPairs, images: Sequence[int], said: Sequence[str]
+) -> tuple[list[Panel], list[dict[str, str]]]:
+    """Pictures with what was said of them, and the same as entries of summary.json."""
+    truths = [pairs.captions[index][0] for index in images]
+    panels = [
+        Panel(image, caption, truth)
+        for image, caption, truth in zip(pairs.images(images), said, truths, strict=True)
+    ] if images else []  # fmt: skip
+    entries = [
+        {"set": name, "id": pairs.ids[index], "caption": caption, "truth": truth}
+        for index, caption, truth in zip(images, said, truths, strict=True)
     ]
+    return panels, entries

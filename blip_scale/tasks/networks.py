@@ -9,10 +9,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from blip_scale import data
-from blip_scale.data import normalize_images
+from blip_scale.data import normalize_images, special_ids
 from blip_scale.engine import collectives
 from blip_scale.inference import med_config as med_config  # a part of this module's interface
-from blip_scale.interop import load_bert, load_checkpoint, load_vision
+from blip_scale.interop import (
+    Head,
+    from_published,
+    head_parameters,
+    load_bert,
+    load_checkpoint,
+    load_vision,
+    shapes_of,
+    to_salesforce,
+)
 from blip_scale.model import (
     MED,
     MEDConfig,
@@ -34,7 +43,7 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
     med = MED(config)
     vision, text = recipe.model.vision, recipe.model.text
     if recipe.model.checkpoint is not None:
-        load_checkpoint(med, Path(expand(recipe.model.checkpoint, "model.checkpoint")))
+        load_checkpoint(med, _whole_checkpoint(recipe))
         return med
     init_weights(med, recipe.seed, vision.init_std)
     if vision.checkpoint is not None:
@@ -42,6 +51,20 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
     if text.checkpoint is not None:
         load_bert(med, data.resolve_checkpoint(text.checkpoint))
     return med
+
+
+def initial_parameters(recipe: Recipe, config: MEDConfig, head: Head) -> dict[str, Tensor]:
+    """All parameters of a head's network (`interop.heads`), whole, in fp32 on the CPU: from
+    `model.checkpoint`, of this head or of pretraining, else as `initialized_med` makes them."""
+    if recipe.model.checkpoint is not None:
+        return head_parameters(_whole_checkpoint(recipe), head, config)
+    med = {name: p.detach() for name, p in initialized_med(recipe, config).named_parameters()}
+    return from_published(to_salesforce(med, head), head, shapes_of(head, config))
+
+
+def _whole_checkpoint(recipe: Recipe) -> Path:
+    assert recipe.model.checkpoint is not None
+    return Path(expand(recipe.model.checkpoint, "model.checkpoint"))
 
 
 def train_loader(
@@ -57,10 +80,21 @@ def train_loader(
     return data.TrainLoader(
         recipe.data,
         recipe.model.vision.image_size,
-        data.CaptionInput(tokenizer, recipe.model.text.max_tokens),
+        data.CaptionInput(tokenizer, recipe.model.text.max_tokens, prompt=recipe.model.text.prompt),
         recipe.seed,
         position,
     )
+
+
+def to_pixels(images: Tensor, med: MED) -> Tensor:
+    """Pixels uint8 [B, 3, H, W] as this network takes them: on its device, in its type."""
+    like = next(med.parameters())
+    return normalize_images(images.to(like.device), like.dtype)
+
+
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """How a generated caption starts: [DEC] and the tokens of the prompt."""
+    return [special_ids(tokenizer)["dec"], *tokenizer(prompt)["input_ids"][1:-1]]
 
 
 def to_model_input(

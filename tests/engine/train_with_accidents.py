@@ -33,9 +33,9 @@ def losses(self: Pretrain, network: Any, batch: Any, progress: Any) -> dict[str,
     return found
 
 
-def learning_rate(optimizer: OptimizerRecipe, step: int, steps_per_epoch: int) -> float:
+def learning_rate(optimizer: OptimizerRecipe, step: int, *epochs: int) -> float:
     """That of the schedule, but for one step."""
-    return 1e37 if step + 1 == BURST_STEP else _learning_rate(optimizer, step, steps_per_epoch)
+    return 1e37 if step + 1 == BURST_STEP else _learning_rate(optimizer, step, *epochs)
 
 
 if __name__ == "__main__":
