@@ -32,18 +32,18 @@ BEAM, NUCLEUS = "beam search", "nucleus sampling"
 _SHOWN = 12
 _RERANKED = 32
 _STYLE = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1120px !important;
+  margin: 0 auto !important; }
 footer { display: none !important; }
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 where nothing can be served."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        page = build(_service(options))
-        _launch(page, options)
+        launch(build(service(options)), options)
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -107,7 +107,7 @@ class Service:
         return [[one["text"], f"{one['itm']:.3f}", f"{one['itc']:.3f}"] for one in found]
 
     def search(self, text: str, rerank: bool) -> list[tuple[str, str]]:
-        """Paths of the best images of a text, each with its scores."""
+        """Paths of the best images of a text, each with its score and name."""
         reader = Reader(self.blip_for("embed"))
         if not self.images:
             raise ValueError("there are no images to search; start the page with --images FOLDER")
@@ -133,11 +133,12 @@ def _given(image: str | None) -> str:
 
 
 def _scores(one: dict[str, Any]) -> str:
-    itm = f"match {one['itm']:.2f}, " if "itm" in one else ""
-    return f"{itm}cosine {one['itc']:.2f}"
+    by = f"match {one['itm']:.2f}" if "itm" in one else f"cosine {one['itc']:.2f}"
+    return f"{by} · {Path(one['image']).stem}"
 
 
-def _service(options: argparse.Namespace) -> Service:
+def service(options: argparse.Namespace) -> Service:
+    """The checkpoints loaded, the images found."""
     import gradio  # noqa: F401  before anything is loaded
 
     loading = Loading(tokenizer=options.tokenizer, recipe=options.recipe, device=options.device)
@@ -154,12 +155,14 @@ def build(service: Service) -> gr.Blocks:
         try:
             return ask(*given)
         except (ValueError, CorruptSample) as error:
-            raise gr.Error(str(error), title="Not yet") from error
+            raise gr.Error(str(error), title="Not yet", print_exception=False) from error
 
     with gr.Blocks(title="BLIP") as page:
         gr.Markdown("# BLIP\n" + _about(service))
         with gr.Tab("One image"), gr.Row(equal_height=False):
-            image = gr.Image(type="filepath", label="Image", height=380, sources=["upload"])
+            image = gr.Image(
+                type="filepath", image_mode=None, label="Image", height=380, sources=["upload"]
+            )
             with gr.Column():
                 _caption_panel(image, partial(told, service.caption))
                 _question_panel(image, partial(told, service.answer), service)
@@ -208,11 +211,11 @@ def _match_panel(image: gr.Image, ask: Any) -> None:
 
     with gr.Group():
         texts = gr.Textbox(label="Texts, one a line", placeholder="a dog\na cat", lines=3)
+        button = gr.Button("Match")
         found = gr.Dataframe(
-            headers=["text", "match", "cosine"], interactive=False, label="Best first",
+            headers=["text", "match", "cosine"], interactive=False, show_label=False,
             column_widths=["60%", "20%", "20%"], row_count=1,
         )  # fmt: skip
-        button = gr.Button("Match")
     button.click(ask, [image, texts], found, api_name="match")
 
 
@@ -220,11 +223,12 @@ def _search_panel(ask: Any, service: Service) -> None:
     import gradio as gr
 
     number = len(service.images)
-    with gr.Row():
-        text = gr.Textbox(show_label=False, placeholder=f"Search {number} images by text", scale=5)
-        rerank = gr.Checkbox(label="re-rank by matching", scale=2)
-        button = gr.Button("Search", variant="primary", scale=1)
-    found = gr.Gallery(columns=4, height=560, object_fit="contain", label="Best first")
+    with gr.Row(equal_height=True):
+        hint = f"Search {number} images by text"
+        text = gr.Textbox(show_label=False, placeholder=hint, scale=6, min_width=300)
+        rerank = gr.Checkbox(label="re-rank by matching", min_width=210)
+        button = gr.Button("Search", variant="primary", min_width=120)
+    found = gr.Gallery(columns=4, height=800, object_fit="contain", show_label=False)
     given = [text, rerank]
     button.click(ask, given, found, api_name="search")
     text.submit(ask, given, found, api_visibility="private")
@@ -238,7 +242,8 @@ def _about(service: Service) -> str:
     return "  \n".join(lines)
 
 
-def _launch(page: gr.Blocks, options: argparse.Namespace) -> None:
+def launch(page: gr.Blocks, options: argparse.Namespace, **more: Any) -> None:
+    """Serve the page; `more` is for gradio."""
     import gradio as gr
 
     fonts = ["system-ui", "sans-serif"]  # gradio's own are fetched from the internet
@@ -248,12 +253,15 @@ def _launch(page: gr.Blocks, options: argparse.Namespace) -> None:
         theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
         css=_STYLE,
         footer_links=[],
+        show_error=True,
         allowed_paths=[str(Path(options.images).resolve())] if options.images else [],
         inbrowser=options.open,
+        **more,
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -148,7 +148,7 @@ def _verified(folder: Path) -> dict[str, Any]:
     """The manifest, after a look at size and checksum of every file."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        files, _ = manifest["files"].items(), manifest["parameters"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST} can't be read: {error}") from error
     for name, entry in files:
