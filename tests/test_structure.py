@@ -15,7 +15,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "blip_scale"
 
-ROOMS = {"model", "objectives", "interop", "data", "metrics", "inference", "engine", "tasks"}
+ROOMS = {"model", "objectives", "interop", "data", "inference", "metrics", "engine", "tasks"}
 MAY_IMPORT = {
     "settings": set(),
     "launcher": set(),

@@ -36,7 +36,7 @@ from blip_scale.data.conversion import (
 from blip_scale.data.conversion.locations import is_local
 from blip_scale.data.conversion.screening import PIXEL_LIMIT
 from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
-from blip_scale.data.sources import READERS, demo
+from blip_scale.data.sources import READERS, demo, easy_vqa
 from blip_scale.recipe import TextRecipe
 
 _HELP = {
@@ -48,16 +48,26 @@ _HELP = {
     "blip_json": "JSON lists of {image or url, caption}",
     "folder": "images with captions.csv, captions.jsonl or a .txt beside each",
     "webdataset": "tars of NAME.jpg, NAME.txt, NAME.json",
+    "vqa": "BLIP's vqa_*.json and vg_qa.json: {question, answer, image}",
+    "nlvr2": "BLIP's nlvr_*.json: {images, sentence, label}",
+    "visdial": "visdial_1.0_*.json: dialogs with 100 candidates an answer",
 }
+_MAX_WORDS = {"vqa": 50, "visdial": 50, "nlvr2": 40}
+"""As published, where it isn't the 30 of captions."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for an error, 130 or 143 when stopped by a signal."""
     options = _parser().parse_args(arguments)
     try:
+        if options.name == "easy_vqa":
+            counts = easy_vqa.prepare(options.out)
+            print(f"{options.out}: questions: {', '.join(f'{n} {c}' for n, c in counts.items())}")
+            return 0
         return _make_demo(options) if options.name == "demo" else _convert(options)
     except ModuleNotFoundError as error:
-        mend = "requirements-demo.txt" if options.name == "demo" else "requirements.txt"
+        is_demo = options.name in ("demo", "easy_vqa")
+        mend = "requirements-demo.txt" if is_demo else "requirements.txt"
         print(f"error: {error}; run `pip install -r {mend}`", file=sys.stderr)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -104,7 +114,7 @@ def _rules(options: argparse.Namespace) -> Rules:
         raise ValueError(f"--max-pixels: from 1 to {PIXEL_LIMIT}, which is all that Pillow opens")
     return Rules(
         source=options.label or options.name,
-        max_words=options.max_words,
+        max_words=options.max_words or _MAX_WORDS.get(options.name, Rules.max_words),
         min_side=options.min_side,
         max_aspect=options.max_aspect,
         max_pixels=options.max_pixels,
@@ -120,6 +130,7 @@ def _chunks(options: argparse.Namespace) -> list[Chunk]:
         strip_prefix=options.strip_prefix,
         split=options.split,
         caption_key=options.caption_key,
+        relevance=options.relevance,
         pairs_per_chunk=options.pairs_per_chunk,
     )
     return list(READERS[options.name](source))
@@ -210,6 +221,10 @@ def _parser() -> argparse.ArgumentParser:
         default=demo.IMAGE_SIZE,
         help="side of the pictures in pixels (%(default)s)",
     )
+    parser_vqa = sources.add_parser(
+        "easy_vqa", help="drawings with questions that the package easy-vqa ships"
+    )
+    parser_vqa.add_argument("out", type=Path, metavar="OUT", help="folder to make: data/easy_vqa")
     shared = _shared_options()
     for name in READERS:
         sources.add_parser(name, help=_HELP[name], description=_HELP[name], parents=[shared])
@@ -235,6 +250,7 @@ def _shared_options() -> argparse.ArgumentParser:
     add(reading, "--strip-prefix", "", "what to remove from these paths first")
     add(reading, "--split", "", "part of dataset_coco.json: train (with restval), val, test")
     add(reading, "--caption-key", "", "key or column of the caption, where it is an unusual one")
+    add(reading, "--relevance", "", "visdial: visdial_1.0_val_dense_annotations.json")
     add(reading, "--pairs-per-chunk", source.pairs_per_chunk, "unit of work of lists and folders")
     add(writing, "--label", "", "the records' source; default: SOURCE")
     add(writing, "--min-side", rules.min_side, "reject images with a shorter side below, pixels")
@@ -242,7 +258,7 @@ def _shared_options() -> argparse.ArgumentParser:
     add(writing, "--max-pixels", rules.max_pixels, "reject larger images without decoding them")
     add(writing, "--max-side", None, "scale shorter sides down to it; default: keep all bytes")
     add(writing, "--jpeg-quality", rules.jpeg_quality, "of what is encoded anew")
-    add(writing, "--max-words", rules.max_words, "cut captions to so many words")
+    add(writing, "--max-words", None, "cut captions to so many words (30; questions 50, nlvr2 40)")
     add(writing, "--shard-size", "64mb", "largest size of a shard")
     add(running, "--workers", os.cpu_count() or 1, "processes")
     add(running, "--shard", "0/1", "convert part i of n alone, from 0/n to n-1/n")

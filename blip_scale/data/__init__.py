@@ -4,6 +4,7 @@ from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition
 from blip_scale.data.captions import clean_caption, clean_question
 from blip_scale.data.heldout import HeldoutPairs, heldout_pairs
 from blip_scale.data.inventory import inventory
+from blip_scale.data.listed import listed_pairs
 from blip_scale.data.loader import TrainLoader
 from blip_scale.data.probe import probe_stream
 from blip_scale.data.shards import Record, write_shards
@@ -38,6 +39,7 @@ __all__ = [
     "clean_question",
     "heldout_pairs",
     "inventory",
+    "listed_pairs",
     "load_tokenizer",
     "normalize_images",
     "pack_captions",

@@ -6,8 +6,7 @@ Legend: H and W the sides of the image.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +22,10 @@ from blip_scale.recipe import DataRecipe, StreamRecipe
 logger = logging.getLogger(__name__)
 
 
+Sample = Mapping[str, Any]
+"""Columns of `shards`: `id`, `captions`, `source`, the encoded images, perhaps `annotations`."""
+
+
 class HeldoutPairs:
     """Image i is `ids[i]` and `images([i])`, and its texts are `captions[i]`; nothing but captions
     and their annotations is held in memory. Where captions speak of two images, i is the pair.
@@ -33,48 +36,39 @@ class HeldoutPairs:
 
     def __init__(
         self,
-        store: StreamStore,
+        name: str,
+        samples: Iterable[Sample],
+        encoded: Callable[[int], Sample],
         image_size: int,
-        max_images: int | None = None,
-        clean: Clean = clean_caption,
-        max_words: int = 30,
+        clean: Callable[[str], str],
     ):
-        starts = [0, *accumulate(store.shard_samples)]
-        places = [
-            (s, i - starts[s])
-            for s in range(len(starts) - 1)
-            for i in range(starts[s], starts[s + 1])
-        ]
-        taken = min(len(places), max_images or len(places))
-        self._places = [
-            places[i * len(places) // taken] for i in range(taken)
-        ]  # evenly over the set
-        self._store = store
+        """`samples` are looked at for their texts, `encoded` gives the images of sample i later."""
+        self._encoded = encoded
         self._transform = EvalTransform(image_size)
-        self.name = store.name
+        self.name = name
         self.unreadable: dict[str, str] = {}
         """Reason by id."""
-        samples = [store.read(*place) for place in self._places]
-        self.ids: list[str] = [sample["id"] for sample in samples]
-        self.captions: list[list[str]] = [
-            [clean(caption, max_words) for caption in sample["captions"]] for sample in samples
-        ]
+        self.ids: list[str] = []
+        self.captions: list[list[str]] = []
         """All of each image, cleaned."""
-        self.annotations: list[list[dict[str, Any]]] = [
-            sample.get("annotations", [{}] * len(sample["captions"])) for sample in samples
-        ]
+        self.annotations: list[list[dict[str, Any]]] = []
         """One for each caption; empty where the set has none."""
-        self.sources: list[str] = [sample["source"] for sample in samples]
+        self.sources: list[str] = []
+        for sample in samples:
+            self.ids.append(sample["id"])
+            self.captions.append([clean(caption) for caption in sample["captions"]])
+            self.annotations.append(sample.get("annotations", [{}] * len(sample["captions"])))
+            self.sources.append(sample["source"])
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.ids)
 
     def images(self, indices: Iterable[int]) -> Tensor:
         """Some images, uint8 [len(indices), 3, H, W]; of pairs [len(indices), 2, 3, H, W]."""
         return torch.stack([self._image(index) for index in indices])
 
     def _image(self, index: int) -> Tensor:
-        sample = self._store.read(*self._places[index])
+        sample = self._encoded(index)
         images = [self._pixels(index, sample[name]) for name in IMAGE_COLUMNS if name in sample]
         return images[0] if len(images) == 1 else torch.stack(images)
 
@@ -105,4 +99,14 @@ def heldout_pairs(
     """
     data = data or DataRecipe()
     store = StreamStore(stream, data.make_with, retry_s=data.retry_s)
-    return HeldoutPairs(store, image_size, max_images, clean, max_words)
+    places = [(shard, i) for shard, count in enumerate(store.shard_samples) for i in range(count)]
+    taken = min(len(places), max_images or len(places))
+    places = [places[i * len(places) // taken] for i in range(taken)]  # evenly over the set
+
+    def read(index: int) -> Sample:
+        return store.read(*places[index])
+
+    def cleaned(text: str) -> str:
+        return clean(text, max_words)
+
+    return HeldoutPairs(store.name, map(read, range(taken)), read, image_size, cleaned)

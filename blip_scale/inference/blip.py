@@ -46,7 +46,7 @@ class Blip:
     """`load_blip` makes it. Methods raise ValueError where the checkpoint lacks what they need."""
 
     network: MED | VQA
-    """In evaluation mode; what the checkpoint lacks is on the meta device."""
+    """In evaluation mode, with the parts that the checkpoint has."""
     tokenizer: PreTrainedTokenizerFast
     head: Head
     origin: str

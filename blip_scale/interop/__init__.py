@@ -5,11 +5,20 @@ from blip_scale.interop.blip_weights import BlipWeights, turned_into, with_train
 from blip_scale.interop.checkpoints import (
     Format,
     format_of,
+    grown,
     head_parameters,
     load_checkpoint,
     read_checkpoint,
 )
-from blip_scale.interop.heads import cut_down, from_published, shapes_of
+from blip_scale.interop.heads import (
+    OWN_NETWORKS,
+    PREFIX,
+    build_network,
+    cut_down,
+    expected_shapes,
+    from_published,
+    shapes_of,
+)
 from blip_scale.interop.huggingface import write_huggingface
 from blip_scale.interop.huggingface_config import CLASSES, inexpressible
 from blip_scale.interop.model_card import Origin, model_card
@@ -22,16 +31,21 @@ from blip_scale.interop.vision import interpolate_positions, load_vision
 __all__ = [
     "CLASSES",
     "HEADS",
+    "OWN_NETWORKS",
     "PARTS",
+    "PREFIX",
     "BlipWeights",
     "Format",
     "Head",
     "Origin",
+    "build_network",
     "cut_down",
+    "expected_shapes",
     "format_of",
     "from_bert",
     "from_published",
     "from_salesforce",
+    "grown",
     "head_parameters",
     "inexpressible",
     "interpolate_positions",

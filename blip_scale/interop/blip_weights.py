@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip_scale.interop.heads import expected_shapes
 from blip_scale.interop.salesforce import (
     PARTS,
     TIED,
     Head,
     State,
     complete,
-    expected_shapes,
     is_training_state,
     momentum_to_salesforce,
 )
@@ -104,6 +104,8 @@ def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
         reason = "its decoder reads the states of questions, not images, and it has no projections"
     elif weights.head == "nlvr2":
         reason = "its encoder reads two images with two cross-attentions"
+    elif "visdial" in (weights.head, head):
+        reason = "dialogs come from fine-tuning alone"
     elif head == "nlvr2":
         reason = (
             "merge layers and classifier come from fine-tuning alone; the published NLVR2 code "

@@ -9,13 +9,19 @@ from typing import Any, Literal
 import torch
 
 from blip_scale.interop.blip_weights import BlipWeights, turned_into
-from blip_scale.interop.heads import from_published, shapes_of
+from blip_scale.interop.heads import (
+    OWN_NETWORKS,
+    PREFIX,
+    build_network,
+    from_published,
+    shapes_of,
+)
 from blip_scale.interop.huggingface import read_huggingface
 from blip_scale.interop.salesforce import Head, State
 from blip_scale.interop.salesforce_files import read_salesforce
 from blip_scale.interop.training_checkpoints import read_training_checkpoint, step_folder
 from blip_scale.interop.vision import interpolate_positions
-from blip_scale.model import MED, MEDConfig, build_vision
+from blip_scale.model import MED, MEDConfig, build_vision, fill_from_med
 
 log = logging.getLogger(__name__)
 
@@ -88,16 +94,21 @@ def load_checkpoint(med: MED, path: Path) -> None:
             parameter.copy_(state[f"med.{name}"])
 
 
-def head_parameters(path: Path, head: Head, config: MEDConfig) -> State:
+def head_parameters(path: Path, head: Head, config: MEDConfig, seed: int = 0) -> State:
     """The parameters of a head's network (`heads`) from a checkpoint of that head or of one that
-    can become it; position embeddings are interpolated to the network's resolution.
+    it can start from; position embeddings are interpolated to the network's resolution.
+
+    Heads with networks of their own start from pretraining; what it lacks is random from `seed`.
 
     Raises:
         FileNotFoundError: nothing is there, or a part of it is missing.
         ValueError: not BLIP, damaged, unsafe, another network, or a head that can't become this.
     """
-    weights = turned_into(read_checkpoint(path, config, with_state=False), head)
-    state = from_published(weights.state, head, shapes_of(head, config))
+    weights = read_checkpoint(path, config, with_state=False)
+    grows = head in OWN_NETWORKS and weights.head != head
+    source: Head = "pretrain" if grows else head
+    weights = turned_into(weights, source)
+    state = from_published(weights.state, source, shapes_of(source, weights.config))
     with torch.device("meta"):
         vision = build_vision(config.vision)
     if vision.pos_embed is not None:
@@ -106,7 +117,20 @@ def head_parameters(path: Path, head: Head, config: MEDConfig) -> State:
             state["med.vision.pos_embed"], vision.patch_embed.grid_size, extra
         )
     log.info("all weights from %s%s", path, "".join(f"; {note}" for note in weights.notes))
-    return state
+    return grown(state, head, config, seed) if grows else state
+
+
+def grown(pretrained: State, head: Head, config: MEDConfig, seed: int) -> State:
+    """The parameters of a head with a network of its own, out of those of a whole MED.
+
+    What MED doesn't have is random from `seed`, and named in the log.
+    """
+    network = build_network(head, config)
+    drawn = fill_from_med(network, pretrained, seed)
+    if drawn:
+        modules = sorted({name.rpartition(".")[0] for name in drawn})
+        log.info("not from pretraining but random: %s", ", ".join(modules))
+    return {f"{PREFIX}{name}": parameter.detach() for name, parameter in network.named_parameters()}
 
 
 def _sizes(config: MEDConfig) -> dict[str, Any]:

@@ -6,7 +6,8 @@ stack. Their names are the common tongue of all conversions: Hugging Face's diff
 
 Heads, the models that the published code makes files of: `pretrain` (all of it), `captioning`
 (decoder), `retrieval` (encoder with its projections and matching head), `vqa` (encoder and a
-decoder that reads the encoder's states), `nlvr2` (encoder with two cross-attentions).
+decoder that reads the encoder's states), `nlvr2` (encoder with two cross-attentions). `visdial`
+(encoder that reads image and caption) was never published; it is named alike.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ import torch
 from torch import Tensor
 
 from blip_scale.interop.bert import LM_HEAD, MLP, SELF_ATTENTION
-from blip_scale.model import MED, MEDConfig, MomentumEncoder
+from blip_scale.model import MEDConfig, MomentumEncoder
 
-Head = Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr2"]
+Head = Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr2", "visdial"]
 HEADS: tuple[Head, ...] = get_args(Head)
 State = dict[str, Tensor]
 
-_TOWERS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+TOWERS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 """Parts that have a momentum copy, named with `_m`."""
 PARTS: dict[Head, tuple[str, ...]] = {
-    "pretrain": (*_TOWERS, "itm_head", "text_decoder", "temp"),
+    "pretrain": (*TOWERS, "itm_head", "text_decoder", "temp"),
     "captioning": ("visual_encoder", "text_decoder"),
-    "retrieval": (*_TOWERS, "itm_head", "temp"),
+    "retrieval": (*TOWERS, "itm_head", "temp"),
     "vqa": ("visual_encoder", "text_encoder", "text_decoder"),
     "nlvr2": ("visual_encoder", "text_encoder"),
+    "visdial": ("visual_encoder", "text_encoder", "itm_head"),
 }
-"""What each head holds; its training state (momentum copies, queues) and `nlvr2`'s classifier come
-on top."""
+"""What each head holds; its training state (momentum copies, queues), `nlvr2`'s classifier and
+`visdial`'s projection of captions come on top."""
 
 _STATE = re.compile(r"^(\w+_m\.|(image|text|idx)_queue$|(queue_ptr|ptr_queue)$)")
 _POSITION_IDS = ".embeddings.position_ids"
@@ -173,7 +175,7 @@ def momentum_to_salesforce(momentum: Mapping[str, Tensor], online: Mapping[str, 
     state: State = {}
     for name, tensor in online.items():
         part, _, rest = name.partition(".")
-        if part in _TOWERS:
+        if part in TOWERS:
             state[f"{part}_m.{rest}"] = tensor
     for ours, tensor in momentum.items():
         for part, names in their_names(ours).items():
@@ -214,7 +216,7 @@ def head_of(names: Iterable[str]) -> Head:
         return "nlvr2"
     if "visual_encoder" in parts and {"text_encoder", "text_decoder"} & parts:
         if "text_decoder" not in parts:
-            return "retrieval"
+            return "retrieval" if "vision_proj" in parts else "visdial"
         if "text_encoder" not in parts:
             return "captioning"
         return "pretrain" if {"itm_head", "vision_proj"} & parts else "vqa"
@@ -223,51 +225,3 @@ def head_of(names: Iterable[str]) -> Head:
         f"it isn't BLIP: it holds {shown}{', ...' if len(parts) > 5 else ''}; expected "
         "visual_encoder with text_encoder or text_decoder"
     )
-
-
-def expected_shapes(head: Head, config: MEDConfig, queue_size: int | None) -> dict[str, torch.Size]:
-    """Every name of a head's published layout with its shape.
-
-    Args:
-        queue_size: columns of the queues; None leaves the training state out.
-    """
-    with torch.device("meta"):
-        med = dict(MED(config).named_parameters())
-    shapes = {name: tensor.shape for name, tensor in to_salesforce(med, head).items()}
-    width = config.text.width
-    if head == "vqa":  # its decoder reads the encoder's states
-        for name, shape in shapes.items():
-            if re.match(r"text_decoder.*crossattention\.self\.(key|value)\.weight", name):
-                shapes[name] = torch.Size((shape[0], width))
-    if head == "nlvr2":
-        shapes = _with_two_images(shapes, config)
-    if queue_size is not None:
-        for name in [name for name in shapes if name.partition(".")[0] in _TOWERS]:
-            part, _, rest = name.partition(".")
-            shapes[f"{part}_m.{rest}"] = shapes[name]
-        for kind in ("image", "text"):
-            shapes[f"{kind}_queue"] = torch.Size((config.embed_dim, queue_size))
-        if head == "retrieval":
-            shapes["idx_queue"] = torch.Size((1, queue_size))
-        shapes["ptr_queue" if head == "retrieval" else "queue_ptr"] = torch.Size((1,))
-    return shapes
-
-
-def _with_two_images(shapes: dict[str, torch.Size], config: MEDConfig) -> dict[str, torch.Size]:
-    """NLVR2: two cross-attentions a layer; the upper half of the layers merge them by a matrix."""
-    width, result = config.text.width, {}
-    for name, shape in shapes.items():
-        match = re.fullmatch(r"(.*crossattention\.)(self|output\.dense)(\..*)", name)
-        for number in (0, 1) if match else ():
-            assert match is not None
-            result[f"{match[1]}{match[2]}{number}{match[3]}"] = shape
-        if not match:
-            result[name] = shape
-    for layer in range(config.text.layers // 2, config.text.layers):
-        merge = f"text_encoder.encoder.layer.{layer}.crossattention.output.merge_layer"
-        result |= {f"{merge}.weight": torch.Size((width, 2 * width))}
-        result |= {f"{merge}.bias": torch.Size((width,))}
-    for number, rows in ((0, width), (2, 2)):
-        result[f"cls_head.{number}.weight"] = torch.Size((rows, width))
-        result[f"cls_head.{number}.bias"] = torch.Size((rows,))
-    return result

@@ -76,11 +76,12 @@ def read_training_checkpoint(
         raise ValueError(f"{folder} doesn't say the sizes of its network; give --recipe")
     manifest = _verified(folder)
     files = [folder / name for name in sorted(manifest["files"]) if name.startswith("rank_")]
-    head = head_of_names(manifest["parameters"], config) or "pretrain"
-    shapes = shapes_of(head, config)
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+            names = {name for file in opened for name in file.metadata() or {}}
+            head = head_of_names(names, config) or "pretrain"
+            shapes = shapes_of(head, config)
             found = dict(_whole(opened, "weight", shapes, folder))
             momentum = dict(_whole(opened, "momentum", shapes, folder)) if with_state else {}
     except SafetensorError as error:
@@ -148,7 +149,7 @@ def _verified(folder: Path) -> dict[str, Any]:
     """The manifest, after a look at size and checksum of every file."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, _ = manifest["files"].items(), manifest["parameters"]
+        files = manifest["files"].items()
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST} can't be read: {error}") from error
     for name, entry in files:

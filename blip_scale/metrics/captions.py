@@ -56,8 +56,10 @@ def caption_scores(
             f"{sum(not own for own in references)} of which have none"
         )
     left_out: dict[str, str] = {}
-    hypotheses = _tokenized({i: [text] for i, text in enumerate(captions)}, left_out)
-    truths = _tokenized({i: list(texts) for i, texts in enumerate(references)}, left_out)
+    together = zip(captions, references, strict=True)  # one Java program tokenizes both
+    words = _tokenized({i: [text, *own] for i, (text, own) in enumerate(together)}, left_out)
+    hypotheses = {i: texts[:1] for i, texts in words.items()}
+    truths = {i: texts[1:] for i, texts in words.items()}
     values: dict[str, float] = {}
     scorers: dict[str, Callable[[], dict[str, float]]] = {
         "bleu": lambda: _bleu(truths, hypotheses),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 import torch
 from timm.models.vision_transformer import LayerScale
-from torch import nn
+from torch import Tensor, nn
 
 from blip_scale.model.med import MED
 
@@ -51,7 +52,7 @@ def init_weights(med: MED, seed: int, vision_std: float = STD) -> None:
 
 
 @torch.no_grad()
-def fill_from_med(network: nn.Module, med: MED, seed: int) -> list[str]:
+def fill_from_med(network: nn.Module, med: Mapping[str, Tensor], seed: int) -> list[str]:
     """Fills a VQA, NLVR2 or VisDial network from a MED, as the published fine-tuning starts.
 
     Encoder and decoder get what MED shares between them, both cross-attentions of NLVR2 the same.
@@ -59,11 +60,16 @@ def fill_from_med(network: nn.Module, med: MED, seed: int) -> list[str]:
     stacks (a decoder that reads states of another width than the image tokens', merge layers)
     normal of std 0.02 with biases 0, other heads PyTorch's default.
 
+    Args:
+        network: not partitioned.
+        med: parameters of a MED by name; a prefix `med.` is passed over.
+
     Returns:
         The names of the random ones.
     """
     generator = torch.Generator().manual_seed(seed)
-    there, drawn = dict(med.named_parameters()), []
+    there = {name.removeprefix("med."): tensor for name, tensor in med.items()}
+    drawn = []
     modules = dict(network.named_modules())
     for name, parameter in network.named_parameters():
         source = there.get(name_in_med(name))

@@ -5,16 +5,19 @@ Legend: B micro-batch of this rank, P predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blip_scale import data, objectives
+from blip_scale.data.sources.annotations import load_json
+from blip_scale.engine import collectives
 from blip_scale.engine.deepspeed import ZeroEngine
 from blip_scale.engine.task import Evaluation, Progress
-from blip_scale.metrics import caption_scores
+from blip_scale.metrics import CAPTION_METRICS, CaptionScores, caption_scores
 from blip_scale.model import MED, PackedText, captioning_flops
 from blip_scale.recipe import Recipe
 from blip_scale.tasks import heldout, networks
@@ -86,7 +89,7 @@ class Captioning(TrainingTask):
         for name, pairs in heldout.heldout_sets(self.recipe):
             every = range(len(pairs))
             said = heldout.captions_of(med, pairs, every, self.recipe, self.tokenizer)
-            scores = caption_scores(said, pairs.captions, SELECTION).values
+            scores = _scores(said, pairs.captions, SELECTION).values
             shown = heldout.shown_images(len(pairs), self.recipe)
             panels, entries = heldout.panels_of(name, pairs, shown, [said[i] for i in shown])
             score = sum(scores.values()) if found.score is None else found.score
@@ -97,3 +100,79 @@ class Captioning(TrainingTask):
                 score,
             )
         return found
+
+
+def _scores(
+    said: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
+) -> CaptionScores:
+    """Measured on rank 0, known on all: Java programs need not run on each."""
+    mine = caption_scores(said, references, metrics) if collectives.rank() == 0 else None
+    found = collectives.all_gather_objects(mine)[0]
+    assert isinstance(found, CaptionScores)
+    return found
+
+
+def figures(
+    said: Sequence[str],
+    references: Sequence[Sequence[str]],
+    annotations: Sequence[Sequence[dict[str, Any]]] = (),
+) -> dict[str, Any]:
+    """All caption metrics, what was left out and why, and for NoCaps the same of each domain.
+
+    Args:
+        said: a caption an image.
+        references: of each image.
+        annotations: of each image's references; their `domain` counts.
+
+    Raises:
+        ValueError: images without references.
+    """
+    without = sum(not own for own in references)
+    if without:
+        raise ValueError(f"{without} of {len(references)} images have no reference caption")
+    scores = _scores(said, references, CAPTION_METRICS)
+    found: dict[str, Any] = dict(scores.values)
+    domains = [own[0].get("domain") if own else None for own in annotations]
+    for domain in sorted({name for name in domains if name}):
+        mine = [i for i, name in enumerate(domains) if name == domain]
+        part = _scores([said[i] for i in mine], [references[i] for i in mine], CAPTION_METRICS)
+        found |= {f"{domain}/{name}": value for name, value in part.values.items()}
+    return found | {f"without {name}": reason for name, reason in scores.left_out.items()}
+
+
+def image_ids(pairs: data.HeldoutPairs, location: str, strip_prefix: str = "") -> list[int | str]:
+    """The ids that COCO and NoCaps know the images by: those of the annotation file at `location`,
+    else the digits that end the file name (COCO_val2014_000000391895.jpg), else the record's id."""
+    known: dict[str, int | str] = {}
+    items = load_json(location) if location.endswith(".json") else []
+    for item in items if isinstance(items, list) else []:
+        if "img_id" in item:
+            known[item["image"].removeprefix(strip_prefix)] = item["img_id"]
+    found: list[int | str] = []
+    for name, own in zip(pairs.ids, pairs.annotations, strict=True):
+        digits = re.search(r"(?:^|[_/])(\d{6,})\.\w+$", name)
+        by_name = int(digits[1]) if digits else name
+        annotated = own[0].get("id") if own else None
+        found.append(known.get(name, by_name if annotated is None else annotated))
+    return found
+
+
+def references_of(location: str, ids: Sequence[int | str]) -> list[list[str]]:
+    """Captions of some images out of COCO's own annotations, as they are written there.
+
+    Raises:
+        ValueError: not such a file, or it lacks some of the images.
+    """
+    annotations = load_json(location)
+    if not isinstance(annotations, dict) or "annotations" not in annotations:
+        raise ValueError(f"{location} holds no COCO annotations ({{images, annotations}})")
+    captions: dict[int | str, list[str]] = {}
+    for one in annotations["annotations"]:
+        captions.setdefault(one["image_id"], []).append(one["caption"])
+    absent = [name for name in ids if name not in captions]
+    if absent:
+        raise ValueError(
+            f"{location} has no captions of {len(absent)} of {len(ids)} images, the first "
+            f"{absent[0]}: it is of another set"
+        )
+    return [captions[name] for name in ids]

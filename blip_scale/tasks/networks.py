@@ -9,12 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from blip_scale import data
-from blip_scale.data import normalize_images, special_ids
+from blip_scale.data import normalize_images
+from blip_scale.data.tokenizer import special_ids
 from blip_scale.engine import collectives
 from blip_scale.inference import med_config as med_config  # a part of this module's interface
 from blip_scale.interop import (
+    OWN_NETWORKS,
     Head,
     from_published,
+    grown,
     head_parameters,
     load_bert,
     load_checkpoint,
@@ -57,8 +60,10 @@ def initial_parameters(recipe: Recipe, config: MEDConfig, head: Head) -> dict[st
     """All parameters of a head's network (`interop.heads`), whole, in fp32 on the CPU: from
     `model.checkpoint`, of this head or of pretraining, else as `initialized_med` makes them."""
     if recipe.model.checkpoint is not None:
-        return head_parameters(_whole_checkpoint(recipe), head, config)
+        return head_parameters(_whole_checkpoint(recipe), head, config, recipe.seed)
     med = {name: p.detach() for name, p in initialized_med(recipe, config).named_parameters()}
+    if head in OWN_NETWORKS:
+        return grown(med, head, config, recipe.seed)
     return from_published(to_salesforce(med, head), head, shapes_of(head, config))
 
 

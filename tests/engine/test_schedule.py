@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from blip_scale import recipe
@@ -79,3 +81,15 @@ def test_without_a_warm_up_the_first_step_has_its_rate_and_then_the_peak() -> No
     assert [learning_rate(settings, step, 100) for step in range(3)] == [1e-3] * 3
     settings = OptimizerRecipe(peak_lr=1e-3, warmup_lr=1e-6, warmup_steps=0)
     assert [learning_rate(settings, step, 100) for step in range(3)] == [1e-6, 1e-3, 1e-3]
+
+
+def test_fine_tuning_follows_a_cosine_by_the_epoch() -> None:
+    """lr = init / 2 * (1 + cos(pi * epoch / epochs)), constant through an epoch, as published."""
+    settings = OptimizerRecipe(schedule="cosine", peak_lr=1e-5, min_lr=0.0)
+    for epoch in range(6):
+        expected = 1e-5 / 2 * (1 + math.cos(math.pi * epoch / 6))
+        for step in (100 * epoch, 100 * epoch + 99):
+            assert learning_rate(settings, step, 100, 6) == pytest.approx(expected)
+    assert learning_rate(settings, 0, 100, 6) == 1e-5
+    above = OptimizerRecipe(schedule="cosine", peak_lr=1e-5, min_lr=1e-6)
+    assert learning_rate(above, 10_000, 100, 6) == pytest.approx(1e-6)

@@ -21,7 +21,7 @@ from blip_scale.interop import (
     turned_into,
     write_salesforce,
 )
-from blip_scale.interop.salesforce import expected_shapes
+from blip_scale.interop.heads import expected_shapes
 from blip_scale.model import MED, MEDConfig, SpecialTokens, TextConfig, VisionConfig
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from blip_scale.interop import BlipWeights, task_from_published, task_to_published
+from blip_scale.interop.heads import expected_shapes
 from blip_scale.interop.huggingface_config import blip_config
 from blip_scale.interop.huggingface_names import to_huggingface
-from blip_scale.interop.salesforce import expected_shapes
 from blip_scale.model import (
     VQA,
     BeamSettings,

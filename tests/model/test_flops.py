@@ -16,9 +16,11 @@ from blip_scale.model import (
     SpecialTokens,
     TextConfig,
     VisionConfig,
+    captioning_flops,
     init_weights,
     pretraining_flops,
     recomputation_flops,
+    retrieval_flops,
 )
 
 SPECIAL = SpecialTokens(pad=0, cls=1, sep=2, enc=4, dec=3)
@@ -32,7 +34,13 @@ def config(depth: int, layers: int, checkpointing: bool = False) -> MEDConfig:
     return MEDConfig(vision, text, 32, gradient_checkpointing=checkpointing)
 
 
-def step(med: MED, momentum: MomentumEncoder, images: torch.Tensor, text: PackedText) -> None:
+def step(
+    med: MED,
+    momentum: MomentumEncoder,
+    images: torch.Tensor,
+    text: PackedText,
+    with_lm: bool = True,
+) -> None:
     embeds = med.encode_image(images)
     online = (med.project_image(embeds), med.project_text(med.encode_text(text)))
     with torch.no_grad():
@@ -42,12 +50,13 @@ def step(med: MED, momentum: MomentumEncoder, images: torch.Tensor, text: Packed
         targets = [x @ all_keys for x in (keys, momentum_text)]
     loss = sum((x @ all_keys * t).sum() for x, t in zip(online, targets, strict=True))
     enc, every = text.with_first_token(SPECIAL.enc), torch.arange(PAIRS)
+    pairs = PackedText.concatenate([enc, enc, enc.select(every.roll(1))])
+    index = torch.cat([every, every.roll(1), every])
+    if not with_lm:
+        (loss + med.match(pairs, embeds, index).sum()).backward()
+        return
     itm, logits, lm_targets = med.sweep(
-        PackedText.concatenate([enc, enc, enc.select(every.roll(1))]),
-        text.with_first_token(SPECIAL.dec),
-        embeds,
-        torch.cat([every, every.roll(1), every]),
-        every,
+        pairs, text.with_first_token(SPECIAL.dec), embeds, index, every
     )
     (loss + itm.sum() + F.cross_entropy(logits, lm_targets)).backward()
 
@@ -67,6 +76,25 @@ def test_paper_and_counter_agree(depth: int, layers: int, checkpointing: bool) -
     if checkpointing:
         paper += recomputation_flops(med.config, PAIRS, PAIRS * LENGTH)
     assert paper == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(2, 1), (3, 3)])
+def test_fine_tuning_counts_its_own_parts(depth: int, layers: int) -> None:
+    settings = config(depth, layers)
+    med, momentum = MED(settings), MomentumEncoder(settings)
+    init_weights(med, seed=0)
+    images = torch.randn(PAIRS, 3, 48, 48)
+    text = PackedText.from_lists([[1, *range(5, 5 + LENGTH - 2), 2]] * PAIRS)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step(med, momentum, images, text, with_lm=False)
+    paper = retrieval_flops(settings, PAIRS, PAIRS * LENGTH, QUEUE)
+    assert paper == pytest.approx(counter.get_total_flops(), rel=0.02)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        inputs, targets = text.with_first_token(SPECIAL.dec).split_targets()
+        logits = med.decode(inputs, med.encode_image(images), torch.arange(PAIRS))
+        F.cross_entropy(logits, targets).backward()
+    paper = captioning_flops(settings, PAIRS, PAIRS * LENGTH)
+    assert paper == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_published_size() -> None:

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENC, MakeMED, tiny_config
+from tiny_med import ENC, MakeMED, tiny_config
 from torch import Tensor
 
 from blip_scale.interop import task_from_published, task_to_published
-from blip_scale.interop.salesforce import expected_shapes
+from blip_scale.interop.heads import expected_shapes
 from blip_scale.model import NLVR2, PackedText, fill_from_med
 from blip_scale.model.initialization import name_in_med
 
@@ -97,7 +97,7 @@ def test_names_are_the_whole_published_layout(network: NLVR2) -> None:
 def test_start_from_pretraining(make_med: MakeMED) -> None:
     """Both cross-attentions are MED's; merge layers and classifier alone are random."""
     med, network = make_med(), NLVR2(tiny_config())
-    drawn = fill_from_med(network, med, seed=3)
+    drawn = fill_from_med(network, dict(med.named_parameters()), seed=3)
     assert {name.split(".")[-2] for name in drawn} == {"merge_layer", "0", "2"}
     there = dict(med.named_parameters())
     for name, parameter in network.named_parameters():
@@ -105,5 +105,5 @@ def test_start_from_pretraining(make_med: MakeMED) -> None:
         if name not in drawn:
             assert torch.equal(parameter, there[name_in_med(name)])
     again = NLVR2(tiny_config())
-    fill_from_med(again, med, seed=3)
+    fill_from_med(again, dict(med.named_parameters()), seed=3)
     assert all(map(torch.equal, network.parameters(), again.parameters()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import CLS, ENC, SEP, MakeMED, tiny_config
+from tiny_med import CLS, ENC, SEP, MakeMED, tiny_config
 from torch import Tensor
 
 from blip_scale.model import MED, PackedText, VisDial, fill_from_med
@@ -22,7 +22,7 @@ def test_context_is_image_and_caption(
     config = tiny_config(width=24, heads=2)
     med: MED = make_med(width=24, heads=2).eval()
     network = VisDial(config).eval()
-    assert fill_from_med(network, med, seed=0) == []
+    assert fill_from_med(network, dict(med.named_parameters()), seed=0) == []
     captions = PackedText.from_lists(sentences)
     context = network.encode_context(images, captions)
     found = network.match(PackedText.from_lists(DIALOGS), context, OWNERS)
@@ -44,7 +44,7 @@ def test_context_is_image_and_caption(
 def test_other_widths_are_brought_together(make_med: MakeMED, images: Tensor) -> None:
     """The projection alone is random, and learns."""
     network = VisDial(tiny_config())
-    drawn = fill_from_med(network, make_med(), seed=0)
+    drawn = fill_from_med(network, dict(make_med().named_parameters()), seed=0)
     assert drawn == ["caption_proj.weight", "caption_proj.bias"]
     captions = PackedText.from_lists([[CLS, 7, SEP]] * len(images))
     context = network.encode_context(images, captions)

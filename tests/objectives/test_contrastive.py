@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blip_scale.objectives import (
     FeaturePair,
+    Similarities,
     alpha_at,
     itc_loss,
     retrieval_accuracy,
@@ -141,3 +142,30 @@ def test_retrieval_accuracy_looks_at_the_batch_alone() -> None:
     online = type("Online", (), {"image_to_text": similar, "text_to_image": perfect})
     image_to_text, text_to_image = retrieval_accuracy(online)  # type: ignore[arg-type]
     assert (image_to_text.item(), text_to_image.item()) == (0.75, 1.0)
+
+
+def test_texts_of_one_image_share_the_target() -> None:
+    """Written out pair by pair as published: hard targets even over all keys of the image, in the
+    batch and in the queue."""
+    batch, columns, alpha = 3, 5, 0.3
+    generator = torch.Generator().manual_seed(4)
+    ids, queue_ids = torch.tensor([1, 2, 1]), torch.tensor([2, -100, 1, 9, 1])
+    online, momentum = (
+        Similarities(*torch.randn(2, batch, batch + columns, generator=generator)) for _ in range(2)
+    )
+    keys = torch.cat([ids, queue_ids])
+    total = 0.0
+    for direction in ("image_to_text", "text_to_image"):
+        scores, soft = getattr(online, direction), getattr(momentum, direction).softmax(dim=1)
+        for row in range(batch):
+            right = [float(key == ids[row]) for key in keys]
+            targets = [
+                alpha * soft[row, k].item() + (1 - alpha) * right[k] / sum(right)
+                for k in range(batch + columns)
+            ]
+            logs = scores[row].log_softmax(dim=0).tolist()
+            total -= sum(t * p for t, p in zip(targets, logs, strict=True)) / batch / 2
+    found = itc_loss(online, momentum, alpha, ids[:, None] == keys)
+    assert found.item() == pytest.approx(total, rel=1e-5)
+    alone = itc_loss(online, momentum, alpha, torch.eye(batch, batch + columns).bool())
+    assert torch.equal(alone, itc_loss(online, momentum, alpha))

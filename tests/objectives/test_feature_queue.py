@@ -113,3 +113,18 @@ def test_state_goes_on_as_if_nothing_had_happened() -> None:
 def test_state_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[3, 7\].*\[3, 8\].*objective\.queue_size"):
         FeatureQueue(E, 8, seed=0).load_state_dict(FeatureQueue(E, 7, seed=0).state_dict())
+
+
+def test_image_ids_travel_with_their_features() -> None:
+    """Past the wrap, and through a checkpoint."""
+    queue = FeatureQueue(2, 5, seed=0, with_image_ids=True)
+    assert queue.image_ids is not None and queue.image_ids.tolist() == [-100] * 5
+    for step, ids in enumerate(([1, 2, 3], [4, 5, 6])):
+        features = torch.tensor(ids, dtype=torch.float32)[:, None].repeat(1, 2)
+        queue.enqueue(FeaturePair(features, -features), step, torch.tensor(ids))
+    assert queue.image_ids.tolist() == [6, 2, 3, 4, 5]
+    assert queue.features.image[0].tolist() == [6, 2, 3, 4, 5]
+    other = FeatureQueue(2, 5, seed=1, with_image_ids=True)
+    other.load_state_dict(queue.state_dict())
+    assert other.image_ids is not None and torch.equal(other.image_ids, queue.image_ids)
+    assert "image_ids" not in FeatureQueue(2, 5, seed=0).state_dict()

@@ -15,6 +15,7 @@ from blip_scale.objectives import (
     match_accuracy,
     match_labels,
     negative_weights,
+    pair_labels,
     predicts_one_class,
 )
 
@@ -152,3 +153,36 @@ def test_accuracy_by_class() -> None:
 )
 def test_one_class(loss: float, match: float, mismatch: float, expected: bool) -> None:
     assert predicts_one_class(loss, match, mismatch) is expected
+
+
+class TestImagesThatComeAgain:
+    """Retrieval fine-tuning: pairs of one image are no negatives of each other."""
+
+    def test_weights_are_the_published_ones(self) -> None:
+        """Softmax over all with the same image set to 0; multinomial draws from its proportions."""
+        similarities = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) * 5
+        same = torch.zeros(4, 6, dtype=torch.bool)
+        same[torch.arange(4), torch.arange(4)] = True
+        same[0, 4] = same[2, 5] = True
+        published = similarities.softmax(dim=1).masked_fill(same, 0.0)
+        expected = published / published.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(negative_weights(similarities, same_image_BP=same), expected)
+
+    def test_nothing_of_the_same_image_is_drawn(self) -> None:
+        """Where the same image is by far the most similar, as after pretraining."""
+        ids = torch.tensor([7, 7, 3, 3, 5])
+        same = ids[:, None] == ids
+        similarities = same.float() * 500
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(50):
+            found = draw_negatives(similarities, similarities, generator, same_image_BP=same)
+            assert (ids[found.image] != ids).all() and (ids[found.text] != ids).all()
+
+    def test_a_pool_of_one_image_gives_matches(self) -> None:
+        """There is no negative to draw, so what is drawn is labelled as what it is."""
+        same = torch.tensor([[True, True, False], [True, True, False], [True, True, True]])
+        scores = torch.randn(3, 3, generator=torch.Generator().manual_seed(2))
+        found = draw_negatives(scores, scores, torch.Generator(), same_image_BP=same)
+        labels = pair_labels(found, same)
+        assert labels.tolist() == [1, 1, 1, 0, 0, 1, 0, 0, 1]
+        assert match_accuracy(torch.tensor([[0.0, 1.0]] * 3), torch.ones(3).long()) == (1.0, 0.0)

@@ -113,6 +113,8 @@ class Source:
     """Part of a set that has several: train, val or test; "": all of it."""
     caption_key: str = ""
     """Key or column with the caption, where it is none of the usual ones."""
+    relevance: str = ""
+    """File with people's judgement of the candidates of dialogs (VisDial)."""
     pairs_per_chunk: int = 4000
     """Where the input is a list of images; tars and parquet files are a chunk each."""
 

@@ -8,7 +8,10 @@ from blip_scale.data.sources import (
     coco,
     folder,
     img2dataset,
+    nlvr2,
+    visdial,
     visual_genome,
+    vqa,
     webdataset,
 )
 
@@ -21,5 +24,8 @@ READERS: dict[str, Reader] = {
     "blip_json": blip_json.chunks,
     "folder": folder.chunks,
     "webdataset": webdataset.chunks,
+    "vqa": vqa.chunks,
+    "nlvr2": nlvr2.chunks,
+    "visdial": visdial.chunks,
 }
 """By the name that tools/prepare_data.py and the records' `source` give them."""

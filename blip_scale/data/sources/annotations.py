@@ -29,6 +29,14 @@ def load_json(location: str) -> Any:
             raise ValueError(f"{location} is no JSON: {error}") from error
 
 
+def load_list(location: str, of: str) -> list[Any]:
+    """Raises ValueError for a file that holds no JSON list; `of` says what it should hold."""
+    items = load_json(location)
+    if not isinstance(items, list):
+        raise ValueError(f"{location} holds no list of {of}")
+    return items
+
+
 def json_files(location: str) -> list[str]:
     """The file, or the .json files of a folder in the order of their names."""
     if not is_folder(location):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from blip_scale.data.conversion import Chunk, Found, Source, group_by_image, in_chunks
-from blip_scale.data.sources.annotations import json_files, load_json, pair_of_item
+from blip_scale.data.sources.annotations import json_files, load_list, pair_of_item
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
@@ -21,8 +21,5 @@ def chunks(source: Source) -> Iterator[Chunk]:
 def read_lists(source: Source) -> Iterator[Found]:
     """Every item. Raises ValueError for a file that holds no list."""
     for location in json_files(source.location):
-        items = load_json(location)
-        if not isinstance(items, list):
-            raise ValueError(f"{location} holds no list of {{image, caption}}")
-        for number, item in enumerate(items):
+        for number, item in enumerate(load_list(location, "{image, caption}")):
             yield pair_of_item(source, location, number, item)

@@ -1,4 +1,6 @@
-"""COCO captions: Karpathy's dataset_coco.json, or the lists that BLIP publishes for its splits.
+"""COCO captions: Karpathy's dataset_coco.json (dataset_flickr30k.json has the same form), the lists
+that BLIP publishes for its splits, or COCO's own annotations (captions_val2014.json, and those of
+NoCaps).
 
 A record is an image with its five captions. `split` train is Karpathy's train and restval together
 (113,287 images), as everywhere in the literature.
@@ -34,7 +36,29 @@ def chunks(source: Source) -> Iterator[Chunk]:
         raise ValueError(f"{source.location} is neither dataset_coco.json nor a list of captions")
     if source.split and source.split not in _SPLITS:
         raise ValueError(f"--split {source.split}: COCO has {', '.join(_SPLITS)}")
+    if isinstance(annotations.get("annotations"), list):
+        if source.split:
+            raise ValueError(f"{source.location} is all of one split: leave --split out")
+        return in_chunks(list(_own_format(source, annotations)), source.pairs_per_chunk)
     return in_chunks(list(_karpathy(source, annotations["images"])), source.pairs_per_chunk)
+
+
+def _own_format(source: Source, annotations: dict[str, Any]) -> Iterator[Found]:
+    """Captions of an image stand apart from it, and name its id."""
+    captions: dict[Any, list[Any]] = {}
+    for annotation in annotations["annotations"]:
+        captions.setdefault(annotation.get("image_id"), []).append(annotation.get("caption"))
+    for number, image in enumerate(annotations["images"]):
+        if "file_name" not in image or "id" not in image:
+            yield Reject(
+                f"{basename(source.location)}:{number}", Reason.MISSING_KEY, "file_name, id"
+            )
+            continue
+        own = captions.get(image["id"], [])
+        known = {key: image[key] for key in ("id", "domain") if key in image}
+        path = image["file_name"]
+        location = image_location(source, source.location, path)
+        yield RawPair(path, location, own, annotations=[known] * len(own))
 
 
 def _karpathy(source: Source, images: list[dict[str, Any]]) -> Iterator[Found]:

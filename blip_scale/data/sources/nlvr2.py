@@ -1,0 +1,58 @@
+"""Sentences about two images: nlvr_train.json, nlvr_dev.json and nlvr_test.json as BLIP publishes
+them.
+
+JSON lists of {images, sentence, label}: two paths, and "True" or "False". A record is a pair of
+images with all its sentences; the annotation of each holds `label`, true or false.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from blip_scale.data.conversion import (
+    Chunk,
+    Found,
+    RawPair,
+    Reason,
+    Reject,
+    Source,
+    group_by_image,
+    in_chunks,
+)
+from blip_scale.data.conversion.locations import basename
+from blip_scale.data.sources.annotations import image_location, json_files, load_list
+
+_LABELS = {"True": True, "False": False, "true": True, "false": False}
+
+
+def chunks(source: Source) -> Iterator[Chunk]:
+    """All lists that `source` names together, cut into chunks."""
+    return in_chunks(group_by_image(_read_lists(source)), source.pairs_per_chunk)
+
+
+def _read_lists(source: Source) -> Iterator[Found]:
+    for location in json_files(source.location):
+        for number, item in enumerate(load_list(location, "{images, sentence, label}")):
+            yield _pair(source, location, number, item)
+
+
+def _pair(source: Source, annotations: str, number: int, item: Any) -> Found:
+    place = f"{basename(annotations)}:{number}"
+    if not isinstance(item, dict):
+        return Reject(place, Reason.DAMAGED_INPUT, f"no object but {type(item).__name__}")
+    missing = [key for key in ("images", "sentence", "label") if item.get(key) is None]
+    if missing:
+        return Reject(place, Reason.MISSING_KEY, ", ".join(missing))
+    paths = item["images"]
+    is_two = isinstance(paths, list) and len(paths) == 2
+    if not is_two or not all(isinstance(path, str) for path in paths):
+        return Reject(place, Reason.BAD_ANNOTATION, "images are not two paths")
+    label = item["label"] if isinstance(item["label"], bool) else _LABELS.get(str(item["label"]))
+    if label is None:
+        return Reject(place, Reason.BAD_ANNOTATION, f"label {item['label']!r}, not True or False")
+    first, second = (image_location(source, annotations, path) for path in paths)
+    name = " ".join(path.removeprefix(source.strip_prefix) for path in paths)
+    return RawPair(
+        name, first, [item["sentence"]], annotations=[{"label": label}], second_image=second
+    )

@@ -1,0 +1,215 @@
+"""Measure a BLIP checkpoint of any kind on a task, on one process or several ranks.
+
+python tools/evaluate.py retrieval runs/finetune_retrieval_coco data/coco_test
+python tools/evaluate.py captioning model.pth coco_karpathy_test.json --images /data/coco
+deepspeed tools/evaluate.py retrieval model.pth data/flickr30k_test evaluation.rerank_top_k=128
+docs/tasks.md tells what each task reads and what comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import yaml
+
+from blip_scale import data, inference, interop, settings
+from blip_scale import recipe as recipes
+from blip_scale.data.conversion import Source
+from blip_scale.data.sources import READERS
+from blip_scale.engine import collectives
+from blip_scale.engine.deepspeed import start
+from blip_scale.inference import Blip, Loading
+from blip_scale.recipe import Recipe, StreamRecipe
+from blip_scale.tasks import captioning, heldout
+
+REFUSED = 2
+_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, on what, and how."""
+
+    blip: Blip
+    pairs: data.HeldoutPairs
+    recipe: Recipe
+    """Its `evaluation` and `model.text` count."""
+    options: argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a task is evaluated."""
+
+    measure: Callable[[Subject], dict[str, Any]]
+    """Figures by name, the same on all ranks. Numbers with a point are shares of one."""
+    published: dict[str, Any]
+    """Settings for a checkpoint that brings no recipe."""
+    reader: str = "coco"
+    """Of annotation files, a name of `READERS`."""
+    clean: Callable[[str], str] = data.clean_caption
+    """Of the texts."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for what can't be used, which is said in one line."""
+    options, overrides = _parser().parse_known_args(arguments)
+    began = time.perf_counter()
+    try:
+        device = start(_TIMEOUT_S)
+        if device.type == "cpu":  # ranks that each take all cores slow each other down
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // collectives.local_world_size()))
+        is_main = collectives.rank() == 0
+        logging.basicConfig(format="%(message)s", level="WARNING" if is_main else "ERROR")
+        kind = KINDS[options.task]
+        loading = Loading(
+            options.recipe, options.tokenizer, options.image_size, str(device), options.precision
+        )
+        blip = inference.load_blip(options.checkpoint, loading)
+        recipe = _recipe(options, kind, blip, overrides)
+        pairs = _open(options, kind, blip.image_size)
+        figures = kind.measure(Subject(blip, pairs, recipe, options))
+        everywhere = collectives.all_gather_objects(pairs.unreadable)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"evaluate: {' '.join(str(error).split())}\n")
+        return REFUSED
+    if is_main:
+        report = {
+            "task": options.task,
+            "checkpoint": str(options.checkpoint),
+            "head": blip.head,
+            "data": options.data,
+            "images": len(pairs),
+            "unreadable_images": len({name for part in everywhere for name in part}),
+            "figures": figures,
+            "settings": asdict(recipe.evaluation) | {"image_size": blip.image_size},
+            "ranks": collectives.world_size(),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        _show(report)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list[str]) -> Recipe:
+    """The recipe of the run, or the published settings, with overrides on top."""
+    found = inference.recipe_of(
+        options.checkpoint, interop.format_of(options.checkpoint), options.recipe
+    )
+    tree = deepcopy(kind.published)
+    if found is not None:
+        tree = yaml.safe_load(recipes.to_yaml(found))
+    else:
+        tree.setdefault("model", {}).setdefault("text", {})["prompt"] = blip.prompt
+    return settings.build(Recipe, tree, "evaluate", settings.parse_overrides(overrides))
+
+
+def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> data.HeldoutPairs:
+    """MDS shards, or what an annotation file lists."""
+    place = Path(options.data)
+    if (place / "index.json").is_file():
+        return data.heldout_pairs(StreamRecipe(place.name, options.data), image_size)
+    if not place.is_file():
+        raise FileNotFoundError(
+            f"{place}: neither a folder of MDS shards (no index.json there) nor an annotation file"
+        )
+    source = Source(options.data, options.images or "", options.strip_prefix, options.split or "")
+    chunks = READERS[kind.reader](source)
+    found = [one for chunk in chunks for one in chunk.read()]
+    return data.listed_pairs(place.name, found, image_size, kind.clean)
+
+
+def _retrieval(subject: Subject) -> dict[str, Any]:
+    """Recalls by cosine, and of the best candidates re-ranked by image-text matching."""
+    blip, recipe = subject.blip, subject.recipe
+    blip.require("match")
+    found = heldout.retrieval_on(blip.med, subject.pairs, recipe, blip.tokenizer, True)
+    counts = ("candidates", "texts")
+    return {name: int(value) if name in counts else value for name, value in found.items()}
+
+
+def _captioning(subject: Subject) -> dict[str, Any]:
+    """Caption metrics where there are references; the captions go into --submission."""
+    blip, pairs, options = subject.blip, subject.pairs, subject.options
+    blip.require("caption")
+    every = range(len(pairs))
+    said = heldout.captions_of(blip.med, pairs, every, subject.recipe, blip.tokenizer)
+    ids = captioning.image_ids(pairs, options.data, options.strip_prefix)
+    if options.submission and collectives.rank() == 0:
+        entries = [{"image_id": i, "caption": text} for i, text in zip(ids, said, strict=True)]
+        options.submission.write_text(json.dumps(entries), encoding="utf-8")
+    references = pairs.captions
+    if options.references:
+        references = captioning.references_of(options.references, ids)
+    if not any(references):
+        return {"captions": len(said), "note": "no references: nothing to compare with"}
+    return captioning.figures(said, references, pairs.annotations)
+
+
+KINDS: dict[str, Kind] = {
+    "retrieval": Kind(
+        _retrieval, {"model": {"text": {"max_tokens": 35}}, "evaluation": {"rerank_top_k": 256}}
+    ),
+    "captioning": Kind(_captioning, {}, clean=str),
+}
+
+
+def _show(report: dict[str, Any]) -> None:
+    """The figures as a table, shares in percent."""
+    print(
+        f"{report['task']} of {report['checkpoint']} ({report['head']}) on {report['data']}: "
+        f"{report['images']} images, {report['unreadable_images']} unreadable, "
+        f"{report['ranks']} rank(s), {report['seconds']} s"
+    )
+    width = max(len(name) for name in report["figures"])
+    for name, value in report["figures"].items():
+        print(f"{name:<{width}}  {f'{100 * value:.2f}' if isinstance(value, float) else value}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("task", choices=tuple(KINDS))
+    add("checkpoint", type=Path, help="a run's folder, step_N, .pth, or a Hugging Face folder")
+    add("data", help="folder of MDS shards, or a published annotation file (.json)")
+    add("--images", metavar="FOLDER", help="that an annotation file's paths start from")
+    add("--strip-prefix", default="", help="cut off an annotation file's paths first")
+    add("--split", help="of an annotation file that has several: train, val, test")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--submission", type=Path, metavar="FILE",
+        help="captioning: write [{image_id, caption}] there (NoCaps, COCO)")  # fmt: skip
+    add("--references", metavar="FILE",
+        help="captioning: COCO annotations to compare with (a _gt.json)")  # fmt: skip
+    add("--recipe", help="network's sizes and settings; default: recipe.yaml of the run")
+    add("--tokenizer", help="default: the recipe's, or the one beside the checkpoint")
+    add("--image-size", type=int, help="pixels; default: the checkpoint's")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
+    add("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
+    parser.epilog = (
+        "Further arguments are settings: evaluation.num_beams=5, evaluation.batch_size=8."
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as train.py does: gloo's threads are never joined
