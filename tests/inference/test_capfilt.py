@@ -178,6 +178,27 @@ def test_pretraining_reads_each_caption_once(whole: Path) -> None:
     assert set(tiny_runs.losses(folder / "run")) == {1, 2}
 
 
+@pytest.mark.multiprocess
+def test_a_run_that_was_fine_tuned_says_its_prompt(tmp_path: Path) -> None:
+    """Loaded by its folder alone, and captions begin as it was trained; it can't match."""
+    prompt = "a big "
+    recipe = tiny_runs.make_recipe(
+        tmp_path, task="captioning", model={"text": {"prompt": prompt}}, train={"max_steps": 1}
+    )
+    tiny_runs.train(recipe)
+    blip = load_blip(tmp_path / "run")
+    assert (blip.head, blip.prompt, blip.image_size) == ("captioning", prompt, 32)
+    assert len(blip.prompt_ids(prompt)) == 3
+    embeds = blip.image_embeds(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    sampling = NucleusSettings(max_length=8, min_length=5)
+    draws = draws_of(["a", "b"], 0, 8)
+    said = blip.captions(embeds, sampling, draws=draws)
+    assert said == blip.captions(embeds, sampling, prompt, draws)
+    assert said != blip.captions(embeds, sampling, "", draws)
+    with pytest.raises(ValueError, match="is a captioning checkpoint; match takes one of"):
+        blip.match(embeds, ["a"], [0])
+
+
 def test_other_processes_and_machines_give_the_same_bytes(
     web: Path, whole: Path, models: list[str], tmp_path: Path
 ) -> None:
