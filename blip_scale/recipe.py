@@ -105,6 +105,9 @@ class ObjectiveRecipe:
     """Initial contrastive temperature (learned, clamped to [0.001, 0.5])."""
     label_smoothing: Fraction = 0.1
     """Label smoothing of the LM loss."""
+    false_answers: Positive = 2
+    """VisDial: so many false candidates are seen with each true answer (ITM has two negatives for
+    a pair)."""
     negatives: Literal["local", "global"] = "local"
     """Pool of the ITM hard negatives: the rank's own batch (published) or the batches of all
     ranks."""
@@ -260,7 +263,8 @@ class EvaluationRecipe:
     batch_size: Positive = 64
     """Images or texts a rank takes through the network at once."""
     rerank_top_k: Count = 128
-    """ITM re-ranks this many candidates by contrastive similarity."""
+    """ITM re-ranks this many candidates by contrastive similarity; VQA scores whole so many answers
+    of the list by their first word piece."""
     captions: Count = 8
     """Held-out images that are captioned for the panel."""
     num_beams: Positive = 3
@@ -269,13 +273,15 @@ class EvaluationRecipe:
     """Longest caption, prompt included."""
     min_caption_tokens: Count = 5
     """Shortest caption, prompt included."""
+    answer_list: str | None = None
+    """VQA: JSON list of the answers to choose from; null: beam search writes the answer."""
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
     """Above 1 makes words that are there already less likely (published: 1, for NoCaps 1.1)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
-    task: Literal["pretrain", "retrieval", "captioning"] = "pretrain"
+    task: Literal["pretrain", "retrieval", "captioning", "vqa", "nlvr2", "visdial"] = "pretrain"
     """What is trained: a name of blip_scale.tasks.TASKS."""
     output_dir: str = "runs/default"
     """Checkpoints, logs, TensorBoard and summary.json."""

@@ -1,7 +1,7 @@
 """Pixels and captions: shards, streams and their order, transforms, tokenizer, packed batches."""
 
 from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition
-from blip_scale.data.captions import clean_caption, clean_question
+from blip_scale.data.captions import Clean, clean_caption, clean_question
 from blip_scale.data.heldout import HeldoutPairs, heldout_pairs
 from blip_scale.data.inventory import inventory
 from blip_scale.data.listed import listed_pairs
@@ -28,6 +28,7 @@ __all__ = [
     "IMAGE_STD",
     "Batch",
     "CaptionInput",
+    "Clean",
     "EvalTransform",
     "HeldoutPairs",
     "LoaderPosition",

@@ -8,7 +8,10 @@ from blip_scale.model.attention import (
     resolve_kernel,
 )
 from blip_scale.model.flops import (
+    TextWork,
     captioning_flops,
+    fine_tuning_flops,
+    head_flops,
     pretraining_flops,
     recomputation_flops,
     retrieval_flops,
@@ -43,6 +46,7 @@ __all__ = [
     "SpecialTokens",
     "Temperature",
     "TextConfig",
+    "TextWork",
     "VisDial",
     "VisionConfig",
     "attention",
@@ -51,6 +55,8 @@ __all__ = [
     "caption_nucleus",
     "captioning_flops",
     "fill_from_med",
+    "fine_tuning_flops",
+    "head_flops",
     "init_weights",
     "pretraining_flops",
     "recomputation_flops",

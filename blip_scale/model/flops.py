@@ -9,6 +9,7 @@ Letters: B batch, N image tokens, D width, E embed_dim, Q queue, T text tokens, 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -70,6 +71,43 @@ def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> fl
     return float(3 * online + 2 * batch_size * part.vision.patches)
 
 
+@dataclass(frozen=True)
+class TextWork:
+    """Packed text that goes through all layers of a stack, and what its cross-attention reads."""
+
+    sequences: int
+    tokens: int
+    contexts: int
+    """Images or other contexts, one key and value projection each."""
+    context_tokens: int
+    """Of all contexts together."""
+    context_width: int
+    cross_attentions: int = 1
+    """In every layer (NLVR2 has two)."""
+
+
+def fine_tuning_flops(config: MEDConfig, images: int, works: Sequence[TextWork]) -> float:
+    """FLOPs of forward and backward of `images` through the ViT and of texts through stacks of
+    their own. Heads that aren't one a token are left out."""
+    vision = _vision_flops(config.vision)
+    online = images * vision.blocks + sum(_text_work(config.text, work) for work in works)
+    return float(3 * online + 2 * images * vision.patches)
+
+
+def head_flops(config: MEDConfig, tokens: int) -> float:
+    """FLOPs of forward and backward of the LM head."""
+    text = config.text
+    return float(3 * 2 * tokens * text.width * (text.width + text.vocab_size))
+
+
+def _text_work(text: TextConfig, work: TextWork) -> float:
+    seen = work.context_tokens / work.contexts
+    project = 2 * work.context_tokens * work.context_width * 2 * text.width
+    cross = project + _cross_attention(text, work.tokens, seen)
+    own = _self_attention(text, work.tokens, work.tokens / work.sequences) + _mlp(text, work.tokens)
+    return text.layers * (own + work.cross_attentions * cross)
+
+
 def recomputation_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
     """FLOPs that gradient checkpointing adds to a micro-step: a forward of ViT blocks and text
     layers; arguments as above.
@@ -117,7 +155,7 @@ def _self_attention(text: TextConfig, tokens: float, length: float) -> float:
     return 2 * tokens * 4 * text.width**2 + 4 * tokens * length * text.width
 
 
-def _cross_attention(text: TextConfig, tokens: float, image_tokens: int) -> float:
+def _cross_attention(text: TextConfig, tokens: float, image_tokens: float) -> float:
     """Keys and values of the image tokens not included."""
     return 2 * tokens * 2 * text.width**2 + 4 * tokens * image_tokens * text.width
 

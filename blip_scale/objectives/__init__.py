@@ -1,5 +1,6 @@
 """BLIP's losses as functions of tensors, and the state that they need."""
 
+from blip_scale.objectives.answers import answer_loss, sequence_losses
 from blip_scale.objectives.contrastive import (
     FeaturePair,
     Similarities,
@@ -33,6 +34,7 @@ __all__ = [
     "HardNegatives",
     "Similarities",
     "alpha_at",
+    "answer_loss",
     "check_pool",
     "draw_negatives",
     "itc_loss",
@@ -45,6 +47,7 @@ __all__ = [
     "pair_labels",
     "predicts_one_class",
     "retrieval_accuracy",
+    "sequence_losses",
     "similarities",
     "soft_targets",
 ]

@@ -45,15 +45,14 @@ def evaluate(
     return Evaluation(scalars, panels, captions)
 
 
-def heldout_sets(recipe: Recipe) -> Iterator[tuple[str, data.HeldoutPairs]]:
-    """The recipe's held-out sets by name."""
+def heldout_sets(
+    recipe: Recipe, clean: data.Clean = data.clean_caption, max_words: int = 30
+) -> Iterator[tuple[str, data.HeldoutPairs]]:
+    """The recipe's held-out sets by name, their texts cleaned."""
+    size, most = recipe.model.vision.image_size, recipe.evaluation.max_pairs
     for stream in recipe.data.heldout:
-        yield (
-            stream.name,
-            data.heldout_pairs(
-                stream, recipe.model.vision.image_size, recipe.data, recipe.evaluation.max_pairs
-            ),
-        )
+        pairs = data.heldout_pairs(stream, size, recipe.data, most, clean, max_words)
+        yield stream.name, pairs
 
 
 @torch.no_grad()
@@ -111,11 +110,11 @@ def _encode(
 ) -> retrieval.PairFeatures:
     """Features of all images and texts on every rank; each rank encodes its share."""
     embeds, images, sentences = [], [], []
-    for indices in _my_batches(len(pairs), batch_size):
+    for indices in my_batches(len(pairs), batch_size):
         image_embeds = med.encode_image(networks.to_pixels(pairs.images(indices), med))
         embeds.append(image_embeds)
         images.append(med.project_image(image_embeds))
-    for indices in _my_batches(texts.count, batch_size):
+    for indices in my_batches(texts.count, batch_size):
         sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
     gathered = [
         torch.cat(collectives.all_gather_ragged(torch.cat(parts)))
@@ -124,7 +123,7 @@ def _encode(
     return retrieval.PairFeatures(*gathered)
 
 
-def _my_batches(count: int, batch_size: int) -> Iterator[range]:
+def my_batches(count: int, batch_size: int) -> Iterator[range]:
     """This rank's share of `count` items, in batches."""
     mine = range(*retrieval.share(count).indices(count))
     for begin in range(0, len(mine), batch_size):
@@ -155,7 +154,7 @@ def captions_of(
     )
     prompt_ids = networks.prompt_ids(recipe.model.text.prompt, tokenizer)
     mine: list[str] = []
-    for places in _my_batches(len(images), settings.batch_size):
+    for places in my_batches(len(images), settings.batch_size):
         pixels = pairs.images(images[place] for place in places)
         embeds = med.encode_image(networks.to_pixels(pixels, med))
         sequences = caption_beam(med, embeds, prompt_ids, beam)

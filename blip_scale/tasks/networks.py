@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from blip_scale import data
@@ -30,6 +30,7 @@ from blip_scale.model import (
     MEDConfig,
     PackedText,
     Segments,
+    build_vision,
     init_weights,
 )
 from blip_scale.recipe import Recipe
@@ -73,7 +74,7 @@ def _whole_checkpoint(recipe: Recipe) -> Path:
 
 
 def train_loader(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, micro_batch_size: int
+    recipe: Recipe, text: data.CaptionInput, micro_batch_size: int
 ) -> data.TrainLoader:
     """This rank's loader."""
     position = data.LoaderPosition(
@@ -85,13 +86,13 @@ def train_loader(
     return data.TrainLoader(
         recipe.data,
         recipe.model.vision.image_size,
-        data.CaptionInput(tokenizer, recipe.model.text.max_tokens, prompt=recipe.model.text.prompt),
+        text,
         recipe.seed,
         position,
     )
 
 
-def to_pixels(images: Tensor, med: MED) -> Tensor:
+def to_pixels(images: Tensor, med: nn.Module) -> Tensor:
     """Pixels uint8 [B, 3, H, W] as this network takes them: on its device, in its type."""
     like = next(med.parameters())
     return normalize_images(images.to(like.device), like.dtype)
@@ -100,6 +101,18 @@ def to_pixels(images: Tensor, med: MED) -> Tensor:
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """How a generated caption starts: [DEC] and the tokens of the prompt."""
     return [special_ids(tokenizer)["dec"], *tokenizer(prompt)["input_ids"][1:-1]]
+
+
+def packed_text(packed: data.PackedTokens, device: torch.device) -> PackedText:
+    """Packed token ids as the network takes them."""
+    return PackedText(packed.token_ids, Segments(packed.offsets, packed.max_length)).to(device)
+
+
+def image_shape(config: MEDConfig) -> tuple[int, int]:
+    """Tokens of an image, and their width."""
+    with torch.device("meta"):
+        vision = build_vision(config.vision)
+    return vision.patch_embed.num_patches + vision.num_prefix_tokens, vision.embed_dim
 
 
 def to_model_input(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from blip_scale.model import MED, resolve_kernel
 from blip_scale.recipe import Recipe
 from blip_scale.tasks import networks
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class TrainingTask(ABC):
     """The calls of `engine.task.Task` that most tasks answer alike, and those that each answers in
@@ -36,7 +38,7 @@ class TrainingTask(ABC):
         self.config = networks.med_config(recipe, self.tokenizer)
         sizes = batch_sizes(recipe, collectives.world_size())
         self.batch_size, self.accumulation = sizes.micro_batch, sizes.accumulation
-        self.loader = networks.train_loader(recipe, self.tokenizer, self.batch_size)
+        self.loader = networks.train_loader(recipe, self.text_input(), self.batch_size)
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.kernel: str = resolve_kernel(recipe.model.attention, device, self.dtype)
         self.momentum_pairs: dict[str, str] = {}
@@ -64,6 +66,11 @@ class TrainingTask(ABC):
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
         return torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
+
+    def text_input(self) -> data.CaptionInput:
+        """How the texts of the training sets become tokens."""
+        text = self.recipe.model.text
+        return data.CaptionInput(self.tokenizer, text.max_tokens, prompt=text.prompt)
 
     def build_med(self) -> MED:
         """The MED with the parts of the head, weights not filled."""
@@ -98,8 +105,12 @@ class TrainingTask(ABC):
 
     def whole_med(self, engine: ZeroEngine) -> MED:
         """A copy of the network's MED on this rank's device in evaluation mode; all ranks call."""
+        return self.whole(engine, self.build_med)
+
+    def whole(self, engine: ZeroEngine, build: Callable[[], M]) -> M:
+        """As `whole_med`, for a task whose `med` is another network, which `build` makes."""
         with torch.device(self.device):
-            med = self.build_med().to(engine.dtype)
+            med = build().to(engine.dtype)
         source = engine.module.get_submodule("med")
         engine.gather_into(source, med)
         return med.eval()

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from blip_scale import recipe as recipes
-from blip_scale.data import Record, load_tokenizer, write_shards
+from blip_scale.data import CaptionInput, Record, load_tokenizer, write_shards
 from blip_scale.objectives import FeatureQueue
 from blip_scale.tasks import networks
 
@@ -293,7 +293,8 @@ def test_other_numbers_of_ranks_take_the_same_samples(tmp_path: Path, finished: 
     assert [len(ids) for *_, ids in parts] == [4] * (3 * BATCH // 4)
     taken = [name for *_, ids in parts for name in ids]
     chosen = recipes.load(str(recipe))
-    loader = networks.train_loader(chosen, load_tokenizer(chosen.model.text), BATCH)
+    text = CaptionInput(load_tokenizer(chosen.model.text), chosen.model.text.max_tokens)
+    loader = networks.train_loader(chosen, text, BATCH)
     order = [name for batch in itertools.islice(iter(loader), STEPS) for name in batch.ids]
     loader.close()
     assert taken == order[3 * BATCH :]

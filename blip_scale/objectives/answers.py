@@ -1,0 +1,33 @@
+"""The loss of answers to questions (VQA).
+
+Legend: A answers, P predicted tokens of all of them, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sequence_losses(
+    logits_PV: Tensor, targets_P: Tensor, sequences_P: Tensor, count: int, label_smoothing: float
+) -> Tensor:
+    """Cross entropy with label smoothing summed over the tokens of each sequence, [A] fp32.
+
+    Args:
+        sequences_P: int64, the sequence of each token.
+        count: A.
+    """
+    losses_P = F.cross_entropy(
+        logits_PV.float(), targets_P, label_smoothing=label_smoothing, reduction="none"
+    )
+    return losses_P.new_zeros(count).index_add_(0, sequences_P, losses_P)
+
+
+def answer_loss(losses_A: Tensor, weights_A: Tensor, questions: int) -> Tensor:
+    """The answers' losses by the share of people who gave each, a question; fp32 scalar.
+
+    As published: unique answers are weighted, and the sum is divided by the questions, not by the
+    answers or their weights.
+    """
+    return (losses_A * weights_A).sum() / questions

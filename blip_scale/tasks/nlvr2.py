@@ -1,0 +1,166 @@
+"""Fine-tuning for reasoning over two images: is a sentence true of the pair?
+
+Legend: B pairs of images with a sentence each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from blip_scale import data
+from blip_scale.engine import collectives
+from blip_scale.engine.deepspeed import ZeroEngine
+from blip_scale.engine.pictures import Panel
+from blip_scale.engine.task import Evaluation, Progress
+from blip_scale.model import NLVR2, PackedText, TextWork, fine_tuning_flops
+from blip_scale.recipe import Recipe
+from blip_scale.tasks import heldout, networks
+from blip_scale.tasks.training import TrainingTask
+
+MAX_WORDS = 40
+"""Of a sentence (published)."""
+
+
+class NLVR2Network(nn.Module):
+    """One forward is one micro-step, without any side effect."""
+
+    def __init__(self, med: NLVR2) -> None:
+        super().__init__()
+        self.med = med
+
+    def forward(self, images: Tensor, sentences: PackedText, labels: Tensor) -> dict[str, Tensor]:
+        """Cross entropy of the labels.
+
+        Args:
+            images: [2B, 3, H, W] normalised, all first images before all second ones.
+            sentences: B texts, first token [CLS].
+            labels: [B] int64, 1 where the sentence is true.
+        """
+        enc = self.med.config.text.special.enc
+        logits = self.med(images, sentences.with_first_token(enc)).float()
+        loss = F.cross_entropy(logits, labels)
+        right = (logits.detach().argmax(-1) == labels).float().mean()
+        return {"loss/total": loss, "nlvr2/accuracy": right}
+
+
+class ImagePairs(TrainingTask):
+    """The NLVR2 task: what `engine.task.Task` asks for."""
+
+    head = "nlvr2"
+
+    def text_input(self) -> data.CaptionInput:
+        """Sentences."""
+        return data.CaptionInput(self.tokenizer, self.recipe.model.text.max_tokens, MAX_WORDS)
+
+    def build_network(self) -> NLVR2Network:
+        """Encoder of sentences and pairs, weights not filled."""
+        return NLVR2Network(NLVR2(self.config))
+
+    def losses(
+        self, network: Callable[..., Any], batch: data.Batch, progress: Progress
+    ) -> dict[str, Tensor]:
+        """One forward of the network on a micro-batch.
+
+        Raises:
+            ValueError: a sample that isn't a pair of images with a label.
+        """
+        if batch.images.dim() != 5 or not all("label" in one for one in batch.annotations):
+            raise ValueError(
+                f"stream {batch.streams[0]!r}: {batch.ids[0]} is no pair of images with a label: "
+                "make the set with `python tools/prepare_data.py nlvr2`"
+            )
+        self._tokens = len(batch.token_ids)
+        images, sentences = networks.to_model_input(batch, self.device, self.dtype)
+        labels = [int(annotation["label"]) for annotation in batch.annotations]
+        found = network(first_then_second(images), sentences, torch.tensor(labels).to(self.device))
+        return found | self.stream_shares(batch)
+
+    def flops_per_step(self) -> float:
+        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+        pairs = self.batch_size
+        tokens, width = networks.image_shape(self.config)
+        work = TextWork(pairs, self._tokens, pairs, pairs * tokens, width, cross_attentions=2)
+        return self.accumulation * fine_tuning_flops(self.config, 2 * pairs, [work])
+
+    def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
+        """Accuracy on every held-out set; that of the first is the score."""
+        network = self.whole(engine, lambda: NLVR2(self.config))
+        found = Evaluation()
+        for name, pairs in heldout.heldout_sets(self.recipe, max_words=MAX_WORDS):
+            said = judgements_of(network, pairs, self.recipe, self.tokenizer)
+            scalars = accuracy(said, pairs)
+            shown = heldout.shown_images(len(pairs), self.recipe)
+            found = Evaluation(
+                found.scalars | {f"{name}/{figure}": value for figure, value in scalars.items()},
+                found.panels | {name: panels_of(pairs, shown, said)},
+                found.captions,
+                scalars["accuracy"] if found.score is None else found.score,
+            )
+        return found
+
+
+def first_then_second(images: Tensor) -> Tensor:
+    """[B, 2, 3, H, W] to [2B, 3, H, W], all first images before all second ones."""
+    return images.transpose(0, 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def judgements_of(
+    network: NLVR2, pairs: data.HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+) -> list[list[bool]]:
+    """Whether each sentence of each pair is held to be true; the ranks share the work.
+
+    The images are as the set has them; the published code swaps them at random here too.
+    """
+    device, enc = next(network.parameters()).device, network.config.text.special.enc
+    mine: list[list[bool]] = []
+    for indices in heldout.my_batches(len(pairs), recipe.evaluation.batch_size):
+        sentences = [pairs.captions[index] for index in indices]
+        owners = [place for place, said in enumerate(sentences) for _ in said]
+        flat = list(chain.from_iterable(sentences))
+        packed = data.pack_captions(tokenizer, flat, recipe.model.text.max_tokens)
+        text = networks.packed_text(packed, device).with_first_token(enc)
+        images = networks.to_pixels(pairs.images(indices)[owners], network)
+        answers = iter(network(first_then_second(images), text).argmax(-1).tolist())
+        mine += [[bool(next(answers)) for _ in said] for said in sentences]
+    return list(chain.from_iterable(collectives.all_gather_objects(mine)))
+
+
+def accuracy(said: list[list[bool]], pairs: data.HeldoutPairs) -> dict[str, float]:
+    """Share of right judgements, how many there are, and the share of the commoner label, which
+    is right without looking.
+
+    Raises:
+        ValueError: a sentence without a label.
+    """
+    known = list(chain.from_iterable(pairs.annotations))
+    if not all("label" in annotation for annotation in known):
+        raise ValueError(f"{pairs.name}: a sentence without a label; is it an NLVR2 set?")
+    labels = [bool(annotation["label"]) for annotation in known]
+    flat = list(chain.from_iterable(said))
+    right = sum(map(bool.__eq__, flat, labels))
+    true = sum(labels) / len(labels)
+    return {
+        "accuracy": right / len(labels),
+        "majority": max(true, 1 - true),
+        "sentences": float(len(labels)),
+    }
+
+
+def panels_of(pairs: data.HeldoutPairs, shown: list[int], said: list[list[bool]]) -> list[Panel]:
+    """Both images side by side with their first sentence."""
+    return [
+        Panel(
+            torch.cat(pairs.images([index])[0].unbind(0), dim=-1),
+            f"{pairs.captions[index][0]}: {said[index][0]}",
+            str(pairs.annotations[index][0]["label"]),
+        )
+        for index in shown
+    ]

@@ -1,0 +1,171 @@
+"""Fine-tuning for visual question answering.
+
+Legend: B questions with an image each, A unique answers of them, P predicted tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip_scale import data, objectives
+from blip_scale.engine.deepspeed import ZeroEngine
+from blip_scale.engine.task import Evaluation, Progress
+from blip_scale.metrics import vqa_accuracy
+from blip_scale.model import VQA, PackedText, TextWork, fine_tuning_flops, head_flops
+from blip_scale.tasks import answering, heldout, networks
+from blip_scale.tasks.training import TrainingTask
+
+VISUAL_GENOME_WEIGHT = 0.2
+"""Of a question of Visual Genome, which one person answered (published)."""
+
+
+class VQANetwork(nn.Module):
+    """One forward is one micro-step, without any side effect."""
+
+    def __init__(self, med: VQA, label_smoothing: float) -> None:
+        super().__init__()
+        self.med = med
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        images: Tensor,
+        questions: PackedText,
+        answers: PackedText,
+        owners_A: Tensor,
+        weights_A: Tensor,
+    ) -> dict[str, Tensor]:
+        """The loss of all answers, by their weights.
+
+        Args:
+            images: [B, 3, H, W] normalised, in the type of the weights.
+            questions: B texts, first token [CLS].
+            answers: A texts, first token [CLS].
+            owners_A: int64, the question of each answer.
+            weights_A: fp32.
+        """
+        med = self.med
+        special = med.config.text.special
+        every = torch.arange(len(images), device=images.device)
+        states = med.encode_questions(
+            questions.with_first_token(special.enc), med.encode_image(images), every
+        )
+        inputs, targets_P = answers.with_first_token(special.dec).split_targets()
+        logits_PV = med.decode(inputs, states, questions.segments, owners_A)
+        losses_A = objectives.sequence_losses(
+            logits_PV,
+            targets_P,
+            inputs.segments.sequence_of(len(targets_P)),
+            len(owners_A),
+            self.label_smoothing,
+        )
+        loss = objectives.answer_loss(losses_A, weights_A, len(images))
+        return {"loss/total": loss, "loss/lm": loss.detach()}
+
+
+def answer_weights(annotation: dict[str, Any]) -> dict[str, float]:
+    """The share of the people who gave each answer; of Visual Genome's one answer 0.2."""
+    answers = annotation["answers"]
+    whole = VISUAL_GENOME_WEIGHT if annotation.get("dataset") == "vg" else 1.0
+    return {answer: whole * n / len(answers) for answer, n in Counter(answers).items()}
+
+
+class VisualQuestionAnswering(TrainingTask):
+    """The VQA task: what `engine.task.Task` asks for."""
+
+    head = "vqa"
+    _sizes = (1, 1, 1)
+    """Tokens of the last micro-batch's questions and answers, and the number of answers."""
+
+    def text_input(self) -> data.CaptionInput:
+        """Questions."""
+        limit = self.recipe.model.text.max_tokens
+        return data.CaptionInput(
+            self.tokenizer, limit, answering.MAX_WORDS, clean=data.clean_question
+        )
+
+    def build_network(self) -> VQANetwork:
+        """Encoder and decoder, weights not filled."""
+        return VQANetwork(VQA(self.config), self.recipe.objective.label_smoothing)
+
+    def losses(
+        self, network: Callable[..., Any], batch: data.Batch, progress: Progress
+    ) -> dict[str, Tensor]:
+        """One forward of the network on a micro-batch.
+
+        Raises:
+            ValueError: a question without answers.
+        """
+        for number, name in enumerate(batch.ids):
+            if not batch.annotations or "answers" not in batch.annotations[number]:
+                raise ValueError(
+                    f"{name} of the stream {batch.streams[number]!r} has no answers to "
+                    f"{batch.captions[number]!r}: train on a set made of a list with answers"
+                )
+        weights = [answer_weights(annotation) for annotation in batch.annotations]
+        texts = [answer for found in weights for answer in found]
+        packed = data.pack_captions(self.tokenizer, texts, self.config.text.max_positions)
+        answers = networks.packed_text(packed, self.device)
+        owners = [number for number, found in enumerate(weights) for _ in found]
+        shares = [share for found in weights for share in found.values()]
+        images, questions = networks.to_model_input(batch, self.device, self.dtype)
+        answered = len(packed.token_ids) - len(texts)
+        self._sizes = len(batch.token_ids), answered, len(texts)
+        found = network(
+            images,
+            questions,
+            answers,
+            torch.tensor(owners, device=self.device),
+            torch.tensor(shares, device=self.device),
+        )
+        return found | self.stream_shares(batch)
+
+    def flops_per_step(self) -> float:
+        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+        pairs, width = self.batch_size, self.config.text.width
+        asked, answered, answers = self._sizes
+        image_tokens, image_width = networks.image_shape(self.config)
+        works = [
+            TextWork(pairs, asked, pairs, pairs * image_tokens, image_width),
+            TextWork(answers, answered, pairs, asked, width),
+        ]
+        flops = fine_tuning_flops(self.config, pairs, works) + head_flops(self.config, answered)
+        return self.accumulation * flops
+
+    def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
+        """Accuracy on every held-out set that has answers."""
+        vqa = self.whole(engine, lambda: VQA(self.config))
+        found = Evaluation()
+        for name, pairs in heldout.heldout_sets(
+            self.recipe, data.clean_question, answering.MAX_WORDS
+        ):
+            said = answering.answers_of(vqa, pairs, self.recipe, self.tokenizer)
+            scalars = accuracy(said, pairs)
+            shown = heldout.shown_images(len(pairs), self.recipe)
+            panels, entries = answering.panels_of(name, pairs, shown, said)
+            found = Evaluation(
+                found.scalars | {f"{name}/{figure}": value for figure, value in scalars.items()},
+                found.panels | {name: panels},
+                [*found.captions, *entries],
+                scalars.get("accuracy") if found.score is None else found.score,
+            )
+        return found
+
+
+def accuracy(said: list[list[str]], pairs: data.HeldoutPairs) -> dict[str, float]:
+    """Official VQA accuracy over all questions with answers, and how many they are; empty without
+    any."""
+    scores = [
+        vqa_accuracy(answer, annotation["answers"])
+        for answers, annotations in zip(said, pairs.annotations, strict=True)
+        for answer, annotation in zip(answers, annotations, strict=True)
+        if "answers" in annotation
+    ]
+    if not scores:
+        return {}
+    return {"accuracy": sum(scores) / len(scores), "questions": float(len(scores))}
