@@ -41,9 +41,10 @@ $(VENV)/.installed: requirements.txt requirements-demo.txt | $(VENV)/bin/python
 	@$(PIP) --no-deps -r requirements-demo.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt requirements-web.txt $(VENV)/.installed
 	@echo "Installing the test tools"
 	@$(PIP) -r requirements-dev.txt
+	@$(PIP) --no-deps -r requirements-web.txt
 	@touch $@
 
 # As many ranks as GPUs (the largest number that divides the demo's batch of 64), or two on the CPU.

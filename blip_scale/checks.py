@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,22 @@ def resolve_deepspeed(
     for name in ("optimizer", "scheduler", "fp16", "amp", "torch_autocast"):
         config.pop(name, None)
     config["zero_allow_untested_optimizer"] = True  # torch's AdamW with a switch to skip a step
+    if world_size == 1 and stage == 3:
+        _fill_for_one_rank(config["zero_optimization"])
     return _without_auto(config)
+
+
+def _fill_for_one_rank(zero: dict[str, Any]) -> None:
+    """ZeRO-3's "auto" settings on a single rank, where parting and gathering the parameters only
+    costs: they stay whole, and gradients are not taken apart to be put together again."""
+    alone = {
+        "stage3_param_persistence_threshold": sys.maxsize,
+        "stage3_model_persistence_threshold": sys.maxsize,
+        "reduce_scatter": False,
+    }
+    for name, value in alone.items():
+        if zero.get(name) == AUTO:
+            zero[name] = value
 
 
 def _agree(path: Path, name: str, found: Any, setting: str, wanted: Any) -> None:

@@ -13,6 +13,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where pandas is installed (gradio brings it), transformers imports it and with it Arrow, whose
+# allocator would start a thread, which the fork server must not have.
+os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 
 REPO = Path(__file__).resolve().parent.parent
 

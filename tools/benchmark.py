@@ -266,8 +266,8 @@ def _add_step(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=8, help="default: 8")
     command.add_argument("--rounds", type=int, default=5, help="steps of each (default: 5)")
     command.add_argument(
-        "--against", choices=("published",), action="append", default=[],
-        help="also time the step as the paper's code computes it",
+        "--against", choices=("published", "plain"), action="append", default=[],
+        help="also time the step as the paper's code computes it, or ours without DeepSpeed",
     )  # fmt: skip
     command.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"

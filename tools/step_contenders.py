@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from contest import Contest, ask
+from plain_engine import PlainEngine, PlainMomentum
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -79,24 +80,30 @@ def _encoded(pixels: np.ndarray) -> bytes:
 
 
 class Ours:
-    """The step of a real run on one rank: DeepSpeed's engine, or plain PyTorch in its place."""
+    """The step of a real run on one rank, under DeepSpeed's engine."""
 
     def __init__(self, match: Match) -> None:
-        from blip_scale.engine.deepspeed import initialize, start
-        from blip_scale.engine.sharded_momentum import ShardedMomentum
+        from blip_scale.engine.deepspeed import start
         from blip_scale.tasks.pretrain import Pretrain
 
         self.device = start(match.recipe.train.stall_timeout_s)
         self.recipe = match.recipe
         self.task = Pretrain(match.recipe, self.device)
-        ds_config = checks.resolve_deepspeed(match.recipe, match.ds_config, 1)
-        self.engine = initialize(self.task.build_network, match.recipe, ds_config)
-        self.engine.fill(self.task.initial_weights())
-        self.momentum = ShardedMomentum(self.engine, self.task.momentum_pairs)
+        self.engine, self.momentum = self.wrapped(match)
         self.engine.deepspeed.train()
         loader = self.task.batches()
         self.batches = [next(loader) for _ in range(_BATCHES)]
         self.steps = 0
+
+    def wrapped(self, match: Match) -> tuple[Any, Any]:
+        """The engine around the task's network, filled, and the momentum copies."""
+        from blip_scale.engine.deepspeed import initialize
+        from blip_scale.engine.sharded_momentum import ShardedMomentum
+
+        ds_config = checks.resolve_deepspeed(match.recipe, match.ds_config, 1)
+        engine = initialize(self.task.build_network, match.recipe, ds_config)
+        engine.fill(self.task.initial_weights())
+        return engine, ShardedMomentum(engine, self.task.momentum_pairs)
 
     def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
         """One optimizer step as the train loop takes it; `mark` hears what has just ended."""
@@ -115,8 +122,11 @@ class Ours:
         progress = Progress(self.steps, self.steps, self.task.steps_per_epoch)
         metrics = self.task.losses(self.engine.deepspeed, batch, progress)
         mark("losses")
-        self.engine.deepspeed.backward(metrics["loss/total"])
+        self.backward(metrics["loss/total"])
         mark("vision backward")
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.deepspeed.backward(loss)
 
     def split(self) -> dict[str, float]:
         """Seconds of the parts of one step, by hooks at their ends."""
@@ -248,7 +258,30 @@ class Published:
         return {"published_vision_attention": self.attention}
 
 
-CONTENDERS: dict[str, Callable[[Match], Any]] = {"ours": Ours, "published": Published}
+class Plain(Ours):
+    """Our step without DeepSpeed."""
+
+    def wrapped(self, match: Match) -> tuple[Any, Any]:
+        """The network itself."""
+        network = self.task.build_network()
+        weights = self.task.initial_weights()
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(weights[name].view_as(parameter))
+        network.to(torch.bfloat16 if match.recipe.train.precision == "bf16" else torch.float32)
+        engine = PlainEngine(network, match.recipe.optimizer)
+        return engine, PlainMomentum(engine, self.task.momentum_pairs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+CONTENDERS: dict[str, Callable[[Match], Any]] = {
+    "ours": Ours,
+    "plain": Plain,
+    "published": Published,
+}
 
 
 class StepContest(Contest):

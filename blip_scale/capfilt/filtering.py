@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blip_scale.data import Record, clean_caption
+from blip_scale.data.cache import ShardCache
 from blip_scale.data.conversion import Reason, Reject, Screened
 from blip_scale.data.stores import CorruptSample, StreamStore
 from blip_scale.inference import (
@@ -29,6 +30,7 @@ from blip_scale.recipe import StreamRecipe
 
 BINS = 20
 """Of the histogram of scores."""
+_CACHE_BYTES = 16 << 30
 WEB, SYNTHETIC = "web", "synthetic"
 _UNMATCHED = {WEB: Reason.WEB_UNMATCHED, SYNTHETIC: Reason.SYNTHETIC_UNMATCHED}
 
@@ -75,7 +77,8 @@ def models(settings: Settings) -> tuple[Blip, Blip]:
 @cache
 def store_of(folder: str, remote: str | None) -> StreamStore:
     """The input; `folder` is a cache where there is a remote."""
-    return StreamStore(StreamRecipe("input", folder, remote))
+    cache = ShardCache([Path(folder)], _CACHE_BYTES) if remote else None
+    return StreamStore(StreamRecipe("input", folder, remote), cache=cache)
 
 
 def read_shard(

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from blip_scale.capfilt import filtering
 from blip_scale.capfilt.filtering import BINS, SYNTHETIC, WEB, Settings
 from blip_scale.capfilt.sheet import sample_sheet
@@ -54,8 +56,7 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
     """
     settings = job.settings
     local = is_local(job.source)
-    cache = str(Path(task.scratch) / "capfilt-input")
-    folder, remote = (job.source, None) if local else (cache, job.source)
+    folder, remote = (job.source, None) if local else (_cache(job.source, task), job.source)
     store = filtering.store_of(folder, remote)
     chunks = [
         Chunk(
@@ -95,6 +96,11 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
         (made / STATISTICS_NAME).write_text(json.dumps(statistics, indent=2) + "\n")
         out.put(made, [SHEET_NAME, STATISTICS_NAME])
     return statistics
+
+
+def _cache(source: str, task: Task) -> str:
+    """Where shards of a remote lie while they are read; tasks on the same node share it."""
+    return str(Path(task.scratch) / f"capfilt-{xxhash.xxh3_64_hexdigest(source)}")
 
 
 def _statistics(summary: dict[str, Any]) -> dict[str, Any]:

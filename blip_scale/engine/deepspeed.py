@@ -23,7 +23,7 @@ import torch
 from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 
-from blip_scale.engine import collectives, logs
+from blip_scale.engine import collectives, logs, zero3_step
 from blip_scale.recipe import Recipe
 
 
@@ -84,6 +84,11 @@ class ZeroEngine:
     shards: list[Shard]
     towers: dict[str, list[int]]
     """Index into `shards` by tower (`vision`, `text`), for gradient norms."""
+    _norm: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.stage == 3:
+            zero3_step.trim(self.deepspeed.optimizer, self._gradient_norm)
 
     @property
     def module(self) -> nn.Module:
@@ -127,8 +132,17 @@ class ZeroEngine:
             if gradient is not None and gradient.numel():
                 squares[index] = torch.linalg.vector_norm(gradient[: shard.numel]).double() ** 2
         totals = [squares.sum(), *(squares[index].sum() for index in self.towers.values())]
-        norms = collectives.all_reduce_sum(torch.stack(totals)).sqrt().tolist()
-        return dict(zip(("all", *self.towers), norms, strict=True))
+        norms = collectives.all_reduce_sum(torch.stack(totals)).sqrt()
+        self._norm = norms[0]
+        return dict(zip(("all", *self.towers), norms.tolist(), strict=True))
+
+    def _gradient_norm(self) -> Tensor:
+        """The norm for clipping: what `gradient_norms` found in this step, or found now."""
+        if self._norm is None:
+            self.gradient_norms()
+        norm, self._norm = self._norm, None
+        assert norm is not None
+        return norm.float()
 
     def assign(self, parameters: list[nn.Parameter], parts: list[Part]) -> None:
         """Write compute weights from this rank's parts of some parameters.

@@ -127,17 +127,29 @@ def features(reader: Reader, paths: Sequence[str]) -> Iterator[Answer]:
 
 
 def search(
-    reader: Reader, paths: Sequence[str], text: str, top: int, rerank: int
+    reader: Reader,
+    paths: Sequence[str],
+    text: str,
+    top: int,
+    rerank: int,
+    known: dict[str, list[float]] | None = None,
 ) -> Iterator[Answer]:
     """Errors first; then the `top` images of a text, best first: by cosine (`itc`), or of the
-    `rerank` best ones by the matching probability (`itm`)."""
+    `rerank` best ones by the matching probability (`itm`).
+
+    Args:
+        known: features of images by path, which are not computed again; takes the new ones.
+    """
     query = reader.blip.text_features([text])[0]
-    itc: dict[str, float] = {}
-    for answer in features(reader, paths):
+    known = {} if known is None else known
+    for answer in features(reader, [path for path in paths if path not in known]):
         if "error" in answer:
             yield answer
         else:
-            itc[answer["image"]] = float(torch.tensor(answer["features"]) @ query)
+            known[answer["image"]] = answer["features"]
+    rows = {path: known[path] for path in paths if path in known}
+    cosines = (torch.tensor(list(rows.values())) @ query).tolist() if rows else []
+    itc = dict(zip(rows, cosines, strict=True))
     ranked = sorted(itc, key=lambda name: -itc[name])
     found: list[Answer] = [{"image": name, "itc": itc[name]} for name in ranked]
     if rerank:

@@ -46,7 +46,7 @@ class Blip:
     """`load_blip` makes it. Methods raise ValueError where the checkpoint lacks what they need."""
 
     network: MED | VQA
-    """In evaluation mode; what the checkpoint lacks is on the meta device."""
+    """In evaluation mode, with the parts that the checkpoint has."""
     tokenizer: PreTrainedTokenizerFast
     head: Head
     origin: str
@@ -181,9 +181,13 @@ class Blip:
         rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         return PackedText.from_lists(rows, self.device)
 
+    def serves(self, use: Use) -> bool:
+        """Whether the checkpoint can serve a use."""
+        return self.head in _HEADS[use]
+
     def require(self, use: Use) -> None:
         """Raises ValueError where the checkpoint can't serve a use."""
-        if self.head not in _HEADS[use]:
+        if not self.serves(use):
             raise ValueError(
                 f"{self.origin} is a {self.head} checkpoint; {use} takes one of: "
                 f"{', '.join(_HEADS[use])}"

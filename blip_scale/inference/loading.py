@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PUBLISHED_TOKENIZER = "bert-base-uncased"
 _PROMPT = "a picture of "
-"""With which the published captioners were fine-tuned."""
+"""With which the published captioners were fine-tuned; our runs say theirs in their recipe."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
         text = text_of(recipe, loading.tokenizer)
         config = med_config(recipe, load_tokenizer(text))
     weights = interop.read_checkpoint(source, config, with_state=False)
-    if weights.head == "nlvr2":
-        raise ValueError(f"{source} is an nlvr2 checkpoint, which reads pairs of images: not here")
+    if weights.head in ("nlvr2", "visdial"):
+        raise ValueError(
+            f"{source} is a {weights.head} checkpoint, which none of the uses here takes"
+        )
     tokenizer = tokenizer_of(source, weights.config, recipe, loading.tokenizer)
     device = torch.device(loading.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = loading.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -140,25 +142,24 @@ def _resized(config: MEDConfig, image_size: int | None) -> MEDConfig:
 def _filled(
     config: MEDConfig, weights: BlipWeights, device: torch.device, dtype: torch.dtype
 ) -> MED | VQA:
-    """The network in evaluation mode; what the checkpoint's head lacks holds no memory and can't
-    be read."""
-    is_vqa = weights.head == "vqa"
+    """The network of the checkpoint's head in evaluation mode, without what the head lacks."""
     with torch.device("meta"):
-        network = (VQA if is_vqa else MED)(replace(config, gradient_checkpointing=False))
-    names = dict(network.named_parameters())
-    rename = interop.task_from_published if is_vqa else interop.from_salesforce
-    state = rename(weights.state, names)
-    positions, vision = state.get("vision.pos_embed"), network.vision
-    if positions is not None and vision.pos_embed is not None:
+        network = interop.build_network(weights.head, replace(config, gradient_checkpointing=False))
+    assert isinstance(network, MED | VQA)
+    names = [f"{interop.PREFIX}{name}" for name, _ in network.named_parameters()]
+    state = interop.from_published(weights.state, weights.head, names)
+    placed = {name.removeprefix(interop.PREFIX): tensor for name, tensor in state.items()}
+    vision = network.vision
+    if vision.pos_embed is not None:
         extra = vision.pos_embed.shape[1] - vision.patch_embed.num_patches
-        state["vision.pos_embed"] = interop.interpolate_positions(
-            positions, vision.patch_embed.grid_size, extra
+        placed["vision.pos_embed"] = interop.interpolate_positions(
+            placed["vision.pos_embed"], vision.patch_embed.grid_size, extra
         )
-    placed = {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    placed = {name: tensor.to(device, dtype) for name, tensor in placed.items()}
     if "lm_head.bias" in placed:
-        words = "text_decoder" if is_vqa else "text"
+        words = "text_decoder" if isinstance(network, VQA) else "text"
         placed["lm_head.weight"] = placed[f"{words}.embeddings.word.weight"]
-    network.load_state_dict(placed, strict=False, assign=True)
+    network.load_state_dict(placed, assign=True)
     return network.eval().requires_grad_(False)
 
 

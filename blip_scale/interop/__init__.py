@@ -12,6 +12,7 @@ from blip_scale.interop.checkpoints import (
 )
 from blip_scale.interop.heads import (
     OWN_NETWORKS,
+    PREFIX,
     build_network,
     cut_down,
     expected_shapes,
@@ -32,6 +33,7 @@ __all__ = [
     "HEADS",
     "OWN_NETWORKS",
     "PARTS",
+    "PREFIX",
     "BlipWeights",
     "Format",
     "Head",

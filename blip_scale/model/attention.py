@@ -227,12 +227,19 @@ def _sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: AttentionLayout, 
     queries, keys = layout.queries, layout.keys
     # Pads come last, so a causal token never sees one: no mask is needed beside the causal one.
     mask = None if layout.causal or keys.is_dense(len(k_THC)) else layout.key_mask
-    out_SHLC = F.scaled_dot_product_attention(
-        queries.pad(q_THC).transpose(1, 2),
-        keys.pad(k_THC).transpose(1, 2),
-        keys.pad(v_THC).transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=p,
-        is_causal=layout.causal,
-    )
+    q_SHLC = queries.pad(q_THC).transpose(1, 2)
+    k_SHLC, v_SHLC = keys.pad(k_THC).transpose(1, 2), keys.pad(v_THC).transpose(1, 2)
+    if mask is None and p == 0 and not layout.causal and _is_slow_backward(q_SHLC):
+        scores = (q_SHLC * q_SHLC.shape[-1] ** -0.5) @ k_SHLC.transpose(-1, -2)
+        out_SHLC = scores.softmax(dim=-1) @ v_SHLC
+    else:
+        out_SHLC = F.scaled_dot_product_attention(
+            q_SHLC, k_SHLC, v_SHLC, attn_mask=mask, dropout_p=p, is_causal=layout.causal
+        )
     return queries.unpad(out_SHLC.transpose(1, 2), len(q_THC))
+
+
+def _is_slow_backward(q: Tensor) -> bool:
+    """SDPA's backward on a CPU in bf16: 20 ms at 8 x 12 x 197 x 64 on two cores with AMX, where
+    that of the plain products takes 5."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad

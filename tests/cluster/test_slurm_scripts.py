@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_blip
 import tiny_runs
 from slurm_cluster import SlurmCluster, wait_for
+
+from blip_scale.data import write_shards
 
 SCRIPTS = sorted((tiny_runs.REPO / "slurm").glob("*.sh"))
 
@@ -21,6 +24,32 @@ def test_shellcheck_finds_nothing() -> None:
     command = [tool, "--external-sources", *scripts]
     done = subprocess.run(command, cwd=tiny_runs.REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def run_array(slurm: SlurmCluster, folder: Path, script: str, *arguments: str) -> None:
+    """An array of two tasks to its end, each on a node of its own."""
+    job = slurm.run(
+        "sbatch", "--parsable", "--array=0-1", "--cpus-per-task=4", "--mem=0",
+        f"--output={folder}/%a.log", str(tiny_runs.REPO / "slurm" / script), *arguments,
+        REPO=str(tiny_runs.REPO), PYTHON=sys.executable, SCRATCH=str(folder),
+    ).strip()  # fmt: skip
+
+    def states() -> list[str]:
+        shown = slurm.run("scontrol", "show", "job", "--oneliner", job).splitlines()
+        return [line.split("JobState=")[1].split()[0] for line in shown]
+
+    wait_for(lambda: states() == ["COMPLETED"] * 2 or "FAILED" in states(), "both tasks")
+    logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
+    assert states() == ["COMPLETED"] * 2, logs
+    shown = slurm.run("scontrol", "show", "job", "--oneliner", job)
+    assert {"NodeList=n1", "NodeList=n2"} <= set(shown.split())
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.mark.slurm
@@ -35,26 +64,23 @@ def test_an_array_job_makes_the_bytes_of_one_process(slurm: SlurmCluster, tmp_pa
     alone, array = tmp_path / "alone", tmp_path / "array"
     tool = str(tiny_runs.REPO / "tools" / "prepare_data.py")
     subprocess.run([sys.executable, tool, "folder", str(images), str(alone), *options], check=True)
-    job = slurm.run(
-        "sbatch", "--parsable", "--array=0-1", "--cpus-per-task=4", "--mem=0",
-        f"--output={tmp_path}/%a.log", str(tiny_runs.REPO / "slurm" / "prepare_data.sh"),
-        "folder", str(images), str(array), *options,
-        REPO=str(tiny_runs.REPO), PYTHON=sys.executable, SCRATCH=str(tmp_path),
-    ).strip()  # fmt: skip
+    run_array(slurm, tmp_path, "prepare_data.sh", "folder", str(images), str(array), *options)
+    assert_same_files(alone, array)
 
-    def states() -> list[str]:
-        shown = slurm.run("scontrol", "show", "job", "--oneliner", job).splitlines()
-        return [line.split("JobState=")[1].split()[0] for line in shown]
 
-    logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
-    wait_for(lambda: states() == ["COMPLETED"] * 2 or "FAILED" in states(), f"both tasks {logs}")
-    assert states() == ["COMPLETED"] * 2
-    names = sorted(path.relative_to(alone) for path in alone.rglob("*") if path.is_file())
-    assert names == sorted(path.relative_to(array) for path in array.rglob("*") if path.is_file())
-    for name in names:
-        assert (array / name).read_bytes() == (alone / name).read_bytes(), name
-    shown = slurm.run("scontrol", "show", "job", "--oneliner", job)
-    assert {"NodeList=n1", "NodeList=n2"} <= set(shown.split())
+@pytest.mark.slurm
+def test_capfilt_as_an_array_makes_the_bytes_of_one_process(
+    slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    words = tiny_blip.vocabulary(tmp_path / "words" / "vocabulary")
+    blip = str(tiny_blip.write_ours(tmp_path / "step_00000007", tiny_blip.config(words), words))
+    web, alone, array = tmp_path / "web", tmp_path / "alone", tmp_path / "array"
+    write_shards(web, tiny_runs.records("web"), shard_size="4kb")
+    options = ["--captioner", blip, "--filter", blip, "--device", "cpu", "--workers", "1"]
+    tool = str(tiny_runs.REPO / "tools" / "capfilt.py")
+    subprocess.run([sys.executable, tool, str(web), str(alone), *options], check=True)
+    run_array(slurm, tmp_path, "capfilt.sh", str(web), str(array), *options)
+    assert_same_files(alone, array)
 
 
 _ASK = """

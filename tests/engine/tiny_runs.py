@@ -125,7 +125,7 @@ def launch(
     `script` stands in for train.py and takes its arguments. The ranks are forked with everything
     imported; `launch_by_command` starts fresh interpreters.
     """
-    port = _free_port()
+    port = free_port()
     processes = []
     for rank in range(ranks):
         environment = os.environ | {
@@ -136,12 +136,12 @@ def launch(
         command = [str(script), "--recipe", str(recipe)]
         command += ["--deepspeed", str(REPO / f"ds_configs/zero{stage}.json"), *arguments]
         with (recipe.parent / f"stderr_{rank}.txt").open("a") as stderr:
-            processes.append(_fork_server().start(command, environment, REPO, stderr))
+            processes.append(fork_server().start(command, environment, REPO, stderr))
     return processes
 
 
 @cache
-def _fork_server() -> ForkServer:
+def fork_server() -> ForkServer:
     return ForkServer(os.environ | {"DS_ACCELERATOR": "cpu"})
 
 
@@ -157,7 +157,7 @@ def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Pope
         command = [sys.executable, "blip_scale/train.py", "--deepspeed", "ds_configs/zero2.json"]
     else:
         command = [str(tools / "deepspeed"), "--num_gpus", str(ranks)]
-        command += ["--master_port", str(_free_port()), "--log_level", "error"]
+        command += ["--master_port", str(free_port()), "--log_level", "error"]
         command += ["blip_scale/train.py", "--deepspeed", "ds_configs/zero3.json"]
     command += ["--recipe", str(recipe)]
     with (recipe.parent / "stdout").open("w") as out, (recipe.parent / "stderr").open("w") as err:
@@ -166,7 +166,7 @@ def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Pope
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -215,6 +215,36 @@ def test_nucleus_draws_what_theirs_draws(captioning, images: Tensor) -> None:
         assert ours == expected
 
 
+def test_nucleus_by_given_numbers(
+    captioning, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs with the same numbers in the place of multinomial's; each image's caption is the same
+    alone and in any company."""
+    med, theirs = unruly(captioning, 0.4, 1.0)
+    settings = {"max_length": 14, "min_length": 6, "top_p": 0.9, "top_k": 20}
+    sampling = NucleusSettings(**settings, repetition_penalty=1.1)
+    for seed in range(5):
+        draws = torch.rand((len(images), 14), generator=torch.Generator().manual_seed(seed))
+        places = iter(range(len(PROMPT), 14))
+
+        def choose(shares: Tensor, _: int, draws: Tensor = draws, places=places) -> Tensor:
+            ends, place = shares.double().cumsum(-1), next(places)
+            return (ends <= draws[:, place, None] * ends[:, -1:]).sum(-1, keepdim=True)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "multinomial", lambda p, num_samples: choose(p, num_samples))
+            expected = their_captions(
+                theirs, images, do_sample=True, num_beams=1, repetition_penalty=1.1, **settings
+            )
+        embeds = med.encode_image(images)
+        assert caption_nucleus(med, embeds, PROMPT, sampling, draws) == expected
+        alone = [
+            caption_nucleus(med, embeds[i : i + 1], PROMPT, sampling, draws[i : i + 1])[0]
+            for i in range(len(images))
+        ]
+        assert alone == expected
+
+
 def test_nucleus_keeps_what_theirs_keeps() -> None:
     logits = 3 * torch.randn(200, VOCABULARY, generator=torch.Generator().manual_seed(0))
     for top_p, top_k in ((0.9, 20), (0.5, 50), (0.01, 5), (1.0, 3)):

@@ -1,0 +1,274 @@
+"""CapFilt of a set of drawings: what is kept, the same bytes whatever happens on the way, and what
+is refused."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+
+from blip_scale.data import Record, write_shards
+from blip_scale.data.decoding import decode_image
+from blip_scale.data.shards import INDEX_NAME
+from blip_scale.data.stores import StreamStore
+from blip_scale.inference import draws_of, load_blip, pixels_of
+from blip_scale.model import NucleusSettings
+from blip_scale.recipe import StreamRecipe
+from tools import capfilt
+
+SAMPLING = ["--max-tokens", "10", "--min-tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 drawings in several shards; every third has two captions, and one can't be decoded."""
+    folder = tmp_path_factory.mktemp("web") / "web"
+    drawings = tiny_runs.records("web")
+    records = [
+        replace(one, caption=[one.caption, "a big cross"] if i % 3 == 0 else one.caption)
+        for i, one in enumerate(drawings)
+    ]
+    records[20] = Record("broken", records[20].image[:60], "a disc", "web")
+    write_shards(folder, records, shard_size="4kb")
+    return folder
+
+
+def run(web: Path, out: Path, *more: str, code: int = 0, model: Path | None = None) -> Path:
+    """The command, on one CPU process."""
+    given = ["--captioner", str(model), "--filter", str(model)] if model else []
+    common = [*SAMPLING, "--workers", "1", "--device", "cpu", "--batch-size", "5"]
+    assert capfilt.main([str(web), str(out), *given, *common, *more]) == code
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(web: Path, hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes in one go, with captioner and filter of two folders."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    models = ["--captioner", str(hf / "captioning"), "--filter", str(hf / "retrieval")]
+    return run(web, out, *models)
+
+
+@pytest.fixture(scope="module")
+def models(hf: Path) -> list[str]:
+    return ["--captioner", str(hf / "captioning"), "--filter", str(hf / "retrieval")]
+
+
+def samples_of(folder: Path) -> list[dict[str, Any]]:
+    store = StreamStore(StreamRecipe("set", str(folder)))
+    return [store.read(s, i) for s, count in enumerate(store.shard_samples) for i in range(count)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(web: Path, hf: Path) -> dict[str, list[tuple[str, str, float]]]:
+    """(kind, text, score) of every sample by its id: each image alone, and matched by
+    transformers."""
+    from transformers import BlipForImageTextRetrieval, BlipProcessor
+
+    captioner = load_blip(hf / "captioning")
+    theirs = BlipForImageTextRetrieval.from_pretrained(hf / "retrieval")
+    processor = BlipProcessor.from_pretrained(hf / "retrieval")
+    sampling = NucleusSettings(max_length=10, min_length=4)
+    found = {}
+    for sample in samples_of(web):
+        if sample["id"] == "broken":
+            continue
+        embeds = captioner.image_embeds(pixels_of(sample["image"], 32)[None])
+        draws = draws_of([sample["id"]], 0, 10)
+        said = captioner.captions(embeds, sampling, draws=draws)[0]
+        texts = [*(("web", text) for text in sample["captions"]), ("synthetic", said)]
+        image = decode_image(sample["image"])
+        found[sample["id"]] = []
+        for kind, text in texts:
+            inputs = processor(image, text, return_tensors="pt")
+            inputs["input_ids"][:, 0] = theirs.config.text_config.enc_token_id
+            with torch.no_grad():
+                score = theirs(**inputs).itm_score.softmax(-1)[0, 1].item()
+            found[sample["id"]].append((kind, text, score))
+    return found
+
+
+def test_what_matches_is_kept_and_says_where_it_is_from(
+    web: Path, whole: Path, expected: dict[str, list[tuple[str, str, float]]]
+) -> None:
+    before = {sample["id"]: sample for sample in samples_of(web)}
+    written = {sample["id"]: sample for sample in samples_of(whole)}
+    prints = set()
+    for name, scored in expected.items():
+        kept = [one for one in scored if one[2] >= 0.5]
+        assert (name in written) == bool(kept)
+        if not kept:
+            continue
+        sample = written[name]
+        assert sample["captions"] == [text for _, text, _ in kept]
+        for origin, (kind, _, score) in zip(sample["annotations"], kept, strict=True):
+            assert origin["kind"] == kind
+            assert origin["score"] == pytest.approx(score, abs=1e-4)
+            assert ("captioner" in origin) == (kind == "synthetic")
+            prints.add((origin["filter"], origin.get("captioner")))
+        same = ("image", "source", "width", "height", "url")
+        assert {key: sample[key] for key in same} == {key: before[name][key] for key in same}
+    assert len(prints) == 2 and all(len(mark) == 16 for mark, _ in prints)
+    assert 5 < len(written) < 64
+    kinds = Counter(o["kind"] for s in written.values() for o in s["annotations"])
+    assert min(kinds.values()) > 5 and len(kinds) == 2
+
+
+def test_everything_is_counted(
+    whole: Path, expected: dict[str, list[tuple[str, str, float]]]
+) -> None:
+    statistics = json.loads((whole / "statistics.json").read_text())
+    scored = [one for own in expected.values() for one in own]
+    for kind in ("web", "synthetic"):
+        scores = [score for own, _, score in scored if own == kind]
+        kept = sum(score >= 0.5 for score in scores)
+        found = statistics[kind]
+        assert (found["read"], found["kept"]) == (len(scores), kept)
+        assert found["dropped"] == len(scores) - kept
+        assert sum(found["score_histogram"]) == len(scores)
+        assert sum(found["score_histogram"][10:]) == kept
+    assert statistics["images"]["read"] == 64 and statistics["undecodable_images"] == 1
+    assert statistics["settings"]["threshold"] == 0.5
+    rejects = [json.loads(line) for line in (whole / "rejects.jsonl").read_text().splitlines()]
+    reasons = Counter(reject["reason"] for reject in rejects)
+    assert reasons["web caption doesn't match"] == statistics["web"]["dropped"]
+    assert reasons["undecodable"] == 1
+    dropped = [text for _, text, score in scored if score < 0.5]
+    said = [one["detail"].split(" ", 1)[1] for one in rejects if one["reason"] != "undecodable"]
+    assert sorted(said) == sorted(dropped)
+
+
+def test_the_sheet_shows_what_was_done(whole: Path) -> None:
+    page = (whole / "samples.html").read_text()
+    assert page.count('<div class="card">') == 48
+    assert page.count("data:image/jpeg;base64,") >= 47
+    rejects = [json.loads(line) for line in (whole / "rejects.jsonl").read_text().splitlines()]
+    assert page.count('class="text"') > 5 and 5 < page.count("text dropped") <= len(rejects)
+
+
+@pytest.mark.multiprocess
+def test_pretraining_reads_each_caption_once(whole: Path) -> None:
+    store = StreamStore(StreamRecipe("clean", str(whole), repeat="captions"))
+    assert sum(store.shard_items) == sum(len(sample["captions"]) for sample in samples_of(whole))
+    folder = whole.parent / "run"
+    folder.mkdir()
+    recipe = tiny_runs.make_recipe(
+        folder,
+        data={"streams": [{"name": "clean", "local": str(whole), "repeat": "captions"}]},
+        train={"max_steps": 2},
+    )
+    tiny_runs.train(recipe)
+    assert set(tiny_runs.losses(folder / "run")) == {1, 2}
+
+
+@pytest.mark.multiprocess
+def test_a_run_that_was_fine_tuned_says_its_prompt(tmp_path: Path) -> None:
+    """Loaded by its folder alone, and captions begin as it was trained; it can't match."""
+    prompt = "a big "
+    recipe = tiny_runs.make_recipe(
+        tmp_path, task="captioning", model={"text": {"prompt": prompt}}, train={"max_steps": 1}
+    )
+    tiny_runs.train(recipe)
+    blip = load_blip(tmp_path / "run")
+    assert (blip.head, blip.prompt, blip.image_size) == ("captioning", prompt, 32)
+    assert len(blip.prompt_ids(prompt)) == 3
+    embeds = blip.image_embeds(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    sampling = NucleusSettings(max_length=8, min_length=5)
+    draws = draws_of(["a", "b"], 0, 8)
+    said = blip.captions(embeds, sampling, draws=draws)
+    assert said == blip.captions(embeds, sampling, prompt, draws)
+    assert said != blip.captions(embeds, sampling, "", draws)
+    with pytest.raises(ValueError, match="is a captioning checkpoint; match takes one of"):
+        blip.match(embeds, ["a"], [0])
+
+
+def test_other_processes_and_machines_give_the_same_bytes(
+    web: Path, whole: Path, models: list[str], tmp_path: Path
+) -> None:
+    """Two processes; two parts, the second first; a merge that comes again."""
+    undisturbed = files_of(whole)
+    assert files_of(run(web, tmp_path / "two", *models, "--workers", "2")) == undisturbed
+    parts = tmp_path / "parts"
+    run(web, parts, *models, "--shard", "1/2")
+    assert not (parts / INDEX_NAME).exists() and not (parts / "statistics.json").exists()
+    run(web, parts, *models, "--shard", "0/2")
+    assert files_of(parts) == undisturbed
+    for name in ("statistics.json", "samples.html", INDEX_NAME):
+        (parts / name).unlink()
+    run(web, parts, *models, "--shard", "1/2")
+    assert files_of(parts) == undisturbed
+
+
+@pytest.mark.multiprocess
+def test_killed_again_and_again(web: Path, whole: Path, models: list[str], tmp_path: Path) -> None:
+    """kill -9 after each new shard, until there is nothing left to do: the same bytes."""
+    out, kills = tmp_path / "out", 0
+    context = multiprocessing.get_context("fork")
+    while not (out / "statistics.json").exists():
+        done = len(list(out.glob("chunks/*.json")))
+        process = context.Process(target=run, args=(web, out, *models))
+        process.start()
+        while process.is_alive() and len(list(out.glob("chunks/*.json"))) == done:
+            time.sleep(0.005)
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        time.sleep(0.3)  # its workers end by themselves
+    assert kills >= 3
+    assert files_of(out) == files_of(whole)
+
+
+def test_what_was_begun_goes_on_as_it_was_begun(
+    web: Path, models: list[str], ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(web, tmp_path / "out", *models, "--shard", "0/2")
+    capsys.readouterr()
+    changes = (["--threshold", "0.4"], ["--seed", "1"], ["--top-p", "0.8"], ["--prompt", "a"])
+    for more in changes:
+        run(web, tmp_path / "out", *models, "--shard", "1/2", *more, code=1)
+        assert "was begun with other input or settings" in capsys.readouterr().err
+    run(web, tmp_path / "out", "--shard", "1/2", model=ours, code=1)  # same weights, another head
+    assert "was begun with other input or settings" in capsys.readouterr().err
+
+
+def test_wrong_checkpoints_are_refused(
+    web: Path, hf: Path, ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(hf / "captioning", cut)
+    file = cut / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for captioner, judge, message in (
+        (hf / "retrieval", ours, "is a retrieval checkpoint; caption takes one of: pretrain"),
+        (ours, hf / "captioning", "is a captioning checkpoint; match takes one of: pretrain"),
+        (hf / "vqa", ours, "is a vqa checkpoint; caption takes one of"),
+        (cut, ours, "damaged or unsafe weights"),
+        (tmp_path / "nowhere", ours, "nowhere: no such file or folder"),
+    ):
+        models = ["--captioner", str(captioner), "--filter", str(judge)]
+        run(web, tmp_path / "out", *models, code=1)
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("error: ") and message in said
+    assert not (tmp_path / "out").exists()
+    models = ["--captioner", str(ours), "--filter", str(ours)]
+    run(tmp_path, tmp_path / "out", *models, code=1)
+    assert "no index.json in" in capsys.readouterr().err
+    run(web, tmp_path / "out", *models, "--threshold", "50", code=1)
+    assert "a probability from 0 to 1" in capsys.readouterr().err
