@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Train a recipe from the weights of a checkpoint. Submit it from the clone; arguments are settings:
+# Fine-tune from the weights of a checkpoint of any kind: a run, BLIP's .pth, a Hugging Face folder.
+# Submit it from the clone; arguments are settings:
 #
-#   RECIPE=finetune.yaml INIT=runs/pretrain_129M/weights sbatch slurm/finetune.sh
+#   RECIPE=finetune_retrieval_coco INIT=runs/pretrain_129M sbatch slurm/finetune.sh
+#   RECIPE=finetune_captioning_coco INIT=model_base_capfilt_large.pth sbatch slurm/finetune.sh
 #
 # What a site changes is here, or on sbatch's command line (--partition, --account, --nodes ...):
 #SBATCH --job-name=finetune
@@ -19,7 +21,7 @@
 set -euo pipefail
 
 : "${RECIPE:?a recipe of the package or a YAML file}" "${INIT:?the checkpoint to start from}"
-export RECIPE
+export RECIPE OUTPUT_DIR=${OUTPUT_DIR:-${REPO:-$SLURM_SUBMIT_DIR}/runs/$(basename "$RECIPE" .yaml)}
 set -- model.checkpoint="$INIT" "$@"
 # shellcheck source=slurm/train.sh
 source "${REPO:-$SLURM_SUBMIT_DIR}/slurm/train.sh"

@@ -39,7 +39,7 @@ class BlipWeights:
     origin: str
     """What it was read from, for messages and the model card."""
     step: int | None = None
-    """Optimizer steps of pretraining, where the source says it."""
+    """Optimizer steps of its training, where the source says it."""
     notes: list[str] = field(default_factory=list)
     """What was made and not read, in words."""
 

@@ -58,7 +58,7 @@ def read_huggingface(folder: Path) -> BlipWeights:
     state = from_huggingface(_load(folder, name))
     if head == "retrieval" and getattr(theirs, "itc_temperature", None) is not None:
         state["temp"] = torch.tensor(theirs.itc_temperature)
-    step = getattr(theirs, "pretraining_steps", None)
+    step = getattr(theirs, "training_steps", None)
     return checked(BlipWeights(head, config, state, str(folder), step))
 
 

@@ -56,7 +56,7 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
             "logit_scale_init_value": -temperature.log().item(),
         }
     if weights.step is not None:
-        extra["pretraining_steps"] = weights.step
+        extra["training_steps"] = weights.step
     return BlipConfig(
         text_config=theirs.to_dict(),
         vision_config=vision.to_dict(),

@@ -54,7 +54,7 @@ def model_card(weights: BlipWeights, origin: Origin) -> str:
     untrained = (
         "\nIts encoder and decoder are those of pretraining: it was not fine-tuned on questions, "
         "so its answers mean nothing before that.\n"
-        if head == "vqa" and origin.recipe else ""
+        if head == "vqa" and origin.recipe.get("task") == "pretrain" else ""
     )  # fmt: skip
     network = (
         f"| ViT | {vision.name}{f', {vision.overrides}' if vision.overrides else ''}, "
@@ -89,7 +89,7 @@ of blip_scale or of BLIP's published code.
 
 def _training(weights: BlipWeights, origin: Origin) -> str:
     if not origin.recipe:
-        step = f" It was pretrained for {weights.step} steps." if weights.step else ""
+        step = f" It was trained for {weights.step} steps." if weights.step else ""
         return f"The checkpoint says nothing of its data.{step}\n"
     recipe = origin.recipe
     streams = ", ".join(stream["name"] for stream in recipe["data"]["streams"])

@@ -55,7 +55,6 @@ def heldout_sets(
         yield stream.name, pairs
 
 
-@torch.no_grad()
 def retrieval_on(
     med: MED,
     pairs: data.HeldoutPairs,
@@ -65,6 +64,20 @@ def retrieval_on(
 ) -> dict[str, float]:
     """Recalls on a set (`retrieval.retrieval_figures`), all ranks together; `with_matching`: of
     the candidates re-ranked too."""
+    similarity, reranked = scores_on(med, pairs, recipe, tokenizer, with_matching)
+    return retrieval.retrieval_figures(similarity, reranked, _owners(pairs))
+
+
+@torch.no_grad()
+def scores_on(
+    med: MED,
+    pairs: data.HeldoutPairs,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    with_matching: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Cosines [I, S] of all images and texts of a set, and what `retrieval.rerank` makes of them;
+    the same on all ranks."""
     settings = recipe.evaluation
     texts = _Texts(list(chain.from_iterable(pairs.captions)), recipe, tokenizer, med)
     features = _encode(med, pairs, texts, settings.batch_size)
@@ -74,7 +87,7 @@ def retrieval_on(
         reranked = retrieval.rerank(
             med, features, texts.matching, settings.rerank_top_k, settings.batch_size
         )
-    return retrieval.retrieval_figures(similarity, reranked, _owners(pairs))
+    return similarity, reranked
 
 
 def _owners(pairs: data.HeldoutPairs) -> Tensor:
@@ -108,7 +121,8 @@ class _Texts:
 def _encode(
     med: MED, pairs: data.HeldoutPairs, texts: _Texts, batch_size: int
 ) -> retrieval.PairFeatures:
-    """Features of all images and texts on every rank; each rank encodes its share."""
+    """Features of all images and texts on every rank, and the image tokens of its share; each rank
+    encodes its share."""
     embeds, images, sentences = [], [], []
     for indices in my_batches(len(pairs), batch_size):
         image_embeds = med.encode_image(networks.to_pixels(pairs.images(indices), med))
@@ -117,10 +131,9 @@ def _encode(
     for indices in my_batches(texts.count, batch_size):
         sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
     gathered = [
-        torch.cat(collectives.all_gather_ragged(torch.cat(parts)))
-        for parts in (embeds, images, sentences)
+        torch.cat(collectives.all_gather_ragged(torch.cat(parts))) for parts in (images, sentences)
     ]
-    return retrieval.PairFeatures(*gathered)
+    return retrieval.PairFeatures(torch.cat(embeds), *gathered)
 
 
 def my_batches(count: int, batch_size: int) -> Iterator[range]:

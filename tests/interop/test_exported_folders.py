@@ -144,6 +144,6 @@ def test_the_pipeline_just_works(hf: Path, med: MED, pictures: list[Path]) -> No
 def test_the_card_says_what_is_known(hf: Path) -> None:
     card = (hf / "captioning" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\ntags: [blip]\npipeline_tag: image-to-")
-    assert "2 layers, width 48, 4 heads" in card and "pretrained for 7 steps" in card
+    assert "2 layers, width 48, 4 heads" in card and "trained for 7 steps" in card
     assert "The checkpoint says nothing of its data" in card
     assert "enc_token_id" in (hf / "retrieval" / "README.md").read_text()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blip_scale import data, interop, objectives
+from blip_scale import data, inference, interop, objectives
 from blip_scale import recipe as recipes
 from blip_scale.model import MED, MomentumEncoder, PackedText
 from blip_scale.objectives import FeaturePair
 from blip_scale.recipe import ObjectiveRecipe, Recipe
-from blip_scale.tasks import networks
+from blip_scale.tasks import heldout, networks, retrieval
 from blip_scale.tasks.captioning import CaptioningNetwork
 from blip_scale.tasks.retrieval_task import RetrievalNetwork
 from tools import convert_checkpoint
@@ -44,9 +45,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(folder: Path, task: str, pretrained: Path, **changes: Any) -> Path:
-    """The tiny run's, for fine-tuning; two images of several captions."""
+    """The tiny run's, for fine-tuning."""
     prompt = "a big " if task == "captioning" else ""
-    tiny_runs.make_recipe(folder)
     return tiny_runs.make_recipe(
         folder,
         task=task,
@@ -236,3 +236,65 @@ def test_a_run_resumes_and_is_exported(pretrained: Path, tmp_path: Path, task: s
     }
     assert {name: first[name] for name in at_the_end} == pytest.approx(at_the_end)
     assert len(at_the_end) >= 2
+
+
+@pytest.fixture(scope="session")
+def exported(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders captioning and retrieval for transformers."""
+    out = tmp_path_factory.mktemp("exported") / "hf"
+    vocabulary = ["--tokenizer", str(pretrained.parent / "vocabulary"), "--head", "all"]
+    assert convert_checkpoint.main([str(pretrained), str(out), *vocabulary]) == 0
+    return out
+
+
+@torch.no_grad()
+def test_scores_of_an_exported_folder_are_those_of_transformers(
+    exported: Path, pretrained: Path, tiny: Recipe
+) -> None:
+    """Cosine of all pairs, and raw match logit plus cosine of those re-ranked."""
+    from transformers import BlipForImageTextRetrieval, BlipProcessor
+
+    folder = exported / "retrieval"
+    blip = inference.load_blip(folder)
+    pairs = data.heldout_pairs(tiny.data.heldout[0], blip.image_size)
+    cosines, reranked = heldout.scores_on(blip.med, pairs, tiny, blip.tokenizer, True)
+    assert reranked is not None
+    theirs = BlipForImageTextRetrieval.from_pretrained(folder)
+    processor = BlipProcessor.from_pretrained(folder)
+    raw = [caption for own in pairs.captions for caption in own]
+    inputs = processor(
+        list(pairs.images(range(len(pairs)))), raw, padding=True, return_tensors="pt"
+    )
+    found = theirs(**inputs, use_itm_head=False).itm_score
+    torch.testing.assert_close(cosines, found, rtol=1e-5, atol=1e-5)
+    inputs["input_ids"][:, 0] = theirs.config.text_config.enc_token_id
+    own = theirs(**inputs).itm_score[:, 1] + found.diagonal()  # of each image and its own text
+    mine = reranked[0].diagonal()
+    seen = mine != retrieval.NOT_RERANKED
+    assert 3 < seen.sum() < len(mine)
+    torch.testing.assert_close(mine[seen], own[seen], rtol=1e-5, atol=1e-5)
+
+
+def test_captions_of_an_exported_folder_are_those_of_transformers(
+    exported: Path, tiny: Recipe
+) -> None:
+    """Token for token, after a prompt and with a repetition penalty."""
+    from transformers import BlipForConditionalGeneration
+
+    folder = exported / "captioning"
+    blip = inference.load_blip(folder)
+    text = replace(tiny.model.text, prompt="a big ")
+    evaluation = replace(tiny.evaluation, max_caption_tokens=9, repetition_penalty=1.3)
+    recipe = replace(tiny, model=replace(tiny.model, text=text), evaluation=evaluation)
+    pairs = data.heldout_pairs(tiny.data.heldout[0], blip.image_size)
+    ours = heldout.captions_of(blip.med, pairs, range(len(pairs)), recipe, blip.tokenizer)
+    theirs = BlipForConditionalGeneration.from_pretrained(folder)
+    images = networks.to_pixels(pairs.images(range(len(pairs))), blip.med)
+    prompt = torch.tensor([blip.tokenizer("a big ")["input_ids"]] * len(pairs))
+    found = theirs.generate(
+        images, prompt, num_beams=3, max_length=9, min_length=5, repetition_penalty=1.3,
+        do_sample=False,
+    )  # fmt: skip
+    said = blip.tokenizer.batch_decode(found[:, 3:], skip_special_tokens=True)
+    assert ours == said
+    assert len(set(said)) > 3

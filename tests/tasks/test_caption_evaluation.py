@@ -1,0 +1,108 @@
+"""Captions measured on what published annotation files list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+
+from blip_scale.data import HeldoutPairs, listed_pairs
+from blip_scale.data.conversion import Source
+from blip_scale.data.sources import READERS
+from blip_scale.tasks import captioning
+
+NAMES = ["val2014/COCO_val2014_000000391895.jpg", "val2014/COCO_val2014_000000060623.jpg"]
+TEXTS = [["A man, with a red helmet.", "A man rides!"], ["A young girl (smiling)."]]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "val2014").mkdir(parents=True)
+    for name, colour in zip(NAMES, ("red", "blue"), strict=True):
+        (folder / name).write_bytes(tiny_runs.picture(colour, "disc", True))
+    return folder
+
+
+def opened(file: Path, annotations: Any, images: Path, **more: str) -> HeldoutPairs:
+    """What tools/evaluate.py makes of an annotation file."""
+    file.write_text(json.dumps(annotations))
+    chunks = READERS["coco"](Source(str(file), str(images), **more))
+    return listed_pairs(file.name, [one for c in chunks for one in c.read()], 32, str)
+
+
+def karpathy() -> dict[str, Any]:
+    return {
+        "images": [
+            {
+                "filepath": "val2014", "filename": Path(name).name, "split": split,
+                "sentences": [{"raw": text} for text in texts],
+            }
+            for name, texts, split in zip(NAMES, TEXTS, ("test", "val"), strict=True)
+        ]
+    }  # fmt: skip
+
+
+def test_the_published_lists_keep_ids_and_texts(tmp_path: Path, images: Path) -> None:
+    """Karpathy's file, the list of one split, and COCO's own; texts as they are written."""
+    items = [{"image": n, "caption": t} for n, t in zip(NAMES, TEXTS, strict=True)]
+    own = {
+        "images": [{"id": i, "file_name": n, "domain": "near-domain"} for i, n in enumerate(NAMES)],
+        "annotations": [
+            {"image_id": i, "caption": text} for i, texts in enumerate(TEXTS) for text in texts
+        ],
+    }
+    found = [
+        opened(tmp_path / f"{number}.json", annotations, images)
+        for number, annotations in enumerate((karpathy(), items, own))
+    ]
+    assert [pairs.captions for pairs in found] == [TEXTS] * 3
+    assert all(pairs.images([0, 1]).shape == (2, 3, 32, 32) for pairs in found)
+    assert not (found[0].images([0]) == found[0].images([1])).all()
+    ids = [
+        captioning.image_ids(pairs, str(tmp_path / f"{n}.json")) for n, pairs in enumerate(found)
+    ]
+    assert ids == [[391895, 60623], [391895, 60623], [0, 1]]
+    one = opened(tmp_path / "split.json", karpathy(), images, split="test")
+    assert one.captions == TEXTS[:1]
+
+
+def test_nocaps_has_images_alone(tmp_path: Path, images: Path) -> None:
+    items = [{"image": name, "img_id": 4000 + i} for i, name in enumerate(NAMES)]
+    pairs = opened(tmp_path / "nocaps_test.json", items, images)
+    assert pairs.captions == [[], []]
+    assert captioning.image_ids(pairs, str(tmp_path / "nocaps_test.json")) == [4000, 4001]
+
+
+def test_figures_by_domain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # without Java
+    said = ["a man rides", "a cat", "a young girl"]
+    references = [["a man rides"], ["a dog"], ["a young girl"]]
+    annotations = [[{"domain": "in-domain"}], [{"domain": "out-domain"}], [{"domain": "in-domain"}]]
+    found = captioning.figures(said, references, annotations)
+    assert found["in-domain/rouge_l"] == 1 and found["out-domain/rouge_l"] < found["rouge_l"] < 1
+    assert "there is no java" in found["without meteor"]
+    with pytest.raises(ValueError, match="1 of 3 images have no reference caption"):
+        captioning.figures(said, [*references[:2], []])
+
+
+def test_references_as_they_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "gt.json"
+    annotations = [{"image_id": i, "caption": text} for i, text in ((5, "A."), (7, "B!"), (5, "C"))]
+    file.write_text(json.dumps({"images": [], "annotations": annotations}))
+    assert captioning.references_of(str(file), [7, 5]) == [["B!"], ["A.", "C"]]
+    with pytest.raises(ValueError, match="no captions of 1 of 2 images, the first 6"):
+        captioning.references_of(str(file), [5, 6])
+
+
+def test_what_cannot_be_used_is_refused(tmp_path: Path, images: Path) -> None:
+    (images / NAMES[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 images aren't there, the first: .*60623.jpg"):
+        opened(tmp_path / "a.json", karpathy(), images)
+    with pytest.raises(ValueError, match=r"1 of 1 items can't be used, the first: b.json:0"):
+        opened(tmp_path / "b.json", [{"caption": "x"}], images)
+    with pytest.raises(ValueError, match="0 of 0 items"):
+        opened(tmp_path / "c.json", [], images)
