@@ -36,7 +36,7 @@ from blip_scale.data.conversion import (
 from blip_scale.data.conversion.locations import is_local
 from blip_scale.data.conversion.screening import PIXEL_LIMIT
 from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
-from blip_scale.data.sources import READERS, demo, easy_vqa
+from blip_scale.data.sources import READERS, demo, demo_tasks, easy_vqa
 from blip_scale.recipe import TextRecipe
 
 _HELP = {
@@ -60,10 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for an error, 130 or 143 when stopped by a signal."""
     options = _parser().parse_args(arguments)
     try:
-        if options.name == "easy_vqa":
-            counts = easy_vqa.prepare(options.out)
-            print(f"{options.out}: questions: {', '.join(f'{n} {c}' for n, c in counts.items())}")
-            return 0
+        if options.name in ("easy_vqa", "demo_tasks"):
+            return _make_small_tasks(options)
         return _make_demo(options) if options.name == "demo" else _convert(options)
     except ModuleNotFoundError as error:
         is_demo = options.name in ("demo", "easy_vqa")
@@ -202,6 +200,15 @@ def _make_demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _make_small_tasks(options: argparse.Namespace) -> int:
+    if options.name == "easy_vqa":
+        kind, counts = "questions", easy_vqa.prepare(options.out)
+    else:
+        kind, counts = "records", demo_tasks.prepare(options.demo, options.out)
+    print(f"{options.out}: {kind}: {', '.join(f'{name} {n}' for name, n in counts.items())}")
+    return 0
+
+
 def _progress(items: Iterable, total: int) -> Iterable:
     return tqdm(items, total=total, desc="rendering", unit="picture", mininterval=1.0)
 
@@ -225,6 +232,9 @@ def _parser() -> argparse.ArgumentParser:
         "easy_vqa", help="drawings with questions that the package easy-vqa ships"
     )
     parser_vqa.add_argument("out", type=Path, metavar="OUT", help="folder to make: data/easy_vqa")
+    parser_tasks = sources.add_parser("demo_tasks", help="NLVR2 and VisDial sets from the demo's")
+    parser_tasks.add_argument("demo", type=Path, metavar="DEMO", help="made before: data/demo")
+    parser_tasks.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     shared = _shared_options()
     for name in READERS:
         sources.add_parser(name, help=_HELP[name], description=_HELP[name], parents=[shared])

@@ -1,0 +1,139 @@
+"""Tiny runs of VQA, NLVR2 and VisDial on drawings: they learn, their checkpoints are read and
+converted, and a set of another task is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_runs
+
+from blip_scale import interop
+from blip_scale.data import Record, write_shards
+from tools import convert_checkpoint
+
+pytestmark = pytest.mark.multiprocess
+STEPS = 8
+
+
+def vqa_records() -> list[Record]:
+    """Two questions a drawing; people disagree about the first."""
+    found = []
+    for record in tiny_runs.records("vqa"):
+        _, size, colour, shape, *_ = record.captions[0].split(" ")
+        annotations = [
+            {"answers": [colour] * 7 + [f"{size} {colour}"] * 3, "question_id": 1},
+            {"answers": [shape]},
+        ]
+        questions = ["a grey and on", "a big and small on"]
+        found.append(Record(record.id, record.image, questions, "vqa", annotations=annotations))
+    return found
+
+
+def nlvr2_records() -> list[Record]:
+    drawings = tiny_runs.records("nlvr2")
+    return [
+        Record(
+            f"{one.id} {other.id}",
+            one.image,
+            [f"{one.captions[0]} and {said.captions[0]}" for said in (other, one)],
+            "nlvr2",
+            annotations=[{"label": True}, {"label": False}],
+            second_image=other.image,
+        )
+        for one, other in zip(drawings, drawings[9:] + drawings[:9], strict=True)
+    ]
+
+
+def visdial_records() -> list[Record]:
+    drawings = tiny_runs.records("visdial")
+    names = [drawing.captions[0] for drawing in drawings]
+    return [
+        Record(
+            drawing.id,
+            drawing.image,
+            ["a and", "on a"],
+            "visdial",
+            annotations=[
+                {"caption": "a", "history": [], "candidates": names[:12], "answer": n % 12},
+                {
+                    "caption": "a",
+                    "history": [["a and", names[n % 12]]],
+                    "candidates": names[20:28],
+                    "answer": n % 8,
+                    "relevance": [float(i == n % 8) for i in range(8)],
+                },
+            ],
+        )
+        for n, drawing in enumerate(drawings)
+    ]
+
+
+RECORDS = {"vqa": vqa_records, "nlvr2": nlvr2_records, "visdial": visdial_records}
+
+
+def make_recipe(folder: Path, task: str, steps: int = STEPS) -> Path:
+    """A recipe of a task on its set, of which a quarter is held out (and trained on)."""
+    records = RECORDS[task]()
+    write_shards(folder / task, records, shard_size="8kb")
+    write_shards(folder / "few", records[::4])
+    data = {
+        "streams": [{"name": task, "local": str(folder / task), "repeat": "captions"}],
+        "heldout": [{"name": "few", "local": str(folder / "few")}],
+    }
+    lengths = {"max_caption_tokens": 6, "min_caption_tokens": 1}
+    return tiny_runs.make_recipe(
+        folder,
+        task=task,
+        data=data,
+        model={"text": {"max_tokens": 24}},
+        train={"max_steps": steps},
+        evaluation={"captions": 2, "batch_size": 8, "rerank_top_k": 3, **lengths},
+    )
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_a_run(task: str, tmp_path: Path) -> None:
+    """On two ranks, whose batches hold different numbers of tokens; then converted."""
+    recipe = make_recipe(tmp_path, task)
+    if task == "vqa":
+        answers = [*tiny_runs.COLOURS, *tiny_runs.SHAPES, "big red"]
+        (tmp_path / "answers.json").write_text(json.dumps(answers))
+    tiny_runs.train(recipe, 2)
+    losses = [found["loss/total"] for found in tiny_runs.losses(tmp_path / "run").values()]
+    assert len(losses) == STEPS
+    if task == "nlvr2":  # takes more steps than these
+        assert max(losses) < 1
+    else:
+        assert sum(losses[-3:]) < sum(losses[:3])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    figures = summary["evaluation"]
+    assert figures["few/questions" if task != "nlvr2" else "few/sentences"] == 32
+    main = {"vqa": "accuracy", "nlvr2": "accuracy", "visdial": "mrr"}[task]
+    assert 0 <= figures[f"few/{main}"] <= 1
+    assert ("few/ndcg" in figures) == (task == "visdial")
+    run = tmp_path / "run"
+    assert convert_checkpoint.main([str(run), str(tmp_path / "task.pth")]) == 0
+    back = interop.read_checkpoint(tmp_path / "task.pth")
+    again = interop.read_checkpoint(run, back.config)
+    assert back.head == again.head == task
+    assert all(again.state[name].equal(tensor) for name, tensor in back.state.items())
+    if task == "vqa":
+        assert convert_checkpoint.main([str(run), str(tmp_path / "hf")]) == 0
+        assert interop.read_checkpoint(tmp_path / "hf").head == "vqa"
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_a_set_of_another_task(task: str, tmp_path: Path) -> None:
+    """Refused in one line that says how the right one is made."""
+    recipe = make_recipe(tmp_path, task, steps=1)
+    wrong = f"data.streams.0.local={tmp_path / 'shapes'}"
+    ranks = tiny_runs.launch(recipe, 1, wrong, "data.streams.0.repeat=1")
+    assert tiny_runs.finish(ranks) == [2]
+    said = tiny_runs.said(recipe)
+    assert {
+        "vqa": "has no answers to",
+        "nlvr2": "is no pair of images with a label: make the set with",
+        "visdial": "is no dialog with candidates: make the set with",
+    }[task] in said
