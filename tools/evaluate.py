@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from blip_scale.data.sources import READERS
 from blip_scale.engine import collectives
 from blip_scale.engine.deepspeed import start
 from blip_scale.inference import Blip, Loading
+from blip_scale.model import NLVR2, VQA, VisDial
 from blip_scale.recipe import Recipe, StreamRecipe
-from blip_scale.tasks import captioning, heldout
+from blip_scale.tasks import answering, captioning, heldout, nlvr2, visdial, vqa
 
 REFUSED = 2
 _TIMEOUT_S = 1800.0
@@ -123,12 +125,16 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> data.Held
     """MDS shards, or what an annotation file lists."""
     place = Path(options.data)
     if (place / "index.json").is_file():
-        return data.heldout_pairs(StreamRecipe(place.name, options.data), image_size)
+        stream = StreamRecipe(place.name, options.data)
+        return data.heldout_pairs(stream, image_size, clean=lambda text, _: kind.clean(text))
     if not place.is_file():
         raise FileNotFoundError(
             f"{place}: neither a folder of MDS shards (no index.json there) nor an annotation file"
         )
-    source = Source(options.data, options.images or "", options.strip_prefix, options.split or "")
+    source = Source(
+        options.data, options.images or "", options.strip_prefix, options.split or "",
+        relevance=options.relevance,
+    )  # fmt: skip
     chunks = READERS[kind.reader](source)
     found = [one for chunk in chunks for one in chunk.read()]
     return data.listed_pairs(place.name, found, image_size, kind.clean)
@@ -161,11 +167,65 @@ def _captioning(subject: Subject) -> dict[str, Any]:
     return captioning.figures(said, references, pairs.annotations)
 
 
+def _vqa(subject: Subject) -> dict[str, Any]:
+    """Accuracy by the official rule; the answers go into --submission."""
+    blip, options = subject.blip, subject.options
+    blip.require("vqa")
+    assert isinstance(blip.network, VQA)
+    said = answering.answers_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
+    if options.submission and collectives.rank() == 0:
+        rows = answering.submission(subject.pairs, said)
+        options.submission.write_text(json.dumps(rows), encoding="utf-8")
+    found = vqa.accuracy(said, subject.pairs)
+    return _counted(found, "questions") or {"note": "no answers: nothing to compare with"}
+
+
+def _nlvr2(subject: Subject) -> dict[str, Any]:
+    """Accuracy, beside that of the commoner label."""
+    blip = subject.blip
+    blip.require("nlvr2")
+    assert isinstance(blip.network, NLVR2)
+    said = nlvr2.judgements_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
+    return _counted(nlvr2.accuracy(said, subject.pairs), "sentences")
+
+
+def _visdial(subject: Subject) -> dict[str, Any]:
+    """Ranks of the true answers."""
+    blip = subject.blip
+    blip.require("visdial")
+    assert isinstance(blip.network, VisDial)
+    scores = visdial.scores_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
+    figures = _counted(visdial.dialog_figures(scores, subject.pairs), "questions")
+    return figures | {"mean_rank": f"{figures['mean_rank']:.2f}"}
+
+
+def _counted(figures: dict[str, float], count: str) -> dict[str, Any]:
+    return figures | ({count: int(figures[count])} if count in figures else {})
+
+
 KINDS: dict[str, Kind] = {
     "retrieval": Kind(
         _retrieval, {"model": {"text": {"max_tokens": 35}}, "evaluation": {"rerank_top_k": 256}}
     ),
     "captioning": Kind(_captioning, {}, clean=str),
+    "vqa": Kind(
+        _vqa,
+        {
+            "model": {"text": {"max_tokens": 35}},
+            "evaluation": {"max_caption_tokens": 10, "min_caption_tokens": 1},
+        },
+        "vqa",
+        data.clean_question,
+    ),
+    "nlvr2": Kind(
+        _nlvr2,
+        {"model": {"text": {"max_tokens": 60}}},
+        "nlvr2",
+        partial(data.clean_caption, max_words=nlvr2.MAX_WORDS),
+    ),
+    "visdial": Kind(
+        _visdial, {"model": {"text": {"max_tokens": 256}}}, "visdial", data.clean_question
+    ),
 }
 
 
@@ -194,7 +254,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", help="of an annotation file that has several: train, val, test")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--submission", type=Path, metavar="FILE",
-        help="captioning: write [{image_id, caption}] there (NoCaps, COCO)")  # fmt: skip
+        help="captioning: write [{image_id, caption}] there (NoCaps, COCO); vqa: [{question_id, "
+        "answer}], for the test server")  # fmt: skip
+    add("--relevance", metavar="FILE", default="",
+        help="visdial: visdial_1.0_val_dense_annotations.json, for NDCG")  # fmt: skip
     add("--references", metavar="FILE",
         help="captioning: COCO annotations to compare with (a _gt.json)")  # fmt: skip
     add("--recipe", help="network's sizes and settings; default: recipe.yaml of the run")

@@ -18,10 +18,12 @@ from blip_scale.data import clean_caption, clean_question, normalize_images
 from blip_scale.interop import Head
 from blip_scale.model import (
     MED,
+    NLVR2,
     VQA,
     BeamSettings,
     NucleusSettings,
     PackedText,
+    VisDial,
     caption_beam,
     caption_nucleus,
 )
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
 
 MAX_TEXT_TOKENS = 35
 """Texts are cut to so many, as the published retrieval does."""
-Use = Literal["caption", "match", "embed", "vqa"]
+Use = Literal["caption", "match", "embed", "vqa", "nlvr2", "visdial"]
 _HEADS: dict[Use, tuple[Head, ...]] = {
     "caption": ("pretrain", "captioning"),
     "match": ("pretrain", "retrieval"),
     "embed": ("pretrain", "retrieval"),
     "vqa": ("vqa",),
+    "nlvr2": ("nlvr2",),
+    "visdial": ("visdial",),
 }
 """What each use can be made with."""
 
@@ -45,7 +49,7 @@ _HEADS: dict[Use, tuple[Head, ...]] = {
 class Blip:
     """`load_blip` makes it. Methods raise ValueError where the checkpoint lacks what they need."""
 
-    network: MED | VQA
+    network: MED | VQA | NLVR2 | VisDial
     """In evaluation mode, with the parts that the checkpoint has."""
     tokenizer: PreTrainedTokenizerFast
     head: Head
@@ -58,7 +62,7 @@ class Blip:
 
     @property
     def med(self) -> MED:
-        """The network of every checkpoint but one of `vqa`."""
+        """The network of checkpoints of `pretrain`, `captioning` and `retrieval`."""
         assert isinstance(self.network, MED)
         return self.network
 
@@ -80,6 +84,7 @@ class Blip:
     @torch.inference_mode()
     def image_embeds(self, pixels: Tensor) -> Tensor:
         """uint8 [I, 3, H, W] to image tokens [I, N, D]."""
+        assert isinstance(self.network, MED | VQA)
         return self.network.encode_image(normalize_images(pixels.to(self.device), self.dtype))
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ from blip_scale.data import load_tokenizer
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop import BlipWeights, Format
-from blip_scale.model import MED, VQA, MEDConfig
+from blip_scale.model import MED, NLVR2, VQA, MEDConfig, VisDial
 from blip_scale.recipe import Recipe, TextRecipe
 
 if TYPE_CHECKING:
@@ -59,10 +59,6 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
         text = text_of(recipe, loading.tokenizer)
         config = med_config(recipe, load_tokenizer(text))
     weights = interop.read_checkpoint(source, config, with_state=False)
-    if weights.head in ("nlvr2", "visdial"):
-        raise ValueError(
-            f"{source} is a {weights.head} checkpoint, which none of the uses here takes"
-        )
     tokenizer = tokenizer_of(source, weights.config, recipe, loading.tokenizer)
     device = torch.device(loading.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = loading.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -141,11 +137,11 @@ def _resized(config: MEDConfig, image_size: int | None) -> MEDConfig:
 
 def _filled(
     config: MEDConfig, weights: BlipWeights, device: torch.device, dtype: torch.dtype
-) -> MED | VQA:
+) -> MED | VQA | NLVR2 | VisDial:
     """The network of the checkpoint's head in evaluation mode, without what the head lacks."""
     with torch.device("meta"):
         network = interop.build_network(weights.head, replace(config, gradient_checkpointing=False))
-    assert isinstance(network, MED | VQA)
+    assert isinstance(network, MED | VQA | NLVR2 | VisDial)
     names = [f"{interop.PREFIX}{name}" for name, _ in network.named_parameters()]
     state = interop.from_published(weights.state, weights.head, names)
     placed = {name.removeprefix(interop.PREFIX): tensor for name, tensor in state.items()}

@@ -11,7 +11,7 @@ import tiny_runs
 
 from blip_scale import interop
 from blip_scale.data import Record, write_shards
-from tools import convert_checkpoint
+from tools import convert_checkpoint, evaluate
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 8
@@ -119,7 +119,16 @@ def test_a_run(task: str, tmp_path: Path) -> None:
     again = interop.read_checkpoint(run, back.config)
     assert back.head == again.head == task
     assert all(again.state[name].equal(tensor) for name, tensor in back.state.items())
+    measured = tmp_path / "figures.json"
+    arguments = [task, str(tmp_path / "run"), str(tmp_path / "few"), "--json", str(measured)]
+    assert evaluate.main(arguments) == 0
+    found = json.loads(measured.read_text())["figures"]
+    assert found[main] == pytest.approx(figures[f"few/{main}"], abs=1e-6)
     if task == "vqa":
+        listed = f"evaluation.answer_list={tmp_path / 'answers.json'}"
+        submission = tmp_path / "submission.json"
+        assert evaluate.main([*arguments, listed, "--submission", str(submission)]) == 2
+        assert evaluate.main([*arguments, listed]) == 0
         assert convert_checkpoint.main([str(run), str(tmp_path / "hf")]) == 0
         assert interop.read_checkpoint(tmp_path / "hf").head == "vqa"
 

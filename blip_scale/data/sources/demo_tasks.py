@@ -128,7 +128,8 @@ def _others(
     drawing: Record, drawings: Sequence[Record], count: int, rng: random.Random
 ) -> list[Record]:
     """So many drawings of different names, none of them this one's."""
-    names, found = {drawing.captions[0]}, []
+    names = {drawing.captions[0]}
+    found: list[Record] = []
     while len(found) < count:
         other = rng.choice(drawings)
         if other.captions[0] not in names:
