@@ -35,7 +35,7 @@ from blip_scale.engine.deepspeed import start
 from blip_scale.inference import Blip, Loading
 from blip_scale.model import NLVR2, VQA, VisDial
 from blip_scale.recipe import Recipe, StreamRecipe
-from blip_scale.tasks import answering, captioning, heldout, nlvr2, visdial, vqa
+from blip_scale.tasks import answering, captioning, heldout, nlvr2, video, visdial, vqa
 
 REFUSED = 2
 _TIMEOUT_S = 1800.0
@@ -46,10 +46,16 @@ class Subject:
     """What is measured, on what, and how."""
 
     blip: Blip
-    pairs: data.HeldoutPairs
+    opened: data.HeldoutPairs | data.VideoSet
     recipe: Recipe
     """Its `evaluation` and `model.text` count."""
     options: argparse.Namespace
+
+    @property
+    def pairs(self) -> data.HeldoutPairs:
+        """What all tasks but `video` are measured on."""
+        assert isinstance(self.opened, data.HeldoutPairs)
+        return self.opened
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,13 @@ def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list
     return settings.build(Recipe, tree, "evaluate", settings.parse_overrides(overrides))
 
 
-def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> data.HeldoutPairs:
+def _open(
+    options: argparse.Namespace, kind: Kind, image_size: int
+) -> data.HeldoutPairs | data.VideoSet:
     """MDS shards, or what an annotation file lists."""
     place = Path(options.data)
+    if options.task == "video":
+        return data.VideoSet(place, Path(options.images or place.parent), image_size)
     if (place / "index.json").is_file():
         stream = StreamRecipe(place.name, options.data)
         return data.heldout_pairs(stream, image_size, clean=lambda text, _: kind.clean(text))
@@ -199,6 +209,17 @@ def _visdial(subject: Subject) -> dict[str, Any]:
     return figures | {"mean_rank": f"{figures['mean_rank']:.2f}"}
 
 
+def _video(subject: Subject) -> dict[str, Any]:
+    """Recalls of videos by text and the other way, and the median rank."""
+    blip, videos = subject.blip, subject.opened
+    assert isinstance(videos, data.VideoSet)
+    blip.require("match")
+    frames = subject.options.frames
+    found = video.video_retrieval(blip.med, videos, frames, subject.recipe, blip.tokenizer)
+    counts = ("candidates", "texts", "text_to_video_median_rank")
+    return {name: int(value) if name in counts else value for name, value in found.items()}
+
+
 def _counted(figures: dict[str, float], count: str) -> dict[str, Any]:
     return figures | ({count: int(figures[count])} if count in figures else {})
 
@@ -226,6 +247,7 @@ KINDS: dict[str, Kind] = {
     "visdial": Kind(
         _visdial, {"model": {"text": {"max_tokens": 256}}}, "visdial", data.clean_question
     ),
+    "video": Kind(_video, {"model": {"text": {"max_tokens": 35}}}),
 }
 
 
@@ -248,7 +270,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("task", choices=tuple(KINDS))
     add("checkpoint", type=Path, help="a run's folder, step_N, .pth, or a Hugging Face folder")
-    add("data", help="folder of MDS shards, or a published annotation file (.json)")
+    add(
+        "data",
+        help="folder of MDS shards, or a published annotation file (.json, .jsonl of videos)",
+    )
     add("--images", metavar="FOLDER", help="that an annotation file's paths start from")
     add("--strip-prefix", default="", help="cut off an annotation file's paths first")
     add("--split", help="of an annotation file that has several: train, val, test")
@@ -256,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--submission", type=Path, metavar="FILE",
         help="captioning: write [{image_id, caption}] there (NoCaps, COCO); vqa: [{question_id, "
         "answer}], for the test server")  # fmt: skip
+    add("--frames", type=int, default=8, help="video: of each (%(default)s)")
     add("--relevance", metavar="FILE", default="",
         help="visdial: visdial_1.0_val_dense_annotations.json, for NDCG")  # fmt: skip
     add("--references", metavar="FILE",

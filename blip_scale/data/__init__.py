@@ -22,6 +22,7 @@ from blip_scale.data.transforms import (
     TrainTransform,
     normalize_images,
 )
+from blip_scale.data.videos import VideoSet
 
 __all__ = [
     "IMAGE_MEAN",
@@ -36,6 +37,7 @@ __all__ = [
     "Record",
     "TrainLoader",
     "TrainTransform",
+    "VideoSet",
     "clean_caption",
     "clean_question",
     "heldout_pairs",

@@ -79,7 +79,7 @@ def scores_on(
     """Cosines [I, S] of all images and texts of a set, and what `retrieval.rerank` makes of them;
     the same on all ranks."""
     settings = recipe.evaluation
-    texts = _Texts(list(chain.from_iterable(pairs.captions)), recipe, tokenizer, med)
+    texts = Texts(list(chain.from_iterable(pairs.captions)), recipe, tokenizer, med)
     features = _encode(med, pairs, texts, settings.batch_size)
     similarity = features.image_features @ features.text_features.T
     reranked = None
@@ -97,7 +97,7 @@ def _owners(pairs: data.HeldoutPairs) -> Tensor:
     )
 
 
-class _Texts:
+class Texts:
     """Tokenized held-out captions."""
 
     def __init__(
@@ -119,7 +119,7 @@ class _Texts:
 
 
 def _encode(
-    med: MED, pairs: data.HeldoutPairs, texts: _Texts, batch_size: int
+    med: MED, pairs: data.HeldoutPairs, texts: Texts, batch_size: int
 ) -> retrieval.PairFeatures:
     """Features of all images and texts on every rank, and the image tokens of its share; each rank
     encodes its share."""

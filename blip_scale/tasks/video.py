@@ -1,0 +1,64 @@
+"""Zero-shot retrieval of videos by text (MSRVTT): a retrieval network sees some frames as images.
+
+A video's feature is the mean of its frames' projected class tokens, normalised after the mean; for
+re-ranking the tokens of all frames stand in one row (as published).
+
+Legend: I videos, F frames of each, S texts, N image tokens, D width.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast
+
+from blip_scale import data
+from blip_scale.engine import collectives
+from blip_scale.model import MED
+from blip_scale.recipe import Recipe
+from blip_scale.tasks import heldout, networks, retrieval
+
+
+@torch.no_grad()
+def video_retrieval(
+    med: MED,
+    videos: data.VideoSet,
+    frames: int,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, float]:
+    """Recalls of `retrieval.retrieval_figures` and median ranks of the re-ranked videos
+    (`text_to_video_median_rank`); the ranks share the work."""
+    texts = heldout.Texts(list(chain.from_iterable(videos.captions)), recipe, tokenizer, med)
+    embeds, features, sentences = [], [], []
+    for indices in heldout.my_batches(len(videos), 1):
+        pixels = networks.to_pixels(videos.frames(indices[0], frames), med)
+        tokens_FND = med.encode_image(pixels)
+        embeds.append(tokens_FND.flatten(0, 1)[None])
+        mean = med.vision_proj(tokens_FND[:, 0]).float().mean(0, keepdim=True)
+        features.append(F.normalize(mean, dim=-1))
+    for indices in heldout.my_batches(texts.count, recipe.evaluation.batch_size):
+        sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
+    if not features or not sentences:
+        raise ValueError(f"{videos.name}: fewer videos than ranks; take fewer ranks")
+    found = retrieval.PairFeatures(
+        torch.cat(embeds),
+        torch.cat(collectives.all_gather_ragged(torch.cat(features))),
+        torch.cat(collectives.all_gather_ragged(torch.cat(sentences))),
+    )
+    settings = recipe.evaluation
+    reranked_2IS = retrieval.rerank(
+        med, found, texts.matching, settings.rerank_top_k, settings.batch_size
+    )
+    owners_S = torch.arange(len(videos)).repeat_interleave(
+        torch.tensor([len(captions) for captions in videos.captions])
+    )
+    cosines_IS = found.image_features @ found.text_features.T
+    figures = retrieval.retrieval_figures(cosines_IS, reranked_2IS, owners_S)
+    owners_S = owners_S.to(cosines_IS.device)
+    own_1S = reranked_2IS[1].gather(0, owners_S[None])
+    ranks_S = (reranked_2IS[1] >= own_1S).sum(0)
+    named = {name.replace("image", "video"): value for name, value in figures.items()}
+    return named | {"text_to_video_median_rank": float(ranks_S.median())}

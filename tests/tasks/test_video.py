@@ -1,0 +1,93 @@
+"""Zero-shot video retrieval: frames, features and figures, against plain loops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import tiny_runs
+import torch
+import torch.nn.functional as F
+
+from blip_scale import data
+from blip_scale.data.videos import VideoSet, frame_indices
+from blip_scale.model import PackedText
+from blip_scale.recipe import Recipe
+from blip_scale.tasks import heldout, networks
+from blip_scale.tasks.video import video_retrieval
+
+CLIPS = {"red": "disc", "green": "square", "blue": "bar"}
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """Two folders of frames and a video file, in which a drawing grows small; and their list."""
+    for colour, shape in CLIPS.items():
+        drawn = [tiny_runs.picture(colour, shape, big) for big in (True, True, False, False)]
+        if colour != "blue":
+            (tmp_path / colour).mkdir()
+            for number, encoded in enumerate(drawn):
+                (tmp_path / colour / f"{number}.png").write_bytes(encoded)
+    with av.open(str(tmp_path / "blue.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        for number in range(10):
+            pixels = np.full((64, 64, 3), 20 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    lines = [
+        {"clip_name": colour, "caption": f"A {colour} {shape}."} for colour, shape in CLIPS.items()
+    ]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "list.jsonl"
+
+
+def test_frames(clips: Path) -> None:
+    assert frame_indices(100, 8) == [0, 12, 24, 36, 48, 60, 72, 84]
+    assert frame_indices(3, 5) == [0, 1, 2, 2, 2]
+    videos = VideoSet(clips, clips.parent, 32)
+    assert videos.captions == [["a red disc"], ["a green square"], ["a blue bar"]]
+    seen = videos.frames(0, 2)
+    assert seen.shape == (2, 3, 32, 32) and not torch.equal(seen[0], seen[1])
+    grey = videos.frames(2, 5).float().mean((1, 2, 3))
+    assert torch.allclose(grey, torch.tensor([0.0, 40, 80, 120, 160]), atol=6)
+
+
+def test_what_is_refused(clips: Path) -> None:
+    (clips.parent / "blue.mp4").write_bytes(b"no video")
+    videos = VideoSet(clips, clips.parent, 32)
+    assert (videos.frames(2, 2) == 128).all() and list(videos.unreadable) == ["blue"]
+    (clips.parent / "blue.mp4").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 3 videos aren't in"):
+        VideoSet(clips, clips.parent, 32)
+    clips.write_text('{"clip_name": "red"}\n')
+    with pytest.raises(ValueError, match=r"list\.jsonl:1: not {clip_name, caption}"):
+        VideoSet(clips, clips.parent, 32)
+
+
+@torch.no_grad()
+def test_retrieval(clips: Path, recipe: Recipe) -> None:
+    """Cosines of the mean of the frames, and matches with all their tokens in one row."""
+    tokenizer = data.load_tokenizer(recipe.model.text)
+    med = networks.initialized_med(recipe, networks.med_config(recipe, tokenizer)).eval()
+    videos = VideoSet(clips, clips.parent, 32)
+    found = video_retrieval(med, videos, 2, recipe, tokenizer)
+    scores = torch.zeros(3, 3)
+    texts = heldout.Texts([one[0] for one in videos.captions], recipe, tokenizer, med)
+    for i in range(3):
+        tokens = med.encode_image(networks.to_pixels(videos.frames(i, 2), med))
+        feature = F.normalize(med.vision_proj(tokens[:, 0]).mean(0), dim=0)
+        for s in range(3):
+            text: PackedText = texts.plain([s])
+            cosine = feature @ med.project_text(med.encode_text(text))[0]
+            zero = torch.zeros(1, dtype=torch.int64)
+            row = torch.cat([*tokens])[None]
+            logit = med.match(texts.matching([s]), row, zero)[0, 1]
+            scores[i, s] = cosine + logit
+    ranks = (scores >= scores.diagonal()).sum(0)
+    assert found["itm_text_to_video_r1"] == pytest.approx((ranks == 1).double().mean().item())
+    assert found["text_to_video_median_rank"] == ranks.median()
+    assert found["candidates"] == found["texts"] == 3
