@@ -25,7 +25,7 @@ from blip_scale.data.transforms import TrainTransform
 from blip_scale.recipe import DataRecipe
 
 _PREFETCHED_BATCHES = 4  # a worker
-_DEATH_SEEN_S = 30.0
+_DEATH_SEEN_S = 30.0  # a message may break off before its sender, on a busy machine, is seen dead
 _DEATHS = 3  # of workers without a batch in between: then the run stops
 
 _STREAMS_DECIDE = (
