@@ -239,7 +239,17 @@ def start(timeout_s: float) -> torch.device:
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s)
         )
+    collectives.barrier()  # all ranks of this node have opened each other's buffers
+    _unlink_shared_buffer()
     return torch.device(accelerator.current_device_name())
+
+
+def _unlink_shared_buffer() -> None:
+    """Take away the name of the 64 MB in shared memory that DeepSpeed (0.19.8) makes for every
+    rank on a CPU and never removes: without a name it is freed with its process, killed or not."""
+    place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
+    buffer = Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_{place}"
+    buffer.unlink(missing_ok=True)
 
 
 def _patience(timeout_s: float) -> timedelta:
