@@ -12,6 +12,7 @@ from blip_scale.data.tokenizer import (
     PackedTokens,
     load_tokenizer,
     pack_captions,
+    prompt_ids,
     resolve_checkpoint,
     special_ids,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "normalize_images",
     "pack_captions",
     "probe_stream",
+    "prompt_ids",
     "resolve_checkpoint",
     "special_ids",
     "write_shards",

@@ -108,6 +108,12 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return ids
 
 
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """How a generated caption starts: [DEC] and the tokens of the prompt."""
+    tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return [special_ids(tokenizer)["dec"], *tokens]
+
+
 def pack_captions(
     tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], max_tokens: int
 ) -> PackedTokens:

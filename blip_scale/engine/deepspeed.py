@@ -239,8 +239,9 @@ def start(timeout_s: float) -> torch.device:
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s)
         )
-    collectives.barrier()  # all ranks of this node have opened each other's buffers
-    _unlink_shared_buffer()
+    if accelerator.device_name() == "cpu":
+        collectives.barrier()  # all ranks of this node have opened each other's buffers
+        _unlink_shared_buffer()
     return torch.device(accelerator.current_device_name())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +34,23 @@ class Evaluation:
     captions: list[dict[str, str]] = field(default_factory=list)
     score: float | None = None
     """By which the best checkpoint is chosen, higher is better; None: there is no choice."""
+
+    def with_set(
+        self,
+        name: str,
+        figures: Mapping[str, float],
+        score: float | None = None,
+        panels: list[Panel] | None = None,
+        captions: Sequence[dict[str, str]] = (),
+    ) -> Evaluation:
+        """With the figures of one more held-out set; the score is that of the first that has
+        one."""
+        return Evaluation(
+            self.scalars | {f"{name}/{figure}": value for figure, value in figures.items()},
+            self.panels if panels is None else self.panels | {name: panels},
+            [*self.captions, *captions],
+            score if self.score is None else self.score,
+        )
 
 
 class Task(Protocol):

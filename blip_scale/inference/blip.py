@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from blip_scale.data import clean_caption, clean_question, normalize_images
+from blip_scale.data import clean_caption, clean_question, normalize_images, prompt_ids
 from blip_scale.interop import Head
 from blip_scale.model import (
     MED,
@@ -146,8 +146,7 @@ class Blip:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """[DEC] and the tokens of the prompt."""
-        tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return [self.network.config.text.special.dec, *tokens]
+        return prompt_ids(prompt, self.tokenizer)
 
     @torch.inference_mode()
     def match(self, image_embeds: Tensor, texts: Sequence[str], owners: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 Each layer has one cross-attention for each image. Their outputs are averaged in the lower half of
 the layers; in the upper half a matrix merges them (Li et al. 2022, figure 5b).
 
-Shapes: B pairs, N image tokens, D width, T packed tokens, H heads, C channels of a head.
+Shapes: B pairs, N image tokens, D width, T packed tokens.
 """
 
 from __future__ import annotations
@@ -11,30 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blip_scale.model.attention import AttentionLayout, Kernel, attention, resolve_kernel
+from blip_scale.model.attention import AttentionLayout, Kernel, resolve_kernel
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
-from blip_scale.model.text import TextConfig, TextLayer, TextStack
+from blip_scale.model.text import ImageAttention, TextConfig, TextLayer, TextStack
 from blip_scale.model.vision import build_vision
-
-
-class OneOfTwo(nn.Module):
-    """The cross-attention to one image of the pair, before residual and norm."""
-
-    def __init__(self, config: TextConfig, image_width: int, kernel: Kernel) -> None:
-        super().__init__()
-        self.heads, self.kernel, self.probability = config.heads, kernel, config.dropout
-        self.query = nn.Linear(config.width, config.width)
-        self.key_value = nn.Linear(image_width, 2 * config.width)
-        self.output = nn.Linear(config.width, config.width)
-
-    def forward(self, hidden_TD: Tensor, image_embeds: Tensor, layout: AttentionLayout) -> Tensor:
-        """[T, D] and [B, N, image width] to [T, D]."""
-        q_THC = self.query(hidden_TD).unflatten(-1, (self.heads, -1))
-        key_value = self.key_value(image_embeds.flatten(0, 1))
-        k, v = key_value.unflatten(-1, (2, self.heads, -1)).unbind(1)
-        dropout = self.probability if self.training else 0.0
-        return self.output(attention(q_THC, k, v, layout, dropout, self.kernel).flatten(1))
 
 
 class PairCrossAttention(nn.Module):
@@ -42,7 +23,7 @@ class PairCrossAttention(nn.Module):
 
     def __init__(self, config: TextConfig, image_width: int, kernel: Kernel, merge: bool) -> None:
         super().__init__()
-        self.images = nn.ModuleList(OneOfTwo(config, image_width, kernel) for _ in range(2))
+        self.images = nn.ModuleList(ImageAttention(config, image_width, kernel) for _ in range(2))
         if merge:
             self.merge_layer = nn.Linear(2 * config.width, config.width)
         self.merge = merge

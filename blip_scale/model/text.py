@@ -105,8 +105,8 @@ class SelfAttention(nn.Module):
         return self.norm(hidden_TD + self.dropout(self.output(context_THC.flatten(1))))
 
 
-class CrossAttention(nn.Module):
-    """Attention of text to image tokens, with output projection, residual and norm."""
+class ImageAttention(nn.Module):
+    """Attention of text to image tokens with its output projection, before residual and norm."""
 
     def __init__(self, config: TextConfig, image_width: int, kernel: Kernel) -> None:
         super().__init__()
@@ -114,8 +114,6 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(config.width, config.width)
         self.key_value = nn.Linear(image_width, 2 * config.width)
         self.output = nn.Linear(config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, hidden_TD: Tensor, image_embeds_IND: Tensor, layout: AttentionLayout
@@ -133,8 +131,20 @@ class CrossAttention(nn.Module):
         """The rest of it, for keys and values that are there."""
         q_THC = self.query(hidden_TD).unflatten(-1, (self.heads, -1))
         dropout = self.probability if self.training else 0.0
-        context_THC = attention(q_THC, k, v, layout, dropout, self.kernel)
-        return self.norm(hidden_TD + self.dropout(self.output(context_THC.flatten(1))))
+        return self.output(attention(q_THC, k, v, layout, dropout, self.kernel).flatten(1))
+
+
+class CrossAttention(ImageAttention):
+    """Attention of text to image tokens, with output projection, residual and norm."""
+
+    def __init__(self, config: TextConfig, image_width: int, kernel: Kernel) -> None:
+        super().__init__(config, image_width, kernel)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def attend(self, hidden_TD: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
+        """With residual and norm."""
+        return self.norm(hidden_TD + self.dropout(super().attend(hidden_TD, k, v, layout)))
 
 
 class TextMLP(nn.Module):

@@ -24,6 +24,7 @@ from blip_scale.recipe import Recipe
 from blip_scale.settings import expand
 from blip_scale.tasks import networks
 from blip_scale.tasks.heldout import my_batches
+from blip_scale.tasks.heldout import panels_of as panels_with
 
 MAX_WORDS = 50
 """Of a question (published)."""
@@ -164,17 +165,10 @@ def panels_of(
 ) -> tuple[list[Panel], list[dict[str, str]]]:
     """Pictures with their first question and what was answered, and the same as entries of
     summary.json."""
-    if not images:
-        return [], []
     questions = [pairs.captions[index][0] for index in images]
     answers = [f"{question} {said[i][0]}" for i, question in zip(images, questions, strict=True)]
     truths = [_usual(pairs.annotations[index][0]) for index in images]
-    panels = list(map(Panel, pairs.images(images), answers, truths))
-    entries = [
-        {"set": name, "id": pairs.ids[index], "caption": caption, "truth": truth}
-        for index, caption, truth in zip(images, answers, truths, strict=True)
-    ]
-    return panels, entries
+    return panels_with(name, pairs, images, answers, truths)
 
 
 def _usual(annotation: dict[str, Any]) -> str:

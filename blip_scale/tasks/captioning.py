@@ -62,7 +62,7 @@ class Captioning(TrainingTask):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        prompt = networks.prompt_ids(recipe.model.text.prompt, self.tokenizer)
+        prompt = data.prompt_ids(recipe.model.text.prompt, self.tokenizer)
         self._prompt_tokens = len(prompt) - 1
 
     def build_network(self) -> CaptioningNetwork:
@@ -92,13 +92,7 @@ class Captioning(TrainingTask):
             scores = _scores(said, pairs.captions, SELECTION).values
             shown = heldout.shown_images(len(pairs), self.recipe)
             panels, entries = heldout.panels_of(name, pairs, shown, [said[i] for i in shown])
-            score = sum(scores.values()) if found.score is None else found.score
-            found = Evaluation(
-                found.scalars | {f"{name}/{metric}": value for metric, value in scores.items()},
-                found.panels | {name: panels},
-                [*found.captions, *entries],
-                score,
-            )
+            found = found.with_set(name, scores, sum(scores.values()), panels, entries)
         return found
 
 

@@ -32,17 +32,14 @@ def evaluate(
         final: re-rank with image-text matching too, which costs top_k forwards for each image
             and each text.
     """
-    scalars: dict[str, float] = {}
-    panels: dict[str, list[Panel]] = {}
-    captions: list[dict[str, str]] = []
+    found = Evaluation()
     for name, pairs in heldout_sets(recipe):
         figures = retrieval_on(med, pairs, recipe, tokenizer, with_matching=final)
-        scalars |= {f"{name}/{figure}": value for figure, value in figures.items()}
         shown = shown_images(len(pairs), recipe)
         said = captions_of(med, pairs, shown, recipe, tokenizer)
-        panels[name], entries = panels_of(name, pairs, shown, said)
-        captions += entries
-    return Evaluation(scalars, panels, captions)
+        panels, entries = panels_of(name, pairs, shown, said)
+        found = found.with_set(name, figures, panels=panels, captions=entries)
+    return found
 
 
 def heldout_sets(
@@ -65,7 +62,7 @@ def retrieval_on(
     """Recalls on a set (`retrieval.retrieval_figures`), all ranks together; `with_matching`: of
     the candidates re-ranked too."""
     similarity, reranked = scores_on(med, pairs, recipe, tokenizer, with_matching)
-    return retrieval.retrieval_figures(similarity, reranked, _owners(pairs))
+    return retrieval.retrieval_figures(similarity, reranked, owners_of(pairs.captions))
 
 
 @torch.no_grad()
@@ -90,11 +87,9 @@ def scores_on(
     return similarity, reranked
 
 
-def _owners(pairs: data.HeldoutPairs) -> Tensor:
-    """[S] int64: the image that each text belongs to."""
-    return torch.arange(len(pairs)).repeat_interleave(
-        torch.tensor([len(captions) for captions in pairs.captions])
-    )
+def owners_of(captions: Sequence[Sequence[str]]) -> Tensor:
+    """[S] int64: the image that each text belongs to, of the captions of every image."""
+    return torch.arange(len(captions)).repeat_interleave(torch.tensor([*map(len, captions)]))
 
 
 class Texts:
@@ -165,7 +160,7 @@ def captions_of(
         min_length=settings.min_caption_tokens,
         repetition_penalty=settings.repetition_penalty,
     )
-    prompt_ids = networks.prompt_ids(recipe.model.text.prompt, tokenizer)
+    prompt_ids = data.prompt_ids(recipe.model.text.prompt, tokenizer)
     mine: list[str] = []
     for places in my_batches(len(images), settings.batch_size):
         pixels = pairs.images(images[place] for place in places)
@@ -176,10 +171,19 @@ def captions_of(
 
 
 def panels_of(
-    name: str, pairs: data.HeldoutPairs, images: Sequence[int], said: Sequence[str]
+    name: str,
+    pairs: data.HeldoutPairs,
+    images: Sequence[int],
+    said: Sequence[str],
+    truths: Sequence[str] | None = None,
 ) -> tuple[list[Panel], list[dict[str, str]]]:
-    """Pictures with what was said of them, and the same as entries of summary.json."""
-    truths = [pairs.captions[index][0] for index in images]
+    """Pictures with what was said of them, and the same as entries of summary.json.
+
+    Args:
+        truths: what would have been right; None: the first caption of each.
+    """
+    if truths is None:
+        truths = [pairs.captions[index][0] for index in images]
     panels = [
         Panel(image, caption, truth)
         for image, caption, truth in zip(pairs.images(images), said, truths, strict=True)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip_scale import objectives
+from blip_scale import data, objectives
 from blip_scale.engine import collectives
 from blip_scale.engine.deepspeed import ZeroEngine
 from blip_scale.engine.monitor import Alarm
 from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Progress
 from blip_scale.model import MED, MomentumEncoder, PackedText
-from blip_scale.objectives import FeaturePair, FeatureQueue
+from blip_scale.objectives import FeaturePair, FeatureQueue, Similarities
 from blip_scale.recipe import ObjectiveRecipe, Recipe
 from blip_scale.tasks.training import TrainingTask
 
@@ -41,6 +42,13 @@ class MomentumNetwork(nn.Module):
         self.momentum = momentum.requires_grad_(False)
         self.settings = settings
 
+    def online_features(self, images: Tensor, text: PackedText) -> tuple[Tensor, FeaturePair]:
+        """Image tokens [B, N, D], and the features of both towers, each [B, E]."""
+        med = self.med
+        image_embeds = med.encode_image(images)
+        image_features = med.project_image(image_embeds)
+        return image_embeds, FeaturePair(image_features, med.project_text(med.encode_text(text)))
+
     def momentum_features(self, images: Tensor, text: PackedText) -> FeaturePair:
         """Of the momentum encoders, each [B, E]."""
         momentum = self.momentum
@@ -48,6 +56,30 @@ class MomentumNetwork(nn.Module):
             momentum.project_image(momentum.encode_image(images)),
             momentum.project_text(momentum.encode_text(text)),
         )
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What a micro-step is judged by beside its losses."""
+
+    similarities: Similarities
+    temperature: Tensor
+    keys: FeaturePair
+    """Momentum features."""
+
+    def metrics(self, itm_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Accuracies and temperature, and `image_keys` and `text_keys` for the queue."""
+        i2t, t2i = objectives.retrieval_accuracy(self.similarities)
+        on_match, on_mismatch = objectives.match_accuracy(itm_logits, labels)
+        return {
+            "itc/in_batch_i2t": i2t,
+            "itc/in_batch_t2i": t2i,
+            "itm/accuracy_match": on_match,
+            "itm/accuracy_mismatch": on_mismatch,
+            "train/temperature": self.temperature.detach().float().reshape(()),
+            "image_keys": self.keys.image,
+            "text_keys": self.keys.text,
+        }
 
 
 class MomentumTask(TrainingTask):
@@ -91,6 +123,21 @@ class MomentumTask(TrainingTask):
         generator = torch.Generator(self.device)
         generator.manual_seed(torch.initial_seed() ^ 0x5EED)
         return generator
+
+    def noted(
+        self,
+        found: dict[str, Tensor],
+        batch: data.Batch,
+        progress: Progress,
+        image_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The metrics of a forward, with alpha and shares; its momentum features are kept for the
+        queue."""
+        keys = FeaturePair(found.pop("image_keys"), found.pop("text_keys"))
+        self.collected.append((keys, image_ids))
+        self._tokens, self.step = len(batch.token_ids), progress.step
+        found["train/alpha"] = torch.tensor(self.alpha(progress), device=self.device)
+        return found | self.stream_shares(batch)
 
     def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
         """Clamp the temperature, move the momentum copies, feed the queue.

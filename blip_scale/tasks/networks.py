@@ -6,11 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 from blip_scale import data
 from blip_scale.data import normalize_images
-from blip_scale.data.tokenizer import special_ids
 from blip_scale.engine import collectives
 from blip_scale.inference import med_config as med_config  # a part of this module's interface
 from blip_scale.interop import (
@@ -96,11 +94,6 @@ def to_pixels(images: Tensor, med: nn.Module) -> Tensor:
     """Pixels uint8 [B, 3, H, W] as this network takes them: on its device, in its type."""
     like = next(med.parameters())
     return normalize_images(images.to(like.device), like.dtype)
-
-
-def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """How a generated caption starts: [DEC] and the tokens of the prompt."""
-    return [special_ids(tokenizer)["dec"], *tokenizer(prompt)["input_ids"][1:-1]]
 
 
 def packed_text(packed: data.PackedTokens, device: torch.device) -> PackedText:

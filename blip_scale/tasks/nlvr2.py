@@ -97,12 +97,8 @@ class ImagePairs(TrainingTask):
             said = judgements_of(network, pairs, self.recipe, self.tokenizer)
             scalars = accuracy(said, pairs)
             shown = heldout.shown_images(len(pairs), self.recipe)
-            found = Evaluation(
-                found.scalars | {f"{name}/{figure}": value for figure, value in scalars.items()},
-                found.panels | {name: panels_of(pairs, shown, said)},
-                found.captions,
-                scalars["accuracy"] if found.score is None else found.score,
-            )
+            panels = panels_of(pairs, shown, said)
+            found = found.with_set(name, scalars, scalars["accuracy"], panels)
         return found
 
 

@@ -19,7 +19,7 @@ from blip_scale.model import MED, MomentumEncoder, PackedText, pretraining_flops
 from blip_scale.objectives import FeaturePair
 from blip_scale.tasks import heldout, networks
 from blip_scale.tasks.hard_pairs import global_pairs, local_pairs
-from blip_scale.tasks.momentum_task import MomentumNetwork, MomentumTask
+from blip_scale.tasks.momentum_task import Contrast, MomentumNetwork, MomentumTask
 
 
 class PretrainNetwork(MomentumNetwork):
@@ -43,10 +43,7 @@ class PretrainNetwork(MomentumNetwork):
             generator: draws the hard negatives; on the device of the images.
         """
         med, settings = self.med, self.settings
-        image_embeds = med.encode_image(images)
-        online = FeaturePair(
-            med.project_image(image_embeds), med.project_text(med.encode_text(text))
-        )
+        image_embeds, online = self.online_features(images, text)
         temperature = med.temperature()
         with torch.no_grad():
             keys = self.momentum_features(images, text)
@@ -75,20 +72,12 @@ class PretrainNetwork(MomentumNetwork):
         labels = objectives.match_labels(batch, images.device)
         itm = objectives.itm_loss(itm_logits, labels)
         lm = objectives.lm_loss(lm_logits, lm_targets, settings.label_smoothing)
-        i2t, t2i = objectives.retrieval_accuracy(similarities)
-        on_match, on_mismatch = objectives.match_accuracy(itm_logits, labels)
         return {
             "loss/total": itc + itm + lm,
             "loss/itc": itc.detach(),
             "loss/itm": itm.detach(),
             "loss/lm": lm.detach(),
-            "itc/in_batch_i2t": i2t,
-            "itc/in_batch_t2i": t2i,
-            "itm/accuracy_match": on_match,
-            "itm/accuracy_mismatch": on_mismatch,
-            "train/temperature": temperature.detach().float().reshape(()),
-            "image_keys": keys.image,
-            "text_keys": keys.text,
+            **Contrast(similarities, temperature, keys).metrics(itm_logits, labels),
         }
 
 
@@ -122,14 +111,10 @@ class Pretrain(MomentumTask):
     ) -> dict[str, Tensor]:
         """One forward of the network on a micro-batch; keeps its momentum features for the
         queue."""
-        alpha = self.alpha(progress)
         images, text = networks.to_model_input(batch, self.device, self.dtype)
-        found = network(images, text, self.queue.features, alpha, self.generator())
-        keys = FeaturePair(found.pop("image_keys"), found.pop("text_keys"))
-        self.collected.append((keys, None))
-        self._tokens, self.step = len(batch.token_ids), progress.step
-        found["train/alpha"] = torch.tensor(alpha, device=self.device)
-        return found | self.stream_shares(batch)
+        features, alpha = self.queue.features, self.alpha(progress)
+        found = network(images, text, features, alpha, self.generator())
+        return self.noted(found, batch, progress)
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""

@@ -22,7 +22,7 @@ from blip_scale.model import MomentumEncoder, PackedText, retrieval_flops
 from blip_scale.objectives import FeaturePair
 from blip_scale.tasks import heldout, networks
 from blip_scale.tasks.hard_pairs import global_pairs, local_pairs
-from blip_scale.tasks.momentum_task import MomentumNetwork, MomentumTask
+from blip_scale.tasks.momentum_task import Contrast, MomentumNetwork, MomentumTask
 
 
 class RetrievalNetwork(MomentumNetwork):
@@ -48,10 +48,7 @@ class RetrievalNetwork(MomentumNetwork):
             generator: draws the hard negatives; on the device of the images.
         """
         med = self.med
-        image_embeds = med.encode_image(images)
-        online = FeaturePair(
-            med.project_image(image_embeds), med.project_text(med.encode_text(text))
-        )
+        image_embeds, online = self.online_features(images, text)
         temperature = med.temperature()
         features, queue_ids = queue
         with torch.no_grad():
@@ -79,19 +76,11 @@ class RetrievalNetwork(MomentumNetwork):
         logits = med.match(texts, pairs.image_embeds, pairs.image_index)
         labels = objectives.pair_labels(negatives, same_BP)
         itm = objectives.itm_loss(logits, labels)
-        i2t, t2i = objectives.retrieval_accuracy(similarities)
-        on_match, on_mismatch = objectives.match_accuracy(logits, labels)
         return {
             "loss/total": itc + itm,
             "loss/itc": itc.detach(),
             "loss/itm": itm.detach(),
-            "itc/in_batch_i2t": i2t,
-            "itc/in_batch_t2i": t2i,
-            "itm/accuracy_match": on_match,
-            "itm/accuracy_mismatch": on_mismatch,
-            "train/temperature": temperature.detach().float().reshape(()),
-            "image_keys": keys.image,
-            "text_keys": keys.text,
+            **Contrast(similarities, temperature, keys).metrics(logits, labels),
         }
 
 
@@ -111,17 +100,13 @@ class Retrieval(MomentumTask):
     ) -> dict[str, Tensor]:
         """One forward of the network on a micro-batch; keeps its momentum features for the
         queue."""
-        alpha = self.alpha(progress)
         images, text = networks.to_model_input(batch, self.device, self.dtype)
         image_ids = image_ids_of(batch).to(self.device, non_blocking=True)
         assert self.queue.image_ids is not None
         queue = (self.queue.features, self.queue.image_ids)
+        alpha = self.alpha(progress)
         found = network(images, text, image_ids, queue, alpha, self.generator())
-        keys = FeaturePair(found.pop("image_keys"), found.pop("text_keys"))
-        self.collected.append((keys, image_ids))
-        self._tokens, self.step = len(batch.token_ids), progress.step
-        found["train/alpha"] = torch.tensor(alpha, device=self.device)
-        return found | self.stream_shares(batch)
+        return self.noted(found, batch, progress, image_ids)
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
@@ -133,14 +118,12 @@ class Retrieval(MomentumTask):
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
         """Recalls on the held-out sets, re-ranked; their mean on the first set is the score."""
         med = self.whole_med(engine)
-        scalars: dict[str, float] = {}
-        score: float | None = None
+        found = Evaluation()
         for name, pairs in heldout.heldout_sets(self.recipe):
             figures = heldout.retrieval_on(med, pairs, self.recipe, self.tokenizer, True)
-            scalars |= {f"{name}/{figure}": value for figure, value in figures.items()}
             recalls = [value for figure, value in figures.items() if figure.startswith("itm_")]
-            score = fmean(recalls) if score is None else score
-        return Evaluation(scalars, score=score)
+            found = found.with_set(name, figures, fmean(recalls))
+        return found
 
 
 def image_ids_of(batch: data.Batch) -> Tensor:

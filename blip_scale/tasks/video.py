@@ -52,9 +52,7 @@ def video_retrieval(
     reranked_2IS = retrieval.rerank(
         med, found, texts.matching, settings.rerank_top_k, settings.batch_size
     )
-    owners_S = torch.arange(len(videos)).repeat_interleave(
-        torch.tensor([len(captions) for captions in videos.captions])
-    )
+    owners_S = heldout.owners_of(videos.captions)
     cosines_IS = found.image_features @ found.text_features.T
     figures = retrieval.retrieval_figures(cosines_IS, reranked_2IS, owners_S)
     owners_S = owners_S.to(cosines_IS.device)

@@ -133,10 +133,7 @@ class VisualDialog(TrainingTask):
         for name, pairs in heldout.heldout_sets(self.recipe, data.clean_question, MAX_WORDS):
             scores = scores_of(network, pairs, self.recipe, self.tokenizer)
             figures = dialog_figures(scores, pairs)
-            found = Evaluation(
-                found.scalars | {f"{name}/{figure}": value for figure, value in figures.items()},
-                score=figures["mrr"] if found.score is None else found.score,
-            )
+            found = found.with_set(name, figures, figures["mrr"])
         return found
 
 

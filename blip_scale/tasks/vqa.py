@@ -148,12 +148,7 @@ class VisualQuestionAnswering(TrainingTask):
             scalars = accuracy(said, pairs)
             shown = heldout.shown_images(len(pairs), self.recipe)
             panels, entries = answering.panels_of(name, pairs, shown, said)
-            found = Evaluation(
-                found.scalars | {f"{name}/{figure}": value for figure, value in scalars.items()},
-                found.panels | {name: panels},
-                [*found.captions, *entries],
-                scalars.get("accuracy") if found.score is None else found.score,
-            )
+            found = found.with_set(name, scalars, scalars.get("accuracy"), panels, entries)
         return found
 
 

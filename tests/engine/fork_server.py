@@ -37,8 +37,6 @@ WARM = (
     "blip_scale.train", "blip_scale.engine", "blip_scale.tasks",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports when it starts
 )  # fmt: skip
-_ONE_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
-"""pandas, where it is installed, brings pyarrow, whose allocator would start a thread."""
 READ_LATE = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "AWS_", "S3_", "PYTEST_",
 )  # fmt: skip
@@ -101,7 +99,7 @@ class ForkServer:
         with other_end:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(other_end.fileno())],
-                env=self._environment | _ONE_THREAD, pass_fds=[other_end.fileno()],
+                env=self._environment, pass_fds=[other_end.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )  # fmt: skip
 
