@@ -7,8 +7,11 @@ Every launcher of PyTorch says RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
+import socket
 from types import FrameType
 
 NOTHING_LOST = 75
@@ -46,6 +49,20 @@ def adopt_srun_step() -> None:
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     job = int(os.environ["SLURM_JOB_ID"])
     os.environ.setdefault("MASTER_PORT", str(_FIRST_PORT + job % _PORTS))
+
+
+def free_port(*beside: int) -> int:
+    """A port of this machine on which nothing listens, and none at these distances above it.
+
+    Not one that the system hands out: between here and its use an outgoing connection could get it.
+    """
+    draw = random.SystemRandom()  # a seeded one would give two processes the same ports
+    while True:
+        port = draw.randrange(_FIRST_PORT, _FIRST_PORT + _PORTS - max(beside, default=0))
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for number in (port, *(port + distance for distance in beside)):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", number))
+            return port
 
 
 def tasks_on_node(tasks_per_node: str, node: int) -> int:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "data": {"settings", "recipe"},
     "inference": {"settings", "recipe", "model", "interop", "data"},
     "capfilt": {"settings", "recipe", "model", "data", "inference"},
-    "engine": {"settings", "recipe"},
+    "engine": {"settings", "recipe", "launcher"},
     "planning": {"settings", "recipe", "batch_sizes", "checks", "model", "data"},
     "tasks": {"settings", "recipe", "batch_sizes", "checks", *ROOMS},
     "free_space": set(),

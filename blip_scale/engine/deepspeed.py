@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 
+from blip_scale import launcher
 from blip_scale.engine import collectives, logs, zero3_step
 from blip_scale.recipe import Recipe
 
@@ -225,9 +225,7 @@ def start(timeout_s: float) -> torch.device:
         os.environ.setdefault(variable, alone)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        os.environ["MASTER_PORT"] = str(launcher.free_port())
     # DeepSpeed compiles its operations with the ninja of PATH, which a virtual environment that is
     # not activated leaves out; and two versions of ninja would compile them anew in turns.
     tools = str(Path(sys.executable).parent)

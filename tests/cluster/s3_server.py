@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -14,22 +13,10 @@ from typing import Any
 
 import pytest
 
+from blip_scale import launcher
+
 ACCESS_KEY, SECRET_KEY = "blip", "scale-secret"
 START_TIMEOUT_S = 60
-
-
-def free_port() -> int:
-    """A port that is free and whose gRPC twin (SeaweedFS adds 10,000) is free too."""
-    while True:
-        with socket.socket() as probe, socket.socket() as twin:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            if port + 10_000 < 65_536:
-                try:
-                    twin.bind(("127.0.0.1", port + 10_000))
-                except OSError:
-                    continue
-                return port
 
 
 class S3Server:
@@ -38,7 +25,9 @@ class S3Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bucket = "sets"
-        self._ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
+        # SeaweedFS adds 10,000 for the gRPC twin of each.
+        names = ("master", "volume", "filer", "s3")
+        self._ports = {name: launcher.free_port(10_000) for name in names}
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True)
         identity = {

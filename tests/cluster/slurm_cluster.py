@@ -7,7 +7,6 @@ import getpass
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from blip_scale import launcher
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("n1", "n2")
@@ -72,7 +73,9 @@ class SlurmCluster:
         (self.folder / "state").mkdir()
         for node in NODES:
             (self.folder / f"spool.{node}").mkdir()
-        conf = _CONF.format(ports=_free_ports(), user=getpass.getuser(), folder=self.folder)
+        port = launcher.free_port(1, 2)  # the controller's and the two nodes'
+        ports = range(port, port + 3)
+        conf = _CONF.format(ports=ports, user=getpass.getuser(), folder=self.folder)
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "gres.conf").write_text(_GPUS)
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
@@ -208,19 +211,6 @@ def wait_for(moment: Callable[[], bool], what: str, timeout_s: float = 600) -> N
     while not moment():
         assert time.monotonic() < deadline, f"{what}: waited for {timeout_s} s"
         time.sleep(0.05)
-
-
-def _free_ports() -> list[int]:
-    """Three free ports, the last two in a row."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first, second, third = (stack.enter_context(socket.socket()) for _ in range(3))
-            first.bind(("127.0.0.1", 0))
-            second.bind(("127.0.0.1", 0))
-            port = second.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                third.bind(("127.0.0.1", port + 1))
-                return [first.getsockname()[1], port, port + 1]
 
 
 @pytest.fixture(scope="session")

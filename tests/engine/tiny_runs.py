@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from torch import Tensor
 
+from blip_scale import launcher
 from blip_scale.data import Record, write_shards
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -125,7 +125,7 @@ def launch(
     `script` stands in for train.py and takes its arguments. The ranks are forked with everything
     imported; `launch_by_command` starts fresh interpreters.
     """
-    port = free_port()
+    port = launcher.free_port()
     processes = []
     for rank in range(ranks):
         environment = os.environ | {
@@ -157,19 +157,13 @@ def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Pope
         command = [sys.executable, "blip_scale/train.py", "--deepspeed", "ds_configs/zero2.json"]
     else:
         command = [str(tools / "deepspeed"), "--num_gpus", str(ranks)]
-        command += ["--master_port", str(free_port()), "--log_level", "error"]
+        command += ["--master_port", str(launcher.free_port()), "--log_level", "error"]
         command += ["blip_scale/train.py", "--deepspeed", "ds_configs/zero3.json"]
     command += ["--recipe", str(recipe)]
     with (recipe.parent / "stdout").open("w") as out, (recipe.parent / "stderr").open("w") as err:
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=REPO
         )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def finish(processes: list[Rank], timeout_s: float = 300) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blip_scale import data, inference, interop, objectives
+from blip_scale import data, inference, interop, launcher, objectives
 from blip_scale import recipe as recipes
 from blip_scale.model import MED, MomentumEncoder, PackedText
 from blip_scale.objectives import FeaturePair
@@ -179,7 +179,7 @@ def evaluated(arguments: list[str], folder: Path, ranks: int = 1) -> dict[str, A
     """What it found."""
     report = folder / "report.json"
     arguments = [*arguments, "--json", str(report)]
-    port = tiny_runs.free_port()
+    port = launcher.free_port()
     codes = tiny_runs.finish([rank(arguments, folder, r, ranks, port) for r in range(ranks)])
     assert codes == [0] * ranks, (folder / "evaluate_0.txt").read_text()
     found: dict[str, Any] = json.loads(report.read_text())
