@@ -89,6 +89,7 @@ class ZeroEngine:
     def __post_init__(self) -> None:
         if self.stage == 3:
             zero3_step.trim(self.deepspeed.optimizer, self._gradient_norm)
+            zero3_step.drop_idle_hooks(self.deepspeed.optimizer)
 
     @property
     def module(self) -> nn.Module:

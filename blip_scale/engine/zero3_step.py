@@ -1,8 +1,10 @@
-"""What DeepSpeed's ZeRO-3 optimizer step (0.19.8) does twice or for nothing, left out.
+"""What DeepSpeed's ZeRO-3 step (0.19.8) does twice or for nothing, left out.
 
-Of the time of a step it took more than AdamW itself, on a CPU as on a GPU, where all of it is
+In the optimizer step it took more time than AdamW itself, on a CPU as on a GPU, where all of it is
 memory traffic: a second pass over the gradients for their norm, in fp64; a copy of all gradients
-into a new tensor, although they already lie in one; a multiplication of all of them by 1.
+into a new tensor, although they already lie in one; a multiplication of all of them by 1. In
+forward and backward: some hundred lines of Python around every call of every module, also of those
+that have nothing to gather.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
+from torch import Tensor, nn
 
 
 def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
@@ -43,6 +47,34 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     zero._prepare_fp32_grad_for_sub_group = prepare
     zero.unscale_and_clip_grads = unscale
     zero._get_norm_groups = lambda: [norm()]
+
+
+def drop_idle_hooks(zero: Any) -> None:
+    """Take DeepSpeed's hooks off the modules that have nothing to gather or release: no parameters
+    of their own, or only such as stay gathered. The latter are looked after at the root instead.
+
+    Args:
+        zero: `DeepSpeedZeroOptimizer_Stage3`.
+    """
+    offload = zero.parameter_offload
+    network: nn.Module = offload.module
+    idle = [
+        module
+        for module in network.modules()
+        if module is not network and all(p.ds_persist for p in iter_params(module))
+    ]
+    theirs = {id(d) for m in idle for d in (m._forward_pre_hooks, m._forward_hooks)}
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(hook.hooks_dict_ref()) in theirs:
+            hook.remove()
+    staying = zero.persistent_parameters
+
+    def gather(module: nn.Module, inputs: Any) -> None:
+        parted = [p for p in staying if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if parted:
+            parted[0].all_gather(parted)
+
+    network.register_forward_pre_hook(gather)
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor | None:
