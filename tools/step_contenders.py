@@ -226,11 +226,12 @@ class Published:
         self.batches = [networks.to_model_input(b, self.device, torch.float32) for b in batches]
         config = networks.med_config(chosen, data.load_tokenizer(chosen.model.text))
         queue = FeatureQueue(chosen.model.embed_dim, chosen.objective.queue_size, chosen.seed)
-        features = (queue.features.image, queue.features.text)
-        med = networks.initialized_med(chosen, config)
-        self.network = PublishedStep(
-            med, chosen.objective, chosen.optimizer, features, chosen.model.text.max_tokens
-        )
+        features = (queue.features.image.to(self.device), queue.features.text.to(self.device))
+        med = networks.initialized_med(chosen, config).to(self.device)
+        with self.device:
+            self.network = PublishedStep(
+                med, chosen.objective, chosen.optimizer, features, chosen.model.text.max_tokens
+            )
         self.bf16 = chosen.train.precision == "bf16"
         self.steps = 0
         self.attention = self._faster_attention()
@@ -263,7 +264,7 @@ class Plain(Ours):
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
         """The network itself."""
-        network = self.task.build_network()
+        network = self.task.build_network().to(self.device)
         weights = self.task.initial_weights()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
