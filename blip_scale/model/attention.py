@@ -20,6 +20,10 @@ from torch import Tensor
 
 Kernel = Literal["auto", "flash", "sdpa"]
 
+# SDPA would take cuDNN's kernel on new GPUs, which is compiled for every new shape: 0.17 s on an
+# H200, and captions have other lengths in every batch. The others take as long as it does after.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass(frozen=True)
 class Segments:

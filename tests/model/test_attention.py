@@ -97,6 +97,10 @@ def test_causal_refuses_two_segments() -> None:
         AttentionLayout(one, two, causal=True)
 
 
+def test_sdpa_compiles_nothing_for_a_new_length() -> None:
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_kernel_choice_on_the_cpu() -> None:
     cpu = torch.device("cpu")
     assert resolve_kernel("auto", cpu, torch.bfloat16) == "sdpa"
