@@ -150,7 +150,10 @@ class TrainLoader:
             try:
                 return next(self._iterator)
             except Exception:  # RuntimeError, or what a torn message makes of itself
-                wait([process.sentinel for process in self._processes], _DEATH_SEEN_S)
+                ended = wait([process.sentinel for process in self._processes], _DEATH_SEEN_S)
+                for process in self._processes:
+                    if process.sentinel in ended:  # its files are closed, its end comes after
+                        process.join(_DEATH_SEEN_S)
                 dead = [process for process in self._processes if not process.is_alive()]
                 if not dead:
                     raise

@@ -21,7 +21,7 @@ from s3_server import S3Server
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
-STEPS = 24
+STEPS = 48  # so many that no kill comes too late
 RANKS = 2
 
 
@@ -154,4 +154,4 @@ def test_checkpoints_in_a_bucket(
     assert "is missing here: fetching it from s3://" in (node / "logs/rank_1.log").read_text()
     for place in (run, node):
         names = [path.name for path in sorted((place / "checkpoints").iterdir())]
-        assert names == ["step_00000022", "step_00000024"]
+        assert names == [f"step_{STEPS - 2:08}", f"step_{STEPS:08}"]
