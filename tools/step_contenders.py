@@ -264,13 +264,14 @@ class Plain(Ours):
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
         """The network itself."""
-        network = self.task.build_network().to(self.device)
+        network = self.task.build_network()
         weights = self.task.initial_weights()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(weights[name].view_as(parameter))
-        network.to(torch.bfloat16 if match.recipe.train.precision == "bf16" else torch.float32)
+        bf16 = match.recipe.train.precision == "bf16"
+        network.to(self.device, torch.bfloat16 if bf16 else torch.float32)
         engine = PlainEngine(network, match.recipe.optimizer)
         return engine, PlainMomentum(engine, self.task.momentum_pairs)
 
