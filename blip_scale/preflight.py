@@ -318,7 +318,8 @@ def _host_memory(setting: Setting) -> str:
 
     plan, workers = setting.plan(), setting.recipe.data.workers
     there = psutil.virtual_memory().available
-    weights = 4 * sum(plan.network.trainable)  # each rank loads them whole, once
+    network = plan.network
+    weights = 4 * sum([*network.trainable, *network.frozen])  # each rank loads them whole, once
     each = _PROCESS_GB * _GB * (1 + workers / 3) + weights + plan.memory.host
     need = each * setting.gpus_per_node
     said = (

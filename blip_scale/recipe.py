@@ -47,6 +47,13 @@ class VisionRecipe:
     narrow ViT learns sooner from about 1 / sqrt(width))."""
     drop_path_rate: Fraction = 0.0
     """Stochastic depth, linear over depth (published: 0 for ViT-B, 0.1 for ViT-L)."""
+    patch_dropout: Fraction = 0.0
+    """Share of the patches that the ViT leaves out in training, others for each image and step (the
+    class token stays); momentum encoders and evaluation see all. Changes the mathematics; not in
+    the paper."""
+    frozen_layers: Count = 0
+    """So many first blocks of the ViT keep their initial weights, with patch and position
+    embeddings: for a ViT that was trained before. Changes the mathematics; not in the paper."""
 
 
 @dataclass(frozen=True, config=_STRICT)

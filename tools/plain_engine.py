@@ -63,11 +63,12 @@ class PlainMomentum:
     def __init__(self, engine: PlainEngine, pairs: dict[str, str]) -> None:
         parameters = dict(engine.module.named_parameters())
         masters = {shard.name: shard.weight for shard in engine.shards}
-        self._copies = [parameters[name].data for name in pairs]
-        self.weights = [masters[name] for name in pairs.values()]
+        for copy, online in pairs.items():
+            parameters[copy].data.copy_(parameters[online].data)
+        moving = {copy: online for copy, online in pairs.items() if online in masters}
+        self._copies = [parameters[name].data for name in moving]
+        self.weights = [masters[name] for name in moving.values()]
         fp32 = engine.dtype == torch.float32
-        for copy, weight in zip(self._copies, self.weights, strict=True):
-            copy.copy_(weight)
         self.averages = self._copies if fp32 else [weight.clone() for weight in self.weights]
 
     def refresh(self) -> None:

@@ -183,8 +183,9 @@ class Saver:
             "optimizer_steps": _updates(engine),
             "parameters": {
                 name: getattr(parameter, "ds_numel", parameter.numel())
-                for name, parameter in engine.trainable.items()
+                for name, parameter in (engine.trainable | engine.frozen).items()
             },
+            "frozen": list(engine.frozen),
             "position": copy.deepcopy(state.position),
             "task": copy.deepcopy(state.task),
         }

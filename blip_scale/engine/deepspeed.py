@@ -3,7 +3,7 @@ rank owns.
 
 Under ZeRO-3 each rank owns an equal slice of each flattened parameter; under ZeRO-1/2 a contiguous
 stretch of all of them laid end to end. Both are the same thing to the rest of the engine: a list of
-`Shard`s.
+`Shard`s. Parameters that keep their initial weights are cut as under ZeRO-3 at every stage.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,41 +24,8 @@ from torch import Tensor, nn
 
 from blip_scale import launcher
 from blip_scale.engine import collectives, logs, zero3_step
+from blip_scale.engine.shards import Part, Shard, frozen_shard, gradient_of, trainable_shard
 from blip_scale.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What this rank owns of one trainable parameter: elements [start, start + numel) of it,
-    flattened."""
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-    numel: int
-    flat: Tensor
-    """fp32 master tensor of the optimizer that holds this shard among others."""
-    offset: int
-    """Where in `flat` the shard begins."""
-
-    @property
-    def weight(self) -> Tensor:
-        """fp32 master weights [numel], a view: writing changes the optimizer's copy."""
-        return self.flat.detach()[self.offset : self.offset + self.numel]
-
-    def state(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
-        """Optimizer state `key` (exp_avg, exp_avg_sq) [numel], a view."""
-        return optimizer.state[self.flat][key][self.offset : self.offset + self.numel]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Elements of a parameter to write: `values` [numel] begin at `start` of parameter `index` of a
-    list."""
-
-    index: int
-    start: int
-    values: Tensor
 
 
 class AdamW(torch.optim.AdamW):
@@ -82,8 +49,11 @@ class ZeroEngine:
     stage: int
     trainable: dict[str, nn.Parameter]
     shards: list[Shard]
+    """Of what trains; after `fill` of what is frozen too."""
     towers: dict[str, list[int]]
     """Index into `shards` by tower (`vision`, `text`), for gradient norms."""
+    frozen: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Parameters that keep the weights of `fill`."""
     _norm: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -129,7 +99,7 @@ class ZeroEngine:
         backward."""
         squares = torch.zeros(len(self.shards), dtype=torch.float64, device=self.device)
         for index, shard in enumerate(self.shards):
-            gradient = _gradient(shard, self.stage)
+            gradient = gradient_of(shard, self.stage)
             if gradient is not None and gradient.numel():
                 squares[index] = torch.linalg.vector_norm(gradient[: shard.numel]).double() ** 2
         totals = [squares.sum(), *(squares[index].sum() for index in self.towers.values())]
@@ -157,10 +127,10 @@ class ZeroEngine:
         if self.stage == 3:
             for part in parts:
                 parameters[part.index].ds_tensor.data[: part.values.numel()].copy_(part.values)
-            gathered = [p for p in parameters if p.ds_status.name == "AVAILABLE"]
-            if gathered:  # their whole copies are stale now
-                gathered[0].partition(gathered)
-                gathered[0].all_gather(gathered)
+            stale = [p for p in parameters if _holds_a_copy(p)]
+            if stale:
+                stale[0].partition(stale)
+                stale[0].all_gather(stale)
             return
         flat = torch.zeros(sum(p.numel() for p in parameters), dtype=self.dtype, device=self.device)
         pieces = flat.split([p.numel() for p in parameters])
@@ -172,7 +142,11 @@ class ZeroEngine:
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
         """Set this rank's fp32 masters, and the compute weights after them, from whole tensors by
-        name."""
+        name. Parameters among them that don't train become `frozen`."""
+        for name, parameter in self.module.named_parameters():
+            if name in weights and not parameter.requires_grad and name not in self.frozen:
+                self.frozen[name] = parameter
+                self.shards += frozen_shard(name, parameter)
         for shard in self.shards:
             values = weights[shard.name].detach().flatten()
             shard.weight.copy_(values[shard.start : shard.start + shard.numel])
@@ -181,14 +155,15 @@ class ZeroEngine:
     def refresh(self, names: list[str] | None = None) -> None:
         """Make the compute weights follow the fp32 masters: all of them, or those with these
         names."""
-        wanted = [name for name in self.trainable if names is None or name in names]
+        known = self.trainable | self.frozen
+        wanted = [name for name in known if names is None or name in names]
         positions = {name: index for index, name in enumerate(wanted)}
         parts = [
             Part(positions[shard.name], shard.start, shard.weight)
             for shard in self.shards
             if shard.name in positions
         ]
-        self.assign([self.trainable[name] for name in wanted], parts)
+        self.assign([known[name] for name in wanted], parts)
 
     def gather_into(self, source: nn.Module, target: nn.Module) -> None:
         """Copy the compute weights of `source`, a part of the wrapped module, into an ordinary
@@ -214,6 +189,13 @@ def whole(parameter: nn.Parameter, stage: int) -> Iterator[None]:
         return
     with deepspeed.zero.GatheredParameters([parameter]):
         yield
+
+
+def _holds_a_copy(parameter: nn.Parameter) -> bool:
+    """Whether the parameter is whole, and in memory of its own: on one rank it is a view of this
+    rank's part, and to gather it would only make the host wait for a GPU."""
+    whole = parameter.ds_status.name == "AVAILABLE"
+    return whole and parameter.data_ptr() != parameter.ds_tensor.data_ptr()
 
 
 def start(timeout_s: float) -> torch.device:
@@ -278,7 +260,9 @@ def initialize(
     torch.distributed.set_timeout(  # of DeepSpeed's own group, which has torch's 10 or 30 minutes
         _patience(recipe.train.stall_timeout_s), engine.data_parallel_group
     )
-    shards = [shard for name, p in trainable.items() for shard in _shard(engine, stage, name, p)]
+    shards = [
+        shard for name, p in trainable.items() for shard in trainable_shard(engine, stage, name, p)
+    ]
     towers: dict[str, list[int]] = {"vision": [], "text": []}
     for index, shard in enumerate(shards):
         towers["vision" if "vision" in shard.name else "text"].append(index)
@@ -308,29 +292,3 @@ def _build_optimizer(
                 super().step(closure)
 
     return OffloadedAdamW(parameters, adamw_mode=True, **arguments)
-
-
-def _shard(engine: Any, stage: int, name: str, parameter: nn.Parameter) -> list[Shard]:
-    """This rank's part of a parameter; none when it lies on other ranks altogether."""
-    zero = engine.optimizer
-    if stage == 3:
-        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-        begin = size * collectives.rank()
-        numel = max(0, min(size, parameter.ds_numel - begin))
-        flat = zero.fp32_partitioned_groups_flat[group]
-    else:
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return []
-        begin, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-        offset = mapping.hp_fragment_address.start
-        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    return [Shard(name, parameter, begin, numel, flat, offset)] if numel else []
-
-
-def _gradient(shard: Shard, stage: int) -> Tensor | None:
-    """Averaged gradient of a shard between the last backward and the optimizer step."""
-    if stage == 3:
-        return deepspeed.utils.safe_get_local_grad(shard.parameter)
-    mapping = shard.parameter._hp_mapping
-    return mapping.get_lp_grad_fragment(shard.parameter._index_in_param_group)

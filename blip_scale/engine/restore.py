@@ -74,24 +74,26 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
 
     Raises:
         ValueError: the checkpoint is of another network (a parameter is missing, has another size,
-            or is one too many).
+            or is one too many), or other layers of it were frozen.
     """
     manifest = files.parse_manifest((path / files.MANIFEST).read_text(encoding="utf-8"))
-    _check_network(manifest["parameters"], engine)
+    _check_network(manifest, engine)
     names = _needed(manifest, engine.stage, (collectives.rank(),))
     reader = files.Reader(path / name for name in names if name != files.SHARED)
-    for flat in {id(shard.flat): shard.flat for shard in engine.shards}.values():
+    trained = [shard for shard in engine.shards if shard.trains]
+    for flat in {id(shard.flat): shard.flat for shard in trained}.values():
         _make_moments(engine.optimizer, flat, manifest["optimizer_steps"])
     for shard in engine.shards:
         reader.read("weight", shard.name, shard.start, shard.weight)
         for key in files.MOMENTS:
-            if manifest["optimizer_steps"]:
+            if shard.trains and manifest["optimizer_steps"]:
                 moment = shard.state(engine.optimizer, key)
                 reader.read(key, shard.name, shard.start, moment)
     for shard, average in zip(momentum.shards, momentum.averages, strict=True):
         reader.read("momentum", shard.name, shard.start, average)
     engine.refresh()
     momentum.refresh()
+    momentum.copy_frozen()
     shared = files.read_tensors(path / files.SHARED)
     return RunState(manifest["step"], manifest["position"], manifest["task"], shared)
 
@@ -191,9 +193,11 @@ def _needed(manifest: dict[str, Any], stage: int, ranks: tuple[int, ...]) -> lis
     return [*(files.rank_file(rank) for rank in ranks), files.SHARED]
 
 
-def _check_network(saved: dict[str, int], engine: ZeroEngine) -> None:
-    """Refuse parameters that are others, or of other sizes, than the engine's."""
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.trainable.items()}
+def _check_network(manifest: dict[str, Any], engine: ZeroEngine) -> None:
+    """Refuse parameters that are others, or of other sizes, than the engine's, and moments of other
+    ones than train."""
+    saved, known = manifest["parameters"], engine.trainable | engine.frozen
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in known.items()}
     for name in [*sizes, *saved]:
         if saved.get(name, 0) != sizes.get(name, 0):
             raise ValueError(
@@ -201,6 +205,14 @@ def _check_network(saved: dict[str, int], engine: ZeroEngine) -> None:
                 f"network {sizes.get(name, 0)}: it is of another network. Give the recipe that "
                 "it was made with, or another output_dir."
             )
+    differing = sorted(set(manifest.get("frozen", [])) ^ set(engine.frozen))
+    if differing:
+        raise ValueError(
+            f"{differing[0]} and {len(differing) - 1} more parameters were frozen when the "
+            "checkpoint was made and train now, or the other way round: give the "
+            "model.vision.frozen_layers that it was made with, or begin a run from it with "
+            "model.checkpoint and another output_dir."
+        )
 
 
 def _make_moments(optimizer: torch.optim.Optimizer, flat: Tensor, updates: int) -> None:

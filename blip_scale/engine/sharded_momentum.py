@@ -3,11 +3,14 @@ with it."""
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 
 from blip_scale.engine import collectives
-from blip_scale.engine.deepspeed import Part, Shard, ZeroEngine
+from blip_scale.engine.deepspeed import ZeroEngine
+from blip_scale.engine.shards import Part, Shard
 
 
 class ShardedMomentum:
@@ -17,6 +20,7 @@ class ShardedMomentum:
     parameter have one shape, so one rank owns the same elements of both. In bf16 the averages would
     not move at all (with momentum 0.995 an increment is below half a unit in the last place), so
     only the weights of the momentum forward are bf16, rewritten from the averages by `refresh`.
+    The average of a frozen parameter is the parameter itself: nothing is kept or updated of it.
     """
 
     def __init__(self, engine: ZeroEngine, pairs: dict[str, str]) -> None:
@@ -28,13 +32,13 @@ class ShardedMomentum:
         """
         parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self._engine = engine
-        self._copies = [parameters[momentum] for momentum in pairs]
-        self._position = {online: index for index, online in enumerate(pairs.values())}
-        self.shards: list[Shard] = [
-            shard for shard in engine.shards if shard.name in self._position
-        ]
+        self._copies = {online: parameters[momentum] for momentum, online in pairs.items()}
+        paired = [shard for shard in engine.shards if shard.name in self._copies]
+        self.shards: list[Shard] = [shard for shard in paired if shard.trains]
+        self._frozen = [shard for shard in paired if not shard.trains]
         self.averages: list[Tensor] = [shard.weight.clone() for shard in self.shards]
         self.refresh()
+        self.copy_frozen()
 
     @property
     def weights(self) -> list[Tensor]:
@@ -43,11 +47,21 @@ class ShardedMomentum:
 
     def refresh(self) -> None:
         """Rewrite the momentum weights that compute from the averages."""
+        self._assign(self._engine.trainable, self.shards, self.averages)
+
+    def copy_frozen(self) -> None:
+        """Rewrite the momentum weights of frozen parameters, after those have been set."""
+        self._assign(self._engine.frozen, self._frozen, [shard.weight for shard in self._frozen])
+
+    def _assign(self, online: Container[str], shards: list[Shard], values: list[Tensor]) -> None:
+        """Write the copies of the parameters in `online`; the same ones on every rank."""
+        names = [name for name in self._copies if name in online]
+        positions = {name: index for index, name in enumerate(names)}
         parts = [
-            Part(self._position[shard.name], shard.start, average)
-            for shard, average in zip(self.shards, self.averages, strict=True)
+            Part(positions[shard.name], shard.start, value)
+            for shard, value in zip(shards, values, strict=True)
         ]
-        self._engine.assign(self._copies, parts)
+        self._engine.assign([self._copies[name] for name in names], parts)
 
     def gap(self) -> float:
         """Relative distance |average - weight| / |weight| over all ranks: 0 right after a copy."""

@@ -17,7 +17,12 @@ def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
     vision = recipe.model.vision
     return MEDConfig(
         vision=VisionConfig(
-            vision.name, vision.image_size, vision.overrides, vision.drop_path_rate
+            vision.name,
+            vision.image_size,
+            vision.overrides,
+            vision.drop_path_rate,
+            vision.patch_dropout,
+            vision.frozen_layers,
         ),
         text=_text_config(recipe.model.text, tokenizer),
         embed_dim=recipe.model.embed_dim,

@@ -96,7 +96,8 @@ def read_training_checkpoint(
     state = to_published(found, head)
     queue = load_file(folder / _SHARED) if with_state else {}
     if queue:
-        copies = {name.removeprefix(_MODEL): tensor for name, tensor in momentum.items()}
+        still = {name: found[name] for name in manifest.get("frozen", [])}  # as their copies
+        copies = {name.removeprefix(_MODEL): p for name, p in (still | momentum).items()}
         state |= momentum_to_salesforce(copies, state)
         state |= {f"{kind}_queue": queue[f"queue/{kind}"] for kind in ("image", "text")}
         pointer = torch.tensor([manifest["task"]["queue"]["pointer"]])

@@ -28,7 +28,7 @@ from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.packing import PackedText
 from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.visdial import VisDial
-from blip_scale.model.vision import VisionConfig, build_vision
+from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 from blip_scale.model.vqa import VQA
 
 __all__ = [
@@ -62,4 +62,5 @@ __all__ = [
     "recomputation_flops",
     "resolve_kernel",
     "retrieval_flops",
+    "training_tokens",
 ]

@@ -1,7 +1,8 @@
 """Floating-point operations of a training step, counted on paper (2 for a multiply-add).
 
 Matrix multiplications and attention products alone, as usual for MFU. It is what the mathematics
-needs: recomputation by gradient checkpointing is not counted. A causal product counts whole.
+needs: recomputation by gradient checkpointing is not counted, nor are patches that are dropped and
+the backward of frozen layers. A causal product counts whole.
 
 Letters: B batch, N image tokens, D width, E embed_dim, Q queue, T text tokens, V vocabulary.
 """
@@ -10,27 +11,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import TextConfig
-from blip_scale.model.vision import VisionConfig, build_vision
+from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 
 
 @dataclass(frozen=True)
 class _Vision:
-    """One image through the ViT, forward."""
+    """One image through the ViT, forward, with the tokens that it has in training."""
 
     patches: float
     blocks: float
+    frozen: float
+    """Of `blocks`, those without a backward; the patches have none either then."""
     last_products: float
-    """Of `blocks`, what the last linear layer of each takes."""
+    """Of the blocks with a backward, what the last linear layer of each takes."""
+    momentum: float
+    """As `blocks`, in the momentum encoder, where no patch is dropped."""
     tokens: int
     width: int
+
+    @property
+    def forward_and_backward(self) -> float:
+        """Backward: twice the forward, but once where a factor has no gradient (pixels)."""
+        patches = self.patches if self.frozen else 2 * self.patches
+        return 3 * self.blocks - 2 * self.frozen + patches
 
 
 def pretraining_flops(
@@ -49,11 +61,11 @@ def pretraining_flops(
     part = _parts(config, batch_size, text_tokens)
     similarity = 2 * 2 * pairs * (pairs + queue_size) * config.embed_dim
     project = 2 * pairs * config.embed_dim * (part.vision.width + text.width)
-    online = part.blocks + part.encode + part.sweep + part.heads + project
-    patches = pairs * part.vision.patches
-    momentum = patches + part.blocks + part.encode + project
-    # Backward: twice the forward, but once where a factor has no gradient (pixels, queue).
-    return float(3 * online + 2 * (patches + similarity) + momentum + similarity)
+    online = part.encode + part.sweep + part.heads + project
+    vision = pairs * part.vision.forward_and_backward
+    momentum = pairs * (part.vision.patches + part.vision.momentum) + part.encode + project
+    # Backward: twice the forward, but once where a factor has no gradient (queue).
+    return float(3 * online + vision + 2 * similarity + momentum + similarity)
 
 
 def retrieval_flops(config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int) -> float:
@@ -67,8 +79,8 @@ def retrieval_flops(config: MEDConfig, batch_size: int, text_tokens: int, queue_
 def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
     """FLOPs of forward and backward of LM alone; arguments as of `pretraining_flops`."""
     part = _parts(config, batch_size, text_tokens, matches=False)
-    online = part.blocks + part.sweep + part.heads
-    return float(3 * online + 2 * batch_size * part.vision.patches)
+    vision = batch_size * part.vision.forward_and_backward
+    return float(3 * (part.sweep + part.heads) + vision)
 
 
 @dataclass(frozen=True)
@@ -90,8 +102,8 @@ def fine_tuning_flops(config: MEDConfig, images: int, works: Sequence[TextWork])
     """FLOPs of forward and backward of `images` through the ViT and of texts through stacks of
     their own. Heads that aren't one a token are left out."""
     vision = _vision_flops(config.vision)
-    online = images * vision.blocks + sum(_text_work(config.text, work) for work in works)
-    return float(3 * online + 2 * images * vision.patches)
+    text = sum(_text_work(config.text, work) for work in works)
+    return float(3 * text + images * vision.forward_and_backward)
 
 
 def head_flops(config: MEDConfig, tokens: int) -> float:
@@ -109,22 +121,23 @@ def _text_work(text: TextConfig, work: TextWork) -> float:
 
 
 def recomputation_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
-    """FLOPs that gradient checkpointing adds to a micro-step: a forward of ViT blocks and text
-    layers; arguments as above.
+    """FLOPs that gradient checkpointing adds to a micro-step: a forward of the ViT blocks that
+    train and of the text layers; arguments as above.
 
     Recomputing stops at the last tensor that the backward pass needs, so the last product of each
     ViT block is spared; a text layer ends in a norm, which needs it.
     """
     part = _parts(config, batch_size, text_tokens)
-    return float(part.blocks - batch_size * part.vision.last_products + part.encode + part.sweep)
+    vision = part.vision
+    blocks = batch_size * (vision.blocks - vision.frozen - vision.last_products)
+    return float(blocks + part.encode + part.sweep)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Forward FLOPs of what has weights, a micro-batch."""
+    """Forward FLOPs of what has weights: of an image, and of a micro-batch's texts."""
 
     vision: _Vision
-    blocks: float
     encode: float
     sweep: float
     heads: float
@@ -148,7 +161,7 @@ def _parts(
     for count, rows in ((layers, matched + decoded), (trimmed, firsts + decoded)):
         sweep += count * (_cross_attention(text, rows, vision.tokens) + _mlp(text, rows))
     heads = 2 * text.width * (decoded * (text.width + text.vocab_size) + firsts * 2)
-    return _Parts(vision, pairs * vision.blocks, encode, sweep, heads)
+    return _Parts(vision, encode, sweep, heads)
 
 
 def _self_attention(text: TextConfig, tokens: float, length: float) -> float:
@@ -165,19 +178,35 @@ def _mlp(text: TextConfig, tokens: float) -> float:
 
 
 def _vision_flops(config: VisionConfig) -> _Vision:
-    return _cached_vision_flops(config.name, config.image_size, json.dumps(config.overrides))
+    return _cached_vision_flops(json.dumps(asdict(config)))
 
 
 @lru_cache(maxsize=8)
-def _cached_vision_flops(name: str, image_size: int, overrides: str) -> _Vision:
+def _cached_vision_flops(settings: str) -> _Vision:
+    config = VisionConfig(**json.loads(settings))
     with torch.device("meta"):  # sizes alone
-        vision = build_vision(VisionConfig(name, image_size, json.loads(overrides)))
-    patches = vision.patch_embed.num_patches
-    tokens = patches + vision.num_prefix_tokens
-    blocks = last_products = 0.0
+        vision = build_vision(config)
+    tokens, patches = training_tokens(vision), vision.patch_embed.num_patches
+    frozen = last_products = 0.0
     for block in vision.blocks:
-        weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-        blocks += 2 * tokens * weights + 4 * tokens**2 * block.attn.attn_dim
-        last_products += 2 * tokens * block.mlp.fc2.weight.numel()
+        if next(block.parameters()).requires_grad:
+            last_products += 2 * tokens * block.mlp.fc2.weight.numel()
+        else:
+            frozen += _block_flops(block, tokens)
     kernel = vision.patch_embed.proj.weight.numel()
-    return _Vision(2.0 * patches * kernel, blocks, last_products, tokens, vision.embed_dim)
+    return _Vision(
+        patches=2.0 * patches * kernel,
+        blocks=sum(_block_flops(block, tokens) for block in vision.blocks),
+        frozen=frozen,
+        last_products=last_products,
+        momentum=sum(
+            _block_flops(block, patches + vision.num_prefix_tokens) for block in vision.blocks
+        ),
+        tokens=tokens,
+        width=vision.embed_dim,
+    )
+
+
+def _block_flops(block: Any, tokens: int) -> float:
+    weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+    return 2 * tokens * weights + 4 * tokens**2 * block.attn.attn_dim

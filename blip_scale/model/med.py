@@ -178,7 +178,11 @@ class MomentumEncoder(UnimodalEncoder):
     """
 
     def __init__(self, config: MEDConfig) -> None:
-        super().__init__(replace(config, gradient_checkpointing=False), multimodal=False)
+        # All patches: what soft targets and queue say of an image should not depend on a draw.
+        vision = replace(config.vision, patch_dropout=0.0)
+        super().__init__(
+            replace(config, vision=vision, gradient_checkpointing=False), multimodal=False
+        )
         self.requires_grad_(False)
 
     def pairs(self, med: MED) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

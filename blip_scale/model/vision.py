@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import timm
-from timm.layers import LayerNorm
+from timm.layers import LayerNorm, PatchDropout
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -33,6 +33,10 @@ class VisionConfig:
     """Further timm constructor arguments, e.g. {"embed_dim": 192, "depth": 6, "num_heads": 3}."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    patch_dropout: float = 0.0
+    """Share of the patches that a forward in training leaves out, drawn anew for each image."""
+    frozen_layers: int = 0
+    """So many first blocks don't train, nor does what lies before them."""
 
 
 class VisionAttention(TimmAttention):
@@ -74,7 +78,7 @@ def build_vision(
 
     Raises:
         ValueError: unknown name, not a VisionTransformer, bad overrides, image size and patch size
-            that don't fit.
+            that don't fit, more frozen blocks than there are.
     """
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
@@ -89,6 +93,7 @@ def build_vision(
             num_classes=0,
             global_pool="",
             drop_path_rate=config.drop_path_rate,
+            patch_drop_rate=config.patch_dropout,
             norm_layer=partial(LayerNorm, eps=NORM_EPS),
             attn_layer=VisionAttention,
             weight_init="skip",
@@ -112,4 +117,28 @@ def build_vision(
     for block in vision.blocks:
         block.attn.kernel = kernel
     vision.set_grad_checkpointing(gradient_checkpointing)
+    _freeze(vision, config.frozen_layers)
     return vision
+
+
+def training_tokens(vision: VisionTransformer) -> int:
+    """Tokens of an image that go through the blocks in training: what patch dropout keeps."""
+    patches: int = vision.patch_embed.num_patches
+    if isinstance(vision.patch_drop, PatchDropout):  # in timm's own arithmetic
+        patches = max(1, int(patches * (1.0 - vision.patch_drop.prob)))
+    return patches + vision.num_prefix_tokens
+
+
+def _freeze(vision: VisionTransformer, layers: int) -> None:
+    """No gradient for the first blocks and all that comes before them: where nothing before a block
+    trains, autograd stops there, and its backward is saved altogether."""
+    depth = len(vision.blocks)
+    if layers > depth:
+        raise ValueError(
+            f"model.vision.frozen_layers: {layers}, but the ViT has {depth} blocks; "
+            f"give {depth} or fewer"
+        )
+    if layers:
+        vision.requires_grad_(False)
+        for module in (*vision.blocks[layers:], vision.norm):
+            module.requires_grad_(True)

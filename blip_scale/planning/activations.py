@@ -48,14 +48,15 @@ def saved_activations(
     image_tokens = micro.batch * vision.tokens * vision.width * size
     embedding = (2 * size + _mask(text, micro)) * text.width
     if checkpointing:
-        blocks = float(vision.depth * image_tokens)
+        blocks = float(vision.trained_depth * image_tokens)
         encoder = float(text.layers * micro.text_tokens * text.width * size)
         sweep = float(text.layers * (rows + decoded) * text.width * size)
     else:
-        blocks = vision.depth * block
+        blocks = vision.trained_depth * block
         encoder = (text.layers - 1) * encoded + encoded_last
         sweep = (text.layers - 1) * swept + trimmed
-    pixels = micro.batch * 3 * vision.image_size**2 * size
+    patches_train = vision.trained_depth == vision.depth
+    pixels = micro.batch * 3 * vision.image_size**2 * size if patches_train else 0
     found = {
         "vision": pixels + blocks + 2 * image_tokens,  # with the last norm's input and output
         "text": encoder + micro.text_tokens * embedding,

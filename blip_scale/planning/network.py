@@ -12,7 +12,7 @@ from torch import nn
 
 from blip_scale import data
 from blip_scale.model import MED, MEDConfig, MomentumEncoder, SpecialTokens, TextConfig
-from blip_scale.model.vision import VisionConfig, build_vision
+from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 from blip_scale.recipe import Recipe, TextRecipe
 
 _KNOWN: dict[str, dict[str, int]] = {
@@ -28,8 +28,11 @@ class VisionShape:
 
     image_size: int
     tokens: int
+    """In training, as patch dropout leaves them."""
     width: int
     depth: int
+    trained_depth: int
+    """Blocks that aren't frozen."""
     heads: int
     mlp_width: int
 
@@ -42,6 +45,8 @@ class Network:
     vision: VisionShape
     trainable: list[int]
     """Elements of each trainable parameter."""
+    frozen: list[int]
+    """Elements of each parameter of the network that doesn't train; each has a momentum copy."""
     momentum: list[int]
     """Elements of each parameter of the momentum copies."""
     largest_module: int
@@ -62,8 +67,9 @@ def network_of(recipe: Recipe) -> Network:
     notes: list[str] = []
     text = _text_config(recipe.model.text, notes)
     vision_config = VisionConfig(
-        vision.name, vision.image_size, vision.overrides, vision.drop_path_rate
-    )
+        vision.name, vision.image_size, vision.overrides, vision.drop_path_rate,
+        vision.patch_dropout, vision.frozen_layers,
+    )  # fmt: skip
     config = MEDConfig(
         vision_config, text, recipe.model.embed_dim,
         gradient_checkpointing=recipe.model.gradient_checkpointing,
@@ -74,7 +80,8 @@ def network_of(recipe: Recipe) -> Network:
     return Network(
         config,
         vision_shape(vision_config),
-        [parameter.numel() for parameter in med.parameters()],
+        [parameter.numel() for parameter in med.parameters() if parameter.requires_grad],
+        [parameter.numel() for parameter in med.parameters() if not parameter.requires_grad],
         [parameter.numel() for parameter in momentum.parameters()],
         max(map(_own, owners)),
         len(owners),
@@ -89,9 +96,10 @@ def vision_shape(config: VisionConfig) -> VisionShape:
     block: Any = vision.blocks[0]
     return VisionShape(
         config.image_size,
-        vision.patch_embed.num_patches + vision.num_prefix_tokens,
+        training_tokens(vision),
         vision.embed_dim,
         len(vision.blocks),
+        len(vision.blocks) - config.frozen_layers,
         block.attn.num_heads,
         block.mlp.fc1.out_features,
     )

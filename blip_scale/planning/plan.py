@@ -145,6 +145,7 @@ class Plan:
             },
             "parameters": {
                 "trainable": sum(self.network.trainable),
+                "frozen": sum(self.network.frozen),
                 "momentum": sum(self.network.momentum),
             },
             "assumptions": list(self.assumptions),

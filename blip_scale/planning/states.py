@@ -81,41 +81,45 @@ def states(network: Network, sharding: Sharding, queue_size: int) -> States:
     """Bytes of the rank that holds most.
 
     Below ZeRO-3 a rank owns a stretch of all parameters laid end to end, and some stretches have
-    momentum copies throughout: that rank holds an average for each of its masters.
+    momentum copies throughout: that rank holds an average for each of its masters. Frozen
+    parameters have neither moments nor averages; their masters lie on the host.
     """
     size, ranks = sharding.compute_bytes, sharding.ranks
     trained, copied = sum(network.trainable), sum(network.momentum)
+    still, own_still = sum(network.frozen), _shares(network.frozen, ranks)
     if sharding.stage == 3:
-        own = sum(-(-numel // ranks) for numel in network.trainable)
-        averaged = sum(-(-numel // ranks) for numel in network.momentum)
-        kept = [n for n in [*network.trainable, *network.momentum] if n <= sharding.persistent]
+        own = _shares(network.trainable, ranks)
+        copies = _shares(network.momentum, ranks)
+        averaged = copies - own_still
+        known = [*network.trainable, *network.frozen, *network.momentum]
+        kept = [n for n in known if n <= sharding.persistent]
         resting = {
-            "weights": size * own,
-            "momentum_weights": size * averaged,
+            "weights": size * (own + own_still),
+            "momentum_weights": size * copies,
             "persistent_weights": size * sum(kept) if ranks > 1 else 0,
             "reduce_bucket": size * sharding.reduce_bucket,
         }
-        whole = trained + copied
+        whole = trained + copied - still  # frozen ones and their copies are let go after use
         live = min(whole, max(sharding.live, network.largest_module + sharding.prefetch))
         backward = {"gathered_weights": size * live if ranks > 1 else 0}
         update = {"gradient_copy": _FP32 * own}
         gradients = _FP32 * own
     else:
         own = -(-trained // ranks)
-        averaged = min(copied, own)
-        resting = {"weights": size * trained, "momentum_weights": size * copied}
+        averaged = min(copied - still, own)
+        resting = {"weights": size * (trained + still), "momentum_weights": size * copied}
         buckets = (2 if sharding.overlap else 1) * sharding.reduce_bucket
         reduced = trained if sharding.stage == 1 else own
         backward = {"reduce_bucket": size * buckets, "fresh_gradients": size * reduced}
-        update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * copied}
+        update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * (copied - still)}
         gradients = _FP32 * reduced
         backward["gradients"] = gradients
     optimizer = {
         "masters": _FP32 * own, "moments": 2 * _FP32 * own, "momentum_averages": _FP32 * averaged,
     }  # fmt: skip
-    host: dict[str, float] = {}
+    host: dict[str, float] = {"frozen_masters": _FP32 * own_still} if still else {}
     if sharding.offload:
-        host = {**optimizer, "gradients": gradients}
+        host |= {**optimizer, "gradients": gradients}
         backward.pop("gradients", None)
         update.pop("gradient_copy")
     else:
@@ -127,8 +131,14 @@ def states(network: Network, sharding: Sharding, queue_size: int) -> States:
                                                                         host)))  # fmt: skip
 
 
+def _shares(numels: list[int], ranks: int) -> int:
+    """Elements of a rank where each parameter is cut evenly."""
+    return sum(-(-numel // ranks) for numel in numels)
+
+
 def checkpoint_bytes(network: Network, queue_size: int) -> float:
     """A checkpoint on the disk: masters, moments, momentum averages, queues; of all ranks."""
-    trained, copied = sum(network.trainable), sum(network.momentum)
+    trained, still = sum(network.trainable), sum(network.frozen)
+    averaged = sum(network.momentum) - still
     queue = 2 * _FP32 * network.config.embed_dim * queue_size + 8 * queue_size
-    return float(3 * _FP32 * trained + _FP32 * copied + queue)
+    return float(_FP32 * (3 * trained + still + averaged) + queue)

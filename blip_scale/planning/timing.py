@@ -90,15 +90,17 @@ def step_time(
     compute = (useful + recomputed) / (peak * 1e12 * cluster.efficiency)
     host = network.modules * passes * cluster.module_call_s
     trained, copied = sum(network.trainable), sum(network.momentum)
+    still = sum(network.frozen)
     reduce = cluster.exchange_s(size * trained, trained / sharding.reduce_bucket + 1)
     if sharding.stage == 3:
-        reduce += cluster.exchange_s(size * (trained + copied), network.modules / 2)
+        reduce += cluster.exchange_s(size * (trained + still + copied), network.modules / 2)
     features = 2 * 2 * 4 * network.config.embed_dim * sizes.micro_batch * sizes.world_size
     own = trained / sizes.world_size
     update = own * (9 * 4 + 3 * 4) / (cluster.gpu.memory_gb_s * 1e9)  # moments, masters, averages
     update += cluster.exchange_s(features, 4) * micro_steps
     if sharding.stage != 3:
-        update += cluster.exchange_s(size * trained) + 2 * cluster.exchange_s(size * copied)
+        update += cluster.exchange_s(size * trained)
+        update += 2 * cluster.exchange_s(size * (copied - still))
     if sharding.stage == 1:
         reduce /= micro_steps  # once a step
     if sharding.offload:

@@ -30,6 +30,7 @@ from blip_scale.model import (
     Segments,
     build_vision,
     init_weights,
+    training_tokens,
 )
 from blip_scale.recipe import Recipe
 from blip_scale.settings import expand
@@ -102,10 +103,10 @@ def packed_text(packed: data.PackedTokens, device: torch.device) -> PackedText:
 
 
 def image_shape(config: MEDConfig) -> tuple[int, int]:
-    """Tokens of an image, and their width."""
+    """Tokens of an image in training, and their width."""
     with torch.device("meta"):
         vision = build_vision(config.vision)
-    return vision.patch_embed.num_patches + vision.num_prefix_tokens, vision.embed_dim
+    return training_tokens(vision), vision.embed_dim
 
 
 def to_model_input(

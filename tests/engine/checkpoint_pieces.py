@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from blip_scale.engine import collectives, restore
 from blip_scale.engine.checkpoint import RunState, Saver
-from blip_scale.engine.deepspeed import AdamW, Shard
+from blip_scale.engine.deepspeed import AdamW
 from blip_scale.engine.object_storage import ObjectFolder
 from blip_scale.engine.places import Place
+from blip_scale.engine.shards import Shard
 from blip_scale.recipe import CheckpointRecipe
 
 SIZES = {"first": 7, "second": 20, "last": 1}
@@ -64,6 +65,7 @@ class Pieces:
         self.engine: Any = SimpleNamespace(
             shards=self.all_shards,
             trainable={name: torch.empty(size) for name, size in SIZES.items()},
+            frozen={},
             optimizer=self.optimizer,
             stage=3,
             device=torch.device("cpu"),
@@ -73,6 +75,7 @@ class Pieces:
             shards=followed,
             averages=[torch.zeros(shard.numel) for shard in followed],
             refresh=lambda: self.refreshed.append("momentum"),
+            copy_frozen=lambda: None,
         )
         if filled:
             moments = {key: torch.zeros_like(flat) for key in KINDS[1:3]}

@@ -101,7 +101,11 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
     return Reference(
         losses,
         {f"med.{name}": p.detach().flatten() for name, p in med.named_parameters()},
-        {f"med.{name}": p.detach().flatten() for name, p in momentum_encoder.named_parameters()},
+        {
+            f"med.{name}": p.detach().flatten()
+            for name, p in momentum_encoder.named_parameters()
+            if online[name].requires_grad  # else it is the weight, and kept once
+        },
     )
 
 

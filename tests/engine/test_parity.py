@@ -25,6 +25,9 @@ STEPS = 5
         (3, 1, {}),
         (3, 2, {"model": {"gradient_checkpointing": True}}),
         (3, 2, {"objective": {"negatives": "global"}, "model": {"text": {"dropout": 0.0}}}),
+        (3, 2, {"model": {"vision": {"patch_dropout": 0.5}, "gradient_checkpointing": True}}),
+        (3, 2, {"model": {"vision": {"frozen_layers": 1}, "gradient_checkpointing": True}}),
+        (2, 2, {"model": {"vision": {"frozen_layers": 1, "patch_dropout": 0.25}}}),
     ],
     ids=[
         "zero3",
@@ -33,6 +36,9 @@ STEPS = 5
         "zero3-one-rank",
         "zero3-checkpointed-blocks",
         "zero3-negatives-of-all-ranks",
+        "zero3-patch-dropout",
+        "zero3-frozen-layers",
+        "zero2-both",
     ],
 )
 def test_equals_a_plain_process(

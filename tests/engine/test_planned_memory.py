@@ -37,22 +37,30 @@ def ds_config(folder: Path, stage: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "precision"),
+    ("stage", "ranks", "precision", "frozen_layers"),
     [
-        (3, 1, "bf16"),
-        (3, 2, "bf16"),
-        (3, 4, "fp32"),
-        (2, 1, "fp32"),
-        (2, 2, "bf16"),
-        (2, 4, "bf16"),
+        (3, 1, "bf16", 0),
+        (3, 2, "bf16", 0),
+        (3, 4, "fp32", 0),
+        (3, 2, "bf16", 2),
+        (2, 1, "fp32", 0),
+        (2, 2, "bf16", 0),
+        (2, 4, "bf16", 0),
+        (2, 2, "bf16", 2),
     ],
 )
 def test_states_are_what_deepspeed_holds(
-    tmp_path: Path, stage: int, ranks: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    stage: int,
+    ranks: int,
+    precision: str,
+    frozen_layers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
     train = {"precision": precision, "micro_batch_size": 2}
-    file = make_recipe(tmp_path, train=train, model=SIZES)
+    sizes = SIZES | {"vision": SIZES["vision"] | {"frozen_layers": frozen_layers}}
+    file = make_recipe(tmp_path, train=train, model=sizes)
     config = ds_config(tmp_path, stage)
     script = Path(__file__).with_name("held_by_a_run.py")
     codes = finish(launch(file, ranks, "--deepspeed", str(config), stage=stage, script=script))
@@ -62,7 +70,7 @@ def test_states_are_what_deepspeed_holds(
     chosen = recipe.load(str(file))
     sharding = Sharding.of(json.loads(config.read_text()), ranks, 4 if precision == "fp32" else 2)
     planned = states(network_of(chosen), sharding, chosen.objective.queue_size)
-    resting = sum(planned.resting.values())
+    resting = sum(planned.resting.values()) + planned.host.get("frozen_masters", 0)
     most = {moment: max(rank[moment] for rank in found) for moment in found[0]}
     assert resting == pytest.approx(most["update"], rel=0.1)
     gradients = planned.backward.get("gradients", 0)

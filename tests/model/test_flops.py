@@ -27,10 +27,10 @@ SPECIAL = SpecialTokens(pad=0, cls=1, sep=2, enc=4, dec=3)
 PAIRS, LENGTH, QUEUE = 4, 9, 96
 
 
-def config(depth: int, layers: int, checkpointing: bool = False) -> MEDConfig:
+def config(depth: int, layers: int, checkpointing: bool = False, **options: float) -> MEDConfig:
     sizes = {"embed_dim": 48, "depth": depth, "num_heads": 3, "patch_size": 8}
     text = TextConfig(SPECIAL, 500, 64, layers, 4, 192, 16)
-    vision = VisionConfig("vit_tiny_patch16_224", 48, sizes)
+    vision = VisionConfig("vit_tiny_patch16_224", 48, sizes, **options)
     return MEDConfig(vision, text, 32, gradient_checkpointing=checkpointing)
 
 
@@ -62,9 +62,21 @@ def step(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize(("depth", "layers"), [(2, 1), (1, 3), (3, 3)])
-def test_paper_and_counter_agree(depth: int, layers: int, checkpointing: bool) -> None:
-    settings = config(depth, layers, checkpointing)
+@pytest.mark.parametrize(
+    ("depth", "layers", "options"),
+    [
+        (2, 1, {}),
+        (1, 3, {}),
+        (3, 3, {}),
+        (3, 2, {"patch_dropout": 0.5}),
+        (3, 2, {"frozen_layers": 2}),
+        (2, 1, {"patch_dropout": 0.25, "frozen_layers": 2}),
+    ],
+)
+def test_paper_and_counter_agree(
+    depth: int, layers: int, options: dict[str, float], checkpointing: bool
+) -> None:
+    settings = config(depth, layers, checkpointing, **options)
     med, momentum = MED(settings), MomentumEncoder(settings)
     init_weights(med, seed=0)
     images = torch.randn(PAIRS, 3, 48, 48)

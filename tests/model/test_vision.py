@@ -6,7 +6,17 @@ import pytest
 import timm
 import torch
 
-from blip_scale.model import VisionConfig, build_vision
+from blip_scale.model import (
+    MED,
+    MEDConfig,
+    MomentumEncoder,
+    SpecialTokens,
+    TextConfig,
+    VisionConfig,
+    build_vision,
+    init_weights,
+    training_tokens,
+)
 
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
 
@@ -42,7 +52,68 @@ def test_published_sizes(name: str, image_size: int) -> None:
     assert eps == {1e-6}
 
 
+def tiny(**settings: float) -> MEDConfig:
+    """17 tokens, 2 blocks."""
+    text = TextConfig(SpecialTokens(pad=0, cls=1, sep=2, enc=4, dec=3), 60, 32, 1, 4, 64, 24)
+    return MEDConfig(VisionConfig("vit_tiny_patch16_224", 32, SIZES, **settings), text, 16)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 8), (0.3, 11), (0.99, 1)])
+def test_patches_are_dropped_in_training_alone(share: float, kept: int) -> None:
+    """Others for every image; the class token stays; the momentum encoder sees all of them."""
+    plain, med = MED(tiny()), MED(tiny(patch_dropout=share))
+    init_weights(plain, seed=1)
+    med.load_state_dict(plain.state_dict())  # no parameter more, none less
+    images = torch.randn(3, 3, 32, 32)
+    assert med.train().encode_image(images).shape == (3, 1 + kept, 24)
+    assert training_tokens(med.vision) == 1 + kept
+    torch.testing.assert_close(med.eval().encode_image(images), plain.encode_image(images))
+    momentum = MomentumEncoder(med.config)
+    momentum.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(
+        momentum.train().encode_image(images), plain.encode_image(images), rtol=0, atol=0
+    )
+    patches = torch.arange(16.0).expand(64, 16)[..., None]
+    dropped = med.vision.patch_drop.train()(torch.cat([-torch.ones(64, 1, 1), patches], 1))
+    assert (dropped[:, 0] == -1).all()
+    draws = {tuple(sorted(image.flatten().tolist()[1:])) for image in dropped}
+    assert len(draws) > 8 and all(len(set(draw)) == kept for draw in draws)
+
+
+def test_no_patch_dropout_draws_no_random_numbers() -> None:
+    vision = build_vision(VisionConfig("vit_tiny_patch16_224", 32, SIZES)).train()
+    before = torch.get_rng_state()
+    vision(torch.randn(1, 3, 32, 32, generator=torch.Generator()))
+    assert torch.equal(before, torch.get_rng_state())
+    assert isinstance(vision.patch_drop, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_layers_have_no_gradient(checkpointing: bool) -> None:
+    """The first blocks and what comes before them; the others have the one they had."""
+    images, gradients = torch.randn(2, 3, 32, 32), []
+    for layers in (0, 1):
+        config = VisionConfig("vit_tiny_patch16_224", 32, SIZES, frozen_layers=layers)
+        vision = build_vision(config, gradient_checkpointing=checkpointing).train()
+        torch.manual_seed(0)
+        for parameter in vision.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        vision(images)[:, 0].square().sum().backward()
+        gradients.append({n: p.grad for n, p in vision.named_parameters() if p.grad is not None})
+    every, some = gradients
+    still = [name for name in every if name not in some]
+    assert {name.split(".")[0] for name in still} == {
+        "cls_token", "pos_embed", "patch_embed", "blocks",
+    }  # fmt: skip
+    assert {name[:9] for name in still if name.startswith("blocks")} == {"blocks.0."}
+    assert {name[:9] for name in some} == {"blocks.1.", "norm.weig", "norm.bias"}
+    for name, gradient in some.items():
+        torch.testing.assert_close(gradient, every[name], rtol=0, atol=0)
+
+
 def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.vision.frozen_layers: 3, .* give 2 or fewer"):
+        build_vision(VisionConfig("vit_tiny_patch16_224", 32, SIZES, frozen_layers=3))
     with pytest.raises(ValueError, match=r"near: .*vit_base_patch16_224"):
         build_vision(VisionConfig("vit_base_patch16_244"))
     with pytest.raises(ValueError, match="multiple of the patch size 8"):

@@ -1,0 +1,97 @@
+"""The part of a parameter that this rank owns: under ZeRO-3 an equal slice of each flattened one,
+below a stretch of all of them laid end to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from blip_scale.engine import collectives
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank owns of one parameter: elements [start, start + numel) of it, flattened."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    numel: int
+    flat: Tensor
+    """fp32 master tensor of the optimizer that holds this shard among others; of a frozen
+    parameter a tensor of its own."""
+    offset: int
+    """Where in `flat` the shard begins."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the optimizer updates it; a frozen one has no state there."""
+        return self.parameter.requires_grad
+
+    @property
+    def weight(self) -> Tensor:
+        """fp32 master weights [numel], a view: writing changes the optimizer's copy."""
+        return self.flat.detach()[self.offset : self.offset + self.numel]
+
+    def state(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+        """Optimizer state `key` (exp_avg, exp_avg_sq) [numel], a view."""
+        return optimizer.state[self.flat][key][self.offset : self.offset + self.numel]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements of a parameter to write: `values` [numel] begin at `start` of parameter `index` of a
+    list."""
+
+    index: int
+    start: int
+    values: Tensor
+
+
+def trainable_shard(engine: Any, stage: int, name: str, parameter: nn.Parameter) -> list[Shard]:
+    """This rank's part of a parameter; none when it lies on other ranks altogether.
+
+    `engine`: DeepSpeed's.
+    """
+    zero = engine.optimizer
+    if stage == 3:
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        begin = size * collectives.rank()
+        numel = max(0, min(size, parameter.ds_numel - begin))
+        flat = zero.fp32_partitioned_groups_flat[group]
+    else:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return []
+        begin, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        offset = mapping.hp_fragment_address.start
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    return [Shard(name, parameter, begin, numel, flat, offset)] if numel else []
+
+
+def frozen_shard(name: str, parameter: nn.Parameter) -> list[Shard]:
+    """The same of a parameter that the optimizer doesn't know.
+
+    Its fp32 weights lie in the memory of the host: they are read at the start, by a save and by a
+    restore alone. Without them a checkpoint of a bf16 run would hold rounded ones.
+    """
+    total = getattr(parameter, "ds_numel", parameter.numel())
+    size = -(-total // collectives.world_size())
+    begin = size * collectives.rank()
+    numel = max(0, min(size, total - begin))
+    flat = torch.zeros(numel, dtype=torch.float32)
+    return [Shard(name, parameter, begin, numel, flat, 0)] if numel else []
+
+
+def gradient_of(shard: Shard, stage: int) -> Tensor | None:
+    """Averaged gradient of a shard between the last backward and the optimizer step."""
+    if not shard.trains:
+        return None
+    if stage == 3:
+        return deepspeed.utils.safe_get_local_grad(shard.parameter)
+    mapping = shard.parameter._hp_mapping
+    return mapping.get_lp_grad_fragment(shard.parameter._index_in_param_group)
