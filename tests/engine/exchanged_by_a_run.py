@@ -1,0 +1,103 @@
+"""What the ranks of a run exchange: a stand-in for train.py that takes three optimizer steps and
+counts in the last one.
+
+Writes exchanged_RANK.json beside the recipe: for each part of the step and each kind of exchange
+its calls and bytes, and of the forward pass the bytes of the gathers that were under way before the
+module that needed them was called.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from blip_scale.engine.communication import CommunicationMeter
+
+STEPS = 3  # in the first two DeepSpeed learns the order of the modules
+
+
+class Gathers:
+    """Notes at which module call a gather is begun, and at which one it is waited for."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.bytes = {"ahead": 0, "at once": 0}
+        register_module_forward_pre_hook(self._count)
+        self._gather: Callable[..., Any] = dist.all_gather_into_tensor
+        dist.all_gather_into_tensor = self._noted
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def _noted(self, *arguments: Any, **named: Any) -> Any:
+        work = self._gather(*arguments, **named)
+        whole: Tensor = named["output_tensor"] if named else arguments[0]
+        size = whole.numel() * whole.element_size()
+        if work is None:
+            self.bytes["at once"] += size
+            return None
+        begun, wait = self.calls, work.wait
+
+        def noted_wait(*given: Any) -> Any:
+            self.bytes["ahead" if self.calls > begun else "at once"] += size
+            return wait(*given)
+
+        work.wait = noted_wait
+        return work
+
+
+def main() -> None:
+    meter = CommunicationMeter()
+    meter.install()
+    gathers = Gathers()
+
+    from blip_scale import checks, recipe
+    from blip_scale.engine import collectives
+    from blip_scale.engine.deepspeed import initialize, start
+    from blip_scale.engine.sharded_momentum import ShardedMomentum
+    from blip_scale.engine.task import Progress
+    from blip_scale.tasks import Pretrain
+
+    options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+    chosen = recipe.load(options["--recipe"])
+    device = start(600.0)
+    ds_config = checks.resolve_deepspeed(chosen, options["--deepspeed"], collectives.world_size())
+    task = Pretrain(chosen, device)
+    engine = initialize(task.build_network, chosen, ds_config)
+    engine.fill(task.initial_weights())
+    momentum = ShardedMomentum(engine, task.momentum_pairs)
+    batches = task.batches()
+    found: dict[str, Any] = {}
+
+    def note(part: str) -> None:
+        found[part] = {kind: asdict(cost) for kind, cost in meter.costs.items()}
+        meter.reset()
+
+    for step in range(STEPS):
+        batch = next(batches)
+        meter.reset()
+        gathers.bytes = dict.fromkeys(gathers.bytes, 0)
+        progress = Progress(step, step, task.steps_per_epoch)
+        losses = task.losses(engine.deepspeed, batch, progress)
+        note("forward")
+        found["prefetch"] = dict(gathers.bytes)
+        engine.deepspeed.backward(losses["loss/total"])
+        note("backward")
+        engine.step(1e-3, apply=True)
+        note("update")
+        task.after_step(engine, momentum, applied=True)
+        note("momentum")
+    rank = collectives.rank()
+    Path(options["--recipe"]).with_name(f"exchanged_{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What ZeRO-3 sends in a step, counted: as many bytes as the network's uses of its weights need."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import finish, launch, make_recipe, said
+
+from blip_scale import recipe
+from blip_scale.engine import deepspeed
+from blip_scale.engine.task import Progress
+from blip_scale.planning.network import network_of
+from blip_scale.recipe import Recipe
+from blip_scale.tasks import Pretrain
+
+pytestmark = pytest.mark.multiprocess
+REPO = Path(__file__).resolve().parent.parent.parent
+SIZES: dict[str, Any] = {
+    "vision": {"overrides": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}},
+    "text": {"width": 96, "mlp_width": 384},
+}
+PERSISTENT = 300
+"""Elements up to which a parameter stays whole on every rank."""
+KEEPS, RELEASES = 1e9, 0
+"""Elements that a rank keeps gathered for a later use."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A call of a module with weights of its own."""
+
+    module: str
+    numels: tuple[int, ...]
+    """Of its weights that lie on several ranks."""
+    trains: bool
+
+
+def uses_of(chosen: Recipe) -> Counter[Use]:
+    """How often a step calls each module, by a plain network in this process."""
+    task = Pretrain(chosen, deepspeed.start(60.0))
+    network, uses = task.build_network(), Counter[Use]()
+    for name, module in network.named_modules():
+        own = [*module.parameters(recurse=False)]
+        large = tuple(p.numel() for p in own if p.numel() > PERSISTENT)
+        if large:
+            use = Use(name, large, own[0].requires_grad)
+            module.register_forward_pre_hook(lambda *_, use=use: uses.update([use]))
+    weights = task.initial_weights()
+    for name, parameter in network.named_parameters():
+        if name in weights:
+            parameter.data.copy_(weights[name].view_as(parameter))
+    with torch.no_grad():
+        task.losses(network, next(task.batches()), Progress(0, 0, task.steps_per_epoch))
+    return uses
+
+
+def exchanged(folder: Path, ranks: int, live: float, prefetch: float) -> list[dict[str, Any]]:
+    """What each rank counted."""
+    config = json.loads((REPO / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": PERSISTENT,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
+        "stage3_prefetch_bucket_size": prefetch,
+    }
+    file, ds_config = folder / "recipe.yaml", folder / "ds_config.json"
+    ds_config.write_text(json.dumps(config))
+    script = Path(__file__).with_name("exchanged_by_a_run.py")
+    codes = finish(launch(file, ranks, "--deepspeed", str(ds_config), stage=3, script=script))
+    assert codes == [0] * ranks, said(file)
+    files = [folder / f"exchanged_{rank}.json" for rank in range(ranks)]
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_sends_what_its_uses_of_the_weights_need(
+    tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is kept, each weight once for every use in the forward pass and once for it in
+    the backward pass (embeddings once for all: they are let go at its end); where all is kept, each
+    weight once. Gradients once in any case."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
+    chosen = recipe.load(str(make_recipe(tmp_path, model=SIZES)))
+    network, uses = network_of(chosen), uses_of(chosen)
+    again = {use for use, count in uses.items() if count == 2}
+    assert any("layers" in use.module for use in again) and max(uses.values()) == 2
+
+    def whole(numels: Iterable[int]) -> int:
+        """Bytes, made to divide by the ranks."""
+        return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel > PERSISTENT)
+
+    forward = sum(count * whole(use.numels) for use, count in uses.items())
+    backward = sum(
+        whole(use.numels) * (1 if "embeddings" in use.module else count)
+        for use, count in uses.items()
+        if use.trains
+    )
+    trained = whole(network.trainable)
+    for live, gathered in (
+        (RELEASES, (forward, backward)),
+        (KEEPS, (trained + whole(network.momentum), 0)),
+    ):
+        for found in exchanged(tmp_path, ranks, live, prefetch=0):
+            assert found["forward"]["all_gather"]["bytes"] == gathered[0]
+            assert found["backward"]["all_gather"]["bytes"] == gathered[1]
+            reduced = found["backward"]["reduce_scatter"]["bytes"]
+            assert reduced == trained + small(network.trainable, ranks)
+            for part in ("update", "momentum"):  # what stays whole on every rank, features
+                assert found[part]["all_gather"]["bytes"] < 0.02 * trained
+                assert found[part]["reduce_scatter"]["calls"] == 0
+            assert found["update"]["all_reduce"]["calls"] == 1  # the norms of the gradients
+            assert found["prefetch"]["ahead"] == 0
+
+
+def small(numels: Iterable[int], ranks: int) -> int:
+    """Bytes of the gradients of what stays whole, made to divide by the ranks."""
+    return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel <= PERSISTENT)
+
+
+def test_prefetching_begins_every_gather_before_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it can be hidden behind the modules before, once the order of modules is known."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
+    make_recipe(tmp_path, model=SIZES)
+    for found in exchanged(tmp_path, 2, KEEPS, prefetch=40_000):
+        gathered = found["forward"]["all_gather"]["bytes"]
+        assert found["prefetch"] == {"ahead": gathered, "at once": 0}
