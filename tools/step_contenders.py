@@ -28,7 +28,8 @@ from blip_scale.recipe import Recipe
 
 TOKEN_MEAN = 12.5
 """Tokens of a caption, [CLS] and [SEP] included: published captions lie at 10 to 15."""
-_TOKEN_SIGMA = 0.35  # of the logarithm
+TOKEN_SIGMA = 0.35
+"""Of the logarithm of their number."""
 _WARM_UP_STEPS = 2
 _BATCHES = 4  # different ones, in turns
 ALLOCATOR = {
@@ -50,8 +51,16 @@ class Match:
     """Holds the data."""
 
 
-def make_match(chosen: Recipe, ds_config: str, threads: int, folder: Path) -> Match:
-    """Write pictures of noise with captions of realistic lengths, and a recipe that reads them."""
+def make_match(
+    chosen: Recipe,
+    ds_config: str,
+    threads: int,
+    folder: Path,
+    token_mean: float = TOKEN_MEAN,
+    token_sigma: float = TOKEN_SIGMA,
+) -> Match:
+    """Write pictures of noise with captions of realistic lengths (log-normal; with a sigma of 0 all
+    are equal), and a recipe that reads them."""
     batch = chosen.train.global_batch_size
     tokenizer = data.load_tokenizer(chosen.model.text)
     words = [word for word in tokenizer.get_vocab() if word.isalpha() and word.isascii()]
@@ -60,7 +69,7 @@ def make_match(chosen: Recipe, ds_config: str, threads: int, folder: Path) -> Ma
 
     def records() -> Iterator[data.Record]:
         for number in range(_BATCHES * batch):
-            drawn = rng.lognormal(np.log(TOKEN_MEAN) - _TOKEN_SIGMA**2 / 2, _TOKEN_SIGMA)
+            drawn = rng.lognormal(np.log(token_mean) - token_sigma**2 / 2, token_sigma)
             length = int(np.clip(round(drawn), 3, chosen.model.text.max_tokens)) - 2
             caption = " ".join(rng.choice(words, length))
             pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -97,10 +106,12 @@ class Ours:
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
         """The engine around the task's network, filled, and the momentum copies."""
+        from blip_scale.engine import collectives
         from blip_scale.engine.deepspeed import initialize
         from blip_scale.engine.sharded_momentum import ShardedMomentum
 
-        ds_config = checks.resolve_deepspeed(match.recipe, match.ds_config, 1)
+        ranks = collectives.world_size()
+        ds_config = checks.resolve_deepspeed(match.recipe, match.ds_config, ranks)
         engine = initialize(self.task.build_network, match.recipe, ds_config)
         engine.fill(self.task.initial_weights())
         return engine, ShardedMomentum(engine, self.task.momentum_pairs)
@@ -268,7 +279,7 @@ class Plain(Ours):
         weights = self.task.initial_weights()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                if parameter.requires_grad:
+                if name in weights:
                     parameter.copy_(weights[name].view_as(parameter))
         bf16 = match.recipe.train.precision == "bf16"
         network.to(self.device, torch.bfloat16 if bf16 else torch.float32)
@@ -293,7 +304,7 @@ class StepContest(Contest):
         super().__init__()
         self._pipes: dict[str, Connection] = {}
         for name in names:
-            self._pipes[name] = self.start(_serve, name, match)
+            self._pipes[name] = self.start(serve, CONTENDERS[name], match)
             self.ask(name, "ready")  # one after another: building takes the most memory
 
     def ask(self, name: str, what: str, *arguments: Any) -> Any:
@@ -301,10 +312,11 @@ class StepContest(Contest):
         return ask(self._pipes[name], name, (what, arguments))
 
 
-def _serve(pipe: Connection, name: str, match: Match) -> None:
+def serve(pipe: Connection, build: Callable[[Match], Any], match: Match) -> None:
+    """Build a contender, warm it up, and answer with its methods until the pipe is closed."""
     torch.set_num_threads(match.threads)
     torch.manual_seed(0)
-    contender = CONTENDERS[name](match)
+    contender = build(match)
     for _ in range(_WARM_UP_STEPS):
         contender.step()
     from blip_scale.engine.monitor import peak_memory_gib
