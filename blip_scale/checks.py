@@ -51,6 +51,11 @@ def resolve_deepspeed(
         raise ValueError(
             f"{path}: zero_optimization.stage: expected 2 or 3, found {json.dumps(stage)}"
         )
+    if recipe.model.compile and stage == 3 and world_size > 1:
+        raise ValueError(
+            "model.compile: ZeRO-3 gathers weights from Python inside of the blocks, which "
+            "torch.compile can't trace; give --deepspeed ds_configs/zero2.json, or set it to false"
+        )
     if _object(config, "fp16", path).get("enabled") not in (None, False, AUTO):
         raise ValueError(f"{path}: fp16.enabled: {FP16_REFUSED}; set it to false")
     for name in ("amp", "torch_autocast"):

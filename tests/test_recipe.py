@@ -377,6 +377,16 @@ class TestDeepSpeed:
         assert config["train_micro_batch_size_per_gpu"] == 64
         assert config["zero_optimization"] == {"stage": 2}
 
+    def test_compiled_blocks_are_refused_where_weights_are_gathered_in_them(
+        self, data: list[str]
+    ) -> None:
+        compiled = [*data, "model.compile=true"]
+        message = refusal(compiled, world_size=2)
+        assert message.startswith("model.compile: ZeRO-3") and "ds_configs/zero2.json" in message
+        chosen = load("demo", compiled)
+        checks.resolve_deepspeed(chosen, ZERO3, 1)
+        checks.resolve_deepspeed(chosen, ZERO3.with_name("zero2.json"), 2)
+
     @pytest.mark.parametrize(
         ("changes", "said"),
         [

@@ -20,6 +20,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from blip_scale import launcher
@@ -257,6 +258,10 @@ def initialize(
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = _build_optimizer(list(trainable.values()), recipe, ds_config)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=ds_config)
+    if recipe.model.compile:
+        for module in network.modules():
+            if isinstance(module, Block):  # of a ViT: the shapes of texts change with every batch
+                module.compile(dynamic=False)
     torch.distributed.set_timeout(  # of DeepSpeed's own group, which has torch's 10 or 30 minutes
         _patience(recipe.train.stall_timeout_s), engine.data_parallel_group
     )

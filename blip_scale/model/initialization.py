@@ -16,13 +16,14 @@ STD = 0.02
 
 
 @torch.no_grad()
-def init_weights(med: MED, seed: int, vision_std: float = STD) -> None:
+def init_weights(med: MED, seed: int, vision_std: float = STD, text_std: float = STD) -> None:
     """Fills every parameter of a plain (not partitioned) MED, a pure function of `seed`.
 
     ViT: truncated normal of std `vision_std` for linear layers, of std 0.02 for class token and
-    position embeddings, PyTorch's default for the patch convolution. Text: normal of std 0.02.
-    Contrastive projections and matching head: PyTorch's default for linear layers. Biases 0 (but
-    PyTorch's default where that is taken), norms 1 and 0.
+    position embeddings, PyTorch's default for the patch convolution. Text: normal, of std
+    `text_std` for linear layers, of 0.02 for embeddings and LM head. Contrastive projections and
+    matching head: PyTorch's default for linear layers. Biases 0 (but PyTorch's default where that
+    is taken), norms 1 and 0.
     """
     generator = torch.Generator(device=next(med.parameters()).device).manual_seed(seed)
     vision = med.vision
@@ -41,7 +42,9 @@ def init_weights(med: MED, seed: int, vision_std: float = STD) -> None:
     for part in (med.text, med.lm_head):
         for module in part.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=STD, generator=generator)
+                layer = part is med.text and isinstance(module, nn.Linear)
+                std = text_std if layer else STD
+                nn.init.normal_(module.weight, std=std, generator=generator)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
             _reset_simple(module)

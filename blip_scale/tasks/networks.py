@@ -48,7 +48,7 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
     if recipe.model.checkpoint is not None:
         load_checkpoint(med, _whole_checkpoint(recipe))
         return med
-    init_weights(med, recipe.seed, vision.init_std)
+    init_weights(med, recipe.seed, vision.init_std, text.init_std)
     if vision.checkpoint is not None:
         load_vision(med, vision.checkpoint)
     if text.checkpoint is not None:

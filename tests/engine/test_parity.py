@@ -28,6 +28,8 @@ STEPS = 5
         (3, 2, {"model": {"vision": {"patch_dropout": 0.5}, "gradient_checkpointing": True}}),
         (3, 2, {"model": {"vision": {"frozen_layers": 1}, "gradient_checkpointing": True}}),
         (2, 2, {"model": {"vision": {"frozen_layers": 1, "patch_dropout": 0.25}}}),
+        (3, 1, {"model": {"compile": True}}),
+        (2, 2, {"model": {"compile": True, "gradient_checkpointing": True}}),
     ],
     ids=[
         "zero3",
@@ -39,6 +41,8 @@ STEPS = 5
         "zero3-patch-dropout",
         "zero3-frozen-layers",
         "zero2-both",
+        "zero3-one-rank-compiled",
+        "zero2-compiled-checkpointed-blocks",
     ],
 )
 def test_equals_a_plain_process(

@@ -256,6 +256,9 @@ def test_initial_weights_depend_on_the_seed_alone(med: MED) -> None:
         assert torch.equal(parameter, two.get_parameter(name)), name
     assert not torch.equal(one.itm_head.weight, other.itm_head.weight)
     assert one.text.layers[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    init_weights(other, seed=7, text_std=0.1)
+    for name, std in {"text.layers.0.mlp.fc1": 0.1, "text.embeddings.word": 0.02}.items():
+        assert other.get_submodule(name).weight.std().item() == pytest.approx(std, rel=0.1)
     assert one.temperature().item() == pytest.approx(0.07)
 
 
