@@ -48,9 +48,8 @@ class VisionRecipe:
     drop_path_rate: Fraction = 0.0
     """Stochastic depth, linear over depth (published: 0 for ViT-B, 0.1 for ViT-L)."""
     patch_dropout: Fraction = 0.0
-    """Share of the patches that the ViT leaves out in training, others for each image and step (the
-    class token stays); momentum encoders and evaluation see all. Changes the mathematics; not in
-    the paper."""
+    """Share of the patches that the ViT leaves out in training, drawn anew for each image; momentum
+    encoders and evaluation see all. Changes the mathematics; not in the paper."""
     frozen_layers: Count = 0
     """So many first blocks of the ViT keep their initial weights, with patch and position
     embeddings: for a ViT that was trained before. Changes the mathematics; not in the paper."""
@@ -75,8 +74,7 @@ class TextRecipe:
     dropout: Fraction = 0.1
     """Dropout on hidden states and on attention probabilities."""
     init_std: Above0 = 0.02
-    """Std of the initial random weights of linear layers (BERT's 0.02 suits width 768; as the ViT's,
-    a narrow stack learns sooner from about 1 / sqrt(width): image-text matching above all)."""
+    """As the ViT's, of linear layers."""
     max_tokens: Annotated[int, Field(ge=3)] = 30
     """Captions are truncated to this many tokens, [CLS] and [SEP] included (published: 30, 35 for
     retrieval, 40 for captioning)."""
@@ -100,8 +98,7 @@ class ModelRecipe:
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the ViT's blocks with torch.compile, half a minute at the start; not under ZeRO-3 on
-    several ranks. Losses differ in the last digits."""
+    """torch.compile for the ViT's blocks: half a minute; not under ZeRO-3 on several ranks."""
 
 
 @dataclass(frozen=True, config=_STRICT)
