@@ -36,7 +36,7 @@ from blip_scale.data.conversion import (
 from blip_scale.data.conversion.locations import is_local
 from blip_scale.data.conversion.screening import PIXEL_LIMIT
 from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
-from blip_scale.data.sources import READERS, demo, demo_tasks, easy_vqa
+from blip_scale.data.sources import READERS, demo, demo_visdial, easy_nlvr2, easy_vqa
 from blip_scale.recipe import TextRecipe
 
 _HELP = {
@@ -60,11 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for an error, 130 or 143 when stopped by a signal."""
     options = _parser().parse_args(arguments)
     try:
-        if options.name in ("easy_vqa", "demo_tasks"):
+        if options.name in ("easy_vqa", "easy_nlvr2", "demo_visdial"):
             return _make_small_tasks(options)
         return _make_demo(options) if options.name == "demo" else _convert(options)
     except ModuleNotFoundError as error:
-        is_demo = options.name in ("demo", "easy_vqa")
+        is_demo = options.name in ("demo", "easy_vqa", "easy_nlvr2")
         mend = "requirements-demo.txt" if is_demo else "requirements.txt"
         print(f"error: {error}; run `pip install -r {mend}`", file=sys.stderr)
     except (OSError, ValueError) as error:
@@ -203,8 +203,10 @@ def _make_demo(options: argparse.Namespace) -> int:
 def _make_small_tasks(options: argparse.Namespace) -> int:
     if options.name == "easy_vqa":
         kind, counts = "questions", easy_vqa.prepare(options.out)
+    elif options.name == "easy_nlvr2":
+        kind, counts = "pairs", easy_nlvr2.prepare(options.out)
     else:
-        kind, counts = "records", demo_tasks.prepare(options.demo, options.out)
+        kind, counts = "drawings", demo_visdial.prepare(options.demo, options.out)
     print(f"{options.out}: {kind}: {', '.join(f'{name} {n}' for name, n in counts.items())}")
     return 0
 
@@ -232,7 +234,13 @@ def _parser() -> argparse.ArgumentParser:
         "easy_vqa", help="drawings with questions that the package easy-vqa ships"
     )
     parser_vqa.add_argument("out", type=Path, metavar="OUT", help="folder to make: data/easy_vqa")
-    parser_tasks = sources.add_parser("demo_tasks", help="NLVR2 and VisDial sets from the demo's")
+    parser_pairs = sources.add_parser(
+        "easy_nlvr2", help="sentences about pairs of the drawings that the package easy-vqa ships"
+    )
+    parser_pairs.add_argument(
+        "out", type=Path, metavar="OUT", help="folder to make: data/easy_nlvr2"
+    )
+    parser_tasks = sources.add_parser("demo_visdial", help="VisDial sets from the demo's drawings")
     parser_tasks.add_argument("demo", type=Path, metavar="DEMO", help="made before: data/demo")
     parser_tasks.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     shared = _shared_options()

@@ -20,7 +20,8 @@ from blip_scale.data import (
 )
 from blip_scale.data.conversion import Conversion, Part, Rules, Source, convert
 from blip_scale.data.image_pairs import maybe_swap
-from blip_scale.data.sources import READERS
+from blip_scale.data.shards import Record
+from blip_scale.data.sources import READERS, easy_nlvr2
 from blip_scale.recipe import DataRecipe
 
 Convert = Callable[..., tuple[Path, dict[str, Any]]]
@@ -161,3 +162,54 @@ def test_dialogs(converted: Convert, tmp_path: Path) -> None:
 def test_another_file(converted: Convert, task: str) -> None:
     with pytest.raises(ValueError, match=f"{task}.json (holds no list of|is no VisDial file)"):
         converted(task, {"images": []})
+
+
+def drawing(number: int, told: list[tuple[str, str]]) -> Record:
+    return Record(
+        f"train/{number}.png",
+        bytes([number]),
+        [question for question, _ in told],
+        "easy_vqa",
+        annotations=[{"answers": [answer]} for _, answer in told],
+    )
+
+
+def test_what_a_drawing_of_easy_vqa_shows() -> None:
+    """From questions with "what" alone: others may name what isn't there."""
+    known = [
+        ("is there a teal shape?", "no"), ("what is the blue shape?", "circle"),
+        ("is no triangle present?", "yes"),
+    ]  # fmt: skip
+    assert easy_nlvr2.thing(drawing(0, known)) == "a blue circle"
+    assert easy_nlvr2.thing(drawing(0, [("is there a red circle?", "yes")])) == ""
+    assert easy_nlvr2.thing(drawing(0, [("what color is the shape?", "red")])) == ""
+
+
+def test_pairs_of_easy_vqa_drawings() -> None:
+    """Every label follows from what the two drawings show."""
+    shown = {bytes([i]): f"a {color} shape" for i, color in enumerate(easy_nlvr2.COLORS)}
+    drawings = [
+        drawing(i, [(f"what is the {color} shape?", "circle")])
+        for i, color in enumerate(easy_nlvr2.COLORS)
+    ]
+    found = easy_nlvr2.pairs(drawings, each=5)
+    assert len(found) == 5 * len(drawings) and len({pair.id for pair in found}) > 20
+    sides = set()
+    for pair in found:
+        assert pair.second_image is not None
+        both = {"left": shown[pair.image], "right": shown[pair.second_image]}
+        assert both["left"] != both["right"]
+        labels = [one["label"] for one in pair.annotations]
+        assert labels == [True, False, True, False]
+        for sentence, label in zip(pair.captions, labels, strict=True):
+            subject, thing = sentence.split(" shows ")
+            there = [both[side] for side in ("left", "right") if side in subject]
+            assert (thing in (there or both.values())) == label, sentence
+            sides |= {subject}
+    assert sides == {"the left picture", "the right picture", "one of the pictures"}
+
+
+def test_an_easy_vqa_drawing_with_a_caption() -> None:
+    one = easy_nlvr2.captioned(drawing(7, [("what is the blue shape?", "circle")]))
+    assert one.captions == ["the picture shows a blue circle"]
+    assert one.annotations is None and one.image == bytes([7])

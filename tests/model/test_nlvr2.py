@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_med import ENC, MakeMED, tiny_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip_scale.interop import task_from_published, task_to_published
 from blip_scale.interop.heads import expected_shapes
@@ -107,3 +107,22 @@ def test_start_from_pretraining(make_med: MakeMED) -> None:
     again = NLVR2(tiny_config())
     fill_from_med(again, dict(med.named_parameters()), seed=3)
     assert all(map(torch.equal, network.parameters(), again.parameters()))
+
+
+def test_a_few_pairs_are_learnt(images: Tensor, sentences: list[list[int]]) -> None:
+    """By heart: what is true of a pair is false where the second image is another."""
+    torch.manual_seed(0)
+    network = NLVR2(tiny_config())
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    pairs = torch.cat([images, images, images, images.roll(1, 0)])
+    text = PackedText.from_lists([*sentences, *sentences]).with_first_token(ENC)
+    labels = torch.arange(len(images)) % 2
+    labels = torch.cat([labels, 1 - labels])
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(pairs, text), labels)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05

@@ -37,17 +37,24 @@ def prepare(folder: Path) -> dict[str, int]:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_shards(
-        partial / "train", records("train", train, easy_vqa.get_train_image_paths()), SHARD_SIZE
-    )
-    write_shards(
-        partial / "test", records("test", test, easy_vqa.get_test_image_paths()), SHARD_SIZE
-    )
+    for split, drawn in drawings().items():
+        write_shards(partial / split, drawn, SHARD_SIZE)
     answers = sorted(set(train[1]))
     (partial / "answer_list.json").write_text(json.dumps(answers) + "\n")
     write_small_bert(partial / "text", TEXT_CHECKPOINT, [*train[0], *answers])
     partial.rename(folder)
     return {"train": len(train[0]), "test": len(test[0])}
+
+
+def drawings() -> dict[str, list[Record]]:
+    """The records of both splits."""
+    import easy_vqa
+
+    train, test = easy_vqa.get_train_questions(), easy_vqa.get_test_questions()
+    return {
+        "train": records("train", train, easy_vqa.get_train_image_paths()),
+        "test": records("test", test, easy_vqa.get_test_image_paths()),
+    }
 
 
 def records(split: str, questions: Questions, images: Mapping[int, str]) -> list[Record]:

@@ -1,14 +1,10 @@
-"""Small NLVR2 and VisDial sets out of the demo's drawings and their names, by fixed rules.
+"""A small VisDial set out of the demo's drawings and their names, by a fixed rule.
 
-NLVR2: "the left picture shows X and the right one shows Y" of two drawings, once true and once
-false; a false sentence names the two the other way round, or one thing that neither shows. So half
-of all sentences are true.
+Two rounds on a drawing, with 100 candidates each, "yes", "no" and names. First "is it X?", where X
+is its name every second time; then "what does it show?". The second has its answer in the history
+where the first was answered with yes.
 
-VisDial: two rounds on a drawing, with 100 candidates each, "yes", "no" and names. First "is it X?",
-where X is its name every second time; then "what does it show?". The second has its answer in the
-history where the first was answered with yes.
-
-The training sets hold the drawings of the demo's stream `emoji`, the test sets those of
+The training set holds the drawings of the demo's stream `emoji`, the test set those of
 `heldout_drawing`, which no demo run has seen.
 """
 
@@ -26,13 +22,11 @@ from blip_scale.data.sources.demo import SHARD_SIZE
 
 SPLITS = {"train": "emoji", "test": "heldout_drawing"}
 CANDIDATES = 100
-PAIRS_PER_DRAWING = {"train": 2, "test": 1}
-"""NLVR2 pairs in which a drawing is the left one."""
 
 
 def prepare(demo: Path, folder: Path) -> dict[str, int]:
-    """Make nlvr2_train, nlvr2_test, visdial_train and visdial_test in `folder` from a demo set;
-    returns their numbers of records.
+    """Make the sets `train` and `test` in `folder` from a demo set; returns their numbers of
+    drawings.
 
     Raises FileExistsError for a folder that is there, FileNotFoundError without a demo set.
     """
@@ -41,15 +35,10 @@ def prepare(demo: Path, folder: Path) -> dict[str, int]:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    written = {}
-    for split, stream in SPLITS.items():
-        drawings = _drawings(demo / stream)
-        for task, records in (
-            ("nlvr2", pairs(drawings, PAIRS_PER_DRAWING[split])),
-            ("visdial", dialogs(drawings)),
-        ):
-            name = f"{task}_{split}"
-            written[name] = write_shards(partial / name, records, SHARD_SIZE)
+    written = {
+        split: write_shards(partial / split, dialogs(_drawings(demo / stream)), SHARD_SIZE)
+        for split, stream in SPLITS.items()
+    }
     partial.rename(folder)
     return written
 
@@ -64,35 +53,6 @@ def _drawings(folder: Path) -> list[Record]:
                 Record(sample["id"], sample["image"], sample["captions"][0], sample["source"])
             )
     return found
-
-
-def pairs(drawings: Sequence[Record], each: int) -> list[Record]:
-    """NLVR2 records: every drawing `each` times on the left, beside another of another name."""
-    rng = random.Random(f"pairs of {len(drawings)}")
-    found = []
-    for turn in range(each):
-        for left in drawings:
-            right, third = _others(left, drawings, 2, rng)
-            names = [left.captions[0], right.captions[0]]
-            if rng.random() < 0.5:
-                wrong = names[::-1]
-            else:
-                place = rng.randrange(2)
-                wrong = [third.captions[0] if i == place else names[i] for i in range(2)]
-            found.append(
-                replace(
-                    left,
-                    id=f"{left.id} {right.id} {turn}",
-                    caption=[_sentence(*names), _sentence(*wrong)],
-                    annotations=[{"label": True}, {"label": False}],
-                    second_image=right.image,
-                )
-            )
-    return found
-
-
-def _sentence(left: str, right: str) -> str:
-    return f"the left picture shows {left} and the right one shows {right}"
 
 
 def dialogs(drawings: Sequence[Record]) -> list[Record]:
