@@ -55,6 +55,7 @@ def _predict(options: argparse.Namespace) -> int:
             bar.update(answer["image"] not in seen)
             seen.add(answer["image"])
             write(answer)
+        bar.update(len(paths) - bar.n)  # a search looks at all and answers with the best
     if failed:
         named = ", ".join(failed[:5]) + (" ..." if len(failed) > 5 else "")
         print(f"{len(failed)} of {len(paths)} images failed: {named}", file=sys.stderr)

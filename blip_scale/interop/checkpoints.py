@@ -21,7 +21,7 @@ from blip_scale.interop.salesforce import Head, State
 from blip_scale.interop.salesforce_files import read_salesforce
 from blip_scale.interop.training_checkpoints import read_training_checkpoint, step_folder
 from blip_scale.interop.vision import interpolate_positions
-from blip_scale.model import MED, MEDConfig, build_vision, fill_from_med
+from blip_scale.model import INIT_STD, MED, MEDConfig, build_vision, fill_from_med
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +94,14 @@ def load_checkpoint(med: MED, path: Path) -> None:
             parameter.copy_(state[f"med.{name}"])
 
 
-def head_parameters(path: Path, head: Head, config: MEDConfig, seed: int = 0) -> State:
+def head_parameters(
+    path: Path, head: Head, config: MEDConfig, seed: int = 0, text_std: float = INIT_STD
+) -> State:
     """The parameters of a head's network (`heads`) from a checkpoint of that head or of one that
     it can start from; position embeddings are interpolated to the network's resolution.
 
-    Heads with networks of their own start from pretraining; what it lacks is random from `seed`.
+    Heads with networks of their own start from pretraining; what it lacks is random from `seed`,
+    linear layers of text stacks with std `text_std`.
 
     Raises:
         FileNotFoundError: nothing is there, or a part of it is missing.
@@ -117,16 +120,18 @@ def head_parameters(path: Path, head: Head, config: MEDConfig, seed: int = 0) ->
             state["med.vision.pos_embed"], vision.patch_embed.grid_size, extra
         )
     log.info("all weights from %s%s", path, "".join(f"; {note}" for note in weights.notes))
-    return grown(state, head, config, seed) if grows else state
+    return grown(state, head, config, seed, text_std) if grows else state
 
 
-def grown(pretrained: State, head: Head, config: MEDConfig, seed: int) -> State:
+def grown(
+    pretrained: State, head: Head, config: MEDConfig, seed: int, text_std: float = INIT_STD
+) -> State:
     """The parameters of a head with a network of its own, out of those of a whole MED.
 
     What MED doesn't have is random from `seed`, and named in the log.
     """
     network = build_network(head, config)
-    drawn = fill_from_med(network, pretrained, seed)
+    drawn = fill_from_med(network, pretrained, seed, text_std)
     if drawn:
         modules = sorted({name.rpartition(".")[0] for name in drawn})
         log.info("not from pretraining but random: %s", ", ".join(modules))

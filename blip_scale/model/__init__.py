@@ -22,7 +22,7 @@ from blip_scale.model.generation import (
     caption_beam,
     caption_nucleus,
 )
-from blip_scale.model.initialization import fill_from_med, init_weights
+from blip_scale.model.initialization import INIT_STD, fill_from_med, init_weights
 from blip_scale.model.med import MED, MEDConfig, MomentumEncoder, Temperature
 from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.packing import PackedText
@@ -32,6 +32,7 @@ from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 from blip_scale.model.vqa import VQA
 
 __all__ = [
+    "INIT_STD",
     "MED",
     "NLVR2",
     "VQA",

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from blip_scale.model.med import MED
 
-STD = 0.02
+INIT_STD = 0.02
 
 
 @torch.no_grad()
-def init_weights(med: MED, seed: int, vision_std: float = STD, text_std: float = STD) -> None:
+def init_weights(
+    med: MED, seed: int, vision_std: float = INIT_STD, text_std: float = INIT_STD
+) -> None:
     """Fills every parameter of a plain (not partitioned) MED, a pure function of `seed`.
 
     ViT: truncated normal of std `vision_std` for linear layers, of std 0.02 for class token and
@@ -29,7 +31,7 @@ def init_weights(med: MED, seed: int, vision_std: float = STD, text_std: float =
     vision = med.vision
     for token in (vision.cls_token, vision.pos_embed, vision.reg_token):
         if token is not None:
-            nn.init.trunc_normal_(token, std=STD, generator=generator)
+            nn.init.trunc_normal_(token, std=INIT_STD, generator=generator)
     for module in vision.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=vision_std, generator=generator)
@@ -43,7 +45,7 @@ def init_weights(med: MED, seed: int, vision_std: float = STD, text_std: float =
         for module in part.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 layer = part is med.text and isinstance(module, nn.Linear)
-                std = text_std if layer else STD
+                std = text_std if layer else INIT_STD
                 nn.init.normal_(module.weight, std=std, generator=generator)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
@@ -55,13 +57,15 @@ def init_weights(med: MED, seed: int, vision_std: float = STD, text_std: float =
 
 
 @torch.no_grad()
-def fill_from_med(network: nn.Module, med: Mapping[str, Tensor], seed: int) -> list[str]:
+def fill_from_med(
+    network: nn.Module, med: Mapping[str, Tensor], seed: int, text_std: float = INIT_STD
+) -> list[str]:
     """Fills a VQA, NLVR2 or VisDial network from a MED, as the published fine-tuning starts.
 
     Encoder and decoder get what MED shares between them, both cross-attentions of NLVR2 the same.
     What MED doesn't have, or has in another shape, is random from `seed`: linear layers of the text
     stacks (a decoder that reads states of another width than the image tokens', merge layers)
-    normal of std 0.02 with biases 0, other heads PyTorch's default.
+    normal of std `text_std` with biases 0, other heads PyTorch's default.
 
     Args:
         network: not partitioned.
@@ -87,7 +91,7 @@ def fill_from_med(network: nn.Module, med: Mapping[str, Tensor], seed: int) -> l
             if kind == "weight":
                 _torch_default(module, generator)
         elif kind == "weight":
-            nn.init.normal_(module.weight, std=STD, generator=generator)
+            nn.init.normal_(module.weight, std=text_std, generator=generator)
         else:
             nn.init.zeros_(module.bias)
     return drawn

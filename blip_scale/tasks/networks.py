@@ -59,11 +59,12 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
 def initial_parameters(recipe: Recipe, config: MEDConfig, head: Head) -> dict[str, Tensor]:
     """All parameters of a head's network (`interop.heads`), whole, in fp32 on the CPU: from
     `model.checkpoint`, of this head or of pretraining, else as `initialized_med` makes them."""
+    std = recipe.model.text.init_std
     if recipe.model.checkpoint is not None:
-        return head_parameters(_whole_checkpoint(recipe), head, config, recipe.seed)
+        return head_parameters(_whole_checkpoint(recipe), head, config, recipe.seed, std)
     med = {name: p.detach() for name, p in initialized_med(recipe, config).named_parameters()}
     if head in OWN_NETWORKS:
-        return grown(med, head, config, recipe.seed)
+        return grown(med, head, config, recipe.seed, std)
     return from_published(to_salesforce(med, head), head, shapes_of(head, config))
 
 

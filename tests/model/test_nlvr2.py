@@ -107,6 +107,10 @@ def test_start_from_pretraining(make_med: MakeMED) -> None:
     again = NLVR2(tiny_config())
     fill_from_med(again, dict(med.named_parameters()), seed=3)
     assert all(map(torch.equal, network.parameters(), again.parameters()))
+    merge = next(name for name in drawn if name.endswith("merge_layer.weight"))
+    assert network.get_parameter(merge).std().item() == pytest.approx(0.02, rel=0.1)
+    fill_from_med(again, dict(med.named_parameters()), seed=3, text_std=0.1)
+    assert again.get_parameter(merge).std().item() == pytest.approx(0.1, rel=0.1)
 
 
 def test_a_few_pairs_are_learnt(images: Tensor, sentences: list[list[int]]) -> None:
