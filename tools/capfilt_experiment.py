@@ -20,9 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 
 from blip_scale.data import Record, write_shards
 from blip_scale.data.stores import StreamStore
+from blip_scale.inference import batched, load_blip, pixels_of
 from blip_scale.recipe import StreamRecipe
 
 REPO = Path(__file__).resolve().parent.parent
@@ -37,7 +39,7 @@ SMALL = (
     "model.vision.overrides={patch_size: 12, embed_dim: 128, depth: 4, num_heads: 4}",
     "model.vision.init_std=0.08",
     "model.text={checkpoint: null, tokenizer: TEXT, layers: 2, width: 128, heads: 4, "
-    "mlp_width: 512, dropout: 0.0}",
+    "mlp_width: 512, dropout: 0.0, init_std: 0.08}",
     "model.embed_dim=64",
     "objective.alpha=0",
     "data.workers=0",
@@ -50,7 +52,14 @@ SMALL = (
     "log.every_steps=20",
 )
 STEPS_AN_EPOCH = 50
-FINE_TUNING = ("objective.negatives=global", "optimizer.lr_decay=0.95")
+FINE_TUNING = (
+    "objective.negatives=global",
+    "optimizer.peak_lr=1.0e-3",
+    "optimizer.warmup_steps=50",
+)
+KEPT = 0.7
+"""Share of the drawings that no network was trained on whose own caption the filter should keep:
+where hard negatives are all that a filter has seen, its scores are no probabilities."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,18 +70,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("demo", type=Path, help="what prepare_data.py demo made")
     parser.add_argument("out", type=Path, help="folder for sets, runs and figures.json")
     parser.add_argument("--steps", type=int, default=600, help="of each pretraining (%(default)s)")
-    parser.add_argument("--tuning-steps", type=int, default=900, help="(%(default)s)")
+    parser.add_argument(
+        "--tuning-steps", type=int, default=300, help="of filter and captioner (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     demo, out, steps = options.demo.resolve(), options.out.resolve(), options.steps
     sizes = make_sets(demo, out / "data")
     raw = {name: (out / "data" / name, sizes[name]) for name in ("annotated", "web")}
     train(demo, out / "raw_0", raw, steps, "seed=0")
     annotated = {"annotated": raw["annotated"]}
-    tuned = (("filter", "retrieval", 1), ("captioner", "captioning", 3))  # which learns sooner
-    for name, task, part in tuned:
+    for name, task, decay in (("filter", "retrieval", 0.7), ("captioner", "captioning", 0.95)):
         start = (f"task={task}", f"model.checkpoint={out / 'raw_0'}", *FINE_TUNING)
-        train(demo, out / name, annotated, options.tuning_steps // part, *start)
-    statistics = filtered(out)
+        decaying = f"optimizer.lr_decay={decay}"
+        train(demo, out / name, annotated, options.tuning_steps, *start, decaying)
+    threshold = threshold_that_keeps(KEPT, out / "filter", demo / HELDOUT[0])
+    statistics = filtered(out, threshold)
     texts = statistics["web"]["kept"] + statistics["synthetic"]["kept"]
     clean = annotated | {"web_capfilt": (out / "data" / "web_capfilt", texts)}
     for seed in SEEDS:
@@ -146,12 +158,24 @@ def train(
     subprocess.run([*command, *given], check=True, cwd=REPO)
 
 
-def filtered(out: Path) -> dict[str, Any]:
+def threshold_that_keeps(share: float, run: Path, annotated: Path) -> float:
+    """The score that this share of a set's captions reach with their own images."""
+    blip = load_blip(run)
+    scores = []
+    for samples in batched(samples_of(annotated), 64):
+        pixels = torch.stack([pixels_of(one["image"], blip.image_size) for one in samples])
+        captions = [one["captions"][0] for one in samples]
+        scores.append(blip.match(blip.image_embeds(pixels), captions, range(len(samples))))
+    return float(torch.cat(scores).quantile(1 - share))
+
+
+def filtered(out: Path, threshold: float) -> dict[str, Any]:
     """CapFilt of the web set; its statistics."""
     clean = out / "data" / "web_capfilt"
     command = [sys.executable, str(REPO / "tools" / "capfilt.py"), str(out / "data" / "web")]
     command += [str(clean), "--captioner", str(out / "captioner"), "--filter", str(out / "filter")]
     command += ["--min-tokens", "2", "--max-tokens", "12", "--workers", str(os.cpu_count() or 1)]
+    command += ["--threshold", f"{threshold:.4f}"]
     subprocess.run(command, check=True)
     statistics: dict[str, Any] = json.loads((clean / "statistics.json").read_text())
     return statistics

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from types import SimpleNamespace
+from typing import Any
 
-from blip_scale.engine.zero3_step import joined
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+
+from blip_scale.engine.zero3_step import drop_idle_hooks, joined
 
 
 def test_pieces_that_lie_end_to_end_are_one_view() -> None:
@@ -23,3 +28,30 @@ def test_other_pieces_are_not() -> None:
     assert joined([flat[:4], torch.arange(6.0)]) is None  # another storage
     assert joined([flat[:4], flat[4:8].view(2, 2)]) is None
     assert joined([flat[:4].view(torch.int32), flat[4:]]) is None
+
+
+def test_only_modules_with_something_to_gather_keep_their_hooks() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.GELU())
+    heard: list[str] = []
+    gathered: list[Any] = []
+    offload = SimpleNamespace(module=network, forward_hooks=[], backward_hooks=[])
+    for module in network:
+        name = type(module).__name__
+        module.ds_external_parameters = dict  # as DeepSpeed gives every module: none
+        for parameter in module.parameters():
+            parameter.ds_persist = name == "LayerNorm"  # type: ignore[attr-defined]
+            parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+            parameter.all_gather = gathered.append  # type: ignore[attr-defined]
+        before = module.register_forward_pre_hook(lambda *_, n=name: heard.append(f"before {n}"))
+        after = module.register_forward_hook(lambda *_, n=name: heard.append(f"after {n}"))
+        offload.forward_hooks.append(before)
+        offload.backward_hooks.append(after)
+    staying = list(network[1].parameters())
+    drop_idle_hooks(SimpleNamespace(parameter_offload=offload, persistent_parameters=staying))
+
+    network(torch.ones(1, 2))
+    assert heard == ["before Linear", "after Linear"]
+    assert gathered == []
+    staying[0].ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+    network(torch.ones(1, 2))
+    assert [[p is staying[0] for p in some] for some in gathered] == [[True]]
