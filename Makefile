@@ -9,9 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
-# The deepspeed command calls python and ninja by name. Ranks share the cores: one thread each; and a thread that
-# waits sleeps, where another run or the loader has work for its core.
-RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+# The deepspeed command calls python and ninja by name. Ranks share the cores: one thread each.
+RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1
 # On the CPU: glibc keeps big blocks instead of returning them to the kernel every time (a tenth of a step),
 # and DeepSpeed need not look for an accelerator.
 ON_CPU := DS_ACCELERATOR=cpu MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
