@@ -49,19 +49,23 @@ def test_the_data_benchmark_runs() -> None:
 def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     """At a tiny size: every figure is there, and the parts of a step make the whole."""
     command = [sys.executable, REPO / "tools" / "benchmark.py", "step", "--json"]
-    command += ["--batch-size", "4", "--rounds", "1", "--against", "published"]
-    command += ["--trace", tmp_path / "trace.json", *TINY]
+    command += ["--batch-size", "4", "--rounds", "1", "--trace", tmp_path / "trace.json"]
+    command += ["--against", "published", "--against", "plain", *TINY]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     for name in ("samples_per_s", "published_samples_per_s", "ratio", "mfu", "gflop_per_sample"):
         assert result[name] > 0
-    assert result["ratio"] == pytest.approx(
-        result["published_step_seconds"] / result["step_seconds"], rel=0.01
-    )
+    for against, ratio in (("published", "ratio"), ("plain", "plain_ratio")):
+        assert result[ratio] == pytest.approx(
+            result[f"{against}_step_seconds"] / result["step_seconds"], rel=0.01
+        )
     assert {"vision backward", "sweep forward", "optimizer"} <= set(result["split_seconds"])
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert "GFLOP a sample" in benchmark.step_table(result)
+    assert "published " in benchmark.step_table(result)
+    del result["ratio"]  # as where ours ran against plain alone
+    table = benchmark.step_table(result)
+    assert "GFLOP a sample" in table and "plain " in table and "published" not in table
 
 
 AXES = {"batch": [2, 4, 8], "image": [32], "tokens": [8], "queue": [64], "ranks": [1, 2]}

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
 from blip_scale.engine.communication import CommunicationMeter
 
 STEPS = 3  # in the first two DeepSpeed learns the order of the modules

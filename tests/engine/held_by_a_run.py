@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
 from blip_scale import checks, recipe
 from blip_scale.engine import collectives
 from blip_scale.engine.deepspeed import initialize, start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,13 +80,10 @@ def exchanged(folder: Path, ranks: int, live: float, prefetch: float) -> list[di
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_step_sends_what_its_uses_of_the_weights_need(
-    tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path, ranks: int) -> None:
     """Where nothing is kept, each weight once for every use in the forward pass and once for it in
     the backward pass (embeddings once for all: they are let go at its end); where all is kept, each
     weight once. Gradients once in any case."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
     chosen = recipe.load(str(make_recipe(tmp_path, model=SIZES)))
     network, uses = network_of(chosen), uses_of(chosen)
     again = {use for use, count in uses.items() if count == 2}
@@ -125,11 +121,8 @@ def small(numels: Iterable[int], ranks: int) -> int:
     return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel <= PERSISTENT)
 
 
-def test_prefetching_begins_every_gather_before_its_module(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefetching_begins_every_gather_before_its_module(tmp_path: Path) -> None:
     """All of it can be hidden behind the modules before, once the order of modules is known."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
     make_recipe(tmp_path, model=SIZES)
     for found in exchanged(tmp_path, 2, KEEPS, prefetch=40_000):
         gathered = found["forward"]["all_gather"]["bytes"]

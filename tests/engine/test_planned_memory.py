@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +49,8 @@ def ds_config(folder: Path, stage: int) -> Path:
     ],
 )
 def test_states_are_what_deepspeed_holds(
-    tmp_path: Path,
-    stage: int,
-    ranks: int,
-    precision: str,
-    frozen_layers: int,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, stage: int, ranks: int, precision: str, frozen_layers: int
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]))
     train = {"precision": precision, "micro_batch_size": 2}
     sizes = SIZES | {"vision": SIZES["vision"] | {"frozen_layers": frozen_layers}}
     file = make_recipe(tmp_path, train=train, model=sizes)
