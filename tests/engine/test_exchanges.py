@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import finish, launch, make_recipe, said
+from tiny_runs import REPO, WIDER, finish, launch, make_recipe, said
 
 from blip_scale import recipe
 from blip_scale.engine import deepspeed
@@ -21,11 +21,6 @@ from blip_scale.recipe import Recipe
 from blip_scale.tasks import Pretrain
 
 pytestmark = pytest.mark.multiprocess
-REPO = Path(__file__).resolve().parent.parent.parent
-SIZES: dict[str, Any] = {
-    "vision": {"overrides": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}},
-    "text": {"width": 96, "mlp_width": 384},
-}
 PERSISTENT = 300
 """Elements up to which a parameter stays whole on every rank."""
 KEEPS, RELEASES = 1e9, 0
@@ -84,7 +79,7 @@ def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path, ranks: i
     """Where nothing is kept, each weight once for every use in the forward pass and once for it in
     the backward pass (embeddings once for all: they are let go at its end); where all is kept, each
     weight once. Gradients once in any case."""
-    chosen = recipe.load(str(make_recipe(tmp_path, model=SIZES)))
+    chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
     network, uses = network_of(chosen), uses_of(chosen)
     again = {use for use, count in uses.items() if count == 2}
     assert any("layers" in use.module for use in again) and max(uses.values()) == 2
@@ -123,7 +118,7 @@ def small(numels: Iterable[int], ranks: int) -> int:
 
 def test_prefetching_begins_every_gather_before_its_module(tmp_path: Path) -> None:
     """All of it can be hidden behind the modules before, once the order of modules is known."""
-    make_recipe(tmp_path, model=SIZES)
+    make_recipe(tmp_path, model=WIDER)
     for found in exchanged(tmp_path, 2, KEEPS, prefetch=40_000):
         gathered = found["forward"]["all_gather"]["bytes"]
         assert found["prefetch"] == {"ahead": gathered, "at once": 0}

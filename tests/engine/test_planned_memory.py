@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny_runs import REPO, finish, launch, make_recipe, said
+from tiny_runs import REPO, WIDER, finish, launch, make_recipe, said
 
 from blip_scale import recipe
 from blip_scale.planning.network import network_of
@@ -15,11 +14,6 @@ from blip_scale.planning.states import Sharding, states
 
 pytestmark = pytest.mark.multiprocess
 
-# Wide enough that weights weigh more than what is rounded up.
-SIZES: dict[str, Any] = {
-    "vision": {"overrides": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}},
-    "text": {"width": 96, "mlp_width": 384},
-}
 BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "allgather_bucket_size")
 
 
@@ -52,7 +46,7 @@ def test_states_are_what_deepspeed_holds(
     tmp_path: Path, stage: int, ranks: int, precision: str, frozen_layers: int
 ) -> None:
     train = {"precision": precision, "micro_batch_size": 2}
-    sizes = SIZES | {"vision": SIZES["vision"] | {"frozen_layers": frozen_layers}}
+    sizes = WIDER | {"vision": WIDER["vision"] | {"frozen_layers": frozen_layers}}
     file = make_recipe(tmp_path, train=train, model=sizes)
     config = ds_config(tmp_path, stage)
     script = Path(__file__).with_name("held_by_a_run.py")

@@ -26,6 +26,12 @@ COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black
 SHAPES = ["disc", "square", "bar", "cross"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "big", "small", "on", "grey", "and"]
 
+WIDER: dict[str, Any] = {
+    "vision": {"overrides": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}},
+    "text": {"width": 96, "mlp_width": 384},
+}
+"""Sizes of a network whose weights weigh more than what is rounded up when they are parted."""
+
 
 def picture(colour: str, shape: str, big: bool) -> bytes:
     """A drawing of what the caption says, as PNG."""
