@@ -95,11 +95,13 @@ def resolve_deepspeed(
 
 def _fill_for_one_rank(zero: dict[str, Any]) -> None:
     """ZeRO-3's "auto" settings on a single rank, where parting and gathering the parameters only
-    costs: they stay whole, and gradients are not taken apart to be put together again."""
+    costs: they stay whole, so torch's own linear layer may keep them for its backward pass, and
+    gradients need no bucket (`engine.zero3_step.keep_gradients`)."""
     alone = {
         "stage3_param_persistence_threshold": sys.maxsize,
         "stage3_model_persistence_threshold": sys.maxsize,
-        "reduce_scatter": False,
+        "memory_efficient_linear": False,
+        "contiguous_gradients": False,
     }
     for name, value in alone.items():
         if zero.get(name) == AUTO:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import time
 from bisect import bisect_right
 from itertools import accumulate
@@ -33,6 +34,7 @@ INDEX_RETRY_S = 10.0
 _TOUCH_EVERY_S = 60.0  # a shard in use tells the eviction so
 _LOCKS = 256  # shards that share a lock are not fetched at the same time
 _READ_ATTEMPTS = 10
+_ROOM_WAIT_S = 5.0  # on a disk that holds nothing but what others are fetching right now
 
 logger = logging.getLogger(__name__)
 
@@ -230,22 +232,28 @@ class StreamStore:
     def _obtain(self, shard: MDSReader, retry_s: float | None = None) -> None:
         """Bring a shard into the folder; on a full disk, shards that are not in use make room."""
         infos = [info for info in (shard.raw_data, shard.zip_data) if info]
+        give_up = time.monotonic() + (_ROOM_WAIT_S if retry_s is None else retry_s)
         while True:
             try:
                 self._fill_in(shard, retry_s)
                 return
             except OSError as error:
-                self._make_room(error, sum(info.bytes for info in infos))
+                self._make_room(error, sum(info.bytes for info in infos), give_up)
 
-    def _make_room(self, error: OSError, incoming_bytes: int) -> None:
-        """Drop shards where `error` is a full disk; raises where that can't help."""
+    def _make_room(self, error: OSError, incoming_bytes: int, give_up: float = 0.0) -> None:
+        """Drop shards where `error` is a full disk, or leave others until the time `give_up` to
+        name what they have fetched, which can be dropped then; raises where that can't help.
+        """
         if not caching.is_disk_full(error):
             raise error
-        if self.cache is None or not self.cache.shrink(incoming_bytes):
+        if self.cache is not None and self.cache.shrink(incoming_bytes):
+            return
+        if self.cache is None or time.monotonic() >= give_up:
             raise ValueError(
                 f"stream {self.name!r}: the disk of {self.folder} is full ({error.strerror}), and "
                 "there is no cached shard to drop: make room, or choose another folder as `local`"
             ) from error
+        time.sleep(random.Random().uniform(0.05, 0.3))  # not all processes at once
 
     def _fill_in(self, shard: MDSReader, retry_s: float | None) -> None:
         path = self._path(shard.raw_data)

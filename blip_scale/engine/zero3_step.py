@@ -4,7 +4,8 @@ In the optimizer step it took more time than AdamW itself, on a CPU as on a GPU,
 memory traffic: a second pass over the gradients for their norm, in fp64; a copy of all gradients
 into a new tensor, although they already lie in one; a multiplication of all of them by 1. In
 forward and backward: some hundred lines of Python around every call of every module, also of those
-that have nothing to gather.
+that have nothing to gather; and, on a single rank, gradients that are copied, divided by 1 and cast
+on their way to where they are summed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,31 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     zero._prepare_fp32_grad_for_sub_group = prepare
     zero.unscale_and_clip_grads = unscale
     zero._get_norm_groups = lambda: [norm()]
+
+
+def keep_gradients(zero: Any) -> None:
+    """On a single rank, which has nobody to reduce with: a gradient goes to the sum of its
+    micro-batches in one pass, without a bucket on the way. With an optimizer on the host (offload)
+    DeepSpeed's way stays.
+
+    Args:
+        zero: `DeepSpeedZeroOptimizer_Stage3`.
+    """
+    if zero.offload_optimizer:
+        return
+
+    def keep(parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        sums: dict[int, Tensor] = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        total = sums[parameter.ds_id][: gradient.numel()].view_as(gradient)
+        if zero.micro_step_id == 0:
+            total.copy_(gradient)
+        else:
+            total.add_(gradient)
+        parameter.grad = None
+
+    zero.reduce_independent_p_g_buckets_and_remove_grads = keep
 
 
 def drop_idle_hooks(zero: Any) -> None:

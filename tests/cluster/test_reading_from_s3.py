@@ -238,6 +238,17 @@ def test_a_full_disk_drops_what_is_not_in_use(
     assert "is full at" in caplog.text and "set data.cache_limit" in caplog.text
 
 
+def test_room_that_another_fetch_takes_is_waited_for(
+    s3: S3Server, make_shards: MakeShards, make_loader: MakeLoader, small_disk: Path
+) -> None:
+    folder = make_shards("red", 60)
+    loader = make_loader([stream(small_disk / "cache", remote=s3.upload(folder))])
+    others = small_disk / "cache" / "shard.99999.mds.partial"
+    others.write_bytes(bytes(52 * 1024))
+    threading.Timer(1.5, others.unlink).start()
+    assert_equal(take(loader, 5), take(make_loader([stream(folder)]), 5))
+
+
 def test_a_disk_that_is_full_of_other_things_is_named(
     s3: S3Server, make_shards: MakeShards, make_loader: MakeLoader, small_disk: Path
 ) -> None:

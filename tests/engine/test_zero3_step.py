@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from tiny_runs import REPO
 from torch import nn
 
-from blip_scale.engine.zero3_step import drop_idle_hooks, joined
+from blip_scale.engine.zero3_step import drop_idle_hooks, joined, keep_gradients
 
 
 def test_pieces_that_lie_end_to_end_are_one_view() -> None:
@@ -55,3 +60,57 @@ def test_only_modules_with_something_to_gather_keep_their_hooks() -> None:
     staying[0].ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
     network(torch.ones(1, 2))
     assert [[p is staying[0] for p in some] for some in gathered] == [[True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_rank_sums_the_gradients_of_its_micro_batches(dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.zeros(2, 3, dtype=dtype))
+    weight.ds_id = 7  # type: ignore[attr-defined]
+    sums = {7: torch.full((8,), 5.0)}  # of the step before, with padding
+    zero = SimpleNamespace(
+        offload_optimizer=False, _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition=sums
+    )
+    keep_gradients(zero)
+    gradients = [torch.randn(2, 3, dtype=dtype) for _ in range(3)]
+    for zero.micro_step_id, gradient in enumerate(gradients):
+        weight.grad = gradient.clone()
+        zero.reduce_independent_p_g_buckets_and_remove_grads(weight)
+        assert weight.grad is None
+    expected = gradients[0].float() + gradients[1].float() + gradients[2].float()
+    assert torch.equal(sums[7][:6].view(2, 3), expected)
+    assert sums[7][6:].tolist() == [5.0, 5.0]
+
+
+def test_with_an_optimizer_on_the_host_gradients_go_deepspeeds_way() -> None:
+    zero = SimpleNamespace(offload_optimizer=True)
+    keep_gradients(zero)
+    assert not hasattr(zero, "reduce_independent_p_g_buckets_and_remove_grads")
+
+
+INITIALIZED = """
+import os
+import torch
+from torch import nn
+from blip_scale import checks, recipe
+from blip_scale.engine.deepspeed import initialize, start
+
+torch.set_num_threads(2)
+start(60.0)
+chosen = recipe.load("demo", ["train.global_batch_size=2", "train.micro_batch_size=2"])
+ds_config = checks.resolve_deepspeed(chosen, "ds_configs/zero3.json", 1)
+initialize(lambda: nn.Linear(400, 400), chosen, ds_config)
+torch.ones(10**6).add_(1)
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+print("found", torch.get_num_threads(), sum(name.startswith("pt_gloo_runloop") for name in names))
+"""
+
+
+@pytest.mark.multiprocess
+def test_exchanging_threads_have_no_helpers_of_their_own() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", INITIALIZED],
+        cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    groups, threads_of_a_group = 2, 2  # torch's own group and DeepSpeed's
+    assert f"found 2 {groups * threads_of_a_group}\n" in said.stdout, said.stderr
