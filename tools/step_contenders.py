@@ -38,7 +38,7 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""glibc keeps large blocks, in huge pages: what the kernel's pages cost is no matter of the step."""
+"""glibc keeps large blocks, in huge pages: their cost is no matter of the step."""
 
 
 @dataclass(frozen=True)
