@@ -59,6 +59,7 @@ class ZeroEngine:
 
     def __post_init__(self) -> None:
         if self.stage == 3:
+            zero3_step.share_masters(self.deepspeed.optimizer)
             zero3_step.trim(self.deepspeed.optimizer, self._gradient_norm)
             zero3_step.drop_idle_hooks(self.deepspeed.optimizer)
             if collectives.world_size() == 1:
@@ -129,7 +130,9 @@ class ZeroEngine:
             return
         if self.stage == 3:
             for part in parts:
-                parameters[part.index].ds_tensor.data[: part.values.numel()].copy_(part.values)
+                own = parameters[part.index].ds_tensor.data[: part.values.numel()]
+                if own.data_ptr() != part.values.data_ptr():  # in fp32 they are the values
+                    own.copy_(part.values)
             stale = [p for p in parameters if _holds_a_copy(p)]
             if stale:
                 stale[0].partition(stale)

@@ -19,7 +19,8 @@ class ShardedMomentum:
     The averages are updated from the optimizer's fp32 masters with no communication: a copy and its
     parameter have one shape, so one rank owns the same elements of both. In bf16 the averages would
     not move at all (with momentum 0.995 an increment is below half a unit in the last place), so
-    only the weights of the momentum forward are bf16, rewritten from the averages by `refresh`.
+    only the weights of the momentum forward are bf16, rewritten from the averages by `refresh`. In
+    fp32 under ZeRO-3 they are the averages, in one memory.
     The average of a frozen parameter is the parameter itself: nothing is kept or updated of it.
     """
 
@@ -36,9 +37,17 @@ class ShardedMomentum:
         paired = [shard for shard in engine.shards if shard.name in self._copies]
         self.shards: list[Shard] = [shard for shard in paired if shard.trains]
         self._frozen = [shard for shard in paired if not shard.trains]
-        self.averages: list[Tensor] = [shard.weight.clone() for shard in self.shards]
+        self.averages: list[Tensor] = [self._begun(shard) for shard in self.shards]
         self.refresh()
         self.copy_frozen()
+
+    def _begun(self, shard: Shard) -> Tensor:
+        """The shard's weights as a tensor of their own, the first average."""
+        if self._engine.stage == 3:
+            own: Tensor = self._copies[shard.name].ds_tensor.data[: shard.numel]
+            if (own.dtype, own.device) == (shard.weight.dtype, shard.weight.device):
+                return own.copy_(shard.weight)
+        return shard.weight.clone()
 
     @property
     def weights(self) -> list[Tensor]:

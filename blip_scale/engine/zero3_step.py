@@ -5,7 +5,7 @@ memory traffic: a second pass over the gradients for their norm, in fp64; a copy
 into a new tensor, although they already lie in one; a multiplication of all of them by 1. In
 forward and backward: some hundred lines of Python around every call of every module, also of those
 that have nothing to gather; and, on a single rank, gradients that are copied, divided by 1 and cast
-on their way to where they are summed.
+on their way to where they are summed. In fp32: a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -48,6 +48,23 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     zero._prepare_fp32_grad_for_sub_group = prepare
     zero.unscale_and_clip_grads = unscale
     zero._get_norm_groups = lambda: [norm()]
+
+
+def share_masters(zero: Any) -> None:
+    """In fp32 let the weights that compute be the optimizer's masters, in one memory, as DeepSpeed
+    means to: it compares a device with the name of one, which are never equal.
+
+    Args:
+        zero: `DeepSpeedZeroOptimizer_Stage3`.
+    """
+    pairs = [
+        *zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+    ]
+    if zero.offload_optimizer or any(flat.dtype != master.dtype for flat, master in pairs):
+        return
+    for flat, master in pairs:
+        master.data = flat.data
+    zero._reassign_or_swap_out_partitioned_parameters = lambda sub_group: None
 
 
 def keep_gradients(zero: Any) -> None:

@@ -28,6 +28,8 @@ class Sharding:
     compute_bytes: int
     """Of an element of the weights that compute."""
     reduce_bucket: float = _DEFAULT_BUCKET
+    has_bucket: bool = True
+    """Under ZeRO-3: whether gradients lie in the bucket until they are reduced."""
     overlap: bool = False
     prefetch: float = _DEFAULT_PREFETCH
     persistent: float = _DEFAULT_PERSISTENT
@@ -47,12 +49,16 @@ class Sharding:
 
         stage = zero["stage"]
         overlap = zero.get("overlap_comm", stage == 3)
+        has_bucket = zero.get("contiguous_gradients", True)
+        if stage == 3 and has_bucket == "auto":
+            has_bucket = ranks > 1
         return Sharding(
             stage=stage,
             ranks=ranks,
             offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
             compute_bytes=compute_bytes,
             reduce_bucket=number("reduce_bucket_size", _DEFAULT_BUCKET),
+            has_bucket=bool(has_bucket),
             overlap=bool(overlap),
             prefetch=number("stage3_prefetch_bucket_size", _DEFAULT_PREFETCH),
             persistent=number("stage3_param_persistence_threshold", _DEFAULT_PERSISTENT),
@@ -97,10 +103,10 @@ def states(network: Network, sharding: Sharding, queue_size: int) -> States:
             "weights": size * (own + own_still),
             "momentum_weights": size * copies,
             "persistent_weights": size * sum(kept) if ranks > 1 else 0,
-            "reduce_bucket": size * sharding.reduce_bucket,
+            "reduce_bucket": size * sharding.reduce_bucket if sharding.has_bucket else 0,
         }
-        whole = trained + copied - still  # frozen ones and their copies are let go after use
-        live = min(whole, max(sharding.live, network.largest_module + sharding.prefetch))
+        # Frozen and momentum weights are let go after their use, which comes before the sweep's.
+        live = min(trained, max(sharding.live, network.largest_module + sharding.prefetch))
         backward = {"gathered_weights": size * live if ranks > 1 else 0}
         update = {"gradient_copy": _FP32 * own}
         gradients = _FP32 * own
@@ -114,9 +120,13 @@ def states(network: Network, sharding: Sharding, queue_size: int) -> States:
         update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * (copied - still)}
         gradients = _FP32 * reduced
         backward["gradients"] = gradients
+    shared = sharding.stage == 3 and size == _FP32 and not sharding.offload  # with the weights
+    masters, averaged = (0, 0) if shared else (own, averaged)
     optimizer = {
-        "masters": _FP32 * own, "moments": 2 * _FP32 * own, "momentum_averages": _FP32 * averaged,
-    }  # fmt: skip
+        "masters": _FP32 * masters,
+        "moments": 2 * _FP32 * own,
+        "momentum_averages": _FP32 * averaged,
+    }
     host: dict[str, float] = {"frozen_masters": _FP32 * own_still} if still else {}
     if sharding.offload:
         host |= {**optimizer, "gradients": gradients}

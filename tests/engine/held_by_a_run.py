@@ -1,8 +1,9 @@
 """What the ranks of a run hold: a stand-in for train.py that takes two optimizer steps and counts
 bytes.
 
-Writes held_RANK.json beside the recipe: bytes of all tensors alive after the forward pass, after
-the backward passes (before the update) and after the update, each storage once.
+Writes held_RANK.json beside the recipe: bytes of all tensors alive after the backward passes
+(before the update) and after the update, each storage once, and of the gathered weights after a
+forward pass.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import checks, recipe
 from blip_scale.engine import collectives
-from blip_scale.engine.deepspeed import initialize, start
+from blip_scale.engine.deepspeed import ZeroEngine, initialize, start
 from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Progress
 from blip_scale.tasks import Pretrain
@@ -34,6 +36,17 @@ def held() -> int:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def gathered(engine: ZeroEngine) -> int:
+    """Bytes of the weights that are whole though they are parted, those that stay so left out."""
+    if engine.stage != 3 or collectives.world_size() == 1:
+        return 0
+    return sum(
+        p.numel() * p.element_size()
+        for p in engine.module.parameters()
+        if p.ds_status is ZeroParamStatus.AVAILABLE and not p.ds_persist
+    )
 
 
 def main() -> None:
@@ -53,7 +66,7 @@ def main() -> None:
         for index in range(accumulation):
             progress = Progress(step, step * accumulation + index, task.steps_per_epoch)
             losses = task.losses(engine.deepspeed, next(batches), progress)
-            found["forward"] = held() - before
+            found["gathered"] = gathered(engine)
             engine.deepspeed.backward(losses["loss/total"])
             if index < accumulation - 1:
                 engine.deepspeed.step()
