@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip_scale import checks, data, recipe
+from blip_scale.engine import onednn
 from blip_scale.recipe import Recipe
 
 TOKEN_MEAN = 12.5
@@ -159,12 +160,14 @@ class Ours:
         return parts
 
     def flops(self) -> float:
-        """Of forward and backward of a step, by torch's counter."""
+        """Of forward and backward of a step, by torch's counter: mean over the batches."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.forward_and_backward(lambda part: None)
-        self.task.after_step(self.engine, self.momentum, applied=False)
-        self.engine.step(0.0, apply=False)
-        return float(counter.get_total_flops())
+            for _ in range(_BATCHES):
+                self.forward_and_backward(lambda part: None)
+                self.task.after_step(self.engine, self.momentum, applied=False)
+                self.engine.step(0.0, apply=False)
+                self.steps += 1
+        return float(counter.get_total_flops()) / _BATCHES
 
     def trace(self, file: Path) -> None:
         """One step in the format of Perfetto and TensorBoard's profiler."""
@@ -284,6 +287,8 @@ class Plain(Ours):
                     parameter.copy_(weights[name].view_as(parameter))
         bf16 = match.recipe.train.precision == "bf16"
         network.to(self.device, torch.bfloat16 if bf16 else torch.float32)
+        if self.device.type == "cpu" and not bf16:  # as the engine does
+            onednn.take_where_faster(network)
         engine = PlainEngine(network, match.recipe.optimizer)
         return engine, PlainMomentum(engine, self.task.momentum_pairs)
 

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from blip_scale import launcher
-from blip_scale.engine import collectives, logs, zero3_step
+from blip_scale.engine import collectives, logs, onednn, zero3_step
 from blip_scale.engine.shards import Part, Shard, frozen_shard, gradient_of, trainable_shard
 from blip_scale.recipe import Recipe
 
@@ -268,6 +268,8 @@ def initialize(
         for module in network.modules():
             if isinstance(module, Block):  # of a ViT: the shapes of texts change with every batch
                 module.compile(dynamic=False)
+    elif next(network.parameters()).dtype == torch.float32 and engine.device.type == "cpu":
+        onednn.take_where_faster(network)
     torch.distributed.set_timeout(  # of DeepSpeed's own group, which has torch's 10 or 30 minutes
         _patience(recipe.train.stall_timeout_s), engine.data_parallel_group
     )

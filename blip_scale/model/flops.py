@@ -13,9 +13,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from blip_scale.model.med import MEDConfig
@@ -34,7 +34,8 @@ class _Vision:
     last_products: float
     """Of the blocks with a backward, what the last linear layer of each takes."""
     momentum: float
-    """As `blocks`, in the momentum encoder, where no patch is dropped."""
+    """As `blocks`, in the momentum encoder, where no patch is dropped and the last block gives the
+    class token alone."""
     tokens: int
     width: int
 
@@ -199,14 +200,25 @@ def _cached_vision_flops(settings: str) -> _Vision:
         blocks=sum(_block_flops(block, tokens) for block in vision.blocks),
         frozen=frozen,
         last_products=last_products,
-        momentum=sum(
-            _block_flops(block, patches + vision.num_prefix_tokens) for block in vision.blocks
-        ),
+        momentum=_momentum_flops(vision, patches + vision.num_prefix_tokens),
         tokens=tokens,
         width=vision.embed_dim,
     )
 
 
-def _block_flops(block: Any, tokens: int) -> float:
-    weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-    return 2 * tokens * weights + 4 * tokens**2 * block.attn.attn_dim
+def _momentum_flops(vision: VisionTransformer, tokens: int) -> float:
+    found = sum(_block_flops(block, tokens) for block in vision.blocks)
+    last = vision.blocks[-1]
+    if type(last) is Block:
+        unread = tokens - 1
+        found -= 2 * unread * (_linear_weights(last) - last.attn.qkv.weight.numel())
+        found -= 4 * unread * tokens * last.attn.attn_dim
+    return found
+
+
+def _block_flops(block: Block, tokens: int) -> float:
+    return 2 * tokens * _linear_weights(block) + 4 * tokens**2 * block.attn.attn_dim
+
+
+def _linear_weights(block: Block) -> int:
+    return sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blip_scale.model.attention import Kernel, resolve_kernel
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 from blip_scale.model.text import TextConfig, TextStack
-from blip_scale.model.vision import VisionConfig, build_vision
+from blip_scale.model.vision import VisionConfig, build_vision, read_class_token_alone
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,8 @@ class MED(UnimodalEncoder):
 class MomentumEncoder(UnimodalEncoder):
     """The momentum copy: ViT, unimodal text (no cross-attention, no decoder) and projections.
 
-    It never needs gradients; its parameters are named as in MED and filled from it.
+    It never needs gradients; its parameters are named as in MED and filled from it. Its
+    image_embeds are the class token alone, [B, 1, D].
     """
 
     def __init__(self, config: MEDConfig) -> None:
@@ -183,6 +184,7 @@ class MomentumEncoder(UnimodalEncoder):
         super().__init__(
             replace(config, vision=vision, gradient_checkpointing=False), multimodal=False
         )
+        read_class_token_alone(self.vision)  # as its features do
         self.requires_grad_(False)
 
     def pairs(self, med: MED) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

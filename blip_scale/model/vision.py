@@ -12,7 +12,7 @@ from functools import partial
 import timm
 from timm.layers import LayerNorm, PatchDropout
 from timm.models.vision_transformer import Attention as TimmAttention
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from blip_scale.model.attention import AttentionLayout, Kernel, attention, dense_segments
@@ -43,29 +43,58 @@ class VisionAttention(TimmAttention):
     """timm's self-attention (same parameters, same names) computed by `attention`."""
 
     kernel: Kernel = "auto"
+    queries: int | None = None
+    """So many first tokens look at all tokens, and are given; all of them by default."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """[B, N, D] to [B, N, D]. Masks are refused: image tokens all see each other."""
+        """[B, N, D] to [B, N or `queries`, D]. Masks are refused: image tokens all see each
+        other."""
         if attn_mask is not None or is_causal:
             raise ValueError("vision attention takes no mask")
         batch, tokens, _ = x.shape
-        gate = None if self.gate is None else self.gate(x).sigmoid()
+        looking = self.queries or tokens
+        gate = None if self.gate is None else self.gate(x[:, :looking]).sigmoid()
         qkv = self.qkv(x).view(batch * tokens, 3, self.num_heads, self.head_dim)
         q_THC, k_THC, v_THC = qkv.unbind(1)
-        segments = dense_segments(batch, tokens, x.device)
+        segments = looked_from = dense_segments(batch, tokens, x.device)
+        if looking < tokens:
+            q_THC = q_THC.unflatten(0, (batch, tokens))[:, :looking].flatten(0, 1)
+            looked_from = dense_segments(batch, looking, x.device)
         dropout = self.attn_drop.p if self.training else 0.0
         context_THC = attention(
             self.q_norm(q_THC),
             self.k_norm(k_THC),
             v_THC,
-            AttentionLayout(segments, segments),
+            AttentionLayout(looked_from, segments),
             dropout,
             self.kernel,
         )
-        x = self.norm(context_THC.reshape(batch, tokens, self.attn_dim))
+        x = self.norm(context_THC.reshape(batch, looking, self.attn_dim))
         return self.proj_drop(self.proj(x if gate is None else x * gate))
+
+
+class ClassTokenBlock(Block):
+    """A block of which the class token alone is read: it sees all tokens, the others' output is
+    not computed."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, N, D] to [B, 1, D]."""
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = x[:, :1] + self.drop_path1(self.ls1(attended))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def read_class_token_alone(vision: VisionTransformer) -> None:
+    """Let a ViT of `build_vision` give its class token [B, 1, D] instead of all tokens, with less
+    work in the last block where that is timm's plain one."""
+    last = vision.blocks[-1]
+    if type(last) is Block:
+        last.__class__ = ClassTokenBlock
+        last.attn.queries = 1
 
 
 def build_vision(

@@ -70,8 +70,8 @@ def test_patches_are_dropped_in_training_alone(share: float, kept: int) -> None:
     torch.testing.assert_close(med.eval().encode_image(images), plain.encode_image(images))
     momentum = MomentumEncoder(med.config)
     momentum.load_state_dict(plain.state_dict(), strict=False)
-    torch.testing.assert_close(
-        momentum.train().encode_image(images), plain.encode_image(images), rtol=0, atol=0
+    torch.testing.assert_close(  # of which it gives the class token alone
+        momentum.train().encode_image(images), plain.encode_image(images)[:, :1]
     )
     patches = torch.arange(16.0).expand(64, 16)[..., None]
     dropped = med.vision.patch_drop.train()(torch.cat([-torch.ones(64, 1, 1), patches], 1))

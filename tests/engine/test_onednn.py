@@ -1,0 +1,53 @@
+"""oneDNN's linear layer against torch's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from blip_scale.engine.onednn import OneDNNLinear, take_onednn
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (1, 24), (0, 24)])
+def test_values_gradients_and_operations_are_torchs(shape: tuple[int, ...], bias: bool) -> None:
+    theirs = nn.Linear(24, 40, bias)
+    ours = copy.deepcopy(theirs)
+    take_onednn(ours)
+    assert type(ours) is OneDNNLinear
+    seed = torch.randn(*shape)
+    found = []
+    for layer in (theirs, ours):
+        x = seed.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+            y.square().sum().backward()
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        found.append([y, x.grad, *gradients, torch.tensor(counter.get_total_flops())])
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_a_columns_gradient_need_not_be_contiguous() -> None:
+    layer = nn.Linear(24, 40)
+    take_onednn(layer)
+    x = torch.randn(6, 24, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)  # an expanded scalar comes back
+    torch.testing.assert_close(gradient, layer.weight.sum(0).expand(6, 24))
+
+
+def test_only_plain_linear_layers_are_exchanged() -> None:
+    class Other(nn.Linear):
+        pass
+
+    network = nn.Sequential(nn.Linear(2, 2), Other(2, 2), nn.LayerNorm(2))
+    take_onednn(network)
+    assert [type(module) for module in network] == [OneDNNLinear, Other, nn.LayerNorm]
