@@ -24,7 +24,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip_scale import checks, data, recipe
-from blip_scale.engine import onednn
 from blip_scale.recipe import Recipe
 
 TOKEN_MEAN = 12.5
@@ -279,6 +278,8 @@ class Plain(Ours):
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
         """The network itself."""
+        from blip_scale.engine import onednn
+
         network = self.task.build_network()
         weights = self.task.initial_weights()
         with torch.no_grad():
