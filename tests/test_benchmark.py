@@ -114,6 +114,6 @@ def test_the_growth_benchmark_runs(tmp_path: Path) -> None:
     (step,) = result["growth"]["batch"]
     assert step["FLOPs"]["factor"] == pytest.approx(step["FLOPs"]["due"], rel=0.02)
     one, two = result["axes"]["ranks"]
-    assert 0 < one["exchange_gb"] < two["exchange_gb"]
+    assert one["exchange_gb"] < 0.1 * two["exchange_gb"]  # a single rank sums nothing
     assert "exponents over the quantity" in growth.growth_table(result).lower()
     assert "<svg" in picture.read_text()
