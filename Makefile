@@ -11,9 +11,9 @@ BIN := $(CURDIR)/$(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 # The deepspeed command calls python and ninja by name. Ranks share the cores: one thread each.
 RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1
-# On the CPU: glibc keeps big blocks instead of returning them to the kernel every time (a tenth of a step) and
-# asks for huge pages (another tenth), and DeepSpeed need not look for an accelerator.
-ON_CPU := DS_ACCELERATOR=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
+# On the CPU: glibc keeps big blocks instead of returning them to the kernel every time (a tenth of a step),
+# and DeepSpeed need not look for an accelerator.
+ON_CPU := DS_ACCELERATOR=cpu MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 # Python keeps the compiled form of what it imports (many containers forbid it): a start takes 5 s, not 12.
 unexport PYTHONDONTWRITEBYTECODE
 STARTED := $(shell date +%s)
