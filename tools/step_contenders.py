@@ -288,8 +288,7 @@ class Plain(Ours):
                     parameter.copy_(weights[name].view_as(parameter))
         bf16 = match.recipe.train.precision == "bf16"
         network.to(self.device, torch.bfloat16 if bf16 else torch.float32)
-        if self.device.type == "cpu" and not bf16:  # as the engine does
-            onednn.take_where_faster(network)
+        onednn.take_where_faster(network)  # as the engine does
         engine = PlainEngine(network, match.recipe.optimizer)
         return engine, PlainMomentum(engine, self.task.momentum_pairs)
 

@@ -268,7 +268,7 @@ def initialize(
         for module in network.modules():
             if isinstance(module, Block):  # of a ViT: the shapes of texts change with every batch
                 module.compile(dynamic=False)
-    elif next(network.parameters()).dtype == torch.float32 and engine.device.type == "cpu":
+    else:
         onednn.take_where_faster(network)
     torch.distributed.set_timeout(  # of DeepSpeed's own group, which has torch's 10 or 30 minutes
         _patience(recipe.train.stall_timeout_s), engine.data_parallel_group

@@ -89,8 +89,8 @@ class ClassTokenBlock(Block):
 
 
 def read_class_token_alone(vision: VisionTransformer) -> None:
-    """Let a ViT of `build_vision` give its class token [B, 1, D] instead of all tokens, with less
-    work in the last block where that is timm's plain one."""
+    """Let a ViT of `build_vision` give its class token [B, 1, D] alone, with less work in the last
+    block, where that is timm's plain one; another kind gives all tokens as before."""
     last = vision.blocks[-1]
     if type(last) is Block:
         last.__class__ = ClassTokenBlock
