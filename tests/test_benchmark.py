@@ -60,6 +60,8 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
         assert result[ratio] == pytest.approx(
             result[f"{against}_step_seconds"] / result["step_seconds"], rel=0.01
         )
+    assert result["operations"] < 0.6 * result["published_operations"]
+    assert result["plain_python_calls"] < result["python_calls"]
     assert {"vision backward", "sweep forward", "optimizer"} <= set(result["split_seconds"])
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert "published " in benchmark.step_table(result)

@@ -153,6 +153,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
                     seconds[name].append(contest.ask(name, "seconds"))
             memory = {name: contest.ask(name, "peak_memory_gib") for name in names}
             described = {k: v for name in names for k, v in contest.ask(name, "describe").items()}
+            host = {name: contest.ask(name, "host_work") for name in names}
             split = contest.ask("ours", "split")
             flops = contest.ask("ours", "flops")
             if options.trace:
@@ -171,6 +172,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
         "peak_gflops": max(peaks) / 1e9,
         "mfu": flops / own / max(peaks),
         "peak_memory_gib": memory["ours"],
+        **host["ours"],
         "split_seconds": split,
     }
     for name in options.against:
@@ -181,6 +183,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
             f"{name}_samples_per_s": batch / theirs,
             f"{name}_peak_memory_gib": memory[name],
             _ratio(name): statistics.median(a / b for a, b in pairs),
+            **{f"{name}_{what}": number for what, number in host[name].items()},
         }
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
 
@@ -222,6 +225,12 @@ def step_table(result: dict[str, Any]) -> str:
         f"{result['gflop_per_sample']:.1f} GFLOP a sample; {result['mfu']:.0%} of the "
         f"{result['peak_gflops']:.0f} GFLOP/s of a matrix product in this run"
     )
+    for name, prefix in (("ours", ""), ("published", "published_"), ("plain", "plain_")):
+        if not prefix or _ratio(name) in result:
+            lines.append(
+                f"{name:12}{result[f'{prefix}operations']:,} operations on tensors a step, "
+                f"{result[f'{prefix}python_calls']:,} calls of Python functions"
+            )
     whole = sum(result["split_seconds"].values())
     for part, seconds in result["split_seconds"].items():
         lines.append(f"  {part:24}{seconds:8.3f} s {seconds / whole:6.1%}")

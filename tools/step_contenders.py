@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from contest import Contest, ask
+from host_work import host_work
 from plain_engine import PlainEngine, PlainMomentum
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -330,6 +331,7 @@ def serve(pipe: Connection, build: Callable[[Match], Any], match: Match) -> None
     answers: dict[str, Callable[..., Any]] = {
         "ready": lambda: True,
         "seconds": lambda: _timed(contender.step),
+        "host_work": lambda: host_work(contender.step),
         "peak_memory_gib": lambda: peak_memory_gib(contender.device),
     }
     while True:

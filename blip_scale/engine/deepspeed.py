@@ -64,6 +64,7 @@ class ZeroEngine:
             zero3_step.drop_idle_hooks(self.deepspeed.optimizer)
             if collectives.world_size() == 1:
                 zero3_step.keep_gradients(self.deepspeed.optimizer)
+                zero3_step.keep_weights(self.deepspeed.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -101,15 +102,22 @@ class ZeroEngine:
     def gradient_norms(self) -> dict[str, float]:
         """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last
         backward."""
-        squares = torch.zeros(len(self.shards), dtype=torch.float64, device=self.device)
-        for index, shard in enumerate(self.shards):
-            gradient = gradient_of(shard, self.stage)
-            if gradient is not None and gradient.numel():
-                squares[index] = torch.linalg.vector_norm(gradient[: shard.numel]).double() ** 2
-        totals = [squares.sum(), *(squares[index].sum() for index in self.towers.values())]
+        towers = [self._squared_norm(indices) for indices in self.towers.values()]
+        totals = [torch.stack(towers).sum(), *towers]
         norms = collectives.all_reduce_sum(torch.stack(totals)).sqrt()
         self._norm = norms[0]
         return dict(zip(("all", *self.towers), norms.tolist(), strict=True))
+
+    def _squared_norm(self, indices: list[int]) -> Tensor:
+        """Of this rank's gradients of some shards, fp64; in a few launches, not some a shard."""
+        gradients = [
+            gradient[: shard.numel]
+            for shard in (self.shards[index] for index in indices)
+            if (gradient := gradient_of(shard, self.stage)) is not None and gradient.numel()
+        ]
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
     def _gradient_norm(self) -> Tensor:
         """The norm for clipping: what `gradient_norms` found in this step, or found now."""
@@ -129,10 +137,13 @@ class ZeroEngine:
         if not parameters:
             return
         if self.stage == 3:
-            for part in parts:
-                own = parameters[part.index].ds_tensor.data[: part.values.numel()]
-                if own.data_ptr() != part.values.data_ptr():  # in fp32 they are the values
-                    own.copy_(part.values)
+            pairs = [
+                (parameters[part.index].ds_tensor.data[: part.values.numel()], part.values)
+                for part in parts
+            ]  # in fp32 both are one memory
+            apart = [(own, new) for own, new in pairs if own.data_ptr() != new.data_ptr()]
+            if apart:
+                torch._foreach_copy_([own for own, _ in apart], [new for _, new in apart])
             stale = [p for p in parameters if _holds_a_copy(p)]
             if stale:
                 stale[0].partition(stale)

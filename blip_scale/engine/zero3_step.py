@@ -5,7 +5,8 @@ memory traffic: a second pass over the gradients for their norm, in fp64; a copy
 into a new tensor, although they already lie in one; a multiplication of all of them by 1. In
 forward and backward: some hundred lines of Python around every call of every module, also of those
 that have nothing to gather; and, on a single rank, gradients that are copied, divided by 1 and cast
-on their way to where they are summed. In fp32: a second copy of the weights.
+on their way to where they are summed, and weights that are let go and taken back one by one. In
+fp32: a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 
 def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
-    """Replace three methods of a ZeRO-3 optimizer by shorter ways to the same result.
+    """Replace four methods of a ZeRO-3 optimizer by shorter ways to the same result.
 
     With an optimizer on the host (offload) they are left alone: it takes other ways there.
 
@@ -48,6 +49,8 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     zero._prepare_fp32_grad_for_sub_group = prepare
     zero.unscale_and_clip_grads = unscale
     zero._get_norm_groups = lambda: [norm()]
+    # A weight's part is a view of its group from the start: it need not be made one in every step.
+    zero._unflatten_partitioned_parameters = lambda sub_group: None
 
 
 def share_masters(zero: Any) -> None:
@@ -90,6 +93,20 @@ def keep_gradients(zero: Any) -> None:
         parameter.grad = None
 
     zero.reduce_independent_p_g_buckets_and_remove_grads = keep
+
+
+def keep_weights(zero: Any) -> None:
+    """Where all weights stay whole on a single rank, whose part of a weight is all of it: the step
+    writes what the next forward pass reads, and so leaves them where they are. DeepSpeed parts each
+    of them before the step and gathers it after.
+
+    Args:
+        zero: `DeepSpeedZeroOptimizer_Stage3`.
+    """
+    network: nn.Module = zero.parameter_offload.module
+    parameters = list(iter_params(network, recurse=True))
+    if all(p.ds_persist and p.ds_tensor.device == p.device for p in parameters):
+        zero._partition_all_parameters = lambda: None
 
 
 def drop_idle_hooks(zero: Any) -> None:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip_scale.model.dropout import dropout
+
 Kernel = Literal["auto", "flash", "sdpa"]
 
 # SDPA would take cuDNN's kernel on new GPUs, which is compiled for every new shape: 0.17 s on an
@@ -181,7 +183,7 @@ def attention(
     k_THC: Tensor,
     v_THC: Tensor,
     layout: AttentionLayout,
-    dropout: float = 0.0,
+    dropout_p: float = 0.0,
     kernel: Kernel = "auto",
 ) -> Tensor:
     """softmax(q k^T / sqrt(C)) v within each sequence, with dropout on the probabilities.
@@ -190,15 +192,15 @@ def attention(
         q_THC: [T of the queries, H, C], any floating type; the last dimension contiguous.
         k_THC, v_THC: [T of the keys, H, C]. Strided views (of a fused projection) are welcome.
         layout: who sees whom. Every key sequence holds at least one token.
-        dropout: probability; give 0 in evaluation.
+        dropout_p: its probability; give 0 in evaluation.
         kernel: see `resolve_kernel`.
 
     Returns:
         [T of the queries, H, C], rows in the order of q_THC.
     """
     if resolve_kernel(kernel, q_THC.device, q_THC.dtype) == "flash":
-        return _flash(q_THC, k_THC, v_THC, layout, dropout)
-    return _sdpa(q_THC, k_THC, v_THC, layout, dropout)
+        return _flash(q_THC, k_THC, v_THC, layout, dropout_p)
+    return _sdpa(q_THC, k_THC, v_THC, layout, dropout_p)
 
 
 def _flash(
@@ -233,9 +235,11 @@ def _sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: AttentionLayout, 
     mask = None if layout.causal or keys.is_dense(len(k_THC)) else layout.key_mask
     q_SHLC = queries.pad(q_THC).transpose(1, 2)
     k_SHLC, v_SHLC = keys.pad(k_THC).transpose(1, 2), keys.pad(v_THC).transpose(1, 2)
-    if mask is None and p == 0 and not layout.causal and _is_slow_backward(q_SHLC):
+    if not layout.causal and _is_slow(q_SHLC, p):
         scores = (q_SHLC * q_SHLC.shape[-1] ** -0.5) @ k_SHLC.transpose(-1, -2)
-        out_SHLC = scores.softmax(dim=-1) @ v_SHLC
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        out_SHLC = dropout(scores.softmax(dim=-1), p) @ v_SHLC
     else:
         out_SHLC = F.scaled_dot_product_attention(
             q_SHLC, k_SHLC, v_SHLC, attn_mask=mask, dropout_p=p, is_causal=layout.causal
@@ -243,7 +247,7 @@ def _sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: AttentionLayout, 
     return queries.unpad(out_SHLC.transpose(1, 2), len(q_THC))
 
 
-def _is_slow_backward(q: Tensor) -> bool:
-    """SDPA's backward on a CPU in bf16: 20 ms at 8 x 12 x 197 x 64 on two cores with AMX, where
-    that of the plain products takes 5."""
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
+def _is_slow(q: Tensor, p: float) -> bool:
+    """Whether SDPA is slower than plain products: on a CPU in bf16, forward and backward, 2 to 4
+    times, and with dropout, for which it takes products itself, in fp32, and torch's dropout."""
+    return q.device.type == "cpu" and (q.dtype == torch.bfloat16 or p > 0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_scale.model.attention import AttentionLayout, Kernel, resolve_kernel
+from blip_scale.model.dropout import Dropout
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 from blip_scale.model.text import ImageAttention, TextConfig, TextLayer, TextStack
@@ -28,7 +29,7 @@ class PairCrossAttention(nn.Module):
             self.merge_layer = nn.Linear(2 * config.width, config.width)
         self.merge = merge
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden_TD: Tensor, image_embeds: Tensor, layout: AttentionLayout) -> Tensor:
         """[T, D] and [2B, N, image width], all first images before all second ones, to [T, D]."""

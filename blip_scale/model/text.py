@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blip_scale.model.attention import AttentionLayout, Kernel, attention
+from blip_scale.model.dropout import Dropout
 from blip_scale.model.packing import TextPass
 
 Role = Literal["both", "encoder", "decoder"]
@@ -71,7 +72,7 @@ class TextEmbeddings(nn.Module):
         self.word = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Embedding(config.max_positions, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[...] int64 twice to [..., D]."""
@@ -87,7 +88,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.output = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden_TD: Tensor, layout: AttentionLayout) -> Tensor:
         """[T, D] to [T, D]."""
@@ -140,7 +141,7 @@ class CrossAttention(ImageAttention):
     def __init__(self, config: TextConfig, image_width: int, kernel: Kernel) -> None:
         super().__init__(config, image_width, kernel)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def attend(self, hidden_TD: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
         """With residual and norm."""
@@ -155,7 +156,7 @@ class TextMLP(nn.Module):
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.fc2 = nn.Linear(config.mlp_width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """[T, D] to [T, D]."""

@@ -16,14 +16,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (1, 24), (0, 24)])
-def test_values_gradients_and_operations_are_torchs(shape: tuple[int, ...], bias: bool) -> None:
-    theirs = nn.Linear(24, 40, bias)
+def test_values_gradients_and_operations_are_torchs(
+    shape: tuple[int, ...], bias: bool, dtype: torch.dtype
+) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bf16 in oneDNN")
+    theirs = nn.Linear(24, 40, bias, dtype=dtype)
     ours = copy.deepcopy(theirs)
     take_onednn(ours)
     assert type(ours) is OneDNNLinear
-    seed = torch.randn(*shape)
+    seed = torch.randn(*shape, dtype=dtype)
     found = []
     for layer in (theirs, ours):
         x = seed.clone().requires_grad_()

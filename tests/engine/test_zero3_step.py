@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from tiny_runs import REPO
 from torch import nn
 
-from blip_scale.engine.zero3_step import drop_idle_hooks, joined, keep_gradients
+from blip_scale.engine.zero3_step import drop_idle_hooks, joined, keep_gradients, keep_weights
 
 
 def test_pieces_that_lie_end_to_end_are_one_view() -> None:
@@ -85,6 +85,22 @@ def test_with_an_optimizer_on_the_host_gradients_go_deepspeeds_way() -> None:
     zero = SimpleNamespace(offload_optimizer=True)
     keep_gradients(zero)
     assert not hasattr(zero, "reduce_independent_p_g_buckets_and_remove_grads")
+
+
+@pytest.mark.parametrize("staying", [True, False])
+def test_weights_that_all_stay_are_not_parted_in_a_step(staying: bool) -> None:
+    network = nn.Linear(2, 2)
+    network.ds_external_parameters = dict  # type: ignore[assignment]
+    for parameter, stays in zip(network.parameters(), (True, staying), strict=True):
+        parameter.ds_persist, parameter.ds_tensor = stays, parameter.data  # type: ignore[attr-defined]
+    parted: list[bool] = []
+    offload = SimpleNamespace(module=network)
+    zero = SimpleNamespace(
+        parameter_offload=offload, _partition_all_parameters=lambda: parted.append(True)
+    )
+    keep_weights(zero)
+    zero._partition_all_parameters()
+    assert parted == ([] if staying else [True])
 
 
 INITIALIZED = """

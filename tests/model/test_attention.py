@@ -67,6 +67,20 @@ def test_packed_equals_dense_masked(form: str) -> None:
         torch.testing.assert_close(x.grad, y.grad, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_equals_dense_masked_but_for_rounding(form: str) -> None:
+    layout, mask = layout_of(form)
+    ours, theirs = inputs(mask, torch.bfloat16, "cpu"), inputs(mask, torch.bfloat16, "cpu")
+    out = attention(*ours, layout)
+    expected = dense(*(x.float() for x in theirs), mask)
+    torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0.02)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, atol=0.06, rtol=0.03)
+
+
 def test_strided_views_of_a_fused_projection() -> None:
     layout, mask = layout_of("encoder")
     qkv = torch.randn(len(mask), 3, HEADS, CHANNELS)
@@ -83,10 +97,11 @@ def test_a_larger_bound_than_the_longest_sequence_changes_nothing() -> None:
     )
 
 
-def test_dropout_drops_and_scales() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_and_scales(dtype: torch.dtype) -> None:
     segments = dense_segments(1, 400, torch.device("cpu"))
-    q = k = torch.zeros(400, 1, CHANNELS)
-    out = attention(q, k, torch.ones_like(q), AttentionLayout(segments, segments), dropout=0.25)
+    q = k = torch.zeros(400, 1, CHANNELS, dtype=dtype)
+    out = attention(q, k, torch.ones_like(q), AttentionLayout(segments, segments), dropout_p=0.25)
     assert out.unique().numel() > 10
     assert out.mean().item() == pytest.approx(1.0, abs=0.01)
 
