@@ -153,9 +153,9 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
                     seconds[name].append(contest.ask(name, "seconds"))
             memory = {name: contest.ask(name, "peak_memory_gib") for name in names}
             described = {k: v for name in names for k, v in contest.ask(name, "describe").items()}
-            host = {name: contest.ask(name, "host_work") for name in names}
             split = contest.ask("ours", "split")
             flops = contest.ask("ours", "flops")
+            host = {name: contest.ask(name, "host_work") for name in names}
             if options.trace:
                 contest.ask("ours", "trace", options.trace)
     batch = chosen.train.global_batch_size

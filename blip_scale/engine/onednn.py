@@ -69,10 +69,13 @@ def take_where_faster(network: nn.Module) -> None:
     first = next(network.parameters())
     if first.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
-    cpus = Path("/proc/cpuinfo")
-    is_amd = cpus.is_file() and "AuthenticAMD" in cpus.read_text()
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if {torch.float32: is_amd, torch.bfloat16: has_bf16}.get(first.dtype, False):
+    if first.dtype == torch.float32:
+        cpus = Path("/proc/cpuinfo")
+        faster = cpus.is_file() and "AuthenticAMD" in cpus.read_text()
+    else:
+        in_bf16 = first.dtype == torch.bfloat16
+        faster = in_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if faster:
         take_onednn(network)
 
 

@@ -98,11 +98,14 @@ def keep_gradients(zero: Any) -> None:
 def keep_weights(zero: Any) -> None:
     """Where all weights stay whole on a single rank, whose part of a weight is all of it: the step
     writes what the next forward pass reads, and so leaves them where they are. DeepSpeed parts each
-    of them before the step and gathers it after.
+    of them before the step and gathers it after. With an optimizer on the host (offload) its way
+    stays.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
     """
+    if zero.offload_optimizer:
+        return
     network: nn.Module = zero.parameter_offload.module
     parameters = list(iter_params(network, recurse=True))
     if all(p.ds_persist and p.ds_tensor.device == p.device for p in parameters):

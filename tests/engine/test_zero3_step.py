@@ -96,7 +96,9 @@ def test_weights_that_all_stay_are_not_parted_in_a_step(staying: bool) -> None:
     parted: list[bool] = []
     offload = SimpleNamespace(module=network)
     zero = SimpleNamespace(
-        parameter_offload=offload, _partition_all_parameters=lambda: parted.append(True)
+        offload_optimizer=False,
+        parameter_offload=offload,
+        _partition_all_parameters=lambda: parted.append(True),
     )
     keep_weights(zero)
     zero._partition_all_parameters()
