@@ -19,6 +19,7 @@ ROOMS = {"model", "objectives", "interop", "data", "inference", "metrics", "engi
 MAY_IMPORT = {
     "settings": set(),
     "launcher": set(),
+    "logs": set(),
     "recipe": {"settings"},
     "batch_sizes": {"recipe"},
     "checks": {"settings", "recipe", "batch_sizes"},
@@ -29,11 +30,20 @@ MAY_IMPORT = {
     "data": {"settings", "recipe"},
     "inference": {"settings", "recipe", "model", "interop", "data"},
     "capfilt": {"settings", "recipe", "model", "data", "inference"},
-    "engine": {"settings", "recipe", "launcher"},
+    "engine": {"settings", "recipe", "launcher", "logs"},
     "planning": {"settings", "recipe", "batch_sizes", "checks", "model", "data"},
-    "tasks": {"settings", "recipe", "batch_sizes", "checks", *ROOMS},
+    "tasks": {"settings", "recipe", "logs", "batch_sizes", "checks", *ROOMS},
     "free_space": set(),
-    "preflight": {"settings", "recipe", "free_space", "batch_sizes", "checks", "planning", *ROOMS},
+    "preflight": {
+        "settings",
+        "recipe",
+        "logs",
+        "free_space",
+        "batch_sizes",
+        "checks",
+        "planning",
+        *ROOMS,
+    },
     "train": {"settings", "recipe", "checks", "launcher", "preflight", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""

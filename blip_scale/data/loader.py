@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from blip_scale.data import workers
 from blip_scale.data.batches import Batch, CaptionInput, LoaderPosition, MicroBatches
 from blip_scale.data.mixing import describe, samples_per_epoch
 from blip_scale.data.order import SampleOrder, StreamShape
@@ -45,6 +48,8 @@ class TrainLoader:
     alone. So batches are the same, bit for bit, for any number of workers and after any resume, and
     the union over the ranks is the same for any number of ranks.
 
+    Each worker begins with `set_up_worker`, which is sent to it: a function of a module.
+
     Raises FileNotFoundError or ValueError, naming stream, path and the command that makes the data,
     at the start or from the iterator.
     """
@@ -56,7 +61,10 @@ class TrainLoader:
         text: CaptionInput,
         seed: int,
         position: LoaderPosition,
+        set_up_worker: Callable[[], object] | None = None,
     ):
+        if data.workers:
+            workers.start_server()
         stores = open_streams(data)
         sizes = [sum(store.shard_items) for store in stores]
         counts = samples_per_epoch(data, sizes)
@@ -86,6 +94,7 @@ class TrainLoader:
         }
         self._position = position
         self._workers = data.workers
+        self._set_up_worker = set_up_worker
         self._samples_seen = 0
         self._iterator: Iterator[Batch | Exception] | None = None
         self._processes: list[BaseProcess] = []
@@ -114,6 +123,8 @@ class TrainLoader:
 
     def _start(self) -> None:
         """Begin reading at the current position, with workers of its own."""
+        if self._workers:
+            workers.start_server()  # which may have died
         first = self._samples_seen // self._position.micro_samples
         is_main_thread = threading.current_thread() is threading.main_thread()
         on_child_death = signal.getsignal(signal.SIGCHLD)
@@ -123,7 +134,8 @@ class TrainLoader:
                 batch_size=None,
                 sampler=itertools.count(first),
                 num_workers=self._workers,
-                worker_init_fn=_leave_signals_to_the_rank,
+                multiprocessing_context=workers.CONTEXT if self._workers else None,
+                worker_init_fn=partial(workers.begin, dict(os.environ), self._set_up_worker),
                 prefetch_factor=_PREFETCHED_BATCHES if self._workers else None,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else it draws from, and shifts, the global one
@@ -224,13 +236,3 @@ def _warn_of_small_cache(
             "data.shuffle_block (%d)",
             limit_bytes / 1e9, block_bytes / 1e9, data.shuffle_block,
         )  # fmt: skip
-
-
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """A launcher's SIGTERM or a Ctrl-C reaches workers too; the rank still needs their batches to
-    stop cleanly.
-
-    A worker ends when its rank does.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """All that knows about ranks, processes, time and disks."""
 
-from blip_scale.engine import logs
+from blip_scale import logs
 
 logs.hold_third_party_noise()  # before torch and DeepSpeed are imported
 

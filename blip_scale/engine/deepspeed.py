@@ -23,8 +23,8 @@ from deepspeed.runtime.zero import parameter_offload
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from blip_scale import launcher
-from blip_scale.engine import collectives, logs, onednn, zero3_step
+from blip_scale import launcher, logs
+from blip_scale.engine import collectives, onednn, zero3_step
 from blip_scale.engine.shards import Part, Shard, frozen_shard, gradient_of, trainable_shard
 from blip_scale.recipe import Recipe
 

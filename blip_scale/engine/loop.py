@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from blip_scale.engine import collectives, logs, reporting, restore
+from blip_scale import logs
+from blip_scale.engine import collectives, reporting, restore
 from blip_scale.engine.anomalies import Stragglers
 from blip_scale.engine.checkpoint import RunState, Saver
 from blip_scale.engine.communication import CommunicationMeter

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from blip_scale import data
+from blip_scale import data, logs
 from blip_scale.data import normalize_images
 from blip_scale.engine import collectives
 from blip_scale.inference import med_config as med_config  # a part of this module's interface
@@ -89,6 +90,7 @@ def train_loader(
         text,
         recipe.seed,
         position,
+        partial(logs.set_up, Path(recipe.output_dir), position.rank),
     )
 
 

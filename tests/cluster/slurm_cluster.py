@@ -182,7 +182,19 @@ class SlurmCluster:
             assert not ended or found["JobState"] == state, f"{found}\n{self.said(job)}"
             return found["JobState"] == state and int(found["Restarts"]) >= restarts
 
-        wait_for(reached, f"job {job} {state}", timeout_s)
+        try:
+            wait_for(reached, f"job {job} {state}", timeout_s)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{error}\n{self.job(job)}\n{self.said(job)}\n{self.state()}"
+            ) from None
+
+    def state(self) -> str:
+        """What the cluster is about, for a test that fails: nodes, queue, the ends of the logs."""
+        shown = [self.run("sinfo", "-N", "-o", "%N %T %C %E"), self.run("squeue", "--long")]
+        for file in sorted(self.folder.glob("slurm*.log")):
+            shown.append(f"== {file.name}\n{file.read_text(errors='replace')[-4000:]}")
+        return "\n".join(shown)
 
     def said(self, job: str) -> str:
         """The log of a job."""

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
-from data_samples import MakeLoader, MakeShards, stream, take
+from data_samples import MakeLoader, MakeShards, hurry, stream, take
 from faulty_proxy import faulty_proxy
+from reading_job import ReadingJob
 from s3_server import S3Server
 
-from blip_scale.data import Batch, TrainLoader, fetching, prefetch
+from blip_scale.data import Batch, fetching, prefetch
 from blip_scale.data.stores import StreamStore
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
@@ -27,10 +26,11 @@ SMALL = "32kb"  # a cache of one shard: nearly every batch fetches
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same behaviour in less time."""
-    monkeypatch.setattr(fetching, "FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(fetching, "LONGEST_PAUSE_S", 0.5)
-    monkeypatch.setattr(prefetch, "POLL_S", 0.02)
+    for module, name in (
+        (fetching, "FIRST_PAUSE_S"), (fetching, "LONGEST_PAUSE_S"), (prefetch, "POLL_S")
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, getattr(module, name))  # it is as before after the test
+    hurry()
 
 
 @pytest.fixture
@@ -155,10 +155,6 @@ def test_damaged_and_missing_shards_are_skipped_and_counted_alike_everywhere(
     assert [runs[0][i] for i in kept] == [whole[i] for i in kept]
 
 
-def _read(loader: TrainLoader, count: int, connection: Connection) -> None:
-    connection.send([batch.ids for batch in take(loader, count)])
-
-
 def test_two_nodes_share_a_cache_and_fetch_each_shard_once(
     s3: S3Server,
     make_shards: MakeShards,
@@ -170,18 +166,11 @@ def test_two_nodes_share_a_cache_and_fetch_each_shard_once(
     remote = s3.upload(folder)
     whole = [name for batch in take(make_loader([stream(folder)]), 15) for name in batch.ids]
     with faulty_proxy(s3.port, monkeypatch, share=0.0) as proxy:
-        context = multiprocessing.get_context("fork")
-        ends, processes = [], []
-        for rank in range(2):
-            loader = make_loader([stream(tmp_path / "cache", remote=remote)], rank, 2, workers=2)
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_read, args=(loader, 15, sender))
-            process.start()
-            ends.append(receiver)
-            processes.append(process)
-        per_rank = [end.recv() for end in ends]
-        for process in processes:
-            process.join()
+        cache = [stream(tmp_path / "cache", remote=remote)]
+        jobs = [ReadingJob(make_loader(cache, rank, 2, workers=2)) for rank in range(2)]
+        per_rank = [[job.next_ids() for _ in range(15)] for job in jobs]
+        for job in jobs:
+            job.kill()
         shards = [n for path, n in proxy.downloads.items() if "shard." in path]
     assert [name for step in zip(*per_rank, strict=True) for ids in step for name in ids] == whole
     assert len(shards) == len(list(folder.glob("shard.*"))) and set(shards) == {1}

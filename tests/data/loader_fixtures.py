@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_samples import VOCABULARY, MakeLoader, MakeShards, jpeg
+from data_samples import VOCABULARY, MakeLoader, MakeShards, hurry, jpeg
 
 from blip_scale.data import (
     CaptionInput,
@@ -73,6 +73,6 @@ def make_loader(text: CaptionInput) -> MakeLoader:
         seed = int(settings.pop("seed", 1))  # type: ignore[call-overload]
         data = DataRecipe(streams=streams, make_with="make the data", **({"workers": 0} | settings))  # type: ignore[arg-type]
         position = LoaderPosition(rank, world_size, micro_batch, global_batch)
-        return TrainLoader(data, 16, text, seed, position)
+        return TrainLoader(data, 16, text, seed, position, hurry)
 
     return make

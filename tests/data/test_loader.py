@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 
 import pytest
@@ -251,6 +252,30 @@ def test_workers_that_die_again_and_again_end_the_run(
     monkeypatch.setattr(loader, "_batches", _Deadly())
     with pytest.raises(RuntimeError, match=r"workers die again and again .*lower data.workers"):
         next(iter(loader))
+
+
+_TAKEN = threading.Lock()
+
+
+def test_a_lock_that_a_thread_of_the_rank_holds_does_not_stop_the_workers(
+    make_shards: MakeShards, make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forked copy of the rank would have the lock taken, and nobody to release it."""
+    loader = make_loader([stream(make_shards("red", 45))], workers=1)
+    monkeypatch.setattr(loader, "_batches", _Locking())
+    with _TAKEN:
+        assert next(iter(loader)) == 0
+    loader.close()
+
+
+class _Locking(Dataset[int]):
+    """Takes a lock before it gives anything, as most of C and C++ does."""
+
+    prefetcher = Prefetcher([], SampleOrder([], 0, 1))
+
+    def __getitem__(self, number: int) -> int:
+        with _TAKEN:
+            return number
 
 
 class _Deadly(Dataset[None]):

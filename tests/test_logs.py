@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blip_scale.engine import logs
+from blip_scale import logs
 
 ours = logging.getLogger("blip_scale.somewhere")
 
@@ -169,7 +169,7 @@ RANK = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, os.environ["REPOSITORY"])
-from blip_scale.engine import logs
+from blip_scale import logs
 logs.hold_third_party_noise()
 import deepspeed, timm, torch, transformers
 from torch.utils.tensorboard import SummaryWriter
@@ -201,7 +201,7 @@ def test_a_zero3_run_prints_nothing_of_its_own(tmp_path: Path) -> None:
     script.write_text(RANK)
     environment = os.environ | {
         "RUN": str(tmp_path / "run"),
-        "REPOSITORY": str(Path(__file__).parents[2]),
+        "REPOSITORY": str(Path(__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import logging.handlers
+import multiprocessing
 import os
 import sys
 import threading
@@ -187,6 +188,9 @@ class _Terminal(logging.Handler):
 
     def __init__(self, rank: int, file: Path) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.ERROR)
+        # A loader worker does not know of its rank's progress bar: it clears the line.
+        is_worker = multiprocessing.parent_process() is not None
+        self._begin = "\r\x1b[K" if is_worker and sys.stderr.isatty() else ""
         self.setFormatter(_OneLine(rank, file))
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -196,7 +200,7 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(self._begin + self.format(record), file=sys.stderr)
         except (OSError, ValueError):  # nobody listens on the other end any more
             return
 
