@@ -80,7 +80,8 @@ def test_the_server_stops_and_a_loader_worker_is_killed(
         time.sleep(1)
         s3.start()
         wait_for_step(tmp_path, 10, processes[0])
-        workers = psutil.Process(processes[1].pid).children()
+        rank = psutil.Process(processes[1].pid)
+        workers = [p for p in rank.children(recursive=True) if p.ppid() != rank.pid]
         assert len(workers) == 1
         workers[0].kill()
         assert tiny_runs.finish(processes) == [0] * RANKS, tiny_runs.said(recipe)
