@@ -131,7 +131,7 @@ class ZeroEngine:
         """Write compute weights from this rank's parts of some parameters.
 
         Every rank must call it with the same parameters; `parts` are those that this rank owns.
-        ZeRO-3 needs no exchange but for the small parameters that stay gathered; below, where every
+        ZeRO-3 needs no exchange: the next forward pass gathers what it needs. Below, where every
         rank holds whole parameters, the parts of all ranks are put together in one sum.
         """
         if not parameters:
@@ -146,8 +146,7 @@ class ZeroEngine:
                 torch._foreach_copy_([own for own, _ in apart], [new for _, new in apart])
             stale = [p for p in parameters if _holds_a_copy(p)]
             if stale:
-                stale[0].partition(stale)
-                stale[0].all_gather(stale)
+                stale[0].partition(stale)  # the next forward pass gathers them
             return
         flat = torch.zeros(sum(p.numel() for p in parameters), dtype=self.dtype, device=self.device)
         pieces = flat.split([p.numel() for p in parameters])

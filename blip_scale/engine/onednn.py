@@ -17,6 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is not None:
+        bias = bias.contiguous()  # torch 2.14 reads one with strides as if it had none
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 

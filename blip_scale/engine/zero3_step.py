@@ -4,9 +4,10 @@ In the optimizer step it took more time than AdamW itself, on a CPU as on a GPU,
 memory traffic: a second pass over the gradients for their norm, in fp64; a copy of all gradients
 into a new tensor, although they already lie in one; a multiplication of all of them by 1. In
 forward and backward: some hundred lines of Python around every call of every module, also of those
-that have nothing to gather; and, on a single rank, gradients that are copied, divided by 1 and cast
-on their way to where they are summed, and weights that are let go and taken back one by one. In
-fp32: a second copy of the weights.
+that have nothing to gather; on several ranks, an exchange for each of the small weights that
+all ranks keep whole; and, on a single rank, gradients that are copied, divided by 1 and cast on
+their way to where they are summed, and weights that are let go and taken back one by one. In fp32:
+a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
 from torch import Tensor, nn
+
+from blip_scale.engine import collectives
 
 
 def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
@@ -114,7 +117,8 @@ def keep_weights(zero: Any) -> None:
 
 def drop_idle_hooks(zero: Any) -> None:
     """Take DeepSpeed's hooks off the modules that have nothing to gather or release: no parameters
-    of their own, or only such as stay gathered. The latter are looked after at the root instead.
+    of their own, or only such as stay gathered. The latter are looked after at the root instead,
+    before a forward pass that finds them parted (the step parts them).
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
@@ -131,13 +135,36 @@ def drop_idle_hooks(zero: Any) -> None:
         if id(hook.hooks_dict_ref()) in theirs:
             hook.remove()
     staying = zero.persistent_parameters
+    zero.persistent_parameters = []  # else they are gathered after each step, one by one
 
     def gather(module: nn.Module, inputs: Any) -> None:
         parted = [p for p in staying if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         if parted:
-            parted[0].all_gather(parted)
+            gather_together(parted)
 
-    network.register_forward_pre_hook(gather)
+    network.register_forward_pre_hook(gather, prepend=True)
+
+
+def gather_together(parameters: Sequence[nn.Parameter]) -> None:
+    """Make parameters whole that lie in parts on all ranks, in one exchange; DeepSpeed takes one
+    for each. Parts that are quantized, on another device or in groups of ranks go its way."""
+    ranks = collectives.world_size()
+    own = [p.ds_tensor for p in parameters]
+    plain = all(
+        part.dtype == p.dtype
+        and part.device == p.device
+        and part.numel() == -(-p.ds_numel // ranks)
+        for part, p in zip(own, parameters, strict=True)
+    )
+    if ranks == 1 or not plain or len({part.dtype for part in own}) > 1:
+        parameters[0].all_gather(parameters)
+        return
+    everyone = collectives.all_gather(torch.cat([part.data for part in own])[None])
+    pieces = everyone.split([part.numel() for part in own], dim=1)
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        whole = piece.contiguous().view(-1)
+        parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
+        parameter.ds_status = ZeroParamStatus.AVAILABLE
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor | None:

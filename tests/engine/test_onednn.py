@@ -53,6 +53,16 @@ def test_a_columns_gradient_need_not_be_contiguous() -> None:
     torch.testing.assert_close(gradient, layer.weight.sum(0).expand(6, 24))
 
 
+def test_nothing_need_be_contiguous() -> None:
+    layer = nn.Linear(24, 40)
+    layer.weight.data = torch.randn(24, 40).t()
+    layer.bias.data = torch.randn(40, 2)[:, 0]
+    x = torch.randn(5, 24, 3).transpose(1, 2)
+    expected = layer(x)
+    take_onednn(layer)
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_only_plain_linear_layers_are_exchanged() -> None:
     class Other(nn.Linear):
         pass

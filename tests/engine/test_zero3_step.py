@@ -14,7 +14,14 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from tiny_runs import REPO
 from torch import nn
 
-from blip_scale.engine.zero3_step import drop_idle_hooks, joined, keep_gradients, keep_weights
+from blip_scale.engine import collectives, zero3_step
+from blip_scale.engine.zero3_step import (
+    drop_idle_hooks,
+    gather_together,
+    joined,
+    keep_gradients,
+    keep_weights,
+)
 
 
 def test_pieces_that_lie_end_to_end_are_one_view() -> None:
@@ -35,10 +42,13 @@ def test_other_pieces_are_not() -> None:
     assert joined([flat[:4].view(torch.int32), flat[4:]]) is None
 
 
-def test_only_modules_with_something_to_gather_keep_their_hooks() -> None:
+def test_only_modules_with_something_to_gather_keep_their_hooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.GELU())
     heard: list[str] = []
     gathered: list[Any] = []
+    monkeypatch.setattr(zero3_step, "gather_together", gathered.append)
     offload = SimpleNamespace(module=network, forward_hooks=[], backward_hooks=[])
     for module in network:
         name = type(module).__name__
@@ -46,13 +56,14 @@ def test_only_modules_with_something_to_gather_keep_their_hooks() -> None:
         for parameter in module.parameters():
             parameter.ds_persist = name == "LayerNorm"  # type: ignore[attr-defined]
             parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
-            parameter.all_gather = gathered.append  # type: ignore[attr-defined]
         before = module.register_forward_pre_hook(lambda *_, n=name: heard.append(f"before {n}"))
         after = module.register_forward_hook(lambda *_, n=name: heard.append(f"after {n}"))
         offload.forward_hooks.append(before)
         offload.backward_hooks.append(after)
     staying = list(network[1].parameters())
-    drop_idle_hooks(SimpleNamespace(parameter_offload=offload, persistent_parameters=staying))
+    zero = SimpleNamespace(parameter_offload=offload, persistent_parameters=staying)
+    drop_idle_hooks(zero)
+    assert zero.persistent_parameters == []
 
     network(torch.ones(1, 2))
     assert heard == ["before Linear", "after Linear"]
@@ -60,6 +71,38 @@ def test_only_modules_with_something_to_gather_keep_their_hooks() -> None:
     staying[0].ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
     network(torch.ones(1, 2))
     assert [[p is staying[0] for p in some] for some in gathered] == [[True]]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_small_weights_are_gathered_in_one_exchange(
+    monkeypatch: pytest.MonkeyPatch, quantized: bool
+) -> None:
+    """Weights of 1, 2 and 15 elements on three ranks; parts of an odd size are filled up."""
+    weights = [torch.randn(shape) for shape in ((1,), (2,), (3, 5))]
+    parts = [nn.functional.pad(w.flatten(), (0, -w.numel() % 3)).view(3, -1) for w in weights]
+    parameters = [nn.Parameter(torch.empty(0)) for _ in weights]
+    theirs: list[Any] = []
+    for parameter, weight, part in zip(parameters, weights, parts, strict=True):
+        parameter.ds_tensor = part[1].to(torch.int8) if quantized else part[1]  # type: ignore[attr-defined]
+        parameter.ds_numel, parameter.ds_shape = weight.numel(), weight.shape  # type: ignore[attr-defined]
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+        parameter.all_gather = theirs.append  # type: ignore[attr-defined]
+    sent: list[torch.Tensor] = []
+
+    def all_gather(own: torch.Tensor) -> torch.Tensor:
+        sent.append(own)
+        return torch.cat(parts, dim=1)
+
+    monkeypatch.setattr(collectives, "world_size", lambda: 3)
+    monkeypatch.setattr(collectives, "all_gather", all_gather)
+    gather_together(parameters)
+    if quantized:
+        assert theirs == [parameters] and not sent
+        return
+    assert len(sent) == 1 and torch.equal(sent[0], torch.cat(parts, dim=1)[1:2])
+    for parameter, weight in zip(parameters, weights, strict=True):
+        assert torch.equal(parameter, weight) and parameter.is_contiguous()
+        assert parameter.ds_status is ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
