@@ -50,9 +50,9 @@ def all_gather(tensor: Tensor) -> Tensor:
     ranks."""
     if world_size() == 1:
         return tensor.detach()
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.detach().contiguous())
-    return torch.cat(parts)
+    everyone = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
+    dist.all_gather_into_tensor(everyone, tensor.detach().contiguous())
+    return everyone
 
 
 def all_gather_with_gradient(tensor: Tensor) -> Tensor:
