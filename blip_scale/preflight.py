@@ -104,8 +104,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
     """Make all checks; returns 0, or 2 when one failed. Every rank of a launch must call it."""
-    from blip_scale import tasks  # noqa: F401  before the logs: they quieten what it brings
-    from blip_scale import logs  # isort: skip
+    from blip_scale import (
+        logs,
+        tasks,  # noqa: F401  before the logs are set up: they quieten what it brings
+    )
     from blip_scale.engine import collectives
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

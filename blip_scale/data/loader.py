@@ -7,8 +7,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import wait
@@ -126,8 +124,6 @@ class TrainLoader:
         if self._workers:
             workers.start_server()  # which may have died
         first = self._samples_seen // self._position.micro_samples
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        on_child_death = signal.getsignal(signal.SIGCHLD)
         self._iterator = iter(
             DataLoader(
                 self._batches,
@@ -142,8 +138,6 @@ class TrainLoader:
             )
         )
         self._processes = list(getattr(self._iterator, "_workers", []))
-        if is_main_thread:  # torch would raise a worker's death in whatever the rank is doing
-            signal.signal(signal.SIGCHLD, on_child_death)
 
     def _consume(self, generation: int) -> Iterator[Batch]:
         # No reference to the DataLoader's iterator is kept: close() must end its workers.

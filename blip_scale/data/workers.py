@@ -44,16 +44,20 @@ def begin(environment: dict[str, str], set_up: Callable[[], object] | None, work
     """
     os.environ.clear()
     os.environ.update(environment)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    end_with_parent()  # the server is still there when the rank is killed
     if set_up is not None:
         set_up()
 
 
-def _end_with(parent: int) -> None:
-    """The server is still there when the rank is killed; the worker must not be."""
-    wait([parent])
+def end_with_parent() -> None:
+    """Have this process end when the one that started it does, however that ends."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(1)
 
 

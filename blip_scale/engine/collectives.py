@@ -69,8 +69,7 @@ def all_gather_ragged(tensor: Tensor) -> list[Tensor]:
     sizes = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
     padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor.detach()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    parts = all_gather(padded).unflatten(0, (len(sizes), max(sizes)))
     return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 

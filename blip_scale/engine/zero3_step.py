@@ -151,12 +151,12 @@ def gather_together(parameters: Sequence[nn.Parameter]) -> None:
     ranks = collectives.world_size()
     own = [p.ds_tensor for p in parameters]
     plain = all(
-        part.dtype == p.dtype
+        part.dtype == p.dtype == own[0].dtype
         and part.device == p.device
         and part.numel() == -(-p.ds_numel // ranks)
         for part, p in zip(own, parameters, strict=True)
     )
-    if ranks == 1 or not plain or len({part.dtype for part in own}) > 1:
+    if ranks == 1 or not plain:
         parameters[0].all_gather(parameters)
         return
     everyone = collectives.all_gather(torch.cat([part.data for part in own])[None])

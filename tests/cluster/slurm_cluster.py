@@ -179,7 +179,7 @@ class SlurmCluster:
         def reached() -> bool:
             found = self.job(job)
             ended = found["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
-            assert not ended or found["JobState"] == state, f"{found}\n{self.said(job)}"
+            assert not ended or found["JobState"] == state, f"it is {found['JobState']}"
             return found["JobState"] == state and int(found["Restarts"]) >= restarts
 
         try:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait as wait_for_sentinels
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
@@ -23,6 +20,7 @@ from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Chunk
 from blip_scale.data.conversion.report import REPORTS, report_name
 from blip_scale.data.conversion.screening import Rules
+from blip_scale.data.workers import end_with_parent
 
 PLAN_NAME = "conversion.json"
 _POLL_S = 0.2
@@ -206,14 +204,7 @@ def _enter_worker(*counters: Synchronized[int]) -> None:
     _counters[:] = counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for_sentinels([parent.sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def _work(
