@@ -57,10 +57,12 @@ def test_a_remote_is_asked_as_long_as_the_recipe_says(
     """Not for the quarter of an hour that is the default."""
     away = StreamRecipe("away", str(tmp_path / "cache"), "s3://nowhere/set")
     caplog.set_level("WARNING")
-    start_s = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment("http://127.0.0.1:9").items():
             patch.setenv(name, value)
+        with pytest.raises(FileNotFoundError):  # the first client of a process takes its time
+            heldout_pairs(away, 16, DataRecipe(retry_s=0))
+        start_s = time.monotonic()
         with pytest.raises(FileNotFoundError, match=r"stream 'away': s3://nowhere/set/index.json"):
             heldout_pairs(away, 16, DataRecipe(retry_s=1.5))
     assert "for up to 1 s more" in caplog.text or "for up to 2 s more" in caplog.text
