@@ -8,14 +8,16 @@ Every launcher of PyTorch says RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import signal
 import socket
+import sys
 from types import FrameType
+from typing import NoReturn
 
-NOTHING_LOST = 75
-"""Exit code of a run that stopped on request and is to be started again (EX_TEMPFAIL)."""
+from blip_scale.config import exit_codes
 
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems hand out themselves
 
@@ -85,4 +87,17 @@ def stop_at_once_on_signals() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    os._exit(NOTHING_LOST)
+    os._exit(exit_codes.REQUEUE)
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End the process without tearing Python down.
+
+    DeepSpeed keeps the process groups, so the threads of gloo are never joined. A thread that asks
+    for the interpreter's lock during the teardown aborts the process (`terminate called without an
+    active exception`), and a run that went well would count as failed.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

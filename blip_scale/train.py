@@ -18,46 +18,39 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
     others = [folder for folder in sys.path if os.path.realpath(folder) != str(_PACKAGE)]
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
-from blip_scale import checks, launcher, preflight, recipe, settings  # noqa: E402
+from blip_scale import launcher  # noqa: E402
+from blip_scale.commands import dry_run  # noqa: E402
+from blip_scale.config import checks, exit_codes, recipe, settings  # noqa: E402
 
 logger = logging.getLogger("blip_scale.train")
 
-BAD_INPUT = 2
-"""Exit code when the recipe, the command line, the DeepSpeed JSON or the data cannot be used."""
 
-
-def command() -> NoReturn:
-    """Run the command and end the process with its exit code, without tearing Python down:
-    DeepSpeed keeps the process groups, so gloo's threads are never joined; one that asks for the
-    interpreter's lock while it is torn down aborts the process (`terminate called without an active
-    exception`), and a run that went well would count as failed.
-    """
+def command(arguments: Sequence[str] | None = None, prog: str = "train.py") -> NoReturn:
+    """Run the command and end the process with its exit code."""
     launcher.stop_at_once_on_signals()
-    code = main()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    launcher.end_process(main(arguments, prog))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Run the command; returns its exit code."""
     logs = None
     try:
         launcher.adopt_srun_step()
-        options, overrides = _parser().parse_known_args(arguments)
+        options, overrides = _parser(prog).parse_known_args(arguments)
         chosen = recipe.load(options.recipe, overrides)
         if options.print_recipe:
             sys.stdout.write(recipe.to_yaml(chosen))
             return 0
         if options.dry_run:
-            return preflight.run(chosen, options)
+            return dry_run.run(chosen, options)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         checks.check(chosen, world_size)
         ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
 
-        from blip_scale.engine import run  # here: a refusal does not wait for torch and DeepSpeed
-        from blip_scale.tasks import TASKS
+        from blip_scale.engine.loop import (
+            run,  # here: a refusal does not wait for torch and DeepSpeed
+        )
+        from blip_scale.tasks.by_name import TASKS
 
         logs = Path(chosen.output_dir) / "logs"
         return run(TASKS[chosen.task], chosen, ds_config)
@@ -81,12 +74,12 @@ def _refuse(error: Exception, logs: Path | None) -> int:
         sys.stderr.write(f"blip_scale{who}: {message} (traceback in {logs})\n")
     elif rank == 0:
         sys.stderr.write(f"blip_scale: {message}\n")
-    return BAD_INPUT
+    return exit_codes.REFUSED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train.py",
+        prog=prog,
         usage="deepspeed blip_scale/train.py [--recipe NAME] [--deepspeed PATH] [SETTING=VALUE]",
         description="Pretrain BLIP with DeepSpeed; without a launcher, on one rank. Started again, "
         "a run goes on.",
@@ -101,19 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(recipe.names())}, or a YAML file (default: demo)",
     )  # fmt: skip
     parser.add_argument(
-        "--deepspeed", default=_default_deepspeed(), metavar="PATH",
+        "--deepspeed", default=checks.shipped_deepspeed("zero3"), metavar="PATH",
         help="DeepSpeed's JSON settings (default: ds_configs/zero3.json)",
     )  # fmt: skip
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
-    preflight.add_options(parser)
+    dry_run.add_options(parser)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     return parser
-
-
-def _default_deepspeed() -> Path:
-    """ds_configs/zero3.json beside the package in a clone, inside it when installed."""
-    beside = _PACKAGE.parent / "ds_configs" / "zero3.json"
-    return beside if beside.is_file() else _PACKAGE / "ds_configs" / "zero3.json"
 
 
 if __name__ == "__main__":

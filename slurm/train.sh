@@ -38,4 +38,4 @@ srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append --output="$O
 wait $! || code=$?
 
 # Again, or enough? 75 and failures go back into the queue.
-exec "$PYTHON" "$REPO/tools/requeue.py" "$code" "$OUTPUT_DIR" --seconds "$SECONDS"
+exec "$PYTHON" "$REPO/slurm/requeue.py" "$code" "$OUTPUT_DIR" --seconds "$SECONDS"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import benchmark, growth
+from tools import benchmark
+from tools.benchmarks import growth
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = [

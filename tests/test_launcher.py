@@ -8,7 +8,6 @@ import socket
 import pytest
 
 from blip_scale import launcher
-from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE
 
 
 @pytest.mark.parametrize(
@@ -36,7 +35,3 @@ def test_a_free_port() -> None:
         for _ in range(100):
             port = launcher.free_port(1)
             assert port >= 10_000 + 2 * 500 - 1
-
-
-def test_one_exit_code_for_a_stop_on_request() -> None:
-    assert launcher.NOTHING_LOST == REQUEUE_EXIT_CODE

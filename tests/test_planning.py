@@ -13,20 +13,15 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from blip_scale.model import (
-    MED,
-    MEDConfig,
-    MomentumEncoder,
-    PackedText,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
-    init_weights,
-)
-from blip_scale.objectives import FeaturePair
+from blip_scale.config.recipe import ObjectiveRecipe
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
+from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.planning.activations import Micro, saved_activations
 from blip_scale.planning.network import vision_shape
-from blip_scale.recipe import ObjectiveRecipe
 from blip_scale.tasks.pretrain import PretrainNetwork
 
 REPO = Path(__file__).resolve().parent.parent

@@ -9,21 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip_scale import objectives
-from blip_scale.model import (
-    MED,
-    MEDConfig,
-    MomentumEncoder,
-    PackedText,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
-    init_weights,
-)
-from blip_scale.objectives import FeatureQueue, HardNegatives
-from blip_scale.recipe import ObjectiveRecipe, OptimizerRecipe
+from blip_scale.config.recipe import ObjectiveRecipe, OptimizerRecipe
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
+from blip_scale.objectives.contrastive import FeaturePair
+from blip_scale.objectives.feature_queue import FeatureQueue
+from blip_scale.objectives.matching import HardNegatives
+from blip_scale.objectives.momentum import momentum_update_
+from blip_scale.tasks import pretrain
 from blip_scale.tasks.pretrain import PretrainNetwork
-from tools.published_step import Negatives, PublishedStep
+from tools.benchmarks.published_step import Negatives, PublishedStep
 
 SPECIAL = SpecialTokens(pad=0, cls=1, sep=2, enc=4, dec=3)
 SIZES = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8}
@@ -35,7 +33,7 @@ ALPHA = 0.3
 def fixed_negatives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     drawn = HardNegatives(torch.tensor(NEGATIVES.image), torch.tensor(NEGATIVES.text))
     with monkeypatch.context() as patch:
-        patch.setattr(objectives, "draw_negatives", lambda *_: drawn)
+        patch.setattr(pretrain, "draw_negatives", lambda *_: drawn)
         yield
 
 
@@ -66,8 +64,8 @@ def test_losses_are_equal_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         found["loss/total"].backward()
         optimizer.step()
         pairs = list(momentum.pairs(med))
-        objectives.momentum_update_([m for _, m, _ in pairs], [p for *_, p in pairs], 0.995)
-        queue.enqueue(objectives.FeaturePair(found["image_keys"], found["text_keys"]), step)
+        momentum_update_([m for _, m, _ in pairs], [p for *_, p in pairs], 0.995)
+        queue.enqueue(FeaturePair(found["image_keys"], found["text_keys"]), step)
         theirs = published.step(images, captions, ALPHA, NEGATIVES)
         for name, loss in theirs.items():
             assert loss == pytest.approx(found[f"loss/{name}"].item(), rel=1e-4), (step, name)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from blip_scale import checks, recipe, settings
-from blip_scale.data.mixing import samples_per_epoch
-from blip_scale.recipe import Recipe
+from blip_scale.config import checks, recipe, settings
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.loading.mixing import samples_per_epoch
 
 REPO = Path(__file__).resolve().parent.parent
 ZERO3 = REPO / "ds_configs" / "zero3.json"
@@ -648,6 +648,6 @@ class TestCommand:
 
 
 def test_the_task_names_are_the_tasks() -> None:
-    tasks = pytest.importorskip("blip_scale.tasks")
+    tasks = pytest.importorskip("blip_scale.tasks.by_name")
     allowed = {s.name: s.allowed for s in settings.describe(Recipe)}["task"]
     assert set(tasks.TASKS) == set(allowed.removeprefix("one of ").split(", "))

@@ -1,4 +1,4 @@
-"""The judgement of tools/requeue.py, on real folders; that it requeues is seen on a real SLURM."""
+"""The judgement of slurm/requeue.py, on real folders; that it requeues is seen on a real SLURM."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from types import ModuleType
 
 import pytest
 
-from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE
+from blip_scale.config import exit_codes
 
 
 @pytest.fixture
 def requeue(repo: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The tool as a module, in the environment of a job."""
-    spec = importlib.util.spec_from_file_location("requeue", repo / "tools" / "requeue.py")
+    spec = importlib.util.spec_from_file_location("requeue", repo / "slurm" / "requeue.py")
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "requeue", tool)  # dataclasses look there
@@ -28,10 +28,6 @@ def requeue(repo: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def commit(output_dir: Path, step: int) -> None:
     (output_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
-
-
-def test_codes_agree_with_the_engine(requeue: ModuleType) -> None:
-    assert requeue.STOPPED == REQUEUE_EXIT_CODE
 
 
 def test_failures_count_until_a_newer_checkpoint(requeue: ModuleType, tmp_path: Path) -> None:
@@ -77,4 +73,4 @@ def test_refused_at_the_start_or_failed_in_the_run(
     if heartbeat is not None:
         content = {"phase": heartbeat["phase"], "time": time.time() - heartbeat["age_s"]}
         (tmp_path / "heartbeat.json").write_text(json.dumps(content))
-    assert requeue.note_attempt(tmp_path, requeue.REFUSED, 60)[-1].failed is failed
+    assert requeue.note_attempt(tmp_path, exit_codes.REFUSED, 60)[-1].failed is failed

@@ -15,46 +15,51 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "blip_scale"
 
-ROOMS = {"model", "objectives", "interop", "data", "inference", "metrics", "engine", "tasks"}
 MAY_IMPORT = {
-    "settings": set(),
-    "launcher": set(),
+    "config": set(),
     "logs": set(),
-    "recipe": {"settings"},
-    "batch_sizes": {"recipe"},
-    "checks": {"settings", "recipe", "batch_sizes"},
+    "launcher": {"config"},
+    "storage": set(),
     "model": set(),
     "objectives": {"model"},
-    "metrics": set(),
-    "interop": {"model"},
-    "data": {"settings", "recipe"},
-    "inference": {"settings", "recipe", "model", "interop", "data"},
-    "capfilt": {"settings", "recipe", "model", "data", "inference"},
-    "engine": {"settings", "recipe", "launcher", "logs"},
-    "planning": {"settings", "recipe", "batch_sizes", "checks", "model", "data"},
-    "tasks": {"settings", "recipe", "logs", "batch_sizes", "checks", *ROOMS},
-    "free_space": set(),
-    "preflight": {
-        "settings",
-        "recipe",
+    "interop": {"storage", "model"},
+    "data": {"config", "storage"},
+    "inference": {"config", "storage", "model", "interop", "data"},
+    "planning": {"config", "storage", "model", "data", "inference"},
+    "capfilt": {"config", "storage", "model", "data", "inference"},
+    "engine": {"config", "logs", "launcher", "storage"},
+    "evaluation": {"config", "storage", "model", "objectives", "data", "inference", "engine"},
+    "tasks": {
+        "config",
         "logs",
-        "free_space",
-        "batch_sizes",
-        "checks",
-        "planning",
-        *ROOMS,
+        "storage",
+        "model",
+        "objectives",
+        "interop",
+        "data",
+        "inference",
+        "engine",
+        "evaluation",
     },
-    "train": {"settings", "recipe", "checks", "launcher", "preflight", *ROOMS},
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""
+MAY_IMPORT["commands"] = {*MAY_IMPORT}
+MAY_IMPORT["train"] = {*MAY_IMPORT}
 
 ENGINE_ONLY = ("torch.distributed", "deepspeed")
-MAX_FILE_LINES = 350
+SPEAKING = ("commands",)
+"""Rooms that may print."""
+MAX_FILE_LINES = 600
+"""A file that long does several jobs; look at one above 400 lines."""
 MAX_FUNCTION_LINES = 80
 MAX_ARGUMENTS = 7
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = [*MODULES, *sorted((REPO / "tools").glob("*.py"))]
+SOURCES = [
+    *MODULES,
+    *sorted((REPO / "tools").rglob("*.py")),
+    *sorted((REPO / "slurm").glob("*.py")),
+]
 
 
 def relative(path: Path) -> str:
@@ -116,26 +121,48 @@ def test_imports_go_one_way(path: Path) -> None:
         assert not parts[-1].startswith("_") or parts[-1].startswith("__"), f"{name} is private"
 
 
+def test_packages_gather_nothing() -> None:
+    """An `__init__` that imports from its own room closes a circle with each module that imports
+    from the room."""
+    for path in MODULES:
+        if path.name == "__init__.py":
+            ours = [name for name in imported(path) if name.startswith("blip_scale.")]
+            allowed = ["blip_scale.logs"] if room(path) == "engine" else []
+            assert set(ours) <= set(allowed), f"{relative(path)} imports {ours}"
+
+
 def test_modules_do_not_import_in_circles() -> None:
-    """Imports at the top of modules; a package's own __init__ may gather what lies in it."""
+    """The strict graph: each import anywhere in a module, and the packages that it goes through."""
     names = {".".join(p.relative_to(REPO).with_suffix("").parts): p for p in MODULES}
-    edges = {}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    edges: dict[str, set[str]] = {}
     for name, path in names.items():
-        top = ast.Module(
-            [node for node in tree(path).body if not isinstance(node, ast.FunctionDef)], []
-        )
-        edges[name] = {other for other in imported(path, top) if other in names and other != name}
+        edges[name] = {other for other in imported(path) if other in names} - {name}
     finished: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
         assert name not in above, " -> ".join([*above[above.index(name) :], name])
         if name not in finished:
-            for other in edges[name]:
+            for other in sorted(edges[name]):
                 visit(other, (*above, name))
             finished.add(name)
 
     for name in names:
         visit(name, ())
+
+
+def test_a_name_means_one_module() -> None:
+    """`from blip_scale.x import checks` names one module everywhere."""
+    modules = {".".join(p.relative_to(REPO).with_suffix("").parts) for p in MODULES}
+    meant: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    if full in modules:
+                        meant.setdefault(alias.asname or alias.name, set()).add(full)
+    assert {name: full for name, full in meant.items() if len(full) > 1} == {}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
@@ -159,6 +186,8 @@ def test_no_module_shadows_another() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_nothing_prints(path: Path) -> None:
+    if room(path) in SPEAKING:
+        return
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"{relative(path)}:{node.lineno}: use logging"

@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from blip_scale import recipe  # noqa: E402
+from blip_scale.config import recipe  # noqa: E402
 
 SIZES = ("500x375", "640x480", "1280x960")
 
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 def data(options: argparse.Namespace) -> dict[str, Any]:
     """Images per second of every contender at every size, and the waiting share of a run."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything is counted per core
-    from data_contenders import DataContest, Trial
+    from tools.benchmarks.data_contenders import DataContest, Trial
 
     sizes = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder, DataContest() as contest:
@@ -136,7 +136,7 @@ def table(result: dict[str, Any]) -> str:
 def step(options: argparse.Namespace) -> dict[str, Any]:
     """Time, operations and memory of a pretraining step, beside the published form's."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from step_contenders import ALLOCATOR, StepContest, make_match
+    from tools.benchmarks.step_contenders import ALLOCATOR, StepContest, make_match
 
     if options.allocator == "tuned":
         os.environ.update(ALLOCATOR)  # for every contender alike; read when a process starts
@@ -195,7 +195,7 @@ def _ratio(against: str) -> str:
 
 def _step_settings(options: argparse.Namespace) -> list[str]:
     """One rank."""
-    from growth import OFFLINE
+    from tools.benchmarks.growth import OFFLINE
 
     return [
         f"train.precision={options.precision}",
@@ -239,7 +239,7 @@ def step_table(result: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    from growth import add_growth
+    from tools.benchmarks.growth import add_growth
 
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     add_growth(commands, ROOT / "ds_configs" / "zero3.json")

@@ -1,7 +1,2 @@
 """CapFilt (Li et al. 2022, section 3.3): a synthetic caption for every web image, and a filter that
 drops web and synthetic captions that don't match; shards in, shards out."""
-
-from blip_scale.capfilt.filtering import Settings
-from blip_scale.capfilt.job import Job, Task, run
-
-__all__ = ["Job", "Settings", "Task", "run"]

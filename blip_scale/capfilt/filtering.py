@@ -11,22 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_scale.data import Record, clean_caption
-from blip_scale.data.cache import ShardCache
-from blip_scale.data.conversion import Reason, Reject, Screened
-from blip_scale.data.stores import CorruptSample, StreamStore
-from blip_scale.inference import (
-    Blip,
-    Done,
-    Loading,
-    batched,
-    done_ahead,
-    draws_of,
-    load_blip,
-    pixels_of,
-)
-from blip_scale.model import NucleusSettings
-from blip_scale.recipe import StreamRecipe
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.captions import clean_caption
+from blip_scale.data.conversion.pairs import Reason, Reject, Screened
+from blip_scale.data.reading.cache import ShardCache
+from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
+from blip_scale.data.shards import Record
+from blip_scale.inference.blip import Blip, draws_of
+from blip_scale.inference.images import Done, batched, done_ahead, pixels_of
+from blip_scale.inference.loading import Loading, load_blip
+from blip_scale.model.generation import NucleusSettings
 
 BINS = 20
 """Of the histogram of scores."""

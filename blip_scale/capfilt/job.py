@@ -15,9 +15,10 @@ import xxhash
 from blip_scale.capfilt import filtering
 from blip_scale.capfilt.filtering import BINS, SYNTHETIC, WEB, Settings
 from blip_scale.capfilt.sheet import sample_sheet
-from blip_scale.data.conversion import Chunk, Conversion, Part, Progress, convert
-from blip_scale.data.conversion.locations import is_local
 from blip_scale.data.conversion.output import OutputFolder
+from blip_scale.data.conversion.pairs import Chunk
+from blip_scale.data.conversion.run import Conversion, Part, Progress, convert
+from blip_scale.storage.locations import is_local
 
 STATISTICS_NAME = "statistics.json"
 SHEET_NAME = "samples.html"

@@ -14,11 +14,11 @@ from PIL import Image
 from streaming.base.format.mds import MDSReader
 
 from blip_scale.capfilt.filtering import SYNTHETIC, WEB
-from blip_scale.data.conversion import Reason
 from blip_scale.data.conversion.output import OutputFolder
+from blip_scale.data.conversion.pairs import Reason
 from blip_scale.data.conversion.report import Report, report_name
-from blip_scale.data.decoding import decode_image
-from blip_scale.data.stores import CorruptSample, StreamStore
+from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 
 _SIDE = 224
 _KINDS = {Reason.WEB_UNMATCHED: WEB, Reason.SYNTHETIC_UNMATCHED: SYNTHETIC}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from blip_scale.recipe import TextRecipe
+from blip_scale.config.recipe import TextRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

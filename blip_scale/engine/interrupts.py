@@ -12,9 +12,6 @@ from blip_scale.engine import collectives
 
 logger = logging.getLogger(__name__)
 
-REQUEUE_EXIT_CODE = 75
-"""EX_TEMPFAIL: stopped on request with everything saved; start the same command again to go on."""
-
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

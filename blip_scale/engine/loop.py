@@ -15,26 +15,33 @@ from typing import Any
 import torch
 
 from blip_scale import logs
-from blip_scale.engine import collectives, reporting, restore
-from blip_scale.engine.anomalies import Stragglers
-from blip_scale.engine.checkpoint import RunState, Saver
-from blip_scale.engine.communication import CommunicationMeter
-from blip_scale.engine.deepspeed import initialize, start
-from blip_scale.engine.heartbeat import Heartbeat
-from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE, Interrupts
-from blip_scale.engine.manifest import RunManifest, digest, fingerprint, software
-from blip_scale.engine.monitor import Monitor, measure_peak_flops
-from blip_scale.engine.places import open_place
-from blip_scale.engine.samples import SampleRecord
+from blip_scale.config import exit_codes
+from blip_scale.config.recipe import Recipe, to_yaml
+from blip_scale.engine import collectives
+from blip_scale.engine.checkpoints import restore
+from blip_scale.engine.checkpoints.location import open_place
+from blip_scale.engine.checkpoints.save import RunState, Saver
+from blip_scale.engine.interrupts import Interrupts
+from blip_scale.engine.run import History, Run, WorstStep
 from blip_scale.engine.schedule import learning_rate
-from blip_scale.engine.session import History, Run, WorstStep
-from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Progress, Task
-from blip_scale.recipe import Recipe, to_yaml
+from blip_scale.engine.watching import reporting
+from blip_scale.engine.watching.anomalies import Stragglers
+from blip_scale.engine.watching.communication import CommunicationMeter
+from blip_scale.engine.watching.heartbeat import Heartbeat
+from blip_scale.engine.watching.monitor import Monitor, measure_peak_flops
+from blip_scale.engine.watching.run_manifest import RunManifest, digest, fingerprint, software
+from blip_scale.engine.watching.sample_record import SampleRecord
+from blip_scale.engine.zero.engine import initialize, start
+from blip_scale.engine.zero.momentum import ShardedMomentum
 
 logger = logging.getLogger(__name__)
 
-_ENDS = {0: "done", REQUEUE_EXIT_CODE: "stopped on request", 1: "gave up"}
+_ENDS = {
+    exit_codes.DONE: "done",
+    exit_codes.REQUEUE: "stopped on request",
+    exit_codes.FAILED: "gave up",
+}
 
 
 def run(
@@ -198,7 +205,7 @@ def _train(run: Run) -> int:
                 "The last checkpoint is from before them.", run.step, history.skipped_in_a_row,
             )  # fmt: skip
             run.saver.finish()
-            return 1
+            return exit_codes.FAILED
         at_end = run.step == run.total_steps
         run.monitor.advance(run.step)
         step_s = sum(step["step_s"] for step in history.window) / len(history.window)
@@ -220,10 +227,10 @@ def _train(run: Run) -> int:
             heartbeat.beat("training")
     heartbeat.beat("saving")
     if not run.saver.finish():
-        return 1
+        return exit_codes.FAILED
     if run.step < run.total_steps:
         heartbeat.beat("stopped")
-        return REQUEUE_EXIT_CODE
+        return exit_codes.REQUEUE
     reporting.finish(run)
     heartbeat.beat("done")
     return 0

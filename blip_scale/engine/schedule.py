@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from blip_scale.recipe import OptimizerRecipe
+from blip_scale.config.recipe import OptimizerRecipe
 
 
 def learning_rate(

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from blip_scale.engine.deepspeed import ZeroEngine
-from blip_scale.engine.monitor import Alarm, Panel
-from blip_scale.engine.sharded_momentum import ShardedMomentum
+from blip_scale.engine.watching.monitor import Alarm, Panel
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.engine.zero.momentum import ShardedMomentum
 
 
 @dataclass(frozen=True)

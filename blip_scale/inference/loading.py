@@ -10,14 +10,20 @@ import torch
 import xxhash
 from torch import Tensor
 
-from blip_scale import interop
-from blip_scale import recipe as recipes
-from blip_scale.data import load_tokenizer
+from blip_scale.config import recipe as recipes
+from blip_scale.config.recipe import Recipe, TextRecipe
+from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.sizes import med_config
-from blip_scale.interop import BlipWeights, Format
-from blip_scale.model import MED, NLVR2, VQA, MEDConfig, VisDial
-from blip_scale.recipe import Recipe, TextRecipe
+from blip_scale.interop.blip_weights import BlipWeights
+from blip_scale.interop.checkpoints import Format, format_of, read_checkpoint
+from blip_scale.interop.heads import PREFIX, build_network, from_published
+from blip_scale.interop.training_checkpoints import step_folder
+from blip_scale.interop.vision import interpolate_positions
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.nlvr2 import NLVR2
+from blip_scale.model.visdial import VisDial
+from blip_scale.model.vqa import VQA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,13 +58,13 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
             tokenizer.
     """
     loading = loading or Loading()
-    kind = interop.format_of(source)
+    kind = format_of(source)
     recipe = recipe_of(source, kind, loading.recipe)
     config = None
     if recipe:
         text = text_of(recipe, loading.tokenizer)
         config = med_config(recipe, load_tokenizer(text))
-    weights = interop.read_checkpoint(source, config, with_state=False)
+    weights = read_checkpoint(source, config, with_state=False)
     tokenizer = tokenizer_of(source, weights.config, recipe, loading.tokenizer)
     device = torch.device(loading.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = loading.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -82,7 +88,7 @@ def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
         return recipes.load(given)
     if kind != "ours":
         return None
-    folder = interop.step_folder(source)
+    folder = step_folder(source)
     assert folder is not None
     if (folder / "network.json").is_file():
         return None
@@ -140,15 +146,15 @@ def _filled(
 ) -> MED | VQA | NLVR2 | VisDial:
     """The network of the checkpoint's head in evaluation mode, without what the head lacks."""
     with torch.device("meta"):
-        network = interop.build_network(weights.head, replace(config, gradient_checkpointing=False))
+        network = build_network(weights.head, replace(config, gradient_checkpointing=False))
     assert isinstance(network, MED | VQA | NLVR2 | VisDial)
-    names = [f"{interop.PREFIX}{name}" for name, _ in network.named_parameters()]
-    state = interop.from_published(weights.state, weights.head, names)
-    placed = {name.removeprefix(interop.PREFIX): tensor for name, tensor in state.items()}
+    names = [f"{PREFIX}{name}" for name, _ in network.named_parameters()]
+    state = from_published(weights.state, weights.head, names)
+    placed = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     vision = network.vision
     if vision.pos_embed is not None:
         extra = vision.pos_embed.shape[1] - vision.patch_embed.num_patches
-        placed["vision.pos_embed"] = interop.interpolate_positions(
+        placed["vision.pos_embed"] = interpolate_positions(
             placed["vision.pos_embed"], vision.patch_embed.grid_size, extra
         )
     placed = {name: tensor.to(device, dtype) for name, tensor in placed.items()}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from blip_scale.data import resolve_checkpoint, special_ids
-from blip_scale.model import MEDConfig, SpecialTokens, TextConfig, VisionConfig
-from blip_scale.recipe import Recipe, TextRecipe
+from blip_scale.config.recipe import Recipe, TextRecipe
+from blip_scale.data.tokenizer import resolve_checkpoint, special_ids
+from blip_scale.model.med import MEDConfig
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from blip_scale.model import MED, TextConfig
+from blip_scale.model.med import MED
+from blip_scale.model.text import TextConfig
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from blip_scale.interop.salesforce import (
     is_training_state,
     momentum_to_salesforce,
 )
-from blip_scale.model import MEDConfig
+from blip_scale.model.med import MEDConfig
 
 PUBLISHED_QUEUE = 57600
 PUBLISHED_TEMPERATURE = 0.07

@@ -9,19 +9,15 @@ from typing import Any, Literal
 import torch
 
 from blip_scale.interop.blip_weights import BlipWeights, turned_into
-from blip_scale.interop.heads import (
-    OWN_NETWORKS,
-    PREFIX,
-    build_network,
-    from_published,
-    shapes_of,
-)
+from blip_scale.interop.heads import OWN_NETWORKS, PREFIX, build_network, from_published, shapes_of
 from blip_scale.interop.huggingface import read_huggingface
 from blip_scale.interop.salesforce import Head, State
 from blip_scale.interop.salesforce_files import read_salesforce
 from blip_scale.interop.training_checkpoints import read_training_checkpoint, step_folder
 from blip_scale.interop.vision import interpolate_positions
-from blip_scale.model import INIT_STD, MED, MEDConfig, build_vision, fill_from_med
+from blip_scale.model.initialization import INIT_STD, fill_from_med
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.vision import build_vision
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,10 @@ from blip_scale.interop.salesforce import (
     to_salesforce,
 )
 from blip_scale.interop.task_names import task_from_published, task_to_published
-from blip_scale.model import MED, NLVR2, VQA, MEDConfig, VisDial
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.nlvr2 import NLVR2
+from blip_scale.model.visdial import VisDial
+from blip_scale.model.vqa import VQA
 
 PREFIX = "med."
 """How the names of all parameters of a task's network begin."""

@@ -19,7 +19,7 @@ from blip_scale.interop.blip_weights import (
 from blip_scale.interop.huggingface_config import CLASSES, blip_config, inexpressible, med_config
 from blip_scale.interop.huggingface_names import from_huggingface, to_huggingface
 from blip_scale.interop.salesforce import State
-from blip_scale.model import MEDConfig
+from blip_scale.model.med import MEDConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blip_scale.interop.bert import LM_HEAD, MLP, SELF_ATTENTION
-from blip_scale.model import MEDConfig, MomentumEncoder
+from blip_scale.model.med import MEDConfig, MomentumEncoder
 
 Head = Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr2", "visdial"]
 HEADS: tuple[Head, ...] = get_args(Head)

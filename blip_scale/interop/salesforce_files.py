@@ -16,7 +16,9 @@ from torch import Tensor
 
 from blip_scale.interop.blip_weights import BlipWeights, checked, depth, one_line
 from blip_scale.interop.salesforce import State, head_of
-from blip_scale.model import MEDConfig, SpecialTokens, TextConfig, VisionConfig, build_vision
+from blip_scale.model.med import MEDConfig
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig, build_vision
 
 _HEAD_WIDTH = 64
 """Of all attention heads of the published networks; the tensors don't tell."""

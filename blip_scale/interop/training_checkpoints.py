@@ -26,7 +26,7 @@ from blip_scale.interop.blip_weights import BlipWeights, checked
 from blip_scale.interop.heads import from_published, head_of_names, shapes_of, to_published
 from blip_scale.interop.salesforce import momentum_from_salesforce, momentum_to_salesforce
 from blip_scale.interop.salesforce_files import at_their_resolution, med_config_from
-from blip_scale.model import MEDConfig
+from blip_scale.model.med import MEDConfig
 
 MANIFEST = "manifest.json"
 NETWORK = "network.json"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blip_scale.model import MED
+from blip_scale.model.med import MED
 
 log = logging.getLogger(__name__)
 

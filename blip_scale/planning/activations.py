@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blip_scale.model import MEDConfig
+from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import TextConfig
 from blip_scale.planning.network import VisionShape
 

@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip_scale.data.mixing import samples_per_epoch
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.loading.mixing import samples_per_epoch
 from blip_scale.data.shards import read_caption_counts
-from blip_scale.recipe import Recipe
 
 PUBLISHED = {
     "coco": 113_000,

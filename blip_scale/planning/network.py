@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from blip_scale import data
-from blip_scale.model import MED, MEDConfig, MomentumEncoder, SpecialTokens, TextConfig
+from blip_scale.config.recipe import Recipe, TextRecipe
+from blip_scale.data.tokenizer import load_tokenizer, resolve_checkpoint
+from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
+from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
-from blip_scale.recipe import Recipe, TextRecipe
 
 _KNOWN: dict[str, dict[str, int]] = {
     "bert-base-uncased": {},
@@ -114,7 +115,7 @@ def _text_config(text: TextRecipe, notes: list[str]) -> TextConfig:
         "width": text.width, "layers": 12, "heads": text.heads, "mlp_width": text.mlp_width,
     }  # fmt: skip
     if text.checkpoint is not None:
-        where = data.resolve_checkpoint(text.checkpoint)
+        where = resolve_checkpoint(text.checkpoint)
         file = Path(where) / "config.json"
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -135,7 +136,7 @@ def _text_config(text: TextRecipe, notes: list[str]) -> TextConfig:
                 f"folder or one of {', '.join(_KNOWN)}; fetch it and give the folder"
             )
     if text.tokenizer is not None:
-        vocabulary = len(data.load_tokenizer(text))
+        vocabulary = len(load_tokenizer(text))
     if text.layers is not None:
         sizes["layers"] = text.layers
     special = SpecialTokens(pad=0, cls=1, sep=2, enc=vocabulary - 1, dec=vocabulary - 2)

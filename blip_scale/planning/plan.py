@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blip_scale import checks
+from blip_scale.config import checks
+from blip_scale.config.recipe import Recipe
 from blip_scale.planning.data_volume import Volume, volume_of
 from blip_scale.planning.memory import (
     FRAGMENTATION,
@@ -20,7 +21,6 @@ from blip_scale.planning.memory import (
 from blip_scale.planning.network import Network, network_of
 from blip_scale.planning.states import Sharding, checkpoint_bytes
 from blip_scale.planning.timing import COLLECTIVE_LATENCY_S, Cluster, StepTime, step_time
-from blip_scale.recipe import Recipe
 
 GIB = 2**30
 TIB = 2**40

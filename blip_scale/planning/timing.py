@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from blip_scale.checks import BatchSizes
-from blip_scale.model import pretraining_flops, recomputation_flops
+from blip_scale.config.checks import BatchSizes
+from blip_scale.model.flops import pretraining_flops, recomputation_flops
 from blip_scale.planning.hardware import GPU
 from blip_scale.planning.network import Network
 from blip_scale.planning.states import Sharding

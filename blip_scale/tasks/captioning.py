@@ -12,16 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip_scale import data, objectives
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.heldout.pairs import HeldoutPairs
+from blip_scale.data.loading.micro_batches import Batch
 from blip_scale.data.sources.annotations import load_json
+from blip_scale.data.tokenizer import prompt_ids
 from blip_scale.engine import collectives
-from blip_scale.engine.deepspeed import ZeroEngine
 from blip_scale.engine.task import Evaluation, Progress
-from blip_scale.metrics import CAPTION_METRICS, CaptionScores, caption_scores
-from blip_scale.model import MED, PackedText, captioning_flops
-from blip_scale.recipe import Recipe
-from blip_scale.tasks import heldout, networks
-from blip_scale.tasks.training import TrainingTask
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.evaluation import captions_and_pairs
+from blip_scale.evaluation.metrics.captions import CAPTION_METRICS, CaptionScores, caption_scores
+from blip_scale.inference.inputs import to_model_input
+from blip_scale.model.flops import captioning_flops
+from blip_scale.model.med import MED
+from blip_scale.model.packing import PackedText
+from blip_scale.objectives.language import IGNORED, lm_loss
+from blip_scale.tasks.base import TrainingTask
 
 SELECTION = ("bleu_4", "cider")
 """Their sum chooses the checkpoint (published)."""
@@ -50,8 +56,8 @@ class CaptioningNetwork(nn.Module):
         logits_PV = med.decode(inputs, med.encode_image(images), every)
         # Position 0 holds [DEC]; the first `prompt_tokens` positions predict the prompt.
         positions_P = inputs.segments.positions(len(targets_P))
-        targets_P = targets_P.masked_fill(positions_P < self.prompt_tokens, objectives.IGNORED)
-        loss = objectives.lm_loss(logits_PV, targets_P, self.label_smoothing)
+        targets_P = targets_P.masked_fill(positions_P < self.prompt_tokens, IGNORED)
+        loss = lm_loss(logits_PV, targets_P, self.label_smoothing)
         return {"loss/total": loss, "loss/lm": loss.detach()}
 
 
@@ -62,7 +68,7 @@ class Captioning(TrainingTask):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        prompt = data.prompt_ids(recipe.model.text.prompt, self.tokenizer)
+        prompt = prompt_ids(recipe.model.text.prompt, self.tokenizer)
         self._prompt_tokens = len(prompt) - 1
 
     def build_network(self) -> CaptioningNetwork:
@@ -71,11 +77,11 @@ class Captioning(TrainingTask):
         return CaptioningNetwork(self.build_med(), self._prompt_tokens, smoothing)
 
     def losses(
-        self, network: Callable[..., Any], batch: data.Batch, progress: Progress
+        self, network: Callable[..., Any], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         """One forward of the network on a micro-batch."""
         self._tokens = len(batch.token_ids)
-        images, text = networks.to_model_input(batch, self.device, self.dtype)
+        images, text = to_model_input(batch, self.device, self.dtype)
         return network(images, text) | self.stream_shares(batch)
 
     def flops_per_step(self) -> float:
@@ -86,12 +92,14 @@ class Captioning(TrainingTask):
         """Captions of all held-out images; BLEU-4 and CIDEr of the first set give the score."""
         med = self.whole_med(engine)
         found = Evaluation()
-        for name, pairs in heldout.heldout_sets(self.recipe):
+        for name, pairs in captions_and_pairs.heldout_sets(self.recipe):
             every = range(len(pairs))
-            said = heldout.captions_of(med, pairs, every, self.recipe, self.tokenizer)
+            said = captions_and_pairs.captions_of(med, pairs, every, self.recipe, self.tokenizer)
             scores = _scores(said, pairs.captions, SELECTION).values
-            shown = heldout.shown_images(len(pairs), self.recipe)
-            panels, entries = heldout.panels_of(name, pairs, shown, [said[i] for i in shown])
+            shown = captions_and_pairs.shown_images(len(pairs), self.recipe)
+            panels, entries = captions_and_pairs.panels_of(
+                name, pairs, shown, [said[i] for i in shown]
+            )
             found = found.with_set(name, scores, sum(scores.values()), panels, entries)
         return found
 
@@ -134,7 +142,7 @@ def figures(
     return found | {f"without {name}": reason for name, reason in scores.left_out.items()}
 
 
-def image_ids(pairs: data.HeldoutPairs, location: str, strip_prefix: str = "") -> list[int | str]:
+def image_ids(pairs: HeldoutPairs, location: str, strip_prefix: str = "") -> list[int | str]:
     """The ids that COCO and NoCaps know the images by: those of the annotation file at `location`,
     else the digits that end the file name (COCO_val2014_000000391895.jpg), else the record's id."""
     known: dict[str, int | str] = {}

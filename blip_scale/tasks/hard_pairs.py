@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from blip_scale.engine import collectives
-from blip_scale.model import PackedText, Segments
-from blip_scale.objectives import HardNegatives
+from blip_scale.model.attention import Segments
+from blip_scale.model.packing import PackedText
+from blip_scale.objectives.matching import HardNegatives
 
 
 class Pairs(NamedTuple):

@@ -6,35 +6,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from blip_scale import data, logs
-from blip_scale.data import normalize_images
+from blip_scale import logs
+from blip_scale.config.recipe import Recipe
+from blip_scale.config.settings import expand
+from blip_scale.data.loading.loader import TrainLoader
+from blip_scale.data.loading.micro_batches import CaptionInput, LoaderPosition
+from blip_scale.data.tokenizer import resolve_checkpoint
 from blip_scale.engine import collectives
-from blip_scale.inference import med_config as med_config  # a part of this module's interface
-from blip_scale.interop import (
-    OWN_NETWORKS,
-    Head,
-    from_published,
-    grown,
-    head_parameters,
-    load_bert,
-    load_checkpoint,
-    load_vision,
-    shapes_of,
-    to_salesforce,
-)
-from blip_scale.model import (
-    MED,
-    MEDConfig,
-    PackedText,
-    Segments,
-    build_vision,
-    init_weights,
-    training_tokens,
-)
-from blip_scale.recipe import Recipe
-from blip_scale.settings import expand
+from blip_scale.interop.bert import load_bert
+from blip_scale.interop.checkpoints import grown, head_parameters, load_checkpoint
+from blip_scale.interop.heads import OWN_NETWORKS, from_published, shapes_of
+from blip_scale.interop.salesforce import Head, to_salesforce
+from blip_scale.interop.vision import load_vision
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.vision import build_vision, training_tokens
 
 
 def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
@@ -53,7 +41,7 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
     if vision.checkpoint is not None:
         load_vision(med, vision.checkpoint)
     if text.checkpoint is not None:
-        load_bert(med, data.resolve_checkpoint(text.checkpoint))
+        load_bert(med, resolve_checkpoint(text.checkpoint))
     return med
 
 
@@ -74,17 +62,15 @@ def _whole_checkpoint(recipe: Recipe) -> Path:
     return Path(expand(recipe.model.checkpoint, "model.checkpoint"))
 
 
-def train_loader(
-    recipe: Recipe, text: data.CaptionInput, micro_batch_size: int
-) -> data.TrainLoader:
+def train_loader(recipe: Recipe, text: CaptionInput, micro_batch_size: int) -> TrainLoader:
     """This rank's loader."""
-    position = data.LoaderPosition(
+    position = LoaderPosition(
         collectives.rank(),
         collectives.world_size(),
         micro_batch_size,
         recipe.train.global_batch_size,
     )
-    return data.TrainLoader(
+    return TrainLoader(
         recipe.data,
         recipe.model.vision.image_size,
         text,
@@ -94,28 +80,8 @@ def train_loader(
     )
 
 
-def to_pixels(images: Tensor, med: nn.Module) -> Tensor:
-    """Pixels uint8 [B, 3, H, W] as this network takes them: on its device, in its type."""
-    like = next(med.parameters())
-    return normalize_images(images.to(like.device), like.dtype)
-
-
-def packed_text(packed: data.PackedTokens, device: torch.device) -> PackedText:
-    """Packed token ids as the network takes them."""
-    return PackedText(packed.token_ids, Segments(packed.offsets, packed.max_length)).to(device)
-
-
 def image_shape(config: MEDConfig) -> tuple[int, int]:
     """Tokens of an image in training, and their width."""
     with torch.device("meta"):
         vision = build_vision(config.vision)
     return training_tokens(vision), vision.embed_dim
-
-
-def to_model_input(
-    batch: data.Batch, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, PackedText]:
-    """A batch on the device: images [B, 3, H, W] normalised, and its packed captions."""
-    batch = batch.to(device)
-    text = PackedText(batch.token_ids, Segments(batch.offsets, batch.max_length))
-    return normalize_images(batch.images, dtype), text

@@ -14,15 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from blip_scale import data
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.heldout.pairs import HeldoutPairs
+from blip_scale.data.loading.micro_batches import Batch, CaptionInput
+from blip_scale.data.tokenizer import pack_captions
 from blip_scale.engine import collectives
-from blip_scale.engine.deepspeed import ZeroEngine
-from blip_scale.engine.pictures import Panel
 from blip_scale.engine.task import Evaluation, Progress
-from blip_scale.model import NLVR2, PackedText, TextWork, fine_tuning_flops
-from blip_scale.recipe import Recipe
-from blip_scale.tasks import heldout, networks
-from blip_scale.tasks.training import TrainingTask
+from blip_scale.engine.watching.pictures import Panel
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.evaluation import captions_and_pairs
+from blip_scale.inference.inputs import packed_text, to_model_input, to_pixels
+from blip_scale.model.flops import TextWork, fine_tuning_flops
+from blip_scale.model.nlvr2 import NLVR2
+from blip_scale.model.packing import PackedText
+from blip_scale.tasks import networks
+from blip_scale.tasks.base import TrainingTask
 
 MAX_WORDS = 40
 """Of a sentence (published)."""
@@ -55,16 +61,16 @@ class ImagePairs(TrainingTask):
 
     head = "nlvr2"
 
-    def text_input(self) -> data.CaptionInput:
+    def text_input(self) -> CaptionInput:
         """Sentences."""
-        return data.CaptionInput(self.tokenizer, self.recipe.model.text.max_tokens, MAX_WORDS)
+        return CaptionInput(self.tokenizer, self.recipe.model.text.max_tokens, MAX_WORDS)
 
     def build_network(self) -> NLVR2Network:
         """Encoder of sentences and pairs, weights not filled."""
         return NLVR2Network(NLVR2(self.config))
 
     def losses(
-        self, network: Callable[..., Any], batch: data.Batch, progress: Progress
+        self, network: Callable[..., Any], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         """One forward of the network on a micro-batch.
 
@@ -77,7 +83,7 @@ class ImagePairs(TrainingTask):
                 "make the set with `python tools/prepare_data.py nlvr2`"
             )
         self._tokens = len(batch.token_ids)
-        images, sentences = networks.to_model_input(batch, self.device, self.dtype)
+        images, sentences = to_model_input(batch, self.device, self.dtype)
         labels = [int(annotation["label"]) for annotation in batch.annotations]
         found = network(first_then_second(images), sentences, torch.tensor(labels).to(self.device))
         return found | self.stream_shares(batch)
@@ -93,10 +99,10 @@ class ImagePairs(TrainingTask):
         """Accuracy on every held-out set; that of the first is the score."""
         network = self.whole(engine, lambda: NLVR2(self.config))
         found = Evaluation()
-        for name, pairs in heldout.heldout_sets(self.recipe, max_words=MAX_WORDS):
+        for name, pairs in captions_and_pairs.heldout_sets(self.recipe, max_words=MAX_WORDS):
             said = judgements_of(network, pairs, self.recipe, self.tokenizer)
             scalars = accuracy(said, pairs)
-            shown = heldout.shown_images(len(pairs), self.recipe)
+            shown = captions_and_pairs.shown_images(len(pairs), self.recipe)
             panels = panels_of(pairs, shown, said)
             found = found.with_set(name, scalars, scalars["accuracy"], panels)
         return found
@@ -109,7 +115,7 @@ def first_then_second(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def judgements_of(
-    network: NLVR2, pairs: data.HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+    network: NLVR2, pairs: HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> list[list[bool]]:
     """Whether each sentence of each pair is held to be true; the ranks share the work.
 
@@ -117,19 +123,19 @@ def judgements_of(
     """
     device, enc = next(network.parameters()).device, network.config.text.special.enc
     mine: list[list[bool]] = []
-    for indices in heldout.my_batches(len(pairs), recipe.evaluation.batch_size):
+    for indices in captions_and_pairs.my_batches(len(pairs), recipe.evaluation.batch_size):
         sentences = [pairs.captions[index] for index in indices]
         owners = [place for place, said in enumerate(sentences) for _ in said]
         flat = list(chain.from_iterable(sentences))
-        packed = data.pack_captions(tokenizer, flat, recipe.model.text.max_tokens)
-        text = networks.packed_text(packed, device).with_first_token(enc)
-        images = networks.to_pixels(pairs.images(indices)[owners], network)
+        packed = pack_captions(tokenizer, flat, recipe.model.text.max_tokens)
+        text = packed_text(packed, device).with_first_token(enc)
+        images = to_pixels(pairs.images(indices)[owners], network)
         answers = iter(network(first_then_second(images), text).argmax(-1).tolist())
         mine += [[bool(next(answers)) for _ in said] for said in sentences]
     return list(chain.from_iterable(collectives.all_gather_objects(mine)))
 
 
-def accuracy(said: list[list[bool]], pairs: data.HeldoutPairs) -> dict[str, float]:
+def accuracy(said: list[list[bool]], pairs: HeldoutPairs) -> dict[str, float]:
     """Share of right judgements, how many there are, and the share of the commoner label, which
     is right without looking.
 
@@ -150,7 +156,7 @@ def accuracy(said: list[list[bool]], pairs: data.HeldoutPairs) -> dict[str, floa
     }
 
 
-def panels_of(pairs: data.HeldoutPairs, shown: list[int], said: list[list[bool]]) -> list[Panel]:
+def panels_of(pairs: HeldoutPairs, shown: list[int], said: list[list[bool]]) -> list[Panel]:
     """Both images side by side with their first sentence."""
     return [
         Panel(

@@ -11,15 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_scale import data, objectives
+from blip_scale.data.loading.micro_batches import Batch
 from blip_scale.engine import collectives
-from blip_scale.engine.deepspeed import ZeroEngine
 from blip_scale.engine.task import Evaluation, Progress
-from blip_scale.model import MED, MomentumEncoder, PackedText, pretraining_flops
-from blip_scale.objectives import FeaturePair
-from blip_scale.tasks import heldout, networks
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.evaluation import captions_and_pairs
+from blip_scale.inference.inputs import to_model_input
+from blip_scale.model.flops import pretraining_flops
+from blip_scale.model.med import MED, MomentumEncoder
+from blip_scale.model.packing import PackedText
+from blip_scale.objectives import contrastive
+from blip_scale.objectives.contrastive import FeaturePair, itc_loss
+from blip_scale.objectives.language import lm_loss
+from blip_scale.objectives.matching import HardNegatives, draw_negatives, itm_loss, match_labels
 from blip_scale.tasks.hard_pairs import global_pairs, local_pairs
-from blip_scale.tasks.momentum_task import Contrast, MomentumNetwork, MomentumTask
+from blip_scale.tasks.momentum import Contrast, MomentumNetwork, MomentumTask
 
 
 class PretrainNetwork(MomentumNetwork):
@@ -47,12 +53,12 @@ class PretrainNetwork(MomentumNetwork):
         temperature = med.temperature()
         with torch.no_grad():
             keys = self.momentum_features(images, text)
-            targets = objectives.similarities(keys, keys, queue, temperature)
-        similarities = objectives.similarities(online, keys, queue, temperature)
-        itc = objectives.itc_loss(similarities, targets, alpha)
+            targets = contrastive.similarities(keys, keys, queue, temperature)
+        similarities = contrastive.similarities(online, keys, queue, temperature)
+        itc = itc_loss(similarities, targets, alpha)
         batch = len(images)
         if settings.negatives == "local":
-            negatives = objectives.draw_negatives(
+            negatives = draw_negatives(
                 similarities.text_to_image[:, :batch],
                 similarities.image_to_text[:, :batch],
                 generator,
@@ -69,9 +75,9 @@ class PretrainNetwork(MomentumNetwork):
             pairs.image_index,
             torch.arange(batch, device=images.device),
         )
-        labels = objectives.match_labels(batch, images.device)
-        itm = objectives.itm_loss(itm_logits, labels)
-        lm = objectives.lm_loss(lm_logits, lm_targets, settings.label_smoothing)
+        labels = match_labels(batch, images.device)
+        itm = itm_loss(itm_logits, labels)
+        lm = lm_loss(lm_logits, lm_targets, settings.label_smoothing)
         return {
             "loss/total": itc + itm + lm,
             "loss/itc": itc.detach(),
@@ -84,10 +90,10 @@ class PretrainNetwork(MomentumNetwork):
 @torch.no_grad()
 def _global_negatives(
     online: FeaturePair, keys: FeaturePair, temperature: Tensor, generator: torch.Generator
-) -> objectives.HardNegatives:
+) -> HardNegatives:
     """Drawn from the momentum features of all ranks."""
     pool = FeaturePair(collectives.all_gather(keys.image), collectives.all_gather(keys.text))
-    return objectives.draw_negatives(
+    return draw_negatives(
         online.text @ pool.image.T / temperature,
         online.image @ pool.text.T / temperature,
         generator,
@@ -107,11 +113,11 @@ class Pretrain(MomentumTask):
         )
 
     def losses(
-        self, network: Callable[..., Any], batch: data.Batch, progress: Progress
+        self, network: Callable[..., Any], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         """One forward of the network on a micro-batch; keeps its momentum features for the
         queue."""
-        images, text = networks.to_model_input(batch, self.device, self.dtype)
+        images, text = to_model_input(batch, self.device, self.dtype)
         features, alpha = self.queue.features, self.alpha(progress)
         found = network(images, text, features, alpha, self.generator())
         return self.noted(found, batch, progress)
@@ -125,4 +131,6 @@ class Pretrain(MomentumTask):
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
         """Held-out retrieval and captions on a whole copy of the MED."""
-        return heldout.evaluate(self.whole_med(engine), self.recipe, self.tokenizer, final)
+        return captions_and_pairs.evaluate(
+            self.whole_med(engine), self.recipe, self.tokenizer, final
+        )

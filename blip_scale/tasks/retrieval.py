@@ -1,119 +1,138 @@
-"""Zero-shot image-text retrieval: contrastive similarity, then image-text matching on the best
-candidates.
+"""Fine-tuning for image-text retrieval: ITC with momentum distillation and ITM, where texts of one
+image are no negatives of each other.
 
-Legend: I images, S texts (each belongs to one image, an image has one or more), Q queries (images
-    or texts) and C candidates (the other kind), K of them re-ranked, E embed_dim, N image tokens, D
-    width.
+Legend: B micro-batch of this rank, W ranks, E embed_dim, Q queue, K = B + Q keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
+from blip_scale.data.loading.micro_batches import Batch
 from blip_scale.engine import collectives
-from blip_scale.model import MED, PackedText
-
-NOT_RERANKED = -100.0
-"""Score of the pairs that image-text matching never saw (as published)."""
-
-
-@dataclass(frozen=True)
-class PairFeatures:
-    """Features of the held-out images and texts."""
-
-    image_embeds: Tensor
-    """[I', N, D] image tokens of this rank's share of the images alone: of COCO's 5,000 they take 9
-    GB in fp32."""
-    image_features: Tensor
-    """[I, E] projected and normalised."""
-    text_features: Tensor
-    """[S, E] projected and normalised."""
+from blip_scale.engine.task import Evaluation, Progress
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.evaluation import captions_and_pairs
+from blip_scale.inference.inputs import to_model_input
+from blip_scale.model.flops import retrieval_flops
+from blip_scale.model.med import MomentumEncoder
+from blip_scale.model.packing import PackedText
+from blip_scale.objectives import contrastive
+from blip_scale.objectives.contrastive import FeaturePair, itc_loss
+from blip_scale.objectives.matching import draw_negatives, itm_loss, pair_labels
+from blip_scale.tasks.hard_pairs import global_pairs, local_pairs
+from blip_scale.tasks.momentum import Contrast, MomentumNetwork, MomentumTask
 
 
-def recalls(scores_IS: Tensor, owners_S: Tensor) -> dict[str, float]:
-    """R@1, R@5, R@10 in both directions. An image is right when any of its texts is among the first
-    k, a text when its image is.
+class RetrievalNetwork(MomentumNetwork):
+    """The encoders with their momentum copies; a forward is one micro-step without side effect."""
 
-    A tie counts against the right answer, so that constant scores give 0 and not 1.
+    def forward(
+        self,
+        images: Tensor,
+        text: PackedText,
+        image_ids: Tensor,
+        queue: tuple[FeaturePair, Tensor],
+        alpha: float,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Losses, metrics, and the momentum features that the queue takes after the step.
 
-    Args:
-        scores_IS: higher is better.
-        owners_S: int64, the image that each text belongs to.
-    """
-    is_own_IS = owners_S == torch.arange(len(scores_IS), device=owners_S.device)[:, None]
-    found = {}
-    for direction, scores_QC, is_own_QC in (
-        ("image_to_text", scores_IS, is_own_IS),
-        ("text_to_image", scores_IS.T, is_own_IS.T),
-    ):
-        best_own_Q1 = scores_QC.masked_fill(~is_own_QC, -torch.inf).amax(dim=1, keepdim=True)
-        better_Q = ((scores_QC >= best_own_Q1) & ~is_own_QC).sum(dim=1)
-        for k in (1, 5, 10):
-            found[f"{direction}_r{k}"] = (better_Q < k).double().mean().item()
-    return found
-
-
-def share(count: int) -> slice:
-    """This rank's contiguous part of `count` items; the parts of all ranks differ by at most one
-    item."""
-    ranks, rank = collectives.world_size(), collectives.rank()
-    return slice(count * rank // ranks, count * (rank + 1) // ranks)
-
-
-@torch.no_grad()
-def rerank(
-    med: MED,
-    features: PairFeatures,
-    texts: Callable[[Sequence[int]], PackedText],
-    top_k: int,
-    batch_size: int,
-) -> Tensor:
-    """Scores [2, I, S]: row 0 re-ranked image to text, row 1 text to image (transposed back to [I,
-    S]).
-
-    For each image its `top_k` texts by cosine, and for each text its `top_k` images, get the raw
-    match logit plus the cosine; every other pair gets -100 (as published). A pair that both
-    directions want is matched once. Each rank takes the pairs of its own images.
-
-    Args:
-        texts: packed texts of some indices, first token [ENC].
-    """
-    similarity_IS = features.image_features @ features.text_features.T
-    wanted = torch.zeros(2, *similarity_IS.shape, dtype=torch.bool, device=similarity_IS.device)
-    wanted[0].scatter_(1, _best(similarity_IS, top_k), True)
-    wanted[1].T.scatter_(1, _best(similarity_IS.T, top_k), True)
-    own = share(len(similarity_IS))
-    mine = wanted.any(dim=0)[own].nonzero()  # in the order of the images: a batch has few of them
-    logits = torch.zeros_like(similarity_IS, dtype=torch.float32)
-    for begin in range(0, len(mine), batch_size):
-        images, sentences = mine[begin : begin + batch_size].unbind(1)
-        own_images, index = images.unique(return_inverse=True)
-        matched = med.match(texts(sentences.tolist()), features.image_embeds[own_images], index)
-        logits[images + own.start, sentences] = matched[:, 1].float()
-    logits = collectives.all_reduce_sum(logits)
-    return torch.where(wanted, logits + similarity_IS, NOT_RERANKED)
+        Args:
+            images: [B, 3, H, W] normalised, in the type of the weights.
+            text: B captions, first token [CLS].
+            image_ids: [B] int64, equal where the image is the same.
+            queue: momentum features of earlier steps [E, Q] each, and their image ids [Q].
+            alpha: weight of the soft targets.
+            generator: draws the hard negatives; on the device of the images.
+        """
+        med = self.med
+        image_embeds, online = self.online_features(images, text)
+        temperature = med.temperature()
+        features, queue_ids = queue
+        with torch.no_grad():
+            keys = self.momentum_features(images, text)
+            targets = contrastive.similarities(keys, keys, features, temperature)
+        similarities = contrastive.similarities(online, keys, features, temperature)
+        positives_BK = image_ids[:, None] == torch.cat([image_ids, queue_ids])
+        itc = itc_loss(similarities, targets, alpha, positives_BK)
+        everywhere = self.settings.negatives == "global"
+        pool, pool_ids = online, image_ids
+        if everywhere:
+            pool = FeaturePair(
+                collectives.all_gather(online.image), collectives.all_gather(online.text)
+            )
+            pool_ids = collectives.all_gather(image_ids)
+        same_BP = image_ids[:, None] == pool_ids
+        negatives = draw_negatives(
+            online.text.detach() @ pool.image.detach().T / temperature.detach(),
+            online.image.detach() @ pool.text.detach().T / temperature.detach(),
+            generator,
+            same_image_BP=same_BP,
+        )
+        pairs = (global_pairs if everywhere else local_pairs)(image_embeds, text, negatives)
+        texts = pairs.texts.with_first_token(med.config.text.special.enc)
+        logits = med.match(texts, pairs.image_embeds, pairs.image_index)
+        labels = pair_labels(negatives, same_BP)
+        itm = itm_loss(logits, labels)
+        return {
+            "loss/total": itc + itm,
+            "loss/itc": itc.detach(),
+            "loss/itm": itm.detach(),
+            **Contrast(similarities, temperature, keys).metrics(logits, labels),
+        }
 
 
-def _best(scores_QC: Tensor, top_k: int) -> Tensor:
-    """Columns of the `top_k` highest scores of every row, [Q, K], the same on all ranks."""
-    mine = scores_QC[share(len(scores_QC))].topk(min(top_k, scores_QC.shape[1]), dim=1).indices
-    return torch.cat(collectives.all_gather_ragged(mine))
+class Retrieval(MomentumTask):
+    """The retrieval task: what `engine.task.Task` asks for."""
+
+    head = "retrieval"
+    keeps_image_ids = True
+
+    def build_network(self) -> RetrievalNetwork:
+        """The encoders' part of the MED and momentum encoders, weights not filled."""
+        momentum = MomentumEncoder(self.config)
+        return RetrievalNetwork(self.build_med(), momentum, self.recipe.objective)
+
+    def losses(
+        self, network: Callable[..., Any], batch: Batch, progress: Progress
+    ) -> dict[str, Tensor]:
+        """One forward of the network on a micro-batch; keeps its momentum features for the
+        queue."""
+        images, text = to_model_input(batch, self.device, self.dtype)
+        image_ids = image_ids_of(batch).to(self.device, non_blocking=True)
+        assert self.queue.image_ids is not None
+        queue = (self.queue.features, self.queue.image_ids)
+        alpha = self.alpha(progress)
+        found = network(images, text, image_ids, queue, alpha, self.generator())
+        return self.noted(found, batch, progress, image_ids)
+
+    def flops_per_step(self) -> float:
+        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+        queue_size = self.recipe.objective.queue_size
+        return self.accumulation * retrieval_flops(
+            self.config, self.batch_size, self._tokens, queue_size
+        )
+
+    def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
+        """Recalls on the held-out sets, re-ranked; their mean on the first set is the score."""
+        med = self.whole_med(engine)
+        found = Evaluation()
+        for name, pairs in captions_and_pairs.heldout_sets(self.recipe):
+            figures = captions_and_pairs.retrieval_on(med, pairs, self.recipe, self.tokenizer, True)
+            recalls = [value for figure, value in figures.items() if figure.startswith("itm_")]
+            found = found.with_set(name, figures, fmean(recalls))
+        return found
 
 
-def retrieval_figures(
-    scores_IS: Tensor, reranked_2IS: Tensor | None, owners_S: Tensor
-) -> dict[str, float]:
-    """`itc_...` and, where the pairs were re-ranked, `itm_...` recalls, and the numbers of
-    candidates, images (`candidates`) and `texts`."""
-    owners_S = owners_S.to(scores_IS.device)
-    figures = {f"itc_{name}": value for name, value in recalls(scores_IS, owners_S).items()}
-    if reranked_2IS is not None:
-        for direction, scores in zip(("image_to_text", "text_to_image"), reranked_2IS, strict=True):
-            both = recalls(scores, owners_S)
-            figures |= {f"itm_{name}": both[name] for name in both if name.startswith(direction)}
-    images, texts = scores_IS.shape
-    return figures | {"candidates": float(images), "texts": float(texts)}
+def image_ids_of(batch: Batch) -> Tensor:
+    """[B] int64: the same for pairs of one image, whatever batch they come in (hashes of stream and
+    id; among 10^6 images two of the same hash are a matter of one in 10^7)."""
+    names = zip(batch.streams, batch.ids, strict=True)
+    return torch.tensor([xxhash.xxh3_64_intdigest(f"{s}/{i}") >> 1 for s, i in names])

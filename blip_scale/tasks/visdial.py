@@ -18,15 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from blip_scale import data
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.captions import clean_caption, clean_question
+from blip_scale.data.heldout.pairs import HeldoutPairs
+from blip_scale.data.loading.micro_batches import Batch, CaptionInput
+from blip_scale.data.tokenizer import pack_captions
 from blip_scale.engine import collectives
-from blip_scale.engine.deepspeed import ZeroEngine
 from blip_scale.engine.task import Evaluation, Progress
-from blip_scale.metrics import ndcg, ranking_figures, ranks_of
-from blip_scale.model import PackedText, TextWork, VisDial, fine_tuning_flops
-from blip_scale.recipe import Recipe
-from blip_scale.tasks import heldout, networks
-from blip_scale.tasks.training import TrainingTask
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.evaluation import captions_and_pairs
+from blip_scale.evaluation.metrics.ranking import ndcg, ranking_figures, ranks_of
+from blip_scale.inference.inputs import packed_text, to_model_input, to_pixels
+from blip_scale.model.flops import TextWork, fine_tuning_flops
+from blip_scale.model.packing import PackedText
+from blip_scale.model.visdial import VisDial
+from blip_scale.tasks import networks
+from blip_scale.tasks.base import TrainingTask
 
 MAX_WORDS = 50
 """Of a question."""
@@ -72,17 +79,17 @@ class VisualDialog(TrainingTask):
     _sizes = (1, 1)
     """Tokens of the last micro-batch's captions and dialogs."""
 
-    def text_input(self) -> data.CaptionInput:
+    def text_input(self) -> CaptionInput:
         """Questions; the network reads the dialogs that `losses` makes of them."""
         limit = self.recipe.model.text.max_tokens
-        return data.CaptionInput(self.tokenizer, limit, MAX_WORDS, clean=data.clean_question)
+        return CaptionInput(self.tokenizer, limit, MAX_WORDS, clean=clean_question)
 
     def build_network(self) -> VisDialNetwork:
         """Encoder of image, caption and dialog, weights not filled."""
         return VisDialNetwork(VisDial(self.config))
 
     def losses(
-        self, network: Callable[..., Any], batch: data.Batch, progress: Progress
+        self, network: Callable[..., Any], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         """One forward of the network on a micro-batch.
 
@@ -104,7 +111,7 @@ class VisualDialog(TrainingTask):
         dialogs = text.of(rounds, chosen)
         captions = text.captions([annotation["caption"] for annotation in batch.annotations])
         each = len(chosen[0])
-        images, _ = networks.to_model_input(batch, self.device, self.dtype)
+        images, _ = to_model_input(batch, self.device, self.dtype)
         owners = torch.arange(len(images), device=self.device).repeat_interleave(each)
         labels = torch.zeros(len(images), each, dtype=torch.int64, device=self.device)
         labels[:, 0] = 1
@@ -130,7 +137,7 @@ class VisualDialog(TrainingTask):
         """Ranks of the true answers on every held-out set; MRR of the first is the score."""
         network = self.whole(engine, lambda: VisDial(self.config))
         found = Evaluation()
-        for name, pairs in heldout.heldout_sets(self.recipe, data.clean_question, MAX_WORDS):
+        for name, pairs in captions_and_pairs.heldout_sets(self.recipe, clean_question, MAX_WORDS):
             scores = scores_of(network, pairs, self.recipe, self.tokenizer)
             figures = dialog_figures(scores, pairs)
             found = found.with_set(name, figures, figures["mrr"])
@@ -152,20 +159,18 @@ class Dialogs:
 
     def captions(self, captions: Sequence[str]) -> PackedText:
         """First token [CLS]."""
-        texts = [data.clean_caption(caption) for caption in captions]
-        return networks.packed_text(
-            data.pack_captions(self._tokenizer, texts, self._max_tokens), self._device
-        )
+        texts = [clean_caption(caption) for caption in captions]
+        return packed_text(pack_captions(self._tokenizer, texts, self._max_tokens), self._device)
 
     def of(self, rounds: Sequence[Round], chosen: Sequence[Sequence[int]]) -> PackedText:
         """The chosen candidates of each round, one text each, first token [CLS]."""
         rows = []
         for (question, annotation), numbers in zip(rounds, chosen, strict=True):
             spoken = [text for turn in annotation["history"] for text in turn]
-            before = self._ids(" ".join(data.clean_question(text) for text in spoken))
+            before = self._ids(" ".join(clean_question(text) for text in spoken))
             asked = self._ids(question)
             for number in numbers:
-                answer = self._ids(data.clean_question(annotation["candidates"][number]))
+                answer = self._ids(clean_question(annotation["candidates"][number]))
                 said = (before + asked + answer)[-(self._max_tokens - 2) :]
                 rows.append([self._tokenizer.cls_token_id, *said, self._tokenizer.sep_token_id])
         return PackedText.from_lists(rows, self._device)
@@ -189,20 +194,20 @@ def some_candidates(
 
 @torch.no_grad()
 def scores_of(
-    network: VisDial, pairs: data.HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+    network: VisDial, pairs: HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> list[list[list[float]]]:
     """The matching logit (true less false) of each candidate of each round of each image; the
     ranks share the images."""
     special, device = network.config.text.special, next(network.parameters()).device
     text = Dialogs(tokenizer, recipe.model.text.max_tokens, device)
     mine: list[list[list[float]]] = []
-    for indices in heldout.my_batches(len(pairs), 1):
+    for indices in captions_and_pairs.my_batches(len(pairs), 1):
         (index,) = indices
         rounds = list(zip(pairs.captions[index], pairs.annotations[index], strict=True))
         if any("candidates" not in annotation for _, annotation in rounds):
             raise ValueError(f"{pairs.name}: {pairs.ids[index]} is no dialog with candidates")
         captions = text.captions([rounds[0][1]["caption"]])
-        pixels = networks.to_pixels(pairs.images(indices), network)
+        pixels = to_pixels(pairs.images(indices), network)
         context = network.encode_context(pixels, captions)
         found: list[list[float]] = []
         for one in rounds:
@@ -220,7 +225,7 @@ def scores_of(
 
 
 def dialog_figures(
-    scores: Sequence[Sequence[Sequence[float]]], pairs: data.HeldoutPairs
+    scores: Sequence[Sequence[Sequence[float]]], pairs: HeldoutPairs
 ) -> dict[str, float]:
     """MRR, recalls and mean rank of all rounds; NDCG of those that people judged (`relevance`)."""
     ranks, gains = [], []

@@ -12,13 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip_scale import data, objectives
-from blip_scale.engine.deepspeed import ZeroEngine
+from blip_scale.data.captions import clean_question
+from blip_scale.data.heldout.pairs import HeldoutPairs
+from blip_scale.data.loading.micro_batches import Batch, CaptionInput
+from blip_scale.data.tokenizer import pack_captions
 from blip_scale.engine.task import Evaluation, Progress
-from blip_scale.metrics import vqa_accuracy
-from blip_scale.model import VQA, PackedText, TextWork, fine_tuning_flops, head_flops
-from blip_scale.tasks import answering, heldout, networks
-from blip_scale.tasks.training import TrainingTask
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.evaluation import captions_and_pairs
+from blip_scale.evaluation.answers import MAX_WORDS, answers_of, panels_of
+from blip_scale.evaluation.metrics.answers import vqa_accuracy
+from blip_scale.inference.inputs import packed_text, to_model_input
+from blip_scale.model.flops import TextWork, fine_tuning_flops, head_flops
+from blip_scale.model.packing import PackedText
+from blip_scale.model.vqa import VQA
+from blip_scale.objectives.answers import answer_loss, sequence_losses
+from blip_scale.tasks import networks
+from blip_scale.tasks.base import TrainingTask
 
 VISUAL_GENOME_WEIGHT = 0.2
 """Of a question of Visual Genome, which one person answered (published)."""
@@ -57,14 +66,14 @@ class VQANetwork(nn.Module):
         )
         inputs, targets_P = answers.with_first_token(special.dec).split_targets()
         logits_PV = med.decode(inputs, states, questions.segments, owners_A)
-        losses_A = objectives.sequence_losses(
+        losses_A = sequence_losses(
             logits_PV,
             targets_P,
             inputs.segments.sequence_of(len(targets_P)),
             len(owners_A),
             self.label_smoothing,
         )
-        loss = objectives.answer_loss(losses_A, weights_A, len(images))
+        loss = answer_loss(losses_A, weights_A, len(images))
         return {"loss/total": loss, "loss/lm": loss.detach()}
 
 
@@ -82,19 +91,17 @@ class VisualQuestionAnswering(TrainingTask):
     _sizes = (1, 1, 1)
     """Tokens of the last micro-batch's questions and answers, and the number of answers."""
 
-    def text_input(self) -> data.CaptionInput:
+    def text_input(self) -> CaptionInput:
         """Questions."""
         limit = self.recipe.model.text.max_tokens
-        return data.CaptionInput(
-            self.tokenizer, limit, answering.MAX_WORDS, clean=data.clean_question
-        )
+        return CaptionInput(self.tokenizer, limit, MAX_WORDS, clean=clean_question)
 
     def build_network(self) -> VQANetwork:
         """Encoder and decoder, weights not filled."""
         return VQANetwork(VQA(self.config), self.recipe.objective.label_smoothing)
 
     def losses(
-        self, network: Callable[..., Any], batch: data.Batch, progress: Progress
+        self, network: Callable[..., Any], batch: Batch, progress: Progress
     ) -> dict[str, Tensor]:
         """One forward of the network on a micro-batch.
 
@@ -109,11 +116,11 @@ class VisualQuestionAnswering(TrainingTask):
                 )
         weights = [answer_weights(annotation) for annotation in batch.annotations]
         texts = [answer for found in weights for answer in found]
-        packed = data.pack_captions(self.tokenizer, texts, self.config.text.max_positions)
-        answers = networks.packed_text(packed, self.device)
+        packed = pack_captions(self.tokenizer, texts, self.config.text.max_positions)
+        answers = packed_text(packed, self.device)
         owners = [number for number, found in enumerate(weights) for _ in found]
         shares = [share for found in weights for share in found.values()]
-        images, questions = networks.to_model_input(batch, self.device, self.dtype)
+        images, questions = to_model_input(batch, self.device, self.dtype)
         answered = len(packed.token_ids) - len(texts)
         self._sizes = len(batch.token_ids), answered, len(texts)
         found = network(
@@ -141,18 +148,16 @@ class VisualQuestionAnswering(TrainingTask):
         """Accuracy on every held-out set that has answers."""
         vqa = self.whole(engine, lambda: VQA(self.config))
         found = Evaluation()
-        for name, pairs in heldout.heldout_sets(
-            self.recipe, data.clean_question, answering.MAX_WORDS
-        ):
-            said = answering.answers_of(vqa, pairs, self.recipe, self.tokenizer)
+        for name, pairs in captions_and_pairs.heldout_sets(self.recipe, clean_question, MAX_WORDS):
+            said = answers_of(vqa, pairs, self.recipe, self.tokenizer)
             scalars = accuracy(said, pairs)
-            shown = heldout.shown_images(len(pairs), self.recipe)
-            panels, entries = answering.panels_of(name, pairs, shown, said)
+            shown = captions_and_pairs.shown_images(len(pairs), self.recipe)
+            panels, entries = panels_of(name, pairs, shown, said)
             found = found.with_set(name, scalars, scalars.get("accuracy"), panels, entries)
         return found
 
 
-def accuracy(said: list[list[str]], pairs: data.HeldoutPairs) -> dict[str, float]:
+def accuracy(said: list[list[str]], pairs: HeldoutPairs) -> dict[str, float]:
     """Official VQA accuracy over all questions with answers, and how many they are; empty without
     any."""
     scores = [

@@ -9,8 +9,8 @@ import tiny_blip
 import tiny_runs
 from s3_server import S3Server
 
-from blip_scale.data import write_shards
-from tools import capfilt
+from blip_scale.commands import capfilt
+from blip_scale.data.shards import write_shards
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 

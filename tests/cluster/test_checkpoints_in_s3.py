@@ -21,8 +21,8 @@ from checkpoint_pieces import (
 from fake_ranks import FakeRanks
 from s3_server import S3Server
 
-from blip_scale.engine import restore
-from blip_scale.engine.object_storage import ObjectFolder
+from blip_scale.engine.checkpoints import restore
+from blip_scale.storage.objects import ObjectFolder
 
 pytestmark = pytest.mark.s3
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -19,12 +18,13 @@ from s3_server import S3Server
 pytest.importorskip("emoji")
 pytest.importorskip("resvg_py")
 
-from blip_scale.data import clean_caption
-from blip_scale.data.sources import openmoji, twemoji
-from blip_scale.data.sources.drawings import render_all
-from blip_scale.data.sources.emoji_names import names
-from blip_scale.data.stores import StreamStore
-from blip_scale.recipe import StreamRecipe
+from blip_scale.commands import prepare_data
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.captions import clean_caption
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.sources.demo_sets import openmoji, twemoji
+from blip_scale.data.sources.demo_sets.drawings import render_all
+from blip_scale.data.sources.demo_sets.emoji_names import names
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
@@ -63,15 +63,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
 
 
 @pytest.fixture
-def prepare(repo: Path) -> Callable[[list[str]], int]:
-    """tools/prepare_data.py in this process."""
-    path = repo / "tools" / "prepare_data.py"
-    spec = importlib.util.spec_from_file_location("prepare_data", path)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    main: Callable[[list[str]], int] = tool.main
-    return main
+def prepare() -> Callable[[list[str]], int]:
+    """`prepare-data` in this process."""
+    return prepare_data.main
 
 
 def test_into_a_bucket_and_training_from_it(
@@ -88,7 +82,7 @@ def test_into_a_bucket_and_training_from_it(
     arguments = ["laion", str(folder), remote, "--shard-size", "1mb", "--workers", "2"]
     assert prepare([*arguments, "--shard", "1/2"]) == 0
     assert "part 1/2 is done; other parts are not yet" in capsys.readouterr().out
-    assert prepare([*arguments, "--merge"]) == 1
+    assert prepare([*arguments, "--merge"]) == 2
     assert "4 of 7 chunks are not converted yet" in capsys.readouterr().err
     assert prepare([*arguments, "--shard", "0/2"]) == 0
     count = len(expected)
@@ -117,10 +111,10 @@ def test_into_a_bucket_and_training_from_it(
     named = json.loads(s3.get(f"{twice}/index.json"))["shards"]
     assert s3.names(f"{twice}/shard.") == {shard["raw_data"]["basename"] for shard in named}
 
-    assert prepare([*arguments[:2], "s3://nobody/has/this", *arguments[3:]]) == 1
+    assert prepare([*arguments[:2], "s3://nobody/has/this", *arguments[3:]]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: s3://nobody/has/this: ClientError"), last
-    assert prepare(["laion", "s3://nobody/has/this", "--dry-run"]) == 1
+    assert prepare(["laion", "s3://nobody/has/this", "--dry-run"]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: s3://nobody/has/this: "), last
 

@@ -16,8 +16,9 @@ from faulty_proxy import faulty_proxy
 from reading_job import ReadingJob
 from s3_server import S3Server
 
-from blip_scale.data import Batch, fetching, prefetch
-from blip_scale.data.stores import StreamStore
+from blip_scale.data.loading.micro_batches import Batch
+from blip_scale.data.reading import fetching, prefetch
+from blip_scale.data.reading.stream_store import StreamStore
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 

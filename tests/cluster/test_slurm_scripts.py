@@ -13,7 +13,7 @@ import tiny_blip
 import tiny_runs
 from slurm_cluster import SlurmCluster, wait_for
 
-from blip_scale.data import write_shards
+from blip_scale.data.shards import write_shards
 
 SCRIPTS = sorted((tiny_runs.REPO / "slurm").glob("*.sh"))
 

@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import train
-from blip_scale.tasks import Pretrain
+from blip_scale.tasks.pretrain import Pretrain
 
 FAILING_STEP = 6
 MESSAGE = "this batch cannot be computed"

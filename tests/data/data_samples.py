@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from blip_scale.data import Batch, TrainLoader, fetching, prefetch
-from blip_scale.recipe import StreamRecipe
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.loading.loader import TrainLoader
+from blip_scale.data.loading.micro_batches import Batch
+from blip_scale.data.reading import fetching, prefetch
 
 MakeShards = Callable[..., Path]
 MakeLoader = Callable[..., TrainLoader]

@@ -7,15 +7,11 @@ from pathlib import Path
 import pytest
 from data_samples import VOCABULARY, MakeLoader, MakeShards, hurry, jpeg
 
-from blip_scale.data import (
-    CaptionInput,
-    LoaderPosition,
-    Record,
-    TrainLoader,
-    load_tokenizer,
-    write_shards,
-)
-from blip_scale.recipe import DataRecipe, StreamRecipe, TextRecipe
+from blip_scale.config.recipe import DataRecipe, StreamRecipe, TextRecipe
+from blip_scale.data.loading.loader import TrainLoader
+from blip_scale.data.loading.micro_batches import CaptionInput, LoaderPosition
+from blip_scale.data.shards import Record, write_shards
+from blip_scale.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")

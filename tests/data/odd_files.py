@@ -17,7 +17,7 @@ import pyarrow.parquet
 from data_samples import jpeg
 from PIL import Image
 
-from blip_scale.data.conversion import Chunk, Found, RawPair, Reject
+from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reject
 
 HTML = b"<!DOCTYPE html><html><head><title>404 Not Found</title></head></html>"
 EMOJI_CAPTION = "a cat 😺 with a 👩‍👩‍👧 family"

@@ -9,8 +9,8 @@ import pytest
 from data_samples import photo
 from PIL import Image, ImageOps
 
-from blip_scale.data import augment
-from tools import published_transform
+from blip_scale.data.pixels import augment
+from tools.benchmarks import published_transform
 
 NAMES = list(published_transform.OPERATIONS)
 

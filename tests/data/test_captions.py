@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blip_scale.data import clean_caption
+from blip_scale.data.captions import clean_caption
 
 
 @pytest.mark.parametrize(

@@ -24,20 +24,11 @@ from odd_files import (
     write_tar,
 )
 
-from blip_scale.data.conversion import (
-    Chunk,
-    Conversion,
-    Found,
-    Part,
-    Progress,
-    RawPair,
-    Rules,
-    Source,
-    convert,
-    merge,
-)
-from blip_scale.data.sources import READERS
-from blip_scale.data.stores import StreamStore
+from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Source
+from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
+from blip_scale.data.conversion.screening import Rules
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.sources.readers import READERS
 
 RULES = Rules("test")
 

@@ -9,9 +9,9 @@ import pytest
 from data_samples import jpeg, photo, saved
 from PIL import Image
 
-from blip_scale.data import TrainTransform
-from blip_scale.data.decoding import decode_image, decode_jpeg, jpeg_size
-from blip_scale.data.stores import CorruptSample
+from blip_scale.data.pixels.decoding import decode_image, decode_jpeg, jpeg_size
+from blip_scale.data.pixels.transforms import TrainTransform
+from blip_scale.data.reading.stream_store import CorruptSample
 
 
 def fast(encoded: bytes) -> np.ndarray | str:

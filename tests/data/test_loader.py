@@ -14,9 +14,9 @@ import torch
 from data_samples import MakeLoader, MakeShards, stream, take
 from torch.utils.data import Dataset
 
-from blip_scale.data import Batch, CaptionInput
-from blip_scale.data.order import SampleOrder
-from blip_scale.data.prefetch import Prefetcher
+from blip_scale.data.loading.micro_batches import Batch, CaptionInput
+from blip_scale.data.loading.order import SampleOrder
+from blip_scale.data.reading.prefetch import Prefetcher
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -105,7 +105,7 @@ def test_resume_on_another_number_of_ranks_goes_on_with_the_same_samples(
 def test_resume_reads_nothing_of_what_went_before(
     make_shards: MakeShards, make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from blip_scale.data.stores import StreamStore
+    from blip_scale.data.reading.stream_store import StreamStore
 
     loader = make_loader([stream(make_shards("red", 45))])
     loader.load_state_dict({**loader.state_dict(), "samples_seen": 24})

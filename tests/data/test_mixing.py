@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 
-from blip_scale.data import Record, write_shards
-from blip_scale.data.mixing import describe, samples_per_epoch
-from blip_scale.recipe import DataRecipe, StreamRecipe
+from blip_scale.config.recipe import DataRecipe, StreamRecipe
+from blip_scale.data.loading.mixing import describe, samples_per_epoch
+from blip_scale.data.shards import Record, write_shards
 
 
 def mixture(*settings: dict[str, float], samples: int | None = None) -> DataRecipe:

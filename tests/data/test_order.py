@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from blip_scale.data.order import SampleOrder, Slot, StreamShape
+from blip_scale.data.loading.order import SampleOrder, Slot, StreamShape
 
 Place = tuple[int, int, int]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from data_samples import MakeLoader, MakeShards, stream, take
 
-from blip_scale.data import prefetch
-from blip_scale.data.order import SampleOrder, StreamShape
+from blip_scale.data.loading.order import SampleOrder, StreamShape
+from blip_scale.data.reading import prefetch
 
 
 @pytest.fixture(autouse=True)

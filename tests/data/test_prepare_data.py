@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -18,21 +17,16 @@ import pytest
 from data_samples import jpeg
 from odd_files import write_img2dataset_tars
 
-from blip_scale.data.sources import READERS
+from blip_scale.commands import prepare_data
+from blip_scale.data.sources.readers import READERS
 
 Main = Callable[[list[str]], int]
 
 
 @pytest.fixture(scope="module")
-def prepare(repo: Path) -> Main:
-    """tools/prepare_data.py in this process."""
-    path = repo / "tools" / "prepare_data.py"
-    spec = importlib.util.spec_from_file_location("prepare_data", path)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    main: Main = tool.main
-    return main
+def prepare() -> Main:
+    """`prepare-data` in this process."""
+    return prepare_data.main
 
 
 @pytest.fixture
@@ -118,7 +112,7 @@ def test_a_mistake_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     places = {"TARS": str(tars), "OUT": str(tars.parent / "out")}
-    assert prepare([places.get(one, one) for one in arguments]) == 1
+    assert prepare([places.get(one, one) for one in arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
 
@@ -129,7 +123,7 @@ def test_the_wrong_parquet_is_one_line(
     table = pyarrow.Table.from_pylist([{"URL": "https://host.example/1.jpg", "TEXT": "a dog"}])
     pyarrow.parquet.write_table(table, tmp_path / "list.parquet")
     for more in ([str(tmp_path / "out")], ["--dry-run"]):
-        assert prepare(["laion", str(tmp_path / "list.parquet"), *more]) == 1
+        assert prepare(["laion", str(tmp_path / "list.parquet"), *more]) == 2
         assert "has no column with images" in capsys.readouterr().err
 
 

@@ -20,9 +20,9 @@ from odd_files import (
 )
 from PIL import Image
 
-from blip_scale.data.conversion import RawPair, Reason, Reject, Rules
-from blip_scale.data.conversion.screening import screen
-from blip_scale.data.decoding import decode_image
+from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
+from blip_scale.data.conversion.screening import Rules, screen
+from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.shards import Record
 
 RULES = Rules("test")

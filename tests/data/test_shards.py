@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from data_samples import jpeg, stream
 
-from blip_scale.data import Record, write_shards
-from blip_scale.data.stores import StreamStore
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.shards import Record, write_shards
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from odd_files import EMOJI_CAPTION, RIGHT_TO_LEFT_CAPTION, pairs, read_all, rejects
 
-from blip_scale.data.conversion import Found, Source
-from blip_scale.data.sources import READERS
+from blip_scale.data.conversion.pairs import Found, Source
+from blip_scale.data.sources.readers import READERS
 
 
 def read(name: str, location: Path, **more: Any) -> list[Found]:

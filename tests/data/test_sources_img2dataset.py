@@ -24,8 +24,8 @@ from odd_files import (
     write_tar,
 )
 
-from blip_scale.data.conversion import RawPair, Source
-from blip_scale.data.sources import READERS
+from blip_scale.data.conversion.pairs import RawPair, Source
+from blip_scale.data.sources.readers import READERS
 
 
 def write_parquet_form(folder: Path, shards: int, count: int) -> None:

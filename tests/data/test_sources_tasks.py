@@ -11,18 +11,18 @@ import pytest
 import torch
 from data_samples import jpeg, stream, take
 
-from blip_scale.data import (
-    CaptionInput,
-    LoaderPosition,
-    TrainLoader,
-    clean_question,
-    heldout_pairs,
-)
-from blip_scale.data.conversion import Conversion, Part, Rules, Source, convert
-from blip_scale.data.image_pairs import maybe_swap
+from blip_scale.config.recipe import DataRecipe
+from blip_scale.data.captions import clean_question
+from blip_scale.data.conversion.pairs import Source
+from blip_scale.data.conversion.run import Conversion, Part, convert
+from blip_scale.data.conversion.screening import Rules
+from blip_scale.data.heldout.pairs import heldout_pairs
+from blip_scale.data.loading.loader import TrainLoader
+from blip_scale.data.loading.micro_batches import CaptionInput, LoaderPosition
+from blip_scale.data.pixels.image_pairs import maybe_swap
 from blip_scale.data.shards import Record
-from blip_scale.data.sources import READERS, easy_nlvr2
-from blip_scale.recipe import DataRecipe
+from blip_scale.data.sources.demo_sets import easy_nlvr2
+from blip_scale.data.sources.readers import READERS
 
 Convert = Callable[..., tuple[Path, dict[str, Any]]]
 

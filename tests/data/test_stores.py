@@ -11,11 +11,12 @@ import pytest
 from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from reading_job import ReadingJob
 
-from blip_scale.data import Record, fetching, stores, write_shards
-from blip_scale.data.cache import ShardCache
-from blip_scale.data.fetching import Fetcher
-from blip_scale.data.stores import StreamStore
-from blip_scale.recipe import DataRecipe
+from blip_scale.config.recipe import DataRecipe
+from blip_scale.data.reading import fetching, stream_store
+from blip_scale.data.reading.cache import ShardCache
+from blip_scale.data.reading.fetching import Fetcher
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.shards import Record, write_shards
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_a_shard_that_is_not_there_is_named(make_shards: MakeShards, tmp_path: P
     shard.unlink()
     said = rf"{shard} can't be fetched, tried 4 times \(FileN"
     for _ in range(2):
-        with pytest.raises(stores.DamagedShard, match=rf"^red/shard.00000.mds: {said}"):
+        with pytest.raises(stream_store.DamagedShard, match=rf"^red/shard.00000.mds: {said}"):
             store.read(0, 0)
     assert not list((tmp_path / "a").glob("shard.*"))
     assert store.read(1, 0)["id"].startswith("red-")
@@ -308,4 +309,4 @@ def test_folders_may_name_variables(
     folder = make_shards("red", 8)
     monkeypatch.setenv("SETS", str(folder.parent))
     recipe = stream(Path("$SETS/red"))
-    assert stores.open_streams(DataRecipe(streams=[recipe]))[0].folder == folder
+    assert stream_store.open_streams(DataRecipe(streams=[recipe]))[0].folder == folder

@@ -8,14 +8,9 @@ from pathlib import Path
 import pytest
 from data_samples import VOCABULARY
 
-from blip_scale.data import (
-    CaptionInput,
-    load_tokenizer,
-    pack_captions,
-    resolve_checkpoint,
-    special_ids,
-)
-from blip_scale.recipe import TextRecipe
+from blip_scale.config.recipe import TextRecipe
+from blip_scale.data.loading.micro_batches import CaptionInput
+from blip_scale.data.tokenizer import load_tokenizer, pack_captions, resolve_checkpoint, special_ids
 
 
 def test_special_tokens_come_after_another_vocabulary(text: CaptionInput) -> None:

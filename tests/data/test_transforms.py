@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from skimage import data as photos
 from torch import Tensor
 
-from blip_scale.data import EvalTransform, TrainTransform, transforms
+from blip_scale.data.pixels import transforms
+from blip_scale.data.pixels.transforms import EvalTransform, TrainTransform
 
 Way = Literal["fast", "exact", "published"]
 PHOTOS = ("astronaut", "chelsea", "coffee", "ihc", "motorcycle_left")

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip_scale.engine import collectives, restore
-from blip_scale.engine.checkpoint import RunState, Saver
-from blip_scale.engine.deepspeed import AdamW
-from blip_scale.engine.object_storage import ObjectFolder
-from blip_scale.engine.places import Place
-from blip_scale.engine.shards import Shard
-from blip_scale.recipe import CheckpointRecipe
+from blip_scale.config.recipe import CheckpointRecipe
+from blip_scale.engine import collectives
+from blip_scale.engine.checkpoints import restore
+from blip_scale.engine.checkpoints.location import Place
+from blip_scale.engine.checkpoints.save import RunState, Saver
+from blip_scale.engine.zero.engine import AdamW
+from blip_scale.engine.zero.parameter_slices import Shard
+from blip_scale.storage.objects import ObjectFolder
 
 SIZES = {"first": 7, "second": 20, "last": 1}
 FOLLOWED = ("first", "last")

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from blip_scale.engine.communication import CommunicationMeter
+from blip_scale.engine.watching.communication import CommunicationMeter
 
 STEPS = 3  # in the first two DeepSpeed learns the order of the modules
 
@@ -61,12 +61,12 @@ def main() -> None:
     meter.install()
     gathers = Gathers()
 
-    from blip_scale import checks, recipe
+    from blip_scale.config import checks, recipe
     from blip_scale.engine import collectives
-    from blip_scale.engine.deepspeed import initialize, start
-    from blip_scale.engine.sharded_momentum import ShardedMomentum
     from blip_scale.engine.task import Progress
-    from blip_scale.tasks import Pretrain
+    from blip_scale.engine.zero.engine import initialize, start
+    from blip_scale.engine.zero.momentum import ShardedMomentum
+    from blip_scale.tasks.pretrain import Pretrain
 
     options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
     chosen = recipe.load(options["--recipe"])

@@ -18,12 +18,12 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from blip_scale import checks, recipe
+from blip_scale.config import checks, recipe
 from blip_scale.engine import collectives
-from blip_scale.engine.deepspeed import ZeroEngine, initialize, start
-from blip_scale.engine.sharded_momentum import ShardedMomentum
 from blip_scale.engine.task import Progress
-from blip_scale.tasks import Pretrain
+from blip_scale.engine.zero.engine import ZeroEngine, initialize, start
+from blip_scale.engine.zero.momentum import ShardedMomentum
+from blip_scale.tasks.pretrain import Pretrain
 
 
 def held() -> int:

@@ -16,11 +16,17 @@ import torch
 from fake_ranks import FakeRanks
 from torch import Tensor
 
-from blip_scale import data, recipe
+from blip_scale.config import recipe
+from blip_scale.data.loading.loader import TrainLoader
+from blip_scale.data.loading.micro_batches import CaptionInput, LoaderPosition
+from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.engine.loop import micro_step_seed
 from blip_scale.engine.schedule import learning_rate
-from blip_scale.model import MomentumEncoder
-from blip_scale.objectives import FeaturePair, FeatureQueue, alpha_at
+from blip_scale.inference.inputs import to_model_input
+from blip_scale.inference.sizes import med_config
+from blip_scale.model.med import MomentumEncoder
+from blip_scale.objectives.contrastive import FeaturePair, alpha_at
+from blip_scale.objectives.feature_queue import FeatureQueue
 from blip_scale.tasks import networks
 from blip_scale.tasks.pretrain import PretrainNetwork
 
@@ -37,8 +43,8 @@ class Reference:
 def run(file: Path, ranks: int, steps: int) -> Reference:
     """The first `steps` steps of a recipe, as `ranks` ranks would take them."""
     chosen = recipe.load(str(file), [])
-    tokenizer = data.load_tokenizer(chosen.model.text)
-    config = networks.med_config(chosen, tokenizer)
+    tokenizer = load_tokenizer(chosen.model.text)
+    config = med_config(chosen, tokenizer)
     med = networks.initialized_med(chosen, config)
     momentum_encoder = MomentumEncoder(config)
     momentum_encoder.load_state_dict(med.state_dict(), strict=False)
@@ -68,7 +74,7 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
                 seed = micro_step_seed(chosen.seed, micro_step, rank)
                 torch.manual_seed(seed)
                 generator = torch.Generator().manual_seed(seed ^ 0x5EED)
-                images, text = networks.to_model_input(
+                images, text = to_model_input(
                     next(batches[rank]), torch.device("cpu"), torch.float32
                 )
                 return network(images, text, queue, alpha, generator)
@@ -121,9 +127,9 @@ def _on_all_ranks(
 
 def _loader(
     chosen: recipe.Recipe, tokenizer: object, rank: int, ranks: int, micro: int
-) -> data.TrainLoader:
-    position = data.LoaderPosition(rank, ranks, micro, chosen.train.global_batch_size)
-    text = data.CaptionInput(tokenizer, chosen.model.text.max_tokens)
-    return data.TrainLoader(
+) -> TrainLoader:
+    position = LoaderPosition(rank, ranks, micro, chosen.train.global_batch_size)
+    text = CaptionInput(tokenizer, chosen.model.text.max_tokens)
+    return TrainLoader(
         replace(chosen.data, workers=0), chosen.model.vision.image_size, text, chosen.seed, position
     )

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from blip_scale.engine.anomalies import Stragglers, loss_level
+from blip_scale.engine.watching.anomalies import Stragglers, loss_level
 
 
 def test_a_spike_stands_out_of_noise() -> None:

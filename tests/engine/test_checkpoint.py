@@ -26,9 +26,10 @@ from checkpoint_pieces import (
 )
 from fake_ranks import FakeRanks
 
-from blip_scale.engine import checkpoint_files, restore
-from blip_scale.engine.checkpoint import RunState
-from blip_scale.engine.places import Place
+from blip_scale.engine.checkpoints import restore
+from blip_scale.engine.checkpoints.location import Place
+from blip_scale.engine.checkpoints.save import RunState
+from blip_scale.storage import checkpoint_format
 
 
 @pytest.mark.parametrize("saved_as", [even_slices, one_stretch])
@@ -192,14 +193,14 @@ def test_a_rank_that_cannot_write_is_said_by_name(
 ) -> None:
     """No rank waits for it, no half checkpoint stays, the one before is as it was."""
     alone().save(tmp_path, 4)
-    write = checkpoint_files.save_file
+    write = checkpoint_format.save_file
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         if f"rank_{failing:05d}" in str(path):
             raise OSError(28, "No space left on device")
         write(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint_files, "save_file", full)
+    monkeypatch.setattr(checkpoint_format, "save_file", full)
     fake = FakeRanks(2, monkeypatch)
     with caplog.at_level(logging.ERROR):
         assert fake.run(lambda rank: Pieces(even_slices(rank, 2)).save(tmp_path)) == [None, None]
@@ -236,14 +237,14 @@ def test_training_goes_on_while_a_copy_is_written(
 ) -> None:
     """What a later step writes into weights, queue and history is not in the checkpoint."""
     begun, may_write = threading.Event(), threading.Event()
-    write = checkpoint_files.save_file
+    write = checkpoint_format.save_file
 
     def slow(tensors: Any, path: Path, metadata: Any) -> None:
         begun.set()
         assert may_write.wait(60)
         write(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint_files, "save_file", slow)
+    monkeypatch.setattr(checkpoint_format, "save_file", slow)
     pieces = alone()
     saver, state = pieces.saver(place_of(tmp_path)), state_of(5)
     saver.begin(state)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from blip_scale.engine import communication
-from blip_scale.engine.communication import CommunicationMeter
+from blip_scale.engine.watching import communication
+from blip_scale.engine.watching.communication import CommunicationMeter
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import pytest
 import torch
 from tiny_runs import REPO, WIDER, finish, launch, make_recipe, said
 
-from blip_scale import recipe
-from blip_scale.engine import deepspeed
+from blip_scale.config import recipe
+from blip_scale.config.recipe import Recipe
 from blip_scale.engine.task import Progress
+from blip_scale.engine.zero import engine
 from blip_scale.planning.network import network_of
-from blip_scale.recipe import Recipe
-from blip_scale.tasks import Pretrain
+from blip_scale.tasks.pretrain import Pretrain
 
 pytestmark = pytest.mark.multiprocess
 PERSISTENT = 300
@@ -39,7 +39,7 @@ class Use:
 
 def uses_of(chosen: Recipe) -> Counter[Use]:
     """How often a step calls each module, by a plain network in this process."""
-    task = Pretrain(chosen, deepspeed.start(60.0))
+    task = Pretrain(chosen, engine.start(60.0))
     network, uses = task.build_network(), Counter[Use]()
     for name, module in network.named_modules():
         own = [*module.parameters(recurse=False)]

@@ -10,8 +10,10 @@ import tiny_runs
 import torch
 from torch import Tensor
 
-from blip_scale import data, recipe
-from blip_scale.interop import read_checkpoint
+from blip_scale.config import recipe
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.inference.sizes import med_config
+from blip_scale.interop.checkpoints import read_checkpoint
 from blip_scale.tasks import networks
 
 pytestmark = pytest.mark.multiprocess
@@ -43,8 +45,8 @@ def test_frozen_weights_stay_and_a_resumed_run_has_the_same_bits(
     """The fp32 initial weights, also of a bf16 run; all others move, and their momentum copies."""
     file = make_recipe(tmp_path, precision)
     chosen = recipe.load(str(file))
-    tokenizer = data.load_tokenizer(chosen.model.text)
-    med = networks.initialized_med(chosen, networks.med_config(chosen, tokenizer))
+    tokenizer = load_tokenizer(chosen.model.text)
+    med = networks.initialized_med(chosen, med_config(chosen, tokenizer))
     last, ends = tmp_path / "run" / "checkpoints" / "step_00000006", []
     for _ in range(2):  # the second time from step 3
         shutil.rmtree(last, ignore_errors=True)
@@ -63,7 +65,7 @@ def test_frozen_weights_stay_and_a_resumed_run_has_the_same_bits(
         stays = torch.equal(found, parameter.detach().flatten())
         assert stays == f"med.{name}".startswith(FROZEN), name
 
-    network = networks.med_config(chosen, tokenizer)
+    network = med_config(chosen, tokenizer)
     state = read_checkpoint(last, network).state
     for part in ("pos_embed", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight"):
         same = torch.equal(state[f"visual_encoder.{part}"], state[f"visual_encoder_m.{part}"])

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from blip_scale.engine import heartbeat as module
-from blip_scale.engine.heartbeat import Heartbeat
+from blip_scale.engine.watching import heartbeat as module
+from blip_scale.engine.watching.heartbeat import Heartbeat
 
 
 def make(run: Path, rank: int = 0, stall_timeout_s: float = 0) -> Heartbeat:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from fake_ranks import FakeRanks
 
-from blip_scale.engine.interrupts import REQUEUE_EXIT_CODE, Interrupts
+from blip_scale.config import exit_codes
+from blip_scale.engine.interrupts import Interrupts
 
 CPU = torch.device("cpu")
 
@@ -68,4 +69,4 @@ def test_signals_are_given_back() -> None:
 
 
 def test_the_exit_code_asks_for_another_try() -> None:
-    assert REQUEUE_EXIT_CODE == os.EX_TEMPFAIL
+    assert exit_codes.REQUEUE == os.EX_TEMPFAIL

@@ -13,10 +13,11 @@ import tiny_runs
 import torch
 import xxhash
 
-from blip_scale.data import inventory, write_shards
-from blip_scale.data.stores import StreamStore
-from blip_scale.engine.manifest import RunManifest, software
-from blip_scale.recipe import StreamRecipe
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.reading.inventory import inventory
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.shards import write_shards
+from blip_scale.engine.watching.run_manifest import RunManifest, software
 
 
 def state(**changes: Any) -> dict[str, Any]:

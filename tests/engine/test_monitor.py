@@ -16,8 +16,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from blip_scale.engine import monitor as module
-from blip_scale.engine.monitor import Alarm, Monitor, Panel, measure_peak_flops, peak_memory_gib
+from blip_scale.engine.watching import monitor as module
+from blip_scale.engine.watching.monitor import (
+    Alarm,
+    Monitor,
+    Panel,
+    measure_peak_flops,
+    peak_memory_gib,
+)
 
 
 def make(folder: Path, start_step: int = 0, **options: Any) -> Monitor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip_scale.engine.onednn import OneDNNLinear, take_onednn
+from blip_scale.engine.zero.onednn import OneDNNLinear, take_onednn
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import REPO, WIDER, finish, launch, make_recipe, said
 
-from blip_scale import recipe
+from blip_scale.config import recipe
 from blip_scale.planning.network import network_of
 from blip_scale.planning.states import Sharding, states
 

@@ -20,8 +20,10 @@ import tiny_runs
 import torch
 import train_killed_in_a_save
 
-from blip_scale import recipe as recipes
-from blip_scale.data import CaptionInput, LoaderPosition, TrainLoader, load_tokenizer
+from blip_scale.config import recipe as recipes
+from blip_scale.data.loading.loader import TrainLoader
+from blip_scale.data.loading.micro_batches import CaptionInput, LoaderPosition
+from blip_scale.data.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.multiprocess
 

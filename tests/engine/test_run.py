@@ -26,9 +26,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from blip_scale import recipe as recipes
-from blip_scale.data import CaptionInput, Record, load_tokenizer, write_shards
-from blip_scale.objectives import FeatureQueue
+from blip_scale.config import recipe as recipes
+from blip_scale.data.loading.micro_batches import CaptionInput
+from blip_scale.data.shards import Record, write_shards
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.objectives.feature_queue import FeatureQueue
 from blip_scale.tasks import networks
 
 pytestmark = pytest.mark.multiprocess

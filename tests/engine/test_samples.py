@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fake_ranks import FakeRanks
 
-from blip_scale.engine import files
-from blip_scale.engine.samples import SampleRecord
+from blip_scale.engine.watching.sample_record import SampleRecord
+from blip_scale.storage import files
 
 
 def steps(file: Path) -> list[int]:

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from blip_scale import recipe
+from blip_scale.config import recipe
+from blip_scale.config.recipe import OptimizerRecipe
 from blip_scale.engine.schedule import learning_rate
-from blip_scale.recipe import OptimizerRecipe
 
 STEPS_PER_EPOCH = 5000
 PUBLISHED = OptimizerRecipe(

@@ -14,8 +14,9 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from tiny_runs import REPO
 from torch import nn
 
-from blip_scale.engine import collectives, zero3_step
-from blip_scale.engine.zero3_step import (
+from blip_scale.engine import collectives
+from blip_scale.engine.zero import deepspeed_patches
+from blip_scale.engine.zero.deepspeed_patches import (
     drop_idle_hooks,
     gather_together,
     joined,
@@ -48,7 +49,7 @@ def test_only_modules_with_something_to_gather_keep_their_hooks(
     network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.GELU())
     heard: list[str] = []
     gathered: list[Any] = []
-    monkeypatch.setattr(zero3_step, "gather_together", gathered.append)
+    monkeypatch.setattr(deepspeed_patches, "gather_together", gathered.append)
     offload = SimpleNamespace(module=network, forward_hooks=[], backward_hooks=[])
     for module in network:
         name = type(module).__name__
@@ -153,7 +154,7 @@ import os
 import torch
 from torch import nn
 from blip_scale import checks, recipe
-from blip_scale.engine.deepspeed import initialize, start
+from blip_scale.engine.zero.engine import initialize, start
 
 torch.set_num_threads(2)
 start(60.0)

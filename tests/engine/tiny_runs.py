@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from blip_scale import launcher
-from blip_scale.data import Record, write_shards
+from blip_scale.data.shards import Record, write_shards
 
 REPO = Path(__file__).resolve().parent.parent.parent
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black"]

@@ -11,11 +11,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import train
+from blip_scale.config.recipe import CheckpointRecipe
 from blip_scale.engine import collectives, loop
-from blip_scale.engine.checkpoint import RunState, Saver
-from blip_scale.engine.places import Place
-from blip_scale.recipe import CheckpointRecipe
-from blip_scale.tasks import Pretrain
+from blip_scale.engine.checkpoints.location import Place
+from blip_scale.engine.checkpoints.save import RunState, Saver
+from blip_scale.tasks.pretrain import Pretrain
 
 _train, _losses = loop._train, Pretrain.losses
 

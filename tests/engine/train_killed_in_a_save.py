@@ -12,17 +12,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import train
-from blip_scale.engine import checkpoint_files
+from blip_scale.storage import checkpoint_format
 
 MOMENTS = {"writing": "save_file", "committing": "commit"}
-"""Name of the moment -> what of blip_scale.engine.checkpoint_files does not come to its end: in the
+"""Name of the moment -> what of `storage.checkpoint_format` does not come to its end: in the
 thread that writes while training goes on, or in the main thread."""
 _DOOMED = "step_00000006.partial"
 
 
 def kill_in(moment: str) -> None:
     """Replace a function by one that dies when it is called for the doomed checkpoint."""
-    original = getattr(checkpoint_files, MOMENTS[moment])
+    original = getattr(checkpoint_format, MOMENTS[moment])
 
     def dying(*arguments: Any) -> Any:
         (path, *_) = (one for one in arguments if isinstance(one, Path))
@@ -37,7 +37,7 @@ def kill_in(moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return None
 
-    setattr(checkpoint_files, MOMENTS[moment], dying)
+    setattr(checkpoint_format, MOMENTS[moment], dying)
 
 
 if __name__ == "__main__":

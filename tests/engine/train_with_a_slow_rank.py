@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import train
-from blip_scale.tasks import Pretrain
+from blip_scale.tasks.pretrain import Pretrain
 
 SLOW_FROM_STEP = 13
 """Rank 1 sleeps in every forward from this step on (counted from 1)."""

@@ -10,9 +10,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import train
+from blip_scale.config.recipe import OptimizerRecipe
 from blip_scale.engine import loop
-from blip_scale.recipe import OptimizerRecipe
-from blip_scale.tasks import Pretrain
+from blip_scale.tasks.pretrain import Pretrain
 
 BAD_LOSS_STEP = 3
 """The loss of rank 1 is once not a number in this step (counted from 1)."""

@@ -8,7 +8,7 @@ import pytest
 import tiny_blip
 import tiny_runs
 
-from tools import convert_checkpoint
+from blip_scale.commands import convert_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,15 @@ import pytest
 import tiny_runs
 import torch
 
-from blip_scale.data import Record, write_shards
-from blip_scale.data.decoding import decode_image
-from blip_scale.data.shards import INDEX_NAME
-from blip_scale.data.stores import StreamStore
-from blip_scale.inference import draws_of, load_blip, pixels_of
-from blip_scale.model import NucleusSettings
-from blip_scale.recipe import StreamRecipe
-from tools import capfilt
+from blip_scale.commands import capfilt
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.shards import INDEX_NAME, Record, write_shards
+from blip_scale.inference.blip import draws_of
+from blip_scale.inference.images import pixels_of
+from blip_scale.inference.loading import load_blip
+from blip_scale.model.generation import NucleusSettings
 
 SAMPLING = ["--max-tokens", "10", "--min-tokens", "4"]
 
@@ -242,9 +243,9 @@ def test_what_was_begun_goes_on_as_it_was_begun(
     capsys.readouterr()
     changes = (["--threshold", "0.4"], ["--seed", "1"], ["--top-p", "0.8"], ["--prompt", "a"])
     for more in changes:
-        run(web, tmp_path / "out", *models, "--shard", "1/2", *more, code=1)
+        run(web, tmp_path / "out", *models, "--shard", "1/2", *more, code=2)
         assert "was begun with other input or settings" in capsys.readouterr().err
-    run(web, tmp_path / "out", "--shard", "1/2", model=ours, code=1)  # same weights, another head
+    run(web, tmp_path / "out", "--shard", "1/2", model=ours, code=2)  # same weights, another head
     assert "was begun with other input or settings" in capsys.readouterr().err
 
 
@@ -263,12 +264,12 @@ def test_wrong_checkpoints_are_refused(
         (tmp_path / "nowhere", ours, "nowhere: no such file or folder"),
     ):
         models = ["--captioner", str(captioner), "--filter", str(judge)]
-        run(web, tmp_path / "out", *models, code=1)
+        run(web, tmp_path / "out", *models, code=2)
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith("error: ") and message in said
     assert not (tmp_path / "out").exists()
     models = ["--captioner", str(ours), "--filter", str(ours)]
-    run(tmp_path, tmp_path / "out", *models, code=1)
+    run(tmp_path, tmp_path / "out", *models, code=2)
     assert "no index.json in" in capsys.readouterr().err
-    run(web, tmp_path / "out", *models, "--threshold", "50", code=1)
+    run(web, tmp_path / "out", *models, "--threshold", "50", code=2)
     assert "a probability from 0 to 1" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tools import demo, predict
+from blip_scale.commands import demo_page, predict
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, _NAMES)), "")
@@ -20,9 +20,9 @@ BROWSER = next(filter(None, map(shutil.which, _NAMES)), "")
 @pytest.fixture(scope="module")
 def page(ours: Path, hf: Path, pictures: Path) -> Iterator[str]:
     """Address of the page with a checkpoint of pretraining and one for questions."""
-    options = demo.parser().parse_args([str(ours), str(hf / "vqa"), "--images", str(pictures)])
-    blocks = demo.build(demo.service(options))
-    demo.launch(blocks, options, prevent_thread_lock=True, quiet=True)
+    options = demo_page.parser().parse_args([str(ours), str(hf / "vqa"), "--images", str(pictures)])
+    blocks = demo_page.build(demo_page.service(options))
+    demo_page.launch(blocks, options, prevent_thread_lock=True, quiet=True)
     yield blocks.local_url
     blocks.close()
 
@@ -54,9 +54,11 @@ def test_the_page_says_what_predict_says(
 
     path = next(pictures.glob("*.png"))
     image = handle_file(str(path))
-    said = client.predict(image, demo.BEAM, 3, 0, api_name="/caption")
+    said = client.predict(image, demo_page.BEAM, 3, 0, api_name="/caption")
     assert said == ask("caption", path, "--model", ours)[0]["caption"]
-    sampled = [client.predict(image, demo.NUCLEUS, 3, s, api_name="/caption") for s in (0, 0, 1)]
+    sampled = [
+        client.predict(image, demo_page.NUCLEUS, 3, s, api_name="/caption") for s in (0, 0, 1)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
     question = "a red disc?"
     said = client.predict(image, question, api_name="/answer")
@@ -83,13 +85,13 @@ def test_what_is_missing_is_said(client: Any, pictures: Path, tmp_path: Path) ->
     (tmp_path / "cut.png").write_bytes(next(pictures.glob("*.png")).read_bytes()[:-40])
     broken = handle_file(str(tmp_path / "cut.png"))
     for given, name, message in (
-        ((None, demo.BEAM, 3, 0), "caption", "drop an image first"),
+        ((None, demo_page.BEAM, 3, 0), "caption", "drop an image first"),
         ((None, "a?"), "answer", "drop an image first"),
         ((None, "a"), "match", "drop an image first"),
         ((None, " \n"), "match", "type a text first"),
         ((None, " "), "answer", "type a question first"),
         ((" ", False), "search", "type a text first"),
-        ((broken, demo.BEAM, 3, 0), "caption", "can't be decoded"),
+        ((broken, demo_page.BEAM, 3, 0), "caption", "can't be decoded"),
     ):
         with pytest.raises(AppError, match=message):
             client.predict(*given, api_name=f"/{name}")
@@ -129,11 +131,11 @@ def test_without_gradio(
     ours: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert demo.main([str(ours)]) == 2
+    assert demo_page.main([str(ours)]) == 2
     assert "pip install --no-deps -r requirements-web.txt" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gradio")
-    assert demo.main([str(tmp_path / "nowhere")]) == 2
+    assert demo_page.main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no such file or folder" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tools import predict
+from blip_scale.commands import predict
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TEXTS = ["a big red disc", "a small green cross on grey"]

@@ -10,16 +10,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from blip_scale.interop import from_bert, load_bert
-from blip_scale.model import (
-    MED,
-    MEDConfig,
-    PackedText,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
-    init_weights,
-)
+from blip_scale.interop.bert import from_bert, load_bert
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
 
 SPECIAL = SpecialTokens(pad=0, cls=1, sep=2, enc=51, dec=50)
 TINY = TextConfig(SPECIAL, 52, 32, 3, 4, 64, 20)

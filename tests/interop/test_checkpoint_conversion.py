@@ -14,15 +14,14 @@ from safetensors.torch import load_file, save_file
 from tiny_blip import Convert
 from torch import Tensor
 
-from blip_scale.interop import (
-    from_salesforce,
-    read_checkpoint,
-    read_salesforce,
-    turned_into,
-    write_salesforce,
-)
+from blip_scale.interop.blip_weights import turned_into
+from blip_scale.interop.checkpoints import read_checkpoint
 from blip_scale.interop.heads import expected_shapes
-from blip_scale.model import MED, MEDConfig, SpecialTokens, TextConfig, VisionConfig
+from blip_scale.interop.salesforce import from_salesforce
+from blip_scale.interop.salesforce_files import read_salesforce, write_salesforce
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -14,12 +14,13 @@ from PIL import Image
 from tiny_blip import Convert
 from torch import Tensor
 
-from blip_scale.data import EvalTransform, load_tokenizer
-from blip_scale.interop import read_checkpoint
-from blip_scale.model import MED, BeamSettings, PackedText, caption_beam
-from blip_scale.model.packing import ImageIndex, plan_pass
-from blip_scale.recipe import TextRecipe
-from blip_scale.tasks.networks import normalize_images
+from blip_scale.config.recipe import TextRecipe
+from blip_scale.data.pixels.transforms import EvalTransform, normalize_images
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.interop.checkpoints import read_checkpoint
+from blip_scale.model.generation import BeamSettings, caption_beam
+from blip_scale.model.med import MED
+from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TEXTS = ["a big red disc", "a small green cross on grey", "a black bar and a white square"]

@@ -16,22 +16,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blip_scale.interop import Head, from_salesforce, to_salesforce
 from blip_scale.interop.huggingface_names import from_huggingface, to_huggingface
-from blip_scale.model import (
-    MED,
+from blip_scale.interop.salesforce import Head, from_salesforce, to_salesforce
+from blip_scale.model.generation import (
     BeamSettings,
-    MEDConfig,
     NucleusSettings,
-    PackedText,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
     caption_beam,
     caption_nucleus,
-    init_weights,
+    nucleus,
 )
-from blip_scale.model.generation import nucleus
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
 
 PAD, CLS, SEP, ENC, DEC = range(5)
 VOCABULARY = 40

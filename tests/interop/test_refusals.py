@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny_blip import Convert
 from transformers import BertConfig, BertModel
 
-from blip_scale.interop import inexpressible, read_checkpoint
-from blip_scale.model import VisionConfig
-from tools import convert_checkpoint
+from blip_scale.commands import convert_checkpoint
+from blip_scale.interop.checkpoints import read_checkpoint
+from blip_scale.interop.huggingface_config import inexpressible
+from blip_scale.model.vision import VisionConfig
 
 Capture = pytest.CaptureFixture[str]
 
@@ -25,7 +26,7 @@ def refusal(capsys: Capture, source: Path, out: Path, *arguments: str) -> str:
     """What the command says; it fails, and leaves nothing behind."""
     before = sorted(out.parent.iterdir())
     capsys.readouterr()
-    assert convert_checkpoint.main([str(source), str(out), *arguments]) == 1
+    assert convert_checkpoint.main([str(source), str(out), *arguments]) == 2
     said = capsys.readouterr().err
     assert said.startswith("convert_checkpoint: ") and said.count("\n") == 1
     assert sorted(out.parent.iterdir()) == before
@@ -207,7 +208,7 @@ def test_vits_that_hugging_face_has_not(vision: VisionConfig, said: str, vocabul
 
 def test_answers_need_one_width(vocabulary: Path) -> None:
     wide = VisionConfig("vit_tiny_patch16_224", 32, tiny_blip.SIZES | {"embed_dim": 96})
-    from blip_scale.interop import turned_into
+    from blip_scale.interop.blip_weights import turned_into
 
     with pytest.raises(ValueError, match=r"question states of width 48.*image tokens of width 96"):
         turned_into(tiny_blip.pretrained(tiny_blip.config(vocabulary, wide)), "vqa")

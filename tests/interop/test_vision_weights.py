@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from blip_scale.interop import interpolate_positions, load_vision
-from blip_scale.model import MED, MEDConfig, SpecialTokens, TextConfig, VisionConfig, init_weights
+from blip_scale.interop.vision import interpolate_positions, load_vision
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
 
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
 TEXT = TextConfig(SpecialTokens(0, 1, 2, 3, 4), 20, 16, 1, 2, 32, 10)

@@ -7,20 +7,17 @@ import tiny_blip
 import torch
 from torch import Tensor, nn
 
-from blip_scale.interop import BlipWeights, task_from_published, task_to_published
+from blip_scale.interop.blip_weights import BlipWeights
 from blip_scale.interop.heads import expected_shapes
 from blip_scale.interop.huggingface_config import blip_config
 from blip_scale.interop.huggingface_names import to_huggingface
-from blip_scale.model import (
-    VQA,
-    BeamSettings,
-    MEDConfig,
-    PackedText,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
-    caption_beam,
-)
+from blip_scale.interop.task_names import task_from_published, task_to_published
+from blip_scale.model.generation import BeamSettings, caption_beam
+from blip_scale.model.med import MEDConfig
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
+from blip_scale.model.vqa import VQA
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 PAD, CLS, SEP, ENC, DEC = range(5)

@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizerFast
 
-from blip_scale.data import load_tokenizer
-from blip_scale.data.tokenizer import special_ids
-from blip_scale.interop import BlipWeights, from_salesforce, write_training_checkpoint
-from blip_scale.interop.salesforce import momentum_to_salesforce, to_salesforce
-from blip_scale.model import (
-    MED,
-    MEDConfig,
-    MomentumEncoder,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
-)
-from blip_scale.recipe import TextRecipe
+from blip_scale.config.recipe import TextRecipe
+from blip_scale.data.tokenizer import load_tokenizer, special_ids
+from blip_scale.interop.blip_weights import BlipWeights
+from blip_scale.interop.salesforce import from_salesforce, momentum_to_salesforce, to_salesforce
+from blip_scale.interop.training_checkpoints import write_training_checkpoint
+from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
 
 Convert = Callable[..., Path]
 QUEUE = 12

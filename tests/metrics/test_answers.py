@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from blip_scale.metrics import normalize_answer, vqa_accuracy
+from blip_scale.evaluation.metrics.answers import normalize_answer, vqa_accuracy
 
 
 @pytest.mark.parametrize(

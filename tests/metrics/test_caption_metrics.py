@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blip_scale.metrics import caption_scores
+from blip_scale.evaluation.metrics.captions import caption_scores
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="without Java")
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from blip_scale.metrics import ndcg, ranking_figures, ranks_of
+from blip_scale.evaluation.metrics.ranking import ndcg, ranking_figures, ranks_of
 
 
 def test_ranks() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_med import SENTENCES, MakeMED, tiny_config
 
-from blip_scale.model import MED, init_weights
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED
 
 
 @pytest.fixture

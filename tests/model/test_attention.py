@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip_scale.model import AttentionLayout, Segments, attention, resolve_kernel
-from blip_scale.model.attention import dense_segments
+from blip_scale.model.attention import (
+    AttentionLayout,
+    Segments,
+    attention,
+    dense_segments,
+    resolve_kernel,
+)
 
 HEADS, CHANNELS = 3, 8
 TEXT = [5, 1, 7, 3]

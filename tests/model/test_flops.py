@@ -8,20 +8,17 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip_scale.model import (
-    MED,
-    MEDConfig,
-    MomentumEncoder,
-    PackedText,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
+from blip_scale.model.flops import (
     captioning_flops,
-    init_weights,
     pretraining_flops,
     recomputation_flops,
     retrieval_flops,
 )
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
 
 SPECIAL = SpecialTokens(pad=0, cls=1, sep=2, enc=4, dec=3)
 PAIRS, LENGTH, QUEUE = 4, 9, 96

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_scale.model import MED, MomentumEncoder, PackedText, Temperature, init_weights
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MomentumEncoder, Temperature
+from blip_scale.model.packing import PackedText
 
 NEGATIVE_IMAGES, NEGATIVE_TEXTS = torch.tensor([2, 2, 0, 2]), torch.tensor([3, 0, 3, 3])
 SMOOTHING = 0.1

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from tiny_med import ENC, MakeMED, tiny_config
 from torch import Tensor, nn
 
-from blip_scale.interop import task_from_published, task_to_published
 from blip_scale.interop.heads import expected_shapes
-from blip_scale.model import NLVR2, PackedText, fill_from_med
-from blip_scale.model.initialization import name_in_med
+from blip_scale.interop.task_names import task_from_published, task_to_published
+from blip_scale.model.initialization import fill_from_med, name_in_med
+from blip_scale.model.nlvr2 import NLVR2
+from blip_scale.model.packing import PackedText
 
 
 @pytest.fixture

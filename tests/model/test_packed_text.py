@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from blip_scale.model import PackedText, SpecialTokens, TextConfig
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
 
 LISTS = [[1, 7, 8, 2], [1, 2], [1, 7, 8, 9, 2]]
 

@@ -6,8 +6,10 @@ import torch
 from tiny_med import CLS, ENC, SEP, MakeMED, tiny_config
 from torch import Tensor
 
-from blip_scale.model import MED, PackedText, VisDial, fill_from_med
-from blip_scale.model.packing import ImageIndex, plan_pass
+from blip_scale.model.initialization import fill_from_med
+from blip_scale.model.med import MED
+from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
+from blip_scale.model.visdial import VisDial
 
 DIALOGS = [[ENC, 30, 31, 32, SEP], [ENC, 33, SEP], [ENC, 34, 35, SEP], [ENC, 30, 36, 37, 38, SEP]]
 OWNERS = torch.tensor([2, 0, 0, 3])

@@ -6,17 +6,10 @@ import pytest
 import timm
 import torch
 
-from blip_scale.model import (
-    MED,
-    MEDConfig,
-    MomentumEncoder,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
-    build_vision,
-    init_weights,
-    training_tokens,
-)
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
 

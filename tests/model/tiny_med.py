@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from blip_scale.model import MED, MEDConfig, SpecialTokens, TextConfig, VisionConfig
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
 
 PAD, CLS, SEP, ENC, DEC = range(5)
 SPECIAL = SpecialTokens(pad=PAD, cls=CLS, sep=SEP, enc=ENC, dec=DEC)

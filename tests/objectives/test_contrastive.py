@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_scale.objectives import (
+from blip_scale.objectives.contrastive import (
     FeaturePair,
     Similarities,
     alpha_at,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip_scale.objectives import FeaturePair, FeatureQueue
+from blip_scale.objectives.contrastive import FeaturePair
+from blip_scale.objectives.feature_queue import FeatureQueue
 
 E = 3
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from blip_scale.objectives import lm_loss
+from blip_scale.objectives.language import lm_loss
 
 P, V = 7, 13
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip_scale.objectives import (
+from blip_scale.objectives.matching import (
     CONSTANT_PREDICTION_LOSS,
     draw_negatives,
     itm_loss,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip_scale.objectives import momentum_update_
+from blip_scale.objectives.momentum import momentum_update_
 
 
 def test_update_is_the_formula_on_any_shapes_and_in_place() -> None:

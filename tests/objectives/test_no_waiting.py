@@ -8,19 +8,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blip_scale.objectives import (
+from blip_scale.objectives.contrastive import (
     FeaturePair,
-    FeatureQueue,
-    draw_negatives,
     itc_loss,
-    itm_loss,
-    lm_loss,
-    match_accuracy,
-    match_labels,
-    momentum_update_,
     retrieval_accuracy,
     similarities,
 )
+from blip_scale.objectives.feature_queue import FeatureQueue
+from blip_scale.objectives.language import lm_loss
+from blip_scale.objectives.matching import draw_negatives, itm_loss, match_accuracy, match_labels
+from blip_scale.objectives.momentum import momentum_update_
 
 B, E, Q, V = 4, 8, 12, 20
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from blip_scale import recipe as recipes
-from blip_scale.data import write_shards
-from blip_scale.recipe import Recipe
+from blip_scale.config import recipe as recipes
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.shards import write_shards
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "engine"))
 

@@ -10,19 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blip_scale import objectives
-from blip_scale.model import (
-    MED,
-    VQA,
-    MEDConfig,
-    PackedText,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
-    fill_from_med,
-    init_weights,
-)
-from blip_scale.tasks import answering
+from blip_scale.evaluation.answers import rank, read_answer_list, submission
+from blip_scale.model.initialization import fill_from_med, init_weights
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
+from blip_scale.model.vqa import VQA
+from blip_scale.objectives.answers import sequence_losses
 from blip_scale.tasks.vqa import VQANetwork, answer_weights
 
 PAD, CLS, SEP, ENC, DEC = range(5)
@@ -74,7 +69,7 @@ def test_ranking(vqa: VQA, images: torch.Tensor, top_k: int) -> None:
     every = torch.arange(2)
     states = vqa.encode_questions(text, vqa.encode_image(images), every)
     candidates = PackedText.from_lists(ANSWERS)
-    found = answering.rank(vqa, states, text.segments, candidates, top_k, 0.1).tolist()
+    found = rank(vqa, states, text.segments, candidates, top_k, 0.1).tolist()
     start = PackedText.from_lists([[DEC]] * 2)
     first = vqa.decode(start, states, text.segments, every)[:, [ids[1] for ids in ANSWERS]]
     for question in range(2):
@@ -111,7 +106,7 @@ def test_weights() -> None:
 def test_losses_are_summed_by_sequence() -> None:
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     targets, owners = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 0, 1, 1, 1])
-    found = objectives.sequence_losses(logits, targets, owners, 2, 0.1)
+    found = sequence_losses(logits, targets, owners, 2, 0.1)
     parts = [logits[:2], logits[2:]], [targets[:2], targets[2:]]
     for number, (some, wanted) in enumerate(zip(*parts, strict=True)):
         total = F.cross_entropy(some, wanted, label_smoothing=0.1, reduction="sum")
@@ -121,23 +116,23 @@ def test_losses_are_summed_by_sequence() -> None:
 def test_answer_lists(tmp_path: Path) -> None:
     file = tmp_path / "answer_list.json"
     with pytest.raises(FileNotFoundError, match=r"answer_list\.json: no such file"):
-        answering.read_answer_list(file)
+        read_answer_list(file)
     for content, message in (("[1]", "no list of answers"), ("{", "is no JSON")):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
-            answering.read_answer_list(file)
+            read_answer_list(file)
     file.write_text(json.dumps(["yes", "no"]))
-    assert answering.read_answer_list(file) == ["yes", "no"]
+    assert read_answer_list(file) == ["yes", "no"]
 
 
 def test_submission() -> None:
     known = [[{"question_id": 5}, {"question_id": 6}], [{"question_id": 7}]]
     pairs = SimpleNamespace(name="test", ids=["a", "b"], annotations=known)
-    rows = answering.submission(pairs, [["red", "2"], ["no"]])  # type: ignore[arg-type]
+    rows = submission(pairs, [["red", "2"], ["no"]])  # type: ignore[arg-type]
     assert rows == [
         {"question_id": 5, "answer": "red"}, {"question_id": 6, "answer": "2"},
         {"question_id": 7, "answer": "no"},
     ]  # fmt: skip
     known[1][0] = {}
     with pytest.raises(ValueError, match="a question about b has no question_id"):
-        answering.submission(pairs, [["red", "2"], ["no"]])  # type: ignore[arg-type]
+        submission(pairs, [["red", "2"], ["no"]])  # type: ignore[arg-type]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import tiny_runs
 
-from blip_scale.data import HeldoutPairs, listed_pairs
-from blip_scale.data.conversion import Source
-from blip_scale.data.sources import READERS
+from blip_scale.data.conversion.pairs import Source
+from blip_scale.data.heldout.listed import listed_pairs
+from blip_scale.data.heldout.pairs import HeldoutPairs
+from blip_scale.data.sources.readers import READERS
 from blip_scale.tasks import captioning
 
 NAMES = ["val2014/COCO_val2014_000000391895.jpg", "val2014/COCO_val2014_000000060623.jpg"]

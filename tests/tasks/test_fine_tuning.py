@@ -17,15 +17,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blip_scale import data, inference, interop, launcher, objectives
-from blip_scale import recipe as recipes
-from blip_scale.model import MED, MomentumEncoder, PackedText
-from blip_scale.objectives import FeaturePair
-from blip_scale.recipe import ObjectiveRecipe, Recipe
-from blip_scale.tasks import heldout, networks, retrieval
+from blip_scale import launcher
+from blip_scale.commands import convert_checkpoint
+from blip_scale.config import recipe as recipes
+from blip_scale.config.recipe import ObjectiveRecipe, Recipe
+from blip_scale.data.heldout.pairs import heldout_pairs
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.evaluation import captions_and_pairs, retrieval
+from blip_scale.inference.inputs import to_pixels
+from blip_scale.inference.loading import load_blip
+from blip_scale.inference.sizes import med_config
+from blip_scale.interop.checkpoints import head_parameters, load_checkpoint
+from blip_scale.interop.heads import cut_down
+from blip_scale.interop.salesforce import PARTS, Head
+from blip_scale.interop.training_checkpoints import write_training_checkpoint
+from blip_scale.model.med import MED, MomentumEncoder
+from blip_scale.model.packing import PackedText
+from blip_scale.objectives.contrastive import FeaturePair
+from blip_scale.objectives.matching import draw_negatives
 from blip_scale.tasks.captioning import CaptioningNetwork
-from blip_scale.tasks.retrieval_task import RetrievalNetwork
-from tools import convert_checkpoint
+from blip_scale.tasks.retrieval import RetrievalNetwork
 
 REPO = Path(__file__).resolve().parent.parent.parent
 STEPS = 8
@@ -37,10 +48,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of pretraining for the network of the tiny runs; weights far from zero."""
     folder = tmp_path_factory.mktemp("pretrained")
     recipe = recipes.load(str(tiny_runs.make_recipe(folder)))
-    config = networks.med_config(recipe, data.load_tokenizer(recipe.model.text))
+    config = med_config(recipe, load_tokenizer(recipe.model.text))
     weights = tiny_blip.pretrained(config)
     (folder / "step_00000007").mkdir()
-    interop.write_training_checkpoint(weights, folder / "step_00000007")
+    write_training_checkpoint(weights, folder / "step_00000007")
     return folder / "step_00000007"
 
 
@@ -61,7 +72,7 @@ def recipe_of(folder: Path, task: str, pretrained: Path, **changes: Any) -> Path
 
 
 def texts(pretrained: Path, captions: list[str], recipe: Recipe) -> list[list[int]]:
-    tokenizer = data.load_tokenizer(recipe.model.text)
+    tokenizer = load_tokenizer(recipe.model.text)
     return [tokenizer(caption)["input_ids"] for caption in captions]
 
 
@@ -70,11 +81,11 @@ def tiny(pretrained: Path) -> Recipe:
     return recipes.load(str(pretrained.parent / "recipe.yaml"))
 
 
-def network_of(pretrained: Path, recipe: Recipe, head: interop.Head) -> MED:
+def network_of(pretrained: Path, recipe: Recipe, head: Head) -> MED:
     """The part of the MED that a head trains, in evaluation mode."""
-    config = networks.med_config(recipe, data.load_tokenizer(recipe.model.text))
-    med = interop.cut_down(MED(config), interop.PARTS[head])
-    state = interop.head_parameters(pretrained, head, config)
+    config = med_config(recipe, load_tokenizer(recipe.model.text))
+    med = cut_down(MED(config), PARTS[head])
+    state = head_parameters(pretrained, head, config)
     assert {f"med.{name}" for name, _ in med.named_parameters()} == set(state)
     med.load_state_dict({name.removeprefix("med."): t for name, t in state.items()}, strict=False)
     return med.eval()
@@ -109,9 +120,9 @@ def test_the_captioning_loss_is_that_of_transformers(
 @torch.no_grad()
 def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
     """Features and logits by the whole MED, targets and pairs one by one."""
-    config = networks.med_config(tiny, data.load_tokenizer(tiny.model.text))
+    config = med_config(tiny, load_tokenizer(tiny.model.text))
     whole = MED(config)
-    interop.load_checkpoint(whole.eval(), pretrained)
+    load_checkpoint(whole.eval(), pretrained)
     momentum = MomentumEncoder(config).eval()
     tiny_blip.randomized(momentum, 3)
     med = network_of(pretrained, tiny, "retrieval")
@@ -144,7 +155,7 @@ def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
     assert found["loss/itc"].item() == pytest.approx(itc, rel=1e-4)
 
     same = ids[:, None] == ids
-    negatives = objectives.draw_negatives(
+    negatives = draw_negatives(
         online[1] @ online[0].T / temperature,
         online[0] @ online[1].T / temperature,
         torch.Generator().manual_seed(9),
@@ -255,9 +266,9 @@ def test_scores_of_an_exported_folder_are_those_of_transformers(
     from transformers import BlipForImageTextRetrieval, BlipProcessor
 
     folder = exported / "retrieval"
-    blip = inference.load_blip(folder)
-    pairs = data.heldout_pairs(tiny.data.heldout[0], blip.image_size)
-    cosines, reranked = heldout.scores_on(blip.med, pairs, tiny, blip.tokenizer, True)
+    blip = load_blip(folder)
+    pairs = heldout_pairs(tiny.data.heldout[0], blip.image_size)
+    cosines, reranked = captions_and_pairs.scores_on(blip.med, pairs, tiny, blip.tokenizer, True)
     assert reranked is not None
     theirs = BlipForImageTextRetrieval.from_pretrained(folder)
     processor = BlipProcessor.from_pretrained(folder)
@@ -282,14 +293,16 @@ def test_captions_of_an_exported_folder_are_those_of_transformers(
     from transformers import BlipForConditionalGeneration
 
     folder = exported / "captioning"
-    blip = inference.load_blip(folder)
+    blip = load_blip(folder)
     text = replace(tiny.model.text, prompt="a big ")
     evaluation = replace(tiny.evaluation, max_caption_tokens=9, repetition_penalty=1.3)
     recipe = replace(tiny, model=replace(tiny.model, text=text), evaluation=evaluation)
-    pairs = data.heldout_pairs(tiny.data.heldout[0], blip.image_size)
-    ours = heldout.captions_of(blip.med, pairs, range(len(pairs)), recipe, blip.tokenizer)
+    pairs = heldout_pairs(tiny.data.heldout[0], blip.image_size)
+    ours = captions_and_pairs.captions_of(
+        blip.med, pairs, range(len(pairs)), recipe, blip.tokenizer
+    )
     theirs = BlipForConditionalGeneration.from_pretrained(folder)
-    images = networks.to_pixels(pairs.images(range(len(pairs))), blip.med)
+    images = to_pixels(pairs.images(range(len(pairs))), blip.med)
     prompt = torch.tensor([blip.tokenizer("a big ")["input_ids"]] * len(pairs))
     found = theirs.generate(
         images, prompt, num_beams=3, max_length=9, min_length=5, repetition_penalty=1.3,

@@ -10,11 +10,18 @@ import tiny_runs
 import torch
 from fake_ranks import FakeRanks
 
-from blip_scale import data
+from blip_scale.config.recipe import Recipe, StreamRecipe
+from blip_scale.data.heldout.pairs import heldout_pairs
+from blip_scale.data.pixels.transforms import normalize_images
+from blip_scale.data.shards import write_shards
+from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.engine.task import Evaluation
-from blip_scale.model import MED, BeamSettings, PackedText, caption_beam
-from blip_scale.recipe import Recipe, StreamRecipe
-from blip_scale.tasks import heldout, networks, retrieval
+from blip_scale.evaluation import captions_and_pairs, retrieval
+from blip_scale.inference.sizes import med_config
+from blip_scale.model.generation import BeamSettings, caption_beam
+from blip_scale.model.med import MED
+from blip_scale.model.packing import PackedText
+from blip_scale.tasks import networks
 
 OTHERS = 5
 """Pairs in the second held-out set; the first has 16."""
@@ -24,7 +31,7 @@ COUNTS = ("candidates", "texts")
 @pytest.fixture(scope="module")
 def med(recipe: Recipe) -> MED:
     """Weights far enough from their initial values that images and texts differ."""
-    config = networks.med_config(recipe, data.load_tokenizer(recipe.model.text))
+    config = med_config(recipe, load_tokenizer(recipe.model.text))
     med = networks.initialized_med(recipe, config)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -34,7 +41,7 @@ def med(recipe: Recipe) -> MED:
 
 
 def evaluate(med: MED, recipe: Recipe, final: bool = True) -> Evaluation:
-    return heldout.evaluate(med, recipe, data.load_tokenizer(recipe.model.text), final)
+    return captions_and_pairs.evaluate(med, recipe, load_tokenizer(recipe.model.text), final)
 
 
 def test_every_set_has_its_figures(med: MED, recipe: Recipe) -> None:
@@ -56,9 +63,9 @@ def test_every_set_has_its_figures(med: MED, recipe: Recipe) -> None:
 @torch.no_grad()
 def test_figures_are_those_of_the_pairs(med: MED, recipe: Recipe) -> None:
     """In one batch and by hand: normalised pixels, cosine, recalls."""
-    tokenizer = data.load_tokenizer(recipe.model.text)
-    pairs = data.heldout_pairs(recipe.data.heldout[0], recipe.model.vision.image_size)
-    images = networks.normalize_images(pairs.images(range(16)), torch.float32)
+    tokenizer = load_tokenizer(recipe.model.text)
+    pairs = heldout_pairs(recipe.data.heldout[0], recipe.model.vision.image_size)
+    images = normalize_images(pairs.images(range(16)), torch.float32)
     texts = PackedText.from_lists(
         [tokenizer(caption)["input_ids"] for (caption,) in pairs.captions]
     )
@@ -83,13 +90,13 @@ def test_all_texts_of_an_image_count(
         [f"{r.caption} {'again ' * n}{i}" for n in range(1 + i % 3)] for i, r in enumerate(records)
     ]
     several = [replace(record, caption=own) for record, own in zip(records, texts, strict=True)]
-    data.write_shards(tmp_path / "several", several)
+    write_shards(tmp_path / "several", several)
     stream = StreamRecipe("several", str(tmp_path / "several"))
     recipe = replace(recipe, data=replace(recipe.data, heldout=[stream]))
 
-    pairs = data.heldout_pairs(stream, recipe.model.vision.image_size)
-    tokenizer = data.load_tokenizer(recipe.model.text)
-    images = networks.normalize_images(pairs.images(range(9)), torch.float32)
+    pairs = heldout_pairs(stream, recipe.model.vision.image_size)
+    tokenizer = load_tokenizer(recipe.model.text)
+    images = normalize_images(pairs.images(range(9)), torch.float32)
     tokens = [tokenizer(text)["input_ids"] for own in pairs.captions for text in own]
     owners = [i for i, own in enumerate(pairs.captions) for _ in own]
     cosine = (
@@ -113,18 +120,18 @@ def test_captions_and_pictures_keep_step_with_the_pairs(med: MED, recipe: Recipe
     """Three of 16 and three of 5, spread over the sets; the caption is that image's."""
     found = evaluate(med, recipe, final=False)
     assert list(found.panels) == ["heldout", "others"]
-    tokenizer = data.load_tokenizer(recipe.model.text)
+    tokenizer = load_tokenizer(recipe.model.text)
     beam = BeamSettings(num_beams=3, max_length=8, min_length=5)
     entries = iter(found.captions)
     for stream, places in zip(recipe.data.heldout, ([0, 5, 10], [0, 1, 3]), strict=True):
-        pairs = data.heldout_pairs(stream, recipe.model.vision.image_size)
+        pairs = heldout_pairs(stream, recipe.model.vision.image_size)
         assert len(found.panels[stream.name]) == 3
         for place, panel in zip(places, found.panels[stream.name], strict=True):
             image = pairs.images([place])
             assert torch.equal(panel.image, image[0])
             assert panel.truth == pairs.captions[place][0]
             with torch.no_grad():
-                embeds = med.encode_image(networks.normalize_images(image, torch.float32))
+                embeds = med.encode_image(normalize_images(image, torch.float32))
             sequence = caption_beam(med, embeds, [med.config.text.special.dec], beam)[0]
             assert panel.caption == tokenizer.decode(sequence, skip_special_tokens=True)
             assert next(entries) == {

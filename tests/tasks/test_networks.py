@@ -10,8 +10,10 @@ import pytest
 import torch
 from torchvision.transforms import Normalize
 
-from blip_scale import data
-from blip_scale.recipe import Recipe
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.pixels.transforms import normalize_images
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.inference.sizes import med_config
 from blip_scale.tasks import networks
 
 
@@ -21,8 +23,8 @@ def test_pixels_are_normalised_as_published() -> None:
     expected = Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))(
         images.float() / 255
     )
-    torch.testing.assert_close(networks.normalize_images(images, torch.float32), expected)
-    found = networks.normalize_images(images, torch.bfloat16)
+    torch.testing.assert_close(normalize_images(images, torch.float32), expected)
+    found = normalize_images(images, torch.bfloat16)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected.bfloat16(), rtol=0.01, atol=0.01)
 
@@ -33,7 +35,7 @@ def bert(recipe: Recipe, tmp_path: Path) -> Path:
     from transformers import BertConfig
 
     folder = tmp_path / "bert"
-    data.load_tokenizer(recipe.model.text).save_pretrained(folder)
+    load_tokenizer(recipe.model.text).save_pretrained(folder)
     BertConfig(
         vocab_size=30, hidden_size=24, num_hidden_layers=5, num_attention_heads=2,
         intermediate_size=36, max_position_embeddings=70, layer_norm_eps=1e-7,
@@ -55,8 +57,8 @@ def with_checkpoint(recipe: Recipe, folder: Path, layers: int | None) -> Recipe:
 def test_sizes_are_those_of_the_checkpoint(
     bert: Path, recipe: Recipe, layers: int | None, expected: int
 ) -> None:
-    tokenizer = data.load_tokenizer(recipe.model.text)
-    text = networks.med_config(with_checkpoint(recipe, bert, layers), tokenizer).text
+    tokenizer = load_tokenizer(recipe.model.text)
+    text = med_config(with_checkpoint(recipe, bert, layers), tokenizer).text
     assert (text.width, text.heads, text.mlp_width, text.max_positions) == (24, 2, 36, 70)
     assert (text.norm_eps, text.layers) == (1e-7, expected)
     assert text.vocab_size == len(tokenizer)
@@ -77,9 +79,7 @@ def test_a_stack_of_another_kind_is_refused(
 ) -> None:
     change(bert, **settings)
     with pytest.raises(ValueError, match=f"{bert}: {named}.*take one of that kind"):
-        networks.med_config(
-            with_checkpoint(recipe, bert, None), data.load_tokenizer(recipe.model.text)
-        )
+        med_config(with_checkpoint(recipe, bert, None), load_tokenizer(recipe.model.text))
 
 
 def test_more_layers_than_the_checkpoint_has_are_refused(bert: Path, recipe: Recipe) -> None:
@@ -88,6 +88,6 @@ def test_more_layers_than_the_checkpoint_has_are_refused(bert: Path, recipe: Rec
 
     BertModel(BertConfig.from_pretrained(bert)).save_pretrained(bert)
     asked = with_checkpoint(recipe, bert, 6)
-    tokenizer = data.load_tokenizer(asked.model.text)
+    tokenizer = load_tokenizer(asked.model.text)
     with pytest.raises(ValueError, match=r"it has 5 layers, 6 are asked for"):
-        networks.initialized_med(asked, networks.med_config(asked, tokenizer))
+        networks.initialized_med(asked, med_config(asked, tokenizer))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_runs
 
-from blip_scale import interop
-from blip_scale.data import Record, write_shards
-from tools import convert_checkpoint, evaluate
+from blip_scale.commands import convert_checkpoint, evaluate
+from blip_scale.data.shards import Record, write_shards
+from blip_scale.interop.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.multiprocess
 STEPS = 8
@@ -115,8 +115,8 @@ def test_a_run(task: str, tmp_path: Path) -> None:
     assert ("few/ndcg" in figures) == (task == "visdial")
     run = tmp_path / "run"
     assert convert_checkpoint.main([str(run), str(tmp_path / "task.pth")]) == 0
-    back = interop.read_checkpoint(tmp_path / "task.pth")
-    again = interop.read_checkpoint(run, back.config)
+    back = read_checkpoint(tmp_path / "task.pth")
+    again = read_checkpoint(run, back.config)
     assert back.head == again.head == task
     assert all(again.state[name].equal(tensor) for name, tensor in back.state.items())
     measured = tmp_path / "figures.json"
@@ -130,7 +130,7 @@ def test_a_run(task: str, tmp_path: Path) -> None:
         assert evaluate.main([*arguments, listed, "--submission", str(submission)]) == 2
         assert evaluate.main([*arguments, listed]) == 0
         assert convert_checkpoint.main([str(run), str(tmp_path / "hf")]) == 0
-        assert interop.read_checkpoint(tmp_path / "hf").head == "vqa"
+        assert read_checkpoint(tmp_path / "hf").head == "vqa"
 
 
 @pytest.mark.parametrize("task", RECORDS)

@@ -10,17 +10,13 @@ import torch
 from fake_ranks import FakeRanks
 from torch import Tensor
 
-from blip_scale.model import (
-    MED,
-    MEDConfig,
-    PackedText,
-    SpecialTokens,
-    TextConfig,
-    VisionConfig,
-    init_weights,
-)
-from blip_scale.tasks import retrieval
-from blip_scale.tasks.retrieval import NOT_RERANKED, PairFeatures, share
+from blip_scale.evaluation import retrieval
+from blip_scale.evaluation.retrieval import NOT_RERANKED, PairFeatures, share
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.packing import PackedText
+from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.vision import VisionConfig
 
 IMAGES, TEXTS, TOP_K = 7, 10, 3
 PAD, CLS, SEP, ENC, DEC = range(5)

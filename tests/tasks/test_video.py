@@ -12,12 +12,15 @@ import tiny_runs
 import torch
 import torch.nn.functional as F
 
-from blip_scale import data
-from blip_scale.data.videos import VideoSet, frame_indices
-from blip_scale.model import PackedText
-from blip_scale.recipe import Recipe
-from blip_scale.tasks import heldout, networks
-from blip_scale.tasks.video import video_retrieval
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.heldout.videos import VideoSet, frame_indices
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.evaluation import captions_and_pairs
+from blip_scale.evaluation.video import video_retrieval
+from blip_scale.inference.inputs import to_pixels
+from blip_scale.inference.sizes import med_config
+from blip_scale.model.packing import PackedText
+from blip_scale.tasks import networks
 
 CLIPS = {"red": "disc", "green": "square", "blue": "bar"}
 
@@ -71,14 +74,14 @@ def test_what_is_refused(clips: Path) -> None:
 @torch.no_grad()
 def test_retrieval(clips: Path, recipe: Recipe) -> None:
     """Cosines of the mean of the frames, and matches with all their tokens in one row."""
-    tokenizer = data.load_tokenizer(recipe.model.text)
-    med = networks.initialized_med(recipe, networks.med_config(recipe, tokenizer)).eval()
+    tokenizer = load_tokenizer(recipe.model.text)
+    med = networks.initialized_med(recipe, med_config(recipe, tokenizer)).eval()
     videos = VideoSet(clips, clips.parent, 32)
     found = video_retrieval(med, videos, 2, recipe, tokenizer)
     scores = torch.zeros(3, 3)
-    texts = heldout.Texts([one[0] for one in videos.captions], recipe, tokenizer, med)
+    texts = captions_and_pairs.Texts([one[0] for one in videos.captions], recipe, tokenizer, med)
     for i in range(3):
-        tokens = med.encode_image(networks.to_pixels(videos.frames(i, 2), med))
+        tokens = med.encode_image(to_pixels(videos.frames(i, 2), med))
         feature = F.normalize(med.vision_proj(tokens[:, 0]).mean(0), dim=0)
         for s in range(3):
             text: PackedText = texts.plain([s])

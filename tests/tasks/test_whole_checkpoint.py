@@ -13,17 +13,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blip_scale import data, interop
-from blip_scale import recipe as recipes
-from blip_scale.model import MED, PackedText
-from blip_scale.recipe import Recipe
+from blip_scale.commands import convert_checkpoint
+from blip_scale.config import recipe as recipes
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.inference.sizes import med_config
+from blip_scale.interop.vision import interpolate_positions
+from blip_scale.model.med import MED
+from blip_scale.model.packing import PackedText
 from blip_scale.tasks import networks
-from tools import convert_checkpoint
 
 
 @pytest.fixture(scope="module")
 def sizes(recipe: Recipe):
-    return networks.med_config(recipe, data.load_tokenizer(recipe.model.text))
+    return med_config(recipe, load_tokenizer(recipe.model.text))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def starting_from(recipe: Recipe, path: Path, image_size: int = 32, **text: int)
 
 
 def started(recipe: Recipe) -> MED:
-    config = networks.med_config(recipe, data.load_tokenizer(recipe.model.text))
+    config = med_config(recipe, load_tokenizer(recipe.model.text))
     return networks.initialized_med(recipe, config)
 
 
@@ -73,7 +76,7 @@ def test_it_wins_over_other_checkpoints(recipe: Recipe, checkpoint: Path) -> Non
 @torch.no_grad()
 def test_other_resolutions_are_interpolated(recipe: Recipe, checkpoint: Path) -> None:
     small, large = (started(starting_from(recipe, checkpoint, size)) for size in (32, 64))
-    expected = interop.interpolate_positions(small.vision.pos_embed, (8, 8))
+    expected = interpolate_positions(small.vision.pos_embed, (8, 8))
     assert torch.equal(large.vision.pos_embed, expected)
     text = PackedText.from_lists([[2, 5, 3]])
     assert torch.equal(large.eval().encode_text(text), small.eval().encode_text(text))

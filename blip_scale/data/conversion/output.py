@@ -16,7 +16,7 @@ from typing import Any
 
 from streaming.base.storage import CloudDownloader, CloudUploader
 
-from blip_scale.data.conversion.locations import is_local, named_errors, remove_files
+from blip_scale.storage.locations import is_local, named_errors, remove_files
 
 _ATTEMPTS = 5  # of an upload, with a doubling pause between them
 _CONNECTIONS = 8

@@ -20,7 +20,7 @@ from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Chunk
 from blip_scale.data.conversion.report import REPORTS, report_name
 from blip_scale.data.conversion.screening import Rules
-from blip_scale.data.workers import end_with_parent
+from blip_scale.data.loading.workers import end_with_parent
 
 PLAN_NAME = "conversion.json"
 _POLL_S = 0.2

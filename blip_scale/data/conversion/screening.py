@@ -11,10 +11,10 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip_scale.data.captions import Clean, clean_caption, clean_question
-from blip_scale.data.conversion.locations import read_file
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
-from blip_scale.data.decoding import describe
+from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.shards import Record
+from blip_scale.storage.locations import read_file
 
 _ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 0)

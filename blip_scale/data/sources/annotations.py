@@ -6,16 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from blip_scale.data.conversion import Found, Reason, Reject, Source
-from blip_scale.data.conversion.locations import (
-    basename,
-    is_folder,
-    join,
-    list_folder,
-    open_file,
-    parent,
-)
+from blip_scale.data.conversion.pairs import Found, Reason, Reject, Source
 from blip_scale.data.sources.metadata import caption_keys, first_of, pair_of
+from blip_scale.storage.locations import basename, is_folder, join, list_folder, open_file, parent
 
 _IMAGE_KEYS = ("image", "file_name", "filename", "image_path", "path", "file")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from blip_scale.data.conversion import Chunk, Found, Source, group_by_image, in_chunks
+from blip_scale.data.conversion.pairs import Chunk, Found, Source, group_by_image, in_chunks
 from blip_scale.data.sources.annotations import json_files, load_list, pair_of_item
 
 

@@ -12,10 +12,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from blip_scale.data.conversion import Chunk, Found, RawPair, Reason, Reject, Source, in_chunks
-from blip_scale.data.conversion.locations import basename, is_folder, join
+from blip_scale.data.conversion.pairs import (
+    Chunk,
+    Found,
+    RawPair,
+    Reason,
+    Reject,
+    Source,
+    in_chunks,
+)
 from blip_scale.data.sources import blip_json
 from blip_scale.data.sources.annotations import image_location, load_json
+from blip_scale.storage.locations import basename, is_folder, join
 
 _SPLITS = {"train": {"train", "restval"}, "val": {"val"}, "test": {"test"}}
 

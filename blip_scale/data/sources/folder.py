@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from blip_scale.data.conversion import (
+from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
     RawPair,
@@ -25,7 +25,9 @@ from blip_scale.data.conversion import (
     group_by_image,
     in_chunks,
 )
-from blip_scale.data.conversion.locations import (
+from blip_scale.data.sources.annotations import pair_of_item
+from blip_scale.data.sources.metadata import IMAGE_ENDINGS, as_text
+from blip_scale.storage.locations import (
     Entry,
     basename,
     extension,
@@ -34,8 +36,6 @@ from blip_scale.data.conversion.locations import (
     open_file,
     read_file,
 )
-from blip_scale.data.sources.annotations import pair_of_item
-from blip_scale.data.sources.metadata import IMAGE_ENDINGS, as_text
 
 TABLES = (
     "captions.csv", "captions.tsv", "captions.jsonl",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from blip_scale.data.conversion import RawPair
+from blip_scale.data.conversion.pairs import RawPair
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXT_ENDINGS = ("txt", "text", "caption")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from blip_scale.data.conversion import (
+from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
     RawPair,
@@ -20,8 +20,8 @@ from blip_scale.data.conversion import (
     group_by_image,
     in_chunks,
 )
-from blip_scale.data.conversion.locations import basename
 from blip_scale.data.sources.annotations import image_location, json_files, load_list
+from blip_scale.storage.locations import basename
 
 _LABELS = {"True": True, "False": False, "true": True, "false": False}
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from blip_scale.data.conversion import Chunk, Found, Reason, Reject, Source
-from blip_scale.data.conversion.locations import basename, named_errors, open_file, stem
+from blip_scale.data.conversion.pairs import Chunk, Found, Reason, Reject, Source
 from blip_scale.data.sources.metadata import (
     IMAGE_ENDINGS,
     SIMILARITY_KEYS,
@@ -21,6 +20,7 @@ from blip_scale.data.sources.metadata import (
     pair_of,
 )
 from blip_scale.data.sources.webdataset import file_chunk, find_files
+from blip_scale.storage.locations import basename, named_errors, open_file, stem
 
 _IMAGE_COLUMNS = (*IMAGE_ENDINGS, "image", "image_bytes")
 _ID_COLUMNS = ("key", "__key__", "id", "image_id")

@@ -17,9 +17,17 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from blip_scale.data.conversion import Chunk, Found, RawPair, Reason, Reject, Source, in_chunks
-from blip_scale.data.conversion.locations import basename, list_folder, parent, stem
+from blip_scale.data.conversion.pairs import (
+    Chunk,
+    Found,
+    RawPair,
+    Reason,
+    Reject,
+    Source,
+    in_chunks,
+)
 from blip_scale.data.sources.annotations import load_json, load_list
+from blip_scale.storage.locations import basename, list_folder, parent, stem
 
 _LISTS = ("dialogs", "questions", "answers")
 

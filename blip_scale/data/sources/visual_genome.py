@@ -10,10 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from blip_scale.data.conversion import Chunk, Found, RawPair, Reason, Reject, Source, in_chunks
-from blip_scale.data.conversion.locations import is_folder, join
+from blip_scale.data.conversion.pairs import (
+    Chunk,
+    Found,
+    RawPair,
+    Reason,
+    Reject,
+    Source,
+    in_chunks,
+)
 from blip_scale.data.sources import blip_json
 from blip_scale.data.sources.annotations import load_json
+from blip_scale.storage.locations import is_folder, join
 
 REGIONS = "region_descriptions.json"
 IMAGES = "image_data.json"

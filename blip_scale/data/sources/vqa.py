@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from blip_scale.data.conversion import (
+from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
     RawPair,
@@ -22,8 +22,8 @@ from blip_scale.data.conversion import (
     group_by_image,
     in_chunks,
 )
-from blip_scale.data.conversion.locations import basename
 from blip_scale.data.sources.annotations import json_files, load_list, pair_of_item
+from blip_scale.storage.locations import basename
 
 
 def chunks(source: Source) -> Iterator[Chunk]:

@@ -13,16 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from blip_scale.data.conversion import Chunk, Found, RawPair, Reason, Reject, Source
-from blip_scale.data.conversion.locations import (
-    Entry,
-    basename,
-    file_size,
-    is_folder,
-    list_folder,
-    named_errors,
-    open_file,
-)
+from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Source
 from blip_scale.data.sources.metadata import (
     IMAGE_ENDINGS,
     TEXT_ENDINGS,
@@ -31,6 +22,15 @@ from blip_scale.data.sources.metadata import (
     first_of,
     pair_of,
     parse_json,
+)
+from blip_scale.storage.locations import (
+    Entry,
+    basename,
+    file_size,
+    is_folder,
+    list_folder,
+    named_errors,
+    open_file,
 )
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")

@@ -1,0 +1,1 @@
+"""The user's commands: each module reads the command line and calls the rooms below it."""

@@ -1,0 +1,151 @@
+"""CapFilt: caption web images anew, and keep of web and synthetic captions those that match.
+
+python tools/capfilt.py data/laion data/laion_capfilt --captioner runs/cap --filter runs/filter
+python tools/capfilt.py s3://bucket/laion s3://bucket/clean --captioner ... --shard 0/64
+docs/capfilt.md tells how to get the two checkpoints, and what comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from streaming.base.util import bytes_to_int
+from tqdm import tqdm
+
+from blip_scale.capfilt.filtering import Settings
+from blip_scale.capfilt.job import Job, Task, run
+from blip_scale.config import exit_codes
+from blip_scale.data.conversion.run import Part, Progress
+from blip_scale.inference.loading import Loading
+from blip_scale.model.generation import NucleusSettings
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
+    options = _parser(prog).parse_args(arguments)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _run(options)
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        number = int(str(stop) or signal.SIGINT)
+        print("stopped; finished shards are kept, the same command goes on", file=sys.stderr)
+        return exit_codes.of_signal(number)
+    return exit_codes.REFUSED
+
+
+def _run(options: argparse.Namespace) -> int:
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    workers = options.workers or (1 if on_gpu else os.cpu_count() or 1)
+    job = Job(
+        options.input, options.out, _settings(options, on_gpu), bytes_to_int(options.shard_size),
+        options.shown,
+    )  # fmt: skip
+    task = Task(Part.parse(options.shard), workers, options.scratch)
+    start_s = time.perf_counter()
+    with tqdm(desc="capfilt", unit="image", mininterval=1.0, smoothing=0.05) as bar:
+
+        def show(progress: Progress) -> None:
+            bar.total = progress.pairs
+            bar.set_postfix_str(f"shard {progress.chunks_done}/{progress.chunks}", refresh=False)
+            bar.update(progress.read - bar.n)
+
+        statistics = run(job, task, show)
+        images, seconds = bar.n, time.perf_counter() - start_s
+    where = torch.cuda.get_device_name() if on_gpu else f"{workers} CPU processes"
+    print(f"{images} images in {seconds:.0f} s: {images / seconds:.1f} images/s on {where}")
+    if statistics is None:
+        print(f"{options.out}: part {options.shard} is done; other parts are not yet")
+    else:
+        _print(options.out, statistics)
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _settings(options: argparse.Namespace, on_gpu: bool) -> Settings:
+    if not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold {options.threshold}: a probability from 0 to 1")
+    sampling = NucleusSettings(
+        top_p=options.top_p,
+        top_k=options.top_k,
+        temperature=options.temperature,
+        max_length=options.max_tokens,
+        min_length=options.min_tokens,
+        repetition_penalty=options.repetition_penalty,
+    )
+    loading = Loading(
+        options.recipe,
+        options.tokenizer,
+        options.image_size,
+        "cuda" if on_gpu else "cpu",
+        options.precision or ("bf16" if on_gpu else "fp32"),
+    )
+    return Settings(
+        options.captioner, options.filter, options.threshold, sampling, options.prompt,
+        options.seed, options.batch_size, loading, options.threads,
+    )  # fmt: skip
+
+
+def _print(out: str, statistics: dict[str, Any]) -> None:
+    images = statistics["images"]
+    print(f"{out}: {images['written']} of {images['read']} images keep a caption")
+    for kind in ("web", "synthetic"):
+        found = statistics[kind]
+        print(f"{kind} captions: {found['kept']} kept, {found['dropped']} dropped")
+    if statistics["undecodable_images"]:
+        print(f"{statistics['undecodable_images']} images can't be decoded (rejects.jsonl)")
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", metavar="IN", help="shards of prepare_data: a folder or a remote")
+    parser.add_argument("out", metavar="OUT", help="folder, or a remote: s3://b/p")
+    models = parser.add_argument_group("checkpoints (a run, step_N, .pth, Hugging Face folder)")
+    sampling = parser.add_argument_group("synthetic captions (nucleus sampling)")
+    running = parser.add_argument_group("running")
+
+    def add(group: argparse._ArgumentGroup, name: str, default: Any, text: str) -> None:
+        kind = int if default is None else type(default)
+        shown = "" if default is None else " (%(default)s)"
+        group.add_argument(name, type=kind, default=default, help=text + shown)
+
+    models.add_argument("--captioner", required=True, help="fine-tuned for captions")
+    models.add_argument("--filter", required=True, help="fine-tuned for retrieval")
+    models.add_argument("--recipe", help="network's sizes, where the checkpoints don't say them")
+    models.add_argument("--tokenizer", help="default: the recipe's, or the one beside them")
+    add(models, "--image-size", None, "pixels; default: those of each checkpoint")
+    models.add_argument("--device", choices=("cpu",), help="default: the GPU if there is one")
+    models.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU")
+    add(models, "--threshold", Settings.threshold, "least matching probability of what is kept")
+    drawn = NucleusSettings()
+    add(sampling, "--top-p", drawn.top_p, "share of the probability that is drawn from")
+    add(sampling, "--top-k", drawn.top_k, "among so many tokens")
+    add(sampling, "--temperature", drawn.temperature, "above 1 is wilder")
+    add(sampling, "--repetition-penalty", drawn.repetition_penalty, "above 1 repeats less")
+    add(sampling, "--max-tokens", 20, "longest caption, prompt and [SEP] counted")
+    add(sampling, "--min-tokens", 5, "shortest caption, prompt counted")
+    sampling.add_argument("--prompt", help="how captions begin; default: as their checkpoint does")
+    add(sampling, "--seed", 0, "with the id of the image it fixes the caption")
+    add(running, "--batch-size", Settings.batch_size, "images at once")
+    add(running, "--workers", None, "processes; default: one on a GPU, else one a core")
+    add(running, "--threads", Settings.threads, "that decode images in each process")
+    add(running, "--shard", "0/1", "work off part i of n alone, from 0/n to n-1/n")
+    add(running, "--shard-size", "64mb", "largest size of a shard")
+    add(running, "--shown", 48, "images on the sample sheet")
+    add(running, "--scratch", tempfile.gettempdir(), "where shards of remotes are kept")
+    return parser

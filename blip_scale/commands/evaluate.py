@@ -1,0 +1,303 @@
+"""Measure a BLIP checkpoint of any kind on a task, on one process or several ranks.
+
+python tools/evaluate.py retrieval runs/finetune_retrieval_coco data/coco_test
+python tools/evaluate.py captioning model.pth coco_karpathy_test.json --images /data/coco
+deepspeed tools/evaluate.py retrieval model.pth data/flickr30k_test evaluation.rerank_top_k=128
+docs/tasks.md tells what each task reads and what comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+from blip_scale import launcher
+from blip_scale.config import exit_codes, settings
+from blip_scale.config import recipe as recipes
+from blip_scale.config.recipe import Recipe, StreamRecipe
+from blip_scale.data.captions import clean_caption, clean_question
+from blip_scale.data.conversion.pairs import Source
+from blip_scale.data.heldout.listed import listed_pairs
+from blip_scale.data.heldout.pairs import HeldoutPairs, heldout_pairs
+from blip_scale.data.heldout.videos import VideoSet
+from blip_scale.data.sources.readers import READERS
+from blip_scale.engine import collectives
+from blip_scale.engine.zero.engine import start
+from blip_scale.evaluation import answers, captions_and_pairs, video
+from blip_scale.inference.blip import Blip
+from blip_scale.inference.loading import Loading, load_blip, recipe_of
+from blip_scale.interop.checkpoints import format_of
+from blip_scale.model.nlvr2 import NLVR2
+from blip_scale.model.visdial import VisDial
+from blip_scale.model.vqa import VQA
+from blip_scale.tasks import captioning, nlvr2, visdial, vqa
+
+_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, on what, and how."""
+
+    blip: Blip
+    opened: HeldoutPairs | VideoSet
+    recipe: Recipe
+    """Its `evaluation` and `model.text` count."""
+    options: argparse.Namespace
+
+    @property
+    def pairs(self) -> HeldoutPairs:
+        """What all tasks but `video` are measured on."""
+        assert isinstance(self.opened, HeldoutPairs)
+        return self.opened
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a task is evaluated."""
+
+    measure: Callable[[Subject], dict[str, Any]]
+    """Figures by name, the same on all ranks. Numbers with a point are shares of one."""
+    published: dict[str, Any]
+    """Settings for a checkpoint that brings no recipe."""
+    reader: str = "coco"
+    """Of annotation files, a name of `READERS`."""
+    clean: Callable[[str], str] = clean_caption
+    """Of the texts."""
+
+
+def command(arguments: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Run the command and end the process with its exit code."""
+    launcher.end_process(main(arguments, prog))
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Returns the exit code: 0, or 2 for what can't be used, which is said in one line."""
+    options, overrides = _parser(prog).parse_known_args(arguments)
+    began = time.perf_counter()
+    try:
+        device = start(_TIMEOUT_S)
+        if device.type == "cpu":  # ranks that each take all cores slow each other down
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // collectives.local_world_size()))
+        is_main = collectives.rank() == 0
+        logging.basicConfig(format="%(message)s", level="WARNING" if is_main else "ERROR")
+        kind = KINDS[options.task]
+        loading = Loading(
+            options.recipe, options.tokenizer, options.image_size, str(device), options.precision
+        )
+        blip = load_blip(options.checkpoint, loading)
+        recipe = _recipe(options, kind, blip, overrides)
+        pairs = _open(options, kind, blip.image_size)
+        figures = kind.measure(Subject(blip, pairs, recipe, options))
+        everywhere = collectives.all_gather_objects(pairs.unreadable)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"evaluate: {' '.join(str(error).split())}\n")
+        return exit_codes.REFUSED
+    if is_main:
+        report = {
+            "task": options.task,
+            "checkpoint": str(options.checkpoint),
+            "head": blip.head,
+            "data": options.data,
+            "images": len(pairs),
+            "unreadable_images": len({name for part in everywhere for name in part}),
+            "figures": figures,
+            "settings": asdict(recipe.evaluation) | {"image_size": blip.image_size},
+            "ranks": collectives.world_size(),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        _show(report)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list[str]) -> Recipe:
+    """The recipe of the run, or the published settings, with overrides on top."""
+    found = recipe_of(options.checkpoint, format_of(options.checkpoint), options.recipe)
+    tree = deepcopy(kind.published)
+    if found is not None:
+        tree = yaml.safe_load(recipes.to_yaml(found))
+    else:
+        tree.setdefault("model", {}).setdefault("text", {})["prompt"] = blip.prompt
+    return settings.build(Recipe, tree, "evaluate", settings.parse_overrides(overrides))
+
+
+def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPairs | VideoSet:
+    """MDS shards, or what an annotation file lists."""
+    place = Path(options.data)
+    if options.task == "video":
+        return VideoSet(place, Path(options.images or place.parent), image_size)
+    if (place / "index.json").is_file():
+        stream = StreamRecipe(place.name, options.data)
+        return heldout_pairs(stream, image_size, clean=lambda text, _: kind.clean(text))
+    if not place.is_file():
+        raise FileNotFoundError(
+            f"{place}: neither a folder of MDS shards (no index.json there) nor an annotation file"
+        )
+    source = Source(
+        options.data, options.images or "", options.strip_prefix, options.split or "",
+        relevance=options.relevance,
+    )  # fmt: skip
+    chunks = READERS[kind.reader](source)
+    found = [one for chunk in chunks for one in chunk.read()]
+    return listed_pairs(place.name, found, image_size, kind.clean)
+
+
+def _retrieval(subject: Subject) -> dict[str, Any]:
+    """Recalls by cosine, and of the best candidates re-ranked by image-text matching."""
+    blip, recipe = subject.blip, subject.recipe
+    blip.require("match")
+    found = captions_and_pairs.retrieval_on(blip.med, subject.pairs, recipe, blip.tokenizer, True)
+    counts = ("candidates", "texts")
+    return {name: int(value) if name in counts else value for name, value in found.items()}
+
+
+def _captioning(subject: Subject) -> dict[str, Any]:
+    """Caption metrics where there are references; the captions go into --submission."""
+    blip, pairs, options = subject.blip, subject.pairs, subject.options
+    blip.require("caption")
+    every = range(len(pairs))
+    said = captions_and_pairs.captions_of(blip.med, pairs, every, subject.recipe, blip.tokenizer)
+    ids = captioning.image_ids(pairs, options.data, options.strip_prefix)
+    if options.submission and collectives.rank() == 0:
+        entries = [{"image_id": i, "caption": text} for i, text in zip(ids, said, strict=True)]
+        options.submission.write_text(json.dumps(entries), encoding="utf-8")
+    references = pairs.captions
+    if options.references:
+        references = captioning.references_of(options.references, ids)
+    if not any(references):
+        return {"captions": len(said), "note": "no references: nothing to compare with"}
+    return captioning.figures(said, references, pairs.annotations)
+
+
+def _vqa(subject: Subject) -> dict[str, Any]:
+    """Accuracy by the official rule; the answers go into --submission."""
+    blip, options = subject.blip, subject.options
+    blip.require("vqa")
+    assert isinstance(blip.network, VQA)
+    said = answers.answers_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
+    if options.submission and collectives.rank() == 0:
+        rows = answers.submission(subject.pairs, said)
+        options.submission.write_text(json.dumps(rows), encoding="utf-8")
+    found = vqa.accuracy(said, subject.pairs)
+    return _counted(found, "questions") or {"note": "no answers: nothing to compare with"}
+
+
+def _nlvr2(subject: Subject) -> dict[str, Any]:
+    """Accuracy, beside that of the commoner label."""
+    blip = subject.blip
+    blip.require("nlvr2")
+    assert isinstance(blip.network, NLVR2)
+    said = nlvr2.judgements_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
+    return _counted(nlvr2.accuracy(said, subject.pairs), "sentences")
+
+
+def _visdial(subject: Subject) -> dict[str, Any]:
+    """Ranks of the true answers."""
+    blip = subject.blip
+    blip.require("visdial")
+    assert isinstance(blip.network, VisDial)
+    scores = visdial.scores_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
+    figures = _counted(visdial.dialog_figures(scores, subject.pairs), "questions")
+    return figures | {"mean_rank": f"{figures['mean_rank']:.2f}"}
+
+
+def _video(subject: Subject) -> dict[str, Any]:
+    """Recalls of videos by text and the other way, and the median rank."""
+    blip, videos = subject.blip, subject.opened
+    assert isinstance(videos, VideoSet)
+    blip.require("match")
+    frames = subject.options.frames
+    found = video.video_retrieval(blip.med, videos, frames, subject.recipe, blip.tokenizer)
+    counts = ("candidates", "texts", "text_to_video_median_rank")
+    return {name: int(value) if name in counts else value for name, value in found.items()}
+
+
+def _counted(figures: dict[str, float], count: str) -> dict[str, Any]:
+    return figures | ({count: int(figures[count])} if count in figures else {})
+
+
+KINDS: dict[str, Kind] = {
+    "retrieval": Kind(
+        _retrieval, {"model": {"text": {"max_tokens": 35}}, "evaluation": {"rerank_top_k": 256}}
+    ),
+    "captioning": Kind(_captioning, {}, clean=str),
+    "vqa": Kind(
+        _vqa,
+        {
+            "model": {"text": {"max_tokens": 35}},
+            "evaluation": {"max_caption_tokens": 10, "min_caption_tokens": 1},
+        },
+        "vqa",
+        clean_question,
+    ),
+    "nlvr2": Kind(
+        _nlvr2,
+        {"model": {"text": {"max_tokens": 60}}},
+        "nlvr2",
+        partial(clean_caption, max_words=nlvr2.MAX_WORDS),
+    ),
+    "visdial": Kind(_visdial, {"model": {"text": {"max_tokens": 256}}}, "visdial", clean_question),
+    "video": Kind(_video, {"model": {"text": {"max_tokens": 35}}}),
+}
+
+
+def _show(report: dict[str, Any]) -> None:
+    """The figures as a table, shares in percent."""
+    print(
+        f"{report['task']} of {report['checkpoint']} ({report['head']}) on {report['data']}: "
+        f"{report['images']} images, {report['unreadable_images']} unreadable, "
+        f"{report['ranks']} rank(s), {report['seconds']} s"
+    )
+    width = max(len(name) for name in report["figures"])
+    for name, value in report["figures"].items():
+        print(f"{name:<{width}}  {f'{100 * value:.2f}' if isinstance(value, float) else value}")
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("task", choices=tuple(KINDS))
+    add("checkpoint", type=Path, help="a run's folder, step_N, .pth, or a Hugging Face folder")
+    add(
+        "data",
+        help="folder of MDS shards, or a published annotation file (.json, .jsonl of videos)",
+    )
+    add("--images", metavar="FOLDER", help="that an annotation file's paths start from")
+    add("--strip-prefix", default="", help="cut off an annotation file's paths first")
+    add("--split", help="of an annotation file that has several: train, val, test")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--submission", type=Path, metavar="FILE",
+        help="captioning: write [{image_id, caption}] there (NoCaps, COCO); vqa: [{question_id, "
+        "answer}], for the test server")  # fmt: skip
+    add("--frames", type=int, default=8, help="video: of each (%(default)s)")
+    add("--relevance", metavar="FILE", default="",
+        help="visdial: visdial_1.0_val_dense_annotations.json, for NDCG")  # fmt: skip
+    add("--references", metavar="FILE",
+        help="captioning: COCO annotations to compare with (a _gt.json)")  # fmt: skip
+    add("--recipe", help="network's sizes and settings; default: recipe.yaml of the run")
+    add("--tokenizer", help="default: the recipe's, or the one beside the checkpoint")
+    add("--image-size", type=int, help="pixels; default: the checkpoint's")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
+    add("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
+    parser.epilog = (
+        "Further arguments are settings: evaluation.num_beams=5, evaluation.batch_size=8."
+    )
+    return parser

@@ -1,0 +1,68 @@
+"""The command `blip-scale NAME ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from blip_scale import __version__
+from blip_scale.config import exit_codes
+
+COMMANDS = {
+    "train": ("blip_scale.train", "train a recipe, on one rank or under a launcher"),
+    "prepare-data": ("blip_scale.commands.prepare_data", "turn a data set into MDS shards"),
+    "evaluate": ("blip_scale.commands.evaluate", "evaluate a checkpoint on held-out data"),
+    "convert": ("blip_scale.commands.convert_checkpoint", "convert a checkpoint"),
+    "predict": ("blip_scale.commands.predict", "ask a checkpoint about images"),
+    "capfilt": ("blip_scale.commands.capfilt", "caption and filter web images"),
+    "plan": ("blip_scale.commands.plan", "plan memory, time and storage of a run"),
+    "demo-page": ("blip_scale.commands.demo_page", "serve checkpoints on a web page"),
+    "summary": ("blip_scale.commands.show_summary", "show the figures of a finished run"),
+}
+"""Name on the command line -> (module with `main(arguments, prog)`, help text)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Only the module of that command is imported."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return exit_codes.DONE if words else exit_codes.REFUSED
+    if words[0] == "--version":
+        sys.stdout.write(f"blip-scale {__version__}\n")
+        return exit_codes.DONE
+    if words[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        sys.stderr.write(f"blip-scale: no command {words[0]!r}; expected one of {known}\n")
+        return exit_codes.REFUSED
+    module = importlib.import_module(COMMANDS[words[0]][0])
+    code: int = module.main(words[1:], f"blip-scale {words[0]}")
+    return code
+
+
+def command() -> None:
+    """Run `blip-scale` and end the process with its exit code."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("train", "evaluate"):  # they start process groups, which have an end of their own
+        module = importlib.import_module(COMMANDS[name][0])
+        module.command(sys.argv[2:], f"blip-scale {name}")
+    sys.exit(main())
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: blip-scale COMMAND [ARGUMENT ...]",
+            "",
+            "Pretrain, fine-tune, evaluate and use BLIP.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "`blip-scale COMMAND --help` shows the arguments of a command.",
+            "",
+        ]
+    )

@@ -1,0 +1,168 @@
+"""Ask a trained BLIP about images.
+
+python tools/predict.py caption photos/ --model runs/captioner
+python tools/predict.py vqa photo.jpg --model runs/vqa --question "what is the dog doing?"
+python tools/predict.py match 'photos/*.jpg' --model runs/filter --text "a dog" --text "two cats"
+python tools/predict.py embed photos/ --model runs/filter --out features.npz
+python tools/predict.py search photos/ --model runs/filter --text "a dog in the snow" --top 5
+IMAGES are files, folders (everything below) and globs. Each answer is a line of JSON; an image that
+can't be decoded gives a line with `error`, and the exit code 1 at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from blip_scale.config import exit_codes
+from blip_scale.inference import predictions
+from blip_scale.inference.images import find_images
+from blip_scale.inference.loading import Loading, load_blip
+from blip_scale.inference.predictions import Answer, CaptionSettings, Reader
+from blip_scale.model.generation import BeamSettings, NucleusSettings
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Returns the exit code: 0, 1 where images failed, 2 where nothing could be done."""
+    options = _parser(prog).parse_args(arguments)
+    try:
+        return _predict(options)
+    except (OSError, ValueError) as error:
+        print(f"predict: {' '.join(str(error).split())}", file=sys.stderr)
+        return exit_codes.REFUSED
+
+
+def _predict(options: argparse.Namespace) -> int:
+    paths = find_images(options.images)
+    loading = Loading(
+        options.recipe, options.tokenizer, options.image_size, options.device, options.precision
+    )
+    reader = Reader(load_blip(options.model, loading), options.batch_size, options.threads)
+    failed, seen = [], set()
+    with _output(options) as write, tqdm(total=len(paths), unit="image") as bar:
+        for answer in _answers(reader, paths, options):
+            if "error" in answer:
+                failed.append(answer["image"])
+            bar.update(answer["image"] not in seen)
+            seen.add(answer["image"])
+            write(answer)
+        bar.update(len(paths) - bar.n)  # a search looks at all and answers with the best
+    if failed:
+        named = ", ".join(failed[:5]) + (" ..." if len(failed) > 5 else "")
+        print(f"{len(failed)} of {len(paths)} images failed: {named}", file=sys.stderr)
+    return exit_codes.FAILED if failed else exit_codes.DONE
+
+
+def _answers(reader: Reader, paths: Sequence[str], options: argparse.Namespace) -> Iterator[Answer]:
+    if options.use == "caption":
+        settings = CaptionSettings(_decoding(options), options.prompt, options.seed)
+        return predictions.captions(reader, paths, settings)
+    if options.use == "vqa":
+        return predictions.replies(reader, paths, options.question)
+    if options.use == "match":
+        return predictions.matches(reader, paths, options.text)
+    if options.use == "embed":
+        return predictions.features(reader, paths)
+    return predictions.search(reader, paths, options.text, options.top, options.rerank)
+
+
+def _decoding(options: argparse.Namespace) -> BeamSettings | NucleusSettings:
+    lengths = {"max_length": options.max_tokens, "min_length": options.min_tokens}
+    if options.sample:
+        return NucleusSettings(top_p=options.top_p, **lengths)
+    return BeamSettings(num_beams=options.beams, **lengths)
+
+
+@contextmanager
+def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
+    """Where answers go: stdout, lines of a file, or the arrays of an .npz. A file takes its place
+    at the end; what an ended run had written stays in FILE.partial."""
+    out: Path | None = options.out
+    if out is None:
+        yield lambda answer: print(json.dumps(answer, ensure_ascii=False), flush=True)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    if out.suffix == ".npz":
+        if options.use != "embed":
+            raise ValueError(f"{out}: only features go into an .npz")
+        rows: list[Answer] = []
+        yield rows.append
+        good = [row for row in rows if "error" not in row]
+        for row in rows:
+            if "error" in row:
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                images=np.array([row["image"] for row in good], np.str_),
+                features=np.array([row["features"] for row in good], np.float32),
+            )
+    else:
+        with partial.open("w", encoding="utf-8") as lines:
+            yield lambda answer: print(json.dumps(answer, ensure_ascii=False), file=lines)
+    partial.replace(out)
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    uses = parser.add_subparsers(dest="use", required=True, metavar="USE")
+    shared = _shared_options()
+
+    def use(name: str, text: str) -> argparse.ArgumentParser:
+        return uses.add_parser(name, help=text, description=text, parents=[shared])
+
+    caption = use("caption", "a caption of every image")
+    _add(caption, "--beams", 3, "width of the beam search; 1 is greedy")
+    caption.add_argument("--sample", action="store_true", help="nucleus sampling, no beam search")
+    _add(caption, "--top-p", 0.9, "of nucleus sampling")
+    _add(caption, "--seed", 0, "of nucleus sampling; with an image's path it fixes the caption")
+    _add(caption, "--max-tokens", 20, "longest caption, prompt and [SEP] counted")
+    _add(caption, "--min-tokens", 5, "shortest caption, prompt counted")
+    caption.add_argument(
+        "--prompt", help='default: "a picture of " for captioners, none after pretraining'
+    )
+    vqa = use("vqa", "answers to questions about every image")
+    vqa.add_argument("--question", action="append", required=True, help="may come again")
+    match = use("match", "matching probability (itm) and cosine (itc) of every image and text")
+    match.add_argument("--text", action="append", required=True, help="may come again")
+    use("embed", "features of every image, of norm 1; with --out NAME.npz as arrays")
+    search = use("search", "the images that fit a text best")
+    search.add_argument("--text", required=True, help="what to look for")
+    _add(search, "--top", 10, "so many images are given")
+    _add(search, "--rerank", 0, "order so many best ones anew by matching probability; 0: don't")
+    return parser
+
+
+def _shared_options() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, globs")
+    shared.add_argument(
+        "--model", required=True, type=Path, metavar="CHECKPOINT",
+        help="a run's folder, step_N, BLIP's .pth, or a Hugging Face folder",
+    )  # fmt: skip
+    shared.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
+    shared.add_argument("--recipe", help="network's sizes, where the checkpoint doesn't say them")
+    shared.add_argument("--tokenizer", help="default: the recipe's, or the one beside the model")
+    shared.add_argument("--image-size", type=int, help="pixels; default: the checkpoint's")
+    shared.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
+    shared.add_argument(
+        "--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU"
+    )
+    _add(shared, "--batch-size", 32, "images at once; changes no answer")
+    _add(shared, "--threads", 4, "that decode images")
+    return shared
+
+
+def _add(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
+    parser.add_argument(name, type=type(default), default=default, help=text + " (%(default)s)")

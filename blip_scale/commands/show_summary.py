@@ -1,0 +1,54 @@
+"""Show the figures of a finished run: python tools/show_summary.py runs/demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip_scale.config import exit_codes
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Print summary.json as a table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("run", type=Path, help="output folder of the run")
+    parser.add_argument(
+        "--started", type=int, metavar="UNIX_TIME",
+        help="when the whole command began: its seconds are added to summary.json",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    file = options.run / "summary.json"
+    if not file.is_file():
+        sys.stderr.write(f"{file}: no such file; the run has not finished\n")
+        return exit_codes.REFUSED
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    if options.started is not None:
+        # A call that found the run finished keeps the figure of the one that made it.
+        summary.setdefault("seconds_whole_command", int(time.time()) - options.started)
+        file.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = list(_rows(summary))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    print(
+        f"\nFigures: {file}\nTensorBoard: make tensorboard, or tensorboard --logdir {options.run}"
+    )
+    return 0
+
+
+def _rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every figure with its dotted name; what lies in a list stands on one line."""
+    if isinstance(value, dict) and not name.rpartition(".")[2].isdigit():
+        for key, inner in value.items():
+            yield from _rows(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _rows(inner, f"{name}.{index}")
+    elif isinstance(value, dict):
+        yield name, "  |  ".join(f"{key}: {inner}" for key, inner in value.items())
+    else:
+        yield name, f"{value:.4g}" if isinstance(value, float) else str(value)

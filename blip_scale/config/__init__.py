@@ -1,0 +1,1 @@
+"""Recipes, their settings and what is checked before anything is loaded."""

@@ -1,0 +1,81 @@
+"""The global batch, split over ranks and accumulation micro-steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from blip_scale.config.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """`global_batch = micro_batch * world_size * accumulation`, in pairs."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+
+
+def batch_sizes(recipe: Recipe, world_size: int) -> BatchSizes:
+    """Split the global batch over `world_size` ranks.
+
+    Raises:
+        ValueError: it does not divide; names the sizes and the numbers of ranks that do.
+    """
+    train = recipe.train
+    batch, stated, most = (
+        train.global_batch_size,
+        train.micro_batch_size,
+        train.max_micro_batch_size,
+    )
+    possible = _micro_batches(recipe, world_size)
+    micro = stated or _largest(possible, most) or max(1, batch // world_size)
+    unit = world_size * micro
+    if stated is None and most is not None and possible and micro > most:
+        raise ValueError(
+            f"train.max_micro_batch_size: the {batch // world_size} pairs of each of {world_size} "
+            f"ranks do not divide into micro-batches of at most {most}; possible: "
+            f"train.max_micro_batch_size={possible[0]}{_other_ranks(recipe, world_size)}"
+        )
+    if batch % unit == 0:
+        return BatchSizes(batch, micro, batch // unit, world_size)
+    if stated is None:
+        unit = world_size
+    near = sorted({max(1, batch // unit) * unit, math.ceil(batch / unit) * unit})
+    mend = f"train.global_batch_size={' or '.join(map(str, near))}"
+    if possible:
+        mend += f", or train.micro_batch_size={' or '.join(map(str, possible))}"
+    factors = f"{world_size} ranks" + (f" * micro batch {stated}" if stated else "")
+    raise ValueError(
+        f"train.global_batch_size: {batch} is not a multiple of {unit} ({factors}); "
+        f"possible: {mend}{_other_ranks(recipe, world_size)}"
+    )
+
+
+def _micro_batches(recipe: Recipe, world_size: int) -> list[int]:
+    """Sizes that make up a rank's share of the global batch, and are large enough for ITM's
+    negatives; none where the batch has no equal shares."""
+    share, rest = divmod(recipe.train.global_batch_size, world_size)
+    least = 2 if recipe.objective.negatives == "local" else 1
+    return [] if rest else [size for size in range(least, share + 1) if share % size == 0]
+
+
+def _largest(sizes: list[int], most: int | None) -> int | None:
+    return max((size for size in sizes if most is None or size <= most), default=None)
+
+
+def _other_ranks(recipe: Recipe, world_size: int) -> str:
+    """The numbers of ranks nearest to this one on which the sizes work, as part of a sentence."""
+    train = recipe.train
+
+    def fits(ranks: int) -> bool:
+        sizes = _micro_batches(recipe, ranks)
+        if train.micro_batch_size is not None:
+            return train.micro_batch_size in sizes
+        return _largest(sizes, train.max_micro_batch_size) is not None
+
+    able = [n for n in range(1, train.global_batch_size + 1) if n != world_size and fits(n)]
+    near = sorted(able, key=lambda ranks: abs(ranks - world_size))[:6]
+    return f", or {' or '.join(map(str, sorted(near)))} ranks" if near else ""

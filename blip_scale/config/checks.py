@@ -1,0 +1,343 @@
+"""What cannot work is refused here, before anything heavy is imported or loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from blip_scale.config.batch_sizes import BatchSizes, batch_sizes
+from blip_scale.config.recipe import FP16_REFUSED, DataRecipe, OptimizerRecipe, Recipe, StreamRecipe
+from blip_scale.config.settings import expand
+
+AUTO = "auto"
+
+
+def check(recipe: Recipe, world_size: int) -> BatchSizes:
+    """Refuse a recipe that cannot run on `world_size` ranks; gives the batch sizes of one that can.
+
+    Raises:
+        ValueError: settings that contradict each other, or an environment variable that is not set.
+        FileNotFoundError: data or initial weights that are not there, with the way to get them.
+    """
+    sizes = batch_sizes(recipe, world_size)
+    _check_pools(recipe, sizes)
+    _check_model(recipe)
+    _check_bounds(recipe)
+    _check_checkpoints(recipe)
+    _check_data(recipe)
+    return sizes
+
+
+def shipped_deepspeed(name: str) -> Path:
+    """Path of a shipped DeepSpeed JSON: in a clone ds_configs/, else the package's own copy."""
+    package = Path(__file__).resolve().parent.parent
+    beside = package.parent / "ds_configs" / f"{name}.json"
+    return beside if beside.is_file() else package / "ds_configs" / f"{name}.json"
+
+
+def resolve_deepspeed(
+    recipe: Recipe, ds_config_path: str | Path, world_size: int
+) -> dict[str, Any]:
+    """DeepSpeed's settings with every "auto" filled in from the recipe.
+
+    Batch sizes, clipping, precision, optimizer and schedule are the recipe's. The JSON says "auto"
+    for them, leaves them out, or agrees. `optimizer` and `scheduler` are left out of what is
+    returned: the engine builds both.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, a ZeRO stage other than 2 or 3, fp16, or a conflict with the recipe.
+    """
+    path = Path(ds_config_path)
+    config = _read_json(path)
+    stage = _object(config, "zero_optimization", path).get("stage", 0)
+    if stage not in (2, 3):
+        raise ValueError(
+            f"{path}: zero_optimization.stage: expected 2 or 3, found {json.dumps(stage)}"
+        )
+    if recipe.model.compile and stage == 3 and world_size > 1:
+        raise ValueError(
+            "model.compile: ZeRO-3 gathers weights from Python inside of the blocks, which "
+            "torch.compile can't trace; give --deepspeed ds_configs/zero2.json, or set it to false"
+        )
+    if _object(config, "fp16", path).get("enabled") not in (None, False, AUTO):
+        raise ValueError(f"{path}: fp16.enabled: {FP16_REFUSED}; set it to false")
+    for name in ("amp", "torch_autocast"):
+        if _object(config, name, path).get("enabled") not in (None, False, AUTO):
+            raise ValueError(
+                f"{path} and the recipe disagree: {name} is enabled, but train.precision "
+                f"{recipe.train.precision} decides; remove {name}"
+            )
+    sizes = batch_sizes(recipe, world_size)
+    is_bf16 = recipe.train.precision == "bf16"
+    filled = {
+        "train_batch_size": (sizes.global_batch, "train.global_batch_size"),
+        "train_micro_batch_size_per_gpu": (sizes.micro_batch, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (sizes.accumulation, "global / (micro_batch_size * ranks)"),
+        "gradient_clipping": (recipe.optimizer.gradient_clip, "optimizer.gradient_clip"),
+    }
+    for name, (value, setting) in filled.items():
+        _agree(path, name, config.get(name), setting, value)
+        config[name] = value
+    bf16 = _object(config, "bf16", path)
+    precision = f"train.precision {recipe.train.precision}"
+    _agree(path, "bf16.enabled", bf16.get("enabled"), precision, is_bf16)
+    config["bf16"] = bf16 | {"enabled": is_bf16}
+    _check_optimizer(path, config, recipe.optimizer)
+    if config.get("scheduler", AUTO) != AUTO:
+        raise ValueError(
+            f"{path} and the recipe disagree: scheduler is set, but the learning rate follows the "
+            "recipe's optimizer.schedule; remove scheduler"
+        )
+    for name in ("optimizer", "scheduler", "fp16", "amp", "torch_autocast"):
+        config.pop(name, None)
+    config["zero_allow_untested_optimizer"] = True  # torch's AdamW with a switch to skip a step
+    if world_size == 1 and stage == 3:
+        _fill_for_one_rank(config["zero_optimization"])
+    return _without_auto(config)
+
+
+def _fill_for_one_rank(zero: dict[str, Any]) -> None:
+    """ZeRO-3's "auto" settings on a single rank, where parting and gathering the parameters only
+    costs: they stay whole, so torch's own linear layer may keep them for its backward pass, and
+    gradients need no bucket (`engine.zero3_step.keep_gradients`)."""
+    alone = {
+        "stage3_param_persistence_threshold": sys.maxsize,
+        "stage3_model_persistence_threshold": sys.maxsize,
+        "memory_efficient_linear": False,
+        "contiguous_gradients": False,
+    }
+    for name, value in alone.items():
+        if zero.get(name) == AUTO:
+            zero[name] = value
+
+
+def _agree(path: Path, name: str, found: Any, setting: str, wanted: Any) -> None:
+    """Raise unless the JSON leaves a value to the recipe or says the same."""
+    if found in (None, AUTO, wanted):
+        return
+    raise ValueError(
+        f"{path} and the recipe disagree: {name} is {json.dumps(found)}, but {setting} gives "
+        f'{json.dumps(wanted)}; set {name} to "auto", or change the recipe'
+    )
+
+
+def _check_optimizer(path: Path, config: dict[str, Any], optimizer: OptimizerRecipe) -> None:
+    """The JSON's optimizer, if it has one, is AdamW with the recipe's parameters."""
+    if config.get("optimizer", AUTO) == AUTO:
+        return
+    section = _object(config, "optimizer", path)
+    if str(section.get("type", "")).lower() != "adamw":
+        _agree(path, "optimizer.type", section.get("type", "missing"), "the recipe", "AdamW")
+    wanted = {
+        "lr": ("optimizer.peak_lr", optimizer.peak_lr),
+        "betas": ("optimizer.betas", list(optimizer.betas)),
+        "eps": ("optimizer.eps", optimizer.eps),
+        "weight_decay": ("optimizer.weight_decay", optimizer.weight_decay),
+    }
+    for name, found in _object(section, "params", path).items():
+        if name in wanted:
+            _agree(path, f"optimizer.params.{name}", found, *wanted[name])
+        elif name not in ("torch_adam", "adam_w_mode", "fused", "foreach"):
+            raise ValueError(
+                f"{path}: optimizer.params.{name}: not used here; remove it "
+                f"({', '.join(wanted)} are known)"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--deepspeed {path}: no such file; "
+            "ds_configs/ has zero3.json, zero2.json and zero3_offload.json"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object with DeepSpeed's settings")
+    return config
+
+
+def _object(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """The object under `name`, empty when it is missing."""
+    value = config.get(name, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {name}: expected an object, found {json.dumps(value)}")
+    return value
+
+
+def _without_auto(value: Any) -> Any:
+    """The same tree without the "auto" values that are left, where DeepSpeed's defaults hold."""
+    if isinstance(value, dict):
+        return {name: _without_auto(inner) for name, inner in value.items() if inner != AUTO}
+    return value
+
+
+def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
+    """Hard negatives need two pairs to choose from, the queue room for a global batch."""
+    if recipe.task not in ("pretrain", "retrieval"):
+        return
+    pool = sizes.micro_batch * (sizes.world_size if recipe.objective.negatives == "global" else 1)
+    if pool < 2:
+        mend = "train.micro_batch_size=2 or more"
+        if recipe.objective.negatives == "local" and sizes.world_size > 1:
+            mend += ", or objective.negatives=global"
+        raise ValueError(
+            f"train.micro_batch_size: ITM draws its negatives from a pool of {pool} pair, where "
+            f"there is no other pair to draw; give {mend}"
+        )
+    if sizes.global_batch > recipe.objective.queue_size:
+        raise ValueError(
+            f"train.global_batch_size: {sizes.global_batch} is larger than objective.queue_size "
+            f"{recipe.objective.queue_size}; give objective.queue_size={sizes.global_batch} or more"
+        )
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Sizes that fit together, and initial weights that are there."""
+    vision, text = recipe.model.vision, recipe.model.text
+    patch, heads = vision.overrides.get("patch_size"), vision.overrides.get("num_heads")
+    if patch and vision.image_size % patch:
+        raise ValueError(
+            f"model.vision.image_size: {vision.image_size} is not a multiple of "
+            f"the patch size {patch}"
+        )
+    if heads and vision.overrides.get("embed_dim", heads) % heads:
+        raise ValueError(
+            f"model.vision.overrides: embed_dim {vision.overrides['embed_dim']} "
+            f"is not a multiple of num_heads {heads}"
+        )
+    if text.checkpoint is None and text.tokenizer is None:
+        raise ValueError(
+            "model.text: without a checkpoint there is no vocabulary; "
+            "give model.text.checkpoint or model.text.tokenizer"
+        )
+    if text.checkpoint is None and text.width % text.heads:
+        raise ValueError(
+            f"model.text.width: {text.width} is not a multiple of model.text.heads {text.heads}"
+        )
+    for name, value in (("checkpoint", text.checkpoint), ("tokenizer", text.tokenizer)):
+        if value is not None:
+            _check_package(f"model.text.{name}", expand(value, f"model.text.{name}"))
+    if recipe.model.checkpoint is not None:
+        whole = Path(expand(recipe.model.checkpoint, "model.checkpoint"))
+        if not whole.exists():
+            raise FileNotFoundError(
+                f"model.checkpoint: {whole}: no such file or folder; give a training checkpoint, "
+                "a BLIP .pth, a Hugging Face folder, or null"
+            )
+    elif vision.checkpoint not in (None, "timm"):
+        file = Path(expand(vision.checkpoint, "model.vision.checkpoint"))
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"model.vision.checkpoint: {file}: no such file; "
+                "give a .safetensors or .pth file, timm or null"
+            )
+
+
+def _check_package(setting: str, value: str) -> None:
+    """A `package:NAME` must be installed."""
+    scheme, _, name = value.partition(":")
+    package = name.replace("/", ".").split(".")[0]
+    if scheme == "package" and (not package or importlib.util.find_spec(package) is None):
+        raise FileNotFoundError(
+            f"{setting}: {value}: the Python package {package or '(no name)'} is not installed; "
+            f"pip install {package.replace('_', '-')}"
+        )
+
+
+def _check_bounds(recipe: Recipe) -> None:
+    """Pairs of settings where one bounds the other."""
+    optimizer, evaluation = recipe.optimizer, recipe.evaluation
+    pairs = (
+        ("optimizer.min_lr", optimizer.min_lr, "optimizer.peak_lr", optimizer.peak_lr),
+        ("optimizer.warmup_lr", optimizer.warmup_lr, "optimizer.peak_lr", optimizer.peak_lr),
+        ("evaluation.min_caption_tokens", evaluation.min_caption_tokens,
+         "evaluation.max_caption_tokens", evaluation.max_caption_tokens),
+    )  # fmt: skip
+    for low, low_value, high, high_value in pairs:
+        if low_value > high_value:
+            raise ValueError(f"{low}: {low_value} is larger than {high} {high_value}")
+    patience = recipe.train.stall_timeout_s
+    if patience and recipe.data.retry_s >= patience and any(s.remote for s in recipe.data.streams):
+        raise ValueError(
+            f"data.retry_s: {recipe.data.retry_s:g} s of waiting for a remote would end the run "
+            f"after train.stall_timeout_s, {patience:g} s: lower the first or raise the second"
+        )
+
+
+def _check_checkpoints(recipe: Recipe) -> None:
+    """Checkpoints go to a path or to S3."""
+    if recipe.checkpoint.folder is None:
+        return
+    location = expand(recipe.checkpoint.folder, "checkpoint.folder")
+    scheme, separator, path = location.partition("://")
+    if separator and (scheme != "s3" or not path.strip("/")):
+        raise ValueError(
+            f"checkpoint.folder: {location}: expected a path, s3://bucket/prefix or null"
+        )
+
+
+def _check_data(recipe: Recipe) -> None:
+    """There are streams, each with its own name, and their folders exist."""
+    data = recipe.data
+    if not data.streams:
+        raise ValueError(
+            "data.streams: no training data; list at least one stream with name and local"
+        )
+    for group, streams in (("streams", data.streams), ("heldout", data.heldout)):
+        seen: set[str] = set()
+        for index, stream in enumerate(streams):
+            setting = f"data.{group}.{index}"
+            if stream.name in seen:
+                raise ValueError(
+                    f"{setting}.name: {stream.name} is the name of an earlier stream; rename one"
+                )
+            seen.add(stream.name)
+            _check_stream(setting, stream, data.make_with)
+    _check_mixture(data)
+
+
+def _check_mixture(data: DataRecipe) -> None:
+    """The size of an epoch is said once a stream."""
+    for index, stream in enumerate(data.streams):
+        sizes = {
+            "repeat": stream.repeat,
+            "samples_per_epoch": stream.samples_per_epoch,
+            "weight": stream.weight,
+        }
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"data.streams.{index} ({stream.name}): {' and '.join(given)} say the same thing "
+                "twice; keep one"
+            )
+    without = [stream.name for stream in data.streams if stream.weight is None]
+    if data.samples_per_epoch is None and len(without) < len(data.streams):
+        raise ValueError(
+            "data.samples_per_epoch: weights share it out; say how many samples an epoch has"
+        )
+    if data.samples_per_epoch is not None and without:
+        raise ValueError(
+            f"data.samples_per_epoch is shared out by weights, and {', '.join(without)} has none; "
+            "give every stream a weight (and neither repeat nor samples_per_epoch)"
+        )
+
+
+def _check_stream(setting: str, stream: StreamRecipe, make_with: str) -> None:
+    """A stream's folder has an index of shards; object storage is not looked at."""
+    local = expand(stream.local, f"{setting}.local")
+    remote = expand(stream.remote, f"{setting}.remote") if stream.remote else None
+    if remote and "://" in remote:
+        return
+    folder = Path(remote or local)
+    if not (folder / "index.json").is_file():
+        mend = f"make it with: {make_with}" if make_with else f"give {setting}.local=FOLDER"
+        raise FileNotFoundError(
+            f"{setting} ({stream.name}): no MDS shards in {folder} (no index.json there); {mend}"
+        )

@@ -1,0 +1,1 @@
+"""Held-out pairs, listed images and videos for evaluation."""

@@ -1,0 +1,57 @@
+"""Evaluation on the images that an annotation file lists, without making shards of them first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from blip_scale.data.captions import clean_caption
+from blip_scale.data.conversion.pairs import Found, RawPair, Reject
+from blip_scale.data.heldout.pairs import HeldoutPairs, Sample
+from blip_scale.storage.locations import is_local, read_file
+
+
+def listed_pairs(
+    name: str,
+    found: Iterable[Found],
+    image_size: int,
+    clean: Callable[[str], str] = clean_caption,
+) -> HeldoutPairs:
+    """What a reader found as a held-out set; images stay in their files, nothing is screened.
+
+    Raises:
+        ValueError: an item that can't be read, or no item at all.
+        FileNotFoundError: images that aren't there; says how many and names the first.
+    """
+    listed = list(found)
+    pairs = [one for one in listed if isinstance(one, RawPair)]
+    broken = [f"{one.id}: {one.reason}" for one in listed if isinstance(one, Reject)]
+    if broken or not pairs:
+        first = f", the first: {broken[0]}" if broken else ""
+        raise ValueError(f"{name}: {len(broken)} of {len(listed)} items can't be used{first}")
+    files = [image for pair in pairs for image in (pair.image, pair.second_image)]
+    absent = [f for f in files if isinstance(f, str) and is_local(f) and not Path(f).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{name}: {len(absent)} images aren't there, the first: {absent[0]}; give the folder "
+            "that they lie in (--images), and what is to be cut off their paths (--strip-prefix)"
+        )
+
+    def encoded(index: int) -> Sample:
+        images = {"image": pairs[index].image, "second_image": pairs[index].second_image}
+        return {
+            column: read_file(place) if isinstance(place, str) else place
+            for column, place in images.items()
+            if place is not None
+        }
+
+    return HeldoutPairs(name, (_texts(name, pair) for pair in pairs), encoded, image_size, clean)
+
+
+def _texts(name: str, pair: RawPair) -> Sample:
+    """The columns of a sample without its images."""
+    captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
+    captions = [caption for caption in captions if caption is not None]
+    sample: dict[str, Any] = {"id": pair.id, "source": name, "captions": captions}
+    return sample if pair.annotations is None else sample | {"annotations": pair.annotations}

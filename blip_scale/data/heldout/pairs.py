@@ -1,0 +1,112 @@
+"""Held-out pairs for evaluation: by index, resized only, never augmented.
+
+Legend: H and W the sides of the image.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip_scale.config.recipe import DataRecipe, StreamRecipe
+from blip_scale.data.captions import Clean, clean_caption
+from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.pixels.transforms import EvalTransform
+from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
+from blip_scale.data.shards import IMAGE_COLUMNS
+
+logger = logging.getLogger(__name__)
+
+
+Sample = Mapping[str, Any]
+"""Columns of `shards`: `id`, `captions`, `source`, the encoded images, perhaps `annotations`."""
+
+
+class HeldoutPairs:
+    """Image i is `ids[i]` and `images([i])`, and its texts are `captions[i]`; nothing but captions
+    and their annotations is held in memory. Where captions speak of two images, i is the pair.
+
+    An image that can't be decoded is grey, so that it counts as a miss, and is named in
+    `unreadable` and once in the log; evaluation goes on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: Iterable[Sample],
+        encoded: Callable[[int], Sample],
+        image_size: int,
+        clean: Callable[[str], str],
+    ):
+        """`samples` are looked at for their texts, `encoded` gives the images of sample i later."""
+        self._encoded = encoded
+        self._transform = EvalTransform(image_size)
+        self.name = name
+        self.unreadable: dict[str, str] = {}
+        """Reason by id."""
+        self.ids: list[str] = []
+        self.captions: list[list[str]] = []
+        """All of each image, cleaned."""
+        self.annotations: list[list[dict[str, Any]]] = []
+        """One for each caption; empty where the set has none."""
+        self.sources: list[str] = []
+        for sample in samples:
+            self.ids.append(sample["id"])
+            self.captions.append([clean(caption) for caption in sample["captions"]])
+            self.annotations.append(sample.get("annotations", [{}] * len(sample["captions"])))
+            self.sources.append(sample["source"])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def images(self, indices: Iterable[int]) -> Tensor:
+        """Some images, uint8 [len(indices), 3, H, W]; of pairs [len(indices), 2, 3, H, W]."""
+        return torch.stack([self._image(index) for index in indices])
+
+    def _image(self, index: int) -> Tensor:
+        sample = self._encoded(index)
+        images = [self._pixels(index, sample[name]) for name in IMAGE_COLUMNS if name in sample]
+        return images[0] if len(images) == 1 else torch.stack(images)
+
+    def _pixels(self, index: int, encoded: bytes) -> Tensor:
+        try:
+            return self._transform(decode_image(encoded))
+        except CorruptSample as error:
+            if self.ids[index] not in self.unreadable:
+                logger.warning("held-out set %s: image %s: %s", self.name, self.ids[index], error)
+            self.unreadable[self.ids[index]] = str(error)
+            return torch.full(
+                (3, self._transform.size, self._transform.size), 128, dtype=torch.uint8
+            )
+
+
+def heldout_pairs(
+    stream: StreamRecipe,
+    image_size: int,
+    data: DataRecipe | None = None,
+    max_images: int | None = None,
+    clean: Clean = clean_caption,
+    max_words: int = 30,
+) -> HeldoutPairs:
+    """Open a held-out set; of more than `max_images` images so many are taken, evenly spread.
+
+    Raises FileNotFoundError, naming `data.make_with`, where the set is missing, or where its remote
+    does not answer for `data.retry_s`.
+    """
+    data = data or DataRecipe()
+    store = StreamStore(stream, data.make_with, retry_s=data.retry_s)
+    places = [(shard, i) for shard, count in enumerate(store.shard_samples) for i in range(count)]
+    taken = min(len(places), max_images or len(places))
+    places = [places[i * len(places) // taken] for i in range(taken)]  # evenly over the set
+
+    def read(index: int) -> Sample:
+        return store.read(*places[index])
+
+    def cleaned(text: str) -> str:
+        return clean(text, max_words)
+
+    return HeldoutPairs(store.name, map(read, range(taken)), read, image_size, cleaned)

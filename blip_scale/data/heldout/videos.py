@@ -1,0 +1,134 @@
+"""Videos with their captions, for zero-shot retrieval: MSRVTT's list as BLIP publishes it.
+
+A line of msrvtt_test.jsonl is {clip_name, caption}. A video is a folder of frames (image files in
+the order of their names) called as the clip, or a video file with that name, which needs the
+package av.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip_scale.data.captions import clean_caption
+from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.pixels.transforms import EvalTransform
+from blip_scale.data.reading.stream_store import CorruptSample
+
+MAX_WORDS = 40
+"""Of a caption (published)."""
+_FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov")
+
+
+class VideoSet:
+    """Video i is `ids[i]` with the cleaned texts `captions[i]`; frames are read when asked for.
+
+    A video that can't be decoded is grey, so that it counts as a miss, and is named in
+    `unreadable`.
+    """
+
+    def __init__(self, annotations: Path, folder: Path, image_size: int):
+        """Raises FileNotFoundError for missing files (the list, or videos: says how many), and
+        ValueError for lines that aren't {clip_name, caption}."""
+        self.name = annotations.name
+        self.unreadable: dict[str, str] = {}
+        self._transform = EvalTransform(image_size)
+        texts = _read_list(annotations)
+        self.ids = list(texts)
+        self.captions = [[clean_caption(t, MAX_WORDS) for t in texts[name]] for name in self.ids]
+        places = [_place_of(folder, name) for name in self.ids]
+        missing = [name for name, place in zip(self.ids, places, strict=True) if place is None]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.name}: {len(missing)} of {len(places)} videos aren't in {folder}, the "
+                f"first: {missing[0]} (a folder of frames, or a file {', '.join(_VIDEO_ENDINGS)})"
+            )
+        self._places = [place for place in places if place is not None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def frames(self, index: int, count: int) -> Tensor:
+        """Frames evenly over a video, uint8 [count, 3, H, W]."""
+        try:
+            return torch.stack([self._transform(image) for image in self._images(index, count)])
+        except CorruptSample as error:
+            self.unreadable[self.ids[index]] = str(error)
+            size = self._transform.size
+            return torch.full((count, 3, size, size), 128, dtype=torch.uint8)
+
+    def _images(self, index: int, count: int) -> list[Image.Image]:
+        place = self._places[index]
+        if place.is_file():
+            return _decode(place, count)
+        files = _frames_in(place)
+        return [decode_image(files[i].read_bytes()) for i in frame_indices(len(files), count)]
+
+
+def frame_indices(length: int, count: int) -> list[int]:
+    """Which frames of a video are seen: from the first on in steps of length / count, cut to whole
+    frames (as published); of shorter videos the last one again."""
+    step = max(1, length // count)
+    return [min(place * step, length - 1) for place in range(count)]
+
+
+def _read_list(file: Path) -> dict[str, list[str]]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    texts: dict[str, list[str]] = {}
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            item: dict[str, Any] = json.loads(line)
+            texts.setdefault(str(item["clip_name"]), []).append(str(item["caption"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}:{number}: not {{clip_name, caption}} ({error})") from error
+    if not texts:
+        raise ValueError(f"{file}: there is no video in it")
+    return texts
+
+
+def _place_of(folder: Path, name: str) -> Path | None:
+    """The folder of frames or file of a clip."""
+    frames = folder / name
+    if frames.is_dir():
+        return frames if _frames_in(frames) else None
+    named = [folder / f"{name}{ending}" for ending in _VIDEO_ENDINGS]
+    return next((path for path in (frames, *named) if path.is_file()), None)
+
+
+def _frames_in(folder: Path) -> Sequence[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _FRAME_ENDINGS)
+
+
+def _decode(file: Path, count: int) -> list[Image.Image]:
+    """Some frames of a video file."""
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{file} is a video file, which the package av decodes: `pip install av`, or give "
+            "folders of frames"
+        ) from error
+    try:
+        with av.open(str(file)) as container:
+            length = sum(1 for _ in container.decode(video=0))
+        if not length:
+            raise CorruptSample("no frame")
+        wanted = frame_indices(length, count)
+        with av.open(str(file)) as container:
+            found = {
+                number: frame.to_image()
+                for number, frame in enumerate(container.decode(video=0))
+                if number in wanted
+            }
+        return [found[number] for number in wanted]
+    except (av.FFmpegError, IndexError, KeyError) as error:
+        raise CorruptSample(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,1 @@
+"""The training loader: order, mixing, worker processes and micro-batches."""

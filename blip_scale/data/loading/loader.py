@@ -1,0 +1,232 @@
+"""Training batches: any number of ranks and workers reads the same samples in the same global
+order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from blip_scale.config.recipe import DataRecipe
+from blip_scale.data.loading import workers
+from blip_scale.data.loading.micro_batches import Batch, CaptionInput, LoaderPosition, MicroBatches
+from blip_scale.data.loading.mixing import describe, samples_per_epoch
+from blip_scale.data.loading.order import SampleOrder, StreamShape
+from blip_scale.data.pixels.transforms import TrainTransform
+from blip_scale.data.reading.prefetch import Prefetcher
+from blip_scale.data.reading.stream_store import StreamStore, open_streams
+
+_PREFETCHED_BATCHES = 4  # a worker
+_DEATH_SEEN_S = 30.0  # a message may break off before its sender, on a busy machine, is seen dead
+_DEATHS = 3  # of workers without a batch in between: then the run stops
+
+_STREAMS_DECIDE = (
+    " (name, samples, samples an epoch of each: they decide the order, the name too; `local` and "
+    "`remote` may change)"
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TrainLoader:
+    """Endless micro batches of this rank, epoch after epoch.
+
+    The k-th micro-step of all ranks together takes the next `micro_samples` of the global order,
+    rank after rank. An epoch holds whole global batches only; which few samples are left over
+    changes from epoch to epoch. Augmentation depends on the seed, the epoch and the position in it
+    alone. So batches are the same, bit for bit, for any number of workers and after any resume, and
+    the union over the ranks is the same for any number of ranks.
+
+    Each worker begins with `set_up_worker`, which is sent to it: a function of a module.
+
+    Raises FileNotFoundError or ValueError, naming stream, path and the command that makes the data,
+    at the start or from the iterator.
+    """
+
+    def __init__(
+        self,
+        data: DataRecipe,
+        image_size: int,
+        text: CaptionInput,
+        seed: int,
+        position: LoaderPosition,
+        set_up_worker: Callable[[], object] | None = None,
+    ):
+        if data.workers:
+            workers.start_server()
+        stores = open_streams(data)
+        sizes = [sum(store.shard_items) for store in stores]
+        counts = samples_per_epoch(data, sizes)
+        logger.info("an epoch of %d pairs: %s", sum(counts), describe(data, sizes, counts))
+        _warn_of_small_cache(data, stores, counts)
+        shapes = [
+            StreamShape(store.name, store.shard_items, count)
+            for store, count in zip(stores, counts, strict=True)
+        ]
+        order = SampleOrder(shapes, seed, data.shuffle_block)
+        steps_per_epoch = order.samples_per_epoch // position.global_batch_size
+        if not steps_per_epoch:
+            raise ValueError(
+                f"train.global_batch_size {position.global_batch_size} is larger than an epoch of "
+                f"{order.samples_per_epoch} pairs: lower it or make an epoch longer"
+            )
+        self.samples_per_epoch = steps_per_epoch * position.global_batch_size
+        """Samples of an epoch over all ranks, without the incomplete global batch."""
+        self.steps_per_epoch = steps_per_epoch
+        """Optimizer steps of an epoch."""
+        self.stream_names = [shape.name for shape in shapes]
+        self._identity = {
+            "seed": seed,
+            "global_batch_size": position.global_batch_size,
+            "shuffle_block": data.shuffle_block,
+            "streams": [[shape.name, shape.samples, shape.samples_per_epoch] for shape in shapes],
+        }
+        self._position = position
+        self._workers = data.workers
+        self._set_up_worker = set_up_worker
+        self._samples_seen = 0
+        self._iterator: Iterator[Batch | Exception] | None = None
+        self._processes: list[BaseProcess] = []
+        self._generation = 0
+        self._batches = MicroBatches(
+            stores=stores,
+            order=order,
+            prefetcher=Prefetcher(stores, order),
+            transform=TrainTransform(
+                image_size, data.min_crop_scale, data.flip, data.augment, data.transform
+            ),
+            text=text,
+            position=position,
+            samples_per_epoch=self.samples_per_epoch,
+            seed=seed,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the current position on, prefetched by the workers; only one iterator at a
+        time.
+        """
+        self.close()
+        self._start()
+        self._generation += 1
+        return self._consume(self._generation)
+
+    def _start(self) -> None:
+        """Begin reading at the current position, with workers of its own."""
+        if self._workers:
+            workers.start_server()  # which may have died
+        first = self._samples_seen // self._position.micro_samples
+        self._iterator = iter(
+            DataLoader(
+                self._batches,
+                batch_size=None,
+                sampler=itertools.count(first),
+                num_workers=self._workers,
+                multiprocessing_context=workers.CONTEXT if self._workers else None,
+                worker_init_fn=partial(workers.begin, dict(os.environ), self._set_up_worker),
+                prefetch_factor=_PREFETCHED_BATCHES if self._workers else None,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # else it draws from, and shifts, the global one
+            )
+        )
+        self._processes = list(getattr(self._iterator, "_workers", []))
+
+    def _consume(self, generation: int) -> Iterator[Batch]:
+        # No reference to the DataLoader's iterator is kept: close() must end its workers.
+        while self._iterator is not None and self._generation == generation:
+            batch = self._next()
+            if isinstance(batch, Exception):
+                self.close()
+                raise batch
+            self._samples_seen += self._position.micro_samples
+            yield batch
+
+    def _next(self) -> Batch | Exception:
+        """The next batch; workers that were killed are replaced, and nothing is lost by it."""
+        for _ in range(_DEATHS):
+            assert self._iterator is not None
+            try:
+                return next(self._iterator)
+            except Exception:  # RuntimeError, or what a torn message makes of itself
+                ended = wait([process.sentinel for process in self._processes], _DEATH_SEEN_S)
+                for process in self._processes:
+                    if process.sentinel in ended:  # its files are closed, its end comes after
+                        process.join(_DEATH_SEEN_S)
+                dead = [process for process in self._processes if not process.is_alive()]
+                if not dead:
+                    raise
+                died = ", ".join(f"pid {p.pid}: exit code {p.exitcode}" for p in dead)
+            logger.warning("a loader worker died (%s), all are started again", died)
+            self.close()
+            self._start()
+        raise RuntimeError(
+            f"loader workers die again and again ({died}). If nobody kills them, they may lack "
+            "memory: lower data.workers"
+        )
+
+    @property
+    def stores(self) -> Sequence[StreamStore]:
+        """The streams that are read."""
+        return self._batches.stores
+
+    def shares(self, batch: Batch) -> list[float]:
+        """Share of every stream of `stream_names` in a batch."""
+        return [batch.streams.count(name) / len(batch.streams) for name in self.stream_names]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the batch that was handed out last; the same on all ranks."""
+        return {"samples_seen": self._samples_seen, **self._identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; ranks may differ, the data may not."""
+        for name, mine in self._identity.items():
+            if state[name] != mine:
+                why = _STREAMS_DECIDE if name == "streams" else ""
+                raise ValueError(
+                    f"the checkpoint was made with other data: {name} was {state[name]} and is "
+                    f"{mine} now{why}; restore it or start a new run in another output_dir"
+                )
+        if state["samples_seen"] % self._position.micro_samples:
+            raise ValueError(
+                f"the checkpoint lies at sample {state['samples_seen']}, inside a micro-step of "
+                f"{self._position.micro_samples} samples: change train.micro_batch_size"
+            )
+        self.close()
+        self._samples_seen = state["samples_seen"]
+
+    def close(self) -> None:
+        """End the workers; an iterator that is still held ends too."""
+        self._iterator = None
+        self._batches.prefetcher.close()
+        for process in self._processes:
+            if process.is_alive():  # it waits for a remote and hears nothing else
+                process.kill()
+        self._processes = []
+
+
+def _warn_of_small_cache(
+    data: DataRecipe, stores: Sequence[StreamStore], counts: Sequence[int]
+) -> None:
+    """A block is read in random order: shards of it that don't fit are fetched many times."""
+    limit_bytes = next((store.cache.limit_bytes for store in stores if store.cache), None)
+    epoch_bytes = sum(
+        count / sum(store.shard_items) * sum(map(store.shard_bytes, range(len(store.shards))))
+        for store, count in zip(stores, counts, strict=True)
+        if store.remote
+    )
+    block_bytes = epoch_bytes * min(1.0, data.shuffle_block / sum(counts))
+    if limit_bytes is not None and limit_bytes < block_bytes:
+        logger.warning(
+            "data.cache_limit is %.1f GB, and the samples that are shuffled together lie in %.1f "
+            "GB of shards: they will be fetched again and again. Raise it, or lower "
+            "data.shuffle_block (%d)",
+            limit_bytes / 1e9, block_bytes / 1e9, data.shuffle_block,
+        )  # fmt: skip

@@ -1,0 +1,240 @@
+"""What a loader worker does: it makes a micro batch, by its number, out of samples.
+
+Legend: B pairs of a micro batch on one rank, T packed tokens, H and W the sides of the image.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from blip_scale.data.captions import Clean, clean_caption
+from blip_scale.data.loading.order import SampleOrder, Slot
+from blip_scale.data.pixels.image_pairs import maybe_swap
+from blip_scale.data.pixels.transforms import TrainTransform
+from blip_scale.data.reading.prefetch import Prefetcher
+from blip_scale.data.reading.stream_store import CorruptSample, DamagedShard, StreamStore
+from blip_scale.data.shards import IMAGE_COLUMNS
+from blip_scale.data.tokenizer import pack_captions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_SWAP = 1  # keeps this use of the seed apart from the pixels'
+_DAMAGED_SHARDS = 8  # in a row: then it is no accident, and the run stops
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch of one rank."""
+
+    images: Tensor
+    """[B, 3, H, W] uint8, not normalised; [B, 2, 3, H, W] where captions speak of two images."""
+    token_ids: Tensor
+    """[T] int64: [CLS] caption [SEP] of every pair, packed."""
+    offsets: Tensor
+    """[B+1] int32 into token_ids."""
+    max_length: int
+    """Tokens of the longest caption."""
+    ids: list[str]
+    captions: list[str]
+    """Cleaned."""
+    sources: list[str]
+    streams: list[str]
+    """Name of the stream that each pair is from."""
+    skipped: list[str]
+    """Place, id and reason of every corrupt sample that another one stands in for."""
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+    """What the task knows of each caption, where the set has that."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            offsets=self.offsets.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            token_ids=self.token_ids.pin_memory(),
+            offsets=self.offsets.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class CaptionInput:
+    """How captions become tokens."""
+
+    tokenizer: PreTrainedTokenizerFast
+    max_tokens: int
+    """[CLS] and [SEP] included; longer captions are cut."""
+    max_words: int = 30
+    clean: Clean = clean_caption
+    prompt: str = ""
+    """How every caption begins."""
+
+
+@dataclass(frozen=True)
+class LoaderPosition:
+    """This rank's share of every global batch."""
+
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    """Pairs of one batch on one rank."""
+    global_batch_size: int
+    """Pairs of an optimizer step over all ranks and accumulation micro-steps."""
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % self.micro_samples:
+            raise ValueError(
+                f"train.global_batch_size {self.global_batch_size} is no multiple of "
+                f"{self.world_size} ranks x micro batch {self.micro_batch_size}: change one of them"
+            )
+
+    @property
+    def micro_samples(self) -> int:
+        """Pairs that all ranks together take in one micro-step."""
+        return self.world_size * self.micro_batch_size
+
+
+@dataclass
+class MicroBatches(Dataset["Batch | Exception"]):
+    """Micro batches of one rank by number; lives in the workers."""
+
+    stores: list[StreamStore]
+    order: SampleOrder
+    prefetcher: Prefetcher
+    transform: TrainTransform
+    text: CaptionInput
+    position: LoaderPosition
+    samples_per_epoch: int
+    seed: int
+
+    def __getitem__(self, number: int) -> Batch | Exception:
+        """An error is returned, not raised: torch would bury it in the worker's traceback."""
+        try:
+            return self._batch(number)
+        except (OSError, ValueError) as error:
+            return error
+
+    def _batch(self, number: int) -> Batch:
+        begin = (
+            number * self.position.micro_samples
+            + self.position.rank * self.position.micro_batch_size
+        )
+        epoch, begin = divmod(begin, self.samples_per_epoch)
+        self.prefetcher.advance(epoch, begin)
+        samples: list[dict[str, Any]] = []
+        captions: list[str] = []
+        streams: list[str] = []
+        images: list[Tensor] = []
+        annotations: list[dict[str, Any]] = []
+        skipped: list[str] = []
+        for place in range(begin, begin + self.position.micro_batch_size):
+            slot = self.order.locate(epoch, place)
+            store = self.stores[slot.stream]
+            index, caption = store.locate(slot.shard, slot.sample)
+            slot = replace(slot, sample=index)
+            sample, image = read_or_replace(
+                store, slot, partial(self._pixels, epoch, place), skipped
+            )
+            samples.append(sample)
+            streams.append(store.name)
+            if caption is None:
+                caption = self._due_caption(sample, slot)
+            caption %= len(sample["captions"])  # a stand-in has its own
+            text = self.text.clean(sample["captions"][caption], self.text.max_words)
+            if "annotations" in sample:
+                annotations.append(sample["annotations"][caption])
+            if "second_image" in sample:
+                image, text = maybe_swap(image, text, self._rng(epoch, place, _SWAP))
+            captions.append(text)
+            images.append(image)
+        prompted = [self.text.prompt + caption for caption in captions]
+        packed = pack_captions(self.text.tokenizer, prompted, self.text.max_tokens)
+        return Batch(
+            images=torch.stack(images),
+            token_ids=packed.token_ids,
+            offsets=packed.offsets,
+            max_length=packed.max_length,
+            ids=[sample["id"] for sample in samples],
+            captions=captions,
+            sources=[sample["source"] for sample in samples],
+            streams=streams,
+            skipped=skipped,
+            annotations=annotations,
+        )
+
+    def _pixels(self, epoch: int, place: int, sample: dict[str, Any]) -> Tensor:
+        rng = self._rng(epoch, place)
+        images = [self.transform(sample[name], rng) for name in IMAGE_COLUMNS if name in sample]
+        return images[0] if len(images) == 1 else torch.stack(images)
+
+    def _rng(self, epoch: int, place: int, *use: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, epoch, place, *use))
+
+    def _due_caption(self, sample: dict[str, Any], slot: Slot) -> int:
+        """A random one of the captions at first, in each later pass the next (counted on)."""
+        return zlib.crc32(f"{self.seed}/{sample['id']}".encode()) + slot.passing
+
+
+def read_or_replace(
+    store: StreamStore, slot: Slot, decode: Callable[[dict[str, Any]], Tensor], skipped: list[str]
+) -> tuple[dict[str, Any], Tensor]:
+    """The sample at `slot` and what `decode` makes of its images; the next one of its shard that is
+    whole, if it is corrupt; one of the next shard, if the shard is damaged.
+
+    What is passed over is added to `skipped`. Raises ValueError when the shard has no whole sample,
+    and when too many shards that follow are damaged too.
+    """
+    shard = slot.shard
+    for _ in range(_DAMAGED_SHARDS):
+        while not store.shard_samples[shard]:
+            shard = (shard + 1) % len(store.shard_samples)
+        try:
+            return _read_from(store, shard, slot.sample, decode, skipped)
+        except DamagedShard as error:
+            skipped.append(str(error))
+            shard = (shard + 1) % len(store.shard_samples)
+            if shard == slot.shard:
+                break
+    raise ValueError(f"stream {store.name!r}: too many damaged shards in a row, last {skipped[-1]}")
+
+
+def _read_from(
+    store: StreamStore,
+    shard: int,
+    sample: int,
+    decode: Callable[[dict[str, Any]], Tensor],
+    skipped: list[str],
+) -> tuple[dict[str, Any], Tensor]:
+    count = store.shard_samples[shard]
+    for step in range(count):
+        index = (sample + step) % count
+        name = f"{store.name}/{store.shard_name(shard)}[{index}]"
+        try:
+            found = store.read(shard, index)
+            name += f" {found['id']}"
+            return found, decode(found)
+        except DamagedShard:
+            raise
+        except CorruptSample as error:
+            skipped.append(f"{name}: {error}")
+    path = store.folder / store.shard_name(shard)
+    raise ValueError(
+        f"stream {store.name!r}: no sample of shard {path} can be decoded; make it again"
+    )

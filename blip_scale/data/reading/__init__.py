@@ -1,0 +1,1 @@
+"""Shards of a stream: located, fetched, cached and read."""

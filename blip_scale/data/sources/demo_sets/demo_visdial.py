@@ -1,0 +1,98 @@
+"""A small VisDial set out of the demo's drawings and their names, by a fixed rule.
+
+Two rounds on a drawing, with 100 candidates each, "yes", "no" and names. First "is it X?", where X
+is its name every second time; then "what does it show?". The second has its answer in the history
+where the first was answered with yes.
+
+The training set holds the drawings of the demo's stream `emoji`, the test set those of
+`heldout_drawing`, which no demo run has seen.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blip_scale.data.shards import Record, read_index, write_shards
+from blip_scale.data.sources.demo_sets.demo import SHARD_SIZE
+
+SPLITS = {"train": "emoji", "test": "heldout_drawing"}
+CANDIDATES = 100
+
+
+def prepare(demo: Path, folder: Path) -> dict[str, int]:
+    """Make the sets `train` and `test` in `folder` from a demo set; returns their numbers of
+    drawings.
+
+    Raises FileExistsError for a folder that is there, FileNotFoundError without a demo set.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: remove it or choose another folder")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    written = {
+        split: write_shards(partial / split, dialogs(_drawings(demo / stream)), SHARD_SIZE)
+        for split, stream in SPLITS.items()
+    }
+    partial.rename(folder)
+    return written
+
+
+def _drawings(folder: Path) -> list[Record]:
+    """Each with its name."""
+    found = []
+    for reader in read_index(folder):
+        for number in range(reader.samples):
+            sample = reader.get_item(number)
+            found.append(
+                Record(sample["id"], sample["image"], sample["captions"][0], sample["source"])
+            )
+    return found
+
+
+def dialogs(drawings: Sequence[Record]) -> list[Record]:
+    """VisDial records, one of each drawing."""
+    rng = random.Random(f"dialogs of {len(drawings)}")
+    found = []
+    for drawing in drawings:
+        name = drawing.captions[0]
+        others = [other.captions[0] for other in _others(drawing, drawings, CANDIDATES - 2, rng)]
+        is_right = rng.random() < 0.5
+        asked = [f"is it {name if is_right else others[0]}", "what does it show"]
+        answers = ["yes" if is_right else "no", name]
+        rounds = [_round([], ["yes", "no", *others], answers[0], rng)]
+        history = [[asked[0], answers[0]]]
+        rounds.append(_round(history, [name, "no", *others], answers[1], rng))
+        found.append(replace(drawing, caption=asked, annotations=rounds))
+    return found
+
+
+def _round(
+    history: list[list[str]], candidates: list[str], answer: str, rng: random.Random
+) -> dict[str, Any]:
+    rng.shuffle(candidates)
+    return {
+        "caption": "a drawing",
+        "history": history,
+        "candidates": candidates,
+        "answer": candidates.index(answer),
+    }
+
+
+def _others(
+    drawing: Record, drawings: Sequence[Record], count: int, rng: random.Random
+) -> list[Record]:
+    """So many drawings of different names, none of them this one's."""
+    names = {drawing.captions[0]}
+    found: list[Record] = []
+    while len(found) < count:
+        other = rng.choice(drawings)
+        if other.captions[0] not in names:
+            names.add(other.captions[0])
+            found.append(other)
+    return found

@@ -1,0 +1,102 @@
+"""A small NLVR2 set out of easy-VQA's drawings, by a fixed rule.
+
+Each drawing shows one shape in one colour, which easy-VQA's questions about it tell. Two drawings
+of different colours make a pair with four sentences, two of them false:
+
+    the left picture shows a red shape         true; false: the other one's colour
+    one of the pictures shows a red shape      true; false: a colour of neither
+
+The side is drawn at random. The words alone say nothing: every colour is as often true as false.
+Beside the pairs the drawings of the training set are a set of their own, each with one caption
+("the picture shows a red circle"), to pretrain on, and `text` is a small BERT with all the words.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from blip_scale.data.shards import Record, write_shards
+from blip_scale.data.sources.demo_sets import easy_vqa
+from blip_scale.data.sources.demo_sets.demo import SHARD_SIZE, TEXT_CHECKPOINT
+from blip_scale.data.sources.demo_sets.small_bert import write_small_bert
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+PAIRS_PER_DRAWING = {"train": 2, "test": 1}
+"""Pairs in which a drawing is the left one."""
+
+
+def prepare(folder: Path) -> dict[str, int]:
+    """Make the sets `drawings`, `train` and `test` in `folder`, which must not be there; returns
+    how many drawings and pairs they hold.
+
+    Raises FileExistsError for a folder that is there, ModuleNotFoundError where a package of
+    requirements-demo.txt is missing.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: remove it or choose another folder")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    written = {}
+    for split, drawings in easy_vqa.drawings().items():
+        named = [one for one in drawings if thing(one)]
+        found = pairs(named, PAIRS_PER_DRAWING[split])
+        written[split] = write_shards(partial / split, found, SHARD_SIZE)
+        if split == "train":
+            single = [captioned(one) for one in named]
+            written["drawings"] = write_shards(partial / "drawings", single, SHARD_SIZE)
+            texts = [text for one in [*single, *found] for text in one.captions]
+            write_small_bert(partial / "text", TEXT_CHECKPOINT, texts)
+    partial.rename(folder)
+    return written
+
+
+def thing(drawing: Record) -> str:
+    """Such as "a red circle": what a drawing of easy-VQA shows; "" where its questions leave shape
+    or colour open."""
+    told = set()
+    for question, annotation in zip(drawing.captions, drawing.annotations or (), strict=True):
+        if question.startswith("what"):
+            told |= {*question.rstrip("?").split(), *annotation["answers"]}
+    shape, color = told.intersection(SHAPES), told.intersection(COLORS)
+    return f"a {color.pop()} {shape.pop()}" if shape and color else ""
+
+
+def captioned(drawing: Record) -> Record:
+    """A drawing with a caption in place of its questions."""
+    caption = f"the picture shows {thing(drawing)}"
+    return replace(drawing, caption=caption, annotations=None)
+
+
+def pairs(drawings: Sequence[Record], each: int) -> list[Record]:
+    """NLVR2 records: every drawing `each` times on the left, beside one of another colour."""
+    rng = random.Random(f"pairs of {len(drawings)}")
+    colors = {one.id: thing(one).split()[1] for one in drawings}
+    found = []
+    for turn in range(each):
+        for left in drawings:
+            right = rng.choice([one for one in drawings if colors[one.id] != colors[left.id]])
+            shown = [colors[left.id], colors[right.id]]
+            place = rng.randrange(2)
+            neither = rng.choice([color for color in COLORS if color not in shown])
+            side = ("left", "right")[place]
+            found.append(
+                replace(
+                    left,
+                    id=f"{left.id} {right.id} {turn}",
+                    caption=[
+                        f"the {side} picture shows a {shown[place]} shape",
+                        f"the {side} picture shows a {shown[1 - place]} shape",
+                        f"one of the pictures shows a {shown[place]} shape",
+                        f"one of the pictures shows a {neither} shape",
+                    ],
+                    annotations=[{"label": label} for label in (True, False, True, False)],
+                    second_image=right.image,
+                )
+            )
+    return found

@@ -1,0 +1,78 @@
+"""Where checkpoints lie: a folder that all ranks see or one a node, and perhaps object storage."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip_scale.config.recipe import Recipe
+from blip_scale.config.settings import expand
+from blip_scale.engine import collectives
+from blip_scale.engine.checkpoints.background import attempt, errors_of
+from blip_scale.storage.objects import ObjectFolder
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the checkpoints of a run lie, as one rank sees it."""
+
+    folder: Path
+    remote: ObjectFolder | None
+    """Where committed checkpoints are copied to."""
+    rank: int
+    sharers: tuple[int, ...]
+    """Ranks that see the same `folder`, this one among them: all, or those of its node."""
+    world_size: int
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all ranks see one folder."""
+        return len(self.sharers) == self.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank does what one must do for a folder."""
+        return self.rank == self.sharers[0]
+
+    def share(self, names: Sequence[str]) -> list[str]:
+        """This rank's part of work on files that the sharers of the folder divide."""
+        return list(names[self.sharers.index(self.rank) :: len(self.sharers)])
+
+
+def open_place(recipe: Recipe) -> Place:
+    """The place that the recipe says; every rank must ask.
+
+    Raises:
+        ValueError: the folder cannot be written, or the object storage cannot be opened.
+    """
+    stated = recipe.checkpoint.folder
+    location = expand(stated, "checkpoint.folder") if stated else None
+    folder, remote = Path(recipe.output_dir) / "checkpoints", None
+    if location and "://" in location:
+        remote = ObjectFolder(location, recipe.checkpoint.retry_s)
+    elif location:
+        folder = Path(location)
+    return Place(folder, remote, collectives.rank(), _sharers(folder), collectives.world_size())
+
+
+def _sharers(folder: Path) -> tuple[int, ...]:
+    """The ranks that see the same folder as this one."""
+    token = collectives.all_gather_objects(uuid.uuid4().hex)[0]
+    marker = folder / f".seen_{token}"
+
+    def mark() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if collectives.rank() == 0:
+            marker.touch()
+
+    outcomes = collectives.all_gather_objects(attempt(mark, collectives.rank()))
+    if errors := errors_of(outcomes):
+        raise ValueError(f"no checkpoint can be written to {folder}: {'; '.join(errors)}")
+    here = "with rank 0" if marker.exists() else socket.gethostname()
+    everywhere = collectives.all_gather_objects(here)
+    if collectives.rank() == 0:
+        marker.unlink()
+    return tuple(rank for rank, there in enumerate(everywhere) if there == here)

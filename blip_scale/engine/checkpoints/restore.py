@@ -1,0 +1,231 @@
+"""Find the newest whole checkpoint, and take a run up from it, on any number of ranks.
+
+A file that is missing or damaged here is fetched from the object storage, where there is one: the
+disk of a node that was replaced is empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip_scale.engine import collectives
+from blip_scale.engine.checkpoints.background import Outcome, attempt, errors_of
+from blip_scale.engine.checkpoints.location import Place
+from blip_scale.engine.checkpoints.save import RunState
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.engine.zero.momentum import ShardedMomentum
+from blip_scale.storage import checkpoint_format
+
+logger = logging.getLogger(__name__)
+
+
+def newest_whole(place: Place, stage: int) -> Path | None:
+    """The newest checkpoint whose files all have the size and checksum of its manifest; all ranks
+    must ask.
+
+    Each rank checks a share of the files and fetches what is not there. What is passed over is
+    named in the log.
+
+    Args:
+        place: where to look.
+        stage: ZeRO stage of this run. Ranks that share no disk need the files of all only when
+            their number or the stage has changed.
+
+    Returns:
+        Its folder, with all the files that the ranks which see it need; None without any.
+
+    Raises:
+        ValueError: there are checkpoints, but none that is whole.
+        OSError: there is none here, and the object storage cannot be asked (FileNotFoundError: it
+            refuses, now and later).
+    """
+    if place.is_first:
+        for path in sorted(place.folder.glob("step_*.partial")):
+            logger.warning("ignoring %s: the save did not finish", path)
+            shutil.rmtree(path, ignore_errors=True)
+    here = checkpoint_format.committed(place.folder) if place.is_first else []
+    everywhere = collectives.all_gather_objects(here)
+    local = {step for steps in everywhere for step in steps}
+    remote = set(_remote_steps(place, bool(local)))
+    for step in sorted(local | remote, reverse=True):
+        for manifest in _manifests(place, step, step in remote):
+            problem = _make_whole(place, step, stage, manifest)
+            if problem is None:
+                return place.folder / checkpoint_format.folder_name(step)
+            logger.warning(
+                "ignoring %s: %s", place.folder / checkpoint_format.folder_name(step), problem
+            )
+    if local | remote:
+        where = f"{place.folder}" + (f" and {place.remote.url}" if place.remote else "")
+        raise ValueError(
+            f"none of the {len(local | remote)} checkpoints in {where} is whole (the log says why "
+            "of each). Restore one, or move them away to begin anew."
+        )
+    return None
+
+
+def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
+    """Restore weights, moments and momentum averages from a whole checkpoint, for any number of
+    ranks.
+
+    Raises:
+        ValueError: the checkpoint is of another network (a parameter is missing, has another size,
+            or is one too many), or other layers of it were frozen.
+    """
+    manifest = checkpoint_format.parse_manifest(
+        (path / checkpoint_format.MANIFEST).read_text(encoding="utf-8")
+    )
+    _check_network(manifest, engine)
+    names = _needed(manifest, engine.stage, (collectives.rank(),))
+    reader = checkpoint_format.Reader(
+        path / name for name in names if name != checkpoint_format.SHARED
+    )
+    trained = [shard for shard in engine.shards if shard.trains]
+    for flat in {id(shard.flat): shard.flat for shard in trained}.values():
+        _make_moments(engine.optimizer, flat, manifest["optimizer_steps"])
+    for shard in engine.shards:
+        reader.read("weight", shard.name, shard.start, shard.weight)
+        for key in checkpoint_format.MOMENTS:
+            if shard.trains and manifest["optimizer_steps"]:
+                moment = shard.state(engine.optimizer, key)
+                reader.read(key, shard.name, shard.start, moment)
+    for shard, average in zip(momentum.shards, momentum.averages, strict=True):
+        reader.read("momentum", shard.name, shard.start, average)
+    engine.refresh()
+    momentum.refresh()
+    momentum.copy_frozen()
+    shared = checkpoint_format.read_tensors(path / checkpoint_format.SHARED)
+    return RunState(manifest["step"], manifest["position"], manifest["task"], shared)
+
+
+def _remote_steps(place: Place, may_fail: bool) -> list[int]:
+    """Steps that are whole in the object storage, as rank 0 sees it.
+
+    Raises:
+        OSError: it cannot be asked, and `may_fail` is False.
+    """
+    found: list[int] | OSError = []
+    if place.remote and place.rank == 0:
+        try:
+            found = checkpoint_format.committed_objects(place.remote.sizes())
+        except OSError as error:
+            found = error
+    found = collectives.all_gather_objects(found)[0]
+    if isinstance(found, OSError):
+        if not may_fail:
+            raise found
+        logger.warning("%s; looking at %s alone", found, place.folder)
+        return []
+    return found
+
+
+def _manifests(place: Place, step: int, is_remote: bool) -> list[str]:
+    """The manifests of a step: those of the nodes first, then that of the object storage; each
+    once."""
+    here: list[str] = []
+    file = place.folder / checkpoint_format.folder_name(step) / checkpoint_format.MANIFEST
+    if place.is_first and file.parent.exists():
+        here = [file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""]
+    if place.remote and is_remote and place.rank == 0:
+        try:
+            here.append(place.remote.get(f"{file.parent.name}/{file.name}").decode())
+        except OSError as error:
+            logger.warning("%s", error)
+    parts = collectives.all_gather_objects(here)
+    firsts = [part[0] for part in parts if part]
+    lasts = [part[-1] for part in parts if part]
+    return list(dict.fromkeys([*firsts, *lasts]))
+
+
+def _make_whole(place: Place, step: int, stage: int, text: str) -> str | None:
+    """See to it that all files of a manifest lie where they are needed; what is wrong otherwise."""
+    try:
+        manifest = checkpoint_format.parse_manifest(text)
+    except ValueError as error:
+        return f"{checkpoint_format.MANIFEST} cannot be read ({error})"
+    final = place.folder / checkpoint_format.folder_name(step)
+    own = final / checkpoint_format.MANIFEST
+    is_same = own.exists() and own.read_text(encoding="utf-8", errors="replace") == text
+    folder = final if is_same else final.with_suffix(".partial")
+    names = place.share(_needed(manifest, stage, place.sharers))
+    problem = None
+    for name in names:
+        problem = problem or _obtain(place, folder / name, manifest["files"][name])
+    problems = [found for found in collectives.all_gather_objects(problem) if found]
+    outcome = Outcome()
+    if place.is_first and not is_same:
+        if problems:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            outcome = attempt(lambda: checkpoint_format.commit(folder, final, text), place.rank)
+    problems += errors_of(collectives.all_gather_objects(outcome))
+    return "; ".join(dict.fromkeys(problems)) or None
+
+
+def _obtain(place: Place, path: Path, entry: dict[str, Any]) -> str | None:
+    """Take a file as it is here, or from the object storage; what is wrong with it otherwise."""
+    problem = "is missing"
+    try:
+        if path.exists():
+            if checkpoint_format.is_intact(path, entry):
+                return None
+            problem = "is damaged"
+        if place.remote is None:
+            return f"{path.name} {problem}"
+        logger.info("%s %s here: fetching it from %s", path, problem, place.remote.url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place.remote.fetch(f"{path.parent.stem}/{path.name}", path)
+        if not checkpoint_format.is_intact(path, entry):
+            return f"{path.name} is damaged in {place.remote.url}"
+    except OSError as error:
+        return f"{path.name} {problem} ({error})"
+    return None
+
+
+def _needed(manifest: dict[str, Any], stage: int, ranks: tuple[int, ...]) -> list[str]:
+    """Names of the files that hold what some ranks own.
+
+    Where the ranks and the stage are those that saved it, each rank finds its own in its own file.
+    """
+    names = sorted(manifest["files"])
+    if (manifest["world_size"], manifest["stage"]) != (collectives.world_size(), stage):
+        return names
+    return [*(checkpoint_format.rank_file(rank) for rank in ranks), checkpoint_format.SHARED]
+
+
+def _check_network(manifest: dict[str, Any], engine: ZeroEngine) -> None:
+    """Refuse parameters that are others, or of other sizes, than the engine's, and moments of other
+    ones than train."""
+    saved, known = manifest["parameters"], engine.trainable | engine.frozen
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in known.items()}
+    for name in [*sizes, *saved]:
+        if saved.get(name, 0) != sizes.get(name, 0):
+            raise ValueError(
+                f"the checkpoint holds {saved.get(name, 0)} elements of {name}, the recipe's "
+                f"network {sizes.get(name, 0)}: it is of another network. Give the recipe that "
+                "it was made with, or another output_dir."
+            )
+    differing = sorted(set(manifest.get("frozen", [])) ^ set(engine.frozen))
+    if differing:
+        raise ValueError(
+            f"{differing[0]} and {len(differing) - 1} more parameters were frozen when the "
+            "checkpoint was made and train now, or the other way round: give the "
+            "model.vision.frozen_layers that it was made with, or begin a run from it with "
+            "model.checkpoint and another output_dir."
+        )
+
+
+def _make_moments(optimizer: torch.optim.Optimizer, flat: Tensor, updates: int) -> None:
+    """AdamW makes its state at the first update; a resumed run needs it before."""
+    if updates == 0:
+        return
+    fused = isinstance(optimizer, torch.optim.AdamW)
+    step = torch.tensor(float(updates), dtype=torch.float32, device=flat.device)
+    moments = {key: torch.zeros_like(flat) for key in checkpoint_format.MOMENTS}
+    optimizer.state[flat] = {"step": step if fused else updates, **moments}

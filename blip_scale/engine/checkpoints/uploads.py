@@ -1,0 +1,164 @@
+"""Copies of committed checkpoints in object storage, made in the background.
+
+Every rank uploads its part of the files. The manifest comes last, once the storage lists all the
+others with their sizes: where it is, the checkpoint is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from blip_scale.config.recipe import CheckpointRecipe
+from blip_scale.engine.checkpoints.background import Background, Outcome, Procedure, errors_of
+from blip_scale.engine.checkpoints.location import Place
+from blip_scale.storage import checkpoint_format
+from blip_scale.storage.objects import ObjectFolder
+
+logger = logging.getLogger(__name__)
+
+
+class Uploads:
+    """What is still to be uploaded, newest first; every rank makes the same calls."""
+
+    def __init__(
+        self,
+        place: Place,
+        settings: CheckpointRecipe,
+        device: torch.device,
+        report: Callable[[int, Mapping[str, float]], None],
+    ) -> None:
+        """See `checkpoint.Saver`."""
+        assert place.remote is not None
+        self._place = place
+        self._remote: ObjectFolder = place.remote
+        self._settings = settings
+        self._device = device
+        self._report = report
+        self._waiting: list[int] = []
+        self._job: Background | None = None
+        self._under_way: int | None = None
+
+    def resume(self, steps: list[int]) -> None:
+        """Upload those of these committed checkpoints that the storage lacks."""
+        self._waiting = sorted(steps)
+        self._start()
+
+    @property
+    def busy_with(self) -> set[int]:
+        """The step that is being uploaded, if any: it must not be removed yet."""
+        return set() if self._under_way is None else {self._under_way}
+
+    def add(self, step: int, kept: set[int]) -> None:
+        """Upload a checkpoint that was just committed; forget what waits and is not `kept`."""
+        self._waiting = sorted({*self._waiting, step} & kept)
+        self._start()
+
+    def poll(self) -> None:
+        """Take the upload on, if all ranks have come so far."""
+        if self._job:
+            self._job.poll()
+
+    def finish(self) -> None:
+        """Wait until all is uploaded, or `retry_s` have passed; says what was not."""
+        deadline = time.monotonic() + self._settings.retry_s
+        for is_again in (False, True):  # the upload under way, and what it has left behind
+            if is_again:
+                self._start()
+            if self._job:
+                self._job.finish(max(0.0, deadline - time.monotonic()))
+        if self._waiting:
+            names = ", ".join(map(checkpoint_format.folder_name, self._waiting))
+            logger.warning(
+                "%s not uploaded to %s. Whole in %s; start the same command again to upload.",
+                names, self._remote.url, self._place.folder,
+            )  # fmt: skip
+
+    def _start(self) -> None:
+        if self._waiting and (self._job is None or self._job.is_done):
+            self._job = Background(self._upload_all(), self._device)
+
+    def _upload_all(self) -> Procedure:
+        """Whatever waits, until the storage fails."""
+        while self._waiting:
+            step = self._under_way = self._waiting[-1]
+            began = time.perf_counter()
+            errors: list[str] = []
+            for work in (self._make_ready, self._upload_share, self._commit):
+                outcomes: list[Outcome] = yield partial(work, step)
+                errors = errors_of(outcomes)
+                if errors or outcomes[0].value is True:  # it is there already
+                    break
+            self._under_way = None
+            name = checkpoint_format.folder_name(step)
+            if errors:
+                logger.warning(
+                    "%s was not uploaded: %s. It is whole in %s; tried again after the next save.",
+                    name, "; ".join(errors), self._place.folder,
+                )  # fmt: skip
+                return
+            self._waiting = [one for one in self._waiting if one != step]
+            if outcomes[0].value is not True:
+                seconds = time.perf_counter() - began
+                self._report(step, {"checkpoint/upload_s": seconds})
+                logger.info("uploaded %s to %s in %.1f s", name, self._remote.url, seconds)
+
+    def _make_ready(self, step: int) -> bool:
+        """On rank 0: whether the storage has the very checkpoint; another one of this step loses
+        its manifest, so that no mixture of both counts as whole."""
+        if self._place.rank != 0:
+            return False
+        manifest = f"{checkpoint_format.folder_name(step)}/{checkpoint_format.MANIFEST}"
+        if manifest not in self._remote.sizes(checkpoint_format.folder_name(step)):
+            return False
+        if self._remote.get(manifest) == (self._place.folder / manifest).read_bytes():
+            return True
+        self._remote.delete([manifest])
+        return False
+
+    def _upload_share(self, step: int) -> None:
+        """This rank's part of the files that lie here."""
+        folder = self._place.folder / checkpoint_format.folder_name(step)
+        # Each node has the shared file: one copy is enough.
+        left_out = {checkpoint_format.MANIFEST} | (
+            {checkpoint_format.SHARED} if 0 not in self._place.sharers else set()
+        )
+        here = sorted({path.name for path in folder.iterdir()} - left_out)
+        for name in self._place.share(here):
+            self._remote.put(f"{folder.name}/{name}", folder / name)
+
+    def _commit(self, step: int) -> None:
+        """On rank 0: look whether all files have arrived, write the manifest, remove old ones."""
+        if self._place.rank != 0:
+            return
+        folder = self._place.folder / checkpoint_format.folder_name(step)
+        text = (folder / checkpoint_format.MANIFEST).read_text(encoding="utf-8")
+        there = self._remote.sizes(folder.name)
+        for name, entry in checkpoint_format.parse_manifest(text)["files"].items():
+            if there.get(f"{folder.name}/{name}") != entry["bytes"]:
+                raise OSError(f"{self._remote.url}/{folder.name}/{name} is not there, or not whole")
+        self._remote.put(f"{folder.name}/{checkpoint_format.MANIFEST}", text.encode())
+        self._prune(step)
+
+    def _prune(self, newest: int) -> None:
+        """Remove older checkpoints, the manifests first; half-uploaded ones too."""
+        names = list(self._remote.sizes())
+        done = [step for step in checkpoint_format.committed_objects(names) if step <= newest]
+        settings = self._settings
+        kept = checkpoint_format.retained(done, settings.keep_last, settings.keep_every)
+        doomed = {
+            step
+            for step in checkpoint_format.steps(n.split("/")[0] for n in names)
+            if step <= newest
+        }
+        doomed -= kept | set(self._waiting)
+        for step in sorted(doomed):
+            folder = checkpoint_format.folder_name(step)
+            old = [name for name in names if name.startswith(f"{folder}/")]
+            manifest = f"{folder}/{checkpoint_format.MANIFEST}"
+            self._remote.delete([manifest] if manifest in old else [])
+            self._remote.delete(name for name in old if name != manifest)

@@ -1,0 +1,77 @@
+"""The parts of a run, and what a restarted one must know of its past."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from blip_scale.config.recipe import Recipe
+from blip_scale.engine.checkpoints.save import Saver
+from blip_scale.engine.interrupts import Interrupts
+from blip_scale.engine.task import Task
+from blip_scale.engine.watching.anomalies import Stragglers
+from blip_scale.engine.watching.communication import CommunicationMeter
+from blip_scale.engine.watching.heartbeat import Heartbeat
+from blip_scale.engine.watching.monitor import Monitor
+from blip_scale.engine.watching.run_manifest import RunManifest
+from blip_scale.engine.watching.sample_record import SampleRecord
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.engine.zero.momentum import ShardedMomentum
+
+
+@dataclass
+class History:
+    """What a restarted run must know of its past; saved in every checkpoint."""
+
+    seconds: float = 0.0
+    skipped_samples: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    window: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of the steps since the last logged line."""
+    usual: list[float] = field(default_factory=list)
+    """loss/total of the last logged points."""
+    is_spiking: bool = False
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    captions: list[dict[str, str]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    """`step` and `score` of the best evaluation, where the task gives a score."""
+
+
+@dataclass(frozen=True)
+class WorstStep:
+    """The step with the largest loss since the last logged line."""
+
+    loss: float = -math.inf
+    step: int = 0
+    ids: Sequence[str] = ()
+    """Of this rank's samples."""
+
+
+@dataclass
+class Run:
+    """The parts of a run."""
+
+    recipe: Recipe
+    task: Task
+    engine: ZeroEngine
+    momentum: ShardedMomentum
+    saver: Saver
+    monitor: Monitor
+    heartbeat: Heartbeat
+    manifest: RunManifest
+    samples: SampleRecord
+    meter: CommunicationMeter
+    stragglers: Stragglers
+    interrupts: Interrupts
+    total_steps: int
+    accumulation: int
+    peak_flops: float
+    named: set[str] = field(default_factory=set)
+    """What was said of samples that could not be read: once is enough."""
+    worst: WorstStep = WorstStep()
+    step: int = 0
+    history: History = field(default_factory=History)

@@ -1,0 +1,95 @@
+"""Signs of life: a small file for those who watch a run from outside, and a timer that ends a
+process which gives none."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from blip_scale.storage import files
+
+Phase = Literal["starting", "training", "evaluating", "saving", "stopped", "done"]
+
+_COUNTS = ("step", "total_steps", "checkpoint_step", "restarts")
+_EVERY_S = 1.0
+_GRACE_S = 30.0
+"""After it the kernel ends a process whose stacks could not be written (a dead disk)."""
+
+
+class Heartbeat:
+    """Says where a run stands, and ends this process when it says nothing for too long.
+
+    Rank 0 keeps heartbeat.json: step, total_steps, time (unix), samples_per_s, checkpoint_step (the
+    newest that is committed, 0 without), phase, job_id (of SLURM, null elsewhere) and restarts
+    (starts of this run before this one). A start goes on from what the one before left there.
+
+    Every rank has the timer. It runs in a thread of C and needs neither the interpreter nor the
+    main thread, so it goes off inside a collective and inside a hung file system; then the stacks
+    of all Python threads are in the rank's log and the process ends with exit code 1.
+    """
+
+    def __init__(self, output_dir: Path, rank: int, stall_timeout_s: float) -> None:
+        """Begin with phase `starting`.
+
+        Args:
+            output_dir: folder of the run, there already with its logs.
+            rank: rank of this process among all.
+            stall_timeout_s: longest time between two beats; 0: for ever.
+        """
+        self._file = output_dir / "heartbeat.json"
+        self._is_main = rank == 0
+        self._stall_timeout_s = stall_timeout_s
+        log_file = output_dir / "logs" / f"rank_{rank}.log"
+        self._log = log_file.open("a") if stall_timeout_s else None
+        self._disk = files.Spared(f"heartbeat in {self._file}")
+        self._written = 0.0
+        self.before = self._left_by_the_start_before() if self._is_main else {}
+        """What the start before this one said last, empty without one."""
+        self._state: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | self.before
+        self._state["restarts"] += bool(self.before)
+        self._state["job_id"] = os.environ.get("SLURM_JOB_ID")
+        self.beat("starting", samples_per_s=0.0)
+
+    def beat(self, phase: Phase, **figures: float) -> None:
+        """Wind up the timer; write the file at a change of phase, else about once a second.
+
+        Args:
+            phase: what begins now or goes on.
+            figures: step, total_steps, checkpoint_step, samples_per_s: those that changed.
+        """
+        self._wind_up()
+        if not self._is_main:
+            return
+        now = time.time()
+        changed = phase != self._state.get("phase")
+        self._state |= {"time": now, "phase": phase, **figures}
+        if changed or not 0 <= now - self._written < _EVERY_S:
+            self._written = now
+            with self._disk:
+                files.write_whole(self._file, json.dumps(self._state) + "\n", through=False)
+
+    def close(self) -> None:
+        """Stop the timer."""
+        if self._log is not None:
+            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._log.close()
+            self._log = None
+
+    def _wind_up(self) -> None:
+        if self._log is None:
+            return
+        faulthandler.dump_traceback_later(self._stall_timeout_s, file=self._log, exit=True)
+        signal.setitimer(signal.ITIMER_REAL, self._stall_timeout_s + _GRACE_S)  # SIGALRM kills
+
+    def _left_by_the_start_before(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+            return {name: int(found[name]) for name in _COUNTS}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}

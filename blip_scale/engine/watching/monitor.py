@@ -1,0 +1,258 @@
+"""What a run shows of itself: TensorBoard, metrics.jsonl, progress on the terminal, alarms."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from blip_scale.engine import collectives
+from blip_scale.engine.watching.pictures import Panel, draw_grid
+from blip_scale.storage import files
+
+__all__ = ["Alarm", "Monitor", "Panel", "measure_peak_flops", "peak_memory_gib"]
+
+logger = logging.getLogger(__name__)
+
+_LINE = (  # metric, its short name on the terminal, format
+    ("train/learning_rate", "lr", "{:.2e}"),
+    ("gradient_norm/all", "grad", "{:7.3f}"),
+    ("speed/samples_per_s", "samples/s", "{:6.1f}"),
+    ("speed/mfu", "mfu", "{:4.0%}"),
+    ("speed/data_wait_share", "wait", "{:4.0%}"),
+)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A warning when a condition holds over several logged points in a row, once an episode."""
+
+    condition: Callable[[Mapping[str, float]], bool]
+    """Looks at the metrics of a logged point."""
+    message: str
+    """What is wrong and what to do."""
+    points: int = 5
+    """So many logged points in a row make an episode."""
+
+
+class Monitor:
+    """Shows a run; on ranks other than the main one every call does nothing.
+
+    A disk that takes nothing more costs points of the curves, and a warning, but not the run.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        is_main: bool,
+        total_steps: int,
+        start_step: int,
+        samples_per_step: int,
+        alarms: Sequence[Alarm] = (),
+    ) -> None:
+        """Open the curves; points past `start_step`, from a run that was killed, are taken back.
+
+        Args:
+            output_dir: folder of the run: event files in tensorboard/, metrics.jsonl, summary.json.
+            is_main: whether this rank shows anything.
+            total_steps: optimizer steps of the whole run.
+            start_step: steps done when the run starts or resumes.
+            samples_per_step: pairs an optimizer step, over all ranks.
+            alarms: conditions that are watched.
+        """
+        self._output_dir = output_dir
+        self._is_main = is_main
+        self._total_steps = total_steps
+        self.start_step = start_step
+        self._samples_per_step = samples_per_step
+        self._streaks = [(alarm, [0]) for alarm in alarms]
+        self._step = start_step
+        self._began = time.monotonic()
+        self._writer: SummaryWriter | None = None
+        self._disk = files.Spared(f"more points of the curves in {output_dir}", self._drop_writer)
+        self._bar: Any = None
+        if not is_main:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics_file = output_dir / "metrics.jsonl"
+        with self._disk:
+            files.take_back(self._metrics_file, start_step)
+            self._open_writer(purge_step=start_step + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+                mininterval=0.5, smoothing=0.05, file=sys.stderr,
+            )  # fmt: skip
+
+    def advance(self, step: int) -> None:
+        """Note that `step` optimizer steps are done."""
+        self._step = step
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One point in every curve, one line on the terminal, and a look at the alarms.
+
+        Args:
+            step: optimizer steps done.
+            metrics: values by their name in TensorBoard (`loss/itc`, ...); what has no place on the
+                terminal's line is in the curves only.
+        """
+        if not self._is_main:
+            return
+        self.scalars(step, metrics)
+        if self._bar is not None:
+            shown = {_short(name): f"{value:.3f}" for name, value in _losses(metrics).items()}
+            if "speed/samples_per_s" in metrics:
+                shown["samples/s"] = f"{metrics['speed/samples_per_s']:.1f}"
+            self._bar.set_postfix(shown, refresh=False)
+        logger.info("%s", self._line(step, metrics))
+        for alarm, streak in self._streaks:
+            streak[0] = streak[0] + 1 if alarm.condition(metrics) else 0
+            if streak[0] == alarm.points:
+                logger.warning("step %d: %s", step, alarm.message)
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One point in every curve and a line in metrics.jsonl, without a word on the terminal."""
+        if not self._is_main:
+            return
+        finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        head = {"samples": step * self._samples_per_step, "time": time.time()}
+        with self._disk:
+            files.add_line(self._metrics_file, step, {**head, **finite})
+            writer = self._open_writer()
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()  # a killed run must not leave a gap before its checkpoint
+
+    def pictures(self, step: int, name: str, panels: list[Panel]) -> None:
+        """Show images with the generated and the true caption under each, and both as a table."""
+        if not self._is_main or not panels:
+            return
+        rows = [f"| {_cell(panel.caption)} | {_cell(panel.truth)} |" for panel in panels]
+        table = "\n".join(["| generated | true |", "|---|---|", *rows])
+        with self._disk:
+            writer = self._open_writer()
+            writer.add_image(name, draw_grid(panels), step)
+            writer.add_text(name, table, step)
+            writer.flush()
+
+    def text(self, name: str, text: str) -> None:
+        """Show a text as it stands (the recipe, say)."""
+        if not self._is_main:
+            return
+        with self._disk:
+            verbatim = "\n".join("    " + line for line in text.splitlines())
+            self._open_writer().add_text(name, verbatim, self.start_step)
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """Write summary.json whole or not at all.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        if not self._is_main:
+            return
+        file = self._output_dir / "summary.json"
+        files.write_whole(file, json.dumps(_strict(figures), indent=2, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """End the bar and the event file."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            with self._disk:
+                self._writer.close()
+        self._bar = self._writer = None
+
+    def _open_writer(self, purge_step: int | None = None) -> SummaryWriter:
+        if self._writer is None:
+            folder = self._output_dir / "tensorboard"
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
+        return self._writer
+
+    def _drop_writer(self) -> None:
+        """After an error: the next write opens a new event file."""
+        self._writer = None
+
+    def _line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """Aligned, whatever the step: `step   50/9000  itc 8.1234  ...  eta 0:12:34`."""
+        width = len(str(self._total_steps))
+        parts = [f"step {step:{width}d}/{self._total_steps}"]
+        parts += [f"{_short(name)} {value:7.4f}" for name, value in _losses(metrics).items()]
+        for name, short, form in _LINE:
+            if name in metrics:
+                parts.append(f"{short} {form.format(metrics[name])}")
+        return "  ".join([*parts, f"eta {self._eta(step)}"])
+
+    def _eta(self, step: int) -> str:
+        done = step - self.start_step
+        if done <= 0:
+            return "?"
+        seconds = (time.monotonic() - self._began) / done * (self._total_steps - step)
+        return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of this rank's device in a large matrix product.
+
+    Every rank must call it: they measure at the same time, so that ranks that share cores share
+    them here as they do in training. Takes about half a second.
+    """
+    size = 8192 if device.type == "cuda" else 512
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+
+    def product() -> float:
+        began = time.perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    product()
+    collectives.barrier()
+    until = time.perf_counter() + 0.4
+    fastest = product()
+    while time.perf_counter() < until:
+        fastest = min(fastest, product())
+    return 2.0 * size**3 / fastest
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory held so far: by tensors on the GPU, by the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def _losses(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.startswith("loss/")}
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _strict(value: Any) -> Any:
+    """The same value with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,134 @@
+"""What the loop says of its steps: trouble at once, figures on their interval, a summary at the
+end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from blip_scale.engine import collectives
+from blip_scale.engine.run import Run, WorstStep
+from blip_scale.engine.watching.anomalies import SPIKE_POINTS, loss_level
+from blip_scale.engine.watching.monitor import peak_memory_gib
+
+logger = logging.getLogger(__name__)
+
+
+def note_trouble(
+    run: Run, finite: bool, skipped: float, ids: list[str], reasons: list[str]
+) -> None:
+    """Count and name what went wrong in a step; every rank takes the same branches."""
+    history = run.history
+    history.skipped_in_a_row = 0 if finite else history.skipped_in_a_row + 1
+    history.skipped_steps += not finite
+    if skipped:
+        history.skipped_samples += round(skipped)
+        everywhere = {r: None for part in collectives.all_gather_objects(reasons) for r in part}
+        for reason in (r for r in everywhere if r not in run.named):
+            logger.warning("skipped a sample that could not be read: %s", reason)
+        run.named.update(everywhere)
+    if not finite:
+        shown = _of_all_ranks(ids)
+        logger.warning("step %d: loss or gradient not finite, update skipped (%s)", run.step, shown)
+
+
+def _of_all_ranks(ids: Sequence[str]) -> str:
+    """The first few ids of a global batch."""
+    everyone = [name for part in collectives.all_gather_objects(ids) for name in part]
+    return ", ".join(everyone[:8]) + (", ..." if len(everyone) > 8 else "")
+
+
+def log(run: Run) -> None:
+    """One line, one point in every curve: means over the steps since the last one."""
+    window, recipe = run.history.window, run.recipe
+    names = list(window[-1])
+    means = {name: sum(step[name] for step in window) / len(window) for name in names}
+    step_s = means.pop("step_s")
+    own_s = step_s - means.pop("blocked_s")
+    waits = {name: means.pop(name) for name in list(means) if name.startswith("communication/")}
+    here = [means.pop("data_wait_s"), peak_memory_gib(run.engine.device), own_s]
+    ranks = collectives.all_gather(
+        torch.tensor([here], dtype=torch.float64, device=run.engine.device)
+    )
+    # Of the rank that has it worst: the others wait for it in the next collective.
+    data_wait_s, memory_gib, _ = ranks.amax(dim=0).tolist()
+    own_times = ranks[:, 2].tolist()
+    means |= run.task.metrics(run.engine, run.momentum)
+    means |= {
+        "speed/samples_per_s": recipe.train.global_batch_size / step_s,
+        "speed/data_wait_share": data_wait_s / step_s,
+        "speed/slowest_rank_ratio": run.stragglers.look(run.step, own_times),
+        "speed/mfu": run.task.flops_per_step() / step_s / run.peak_flops,
+        "memory/peak_gib": memory_gib,
+        "data/skipped_samples": float(run.history.skipped_samples),
+        "train/skipped_steps": float(run.history.skipped_steps),
+    }
+    means |= _communication(waits, step_s, own_times)
+    run.monitor.log(run.step, means | _loss_level(run, means))
+    losses = {name: value for name, value in means.items() if name.startswith("loss/")}
+    run.history.first = run.history.first or losses
+    run.history.last = losses
+    window.clear()
+    run.worst = WorstStep()
+
+
+def _communication(
+    waits: dict[str, float], step_s: float, own_times: Sequence[float]
+) -> dict[str, float]:
+    """Seconds by kind as shares of a step; the share of all kinds is the mean over the ranks."""
+    shares = {
+        f"{name.removesuffix('_s')}_share": waits.pop(name) / step_s
+        for name in list(waits)
+        if name.endswith("_s")
+    }
+    blocked_s = step_s - sum(own_times) / len(own_times)
+    return waits | shares | {"communication/blocked_share": max(0.0, blocked_s / step_s)}
+
+
+def _loss_level(run: Run, means: Mapping[str, float]) -> dict[str, float]:
+    """How the loss stands to those before it; a spike is said once, with the samples of its worst
+    step. Losses are the same on all ranks, so all take the same branches."""
+    history, loss = run.history, means["loss/total"]
+    level = loss_level(loss, history.usual)
+    spikes = level is not None and level.is_spike
+    if level is not None and spikes and not history.is_spiking:
+        logger.warning(
+            "step %d: loss/total %.4g, usual is %.4g to %.4g; gradient norm %.3g; worst in step %d "
+            "(%s)",
+            run.step, loss, level.low, level.high, means["gradient_norm/all"], run.worst.step,
+            _of_all_ranks(run.worst.ids),
+        )  # fmt: skip
+    history.is_spiking = spikes
+    if math.isfinite(loss):
+        history.usual = [*history.usual, loss][-SPIKE_POINTS:]
+    ratio = max(0.0, level.ratio) if level is not None else 0.0
+    return {"alarm/loss_spike": float(spikes), "alarm/loss_spike_ratio": ratio}
+
+
+def finish(run: Run) -> None:
+    """summary.json, and where to look; a run that was at its end before keeps its own."""
+    history = run.history
+    if (
+        run.step == run.monitor.start_step
+        and (Path(run.recipe.output_dir) / "summary.json").exists()
+    ):
+        logger.info("nothing left to do: all %d steps were done before", run.step)
+        return
+    run.monitor.summary(
+        {
+            "steps": run.step,
+            "seconds": round(history.seconds, 1),
+            "ranks": collectives.world_size(),
+            "losses_first": history.first,
+            "losses_last": history.last,
+            "evaluation": history.evaluation,
+            "captions": history.captions,
+            "best": history.best,
+            "skipped_samples": history.skipped_samples,
+        }
+    )
+    logger.info("done: %d steps. tensorboard --logdir %s", run.step, run.recipe.output_dir)

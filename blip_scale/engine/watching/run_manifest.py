@@ -1,0 +1,164 @@
+"""manifest.json of a run: what it was made from, every start of it, and its checkpoints."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+import blip_scale
+from blip_scale.storage import files
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "torch", "deepspeed", "transformers", "timm", "mosaicml-streaming", "flash-attn", "numpy",
+    "pillow", "safetensors",
+)  # fmt: skip
+_WARN_OF = ("code", "packages", "data")
+
+
+class RunManifest:
+    """Ties a run together; only rank 0 has one that writes.
+
+    `state` is that of the newest start: recipe, deepspeed, code, packages and data (the shards are
+    listed in data_shards.json). `attempts` has an object for every start, with what it found
+    `changed` since the one before, and how it ended where that is known. `checkpoints` is the chain
+    of all that were committed, also of those that are deleted by now: step, time, attempt and the
+    hash of their manifest.
+    """
+
+    def __init__(self, output_dir: Path, is_main: bool) -> None:
+        """Read what earlier starts left; a file that cannot be read is put aside."""
+        self._file = output_dir / "manifest.json"
+        self._is_main = is_main
+        self._disk = files.Spared(f"manifest of the run in {self._file}")
+        self._content: dict[str, Any] = {"state": {}, "attempts": [], "checkpoints": []}
+        if is_main and self._file.exists():
+            try:
+                found = json.loads(self._file.read_text(encoding="utf-8"))
+                self._content = {name: found[name] for name in self._content}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                aside = self._file.with_suffix(".damaged")
+                logger.warning("%s cannot be read (%s): put aside as %s", self._file, error, aside)
+                with self._disk:
+                    self._file.replace(aside)
+
+    def begin(
+        self, state: dict[str, Any], attempt: dict[str, Any], left: Mapping[str, Any]
+    ) -> None:
+        """Note a start, and warn of code, packages or data that are not those of the start before.
+
+        Args:
+            state: sections of settings, JSON-able; a stream of `data` may list its `files`.
+            attempt: what is particular to this start.
+            left: the heartbeat of the start before, its last word if it could not say how it ended.
+        """
+        if not self._is_main:
+            return
+        shards = {one["name"]: one.pop("files", []) for one in state.get("data", [])}
+        state = json.loads(json.dumps(state))
+        attempts, before = self._content["attempts"], self._content["state"]
+        changed = list(_differences(before, state)) if before else []
+        for change in changed:
+            level = logging.WARNING if change.startswith(_WARN_OF) else logging.INFO
+            logger.log(level, "changed since the start before: %s", change)
+        if attempts and attempts[-1]["ended"] is None:
+            attempts[-1]["ended"] = {"why": "not known", "step": left.get("step")}
+        self._content["state"] = state
+        attempts.append({"time": _now(), **attempt, "changed": changed, "ended": None})
+        with self._disk:
+            if before.get("data") != state.get("data"):
+                text = json.dumps(shards, separators=(",", ":"))
+                files.write_whole(self._file.with_name("data_shards.json"), text + "\n")
+        self._write()
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """Note a committed checkpoint."""
+        if self._is_main:
+            entry = {"step": step, "time": _now(), "attempt": len(self._content["attempts"]) - 1}
+            self._content["checkpoints"].append(entry | fingerprint(checkpoint))
+            self._write()
+
+    def ended(self, step: int, why: str) -> None:
+        """Note how this start ended."""
+        if self._is_main:
+            self._content["attempts"][-1]["ended"] = {"why": why, "step": step, "time": _now()}
+            self._write()
+
+    def _write(self) -> None:
+        with self._disk:
+            files.write_whole(self._file, json.dumps(self._content, indent=1) + "\n")
+
+
+def fingerprint(checkpoint: Path) -> dict[str, str | None]:
+    """Name of a checkpoint and hash of its manifest, which holds the checksums of its files."""
+    try:
+        found = digest((checkpoint / "manifest.json").read_bytes())
+    except OSError:
+        found = None
+    return {"checkpoint": str(checkpoint), "manifest_xxh64": found}
+
+
+def digest(content: bytes) -> str:
+    """xxh64 in hexadecimal digits."""
+    return xxhash.xxh64(content).hexdigest()
+
+
+def software() -> dict[str, dict[str, Any]]:
+    """`code`: version of this package, git commit and whether files differ from it (null where it
+    is no clone); `packages`: versions of those that compute (null where one is missing)."""
+    folder = Path(blip_scale.__file__).resolve().parent.parent
+    commit = _git(folder, "rev-parse", "HEAD") if (folder / ".git").exists() else None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no") if commit else None
+    packages: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    code = {
+        "version": blip_scale.__version__,
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+    }
+    return {"code": code, "packages": packages}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True, text=True, timeout=30, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """`section.setting: old -> new` of every leaf that differs; streams go by their names."""
+    if isinstance(before, list) and isinstance(now, list) and _named(before) and _named(now):
+        before, now = ({one["name"]: one for one in value} for value in (before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield f"{name}: {json.dumps(before)} -> {json.dumps(now)}"
+
+
+def _named(value: list[Any]) -> bool:
+    return all(isinstance(one, dict) and "name" in one for one in value)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

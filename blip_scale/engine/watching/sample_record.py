@@ -1,0 +1,41 @@
+"""Which samples were used, step by step: samples/rank_N.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blip_scale.engine import collectives
+from blip_scale.storage import files
+
+
+class SampleRecord:
+    """The ids of every step in the order in which this rank read them, one line a step.
+
+    What lies past the step that the run goes on from is taken back, in the files of more ranks than
+    there are now as well: what remains was trained on, each sample as often as it is there.
+    """
+
+    def __init__(self, output_dir: Path, start_step: int, enabled: bool) -> None:
+        """Args:
+        output_dir: folder of the run.
+        start_step: steps done when the run starts or resumes.
+        enabled: without it nothing is written.
+        """
+        folder = output_dir / "samples"
+        rank, world_size = collectives.rank(), collectives.world_size()
+        self._file = folder / f"rank_{rank}.jsonl"
+        self._enabled = enabled
+        self._disk = files.Spared(f"record of the samples in {self._file}")
+        with self._disk:
+            for file in folder.glob("rank_*.jsonl"):
+                number = file.stem.removeprefix("rank_")
+                if number.isdigit() and int(number) % world_size == rank:
+                    files.take_back(file, start_step)
+            if enabled:
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, step: int, ids: list[str]) -> None:
+        """Note the samples of a step, counted from 1."""
+        if self._enabled:
+            with self._disk:
+                files.add_line(self._file, step, {"ids": ids})

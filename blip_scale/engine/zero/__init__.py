@@ -1,0 +1,1 @@
+"""The ZeRO engine: DeepSpeed, this rank's slices of parameters and the momentum average."""

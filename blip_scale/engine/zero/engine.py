@@ -1,0 +1,340 @@
+"""Recipe and DeepSpeed JSON -> a ZeRO engine, and access to the part of every parameter that this
+rank owns.
+
+Under ZeRO-3 each rank owns an equal slice of each flattened parameter; under ZeRO-1/2 a contiguous
+stretch of all of them laid end to end. Both are the same thing to the rest of the engine: a list of
+`Shard`s. Parameters that keep their initial weights are cut as under ZeRO-3 at every stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero import parameter_offload
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from blip_scale import launcher, logs
+from blip_scale.config.recipe import Recipe
+from blip_scale.engine import collectives
+from blip_scale.engine.zero import deepspeed_patches, onednn
+from blip_scale.engine.zero.parameter_slices import (
+    Part,
+    Shard,
+    frozen_shard,
+    gradient_of,
+    trainable_shard,
+)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW with a switch: with `skip` set, a step leaves weights and moments untouched."""
+
+    skip = False
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update, unless `skip` is set."""
+        if not self.skip:
+            super().step(closure)
+
+
+@dataclass
+class ZeroEngine:
+    """DeepSpeed's engine with the shards of this rank."""
+
+    deepspeed: Any
+    optimizer: torch.optim.Optimizer
+    stage: int
+    trainable: dict[str, nn.Parameter]
+    shards: list[Shard]
+    """Of what trains; after `fill` of what is frozen too."""
+    towers: dict[str, list[int]]
+    """Index into `shards` by tower (`vision`, `text`), for gradient norms."""
+    frozen: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Parameters that keep the weights of `fill`."""
+    _norm: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.stage == 3:
+            deepspeed_patches.share_masters(self.deepspeed.optimizer)
+            deepspeed_patches.trim(self.deepspeed.optimizer, self._gradient_norm)
+            deepspeed_patches.drop_idle_hooks(self.deepspeed.optimizer)
+            if collectives.world_size() == 1:
+                deepspeed_patches.keep_gradients(self.deepspeed.optimizer)
+                deepspeed_patches.keep_weights(self.deepspeed.optimizer)
+
+    @property
+    def module(self) -> nn.Module:
+        """The network that was wrapped."""
+        return self.deepspeed.module
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+        return torch.device(self.deepspeed.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights that compute."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def parameter_count(self) -> int:
+        """Trainable parameters, over all ranks."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
+
+    def step(self, learning_rate: float, apply: bool) -> None:
+        """The optimizer step at a gradient-accumulation boundary.
+
+        With `apply` False gradients are dropped, and weights and moments stay as they are.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.skip = not apply
+        self.deepspeed.step()
+        # Recomputing a checkpointed block leaves entries behind in DeepSpeed 0.19.8, a few more
+        # each step.
+        del parameter_offload.FWD_MODULE_STACK[1:]
+
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last
+        backward."""
+        towers = [self._squared_norm(indices) for indices in self.towers.values()]
+        totals = [torch.stack(towers).sum(), *towers]
+        norms = collectives.all_reduce_sum(torch.stack(totals)).sqrt()
+        self._norm = norms[0]
+        return dict(zip(("all", *self.towers), norms.tolist(), strict=True))
+
+    def _squared_norm(self, indices: list[int]) -> Tensor:
+        """Of this rank's gradients of some shards, fp64; in a few launches, not some a shard."""
+        gradients = [
+            gradient[: shard.numel]
+            for shard in (self.shards[index] for index in indices)
+            if (gradient := gradient_of(shard, self.stage)) is not None and gradient.numel()
+        ]
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
+    def _gradient_norm(self) -> Tensor:
+        """The norm for clipping: what `gradient_norms` found in this step, or found now."""
+        if self._norm is None:
+            self.gradient_norms()
+        norm, self._norm = self._norm, None
+        assert norm is not None
+        return norm.float()
+
+    def assign(self, parameters: list[nn.Parameter], parts: list[Part]) -> None:
+        """Write compute weights from this rank's parts of some parameters.
+
+        Every rank must call it with the same parameters; `parts` are those that this rank owns.
+        ZeRO-3 needs no exchange: the next forward pass gathers what it needs. Below, where every
+        rank holds whole parameters, the parts of all ranks are put together in one sum.
+        """
+        if not parameters:
+            return
+        if self.stage == 3:
+            pairs = [
+                (parameters[part.index].ds_tensor.data[: part.values.numel()], part.values)
+                for part in parts
+            ]  # in fp32 both are one memory
+            apart = [(own, new) for own, new in pairs if own.data_ptr() != new.data_ptr()]
+            if apart:
+                torch._foreach_copy_([own for own, _ in apart], [new for _, new in apart])
+            stale = [p for p in parameters if _holds_a_copy(p)]
+            if stale:
+                stale[0].partition(stale)  # the next forward pass gathers them
+            return
+        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=self.dtype, device=self.device)
+        pieces = flat.split([p.numel() for p in parameters])
+        for part in parts:
+            pieces[part.index][part.start : part.start + part.values.numel()] = part.values
+        collectives.all_reduce_sum(flat)  # every element has one owner: adding zeros is exact
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.data.copy_(piece.view_as(parameter))
+
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Set this rank's fp32 masters, and the compute weights after them, from whole tensors by
+        name. Parameters among them that don't train become `frozen`."""
+        for name, parameter in self.module.named_parameters():
+            if name in weights and not parameter.requires_grad and name not in self.frozen:
+                self.frozen[name] = parameter
+                self.shards += frozen_shard(name, parameter)
+        for shard in self.shards:
+            values = weights[shard.name].detach().flatten()
+            shard.weight.copy_(values[shard.start : shard.start + shard.numel])
+        self.refresh()
+
+    def refresh(self, names: list[str] | None = None) -> None:
+        """Make the compute weights follow the fp32 masters: all of them, or those with these
+        names."""
+        known = self.trainable | self.frozen
+        wanted = [name for name in known if names is None or name in names]
+        positions = {name: index for index, name in enumerate(wanted)}
+        parts = [
+            Part(positions[shard.name], shard.start, shard.weight)
+            for shard in self.shards
+            if shard.name in positions
+        ]
+        self.assign([known[name] for name in wanted], parts)
+
+    def gather_into(self, source: nn.Module, target: nn.Module) -> None:
+        """Copy the compute weights of `source`, a part of the wrapped module, into an ordinary
+        module.
+
+        Every rank must call it; every rank gets all weights. Parameters are gathered one at a time,
+        so the peak is one parameter above the size of `target`.
+        """
+        for (name, parameter), (other, destination) in zip(
+            source.named_parameters(), target.named_parameters(), strict=True
+        ):
+            if name != other:
+                raise ValueError(f"gather_into: {name} of the engine faces {other} of the target")
+            with whole(parameter, self.stage):
+                destination.data.copy_(parameter.data)
+
+
+@contextlib.contextmanager
+def whole(parameter: nn.Parameter, stage: int) -> Iterator[None]:
+    """Inside, the parameter holds all its elements on every rank (read only)."""
+    if stage != 3:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+def _holds_a_copy(parameter: nn.Parameter) -> bool:
+    """Whether the parameter is whole, and in memory of its own: on one rank it is a view of this
+    rank's part, and to gather it would only make the host wait for a GPU."""
+    whole = parameter.ds_status.name == "AVAILABLE"
+    return whole and parameter.data_ptr() != parameter.ds_tensor.data_ptr()
+
+
+def start(timeout_s: float) -> torch.device:
+    """Join the process group, one of a single rank where no launcher made more, and give this
+    rank's device.
+
+    `timeout_s`: so long a rank waits for the others in an exchange; 0: for ever.
+    """
+    for variable, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(variable, alone)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(launcher.free_port())
+    # DeepSpeed compiles its operations with the ninja of PATH, which a virtual environment that is
+    # not activated leaves out; and two versions of ninja would compile them anew in turns.
+    tools = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([tools, *filter(None, [os.environ.get("PATH")])])
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    with logs.prints_to_log("DeepSpeed"):
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s)
+        )
+    if accelerator.device_name() == "cpu":
+        collectives.barrier()  # all ranks of this node have opened each other's buffers
+        _unlink_shared_buffer()
+    return torch.device(accelerator.current_device_name())
+
+
+def _unlink_shared_buffer() -> None:
+    """Take away the name of the 64 MB in shared memory that DeepSpeed (0.19.8) makes for every
+    rank on a CPU and never removes: without a name it is freed with its process, killed or not."""
+    place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
+    buffer = Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_{place}"
+    buffer.unlink(missing_ok=True)
+
+
+def _patience(timeout_s: float) -> timedelta:
+    return timedelta(seconds=timeout_s) if timeout_s else timedelta(days=365)
+
+
+def initialize(
+    build: Callable[[], nn.Module], recipe: Recipe, ds_config: dict[str, Any]
+) -> ZeroEngine:
+    """Build the network under the ZeRO stage of `ds_config` and wrap it.
+
+    Args:
+        build: makes the network; under ZeRO-3 it runs inside `zero.Init`, so that no rank ever
+            holds it whole.
+        recipe: gives optimizer and precision.
+        ds_config: DeepSpeed's settings with every "auto" resolved.
+    """
+    stage = ds_config["zero_optimization"]["stage"]
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
+        network = build()
+    if stage != 3:
+        network.to(torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    optimizer = _build_optimizer(list(trainable.values()), recipe, ds_config)
+    with _exchanging_on_one_thread():
+        engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=ds_config)
+    if recipe.model.compile:
+        for module in network.modules():
+            if isinstance(module, Block):  # of a ViT: the shapes of texts change with every batch
+                module.compile(dynamic=False)
+    else:
+        onednn.take_where_faster(network)
+    torch.distributed.set_timeout(  # of DeepSpeed's own group, which has torch's 10 or 30 minutes
+        _patience(recipe.train.stall_timeout_s), engine.data_parallel_group
+    )
+    shards = [
+        shard for name, p in trainable.items() for shard in trainable_shard(engine, stage, name, p)
+    ]
+    towers: dict[str, list[int]] = {"vision": [], "text": []}
+    for index, shard in enumerate(shards):
+        towers["vision" if "vision" in shard.name else "text"].append(index)
+    return ZeroEngine(engine, optimizer, stage, trainable, shards, towers)
+
+
+@contextlib.contextmanager
+def _exchanging_on_one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread; gloo's threads that exchange here do so for good.
+
+    They take torch's number of threads when they first compute. With helpers of their own libgomp
+    would count more threads than cores and have all of them sleep, instead of spin, between two
+    operations of a step: a sixth of its time on two cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _build_optimizer(
+    parameters: list[nn.Parameter], recipe: Recipe, ds_config: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """AdamW over all parameters in one group, decay on all of them: as published."""
+    settings = recipe.optimizer
+    arguments: dict[str, Any] = {
+        "lr": settings.peak_lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if offload == "none":
+        return AdamW(parameters, fused=True, **arguments)
+
+    class OffloadedAdamW(deepspeed.ops.adam.DeepSpeedCPUAdam):
+        skip = False
+
+        def step(self, closure: None = None) -> None:
+            if not self.skip:
+                super().step(closure)
+
+    return OffloadedAdamW(parameters, adamw_mode=True, **arguments)

@@ -1,0 +1,1 @@
+"""Evaluation of networks on held-out pairs, questions and videos."""

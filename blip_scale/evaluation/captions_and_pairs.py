@@ -1,0 +1,198 @@
+"""Held-out pairs through a MED: retrieval figures, and captions to look at.
+
+Legend: I images, S texts, N image tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.captions import Clean, clean_caption
+from blip_scale.data.heldout.pairs import HeldoutPairs, heldout_pairs
+from blip_scale.data.tokenizer import prompt_ids
+from blip_scale.engine import collectives
+from blip_scale.engine.task import Evaluation
+from blip_scale.engine.watching.pictures import Panel
+from blip_scale.evaluation import retrieval
+from blip_scale.inference.inputs import to_pixels
+from blip_scale.model.generation import BeamSettings, caption_beam
+from blip_scale.model.med import MED
+from blip_scale.model.packing import PackedText
+
+
+@torch.no_grad()
+def evaluate(
+    med: MED, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, final: bool
+) -> Evaluation:
+    """Zero-shot retrieval on every held-out set, and captions of the first images of each.
+
+    Args:
+        med: whole network on this rank's device, in evaluation mode; the same on all ranks.
+        final: re-rank with image-text matching too, which costs top_k forwards for each image
+            and each text.
+    """
+    found = Evaluation()
+    for name, pairs in heldout_sets(recipe):
+        figures = retrieval_on(med, pairs, recipe, tokenizer, with_matching=final)
+        shown = shown_images(len(pairs), recipe)
+        said = captions_of(med, pairs, shown, recipe, tokenizer)
+        panels, entries = panels_of(name, pairs, shown, said)
+        found = found.with_set(name, figures, panels=panels, captions=entries)
+    return found
+
+
+def heldout_sets(
+    recipe: Recipe, clean: Clean = clean_caption, max_words: int = 30
+) -> Iterator[tuple[str, HeldoutPairs]]:
+    """The recipe's held-out sets by name, their texts cleaned."""
+    size, most = recipe.model.vision.image_size, recipe.evaluation.max_pairs
+    for stream in recipe.data.heldout:
+        pairs = heldout_pairs(stream, size, recipe.data, most, clean, max_words)
+        yield stream.name, pairs
+
+
+def retrieval_on(
+    med: MED,
+    pairs: HeldoutPairs,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    with_matching: bool,
+) -> dict[str, float]:
+    """Recalls on a set (`retrieval.retrieval_figures`), all ranks together; `with_matching`: of
+    the candidates re-ranked too."""
+    similarity, reranked = scores_on(med, pairs, recipe, tokenizer, with_matching)
+    return retrieval.retrieval_figures(similarity, reranked, owners_of(pairs.captions))
+
+
+@torch.no_grad()
+def scores_on(
+    med: MED,
+    pairs: HeldoutPairs,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    with_matching: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Cosines [I, S] of all images and texts of a set, and what `retrieval.rerank` makes of them;
+    the same on all ranks."""
+    settings = recipe.evaluation
+    texts = Texts(list(chain.from_iterable(pairs.captions)), recipe, tokenizer, med)
+    features = _encode(med, pairs, texts, settings.batch_size)
+    similarity = features.image_features @ features.text_features.T
+    reranked = None
+    if with_matching:
+        reranked = retrieval.rerank(
+            med, features, texts.matching, settings.rerank_top_k, settings.batch_size
+        )
+    return similarity, reranked
+
+
+def owners_of(captions: Sequence[Sequence[str]]) -> Tensor:
+    """[S] int64: the image that each text belongs to, of the captions of every image."""
+    return torch.arange(len(captions)).repeat_interleave(torch.tensor([*map(len, captions)]))
+
+
+class Texts:
+    """Tokenized held-out captions."""
+
+    def __init__(
+        self, captions: Sequence[str], recipe: Recipe, tokenizer: PreTrainedTokenizerFast, med: MED
+    ) -> None:
+        limit = recipe.model.text.max_tokens
+        self._token_ids = tokenizer(list(captions), truncation=True, max_length=limit)["input_ids"]
+        self.count = len(captions)
+        self._device = next(med.parameters()).device
+        self._enc = med.config.text.special.enc
+
+    def plain(self, indices: Sequence[int]) -> PackedText:
+        """[CLS] first, for the unimodal encoder."""
+        return PackedText.from_lists([self._token_ids[i] for i in indices], self._device)
+
+    def matching(self, indices: Sequence[int]) -> PackedText:
+        """[ENC] first, for image-text matching."""
+        return self.plain(indices).with_first_token(self._enc)
+
+
+def _encode(med: MED, pairs: HeldoutPairs, texts: Texts, batch_size: int) -> retrieval.PairFeatures:
+    """Features of all images and texts on every rank, and the image tokens of its share; each rank
+    encodes its share."""
+    embeds, images, sentences = [], [], []
+    for indices in my_batches(len(pairs), batch_size):
+        image_embeds = med.encode_image(to_pixels(pairs.images(indices), med))
+        embeds.append(image_embeds)
+        images.append(med.project_image(image_embeds))
+    for indices in my_batches(texts.count, batch_size):
+        sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
+    gathered = [
+        torch.cat(collectives.all_gather_ragged(torch.cat(parts))) for parts in (images, sentences)
+    ]
+    return retrieval.PairFeatures(torch.cat(embeds), *gathered)
+
+
+def my_batches(count: int, batch_size: int) -> Iterator[range]:
+    """This rank's share of `count` items, in batches."""
+    mine = range(*retrieval.share(count).indices(count))
+    for begin in range(0, len(mine), batch_size):
+        yield mine[begin : begin + batch_size]
+
+
+def shown_images(count: int, recipe: Recipe) -> list[int]:
+    """Images of the panel, evenly over the set."""
+    shown = min(recipe.evaluation.captions, count)
+    return [index * count // shown for index in range(shown)]
+
+
+@torch.no_grad()
+def captions_of(
+    med: MED,
+    pairs: HeldoutPairs,
+    images: Sequence[int],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+) -> list[str]:
+    """Beam-search captions of some images, without the prompt; the ranks share the work."""
+    settings = recipe.evaluation
+    beam = BeamSettings(
+        num_beams=settings.num_beams,
+        max_length=settings.max_caption_tokens,
+        min_length=settings.min_caption_tokens,
+        repetition_penalty=settings.repetition_penalty,
+    )
+    prompt = prompt_ids(recipe.model.text.prompt, tokenizer)
+    mine: list[str] = []
+    for places in my_batches(len(images), settings.batch_size):
+        pixels = pairs.images(images[place] for place in places)
+        embeds = med.encode_image(to_pixels(pixels, med))
+        sequences = caption_beam(med, embeds, prompt, beam)
+        mine += tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    return list(chain.from_iterable(collectives.all_gather_objects(mine)))
+
+
+def panels_of(
+    name: str,
+    pairs: HeldoutPairs,
+    images: Sequence[int],
+    said: Sequence[str],
+    truths: Sequence[str] | None = None,
+) -> tuple[list[Panel], list[dict[str, str]]]:
+    """Pictures with what was said of them, and the same as entries of summary.json.
+
+    Args:
+        truths: what would have been right; None: the first caption of each.
+    """
+    if truths is None:
+        truths = [pairs.captions[index][0] for index in images]
+    panels = [
+        Panel(image, caption, truth)
+        for image, caption, truth in zip(pairs.images(images), said, truths, strict=True)
+    ] if images else []  # fmt: skip
+    entries = [
+        {"set": name, "id": pairs.ids[index], "caption": caption, "truth": truth}
+        for index, caption, truth in zip(images, said, truths, strict=True)
+    ]
+    return panels, entries

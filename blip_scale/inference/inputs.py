@@ -1,0 +1,37 @@
+"""Images and captions as a network takes them: on its device, in its dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blip_scale.data.loading.micro_batches import Batch
+from blip_scale.data.pixels.transforms import normalize_images
+from blip_scale.data.tokenizer import PackedTokens
+from blip_scale.model.attention import Segments
+from blip_scale.model.packing import PackedText
+
+
+def to_pixels(images: Tensor, network: nn.Module) -> Tensor:
+    """Normalise images and move them to the network.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        network: gives device and dtype.
+    """
+    parameter = next(network.parameters())
+    return normalize_images(images.to(parameter.device), parameter.dtype)
+
+
+def packed_text(packed: PackedTokens, device: torch.device) -> PackedText:
+    """Move packed token ids to a device."""
+    return PackedText(packed.token_ids, Segments(packed.offsets, packed.max_length)).to(device)
+
+
+def to_model_input(
+    batch: Batch, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, PackedText]:
+    """Move a batch to a device: normalised images [B, 3, H, W] in `dtype`, and packed captions."""
+    batch = batch.to(device)
+    text = PackedText(batch.token_ids, Segments(batch.offsets, batch.max_length))
+    return normalize_images(batch.images, dtype), text

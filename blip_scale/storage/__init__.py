@@ -1,0 +1,1 @@
+"""Files, folders and buckets: what every other room writes to and reads from."""

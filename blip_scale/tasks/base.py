@@ -1,0 +1,133 @@
+"""What the tasks have in common: tokenizer, sizes of the network, loader, initial weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from blip_scale.config.batch_sizes import batch_sizes
+from blip_scale.config.recipe import Recipe
+from blip_scale.data.loading.micro_batches import Batch, CaptionInput
+from blip_scale.data.reading.inventory import inventory
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.engine import collectives
+from blip_scale.engine.task import Evaluation, Progress
+from blip_scale.engine.watching.monitor import Alarm
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.engine.zero.momentum import ShardedMomentum
+from blip_scale.inference.sizes import med_config
+from blip_scale.interop.heads import cut_down
+from blip_scale.interop.salesforce import PARTS, Head
+from blip_scale.model.attention import resolve_kernel
+from blip_scale.model.med import MED
+from blip_scale.tasks import networks
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class TrainingTask(ABC):
+    """The calls of `engine.task.Task` that most tasks answer alike, and those that each answers in
+    its own way. Its network holds the parts of `head` under the names of `interop.heads`.
+    """
+
+    head: ClassVar[Head]
+    alarms: tuple[Alarm, ...] = ()
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.tokenizer = load_tokenizer(recipe.model.text)
+        self.config = med_config(recipe, self.tokenizer)
+        sizes = batch_sizes(recipe, collectives.world_size())
+        self.batch_size, self.accumulation = sizes.micro_batch, sizes.accumulation
+        self.loader = networks.train_loader(recipe, self.text_input(), self.batch_size)
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.kernel: str = resolve_kernel(recipe.model.attention, device, self.dtype)
+        self.momentum_pairs: dict[str, str] = {}
+        self._tokens = 0
+
+    @abstractmethod
+    def build_network(self) -> nn.Module:
+        """The network, weights not filled."""
+
+    @abstractmethod
+    def losses(
+        self, network: Callable[..., Any], batch: Any, progress: Progress
+    ) -> dict[str, Tensor]:
+        """One forward of the network on a micro-batch."""
+
+    @abstractmethod
+    def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
+        """Held-out figures."""
+
+    @abstractmethod
+    def flops_per_step(self) -> float:
+        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
+
+    def text_input(self) -> CaptionInput:
+        """How the texts of the training sets become tokens."""
+        text = self.recipe.model.text
+        return CaptionInput(self.tokenizer, text.max_tokens, prompt=text.prompt)
+
+    def build_med(self) -> MED:
+        """The MED with the parts of the head, weights not filled."""
+        return cut_down(MED(self.config), PARTS[self.head])
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Weights of the recipe's checkpoints, random from the seed where there are none."""
+        return networks.initial_parameters(self.recipe, self.config, self.head)
+
+    def inventory(self) -> list[dict[str, Any]]:
+        """The training streams with their shards."""
+        return inventory(self.loader.stores)
+
+    def batches(self) -> Iterator[Any]:
+        """This rank's micro-batches."""
+        return iter(self.loader)
+
+    def stream_shares(self, batch: Batch) -> dict[str, Tensor]:
+        """Share of every stream in a batch, as metrics."""
+        shares = torch.tensor(self.loader.shares(batch), device=self.device)
+        names = [f"data/share_{name}" for name in self.loader.stream_names]
+        return dict(zip(names, shares, strict=True))
+
+    def after_step(  # noqa: B027  most tasks do nothing here
+        self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool
+    ) -> None:
+        """Nothing follows a step."""
+
+    def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
+        """No figures but those of the steps."""
+        return {}
+
+    def whole_med(self, engine: ZeroEngine) -> MED:
+        """A copy of the network's MED on this rank's device in evaluation mode; all ranks call."""
+        return self.whole(engine, self.build_med)
+
+    def whole(self, engine: ZeroEngine, build: Callable[[], M]) -> M:
+        """As `whole_med`, for a task whose `med` is another network, which `build` makes."""
+        with torch.device(self.device):
+            med = build().to(engine.dtype)
+        source = engine.module.get_submodule("med")
+        engine.gather_into(source, med)
+        return med.eval()
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Loader position."""
+        return {"loader": self.loader.state_dict()}, {}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Loader position."""
+        self.loader.load_state_dict(state["loader"])
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self.loader.close()

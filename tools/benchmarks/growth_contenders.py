@@ -1,0 +1,114 @@
+"""The processes that `tools/benchmark.py growth` measures: the ranks of one point."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from blip_scale import launcher
+from blip_scale.config import checks
+from blip_scale.model.flops import pretraining_flops
+from tools.benchmarks.contest import Contest
+from tools.benchmarks.step_contenders import Match, Ours, serve
+
+
+class GrowthContest(Contest):
+    """All ranks of a point, which are asked together."""
+
+    def __init__(self, match: Match, ranks: int) -> None:
+        super().__init__()
+        port = launcher.free_port()
+        self._pipes = [self.start(_serve_rank, rank, ranks, port, match) for rank in range(ranks)]
+        self.ask("ready")
+
+    def ask(self, what: str) -> list[Any]:
+        """What each rank answers; raises RuntimeError where one died."""
+        try:
+            for pipe in self._pipes:
+                pipe.send((what, ()))
+            return [pipe.recv() for pipe in self._pipes]
+        except (EOFError, BrokenPipeError) as error:
+            raise RuntimeError("a rank died; see above") from error
+
+
+def _serve_rank(pipe: Connection, rank: int, ranks: int, port: int, match: Match) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    serve(pipe, Growing, match)
+
+
+class Growing(Ours):
+    """Our step on one of the ranks, with a meter at its exchanges and what it should cost."""
+
+    def __init__(self, match: Match) -> None:
+        from blip_scale.engine.watching.communication import CommunicationMeter
+
+        self.meter = CommunicationMeter()
+        self.meter.install()
+        self.match = match
+        self.before_gib = _resident_peak_gib()
+        super().__init__(match)
+
+    def timed(self) -> dict[str, float]:
+        """A step that all ranks begin together."""
+        from blip_scale.engine import collectives
+
+        collectives.barrier()
+        self.meter.reset()
+        began = time.perf_counter()
+        self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - began
+        found = self.meter.metrics()
+        return {
+            "seconds": seconds,
+            "exchange_s": found["blocked_s"],
+            "exchange_gb": found["communication/gigabytes_per_step"],
+        }
+
+    def memory(self) -> dict[str, float]:
+        """Its peak, and that before there was a network (nothing, on a GPU)."""
+        from blip_scale.engine.watching.monitor import peak_memory_gib
+
+        before = self.before_gib if self.device.type == "cpu" else 0.0
+        return {"peak": peak_memory_gib(self.device), "before": before}
+
+    def paper(self) -> dict[str, float]:
+        """FLOPs and bytes of this rank as the mathematics has them."""
+        from blip_scale.engine import collectives
+        from blip_scale.planning.activations import Micro, saved_activations, temporaries
+        from blip_scale.planning.network import network_of
+        from blip_scale.planning.states import Sharding, states
+
+        chosen, ranks = self.recipe, collectives.world_size()
+        batch, queue = chosen.train.global_batch_size // ranks, chosen.objective.queue_size
+        tokens = len(self.batches[0].token_ids)
+        network = network_of(chosen)
+        size = self.task.dtype.itemsize
+        ds_config = checks.resolve_deepspeed(chosen, self.match.ds_config, ranks)
+        held = states(network, Sharding.of(ds_config, ranks, size), queue)
+        mask = 1 if self.device.type == "cuda" else size
+        micro = Micro(batch, tokens, size, queue, mask)
+        running = [held.backward, temporaries(network.config, network.vision, micro)]
+        running.append(
+            saved_activations(
+                network.config, network.vision, micro, chosen.model.gradient_checkpointing
+            )
+        )
+        most = max(sum(sum(part.values()) for part in running), sum(held.update.values()))
+        return {
+            "flops": pretraining_flops(self.task.config, batch, tokens, queue),
+            "gib": (sum(held.resting.values()) + most) / 2**30,
+        }
+
+
+def _resident_peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

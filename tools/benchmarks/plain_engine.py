@@ -1,0 +1,77 @@
+"""PyTorch alone in the place of the DeepSpeed engine: `tools/benchmark.py step --against plain`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from blip_scale.config.recipe import OptimizerRecipe
+
+
+class PlainEngine:
+    """PyTorch alone in the place of `ZeroEngine`: what the engine costs is the difference. In bf16
+    with fp32 masters, as the engine has them."""
+
+    def __init__(self, network: nn.Module, settings: OptimizerRecipe) -> None:
+        self.deepspeed = self.module = network
+        self.dtype = next(network.parameters()).dtype
+        self._trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        self._masters = {
+            name: nn.Parameter(p.detach().float()) if p.dtype != torch.float32 else p
+            for name, p in self._trainable.items()
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._masters.values(), betas=settings.betas, weight_decay=settings.weight_decay,
+            eps=settings.eps, fused=True,
+        )  # fmt: skip
+        self.shards = [_PlainShard(name, master) for name, master in self._masters.items()]
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Of all gradients."""
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        return {"all": float(nn.utils.get_total_norm(gradients))}
+
+    def step(self, learning_rate: float, apply: bool) -> None:
+        """AdamW on the masters; the weights that compute follow them."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        for name, parameter in self._trainable.items():
+            master = self._masters[name]
+            if master is not parameter:
+                assert parameter.grad is not None
+                master.grad, parameter.grad = parameter.grad.float(), None
+        if apply:
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.refresh()
+
+    def refresh(self, names: list[str] | None = None) -> None:
+        """The weights that compute follow their masters."""
+        for name in names or self._trainable:
+            if self._masters[name] is not self._trainable[name]:
+                self._trainable[name].data.copy_(self._masters[name].data)
+
+
+class _PlainShard:
+    def __init__(self, name: str, master: nn.Parameter) -> None:
+        self.name, self.weight = name, master.data
+
+
+class PlainMomentum:
+    """fp32 averages of whole parameters, and the momentum weights that follow them."""
+
+    def __init__(self, engine: PlainEngine, pairs: dict[str, str]) -> None:
+        parameters = dict(engine.module.named_parameters())
+        masters = {shard.name: shard.weight for shard in engine.shards}
+        for copy, online in pairs.items():
+            parameters[copy].data.copy_(parameters[online].data)
+        moving = {copy: online for copy, online in pairs.items() if online in masters}
+        self._copies = [parameters[name].data for name in moving]
+        self.weights = [masters[name] for name in moving.values()]
+        fp32 = engine.dtype == torch.float32
+        self.averages = self._copies if fp32 else [weight.clone() for weight in self.weights]
+
+    def refresh(self) -> None:
+        """In bf16 the weights are rounded averages."""
+        if self.averages is not self._copies:
+            torch._foreach_copy_(self._copies, self.averages)
