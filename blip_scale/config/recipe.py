@@ -94,7 +94,7 @@ class ModelRecipe:
     embed_dim: Positive = 256
     """Width of the contrastive space."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """Attention kernel: flash-attn varlen on GPUs that have it, SDPA elsewhere."""
+    """Attention kernel. auto takes FlashAttention where the GPU has it, and SDPA elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: one function, two kernels (flash-attn varlen, SDPA).
+"""Attention over packed sequences: one function over the kernels of `kernels`, and the layouts.
 
 Sequences of different lengths lie one after another in one tensor, so no linear layer ever computes
 on a pad. Only SDPA, which knows no packed layout, gets its inputs padded, and its output is packed
@@ -9,18 +9,15 @@ Shapes: T packed tokens, S sequences, L longest sequence, H heads, C channels of
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blip_scale.model.dropout import dropout
-
-Kernel = Literal["auto", "flash", "sdpa"]
+from blip_scale.model.kernels import Backend, Kernel, PackedLengths, choose_kernel, packed_attention
 
 # SDPA would take cuDNN's kernel on new GPUs, which is compiled for every new shape: 0.17 s on an
 # H200, and captions have other lengths in every batch. The others take as long as it does after.
@@ -143,41 +140,6 @@ class AttentionLayout:
         return self.keys.valid[:, None, None, :]
 
 
-@lru_cache(maxsize=1)
-def _flash_missing() -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install flash-attn)"
-    return None
-
-
-@lru_cache(maxsize=64)
-def resolve_kernel(
-    choice: Kernel, device: torch.device, dtype: torch.dtype
-) -> Literal["flash", "sdpa"]:
-    """The kernel that `choice` means for tensors of this device and type; the caller logs it.
-
-    Raises:
-        ValueError: flash is asked for where it can't run; the message names the reason.
-    """
-    if choice not in ("auto", "flash", "sdpa"):
-        raise ValueError(f"attention kernel {choice!r} is unknown: take auto, flash or sdpa")
-    if choice == "sdpa":
-        return "sdpa"
-    if device.type != "cuda":
-        reason: str | None = f"it runs on CUDA devices, not on {device.type}"
-    elif dtype not in (torch.bfloat16, torch.float16):
-        reason = f"it takes bfloat16 or float16, not {dtype}"
-    elif torch.cuda.get_device_capability(device)[0] < 8:
-        reason = "it needs compute capability 8.0 (A100) or newer"
-    else:
-        reason = _flash_missing()
-    if reason is None:
-        return "flash"
-    if choice == "flash":
-        raise ValueError(f"attention: flash can't be used, {reason}; take attention: auto or sdpa")
-    return "sdpa"
-
-
 def attention(
     q_THC: Tensor,
     k_THC: Tensor,
@@ -193,37 +155,33 @@ def attention(
         k_THC, v_THC: [T of the keys, H, C]. Strided views (of a fused projection) are welcome.
         layout: who sees whom. Every key sequence holds at least one token.
         dropout_p: its probability; give 0 in evaluation.
-        kernel: see `resolve_kernel`.
+        kernel: see `choose_kernel`.
 
     Returns:
         [T of the queries, H, C], rows in the order of q_THC.
     """
-    if resolve_kernel(kernel, q_THC.device, q_THC.dtype) == "flash":
-        return _flash(q_THC, k_THC, v_THC, layout, dropout_p)
-    return _sdpa(q_THC, k_THC, v_THC, layout, dropout_p)
+    choice = choose_kernel(kernel, q_THC.device, q_THC.dtype, q_THC.shape[-1])
+    backend = choice.backend(dropout_p)
+    if backend == "sdpa":
+        return _sdpa(q_THC, k_THC, v_THC, layout, dropout_p)
+    return _packed(backend, q_THC, k_THC, v_THC, layout, dropout_p)
 
 
-def _flash(
-    q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: AttentionLayout, p: float
+def _packed(
+    backend: Backend,
+    q_THC: Tensor,
+    k_THC: Tensor,
+    v_THC: Tensor,
+    layout: AttentionLayout,
+    dropout_p: float,
 ) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # optional dependency, CUDA only
-
     queries, keys = layout.queries, layout.keys
     if queries.order is not None:
         q_THC = q_THC.index_select(0, queries.order)
     if keys.order is not None:
         k_THC, v_THC = k_THC.index_select(0, keys.order), v_THC.index_select(0, keys.order)
-    out_THC = flash_attn_varlen_func(
-        q_THC,
-        k_THC,
-        v_THC,
-        queries.offsets,
-        keys.offsets,
-        queries.max_length,
-        keys.max_length,
-        dropout_p=p,
-        causal=layout.causal,
-    )
+    lengths = PackedLengths(queries.offsets, keys.offsets, queries.max_length, keys.max_length)
+    out_THC = packed_attention(backend, q_THC, k_THC, v_THC, lengths, dropout_p, layout.causal)
     if queries.order is None:
         return out_THC
     return torch.empty_like(out_THC).index_copy(0, queries.order, out_THC)

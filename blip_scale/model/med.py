@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip_scale.model.attention import Kernel, resolve_kernel
+from blip_scale.model.kernels import Kernel, choose_kernel
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 from blip_scale.model.text import TextConfig, TextStack
 from blip_scale.model.vision import VisionConfig, build_vision, read_class_token_alone
@@ -36,9 +36,14 @@ class MEDConfig:
     temperature: float = 0.07
     """Initial contrastive temperature, a divisor of the similarities."""
     kernel: Kernel = "auto"
-    """Attention kernel, see `resolve_kernel`."""
+    """Attention kernel, see `choose_kernel`."""
     gradient_checkpointing: bool = False
     """Recompute each ViT block and text layer in the backward pass."""
+
+    def takes_packed(self, tensor: Tensor) -> bool:
+        """Whether the text layers run a kernel for packed sequences on such a tensor."""
+        head_dim = self.text.width // self.text.heads
+        return choose_kernel(self.kernel, tensor.device, tensor.dtype, head_dim).takes_packed
 
 
 class Temperature(nn.Module):
@@ -167,8 +172,8 @@ class MED(UnimodalEncoder):
         self, image_embeds: Tensor, encoder: Tensor | None = None, decoder: Tensor | None = None
     ) -> ImageIndex:
         images, tokens, _ = image_embeds.shape
-        kernel = resolve_kernel(self.config.kernel, image_embeds.device, image_embeds.dtype)
-        return ImageIndex(images, tokens, kernel, encoder, decoder)
+        packed = self.config.takes_packed(image_embeds)
+        return ImageIndex(images, tokens, packed, encoder, decoder)
 
 
 class MomentumEncoder(UnimodalEncoder):

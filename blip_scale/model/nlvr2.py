@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blip_scale.model.attention import AttentionLayout, Kernel, resolve_kernel
+from blip_scale.model.attention import AttentionLayout
 from blip_scale.model.dropout import Dropout
+from blip_scale.model.kernels import Kernel
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 from blip_scale.model.text import ImageAttention, TextConfig, TextLayer, TextStack
@@ -67,7 +68,7 @@ class NLVR2(nn.Module):
         """
         image_embeds = self.vision(images)
         pairs, tokens = len(images) // 2, image_embeds.shape[1]
-        kernel = resolve_kernel(self.config.kernel, image_embeds.device, image_embeds.dtype)
+        packed = self.config.takes_packed(image_embeds)
         own = torch.arange(pairs, device=images.device)
-        plan = plan_pass(sentences, None, ImageIndex(pairs, tokens, kernel, encoder=own))
+        plan = plan_pass(sentences, None, ImageIndex(pairs, tokens, packed, encoder=own))
         return self.cls_head(self.text_encoder(plan, image_embeds))

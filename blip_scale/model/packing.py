@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_scale.model.attention import AttentionLayout, Kernel, Segments, dense_segments
+from blip_scale.model.attention import AttentionLayout, Segments, dense_segments
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class ImageIndex:
     """Number of images I."""
     tokens: int
     """Tokens of an image N."""
-    kernel: Kernel
-    """The resolved one: flash takes a bound of the group sizes, SDPA wants the largest itself."""
+    takes_packed: bool
+    """Whether a bound of the group sizes is enough for the kernel; SDPA needs the largest."""
     encoder: Tensor | None = None
     """[S] int64 for the sequences of the encoder text."""
     decoder: Tensor | None = None
@@ -171,7 +171,7 @@ def _group_by_image(row_images_T: Tensor, images: ImageIndex) -> AttentionLayout
     counts = row_images_T.new_zeros(images.images, dtype=torch.int32)
     counts.index_add_(0, row_images_T, torch.ones_like(row_images_T, dtype=torch.int32))
     offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = len(row_images_T) if images.kernel == "flash" else int(counts.max())
+    longest = len(row_images_T) if images.takes_packed else int(counts.max())
     queries = Segments(offsets, longest, row_images_T.argsort(stable=True))
     keys = images.keys or dense_segments(images.images, images.tokens, row_images_T.device)
     return AttentionLayout(queries, keys)

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from blip_scale.model.attention import AttentionLayout, Kernel, attention
+from blip_scale.model.attention import AttentionLayout, attention
 from blip_scale.model.dropout import Dropout
+from blip_scale.model.kernels import Kernel
 from blip_scale.model.packing import TextPass
 
 Role = Literal["both", "encoder", "decoder"]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip_scale.model.attention import Segments, resolve_kernel
+from blip_scale.model.attention import Segments
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 from blip_scale.model.text import TextStack
@@ -64,8 +64,8 @@ class VisDial(nn.Module):
             image_index: [S] int64, the image of each dialog.
         """
         embeds, keys = context
-        kernel = resolve_kernel(self.config.kernel, embeds.device, embeds.dtype)
-        plan = plan_pass(dialogs, None, ImageIndex(keys.count, 0, kernel, image_index, keys=keys))
+        packed = self.config.takes_packed(embeds)
+        plan = plan_pass(dialogs, None, ImageIndex(keys.count, 0, packed, image_index, keys=keys))
         return self.itm_head(self.text_encoder(plan, embeds))
 
 

@@ -15,7 +15,8 @@ from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from blip_scale.model.attention import AttentionLayout, Kernel, attention, dense_segments
+from blip_scale.model.attention import AttentionLayout, attention, dense_segments
+from blip_scale.model.kernels import Kernel
 
 NORM_EPS = 1e-6
 """Of every norm in BLIP's ViT (Hugging Face's BLIP config says 1e-5)."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from blip_scale.model.attention import Segments, resolve_kernel
+from blip_scale.model.attention import Segments
 from blip_scale.model.med import LMHead, MEDConfig
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 from blip_scale.model.text import TextStack
@@ -54,8 +54,8 @@ class VQA(nn.Module):
             image_index: int64, the image of each question.
         """
         images, tokens, _ = image_embeds.shape
-        kernel = resolve_kernel(self.config.kernel, image_embeds.device, image_embeds.dtype)
-        plan = plan_pass(questions, None, ImageIndex(images, tokens, kernel, encoder=image_index))
+        packed = self.config.takes_packed(image_embeds)
+        plan = plan_pass(questions, None, ImageIndex(images, tokens, packed, encoder=image_index))
         plan = replace(plan, read_rows=None, read_cross=plan.cross)  # all states, not the first
         return self.text_encoder(plan, image_embeds)
 
@@ -69,7 +69,7 @@ class VQA(nn.Module):
             questions: where the states of each question lie.
             question_index: [A] int64, the question of each answer.
         """
-        kernel = resolve_kernel(self.config.kernel, states_TD.device, states_TD.dtype)
-        seen = ImageIndex(questions.count, 0, kernel, decoder=question_index, keys=questions)
+        packed = self.config.takes_packed(states_TD)
+        seen = ImageIndex(questions.count, 0, packed, decoder=question_index, keys=questions)
         plan = plan_pass(None, answers, seen)
         return self.lm_head(self.text_decoder(plan, states_TD[None]))

@@ -22,7 +22,7 @@ from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop.heads import cut_down
 from blip_scale.interop.salesforce import PARTS, Head
-from blip_scale.model.attention import resolve_kernel
+from blip_scale.model.kernels import choose_kernel
 from blip_scale.model.med import MED
 from blip_scale.tasks import networks
 
@@ -45,7 +45,7 @@ class TrainingTask(ABC):
         self.batch_size, self.accumulation = sizes.micro_batch, sizes.accumulation
         self.loader = networks.train_loader(recipe, self.text_input(), self.batch_size)
         self.steps_per_epoch = self.loader.steps_per_epoch
-        self.kernel: str = resolve_kernel(recipe.model.attention, device, self.dtype)
+        self.kernel = str(choose_kernel(recipe.model.attention, device, self.dtype))
         self.momentum_pairs: dict[str, str] = {}
         self._tokens = 0
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,6 @@ from blip_scale.model.attention import (
     Segments,
     attention,
     dense_segments,
-    resolve_kernel,
 )
 
 HEADS, CHANNELS = 3, 8
@@ -119,35 +116,3 @@ def test_causal_refuses_two_segments() -> None:
 
 def test_sdpa_compiles_nothing_for_a_new_length() -> None:
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-def test_kernel_choice_on_the_cpu() -> None:
-    cpu = torch.device("cpu")
-    assert resolve_kernel("auto", cpu, torch.bfloat16) == "sdpa"
-    assert resolve_kernel("sdpa", cpu, torch.float32) == "sdpa"
-    with pytest.raises(ValueError, match="CUDA"):
-        resolve_kernel("flash", cpu, torch.bfloat16)
-    with pytest.raises(ValueError, match="unknown"):
-        resolve_kernel("eager", cpu, torch.float32)  # type: ignore[arg-type]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None,
-    reason="needs a CUDA device and flash-attn",
-)
-@pytest.mark.parametrize("form", FORMS)
-def test_flash_equals_sdpa(form: str) -> None:
-    layout, mask = layout_of(form, "cuda")
-    assert resolve_kernel("auto", torch.device("cuda"), torch.bfloat16) == "flash"
-    flash, sdpa = (inputs(mask, torch.bfloat16, "cuda") for _ in range(2))
-    out, expected = (
-        attention(*flash, layout, kernel="flash"),
-        attention(*sdpa, layout, kernel="sdpa"),
-    )
-    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
-    weights = torch.randn_like(out)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for x, y in zip(flash, sdpa, strict=True):
-        torch.testing.assert_close(x.grad, y.grad, atol=2e-2, rtol=2e-2)

@@ -1,0 +1,224 @@
+"""Attention kernels for packed sequences, and which of them a run takes.
+
+Three kernels take packed sequences; all need a CUDA device of compute capability 8.0 (A100):
+
+- `torch_flash`: FlashAttention-2 inside the torch wheel, with dropout and autograd. The operation
+  is private (`aten::_flash_attention_forward`), so its schema is checked before it is taken. It was
+  checked on torch 2.14.1; tests/model/test_kernels.py guards it.
+- `flash_attn_4`: the package flash-attn-4, a pure wheel without dropout.
+- `flash_attn_2`: the package flash-attn, built from source against a CUDA toolkit.
+
+Everywhere else `torch.nn.functional.scaled_dot_product_attention` (`sdpa`) runs on padded
+sequences.
+
+Shapes: T packed tokens, H heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Kernel = Literal["auto", "flash", "sdpa"]
+"""`model.attention` of a recipe."""
+Backend = Literal["torch_flash", "flash_attn_4", "flash_attn_2", "sdpa"]
+
+_NAMES: dict[Backend, str] = {
+    "torch_flash": "torch's FlashAttention",
+    "flash_attn_4": "flash-attn-4",
+    "flash_attn_2": "flash-attn",
+    "sdpa": "SDPA",
+}
+_FORWARD_ARGUMENTS = (
+    ("query", "Tensor"),
+    ("key", "Tensor"),
+    ("value", "Tensor"),
+    ("cum_seq_q", "Optional[Tensor]"),
+    ("cum_seq_k", "Optional[Tensor]"),
+    ("max_q", "int"),
+    ("max_k", "int"),
+    ("dropout_p", "float"),
+    ("is_causal", "bool"),
+    ("return_debug_mask", "bool"),
+)
+"""Name and type of the arguments of `aten::_flash_attention_forward` that are passed here."""
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernels that a run takes."""
+
+    training: Backend
+    """Kernel with dropout on the probabilities."""
+    evaluation: Backend
+    """Kernel without dropout."""
+    reason: str
+    """Why no packed kernel is taken; empty where one is."""
+
+    @property
+    def takes_packed(self) -> bool:
+        """Whether the kernels read packed sequences, and need only a bound of their length."""
+        return self.training != "sdpa"
+
+    def backend(self, dropout_p: float) -> Backend:
+        """The kernel for this dropout probability."""
+        return self.training if dropout_p > 0 else self.evaluation
+
+    def __str__(self) -> str:
+        if not self.takes_packed:
+            return f"SDPA ({self.reason})" if self.reason else "SDPA"
+        if self.training == self.evaluation:
+            return _NAMES[self.training]
+        return f"{_NAMES[self.training]}, {_NAMES[self.evaluation]} without dropout"
+
+
+@lru_cache(maxsize=64)
+def choose_kernel(
+    choice: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int = 64
+) -> KernelChoice:
+    """The kernels that `choice` means for tensors of this device, dtype and number of channels.
+
+    Raises:
+        ValueError: `choice` is unknown, or flash and no packed kernel can run here.
+    """
+    if choice not in ("auto", "flash", "sdpa"):
+        raise ValueError(f"model.attention: {choice!r} is unknown; expected auto, flash or sdpa")
+    if choice == "sdpa":
+        return KernelChoice("sdpa", "sdpa", "")
+    reason = _unfit(device, dtype, head_dim)
+    if reason is None:
+        with_dropout = _first_present(("torch_flash", "flash_attn_2"))
+        if with_dropout is not None:
+            is_hopper = torch.cuda.get_device_capability(device)[0] >= 9
+            without = _first_present(("flash_attn_4",)) if is_hopper else None
+            return KernelChoice(with_dropout, without or with_dropout, "")
+        reason = "; ".join(f"{_NAMES[name]}: {_missing(name)}" for name in _PACKED)
+    if choice == "flash":
+        raise ValueError(f"model.attention: flash cannot run: {reason}; set it to auto or sdpa")
+    return KernelChoice("sdpa", "sdpa", reason)
+
+
+def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why no packed kernel takes such tensors, or None."""
+    if device.type != "cuda":
+        return f"FlashAttention runs on CUDA devices, not on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > 256:
+        return f"FlashAttention takes heads of 8, 16, ... 256 channels, not {head_dim}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] < 8:
+        have = ".".join(map(str, capability))
+        return f"FlashAttention needs compute capability 8.0 (A100) or newer, this GPU has {have}"
+    return None
+
+
+def _first_present(names: tuple[Backend, ...]) -> Backend | None:
+    return next((name for name in names if _missing(name) is None), None)
+
+
+def _missing(name: Backend) -> str | None:
+    """Why a kernel cannot be called, or None. Asked by importing the function that is used."""
+    try:
+        _PACKED[name]()
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+@lru_cache(maxsize=1)
+def _torch_flash() -> Callable[..., Any]:
+    """torch's own operation.
+
+    Raises:
+        AttributeError: this torch does not have it, or has it with another schema.
+    """
+    operation = torch.ops.aten._flash_attention_forward.default
+    schema = operation._schema
+    arguments = [(a.name, str(a.type)) for a in schema.arguments if not a.kwarg_only]
+    returns = [str(value.type) for value in schema.returns]
+    if tuple(arguments) != _FORWARD_ARGUMENTS or returns != ["Tensor"] * 5:
+        raise AttributeError(f"torch {torch.__version__} has another schema: {schema}")
+    if torch.version.cuda is None:
+        raise AttributeError(f"torch {torch.__version__} is built without CUDA")
+    return operation
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_4() -> Callable[..., Any]:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_2() -> Callable[..., Any]:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+_PACKED: dict[Backend, Callable[[], Callable[..., Any]]] = {
+    "torch_flash": _torch_flash,
+    "flash_attn_4": _flash_attn_4,
+    "flash_attn_2": _flash_attn_2,
+}
+"""Kernel for packed sequences -> function that imports it."""
+
+
+class PackedLengths(NamedTuple):
+    """Where the query and key sequences lie in packed tensors."""
+
+    query_offsets: Tensor
+    """[S+1] int32."""
+    key_offsets: Tensor
+    """[S+1] int32."""
+    max_query: int
+    """Bound of the longest query sequence."""
+    max_key: int
+    """Bound of the longest key sequence."""
+
+
+def packed_attention(
+    backend: Backend,
+    q_THC: Tensor,
+    k_THC: Tensor,
+    v_THC: Tensor,
+    lengths: PackedLengths,
+    dropout_p: float,
+    causal: bool,
+) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v within each packed sequence, on a CUDA device.
+
+    Args:
+        backend: one of the packed kernels.
+        q_THC, k_THC, v_THC: [T of queries or keys, H, C] in bf16 or fp16, sequences in order.
+        lengths: query sequence s attends to key sequence s.
+        dropout_p: probability of dropping a weight; 0 for flash_attn_4.
+
+    Returns:
+        [T of the queries, H, C].
+    """
+    function = _PACKED[backend]()
+    if backend == "torch_flash":
+        out: Tensor = function(q_THC, k_THC, v_THC, *lengths, dropout_p, causal, False)[0]
+        return out
+    settings: dict[str, Any] = {"causal": causal}
+    if backend == "flash_attn_2":
+        settings["dropout_p"] = dropout_p
+    result = function(
+        q_THC,
+        k_THC,
+        v_THC,
+        cu_seqlens_q=lengths.query_offsets,
+        cu_seqlens_k=lengths.key_offsets,
+        max_seqlen_q=lengths.max_query,
+        max_seqlen_k=lengths.max_key,
+        **settings,
+    )
+    return result if isinstance(result, Tensor) else result[0]
