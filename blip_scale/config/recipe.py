@@ -165,6 +165,8 @@ class DataRecipe:
     """Horizontal flip with probability one half."""
     augment: bool = True
     """RandAugment with N=2, M=5 over the published ten operations."""
+    max_pixels: Annotated[int, Field(ge=1)] = 89_478_485
+    """Largest image, width times height, judged by its header. A larger one is a corrupt sample."""
     transform: Literal["fast", "exact", "published"] = "exact"
     """How training images are made: `exact` gives the published pixels (63 to 74 dB) at twice the
     speed, `fast` decodes a JPEG at 1/2, 1/4 or 1/8 where the crop is large enough (35 to 44 dB

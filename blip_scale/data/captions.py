@@ -10,6 +10,10 @@ Clean = Callable[[str, int], str]
 """clean(text, max_words)."""
 
 _REMOVED = re.compile(r"[.!\"()*#:;~]")
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters, tab and newline among them, and the line separators of Unicode."""
+_BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters and symbols that show nothing."""
 _WHITESPACE_RUN = re.compile(r"\s{2,}")
 
 
@@ -17,13 +21,15 @@ def clean_caption(caption: str, max_words: int = 30) -> str:
     """Lower-case, drop the punctuation that BLIP drops, keep at most `max_words` words.
 
     Each of . ! " ( ) * # : ; ~ becomes a space, runs of white space become one space; commas,
-    apostrophes, question marks, hyphens and slashes stay. The result may be empty. 30 words are
-    published for pretraining and COCO/Flickr, 40 for NLVR2 and MSRVTT.
+    apostrophes, question marks, hyphens and slashes stay. 30 words are published for pretraining
+    and COCO/Flickr, 40 for NLVR2 and MSRVTT.
+
+    Unlike in the published code control characters and line separators become spaces too, and a
+    caption of which nothing is visible (zero-width characters, fillers) becomes empty.
     """
-    caption = _REMOVED.sub(" ", caption.lower())
-    caption = _WHITESPACE_RUN.sub(" ", caption)
-    caption = caption.rstrip("\n").strip(" ")
-    return " ".join(caption.split(" ")[:max_words])
+    caption = _REMOVED.sub(" ", _CONTROLS.sub(" ", caption.lower()))
+    caption = _WHITESPACE_RUN.sub(" ", caption).strip(" ")
+    return " ".join(caption.split(" ")[:max_words]) if _is_visible(caption) else ""
 
 
 def clean_question(question: str, max_words: int = 50) -> str:
@@ -31,5 +37,11 @@ def clean_question(question: str, max_words: int = 50) -> str:
 
     Unlike in captions nothing takes the place of . ! " ( ) * # : ; ~ and runs of spaces stay.
     """
-    question = _REMOVED.sub("", question.lower()).rstrip(" ")
-    return " ".join(question.split(" ")[:max_words])
+    question = _REMOVED.sub("", _CONTROLS.sub(" ", question.lower())).rstrip(" ")
+    return " ".join(question.split(" ")[:max_words]) if _is_visible(question) else ""
+
+
+def _is_visible(text: str) -> bool:
+    """Whether a text shows at least one character."""
+    shown = (c.isprintable() and not c.isspace() and c not in _BLANKS for c in text)
+    return any(shown)

@@ -128,10 +128,22 @@ def _encode(med: MED, pairs: HeldoutPairs, texts: Texts, batch_size: int) -> ret
         images.append(med.project_image(image_embeds))
     for indices in my_batches(texts.count, batch_size):
         sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
-    gathered = [
-        torch.cat(collectives.all_gather_ragged(torch.cat(parts))) for parts in (images, sentences)
-    ]
-    return retrieval.PairFeatures(torch.cat(embeds), *gathered)
+    return gathered_features(med, embeds, images, sentences)
+
+
+def gathered_features(
+    med: MED, embeds: list[Tensor], images: list[Tensor], sentences: list[Tensor]
+) -> retrieval.PairFeatures:
+    """Features of all ranks, from the batches that this rank encoded. A rank may have no batch:
+    there are fewer images than ranks."""
+    no_features = torch.empty(0, med.config.embed_dim, device=next(med.parameters()).device)
+    image_features = torch.cat([no_features, *images])
+    text_features = torch.cat([no_features, *sentences])
+    return retrieval.PairFeatures(
+        torch.cat(embeds) if embeds else no_features,
+        torch.cat(collectives.all_gather_ragged(image_features)),
+        torch.cat(collectives.all_gather_ragged(text_features)),
+    )
 
 
 def my_batches(count: int, batch_size: int) -> Iterator[range]:

@@ -39,7 +39,8 @@ def recalls(scores_IS: Tensor, owners_S: Tensor) -> dict[str, float]:
     """R@1, R@5, R@10 in both directions. An image is right when any of its texts is among the first
     k, a text when its image is.
 
-    A tie counts against the right answer, so that constant scores give 0 and not 1.
+    A tie counts against the right answer, so that constant scores give 0 and not 1. So does a
+    score that is NaN, of the right answer or of any other.
 
     Args:
         scores_IS: higher is better.
@@ -52,7 +53,7 @@ def recalls(scores_IS: Tensor, owners_S: Tensor) -> dict[str, float]:
         ("text_to_image", scores_IS.T, is_own_IS.T),
     ):
         best_own_Q1 = scores_QC.masked_fill(~is_own_QC, -torch.inf).amax(dim=1, keepdim=True)
-        better_Q = ((scores_QC >= best_own_Q1) & ~is_own_QC).sum(dim=1)
+        better_Q = (~(scores_QC < best_own_Q1) & ~is_own_QC).sum(dim=1)  # NaN is never lower
         for k in (1, 5, 10):
             found[f"{direction}_r{k}"] = (better_Q < k).double().mean().item()
     return found

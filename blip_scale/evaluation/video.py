@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.heldout.videos import VideoSet
-from blip_scale.engine import collectives
 from blip_scale.evaluation import captions_and_pairs, retrieval
 from blip_scale.inference.inputs import to_pixels
 from blip_scale.model.med import MED
@@ -44,13 +43,7 @@ def video_retrieval(
         features.append(F.normalize(mean, dim=-1))
     for indices in captions_and_pairs.my_batches(texts.count, recipe.evaluation.batch_size):
         sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
-    if not features or not sentences:
-        raise ValueError(f"{videos.name}: fewer videos than ranks; take fewer ranks")
-    found = retrieval.PairFeatures(
-        torch.cat(embeds),
-        torch.cat(collectives.all_gather_ragged(torch.cat(features))),
-        torch.cat(collectives.all_gather_ragged(torch.cat(sentences))),
-    )
+    found = captions_and_pairs.gathered_features(med, embeds, features, sentences)
     settings = recipe.evaluation
     reranked_2IS = retrieval.rerank(
         med, found, texts.matching, settings.rerank_top_k, settings.batch_size
@@ -60,6 +53,6 @@ def video_retrieval(
     figures = retrieval.retrieval_figures(cosines_IS, reranked_2IS, owners_S)
     owners_S = owners_S.to(cosines_IS.device)
     own_1S = reranked_2IS[1].gather(0, owners_S[None])
-    ranks_S = (reranked_2IS[1] >= own_1S).sum(0)
+    ranks_S = (~(reranked_2IS[1] < own_1S)).sum(0)  # NaN is never lower
     named = {name.replace("image", "video"): value for name, value in figures.items()}
     return named | {"text_to_video_median_rank": float(ranks_S.median())}

@@ -13,10 +13,9 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.pixels.decoding import IMAGE_ENDINGS, decode_image
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample
-from blip_scale.data.sources.metadata import IMAGE_ENDINGS
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,3 +121,79 @@ def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(CorruptSample, match="DecompressionBomb"):
         TrainTransform(16)(encoded, np.random.default_rng(0))
     assert Image.open(io.BytesIO(saved(photo(60, 60), "JPEG"))).size == (60, 60)
+
+
+def encoded_as(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_transparency_goes_onto_white() -> None:
+    """Hidden pixels are red; the half transparent ones show half of their blue."""
+    pixels = np.zeros((4, 6, 4), np.uint8)
+    pixels[:, :2] = (255, 0, 0, 0)
+    pixels[:, 2:4] = (0, 0, 255, 128)
+    pixels[:, 4:] = (10, 20, 30, 255)
+    shown = np.asarray(decode_image(encoded_as(Image.fromarray(pixels), "PNG")))
+    assert (shown[:, :2] == 255).all() and (shown[:, 4:] == (10, 20, 30)).all()
+    assert abs(shown[0, 2].astype(int) - (127, 127, 255)).max() <= 1
+    for mode in ("LA", "P"):
+        grey = Image.fromarray(pixels).convert("LA")
+        if mode == "P":
+            palette = Image.new("P", (4, 4), 0)
+            palette.putpalette([0, 0, 0, 9, 9, 9])
+            data = encoded_as(palette, "PNG", transparency=0)
+        else:
+            data = encoded_as(grey, "PNG")
+        assert np.asarray(decode_image(data))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_opaque_alpha_changes_nothing() -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8)
+    opaque = Image.fromarray(rgb).convert("RGBA")
+    assert (np.asarray(decode_image(encoded_as(opaque, "PNG"))) == rgb).all()
+
+
+def test_deep_greys_are_scaled_by_their_type() -> None:
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    for kind in ("PNG", "TIFF"):
+        shown = np.asarray(decode_image(encoded_as(Image.fromarray(values), kind)))
+        assert shown[0, :, 0].tolist() == [0, 1, 128, 255]
+    whole = np.array([[0, 2**30, 2**31 - 1]], np.int32)
+    shown = np.asarray(decode_image(encoded_as(Image.fromarray(whole), "TIFF")))
+    assert shown[0, :, 1].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 127.0, 255.0], [0, 127, 255])],
+)
+def test_floating_point_pixels(values: list[float], shown: list[int]) -> None:
+    image = Image.fromarray(np.array([values], np.float32))
+    assert np.asarray(decode_image(encoded_as(image, "TIFF")))[0, :, 2].tolist() == shown
+
+
+@pytest.mark.parametrize("values", [[-1.0, 0.0], [0.0, 4096.0], [0.0, float("nan")]])
+def test_floating_point_pixels_of_another_range_are_refused(values: list[float]) -> None:
+    image = Image.fromarray(np.array([values], np.float32))
+    with pytest.raises(CorruptSample, match="floating-point pixels"):
+        decode_image(encoded_as(image, "TIFF"))
+
+
+def test_postscript_is_never_opened() -> None:
+    """Pillow would hand it to Ghostscript."""
+    with pytest.raises(CorruptSample, match="no image of a known format"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
+
+
+@pytest.mark.parametrize("path", ["fast", "exact", "published"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_bomb_is_refused_by_its_header(path: str, kind: str) -> None:
+    encoded = encoded_as(Image.new("RGB", (400, 300)), kind)
+    transform = TrainTransform(16, path=path, max_pixels=400 * 300 - 1)  # type: ignore[arg-type]
+    with pytest.raises(CorruptSample, match=r"400x300 pixels, more than max_pixels \(119999\)"):
+        transform(encoded, np.random.default_rng(0))
+    TrainTransform(16, path=path, max_pixels=400 * 300)(  # type: ignore[arg-type]
+        encoded, np.random.default_rng(0)
+    )

@@ -33,3 +33,9 @@ def test_ndcg() -> None:
     assert ndcg([0.9, 0.1, 0.2, 0.5], relevance) == 0
     with pytest.raises(ValueError, match="no candidate"):
         ndcg([0.1, 0.2], [0.0, 0.0])
+
+
+def test_scores_that_are_nan_come_last() -> None:
+    scores = torch.tensor([[torch.nan, 1.0, 0.0], [2.0, torch.nan, 0.0]])
+    assert ranks_of(scores, torch.tensor([0, 0])).tolist() == [3, 2]
+    assert ndcg([float("nan"), 1.0], [1.0, 0.0]) == ndcg([0.0, 1.0], [1.0, 0.0])

@@ -80,6 +80,14 @@ def test_figures_are_those_of_the_pairs(med: MED, recipe: Recipe) -> None:
     assert {name: found[name] for name in expected} == expected
 
 
+def test_more_ranks_than_pairs(med: MED, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks without an image or a text take part; figures and captions are those of one rank."""
+    recipe = replace(recipe, data=replace(recipe.data, heldout=recipe.data.heldout[1:]))
+    alone = evaluate(med, recipe)
+    for found in FakeRanks(OTHERS + 3, monkeypatch).run(lambda _: evaluate(med, recipe)):
+        assert found.scalars == pytest.approx(alone.scalars)
+
+
 @torch.no_grad()
 def test_all_texts_of_an_image_count(
     med: MED, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

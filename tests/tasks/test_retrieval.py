@@ -109,6 +109,18 @@ def test_ties_count_against(value: float) -> None:
     assert found["image_to_text_r5"] == 1.0
 
 
+def test_scores_that_are_nan_are_wrong() -> None:
+    assert set(recalls(torch.full((20, 20), torch.nan)).values()) == {0.0}
+    one_nan = torch.eye(20)
+    one_nan[0, 1] = torch.nan  # text 1 may be better for image 0, and image 0 for text 1
+    figures = recalls(one_nan)
+    assert figures["image_to_text_r1"] == figures["text_to_image_r1"] == pytest.approx(19 / 20)
+    one_nan = torch.eye(20)
+    one_nan[3, 3] = torch.nan
+    figures = recalls(one_nan)
+    assert figures["image_to_text_r10"] == figures["text_to_image_r10"] == pytest.approx(19 / 20)
+
+
 def test_fewer_candidates_than_places() -> None:
     assert recalls(torch.tensor([[0.0, 1.0], [0.0, 1.0]])) == {
         "image_to_text_r1": 0.5, "image_to_text_r5": 1.0, "image_to_text_r10": 1.0,

@@ -94,3 +94,38 @@ def test_retrieval(clips: Path, recipe: Recipe) -> None:
     assert found["itm_text_to_video_r1"] == pytest.approx((ranks == 1).double().mean().item())
     assert found["text_to_video_median_rank"] == ranks.median()
     assert found["candidates"] == found["texts"] == 3
+
+
+def video_list(folder: Path, text: str) -> Path:
+    """A list of videos beside a folder of frames, whose numbers have one or two digits."""
+    (folder / "v").mkdir(exist_ok=True)
+    for number in range(1, 12):
+        image = tiny_runs.picture("red", "disc", number % 2 == 0)
+        (folder / "v" / f"frame{number}.png").write_bytes(image)
+    file = folder / "list.jsonl"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_lists_as_people_write_them(tmp_path: Path) -> None:
+    """A byte order mark, empty lines, several captions, and a line separator inside of one."""
+    lines = (
+        '\ufeff{"clip_name": "v", "caption": ["a man", "a cook"]}\r\n\n'
+        '{"clip_name": "v", "caption": "a man\u2028walks"}\n'
+    )
+    videos = VideoSet(video_list(tmp_path, lines), tmp_path, 32)
+    assert videos.captions == [["a man", "a cook", "a man walks"]]
+
+
+@pytest.mark.parametrize("caption", ["null", "3", '""', '["a man", null]'])
+def test_captions_that_are_no_text_are_refused(tmp_path: Path, caption: str) -> None:
+    lines = f'{{"clip_name": "v", "caption": "a"}}\n{{"clip_name": "v", "caption": {caption}}}\n'
+    with pytest.raises(ValueError, match=r"list\.jsonl:2: .* is no text"):
+        VideoSet(video_list(tmp_path, lines), tmp_path, 32)
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    videos = VideoSet(video_list(tmp_path, '{"clip_name": "v", "caption": "a"}'), tmp_path, 32)
+    seen = videos.frames(0, 11)
+    alternating = [torch.equal(seen[0], frame) for frame in seen]
+    assert alternating == [number % 2 == 0 for number in range(11)]

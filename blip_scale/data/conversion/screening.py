@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip_scale.data.captions import Clean, clean_caption, clean_question
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
-from blip_scale.data.pixels.decoding import describe
+from blip_scale.data.pixels.decoding import MAX_PIXELS, describe, open_image, to_rgb
+from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.shards import Record
 from blip_scale.storage.locations import read_file
 
@@ -33,8 +34,8 @@ class Rules:
     """Pixels of the shorter side."""
     max_aspect: float = 10.0
     """Longer side over shorter side."""
-    max_pixels: int = 89_478_485
-    """Larger images are rejected before they are decoded (Pillow's warning threshold)."""
+    max_pixels: int = MAX_PIXELS
+    """Larger images are rejected before they are decoded."""
     max_side: int | None = None
     """Images whose shorter side has more pixels are scaled down to it; None: bytes are kept."""
     jpeg_quality: int = 95
@@ -148,7 +149,7 @@ def check_image(data: bytes, rules: Rules) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about size and odd metadata
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(data) as image:
                 _check_size(image.size, rules)
                 image.load()
                 turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
@@ -156,12 +157,14 @@ def check_image(data: bytes, rules: Rules) -> Picture:
                 if turned or large:
                     return _encode_anew(image, rules)
                 if image.mode != "RGB":
-                    image.convert("RGB")  # as training will
+                    to_rgb(image)  # as training will
                 return Picture(data, *image.size, reencoded=False)
     except (_Refused, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise _Refused(Reason.TOO_MANY_PIXELS, f"over {PIXEL_LIMIT}") from error
+    except CorruptSample as error:
+        raise _Refused(Reason.UNDECODABLE, str(error)) from error
     except UnidentifiedImageError as error:
         detail = "no known image format" if data else "no bytes"
         raise _Refused(Reason.UNDECODABLE, detail) from error
@@ -181,7 +184,7 @@ def _check_size(size: tuple[int, int], rules: Rules) -> None:
 
 
 def _encode_anew(image: Image.Image, rules: Rules) -> Picture:
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright = to_rgb(ImageOps.exif_transpose(image))
     scale = 1.0 if rules.max_side is None else min(1.0, rules.max_side / min(upright.size))
     if scale < 1.0:
         size = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blip_scale.config.recipe import DataRecipe, StreamRecipe
 from blip_scale.data.captions import Clean, clean_caption
-from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.pixels.decoding import MAX_PIXELS, decode_image
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 from blip_scale.data.shards import IMAGE_COLUMNS
@@ -41,10 +41,12 @@ class HeldoutPairs:
         encoded: Callable[[int], Sample],
         image_size: int,
         clean: Callable[[str], str],
+        max_pixels: int = MAX_PIXELS,
     ):
         """`samples` are looked at for their texts, `encoded` gives the images of sample i later."""
         self._encoded = encoded
         self._transform = EvalTransform(image_size)
+        self._max_pixels = max_pixels
         self.name = name
         self.unreadable: dict[str, str] = {}
         """Reason by id."""
@@ -74,7 +76,8 @@ class HeldoutPairs:
 
     def _pixels(self, index: int, encoded: bytes) -> Tensor:
         try:
-            return self._transform(decode_image(encoded))
+            image = decode_image(encoded, upright=True, max_pixels=self._max_pixels)
+            return self._transform(image)
         except CorruptSample as error:
             if self.ids[index] not in self.unreadable:
                 logger.warning("held-out set %s: image %s: %s", self.name, self.ids[index], error)
@@ -109,4 +112,6 @@ def heldout_pairs(
     def cleaned(text: str) -> str:
         return clean(text, max_words)
 
-    return HeldoutPairs(store.name, map(read, range(taken)), read, image_size, cleaned)
+    return HeldoutPairs(
+        store.name, map(read, range(taken)), read, image_size, cleaned, data.max_pixels
+    )

@@ -8,6 +8,7 @@ package av.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from blip_scale.data.captions import clean_caption
-from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.pixels.decoding import IMAGE_ENDINGS, decode_image
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample
 
 MAX_WORDS = 40
 """Of a caption (published)."""
-_FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_DIGITS = re.compile(r"(\d+)")
 _VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov")
 
 
@@ -69,7 +70,10 @@ class VideoSet:
         if place.is_file():
             return _decode(place, count)
         files = _frames_in(place)
-        return [decode_image(files[i].read_bytes()) for i in frame_indices(len(files), count)]
+        return [
+            decode_image(files[i].read_bytes(), upright=True)
+            for i in frame_indices(len(files), count)
+        ]
 
 
 def frame_indices(length: int, count: int) -> list[int]:
@@ -83,16 +87,27 @@ def _read_list(file: Path) -> dict[str, list[str]]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     texts: dict[str, list[str]] = {}
-    lines = file.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    # Only \n ends a line: a caption may hold U+2028, which str.splitlines takes for one.
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             item: dict[str, Any] = json.loads(line)
-            texts.setdefault(str(item["clip_name"]), []).append(str(item["caption"]))
+            texts.setdefault(str(item["clip_name"]), []).extend(_captions(item["caption"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}:{number}: not {{clip_name, caption}} ({error})") from error
     if not texts:
         raise ValueError(f"{file}: there is no video in it")
     return texts
+
+
+def _captions(value: object) -> list[str]:
+    """The captions of a line: one text, or a list of them."""
+    captions = value if isinstance(value, list) else [value]
+    for caption in captions:
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"caption {caption!r} is no text")
+    return captions
 
 
 def _place_of(folder: Path, name: str) -> Path | None:
@@ -105,7 +120,14 @@ def _place_of(folder: Path, name: str) -> Path | None:
 
 
 def _frames_in(folder: Path) -> Sequence[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _FRAME_ENDINGS)
+    """Frames in the order of the numbers in their names: frame2 comes before frame10."""
+    frames = [file for file in folder.iterdir() if file.suffix.lower()[1:] in IMAGE_ENDINGS]
+    return sorted(frames, key=_natural)
+
+
+def _natural(file: Path) -> list[tuple[int, str]]:
+    """Sort key of a name: runs of digits count as numbers."""
+    return [(int(run), "") if run.isdigit() else (-1, run) for run in _DIGITS.split(file.name)]
 
 
 def _decode(file: Path, count: int) -> list[Image.Image]:

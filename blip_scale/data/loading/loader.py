@@ -102,7 +102,12 @@ class TrainLoader:
             order=order,
             prefetcher=Prefetcher(stores, order),
             transform=TrainTransform(
-                image_size, data.min_crop_scale, data.flip, data.augment, data.transform
+                image_size,
+                data.min_crop_scale,
+                data.flip,
+                data.augment,
+                data.transform,
+                data.max_pixels,
             ),
             text=text,
             position=position,

@@ -1,7 +1,8 @@
 """Encoded images to pixels: JPEG by simplejpeg (libjpeg-turbo), everything else by Pillow.
 
 Both decoders give the same pixels, bit for bit. Colour profiles are ignored and, unless asked for,
-EXIF orientation, as in the published code; a truncated file is corrupt.
+EXIF orientation, as in the published code; a truncated file is corrupt. Transparency goes onto
+white, where the published code shows what lies hidden below it.
 
 Legend: H and W the height and width of the image.
 """
@@ -9,14 +10,29 @@ Legend: H and W the height and width of the image.
 from __future__ import annotations
 
 import io
+import math
 import re
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip_scale.data.reading.stream_store import CorruptSample
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "ICO", "JPEG2000")
+"""Formats of Pillow that are decoded. Others run programs (EPS runs Ghostscript) or are rare."""
+IMAGE_ENDINGS = (
+    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ico", "jp2",
+    "heic", "heif", "jxl",
+)  # fmt: skip
+"""Endings of image files, lower case. Pillow decodes no heic, heif and jxl: such files are read and
+rejected by name."""
+MAX_PIXELS = 89_478_485
+"""Default of the largest image; Pillow warns above it."""
+
+_WHITE = 255
+_MAX_16_BITS = 2**16 - 1
+_MAX_32_BITS = 2**31 - 1
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _FAST_COLOURS = ("YCbCr", "RGB", "Gray")  # not CMYK and YCCK: Pillow knows Adobe's inverted inks
 
@@ -27,20 +43,90 @@ def describe(error: Exception) -> str:
     return _ADDRESS.sub("", f"{type(error).__name__}: {error}")
 
 
-def decode_image(encoded: bytes, upright: bool = False) -> Image.Image:
-    """RGB pixels of an encoded image, by Pillow; raises CorruptSample for what can't be decoded.
+def open_image(encoded: bytes) -> Image.Image:
+    """Open an image of `FORMATS` with Pillow; only the header is read.
+
+    Raises:
+        UnidentifiedImageError: another format, or no image.
+    """
+    return Image.open(io.BytesIO(encoded), formats=FORMATS)
+
+
+def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    """Refuse an image by the size in its header, before it takes any memory.
+
+    Raises:
+        CorruptSample: more than `max_pixels`.
+    """
+    if size[0] * size[1] > max_pixels:
+        raise CorruptSample(f"{size[0]}x{size[1]} pixels, more than max_pixels ({max_pixels})")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB, as a person sees it on white paper.
+
+    Transparent pixels show white, as img2dataset writes them. Integers of more than 8 bits are
+    scaled by the range of their type. Floating-point pixels are taken as shares from 0 to 1 or as
+    values from 0 to 255.
+
+    Raises:
+        CorruptSample: floating-point pixels outside both ranges, or not finite.
+    """
+    if image.mode.startswith("I;16"):
+        return _grey(np.asarray(image, dtype=np.float32) / _MAX_16_BITS)
+    if image.mode == "I":
+        return _grey(np.asarray(image, dtype=np.float64) / _MAX_32_BITS)
+    if image.mode == "F":
+        return _grey(_shares(np.asarray(image)))
+    if image.has_transparency_data:
+        layered = image.convert("RGBA")
+        alpha = layered.getchannel("A")
+        if alpha.getextrema()[0] < 255:
+            paper = Image.new("RGB", image.size, "white")
+            paper.paste(layered, mask=alpha)
+            return paper
+    return image.convert("RGB")
+
+
+def decode_image(
+    encoded: bytes, upright: bool = False, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """RGB pixels of an encoded image, by Pillow.
 
     Args:
-        upright: turn it as EXIF says, as a person sees it; the published code, and training on
-            shards, don't look.
+        upright: turn it as EXIF says, as a person sees it. The published code and training on
+            shards do not look at EXIF.
+        max_pixels: largest number of pixels, judged by the header.
+
+    Raises:
+        CorruptSample: the image can't be decoded, or is too large.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
-    except MemoryError:
+        with open_image(encoded) as image:
+            check_pixels(image.size, max_pixels)
+            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+    except (MemoryError, CorruptSample):
         raise
+    except UnidentifiedImageError as error:
+        raise CorruptSample(f"no image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # every format's decoder has its own ways to fail
         raise CorruptSample(describe(error)) from error
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    """Floating-point pixels as shares of white."""
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)) or low < 0 or high > _WHITE:
+        raise CorruptSample(
+            f"floating-point pixels from {low:g} to {high:g}, not 0 to 1 or 0 to 255"
+        )
+    return values if high <= 1 else values / _WHITE
+
+
+def _grey(shares: np.ndarray) -> Image.Image:
+    """A grey image of shares of white [H, W]."""
+    values = np.clip(np.rint(shares * _WHITE), 0, _WHITE).astype(np.uint8)
+    return Image.fromarray(values).convert("RGB")
 
 
 def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
@@ -79,4 +165,6 @@ def decode_jpeg(
     try:
         return simplejpeg.decode_jpeg(encoded, min_width=width, min_height=height, buffer=buffer)
     except ValueError:  # any warning of libjpeg: whether that is fatal is for Pillow to say
-        return np.array(decode_image(encoded).reduce(divisor))
+        return np.array(
+            decode_image(encoded, max_pixels=width * height * divisor**2).reduce(divisor)
+        )

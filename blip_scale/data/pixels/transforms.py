@@ -17,7 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from blip_scale.data.pixels.augment import rand_augment
-from blip_scale.data.pixels.decoding import decode_image, decode_jpeg, jpeg_size
+from blip_scale.data.pixels.decoding import (
+    MAX_PIXELS,
+    check_pixels,
+    decode_image,
+    decode_jpeg,
+    jpeg_size,
+)
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -55,12 +61,15 @@ class TrainTransform:
     augment: bool = True
     path: Literal["fast", "exact", "published"] = "exact"
     """See DataRecipe.transform."""
+    max_pixels: int = MAX_PIXELS
+    """See DataRecipe.max_pixels."""
     _buffer: np.ndarray = field(
         default_factory=lambda: np.empty(_BUFFER_BYTES, np.uint8), repr=False, compare=False
     )
 
     def __call__(self, encoded: bytes, rng: np.random.Generator) -> Tensor:
-        """uint8 [3, size, size], contiguous; raises CorruptSample for what can't be decoded."""
+        """uint8 [3, size, size], contiguous; raises CorruptSample for what can't be decoded, or is
+        too large."""
         crop = self._published_crop if self.path == "published" else self._fast_crop
         pixels = crop(encoded, rng)
         if self.flip and rng.random() < 0.5:
@@ -72,17 +81,18 @@ class TrainTransform:
         return torch.from_numpy(planes)
 
     def _published_crop(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
-        image = decode_image(encoded)
+        image = decode_image(encoded, max_pixels=self.max_pixels)
         image = image.crop(random_crop_box(image.size, self.min_scale, rng))
         return np.array(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def _fast_crop(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
         size = jpeg_size(encoded)
         if size is None:
-            image = decode_image(encoded)
+            image = decode_image(encoded, max_pixels=self.max_pixels)
             box = random_crop_box(image.size, self.min_scale, rng)
             pixels = np.asarray(image.crop(box))
         else:
+            check_pixels(size, self.max_pixels)
             box = random_crop_box(size, self.min_scale, rng)
             divisor = self._divisor(box)
             left, top, right, bottom = (round(side / divisor) for side in box)

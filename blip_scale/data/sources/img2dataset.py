@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from blip_scale.data.conversion.pairs import Chunk, Found, Source
+from blip_scale.data.pixels.decoding import IMAGE_ENDINGS
 from blip_scale.data.sources import parquet, webdataset
-from blip_scale.data.sources.metadata import IMAGE_ENDINGS, TEXT_ENDINGS
+from blip_scale.data.sources.metadata import TEXT_ENDINGS
 from blip_scale.storage.locations import extension, is_folder, list_folder, read_file, stem
 
 _FAILED = "there is no output of img2dataset (NNNNN.tar, NNNNN.parquet with images, or NNNNN/)"

@@ -9,7 +9,6 @@ from typing import Any
 
 from blip_scale.data.conversion.pairs import RawPair
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXT_ENDINGS = ("txt", "text", "caption")
 CAPTION_KEYS = ("caption", "captions", "text", "txt", "TEXT")
 URL_KEYS = ("url", "URL", "image_url")

@@ -14,8 +14,8 @@ from dataclasses import replace
 from functools import partial
 
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Source
+from blip_scale.data.pixels.decoding import IMAGE_ENDINGS
 from blip_scale.data.sources.metadata import (
-    IMAGE_ENDINGS,
     TEXT_ENDINGS,
     as_text,
     caption_keys,

@@ -20,6 +20,9 @@ CAPTION_METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", 
 _NO_JAVA = "there is no java on the PATH"
 
 Texts = dict[int, list[str]]
+_NO_WORDS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_LONGEST_WORD = 8
+"""Characters; a longer text without a space is likely more than a word."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,12 @@ def caption_scores(
             f"{sum(not own for own in references)} of which have none"
         )
     left_out: dict[str, str] = {}
-    together = zip(captions, references, strict=True)  # one Java program tokenizes both
-    words = _tokenized({i: [text, *own] for i, (text, own) in enumerate(together)}, left_out)
+    # One Java program tokenizes both. It reads lines: white space of any kind becomes a space.
+    texts: Texts = {}
+    for image, (caption, of_image) in enumerate(zip(captions, references, strict=True)):
+        texts[image] = [_one_line(text) for text in (caption, *of_image)]
+    _warn_of_meaningless(texts)
+    words = _tokenized(texts, left_out)
     hypotheses = {i: texts[:1] for i, texts in words.items()}
     truths = {i: texts[1:] for i, texts in words.items()}
     values: dict[str, float] = {}
@@ -80,6 +87,25 @@ def caption_scores(
     for name, reason in left_out.items():
         logger.warning("caption metrics: without %s: %s", name, reason)
     return CaptionScores({name: values[name] for name in metrics if name in values}, left_out)
+
+
+def _one_line(text: str) -> str:
+    """A text without line breaks, control characters and line separators."""
+    return " ".join(_NO_WORDS.sub(" ", text).split())
+
+
+def _warn_of_meaningless(texts: Texts) -> None:
+    """Say in the log when figures can't be compared with any that are published."""
+    if len(texts) == 1:
+        logger.warning("CIDEr of a single image has no meaning: it weighs words by other images")
+    words = [text for of_image in texts.values() for text in of_image]
+    unspaced = sum(len(text) > _LONGEST_WORD and " " not in text for text in words)
+    if 2 * unspaced > len(words):
+        logger.warning(
+            "%d of %d captions have no space between words, and each counts as one word: split "
+            "them before, by a word segmenter of the language or into characters",
+            unspaced, len(words),
+        )  # fmt: skip
 
 
 def _bleu(truths: Texts, hypotheses: Texts) -> dict[str, float]:

@@ -11,14 +11,14 @@ from torch import Tensor
 def ranks_of(scores_QC: Tensor, true_Q: Tensor) -> Tensor:
     """The place of each question's true candidate, [Q] int64 counted from 1.
 
-    A tie counts against it, so that constant scores make it the last.
+    A tie counts against it, so that constant scores make it the last. So does a NaN.
 
     Args:
         scores_QC: higher is better.
         true_Q: int64, the number of the true candidate.
     """
     own_Q1 = scores_QC.gather(1, true_Q[:, None])
-    return (scores_QC >= own_Q1).sum(1)
+    return (~(scores_QC < own_Q1)).sum(1)  # NaN is never lower
 
 
 def ranking_figures(ranks_Q: Tensor) -> dict[str, float]:
@@ -40,7 +40,8 @@ def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
     counted = int((gains > 0).sum())
     if not counted:
         raise ValueError("NDCG: no candidate has a relevance above 0")
-    order = torch.tensor(scores, dtype=torch.float64).argsort(descending=True, stable=True)
+    scored = torch.tensor(scores, dtype=torch.float64).nan_to_num(nan=-torch.inf)
+    order = scored.argsort(descending=True, stable=True)
     discounts = torch.arange(2, counted + 2, dtype=torch.float64).log2()
     ideal = gains.sort(descending=True).values[:counted]
     return float((gains[order[:counted]] / discounts).sum() / (ideal / discounts).sum())
