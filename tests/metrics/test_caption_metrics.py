@@ -140,3 +140,29 @@ def test_images_without_references_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="images with references"):
         caption_scores(captions, references)
+
+
+@needs_java
+@pytest.mark.parametrize("breaking", ["\r", "\n", "\u2028", "\x85", "\x0b", "\x1c"])
+def test_a_line_break_inside_a_reference_moves_no_other(breaking: str) -> None:
+    """The tokenizer reads lines: a break inside a text would shift every text after it."""
+    captions = ["a red flag on a hill", "two dogs in the snow", "a cup of tea"]
+    references = [[f"{caption} today"] for caption in captions]
+    plain = caption_scores(captions, references, ["cider"])
+    references[0] = [f"a red flag{breaking}on a hill today"]
+    assert caption_scores(captions, references, ["cider"]) == plain
+    assert not plain.left_out
+
+
+@pytest.mark.usefixtures("plain_words")
+def test_figures_without_a_meaning_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caption_scores(["a dog"], [["a dog"]], ["cider"])
+    assert "CIDEr of a single image" in caplog.text
+    caplog.clear()
+    caption_scores(
+        ["一只狗在雪地里奔跑着", "桌子上有一杯热茶水"], [["一只狗在雪地里奔跑着"]] * 2, ["bleu_1"]
+    )
+    assert "4 of 4 captions have no space" in caplog.text
+    caplog.clear()
+    caption_scores(["a dog", "a cat"], [["a dog"], ["a cat"]], ["bleu_1"])
+    assert "space" not in caplog.text and "single" not in caplog.text
