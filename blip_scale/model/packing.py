@@ -35,11 +35,11 @@ class PackedText:
     @staticmethod
     def concatenate(texts: Sequence[PackedText]) -> PackedText:
         """The sequences of several packed texts, one text after another."""
-        ends, offsets = 0, []
+        ends = 0
+        offsets = [texts[0].segments.offsets[:1]]
         for text in texts:
-            offsets.append(text.segments.offsets[:-1] + ends)
+            offsets.append(text.segments.offsets[1:] + ends)
             ends += len(text.token_ids)
-        offsets.append(texts[0].segments.offsets.new_tensor([ends]))
         longest = max(text.segments.max_length for text in texts)
         ids = torch.cat([text.token_ids for text in texts])
         return PackedText(ids, Segments(torch.cat(offsets), longest))

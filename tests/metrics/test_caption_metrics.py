@@ -159,9 +159,8 @@ def test_figures_without_a_meaning_are_named(caplog: pytest.LogCaptureFixture) -
     caption_scores(["a dog"], [["a dog"]], ["cider"])
     assert "CIDEr of a single image" in caplog.text
     caplog.clear()
-    caption_scores(
-        ["一只狗在雪地里奔跑着", "桌子上有一杯热茶水"], [["一只狗在雪地里奔跑着"]] * 2, ["bleu_1"]
-    )
+    chinese = ["一只狗在雪地里奔跑着", "桌子上有一杯热茶水"]
+    caption_scores(chinese, [[caption] for caption in chinese], ["bleu_1"])
     assert "4 of 4 captions have no space" in caplog.text
     caplog.clear()
     caption_scores(["a dog", "a cat"], [["a dog"], ["a cat"]], ["bleu_1"])

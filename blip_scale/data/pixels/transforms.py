@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import cv2
@@ -138,6 +139,14 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Pixels uint8 [B, 3, H, W] to network input of `dtype`: CLIP's mean and deviation, as
     published."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1) * 255
-    deviation = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1) * 255
+    mean, deviation = _statistics(images.device)
     return ((images.float() - mean) / deviation).to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of pixels [3, 1, 1] on a device. Kept: a copy to a GPU waits for it."""
+    with torch.inference_mode(False):
+        mean = torch.tensor(IMAGE_MEAN, device=device).view(3, 1, 1) * 255
+        deviation = torch.tensor(IMAGE_STD, device=device).view(3, 1, 1) * 255
+    return mean, deviation
