@@ -78,7 +78,7 @@ def _decoding(options: argparse.Namespace) -> BeamSettings | NucleusSettings:
     lengths = {"max_length": options.max_tokens, "min_length": options.min_tokens}
     if options.sample:
         return NucleusSettings(top_p=options.top_p, **lengths)
-    return BeamSettings(num_beams=options.beams, **lengths)
+    return BeamSettings(num_beams=options.beams, scoring=options.scoring, **lengths)
 
 
 @contextmanager
@@ -124,6 +124,11 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
     caption = use("caption", "a caption of every image")
     _add(caption, "--beams", 3, "width of the beam search; 1 is greedy")
+    caption.add_argument(
+        "--scoring", choices=("published", "huggingface"), default="published",
+        help="length that beam search divides by: as BLIP's figures, or as transformers' generate "
+        "today (%(default)s)",
+    )  # fmt: skip
     caption.add_argument("--sample", action="store_true", help="nucleus sampling, no beam search")
     _add(caption, "--top-p", 0.9, "of nucleus sampling")
     _add(caption, "--seed", 0, "of nucleus sampling; with an image's path it fixes the caption")

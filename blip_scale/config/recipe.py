@@ -289,6 +289,9 @@ class EvaluationRecipe:
     """VQA: JSON list of the answers to choose from; null: beam search writes the answer."""
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
     """Above 1 makes words that are there already less likely (published: 1, for NoCaps 1.1)."""
+    scoring: Literal["published", "huggingface"] = "published"
+    """Length that beam search divides a caption's score by: `published` counts the prompt and not
+    [SEP], as the transformers that BLIP pins; `huggingface` counts as today's."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -116,6 +116,7 @@ def answer(
             num_beams=recipe.evaluation.num_beams,
             max_length=recipe.evaluation.max_caption_tokens,
             min_length=recipe.evaluation.min_caption_tokens,
+            scoring=recipe.evaluation.scoring,
         )
         written = caption_beam(vqa, states[None], [special.dec], beam, text.segments)
         said = tokenizer.batch_decode(written, skip_special_tokens=True)

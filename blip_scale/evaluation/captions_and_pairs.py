@@ -174,6 +174,7 @@ def captions_of(
         max_length=settings.max_caption_tokens,
         min_length=settings.min_caption_tokens,
         repetition_penalty=settings.repetition_penalty,
+        scoring=settings.scoring,
     )
     prompt = prompt_ids(recipe.model.text.prompt, tokenizer)
     mine: list[str] = []

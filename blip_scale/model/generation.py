@@ -1,8 +1,10 @@
 """Captions from images: greedy, beam search and nucleus sampling with cached keys and values.
 
 The rules are those of Hugging Face's `generate`, through which BLIP generates: lengths count the
-prompt and the closing [SEP], the repetition penalty sees the prompt too, and a hypothesis is scored
-by its summed log-probability over (its length without prompt) ** length_penalty.
+prompt and the closing [SEP], and the repetition penalty sees the prompt too. Beam search divides
+the summed log-probability of a hypothesis by its length ** length_penalty. What counts as its
+length changed between the transformers that BLIP pins (4.15) and today's: see
+`BeamSettings.scoring`.
 
 Shapes: I images, K beams, R = I * K rows (the beams of an image side by side), L tokens so far, V
 vocabulary, H heads, C channels of a head.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,9 @@ from blip_scale.model.text import TextLayer, TextStack
 
 NEVER = -1.0e9
 """Score of what must not be chosen."""
+
+
+Scoring = Literal["published", "huggingface"]
 
 
 class Writer(Protocol):
@@ -52,6 +57,10 @@ class BeamSettings:
     """Above 0 favours long captions, below 0 short ones."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that are there already less likely (Keskar et al. 2019)."""
+    scoring: Scoring = "published"
+    """Length that divides a hypothesis' score. `published` (transformers 4.15, of BLIP's figures):
+    the prompt counts and [SEP] does not. `huggingface` (today's): the tokens after the prompt,
+    [SEP] included. Greedy search is the same under both."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +297,11 @@ def _take(sequences_IKL: Tensor, index_IJ: Tensor) -> Tensor:
 
 def _beam_search(decoder: _Decoder, settings: BeamSettings) -> list[list[int]]:
     sep = decoder.med.config.text.special.sep
-    images, beams = decoder.images, settings.num_beams
+    images, beams, is_published = (
+        decoder.images,
+        settings.num_beams,
+        settings.scoring == "published",
+    )
     start_IKL = decoder.sequences_RL.unflatten(0, (images, beams))
     free = torch.full((images, beams), NEVER, device=start_IKL.device)
     best = _Hypotheses(start_IKL, free, torch.zeros_like(free, dtype=torch.bool))
@@ -303,23 +316,30 @@ def _beam_search(decoder: _Decoder, settings: BeamSettings) -> list[list[int]]:
         # Twice the beams: even if the best K all end here, K remain to go on with.
         scores_IJ, chosen_IJ = totals.flatten(1).topk(2 * beams)
         parents_IJ, tokens_IJ = chosen_IJ // vocabulary, chosen_IJ % vocabulary
-        written = decoder.sequences_RL.shape[1] + 1 - decoder.prompt_length
-        at_limit = decoder.sequences_RL.shape[1] + 1 >= settings.max_length
-        ended_IJ = (tokens_IJ == sep) | at_limit
+        length = decoder.sequences_RL.shape[1]
+        at_limit = length + 1 >= settings.max_length
+        ended_IJ = tokens_IJ == sep
+        if at_limit and not is_published:
+            ended_IJ = torch.ones_like(ended_IJ)
+        written = length if is_published else length + 1 - decoder.prompt_length
+        divisor = written**settings.length_penalty
 
         counts_IJ = ended_IJ & improvable_I1
         counts_IJ[:, beams:] = False  # a caption counts only if it ends among the best K
-        final_IJ = torch.where(counts_IJ, scores_IJ / written**settings.length_penalty, NEVER)
+        final_IJ = torch.where(counts_IJ, scores_IJ / divisor, NEVER)
         sequences = decoder.sequences_RL.unflatten(0, (images, beams))
         sequences = torch.cat([_take(sequences, parents_IJ), tokens_IJ[:, :, None]], -1)
         best.add(sequences, final_IJ, counts_IJ, sep)
 
         running_IK, next_IK = (scores_IJ + ended_IJ * NEVER).topk(beams)
-        improvable_I1 = improvable_I1 & (
-            running_IK[:, :1] / written**settings.length_penalty > best.worst()
-        ).any(1, keepdim=True)
+        hope_I1 = scores_IJ[:, :1] if is_published else running_IK[:, :1]
+        improvable_I1 = improvable_I1 & (hope_I1 / divisor > best.worst()).any(1, keepdim=True)
         if at_limit or not bool(improvable_I1.any()):
             break
         rows = (first_row_I1 + parents_IJ.gather(1, next_IK)).flatten()
         decoder.extend(tokens_IJ.gather(1, next_IK).flatten(), rows)
+    if is_published and at_limit:  # what is not finished counts as it is
+        open_IK = improvable_I1.expand(-1, beams)
+        final_IK = torch.where(open_IK, running_IK / (length + 1) ** settings.length_penalty, NEVER)
+        best.add(_take(sequences, next_IK), final_IK, open_IK, sep)
     return _without_sep(best.sequences_IKL[:, 0, decoder.prompt_length :], sep)

@@ -38,7 +38,7 @@ def test_captions_are_those_of_transformers(
 ) -> None:
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
-    arguments = ["--beams", beams, *LENGTHS, "--prompt", "a big"]
+    arguments = ["--beams", beams, "--scoring", "huggingface", *LENGTHS, "--prompt", "a big"]
     found = lines(capsys, "caption", pictures, "--model", hf / "captioning", *arguments)
     assert [one["image"] for one in found] == sorted(map(str, pictures.rglob("*.png")))
     theirs = BlipForConditionalGeneration.from_pretrained(hf / "captioning")

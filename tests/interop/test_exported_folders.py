@@ -96,7 +96,7 @@ def test_captions_token_for_token(hf: Path, med: MED, pictures: list[Path], beam
     images, special = pixels(pictures), med.config.text.special
     found = theirs.generate(images, num_beams=beams, do_sample=False, **LENGTHS).tolist()
     captions = [ids[1 : ids.index(special.sep) if special.sep in ids else None] for ids in found]
-    settings = BeamSettings(num_beams=beams, **LENGTHS)
+    settings = BeamSettings(num_beams=beams, **LENGTHS, scoring="huggingface")
     ours = caption_beam(med, med.encode_image(images), [special.dec], settings)
     assert ours == captions
     assert len({tuple(caption) for caption in ours}) > 1
@@ -111,7 +111,7 @@ def test_answers_token_for_token(hf: Path, med: MED, pictures: list[Path], beams
     theirs = BlipForQuestionAnswering.from_pretrained(hf / "vqa")
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "vqa")))
     special, answers = med.config.text.special, set()
-    settings = BeamSettings(num_beams=beams, **LENGTHS)
+    settings = BeamSettings(num_beams=beams, **LENGTHS, scoring="huggingface")
     for image, question in zip(pixels(pictures), TEXTS, strict=True):
         ids = [special.enc, *tokenizer(question)["input_ids"][1:]]
         expected = theirs.generate(
@@ -135,7 +135,7 @@ def test_the_pipeline_just_works(hf: Path, med: MED, pictures: list[Path]) -> No
     captioner = pipeline("image-to-text", str(hf / "captioning"))
     said = [captioner(str(file))[0]["generated_text"] for file in pictures]
     special = med.config.text.special
-    settings = BeamSettings(num_beams=3, max_length=30, min_length=0)
+    settings = BeamSettings(3, max_length=30, min_length=0, scoring="huggingface")
     ours = caption_beam(med, med.encode_image(pixels(pictures)), [special.dec], settings)
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
     assert said == tokenizer.batch_decode(ours, skip_special_tokens=True)

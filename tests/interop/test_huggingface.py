@@ -183,9 +183,8 @@ def test_greedy_and_beam_captions(
     images = 3 * torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(4))
     settings = {"max_length": 14, "min_length": 6, "repetition_penalty": repetition_penalty}
     expected = their_captions(theirs, images, num_beams=beams, do_sample=False, **settings)
-    ours = caption_beam(
-        med, med.encode_image(images), PROMPT, BeamSettings(num_beams=beams, **settings)
-    )
+    beam = BeamSettings(num_beams=beams, **settings, scoring="huggingface")
+    ours = caption_beam(med, med.encode_image(images), PROMPT, beam)
     assert ours == expected
     assert len({tuple(caption) for caption in ours}) > 1
 
@@ -195,9 +194,8 @@ def test_beam_length_penalty(captioning, images: Tensor) -> None:
     for penalty in (-1.0, 0.0, 2.0):
         settings = {"num_beams": 4, "max_length": 16, "min_length": 4, "length_penalty": penalty}
         expected = their_captions(theirs, images, do_sample=False, **settings)
-        assert caption_beam(med, med.encode_image(images), PROMPT, BeamSettings(**settings)) == (
-            expected
-        )
+        beam = BeamSettings(**settings, scoring="huggingface")
+        assert caption_beam(med, med.encode_image(images), PROMPT, beam) == expected
 
 
 def test_nucleus_draws_what_theirs_draws(captioning, images: Tensor) -> None:

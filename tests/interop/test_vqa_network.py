@@ -94,7 +94,7 @@ def test_states_and_logits(vqa: VQA, theirs: nn.Module, images: Tensor) -> None:
 def test_generated_answers(vqa: VQA, theirs: nn.Module, images: Tensor, beams: int) -> None:
     """Token for token, with the published lengths."""
     questions, states = encoded(vqa, images)
-    settings = BeamSettings(beams, max_length=10, min_length=1)
+    settings = BeamSettings(beams, max_length=10, min_length=1, scoring="huggingface")
     mine = caption_beam(vqa, states[None], [DEC], settings, questions.segments)
     for number in range(len(images)):
         pixels, ids = one(images, number)
