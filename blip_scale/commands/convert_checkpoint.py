@@ -33,9 +33,9 @@ from blip_scale.interop.checkpoints import Format, format_of, read_checkpoint
 from blip_scale.interop.huggingface import write_huggingface
 from blip_scale.interop.huggingface_config import inexpressible
 from blip_scale.interop.model_card import Origin, model_card
-from blip_scale.interop.salesforce import HEADS, Head
 from blip_scale.interop.salesforce_files import write_salesforce
 from blip_scale.interop.training_checkpoints import step_folder, write_training_checkpoint
+from blip_scale.model.heads import HEADS, Head
 from blip_scale.model.med import MEDConfig
 
 if TYPE_CHECKING:
