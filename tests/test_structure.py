@@ -17,7 +17,7 @@ PACKAGE = REPO / "blip_scale"
 
 MAY_IMPORT = {
     "config": set(),
-    "logs": set(),
+    "logs": {"storage"},
     "launcher": {"config"},
     "storage": set(),
     "model": set(),

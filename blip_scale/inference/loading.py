@@ -25,6 +25,7 @@ from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.visdial import VisDial
 from blip_scale.model.vqa import VQA
+from blip_scale.storage import checkpoint_format, run_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,12 +92,12 @@ def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
         return None
     folder = step_folder(source)
     assert folder is not None
-    if (folder / "network.json").is_file():
+    if (folder / checkpoint_format.NETWORK).is_file():
         return None
-    file = folder.parent.parent / "recipe.yaml"
+    file = folder.parent.parent / run_folder.RECIPE
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder}: the run's recipe.yaml isn't at {file}; give it with --recipe"
+            f"{folder}: the run's {run_folder.RECIPE} isn't at {file}; give it with --recipe"
         )
     return recipes.load(str(file))
 
