@@ -86,10 +86,15 @@ class Manifest:
         version = content.get(_VERSION_KEY, 1)
         if version != FORMAT_VERSION:
             is_newer = isinstance(version, int) and version > FORMAT_VERSION
-            advice = "update blip_scale" if is_newer else "use the blip_scale that wrote it"
+            advice = (
+                "update blip_scale"
+                if is_newer
+                else "convert it to .pth with the blip_scale that wrote it, and start from that "
+                "with model.checkpoint"
+            )
             raise UnknownVersionError(
                 f"the checkpoint has format version {version}, this blip_scale reads version "
-                f"{FORMAT_VERSION}: {advice}, or start another run from another checkpoint"
+                f"{FORMAT_VERSION}: {advice}"
             )
         missing = [name for name in names if name not in content and name != "frozen"]
         if missing:

@@ -84,17 +84,17 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
     reader = checkpoint_format.Reader(
         path / name for name in names if name != checkpoint_format.SHARED
     )
-    trained = [shard for shard in engine.shards if shard.trains]
-    for flat in {id(shard.flat): shard.flat for shard in trained}.values():
+    trained = [piece for piece in engine.shards if piece.trains]
+    for flat in {id(piece.flat): piece.flat for piece in trained}.values():
         _make_moments(engine.optimizer, flat, manifest.optimizer_steps)
-    for shard in engine.shards:
-        reader.read("weight", shard.name, shard.start, shard.weight)
+    for piece in engine.shards:
+        reader.read("weight", piece.name, piece.start, piece.weight)
         for key in checkpoint_format.MOMENTS:
-            if shard.trains and manifest.optimizer_steps:
-                moment = shard.state(engine.optimizer, key)
-                reader.read(key, shard.name, shard.start, moment)
-    for shard, average in zip(momentum.shards, momentum.averages, strict=True):
-        reader.read("momentum", shard.name, shard.start, average)
+            if piece.trains and manifest.optimizer_steps:
+                moment = piece.state(engine.optimizer, key)
+                reader.read(key, piece.name, piece.start, moment)
+    for piece, average in zip(momentum.slices, momentum.averages, strict=True):
+        reader.read("momentum", piece.name, piece.start, average)
     engine.refresh()
     momentum.refresh()
     momentum.copy_frozen()

@@ -168,17 +168,18 @@ class Saver:
         self._pause_s += time.perf_counter() - self._entered
 
     def _copy(self, state: RunState) -> _Snapshot:
-        """Copy this rank's shards, and on one rank a folder what all share, to host memory."""
+        """Copy this rank's parameter slices, and on one rank a folder what all share, to host
+        memory."""
         engine, momentum = self._engine, self._momentum
         tensors: dict[str, Tensor] = {}
-        for shard in engine.shards:
-            tensors[f"weight/{shard.name}"] = shard.weight
-            if engine.optimizer.state.get(shard.flat):
+        for piece in engine.shards:
+            tensors[f"weight/{piece.name}"] = piece.weight
+            if engine.optimizer.state.get(piece.flat):
                 for key in checkpoint_format.MOMENTS:
-                    tensors[f"{key}/{shard.name}"] = shard.state(engine.optimizer, key)
-        for shard, average in zip(momentum.shards, momentum.averages, strict=True):
-            tensors[f"momentum/{shard.name}"] = average
-        starts = {shard.name: f"{shard.start}" for shard in engine.shards}
+                    tensors[f"{key}/{piece.name}"] = piece.state(engine.optimizer, key)
+        for piece, average in zip(momentum.slices, momentum.averages, strict=True):
+            tensors[f"momentum/{piece.name}"] = average
+        starts = {piece.name: f"{piece.start}" for piece in engine.shards}
         contents = {checkpoint_format.rank_file(self._place.rank): _copied(tensors, starts)}
         if self._place.is_first:
             contents[checkpoint_format.SHARED] = _copied(state.shared, {})
@@ -280,8 +281,8 @@ def _copied(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> checkpoi
 def _updates(engine: ZeroEngine) -> int:
     """Updates that AdamW has made, for its bias correction; 0 where this rank owns nothing."""
     assert len(engine.optimizer.param_groups) == 1, "settings of several groups would be lost"
-    for shard in engine.shards:
-        state = engine.optimizer.state.get(shard.flat)
+    for piece in engine.shards:
+        state = engine.optimizer.state.get(piece.flat)
         if state:
             return int(state["step"])
     return 0
