@@ -20,6 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from blip_scale.storage import run_folder
+
 PACKAGE = "blip_scale"
 _EARLY_RECORDS = 10_000
 
@@ -61,7 +63,7 @@ def set_up(output_dir: Path, rank: int) -> Path:
         the rank's log file.
     """
     hold_third_party_noise()
-    file = output_dir / "logs" / f"rank_{rank}.log"
+    file = output_dir / run_folder.log_of(rank)
     file.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
     root.setLevel(logging.INFO)

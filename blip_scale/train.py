@@ -21,6 +21,7 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
 from blip_scale import launcher  # noqa: E402
 from blip_scale.commands import dry_run  # noqa: E402
 from blip_scale.config import checks, exit_codes, recipe, settings  # noqa: E402
+from blip_scale.storage import run_folder  # noqa: E402
 
 logger = logging.getLogger("blip_scale.train")
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         )
         from blip_scale.tasks.by_name import TASKS
 
-        logs = Path(chosen.output_dir) / "logs"
+        logs = Path(chosen.output_dir) / run_folder.LOGS
         return run(TASKS[chosen.task], chosen, ds_config)
     except (ValueError, FileNotFoundError, argparse.ArgumentError) as error:
         return _refuse(error, logs)

@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from blip_scale.config import exit_codes
+from blip_scale.storage import run_folder
 
 _KEPT = 100
 _TAIL_BYTES = 32 * 1024
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code of the batch script."""
     options = _parser().parse_args(arguments)
     if options.exit_code == exit_codes.DONE:
-        (options.output_dir / "failure_report.txt").unlink(missing_ok=True)
+        (options.output_dir / run_folder.FAILURE_REPORT).unlink(missing_ok=True)
         print("the run is done")
         return exit_codes.DONE
     job = _job(os.environ["SLURM_JOB_ID"])
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     if last.exit_code == exit_codes.REFUSED and not last.failed:
         print("not requeued: the input was refused (see above); mend it and submit again")
     elif last.failed and failures >= limit:
-        report = options.output_dir / "failure_report.txt"
+        report = options.output_dir / run_folder.FAILURE_REPORT
         report.write_text(_report(attempts, failures, options.output_dir, job), encoding="utf-8")
         print(f"not requeued: failed {failures} times without a newer checkpoint; see {report}")
     elif job.get("Requeue") == "0":
@@ -84,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def note_attempt(output_dir: Path, exit_code: int, seconds: int) -> list[Attempt]:
     """Add this attempt to OUTPUT_DIR/attempts.json; gives those of this job, this one last."""
-    file = output_dir / "attempts.json"
-    heartbeat = _json(output_dir / "heartbeat.json") or {}
+    file = output_dir / run_folder.ATTEMPTS
+    heartbeat = _json(output_dir / run_folder.HEARTBEAT) or {}
     now = time.time()
     began = heartbeat.get("time", 0) >= now - seconds and heartbeat.get("phase") != "starting"
     refused = (
@@ -113,9 +114,9 @@ def newest_checkpoint(output_dir: Path) -> int:
 
     By the folders in OUTPUT_DIR and, as checkpoints may lie elsewhere, by the heartbeat.
     """
-    names = (path.name for path in output_dir.glob("checkpoints/step_*"))
-    steps = [int(name[5:]) for name in names if re.fullmatch(r"step_\d{8}", name)]
-    heartbeat = _json(output_dir / "heartbeat.json") or {}
+    folders = (output_dir / run_folder.CHECKPOINTS).glob("*")
+    steps = run_folder.steps(path.name for path in folders)
+    heartbeat = _json(output_dir / run_folder.HEARTBEAT) or {}
     return max([0, *steps, int(heartbeat.get("checkpoint_step", 0))])
 
 
@@ -163,17 +164,18 @@ def _report(attempts: list[Attempt], failures: int, output_dir: Path, job: dict[
             f"{one.restart:7}  {ended}  {one.seconds:7}  {one.exit_code:4}  "
             f"{one.checkpoint_step:10}  {one.nodes}"
         )
-    heartbeat = _json(output_dir / "heartbeat.json")
+    heartbeat = _json(output_dir / run_folder.HEARTBEAT)
     lines += ["", f"Last heartbeat: {json.dumps(heartbeat)}"] if heartbeat else []
-    lines += ["", f"Log of the job: {job.get('StdOut', '?')}", f"Logs: {output_dir / 'logs'}", ""]
-    lines += _last_words(output_dir / "logs", last.ended - last.seconds)
+    logs = output_dir / run_folder.LOGS
+    lines += ["", f"Log of the job: {job.get('StdOut', '?')}", f"Logs: {logs}", ""]
+    lines += _last_words(logs, last.ended - last.seconds)
     return "\n".join(lines) + "\n"
 
 
 def _last_words(logs: Path, since: float) -> Iterator[str]:
     """The ends of the logs that hold an error; those that stopped first, and are nearest to the
     cause, first."""
-    written = {file: file.stat().st_mtime for file in logs.glob("*.log")}
+    written = {file: file.stat().st_mtime for file in logs.glob(run_folder.LOG_PATTERN)}
     shown = 0
     for file in sorted(written, key=lambda file: written[file]):
         if written[file] < since or shown == _LOGS_SHOWN:

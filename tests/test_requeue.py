@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,14 @@ def requeue(repo: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(tool)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     return tool
+
+
+def test_it_needs_no_installed_package(repo: Path) -> None:
+    """A batch script may call it with a Python that has no torch."""
+    tool = [sys.executable, "-I", "-S", str(repo / "slurm" / "requeue.py"), "--help"]
+    done = subprocess.run(tool, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Requeue a job" in done.stdout
 
 
 def commit(output_dir: Path, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from blip_scale.storage import run_folder
+
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "blip_scale"
 
 MAY_IMPORT = {
     "config": set(),
-    "logs": set(),
+    "logs": {"storage"},
     "launcher": {"config"},
     "storage": set(),
     "model": set(),
@@ -174,6 +177,33 @@ def test_only_the_engine_knows_processes(path: Path) -> None:
     for name in used:
         for forbidden in ENGINE_ONLY:
             assert name != forbidden and not name.startswith(f"{forbidden}."), name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_names_in_a_run_folder_have_one_home(path: Path) -> None:
+    """Names of files are literals in run_folder.py alone, and those of folders are joined to a path
+    there alone. Data sets have a summary.json too, and checkpoints a manifest.json and rank files
+    of their own."""
+    if path == PACKAGE / "storage" / "run_folder.py":
+        return
+    constants = [value for name, value in vars(run_folder).items() if name.isupper()]
+    names = {value for value in constants if isinstance(value, str)}
+    files = {name for name in names if re.fullmatch(r"\w+\.(json|jsonl|yaml|txt)", name)}
+    folders = {"logs", "samples", "checkpoints", "tensorboard"}
+    assert files and folders <= names
+    if path == PACKAGE / "storage" / "checkpoint_format.py":
+        files -= {run_folder.RUN_MANIFEST}
+    if path.is_relative_to(PACKAGE / "data"):
+        files -= {run_folder.SUMMARY}
+    for node in ast.walk(tree(path)):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Constant):
+            assert node.value not in files, f"{relative(path)}:{line}: take it from run_folder"
+        joined = node.right if isinstance(node, ast.BinOp) else None
+        if isinstance(joined, ast.Constant | ast.JoinedStr):
+            text = ast.unparse(joined).strip("f'\"")
+            assert text.partition("/")[0] not in folders, f"{relative(path)}:{line}: run_folder"
+            assert not re.match(r"rank_\{.*\.(log|jsonl)$", text), f"{relative(path)}:{line}"
 
 
 def test_no_module_shadows_another() -> None:

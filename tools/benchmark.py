@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from blip_scale.config import recipe  # noqa: E402
+from blip_scale.storage import run_folder  # noqa: E402
 
 SIZES = ("500x375", "640x480", "1280x960")
 
@@ -94,7 +95,7 @@ def data_wait_share(run: Path) -> float:
 
     Raises FileNotFoundError or ValueError where the run logged no such thing.
     """
-    path = run / "metrics.jsonl"
+    path = run / run_folder.METRICS
     points = [json.loads(line) for line in path.read_text().splitlines()]
     shares = [p["speed/data_wait_share"] for p in points if "speed/data_wait_share" in p]
     if len(shares) < 2:

@@ -28,15 +28,21 @@ from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.loading import PUBLISHED_TOKENIZER, recipe_of, text_of, tokenizer_of
 from blip_scale.inference.sizes import med_config
-from blip_scale.interop.blip_weights import BlipWeights, turned_into, with_training_state
+from blip_scale.interop.blip_weights import (
+    BlipWeights,
+    published_alone,
+    turned_into,
+    with_training_state,
+)
 from blip_scale.interop.checkpoints import Format, format_of, read_checkpoint
 from blip_scale.interop.huggingface import write_huggingface
 from blip_scale.interop.huggingface_config import inexpressible
 from blip_scale.interop.model_card import Origin, model_card
-from blip_scale.interop.salesforce import HEADS, Head
 from blip_scale.interop.salesforce_files import write_salesforce
 from blip_scale.interop.training_checkpoints import step_folder, write_training_checkpoint
+from blip_scale.model.heads import HEADS, Head
 from blip_scale.model.med import MEDConfig
+from blip_scale.storage import run_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,9 +83,14 @@ def _convert(options: argparse.Namespace) -> None:
                 raise ValueError(f"{part.origin} can't become a Hugging Face {part.head}: {reason}")
     elif target == "salesforce":
         parts = [with_training_state(part) for part in parts]
-    if target != "hf":  # which has no place for what notes are about
-        for note in parts[0].notes:
-            print(f"note: {note}")
+    # Hugging Face's models have no place for what these notes are about.
+    notes = [] if target == "hf" else list(parts[0].notes)
+    if target != "ours":
+        for index, part in enumerate(parts):
+            parts[index] = published_alone(part)
+            notes += parts[index].notes[len(part.notes) :]
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}")
     with _placed(options.out, folder=target != "salesforce") as place:
         if target == "salesforce":
             write_salesforce(parts[0], place)
@@ -140,7 +151,7 @@ def _origin(source: Path, kind: Format, recipe: Recipe | None) -> Origin:
         return Origin()
     folder = step_folder(source)
     assert folder is not None
-    summary = folder.parent.parent / "summary.json"
+    summary = folder.parent.parent / run_folder.SUMMARY
     figures = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
     return Origin(yaml.safe_load(recipes.to_yaml(recipe)), figures)
 

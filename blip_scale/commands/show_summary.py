@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blip_scale.config import exit_codes
+from blip_scale.storage import run_folder
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         help="when the whole command began: its seconds are added to summary.json",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    file = options.run / "summary.json"
+    file = options.run / run_folder.SUMMARY
     if not file.is_file():
         sys.stderr.write(f"{file}: no such file; the run has not finished\n")
         return exit_codes.REFUSED

@@ -34,6 +34,7 @@ from blip_scale.engine.watching.run_manifest import RunManifest, digest, fingerp
 from blip_scale.engine.watching.sample_record import SampleRecord
 from blip_scale.engine.zero.engine import initialize, start
 from blip_scale.engine.zero.momentum import ShardedMomentum
+from blip_scale.storage import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def _open(
         heartbeat.beat("training", checkpoint_step=step)
 
     stated = recipe.log.peak_tflops
-    history = History(**state.position)
+    history = History.from_checkpoint(state.position)
     saver = Saver(
         place, recipe.checkpoint, engine, momentum, monitor.scalars, committed, state.step
     )
@@ -159,7 +160,7 @@ def _keep_recipe(recipe: Recipe, monitor: Monitor) -> None:
     logger.debug("recipe:\n%s", text)
     monitor.text("recipe", text)
     if collectives.rank() == 0:
-        (Path(recipe.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
+        (Path(recipe.output_dir) / run_folder.RECIPE).write_text(text, encoding="utf-8")
 
 
 def _begin_manifest(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from blip_scale.config.recipe import Recipe
 from blip_scale.engine.checkpoints.save import Saver
@@ -22,7 +23,11 @@ from blip_scale.engine.zero.momentum import ShardedMomentum
 
 @dataclass
 class History:
-    """What a restarted run must know of its past; saved in every checkpoint."""
+    """What a restarted run must know of its past; saved in every checkpoint.
+
+    A field that is added needs a default: checkpoints from before lack it. A field that is renamed
+    needs an entry in `_RENAMED`.
+    """
 
     seconds: float = 0.0
     skipped_samples: int = 0
@@ -39,6 +44,27 @@ class History:
     captions: list[dict[str, str]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     """`step` and `score` of the best evaluation, where the task gives a score."""
+
+    @classmethod
+    def from_checkpoint(cls, position: dict[str, Any]) -> History:
+        """The history that a checkpoint holds. A field that it lacks has its default.
+
+        Raises:
+            ValueError: it has a field that this code doesn't know; names it.
+        """
+        values = {_RENAMED.get(name, name): value for name, value in position.items()}
+        unknown = sorted(values.keys() - {one.name for one in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"the checkpoint's history has {', '.join(unknown)}, which this blip_scale doesn't "
+                "know: update blip_scale, or begin a run from the checkpoint with model.checkpoint "
+                "and another output_dir"
+            )
+        return cls(**values)
+
+
+_RENAMED: dict[str, str] = {}
+"""Name of a field of `History` in older checkpoints -> its name now."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from blip_scale.data.captions import clean_caption, clean_question
 from blip_scale.data.pixels.transforms import normalize_images
 from blip_scale.data.tokenizer import prompt_ids
-from blip_scale.interop.salesforce import Head
 from blip_scale.model.generation import BeamSettings, NucleusSettings, caption_beam, caption_nucleus
+from blip_scale.model.heads import Head
 from blip_scale.model.med import MED
 from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.packing import PackedText

@@ -15,15 +15,17 @@ from blip_scale.config.recipe import Recipe, TextRecipe
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.sizes import med_config
-from blip_scale.interop.blip_weights import BlipWeights
+from blip_scale.interop.blip_weights import BlipWeights, parameters_of
 from blip_scale.interop.checkpoints import Format, format_of, read_checkpoint
-from blip_scale.interop.heads import PREFIX, build_network, from_published
+from blip_scale.interop.heads import PREFIX
 from blip_scale.interop.training_checkpoints import step_folder
 from blip_scale.interop.vision import interpolate_positions
+from blip_scale.model.heads import build_network
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.visdial import VisDial
 from blip_scale.model.vqa import VQA
+from blip_scale.storage import checkpoint_format, run_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,12 +92,12 @@ def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
         return None
     folder = step_folder(source)
     assert folder is not None
-    if (folder / "network.json").is_file():
+    if (folder / checkpoint_format.NETWORK).is_file():
         return None
-    file = folder.parent.parent / "recipe.yaml"
+    file = folder.parent.parent / run_folder.RECIPE
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder}: the run's recipe.yaml isn't at {file}; give it with --recipe"
+            f"{folder}: the run's {run_folder.RECIPE} isn't at {file}; give it with --recipe"
         )
     return recipes.load(str(file))
 
@@ -148,8 +150,7 @@ def _filled(
     with torch.device("meta"):
         network = build_network(weights.head, replace(config, gradient_checkpointing=False))
     assert isinstance(network, MED | VQA | NLVR2 | VisDial)
-    names = [f"{PREFIX}{name}" for name, _ in network.named_parameters()]
-    state = from_published(weights.state, weights.head, names)
+    state = parameters_of(weights)
     placed = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     vision = network.vision
     if vision.pos_embed is not None:
@@ -168,8 +169,9 @@ def _filled(
 def _fingerprint(weights: BlipWeights) -> str:
     """A hash of the weights, the same whatever file format they were read from."""
     digest = xxhash.xxh3_64(weights.head.encode())
-    for name in sorted(weights.state):
-        tensor: Tensor = weights.state[name]
+    tensors: dict[str, Tensor] = weights.state | weights.unpublished
+    for name in sorted(tensors):
+        tensor = tensors[name]
         if tensor.is_floating_point() and name != "temp":  # which Hugging Face's may lack
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().data)

@@ -3,25 +3,35 @@ weights can be turned into."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_scale.interop.heads import expected_shapes
+from blip_scale.interop.heads import (
+    PREFIX,
+    expected_shapes,
+    from_published,
+    is_published,
+    shapes_of,
+)
 from blip_scale.interop.salesforce import (
     PARTS,
     TIED,
-    Head,
     State,
     complete,
     is_training_state,
     momentum_to_salesforce,
 )
+from blip_scale.model.heads import Head, build_network
+from blip_scale.model.initialization import name_in_med, seeded
 from blip_scale.model.med import MEDConfig
+
+log = logging.getLogger(__name__)
 
 PUBLISHED_QUEUE = 57600
 PUBLISHED_TEMPERATURE = 0.07
@@ -42,6 +52,10 @@ class BlipWeights:
     """Optimizer steps of its training, where the source says it."""
     notes: list[str] = field(default_factory=list)
     """What was made and not read, in words."""
+    unpublished: State = field(default_factory=dict)
+    """Parameters that the published network doesn't have, by their full names in a run: of the
+    network (`med.`), of its momentum copies (`momentum.`), and of losses (any other name; flat).
+    Only our training checkpoints hold them."""
 
 
 def checked(weights: BlipWeights) -> BlipWeights:
@@ -89,6 +103,50 @@ def checked(weights: BlipWeights) -> BlipWeights:
     return weights
 
 
+def parameters_of(weights: BlipWeights, seed: int = 0) -> State:
+    """All parameters of the head's network by full name.
+
+    A parameter that the published network doesn't have, and these weights neither, takes the value
+    that its constructor draws from `seed`; a warning names it.
+    """
+    shapes = shapes_of(weights.head, weights.config)
+    state = from_published(weights.state, weights.head, shapes)
+    state |= {name: weights.unpublished[name] for name in shapes if name in weights.unpublished}
+    new = [n for n in shapes if n not in state and not is_published(n, weights.head)]
+    if new:
+        log.warning("%s lacks %s: taken as initialised", weights.origin, _some(new))
+        network = seeded(lambda: build_network(weights.head, weights.config), seed)
+        drawn = {f"{PREFIX}{name}": p.detach() for name, p in network.named_parameters()}
+        state |= {name: drawn[name] for name in new}
+    return state
+
+
+def published_alone(weights: BlipWeights) -> BlipWeights:
+    """The weights without the parameters that the published network doesn't have; `notes` names
+    what was left out."""
+    if not weights.unpublished:
+        return weights
+    note = (
+        "left out, because the published network doesn't have it (who reads the file computes "
+        f"without it): {', '.join(sorted(weights.unpublished))}"
+    )
+    return replace(weights, unpublished={}, notes=[*weights.notes, note])
+
+
+def refuse_unpublished(weights: BlipWeights) -> None:
+    """Called by writers of published formats.
+
+    Raises:
+        ValueError: there are parameters that the format has no name for; names them.
+    """
+    if weights.unpublished:
+        raise ValueError(
+            f"{weights.origin}: the published formats have no name for "
+            f"{_some(sorted(weights.unpublished))}; write a checkpoint of ours, or leave them out "
+            "with blip_weights.published_alone"
+        )
+
+
 def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
     """The weights as those of another head, without the training state it doesn't share.
 
@@ -133,7 +191,19 @@ def _selected(weights: BlipWeights, head: Head) -> BlipWeights:
         state |= {name: weights.state[name] for name in ("image_queue", "text_queue")}
         state |= _retrieval_pointers(state["image_queue"].shape[1])
         notes.append("idx_queue -100 and ptr_queue 0, as the published loader leaves them")
-    return BlipWeights(head, weights.config, state, weights.origin, weights.step, notes)
+    unpublished = _unpublished_of(weights, head)
+    return replace(weights, head=head, state=state, notes=notes, unpublished=unpublished)
+
+
+def _unpublished_of(weights: BlipWeights, head: Head) -> State:
+    """Of MED's unpublished parameters those of a head's network, under its names; those of momentum
+    copies and losses as they are."""
+    state = {n: t for n, t in weights.unpublished.items() if not n.startswith(PREFIX)}
+    for name in shapes_of(head, weights.config):
+        source = PREFIX + name_in_med(name.removeprefix(PREFIX))
+        if source in weights.unpublished:
+            state[name] = weights.unpublished[source]
+    return state
 
 
 def _retrieval_pointers(size: int) -> State:
@@ -161,9 +231,7 @@ def with_training_state(weights: BlipWeights) -> BlipWeights:
         "it has no momentum copies and queues: copies of the weights, and "
         f"{PUBLISHED_QUEUE} random unit columns, as BLIP starts"
     )
-    return BlipWeights(
-        weights.head, weights.config, state, weights.origin, weights.step, [*weights.notes, note]
-    )
+    return replace(weights, state=state, notes=[*weights.notes, note])
 
 
 def without_training_state(state: Mapping[str, Tensor]) -> State:

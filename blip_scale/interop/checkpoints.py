@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import torch
 
-from blip_scale.interop.blip_weights import BlipWeights, turned_into
-from blip_scale.interop.heads import OWN_NETWORKS, PREFIX, build_network, from_published, shapes_of
+from blip_scale.interop.blip_weights import BlipWeights, parameters_of, turned_into
+from blip_scale.interop.heads import MOMENTUM_PREFIX, PREFIX
 from blip_scale.interop.huggingface import read_huggingface
-from blip_scale.interop.salesforce import Head, State
+from blip_scale.interop.salesforce import State
 from blip_scale.interop.salesforce_files import read_salesforce
 from blip_scale.interop.training_checkpoints import read_training_checkpoint, step_folder
 from blip_scale.interop.vision import interpolate_positions
-from blip_scale.model.initialization import INIT_STD, fill_from_med
+from blip_scale.model.heads import OWN_NETWORKS, Head, build_network
+from blip_scale.model.initialization import INIT_STD, fill_from_med, seeded
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.vision import build_vision
 
@@ -93,11 +94,12 @@ def load_checkpoint(med: MED, path: Path) -> None:
 def head_parameters(
     path: Path, head: Head, config: MEDConfig, seed: int = 0, text_std: float = INIT_STD
 ) -> State:
-    """The parameters of a head's network (`heads`) from a checkpoint of that head or of one that
-    it can start from; position embeddings are interpolated to the network's resolution.
+    """The parameters of a head's network by full name, from a checkpoint of that head or of one
+    that it can start from; position embeddings are interpolated to the network's resolution.
 
     Heads with networks of their own start from pretraining; what it lacks is random from `seed`,
-    linear layers of text stacks with std `text_std`.
+    linear layers of text stacks with std `text_std`. Parameters of losses, which only checkpoints
+    of ours have, come along.
 
     Raises:
         FileNotFoundError: nothing is there, or a part of it is missing.
@@ -107,7 +109,7 @@ def head_parameters(
     grows = head in OWN_NETWORKS and weights.head != head
     source: Head = "pretrain" if grows else head
     weights = turned_into(weights, source)
-    state = from_published(weights.state, source, shapes_of(source, weights.config))
+    state = parameters_of(weights, seed)
     with torch.device("meta"):
         vision = build_vision(config.vision)
     if vision.pos_embed is not None:
@@ -116,7 +118,11 @@ def head_parameters(
             state["med.vision.pos_embed"], vision.patch_embed.grid_size, extra
         )
     log.info("all weights from %s%s", path, "".join(f"; {note}" for note in weights.notes))
-    return grown(state, head, config, seed, text_std) if grows else state
+    if grows:
+        state = grown(state, head, config, seed, text_std)
+    prefixes = (PREFIX, MOMENTUM_PREFIX)
+    losses = {n: t for n, t in weights.unpublished.items() if not n.startswith(prefixes)}
+    return state | losses
 
 
 def grown(
@@ -126,7 +132,7 @@ def grown(
 
     What MED doesn't have is random from `seed`, and named in the log.
     """
-    network = build_network(head, config)
+    network = seeded(lambda: build_network(head, config), seed)
     drawn = fill_from_med(network, pretrained, seed, text_std)
     if drawn:
         modules = sorted({name.rpartition(".")[0] for name in drawn})

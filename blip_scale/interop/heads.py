@@ -1,13 +1,9 @@
-"""What the network of a task holds, and how its parameters are named in our training checkpoints.
+"""How the parameters of a head's network (`model.heads`) are named in our training checkpoints, and
+which of them the published layout knows.
 
-A task trains exactly the parts of its head and nothing else, so nothing that the head lacks is
-decayed, saved or sent between ranks. All names begin with `med.`; what follows tells what a
-checkpoint is of, and leads to the published layout and back:
-
-- `pretrain` is all of MED;
-- `captioning` is MED without the encoder's self-attention, projections and matching head;
-- `retrieval` is MED without the decoder's self-attention and LM head;
-- `vqa`, `nlvr2` and `visdial` are networks of their own (`OWN_NETWORKS`).
+All names of the network begin with `med.`. What follows tells which head a checkpoint is of, and
+leads to the published layout and back. A parameter that the published network doesn't have is in
+our checkpoints like any other and in no other file.
 """
 
 from __future__ import annotations
@@ -15,51 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
 
 from blip_scale.interop.salesforce import (
-    HEADS,
-    PARTS,
     TOWERS,
-    Head,
     State,
     from_salesforce,
     their_names,
     to_salesforce,
 )
-from blip_scale.interop.task_names import task_from_published, task_to_published
-from blip_scale.model.med import MED, MEDConfig
-from blip_scale.model.nlvr2 import NLVR2
-from blip_scale.model.visdial import VisDial
-from blip_scale.model.vqa import VQA
+from blip_scale.interop.task_names import published_names, task_from_published, task_to_published
+from blip_scale.model.heads import HEADS, OWN_NETWORKS, Head, build_network
+from blip_scale.model.med import MEDConfig
 
 PREFIX = "med."
-"""How the names of all parameters of a task's network begin."""
-OWN_NETWORKS: dict[Head, type[VQA] | type[NLVR2] | type[VisDial]] = {
-    "vqa": VQA,
-    "nlvr2": NLVR2,
-    "visdial": VisDial,
-}
-"""Heads whose networks aren't parts of a MED."""
-
-
-def cut_down(med: MED, parts: Iterable[str]) -> MED:
-    """The MED with modules of some parts alone (`PARTS`); the others are deleted from it."""
-    names = [name for name, _ in med.named_parameters()]
-    kept = {name for name in names if not set(their_names(name)).isdisjoint(parts)}
-    for path in [path for path, _ in med.named_modules() if path]:
-        inside = [name for name in names if name.startswith(f"{path}.")]
-        if inside and kept.isdisjoint(inside):
-            above, _, child = path.rpartition(".")
-            delattr(med.get_submodule(above), child)
-            names = [name for name in names if name not in inside]
-    return med
-
-
-def build_network(head: Head, config: MEDConfig) -> nn.Module:
-    """The network of a head, weights not filled: a MED with its parts alone, or one of its own."""
-    own = OWN_NETWORKS.get(head)
-    return cut_down(MED(config), PARTS[head]) if own is None else own(config)
+"""How the names of all parameters of a head's network begin."""
+MOMENTUM_PREFIX = "momentum."
+"""How the names of their momentum copies begin."""
 
 
 def shapes_of(head: Head, config: MEDConfig) -> dict[str, torch.Size]:
@@ -91,21 +58,33 @@ def expected_shapes(head: Head, config: MEDConfig, queue_size: int | None) -> di
     return shapes
 
 
+def is_published(name: str, head: Head) -> bool:
+    """Whether the published network of a head has this parameter, given by its full name."""
+    names = published_names if head in OWN_NETWORKS else their_names
+    return name.startswith(PREFIX) and bool(names(name.removeprefix(PREFIX)))
+
+
 def head_of_names(names: Iterable[str], config: MEDConfig) -> Head | None:
-    """The head whose network has exactly these parameters; None: no head has."""
-    found = set(names)
-    return next((head for head in HEADS if set(shapes_of(head, config)) == found), None)
+    """The head whose network has exactly these parameters, apart from those that the published
+    network doesn't have; None: no head has."""
+    names = set(names)
+    for head in HEADS:
+        expected = {name for name in shapes_of(head, config) if is_published(name, head)}
+        if expected == {name for name in names if is_published(name, head)}:
+            return head
+    return None
 
 
 def to_published(tensors: Mapping[str, torch.Tensor], head: Head) -> State:
-    """Parameters of a head's network by full name -> the published layout."""
+    """Parameters of a head's network by full name -> the published layout, which lacks those that
+    aren't `is_published`."""
     mine = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     return task_to_published(mine) if head in OWN_NETWORKS else to_salesforce(mine, head)
 
 
 def from_published(state: State, head: Head, names: Iterable[str]) -> State:
-    """The published layout of a head -> parameters of its network by full name."""
-    own = [name.removeprefix(PREFIX) for name in names]
-    is_own = head in OWN_NETWORKS
-    found = task_from_published(state, own) if is_own else from_salesforce(state, own)
-    return {f"{PREFIX}{name}": tensor for name, tensor in found.items()}
+    """The published layout of a head -> parameters of its network by full name, as far as the
+    layout has them."""
+    read = task_from_published if head in OWN_NETWORKS else from_salesforce
+    parameters = read(state, [name.removeprefix(PREFIX) for name in names])
+    return {f"{PREFIX}{name}": tensor for name, tensor in parameters.items()}

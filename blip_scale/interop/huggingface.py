@@ -13,6 +13,7 @@ from blip_scale.interop.blip_weights import (
     BlipWeights,
     checked,
     one_line,
+    refuse_unpublished,
     united,
     without_training_state,
 )
@@ -68,10 +69,12 @@ def write_huggingface(weights: BlipWeights, folder: Path) -> None:
     The weights' tensors are taken out one by one, so that a second copy of the whole never exists.
 
     Raises:
-        ValueError: their model can't express this network; says why.
+        ValueError: their model can't express this network, or has no name for some parameters; says
+            why.
     """
     import transformers
 
+    refuse_unpublished(weights)
     reason = inexpressible(weights)
     if reason:
         raise ValueError(f"{weights.origin} can't become a Hugging Face {weights.head}: {reason}")

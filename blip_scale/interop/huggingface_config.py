@@ -14,7 +14,7 @@ from torch import nn
 
 from blip_scale.interop.blip_weights import BlipWeights
 from blip_scale.interop.huggingface_names import VISION, VISION_BLOCK, their_vision
-from blip_scale.interop.salesforce import Head
+from blip_scale.model.heads import Head
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import NORM_EPS, VisionConfig, build_vision

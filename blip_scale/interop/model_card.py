@@ -7,7 +7,7 @@ from typing import Any
 
 from blip_scale.interop.blip_weights import BlipWeights
 from blip_scale.interop.huggingface_config import CLASSES
-from blip_scale.interop.salesforce import Head
+from blip_scale.model.heads import Head
 
 _PIPELINES: dict[Head, str] = {"captioning": "image-to-text", "vqa": "visual-question-answering"}
 _USE: dict[Head, str] = {

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from blip_scale.interop.bert import LM_HEAD, MLP, SELF_ATTENTION
+from blip_scale.model.heads import Head
 from blip_scale.model.med import MEDConfig, MomentumEncoder
 
-Head = Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr2", "visdial"]
-HEADS: tuple[Head, ...] = get_args(Head)
 State = dict[str, Tensor]
 
 TOWERS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
@@ -54,6 +52,8 @@ _EMBEDDINGS = {
     "norm.weight": "LayerNorm.weight",
     "norm.bias": "LayerNorm.bias",
 }
+_LINEAR_HEADS = ("vision_proj", "text_proj", "itm_head")
+_KINDS = ("weight", "bias")
 _TEXT_LAYER = {
     "cross_attention.query": ("crossattention.self.query",),
     "cross_attention.key_value": ("crossattention.self.key", "crossattention.self.value"),
@@ -64,32 +64,42 @@ _TEXT_LAYER = {
 
 
 def their_names(ours: str) -> dict[str, tuple[str, ...]]:
-    """The part of BLIP -> its names, in order along the first dimension, of one MED parameter."""
+    """The part of BLIP -> its names, in order along the first dimension, of one MED parameter.
+
+    Empty for a parameter that the published network doesn't have. Of the ViT each name passes as it
+    is: timm has ViTs with parameters that the published one lacks.
+    """
     section, _, rest = ours.partition(".")
     if section == "vision":
         return {"visual_encoder": (f"visual_encoder.{rest}",)}
-    if section == "temperature":
+    if ours == "temperature.value":
         return {"temp": ("temp",)}
-    if section == "lm_head":
+    if section == "lm_head" and rest in LM_HEAD:
         return {"text_decoder": (_PREDICTIONS + LM_HEAD[rest],)}
-    if section != "text":
+    if section in _LINEAR_HEADS and rest in _KINDS:
         return {section: (ours,)}
+    return _their_text_names(rest) if section == "text" else {}
+
+
+def _their_text_names(ours: str) -> dict[str, tuple[str, ...]]:
+    """The same of a parameter of MED's text stack, named within it."""
     stacks = {"text_encoder": "text_encoder", "text_decoder": "text_decoder.bert"}
-    kind, _, rest = rest.partition(".")
-    if kind == "embeddings":
-        return {
-            part: (f"{stack}.embeddings.{_EMBEDDINGS[rest]}",) for part, stack in stacks.items()
-        }
+    section, _, rest = ours.partition(".")
+    if section == "embeddings":
+        name = _EMBEDDINGS.get(rest)
+        return {part: (f"{stack}.embeddings.{name}",) for part, stack in stacks.items() if name}
     number, _, rest = rest.partition(".")
     block, _, inner = rest.partition(".")
     if block.startswith("self_attention_"):
         part = block.replace("self_attention", "text")
         stacks = {part: stacks[part]}
         module, _, kind = inner.rpartition(".")
-        several = SELF_ATTENTION[module]
+        several = SELF_ATTENTION.get(module)
     else:
         module, _, kind = rest.rpartition(".")
-        several = _TEXT_LAYER[module]
+        several = _TEXT_LAYER.get(module)
+    if several is None or section != "layers" or kind not in _KINDS:
+        return {}
     return {
         part: tuple(f"{stack}.encoder.layer.{number}.{name}.{kind}" for name in several)
         for part, stack in stacks.items()
@@ -97,7 +107,8 @@ def their_names(ours: str) -> dict[str, tuple[str, ...]]:
 
 
 def to_salesforce(med: Mapping[str, Tensor], head: Head) -> State:
-    """MED parameters as the published layout of a head, without its training state.
+    """MED parameters as the published layout of a head, without its training state. Parameters that
+    the published network doesn't have are left out.
 
     Encoder and decoder get the same tensors where they share; fused ones are cut into views.
     Second names (tied tensors) and position_ids are there.

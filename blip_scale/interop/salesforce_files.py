@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_scale.interop.blip_weights import BlipWeights, checked, depth, one_line
+from blip_scale.interop.blip_weights import (
+    BlipWeights,
+    checked,
+    depth,
+    one_line,
+    refuse_unpublished,
+)
 from blip_scale.interop.salesforce import State, head_of
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import SpecialTokens, TextConfig
@@ -53,7 +59,12 @@ def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
 
 
 def write_salesforce(weights: BlipWeights, path: Path) -> None:
-    """A file that the published loaders take: `model`, and the sizes beside it."""
+    """A file that the published loaders take: `model`, and the sizes beside it.
+
+    Raises:
+        ValueError: parameters that the published network doesn't have; names them.
+    """
+    refuse_unpublished(weights)
     network = dataclasses.asdict(weights.config)
     torch.save({"model": weights.state, _NETWORK: network, "step": weights.step}, path)
 

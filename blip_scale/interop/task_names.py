@@ -27,36 +27,39 @@ _CROSS = "text_encoder.encoder.layer.{}.crossattention."
 
 
 def published_names(ours: str) -> tuple[str, ...]:
-    """The published names, in order along the first dimension, of one parameter."""
+    """The published names, in order along the first dimension, of one parameter; none for one that
+    the published network doesn't have."""
     pair, merge = _PAIR.fullmatch(ours), _MERGE.fullmatch(ours)
     if pair:
         layer, number, module, kind = pair.groups()
-        names = (name.format(number) for name in _OF_PAIR[module])
+        names = (name.format(number) for name in _OF_PAIR.get(module, ()))
         return tuple(f"{_CROSS.format(layer)}{name}.{kind}" for name in names)
     if merge:
         return (f"{_CROSS.format(merge[1])}output.merge_layer.{merge[2]}",)
     section, _, rest = ours.partition(".")
     if section in ("text_encoder", "text_decoder"):
-        return their_names(f"text.{rest}")[section]
-    if section == "cls_head":
+        return their_names(f"text.{rest}").get(section, ())
+    if section in ("cls_head", "caption_proj"):
         return (ours,)
-    return next(iter(their_names(ours).values()))
+    return next(iter(their_names(ours).values()), ())
 
 
 def task_to_published(parameters: Mapping[str, Tensor]) -> State:
-    """Parameters of a network in the published layout, second names and position_ids included."""
+    """Parameters of a network in the published layout, second names and position_ids included;
+    those that the published network doesn't have are left out."""
     state: State = {}
     for ours, tensor in parameters.items():
-        if ours != "lm_head.weight":  # the word embedding
-            names = published_names(ours)
+        names = published_names(ours)
+        if names:
             state |= zip(names, tensor.chunk(len(names)), strict=True)
     return complete(state)
 
 
 def task_from_published(state: Mapping[str, Tensor], names: Iterable[str]) -> State:
-    """The parameters `names` out of a whole published layout."""
-    return {
-        ours: torch.cat([state[theirs] for theirs in published_names(ours)])
-        for ours in names
-        if ours != "lm_head.weight"
-    }
+    """The parameters `names` out of a whole published layout, as far as it has them."""
+    result: State = {}
+    for ours in names:
+        pieces = [state[theirs] for theirs in published_names(ours)]
+        if pieces:
+            result[ours] = torch.cat(pieces)
+    return result

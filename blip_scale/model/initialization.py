@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from timm.models.vision_transformer import LayerScale
@@ -13,19 +14,31 @@ from torch import Tensor, nn
 from blip_scale.model.med import MED
 
 INIT_STD = 0.02
+N = TypeVar("N", bound=nn.Module)
+
+
+def seeded(build: Callable[[], N], seed: int) -> N:
+    """Build a network on the CPU whose constructors draw from `seed`.
+
+    A parameter without a rule in `init_weights` or `fill_from_med` keeps the value that its
+    constructor gave it. With the seed that value is the same on all ranks and in every start.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build()
 
 
 @torch.no_grad()
 def init_weights(
     med: MED, seed: int, vision_std: float = INIT_STD, text_std: float = INIT_STD
 ) -> None:
-    """Fills every parameter of a plain (not partitioned) MED, a pure function of `seed`.
+    """Fill a plain (not partitioned) MED, a pure function of `seed`.
 
     ViT: truncated normal of std `vision_std` for linear layers, of std 0.02 for class token and
     position embeddings, PyTorch's default for the patch convolution. Text: normal, of std
     `text_std` for linear layers, of 0.02 for embeddings and LM head. Contrastive projections and
     matching head: PyTorch's default for linear layers. Biases 0 (but PyTorch's default where that
-    is taken), norms 1 and 0.
+    is taken), norms 1 and 0. Parameters of other modules stay as they are (`seeded`).
     """
     generator = torch.Generator(device=next(med.parameters()).device).manual_seed(seed)
     vision = med.vision
@@ -65,14 +78,15 @@ def fill_from_med(
     Encoder and decoder get what MED shares between them, both cross-attentions of NLVR2 the same.
     What MED doesn't have, or has in another shape, is random from `seed`: linear layers of the text
     stacks (a decoder that reads states of another width than the image tokens', merge layers)
-    normal of std `text_std` with biases 0, other heads PyTorch's default.
+    normal of std `text_std` with biases 0, other heads PyTorch's default. What isn't part of a
+    linear layer keeps the value of its constructor (`seeded`).
 
     Args:
         network: not partitioned.
         med: parameters of a MED by name; a prefix `med.` is passed over.
 
     Returns:
-        The names of the random ones.
+        The names of those that MED doesn't have.
     """
     generator = torch.Generator().manual_seed(seed)
     there = {name.removeprefix("med."): tensor for name, tensor in med.items()}
@@ -86,7 +100,8 @@ def fill_from_med(
         drawn.append(name)
         path, _, kind = name.rpartition(".")
         module = modules[path]
-        assert isinstance(module, nn.Linear), name
+        if not isinstance(module, nn.Linear):
+            continue
         if not name.startswith("text_"):
             if kind == "weight":
                 _torch_default(module, generator)

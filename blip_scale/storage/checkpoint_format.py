@@ -1,12 +1,16 @@
-"""The files of a checkpoint: written, verified, committed, read in pieces; no rank knows another
-here.
+"""The format of our training checkpoints: files written, verified, committed, read in pieces.
+
+This module knows no ranks and no network.
 
 A checkpoint is a folder `step_00000100` with one safetensors file a rank (fp32 masters, optimizer
-moments and momentum averages of its shards), `shared.safetensors` (what all ranks hold alike: the
-feature queues) and `manifest.json` (sizes and checksums of the files, and the state of the run).
-Until all of it is on the disk the folder is called `step_00000100.partial`. Every file says which
-elements of each parameter it holds, so a checkpoint does not depend on the number of ranks or on
-the ZeRO stage that wrote it.
+moments and momentum averages of its parameter slices), `shared.safetensors` (what all ranks hold
+alike: the feature queues) and `manifest.json` (`Manifest`). Until all of it is on the disk the
+folder is called `step_00000100.partial`. Every file says which elements of each parameter it holds,
+so a checkpoint does not depend on the number of ranks or on the ZeRO stage that wrote it.
+
+The manifest says which version of this format the checkpoint has (`FORMAT_VERSION`). Checkpoints
+from before that field existed have the layout of version 1 and are read as such. Whoever changes
+the layout, or the meaning of a field, raises the version.
 """
 
 from __future__ import annotations
@@ -14,10 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,77 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip_scale.storage import run_folder
+
+FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
+NETWORK = "network.json"
+"""Sizes of the network, in checkpoints that were converted and lie in no run's folder."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_NAME = re.compile(r"step_(\d{8})")
+_VERSION_KEY = "format_version"
+
+
+class UnknownVersionError(ValueError):
+    """A checkpoint is of a version of the format that this code doesn't read."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says of a checkpoint."""
+
+    step: int
+    """Optimizer steps done."""
+    world_size: int
+    """Ranks that wrote it."""
+    stage: int
+    """ZeRO stage."""
+    optimizer_steps: int
+    """Updates that AdamW has made; fewer than `step` where updates were skipped."""
+    parameters: dict[str, int]
+    """Elements of every parameter, by name."""
+    files: dict[str, dict[str, Any]]
+    """Size (`bytes`) and checksum (`xxh3`) of every file, by name."""
+    position: dict[str, Any]
+    """The run's past (`engine.run.History`); empty in a checkpoint that no run wrote."""
+    task: dict[str, Any]
+    """State of the task."""
+    frozen: list[str] = field(default_factory=list)
+    """Parameters that don't train; early checkpoints of runs without any lack the field."""
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps({_VERSION_KEY: FORMAT_VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse manifest.json.
+
+        Raises:
+            UnknownVersionError: another version of the format.
+            ValueError: it isn't whole.
+        """
+        content = json.loads(text)
+        names = [one.name for one in fields(cls)]
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object with {', '.join(names)}")
+        version = content.get(_VERSION_KEY, 1)
+        if version != FORMAT_VERSION:
+            is_newer = isinstance(version, int) and version > FORMAT_VERSION
+            advice = (
+                "update blip_scale"
+                if is_newer
+                else "convert it to .pth with the blip_scale that wrote it, and start from that "
+                "with model.checkpoint"
+            )
+            raise UnknownVersionError(
+                f"the checkpoint has format version {version}, this blip_scale reads version "
+                f"{FORMAT_VERSION}: {advice}"
+            )
+        missing = [name for name in names if name not in content and name != "frozen"]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return cls(**{name: content[name] for name in names if name in content})
 
 
 @dataclass(frozen=True)
@@ -40,29 +110,19 @@ class Content:
     metadata: dict[str, str]
 
 
-def folder_name(step: int) -> str:
-    """Name of the folder of a step."""
-    return f"step_{step:08d}"
-
-
 def rank_file(rank: int) -> str:
     """Name of the file of a rank."""
     return f"rank_{rank:05d}.safetensors"
 
 
-def steps(names: Iterable[str]) -> list[int]:
-    """Steps of the checkpoints among some names of folders, oldest first."""
-    return sorted({int(match[1]) for name in names if (match := _NAME.fullmatch(name))})
-
-
 def committed(folder: Path) -> list[int]:
     """Steps of the committed checkpoints of a folder, oldest first."""
-    return steps(path.name for path in folder.glob("step_*"))
+    return run_folder.steps(path.name for path in folder.glob("step_*"))
 
 
 def committed_objects(names: Iterable[str]) -> list[int]:
     """Steps whose manifest is among the objects of an object storage, oldest first."""
-    return steps(name.removesuffix(f"/{MANIFEST}") for name in names)
+    return run_folder.steps(name.removesuffix(f"/{MANIFEST}") for name in names)
 
 
 def retained(candidates: Iterable[int], keep_last: int, keep_every: int | None) -> set[int]:
@@ -88,7 +148,7 @@ def _write_file(path: Path, content: Content) -> dict[str, Any]:
 
 def is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
     """Whether a file has the size and the checksum of its manifest."""
-    return path.stat().st_size == entry["bytes"] and _checksum(path) == entry["xxh3"]
+    return path.stat().st_size == entry.get("bytes") and _checksum(path) == entry.get("xxh3")
 
 
 def _checksum(path: Path) -> str:
@@ -97,12 +157,17 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def commit(partial: Path, final: Path, manifest: str) -> None:
-    """Write the manifest and give the folder its final name: from here on the checkpoint exists."""
-    with (partial / MANIFEST).open("w", encoding="utf-8") as file:
+def write_manifest(folder: Path, manifest: str) -> None:
+    """Write manifest.json through to the disk."""
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(manifest)
         file.flush()
         os.fsync(file.fileno())
+
+
+def commit(partial: Path, final: Path, manifest: str) -> None:
+    """Write the manifest and give the folder its final name: from here on the checkpoint exists."""
+    write_manifest(partial, manifest)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
@@ -113,21 +178,40 @@ def commit(partial: Path, final: Path, manifest: str) -> None:
         os.close(directory)
 
 
-def parse_manifest(text: str) -> dict[str, Any]:
-    """The manifest as an object.
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
 
     Raises:
-        ValueError: it is not whole.
+        ValueError: it can't be read, or is of another version of the format.
     """
-    manifest = json.loads(text)
-    keys = ("step", "world_size", "stage", "optimizer_steps", "parameters", "files")
-    if not isinstance(manifest, dict) or not all(key in manifest for key in keys):
-        raise ValueError(f"expected an object with {', '.join(keys)}")
-    return manifest
+    file = folder / MANIFEST
+    try:
+        return Manifest.from_json(file.read_text(encoding="utf-8"))
+    except UnknownVersionError as error:
+        raise UnknownVersionError(f"{folder}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be read: {error}") from error
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Check size and checksum of every file.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
+    """
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing; a checkpoint is whole with the files of all ranks"
+            )
+        if not is_intact(file, entry):
+            raise ValueError(f"{file} is damaged: size or checksum isn't that of {MANIFEST}")
 
 
 class Reader:
-    """Reads any stretch of any parameter out of the files of some ranks."""
+    """Reads any elements of any parameter out of the files of some ranks."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files = [safe_open(file, "pt") for file in files]
@@ -135,6 +219,11 @@ class Reader:
             {name: int(start) for name, start in (file.metadata() or {}).items()}
             for file in self._files
         ]
+
+    def names(self, key: str) -> set[str]:
+        """Names of the parameters of which the files hold `key` (see `read`)."""
+        keys = {name for file in self._files for name in file.keys()}  # noqa: SIM118
+        return {name.removeprefix(f"{key}/") for name in keys if name.startswith(f"{key}/")}
 
     def read(self, key: str, name: str, start: int, target: Tensor) -> None:
         """Fill `target` [numel] with elements [start, start + numel) of parameter `name`.
@@ -160,7 +249,7 @@ class Reader:
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {missing} elements of {key}/{name}: its files were "
-                "changed by hand. Take another output_dir."
+                "changed by hand. Restore them, or take another checkpoint."
             )
 
 

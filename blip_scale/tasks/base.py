@@ -20,8 +20,8 @@ from blip_scale.engine.watching.monitor import Alarm
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.inference.sizes import med_config
-from blip_scale.interop.heads import cut_down
-from blip_scale.interop.salesforce import PARTS, Head
+from blip_scale.model.heads import Head, cut_down
+from blip_scale.model.initialization import seeded
 from blip_scale.model.kernels import choose_kernel
 from blip_scale.model.med import MED
 from blip_scale.tasks import networks
@@ -31,7 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 
 class TrainingTask(ABC):
     """The calls of `engine.task.Task` that most tasks answer alike, and those that each answers in
-    its own way. Its network holds the parts of `head` under the names of `interop.heads`.
+    its own way. Its network holds the network of `head` (`model.heads`) as `med`.
     """
 
     head: ClassVar[Head]
@@ -79,11 +79,23 @@ class TrainingTask(ABC):
 
     def build_med(self) -> MED:
         """The MED with the parts of the head, weights not filled."""
-        return cut_down(MED(self.config), PARTS[self.head])
+        return cut_down(MED(self.config), self.head)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """Weights of the recipe's checkpoints, random from the seed where there are none."""
-        return networks.initial_parameters(self.recipe, self.config, self.head)
+        """Weights of the recipe's checkpoints, random from the seed where there are none.
+
+        What trains outside `med` (a parameter of a loss) and isn't in `model.checkpoint` keeps the
+        value that its constructor draws from the seed.
+        """
+        weights = networks.initial_parameters(self.recipe, self.config, self.head)
+        with torch.device("meta"):
+            network = self.build_network()
+        trainable = {name for name, p in network.named_parameters() if p.requires_grad}
+        if trainable - weights.keys():
+            network = seeded(self.build_network, self.recipe.seed)
+            drawn = {name: p.detach() for name, p in network.named_parameters()}
+            weights |= {name: drawn[name] for name in trainable - weights.keys()}
+        return weights
 
     def inventory(self) -> list[dict[str, Any]]:
         """The training streams with their shards."""

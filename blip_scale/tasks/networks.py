@@ -17,10 +17,10 @@ from blip_scale.data.tokenizer import resolve_checkpoint
 from blip_scale.engine import collectives
 from blip_scale.interop.bert import load_bert
 from blip_scale.interop.checkpoints import grown, head_parameters, load_checkpoint
-from blip_scale.interop.heads import OWN_NETWORKS, from_published, shapes_of
-from blip_scale.interop.salesforce import Head, to_salesforce
+from blip_scale.interop.heads import PREFIX
 from blip_scale.interop.vision import load_vision
-from blip_scale.model.initialization import init_weights
+from blip_scale.model.heads import OWN_NETWORKS, Head, cut_down
+from blip_scale.model.initialization import init_weights, seeded
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.vision import build_vision, training_tokens
 
@@ -32,7 +32,7 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
     Every rank makes the same and keeps its shards, so the start of a run does not depend on the
     ranks.
     """
-    med = MED(config)
+    med = seeded(lambda: MED(config), recipe.seed)
     vision, text = recipe.model.vision, recipe.model.text
     if recipe.model.checkpoint is not None:
         load_checkpoint(med, _whole_checkpoint(recipe))
@@ -46,15 +46,17 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
 
 
 def initial_parameters(recipe: Recipe, config: MEDConfig, head: Head) -> dict[str, Tensor]:
-    """All parameters of a head's network (`interop.heads`), whole, in fp32 on the CPU: from
-    `model.checkpoint`, of this head or of pretraining, else as `initialized_med` makes them."""
+    """All parameters of a head's network (`model.heads`) by full name, whole, in fp32 on the CPU:
+    from `model.checkpoint`, of this head or of pretraining, else as `initialized_med` makes
+    them."""
     std = recipe.model.text.init_std
     if recipe.model.checkpoint is not None:
         return head_parameters(_whole_checkpoint(recipe), head, config, recipe.seed, std)
-    med = {name: p.detach() for name, p in initialized_med(recipe, config).named_parameters()}
+    med = initialized_med(recipe, config)
     if head in OWN_NETWORKS:
-        return grown(med, head, config, recipe.seed, std)
-    return from_published(to_salesforce(med, head), head, shapes_of(head, config))
+        return grown(dict(med.named_parameters()), head, config, recipe.seed, std)
+    network = cut_down(med, head)
+    return {f"{PREFIX}{name}": parameter.detach() for name, parameter in network.named_parameters()}
 
 
 def _whole_checkpoint(recipe: Recipe) -> Path:

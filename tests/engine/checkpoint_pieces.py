@@ -15,7 +15,7 @@ from blip_scale.engine.checkpoints import restore
 from blip_scale.engine.checkpoints.location import Place
 from blip_scale.engine.checkpoints.save import RunState, Saver
 from blip_scale.engine.zero.engine import AdamW
-from blip_scale.engine.zero.parameter_slices import Shard
+from blip_scale.engine.zero.parameter_slices import ParameterSlice
 from blip_scale.storage.objects import ObjectFolder
 
 SIZES = {"first": 7, "second": 20, "last": 1}
@@ -56,15 +56,15 @@ class Pieces:
         owned = {name: part for name, part in cut.items() if len(part)}
         flat = torch.zeros(sum(map(len, owned.values())))
         self.optimizer: torch.optim.Optimizer = AdamW([nn.Parameter(flat)], fused=True)
-        self.all_shards: list[Shard] = []
+        self.all_slices: list[ParameterSlice] = []
         for name, part in owned.items():
-            offset = sum(shard.numel for shard in self.all_shards)
-            shard = Shard(name, nn.Parameter(flat), part.start, len(part), flat, offset)
-            self.all_shards.append(shard)
-        followed = [shard for shard in self.all_shards if shard.name in FOLLOWED]
+            offset = sum(piece.numel for piece in self.all_slices)
+            piece = ParameterSlice(name, nn.Parameter(flat), part.start, len(part), flat, offset)
+            self.all_slices.append(piece)
+        followed = [piece for piece in self.all_slices if piece.name in FOLLOWED]
         self.refreshed: list[str] = []
         self.engine: Any = SimpleNamespace(
-            shards=self.all_shards,
+            shards=self.all_slices,
             trainable={name: torch.empty(size) for name, size in SIZES.items()},
             frozen={},
             optimizer=self.optimizer,
@@ -73,24 +73,24 @@ class Pieces:
             refresh=lambda: self.refreshed.append("engine"),
         )
         self.momentum: Any = SimpleNamespace(
-            shards=followed,
-            averages=[torch.zeros(shard.numel) for shard in followed],
+            slices=followed,
+            averages=[torch.zeros(piece.numel) for piece in followed],
             refresh=lambda: self.refreshed.append("momentum"),
             copy_frozen=lambda: None,
         )
         if filled:
             moments = {key: torch.zeros_like(flat) for key in KINDS[1:3]}
             self.optimizer.state[flat] = {"step": torch.tensor(17.0), **moments}
-            for kind, shard, tensor in self.tensors():
-                tensor += values(kind, shard.name)[shard.start : shard.start + shard.numel]
+            for kind, piece, tensor in self.tensors():
+                tensor += values(kind, piece.name)[piece.start : piece.start + piece.numel]
 
-    def tensors(self) -> list[tuple[str, Shard, Tensor]]:
+    def tensors(self) -> list[tuple[str, ParameterSlice, Tensor]]:
         """Everything that a checkpoint must keep, as live views."""
-        found = [("weight", shard, shard.weight) for shard in self.all_shards]
+        found = [("weight", piece, piece.weight) for piece in self.all_slices]
         for key in KINDS[1:3]:
-            found += [(key, one, one.state(self.optimizer, key)) for one in self.all_shards]
-        pairs = zip(self.momentum.shards, self.momentum.averages, strict=True)
-        return found + [("momentum", shard, average) for shard, average in pairs]
+            found += [(key, one, one.state(self.optimizer, key)) for one in self.all_slices]
+        pairs = zip(self.momentum.slices, self.momentum.averages, strict=True)
+        return found + [("momentum", piece, average) for piece, average in pairs]
 
     def saver(self, place: Place, start_step: int = 0, **settings: Any) -> Saver:
         """One that keeps what it reports in `self.curves`."""

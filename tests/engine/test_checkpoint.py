@@ -65,12 +65,12 @@ def test_ranks_and_stage_may_change(
         assert state.task == {"queue": {"pointer": 3}}
         assert torch.equal(state.shared["queue/image"], torch.eye(3))
         assert pieces.refreshed == ["engine", "momentum"]
-        for kind, shard, tensor in pieces.tensors():
-            expected = values(kind, shard.name)[shard.start : shard.start + shard.numel]
+        for kind, piece, tensor in pieces.tensors():
+            expected = values(kind, piece.name)[piece.start : piece.start + piece.numel]
             assert torch.equal(tensor, expected)
-            covered[kind][shard.name] += shard.numel
-        if pieces.all_shards:
-            assert pieces.optimizer.state[pieces.all_shards[0].flat]["step"] == 17
+            covered[kind][piece.name] += piece.numel
+        if pieces.all_slices:
+            assert pieces.optimizer.state[pieces.all_slices[0].flat]["step"] == 17
     for kind in KINDS[:3]:
         assert covered[kind] == SIZES
     assert covered["momentum"] == {name: SIZES[name] * (name in FOLLOWED) for name in SIZES}
@@ -84,7 +84,7 @@ def test_a_run_without_an_update_has_no_moments(tmp_path: Path) -> None:
     fresh = alone(filled=False)
     restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
     assert not fresh.optimizer.state
-    assert torch.equal(fresh.all_shards[1].weight, values("weight", "second"))
+    assert torch.equal(fresh.all_slices[1].weight, values("weight", "second"))
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
     """A run that went back to an earlier checkpoint writes the same steps once more."""
     alone().save(tmp_path)
     pieces = alone()
-    pieces.all_shards[0].weight.fill_(-1.0)
+    pieces.all_slices[0].weight.fill_(-1.0)
     assert pieces.save(tmp_path) == tmp_path / "step_00000005"
     fresh = alone(filled=False)
     restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
-    assert torch.equal(fresh.all_shards[0].weight, torch.full((7,), -1.0))
+    assert torch.equal(fresh.all_slices[0].weight, torch.full((7,), -1.0))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
 
 
@@ -229,7 +229,7 @@ def test_another_network_is_refused(
     said = f"holds {saved} elements of {name}, the recipe's network {here}: it is of another"
     with pytest.raises(ValueError, match=said):
         restore.load(tmp_path / "step_00000005", other.engine, other.momentum)
-    assert not any(shard.weight.any() for shard in other.all_shards)  # nothing was loaded
+    assert not any(piece.weight.any() for piece in other.all_slices)  # nothing was loaded
 
 
 def test_training_goes_on_while_a_copy_is_written(
@@ -260,8 +260,8 @@ def test_training_goes_on_while_a_copy_is_written(
     assert saver.finish() and saver.newest == 5
     fresh = alone(filled=False)
     found = restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
-    for kind, shard, tensor in fresh.tensors():
-        assert torch.equal(tensor, values(kind, shard.name)), f"{kind} {shard.name}"
+    for kind, piece, tensor in fresh.tensors():
+        assert torch.equal(tensor, values(kind, piece.name)), f"{kind} {piece.name}"
     assert (found.position, found.task) == (state_of(5).position, state_of(5).task)
     assert torch.equal(found.shared["queue/image"], torch.eye(3))
     assert pieces.curves[5].keys() == {"checkpoint/pause_s", "checkpoint/write_s"}
@@ -309,8 +309,8 @@ def test_every_node_has_a_disk_of_its_own(
         assert found is not None
         pieces = Pieces(even_slices(rank, ranks), filled=False)
         restore.load(found, pieces.engine, pieces.momentum)
-        for kind, shard, tensor in pieces.tensors():
-            expected = values(kind, shard.name)[shard.start : shard.start + shard.numel]
+        for kind, piece, tensor in pieces.tensors():
+            expected = values(kind, piece.name)[piece.start : piece.start + piece.numel]
             assert torch.equal(tensor, expected)
 
     if ranks == 2:

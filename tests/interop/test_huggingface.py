@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from blip_scale.interop.huggingface_names import from_huggingface, to_huggingface
-from blip_scale.interop.salesforce import Head, from_salesforce, to_salesforce
+from blip_scale.interop.salesforce import from_salesforce, to_salesforce
 from blip_scale.model.generation import (
     BeamSettings,
     NucleusSettings,
@@ -25,6 +25,7 @@ from blip_scale.model.generation import (
     caption_nucleus,
     nucleus,
 )
+from blip_scale.model.heads import Head
 from blip_scale.model.initialization import init_weights
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.packing import PackedText

@@ -28,9 +28,8 @@ from blip_scale.inference.inputs import to_pixels
 from blip_scale.inference.loading import load_blip
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop.checkpoints import head_parameters, load_checkpoint
-from blip_scale.interop.heads import cut_down
-from blip_scale.interop.salesforce import PARTS, Head
 from blip_scale.interop.training_checkpoints import write_training_checkpoint
+from blip_scale.model.heads import Head, cut_down
 from blip_scale.model.med import MED, MomentumEncoder
 from blip_scale.model.packing import PackedText
 from blip_scale.objectives.contrastive import FeaturePair
@@ -84,7 +83,7 @@ def tiny(pretrained: Path) -> Recipe:
 def network_of(pretrained: Path, recipe: Recipe, head: Head) -> MED:
     """The part of the MED that a head trains, in evaluation mode."""
     config = med_config(recipe, load_tokenizer(recipe.model.text))
-    med = cut_down(MED(config), PARTS[head])
+    med = cut_down(MED(config), head)
     state = head_parameters(pretrained, head, config)
     assert {f"med.{name}" for name, _ in med.named_parameters()} == set(state)
     med.load_state_dict({name.removeprefix("med."): t for name, t in state.items()}, strict=False)

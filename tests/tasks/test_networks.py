@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from blip_scale.config.recipe import Recipe
 from blip_scale.data.pixels.transforms import normalize_images
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.sizes import med_config
+from blip_scale.model.heads import Head
+from blip_scale.model.initialization import init_weights
+from blip_scale.model.med import MED
 from blip_scale.tasks import networks
 
 
@@ -91,3 +95,53 @@ def test_more_layers_than_the_checkpoint_has_are_refused(bert: Path, recipe: Rec
     tokenizer = load_tokenizer(asked.model.text)
     with pytest.raises(ValueError, match=r"it has 5 layers, 6 are asked for"):
         networks.initialized_med(asked, med_config(asked, tokenizer))
+
+
+WITHOUT = {
+    "pretrain": r"$^",
+    "captioning": r"(text\.layers\.\d+\.self_attention_encoder|vision_proj|text_proj|itm_head"
+    r"|temperature)\.",
+    "retrieval": r"(text\.layers\.\d+\.self_attention_decoder|lm_head)\.",
+}
+"""Parameters of MED that a head does without, written out."""
+
+
+@pytest.mark.parametrize("head", WITHOUT)
+def test_initial_weights_of_a_part_are_those_of_the_whole(recipe: Recipe, head: Head) -> None:
+    config = med_config(recipe, load_tokenizer(recipe.model.text))
+    med = MED(config)
+    init_weights(med, recipe.seed, recipe.model.vision.init_std, recipe.model.text.init_std)
+    expected = {
+        f"med.{name}": parameter
+        for name, parameter in med.named_parameters()
+        if not re.match(WITHOUT[head], name)
+    }
+    initial = networks.initial_parameters(recipe, config, head)
+    assert initial.keys() == expected.keys()
+    assert all(torch.equal(initial[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("head", "random"),
+    [("vqa", []), ("visdial", []), ("nlvr2", ["cls_head", "merge_layer"])],
+)
+def test_initial_weights_of_other_networks_are_meds(
+    recipe: Recipe, head: Head, random: list[str]
+) -> None:
+    """Encoder and decoder have what MED shares; NLVR2 has its one cross-attention twice. What MED
+    lacks is drawn anew from the same seed."""
+    config = med_config(recipe, load_tokenizer(recipe.model.text))
+    med = dict(networks.initialized_med(recipe, config).named_parameters())
+    initial = networks.initial_parameters(recipe, config, head)
+    again = networks.initial_parameters(recipe, config, head)
+    drawn = set()
+    for name, tensor in initial.items():
+        bare = re.sub(r"text_(encoder|decoder)\.", "text.", name.removeprefix("med."))
+        bare = re.sub(r"\.images\.[01]", "", bare)
+        if bare in med:
+            assert torch.equal(tensor, med[bare]), name
+        else:
+            drawn.add(name)
+        assert torch.equal(tensor, again[name]), name
+    assert {kind for kind in random if any(kind in name for name in drawn)} == set(random)
+    assert all(any(kind in name for kind in random) for name in drawn)

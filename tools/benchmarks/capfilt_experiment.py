@@ -27,6 +27,7 @@ from blip_scale.data.reading.stream_store import StreamStore
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.inference.images import batched, pixels_of
 from blip_scale.inference.loading import load_blip
+from blip_scale.storage import run_folder
 
 REPO = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
@@ -140,7 +141,7 @@ def train(
 ) -> None:
     """One run on sets with their numbers of texts, which are their weights; a finished one is left
     as it is."""
-    if (run / "summary.json").is_file():
+    if (run / run_folder.SUMMARY).is_file():
         return
     streams = [{"name": n, "local": str(p), "weight": texts} for n, (p, texts) in sets.items()]
     heldout = [{"name": name, "local": str(demo / name)} for name in HELDOUT]
@@ -233,7 +234,7 @@ def retrieval(out: Path) -> dict[str, Any]:
     """Held-out recalls of all runs, by set, direction and k: of each seed, and their means."""
     figures: dict[str, Any] = {}
     for kind in ("raw", "clean"):
-        runs = [json.loads((out / f"{kind}_{s}" / "summary.json").read_text()) for s in SEEDS]
+        runs = [json.loads((out / f"{kind}_{s}" / run_folder.SUMMARY).read_text()) for s in SEEDS]
         for name in (n for n in runs[0]["evaluation"] if "itc_" in n):
             values = [run["evaluation"][name] for run in runs]
             figures.setdefault(name, {})[kind] = [*values, sum(values) / len(values)]

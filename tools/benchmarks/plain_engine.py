@@ -24,7 +24,7 @@ class PlainEngine:
             self._masters.values(), betas=settings.betas, weight_decay=settings.weight_decay,
             eps=settings.eps, fused=True,
         )  # fmt: skip
-        self.shards = [_PlainShard(name, master) for name, master in self._masters.items()]
+        self.shards = [_PlainSlice(name, master) for name, master in self._masters.items()]
 
     def gradient_norms(self) -> dict[str, float]:
         """Of all gradients."""
@@ -52,7 +52,7 @@ class PlainEngine:
                 self._trainable[name].data.copy_(self._masters[name].data)
 
 
-class _PlainShard:
+class _PlainSlice:
     def __init__(self, name: str, master: nn.Parameter) -> None:
         self.name, self.weight = name, master.data
 
@@ -62,7 +62,7 @@ class PlainMomentum:
 
     def __init__(self, engine: PlainEngine, pairs: dict[str, str]) -> None:
         parameters = dict(engine.module.named_parameters())
-        masters = {shard.name: shard.weight for shard in engine.shards}
+        masters = {piece.name: piece.weight for piece in engine.shards}
         for copy, online in pairs.items():
             parameters[copy].data.copy_(parameters[online].data)
         moving = {copy: online for copy, online in pairs.items() if online in masters}

@@ -30,7 +30,8 @@ from transformers import (
 from blip_scale.config.recipe import ObjectiveRecipe, OptimizerRecipe
 from blip_scale.interop.huggingface_config import text_config
 from blip_scale.interop.huggingface_names import to_huggingface
-from blip_scale.interop.salesforce import Head, to_salesforce
+from blip_scale.interop.salesforce import to_salesforce
+from blip_scale.model.heads import Head
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.packing import PackedText
 from blip_scale.model.vision import build_vision

@@ -12,6 +12,7 @@ from blip_scale.config.recipe import Recipe
 from blip_scale.config.settings import expand
 from blip_scale.engine import collectives
 from blip_scale.engine.checkpoints.background import attempt, errors_of
+from blip_scale.storage import run_folder
 from blip_scale.storage.objects import ObjectFolder
 
 
@@ -50,7 +51,7 @@ def open_place(recipe: Recipe) -> Place:
     """
     stated = recipe.checkpoint.folder
     location = expand(stated, "checkpoint.folder") if stated else None
-    folder, remote = Path(recipe.output_dir) / "checkpoints", None
+    folder, remote = Path(recipe.output_dir) / run_folder.CHECKPOINTS, None
     if location and "://" in location:
         remote = ObjectFolder(location, recipe.checkpoint.retry_s)
     elif location:

@@ -20,7 +20,8 @@ from blip_scale.engine.checkpoints.location import Place
 from blip_scale.engine.checkpoints.save import RunState
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
-from blip_scale.storage import checkpoint_format
+from blip_scale.storage import checkpoint_format, run_folder
+from blip_scale.storage.checkpoint_format import Manifest, UnknownVersionError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def newest_whole(place: Place, stage: int) -> Path | None:
         Its folder, with all the files that the ranks which see it need; None without any.
 
     Raises:
-        ValueError: there are checkpoints, but none that is whole.
+        ValueError: there are checkpoints, but none that is whole; or the newest is of another
+            version of the format.
         OSError: there is none here, and the object storage cannot be asked (FileNotFoundError: it
             refuses, now and later).
     """
@@ -57,10 +59,8 @@ def newest_whole(place: Place, stage: int) -> Path | None:
         for manifest in _manifests(place, step, step in remote):
             problem = _make_whole(place, step, stage, manifest)
             if problem is None:
-                return place.folder / checkpoint_format.folder_name(step)
-            logger.warning(
-                "ignoring %s: %s", place.folder / checkpoint_format.folder_name(step), problem
-            )
+                return place.folder / run_folder.step_folder(step)
+            logger.warning("ignoring %s: %s", place.folder / run_folder.step_folder(step), problem)
     if local | remote:
         where = f"{place.folder}" + (f" and {place.remote.url}" if place.remote else "")
         raise ValueError(
@@ -78,30 +78,28 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
         ValueError: the checkpoint is of another network (a parameter is missing, has another size,
             or is one too many), or other layers of it were frozen.
     """
-    manifest = checkpoint_format.parse_manifest(
-        (path / checkpoint_format.MANIFEST).read_text(encoding="utf-8")
-    )
+    manifest = checkpoint_format.read_manifest(path)
     _check_network(manifest, engine)
     names = _needed(manifest, engine.stage, (collectives.rank(),))
     reader = checkpoint_format.Reader(
         path / name for name in names if name != checkpoint_format.SHARED
     )
-    trained = [shard for shard in engine.shards if shard.trains]
-    for flat in {id(shard.flat): shard.flat for shard in trained}.values():
-        _make_moments(engine.optimizer, flat, manifest["optimizer_steps"])
-    for shard in engine.shards:
-        reader.read("weight", shard.name, shard.start, shard.weight)
+    trained = [piece for piece in engine.shards if piece.trains]
+    for flat in {id(piece.flat): piece.flat for piece in trained}.values():
+        _make_moments(engine.optimizer, flat, manifest.optimizer_steps)
+    for piece in engine.shards:
+        reader.read("weight", piece.name, piece.start, piece.weight)
         for key in checkpoint_format.MOMENTS:
-            if shard.trains and manifest["optimizer_steps"]:
-                moment = shard.state(engine.optimizer, key)
-                reader.read(key, shard.name, shard.start, moment)
-    for shard, average in zip(momentum.shards, momentum.averages, strict=True):
-        reader.read("momentum", shard.name, shard.start, average)
+            if piece.trains and manifest.optimizer_steps:
+                moment = piece.state(engine.optimizer, key)
+                reader.read(key, piece.name, piece.start, moment)
+    for piece, average in zip(momentum.slices, momentum.averages, strict=True):
+        reader.read("momentum", piece.name, piece.start, average)
     engine.refresh()
     momentum.refresh()
     momentum.copy_frozen()
     shared = checkpoint_format.read_tensors(path / checkpoint_format.SHARED)
-    return RunState(manifest["step"], manifest["position"], manifest["task"], shared)
+    return RunState(manifest.step, manifest.position, manifest.task, shared)
 
 
 def _remote_steps(place: Place, may_fail: bool) -> list[int]:
@@ -129,7 +127,7 @@ def _manifests(place: Place, step: int, is_remote: bool) -> list[str]:
     """The manifests of a step: those of the nodes first, then that of the object storage; each
     once."""
     here: list[str] = []
-    file = place.folder / checkpoint_format.folder_name(step) / checkpoint_format.MANIFEST
+    file = place.folder / run_folder.step_folder(step) / checkpoint_format.MANIFEST
     if place.is_first and file.parent.exists():
         here = [file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""]
     if place.remote and is_remote and place.rank == 0:
@@ -146,17 +144,21 @@ def _manifests(place: Place, step: int, is_remote: bool) -> list[str]:
 def _make_whole(place: Place, step: int, stage: int, text: str) -> str | None:
     """See to it that all files of a manifest lie where they are needed; what is wrong otherwise."""
     try:
-        manifest = checkpoint_format.parse_manifest(text)
+        manifest = Manifest.from_json(text)
+    except UnknownVersionError as error:  # whole, for all we know: an older one must not replace it
+        raise UnknownVersionError(
+            f"{place.folder / run_folder.step_folder(step)}: {error}"
+        ) from error
     except ValueError as error:
         return f"{checkpoint_format.MANIFEST} cannot be read ({error})"
-    final = place.folder / checkpoint_format.folder_name(step)
+    final = place.folder / run_folder.step_folder(step)
     own = final / checkpoint_format.MANIFEST
     is_same = own.exists() and own.read_text(encoding="utf-8", errors="replace") == text
     folder = final if is_same else final.with_suffix(".partial")
     names = place.share(_needed(manifest, stage, place.sharers))
     problem = None
     for name in names:
-        problem = problem or _obtain(place, folder / name, manifest["files"][name])
+        problem = problem or _obtain(place, folder / name, manifest.files[name])
     problems = [found for found in collectives.all_gather_objects(problem) if found]
     outcome = Outcome()
     if place.is_first and not is_same:
@@ -188,21 +190,21 @@ def _obtain(place: Place, path: Path, entry: dict[str, Any]) -> str | None:
     return None
 
 
-def _needed(manifest: dict[str, Any], stage: int, ranks: tuple[int, ...]) -> list[str]:
+def _needed(manifest: Manifest, stage: int, ranks: tuple[int, ...]) -> list[str]:
     """Names of the files that hold what some ranks own.
 
     Where the ranks and the stage are those that saved it, each rank finds its own in its own file.
     """
-    names = sorted(manifest["files"])
-    if (manifest["world_size"], manifest["stage"]) != (collectives.world_size(), stage):
+    names = sorted(manifest.files)
+    if (manifest.world_size, manifest.stage) != (collectives.world_size(), stage):
         return names
     return [*(checkpoint_format.rank_file(rank) for rank in ranks), checkpoint_format.SHARED]
 
 
-def _check_network(manifest: dict[str, Any], engine: ZeroEngine) -> None:
+def _check_network(manifest: Manifest, engine: ZeroEngine) -> None:
     """Refuse parameters that are others, or of other sizes, than the engine's, and moments of other
     ones than train."""
-    saved, known = manifest["parameters"], engine.trainable | engine.frozen
+    saved, known = manifest.parameters, engine.trainable | engine.frozen
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in known.items()}
     for name in [*sizes, *saved]:
         if saved.get(name, 0) != sizes.get(name, 0):
@@ -211,7 +213,7 @@ def _check_network(manifest: dict[str, Any], engine: ZeroEngine) -> None:
                 f"network {sizes.get(name, 0)}: it is of another network. Give the recipe that "
                 "it was made with, or another output_dir."
             )
-    differing = sorted(set(manifest.get("frozen", [])) ^ set(engine.frozen))
+    differing = sorted(set(manifest.frozen) ^ set(engine.frozen))
     if differing:
         raise ValueError(
             f"{differing[0]} and {len(differing) - 1} more parameters were frozen when the "

@@ -1,20 +1,19 @@
 """Save a run while it trains: a copy in memory, files written in the background, one atomic rename.
 
-What a checkpoint is made of stands in `checkpoint_files`. The training pauses for the copy and for
-the rename; between them a thread of every rank writes. A checkpoint counts from the rename on,
+`storage.checkpoint_format` says what a checkpoint is made of. The training pauses for the copy and
+for the rename; between them a thread of every rank writes. A checkpoint counts from the rename on,
 which comes after the last rank's last byte is on the disk.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,8 @@ from blip_scale.engine.checkpoints.location import Place
 from blip_scale.engine.checkpoints.uploads import Uploads
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
-from blip_scale.storage import checkpoint_format
+from blip_scale.storage import checkpoint_format, run_folder
+from blip_scale.storage.checkpoint_format import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ class _Snapshot:
 
     step: int
     contents: dict[str, checkpoint_format.Content]
-    head: dict[str, Any]
-    """The manifest without its files."""
+    manifest: Manifest
+    """Without files, which are not written yet."""
 
 
 class Saver:
@@ -168,46 +168,50 @@ class Saver:
         self._pause_s += time.perf_counter() - self._entered
 
     def _copy(self, state: RunState) -> _Snapshot:
-        """Copy this rank's shards, and on one rank a folder what all share, to host memory."""
+        """Copy this rank's parameter slices, and on one rank a folder what all share, to host
+        memory."""
         engine, momentum = self._engine, self._momentum
         tensors: dict[str, Tensor] = {}
-        for shard in engine.shards:
-            tensors[f"weight/{shard.name}"] = shard.weight
-            if engine.optimizer.state.get(shard.flat):
+        for piece in engine.shards:
+            tensors[f"weight/{piece.name}"] = piece.weight
+            if engine.optimizer.state.get(piece.flat):
                 for key in checkpoint_format.MOMENTS:
-                    tensors[f"{key}/{shard.name}"] = shard.state(engine.optimizer, key)
-        for shard, average in zip(momentum.shards, momentum.averages, strict=True):
-            tensors[f"momentum/{shard.name}"] = average
-        starts = {shard.name: f"{shard.start}" for shard in engine.shards}
+                    tensors[f"{key}/{piece.name}"] = piece.state(engine.optimizer, key)
+        for piece, average in zip(momentum.slices, momentum.averages, strict=True):
+            tensors[f"momentum/{piece.name}"] = average
+        starts = {piece.name: f"{piece.start}" for piece in engine.shards}
         contents = {checkpoint_format.rank_file(self._place.rank): _copied(tensors, starts)}
         if self._place.is_first:
             contents[checkpoint_format.SHARED] = _copied(state.shared, {})
-        head = {
-            "step": state.step,
-            "world_size": self._place.world_size,
-            "stage": engine.stage,
-            "optimizer_steps": _updates(engine),
-            "parameters": {
+        manifest = Manifest(
+            step=state.step,
+            world_size=self._place.world_size,
+            stage=engine.stage,
+            optimizer_steps=_updates(engine),
+            parameters={
                 name: getattr(parameter, "ds_numel", parameter.numel())
                 for name, parameter in (engine.trainable | engine.frozen).items()
             },
-            "frozen": list(engine.frozen),
-            "position": copy.deepcopy(state.position),
-            "task": copy.deepcopy(state.task),
-        }
-        return _Snapshot(state.step, contents, head)
+            files={},
+            position=copy.deepcopy(state.position),
+            task=copy.deepcopy(state.task),
+            frozen=list(engine.frozen),
+        )
+        return _Snapshot(state.step, contents, manifest)
 
     def _write(self, snapshot: _Snapshot) -> Procedure:
         """From the copy to a committed checkpoint, and older ones removed."""
         folder = self._place.folder
-        final = folder / checkpoint_format.folder_name(snapshot.step)
+        final = folder / run_folder.step_folder(snapshot.step)
         unfinished = final.with_suffix(".partial")
         outcomes = yield partial(checkpoint_format.write, unfinished, snapshot.contents)
         errors = errors_of(outcomes)
         if not errors:
-            listing = {name: entry for one in outcomes for name, entry in one.value.items()}
-            manifest = json.dumps(snapshot.head | {"files": listing}, indent=1)
-            errors = self._commit(snapshot.step, manifest)
+            files: dict[str, Any] = {}
+            for outcome in outcomes:
+                files |= outcome.value
+            manifest = replace(snapshot.manifest, files=files)
+            errors = self._commit(snapshot.step, manifest.to_json())
         self._is_saved = not errors
         if errors:
             if self._place.is_first:
@@ -239,7 +243,7 @@ class Saver:
     def _commit(self, step: int, manifest: str) -> list[str]:
         """Rename the folder, one rank a folder, rank 0 first; what went wrong."""
         place = self._place
-        final = place.folder / checkpoint_format.folder_name(step)
+        final = place.folder / run_folder.step_folder(step)
         manifest = collectives.all_gather_objects(manifest if place.rank == 0 else "")[0]
 
         def commit() -> None:
@@ -263,7 +267,7 @@ class Saver:
         if self._place.is_first:
             for step in checkpoint_format.committed(self._place.folder):
                 if step <= newest and step not in kept:
-                    shutil.rmtree(self._place.folder / checkpoint_format.folder_name(step))
+                    shutil.rmtree(self._place.folder / run_folder.step_folder(step))
 
 
 def _copied(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> checkpoint_format.Content:
@@ -277,8 +281,8 @@ def _copied(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> checkpoi
 def _updates(engine: ZeroEngine) -> int:
     """Updates that AdamW has made, for its bias correction; 0 where this rank owns nothing."""
     assert len(engine.optimizer.param_groups) == 1, "settings of several groups would be lost"
-    for shard in engine.shards:
-        state = engine.optimizer.state.get(shard.flat)
+    for piece in engine.shards:
+        state = engine.optimizer.state.get(piece.flat)
         if state:
             return int(state["step"])
     return 0

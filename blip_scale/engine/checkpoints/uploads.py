@@ -16,7 +16,7 @@ import torch
 from blip_scale.config.recipe import CheckpointRecipe
 from blip_scale.engine.checkpoints.background import Background, Outcome, Procedure, errors_of
 from blip_scale.engine.checkpoints.location import Place
-from blip_scale.storage import checkpoint_format
+from blip_scale.storage import checkpoint_format, run_folder
 from blip_scale.storage.objects import ObjectFolder
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Uploads:
             if self._job:
                 self._job.finish(max(0.0, deadline - time.monotonic()))
         if self._waiting:
-            names = ", ".join(map(checkpoint_format.folder_name, self._waiting))
+            names = ", ".join(map(run_folder.step_folder, self._waiting))
             logger.warning(
                 "%s not uploaded to %s. Whole in %s; start the same command again to upload.",
                 names, self._remote.url, self._place.folder,
@@ -94,7 +94,7 @@ class Uploads:
                 if errors or outcomes[0].value is True:  # it is there already
                     break
             self._under_way = None
-            name = checkpoint_format.folder_name(step)
+            name = run_folder.step_folder(step)
             if errors:
                 logger.warning(
                     "%s was not uploaded: %s. It is whole in %s; tried again after the next save.",
@@ -112,8 +112,8 @@ class Uploads:
         its manifest, so that no mixture of both counts as whole."""
         if self._place.rank != 0:
             return False
-        manifest = f"{checkpoint_format.folder_name(step)}/{checkpoint_format.MANIFEST}"
-        if manifest not in self._remote.sizes(checkpoint_format.folder_name(step)):
+        manifest = f"{run_folder.step_folder(step)}/{checkpoint_format.MANIFEST}"
+        if manifest not in self._remote.sizes(run_folder.step_folder(step)):
             return False
         if self._remote.get(manifest) == (self._place.folder / manifest).read_bytes():
             return True
@@ -122,7 +122,7 @@ class Uploads:
 
     def _upload_share(self, step: int) -> None:
         """This rank's part of the files that lie here."""
-        folder = self._place.folder / checkpoint_format.folder_name(step)
+        folder = self._place.folder / run_folder.step_folder(step)
         # Each node has the shared file: one copy is enough.
         left_out = {checkpoint_format.MANIFEST} | (
             {checkpoint_format.SHARED} if 0 not in self._place.sharers else set()
@@ -135,10 +135,10 @@ class Uploads:
         """On rank 0: look whether all files have arrived, write the manifest, remove old ones."""
         if self._place.rank != 0:
             return
-        folder = self._place.folder / checkpoint_format.folder_name(step)
+        folder = self._place.folder / run_folder.step_folder(step)
         text = (folder / checkpoint_format.MANIFEST).read_text(encoding="utf-8")
         there = self._remote.sizes(folder.name)
-        for name, entry in checkpoint_format.parse_manifest(text)["files"].items():
+        for name, entry in checkpoint_format.Manifest.from_json(text).files.items():
             if there.get(f"{folder.name}/{name}") != entry["bytes"]:
                 raise OSError(f"{self._remote.url}/{folder.name}/{name} is not there, or not whole")
         self._remote.put(f"{folder.name}/{checkpoint_format.MANIFEST}", text.encode())
@@ -151,13 +151,11 @@ class Uploads:
         settings = self._settings
         kept = checkpoint_format.retained(done, settings.keep_last, settings.keep_every)
         doomed = {
-            step
-            for step in checkpoint_format.steps(n.split("/")[0] for n in names)
-            if step <= newest
+            step for step in run_folder.steps(n.split("/")[0] for n in names) if step <= newest
         }
         doomed -= kept | set(self._waiting)
         for step in sorted(doomed):
-            folder = checkpoint_format.folder_name(step)
+            folder = run_folder.step_folder(step)
             old = [name for name in names if name.startswith(f"{folder}/")]
             manifest = f"{folder}/{checkpoint_format.MANIFEST}"
             self._remote.delete([manifest] if manifest in old else [])

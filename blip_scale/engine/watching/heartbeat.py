@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from blip_scale.storage import files
+from blip_scale.storage import files, run_folder
 
 Phase = Literal["starting", "training", "evaluating", "saving", "stopped", "done"]
 
@@ -41,10 +41,10 @@ class Heartbeat:
             rank: rank of this process among all.
             stall_timeout_s: longest time between two beats; 0: for ever.
         """
-        self._file = output_dir / "heartbeat.json"
+        self._file = output_dir / run_folder.HEARTBEAT
         self._is_main = rank == 0
         self._stall_timeout_s = stall_timeout_s
-        log_file = output_dir / "logs" / f"rank_{rank}.log"
+        log_file = output_dir / run_folder.log_of(rank)
         self._log = log_file.open("a") if stall_timeout_s else None
         self._disk = files.Spared(f"heartbeat in {self._file}")
         self._written = 0.0

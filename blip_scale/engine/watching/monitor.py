@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from blip_scale.engine import collectives
 from blip_scale.engine.watching.pictures import Panel, draw_grid
-from blip_scale.storage import files
+from blip_scale.storage import files, run_folder
 
 __all__ = ["Alarm", "Monitor", "Panel", "measure_peak_flops", "peak_memory_gib"]
 
@@ -86,7 +86,7 @@ class Monitor:
         if not is_main:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics_file = output_dir / "metrics.jsonl"
+        self._metrics_file = output_dir / run_folder.METRICS
         with self._disk:
             files.take_back(self._metrics_file, start_step)
             self._open_writer(purge_step=start_step + 1)
@@ -165,7 +165,7 @@ class Monitor:
         """
         if not self._is_main:
             return
-        file = self._output_dir / "summary.json"
+        file = self._output_dir / run_folder.SUMMARY
         files.write_whole(file, json.dumps(_strict(figures), indent=2, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
@@ -179,7 +179,7 @@ class Monitor:
 
     def _open_writer(self, purge_step: int | None = None) -> SummaryWriter:
         if self._writer is None:
-            folder = self._output_dir / "tensorboard"
+            folder = self._output_dir / run_folder.TENSORBOARD
             self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
         return self._writer
 

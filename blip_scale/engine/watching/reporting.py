@@ -14,6 +14,7 @@ from blip_scale.engine import collectives
 from blip_scale.engine.run import Run, WorstStep
 from blip_scale.engine.watching.anomalies import SPIKE_POINTS, loss_level
 from blip_scale.engine.watching.monitor import peak_memory_gib
+from blip_scale.storage import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def finish(run: Run) -> None:
     history = run.history
     if (
         run.step == run.monitor.start_step
-        and (Path(run.recipe.output_dir) / "summary.json").exists()
+        and (Path(run.recipe.output_dir) / run_folder.SUMMARY).exists()
     ):
         logger.info("nothing left to do: all %d steps were done before", run.step)
         return

@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 import blip_scale
-from blip_scale.storage import files
+from blip_scale.storage import checkpoint_format, files, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class RunManifest:
 
     def __init__(self, output_dir: Path, is_main: bool) -> None:
         """Read what earlier starts left; a file that cannot be read is put aside."""
-        self._file = output_dir / "manifest.json"
+        self._file = output_dir / run_folder.RUN_MANIFEST
         self._is_main = is_main
         self._disk = files.Spared(f"manifest of the run in {self._file}")
         self._content: dict[str, Any] = {"state": {}, "attempts": [], "checkpoints": []}
@@ -78,7 +78,7 @@ class RunManifest:
         with self._disk:
             if before.get("data") != state.get("data"):
                 text = json.dumps(shards, separators=(",", ":"))
-                files.write_whole(self._file.with_name("data_shards.json"), text + "\n")
+                files.write_whole(self._file.with_name(run_folder.DATA_SHARDS), text + "\n")
         self._write()
 
     def saved(self, step: int, checkpoint: Path) -> None:
@@ -102,7 +102,7 @@ class RunManifest:
 def fingerprint(checkpoint: Path) -> dict[str, str | None]:
     """Name of a checkpoint and hash of its manifest, which holds the checksums of its files."""
     try:
-        found = digest((checkpoint / "manifest.json").read_bytes())
+        found = digest((checkpoint / checkpoint_format.MANIFEST).read_bytes())
     except OSError:
         found = None
     return {"checkpoint": str(checkpoint), "manifest_xxh64": found}

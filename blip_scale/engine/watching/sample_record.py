@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blip_scale.engine import collectives
-from blip_scale.storage import files
+from blip_scale.storage import files, run_folder
 
 
 class SampleRecord:
@@ -21,15 +21,15 @@ class SampleRecord:
         start_step: steps done when the run starts or resumes.
         enabled: without it nothing is written.
         """
-        folder = output_dir / "samples"
+        folder = output_dir / run_folder.SAMPLES
         rank, world_size = collectives.rank(), collectives.world_size()
-        self._file = folder / f"rank_{rank}.jsonl"
+        self._file = folder / run_folder.samples_of(rank)
         self._enabled = enabled
         self._disk = files.Spared(f"record of the samples in {self._file}")
         with self._disk:
-            for file in folder.glob("rank_*.jsonl"):
-                number = file.stem.removeprefix("rank_")
-                if number.isdigit() and int(number) % world_size == rank:
+            for file in folder.glob(run_folder.SAMPLES_PATTERN):
+                writer = run_folder.rank_of_samples(file.name)
+                if writer is not None and writer % world_size == rank:
                     files.take_back(file, start_step)
             if enabled:
                 folder.mkdir(parents=True, exist_ok=True)

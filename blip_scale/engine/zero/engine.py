@@ -3,7 +3,7 @@ rank owns.
 
 Under ZeRO-3 each rank owns an equal slice of each flattened parameter; under ZeRO-1/2 a contiguous
 stretch of all of them laid end to end. Both are the same thing to the rest of the engine: a list of
-`Shard`s. Parameters that keep their initial weights are cut as under ZeRO-3 at every stage.
+`ParameterSlice`s. Frozen parameters are cut as under ZeRO-3 at every stage.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from blip_scale.config.recipe import Recipe
 from blip_scale.engine import collectives
 from blip_scale.engine.zero import deepspeed_patches, onednn
 from blip_scale.engine.zero.parameter_slices import (
-    Part,
-    Shard,
-    frozen_shard,
+    ParameterSlice,
+    SliceValues,
+    frozen_slice,
     gradient_of,
-    trainable_shard,
+    trainable_slice,
 )
 
 
@@ -50,14 +50,14 @@ class AdamW(torch.optim.AdamW):
 
 @dataclass
 class ZeroEngine:
-    """DeepSpeed's engine with the shards of this rank."""
+    """DeepSpeed's engine with the parameter slices of this rank."""
 
     deepspeed: Any
     optimizer: torch.optim.Optimizer
     stage: int
     trainable: dict[str, nn.Parameter]
-    shards: list[Shard]
-    """Of what trains; after `fill` of what is frozen too."""
+    shards: list[ParameterSlice]
+    """Slices of what trains; after `fill` of what is frozen too."""
     towers: dict[str, list[int]]
     """Index into `shards` by tower (`vision`, `text`), for gradient norms."""
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -116,11 +116,12 @@ class ZeroEngine:
         return dict(zip(("all", *self.towers), norms.tolist(), strict=True))
 
     def _squared_norm(self, indices: list[int]) -> Tensor:
-        """Of this rank's gradients of some shards, fp64; in a few launches, not some a shard."""
+        """Sum of squares of this rank's gradients of some slices, fp64; in a few launches, not some
+        a slice."""
         gradients = [
-            gradient[: shard.numel]
-            for shard in (self.shards[index] for index in indices)
-            if (gradient := gradient_of(shard, self.stage)) is not None and gradient.numel()
+            gradient[: piece.numel]
+            for piece in (self.shards[index] for index in indices)
+            if (gradient := gradient_of(piece, self.stage)) is not None and gradient.numel()
         ]
         if not gradients:
             return torch.zeros((), dtype=torch.float64, device=self.device)
@@ -134,7 +135,7 @@ class ZeroEngine:
         assert norm is not None
         return norm.float()
 
-    def assign(self, parameters: list[nn.Parameter], parts: list[Part]) -> None:
+    def assign(self, parameters: list[nn.Parameter], parts: list[SliceValues]) -> None:
         """Write compute weights from this rank's parts of some parameters.
 
         Every rank must call it with the same parameters; `parts` are those that this rank owns.
@@ -169,10 +170,10 @@ class ZeroEngine:
         for name, parameter in self.module.named_parameters():
             if name in weights and not parameter.requires_grad and name not in self.frozen:
                 self.frozen[name] = parameter
-                self.shards += frozen_shard(name, parameter)
-        for shard in self.shards:
-            values = weights[shard.name].detach().flatten()
-            shard.weight.copy_(values[shard.start : shard.start + shard.numel])
+                self.shards += frozen_slice(name, parameter)
+        for piece in self.shards:
+            values = weights[piece.name].detach().flatten()
+            piece.weight.copy_(values[piece.start : piece.start + piece.numel])
         self.refresh()
 
     def refresh(self, names: list[str] | None = None) -> None:
@@ -182,9 +183,9 @@ class ZeroEngine:
         wanted = [name for name in known if names is None or name in names]
         positions = {name: index for index, name in enumerate(wanted)}
         parts = [
-            Part(positions[shard.name], shard.start, shard.weight)
-            for shard in self.shards
-            if shard.name in positions
+            SliceValues(positions[piece.name], piece.start, piece.weight)
+            for piece in self.shards
+            if piece.name in positions
         ]
         self.assign([known[name] for name in wanted], parts)
 
@@ -291,11 +292,11 @@ def initialize(
         _patience(recipe.train.stall_timeout_s), engine.data_parallel_group
     )
     shards = [
-        shard for name, p in trainable.items() for shard in trainable_shard(engine, stage, name, p)
+        piece for name, p in trainable.items() for piece in trainable_slice(engine, stage, name, p)
     ]
     towers: dict[str, list[int]] = {"vision": [], "text": []}
-    for index, shard in enumerate(shards):
-        towers["vision" if "vision" in shard.name else "text"].append(index)
+    for index, piece in enumerate(shards):
+        towers["vision" if "vision" in piece.name else "text"].append(index)
     return ZeroEngine(engine, optimizer, stage, trainable, shards, towers)
 
 

@@ -1,4 +1,4 @@
-"""Momentum copies on ZeRO: the fp32 average of this rank's own shards, and the weights that compute
+"""Momentum copies on ZeRO: the fp32 average of this rank's own slices, and the weights that compute
 with it."""
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from blip_scale.engine import collectives
 from blip_scale.engine.zero.engine import ZeroEngine
-from blip_scale.engine.zero.parameter_slices import Part, Shard
+from blip_scale.engine.zero.parameter_slices import ParameterSlice, SliceValues
 
 
 class ShardedMomentum:
-    """fp32 averages of the shards that have a momentum copy.
+    """fp32 averages of the parameter slices that have a momentum copy.
 
     The averages are updated from the optimizer's fp32 masters with no communication: a copy and its
     parameter have one shape, so one rank owns the same elements of both. In bf16 the averages would
@@ -34,41 +34,43 @@ class ShardedMomentum:
         parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self._engine = engine
         self._copies = {online: parameters[momentum] for momentum, online in pairs.items()}
-        paired = [shard for shard in engine.shards if shard.name in self._copies]
-        self.shards: list[Shard] = [shard for shard in paired if shard.trains]
-        self._frozen = [shard for shard in paired if not shard.trains]
-        self.averages: list[Tensor] = [self._begun(shard) for shard in self.shards]
+        paired = [piece for piece in engine.shards if piece.name in self._copies]
+        self.slices: list[ParameterSlice] = [piece for piece in paired if piece.trains]
+        self._frozen = [piece for piece in paired if not piece.trains]
+        self.averages: list[Tensor] = [self._begun(piece) for piece in self.slices]
         self.refresh()
         self.copy_frozen()
 
-    def _begun(self, shard: Shard) -> Tensor:
-        """The shard's weights as a tensor of their own, the first average."""
+    def _begun(self, piece: ParameterSlice) -> Tensor:
+        """The slice's weights as a tensor of their own, the first average."""
         if self._engine.stage == 3:
-            own: Tensor = self._copies[shard.name].ds_tensor.data[: shard.numel]
-            if (own.dtype, own.device) == (shard.weight.dtype, shard.weight.device):
-                return own.copy_(shard.weight)
-        return shard.weight.clone()
+            own: Tensor = self._copies[piece.name].ds_tensor.data[: piece.numel]
+            if (own.dtype, own.device) == (piece.weight.dtype, piece.weight.device):
+                return own.copy_(piece.weight)
+        return piece.weight.clone()
 
     @property
     def weights(self) -> list[Tensor]:
         """fp32 master weights that the averages follow, in the order of `averages`."""
-        return [shard.weight for shard in self.shards]
+        return [piece.weight for piece in self.slices]
 
     def refresh(self) -> None:
         """Rewrite the momentum weights that compute from the averages."""
-        self._assign(self._engine.trainable, self.shards, self.averages)
+        self._assign(self._engine.trainable, self.slices, self.averages)
 
     def copy_frozen(self) -> None:
         """Rewrite the momentum weights of frozen parameters, after those have been set."""
-        self._assign(self._engine.frozen, self._frozen, [shard.weight for shard in self._frozen])
+        self._assign(self._engine.frozen, self._frozen, [piece.weight for piece in self._frozen])
 
-    def _assign(self, online: Container[str], shards: list[Shard], values: list[Tensor]) -> None:
+    def _assign(
+        self, online: Container[str], slices: list[ParameterSlice], values: list[Tensor]
+    ) -> None:
         """Write the copies of the parameters in `online`; the same ones on every rank."""
         names = [name for name in self._copies if name in online]
         positions = {name: index for index, name in enumerate(names)}
         parts = [
-            Part(positions[shard.name], shard.start, value)
-            for shard, value in zip(shards, values, strict=True)
+            SliceValues(positions[piece.name], piece.start, value)
+            for piece, value in zip(slices, values, strict=True)
         ]
         self._engine.assign([self._copies[name] for name in names], parts)
 

@@ -14,7 +14,7 @@ from blip_scale.engine import collectives
 
 
 @dataclass(frozen=True)
-class Shard:
+class ParameterSlice:
     """What this rank owns of one parameter: elements [start, start + numel) of it, flattened."""
 
     name: str
@@ -22,10 +22,10 @@ class Shard:
     start: int
     numel: int
     flat: Tensor
-    """fp32 master tensor of the optimizer that holds this shard among others; of a frozen
+    """fp32 master tensor of the optimizer that holds this slice among others; of a frozen
     parameter a tensor of its own."""
     offset: int
-    """Where in `flat` the shard begins."""
+    """Where in `flat` the slice begins."""
 
     @property
     def trains(self) -> bool:
@@ -43,7 +43,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Part:
+class SliceValues:
     """Elements of a parameter to write: `values` [numel] begin at `start` of parameter `index` of a
     list."""
 
@@ -52,7 +52,9 @@ class Part:
     values: Tensor
 
 
-def trainable_shard(engine: Any, stage: int, name: str, parameter: nn.Parameter) -> list[Shard]:
+def trainable_slice(
+    engine: Any, stage: int, name: str, parameter: nn.Parameter
+) -> list[ParameterSlice]:
     """This rank's part of a parameter; none when it lies on other ranks altogether.
 
     `engine`: DeepSpeed's.
@@ -70,10 +72,10 @@ def trainable_shard(engine: Any, stage: int, name: str, parameter: nn.Parameter)
         begin, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         offset = mapping.hp_fragment_address.start
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    return [Shard(name, parameter, begin, numel, flat, offset)] if numel else []
+    return [ParameterSlice(name, parameter, begin, numel, flat, offset)] if numel else []
 
 
-def frozen_shard(name: str, parameter: nn.Parameter) -> list[Shard]:
+def frozen_slice(name: str, parameter: nn.Parameter) -> list[ParameterSlice]:
     """The same of a parameter that the optimizer doesn't know.
 
     Its fp32 weights lie in the memory of the host: they are read at the start, by a save and by a
@@ -84,14 +86,14 @@ def frozen_shard(name: str, parameter: nn.Parameter) -> list[Shard]:
     begin = size * collectives.rank()
     numel = max(0, min(size, total - begin))
     flat = torch.zeros(numel, dtype=torch.float32)
-    return [Shard(name, parameter, begin, numel, flat, 0)] if numel else []
+    return [ParameterSlice(name, parameter, begin, numel, flat, 0)] if numel else []
 
 
-def gradient_of(shard: Shard, stage: int) -> Tensor | None:
-    """Averaged gradient of a shard between the last backward and the optimizer step."""
-    if not shard.trains:
+def gradient_of(piece: ParameterSlice, stage: int) -> Tensor | None:
+    """Averaged gradient of a slice between the last backward and the optimizer step."""
+    if not piece.trains:
         return None
     if stage == 3:
-        return deepspeed.utils.safe_get_local_grad(shard.parameter)
-    mapping = shard.parameter._hp_mapping
-    return mapping.get_lp_grad_fragment(shard.parameter._index_in_param_group)
+        return deepspeed.utils.safe_get_local_grad(piece.parameter)
+    mapping = piece.parameter._hp_mapping
+    return mapping.get_lp_grad_fragment(piece.parameter._index_in_param_group)

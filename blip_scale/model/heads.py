@@ -1,0 +1,55 @@
+"""The network that each head trains: MED, a part of it, or a network of its own.
+
+A head's network holds what the head needs and nothing else, so nothing that it lacks is decayed,
+saved or exchanged between ranks.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Literal, get_args
+
+from torch import nn
+
+from blip_scale.model.med import MED, MEDConfig
+from blip_scale.model.nlvr2 import NLVR2
+from blip_scale.model.visdial import VisDial
+from blip_scale.model.vqa import VQA
+
+Head = Literal["pretrain", "captioning", "retrieval", "vqa", "nlvr2", "visdial"]
+HEADS: tuple[Head, ...] = get_args(Head)
+
+OWN_NETWORKS: dict[Head, type[VQA] | type[NLVR2] | type[VisDial]] = {
+    "vqa": VQA,
+    "nlvr2": NLVR2,
+    "visdial": VisDial,
+}
+"""Heads whose networks aren't parts of a MED."""
+LEFT_OUT: dict[Head, tuple[str, ...]] = {
+    "captioning": (
+        "text.layers.*.self_attention_encoder",
+        "vision_proj",
+        "text_proj",
+        "itm_head",
+        "temperature",
+    ),
+    "retrieval": ("text.layers.*.self_attention_decoder", "lm_head"),
+}
+"""Modules of MED that a head does without, as patterns of their paths. A module that is added to
+MED is in the network of every other head until it is listed here."""
+
+
+def cut_down(med: MED, head: Head) -> MED:
+    """Delete the modules that a head does without from a MED; returns the same MED."""
+    for pattern in LEFT_OUT.get(head, ()):
+        paths = [path for path, _ in med.named_modules()]
+        for path in fnmatch.filter(paths, pattern):
+            parent, _, child = path.rpartition(".")
+            delattr(med.get_submodule(parent), child)
+    return med
+
+
+def build_network(head: Head, config: MEDConfig) -> nn.Module:
+    """The network of a head, weights not filled: a MED with its parts alone, or one of its own."""
+    network = OWN_NETWORKS.get(head)
+    return cut_down(MED(config), head) if network is None else network(config)
