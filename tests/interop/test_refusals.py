@@ -28,7 +28,7 @@ def refusal(capsys: Capture, source: Path, out: Path, *arguments: str) -> str:
     capsys.readouterr()
     assert convert_checkpoint.main([str(source), str(out), *arguments]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("convert_checkpoint: ") and said.count("\n") == 1
+    assert said.startswith("convert_checkpoint.py: ") and said.count("\n") == 1
     assert sorted(out.parent.iterdir()) == before
     return said
 
