@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
     options, overrides = _parser(prog).parse_known_args(arguments)
     began = time.perf_counter()
     try:
+        recipes.check_overrides(overrides)
         device = start(_TIMEOUT_S)
         if device.type == "cpu":  # ranks that each take all cores slow each other down
             cores = len(os.sched_getaffinity(0))

@@ -335,6 +335,22 @@ def names() -> list[str]:
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuse arguments of a command that has an option --recipe, where they are no overrides.
+
+    Raises:
+        ValueError: an argument has none of the forms of an override; a recipe among them is told
+            apart.
+    """
+    try:
+        settings.parse_overrides(arguments)
+    except settings.BareArgument as error:
+        name = error.argument
+        if name in names() or name.endswith((".yaml", ".yml")) or Path(name).is_file():
+            raise ValueError(f"{name}: not a setting; for a recipe use --recipe {name}") from error
+        raise
+
+
 def _find(name_or_file: str) -> Path:
     if name_or_file in names():
         return RECIPES / f"{name_or_file}.yaml"
