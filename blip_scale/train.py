@@ -69,11 +69,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
 def _announce(name: str, world_size: int) -> None:
     """The first line of a start: the imports that follow take up to half a minute."""
     if os.environ.get("RANK", "0") == "0":
-        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-        sys.stderr.write(
-            f"blip_scale {__version__}: recipe {name}, {ranks}; loading torch and DeepSpeed ...\n"
-        )
-        sys.stderr.flush()
+        start = f"recipe {name}, {world_size} rank{'s' * (world_size > 1)}"
+        sys.stderr.write(f"blip_scale {__version__}: {start}; loading torch and DeepSpeed ...\n")
 
 
 def _refuse(prog: str, error: Exception, logs: Path | None) -> int:
