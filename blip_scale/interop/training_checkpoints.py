@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from blip_scale.interop.heads import from_published, head_of_names, shapes_of, t
 from blip_scale.interop.salesforce import momentum_from_salesforce, momentum_to_salesforce
 from blip_scale.interop.salesforce_files import at_their_resolution, med_config_from
 from blip_scale.model.med import MEDConfig
+from blip_scale.storage.checkpoint_format import check_vocabulary
 
 MANIFEST = "manifest.json"
 NETWORK = "network.json"
@@ -82,6 +84,8 @@ def read_training_checkpoint(
             names = {name for file in opened for name in file.metadata() or {}}
             head = head_of_names(names, config) or "pretrain"
             shapes = shapes_of(head, config)
+            sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+            check_vocabulary(folder, manifest["parameters"], sizes)
             found = dict(_whole(opened, "weight", shapes, folder))
             momentum = dict(_whole(opened, "momentum", shapes, folder)) if with_state else {}
     except SafetensorError as error:

@@ -81,7 +81,7 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
     manifest = checkpoint_format.parse_manifest(
         (path / checkpoint_format.MANIFEST).read_text(encoding="utf-8")
     )
-    _check_network(manifest, engine)
+    _check_network(path, manifest, engine)
     names = _needed(manifest, engine.stage, (collectives.rank(),))
     reader = checkpoint_format.Reader(
         path / name for name in names if name != checkpoint_format.SHARED
@@ -199,11 +199,12 @@ def _needed(manifest: dict[str, Any], stage: int, ranks: tuple[int, ...]) -> lis
     return [*(checkpoint_format.rank_file(rank) for rank in ranks), checkpoint_format.SHARED]
 
 
-def _check_network(manifest: dict[str, Any], engine: ZeroEngine) -> None:
+def _check_network(folder: Path, manifest: dict[str, Any], engine: ZeroEngine) -> None:
     """Refuse parameters that are others, or of other sizes, than the engine's, and moments of other
     ones than train."""
     saved, known = manifest["parameters"], engine.trainable | engine.frozen
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in known.items()}
+    checkpoint_format.check_vocabulary(folder, saved, sizes)
     for name in [*sizes, *saved]:
         if saved.get(name, 0) != sizes.get(name, 0):
             raise ValueError(
