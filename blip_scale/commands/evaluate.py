@@ -90,12 +90,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
     began = time.perf_counter()
     try:
         recipes.check_overrides(overrides)
+        is_main = os.environ.get("RANK", "0") == "0"
+        logging.basicConfig(format="%(message)s", level="WARNING" if is_main else "ERROR")
+        if is_main:
+            logging.getLogger("blip_scale.engine").setLevel("INFO")  # what a start waits for
         device = start(_TIMEOUT_S)
         if device.type == "cpu":  # ranks that each take all cores slow each other down
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // collectives.local_world_size()))
-        is_main = collectives.rank() == 0
-        logging.basicConfig(format="%(message)s", level="WARNING" if is_main else "ERROR")
         kind = KINDS[options.task]
         loading = Loading(
             options.recipe, options.tokenizer, options.image_size, str(device), options.precision

@@ -257,7 +257,11 @@ class CheckpointRecipe:
 @dataclass(frozen=True, config=_STRICT)
 class LogRecipe:
     every_steps: Positive = 50
-    """Optimizer steps between two lines on the terminal and points in TensorBoard."""
+    """Optimizer steps between two points in TensorBoard and metrics.jsonl, each with a line on the
+    terminal."""
+    every_s: Above0 | None = 30.0
+    """Seconds after which a line appears on the terminal between two points, with the means since
+    the last point; null: never."""
     peak_tflops: Above0 | None = None
     """Matrix-multiply peak of one rank's device for MFU; null: measured at the start."""
     sample_ids: bool = False
