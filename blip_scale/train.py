@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -18,12 +19,15 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
     others = [folder for folder in sys.path if os.path.realpath(folder) != str(_PACKAGE)]
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
-from blip_scale import launcher  # noqa: E402
+from blip_scale import __version__, launcher  # noqa: E402
 from blip_scale.commands import dry_run  # noqa: E402
+from blip_scale.commands.command_line import Parser, refuse  # noqa: E402
 from blip_scale.config import checks, exit_codes, recipe, settings  # noqa: E402
 from blip_scale.storage import run_folder  # noqa: E402
 
 logger = logging.getLogger("blip_scale.train")
+
+_RANK_0_SPEAKS_S = 3.0
 
 
 def command(arguments: Sequence[str] | None = None, prog: str = "train.py") -> NoReturn:
@@ -38,6 +42,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     try:
         launcher.adopt_srun_step()
         options, overrides = _parser(prog).parse_known_args(arguments)
+        recipe.check_overrides(overrides)
         chosen = recipe.load(options.recipe, overrides)
         if options.print_recipe:
             sys.stdout.write(recipe.to_yaml(chosen))
@@ -48,38 +53,45 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         checks.check(chosen, world_size)
         ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
 
-        from blip_scale.engine.loop import (
-            run,  # here: a refusal does not wait for torch and DeepSpeed
-        )
+        _announce(options.recipe, world_size)
+        # Imported here, so that a refusal does not wait for torch and DeepSpeed.
+        from blip_scale.engine.loop import run
         from blip_scale.tasks.by_name import TASKS
 
         logs = Path(chosen.output_dir) / run_folder.LOGS
         return run(TASKS[chosen.task], chosen, ds_config)
     except (ValueError, FileNotFoundError, argparse.ArgumentError) as error:
-        return _refuse(error, logs)
+        return _refuse(prog, error, logs)
     except Exception:  # not foreseen: the traceback on the terminal, and in the log file
         logger.debug("stopped by", exc_info=True)
         raise
 
 
-def _refuse(error: Exception, logs: Path | None) -> int:
+def _announce(name: str, world_size: int) -> None:
+    """The first line of a start: the imports that follow take up to half a minute."""
+    if os.environ.get("RANK", "0") == "0":
+        start = f"recipe {name}, {world_size} rank{'s' * (world_size > 1)}"
+        sys.stderr.write(f"blip_scale {__version__}: {start}; loading torch and DeepSpeed ...\n")
+
+
+def _refuse(prog: str, error: Exception, logs: Path | None) -> int:
     """Tell the user in one line; the traceback of a run that had begun is in its log files.
 
     A recipe is refused by all ranks alike, so rank 0 speaks; in a run any rank may be the one.
     """
     rank = int(os.environ.get("RANK", "0"))
-    message = " ".join(str(error).split())
     if logs is not None:
         logger.debug("stopped by", exc_info=error)
-        who = f" (rank {rank})" if rank else ""
-        sys.stderr.write(f"blip_scale{who}: {message} (traceback in {logs})\n")
-    elif rank == 0:
-        sys.stderr.write(f"blip_scale: {message}\n")
+        command = f"{prog} (rank {rank})" if rank else prog
+        return refuse(command, f"{error} (traceback in {logs})")
+    if rank == 0:
+        return refuse(prog, error)
+    time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once one has ended
     return exit_codes.REFUSED
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog,
         usage="deepspeed blip_scale/train.py [--recipe NAME] [--deepspeed PATH] [SETTING=VALUE]",
         description="Pretrain BLIP with DeepSpeed; without a launcher, on one rank. Started again, "

@@ -24,8 +24,10 @@ def lines(output: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def dry_run(train: Command, recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return train("--recipe", str(recipe), "--dry-run", *arguments, timeout_s=300)
+def dry_run(
+    train: Command, recipe: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return train("--recipe", str(recipe), "--dry-run", *arguments, timeout_s=300, **environment)
 
 
 @pytest.mark.multiprocess
@@ -38,7 +40,30 @@ def test_a_sound_set_up_is_ready(tmp_path: Path, train: Command) -> None:
     assert "64 samples" in found["stream shapes"][1]
     assert found["GPU memory"][1].startswith("fits")
     assert "not measured" in found["interconnect"][1]
+    assert found["attention"] == ("ok", "sdpa on cpu")
     assert not (tmp_path / "run").exists()  # nothing is left behind
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("more", "level"), [([], "FAILED"), (["--gpu", "H100"], "warning")])
+def test_attention_that_a_run_refuses_is_not_passed(
+    more: list[str], level: str, tmp_path: Path, train: Command
+) -> None:
+    file = make_recipe(tmp_path)
+    done = dry_run(train, file, "model.attention=flash", *more, DS_ACCELERATOR="cpu")
+    assert lines(done.stderr)["attention"][0] == level
+    assert "model.attention: flash can't be used" in lines(done.stderr)["attention"][1]
+    assert done.returncode == (2 if level == "FAILED" else 0), done.stderr
+    if not more:
+        done = train("--recipe", str(file), "model.attention=flash", timeout_s=300)
+        assert done.returncode == 2 and "flash can't be used" in done.stderr, "as the run says"
+
+
+def test_a_gpu_of_no_clear_name_is_refused_at_once(tmp_path: Path, train: Command) -> None:
+    done = dry_run(train, make_recipe(tmp_path), "--gpu", "a100")
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: --gpu a100: which one, a100-40 or a100-80? ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.multiprocess

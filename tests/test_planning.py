@@ -21,6 +21,7 @@ from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig
 from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.planning.activations import Micro, saved_activations
+from blip_scale.planning.hardware import GPUS, find_gpu
 from blip_scale.planning.network import vision_shape
 from blip_scale.tasks.pretrain import PretrainNetwork
 
@@ -128,9 +129,21 @@ def test_says_what_to_change() -> None:
     assert "no bf16" in said and "ZeRO-1 is shown for comparison" in said
 
 
+def test_gpus_are_taken_by_a_clear_name_alone() -> None:
+    for name, meant in {
+        "h100": "h100", "A100-80GB": "a100-80", "a100-40": "a100-40", "NVIDIA H200": "h200",
+        "v100": "v100-32", "RTX 4090": "rtx4090", "rtx-4090": "rtx4090",
+    }.items():  # fmt: skip
+        assert find_gpu(name) is GPUS[meant]
+    for name in ("a100", "h10", "h1000", "a100-8", "100", "", "mi300x", "4090"):
+        with pytest.raises(ValueError, match=rf"--gpu {name}: .*{', '.join(GPUS)}"):
+            find_gpu(name)
+
+
 def test_refuses_in_one_line() -> None:
     said = plan("base_129M", "--nodes", "64", code=2)
     assert said.count("\n") == 1 and "2560 or 3072" in said and "--nodes 45 or 60 or 72" in said
-    assert "did you mean h100" in plan("base_129M", "--gpu", "h10", code=2)
+    refused = plan("base_129M", "--gpu", "a100", code=2)
+    assert refused.startswith("plan.py: --gpu a100: which one, a100-40 or a100-80? give one of")
     stream = "data.streams=[{name: mine, local: /nowhere}]"
     assert "data.streams.0 (mine)" in plan("base_129M", stream, code=2)

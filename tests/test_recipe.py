@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from blip_scale import __version__
 from blip_scale.config import checks, recipe, settings
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.loading.mixing import samples_per_epoch
@@ -225,6 +226,22 @@ class TestUnknownAndWrong:
         message = refusal([override])
         assert said in message
         assert override in message
+
+    def test_all_faults_are_shown(self, tmp_path: Path) -> None:
+        file = tmp_path / "own.yaml"
+        file.write_text("seed: -1\ntrain: {epoch: 2, precision: 5}\ndata: {streams: [{name: a}]}")
+        message = refusal(["optimizer.peak_lr=x"], name=str(file))
+        assert message == (
+            f"5 faults: (1) {file}: seed: expected integer >= 0, found -1 "
+            f"(2) {file}: data.streams.0.local: missing; expected text "
+            "(3) override optimizer.peak_lr=x: optimizer.peak_lr: expected number > 0, found "
+            f'"x" (4) {file}: train.precision: expected one of fp32, bf16, found 5 '
+            f"(5) {file}: train.epoch: unknown setting; the nearest is train.epochs"
+        )
+        file.write_text("".join(f"setting_{i}: 1\n" for i in range(13)))
+        message = refusal([], name=str(file))
+        assert message.startswith("13 faults: (1) ") and message.endswith(" and 3 more")
+        assert message.count("unknown setting") == 10
 
     @pytest.mark.parametrize(
         ("text", "said"),
@@ -543,6 +560,10 @@ class TestCommand:
             (["--train.epoch", "2"], "the nearest is train.epochs"),
             (["--recipe", "dem"], "the nearest is demo"),
             (["--recipe"], "--recipe: expected one argument"),
+            (["mine.yaml"], "mine.yaml: not a setting; for a recipe use --recipe mine.yaml"),
+            (["train.epochs=2", "base_14M"], "for a recipe use --recipe base_14M"),
+            (["README.md"], "use --recipe README.md"),
+            (["fast"], "fast: expected a setting with its value"),
             (["--deepspeed", "nowhere.json"], "nowhere.json: no such file"),
             (["data.streams.0.local=nowhere"], "python tools/prepare_data.py demo data/demo"),
             (["--recipe", "base_14M"], "BLIP_DATA is not set"),
@@ -555,7 +576,7 @@ class TestCommand:
         done = train(*pointed, *arguments, BLIP_DATA=None)
         assert done.returncode == 2
         assert said in done.stderr
-        assert done.stderr.startswith("blip_scale: ")
+        assert done.stderr.startswith("train.py: ")
         assert len(done.stderr.splitlines()) == 1
         assert done.stdout == ""
 
@@ -581,6 +602,27 @@ class TestCommand:
         assert done.returncode == 0, done.stderr
         assert "pool of 1 pair" in done.stderr
         assert time.perf_counter() - started < 10  # about 0.5 s on a quiet machine
+
+    @pytest.mark.parametrize(("rank", "ranks"), [("0", "1 rank"), ("0", "2 ranks"), ("1", "")])
+    def test_the_first_line_comes_before_torch(
+        self, rank: str, ranks: str, data: list[str]
+    ) -> None:
+        code = (
+            "import sys\n"
+            "class NoTorch:\n"
+            "    def find_spec(self, name, *rest):\n"
+            "        if name == 'torch': sys.exit('torch is imported')\n"
+            "sys.meta_path.insert(0, NoTorch())\n"
+            f"from blip_scale import train; train.main({data!r})"
+        )
+        world_size = "1" if ranks == "1 rank" else "2"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=REPO, capture_output=True, text=True, check=False,
+            env={**os.environ, "RANK": rank, "WORLD_SIZE": world_size},
+        )  # fmt: skip
+        line = f"blip_scale {__version__}: recipe demo, {ranks}; loading torch and DeepSpeed ...\n"
+        assert done.stderr == (line if ranks else "") + "torch is imported\n"
 
     def test_from_a_bare_clone_and_from_anywhere(self, train: Any, tmp_path: Path) -> None:
         clone = tmp_path / "clone"
@@ -635,7 +677,7 @@ class TestCommand:
             text=True,
             check=False,
         )
-        said = [line for line in done.stderr.splitlines() if line.startswith("blip_scale")]
+        said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
         assert done.returncode == 2
         assert len(said) == 1, done.stderr
         assert said[0].endswith("the nearest is train.epochs")

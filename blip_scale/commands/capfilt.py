@@ -23,25 +23,25 @@ from tqdm import tqdm
 
 from blip_scale.capfilt.filtering import Settings
 from blip_scale.capfilt.job import Job, Task, run
+from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.config import exit_codes
 from blip_scale.data.conversion.run import Part, Progress
 from blip_scale.inference.loading import Loading
 from blip_scale.model.generation import NucleusSettings
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "capfilt.py") -> int:
     """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
     options = _parser(prog).parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
     try:
         return _run(options)
     except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return refuse(prog, error)
     except KeyboardInterrupt as stop:
         number = int(str(stop) or signal.SIGINT)
         print("stopped; finished shards are kept, the same command goes on", file=sys.stderr)
         return exit_codes.of_signal(number)
-    return exit_codes.REFUSED
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -109,8 +109,8 @@ def _print(out: str, statistics: dict[str, Any]) -> None:
         print(f"{statistics['undecodable_images']} images can't be decoded (rejects.jsonl)")
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("input", metavar="IN", help="shards of prepare_data: a folder or a remote")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from blip_scale.config import exit_codes
+from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
@@ -50,15 +49,14 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "convert_checkpoint.py") -> int:
     """Returns the exit code: 0, or 2 for refused input, which is said in one line."""
     options = _parser(prog).parse_args(arguments)
     started = time.perf_counter()
     try:
         _convert(options)
     except (ValueError, OSError) as error:
-        print(f"convert_checkpoint: {' '.join(str(error).split())}", file=sys.stderr)
-        return exit_codes.REFUSED
+        return refuse(prog, error)
     print(f"wrote {options.out} in {time.perf_counter() - started:.1f} s")
     return 0
 
@@ -210,8 +208,8 @@ def _placed(out: Path, folder: bool) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog,
         description="Convert a BLIP checkpoint. What IN is, is found by looking at it; OUT is "
         "written whole or not at all.",

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip_scale.config import exit_codes
+from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.inference import predictions
 from blip_scale.inference.blip import Blip, Use
@@ -41,7 +40,7 @@ footer { display: none !important; }
 """
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "demo.py") -> int:
     """Returns the exit code: 0, or 2 where nothing can be served."""
     options = parser(prog).parse_args(arguments)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -50,14 +49,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        print(
-            "demo: the page needs gradio; run `pip install --no-deps -r requirements-web.txt`",
-            file=sys.stderr,
-        )
-        return exit_codes.REFUSED
+        fix = "run `pip install --no-deps -r requirements-web.txt`"
+        return refuse(prog, f"the page needs gradio; {fix}")
     except (OSError, ValueError) as error:
-        print(f"demo: {' '.join(str(error).split())}", file=sys.stderr)
-        return exit_codes.REFUSED
+        return refuse(prog, error)
     return 0
 
 
@@ -263,9 +258,9 @@ def launch(page: gr.Blocks, options: argparse.Namespace, **more: Any) -> None:
     )
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
+def parser(prog: str = "demo.py") -> Parser:
     """Of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

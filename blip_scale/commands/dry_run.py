@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from blip_scale.config import checks
 from blip_scale.config.recipe import Recipe, StreamRecipe
+from blip_scale.planning.hardware import GPU, find_gpu
 from blip_scale.storage.free_space import free_bytes
 
 if TYPE_CHECKING:
-    from blip_scale.planning.hardware import GPU
     from blip_scale.planning.plan import Plan
 
 logger = logging.getLogger("blip_scale.commands.dry_run")
@@ -65,7 +65,8 @@ class Setting:
     ds_config: Path
     ranks: int
     gpus_per_node: int
-    gpu: str | None
+    gpu: GPU | None
+    """The one that was named; None: the one that is here."""
 
     def plan(self) -> Plan:
         """The plan for these ranks, on the GPU that was named or is here."""
@@ -85,11 +86,11 @@ class Setting:
     def _gpu(self) -> GPU:
         import torch
 
-        from blip_scale.planning.hardware import GPUS, find_gpu
+        from blip_scale.planning.hardware import GPUS
         from blip_scale.planning.plan import GIB
 
         if self.gpu is not None:
-            return find_gpu(self.gpu)
+            return self.gpu
         if torch.cuda.is_available():
             there = torch.cuda.get_device_properties(0).total_memory / GIB
             return dataclasses.replace(GPUS["h100"], memory_gib=there)
@@ -106,7 +107,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Make all checks; returns 0, or 2 when one failed. Every rank of a launch must call it."""
+    """Make all checks; returns 0, or 2 when one failed. Every rank of a launch must call it.
+
+    Raises:
+        ValueError: --gpu names no GPU, or several.
+    """
+    gpu = find_gpu(options.gpu) if options.gpu else None
+    # Imported here, so that a refusal does not wait for torch.
     from blip_scale import logs
     from blip_scale.engine import collectives
 
@@ -114,7 +121,7 @@ def run(recipe: Recipe, options: argparse.Namespace) -> int:
     ranks = options.ranks or max(world_size, int(os.environ.get("SLURM_NTASKS", "1")))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "8")))
     per_node = math.gcd(ranks, min(ranks, options.gpus_per_node or local))
-    setting = Setting(recipe, Path(options.deepspeed), ranks, per_node, options.gpu)
+    setting = Setting(recipe, Path(options.deepspeed), ranks, per_node, gpu)
     with tempfile.TemporaryDirectory(prefix="blip_scale_dry_run_") as folder:
         logs.set_up(Path(folder), int(os.environ.get("RANK", "0")))
         findings = [_try("launcher", lambda: _launcher(setting))]
@@ -137,6 +144,7 @@ def _checks(setting: Setting) -> list[tuple[str, Callable[[], str]]]:
         ("settings", lambda: _settings(setting)),
         ("batch", lambda: _batch(setting)),
         ("DeepSpeed", lambda: _deepspeed(setting)),
+        ("attention", lambda: _attention(setting)),
         ("initial weights", lambda: _weights(recipe)),
     ]
     for stream in [*recipe.data.streams, *recipe.data.heldout]:
@@ -227,6 +235,24 @@ def _batch(setting: Setting) -> str:
 def _deepspeed(setting: Setting) -> str:
     config = checks.resolve_deepspeed(setting.recipe, setting.ds_config, setting.ranks)
     return f"{setting.ds_config}, ZeRO-{config['zero_optimization']['stage']}"
+
+
+def _attention(setting: Setting) -> str:
+    """The kernel that a task asks for when a run starts."""
+    import torch
+
+    from blip_scale.model.attention import resolve_kernel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_bf16 = setting.recipe.train.precision == "bf16"
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    try:
+        kernel = resolve_kernel(setting.recipe.model.attention, device, dtype)
+    except ValueError as error:
+        if device.type == "cuda" or setting.gpu is None:
+            raise ValueError(f"model.{error}") from error
+        raise Doubt(f"model.{error}; look on a node of the run, no GPU is here") from error
+    return f"{kernel} on {device.type}"
 
 
 def _weights(recipe: Recipe) -> str:

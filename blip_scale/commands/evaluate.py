@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -25,8 +24,9 @@ import torch
 import yaml
 
 from blip_scale import launcher
-from blip_scale.config import exit_codes, settings
+from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.config import recipe as recipes
+from blip_scale.config import settings
 from blip_scale.config.recipe import Recipe, StreamRecipe
 from blip_scale.data.captions import clean_caption, clean_question
 from blip_scale.data.conversion.pairs import Source
@@ -79,22 +79,25 @@ class Kind:
     """Of the texts."""
 
 
-def command(arguments: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+def command(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> NoReturn:
     """Run the command and end the process with its exit code."""
     launcher.end_process(main(arguments, prog))
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
     """Returns the exit code: 0, or 2 for what can't be used, which is said in one line."""
     options, overrides = _parser(prog).parse_known_args(arguments)
     began = time.perf_counter()
     try:
+        recipes.check_overrides(overrides)
+        is_main = os.environ.get("RANK", "0") == "0"
+        logging.basicConfig(format="%(message)s", level="WARNING" if is_main else "ERROR")
+        if is_main:
+            logging.getLogger("blip_scale.engine").setLevel("INFO")  # what a start waits for
         device = start(_TIMEOUT_S)
         if device.type == "cpu":  # ranks that each take all cores slow each other down
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // collectives.local_world_size()))
-        is_main = collectives.rank() == 0
-        logging.basicConfig(format="%(message)s", level="WARNING" if is_main else "ERROR")
         kind = KINDS[options.task]
         loading = Loading(
             options.recipe, options.tokenizer, options.image_size, str(device), options.precision
@@ -105,8 +108,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         figures = kind.measure(Subject(blip, pairs, recipe, options))
         everywhere = collectives.all_gather_objects(pairs.unreadable)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"evaluate: {' '.join(str(error).split())}\n")
-        return exit_codes.REFUSED
+        return refuse(prog, error)
     if is_main:
         report = {
             "task": options.task,
@@ -149,11 +151,10 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
         raise FileNotFoundError(
             f"{place}: neither a folder of MDS shards (no index.json there) nor an annotation file"
         )
-    source = Source(
-        options.data, options.images or "", options.strip_prefix, options.split or "",
-        relevance=options.relevance,
-    )  # fmt: skip
-    chunks = READERS[kind.reader](source)
+    reader = READERS[kind.reader]
+    own_options = {name: getattr(options, name) for name in reader.options}
+    source = Source(options.data, options.images or "", options.strip_prefix)
+    chunks = reader.chunks(source, **own_options)
     found = [one for chunk in chunks for one in chunk.read()]
     return listed_pairs(place.name, found, image_size, kind.clean)
 
@@ -269,8 +270,8 @@ def _show(report: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {f'{100 * value:.2f}' if isinstance(value, float) else value}")
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -282,7 +283,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     add("--images", metavar="FOLDER", help="that an annotation file's paths start from")
     add("--strip-prefix", default="", help="cut off an annotation file's paths first")
-    add("--split", help="of an annotation file that has several: train, val, test")
+    add("--split", default="", help="of an annotation file that has several: train, val, test")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--submission", type=Path, metavar="FILE",
         help="captioning: write [{image_id, caption}] there (NoCaps, COCO); vqa: [{question_id, "

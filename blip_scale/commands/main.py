@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from blip_scale import __version__
+from blip_scale.commands.command_line import refuse
 from blip_scale.config import exit_codes
 
 COMMANDS = {
@@ -33,9 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"blip-scale {__version__}\n")
         return exit_codes.DONE
     if words[0] not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        sys.stderr.write(f"blip-scale: no command {words[0]!r}; expected one of {known}\n")
-        return exit_codes.REFUSED
+        names = ", ".join(COMMANDS)
+        return refuse("blip-scale", f"no command {words[0]!r}; expected one of {names}")
     module = importlib.import_module(COMMANDS[words[0]][0])
     code: int = module.main(words[1:], f"blip-scale {words[0]}")
     return code

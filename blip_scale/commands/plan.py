@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blip_scale.config import checks, exit_codes, recipe
+from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.config import checks, recipe
 from blip_scale.planning.hardware import (
     GPUS,
     find_gpu,
@@ -24,13 +24,12 @@ from blip_scale.planning.plan import (
 from blip_scale.planning.timing import Cluster
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
     options, overrides = _parser(prog).parse_known_args(arguments)
     try:
         plan = _plan(options, overrides)
     except (ValueError, FileNotFoundError) as error:
-        print(f"plan: {' '.join(str(error).split())}", file=sys.stderr)
-        return exit_codes.REFUSED
+        return refuse(prog, error)
     print(json.dumps(plan.to_json(), indent=1) if options.json else table(plan))
     return 0
 
@@ -126,8 +125,8 @@ def _positive(kind: type) -> Any:
     return parse
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog,
         usage="python tools/plan.py RECIPE [SETTING=VALUE ...] --nodes N --gpus-per-node G "
         "--gpu NAME [--zero 1|2|3] [--offload] [--json]",

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.config import exit_codes
 from blip_scale.inference import predictions
 from blip_scale.inference.images import find_images
@@ -30,14 +31,13 @@ from blip_scale.inference.predictions import Answer, CaptionSettings, Reader
 from blip_scale.model.generation import BeamSettings, NucleusSettings
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> int:
     """Returns the exit code: 0, 1 where images failed, 2 where nothing could be done."""
     options = _parser(prog).parse_args(arguments)
     try:
         return _predict(options)
     except (OSError, ValueError) as error:
-        print(f"predict: {' '.join(str(error).split())}", file=sys.stderr)
-        return exit_codes.REFUSED
+        return refuse(prog, error)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -112,8 +112,8 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
     partial.replace(out)
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     uses = parser.add_subparsers(dest="use", required=True, metavar="USE")

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
+from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.config import exit_codes
 from blip_scale.config.recipe import TextRecipe
 from blip_scale.data.conversion.pairs import Chunk, Source
@@ -27,45 +29,40 @@ from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, 
 from blip_scale.data.conversion.screening import PIXEL_LIMIT, Rules
 from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
 from blip_scale.data.sources.demo_sets import demo, demo_visdial, easy_nlvr2, easy_vqa
-from blip_scale.data.sources.readers import READERS
+from blip_scale.data.sources.readers import READERS, SourceReader
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.storage.locations import is_local
 
-_HELP = {
-    "coco": "dataset_coco.json (Karpathy), or BLIP's coco_karpathy_*.json",
-    "visual_genome": "folder with region_descriptions.json and image_data.json, or vg_caption.json",
-    "conceptual_captions": "CC3M or CC12M as img2dataset wrote it",
-    "sbu": "SBU captions as img2dataset wrote them",
-    "laion": "LAION as img2dataset wrote it: tars, parquet or files",
-    "blip_json": "JSON lists of {image or url, caption}",
-    "folder": "images with captions.csv, captions.jsonl or a .txt beside each",
-    "webdataset": "tars of NAME.jpg, NAME.txt, NAME.json",
-    "vqa": "BLIP's vqa_*.json and vg_qa.json: {question, answer, image}",
-    "nlvr2": "BLIP's nlvr_*.json: {images, sentence, label}",
-    "visdial": "visdial_1.0_*.json: dialogs with 100 candidates an answer",
-}
-_MAX_WORDS = {"vqa": 50, "visdial": 50, "nlvr2": 40}
-"""As published, where it isn't the 30 of captions."""
+
+@dataclass(frozen=True)
+class DemoSet:
+    """A set that `prepare-data` makes from what Python packages ship."""
+
+    help: str
+    """What it is, in one line."""
+    make: Callable[[argparse.Namespace], str]
+    """Make it in `options.out`; returns the line for the user."""
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Arguments before OUT: name -> keywords of argparse's `add_argument`."""
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") -> int:
     """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
     options = _parser(prog).parse_args(arguments)
     try:
-        if options.name in ("easy_vqa", "easy_nlvr2", "demo_visdial"):
-            return _make_small_tasks(options)
-        return _make_demo(options) if options.name == "demo" else _convert(options)
+        if options.name in DEMO_SETS:
+            print(f"{options.out}: {DEMO_SETS[options.name].make(options)}")
+            return exit_codes.DONE
+        return _convert(options)
     except ModuleNotFoundError as error:
-        is_demo = options.name in ("demo", "easy_vqa", "easy_nlvr2")
-        mend = "requirements-demo.txt" if is_demo else "requirements.txt"
-        print(f"error: {error}; run `pip install -r {mend}`", file=sys.stderr)
+        needed = "requirements-demo.txt" if options.name in DEMO_SETS else "requirements.txt"
+        return refuse(prog, f"{error}; run `pip install -r {needed}`")
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return refuse(prog, error)
     except KeyboardInterrupt as stop:
         number = int(str(stop) or signal.SIGINT)
         print("stopped; finished chunks are kept, the same command goes on", file=sys.stderr)
         return exit_codes.of_signal(number)
-    return exit_codes.REFUSED
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -104,7 +101,7 @@ def _rules(options: argparse.Namespace) -> Rules:
         raise ValueError(f"--max-pixels: from 1 to {PIXEL_LIMIT}, which is all that Pillow opens")
     return Rules(
         source=options.label or options.name,
-        max_words=options.max_words or _MAX_WORDS.get(options.name, Rules.max_words),
+        max_words=options.max_words,
         min_side=options.min_side,
         max_aspect=options.max_aspect,
         max_pixels=options.max_pixels,
@@ -114,16 +111,16 @@ def _rules(options: argparse.Namespace) -> Rules:
 
 
 def _chunks(options: argparse.Namespace) -> list[Chunk]:
+    reader = READERS[options.name]
     source = Source(
         location=options.input,
         images=options.images,
         strip_prefix=options.strip_prefix,
-        split=options.split,
         caption_key=options.caption_key,
-        relevance=options.relevance,
         pairs_per_chunk=options.pairs_per_chunk,
     )
-    return list(READERS[options.name](source))
+    own_options = {name: getattr(options, name) for name in reader.options}
+    return list(reader.chunks(source, **own_options))
 
 
 def _shower(bar: tqdm) -> Callable[[Progress], None]:
@@ -179,104 +176,106 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def _make_demo(options: argparse.Namespace) -> int:
+def _make_demo(options: argparse.Namespace) -> str:
     start_s = time.perf_counter()
     summary = demo.prepare(options.out, _progress, options.size)
-    counts = ", ".join(f"{name} {count}" for name, count in summary["pairs"].items())
-    done = (
-        "was there already"
-        if summary["reused"]
-        else f"made in {time.perf_counter() - start_s:.0f} s"
-    )
-    print(f"{options.out}: {done}; pairs: {counts}")
-    return 0
-
-
-def _make_small_tasks(options: argparse.Namespace) -> int:
-    if options.name == "easy_vqa":
-        kind, counts = "questions", easy_vqa.prepare(options.out)
-    elif options.name == "easy_nlvr2":
-        kind, counts = "pairs", easy_nlvr2.prepare(options.out)
-    else:
-        kind, counts = "drawings", demo_visdial.prepare(options.demo, options.out)
-    print(f"{options.out}: {kind}: {', '.join(f'{name} {n}' for name, n in counts.items())}")
-    return 0
+    done = f"made in {time.perf_counter() - start_s:.0f} s"
+    if summary["reused"]:
+        done = "was there already"
+    return f"{done}; pairs: {_counts(summary['pairs'])}"
 
 
 def _progress(items: Iterable, total: int) -> Iterable:
     return tqdm(items, total=total, desc="rendering", unit="picture", mininterval=1.0)
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+DEMO_SETS: dict[str, DemoSet] = {
+    "demo": DemoSet(
+        "emoji drawings and icons that Python packages ship",
+        _make_demo,
+        {
+            "--size": {
+                "type": int,
+                "default": demo.IMAGE_SIZE,
+                "help": "side of the pictures in pixels (%(default)s)",
+            }
+        },
+    ),
+    "easy_vqa": DemoSet(
+        "drawings with questions that the package easy-vqa ships",
+        lambda options: f"questions: {_counts(easy_vqa.prepare(options.out))}",
+    ),
+    "easy_nlvr2": DemoSet(
+        "sentences about pairs of the drawings that the package easy-vqa ships",
+        lambda options: f"pairs: {_counts(easy_nlvr2.prepare(options.out))}",
+    ),
+    "demo_visdial": DemoSet(
+        "VisDial sets from the drawings of the demo set",
+        lambda options: f"drawings: {_counts(demo_visdial.prepare(options.demo, options.out))}",
+        {"demo": {"type": Path, "metavar": "DEMO", "help": "folder of the demo set: data/demo"}},
+    ),
+}
+"""Name on the command line -> how the set is made. An entry is all that a new one needs."""
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sources = parser.add_subparsers(dest="name", required=True, metavar="SOURCE")
-    parser_demo = sources.add_parser(
-        "demo", help="emoji drawings and icons that Python packages ship"
-    )
-    parser_demo.add_argument("out", type=Path, metavar="OUT", help="folder to make, e.g. data/demo")
-    parser_demo.add_argument(
-        "--size",
-        type=int,
-        default=demo.IMAGE_SIZE,
-        help="side of the pictures in pixels (%(default)s)",
-    )
-    parser_vqa = sources.add_parser(
-        "easy_vqa", help="drawings with questions that the package easy-vqa ships"
-    )
-    parser_vqa.add_argument("out", type=Path, metavar="OUT", help="folder to make: data/easy_vqa")
-    parser_pairs = sources.add_parser(
-        "easy_nlvr2", help="sentences about pairs of the drawings that the package easy-vqa ships"
-    )
-    parser_pairs.add_argument(
-        "out", type=Path, metavar="OUT", help="folder to make: data/easy_nlvr2"
-    )
-    parser_tasks = sources.add_parser("demo_visdial", help="VisDial sets from the demo's drawings")
-    parser_tasks.add_argument("demo", type=Path, metavar="DEMO", help="made before: data/demo")
-    parser_tasks.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    shared = _shared_options()
-    for name in READERS:
-        sources.add_parser(name, help=_HELP[name], description=_HELP[name], parents=[shared])
+    for name, demo_set in DEMO_SETS.items():
+        command = sources.add_parser(name, help=demo_set.help, description=demo_set.help)
+        for argument, keywords in demo_set.arguments.items():
+            command.add_argument(argument, **keywords)
+        command.add_argument(
+            "out", type=Path, metavar="OUT", help=f"folder to make, e.g. data/{name}"
+        )
+    for name, reader in READERS.items():
+        command = sources.add_parser(name, help=reader.help, description=reader.help)
+        _add_reader_options(command, reader)
     return parser
 
 
-def _shared_options() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("input", metavar="IN", help="folder or file, a path or any fsspec URL")
-    shared.add_argument("out", metavar="OUT", nargs="?", help="folder, or a remote: s3://b/p")
+def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) -> None:
+    command.add_argument("input", metavar="IN", help="folder or file: a path or any fsspec URL")
+    command.add_argument("out", metavar="OUT", nargs="?", help="folder, or a remote: s3://b/p")
     rules = Rules(source="")
-    reading = shared.add_argument_group("reading")
-    writing = shared.add_argument_group("accepting and writing")
-    running = shared.add_argument_group("running")
+    reading = command.add_argument_group("reading")
+    writing = command.add_argument_group("accepting and writing")
+    running = command.add_argument_group("running")
 
     def add(group: argparse._ArgumentGroup, name: str, default: Any, text: str) -> None:
         kind = int if default is None else type(default)
         shown = "" if default in (None, "") else " (%(default)s)"
         group.add_argument(name, type=kind, default=default, help=text + shown)
 
-    source = Source("")
-    add(reading, "--images", "", "folder that the image paths of annotations start from")
-    add(reading, "--strip-prefix", "", "what to remove from these paths first")
-    add(reading, "--split", "", "part of dataset_coco.json: train (with restval), val, test")
-    add(reading, "--caption-key", "", "key or column of the caption, where it is an unusual one")
-    add(reading, "--relevance", "", "visdial: visdial_1.0_val_dense_annotations.json")
-    add(reading, "--pairs-per-chunk", source.pairs_per_chunk, "unit of work of lists and folders")
-    add(writing, "--label", "", "the records' source; default: SOURCE")
-    add(writing, "--min-side", rules.min_side, "reject images with a shorter side below, pixels")
-    add(writing, "--max-aspect", rules.max_aspect, "reject images longer than so many widths")
+    for name, text in reader.options.items():
+        add(reading, f"--{name.replace('_', '-')}", "", text)
+    add(reading, "--images", "", "folder that relative image paths of annotations start from")
+    add(reading, "--strip-prefix", "", "remove this from the front of these paths first")
+    add(reading, "--caption-key", "", "key or column of the caption, if it has an unusual name")
+    add(reading, "--pairs-per-chunk", Source("").pairs_per_chunk,
+        "pairs that one process converts at a time, of lists and folders")  # fmt: skip
+    add(writing, "--label", "", "`source` of the records; default: SOURCE")
+    add(writing, "--min-side", rules.min_side, "reject images with a shorter side, in pixels")
+    add(writing, "--max-aspect", rules.max_aspect,
+        "reject images whose longer side is more than this many times the shorter")  # fmt: skip
     add(writing, "--max-pixels", rules.max_pixels, "reject larger images without decoding them")
-    add(writing, "--max-side", None, "scale shorter sides down to it; default: keep all bytes")
-    add(writing, "--jpeg-quality", rules.jpeg_quality, "of what is encoded anew")
-    add(writing, "--max-words", None, "cut captions to so many words (30; questions 50, nlvr2 40)")
+    add(writing, "--max-side", None,
+        "scale images down to this shorter side; default: keep the bytes")  # fmt: skip
+    add(writing, "--jpeg-quality", rules.jpeg_quality, "JPEG quality of scaled images")
+    add(writing, "--max-words", reader.max_words, "cut captions to this many words")
     add(writing, "--shard-size", "64mb", "largest size of a shard")
     add(running, "--workers", os.cpu_count() or 1, "processes")
-    add(running, "--shard", "0/1", "convert part i of n alone, from 0/n to n-1/n")
+    add(running, "--shard", "0/1", "convert only part i of n, from 0/n to n-1/n")
     running.add_argument("--merge", action="store_true", help="only merge the finished parts")
-    running.add_argument("--dry-run", action="store_true", help="look at a sample, write nothing")
-    add(running, "--sample", 1000, "pairs of a dry run")
-    add(running, "--tokenizer", demo.TEXT_CHECKPOINT, "counts the tokens of a dry run")
+    running.add_argument("--dry-run", action="store_true", help="read a sample, write nothing")
+    add(running, "--sample", 1000, "pairs that a dry run reads")
+    add(running, "--tokenizer", demo.TEXT_CHECKPOINT, "tokenizer that a dry run counts with")
     running.add_argument(
-        "--scratch", help="where shards are made for a remote (system's temporary folder)"
+        "--scratch", help="folder where shards for a remote are made (default: the system's)"
     )
-    return shared

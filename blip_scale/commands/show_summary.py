@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip_scale.config import exit_codes
+from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.storage import run_folder
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") -> int:
     """Print summary.json as a table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("run", type=Path, help="output folder of the run")
     parser.add_argument(
         "--started", type=int, metavar="UNIX_TIME",
@@ -25,9 +23,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     options = parser.parse_args(arguments)
     file = options.run / run_folder.SUMMARY
     if not file.is_file():
-        sys.stderr.write(f"{file}: no such file; the run has not finished\n")
-        return exit_codes.REFUSED
-    summary = json.loads(file.read_text(encoding="utf-8"))
+        return refuse(prog, f"{file}: no such file; the run has not finished")
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return refuse(prog, f"{file} cannot be read: {error}")
     if options.started is not None:
         # A call that found the run finished keeps the figure of the one that made it.
         summary.setdefault("seconds_whole_command", int(time.time()) - options.started)

@@ -259,7 +259,11 @@ class CheckpointRecipe:
 @dataclass(frozen=True, config=_STRICT)
 class LogRecipe:
     every_steps: Positive = 50
-    """Optimizer steps between two lines on the terminal and points in TensorBoard."""
+    """Optimizer steps between two points in TensorBoard and metrics.jsonl, each with a line on the
+    terminal."""
+    every_s: Above0 | None = 30.0
+    """Seconds after which a line appears on the terminal between two points, with the means since
+    the last point; null: never."""
     peak_tflops: Above0 | None = None
     """Matrix-multiply peak of one rank's device for MFU; null: measured at the start."""
     sample_ids: bool = False
@@ -338,6 +342,22 @@ def to_yaml(recipe: Recipe) -> str:
 def names() -> list[str]:
     """Recipes that come with the package."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuse arguments of a command that has an option --recipe, where they are no overrides.
+
+    Raises:
+        ValueError: an argument has none of the forms of an override; a recipe among them is told
+            apart.
+    """
+    try:
+        settings.parse_overrides(arguments)
+    except settings.BareArgument as error:
+        name = error.argument
+        if name in names() or name.endswith((".yaml", ".yml")) or Path(name).is_file():
+            raise ValueError(f"{name}: not a setting; for a recipe use --recipe {name}") from error
+        raise
 
 
 def _find(name_or_file: str) -> Path:

@@ -23,6 +23,8 @@ from pydantic import TypeAdapter, ValidationError
 T = TypeVar("T")
 Tree = dict[str, Any]
 
+_MOST_FAULTS = 10
+"""Faults of a recipe that are shown."""
 _NAMES = "names, each with "
 _PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -46,6 +48,17 @@ class Override:
     value: Any
     text: str
     """As the user wrote it, for error messages."""
+
+
+class BareArgument(ValueError):
+    """An argument that neither sets a value nor stands after the name of a setting."""
+
+    def __init__(self, argument: str) -> None:
+        super().__init__(
+            f"{argument}: expected a setting with its value, "
+            "e.g. train.epochs=2 or --train.epochs 2"
+        )
+        self.argument = argument
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,7 +101,8 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
     """Overrides in any of the forms `a.b=1`, `--a.b=1`, `--a.b 1`; values are YAML.
 
     Raises:
-        ValueError: an argument has none of these forms.
+        BareArgument: an argument has none of these forms.
+        ValueError: a value is not YAML.
     """
     overrides = []
     rest = iter(arguments)
@@ -98,10 +112,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
         if not equals:
             following = next(rest, None) if argument.startswith("--") else None
             if following is None:
-                raise ValueError(
-                    f"{argument}: expected a setting with its value, "
-                    "e.g. train.epochs=2 or --train.epochs 2"
-                )
+                raise BareArgument(argument)
             value, text = following, f"{argument} {following}"
         overrides.append(Override(name, _parse_yaml(value, text), text))
     return overrides
@@ -115,17 +126,19 @@ def build(cls: type[T], tree: Tree, source: str, overrides: Sequence[Override] =
         source: where the tree comes from, for error messages.
 
     Raises:
-        ValueError: an unknown setting (with the nearest name) or a value that is not allowed.
+        ValueError: unknown settings (with the nearest names) and values that are not allowed, all
+            of them in one line.
     """
     for override in overrides:
         _apply(tree, override)
     try:
         return TypeAdapter(cls).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        places = {_known_part([str(part) for part in one["loc"]], cls) for one in found}
-        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
-        raise ValueError(_explain(cls, found[0], source, overrides) + more) from error
+        faults: dict[str, str] = {}  # by setting: pydantic names each member of a union
+        for detail in error.errors(include_url=False):
+            name = _known_part([str(part) for part in detail["loc"]], cls)
+            faults.setdefault(name, _explain(cls, detail, source, overrides))
+        raise ValueError(_joined(list(faults.values()))) from error
 
 
 def dump_yaml(settings: object) -> str:
@@ -227,6 +240,15 @@ def _apply(tree: Tree, override: Override) -> None:
             node = node[key]
         else:
             node = node[key]
+
+
+def _joined(faults: Sequence[str]) -> str:
+    """All faults in one line, numbered where there are several."""
+    if len(faults) == 1:
+        return faults[0]
+    shown = [f"({number}) {fault}" for number, fault in enumerate(faults[:_MOST_FAULTS], 1)]
+    rest = len(faults) - len(shown)
+    return " ".join([f"{len(faults)} faults:", *shown, *([f"and {rest} more"] if rest else [])])
 
 
 def _explain(cls: type, error: Any, source: str, overrides: Sequence[Override]) -> str:

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from blip_scale.config.recipe import TextRecipe
+from blip_scale.storage import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DECODE_TOKEN = "[DEC]"
 ENCODE_TOKEN = "[ENC]"
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt")
 _PACKAGE_PREFIX = "package:"
 
 
@@ -71,8 +73,11 @@ def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
         raise ValueError(
             "model.text: set `checkpoint` or `tokenizer`, there is no tokenizer to load"
         )
+    place = resolve_checkpoint(name)
+    setting = f"model.text.{'tokenizer' if text.tokenizer else 'checkpoint'}"
+    is_local = hub.is_local(place, _VOCABULARY_FILES, setting)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(name), use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, local_files_only=is_local)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

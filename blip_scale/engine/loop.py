@@ -214,6 +214,8 @@ def _train(run: Run) -> int:
         heartbeat.beat("training", step=run.step, samples_per_s=samples_per_s)
         if at_end or run.step == 1 or run.step % recipe.log.every_steps == 0:
             reporting.log(run)
+        elif run.monitor.is_silent(recipe.log.every_s):
+            reporting.sign_of_life(run)
         every = recipe.evaluation.every_steps
         every = run.task.steps_per_epoch if every == "epoch" else every
         is_best = False

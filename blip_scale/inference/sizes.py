@@ -9,6 +9,7 @@ from blip_scale.data.tokenizer import resolve_checkpoint, special_ids
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig
+from blip_scale.storage import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +41,9 @@ def _text_config(text: TextRecipe, tokenizer: PreTrainedTokenizerFast) -> TextCo
     sizes: dict[str, Any] = {"width": text.width, "heads": text.heads, "mlp_width": text.mlp_width}
     layers = text.layers
     if text.checkpoint is not None:
-        bert = AutoConfig.from_pretrained(resolve_checkpoint(text.checkpoint))
+        place = resolve_checkpoint(text.checkpoint)
+        is_local = hub.is_local(place, ("config.json",), "model.text.checkpoint")
+        bert = AutoConfig.from_pretrained(place, local_files_only=is_local)
         if bert.model_type != "bert":
             raise ValueError(
                 f"model.text.checkpoint {text.checkpoint}: its model_type is {bert.model_type}; it "

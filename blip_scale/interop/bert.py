@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 
 from blip_scale.model.med import MED
 from blip_scale.model.text import TextConfig
+from blip_scale.storage import hub
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +125,15 @@ def _table(layers: int, mlm_head: bool) -> Iterator[tuple[str, tuple[str, ...]]]
 
 
 def _read(checkpoint: str) -> Mapping[str, Tensor]:
+    is_local = hub.is_local(checkpoint, _FILES, "model.text.checkpoint")
     for name in _FILES:
         try:
-            path = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(
+                checkpoint,
+                name,
+                local_files_only=is_local,
+                _raise_exceptions_for_missing_entries=False,
+            )
         except OSError as error:
             raise FileNotFoundError(f"text checkpoint {checkpoint}: {error}") from error
         if path is None:

@@ -75,7 +75,11 @@ def read_checkpoint(
         other = [f"{name} {found[name]}, not {wanted[name]}" for name in wanted
                  if found[name] != wanted[name]]  # fmt: skip
         if other:
-            raise ValueError(f"{path} is of another network than the recipe's: {'; '.join(other)}")
+            fix = "; give its own tokenizer as model.text.tokenizer, or --tokenizer of a command"
+            hint = fix if found["vocabulary"] != wanted["vocabulary"] else ""
+            raise ValueError(
+                f"{path} is of another network than the recipe's: {'; '.join(other)}{hint}"
+            )
     return weights
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def read_training_checkpoint(
     checkpoint_format.verify(folder, manifest)
     head = head_of_names(manifest.parameters, config) or "pretrain"
     shapes = shapes_of(head, config)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    checkpoint_format.check_vocabulary(folder, manifest.parameters, sizes)
     _check_names(manifest.parameters, shapes, head, folder)
     try:
         reader = Reader(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blip_scale.model.med import MED
+from blip_scale.storage import hub
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +86,13 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], extra: int =
 
 
 def _timm_weights(name: str) -> dict[str, Tensor]:
+    pretrained = timm.get_pretrained_cfg(name)
+    if pretrained is not None and pretrained.hf_hub_id:
+        files = ("model.safetensors", "pytorch_model.bin")
+        hub.is_local(pretrained.hf_hub_id, files, "model.vision.checkpoint", "FILE")
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise ValueError(f"vision checkpoint timm: no weights of {name}: {error}") from error
 
 

@@ -3,7 +3,7 @@ there are several."""
 
 from __future__ import annotations
 
-import difflib
+import re
 from dataclasses import dataclass
 
 
@@ -37,13 +37,24 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU of that name.
+    """The GPU that a user means: by its name here, or by the only one of its family (`v100`).
+
+    Case, `gb` and punctuation do not matter: `A100-80GB` and `RTX 4090` are names as well.
 
     Raises:
-        ValueError: it is not known; names the ones that are.
+        ValueError: no GPU, or several, have that name; the message lists all.
     """
-    if name in GPUS:
-        return GPUS[name]
-    near = difflib.get_close_matches(name, GPUS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"--gpu {name}: not known; {hint}there are {', '.join(GPUS)}")
+    wanted = _plain(name)
+    exact = [gpu for listed, gpu in GPUS.items() if _plain(listed) == wanted]
+    family = [listed for listed in GPUS if listed.partition("-")[0] == wanted]
+    if exact:
+        return exact[0]
+    if len(family) == 1:
+        return GPUS[family[0]]
+    reason = f"which one, {' or '.join(family)}?" if family else "not a GPU that is listed here;"
+    raise ValueError(f"--gpu {name}: {reason} give one of {', '.join(GPUS)}")
+
+
+def _plain(name: str) -> str:
+    """Letters and digits alone, without the maker and the unit of the memory."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removesuffix("gb")

@@ -132,6 +132,35 @@ def retained(candidates: Iterable[int], keep_last: int, keep_every: int | None) 
     return {*ordered[-keep_last:], *for_ever}
 
 
+def check_vocabulary(source: Path, saved: Mapping[str, int], here: Mapping[str, int]) -> None:
+    """Refuse a checkpoint of another tokenizer, which sizes of parameters alone would not explain.
+
+    Args:
+        source: the checkpoint, for the error.
+        saved: number of elements of each of its parameters.
+        here: number of elements of each parameter of the network that is to be filled.
+
+    Raises:
+        ValueError: the vocabularies are of different sizes.
+    """
+    tokens, wanted = _vocabulary_size(saved), _vocabulary_size(here)
+    if tokens and wanted and tokens != wanted:
+        raise ValueError(
+            f"{source} was trained with a vocabulary of {tokens} tokens ([DEC] and [ENC] "
+            f"included), the tokenizer here has {wanted}: give its own tokenizer as "
+            "model.text.tokenizer, or --tokenizer of a command"
+        )
+
+
+def _vocabulary_size(sizes: Mapping[str, int]) -> int | None:
+    """Rows of the word embeddings; None where the parameters hold none."""
+    for name, numel in sizes.items():
+        width = sizes.get(name.removesuffix("word.weight") + "norm.weight", 0)
+        if name.endswith("embeddings.word.weight") and width:
+            return numel // width
+    return None
+
+
 def write(folder: Path, contents: Mapping[str, Content]) -> dict[str, dict[str, Any]]:
     """Write files through to the disk; name -> size and checksum."""
     folder.mkdir(parents=True, exist_ok=True)

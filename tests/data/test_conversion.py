@@ -34,7 +34,7 @@ RULES = Rules("test")
 
 
 def job_of(folder: Path, out: Path, **more: Any) -> Conversion:
-    chunks = list(READERS["laion"](Source(str(folder))))
+    chunks = list(READERS["laion"].chunks(Source(str(folder))))
     return Conversion(chunks, str(out), RULES, **({"shard_bytes": 20_000, "workers": 2} | more))
 
 

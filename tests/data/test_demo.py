@@ -209,4 +209,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "was there already; pairs: emoji" in capsys.readouterr().out
     (tmp_path / "demo" / "summary.json").unlink()
     assert prepare_data.main(arguments) == 2
-    assert "error: " in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("prepare_data.py: ")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -18,7 +18,9 @@ from data_samples import jpeg
 from odd_files import write_img2dataset_tars
 
 from blip_scale.commands import prepare_data
-from blip_scale.data.sources.readers import READERS
+from blip_scale.data.conversion.pairs import Chunk, RawPair, Source, in_chunks
+from blip_scale.data.shards import read_index
+from blip_scale.data.sources.readers import READERS, SourceReader
 
 Main = Callable[[list[str]], int]
 
@@ -44,6 +46,47 @@ def test_every_reader_is_offered(prepare: Main, capsys: pytest.CaptureFixture[st
         prepare(["laion", "--help"])
     said = capsys.readouterr().out
     assert "--jpeg-quality JPEG_QUALITY" in said and "(95)" in said
+
+
+def stripes(source: Source, colour: str = "") -> Iterator[Chunk]:
+    """A reader that is no part of the package: one image a line of a text file."""
+    lines = Path(source.location).read_text().splitlines()
+    pairs = [RawPair(str(i), jpeg(i, (80, 60)), f"{colour} {line}") for i, line in enumerate(lines)]
+    return in_chunks(list(pairs), source.pairs_per_chunk)
+
+
+def test_an_entry_is_enough_to_add_a_reader(
+    prepare: Main,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader = SourceReader(stripes, "lines of stripes", {"colour": "name of the colour"}, 3)
+    monkeypatch.setitem(READERS, "stripes", reader)
+    for arguments, shown in (
+        (["--help"], "lines of stripes"),
+        (["stripes", "--help"], "--colour COLOUR"),
+    ):
+        with pytest.raises(SystemExit):
+            prepare(arguments)
+        assert shown in capsys.readouterr().out
+    (tmp_path / "lines.txt").write_text("one two three\nfour\n")
+    places = [str(tmp_path / "lines.txt"), str(tmp_path / "out")]
+    assert prepare(["stripes", *places, "--colour", "red", "--workers", "1"]) == 0
+    (shard,) = read_index(tmp_path / "out")
+    samples = [shard.get_item(number) for number in range(shard.samples)]
+    assert [sample["captions"] for sample in samples] == [["red one two"], ["red four"]]
+    assert {sample["source"] for sample in samples} == {"stripes"}
+    with pytest.raises(SystemExit, match="2"):
+        prepare(["laion", *places, "--colour", "red"])
+    assert "unrecognized arguments: --colour red" in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_one_line(prepare: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        prepare(["laion", "in", "out", "--min-side", "small"])
+    line = "prepare_data.py laion: argument --min-side: invalid int value: 'small'"
+    assert capsys.readouterr().err == f"{line} (see prepare_data.py laion --help)\n"
 
 
 def test_a_folder_of_ones_own(
@@ -114,7 +157,7 @@ def test_a_mistake_is_one_line(
     places = {"TARS": str(tars), "OUT": str(tars.parent / "out")}
     assert prepare([places.get(one, one) for one in arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and message in last
+    assert last.startswith("prepare_data.py: ") and message in last
 
 
 def test_the_wrong_parquet_is_one_line(

@@ -13,8 +13,11 @@ from blip_scale.data.conversion.pairs import Found, Source
 from blip_scale.data.sources.readers import READERS
 
 
-def read(name: str, location: Path, **more: Any) -> list[Found]:
-    return read_all(list(READERS[name](Source(str(location), **more))))
+def read(
+    name: str, location: Path, images: str = "", strip_prefix: str = "", **options: str
+) -> list[Found]:
+    source = Source(str(location), images, strip_prefix)
+    return read_all(list(READERS[name].chunks(source, **options)))
 
 
 def save(path: Path, content: Any) -> Path:
@@ -195,7 +198,7 @@ def test_a_folder_with_texts_beside_the_images(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(EMOJI_CAPTION, encoding="utf-8")
     (tmp_path / "deep" / "c.txt").write_text("a cow\non two lines\n")
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe")
-    chunks = list(READERS["folder"](Source(str(tmp_path), pairs_per_chunk=3)))
+    chunks = list(READERS["folder"].chunks(Source(str(tmp_path), pairs_per_chunk=3)))
     assert [(chunk.name, chunk.pairs) for chunk in chunks] == [("0 to 2", 3), ("3 to 3", 1)]
     found = pairs(read_all(chunks))
     assert {name: pair.captions for name, pair in found.items()} == {

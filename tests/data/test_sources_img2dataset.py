@@ -49,7 +49,7 @@ def test_the_three_forms_hold_the_same(
     write: Callable[[Path, int, int], None], name: str, tmp_path: Path
 ) -> None:
     write(tmp_path / "in", 2, 6)
-    chunks = list(READERS[name](Source(str(tmp_path / "in"))))
+    chunks = list(READERS[name].chunks(Source(str(tmp_path / "in"))))
     assert [chunk.name.split(".")[0] for chunk in chunks] == ["00000", "00001"]
     found = pairs(read_all(chunks))
     expected = [sample for shard in range(2) for sample in img2dataset_samples(shard, 6)]
@@ -68,7 +68,7 @@ def test_one_file_and_urls(tmp_path: Path) -> None:
         f"{tmp_path}/00001.tar", f"file://{tmp_path}/00001.tar",
         f"{tmp_path}/parquet/00000.parquet", f"file://{tmp_path}/parquet",
     ):  # fmt: skip
-        assert len(pairs(read_all(list(READERS["laion"](Source(place)))))) == 3
+        assert len(pairs(read_all(list(READERS["laion"].chunks(Source(place)))))) == 3
 
 
 def test_images_that_img2dataset_did_not_get(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_images_that_img2dataset_did_not_get(tmp_path: Path) -> None:
         "000000009", "gone", status="failed_to_download", error_message="HTTP Error 404", width=None
     )
     write_img2dataset_parquet(tmp_path / "00000.parquet", [*samples, ("000000009", {}, failed)])
-    found = read_all(list(READERS["laion"](Source(str(tmp_path)))))
+    found = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
     assert len(pairs(found)) == 3
     assert rejects(found) == [("000000009", "missing image")]
 
@@ -85,21 +85,21 @@ def test_images_that_img2dataset_did_not_get(tmp_path: Path) -> None:
 def test_a_list_of_urls_is_not_the_set(tmp_path: Path) -> None:
     rows = [{"URL": "https://host.example/1.jpg", "TEXT": "a dog", "similarity": 0.3}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "part-0.parquet")
-    (chunk,) = READERS["laion"](Source(str(tmp_path)))
+    (chunk,) = READERS["laion"].chunks(Source(str(tmp_path)))
     with pytest.raises(ValueError, match=r"part-0\.parquet has no column with images .*img2data"):
         list(chunk.read())
     (tmp_path / "cc3m.tsv").write_text("a dog\thttps://host.example/1.jpg\n")
     with pytest.raises(ValueError, match=r"cc3m\.tsv is a list of URLs: .* img2dataset first"):
-        READERS["conceptual_captions"](Source(str(tmp_path / "cc3m.tsv")))
+        READERS["conceptual_captions"].chunks(Source(str(tmp_path / "cc3m.tsv")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no output of img2dataset"):
-        READERS["laion"](Source(str(tmp_path / "empty")))
+        READERS["laion"].chunks(Source(str(tmp_path / "empty")))
     with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
-        READERS["laion"](Source(str(tmp_path / "nowhere")))
+        READERS["laion"].chunks(Source(str(tmp_path / "nowhere")))
 
 
 def read_tar(path: Path, caption_key: str = "") -> list:
-    return read_all(list(READERS["webdataset"](Source(str(path), caption_key=caption_key))))
+    return read_all(list(READERS["webdataset"].chunks(Source(str(path), caption_key=caption_key))))
 
 
 def test_samples_of_any_webdataset(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_compressed_tars_and_folders_of_them(tmp_path: Path) -> None:
     files = members(*((key, parts) for key, parts, _ in samples))
     write_tar(tmp_path / "a" / "one.tar.gz", files, "w:gz")
     write_tar(tmp_path / "b" / "two.tgz", files, "w:gz")
-    chunks = list(READERS["webdataset"](Source(str(tmp_path))))
+    chunks = list(READERS["webdataset"].chunks(Source(str(tmp_path))))
     assert [chunk.name for chunk in chunks] == ["a/one.tar.gz", "b/two.tgz"]
     assert len(read_all(chunks)) == 6
 
@@ -196,11 +196,11 @@ def test_a_damaged_parquet(tmp_path: Path) -> None:
     write_img2dataset_parquet(path, img2dataset_samples(0, 16))
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    assert rejects(read_all(list(READERS["laion"](Source(str(path)))))) == [
+    assert rejects(read_all(list(READERS["laion"].chunks(Source(str(path)))))) == [
         ("00000.parquet", "damaged input")
     ]
     path.write_bytes(b"")
-    assert rejects(read_all(list(READERS["laion"](Source(str(path)))))) == [
+    assert rejects(read_all(list(READERS["laion"].chunks(Source(str(path)))))) == [
         ("00000.parquet", "damaged input")
     ]
 
@@ -212,7 +212,7 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
         {"image": None, "text": None},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train-0.parquet")
-    found = read_all(list(READERS["laion"](Source(str(tmp_path)))))
+    found = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
     assert [(one.id, one.image, one.captions) for one in found if isinstance(one, RawPair)] == [
         ("train-0/0", b"image 0", ["one", "two"]),
         ("train-0/1", None, ["three"]),

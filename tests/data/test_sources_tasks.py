@@ -33,9 +33,12 @@ def converted(tmp_path: Path) -> Convert:
     for number in range(6):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number, (40, 40)))
 
-    def run(task: str, content: Any, **more: Any) -> tuple[Path, dict[str, Any]]:
+    def run(
+        task: str, content: Any, images: str = "", **options: str
+    ) -> tuple[Path, dict[str, Any]]:
         (tmp_path / f"{task}.json").write_text(json.dumps(content))
-        chunks = list(READERS[task](Source(str(tmp_path / f"{task}.json"), **more)))
+        source = Source(str(tmp_path / f"{task}.json"), images)
+        chunks = list(READERS[task].chunks(source, **options))
         out = tmp_path / f"{task}_shards"
         summary = convert(Conversion(chunks, str(out), Rules(task, max_words=50)), Part())
         assert summary is not None

@@ -232,6 +232,16 @@ def test_another_network_is_refused(
     assert not any(piece.weight.any() for piece in other.all_slices)  # nothing was loaded
 
 
+def test_another_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("text.embeddings.word.weight", 24), ("text.embeddings.norm.weight", 2)):
+        monkeypatch.setitem(SIZES, name, size)
+    alone().save(tmp_path)
+    monkeypatch.setitem(SIZES, "text.embeddings.word.weight", 26)
+    other = alone(filled=False)
+    with pytest.raises(ValueError, match=r"of 12 tokens .* has 13: .* model\.text\.tokenizer"):
+        restore.load(tmp_path / "step_00000005", other.engine, other.momentum)
+
+
 def test_training_goes_on_while_a_copy_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,6 +245,26 @@ def test_progress_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "samples/s=12.3" in last
 
 
+def test_silence_is_the_main_rank_s_and_ends_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="blip_scale")
+    clock = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monitor, other = make(tmp_path), make(tmp_path / "other", is_main=False)
+    clock[0] += 29
+    assert not monitor.is_silent(30)
+    clock[0] += 1
+    assert monitor.is_silent(30) and not monitor.is_silent(None) and not other.is_silent(30)
+    monitor.line(2, METRICS)
+    assert not monitor.is_silent(30)
+    assert "itc  8.1234" in caplog.messages[0]
+    assert not (tmp_path / "metrics.jsonl").exists(), "a line is no point"
+    clock[0] += 30
+    monitor.log(3, METRICS)
+    assert not monitor.is_silent(30), "a point has a line"
+
+
 def test_measures_of_the_machine() -> None:
     cpu = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16):

@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import blip_scale
 from blip_scale.config import recipe as recipes
 from blip_scale.data.loading.micro_batches import CaptionInput
 from blip_scale.data.shards import Record, write_shards
@@ -104,7 +105,11 @@ def test_the_terminal_shows_our_lines_alone(finished: Path) -> None:
     """And nothing of DeepSpeed, torch and transformers, on neither stream, of neither rank."""
     assert (finished.parent / "stdout").read_text() == ""
     ours = re.compile(r"\d\d:\d\d:\d\d (an epoch|pretrain on 2 rank|step |saved |done: )")
-    lines = (finished.parent / "stderr").read_text().splitlines()
+    first, *lines = (finished.parent / "stderr").read_text().splitlines()
+    version = f"blip_scale {blip_scale.__version__}"
+    assert first == f"{version}: recipe {finished}, 2 ranks; loading torch and DeepSpeed ..."
+    if "building DeepSpeed's shared-memory operation" in lines[0]:  # the environment's first run
+        del lines[0]
     assert [line for line in lines if not ours.match(line)] == []
     assert "shapes 100.0% (64 = 1 x 64)" in lines[0]
     assert "ZeRO-3, fp32, attention by sdpa" in lines[1]
@@ -348,7 +353,24 @@ def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["ranks"], summary["skipped_samples"]) == (1, 3)
     ours = re.compile(r"\d\d:\d\d:\d\d (an epoch|pretrain on|step|saved|done|WARNING skipped)")
-    assert [line for line in said.splitlines() if not ours.match(line)] == []
+    assert [line for line in said.splitlines()[1:] if not ours.match(line)] == []
+
+
+def test_lines_come_by_time_as_well(tmp_path: Path) -> None:
+    """They change no number, and points stay where they were."""
+    told = {}
+    for name, every_s in (("quiet", None), ("talking", 0.001)):
+        recipe = tiny_runs.make_recipe(
+            tmp_path / name, train={"max_steps": 4}, log={"every_steps": 1000, "every_s": every_s}
+        )
+        tiny_runs.train(recipe, RANKS)
+        lines = (tmp_path / name / "stderr_0.txt").read_text().splitlines()
+        told[name] = [line for line in lines if re.search(r"step \d+/4 ", line)]
+    assert [re.search(r"step (\d)/4", line)[1] for line in told["quiet"]] == ["1", "4"]
+    assert [re.search(r"step (\d)/4", line)[1] for line in told["talking"]] == ["1", "2", "3", "4"]
+    assert " itc " in told["talking"][2] and " samples/s " in told["talking"][2]
+    quiet, talking = (tiny_runs.losses(tmp_path / name / "run") for name in told)
+    assert quiet == talking and list(quiet) == [1, 4]
 
 
 def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:

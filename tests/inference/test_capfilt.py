@@ -266,7 +266,7 @@ def test_wrong_checkpoints_are_refused(
         models = ["--captioner", str(captioner), "--filter", str(judge)]
         run(web, tmp_path / "out", *models, code=2)
         said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith("error: ") and message in said
+        assert said.startswith("capfilt.py: ") and message in said
     assert not (tmp_path / "out").exists()
     models = ["--captioner", str(ours), "--filter", str(ours)]
     run(tmp_path, tmp_path / "out", *models, code=2)

@@ -218,7 +218,7 @@ def test_what_cannot_be_is_refused_in_a_line(
     assert predict.main(arguments) == 2
     said = capsys.readouterr()
     assert message in said.err.splitlines()[-1] and not said.out
-    assert said.err.splitlines()[-1].startswith("predict: ")
+    assert said.err.splitlines()[-1].startswith("predict.py: ")
 
 
 @pytest.fixture
@@ -238,4 +238,4 @@ def spoilt(ours: Path, hf: Path, tmp_path: Path) -> dict[str, str]:
 def test_without_an_image(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for pattern in (tmp_path, tmp_path / "*.jpg", tmp_path / "no.jpg"):
         assert predict.main(["embed", str(pattern), "--model", str(ours)]) == 2
-        assert capsys.readouterr().err == f"predict: {pattern}: there is no image\n"
+        assert capsys.readouterr().err == f"predict.py: {pattern}: there is no image\n"

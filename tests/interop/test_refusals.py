@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def refusal(capsys: Capture, source: Path, out: Path, *arguments: str) -> str:
     capsys.readouterr()
     assert convert_checkpoint.main([str(source), str(out), *arguments]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("convert_checkpoint: ") and said.count("\n") == 1
+    assert said.startswith("convert_checkpoint.py: ") and said.count("\n") == 1
     assert sorted(out.parent.iterdir()) == before
     return said
 
@@ -95,6 +96,20 @@ def test_files_of_other_models(pth: Path, tmp_path: Path, capsys: Capture) -> No
     del loaded["network"]
     torch.save(loaded, bad)
     assert "doesn't say how many text heads there are and its width 48" in refusal(capsys, bad, out)
+
+
+def test_another_tokenizer_is_named(ours: Path, tmp_path: Path, vocabulary: Path) -> None:
+    """Whether the folder says the sizes of its network or not."""
+    tokens = read_checkpoint(ours).config.text.vocab_size
+    config = tiny_blip.config(vocabulary)
+    other = replace(config, text=replace(config.text, vocab_size=tokens + 5))
+    with pytest.raises(ValueError, match=f"vocabulary {tokens}, not {tokens + 5}; .*tokenizer"):
+        read_checkpoint(ours, other)
+    shutil.copytree(ours, tmp_path / "run")
+    (tmp_path / "run" / "network.json").unlink()
+    with pytest.raises(ValueError, match=f"of {tokens} tokens .* has {tokens + 5}: .*--tokenizer"):
+        read_checkpoint(tmp_path / "run", other)
+    assert read_checkpoint(tmp_path / "run", config).config.text.vocab_size == tokens
 
 
 def test_folders_that_are_damaged_or_other_models(

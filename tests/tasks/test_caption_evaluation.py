@@ -31,7 +31,7 @@ def images(tmp_path: Path) -> Path:
 def opened(file: Path, annotations: Any, images: Path, **more: str) -> HeldoutPairs:
     """What tools/evaluate.py makes of an annotation file."""
     file.write_text(json.dumps(annotations))
-    chunks = READERS["coco"](Source(str(file), str(images), **more))
+    chunks = READERS["coco"].chunks(Source(str(file), str(images)), **more)
     return listed_pairs(file.name, [one for c in chunks for one in c.read()], 32, str)
 
 

@@ -109,17 +109,14 @@ class Source:
     strip_prefix: str = ""
     """Removed from the image paths of annotations first: lists hold their makers' absolute paths.
     """
-    split: str = ""
-    """Part of a set that has several: train, val or test; "": all of it."""
     caption_key: str = ""
     """Key or column with the caption, where it is none of the usual ones."""
-    relevance: str = ""
-    """File with people's judgement of the candidates of dialogs (VisDial)."""
     pairs_per_chunk: int = 4000
     """Where the input is a list of images; tars and parquet files are a chunk each."""
 
 
-Reader = Callable[[Source], Iterable[Chunk]]
+Reader = Callable[..., Iterable[Chunk]]
+"""reader(source, **options): the options that only this reader has are keywords, text."""
 
 
 def in_chunks(found: list[Found], size: int) -> Iterator[Chunk]:

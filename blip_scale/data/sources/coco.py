@@ -28,27 +28,28 @@ from blip_scale.storage.locations import basename, is_folder, join
 _SPLITS = {"train": {"train", "restval"}, "val": {"val"}, "test": {"test"}}
 
 
-def chunks(source: Source) -> Iterator[Chunk]:
+def chunks(source: Source, split: str = "") -> Iterator[Chunk]:
     """Chunks of one annotation file, or of the dataset_coco.json in a folder.
 
-    Raises ValueError for an unknown split.
+    `split` is a part of dataset_coco.json: train, val or test; "" takes all of it. Raises
+    ValueError for an unknown one.
     """
     if is_folder(source.location):
         source = replace(source, location=join(source.location, "dataset_coco.json"))
     annotations = load_json(source.location)
     if isinstance(annotations, list):
-        if source.split:
+        if split:
             raise ValueError(f"{source.location} is the list of one split: leave --split out")
         return blip_json.chunks(source)
     if not isinstance(annotations, dict) or not isinstance(annotations.get("images"), list):
         raise ValueError(f"{source.location} is neither dataset_coco.json nor a list of captions")
-    if source.split and source.split not in _SPLITS:
-        raise ValueError(f"--split {source.split}: COCO has {', '.join(_SPLITS)}")
+    if split and split not in _SPLITS:
+        raise ValueError(f"--split {split}: COCO has {', '.join(_SPLITS)}")
     if isinstance(annotations.get("annotations"), list):
-        if source.split:
+        if split:
             raise ValueError(f"{source.location} is all of one split: leave --split out")
         return in_chunks(list(_own_format(source, annotations)), source.pairs_per_chunk)
-    return in_chunks(list(_karpathy(source, annotations["images"])), source.pairs_per_chunk)
+    return in_chunks(list(_karpathy(source, annotations["images"], split)), source.pairs_per_chunk)
 
 
 def _own_format(source: Source, annotations: dict[str, Any]) -> Iterator[Found]:
@@ -69,8 +70,8 @@ def _own_format(source: Source, annotations: dict[str, Any]) -> Iterator[Found]:
         yield RawPair(path, location, own, annotations=[known] * len(own))
 
 
-def _karpathy(source: Source, images: list[dict[str, Any]]) -> Iterator[Found]:
-    wanted = _SPLITS.get(source.split)
+def _karpathy(source: Source, images: list[dict[str, Any]], split: str) -> Iterator[Found]:
+    wanted = _SPLITS.get(split)
     for number, image in enumerate(images):
         if wanted is not None and image.get("split") not in wanted:
             continue

@@ -1,10 +1,12 @@
-"""The readers that `prepare-data` offers: each tells the chunks of a source, as
-`blip_scale.data.conversion` converts them. The sets of `demo_sets` are made on their own.
-"""
+"""The readers that `prepare-data` offers. An entry of `READERS` is all that a new one needs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 from blip_scale.data.conversion.pairs import Reader
+from blip_scale.data.conversion.screening import Rules
 from blip_scale.data.sources.blip_json import chunks as blip_json_chunks
 from blip_scale.data.sources.coco import chunks as coco_chunks
 from blip_scale.data.sources.folder import chunks as folder_chunks
@@ -15,17 +17,53 @@ from blip_scale.data.sources.visual_genome import chunks as visual_genome_chunks
 from blip_scale.data.sources.vqa import chunks as vqa_chunks
 from blip_scale.data.sources.webdataset import chunks as webdataset_chunks
 
-READERS: dict[str, Reader] = {
-    "coco": coco_chunks,
-    "visual_genome": visual_genome_chunks,
-    "conceptual_captions": img2dataset_chunks,
-    "sbu": img2dataset_chunks,
-    "laion": img2dataset_chunks,
-    "blip_json": blip_json_chunks,
-    "folder": folder_chunks,
-    "webdataset": webdataset_chunks,
-    "vqa": vqa_chunks,
-    "nlvr2": nlvr2_chunks,
-    "visdial": visdial_chunks,
+
+@dataclass(frozen=True)
+class SourceReader:
+    """A reader with everything that `prepare-data` shows and asks for it."""
+
+    chunks: Reader
+    """chunks(source, **options) -> the chunks to convert."""
+    help: str
+    """What it reads, in one line."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Options that only this reader has: name of the keyword of `chunks` -> help text. `split`
+    becomes `--split`; values are text, "" by default."""
+    max_words: int = Rules.max_words
+    """Captions are cut to this many words, unless the user gives --max-words."""
+
+
+_IMG2DATASET = "as img2dataset wrote it: tars, parquet or files"
+
+READERS: dict[str, SourceReader] = {
+    "coco": SourceReader(
+        coco_chunks,
+        "dataset_coco.json (Karpathy), or BLIP's coco_karpathy_*.json",
+        {"split": "part of dataset_coco.json: train (with restval), val or test; default: all"},
+    ),
+    "visual_genome": SourceReader(
+        visual_genome_chunks,
+        "folder with region_descriptions.json and image_data.json, or vg_caption.json",
+    ),
+    "conceptual_captions": SourceReader(img2dataset_chunks, f"CC3M or CC12M {_IMG2DATASET}"),
+    "sbu": SourceReader(img2dataset_chunks, f"SBU captions {_IMG2DATASET}"),
+    "laion": SourceReader(img2dataset_chunks, f"LAION {_IMG2DATASET}"),
+    "blip_json": SourceReader(blip_json_chunks, "JSON lists of {image or url, caption}"),
+    "folder": SourceReader(
+        folder_chunks, "images with captions.csv, captions.jsonl or a .txt beside each"
+    ),
+    "webdataset": SourceReader(webdataset_chunks, "tars of NAME.jpg, NAME.txt, NAME.json"),
+    "vqa": SourceReader(
+        vqa_chunks, "BLIP's vqa_*.json and vg_qa.json: {question, answer, image}", max_words=50
+    ),
+    "nlvr2": SourceReader(
+        nlvr2_chunks, "BLIP's nlvr_*.json: {images, sentence, label}", max_words=40
+    ),
+    "visdial": SourceReader(
+        visdial_chunks,
+        "visdial_1.0_*.json: dialogs with 100 candidates for each answer",
+        {"relevance": "visdial_1.0_val_dense_annotations.json, for NDCG"},
+        max_words=50,
+    ),
 }
-"""By the name that tools/prepare_data.py and the records' `source` give them."""
+"""Name on the command line and, by default, `source` of the records -> its reader."""

@@ -35,15 +35,18 @@ Relevance = dict[tuple[int, int], list[float]]
 """Of each candidate, by image and round (counted from 1)."""
 
 
-def chunks(source: Source) -> Iterator[Chunk]:
-    """Chunks of one annotation file. Raises ValueError for another format."""
+def chunks(source: Source, relevance: str = "") -> Iterator[Chunk]:
+    """Chunks of one annotation file. Raises ValueError for another format.
+
+    `relevance` is a file with people's judgement of the candidates; "" without.
+    """
     content = load_json(source.location)
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, dict) or not all(isinstance(data.get(n), list) for n in _LISTS):
         raise ValueError(f"{source.location} is no VisDial file: data with {', '.join(_LISTS)}")
-    relevance = _relevance(source.relevance) if source.relevance else {}
+    judgements = _relevance(relevance) if relevance else {}
     files = _images(source.images or parent(source.location))
-    return in_chunks(list(_dialogs(source, data, files, relevance)), source.pairs_per_chunk)
+    return in_chunks(list(_dialogs(source, data, files, judgements)), source.pairs_per_chunk)
 
 
 def _images(folder: str) -> dict[int, str]:

@@ -79,7 +79,7 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
             or is one too many), or other layers of it were frozen.
     """
     manifest = checkpoint_format.read_manifest(path)
-    _check_network(manifest, engine)
+    _check_network(path, manifest, engine)
     names = _needed(manifest, engine.stage, (collectives.rank(),))
     reader = checkpoint_format.Reader(
         path / name for name in names if name != checkpoint_format.SHARED
@@ -201,11 +201,12 @@ def _needed(manifest: Manifest, stage: int, ranks: tuple[int, ...]) -> list[str]
     return [*(checkpoint_format.rank_file(rank) for rank in ranks), checkpoint_format.SHARED]
 
 
-def _check_network(manifest: Manifest, engine: ZeroEngine) -> None:
+def _check_network(folder: Path, manifest: Manifest, engine: ZeroEngine) -> None:
     """Refuse parameters that are others, or of other sizes, than the engine's, and moments of other
     ones than train."""
     saved, known = manifest.parameters, engine.trainable | engine.frozen
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in known.items()}
+    checkpoint_format.check_vocabulary(folder, saved, sizes)
     for name in [*sizes, *saved]:
         if saved.get(name, 0) != sizes.get(name, 0):
             raise ValueError(

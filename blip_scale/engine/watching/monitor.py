@@ -83,6 +83,7 @@ class Monitor:
         self._writer: SummaryWriter | None = None
         self._disk = files.Spared(f"more points of the curves in {output_dir}", self._drop_writer)
         self._bar: Any = None
+        self._spoke = time.monotonic()
         if not is_main:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,31 @@ class Monitor:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
+    def is_silent(self, seconds: float | None) -> bool:
+        """Whether the terminal has had no line of figures for so long; None: never.
+
+        Only the main rank has a terminal, so ranks need not agree.
+        """
+        waited = time.monotonic() - self._spoke
+        return self._is_main and seconds is not None and waited >= seconds
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line on the terminal, without a point in the curves.
+
+        Args:
+            step: optimizer steps done.
+            metrics: values by their name in TensorBoard, as far as the line shows them.
+        """
+        if not self._is_main:
+            return
+        self._spoke = time.monotonic()
+        if self._bar is not None:
+            shown = {_short(name): f"{value:.3f}" for name, value in _losses(metrics).items()}
+            if "speed/samples_per_s" in metrics:
+                shown["samples/s"] = f"{metrics['speed/samples_per_s']:.1f}"
+            self._bar.set_postfix(shown, refresh=False)
+        logger.info("%s", self._line(step, metrics))
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One point in every curve, one line on the terminal, and a look at the alarms.
 
@@ -113,12 +139,7 @@ class Monitor:
         if not self._is_main:
             return
         self.scalars(step, metrics)
-        if self._bar is not None:
-            shown = {_short(name): f"{value:.3f}" for name, value in _losses(metrics).items()}
-            if "speed/samples_per_s" in metrics:
-                shown["samples/s"] = f"{metrics['speed/samples_per_s']:.1f}"
-            self._bar.set_postfix(shown, refresh=False)
-        logger.info("%s", self._line(step, metrics))
+        self.line(step, metrics)
         for alarm, streak in self._streaks:
             streak[0] = streak[0] + 1 if alarm.condition(metrics) else 0
             if streak[0] == alarm.points:

@@ -43,11 +43,29 @@ def _of_all_ranks(ids: Sequence[str]) -> str:
     return ", ".join(everyone[:8]) + (", ..." if len(everyone) > 8 else "")
 
 
+def sign_of_life(run: Run) -> None:
+    """One line of means since the last point, from what this rank knows: no exchange, no point.
+
+    Losses and gradient norms are those of all ranks already; times are this rank's.
+    """
+    means = _means(run.history.window)
+    step_s, data_wait_s = means["step_s"], means["data_wait_s"]
+    means |= {
+        "speed/samples_per_s": run.recipe.train.global_batch_size / step_s,
+        "speed/data_wait_share": data_wait_s / step_s,
+    }
+    run.monitor.line(run.step, means)
+
+
+def _means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = list(window[-1])
+    return {name: sum(step[name] for step in window) / len(window) for name in names}
+
+
 def log(run: Run) -> None:
     """One line, one point in every curve: means over the steps since the last one."""
     window, recipe = run.history.window, run.recipe
-    names = list(window[-1])
-    means = {name: sum(step[name] for step in window) / len(window) for name in names}
+    means = _means(window)
     step_s = means.pop("step_s")
     own_s = step_s - means.pop("blocked_s")
     waits = {name: means.pop(name) for name in list(means) if name.startswith("communication/")}

@@ -9,6 +9,8 @@ stretch of all of them laid end to end. Both are the same thing to the rest of t
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +36,11 @@ from blip_scale.engine.zero.parameter_slices import (
     gradient_of,
     trainable_slice,
 )
+
+logger = logging.getLogger(__name__)
+
+_SHARED_MEMORY = "deepspeed_shm_comm"
+"""DeepSpeed's name for its exchange between ranks on a CPU."""
 
 
 class AdamW(torch.optim.AdamW):
@@ -233,13 +240,14 @@ def start(timeout_s: float) -> torch.device:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(launcher.free_port())
-    # DeepSpeed compiles its operations with the ninja of PATH, which a virtual environment that is
-    # not activated leaves out; and two versions of ninja would compile them anew in turns.
-    tools = str(Path(sys.executable).parent)
-    os.environ["PATH"] = os.pathsep.join([tools, *filter(None, [os.environ.get("PATH")])])
+    _set_up_compiling()
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    elif int(os.environ["WORLD_SIZE"]) > 1:
+        _announce_compilation()
+    else:  # nothing to exchange: without the operation, nothing is compiled
+        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
     with logs.prints_to_log("DeepSpeed"):
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s)
@@ -248,6 +256,32 @@ def start(timeout_s: float) -> torch.device:
         collectives.barrier()  # all ranks of this node have opened each other's buffers
         _unlink_shared_buffer()
     return torch.device(accelerator.current_device_name())
+
+
+def _set_up_compiling() -> None:
+    """Give the operations that DeepSpeed compiles a folder for each environment.
+
+    The folder is kept between runs, and clones that share an environment share it. In torch's own
+    default folder two environments would overwrite each other's operations. Ranks that start at
+    once compile only once: torch (2.14) locks the folder of an operation.
+    """
+    # DeepSpeed takes the ninja of PATH, which a virtual environment that is not activated leaves
+    # out. Two versions of ninja would compile everything again in turns.
+    tools = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([tools, *filter(None, [os.environ.get("PATH")])])
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
+    name = f"torch_{torch.__version__}_deepspeed_{deepspeed.__version__}_{environment}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "blip_scale" / "compiled" / name))
+
+
+def _announce_compilation() -> None:
+    """Say that DeepSpeed is about to compile its exchange between CPU ranks, unless it is there."""
+    library = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / _SHARED_MEMORY / f"{_SHARED_MEMORY}.so"
+    if not library.is_file():
+        logger.info(
+            "building DeepSpeed's shared-memory operation, once per environment, about a minute"
+        )
 
 
 def _unlink_shared_buffer() -> None:
