@@ -22,6 +22,7 @@ from blip_scale.model.vision import VisionConfig
 from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.planning.activations import Micro, saved_activations
 from blip_scale.planning.network import vision_shape
+from blip_scale.tasks.momentum_contrast import MomentumContrastNetwork, MomentumInputs
 from blip_scale.tasks.pretrain import PretrainNetwork
 
 REPO = Path(__file__).resolve().parent.parent
@@ -36,10 +37,11 @@ def network(checkpointing: bool, **options: float) -> PretrainNetwork:
         VisionConfig("vit_tiny_patch16_224", 64, vision, **options), text, EMBED,
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    built = PretrainNetwork(MED(config), MomentumEncoder(config), ObjectiveRecipe())
+    momentum = MomentumEncoder(config)
+    built = PretrainNetwork(MED(config), MomentumContrastNetwork(momentum), ObjectiveRecipe())
     init_weights(built.med, seed=0)
-    for _, momentum, online in built.momentum.pairs(built.med):
-        momentum.data.copy_(online.data)
+    for _, copy, online in momentum.pairs(built.med):
+        copy.data.copy_(online.data)
     return built.train()
 
 
@@ -66,7 +68,8 @@ def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = built(images, text, keys, 0.4, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        out = built(images, text, MomentumInputs(keys, 0.4), generator)
     # What the checkpoint of a frozen block noted is gone already.
     kept = {pointer: size for pointer, (ref, size) in saved.items() if not ref.expired()}
     found = {**alive(), **kept}
