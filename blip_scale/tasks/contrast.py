@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_scale.config.recipe import Recipe
+from blip_scale.engine import collectives
 from blip_scale.engine.task import Progress
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
@@ -52,6 +53,13 @@ class Contrasted:
     negatives of all ranks by them, and `Contrast.collect` receives them."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Scalars for the log, by name."""
+
+
+def of_all_ranks(features: FeaturePair) -> FeaturePair:
+    """[B, E] each to [B x ranks, E], in rank order and without gradient; all ranks call."""
+    return FeaturePair(
+        collectives.all_gather(features.image), collectives.all_gather(features.text)
+    )
 
 
 class Contrast(ABC):

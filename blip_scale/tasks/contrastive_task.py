@@ -122,17 +122,11 @@ class ContrastiveTask(TrainingTask):
         if self.knows_images:
             image_ids = image_ids_of(batch).to(self.device, non_blocking=True)
         inputs = self.contrast.inputs(progress)
-        outputs = network(images, text, inputs, self.generator(), image_ids)
+        outputs = network(images, text, inputs, self.generator(self.device), image_ids)
         keys = FeaturePair(outputs.pop("image_keys"), outputs.pop("text_keys"))
         self.contrast.collect(keys, image_ids, progress.step)
         self._tokens = len(batch.token_ids)
         return outputs | self.stream_shares(batch)
-
-    def generator(self) -> torch.Generator:
-        """Draws the hard negatives of this micro-step and rank."""
-        generator = torch.Generator(self.device)
-        generator.manual_seed(torch.initial_seed() ^ 0x5EED)
-        return generator
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""

@@ -21,7 +21,7 @@ from blip_scale.model.med import MEDConfig, MomentumEncoder
 from blip_scale.objectives.contrastive import FeaturePair, alpha_at, itc_loss, similarities
 from blip_scale.objectives.feature_queue import FeatureQueue
 from blip_scale.objectives.momentum import momentum_update_
-from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs
+from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs, of_all_ranks
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,7 @@ class MomentumContrast(Contrast):
         momentum_update_(momentum.averages, momentum.weights, self.settings.momentum)
         momentum.refresh()
         for keys, image_ids in collected:
-            gathered = FeaturePair(
-                collectives.all_gather(keys.image), collectives.all_gather(keys.text)
-            )
+            gathered = of_all_ranks(keys)
             ids = None if image_ids is None else collectives.all_gather(image_ids)
             self.queue.enqueue(gathered, self.step, ids)
 

@@ -18,7 +18,7 @@ from blip_scale.model.packing import PackedText
 from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.objectives.language import lm_loss
 from blip_scale.objectives.matching import HardNegatives, draw_negatives, itm_loss, match_labels
-from blip_scale.tasks.contrast import EncodedPairs
+from blip_scale.tasks.contrast import EncodedPairs, of_all_ranks
 from blip_scale.tasks.contrastive_task import ContrastiveNetwork, ContrastiveTask
 from blip_scale.tasks.hard_pairs import global_pairs, local_pairs
 
@@ -83,7 +83,7 @@ def _global_negatives(
 ) -> HardNegatives:
     """Negatives drawn by the keys of all ranks."""
     online, temperature = encoded.features, encoded.temperature
-    pool = FeaturePair(collectives.all_gather(keys.image), collectives.all_gather(keys.text))
+    pool = of_all_ranks(keys)
     return draw_negatives(
         online.text @ pool.image.T / temperature,
         online.image @ pool.text.T / temperature,

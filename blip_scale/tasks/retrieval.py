@@ -17,8 +17,8 @@ from blip_scale.engine.task import Evaluation
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.evaluation import captions_and_pairs
 from blip_scale.model.packing import PackedText
-from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.objectives.matching import draw_negatives, itm_loss, pair_labels
+from blip_scale.tasks.contrast import of_all_ranks
 from blip_scale.tasks.contrastive_task import ContrastiveNetwork, ContrastiveTask
 from blip_scale.tasks.hard_pairs import global_pairs, local_pairs
 
@@ -42,9 +42,7 @@ class RetrievalNetwork(ContrastiveNetwork):
         everywhere = self.settings.negatives == "global"
         pool, pool_ids = online, image_ids
         if everywhere:
-            pool = FeaturePair(
-                collectives.all_gather(online.image), collectives.all_gather(online.text)
-            )
+            pool = of_all_ranks(online)
             pool_ids = collectives.all_gather(image_ids)
         same_BP = image_ids[:, None] == pool_ids
         negatives = draw_negatives(
@@ -82,7 +80,7 @@ class Retrieval(ContrastiveTask):
         """Recalls on the held-out sets, re-ranked; their mean on the first set is the score."""
         med = self.whole_med(engine)
         evaluation = Evaluation()
-        for name, pairs in captions_and_pairs.heldout_sets(self.recipe):
+        for name, pairs in self.heldout_sets():
             figures = captions_and_pairs.retrieval_on(med, pairs, self.recipe, self.tokenizer, True)
             recalls = [value for figure, value in figures.items() if figure.startswith("itm_")]
             evaluation = evaluation.with_set(name, figures, fmean(recalls))
