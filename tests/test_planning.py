@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import ObjectiveRecipe
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.inference.sizes import med_config
 from blip_scale.model.initialization import init_weights
 from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
 from blip_scale.model.packing import PackedText
@@ -22,7 +25,8 @@ from blip_scale.model.vision import VisionConfig
 from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.planning.activations import Micro, saved_activations
 from blip_scale.planning.hardware import GPUS, find_gpu
-from blip_scale.planning.network import vision_shape
+from blip_scale.planning.network import network_of, vision_shape
+from blip_scale.tasks.momentum_contrast import MomentumContrastNetwork, MomentumInputs
 from blip_scale.tasks.pretrain import PretrainNetwork
 
 REPO = Path(__file__).resolve().parent.parent
@@ -37,10 +41,11 @@ def network(checkpointing: bool, **options: float) -> PretrainNetwork:
         VisionConfig("vit_tiny_patch16_224", 64, vision, **options), text, EMBED,
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    built = PretrainNetwork(MED(config), MomentumEncoder(config), ObjectiveRecipe())
+    momentum = MomentumEncoder(config)
+    built = PretrainNetwork(MED(config), MomentumContrastNetwork(momentum), ObjectiveRecipe())
     init_weights(built.med, seed=0)
-    for _, momentum, online in built.momentum.pairs(built.med):
-        momentum.data.copy_(online.data)
+    for _, copy, online in momentum.pairs(built.med):
+        copy.data.copy_(online.data)
     return built.train()
 
 
@@ -67,7 +72,8 @@ def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = built(images, text, keys, 0.4, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        out = built(images, text, MomentumInputs(keys, 0.4), generator)
     # What the checkpoint of a frozen block noted is gone already.
     kept = {pointer: size for pointer, (ref, size) in saved.items() if not ref.expired()}
     found = {**alive(), **kept}
@@ -147,3 +153,58 @@ def test_refuses_in_one_line() -> None:
     assert refused.startswith("plan.py: --gpu a100: which one, a100-40 or a100-80? give one of")
     stream = "data.streams=[{name: mine, local: /nowhere}]"
     assert "data.streams.0 (mine)" in plan("base_129M", stream, code=2)
+
+
+def bert_folder(folder: Path, tokens: int, **settings: float) -> None:
+    """config.json of a BERT and a vocabulary of its size, special tokens in bert-base-uncased's
+    places."""
+    from transformers import BertConfig, BertTokenizerFast
+
+    words = [f"word{number}" for number in range(tokens)]
+    words[0], words[100:104] = "[PAD]", ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertConfig(vocab_size=tokens, **settings).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the text checkpoints and tokenizers of the shipped recipes: transformers'
+    defaults are bert-base-uncased's sizes."""
+    folder = tmp_path_factory.mktemp("texts")
+    bert_folder(folder / "bert-base", 30522)
+    small = {"hidden_size": 384, "num_hidden_layers": 6, "layer_norm_eps": 1e-7}
+    bert_folder(folder / "data/demo/text", 500, intermediate_size=1536, **small)
+    for name in ("easy_vqa", "easy_nlvr2"):
+        bert_folder(folder / f"data/{name}/text", 300)
+    return folder
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_the_planned_network_is_that_of_the_run(
+    name: str, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan knows the sizes of a hub's checkpoint; the run reads them in a folder."""
+    monkeypatch.chdir(texts)
+    changes = ["objective.temperature=0.05", "model.attention=sdpa"]
+    planned = recipes.load(name, changes)
+    if planned.model.text.checkpoint == "bert-base-uncased":
+        changes.append(f"model.text.checkpoint={texts / 'bert-base'}")
+    run = recipes.load(name, changes)
+    config = network_of(planned).config
+    assert config == med_config(run, load_tokenizer(run.model.text))
+    assert (config.temperature, config.kernel) == (0.05, "sdpa")
+
+
+def test_a_plan_fetches_no_tokenizer() -> None:
+    """A published tokenizer's vocabulary is known; another hub name is refused."""
+    own_sizes = ["model.text.checkpoint=null", "model.text.layers=2"]
+    known = recipes.load("base_129M", [*own_sizes, "model.text.tokenizer=bert-large-uncased"])
+    assert network_of(known).config.text.vocab_size == 30524
+    other = recipes.load("base_129M", [*own_sizes, "model.text.tokenizer=some/tokenizer"])
+    with pytest.raises(ValueError, match=r"model.text.tokenizer some/tokenizer.*give a folder"):
+        network_of(other)
+    other = recipes.load("base_129M", ["model.text.checkpoint=some/bert"])
+    with pytest.raises(ValueError, match=r"model.text.checkpoint some/bert.*give the folder"):
+        network_of(other)

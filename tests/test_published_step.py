@@ -20,6 +20,7 @@ from blip_scale.objectives.feature_queue import FeatureQueue
 from blip_scale.objectives.matching import HardNegatives
 from blip_scale.objectives.momentum import momentum_update_
 from blip_scale.tasks import pretrain
+from blip_scale.tasks.momentum_contrast import MomentumContrastNetwork, MomentumInputs
 from blip_scale.tasks.pretrain import PretrainNetwork
 from tools.benchmarks.published_step import Negatives, PublishedStep
 
@@ -51,7 +52,7 @@ def test_losses_are_equal_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     published = PublishedStep(
         med, objective, settings, (queue.features.image, queue.features.text), max_tokens=12
     )
-    network = PretrainNetwork(med, momentum, objective)
+    network = PretrainNetwork(med, MomentumContrastNetwork(momentum), objective)
     optimizer = torch.optim.AdamW(
         med.parameters(), lr=1e-3, betas=settings.betas, weight_decay=settings.weight_decay
     )
@@ -60,7 +61,8 @@ def test_losses_are_equal_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(3):
         optimizer.zero_grad()
         with fixed_negatives(monkeypatch):
-            found = network(images, captions, queue.features, ALPHA, torch.Generator())
+            inputs = MomentumInputs(queue.features, ALPHA)
+            found = network(images, captions, inputs, torch.Generator())
         found["loss/total"].backward()
         optimizer.step()
         pairs = list(momentum.pairs(med))

@@ -241,17 +241,17 @@ def _attention(setting: Setting) -> str:
     """The kernel that a task asks for when a run starts."""
     import torch
 
-    from blip_scale.model.attention import resolve_kernel
+    from blip_scale.model.kernels import choose_kernel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_bf16 = setting.recipe.train.precision == "bf16"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     try:
-        kernel = resolve_kernel(setting.recipe.model.attention, device, dtype)
+        kernel = choose_kernel(setting.recipe.model.attention, device, dtype)
     except ValueError as error:
         if device.type == "cuda" or setting.gpu is None:
-            raise ValueError(f"model.{error}") from error
-        raise Doubt(f"model.{error}; look on a node of the run, no GPU is here") from error
+            raise
+        raise Doubt(f"{error}; look on a node of the run, no GPU is here") from error
     return f"{kernel} on {device.type}"
 
 

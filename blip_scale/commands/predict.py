@@ -149,8 +149,8 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def _shared_options() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+def _shared_options() -> Parser:
+    shared = Parser(add_help=False)
     shared.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, globs")
     shared.add_argument(
         "--model", required=True, type=Path, metavar="CHECKPOINT",

@@ -179,7 +179,7 @@ def _without_auto(value: Any) -> Any:
 
 
 def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
-    """Hard negatives need two pairs to choose from, the queue room for a global batch."""
+    """Hard negatives need two pairs to choose from, a queue needs room for a global batch."""
     if recipe.task not in ("pretrain", "retrieval"):
         return
     pool = sizes.micro_batch * (sizes.world_size if recipe.objective.negatives == "global" else 1)
@@ -191,7 +191,7 @@ def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
             f"train.micro_batch_size: ITM draws its negatives from a pool of {pool} pair, where "
             f"there is no other pair to draw; give {mend}"
         )
-    if sizes.global_batch > recipe.objective.queue_size:
+    if recipe.objective.itc == "momentum" and sizes.global_batch > recipe.objective.queue_size:
         raise ValueError(
             f"train.global_batch_size: {sizes.global_batch} is larger than objective.queue_size "
             f"{recipe.objective.queue_size}; give objective.queue_size={sizes.global_batch} or more"

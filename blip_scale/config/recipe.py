@@ -103,6 +103,10 @@ class ModelRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class ObjectiveRecipe:
+    itc: str = "momentum"
+    """Image-text contrastive loss, a name of blip_scale.tasks.contrastive_task.CONTRASTS:
+    `momentum` is BLIP's, with momentum encoders, feature queues and soft targets. queue_size,
+    momentum, alpha and alpha_ramp_epochs are its settings."""
     queue_size: Positive = 57600
     """Momentum features kept per modality; at least the global batch."""
     momentum: Share = 0.995

@@ -1,10 +1,13 @@
-"""The sizes of a recipe's network."""
+"""From a recipe to the sizes of its network, for runs, checkpoints and plans alike."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip_scale.config.recipe import Recipe, TextRecipe
+from blip_scale.config.recipe import Recipe
 from blip_scale.data.tokenizer import resolve_checkpoint, special_ids
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import SpecialTokens, TextConfig
@@ -15,9 +18,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a network must know of its tokenizer."""
+
+    special: SpecialTokens
+    size: int
+    """Tokens, [DEC] and [ENC] included."""
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+        """That of a tokenizer from `load_tokenizer`."""
+        return Vocabulary(SpecialTokens(**special_ids(tokenizer)), len(tokenizer))
+
+
 def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
     """Sizes of the network: the text stack's from its checkpoint where there is one."""
-    vision = recipe.model.vision
+    checkpoint = recipe.model.text.checkpoint
+    sizes = None if checkpoint is None else checkpoint_sizes(checkpoint)
+    return network_config(recipe, sizes, Vocabulary.of(tokenizer))
+
+
+def network_config(
+    recipe: Recipe, text_sizes: Mapping[str, Any] | None, vocabulary: Vocabulary
+) -> MEDConfig:
+    """Sizes of the network where those of the text stack are known.
+
+    Args:
+        recipe: gives everything else.
+        text_sizes: fields of `TextConfig`, as from `checkpoint_sizes`; None takes the recipe's.
+        vocabulary: of the tokenizer.
+    """
+    vision, text = recipe.model.vision, recipe.model.text
+    if text_sizes is None:
+        text_sizes = {"width": text.width, "heads": text.heads, "mlp_width": text.mlp_width}
+    layers = {} if text.layers is None else {"layers": text.layers}
     return MEDConfig(
         vision=VisionConfig(
             vision.name,
@@ -27,7 +62,12 @@ def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
             vision.patch_dropout,
             vision.frozen_layers,
         ),
-        text=_text_config(recipe.model.text, tokenizer),
+        text=TextConfig(
+            vocabulary.special,
+            vocabulary.size,
+            dropout=text.dropout,
+            **{**text_sizes, **layers},
+        ),
         embed_dim=recipe.model.embed_dim,
         temperature=recipe.objective.temperature,
         kernel=recipe.model.attention,
@@ -35,38 +75,44 @@ def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
     )
 
 
-def _text_config(text: TextRecipe, tokenizer: PreTrainedTokenizerFast) -> TextConfig:
+def checkpoint_sizes(checkpoint: str) -> dict[str, Any]:
+    """Sizes of a text checkpoint as fields of `TextConfig`.
+
+    Args:
+        checkpoint: as `model.text.checkpoint`.
+
+    Raises:
+        ValueError: not a BERT, or one with another activation or other positions than MED has.
+        FileNotFoundError: a folder or package that is not there, or a folder without config.json.
+    """
     from transformers import AutoConfig
 
-    sizes: dict[str, Any] = {"width": text.width, "heads": text.heads, "mlp_width": text.mlp_width}
-    layers = text.layers
-    if text.checkpoint is not None:
-        place = resolve_checkpoint(text.checkpoint)
-        is_local = hub.is_local(place, ("config.json",), "model.text.checkpoint")
-        bert = AutoConfig.from_pretrained(place, local_files_only=is_local)
-        if bert.model_type != "bert":
-            raise ValueError(
-                f"model.text.checkpoint {text.checkpoint}: its model_type is {bert.model_type}; it "
-                "must be bert (others count positions or share layers in their own way)"
-            )
-        kind = (bert.hidden_act, getattr(bert, "position_embedding_type", "absolute"))
-        if kind != ("gelu", "absolute"):
-            raise ValueError(
-                f"model.text.checkpoint {text.checkpoint}: activation {kind[0]} with {kind[1]} "
-                "positions; MED has gelu and absolute positions, as BERT: take one of that kind"
-            )
-        sizes = {
-            "width": bert.hidden_size,
-            "heads": bert.num_attention_heads,
-            "mlp_width": bert.intermediate_size,
-            "max_positions": bert.max_position_embeddings,
-            "norm_eps": bert.layer_norm_eps,
-        }
-        layers = layers or bert.num_hidden_layers
-    return TextConfig(
-        special=SpecialTokens(**special_ids(tokenizer)),
-        vocab_size=len(tokenizer),
-        layers=layers or 12,
-        dropout=text.dropout,
-        **sizes,
-    )
+    name = resolve_checkpoint(checkpoint)
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        # Without this, transformers takes BERT-base's sizes for a folder with `bert` in its name.
+        raise FileNotFoundError(
+            f"model.text.checkpoint {checkpoint}: there is no config.json in {folder}; give the "
+            "folder of a whole checkpoint"
+        )
+    is_local = hub.is_local(name, ("config.json",), "model.text.checkpoint")
+    bert = AutoConfig.from_pretrained(name, local_files_only=is_local)
+    if bert.model_type != "bert":
+        raise ValueError(
+            f"model.text.checkpoint {checkpoint}: its model_type is {bert.model_type}; it "
+            "must be bert (others count positions or share layers in their own way)"
+        )
+    kind = (bert.hidden_act, getattr(bert, "position_embedding_type", "absolute"))
+    if kind != ("gelu", "absolute"):
+        raise ValueError(
+            f"model.text.checkpoint {checkpoint}: activation {kind[0]} with {kind[1]} "
+            "positions; MED has gelu and absolute positions, as BERT: take one of that kind"
+        )
+    return {
+        "width": bert.hidden_size,
+        "layers": bert.num_hidden_layers,
+        "heads": bert.num_attention_heads,
+        "mlp_width": bert.intermediate_size,
+        "max_positions": bert.max_position_embeddings,
+        "norm_eps": bert.layer_norm_eps,
+    }

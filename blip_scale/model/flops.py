@@ -49,7 +49,8 @@ class _Vision:
 def pretraining_flops(
     config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int
 ) -> float:
-    """FLOPs of forward and backward of one pretraining micro-step on one rank.
+    """FLOPs of forward and backward of one pretraining micro-step on one rank, with BLIP's momentum
+    contrast.
 
     Args:
         config: the network.
@@ -58,23 +59,33 @@ def pretraining_flops(
             are taken as equal, and the hard-negative captions as long as the others.
         queue_size: columns Q of the queue.
     """
-    pairs, text = batch_size, config.text
+    med = med_flops(config, batch_size, text_tokens)
+    return med + momentum_contrast_flops(config, batch_size, text_tokens, queue_size)
+
+
+def med_flops(config: MEDConfig, batch_size: int, text_tokens: int, decodes: bool = True) -> float:
+    """FLOPs of forward and backward of towers, projections and ITM, and of LM where the MED
+    `decodes`; the contrast of the features is not counted. Arguments as of `pretraining_flops`."""
+    part = _parts(config, batch_size, text_tokens, decodes=decodes)
+    online = part.encode + part.sweep + part.heads + _projections(config, part, batch_size)
+    return float(3 * online + batch_size * part.vision.forward_and_backward)
+
+
+def momentum_contrast_flops(
+    config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int
+) -> float:
+    """FLOPs of the momentum encoders, and of the similarities to B + Q keys; arguments as of
+    `pretraining_flops`."""
     part = _parts(config, batch_size, text_tokens)
-    similarity = 2 * 2 * pairs * (pairs + queue_size) * config.embed_dim
-    project = 2 * pairs * config.embed_dim * (part.vision.width + text.width)
-    online = part.encode + part.sweep + part.heads + project
-    vision = pairs * part.vision.forward_and_backward
-    momentum = pairs * (part.vision.patches + part.vision.momentum) + part.encode + project
-    # Backward: twice the forward, but once where a factor has no gradient (queue).
-    return float(3 * online + vision + 2 * similarity + momentum + similarity)
+    similarity = 2 * 2 * batch_size * (batch_size + queue_size) * config.embed_dim
+    vision = batch_size * (part.vision.patches + part.vision.momentum)
+    momentum = vision + part.encode + _projections(config, part, batch_size)
+    # Two forward products (online features and targets), and one backward: keys have no gradient.
+    return float(momentum + 3 * similarity)
 
 
-def retrieval_flops(config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int) -> float:
-    """As `pretraining_flops`, for ITC and ITM alone."""
-    no_lm = _parts(config, batch_size, text_tokens, decodes=False)
-    lm = _parts(config, batch_size, text_tokens)
-    spared = lm.sweep + lm.heads - no_lm.sweep - no_lm.heads
-    return pretraining_flops(config, batch_size, text_tokens, queue_size) - 3 * spared
+def _projections(config: MEDConfig, part: _Parts, pairs: int) -> float:
+    return 2 * pairs * config.embed_dim * (part.vision.width + config.text.width)
 
 
 def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:

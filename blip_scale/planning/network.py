@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,20 @@ from torch import nn
 
 from blip_scale.config.recipe import Recipe, TextRecipe
 from blip_scale.data.tokenizer import load_tokenizer, resolve_checkpoint
+from blip_scale.inference.sizes import Vocabulary, checkpoint_sizes, network_config
 from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
-from blip_scale.model.text import SpecialTokens, TextConfig
+from blip_scale.model.text import SpecialTokens
 from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 
-_KNOWN: dict[str, dict[str, int]] = {
+_PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
     "bert-base-uncased": {},
     "bert-large-uncased": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096},
 }
 """Sizes of text checkpoints that need not be here for a plan; TextConfig's defaults are base."""
+_PUBLISHED_VOCABULARY = Vocabulary(
+    SpecialTokens(pad=0, cls=101, sep=102, enc=30523, dec=30522), size=30524
+)
+"""Vocabulary that these checkpoints share."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +65,19 @@ def network_of(recipe: Recipe) -> Network:
     """Sizes of a recipe's network.
 
     Raises:
-        ValueError: a ViT that timm does not know, or a text checkpoint whose sizes are not known.
+        ValueError: a ViT that timm does not know, or a text checkpoint or tokenizer whose sizes are
+            not known.
         FileNotFoundError: a checkpoint folder or package that is not there.
     """
-    vision = recipe.model.vision
     notes: list[str] = []
-    text = _text_config(recipe.model.text, notes)
-    vision_config = VisionConfig(
-        vision.name, vision.image_size, vision.overrides, vision.drop_path_rate,
-        vision.patch_dropout, vision.frozen_layers,
-    )  # fmt: skip
-    config = MEDConfig(
-        vision_config, text, recipe.model.embed_dim,
-        gradient_checkpointing=recipe.model.gradient_checkpointing,
-    )  # fmt: skip
+    text = recipe.model.text
+    config = network_config(recipe, _text_sizes(text, notes), _vocabulary(text))
     with torch.device("meta"):
         med, momentum = MED(config), MomentumEncoder(config)
     owners = [module for module in [*med.modules(), *momentum.modules()] if _own(module)]
     return Network(
         config,
-        vision_shape(vision_config),
+        vision_shape(config.vision),
         [parameter.numel() for parameter in med.parameters() if parameter.requires_grad],
         [parameter.numel() for parameter in med.parameters() if not parameter.requires_grad],
         [parameter.numel() for parameter in momentum.parameters()],
@@ -110,34 +107,31 @@ def _own(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
-def _text_config(text: TextRecipe, notes: list[str]) -> TextConfig:
-    sizes: dict[str, Any] = {
-        "width": text.width, "layers": 12, "heads": text.heads, "mlp_width": text.mlp_width,
-    }  # fmt: skip
-    if text.checkpoint is not None:
-        where = resolve_checkpoint(text.checkpoint)
-        file = Path(where) / "config.json"
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            sizes = {
-                "width": found["hidden_size"],
-                "layers": found["num_hidden_layers"],
-                "heads": found["num_attention_heads"],
-                "mlp_width": found["intermediate_size"],
-                "max_positions": found["max_position_embeddings"],
-            }
-            vocabulary = found["vocab_size"] + 2
-        elif where in _KNOWN:
-            sizes, vocabulary = dict(_KNOWN[where]), TextConfig.vocab_size
-            notes.append(f"text sizes are those published of {where}")
-        else:
-            raise ValueError(
-                f"model.text.checkpoint {text.checkpoint}: its sizes are known only where it is a "
-                f"folder or one of {', '.join(_KNOWN)}; fetch it and give the folder"
-            )
-    if text.tokenizer is not None:
-        vocabulary = len(load_tokenizer(text))
-    if text.layers is not None:
-        sizes["layers"] = text.layers
-    special = SpecialTokens(pad=0, cls=1, sep=2, enc=vocabulary - 1, dec=vocabulary - 2)
-    return TextConfig(special, vocabulary, dropout=text.dropout, **sizes)
+def _text_sizes(text: TextRecipe, notes: list[str]) -> dict[str, Any] | None:
+    """Sizes of the text checkpoint, from its folder or as published; None without one."""
+    if text.checkpoint is None:
+        return None
+    where = resolve_checkpoint(text.checkpoint)
+    if Path(where).is_dir():
+        return checkpoint_sizes(text.checkpoint)
+    if where not in _PUBLISHED_SIZES:
+        raise ValueError(
+            f"model.text.checkpoint {text.checkpoint}: its sizes are known only where it is a "
+            f"folder or one of {', '.join(_PUBLISHED_SIZES)}; fetch it and give the folder"
+        )
+    notes.append(f"text sizes are those published of {where}")
+    return _PUBLISHED_SIZES[where]
+
+
+def _vocabulary(text: TextRecipe) -> Vocabulary:
+    """Vocabulary of the recipe's tokenizer, from its folder or as published."""
+    name = text.tokenizer or text.checkpoint
+    where = resolve_checkpoint(name) if name else None
+    if where in _PUBLISHED_SIZES:
+        return _PUBLISHED_VOCABULARY
+    if where is not None and not Path(where).is_dir():
+        raise ValueError(
+            f"model.text.tokenizer {name}: a plan fetches nothing; give a folder, or one of "
+            f"{', '.join(_PUBLISHED_SIZES)}"
+        )
+    return Vocabulary.of(load_tokenizer(text))  # refuses a recipe that names none

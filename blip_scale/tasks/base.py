@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blip_scale.config.batch_sizes import batch_sizes
 from blip_scale.config.recipe import Recipe
+from blip_scale.data.heldout.pairs import HeldoutPairs
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.data.reading.inventory import inventory
 from blip_scale.data.tokenizer import load_tokenizer
@@ -19,6 +20,7 @@ from blip_scale.engine.task import Evaluation, Progress
 from blip_scale.engine.watching.monitor import Alarm
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
+from blip_scale.evaluation import captions_and_pairs
 from blip_scale.inference.sizes import med_config
 from blip_scale.model.heads import Head, cut_down
 from blip_scale.model.initialization import seeded
@@ -76,6 +78,17 @@ class TrainingTask(ABC):
         """How the texts of the training sets become tokens."""
         text = self.recipe.model.text
         return CaptionInput(self.tokenizer, text.max_tokens, prompt=text.prompt)
+
+    def heldout_sets(self) -> Iterator[tuple[str, HeldoutPairs]]:
+        """The recipe's held-out sets by name, their texts cleaned as those of the training sets."""
+        text = self.text_input()
+        return captions_and_pairs.heldout_sets(self.recipe, text.clean, text.max_words)
+
+    @staticmethod
+    def generator(device: torch.device | str) -> torch.Generator:
+        """A generator for what a task draws itself in this micro-step on this rank. Its numbers
+        follow from torch's seed, which the loop sets anew for each micro-step."""
+        return torch.Generator(device).manual_seed(torch.initial_seed() ^ 0x5EED)
 
     def build_med(self) -> MED:
         """The MED with the parts of the head, weights not filled."""

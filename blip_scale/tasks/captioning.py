@@ -92,7 +92,7 @@ class Captioning(TrainingTask):
         """Captions of all held-out images; BLEU-4 and CIDEr of the first set give the score."""
         med = self.whole_med(engine)
         found = Evaluation()
-        for name, pairs in captions_and_pairs.heldout_sets(self.recipe):
+        for name, pairs in self.heldout_sets():
             every = range(len(pairs))
             said = captions_and_pairs.captions_of(med, pairs, every, self.recipe, self.tokenizer)
             scores = _scores(said, pairs.captions, SELECTION).values

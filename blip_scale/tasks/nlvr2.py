@@ -99,7 +99,7 @@ class ImagePairs(TrainingTask):
         """Accuracy on every held-out set; that of the first is the score."""
         network = self.whole(engine, lambda: NLVR2(self.config))
         found = Evaluation()
-        for name, pairs in captions_and_pairs.heldout_sets(self.recipe, max_words=MAX_WORDS):
+        for name, pairs in self.heldout_sets():
             said = judgements_of(network, pairs, self.recipe, self.tokenizer)
             scalars = accuracy(said, pairs)
             shown = captions_and_pairs.shown_images(len(pairs), self.recipe)

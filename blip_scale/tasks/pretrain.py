@@ -1,63 +1,53 @@
-"""BLIP's pretraining: ITC, ITM and LM on one MED, with momentum encoders and feature queues.
+"""BLIP's pretraining: ITC, ITM and LM on one MED.
 
-Legend: B micro-batch of this rank, W ranks, E embed_dim, Q queue.
+Legend: B micro-batch of this rank, E embed_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blip_scale.data.loading.micro_batches import Batch
 from blip_scale.engine import collectives
-from blip_scale.engine.task import Evaluation, Progress
+from blip_scale.engine.task import Evaluation
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.evaluation import captions_and_pairs
-from blip_scale.inference.inputs import to_model_input
-from blip_scale.model.flops import pretraining_flops
-from blip_scale.model.med import MED, MomentumEncoder
 from blip_scale.model.packing import PackedText
-from blip_scale.objectives import contrastive
-from blip_scale.objectives.contrastive import FeaturePair, itc_loss
+from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.objectives.language import lm_loss
 from blip_scale.objectives.matching import HardNegatives, draw_negatives, itm_loss, match_labels
+from blip_scale.tasks.contrast import EncodedPairs, of_all_ranks
+from blip_scale.tasks.contrastive_task import ContrastiveNetwork, ContrastiveTask
 from blip_scale.tasks.hard_pairs import global_pairs, local_pairs
-from blip_scale.tasks.momentum import Contrast, MomentumNetwork, MomentumTask
 
 
-class PretrainNetwork(MomentumNetwork):
-    """The MED and its momentum encoders; one forward is one micro-step, without any side effect."""
+class PretrainNetwork(ContrastiveNetwork):
+    """The MED and its contrast; one forward is one micro-step, without any side effect."""
 
     def forward(
         self,
         images: Tensor,
         text: PackedText,
-        queue: FeaturePair,
-        alpha: float,
+        inputs: Any,
         generator: torch.Generator,
+        image_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses, metrics, and the momentum features that the queue takes after the step.
+        """Losses, metrics, and the contrast's keys (see `figures`).
 
         Args:
             images: [B, 3, H, W] normalised, in the type of the weights.
             text: B captions, first token [CLS].
-            queue: momentum features of earlier steps [E, Q] each.
-            alpha: weight of the soft targets.
+            inputs: from `Contrast.inputs`.
             generator: draws the hard negatives; on the device of the images.
+            image_ids: see `EncodedPairs`.
         """
         med, settings = self.med, self.settings
-        image_embeds, online = self.online_features(images, text)
-        temperature = med.temperature()
-        with torch.no_grad():
-            keys = self.momentum_features(images, text)
-            targets = contrastive.similarities(keys, keys, queue, temperature)
-        similarities = contrastive.similarities(online, keys, queue, temperature)
-        itc = itc_loss(similarities, targets, alpha)
+        image_embeds, encoded, contrasted = self.contrasted(images, text, inputs, image_ids)
         batch = len(images)
         if settings.negatives == "local":
+            similarities = contrasted.similarities
             negatives = draw_negatives(
                 similarities.text_to_image[:, :batch],
                 similarities.image_to_text[:, :batch],
@@ -65,7 +55,7 @@ class PretrainNetwork(MomentumNetwork):
             )
             pairs = local_pairs(image_embeds, text, negatives)
         else:
-            negatives = _global_negatives(online, keys, temperature, generator)
+            negatives = _global_negatives(encoded, contrasted.keys, generator)
             pairs = global_pairs(image_embeds, text, negatives)
         special = med.config.text.special
         itm_logits, lm_logits, lm_targets = med.sweep(
@@ -79,20 +69,21 @@ class PretrainNetwork(MomentumNetwork):
         itm = itm_loss(itm_logits, labels)
         lm = lm_loss(lm_logits, lm_targets, settings.label_smoothing)
         return {
-            "loss/total": itc + itm + lm,
-            "loss/itc": itc.detach(),
+            "loss/total": contrasted.loss + itm + lm,
+            "loss/itc": contrasted.loss.detach(),
             "loss/itm": itm.detach(),
             "loss/lm": lm.detach(),
-            **Contrast(similarities, temperature, keys).metrics(itm_logits, labels),
+            **self.figures(encoded, contrasted, itm_logits, labels),
         }
 
 
 @torch.no_grad()
 def _global_negatives(
-    online: FeaturePair, keys: FeaturePair, temperature: Tensor, generator: torch.Generator
+    encoded: EncodedPairs, keys: FeaturePair, generator: torch.Generator
 ) -> HardNegatives:
-    """Drawn from the momentum features of all ranks."""
-    pool = FeaturePair(collectives.all_gather(keys.image), collectives.all_gather(keys.text))
+    """Negatives drawn by the keys of all ranks."""
+    online, temperature = encoded.features, encoded.temperature
+    pool = of_all_ranks(keys)
     return draw_negatives(
         online.text @ pool.image.T / temperature,
         online.image @ pool.text.T / temperature,
@@ -101,33 +92,15 @@ def _global_negatives(
     )
 
 
-class Pretrain(MomentumTask):
+class Pretrain(ContrastiveTask):
     """The pretraining task: what `engine.task.Task` asks for."""
 
     head = "pretrain"
 
     def build_network(self) -> PretrainNetwork:
-        """MED and momentum encoders, weights not filled."""
-        return PretrainNetwork(
-            MED(self.config), MomentumEncoder(self.config), self.recipe.objective
-        )
-
-    def losses(
-        self, network: Callable[..., Any], batch: Batch, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch; keeps its momentum features for the
-        queue."""
-        images, text = to_model_input(batch, self.device, self.dtype)
-        features, alpha = self.queue.features, self.alpha(progress)
-        found = network(images, text, features, alpha, self.generator())
-        return self.noted(found, batch, progress)
-
-    def flops_per_step(self) -> float:
-        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
-        queue_size = self.recipe.objective.queue_size
-        return self.accumulation * pretraining_flops(
-            self.config, self.batch_size, self._tokens, queue_size
-        )
+        """MED and the contrast's part, weights not filled."""
+        med = self.build_med()
+        return PretrainNetwork(med, self.contrast.build_network(), self.recipe.objective)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
         """Held-out retrieval and captions on a whole copy of the MED."""

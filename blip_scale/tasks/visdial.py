@@ -101,7 +101,7 @@ class VisualDialog(TrainingTask):
                 f"stream {batch.streams[0]!r}: {batch.ids[0]} is no dialog with candidates: make "
                 "the set with `python tools/prepare_data.py visdial`"
             )
-        generator = torch.Generator().manual_seed(torch.initial_seed() ^ 0x5EED)
+        generator = self.generator("cpu")
         chosen = [
             some_candidates(annotation, self.recipe.objective.false_answers, generator)
             for annotation in batch.annotations
@@ -137,7 +137,7 @@ class VisualDialog(TrainingTask):
         """Ranks of the true answers on every held-out set; MRR of the first is the score."""
         network = self.whole(engine, lambda: VisDial(self.config))
         found = Evaluation()
-        for name, pairs in captions_and_pairs.heldout_sets(self.recipe, clean_question, MAX_WORDS):
+        for name, pairs in self.heldout_sets():
             scores = scores_of(network, pairs, self.recipe, self.tokenizer)
             figures = dialog_figures(scores, pairs)
             found = found.with_set(name, figures, figures["mrr"])

@@ -148,7 +148,7 @@ class VisualQuestionAnswering(TrainingTask):
         """Accuracy on every held-out set that has answers."""
         vqa = self.whole(engine, lambda: VQA(self.config))
         found = Evaluation()
-        for name, pairs in captions_and_pairs.heldout_sets(self.recipe, clean_question, MAX_WORDS):
+        for name, pairs in self.heldout_sets():
             said = answers_of(vqa, pairs, self.recipe, self.tokenizer)
             scalars = accuracy(said, pairs)
             shown = captions_and_pairs.shown_images(len(pairs), self.recipe)

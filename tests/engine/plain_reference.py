@@ -28,6 +28,7 @@ from blip_scale.model.med import MomentumEncoder
 from blip_scale.objectives.contrastive import FeaturePair, alpha_at
 from blip_scale.objectives.feature_queue import FeatureQueue
 from blip_scale.tasks import networks
+from blip_scale.tasks.momentum_contrast import MomentumContrastNetwork, MomentumInputs
 from blip_scale.tasks.pretrain import PretrainNetwork
 
 
@@ -48,7 +49,8 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
     med = networks.initialized_med(chosen, config)
     momentum_encoder = MomentumEncoder(config)
     momentum_encoder.load_state_dict(med.state_dict(), strict=False)
-    network = PretrainNetwork(med, momentum_encoder, chosen.objective).train()
+    contrast = MomentumContrastNetwork(momentum_encoder)
+    network = PretrainNetwork(med, contrast, chosen.objective).train()
     settings = chosen.optimizer
     optimizer = torch.optim.AdamW(
         med.parameters(), betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
@@ -77,7 +79,7 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
                 images, text = to_model_input(
                     next(batches[rank]), torch.device("cpu"), torch.float32
                 )
-                return network(images, text, queue, alpha, generator)
+                return network(images, text, MomentumInputs(queue, alpha), generator)
 
             everyone = _on_all_ranks(forward, ranks, together=objective.negatives == "global")
             total = torch.stack([found["loss/total"] for found in everyone]).sum()

@@ -35,6 +35,7 @@ from blip_scale.model.packing import PackedText
 from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.objectives.matching import draw_negatives
 from blip_scale.tasks.captioning import CaptioningNetwork
+from blip_scale.tasks.momentum_contrast import MomentumContrastNetwork, MomentumInputs
 from blip_scale.tasks.retrieval import RetrievalNetwork
 
 REPO = Path(__file__).resolve().parent.parent.parent
@@ -125,7 +126,8 @@ def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
     momentum = MomentumEncoder(config).eval()
     tiny_blip.randomized(momentum, 3)
     med = network_of(pretrained, tiny, "retrieval")
-    network = RetrievalNetwork(med, momentum, ObjectiveRecipe()).eval()
+    contrast = MomentumContrastNetwork(momentum)
+    network = RetrievalNetwork(med, contrast, ObjectiveRecipe()).eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, 32, 32, generator=generator)
     captions = ["a red disc", "a big blue bar", "a red disc on grey", "a small cross"]
@@ -133,8 +135,8 @@ def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
     ids = torch.tensor([5, 6, 5, 7])
     queue = torch.nn.functional.normalize(torch.randn(2, 16, 3, generator=generator), dim=1)
     queue_ids = torch.tensor([6, -100, 5])
-    features = FeaturePair(queue[0], queue[1])
-    found = network(images, text, ids, (features, queue_ids), 0.4, torch.Generator().manual_seed(9))
+    inputs = MomentumInputs(FeaturePair(queue[0], queue[1]), 0.4, queue_ids)
+    found = network(images, text, inputs, torch.Generator().manual_seed(9), ids)
 
     embeds = whole.encode_image(images)
     online = [whole.project_image(embeds), whole.project_text(whole.encode_text(text))]

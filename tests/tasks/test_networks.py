@@ -86,6 +86,13 @@ def test_a_stack_of_another_kind_is_refused(
         med_config(with_checkpoint(recipe, bert, None), load_tokenizer(recipe.model.text))
 
 
+def test_a_checkpoint_without_its_sizes_is_refused(bert: Path, recipe: Recipe) -> None:
+    """The folder is called bert, which is enough for transformers to make sizes up."""
+    (bert / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"model.text.checkpoint {bert}: there is no conf"):
+        med_config(with_checkpoint(recipe, bert, None), load_tokenizer(recipe.model.text))
+
+
 def test_more_layers_than_the_checkpoint_has_are_refused(bert: Path, recipe: Recipe) -> None:
     """They would stay random without a word."""
     from transformers import BertConfig, BertModel

@@ -194,7 +194,7 @@ class Ours:
 @contextmanager
 def _marked(network: Any, mark: Callable[[str], None]) -> Iterator[None]:
     """Hooks on the parts of a PretrainNetwork that say when each ended, forward and backward."""
-    med, momentum = network.med, network.momentum
+    med, momentum = network.med, network.contrast.momentum
     handles = []
     passes = [0]
 

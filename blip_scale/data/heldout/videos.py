@@ -103,10 +103,11 @@ def _read_list(file: Path) -> dict[str, list[str]]:
 
 def _captions(value: object) -> list[str]:
     """The captions of a line: one text, or a list of them."""
-    captions = value if isinstance(value, list) else [value]
-    for caption in captions:
+    captions: list[str] = []
+    for caption in value if isinstance(value, list) else [value]:
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"caption {caption!r} is no text")
+        captions.append(caption)
     return captions
 
 

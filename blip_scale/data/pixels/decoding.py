@@ -81,7 +81,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         alpha = layered.getchannel("A")
-        if alpha.getextrema()[0] < 255:
+        if np.asarray(alpha).min() < _WHITE:
             paper = Image.new("RGB", image.size, "white")
             paper.paste(layered, mask=alpha)
             return paper

@@ -1,0 +1,177 @@
+"""What pretraining and retrieval have in common: a contrast, and ITM on hard negatives.
+
+Legend: B micro-batch of this rank.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from blip_scale.config.recipe import ObjectiveRecipe, Recipe
+from blip_scale.data.loading.micro_batches import Batch
+from blip_scale.engine.task import Progress
+from blip_scale.engine.watching.monitor import Alarm
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.engine.zero.momentum import ShardedMomentum
+from blip_scale.inference.inputs import to_model_input
+from blip_scale.model.flops import med_flops
+from blip_scale.model.med import MED
+from blip_scale.model.packing import PackedText
+from blip_scale.objectives.contrastive import FeaturePair, retrieval_accuracy
+from blip_scale.objectives.matching import match_accuracy, predicts_one_class
+from blip_scale.tasks.base import TrainingTask
+from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs
+from blip_scale.tasks.momentum_contrast import MomentumContrast
+
+CONTRASTS: dict[str, type[Contrast]] = {"momentum": MomentumContrast}
+"""`objective.itc` in the recipe -> class of the contrast."""
+
+TEMPERATURE = "med.temperature.value"
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+ONE_CLASS_ALARM = Alarm(
+    lambda logged: predicts_one_class(
+        logged["loss/itm"], logged["itm/accuracy_match"], logged["itm/accuracy_mismatch"]
+    ),
+    "ITM gives every pair the same answer (its loss sits at 0.6365 then). Usual at the very start; "
+    "if it lasts, look whether captions fit their images, whether ITC falls (its similarities "
+    "choose the hard negatives), and try a lower optimizer.peak_lr or a longer warm-up.",
+    points=10,
+)
+
+
+class ContrastiveNetwork(nn.Module):
+    """A MED and a contrast's part; a forward is one micro-step, without any side effect."""
+
+    def __init__(self, med: MED, contrast: nn.Module, settings: ObjectiveRecipe) -> None:
+        super().__init__()
+        self.med = med
+        self.contrast = contrast
+        self.settings = settings
+
+    def contrasted(
+        self, images: Tensor, text: PackedText, inputs: Any, image_ids: Tensor | None
+    ) -> tuple[Tensor, EncodedPairs, Contrasted]:
+        """Image tokens [B, N, D], the encoded pairs, and what the contrast makes of them."""
+        med = self.med
+        image_embeds = med.encode_image(images)
+        image_features = med.project_image(image_embeds)
+        features = FeaturePair(image_features, med.project_text(med.encode_text(text)))
+        pairs = EncodedPairs(images, text, features, med.temperature(), image_ids)
+        return image_embeds, pairs, self.contrast(pairs, inputs)
+
+    @staticmethod
+    def figures(
+        pairs: EncodedPairs, contrasted: Contrasted, itm_logits: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Accuracies, temperature and the contrast's metrics, and its keys [B, E] as `image_keys`
+        and `text_keys`."""
+        i2t, t2i = retrieval_accuracy(contrasted.similarities)
+        on_match, on_mismatch = match_accuracy(itm_logits, labels)
+        return {
+            "itc/in_batch_i2t": i2t,
+            "itc/in_batch_t2i": t2i,
+            "itm/accuracy_match": on_match,
+            "itm/accuracy_mismatch": on_mismatch,
+            "train/temperature": pairs.temperature.detach().float().reshape(()),
+            **contrasted.metrics,
+            "image_keys": contrasted.keys.image.detach(),
+            "text_keys": contrasted.keys.text.detach(),
+        }
+
+
+class ContrastiveTask(TrainingTask):
+    """A task whose network is a `ContrastiveNetwork`; `objective.itc` names its contrast."""
+
+    alarms: tuple[Alarm, ...] = (ONE_CLASS_ALARM,)
+    knows_images: ClassVar[bool] = False
+    """Whether pairs of one image are told apart from pairs of others."""
+    decodes: ClassVar[bool] = True
+    """Whether captions go through the decoder too."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        kind = contrast_named(recipe.objective.itc)
+        super().__init__(recipe, device)
+        self.contrast = kind(recipe, self.config, device, self.knows_images)
+        self.momentum_pairs = {
+            f"contrast.{copy}": f"med.{online}"
+            for copy, online in self.contrast.momentum_pairs.items()
+        }
+
+    @abstractmethod
+    def build_network(self) -> ContrastiveNetwork:
+        """MED and the contrast's part, weights not filled."""
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """Weights of the MED as in every task, and those that the contrast brings."""
+        own = self.contrast.initial_weights()
+        return super().initial_weights() | {f"contrast.{name}": own[name] for name in own}
+
+    def losses(
+        self, network: Callable[..., Any], batch: Batch, progress: Progress
+    ) -> dict[str, Tensor]:
+        """One forward of the network on a micro-batch; its keys go to the contrast."""
+        images, text = to_model_input(batch, self.device, self.dtype)
+        image_ids = None
+        if self.knows_images:
+            image_ids = image_ids_of(batch).to(self.device, non_blocking=True)
+        inputs = self.contrast.inputs(progress)
+        outputs = network(images, text, inputs, self.generator(self.device), image_ids)
+        keys = FeaturePair(outputs.pop("image_keys"), outputs.pop("text_keys"))
+        self.contrast.collect(keys, image_ids, progress.step)
+        self._tokens = len(batch.token_ids)
+        return outputs | self.stream_shares(batch)
+
+    def flops_per_step(self) -> float:
+        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+        med = med_flops(self.config, self.batch_size, self._tokens, self.decodes)
+        return self.accumulation * (med + self.contrast.flops(self.batch_size, self._tokens))
+
+    def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
+        """Clamp the temperature, then update the contrast."""
+        if applied:
+            for shard in engine.shards:
+                if shard.name == TEMPERATURE:
+                    # The fp32 master: a clamp of the bf16 copy would be undone by it.
+                    shard.weight.clamp_(*TEMPERATURE_RANGE)
+            engine.refresh([TEMPERATURE])
+        self.contrast.after_step(engine, momentum, applied)
+
+    def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
+        """Figures of the contrast."""
+        return self.contrast.metrics(engine, momentum)
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Loader position and the contrast's state."""
+        state, tensors = super().state_dict()
+        contrast_state, contrast_tensors = self.contrast.state_dict()
+        return state | contrast_state, tensors | contrast_tensors
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Loader position and the contrast's state."""
+        super().load_state_dict(state, tensors)
+        self.contrast.load_state_dict(state, tensors)
+
+
+def contrast_named(name: str) -> type[Contrast]:
+    """The contrast that a recipe asks for.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in CONTRASTS:
+        raise ValueError(f"objective.itc: {name!r} is no contrast; give {' or '.join(CONTRASTS)}")
+    return CONTRASTS[name]
+
+
+def image_ids_of(batch: Batch) -> Tensor:
+    """[B] int64: the same for pairs of one image, whatever batch they come in (hashes of stream and
+    id; among 10^6 images two of the same hash are a matter of one in 10^7)."""
+    names = zip(batch.streams, batch.ids, strict=True)
+    return torch.tensor([xxhash.xxh3_64_intdigest(f"{s}/{i}") >> 1 for s, i in names])

@@ -1,0 +1,138 @@
+"""BLIP's contrast: momentum encoders, feature queues and soft targets (Li et al. 2022, 3.2).
+
+Legend: B micro-batch of this rank, E embed_dim, Q queue, K = B + Q keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip_scale.config.recipe import Recipe
+from blip_scale.engine import collectives
+from blip_scale.engine.task import Progress
+from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.engine.zero.momentum import ShardedMomentum
+from blip_scale.model.flops import momentum_contrast_flops
+from blip_scale.model.med import MEDConfig, MomentumEncoder
+from blip_scale.objectives.contrastive import FeaturePair, alpha_at, itc_loss, similarities
+from blip_scale.objectives.feature_queue import FeatureQueue
+from blip_scale.objectives.momentum import momentum_update_
+from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs, of_all_ranks
+
+
+@dataclass(frozen=True)
+class MomentumInputs:
+    """What a micro-step reads of the queue and the schedule."""
+
+    queue: FeaturePair
+    """Momentum features of earlier steps, [E, Q] each."""
+    alpha: float
+    """Weight of the soft targets."""
+    queue_ids: Tensor | None = None
+    """[Q] int64, the image of each column; needed where pairs have `image_ids`."""
+
+
+class MomentumContrastNetwork(nn.Module):
+    """The momentum encoders and the loss against their features."""
+
+    def __init__(self, momentum: MomentumEncoder) -> None:
+        super().__init__()
+        self.momentum = momentum.requires_grad_(False)
+
+    def forward(self, pairs: EncodedPairs, inputs: MomentumInputs) -> Contrasted:
+        """ITC with soft targets. Pairs of one image are no negatives of each other."""
+        momentum, queue = self.momentum, inputs.queue
+        with torch.no_grad():
+            keys = FeaturePair(
+                momentum.project_image(momentum.encode_image(pairs.images)),
+                momentum.project_text(momentum.encode_text(pairs.text)),
+            )
+            targets = similarities(keys, keys, queue, pairs.temperature)
+        scores = similarities(pairs.features, keys, queue, pairs.temperature)
+        positives_BK = None
+        if pairs.image_ids is not None:
+            assert inputs.queue_ids is not None
+            ids_K = torch.cat([pairs.image_ids, inputs.queue_ids])
+            positives_BK = pairs.image_ids[:, None] == ids_K
+        loss = itc_loss(scores, targets, inputs.alpha, positives_BK)
+        alpha = torch.tensor(inputs.alpha, device=loss.device)
+        return Contrasted(loss, scores, keys, {"train/alpha": alpha})
+
+
+class MomentumContrast(Contrast):
+    """The queue, and the update of queue and momentum encoders."""
+
+    def __init__(
+        self, recipe: Recipe, config: MEDConfig, device: torch.device, knows_images: bool
+    ) -> None:
+        super().__init__(recipe, config, device, knows_images)
+        self.settings = recipe.objective
+        self.queue = FeatureQueue(
+            config.embed_dim, self.settings.queue_size, recipe.seed, device, knows_images
+        )
+        self.collected: list[tuple[FeaturePair, Tensor | None]] = []
+        """Momentum features and image ids of the micro-steps since the last optimizer step."""
+        self.step = 0
+        with torch.device("meta"):
+            names = [name for name, _ in MomentumEncoder(config).named_parameters()]
+        self.momentum_pairs = {f"momentum.{name}": name for name in names}
+
+    def build_network(self) -> MomentumContrastNetwork:
+        """Momentum encoders, weights not filled."""
+        return MomentumContrastNetwork(MomentumEncoder(self.config))
+
+    def flops(self, batch_size: int, text_tokens: int) -> float:
+        """Of the momentum encoders' forward pass and of the products with the keys."""
+        return momentum_contrast_flops(
+            self.config, batch_size, text_tokens, self.settings.queue_size
+        )
+
+    def inputs(self, progress: Progress) -> MomentumInputs:
+        """The queue as it stands, and alpha."""
+        alpha = alpha_at(
+            progress.step,
+            progress.steps_per_epoch,
+            self.settings.alpha,
+            self.settings.alpha_ramp_epochs,
+        )
+        return MomentumInputs(self.queue.features, alpha, self.queue.image_ids)
+
+    def collect(self, keys: FeaturePair, image_ids: Tensor | None, step: int) -> None:
+        """Keep the momentum features for the queue."""
+        self.collected.append((keys, image_ids))
+        self.step = step
+
+    def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
+        """Update the momentum encoders, then feed the queue.
+
+        BLIP updates the momentum encoders at the start of the next forward. Nothing reads the
+        weights in between, so updating here is equivalent.
+        """
+        collected, self.collected = self.collected, []
+        if not applied:
+            return
+        momentum_update_(momentum.averages, momentum.weights, self.settings.momentum)
+        momentum.refresh()
+        for keys, image_ids in collected:
+            gathered = of_all_ranks(keys)
+            ids = None if image_ids is None else collectives.all_gather(image_ids)
+            self.queue.enqueue(gathered, self.step, ids)
+
+    def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
+        """Age of the queue, and distance of the momentum encoders from the weights."""
+        return {"queue/age_steps": self.queue.age(self.step), "momentum/gap": momentum.gap()}
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The queue."""
+        queue = self.queue.state_dict()
+        tensors = {name: queue.pop(name) for name in list(queue) if torch.is_tensor(queue[name])}
+        return {"queue": queue}, {f"queue/{name}": t for name, t in tensors.items()}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Restore the queue."""
+        queue = {key.removeprefix("queue/"): tensor for key, tensor in tensors.items()}
+        self.queue.load_state_dict(state["queue"] | queue)
