@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from streaming.base.format.mds import MDSReader
 
 from blip_scale.capfilt.filtering import SYNTHETIC, WEB
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Reason
 from blip_scale.data.conversion.report import Report, report_name
+from blip_scale.data.mds import parse_shard
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 
@@ -111,8 +111,7 @@ def _written(report: Report, out: OutputFolder, index: int, scratch: Path) -> di
     for shard in report.shards:
         if index < shard["samples"]:
             path = out.fetch(shard["raw_data"]["basename"], scratch)
-            sample: dict[str, Any] = MDSReader.from_json(str(path.parent), None, shard)[index]
-            return sample
+            return parse_shard(path.parent, shard).read(index)
         index -= shard["samples"]
     raise IndexError(index)
 

@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
 from blip_scale.capfilt.filtering import Settings
@@ -28,6 +27,7 @@ from blip_scale.config import exit_codes
 from blip_scale.data.conversion.run import Part, Progress
 from blip_scale.inference.loading import Loading
 from blip_scale.model.generation import NucleusSettings
+from blip_scale.storage.free_space import parse_bytes
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "capfilt.py") -> int:
@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     workers = options.workers or (1 if on_gpu else os.cpu_count() or 1)
     job = Job(
-        options.input, options.out, _settings(options, on_gpu), bytes_to_int(options.shard_size),
+        options.input, options.out, _settings(options, on_gpu), parse_bytes(options.shard_size),
         options.shown,
     )  # fmt: skip
     task = Task(Part.parse(options.shard), workers, options.scratch)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from blip_scale.config import checks
 from blip_scale.config.recipe import Recipe, StreamRecipe
 from blip_scale.planning.hardware import GPU, find_gpu
-from blip_scale.storage.free_space import free_bytes
+from blip_scale.storage.free_space import free_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from blip_scale.planning.plan import Plan
@@ -279,9 +279,7 @@ def _cache(recipe: Recipe) -> str:
     folders = {s.local for s in [*recipe.data.streams, *recipe.data.heldout] if s.remote}
     if not folders:
         return "all streams are local"
-    from streaming.base.util import bytes_to_int
-
-    limit = bytes_to_int(recipe.data.cache_limit) if recipe.data.cache_limit else None
+    limit = parse_bytes(recipe.data.cache_limit) if recipe.data.cache_limit else None
     least = math.inf
     for folder in sorted(folders):
         path = Path(os.path.expandvars(folder)).expanduser()

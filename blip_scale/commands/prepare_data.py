@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from streaming.base.util import bytes_to_int
 from tqdm import tqdm
 
 from blip_scale.commands.command_line import Parser, refuse
@@ -31,6 +30,7 @@ from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
 from blip_scale.data.sources.demo_sets import demo, demo_visdial, easy_nlvr2, easy_vqa
 from blip_scale.data.sources.readers import READERS, SourceReader
 from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.storage.free_space import parse_bytes
 from blip_scale.storage.locations import is_local
 
 
@@ -79,7 +79,7 @@ def _convert(options: argparse.Namespace) -> int:
         raise ValueError("say where the shards go: OUT is a folder or a remote such as s3://b/p")
     local = is_local(options.input) and is_local(options.images)
     job = Conversion(
-        chunks, options.out, rules, bytes_to_int(options.shard_size), options.workers,
+        chunks, options.out, rules, parse_bytes(options.shard_size), options.workers,
         options.scratch, "fork" if local else "spawn",
     )  # fmt: skip
     start_s = time.perf_counter()

@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from streaming import MDSWriter
-from streaming.base.format.mds import MDSReader
+
+from blip_scale.data import mds
+from blip_scale.data.mds import INDEX_NAME
 
 COLUMNS = {
     "id": "str",
@@ -49,7 +50,6 @@ COLUMNS = {
 }
 EXTRA_COLUMNS = {"annotations": "json", "second_image": "bytes"}
 IMAGE_COLUMNS = ("image", "second_image")
-INDEX_NAME = "index.json"
 CAPTIONS_KEY = "captions"
 HASH = "xxh64"
 
@@ -116,16 +116,11 @@ def with_first(records: Iterable[Record]) -> tuple[Record | None, Iterator[Recor
 
 def shard_writer(
     folder: Path, shard_size: str | int, compression: str | None = None, first: Record | None = None
-) -> MDSWriter:
+) -> mds.Writer:
     """A writer of shards of at most `shard_size` with our columns, the extra ones of the first
     record, and checksums."""
-    return MDSWriter(
-        columns=COLUMNS | (first.extra_columns if first else {}),
-        out=str(folder),
-        compression=compression,
-        hashes=[HASH],
-        size_limit=shard_size,
-    )
+    columns = COLUMNS | (first.extra_columns if first else {})
+    return mds.Writer(folder, columns, shard_size, compression, (HASH,))
 
 
 def write_shards(
@@ -165,25 +160,20 @@ def write_shards(
     return len(ids)
 
 
-def read_index(folder: Path) -> list[MDSReader]:
-    """Readers of all shards that `folder`/index.json names, without opening the shards.
+def read_index(folder: Path) -> list[mds.Shard]:
+    """All shards that `folder`/index.json names, without opening them.
 
     Raises FileNotFoundError without an index, ValueError for one that can't be read or that
     doesn't have the columns of `COLUMNS`.
     """
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no {INDEX_NAME} in {folder}")
-    try:
-        entries = json.loads(path.read_text())["shards"]
-        readers = [MDSReader.from_json(str(folder), None, entry) for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not an MDS index ({error}); write the set again") from error
-    for reader in readers:
-        missing = set(COLUMNS) - set(reader.column_names)
+    shards = mds.read_index(folder)
+    for columns in {shard.columns for shard in shards}:
+        missing = set(COLUMNS) - set(columns.names)
         if missing:
-            raise ValueError(f"{path}: the shards lack the columns {sorted(missing)}")
-    return readers
+            raise ValueError(
+                f"{folder / INDEX_NAME}: the shards lack the columns {sorted(missing)}"
+            )
+    return shards
 
 
 def captions_by_shard(
@@ -202,13 +192,24 @@ def read_caption_counts(folder: Path) -> list[list[int] | None]:
     """
     path = folder / INDEX_NAME
     index = json.loads(path.read_text())
-    counts: list[list[int] | None] = index.get(CAPTIONS_KEY, [])
-    if len(counts) != len(index["shards"]):
+    counts, shards = index.get(CAPTIONS_KEY), index["shards"]
+    if not isinstance(counts, list) or len(counts) != len(shards):
         raise ValueError(
             f"{path} does not say how many captions each sample has: write the set again, or give "
             "`repeat` as a number"
         )
+    for part, shard in zip(counts, shards, strict=True):
+        if part is not None and not _are_counts(part, shard["samples"]):
+            raise ValueError(
+                f"{path}: `{CAPTIONS_KEY}` holds no {shard['samples']} numbers for "
+                f"{shard['raw_data']['basename']}: write the set again"
+            )
     return counts
+
+
+def _are_counts(part: Any, samples: int) -> bool:
+    is_list = isinstance(part, list) and len(part) == samples
+    return is_list and all(type(count) is int and count > 0 for count in part)
 
 
 def _image_size(image: bytes) -> tuple[int, int]:

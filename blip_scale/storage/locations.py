@@ -1,14 +1,19 @@
-"""Reading from paths and URLs alike, through fsspec; local paths stay plain paths."""
+"""Reading from paths and URLs alike; local paths stay plain paths."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from functools import lru_cache
+from pathlib import Path
+from typing import IO
 
-import fsspec
+from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError
+
+_BUFFER_BYTES = 4 << 20  # of a remote file that is read in small pieces
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,15 @@ def is_local(location: str) -> bool:
     return not is_url(location) or location.startswith("file://")
 
 
+def is_web(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
+
+
+def local_path(location: str) -> Path:
+    """The path that a local location means."""
+    return Path(location.removeprefix("file://")).expanduser()
+
+
 def parent(location: str) -> str:
     return location.rstrip("/").rpartition("/")[0] or ("/" if location.startswith("/") else ".")
 
@@ -63,37 +77,49 @@ def list_folder(location: str, deep: bool = False) -> list[Entry]:
     """
     if not is_folder(location):
         raise NotADirectoryError(f"{location} is no folder")
-    filesystem, path = _filesystem(location)
-    with named_errors(location):
-        if deep:
-            listed = list(filesystem.find(path, detail=True).values())
-        else:
-            listed = filesystem.ls(path, detail=True)
-    entries = [_entry(location, path, info) for info in listed]
-    return sorted((e for e in entries if e.name), key=lambda entry: entry.location)
+    if is_local(location):
+        entries = _local_entries(location, deep)
+    else:
+        entries = _remote_entries(location, deep)
+    return sorted(entries, key=lambda entry: entry.location)
 
 
 def is_folder(location: str) -> bool:
-    """Raises FileNotFoundError where there is nothing at all."""
-    filesystem, path = _filesystem(location)
-    with named_errors(location):
-        if not filesystem.exists(path):
+    """Whether a location is a folder; web servers are not asked, all they have are files.
+
+    Raises FileNotFoundError where there is nothing at all.
+    """
+    if is_web(location):
+        return False
+    if is_local(location):
+        path = local_path(location)
+        if not path.exists():
             raise FileNotFoundError(f"{location}: there is no such file or folder")
-        return bool(filesystem.isdir(path))
+        return path.is_dir()
+    remote, name = _remote(location)
+    if remote.has_any(name):
+        return True
+    try:
+        remote.size(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{location}: there is no such file or folder ({error})") from error
+    return False
 
 
 def file_size(location: str) -> int:
-    filesystem, path = _filesystem(location)
-    with named_errors(location):
-        return int(filesystem.size(path) or 0)
+    if is_local(location):
+        return local_path(location).stat().st_size
+    remote, name = _remote(location)
+    return remote.size(name)
 
 
 def open_file(location: str) -> IO[bytes]:
     """For reading; a file that ends in .gz is unpacked."""
-    filesystem, path = _filesystem(location)
-    compression = "gzip" if location.endswith(".gz") else None
-    with named_errors(location):
-        return fsspec.core.OpenFile(filesystem, path, "rb", compression).open()
+    if is_local(location):
+        path = local_path(location)
+        return gzip.open(path) if location.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+    raw = io.BufferedReader(_RemoteFile(location), _BUFFER_BYTES)
+    return gzip.GzipFile(fileobj=raw) if location.endswith(".gz") else raw  # type: ignore[return-value]
 
 
 def read_file(location: str) -> bytes:
@@ -101,50 +127,96 @@ def read_file(location: str) -> bytes:
     if not is_url(location):
         with open(location, "rb") as file:  # noqa: PTH123  the quick way for millions of images
             return file.read()
-    filesystem, path = _filesystem(location)
-    with named_errors(location):
-        return bytes(filesystem.cat_file(path))
+    if is_local(location):
+        return local_path(location).read_bytes()
+    remote, name = _remote(location)
+    return remote.get(name)
 
 
-def remove_files(locations: Sequence[str]) -> None:
-    """Remove files of the same remote."""
-    for location in locations:
-        filesystem, path = _filesystem(location)
-        with named_errors(location):
-            filesystem.rm_file(path)
+class _RemoteFile(io.RawIOBase):
+    """A remote file that is read range by range, so that its reader may seek and take its time."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__()
+        self._remote, self._name = _remote(location)
+        self._content: bytes | None = None
+        self._position = self._size = 0
+        try:
+            self._size = self._remote.size(self._name)
+        except RemoteError:
+            if not is_web(location):
+                raise
+        if is_web(location) and self._size <= CHUNK_BYTES:
+            # Some web servers do not tell the size, and some give no ranges.
+            self._content = self._remote.get(self._name)
+            self._size = len(self._content)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        start = self._position
+        end = min(self._size, start + min(len(buffer), CHUNK_BYTES))
+        if start >= end:
+            return 0
+        if self._content is None:
+            data = self._remote.get_range(self._name, start, end)
+        else:
+            data = self._content[start:end]
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
-@contextmanager
-def named_errors(location: str) -> Iterator[None]:
-    """Each kind of remote has errors of its own; all become an OSError that says where."""
-    try:
-        yield
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        if not is_url(location):
-            raise
-        said = (str(error).splitlines() or [""])[0]
-        raise OSError(f"{location}: {type(error).__name__}: {said}") from error
+def _remote(location: str) -> tuple[ObjectFolder, str]:
+    """The bucket or host of a URL, and the name in it."""
+    scheme, _, rest = location.partition("://")
+    host, _, name = rest.partition("/")
+    return _opened(f"{scheme}://{host}"), name
 
 
-def _filesystem(location: str) -> tuple[Any, str]:
-    """A local file system, or that of a URL's protocol."""
-    if location.startswith("s3://"):
-        from obstore.fsspec import FsspecStore  # s3fs wants another botocore than streaming does
-
-        endpoint = os.environ.get("S3_ENDPOINT_URL")
-        settings: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
-        store = FsspecStore("s3", client_options={"allow_http": True}, **settings)
-        return store, location.removeprefix("s3://")
-    try:
-        return fsspec.core.url_to_fs(location)
-    except (ImportError, ValueError) as error:  # a protocol without its package, or unknown
-        raise ValueError(f"{location} can't be opened: {error}") from error
+@lru_cache(maxsize=64)
+def _opened(root: str) -> ObjectFolder:
+    # A list of images on the web names many hosts that are dead: they are asked once.
+    return ObjectFolder(root, 0.0 if is_web(root) else RETRY_S)
 
 
-def _entry(location: str, root: str, info: dict[str, Any]) -> Entry:
-    inside = info["name"].rstrip("/").removeprefix(root.rstrip("/")).lstrip("/")
-    return Entry(
-        inside, join(location, inside), info["type"] == "directory", int(info["size"] or 0)
-    )
+def _remote_entries(location: str, deep: bool) -> Iterator[Entry]:
+    remote, name = _remote(location)
+    start = len(name.rstrip("/")) + 1 if name else 0
+    sizes, folders = (remote.sizes(name), []) if deep else remote.entries(name)
+    for file, size in sizes.items():
+        yield Entry(file[start:], f"{location.rstrip('/')}/{file[start:]}", False, size)
+    for folder in folders:
+        yield Entry(folder[start:], f"{location.rstrip('/')}/{folder[start:]}", True, 0)
+
+
+def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
+    """Links are followed; a link to a folder that was listed before is passed over."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [("", str(local_path(location)))]
+    while waiting:
+        inner, folder = waiting.pop()
+        status = os.stat(folder)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as listed:
+            for item in listed:
+                name, is_dir = inner + item.name, item.is_dir()
+                if is_dir and deep:
+                    waiting.append((f"{name}/", item.path))
+                else:
+                    size = item.stat().st_size if item.is_file() else 0
+                    yield Entry(name, f"{location.rstrip('/')}/{name}", is_dir, size)

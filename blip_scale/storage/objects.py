@@ -1,4 +1,12 @@
-"""A folder of an object storage: small, patient calls on top of obstore."""
+"""The one way to object storage and web servers, through obstore, with one retry policy.
+
+S3, Google Cloud Storage, Azure and HTTP are known by the scheme of their URLs (`SCHEMES`). Names in
+them are taken literally: `a#b`, `a?b` and `a%20b` are three objects; on web servers a name is what
+stands in the URL.
+
+obstore's threads do not outlive a fork: a process that has used this module starts others by spawn,
+or by the fork server.
+"""
 
 from __future__ import annotations
 
@@ -8,117 +16,370 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
-from obstore import store
+from obstore import exceptions, store
+
+from blip_scale.storage.free_space import is_disk_full
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_CHUNK_BYTES = 16 << 20  # of one request: it must pass within the timeout
-_TIMEOUT_S = 60
-_FIRST_PAUSE_S = 1.0  # doubled after every attempt, with jitter
-_LONGEST_PAUSE_S = 30.0
-_REFUSALS = re.compile(r"status code: 40[0134]\b")
-"""Bad request, no credentials, no rights, not there: asking again would not help."""
+SCHEMES = ("s3", "gs", "az", "azure", "http", "https")
+RETRY_S = 180.0
+"""Patience with a bucket where no setting says another."""
+FIRST_PAUSE_S = 1.0  # doubled after every attempt, with jitter
+LONGEST_PAUSE_S = 30.0
+DAMAGED_TRIES = 3
+"""How often a file is fetched that arrives whole but with other content than expected."""
+
+CHUNK_BYTES = 16 << 20  # of one request
+_CONNECTIONS = 4  # that fetch or write one object
+_MOST_PARTS = 10_000  # of one upload
+_PART_RETRIES = 3
+_CLIENT: Any = {
+    "allow_http": True,  # servers of one's own often have no TLS
+    "connect_timeout": "10s",
+    "read_timeout": "60s",  # a stalled answer
+    "timeout": "300s",  # a whole request
+}
+_CREDENTIALS = {
+    "s3": (
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and S3_ENDPOINT_URL for a server that is "
+        "not Amazon's; ~/.aws is read where boto3 is installed (pip install boto3); public "
+        "buckets: AWS_SKIP_SIGNATURE=true"
+    ),
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS to a key file",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+"""How to give credentials, by scheme."""
+_ENVIRONMENT = ("AWS_", "S3_", "GOOGLE_", "AZURE_")
+
+_PASSING = re.compile(r"RequestTimeout|IncompleteBody")
+"""Reasons of a 400 that are no fault of the request."""
+_REFUSED = re.compile(r"status code: (40[01345]|410)\b|169\.254\.|metadata\.google")
+"""The request is wrong, forbidden or for nothing that is there; or no service of a cloud's own
+machines hands out credentials. Trying again is of little use."""
+_NO_RIGHTS = re.compile(r"status code: 40[013]\b|169\.254\.|metadata\.google|[Cc]redential")
+_TIMING = re.compile(r" in \d[\d.]*[nµm]?s\b")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+
+
+class RemoteError(OSError):
+    """A remote that still failed when the patience with it ended."""
+
+
+class RefusedError(RemoteError, FileNotFoundError):
+    """The remote refuses: no such bucket, no rights."""
+
+
+class MissingFile(RemoteError, FileNotFoundError):
+    """The remote says that it does not have the file."""
+
+
+class DamagedFile(ValueError):
+    """A remote file whose content is not what was expected, however often it is fetched."""
+
+
+def retried(
+    action: Callable[[], T], verb: str, location: str, retry_s: float, refused_tries: int = 1
+) -> T:
+    """The result of `action`, which is tried again while it fails: the one retry policy.
+
+    The pauses between the attempts double, with jitter; each attempt that failed is a line of the
+    log.
+
+    Args:
+        verb: what is done, for the messages: "fetched", "listed".
+        location: with what.
+        retry_s: seconds until the patience ends; 0 for a single attempt.
+        refused_tries: attempts until a refusal is believed.
+
+    Raises:
+        DamagedFile: `action` raised it `DAMAGED_TRIES` times, or when the patience ended.
+        MissingFile, RefusedError: the remote refused `refused_tries` times, or when it ended.
+        RemoteError: any other failure, when it ended.
+        OSError: the disk here is full.
+    """
+    deadline = time.monotonic() + retry_s
+    failures: Counter[type[Exception]] = Counter()
+    for attempt in itertools.count(1):
+        try:
+            return action()
+        except Exception as error:  # obstore's own, those of credentials, OSError below them
+            if is_disk_full(error):
+                raise
+            kind, problem = _kind(error), _problem(error)
+            pause_s = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
+            pause_s *= random.Random().uniform(0.5, 1.0)  # not all processes at once
+            left_s = deadline - time.monotonic()
+            failures[kind] += 1
+            is_last = left_s <= pause_s
+            if kind is DamagedFile and (is_last or failures[kind] == DAMAGED_TRIES):
+                raise DamagedFile(
+                    f"{location} stays damaged, fetched {attempt} times ({problem})"
+                ) from error
+            refused = failures[MissingFile] + failures[RefusedError]
+            if is_last or refused == refused_tries:
+                raise kind(
+                    f"{location} can't be {verb}, tried {attempt} times ({problem})"
+                    f"{_advice(location, problem)}"
+                ) from error
+            logger.warning(
+                "attempt %d for %s failed, again in %.1f s, for up to %.0f s more: %s",
+                attempt, location, pause_s, left_s, problem,
+            )  # fmt: skip
+            time.sleep(pause_s)
+    raise AssertionError("unreachable")
 
 
 class ObjectFolder:
-    """The objects under a URL.
+    """The objects under a URL, or the files below it on a web server.
 
-    Every call is tried again for `retry_s` seconds where the storage fails, and then raises
-    OSError; what it refuses (no such bucket, no rights) raises FileNotFoundError at once.
+    Every call is retried for `retry_s` seconds where the remote fails. Then it raises RemoteError;
+    where the remote refuses, RefusedError or MissingFile, both FileNotFoundError, at once.
     """
 
-    def __init__(self, url: str, retry_s: float) -> None:
-        """Open s3://bucket/prefix; S3_ENDPOINT_URL and boto3's credentials hold as for the data.
+    def __init__(self, url: str, retry_s: float = RETRY_S) -> None:
+        """Open s3://bucket/prefix, gs://..., az://..., https://host/folder.
+
+        S3_ENDPOINT_URL and the AWS_*, GOOGLE_* and AZURE_* variables hold.
 
         Raises:
-            ValueError: there are no credentials, or the URL makes no sense.
+            ValueError: the URL makes no sense, or there are no credentials.
         """
-        from obstore.auth.boto3 import Boto3CredentialProvider  # slow to import
-
         self.url = url.rstrip("/")
         self._retry_s = retry_s
-        endpoint = os.environ.get("S3_ENDPOINT_URL")
-        settings: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
-        try:
-            self._store = store.from_url(
-                self.url,
-                client_options={"allow_http": True, "timeout": f"{_TIMEOUT_S}s"},
-                retry_config={"max_retries": 0},  # the patience is ours, and said in the log
-                credential_provider=Boto3CredentialProvider(),
-                **settings,
-            )
-        except Exception as error:  # boto3, obstore: each has its own
-            raise ValueError(f"checkpoint.folder {url} can't be opened: {error}") from error
+        scheme, _, rest = self.url.partition("://")
+        if scheme not in SCHEMES or not rest:
+            known = ", ".join(f"{name}://" for name in SCHEMES)
+            raise ValueError(f"{url} can't be opened: expected a path, or one of {known}")
+        self.is_web = scheme.startswith("http")
+        host, _, path = rest.partition("/")
+        self._root = f"{scheme}://{host}"
+        self._prefix = urllib.parse.unquote(path) if self.is_web else path
+        self._store()
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Bytes of every object under a folder, by name from here."""
+    def has_any(self, folder: str) -> bool:
+        """Whether there is an object below a folder."""
+
+        def looked() -> bool:
+            pages = obstore.list(self._store(), prefix=self._key(folder) or None, chunk_size=1)
+            return any(page for page in pages)
+
+        return retried(looked, "listed", self._location(folder), self._retry_s)
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of every object below a folder, by name from here."""
+        key = self._key(folder)
 
         def listed() -> dict[str, int]:
-            pages = obstore.list(self._store, prefix=prefix or None)
+            pages = obstore.list(self._store(), prefix=key or None, chunk_size=1000)
             return {entry["path"]: entry["size"] for page in pages for entry in page}
 
-        return self._patiently(listed, "list", prefix)
+        sizes = retried(listed, "listed", self._location(folder), self._retry_s)
+        return _without_folders(self._named(sizes, key))
 
-    def put(self, name: str, content: Path | bytes) -> None:
-        """Write an object, whole or not at all."""
-        self._patiently(
-            lambda: obstore.put(self._store, name, content, chunk_size=_CHUNK_BYTES), "write", name
-        )
+    def entries(self, folder: str = "") -> tuple[dict[str, int], list[str]]:
+        """Bytes of the objects in a folder itself, by name from here; names of the folders in it.
+
+        A folder that is not there is empty.
+        """
+        key = self._key(folder)
+        listed = retried(
+            lambda: obstore.list_with_delimiter(self._store(), prefix=key or None),
+            "listed", self._location(folder), self._retry_s,
+        )  # fmt: skip
+        folders = self._named(dict.fromkeys(listed["common_prefixes"], 0), key)
+        sizes = self._named({entry["path"]: entry["size"] for entry in listed["objects"]}, key)
+        return {name: sizes[name] for name in sizes if name not in folders}, list(folders)
+
+    def size(self, name: str) -> int:
+        """Bytes of an object."""
+        return retried(
+            lambda: int(obstore.head(*self._at(name))["size"]),
+            "found", self._location(name), self._retry_s,
+        )  # fmt: skip
 
     def get(self, name: str) -> bytes:
         """Content of a small object."""
-        return self._patiently(lambda: bytes(obstore.get(self._store, name).bytes()), "read", name)
+        return retried(
+            lambda: bytes(obstore.get(*self._at(name)).bytes()),
+            "read", self._location(name), self._retry_s,
+        )  # fmt: skip
+
+    def get_range(self, name: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of an object."""
+        return retried(
+            lambda: bytes(obstore.get_range(*self._at(name), start=start, end=end)),
+            "read", self._location(name), self._retry_s,
+        )  # fmt: skip
 
     def fetch(self, name: str, target: Path) -> None:
-        """Bring an object into a file, by way of `target.fetched`."""
+        """Bring an object of any size into a file, by way of `target.fetched`."""
         draft = target.with_name(target.name + ".fetched")
-        size = self._patiently(lambda: obstore.head(self._store, name)["size"], "find", name)
-        with draft.open("wb") as file:
-            for start in range(0, size, _CHUNK_BYTES):
-                end = min(size, start + _CHUNK_BYTES)
-                file.write(self._range(name, start, end))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
+        try:
+            with draft.open("wb") as file:
+                for chunk in self._chunks(name, self.size(name)):
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _chunks(self, name: str, size: int) -> Iterator[bytes]:
+        """The content in order, several requests at a time."""
+        if size <= CHUNK_BYTES:
+            yield self.get(name)
+            return
+        starts = range(0, size, CHUNK_BYTES)
+        with ThreadPoolExecutor(_CONNECTIONS) as threads:
+            for place in range(0, len(starts), _CONNECTIONS):  # so many chunks are in memory
+                begins = starts[place : place + _CONNECTIONS]
+                ends = [min(size, start + CHUNK_BYTES) for start in begins]
+                yield from threads.map(self.get_range, itertools.repeat(name), begins, ends)
+
+    def put(self, name: str, content: Path | bytes) -> None:
+        """Write an object, whole or not at all; a large one in several parts."""
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        chunk = max(CHUNK_BYTES, -(-size // _MOST_PARTS))
+        # A failed part must not cost the others: it is tried again by obstore.
+        retries = _PART_RETRIES if size > chunk else 0
+        target, key = self._store(retries), self._key(name)
+        retried(
+            lambda: obstore.put(
+                target, key, content, chunk_size=chunk, max_concurrency=_CONNECTIONS
+            ),
+            "written", self._location(name), self._retry_s,
+        )  # fmt: skip
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; one that is not there is none to remove."""
         doomed = list(names)
-        if doomed:
-            self._patiently(lambda: obstore.delete(self._store, doomed), "delete", doomed[0])
+        if not doomed:
+            return
+        keys = [self._key(name) for name in doomed]
+        try:
+            retried(
+                lambda: obstore.delete(self._store(), keys),
+                "deleted", self._location(doomed[0]), self._retry_s,
+            )  # fmt: skip
+        except MissingFile:  # some storages refuse to remove what is not there
+            for name in doomed if len(doomed) > 1 else []:
+                self.delete([name])
 
-    def _range(self, name: str, start: int, end: int) -> obstore.Bytes:
-        return self._patiently(
-            lambda: obstore.get_range(self._store, name, start=start, end=end), "read", name
+    def _location(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def _key(self, name: str) -> str:
+        name = urllib.parse.unquote(name) if self.is_web else name
+        return "/".join(part for part in (self._prefix, name.rstrip("/")) if part)
+
+    def _at(self, name: str) -> tuple[Any, str]:
+        """Store and key of an object; a query of a web address belongs to the store."""
+        path, _, query = name.partition("?") if self.is_web else (name, "", "")
+        return self._store(query=query), self._key(path)
+
+    def _store(self, retries: int = 0, query: str = "") -> Any:
+        root = f"{self._root}/?{query}" if query else self._root
+        environment = frozenset(
+            (name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)
         )
+        return _opened(root, retries, os.getpid(), environment)
 
-    def _patiently(self, action: Callable[[], T], verb: str, name: str) -> T:
-        """The result of `action`, tried for `retry_s`."""
-        deadline = time.monotonic() + self._retry_s
-        for number in itertools.count():
-            try:
-                return action()
-            except Exception as error:  # obstore's own, and OSError of the network below it
-                pause_s = min(_FIRST_PAUSE_S * 2**number, _LONGEST_PAUSE_S)
-                pause_s *= random.Random().uniform(0.5, 1.0)  # not all ranks at once
-                left_s = deadline - time.monotonic()
-                said = f"can't {verb} {self.url}/{name}: {_first_line(error)}"
-                if _REFUSALS.search(str(error)):
-                    raise FileNotFoundError(said) from error
-                if left_s <= pause_s:
-                    raise OSError(f"{said} (tried {number + 1} times)") from error
-                logger.warning("%s; again in %.1f s, for up to %.0f s", said, pause_s, left_s)
-                time.sleep(pause_s)
-        raise AssertionError("unreachable")
+    def _named(self, sizes: dict[str, int], key: str) -> dict[str, int]:
+        """Sizes by name from here; the empty object that may stand for the folder `key` itself is
+        left out."""
+        start = len(self._prefix) + 1 if self._prefix else 0
+        return {path[start:]: size for path, size in sizes.items() if path != key}
 
 
-def _first_line(error: Exception) -> str:
-    """What happened, without the library's inner state on further lines."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+@lru_cache(maxsize=64)
+def _opened(root: str, retries: int, process: int, environment: frozenset[tuple[str, str]]) -> Any:
+    """A store, which keeps its connections; another one for each process and set of variables."""
+    scheme = root.partition("://")[0]
+    settings: dict[str, Any] = {}
+    try:
+        if scheme == "s3":
+            settings = _s3_settings()
+        open_store = store.HTTPStore.from_url if scheme.startswith("http") else store.from_url
+        return open_store(
+            root,
+            client_options=_CLIENT,
+            retry_config={"max_retries": retries},  # `retried` has the patience, and logs it
+            **settings,
+        )
+    except Exception as error:  # those of obstore and boto3
+        raise ValueError(
+            f"{root} can't be opened ({_problem(error)}): {_CREDENTIALS.get(scheme[:2], '')}"
+        ) from error
+
+
+def _s3_settings() -> dict[str, Any]:
+    """What obstore does not take from the environment by itself."""
+    settings: dict[str, Any] = {}
+    if endpoint := os.environ.get("S3_ENDPOINT_URL"):
+        settings["endpoint"] = endpoint
+    if not os.environ.get("AWS_SKIP_SIGNATURE"):
+        try:
+            from obstore.auth.boto3 import Boto3CredentialProvider  # slow to import
+        except ImportError:  # boto3 is not installed: the environment, or a cloud's own machine
+            return settings
+        settings["credential_provider"] = Boto3CredentialProvider()
+    return settings
+
+
+def _without_folders(sizes: dict[str, int]) -> dict[str, int]:
+    """Leave out the empty objects with which some tools mark folders."""
+    markers = {name for name, size in sizes.items() if not size}
+    if not markers:
+        return sizes
+    parents = {name.rpartition("/")[0] for name in sizes}
+    parents |= {name.rpartition("/")[0] for name in parents}
+    return {name: size for name, size in sizes.items() if size or name not in parents}
+
+
+def _kind(error: Exception) -> type[RemoteError] | type[DamagedFile]:
+    """What the failure of an attempt means."""
+    if isinstance(error, RemoteError | DamagedFile):
+        return type(error)
+    text = str(error)
+    if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in text:
+        return MissingFile
+    if isinstance(error, ValueError | exceptions.InvalidPathError):  # a name that can't be there
+        return MissingFile
+    if _PASSING.search(text):
+        return RemoteError
+    refusals = (
+        PermissionError, FileNotFoundError, exceptions.NotSupportedError,
+        exceptions.PermissionDeniedError, exceptions.UnauthenticatedError,
+    )  # fmt: skip
+    is_refusal = isinstance(error, refusals) or _REFUSED.search(text)
+    return RefusedError if is_refusal else RemoteError
+
+
+def _problem(error: BaseException) -> str:
+    """What happened in one line, without the library's inner state and the server's XML."""
+    if isinstance(error, RemoteError) and error.__cause__ is not None:
+        return _problem(error.__cause__)
+    text = str(error)
+    line = (text.splitlines() or [""])[0].partition("<?xml")[0].strip().removesuffix(":")
+    # Address and time of the request are left out: the same failure has the same text everywhere.
+    line = _TIMING.sub("", line.rpartition("Server returned non-2xx ")[2])
+    code = _CODE.search(text)
+    return f"{type(error).__name__}: {line}" + (f": {code[1]}" if code else "")
+
+
+def _advice(location: str, problem: str) -> str:
+    """How to give credentials, where they are what is missing."""
+    advice = _CREDENTIALS.get(location[:2], "")
+    return f"; {advice}" if advice and _NO_RIGHTS.search(problem) else ""

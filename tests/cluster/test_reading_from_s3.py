@@ -17,8 +17,9 @@ from reading_job import ReadingJob
 from s3_server import S3Server
 
 from blip_scale.data.loading.micro_batches import Batch
-from blip_scale.data.reading import fetching, prefetch
+from blip_scale.data.reading import prefetch
 from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.storage import objects
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
@@ -28,7 +29,7 @@ SMALL = "32kb"  # a cache of one shard: nearly every batch fetches
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
-        (fetching, "FIRST_PAUSE_S"), (fetching, "LONGEST_PAUSE_S"), (prefetch, "POLL_S")
+        (objects, "FIRST_PAUSE_S"), (objects, "LONGEST_PAUSE_S"), (prefetch, "POLL_S")
     ):  # fmt: skip
         monkeypatch.setattr(module, name, getattr(module, name))  # it is as before after the test
     hurry()

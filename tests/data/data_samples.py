@@ -14,7 +14,8 @@ from PIL import Image
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.loading.loader import TrainLoader
 from blip_scale.data.loading.micro_batches import Batch
-from blip_scale.data.reading import fetching, prefetch
+from blip_scale.data.reading import prefetch
+from blip_scale.storage import objects
 
 MakeShards = Callable[..., Path]
 MakeLoader = Callable[..., TrainLoader]
@@ -68,7 +69,7 @@ def stream(folder: Path, remote: Path | str | None = None, **settings: float | s
 
 def hurry() -> None:
     """The same behaviour in less time, where a remote is slow or fails; workers begin with it."""
-    fetching.FIRST_PAUSE_S, fetching.LONGEST_PAUSE_S, prefetch.POLL_S = 0.05, 0.5, 0.02
+    objects.FIRST_PAUSE_S, objects.LONGEST_PAUSE_S, prefetch.POLL_S = 0.05, 0.5, 0.02
 
 
 def take(loader: TrainLoader, count: int) -> list[Batch]:

@@ -12,16 +12,17 @@ from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from reading_job import ReadingJob
 
 from blip_scale.config.recipe import DataRecipe
-from blip_scale.data.reading import fetching, stream_store
+from blip_scale.data.reading import stream_store
 from blip_scale.data.reading.cache import ShardCache
 from blip_scale.data.reading.fetching import Fetcher
 from blip_scale.data.reading.stream_store import StreamStore
 from blip_scale.data.shards import Record, write_shards
+from blip_scale.storage import objects
 
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.0)
 
 
 def first_shard(folder: Path) -> Path:

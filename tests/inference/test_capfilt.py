@@ -18,9 +18,10 @@ import torch
 
 from blip_scale.commands import capfilt
 from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import StreamStore
-from blip_scale.data.shards import INDEX_NAME, Record, write_shards
+from blip_scale.data.shards import Record, write_shards
 from blip_scale.inference.blip import draws_of
 from blip_scale.inference.images import pixels_of
 from blip_scale.inference.loading import load_blip

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Screened
 from blip_scale.data.conversion.report import REPORTS, Counts, Report, report_name
 from blip_scale.data.conversion.screening import Rules, screen
-from blip_scale.data.shards import INDEX_NAME, Record, captions_by_shard, shard_writer, with_first
+from blip_scale.data.shards import Record, captions_by_shard, shard_writer, with_first
 
 Tick = Callable[[int, int], None]
 """tick(read, rejected): pairs since the last call."""
@@ -99,12 +97,12 @@ def write_chunk_shards(
         for record in records:
             captions.append(len(record.captions))
             writer.write(record.sample())
-    shards: list[dict[str, Any]] = json.loads((made / INDEX_NAME).read_text())["shards"]
-    for number, shard in enumerate(shards):
+    for number, shard in enumerate(writer.shards):
         name = f"shard.{prefix}.{number:05}.mds"
         (made / shard["raw_data"]["basename"]).rename(folder / name)
         shard["raw_data"]["basename"] = name
-    report.shards, report.shard_captions = shards, captions_by_shard(shards, captions)
+    report.shards = writer.shards
+    report.shard_captions = captions_by_shard(writer.shards, captions)
 
 
 def put_report(out: OutputFolder, folder: Path, report: Report) -> None:

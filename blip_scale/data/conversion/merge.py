@@ -12,13 +12,19 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from streaming.base.format.mds import MDSReader
 
 from blip_scale.data.conversion.chunks import put_report, write_chunk_shards
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Reason, Reject
-from blip_scale.data.conversion.report import Counts, Report, reject_fields, report_name
-from blip_scale.data.shards import CAPTIONS_KEY, INDEX_NAME, Record
+from blip_scale.data.conversion.report import (
+    REPORTS,
+    Counts,
+    Report,
+    reject_fields,
+    report_name,
+)
+from blip_scale.data.mds import INDEX_NAME, parse_shard
+from blip_scale.data.shards import CAPTIONS_KEY, Record
 
 SUMMARY_NAME = "summary.json"
 REJECTS_NAME = "rejects.jsonl"
@@ -33,7 +39,7 @@ def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
     ValueError, naming them, where chunks are missing. May be called again at any time.
     """
     numbers = range(plan["chunks"])
-    there = out.names("chunks/")
+    there = out.names(REPORTS)
     missing = [number for number in numbers if report_name(number) not in there]
     if missing:
         raise ValueError(
@@ -44,7 +50,7 @@ def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
         _drop(out, number, ids, plan["shard_bytes"])
     summary, shards = _write_set(out, plan, _reports(out, numbers))
     # What was written again without duplicates, by this call or by one that was killed.
-    out.discard(name for name in out.names("shard.") - shards if _OURS.fullmatch(name))
+    out.discard(name for name in out.names() - shards if _OURS.fullmatch(name))
     return summary
 
 
@@ -91,11 +97,11 @@ def _drop(out: OutputFolder, number: int, ids: list[str], shard_bytes: int) -> N
 
     def records(folder: Path) -> Iterator[Record]:
         nonlocal lost_captions
-        for shard in report.shards:
-            path = out.fetch(shard["raw_data"]["basename"], folder / "fetched")
-            reader = MDSReader.from_json(str(path.parent), None, shard)
-            for index in range(reader.samples):
-                sample = reader.get_item(index)
+        for entry in report.shards:
+            path = out.fetch(entry["raw_data"]["basename"], folder / "fetched")
+            shard = parse_shard(path.parent, entry)
+            for index in range(shard.samples):
+                sample = shard.read(index)
                 if sample["id"] in dropped:
                     lost_captions += len(sample["captions"])
                 else:

@@ -21,6 +21,7 @@ from blip_scale.data.conversion.pairs import Chunk
 from blip_scale.data.conversion.report import REPORTS, report_name
 from blip_scale.data.conversion.screening import Rules
 from blip_scale.data.loading.workers import end_with_parent
+from blip_scale.data.mds import INDEX_NAME
 
 PLAN_NAME = "conversion.json"
 _POLL_S = 0.2
@@ -74,7 +75,7 @@ class Conversion:
     scratch: str | None = None
     start_method: str = "fork"
     """Of the workers: spawn where the chunks were listed from a remote, as its client's threads do
-    not outlive a fork."""
+    not outlive a fork. For a remote output it is spawn in any case."""
     settings: dict[str, Any] | None = None
     """What decides about the pairs of chunks that screen them themselves."""
 
@@ -126,15 +127,15 @@ def merge(location: str, scratch: str | None = None) -> dict[str, Any]:
 
 def read_plan(out: OutputFolder) -> dict[str, Any]:
     """Raises FileNotFoundError where no conversion was begun."""
-    if PLAN_NAME not in out.names(PLAN_NAME):
+    if not out.has(PLAN_NAME):
         raise FileNotFoundError(f"{out.location}: no conversion was begun here ({PLAN_NAME})")
     plan: dict[str, Any] = json.loads(out.read(PLAN_NAME))
     return plan
 
 
 def _agree_on_plan(out: OutputFolder, plan: dict[str, Any]) -> None:
-    if PLAN_NAME not in out.names(PLAN_NAME):
-        others = out.names("shard.") | out.names("index.json")
+    if not out.has(PLAN_NAME):
+        others = [name for name in out.names() if name.startswith(("shard.", INDEX_NAME))]
         if others:
             raise ValueError(f"{out.location} holds another set ({min(others)}): choose another")
         with out.workshop("plan", own=True) as folder:
@@ -154,7 +155,8 @@ def _agree_on_plan(out: OutputFolder, plan: dict[str, Any]) -> None:
 def _convert_chunks(
     job: Conversion, out: OutputFolder, todo: Sequence[int], show: Callable[[Progress], None]
 ) -> None:
-    context = multiprocessing.get_context(job.start_method)
+    # The client of a remote has threads, which do not outlive a fork.
+    context = multiprocessing.get_context("spawn" if out.is_remote else job.start_method)
     others = set(multiprocessing.active_children())
     read, rejected = context.Value("q", 0), context.Value("q", 0)
     pool = ProcessPoolExecutor(job.workers, context, _enter_worker, (read, rejected))

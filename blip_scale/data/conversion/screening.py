@@ -15,7 +15,8 @@ from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
 from blip_scale.data.pixels.decoding import MAX_PIXELS, describe, open_image, to_rgb
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.shards import Record
-from blip_scale.storage.locations import read_file
+from blip_scale.storage.locations import is_web, read_file
+from blip_scale.storage.objects import RefusedError
 
 _ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -132,11 +133,14 @@ def _image_bytes(image: bytes | str | None) -> bytes:
         return image
     try:
         return read_file(image)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise _Refused(Reason.MISSING_IMAGE, image) from error
     except Exception as error:
-        if image.startswith(("http://", "https://")):  # hosts die; a bucket must not
+        if isinstance(error, OSError | ValueError) and is_web(
+            image
+        ):  # hosts die; a bucket must not
             raise _Refused(Reason.MISSING_IMAGE, f"{image}: {type(error).__name__}") from error
+        is_missing = isinstance(error, FileNotFoundError | IsADirectoryError)
+        if is_missing and not isinstance(error, RefusedError):
+            raise _Refused(Reason.MISSING_IMAGE, image) from error
         raise
 
 

@@ -6,7 +6,6 @@ happens to their holder; a half-written file never has the name of a shard.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _SHARDS = "shard.*.mds"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ class ShardCache:
     def _entries(self) -> list[tuple[int, int, Path]]:
         """Time of the last use, bytes and path of every shard."""
         entries = []
-        for path in (path for folder in self.folders for path in folder.glob(_SHARDS)):
+        for path in (path for folder in self.folders for path in folder.rglob(_SHARDS)):
             try:
                 status = path.stat()
             except FileNotFoundError:  # a job with other streams drops shards of this folder too
@@ -80,13 +78,8 @@ class ShardCache:
 
 def drop_shards(folder: Path) -> None:
     """Throw away every shard of a cache folder."""
-    for path in folder.glob(_SHARDS):
+    for path in folder.rglob(_SHARDS):
         path.unlink(missing_ok=True)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room, or of quota."""
-    return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
 def has_size(path: Path, size: int) -> bool:

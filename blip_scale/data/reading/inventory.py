@@ -7,8 +7,8 @@ from typing import Any
 
 import xxhash
 
+from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.reading.stream_store import StreamStore
-from blip_scale.data.shards import INDEX_NAME
 
 
 def inventory(stores: Sequence[StreamStore]) -> list[dict[str, Any]]:

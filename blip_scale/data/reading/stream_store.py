@@ -1,10 +1,8 @@
 """Samples of a stream: from the shards where they lie, or fetched from a remote into a local cache.
 
-The formats, decompression and remotes are MosaicML Streaming's. Its StreamingDataset is not used:
-it coordinates the processes of a machine by named shared memory and lock files that a killed job
-leaves behind and that two jobs fight over, and it counts ranks by variables that DeepSpeed's
-launcher doesn't set. Here processes meet at one thing only, an flock on a file in the cache folder
-while a shard is fetched, which the kernel releases whatever happens to its holder.
+Processes of any jobs meet at one thing only, an flock on a file in the cache folder while a shard
+is fetched, which the kernel releases whatever happens to its holder. (MosaicML's StreamingDataset
+uses named shared memory and lock files, which a killed job leaves behind and two jobs fight over.)
 """
 
 from __future__ import annotations
@@ -18,16 +16,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from streaming.base.compression import decompress
-from streaming.base.format.base.reader import FileInfo
-from streaming.base.format.mds import MDSReader
-from streaming.base.util import bytes_to_int
-
 from blip_scale.config.recipe import DataRecipe, StreamRecipe
+from blip_scale.data.mds import INDEX_NAME, FileInfo, Shard
 from blip_scale.data.reading import cache as caching
 from blip_scale.data.reading.cache import ShardCache, locked
-from blip_scale.data.reading.fetching import DamagedFile, Fetcher, MissingFile, is_intact
-from blip_scale.data.shards import INDEX_NAME, read_caption_counts, read_index
+from blip_scale.data.reading.fetching import Fetcher
+from blip_scale.data.shards import read_caption_counts, read_index
+from blip_scale.storage.free_space import is_disk_full, parse_bytes
+from blip_scale.storage.objects import DamagedFile, MissingFile, RemoteError
 
 INDEX_RETRY_S = 10.0
 """So long the index is asked for before a cached one is taken."""
@@ -71,7 +67,7 @@ class StreamStore:
         self._damaged: dict[int, str] = {}
         if self.remote:
             self.cache = cache or ShardCache([self.folder])
-            self._fetcher = Fetcher(self.remote, retry_s, f"stream {self.name!r}")
+            self._fetcher = Fetcher(self.remote, retry_s)
             self._fetch_index()
         try:
             self.shards = read_index(self.folder)
@@ -80,15 +76,13 @@ class StreamStore:
             raise FileNotFoundError(self._message(str(error))) from error
         except ValueError as error:
             raise ValueError(self._message(str(error))) from error
+        self.shard_samples = tuple(shard.samples for shard in self.shards)
+        """Samples of each shard."""
         self._caption_ends = counts and [list(accumulate(part or [])) for part in counts]
         if not self.samples:
             raise ValueError(self._message(f"{self.folder} holds no sample"))
         if self.remote is None:
             self._check_presence()
-
-    @property
-    def shard_samples(self) -> tuple[int, ...]:
-        return tuple(shard.samples for shard in self.shards)
 
     @property
     def samples(self) -> int:
@@ -114,10 +108,10 @@ class StreamStore:
 
     def shard_bytes(self, shard: int) -> int:
         """Size of the uncompressed shard."""
-        return int(self.shards[shard].raw_data.bytes)
+        return self.shards[shard].raw_data.bytes
 
     def shard_name(self, shard: int) -> str:
-        return str(self.shards[shard].raw_data.basename)
+        return self.shards[shard].raw_data.basename
 
     def read(self, shard: int, sample: int) -> dict[str, Any]:
         """One sample as the columns of `shards.COLUMNS`; a remote shard is fetched first.
@@ -128,7 +122,7 @@ class StreamStore:
         for _ in range(_READ_ATTEMPTS):
             self._ensure(shard)
             try:
-                return self.shards[shard].get_item(sample)
+                return self.shards[shard].read(sample)
             except FileNotFoundError:  # evicted by another process since: fetch it again
                 self._touched.pop(shard, None)
             except Exception as error:  # whatever the decoder makes of damaged bytes
@@ -162,7 +156,7 @@ class StreamStore:
     def _path(self, info: FileInfo) -> Path:
         return self.folder / info.basename
 
-    def _is_there(self, shard: MDSReader) -> bool:
+    def _is_there(self, shard: Shard) -> bool:
         return caching.has_size(self._path(shard.raw_data), shard.raw_data.bytes)
 
     def _message(self, problem: str) -> str:
@@ -170,14 +164,16 @@ class StreamStore:
         return f"stream {self.name!r}: {problem}{mend}"
 
     def _check_presence(self) -> None:
-        there = {entry.name for entry in os.scandir(self.folder)}
+        there: dict[Path, set[str]] = {}  # listed once a folder, however many shards it has
         for shard in self.shards:
-            forms = [info.basename for info in (shard.raw_data, shard.zip_data) if info]
-            if not there.intersection(forms):
+            paths = [self._path(info) for info in (shard.raw_data, shard.zip_data) if info]
+            folder = paths[0].parent
+            if folder not in there:
+                listed = os.scandir(folder) if folder.is_dir() else ()
+                there[folder] = {entry.name for entry in listed}
+            if not there[folder].intersection(path.name for path in paths):
                 raise FileNotFoundError(
-                    self._message(
-                        f"shard {self.folder / forms[0]} is missing, though the index names it"
-                    )
+                    self._message(f"shard {paths[0]} is missing, though the index names it")
                 )
 
     def _ensure(self, number: int) -> None:
@@ -207,7 +203,7 @@ class StreamStore:
     def _obtain_or_give_up(self, number: int) -> None:
         try:
             self._obtain(self.shards[number])
-        except (DamagedFile, FileNotFoundError) as error:
+        except (DamagedFile, FileNotFoundError, RemoteError) as error:
             is_gone = isinstance(error, MissingFile) and self._has_index()
             if not is_gone and not isinstance(error, DamagedFile):  # it is out of reach
                 raise FileNotFoundError(f"stream {self.name!r}: {error}") from error
@@ -224,12 +220,12 @@ class StreamStore:
         with locked(self.folder, "index"):
             try:
                 self._fetcher.fetch(INDEX_NAME, part, retry_s=0)
-            except FileNotFoundError:
+            except RemoteError:
                 return False
             part.unlink()
             return True
 
-    def _obtain(self, shard: MDSReader, retry_s: float | None = None) -> None:
+    def _obtain(self, shard: Shard, retry_s: float | None = None) -> None:
         """Bring a shard into the folder; on a full disk, shards that are not in use make room."""
         infos = [info for info in (shard.raw_data, shard.zip_data) if info]
         give_up = time.monotonic() + (_ROOM_WAIT_S if retry_s is None else retry_s)
@@ -244,7 +240,7 @@ class StreamStore:
         """Drop shards where `error` is a full disk, or leave others until the time `give_up` to
         name what they have fetched, which can be dropped then; raises where that can't help.
         """
-        if not caching.is_disk_full(error):
+        if not is_disk_full(error):
             raise error
         if self.cache is not None and self.cache.shrink(incoming_bytes):
             return
@@ -255,23 +251,27 @@ class StreamStore:
             ) from error
         time.sleep(random.Random().uniform(0.05, 0.3))  # not all processes at once
 
-    def _fill_in(self, shard: MDSReader, retry_s: float | None) -> None:
-        path = self._path(shard.raw_data)
+    def _fill_in(self, shard: Shard, retry_s: float | None) -> None:
+        path, packed = self._path(shard.raw_data), shard.zip_data
         partial = path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if self.remote is None:
-                self._decompress(shard, self._path(shard.zip_data), partial)
-            elif shard.zip_data is None:
-                self._fetcher.fetch(path.name, partial, shard.raw_data, retry_s)
-                caching.make_durable(partial)
+            if packed is None:
+                self._fetcher.fetch(shard.raw_data.basename, partial, shard.raw_data, retry_s)
+            elif self.remote is None:
+                data = self._path(packed).read_bytes()
+                if packed.difference(data):
+                    raise self._broken(self._path(packed), packed)
+                shard.decompress(data, partial)
             else:
-                fetched = self._path(shard.zip_data)
-                part = fetched.with_name(fetched.name + ".part")
+                part = self._path(packed)
+                part = part.with_name(part.name + ".part")
                 try:
-                    self._fetcher.fetch(fetched.name, part, shard.zip_data, retry_s)
+                    self._fetcher.fetch(packed.basename, part, packed, retry_s)
                     self._decompress(shard, part, partial)
                 finally:
                     part.unlink(missing_ok=True)
+            caching.make_durable(partial)
             if self.cache is not None:
                 self.cache.admit(partial, path)
             else:
@@ -279,12 +279,11 @@ class StreamStore:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _decompress(self, shard: MDSReader, stored: Path, partial: Path) -> None:
-        data = stored.read_bytes()
-        if not is_intact(data, shard.zip_data):
-            raise self._broken(stored, shard.zip_data)
-        partial.write_bytes(decompress(shard.compression, data))
-        caching.make_durable(partial)
+    def _decompress(self, shard: Shard, packed: Path, partial: Path) -> None:
+        try:
+            shard.decompress(packed.read_bytes(), partial)
+        except ValueError as error:  # the set was written wrong, or to do harm
+            raise DamagedFile(f"{self.remote}/{error}") from error
 
     def _fetch_index(self) -> None:
         """Bring the remote's index; shards cached under another index are thrown away."""
@@ -299,7 +298,7 @@ class StreamStore:
                 except OSError as error:
                     self._make_room(error, 1 << 20)
                     self._fetcher.fetch(INDEX_NAME, part, retry_s=retry_s)
-            except FileNotFoundError as error:
+            except RemoteError as error:
                 if not target.is_file():
                     raise FileNotFoundError(self._message(str(error))) from error
                 logger.warning("stream %r: %s; its cached copy is used", self.name, error)
@@ -311,7 +310,6 @@ class StreamStore:
                 )  # fmt: skip
                 caching.drop_shards(self.folder)
             part.replace(target)
-        self._fetcher.close()
 
 
 def open_streams(data: DataRecipe) -> list[StreamStore]:
@@ -326,6 +324,6 @@ def open_streams(data: DataRecipe) -> list[StreamStore]:
         for stream in data.streams
         if stream.remote
     ]
-    limit_bytes = bytes_to_int(data.cache_limit) if data.cache_limit else None
+    limit_bytes = parse_bytes(data.cache_limit) if data.cache_limit else None
     cache = ShardCache(folders, limit_bytes)
     return [StreamStore(stream, data.make_with, cache, data.retry_s) for stream in data.streams]

@@ -20,7 +20,8 @@ from blip_scale.data.sources.metadata import (
     pair_of,
 )
 from blip_scale.data.sources.webdataset import file_chunk, find_files
-from blip_scale.storage.locations import basename, named_errors, open_file, stem
+from blip_scale.storage.locations import basename, open_file, stem
+from blip_scale.storage.objects import RemoteError
 
 _IMAGE_COLUMNS = (*IMAGE_ENDINGS, "image", "image_bytes")
 _ID_COLUMNS = ("key", "__key__", "id", "image_id")
@@ -45,7 +46,7 @@ def read_parquet(location: str, caption_key: str = "") -> Iterator[Found]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    with named_errors(location), open_file(location) as file:
+    with open_file(location) as file:
         try:
             table = ParquetFile(file)
             columns = _columns(table.schema_arrow.names, location, caption_key)
@@ -55,8 +56,8 @@ def read_parquet(location: str, caption_key: str = "") -> Iterator[Found]:
                     yield _pair(f"{stem(location)}/{row}", fields, caption_key)
                     row += 1
         except (pyarrow.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno:
-                raise  # the disk's or the network's fault, not the file's
+            if isinstance(error, RemoteError) or (isinstance(error, OSError) and error.errno):
+                raise  # the network's or the disk's fault, not the file's
             yield Reject(basename(location), Reason.DAMAGED_INPUT, str(error))
 
 

@@ -29,7 +29,6 @@ from blip_scale.storage.locations import (
     file_size,
     is_folder,
     list_folder,
-    named_errors,
     open_file,
 )
 
@@ -65,7 +64,6 @@ def read_tar(location: str, caption_key: str = "") -> Iterator[Found]:
     try:
         # As a stream: nothing is sought, so that it may come over a network.
         with (
-            named_errors(location),
             open_file(location) as file,
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar,
         ):

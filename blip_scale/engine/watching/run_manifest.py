@@ -20,7 +20,7 @@ from blip_scale.storage import checkpoint_format, files, run_folder
 logger = logging.getLogger(__name__)
 
 _PACKAGES = (
-    "torch", "deepspeed", "transformers", "timm", "mosaicml-streaming", "flash-attn", "numpy",
+    "torch", "deepspeed", "transformers", "timm", "obstore", "flash-attn", "numpy",
     "pillow", "safetensors",
 )  # fmt: skip
 _WARN_OF = ("code", "packages", "data")

@@ -23,7 +23,8 @@ from pathlib import Path
 from PIL import Image
 
 from blip_scale.data.captions import clean_caption
-from blip_scale.data.shards import INDEX_NAME, Record, write_shards
+from blip_scale.data.mds import INDEX_NAME
+from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.sources.demo_sets import icons, openmoji, twemoji
 from blip_scale.data.sources.demo_sets.drawings import Drawing, render_all
 from blip_scale.data.sources.demo_sets.emoji_names import CodePoints, concept, keywords, names

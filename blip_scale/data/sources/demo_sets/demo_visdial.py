@@ -46,9 +46,9 @@ def prepare(demo: Path, folder: Path) -> dict[str, int]:
 def _drawings(folder: Path) -> list[Record]:
     """Each with its name."""
     found = []
-    for reader in read_index(folder):
-        for number in range(reader.samples):
-            sample = reader.get_item(number)
+    for shard in read_index(folder):
+        for number in range(shard.samples):
+            sample = shard.read(number)
             found.append(
                 Record(sample["id"], sample["image"], sample["captions"][0], sample["source"])
             )
