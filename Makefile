@@ -1,4 +1,5 @@
 # make demo    install, prepare the demo data, pretrain the demo recipe, show what came out
+# make unit    install and run linters and unit tests
 # make test    install and run every check (what .ci/run calls)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -7,6 +8,10 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV := .venv
+# The oldest transformers and NumPy over the other packages of VENV.
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/interop tests/inference tests/model/test_med.py tests/test_published_step.py \
+	tests/data/test_tokenizer.py tests/data/test_augment.py tests/data/test_order.py tests/data/test_shards.py
 BIN := $(CURDIR)/$(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 # The deepspeed command calls python and ninja by name. Ranks share the cores: one thread each.
@@ -19,11 +24,11 @@ unexport PYTHONDONTWRITEBYTECODE
 STARTED := $(shell date +%s)
 DEMO_RUN ?= runs/demo
 
-.PHONY: help install demo test lint tensorboard clean
+.PHONY: help install demo unit test lint tensorboard clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo "make lint    ruff and mypy alone; make tensorboard; make clean (removes .venv and caches)"
+	@echo "make lint    ruff and mypy alone; make tensorboard; make clean (removes both .venv and caches)"
 
 install: $(VENV)/.installed
 	@echo "$(VENV) is ready"
@@ -41,10 +46,19 @@ $(VENV)/.installed: requirements.txt requirements-demo.txt | $(VENV)/bin/python
 	@$(PIP) --no-deps -r requirements-demo.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt requirements-web.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt requirements-web.txt requirements-streaming.txt $(VENV)/.installed
 	@echo "Installing the test tools"
 	@$(PIP) -r requirements-dev.txt
-	@$(PIP) --no-deps -r requirements-web.txt
+	@$(PIP) --no-deps -r requirements-web.txt -r requirements-streaming.txt
+	@touch $@
+
+$(OLDEST)/.installed: requirements-oldest.txt $(VENV)/.installed-dev
+	@echo "Making $(OLDEST) with the oldest transformers and NumPy"
+	@$(BIN)/python -m venv --clear --without-pip $(OLDEST)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(echo $(OLDEST)/lib/python3*/site-packages)/below.pth"
+	@$(BIN)/python -m pip --python $(OLDEST)/bin/python install --quiet --no-compile \
+		--disable-pip-version-check --no-warn-conflicts -r requirements-oldest.txt
 	@touch $@
 
 # As many ranks as GPUs (the largest number that divides the demo's batch of 64), or two on the CPU.
@@ -59,10 +73,15 @@ demo: install
 		blip_scale/train.py --deepspeed ds_configs/zero3.json output_dir=$(DEMO_RUN)
 	@$(RUN) python tools/show_summary.py $(DEMO_RUN) --started $(STARTED)
 
-test: $(VENV)/.installed-dev
-	@$(MAKE) --no-print-directory lint
+unit: lint
 	@echo "Unit tests"
 	@$(RUN) python -m pytest -q -n 2 -m "not multiprocess and not s3 and not demo and not gpu and not slurm"
+
+test: $(VENV)/.installed-dev $(OLDEST)/.installed
+	@$(MAKE) --no-print-directory unit
+	@echo "Tests with the oldest transformers and NumPy"
+	@PATH="$(CURDIR)/$(OLDEST)/bin:$(BIN):$$PATH" OMP_NUM_THREADS=1 \
+		python -m pytest -q -n 2 --dist loadfile -m "not s3 and not demo and not gpu and not slurm" $(OLDEST_TESTS)
 	@echo "Tests with several ranks and whole runs"
 	@$(RUN) python -m pytest -q -n 2 --dist loadfile -m "(multiprocess or s3 or gpu) and not demo and not slurm"
 	@echo "Jobs on a real SLURM of two nodes"
@@ -79,4 +98,4 @@ tensorboard: install
 	@$(RUN) tensorboard --logdir runs
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -638,32 +638,6 @@ class TestCommand:
         done = train("--recipe", "mine", "--print-recipe", script=script, PYTHONSAFEPATH="1")
         assert "seed: 7" in done.stdout, done.stderr
 
-    def test_installed(self, train: Any, tmp_path: Path) -> None:
-        pytest.importorskip("setuptools", minversion="77")
-        source, site = tmp_path / "source", tmp_path / "site"
-        source.mkdir()
-        ignore = shutil.ignore_patterns("__pycache__")
-        for name in ("blip_scale", "ds_configs"):
-            shutil.copytree(REPO / name, source / name, ignore=ignore)
-        for file in [REPO / "pyproject.toml", *REPO.glob("requirements*.txt")]:
-            shutil.copy(file, source)
-        options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(source)],
-            check=True,
-        )
-        command = [sys.executable, "-m", "blip_scale.train", "train.micro_batch_size=1"]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(site)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert "pool of 1 pair" in done.stderr
-        assert (site / "blip_scale" / "ds_configs" / "zero3.json").is_file()
-
     @pytest.mark.multiprocess
     def test_under_the_deepspeed_launcher(self, tmp_path: Path) -> None:
         launcher = Path(sys.executable).parent / "deepspeed"

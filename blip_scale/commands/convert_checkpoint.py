@@ -34,7 +34,7 @@ from blip_scale.interop.blip_weights import (
     with_training_state,
 )
 from blip_scale.interop.checkpoints import Format, format_of, read_checkpoint
-from blip_scale.interop.huggingface import write_huggingface
+from blip_scale.interop.huggingface import write_huggingface, write_processor
 from blip_scale.interop.huggingface_config import inexpressible
 from blip_scale.interop.model_card import Origin, model_card
 from blip_scale.interop.salesforce_files import write_salesforce
@@ -157,22 +157,11 @@ def _origin(source: Path, kind: Format, recipe: Recipe | None) -> Origin:
 def _write_folder(
     weights: BlipWeights, folder: Path, tokenizer: PreTrainedTokenizerFast, origin: Origin
 ) -> None:
-    """Everything that transformers' pipelines and BlipProcessor want."""
-    from transformers import BlipImageProcessor, BlipProcessor
-
-    size = weights.config.vision.image_size
+    """Model, processor and card, as transformers loads them."""
     card = model_card(weights, origin)
     write_huggingface(weights, folder)
-    pixels = BlipImageProcessor(
-        size={"height": size, "width": size}, image_mean=IMAGE_MEAN, image_std=IMAGE_STD
-    )
     tokenizer.model_max_length = weights.config.text.max_positions
-    try:
-        BlipProcessor(pixels, tokenizer).save_pretrained(folder)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"BlipProcessor takes BERT tokenizers alone, not {type(tokenizer).__name__}: {error}"
-        ) from error
+    write_processor(folder, tokenizer, weights.config.vision.image_size, IMAGE_MEAN, IMAGE_STD)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -88,9 +88,8 @@ def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name!r} has no fast form (tokenizer.json): convert it first")
     tokenizer.add_special_tokens({"bos_token": DECODE_TOKEN})
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [ENCODE_TOKEN]}, replace_additional_special_tokens=False
-    )
+    # Not as an "additional" special token: transformers 5 saves those under a name that 4 rejects.
+    tokenizer.add_tokens([ENCODE_TOKEN], special_tokens=True)
     special_ids(tokenizer)
     return tokenizer
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +26,7 @@ from blip_scale.interop.salesforce import State
 from blip_scale.model.med import MEDConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 def read_huggingface(folder: Path) -> BlipWeights:
@@ -105,29 +108,85 @@ def _save(model: PreTrainedModel, config: MEDConfig, folder: Path) -> None:
             max_length=min(30, config.text.max_positions),  # 30 as published; pipelines heed it
             num_beams=3,
         )
-    model.save_pretrained(folder, safe_serialization=True)
+    with _quiet():
+        model.save_pretrained(folder)
+
+
+def write_processor(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    image_size: int,
+    mean: Sequence[float],
+    deviation: Sequence[float],
+) -> None:
+    """Write the files that BlipProcessor reads, in transformers 4.57 and 5 alike.
+
+    Transformers 5 no longer writes preprocessor_config.json and vocab.txt, which 4.57 reads with
+    `use_fast=False`, and saves additional special tokens as a list under a name where 4.57 expects
+    a mapping.
+
+    Raises:
+        ValueError: BlipProcessor rejects the tokenizer, which is not of the BERT kind.
+    """
+    from transformers import BlipImageProcessor, BlipProcessor
+
+    size = {"height": image_size, "width": image_size}
+    pixels = BlipImageProcessor(size=size, image_mean=mean, image_std=deviation)
+    try:
+        BlipProcessor(pixels, tokenizer).save_pretrained(folder)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"BlipProcessor takes BERT tokenizers alone, not {type(tokenizer).__name__}: {error}"
+        ) from error
+    pixels.save_pretrained(folder)
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    words = sorted(vocabulary, key=vocabulary.__getitem__)
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings.
+
+    Its warnings advise to train what is refused here.
+    """
+    from transformers.utils import logging as their_logging
+
+    verbosity = their_logging.get_verbosity()
+    bars = their_logging.is_progress_bar_enabled()
+    their_logging.set_verbosity_error()
+    their_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(verbosity)
+        if bars:
+            their_logging.enable_progress_bar()
 
 
 def _load(folder: Path, name: str) -> State:
     """State dict of their model; transformers reads what it knows and says what doesn't fit."""
     import transformers
-    from transformers.utils import logging as their_logging
 
-    verbosity = their_logging.get_verbosity()
-    their_logging.set_verbosity_error()  # it would advise to train what is refused here
     try:
-        model, found = getattr(transformers, name).from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, dtype="float32"
-        )
+        with _quiet():
+            model, found = getattr(transformers, name).from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, dtype="float32"
+            )
     except (OSError, ValueError, RuntimeError, EOFError) as error:
         kind = FileNotFoundError if "no file named" in str(error) else ValueError
         raise kind(f"{folder} can't be read: {one_line(error)}") from error
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: damaged or unsafe weights: {one_line(error)}") from error
-    finally:
-        their_logging.set_verbosity(verbosity)
     state = dict(model.state_dict())
-    wrong = [f"{key}, wanted {tuple(state[key].shape)}" for key in sorted(found["mismatched_keys"])]
+    # Names in transformers 4, (name, shape in the file, shape of the model) in 5.
+    mismatched = sorted(k if isinstance(k, str) else k[0] for k in found["mismatched_keys"])
+    wrong = [f"{key}, wanted {tuple(state[key].shape)}" for key in mismatched]
     unknown = sorted(n for n in found["unexpected_keys"] if not n.endswith("position_ids"))
     problems = {
         "missing": sorted(found["missing_keys"]), "left over": unknown, "of another shape": wrong,

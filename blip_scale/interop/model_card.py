@@ -11,14 +11,18 @@ from blip_scale.model.heads import Head
 
 _PIPELINES: dict[Head, str] = {"captioning": "image-to-text", "vqa": "visual-question-answering"}
 _USE: dict[Head, str] = {
-    "captioning": """from transformers import pipeline
+    "captioning": """from PIL import Image
+from transformers import BlipForConditionalGeneration, BlipProcessor
 
-captioner = pipeline("image-to-text", "FOLDER")
-print(captioner("photo.jpg")[0]["generated_text"])""",
+processor = BlipProcessor.from_pretrained("FOLDER", backend="pil")
+model = BlipForConditionalGeneration.from_pretrained("FOLDER")
+inputs = processor(Image.open("photo.jpg"), return_tensors="pt")
+written = model.generate(**inputs, num_beams=3, max_length=20)
+print(processor.decode(written[0], skip_special_tokens=True))""",
     "retrieval": """from PIL import Image
 from transformers import BlipForImageTextRetrieval, BlipProcessor
 
-processor = BlipProcessor.from_pretrained("FOLDER")
+processor = BlipProcessor.from_pretrained("FOLDER", backend="pil")
 model = BlipForImageTextRetrieval.from_pretrained("FOLDER")
 inputs = processor(Image.open("photo.jpg"), "a dog on a beach", return_tensors="pt")
 print(model(**inputs, use_itm_head=False).itm_score)  # cosine
@@ -27,12 +31,18 @@ print(model(**inputs).itm_score.softmax(-1)[:, 1])  # probability of a match""",
     "vqa": """from PIL import Image
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
-processor = BlipProcessor.from_pretrained("FOLDER")
+processor = BlipProcessor.from_pretrained("FOLDER", backend="pil")
 model = BlipForQuestionAnswering.from_pretrained("FOLDER")
 inputs = processor(Image.open("photo.jpg"), "what is on the beach?", return_tensors="pt")
 inputs["input_ids"][:, 0] = model.config.text_config.enc_token_id  # as in training
-print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))""",
+written = model.generate(**inputs, num_beams=3, max_length=10)
+print(processor.decode(written[0], skip_special_tokens=True))""",
 }
+"""Code that runs on transformers 4.57 and 5.
+
+On 5, `backend="pil"` resizes as in training; without it, pixels differ by up to one grey level.
+Lengths and beams are given because 5 does not read them from generation_config.json for BLIP.
+"""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("vocabulary")
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
     return folder
 
 

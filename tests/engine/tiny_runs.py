@@ -74,7 +74,7 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
         vocabulary = folder / "vocabulary"
         vocabulary.mkdir()
         (vocabulary / "vocab.txt").write_text("\n".join([*WORDS, *COLOURS, *SHAPES]) + "\n")
-        BertTokenizerFast(vocab_file=str(vocabulary / "vocab.txt")).save_pretrained(vocabulary)
+        BertTokenizerFast.from_pretrained(vocabulary).save_pretrained(vocabulary)
     recipe: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "model": {

@@ -229,9 +229,11 @@ def spoilt(ours: Path, hf: Path, tmp_path: Path) -> dict[str, str]:
     shutil.copytree(ours, tmp_path / "cut")
     file = tmp_path / "cut" / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    words = tmp_path / "vocab.txt"
-    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abc"]))
-    BertTokenizerFast(vocab_file=str(words)).save_pretrained(tmp_path / "other")
+    other = tmp_path / "other"
+    other.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abc"]
+    (other / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast.from_pretrained(other).save_pretrained(other)
     return {"OURS": str(ours), "HF": str(hf), "TMP": str(tmp_path)}
 
 

@@ -1,11 +1,16 @@
-"""What transformers makes of an exported folder, against our own model: the same numbers, and the
-pipelines just work."""
+"""What transformers makes of an exported folder, against our own model: the same numbers, in this
+and in the other supported major version."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_blip
 import tiny_runs
@@ -13,6 +18,7 @@ import torch
 from PIL import Image
 from tiny_blip import Convert
 from torch import Tensor
+from virtual_environments import make_environment
 
 from blip_scale.config.recipe import TextRecipe
 from blip_scale.data.pixels.transforms import EvalTransform, normalize_images
@@ -22,6 +28,7 @@ from blip_scale.model.generation import BeamSettings, caption_beam
 from blip_scale.model.med import MED
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 
+REPO = Path(__file__).resolve().parent.parent.parent
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TEXTS = ["a big red disc", "a small green cross on grey", "a black bar and a white square"]
 LENGTHS = {"max_length": 10, "min_length": 4}
@@ -88,6 +95,23 @@ def test_retrieval_scores(hf: Path, med: MED, pictures: list[Path]) -> None:
     assert theirs.config.itc_temperature == med.temperature().item()
 
 
+def without_ends(ids: list[int], sep: int) -> list[int]:
+    """Tokens between [DEC] and the first [SEP]."""
+    return ids[1 : ids.index(sep) if sep in ids else None]
+
+
+def answer(hf: Path, med: MED, image: Tensor, question: str, settings: BeamSettings) -> list[int]:
+    """Our answer: the decoder reads all states of the image-grounded question."""
+    tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "vqa")))
+    special = med.config.text.special
+    ids = [special.enc, *tokenizer(question)["input_ids"][1:]]
+    embeds = med.encode_image(image[None])
+    where = ImageIndex(1, embeds.shape[1], "sdpa", encoder=torch.zeros(1, dtype=torch.int64))
+    plan = plan_pass(PackedText.from_lists([ids]), None, where)
+    states = med.text(replace(plan, read_rows=None, read_cross=plan.cross), embeds)
+    return caption_beam(med, states[None], [special.dec], settings)[0]
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_captions_token_for_token(hf: Path, med: MED, pictures: list[Path], beams: int) -> None:
     from transformers import BlipForConditionalGeneration
@@ -95,7 +119,7 @@ def test_captions_token_for_token(hf: Path, med: MED, pictures: list[Path], beam
     theirs = BlipForConditionalGeneration.from_pretrained(hf / "captioning")
     images, special = pixels(pictures), med.config.text.special
     found = theirs.generate(images, num_beams=beams, do_sample=False, **LENGTHS).tolist()
-    captions = [ids[1 : ids.index(special.sep) if special.sep in ids else None] for ids in found]
+    captions = [without_ends(ids, special.sep) for ids in found]
     settings = BeamSettings(num_beams=beams, **LENGTHS, scoring="huggingface")
     ours = caption_beam(med, med.encode_image(images), [special.dec], settings)
     assert ours == captions
@@ -117,13 +141,8 @@ def test_answers_token_for_token(hf: Path, med: MED, pictures: list[Path], beams
         expected = theirs.generate(
             torch.tensor([ids]), image[None], num_beams=beams, do_sample=False, **LENGTHS
         )[0].tolist()
-        end = expected.index(special.sep) if special.sep in expected else None
-        embeds = med.encode_image(image[None])
-        where = ImageIndex(1, embeds.shape[1], "sdpa", encoder=torch.zeros(1, dtype=torch.int64))
-        plan = plan_pass(PackedText.from_lists([ids]), None, where)
-        states = med.text(replace(plan, read_rows=None, read_cross=plan.cross), embeds)
-        ours = caption_beam(med, states[None], [special.dec], settings)[0]
-        assert ours == expected[1:end]
+        ours = answer(hf, med, image, question, settings)
+        assert ours == without_ends(expected, special.sep)
         answers.add(tuple(ours))
     assert len(answers) > 1
 
@@ -132,14 +151,85 @@ def test_the_pipeline_just_works(hf: Path, med: MED, pictures: list[Path]) -> No
     """Words of our own beam search, for a picture by its path."""
     from transformers import pipeline
 
-    captioner = pipeline("image-to-text", str(hf / "captioning"))
-    said = [captioner(str(file))[0]["generated_text"] for file in pictures]
+    if version("transformers") < "5":
+        captioner = pipeline("image-to-text", str(hf / "captioning"))
+        said = [captioner(str(file))[0]["generated_text"] for file in pictures]
+    else:
+        captioner = pipeline("image-text-to-text", str(hf / "captioning"))
+        beam = {"num_beams": 3, "max_length": 30}
+        asked = [captioner(str(file), text="", generate_kwargs=beam) for file in pictures]
+        said = [captions[0]["generated_text"] for captions in asked]
     special = med.config.text.special
     settings = BeamSettings(3, max_length=30, min_length=0, scoring="huggingface")
     ours = caption_beam(med, med.encode_image(pixels(pictures)), [special.dec], settings)
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
     assert said == tokenizer.batch_decode(ours, skip_special_tokens=True)
     assert all(said) and len(set(said)) > 1
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Noisy pictures of several sizes, whose pixels depend on how they are resized."""
+    folder, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number, size in enumerate([(90, 131), (45, 70), (200, 33)]):
+        noise = Image.fromarray(draw.integers(0, 256, (7, 6, 3), dtype=np.uint8))
+        noise.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(TEXTS[number])
+    return sorted(folder.glob("*.png"))
+
+
+@pytest.mark.multiprocess
+@torch.no_grad()
+def test_the_other_transformers_reads_them(
+    hf: Path, med: MED, photos: list[Path], tmp_path: Path
+) -> None:
+    """Transformers 4.57 with NumPy 2.1 reads what 5 wrote, or the other way round."""
+    pins = "requirements.txt" if version("transformers") < "5" else "requirements-oldest.txt"
+    wanted = [
+        line
+        for line in (REPO / pins).read_text().splitlines()
+        if line.startswith(("transformers==", "numpy=="))
+    ]
+    commands = make_environment(tmp_path / "other", wanted)
+    report = tmp_path / "report.json"
+    script = Path(__file__).with_name("read_exports.py")
+    done = subprocess.run(
+        [str(commands / "python"), str(script), str(hf), str(photos[0].parent), str(report)],
+        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    assert f"transformers=={found['transformers']}" in wanted
+    warned, _, warned_by_cards = done.stderr.partition("cards\n")
+    assert warned == ""
+    for line in warned_by_cards.splitlines():  # 4.57 says so wherever use_fast is left out
+        assert line.startswith("Using a slow image processor as `use_fast` is unset")
+
+    special, images = med.config.text.special, med.encode_image(pixels(photos))
+    text, _ = packed(hf, med)
+    cosines = med.project_image(images) @ med.project_text(med.encode_text(text)).T
+    torch.testing.assert_close(torch.tensor(found["cosines"]), cosines, **CLOSE)
+    logits = med.match(text.with_first_token(special.enc), images, torch.arange(3))
+    torch.testing.assert_close(torch.tensor(found["logits"]), logits, **CLOSE)
+    assert found["temperature"] == med.temperature().item()
+    settings = BeamSettings(num_beams=3, **LENGTHS)
+    captions = caption_beam(med, images, [special.dec], settings)
+    assert [without_ends(ids, special.sep) for ids in found["captions"]] == captions
+    answers = []
+    for image, question in zip(pixels(photos), TEXTS, strict=True):
+        answers.append(answer(hf, med, image, question, settings))
+    assert [without_ends(ids, special.sep) for ids in found["answers"]] == answers
+
+    tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
+    settings = BeamSettings(num_beams=3, max_length=20, min_length=0)
+    captions = caption_beam(med, images[:1], [special.dec], settings)
+    assert found["cards"]["captioning"] == tokenizer.batch_decode(captions)
+    assert len(found["cards"]["retrieval"]) == 2
+    assert len(found["cards"]["vqa"]) == 1
 
 
 def test_the_card_says_what_is_known(hf: Path) -> None:

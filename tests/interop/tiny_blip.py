@@ -30,7 +30,7 @@ def vocabulary(folder: Path) -> Path:
     folder.mkdir(parents=True)
     words = [*tiny_runs.WORDS, *tiny_runs.COLOURS, *tiny_runs.SHAPES]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
     return folder
 
 

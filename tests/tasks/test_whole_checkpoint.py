@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import tiny_blip
 import tiny_runs
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -122,12 +124,12 @@ def test_a_run_is_exported_and_goes_on_elsewhere(
     captioner = convert(run, "captioner")
     card = (captioner / "README.md").read_text()
     assert "| data | shapes |" in card and "| steps | 4 |" in card and "## Held-out figures" in card
-    from transformers import pipeline
+    from transformers import BlipForConditionalGeneration, BlipProcessor
 
-    picture = tmp_path / "picture.png"
-    picture.write_bytes(tiny_runs.picture("red", "disc", True))
-    captions = pipeline("image-to-text", str(captioner))(str(picture))
-    assert isinstance(captions[0]["generated_text"], str)
+    picture = Image.open(io.BytesIO(tiny_runs.picture("red", "disc", True)))
+    inputs = BlipProcessor.from_pretrained(captioner)(picture, return_tensors="pt")
+    written = BlipForConditionalGeneration.from_pretrained(captioner).generate(**inputs)
+    assert len(written) == 1 and len(written[0]) > 1
 
     recipe = tiny_runs.make_recipe(
         tmp_path / "second", model={"checkpoint": str(pth)}, train={"max_steps": 1}

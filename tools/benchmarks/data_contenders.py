@@ -133,7 +133,7 @@ def _loader(trial: Trial, workers: int) -> Iterator[int]:
     from transformers import BertTokenizerFast
 
     folder = trial.folder / f"vocabulary-{workers}"
-    BertTokenizerFast(vocab_file=str(trial.folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(trial.folder).save_pretrained(folder)
     tokenizer = load_tokenizer(TextRecipe(checkpoint=None, tokenizer=str(folder)))
     streams = [StreamRecipe(name="photos", local=str(trial.folder / "mds"))]
     loader = TrainLoader(

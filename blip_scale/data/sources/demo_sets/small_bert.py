@@ -35,7 +35,7 @@ def write_small_bert(folder: Path, checkpoint: str, captions: Iterable[str]) -> 
     folder.mkdir(parents=True)
     vocabulary = folder / "vocab.txt"
     vocabulary.write_text("".join(f"{piece}\n" for piece, _ in kept), encoding="utf-8")
-    BertTokenizerFast(vocab_file=str(vocabulary)).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
     weights = load_file(source / "model.safetensors")
     weights[_WORDS] = weights[_WORDS][[index for _, index in kept]].contiguous()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
