@@ -241,7 +241,11 @@ def _parser(prog: str) -> Parser:
 
 
 def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) -> None:
-    command.add_argument("input", metavar="IN", help="folder or file: a path or any fsspec URL")
+    command.add_argument(
+        "input",
+        metavar="IN",
+        help="folder or file: a path, or an s3://, gs://, az:// or https:// URL",
+    )
     command.add_argument("out", metavar="OUT", nargs="?", help="folder, or a remote: s3://b/p")
     rules = Rules(source="")
     reading = command.add_argument_group("reading")

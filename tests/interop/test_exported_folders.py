@@ -216,7 +216,7 @@ def test_the_other_transformers_reads_them(
     logits = med.match(text.with_first_token(special.enc), images, torch.arange(3))
     torch.testing.assert_close(torch.tensor(found["logits"]), logits, **CLOSE)
     assert found["temperature"] == med.temperature().item()
-    settings = BeamSettings(num_beams=3, **LENGTHS)
+    settings = BeamSettings(num_beams=3, **LENGTHS, scoring="huggingface")
     captions = caption_beam(med, images, [special.dec], settings)
     assert [without_ends(ids, special.sep) for ids in found["captions"]] == captions
     answers = []
@@ -225,7 +225,7 @@ def test_the_other_transformers_reads_them(
     assert [without_ends(ids, special.sep) for ids in found["answers"]] == answers
 
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
-    settings = BeamSettings(num_beams=3, max_length=20, min_length=0)
+    settings = BeamSettings(3, max_length=20, min_length=0, scoring="huggingface")
     captions = caption_beam(med, images[:1], [special.dec], settings)
     assert found["cards"]["captioning"] == tokenizer.batch_decode(captions)
     assert len(found["cards"]["retrieval"]) == 2
