@@ -126,26 +126,40 @@ def _parser(prog: str) -> Parser:
 
     models.add_argument("--captioner", required=True, help="fine-tuned for captions")
     models.add_argument("--filter", required=True, help="fine-tuned for retrieval")
-    models.add_argument("--recipe", help="network's sizes, where the checkpoints don't say them")
+    models.add_argument(
+        "--recipe", help="recipe with the sizes of the network, if the checkpoints do not hold them"
+    )
     models.add_argument("--tokenizer", help="default: the recipe's, or the one beside them")
     add(models, "--image-size", None, "pixels; default: those of each checkpoint")
     models.add_argument("--device", choices=("cpu",), help="default: the GPU if there is one")
     models.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU")
-    add(models, "--threshold", Settings.threshold, "least matching probability of what is kept")
+    add(
+        models,
+        "--threshold",
+        Settings.threshold,
+        "captions with a lower matching probability are dropped",
+    )
     drawn = NucleusSettings()
-    add(sampling, "--top-p", drawn.top_p, "share of the probability that is drawn from")
-    add(sampling, "--top-k", drawn.top_k, "among so many tokens")
-    add(sampling, "--temperature", drawn.temperature, "above 1 is wilder")
-    add(sampling, "--repetition-penalty", drawn.repetition_penalty, "above 1 repeats less")
-    add(sampling, "--max-tokens", 20, "longest caption, prompt and [SEP] counted")
-    add(sampling, "--min-tokens", 5, "shortest caption, prompt counted")
-    sampling.add_argument("--prompt", help="how captions begin; default: as their checkpoint does")
-    add(sampling, "--seed", 0, "with the id of the image it fixes the caption")
+    add(
+        sampling,
+        "--top-p",
+        drawn.top_p,
+        "share of the probability that nucleus sampling draws from",
+    )
+    add(sampling, "--top-k", drawn.top_k, "number of most likely tokens to draw from")
+    add(sampling, "--temperature", drawn.temperature, "above 1: more varied captions")
+    add(sampling, "--repetition-penalty", drawn.repetition_penalty, "above 1: fewer repeated words")
+    add(sampling, "--max-tokens", 20, "longest caption in tokens, prompt and [SEP] included")
+    add(sampling, "--min-tokens", 5, "shortest caption in tokens, prompt included")
+    sampling.add_argument(
+        "--prompt", help="beginning of every caption; default: that of the checkpoint"
+    )
+    add(sampling, "--seed", 0, "seed; with the id of an image it fixes the caption")
     add(running, "--batch-size", Settings.batch_size, "images at once")
     add(running, "--workers", None, "processes; default: one on a GPU, else one a core")
-    add(running, "--threads", Settings.threads, "that decode images in each process")
-    add(running, "--shard", "0/1", "work off part i of n alone, from 0/n to n-1/n")
+    add(running, "--threads", Settings.threads, "threads that decode images in each process")
+    add(running, "--shard", "0/1", "process only part i of n, from 0/n to n-1/n")
     add(running, "--shard-size", "64mb", "largest size of a shard")
     add(running, "--shown", 48, "images on the sample sheet")
-    add(running, "--scratch", tempfile.gettempdir(), "where shards of remotes are kept")
+    add(running, "--scratch", tempfile.gettempdir(), "folder for shards of remotes")
     return parser

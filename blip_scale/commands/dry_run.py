@@ -100,10 +100,22 @@ class Setting:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a dry run."""
     add = parser.add_argument
-    add("--dry-run", action="store_true", help="check what usually fails, train nothing")
-    add("--ranks", type=int, help="of --dry-run: GPUs of the run (default: the launcher's, or 1)")
-    add("--gpus-per-node", type=int, help="of --dry-run (default: the launcher's, or 8)")
-    add("--gpu", help="of --dry-run: h100, a100-80, ... (default: the one that is here)")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check what usually makes a run fail; nothing is trained",
+    )
+    add(
+        "--ranks",
+        type=int,
+        help="for --dry-run: number of ranks of the run (default: the launcher's, or 1)",
+    )
+    add(
+        "--gpus-per-node",
+        type=int,
+        help="for --dry-run: ranks of a node (default: the launcher's, or 8)",
+    )
+    add("--gpu", help="for --dry-run: h100, a100-80, ... (default: the GPU of this machine)")
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:

@@ -281,14 +281,22 @@ def _parser(prog: str) -> Parser:
         "data",
         help="folder of MDS shards, or a published annotation file (.json, .jsonl of videos)",
     )
-    add("--images", metavar="FOLDER", help="that an annotation file's paths start from")
-    add("--strip-prefix", default="", help="cut off an annotation file's paths first")
-    add("--split", default="", help="of an annotation file that has several: train, val, test")
+    add(
+        "--images",
+        metavar="FOLDER",
+        help="folder that relative paths of an annotation file start from",
+    )
+    add("--strip-prefix", default="", help="remove this from the front of these paths first")
+    add(
+        "--split",
+        default="",
+        help="part of an annotation file that has several: train, val or test",
+    )
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--submission", type=Path, metavar="FILE",
         help="captioning: write [{image_id, caption}] there (NoCaps, COCO); vqa: [{question_id, "
         "answer}], for the test server")  # fmt: skip
-    add("--frames", type=int, default=8, help="video: of each (%(default)s)")
+    add("--frames", type=int, default=8, help="video: frames taken from each (%(default)s)")
     add("--relevance", metavar="FILE", default="",
         help="visdial: visdial_1.0_val_dense_annotations.json, for NDCG")  # fmt: skip
     add("--references", metavar="FILE",

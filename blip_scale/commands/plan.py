@@ -139,17 +139,24 @@ def _parser(prog: str) -> Parser:
     add("recipe", metavar="RECIPE", help=f"one of {', '.join(recipe.names())}, or a YAML file")
     add("--nodes", type=count, default=1, metavar="N", help="machines (default: 1)")
     add("--gpus-per-node", type=count, default=8, metavar="G", help="default: 8")
-    add("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} (default: h100)")
+    add("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: h100)")
     add("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage (default: the file's, 3)")
-    add("--offload", action="store_true", help="optimizer and gradients in the host's memory")
+    add("--offload", action="store_true", help="keep optimizer and gradients in host memory")
     add("--deepspeed", type=Path, metavar="PATH", help="default: ds_configs/ of that stage")
-    add("--network-gbit", type=number, metavar="X", help="of a node, all cards (default: by GPU)")
+    add(
+        "--network-gbit",
+        type=number,
+        metavar="X",
+        help="network of a node, all cards together (default: that of the GPU)",
+    )
     add("--efficiency", type=number, default=Cluster.efficiency, metavar="SHARE",
-        help="of the peak that matrix products reach (default: 0.4)")  # fmt: skip
+        help="share of the peak that matrix products reach (default: 0.4)")  # fmt: skip
     add("--module-us", type=number, default=Cluster.module_call_s * 1e6, metavar="US",
-        help="microseconds the host needs for a module's call (default: 60)")  # fmt: skip
+        help="host time to call a module, in microseconds (default: 60)")  # fmt: skip
     add("--caption-tokens", type=number, default=Assumptions.tokens_each, metavar="T",
         help="mean tokens of a caption, [CLS] and [SEP] included (default: 12.5)")  # fmt: skip
-    add("--sample-kb", type=number, metavar="KB", help="of a stored sample (default: 30)")
+    add(
+        "--sample-kb", type=number, metavar="KB", help="size of a stored sample in kB (default: 30)"
+    )
     add("--json", action="store_true", help="one JSON object instead of the table")
     return parser

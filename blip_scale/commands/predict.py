@@ -119,7 +119,7 @@ def _parser(prog: str) -> Parser:
     uses = parser.add_subparsers(dest="use", required=True, metavar="USE")
     shared = _shared_options()
 
-    def use(name: str, text: str) -> argparse.ArgumentParser:
+    def use(name: str, text: str) -> Parser:
         return uses.add_parser(name, help=text, description=text, parents=[shared])
 
     caption = use("caption", "a caption of every image")
@@ -130,22 +130,29 @@ def _parser(prog: str) -> Parser:
         "today (%(default)s)",
     )  # fmt: skip
     caption.add_argument("--sample", action="store_true", help="nucleus sampling, no beam search")
-    _add(caption, "--top-p", 0.9, "of nucleus sampling")
-    _add(caption, "--seed", 0, "of nucleus sampling; with an image's path it fixes the caption")
-    _add(caption, "--max-tokens", 20, "longest caption, prompt and [SEP] counted")
-    _add(caption, "--min-tokens", 5, "shortest caption, prompt counted")
+    _add(caption, "--top-p", 0.9, "share of the probability that nucleus sampling draws from")
+    _add(
+        caption,
+        "--seed",
+        0,
+        "seed of nucleus sampling; with the path of an image it fixes the caption",
+    )
+    _add(caption, "--max-tokens", 20, "longest caption in tokens, prompt and [SEP] included")
+    _add(caption, "--min-tokens", 5, "shortest caption in tokens, prompt included")
     caption.add_argument(
         "--prompt", help='default: "a picture of " for captioners, none after pretraining'
     )
     vqa = use("vqa", "answers to questions about every image")
-    vqa.add_argument("--question", action="append", required=True, help="may come again")
+    vqa.add_argument(
+        "--question", action="append", required=True, help="can be given several times"
+    )
     match = use("match", "matching probability (itm) and cosine (itc) of every image and text")
-    match.add_argument("--text", action="append", required=True, help="may come again")
+    match.add_argument("--text", action="append", required=True, help="can be given several times")
     use("embed", "features of every image, of norm 1; with --out NAME.npz as arrays")
     search = use("search", "the images that fit a text best")
     search.add_argument("--text", required=True, help="what to look for")
-    _add(search, "--top", 10, "so many images are given")
-    _add(search, "--rerank", 0, "order so many best ones anew by matching probability; 0: don't")
+    _add(search, "--top", 10, "number of images to return")
+    _add(search, "--rerank", 0, "number of best images to re-rank by matching probability; 0: none")
     return parser
 
 
@@ -157,15 +164,18 @@ def _shared_options() -> Parser:
         help="a run's folder, step_N, BLIP's .pth, or a Hugging Face folder",
     )  # fmt: skip
     shared.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
-    shared.add_argument("--recipe", help="network's sizes, where the checkpoint doesn't say them")
+    shared.add_argument(
+        "--recipe",
+        help="recipe with the sizes of the network, if the checkpoint does not hold them",
+    )
     shared.add_argument("--tokenizer", help="default: the recipe's, or the one beside the model")
     shared.add_argument("--image-size", type=int, help="pixels; default: the checkpoint's")
     shared.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     shared.add_argument(
         "--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU"
     )
-    _add(shared, "--batch-size", 32, "images at once; changes no answer")
-    _add(shared, "--threads", 4, "that decode images")
+    _add(shared, "--batch-size", 32, "images at once; does not change the answers")
+    _add(shared, "--threads", 4, "threads that decode images")
     return shared
 
 
