@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         if error.name != "gradio":
             raise
         print(
-            "demo: the page needs gradio; run `pip install --no-deps -r requirements-web.txt`",
+            "demo: the page needs gradio; run `pip install gradio`, or in a clone "
+            "`pip install --no-deps -r requirements-web.txt`",
             file=sys.stderr,
         )
         return exit_codes.REFUSED

@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         return _make_demo(options) if options.name == "demo" else _convert(options)
     except ModuleNotFoundError as error:
         is_demo = options.name in ("demo", "easy_vqa", "easy_nlvr2")
-        mend = "requirements-demo.txt" if is_demo else "requirements.txt"
-        print(f"error: {error}; run `pip install -r {mend}`", file=sys.stderr)
+        extra = "[demo]" if is_demo else ""
+        print(f"error: {error}; in a clone, run `pip install '.{extra}'`", file=sys.stderr)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt as stop:
