@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import json
 import os
@@ -10,12 +11,15 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import tiny_runs
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from virtual_environments import make_environment
 
 from blip_scale import __version__
@@ -24,6 +28,9 @@ REPO = Path(__file__).resolve().parent.parent
 PINNED = {"dependencies": "requirements.txt", "demo": "requirements-demo.txt",
           "dev": "requirements-dev.txt", "web": "requirements-web.txt",
           "flash": "requirements-flash.txt"}  # fmt: skip
+
+NOT_YET_REPLACED = {"streaming", "fsspec"}
+"""Modules that the package still imports, but that the install no longer brings."""
 
 
 def requirements(file: str) -> list[Requirement]:
@@ -101,6 +108,24 @@ def test_the_oldest_pins_are_the_lower_bounds() -> None:
     for pin in requirements("requirements-oldest.txt"):
         release = str(pin.specifier).removeprefix("==").rpartition(".")[0]
         assert f">={release}" in ranges[pin.name].split(",")
+
+
+def test_what_is_imported_is_listed() -> None:
+    """Each distribution that the package imports is a dependency or in an extra."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    listed = {canonicalize_name(Requirement(line).name) for line in lines}
+    modules = set()
+    for file in (REPO / "blip_scale").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                modules.add(node.module.partition(".")[0])
+    distributions = packages_distributions()
+    for module in sorted(modules - sys.stdlib_module_names - {"blip_scale"} - NOT_YET_REPLACED):
+        names = {canonicalize_name(name) for name in distributions.get(module, [module])}
+        assert names & listed, f"{module} comes from {names}, which pyproject.toml does not list"
 
 
 class Installed:

@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "demo.py") -> int:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        fix = "run `pip install --no-deps -r requirements-web.txt`"
-        return refuse(prog, f"the page needs gradio; {fix}")
+        fix = "`pip install gradio`, or in a clone `pip install --no-deps -r requirements-web.txt`"
+        return refuse(prog, f"the page needs gradio; run {fix}")
     except (OSError, ValueError) as error:
         return refuse(prog, error)
     return 0

@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
             return exit_codes.DONE
         return _convert(options)
     except ModuleNotFoundError as error:
-        needed = "requirements-demo.txt" if options.name in DEMO_SETS else "requirements.txt"
-        return refuse(prog, f"{error}; run `pip install -r {needed}`")
+        extra = "[demo]" if options.name in DEMO_SETS else ""
+        return refuse(prog, f"{error}; in a clone, run `pip install '.{extra}'`")
     except (OSError, ValueError) as error:
         return refuse(prog, error)
     except KeyboardInterrupt as stop:
