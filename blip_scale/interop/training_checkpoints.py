@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from blip_scale.interop.blip_weights import BlipWeights, checked, parameters_of
 from blip_scale.interop.heads import (
@@ -200,7 +199,5 @@ def _read(
                 f"{folder} holds another network: {size} elements of "
                 f"{name.removeprefix(PREFIX)}, wanted {tuple(shape)}"
             )
-        flat: Tensor = torch.empty(size)
-        reader.read(kind, name, 0, flat)
-        state[name] = flat.view(shape)
+        state[name] = reader.whole(kind, name, size).view(shape)
     return state

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -253,6 +254,20 @@ class Reader:
         """Names of the parameters of which the files hold `key` (see `read`)."""
         keys = {name for file in self._files for name in file.keys()}  # noqa: SIM118
         return {name.removeprefix(f"{key}/") for name in keys if name.startswith(f"{key}/")}
+
+    def whole(self, key: str, name: str, numel: int) -> Tensor:
+        """All elements [numel] of a parameter: mapped from the file where one file holds them all,
+        else copied together (see `read`).
+
+        Raises:
+            ValueError: the files do not hold all of it.
+        """
+        for file, starts in zip(self._files, self._starts, strict=True):
+            if name in starts and file.get_slice(f"{key}/{name}").get_shape() == [numel]:
+                return file.get_tensor(f"{key}/{name}")
+        target = torch.empty(numel)
+        self.read(key, name, 0, target)
+        return target
 
     def read(self, key: str, name: str, start: int, target: Tensor) -> None:
         """Fill `target` [numel] with elements [start, start + numel) of parameter `name`.

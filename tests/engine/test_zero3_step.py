@@ -153,7 +153,7 @@ INITIALIZED = """
 import os
 import torch
 from torch import nn
-from blip_scale import checks, recipe
+from blip_scale.config import checks, recipe
 from blip_scale.engine.zero.engine import initialize, start
 
 torch.set_num_threads(2)
