@@ -165,6 +165,12 @@ class _RemoteFile(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def readall(self) -> bytes:
+        parts = []
+        while part := self.read(CHUNK_BYTES):  # the base class would read 8 kB at a time
+            parts.append(part)
+        return b"".join(parts)
+
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         start = self._position
         end = min(self._size, start + min(len(buffer), CHUNK_BYTES))

@@ -122,7 +122,7 @@ def retried(
             pause_s *= random.Random().uniform(0.5, 1.0)  # not all processes at once
             left_s = deadline - time.monotonic()
             failures[kind] += 1
-            is_last = left_s <= pause_s
+            is_last, times = left_s <= pause_s, "once" if attempt == 1 else f"{attempt} times"
             if kind is DamagedFile and (is_last or failures[kind] == DAMAGED_TRIES):
                 raise DamagedFile(
                     f"{location} stays damaged, fetched {attempt} times ({problem})"
@@ -130,7 +130,7 @@ def retried(
             refused = failures[MissingFile] + failures[RefusedError]
             if is_last or refused == refused_tries:
                 raise kind(
-                    f"{location} can't be {verb}, tried {attempt} times ({problem})"
+                    f"{location} can't be {verb}, tried {times} ({problem})"
                     f"{_advice(location, problem)}"
                 ) from error
             logger.warning(
