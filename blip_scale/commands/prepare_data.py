@@ -243,7 +243,11 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 def _shared_options() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("input", metavar="IN", help="folder or file, a path or any fsspec URL")
+    shared.add_argument(
+        "input",
+        metavar="IN",
+        help="folder or file: a path, s3://b/p, gs://, az://, or https:// for a file",
+    )
     shared.add_argument("out", metavar="OUT", nargs="?", help="folder, or a remote: s3://b/p")
     rules = Rules(source="")
     reading = shared.add_argument_group("reading")

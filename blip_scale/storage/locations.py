@@ -97,7 +97,7 @@ def is_folder(location: str) -> bool:
             raise FileNotFoundError(f"{location}: there is no such file or folder")
         return path.is_dir()
     remote, name = _remote(location)
-    if remote.has_any(name):
+    if remote.has_any(name) or not name:
         return True
     try:
         remote.size(name)

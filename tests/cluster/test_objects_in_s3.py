@@ -51,13 +51,13 @@ def test_names_are_taken_literally(s3: S3Server, url: str) -> None:
 
 def test_a_bucket_is_listed_like_a_folder(s3: S3Server, url: str) -> None:
     """Empty objects that a console makes for folders are none."""
-    for name in ("", "in/", "in/deep/", "a.txt", "in/b.txt", "in/deep/c.txt", "index", "empty"):
+    for name in ("", "in/", "a.txt", "in/b.txt", "in/very/deep/c.txt", "index", "empty"):
         s3.put(f"{url}/{name}", b"" if name.endswith("/") or name in ("", "empty") else b"123")
     assert [(e.name, e.is_folder, e.size) for e in list_folder(f"{url}/")] == [
         ("a.txt", False, 3), ("empty", False, 0), ("in", True, 0), ("index", False, 3),
     ]  # fmt: skip
     deep = list_folder(url, deep=True)
-    assert [e.name for e in deep] == ["a.txt", "empty", "in/b.txt", "in/deep/c.txt", "index"]
+    assert [e.name for e in deep] == ["a.txt", "empty", "in/b.txt", "in/very/deep/c.txt", "index"]
     assert [read_file(entry.location) for entry in deep] == [b"123", b"", *[b"123"] * 3]
     assert is_folder(f"{url}/in") and not is_folder(f"{url}/index")
     with pytest.raises(FileNotFoundError, match=f"{url}/ind: there is no such file or folder"):
