@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError
+from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError, split_url
 
 _BUFFER_BYTES = 4 << 20  # of a remote file that is read in small pieces
 
@@ -187,8 +187,7 @@ class _RemoteFile(io.RawIOBase):
 
 def _remote(location: str) -> tuple[ObjectFolder, str]:
     """The bucket or host of a URL, and the name in it."""
-    scheme, _, rest = location.partition("://")
-    host, _, name = rest.partition("/")
+    scheme, host, name = split_url(location)
     return _opened(f"{scheme}://{host}"), name
 
 

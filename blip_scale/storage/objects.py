@@ -150,6 +150,20 @@ def retried(
     raise AssertionError("unreachable")
 
 
+def split_url(url: str) -> tuple[str, str, str]:
+    """Scheme, bucket or host, and the name in it.
+
+    Raises:
+        UnusableRemote: the URL has no bucket, or a scheme that is not known.
+    """
+    scheme, _, rest = url.partition("://")
+    host, _, name = rest.partition("/")
+    if scheme not in SCHEMES or not host:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise UnusableRemote(f"{url} can't be opened: expected a path, or one of {known}")
+    return scheme, host, name
+
+
 class ObjectFolder:
     """The objects under a URL, or the files below it on a web server.
 
@@ -167,12 +181,8 @@ class ObjectFolder:
         """
         self.url = url.rstrip("/")
         self._retry_s = retry_s
-        scheme, _, rest = self.url.partition("://")
-        if scheme not in SCHEMES or not rest:
-            known = ", ".join(f"{name}://" for name in SCHEMES)
-            raise UnusableRemote(f"{url} can't be opened: expected a path, or one of {known}")
+        scheme, host, path = split_url(self.url)
         self.is_web = scheme.startswith("http")
-        host, _, path = rest.partition("/")
         self._root = f"{scheme}://{host}"
         self._prefix = urllib.parse.unquote(path) if self.is_web else path
         self._store()
