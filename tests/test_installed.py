@@ -29,9 +29,6 @@ PINNED = {"dependencies": "requirements.txt", "demo": "requirements-demo.txt",
           "dev": "requirements-dev.txt", "web": "requirements-web.txt",
           "flash": "requirements-flash.txt"}  # fmt: skip
 
-NOT_YET_REPLACED = {"streaming", "fsspec"}
-"""Modules that the package still imports, but that the install no longer brings."""
-
 
 def requirements(file: str) -> list[Requirement]:
     """The lines of a requirements file of the repository."""
@@ -123,7 +120,7 @@ def test_what_is_imported_is_listed() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 modules.add(node.module.partition(".")[0])
     distributions = packages_distributions()
-    for module in sorted(modules - sys.stdlib_module_names - {"blip_scale"} - NOT_YET_REPLACED):
+    for module in sorted(modules - sys.stdlib_module_names - {"blip_scale"}):
         names = {canonicalize_name(name) for name in distributions.get(module, [module])}
         assert names & listed, f"{module} comes from {names}, which pyproject.toml does not list"
 

@@ -244,7 +244,7 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
     command.add_argument(
         "input",
         metavar="IN",
-        help="folder or file: a path, or an s3://, gs://, az:// or https:// URL",
+        help="folder or file: a path, s3://b/p, gs://, az://, or https:// for a file",
     )
     command.add_argument("out", metavar="OUT", nargs="?", help="folder, or a remote: s3://b/p")
     rules = Rules(source="")

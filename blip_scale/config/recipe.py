@@ -135,8 +135,7 @@ class StreamRecipe:
     """Folder of the MDS shards, or the cache folder when `remote` is set. Environment variables are
     expanded."""
     remote: str | None = None
-    """Where the shards lie: s3://bucket/prefix, another folder, ... (anything MosaicML Streaming
-    reads)."""
+    """Where the shards lie: another folder, or s3://, gs://, az:// or https:// with a prefix."""
     repeat: Above0 | Literal["captions"] | None = None
     """How many times an epoch reads the stream (0.5: a different half in each epoch); an image with
     several captions gives another one each time. `captions`: each image as often as it has

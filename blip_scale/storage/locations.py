@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError
+from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError, split_url
 
 _BUFFER_BYTES = 4 << 20  # of a remote file that is read in small pieces
 
@@ -97,7 +97,7 @@ def is_folder(location: str) -> bool:
             raise FileNotFoundError(f"{location}: there is no such file or folder")
         return path.is_dir()
     remote, name = _remote(location)
-    if remote.has_any(name):
+    if remote.has_any(name) or not name:
         return True
     try:
         remote.size(name)
@@ -165,6 +165,12 @@ class _RemoteFile(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def readall(self) -> bytes:
+        parts = []
+        while part := self.read(CHUNK_BYTES):  # the base class would read 8 kB at a time
+            parts.append(part)
+        return b"".join(parts)
+
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         start = self._position
         end = min(self._size, start + min(len(buffer), CHUNK_BYTES))
@@ -181,8 +187,7 @@ class _RemoteFile(io.RawIOBase):
 
 def _remote(location: str) -> tuple[ObjectFolder, str]:
     """The bucket or host of a URL, and the name in it."""
-    scheme, _, rest = location.partition("://")
-    host, _, name = rest.partition("/")
+    scheme, host, name = split_url(location)
     return _opened(f"{scheme}://{host}"), name
 
 

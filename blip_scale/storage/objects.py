@@ -65,7 +65,9 @@ _ENVIRONMENT = ("AWS_", "S3_", "GOOGLE_", "AZURE_")
 
 _PASSING = re.compile(r"RequestTimeout|IncompleteBody")
 """Reasons of a 400 that are no fault of the request."""
-_REFUSED = re.compile(r"status code: (40[01345]|410)\b|169\.254\.|metadata\.google")
+_REFUSED = re.compile(
+    r"status code: (40[01345]|410)\b|169\.254\.|metadata\.google|configured region"
+)
 """The request is wrong, forbidden or for nothing that is there; or no service of a cloud's own
 machines hands out credentials. Trying again is of little use."""
 _NO_RIGHTS = re.compile(r"status code: 40[013]\b|169\.254\.|metadata\.google|[Cc]redential")
@@ -83,6 +85,10 @@ class RefusedError(RemoteError, FileNotFoundError):
 
 class MissingFile(RemoteError, FileNotFoundError):
     """The remote says that it does not have the file."""
+
+
+class UnusableRemote(ValueError):
+    """A URL that makes no sense, or one without credentials."""
 
 
 class DamagedFile(ValueError):
@@ -107,6 +113,7 @@ def retried(
         DamagedFile: `action` raised it `DAMAGED_TRIES` times, or when the patience ended.
         MissingFile, RefusedError: the remote refused `refused_tries` times, or when it ended.
         RemoteError: any other failure, when it ended.
+        UnusableRemote: there are no credentials for it.
         OSError: the disk here is full.
     """
     deadline = time.monotonic() + retry_s
@@ -114,6 +121,8 @@ def retried(
     for attempt in itertools.count(1):
         try:
             return action()
+        except UnusableRemote:
+            raise
         except Exception as error:  # obstore's own, those of credentials, OSError below them
             if is_disk_full(error):
                 raise
@@ -122,15 +131,15 @@ def retried(
             pause_s *= random.Random().uniform(0.5, 1.0)  # not all processes at once
             left_s = deadline - time.monotonic()
             failures[kind] += 1
-            is_last = left_s <= pause_s
+            is_last, times = left_s <= pause_s, "once" if attempt == 1 else f"{attempt} times"
             if kind is DamagedFile and (is_last or failures[kind] == DAMAGED_TRIES):
                 raise DamagedFile(
-                    f"{location} stays damaged, fetched {attempt} times ({problem})"
+                    f"{location} stays damaged, fetched {times} ({problem})"
                 ) from error
             refused = failures[MissingFile] + failures[RefusedError]
             if is_last or refused == refused_tries:
                 raise kind(
-                    f"{location} can't be {verb}, tried {attempt} times ({problem})"
+                    f"{location} can't be {verb}, tried {times} ({problem})"
                     f"{_advice(location, problem)}"
                 ) from error
             logger.warning(
@@ -139,6 +148,20 @@ def retried(
             )  # fmt: skip
             time.sleep(pause_s)
     raise AssertionError("unreachable")
+
+
+def split_url(url: str) -> tuple[str, str, str]:
+    """Scheme, bucket or host, and the name in it.
+
+    Raises:
+        UnusableRemote: the URL has no bucket, or a scheme that is not known.
+    """
+    scheme, _, rest = url.partition("://")
+    host, _, name = rest.partition("/")
+    if scheme not in SCHEMES or not host:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise UnusableRemote(f"{url} can't be opened: expected a path, or one of {known}")
+    return scheme, host, name
 
 
 class ObjectFolder:
@@ -154,16 +177,12 @@ class ObjectFolder:
         S3_ENDPOINT_URL and the AWS_*, GOOGLE_* and AZURE_* variables hold.
 
         Raises:
-            ValueError: the URL makes no sense, or there are no credentials.
+            UnusableRemote: the URL makes no sense, or there are no credentials.
         """
         self.url = url.rstrip("/")
         self._retry_s = retry_s
-        scheme, _, rest = self.url.partition("://")
-        if scheme not in SCHEMES or not rest:
-            known = ", ".join(f"{name}://" for name in SCHEMES)
-            raise ValueError(f"{url} can't be opened: expected a path, or one of {known}")
+        scheme, host, path = split_url(self.url)
         self.is_web = scheme.startswith("http")
-        host, _, path = rest.partition("/")
         self._root = f"{scheme}://{host}"
         self._prefix = urllib.parse.unquote(path) if self.is_web else path
         self._store()
@@ -319,7 +338,7 @@ def _opened(root: str, retries: int, process: int, environment: frozenset[tuple[
             **settings,
         )
     except Exception as error:  # those of obstore and boto3
-        raise ValueError(
+        raise UnusableRemote(
             f"{root} can't be opened ({_problem(error)}): {_CREDENTIALS.get(scheme[:2], '')}"
         ) from error
 
@@ -343,8 +362,10 @@ def _without_folders(sizes: dict[str, int]) -> dict[str, int]:
     markers = {name for name, size in sizes.items() if not size}
     if not markers:
         return sizes
-    parents = {name.rpartition("/")[0] for name in sizes}
-    parents |= {name.rpartition("/")[0] for name in parents}
+    parents: set[str] = set()
+    level = set(sizes)
+    while level := {name.rpartition("/")[0] for name in level} - parents - {""}:
+        parents |= level
     return {name: size for name, size in sizes.items() if size or name not in parents}
 
 

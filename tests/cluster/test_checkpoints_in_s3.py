@@ -120,7 +120,7 @@ def test_the_storage_is_down_and_comes_back(
     assert restore.newest_whole(place_of(tmp_path, ObjectFolder(url, 0.5)), stage=3) == (
         tmp_path / "step_00000002"
     )
-    with pytest.raises(OSError, match="can't list"):
+    with pytest.raises(OSError, match="can't be listed, tried"):
         restore.newest_whole(place_of(tmp_path / "new", ObjectFolder(url, 0.5)), stage=3)
     s3.start()
     caplog.clear()
@@ -156,6 +156,6 @@ def test_a_refusal_is_said_at_once(
     else:
         url = "s3://no-such-bucket/run"
     place, began = place_of(tmp_path, ObjectFolder(url, retry_s=60)), time.monotonic()
-    with pytest.raises(FileNotFoundError, match=f"can't list {url}.*(NoSuchBucket|Signature|40)"):
+    with pytest.raises(FileNotFoundError, match=f"{url} can't be listed.*(NoSuchB|Signat)"):
         restore.newest_whole(place, stage=3)
     assert time.monotonic() - began < 10

@@ -140,7 +140,7 @@ def test_a_dry_run_writes_nothing(
         (["laion", "TARS", "OUT", "--shard", "two"], "give i/n"),
         (["laion", "TARS", "OUT", "--merge"], "no conversion was begun here"),
         (["laion", "TARS", "OUT", "--max-pixels", "999999999"], "from 1 to 178956970"),
-        (["laion", "TARS", "ftp://host/set"], "Invalid Cloud provider prefix: ftp"),
+        (["laion", "TARS", "ftp://host/set"], "ftp://host/set can't be opened: expected a path"),
         (["laion", "TARS", "OUT", "--shard-size", "many"], "many"),
         (["laion", "nosuch://bucket/set", "OUT"], "nosuch://bucket/set can't be opened"),
         (["coco", "TARS", "OUT"], "tars/dataset_coco.json"),

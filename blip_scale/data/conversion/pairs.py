@@ -103,7 +103,7 @@ class Source:
     """What the user points at, and how it is to be read."""
 
     location: str
-    """A folder or file; a path or an s3://, gs://, az:// or http(s):// URL."""
+    """A folder or file; a path or a URL (see `storage.objects`)."""
     images: str = ""
     """Folder that the image paths of annotations start from; "": where the annotations lie."""
     strip_prefix: str = ""
