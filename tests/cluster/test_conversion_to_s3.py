@@ -113,10 +113,8 @@ def test_into_a_bucket_and_training_from_it(
 
     assert prepare([*arguments[:2], "s3://nobody/has/this", *arguments[3:]]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        last.startswith("prepare_data.py: s3://nobody/has/this can't be listed")
-        and "NoSuchB" in last
-    )
+    listing = "prepare_data.py: s3://nobody/has/this can't be listed"
+    assert last.startswith(listing) and "NoSuchB" in last
     assert prepare(["laion", "s3://nobody/has/this", "--dry-run"]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("prepare_data.py: s3://nobody/has/this can't be listed, tried once"), (
