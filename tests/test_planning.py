@@ -164,7 +164,7 @@ def bert_folder(folder: Path, tokens: int, **settings: float) -> None:
     words[0], words[100:104] = "[PAD]", ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
     BertConfig(vocab_size=tokens, **settings).save_pretrained(folder)
 
 

@@ -74,7 +74,7 @@ def test_an_entry_is_enough_to_add_a_reader(
     places = [str(tmp_path / "lines.txt"), str(tmp_path / "out")]
     assert prepare(["stripes", *places, "--colour", "red", "--workers", "1"]) == 0
     (shard,) = read_index(tmp_path / "out")
-    samples = [shard.get_item(number) for number in range(shard.samples)]
+    samples = [shard.read(number) for number in range(shard.samples)]
     assert [sample["captions"] for sample in samples] == [["red one two"], ["red four"]]
     assert {sample["source"] for sample in samples} == {"stripes"}
     with pytest.raises(SystemExit, match="2"):

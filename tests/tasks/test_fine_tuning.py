@@ -296,7 +296,9 @@ def test_captions_of_an_exported_folder_are_those_of_transformers(
     folder = exported / "captioning"
     blip = load_blip(folder)
     text = replace(tiny.model.text, prompt="a big ")
-    evaluation = replace(tiny.evaluation, max_caption_tokens=9, repetition_penalty=1.3)
+    evaluation = replace(
+        tiny.evaluation, max_caption_tokens=9, repetition_penalty=1.3, scoring="huggingface"
+    )
     recipe = replace(tiny, model=replace(tiny.model, text=text), evaluation=evaluation)
     pairs = heldout_pairs(tiny.data.heldout[0], blip.image_size)
     ours = captions_and_pairs.captions_of(
