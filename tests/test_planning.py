@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from blip_scale.commands import plan as plan_command
 from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import ObjectiveRecipe
 from blip_scale.data.tokenizer import load_tokenizer
@@ -98,11 +99,11 @@ def test_activations_are_what_autograd_keeps(
 
 
 def plan(*arguments: str, code: int = 0) -> str:
-    """What plan.py says, on stdout or, where it refuses, on stderr."""
-    command = [sys.executable, str(REPO / "tools" / "plan.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout
+    """What `plan` says, on stdout or, where it refuses, on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert plan_command.main(arguments, "plan.py") == code, err.getvalue()
+    return err.getvalue() if code else out.getvalue()
 
 
 def test_published_recipe() -> None:

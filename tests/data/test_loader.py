@@ -29,6 +29,7 @@ def equal(first: Batch, second: Batch) -> bool:
     )
 
 
+@pytest.mark.multiprocess
 def test_the_global_order_is_the_same_for_any_ranks_and_workers(
     make_shards: MakeShards, make_loader: MakeLoader
 ) -> None:

@@ -246,6 +246,7 @@ def test_the_cache_stays_below_its_limit(make_shards: MakeShards, tmp_path: Path
             assert sum(path.stat().st_size for path in cache.glob("shard.*")) <= limit
 
 
+@pytest.mark.multiprocess
 def test_what_a_killed_job_leaves_behind_stops_nobody(
     make_shards: MakeShards, make_loader: MakeLoader, tmp_path: Path
 ) -> None:
@@ -271,6 +272,7 @@ def test_what_a_killed_job_leaves_behind_stops_nobody(
         assert time.monotonic() - start_s < 30, left
 
 
+@pytest.mark.multiprocess
 def test_jobs_side_by_side_do_not_disturb_each_other(
     make_shards: MakeShards, make_loader: MakeLoader, tmp_path: Path
 ) -> None:
