@@ -136,10 +136,10 @@ class ContrastiveTask(TrainingTask):
     def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
         """Clamp the temperature, then update the contrast."""
         if applied:
-            for shard in engine.shards:
-                if shard.name == TEMPERATURE:
+            for piece in engine.slices:
+                if piece.name == TEMPERATURE:
                     # The fp32 master: a clamp of the bf16 copy would be undone by it.
-                    shard.weight.clamp_(*TEMPERATURE_RANGE)
+                    piece.weight.clamp_(*TEMPERATURE_RANGE)
             engine.refresh([TEMPERATURE])
         self.contrast.after_step(engine, momentum, applied)
 

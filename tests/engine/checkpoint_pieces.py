@@ -64,7 +64,7 @@ class Pieces:
         followed = [piece for piece in self.all_slices if piece.name in FOLLOWED]
         self.refreshed: list[str] = []
         self.engine: Any = SimpleNamespace(
-            shards=self.all_slices,
+            slices=self.all_slices,
             trainable={name: torch.empty(size) for name, size in SIZES.items()},
             frozen={},
             optimizer=self.optimizer,

@@ -24,7 +24,7 @@ class PlainEngine:
             self._masters.values(), betas=settings.betas, weight_decay=settings.weight_decay,
             eps=settings.eps, fused=True,
         )  # fmt: skip
-        self.shards = [_PlainSlice(name, master) for name, master in self._masters.items()]
+        self.slices = [_PlainSlice(name, master) for name, master in self._masters.items()]
 
     def gradient_norms(self) -> dict[str, float]:
         """Of all gradients."""
@@ -62,7 +62,7 @@ class PlainMomentum:
 
     def __init__(self, engine: PlainEngine, pairs: dict[str, str]) -> None:
         parameters = dict(engine.module.named_parameters())
-        masters = {piece.name: piece.weight for piece in engine.shards}
+        masters = {piece.name: piece.weight for piece in engine.slices}
         for copy, online in pairs.items():
             parameters[copy].data.copy_(parameters[online].data)
         moving = {copy: online for copy, online in pairs.items() if online in masters}

@@ -84,10 +84,10 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
     reader = checkpoint_format.Reader(
         path / name for name in names if name != checkpoint_format.SHARED
     )
-    trained = [piece for piece in engine.shards if piece.trains]
+    trained = [piece for piece in engine.slices if piece.trains]
     for flat in {id(piece.flat): piece.flat for piece in trained}.values():
         _make_moments(engine.optimizer, flat, manifest.optimizer_steps)
-    for piece in engine.shards:
+    for piece in engine.slices:
         reader.read("weight", piece.name, piece.start, piece.weight)
         for key in checkpoint_format.MOMENTS:
             if piece.trains and manifest.optimizer_steps:

@@ -172,14 +172,14 @@ class Saver:
         memory."""
         engine, momentum = self._engine, self._momentum
         tensors: dict[str, Tensor] = {}
-        for piece in engine.shards:
+        for piece in engine.slices:
             tensors[f"weight/{piece.name}"] = piece.weight
             if engine.optimizer.state.get(piece.flat):
                 for key in checkpoint_format.MOMENTS:
                     tensors[f"{key}/{piece.name}"] = piece.state(engine.optimizer, key)
         for piece, average in zip(momentum.slices, momentum.averages, strict=True):
             tensors[f"momentum/{piece.name}"] = average
-        starts = {piece.name: f"{piece.start}" for piece in engine.shards}
+        starts = {piece.name: f"{piece.start}" for piece in engine.slices}
         contents = {checkpoint_format.rank_file(self._place.rank): _copied(tensors, starts)}
         if self._place.is_first:
             contents[checkpoint_format.SHARED] = _copied(state.shared, {})
@@ -281,7 +281,7 @@ def _copied(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> checkpoi
 def _updates(engine: ZeroEngine) -> int:
     """Updates that AdamW has made, for its bias correction; 0 where this rank owns nothing."""
     assert len(engine.optimizer.param_groups) == 1, "settings of several groups would be lost"
-    for piece in engine.shards:
+    for piece in engine.slices:
         state = engine.optimizer.state.get(piece.flat)
         if state:
             return int(state["step"])

@@ -63,10 +63,10 @@ class ZeroEngine:
     optimizer: torch.optim.Optimizer
     stage: int
     trainable: dict[str, nn.Parameter]
-    shards: list[ParameterSlice]
+    slices: list[ParameterSlice]
     """Slices of what trains; after `fill` of what is frozen too."""
     towers: dict[str, list[int]]
-    """Index into `shards` by tower (`vision`, `text`), for gradient norms."""
+    """Index into `slices` by tower (`vision`, `text`), for gradient norms."""
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameters that keep the weights of `fill`."""
     _norm: Tensor | None = None
@@ -127,7 +127,7 @@ class ZeroEngine:
         a slice."""
         gradients = [
             gradient[: piece.numel]
-            for piece in (self.shards[index] for index in indices)
+            for piece in (self.slices[index] for index in indices)
             if (gradient := gradient_of(piece, self.stage)) is not None and gradient.numel()
         ]
         if not gradients:
@@ -177,8 +177,8 @@ class ZeroEngine:
         for name, parameter in self.module.named_parameters():
             if name in weights and not parameter.requires_grad and name not in self.frozen:
                 self.frozen[name] = parameter
-                self.shards += frozen_slice(name, parameter)
-        for piece in self.shards:
+                self.slices += frozen_slice(name, parameter)
+        for piece in self.slices:
             values = weights[piece.name].detach().flatten()
             piece.weight.copy_(values[piece.start : piece.start + piece.numel])
         self.refresh()
@@ -191,7 +191,7 @@ class ZeroEngine:
         positions = {name: index for index, name in enumerate(wanted)}
         parts = [
             SliceValues(positions[piece.name], piece.start, piece.weight)
-            for piece in self.shards
+            for piece in self.slices
             if piece.name in positions
         ]
         self.assign([known[name] for name in wanted], parts)
@@ -325,13 +325,13 @@ def initialize(
     torch.distributed.set_timeout(  # of DeepSpeed's own group, which has torch's 10 or 30 minutes
         _patience(recipe.train.stall_timeout_s), engine.data_parallel_group
     )
-    shards = [
+    slices = [
         piece for name, p in trainable.items() for piece in trainable_slice(engine, stage, name, p)
     ]
     towers: dict[str, list[int]] = {"vision": [], "text": []}
-    for index, piece in enumerate(shards):
+    for index, piece in enumerate(slices):
         towers["vision" if "vision" in piece.name else "text"].append(index)
-    return ZeroEngine(engine, optimizer, stage, trainable, shards, towers)
+    return ZeroEngine(engine, optimizer, stage, trainable, slices, towers)
 
 
 @contextlib.contextmanager

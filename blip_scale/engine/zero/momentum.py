@@ -34,7 +34,7 @@ class ShardedMomentum:
         parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self._engine = engine
         self._copies = {online: parameters[momentum] for momentum, online in pairs.items()}
-        paired = [piece for piece in engine.shards if piece.name in self._copies]
+        paired = [piece for piece in engine.slices if piece.name in self._copies]
         self.slices: list[ParameterSlice] = [piece for piece in paired if piece.trains]
         self._frozen = [piece for piece in paired if not piece.trains]
         self.averages: list[Tensor] = [self._begun(piece) for piece in self.slices]
