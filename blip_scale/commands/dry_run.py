@@ -264,7 +264,7 @@ def _attention(setting: Setting) -> str:
         if device.type == "cuda" or setting.gpu is None:
             raise
         raise Doubt(f"{error}; look on a node of the run, no GPU is here") from error
-    return f"{kernel} on {device.type}"
+    return str(kernel)
 
 
 def _weights(recipe: Recipe) -> str:

@@ -112,7 +112,10 @@ def test_the_terminal_shows_our_lines_alone(finished: Path) -> None:
         del lines[0]
     assert [line for line in lines if not ours.match(line)] == []
     assert "shapes 100.0% (64 = 1 x 64)" in lines[0]
-    assert "ZeRO-3, fp32, attention by sdpa" in lines[1]
+    assert (
+        "ZeRO-3, fp32, attention by SDPA (FlashAttention runs on CUDA devices, not on cpu)"
+        in lines[1]
+    )
     steps = [line for line in lines if re.search(r"step \d+/6 ", line)]
     assert len(steps) == STEPS
     assert all(" itc " in line and " lr " in line and " eta " in line for line in steps)
