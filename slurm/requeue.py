@@ -27,7 +27,9 @@ from blip_scale.storage import run_folder
 _KEPT = 100
 _TAIL_BYTES = 32 * 1024
 _LOGS_SHOWN, _LINES_SHOWN = 6, 20
-_TROUBLE = re.compile(r"Traceback|\bERROR\b|\w*Error\b|\bFatal\b|terminate called|(?:train\.py|blip.scale)\b.*: ")
+_TROUBLE = re.compile(
+    r"Traceback|\bERROR\b|\w*Error\b|\bFatal\b|terminate called|(?:train\.py|blip.scale)\b.*: "
+)
 
 
 @dataclass(frozen=True)
