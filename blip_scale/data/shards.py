@@ -23,7 +23,6 @@ each caption once: `captions`, a list a shard, or null where all samples of a sh
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
@@ -33,10 +32,9 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from blip_scale.data import mds
 from blip_scale.data.mds import INDEX_NAME
+from blip_scale.data.pixels.formats import open_image
 
 COLUMNS = {
     "id": "str",
@@ -215,7 +213,7 @@ def _are_counts(part: Any, samples: int) -> bool:
 def _image_size(image: bytes) -> tuple[int, int]:
     """Width and height by the header alone; (0, 0) where it can't be read."""
     try:
-        with Image.open(io.BytesIO(image)) as opened:
+        with open_image(image) as opened:
             return opened.size
     except Exception:  # each format fails in its own way; who decodes it will say so
         return 0, 0

@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from blip_scale.data.pixels.decoding import IMAGE_ENDINGS, decode_image
+from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample
 

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip_scale.data.captions import Clean, clean_caption, clean_question
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
-from blip_scale.data.pixels.decoding import MAX_PIXELS, describe, open_image, to_rgb
+from blip_scale.data.pixels.decoding import MAX_PIXELS, describe, to_rgb
+from blip_scale.data.pixels.formats import open_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.shards import Record
 from blip_scale.storage.locations import is_web, read_file

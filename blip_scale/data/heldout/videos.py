@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from blip_scale.data.captions import clean_caption
-from blip_scale.data.pixels.decoding import IMAGE_ENDINGS, decode_image
+from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample
 

@@ -9,7 +9,6 @@ Legend: H and W the height and width of the image.
 
 from __future__ import annotations
 
-import io
 import math
 import re
 
@@ -17,16 +16,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from blip_scale.data.pixels.formats import FORMATS, open_image
 from blip_scale.data.reading.stream_store import CorruptSample
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "ICO", "JPEG2000")
-"""Formats of Pillow that are decoded. Others run programs (EPS runs Ghostscript) or are rare."""
-IMAGE_ENDINGS = (
-    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ico", "jp2",
-    "heic", "heif", "jxl",
-)  # fmt: skip
-"""Endings of image files, lower case. Pillow decodes no heic, heif and jxl: such files are read and
-rejected by name."""
 MAX_PIXELS = 89_478_485
 """Default of the largest image; Pillow warns above it."""
 
@@ -41,15 +33,6 @@ def describe(error: Exception) -> str:
     """Kind and message of a decoder's error, the same whenever the same image fails: Pillow writes
     the address of an object in memory into some."""
     return _ADDRESS.sub("", f"{type(error).__name__}: {error}")
-
-
-def open_image(encoded: bytes) -> Image.Image:
-    """Open an image of `FORMATS` with Pillow; only the header is read.
-
-    Raises:
-        UnidentifiedImageError: another format, or no image.
-    """
-    return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int) -> None:

@@ -25,7 +25,7 @@ from blip_scale.data.conversion.pairs import (
     group_by_image,
     in_chunks,
 )
-from blip_scale.data.pixels.decoding import IMAGE_ENDINGS
+from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.annotations import pair_of_item
 from blip_scale.data.sources.metadata import as_text
 from blip_scale.storage.locations import (

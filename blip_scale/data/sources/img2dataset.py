@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from blip_scale.data.conversion.pairs import Chunk, Found, Source
-from blip_scale.data.pixels.decoding import IMAGE_ENDINGS
+from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources import parquet, webdataset
 from blip_scale.data.sources.metadata import TEXT_ENDINGS
 from blip_scale.storage.locations import extension, is_folder, list_folder, read_file, stem

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from blip_scale.data.conversion.pairs import Chunk, Found, Reason, Reject, Source
-from blip_scale.data.pixels.decoding import IMAGE_ENDINGS
+from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.metadata import (
     SIMILARITY_KEYS,
     URL_KEYS,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Source
-from blip_scale.data.pixels.decoding import IMAGE_ENDINGS
+from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.metadata import (
     TEXT_ENDINGS,
     as_text,
