@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,8 +19,7 @@ from tqdm import tqdm
 
 from blip_scale.capfilt.filtering import Settings
 from blip_scale.capfilt.job import Job, Task, run
-from blip_scale.commands.command_line import Parser, refuse
-from blip_scale.config import exit_codes
+from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, refuse, stopped
 from blip_scale.data.conversion.run import Part, Progress
 from blip_scale.inference.loading import Loading
 from blip_scale.model.generation import NucleusSettings
@@ -33,15 +29,13 @@ from blip_scale.storage.free_space import parse_bytes
 def main(arguments: Sequence[str] | None = None, prog: str = "capfilt.py") -> int:
     """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
     options = _parser(prog).parse_args(arguments)
-    signal.signal(signal.SIGTERM, _stop)
+    interrupt_on_sigterm()
     try:
         return _run(options)
     except (OSError, ValueError) as error:
         return refuse(prog, error)
     except KeyboardInterrupt as stop:
-        number = int(str(stop) or signal.SIGINT)
-        print("stopped; finished shards are kept, the same command goes on", file=sys.stderr)
-        return exit_codes.of_signal(number)
+        return stopped(stop, "finished shards")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -69,10 +63,6 @@ def _run(options: argparse.Namespace) -> int:
     else:
         _print(options.out, statistics)
     return 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
 
 
 def _settings(options: argparse.Namespace, on_gpu: bool) -> Settings:

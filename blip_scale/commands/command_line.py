@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 from blip_scale.config import exit_codes
@@ -21,3 +23,22 @@ def refuse(command: str, problem: object) -> int:
     """Write `command: problem` as one line to stderr; returns the exit code of refused input."""
     sys.stderr.write(f"{command}: {' '.join(str(problem).split())}\n")
     return exit_codes.REFUSED
+
+
+def interrupt_on_sigterm() -> None:
+    """Have SIGTERM raise KeyboardInterrupt, as Ctrl-C does; `stopped` tells the two apart."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def stopped(interrupt: KeyboardInterrupt, kept: str) -> int:
+    """Say what of an interrupted command is kept; returns the exit code of the signal.
+
+    Args:
+        kept: what is finished, in the plural: "finished shards".
+    """
+    sys.stderr.write(f"stopped; {kept} are kept, the same command goes on\n")
+    return exit_codes.of_signal(int(str(interrupt) or signal.SIGINT))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, refuse, stopped
 from blip_scale.config import exit_codes
 from blip_scale.config.recipe import TextRecipe
 from blip_scale.data.conversion.pairs import Chunk, Source
@@ -60,13 +58,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
     except (OSError, ValueError) as error:
         return refuse(prog, error)
     except KeyboardInterrupt as stop:
-        number = int(str(stop) or signal.SIGINT)
-        print("stopped; finished chunks are kept, the same command goes on", file=sys.stderr)
-        return exit_codes.of_signal(number)
+        return stopped(stop, "finished chunks")
 
 
 def _convert(options: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, _stop)
+    interrupt_on_sigterm()
     if options.merge:
         _print_summary(options.out, merge(options.out, options.scratch), None)
         return 0
@@ -90,10 +86,6 @@ def _convert(options: argparse.Namespace) -> int:
     else:
         _print_summary(options.out, summary, time.perf_counter() - start_s)
     return 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
 
 
 def _rules(options: argparse.Namespace) -> Rules:

@@ -16,6 +16,9 @@ from blip_scale.config import settings
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 """Folder of the recipes that come with the package."""
 
+MAX_PIXELS = 89_478_485
+"""Default of the largest image; Pillow warns above it."""
+
 FP16_REFUSED = (
     "fp16 is not offered: losses over queue and vocabulary leave its range (users saw an LM loss "
     "of INF); bf16 has the range of fp32 and costs the same"
@@ -168,7 +171,7 @@ class DataRecipe:
     """Horizontal flip with probability one half."""
     augment: bool = True
     """RandAugment with N=2, M=5 over the published ten operations."""
-    max_pixels: Annotated[int, Field(ge=1)] = 89_478_485
+    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """Largest image, width times height, judged by its header. A larger one is a corrupt sample."""
     transform: Literal["fast", "exact", "published"] = "exact"
     """How training images are made: `exact` gives the published pixels (63 to 74 dB) at twice the

@@ -10,9 +10,10 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from blip_scale.config.recipe import MAX_PIXELS
 from blip_scale.data.captions import Clean, clean_caption, clean_question
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
-from blip_scale.data.pixels.decoding import MAX_PIXELS, describe, to_rgb
+from blip_scale.data.pixels.decoding import describe, to_rgb
 from blip_scale.data.pixels.formats import open_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.shards import Record

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip_scale.config.recipe import DataRecipe, StreamRecipe
+from blip_scale.config.recipe import MAX_PIXELS, DataRecipe, StreamRecipe
 from blip_scale.data.captions import Clean, clean_caption
-from blip_scale.data.pixels.decoding import MAX_PIXELS, decode_image
+from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 from blip_scale.data.shards import IMAGE_COLUMNS

@@ -16,11 +16,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from blip_scale.config.recipe import MAX_PIXELS
 from blip_scale.data.pixels.formats import FORMATS, open_image
 from blip_scale.data.reading.stream_store import CorruptSample
-
-MAX_PIXELS = 89_478_485
-"""Default of the largest image; Pillow warns above it."""
 
 _WHITE = 255
 _MAX_16_BITS = 2**16 - 1

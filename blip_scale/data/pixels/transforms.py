@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from blip_scale.config.recipe import MAX_PIXELS
 from blip_scale.data.pixels.augment import rand_augment
 from blip_scale.data.pixels.decoding import (
-    MAX_PIXELS,
     check_pixels,
     decode_image,
     decode_jpeg,
