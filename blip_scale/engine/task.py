@@ -23,6 +23,9 @@ class Progress:
     micro_step: int
     """Micro-steps done since the start of the run."""
     steps_per_epoch: int
+    full_capacity: bool = False
+    """Whether drawn texts get room for the longest draw. The loop repeats a step with it whose draw
+    did not fit."""
 
 
 @dataclass(frozen=True)

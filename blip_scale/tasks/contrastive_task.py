@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
+from blip_scale.config.batch_sizes import token_bucket
 from blip_scale.config.recipe import ObjectiveRecipe, Recipe
-from blip_scale.data.loading.micro_batches import Batch
+from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.engine.task import Progress
 from blip_scale.engine.watching.monitor import Alarm
 from blip_scale.engine.zero.engine import ZeroEngine
@@ -27,6 +29,7 @@ from blip_scale.objectives.contrastive import FeaturePair, retrieval_accuracy
 from blip_scale.objectives.matching import match_accuracy, predicts_one_class
 from blip_scale.tasks.base import TrainingTask
 from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs
+from blip_scale.tasks.hard_pairs import text_sizes
 from blip_scale.tasks.momentum_contrast import MomentumContrast
 
 CONTRASTS: dict[str, type[Contrast]] = {"momentum": MomentumContrast}
@@ -108,6 +111,11 @@ class ContrastiveTask(TrainingTask):
     def build_network(self) -> ContrastiveNetwork:
         """MED and the contrast's part, weights not filled."""
 
+    def text_input(self) -> CaptionInput:
+        """As of every task, filled up to static sizes where the recipe says so."""
+        bucket = token_bucket(self.recipe, self.batch_size, self.device.type == "cuda")
+        return replace(super().text_input(), pad_tokens_to=bucket)
+
     def initial_weights(self) -> dict[str, Tensor]:
         """Weights of the MED as in every task, and those that the contrast brings."""
         own = self.contrast.initial_weights()
@@ -122,10 +130,11 @@ class ContrastiveTask(TrainingTask):
         if self.knows_images:
             image_ids = image_ids_of(batch).to(self.device, non_blocking=True)
         inputs = self.contrast.inputs(progress)
-        outputs = network(images, text, inputs, self.generator(self.device), image_ids)
+        sizes = text_sizes(batch, self.recipe.model.text.max_tokens, progress.full_capacity)
+        outputs = network(images, text, inputs, self.generator(self.device), image_ids, sizes)
         keys = FeaturePair(outputs.pop("image_keys"), outputs.pop("text_keys"))
         self.contrast.collect(keys, image_ids, progress.step)
-        self._tokens = len(batch.token_ids)
+        self._tokens = batch.caption_tokens
         return outputs | self.stream_shares(batch)
 
     def flops_per_step(self) -> float:

@@ -23,8 +23,9 @@ def as_lists(text: PackedText) -> list[list[int]]:
 def test_round_trip_positions_and_sequences() -> None:
     text = PackedText.from_lists(LISTS)
     assert as_lists(text) == LISTS
-    assert text.segments.positions(11).tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4]
-    assert text.segments.sequence_of(11).tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
+    sequences = text.segments.sequence_of(11)
+    assert sequences.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert text.segments.positions(sequences).tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4]
     assert text.first_rows.tolist() == [0, 4, 6]
 
 
@@ -34,11 +35,10 @@ def test_first_token_is_replaced_in_a_copy() -> None:
     assert as_lists(text) == LISTS
 
 
-def test_concatenate_and_select() -> None:
+def test_select() -> None:
     text = PackedText.from_lists(LISTS)
     chosen = text.select(torch.tensor([2, 0, 0]))
     assert as_lists(chosen) == [LISTS[2], LISTS[0], LISTS[0]]
-    assert as_lists(PackedText.concatenate([text, chosen])) == [*LISTS, *as_lists(chosen)]
 
 
 def test_split_targets() -> None:
