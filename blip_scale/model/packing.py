@@ -282,13 +282,11 @@ def _group_by_image(
         longest = rows if takes_packed else int(counts.max())
         layout = AttentionLayout(Segments(offsets, longest, order), keys)
         return layout if takes_packed else layout.padded(rows, key_tokens)
-    offsets, contexts, longest = _chunks(counts, rows)
-    queries = Segments(offsets, longest, order)
-    return AttentionLayout(queries, keys, contexts=contexts).padded(rows, key_tokens)
+    return cut_into_chunks(counts, order, keys).padded(rows, key_tokens)
 
 
-def _chunks(counts_I: Tensor, rows: int) -> tuple[Tensor, Tensor, int]:
-    """Groups of rows cut into chunks of one static length, for SDPA on a GPU.
+def cut_into_chunks(counts_I: Tensor, order_T: Tensor, keys: Segments) -> AttentionLayout:
+    """Groups of query rows cut into chunks of one static length, for SDPA on a GPU.
 
     The largest group is not known without a wait. A group of n rows makes ceil(n / length) chunks,
     all groups at most rows / length + I, and with the mean size of a group as length no more than
@@ -296,13 +294,10 @@ def _chunks(counts_I: Tensor, rows: int) -> tuple[Tensor, Tensor, int]:
 
     Args:
         counts_I: [I] int32, rows of each group.
-        rows: of all groups together.
-
-    Returns:
-        offsets of the S chunks among the rows in order of their groups [S+1] int32, the group of
-        each chunk [S] int64, length of a chunk.
+        order_T: [T] int64, the rows sorted by group.
+        keys: what each group looks at.
     """
-    groups, device = len(counts_I), counts_I.device
+    rows, groups, device = len(order_T), len(counts_I), counts_I.device
     length = max(1, -(-rows // groups))
     ends_I = counts_I.cumsum(0)
     chunk_ends_I = ((counts_I + length - 1) // length).cumsum(0)
@@ -313,4 +308,5 @@ def _chunks(counts_I: Tensor, rows: int) -> tuple[Tensor, Tensor, int]:
     sizes_I = (counts_I + length - 1) // length * length  # of whole chunks
     slack_S = (sizes_I - counts_I).index_select(0, contexts_S)
     starts_S = (group_ends_S + slack_S - left_S * length).clamp_(max=rows)
-    return F.pad(starts_S, (0, 1), value=rows).int(), contexts_S, length
+    queries = Segments(F.pad(starts_S, (0, 1), value=rows).int(), length, order_T)
+    return AttentionLayout(queries, keys, contexts=contexts_S)
