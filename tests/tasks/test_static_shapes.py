@@ -13,17 +13,20 @@ import torch
 from fake_ranks import FakeRanks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from blip_scale.config.recipe import ObjectiveRecipe, TextRecipe
+from blip_scale.config.batch_sizes import token_bucket
+from blip_scale.config.recipe import DataRecipe, ObjectiveRecipe, Recipe, TextRecipe
 from blip_scale.data.loading.micro_batches import Batch
 from blip_scale.data.tokenizer import load_tokenizer, pack_captions, special_ids
 from blip_scale.inference.inputs import packed_text
 from blip_scale.model import kernels
+from blip_scale.model.flops import padded_pretraining_flops, pretraining_flops
 from blip_scale.model.heads import cut_down
 from blip_scale.model.initialization import init_weights
 from blip_scale.model.kernels import choose_kernel
 from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
-from blip_scale.model.packing import PackedText
+from blip_scale.model.packing import PackedText, Room
 from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig
 from blip_scale.objectives.contrastive import FeaturePair
@@ -59,10 +62,12 @@ def _load(folder: Path) -> Any:
     return load_tokenizer(TextRecipe(checkpoint=None, tokenizer=str(folder)))
 
 
-def batch_of(tokenizer: Any, lengths: list[int], bucket: int) -> Batch:
+def batch_of(
+    tokenizer: Any, lengths: list[int], bucket: int, max_tokens: int = MAX_TOKENS
+) -> Batch:
     """Captions of so many words each; the pictures are left out."""
     captions = [" ".join(WORDS[(n + i) % len(WORDS)] for i in range(n)) for n in lengths]
-    packed = pack_captions(tokenizer, captions, MAX_TOKENS, bucket)
+    packed = pack_captions(tokenizer, captions, max_tokens, bucket)
     names = [str(number) for number in range(len(captions))]
     return Batch(
         images=torch.empty(0),
@@ -108,11 +113,7 @@ def arguments(batch: Batch, sizes: TextSizes | None, seed: int = 3) -> tuple[Any
     queue = torch.nn.functional.normalize(torch.randn(2, EMBED, QUEUE, generator=generator), dim=1)
     ids = torch.arange(PAIRS) // 2 + seed * 100
     inputs = MomentumInputs(FeaturePair(queue[0], queue[1]), 0.4, torch.arange(QUEUE))
-    text = PackedText(
-        batch.token_ids,
-        packed_text(batch, torch.device("cpu")).segments,
-        batch.padding.fillers,
-    )
+    text = packed_text(batch, torch.device("cpu"))
     return images, text, inputs, torch.Generator().manual_seed(seed + 5), ids, sizes
 
 
@@ -268,3 +269,52 @@ def test_no_shape_depends_on_the_data(
     flash = [name for name, _ in first if "flash" in name]
     assert bool(flash) == (kernel == "torch_flash")
     assert len(first) > 500 and first == second
+
+
+PUBLISHED = MEDConfig(
+    VisionConfig(), TextConfig(SpecialTokens(pad=0, cls=101, sep=102, enc=30523, dec=30522))
+)
+"""ViT-B/16 at 224 pixels and BERT-base."""
+
+
+def published_sizes(tokenizer: Any, pairs: int) -> tuple[Batch, Room]:
+    """Captions of 12.5 tokens on average with a deviation of 4.4, filled up as on a GPU."""
+    recipe = Recipe(output_dir="runs/x", data=DataRecipe())
+    bucket = token_bucket(recipe, pairs, on_gpu=True)
+    generator = torch.Generator().manual_seed(pairs)
+    words = (torch.randn(pairs, generator=generator) * 4.4 + 10.5).round().clamp(1, 28)
+    batch = batch_of(tokenizer, [int(count) for count in words], bucket, max_tokens=30)
+    room = text_sizes(batch, 30, full_capacity=False).room
+    assert room is not None
+    return batch, room
+
+
+@pytest.mark.parametrize(("pairs", "bucket"), [(64, 64), (90, 128), (256, 256)])
+def test_filling_up_costs_little(tokenizer: Any, pairs: int, bucket: int) -> None:
+    """On paper, of the 194 GFLOP a pair without it."""
+    batch, room = published_sizes(tokenizer, pairs)
+    assert batch.padding.bucket == bucket and len(batch.token_ids) % bucket == 0
+    text = packed_text(batch, torch.device("cpu"))
+    plain = pretraining_flops(PUBLISHED, pairs, batch.caption_tokens, 57600)
+    assert plain / pairs == pytest.approx(194e9, rel=0.03)
+    padded = padded_pretraining_flops(PUBLISHED, text, room, 57600)
+    assert 1.005 < padded / plain < 1.05
+
+
+def test_paper_and_counter_agree_on_padded_steps(tokenizer: Any) -> None:
+    """At the published size; SDPA's chunks of image groups, which no packed kernel needs, make the
+    counted products larger."""
+    batch, room = published_sizes(tokenizer, 90)
+    with torch.device("meta"):
+        med, momentum = MED(PUBLISHED), MomentumEncoder(PUBLISHED)
+    network = PretrainNetwork(med, MomentumContrastNetwork(momentum), ObjectiveRecipe())
+    text = packed_text(batch, torch.device("meta"))
+    images = torch.empty(90, 3, 224, 224, device="meta")
+    queue = torch.empty(256, 57600, device="meta")
+    alpha = arguments(batch, None)[2].alpha
+    inputs = on_a_device_without_values(MomentumInputs(FeaturePair(queue, queue), alpha))
+    with Recorder(), FlopCounterMode(display=False) as counter:
+        outputs = network(images, text, inputs, None, None, TextSizes(30, room))
+        outputs["loss/total"].backward()
+    paper = padded_pretraining_flops(PUBLISHED, text, room, 57600)
+    assert paper == pytest.approx(counter.get_total_flops(), rel=0.02)
