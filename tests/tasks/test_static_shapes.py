@@ -112,7 +112,8 @@ def arguments(batch: Batch, sizes: TextSizes | None, seed: int = 3) -> tuple[Any
     images = torch.randn(PAIRS, 3, 32, 32, generator=generator)
     queue = torch.nn.functional.normalize(torch.randn(2, EMBED, QUEUE, generator=generator), dim=1)
     ids = torch.arange(PAIRS) // 2 + seed * 100
-    inputs = MomentumInputs(FeaturePair(queue[0], queue[1]), 0.4, torch.arange(QUEUE))
+    alpha = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    inputs = MomentumInputs(FeaturePair(queue[0], queue[1]), alpha, torch.arange(QUEUE))
     text = packed_text(batch, torch.device("cpu"))
     return images, text, inputs, torch.Generator().manual_seed(seed + 5), ids, sizes
 
