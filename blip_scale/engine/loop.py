@@ -243,7 +243,7 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
     """Accumulate micro-batches, update unless something is not finite, and note the metrics."""
     began = time.perf_counter()
     run.meter.reset()
-    deepspeed, task, recipe = run.engine.deepspeed, run.task, run.recipe
+    engine, task, recipe = run.engine, run.task, run.recipe
     data_wait_s = 0.0
     sums: dict[str, Any] = {}
     ids: list[str] = []
@@ -255,22 +255,21 @@ def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
         micro_step = run.step * run.accumulation + index
         torch.manual_seed(micro_step_seed(recipe.seed, micro_step, collectives.rank()))
         metrics = task.losses(
-            deepspeed, batch, Progress(run.step, micro_step, task.steps_per_epoch)
+            engine.forward, batch, Progress(run.step, micro_step, task.steps_per_epoch)
         )
-        deepspeed.backward(metrics["loss/total"])
-        if index < run.accumulation - 1:
-            deepspeed.step()
+        engine.backward(metrics["loss/total"], is_last=index == run.accumulation - 1)
         sums = {
             name: sums.get(name, 0.0) + value.detach().float() for name, value in metrics.items()
         }
         ids += batch.ids
         skipped += batch.skipped
     means = _average(run, sums, len(skipped))
-    norms = run.engine.gradient_norms()
+    norm_values = collectives.all_reduce_sum(engine.squared_norms()).sqrt()
+    norms = dict(zip(engine.norm_names, norm_values.tolist(), strict=True))
     rate = learning_rate(recipe.optimizer, run.step, task.steps_per_epoch, recipe.train.epochs)
     finite = math.isfinite(means["loss/total"]) and math.isfinite(norms["all"])
-    run.engine.step(rate, apply=finite)
-    task.after_step(run.engine, run.momentum, applied=finite)
+    engine.step(rate, apply=finite, norm=norm_values[0])
+    task.after_step(engine, run.momentum, applied=finite)
     run.step += 1
     run.samples.add(run.step, ids)
     reporting.note_trouble(run, finite, means.pop("skipped"), ids, skipped)

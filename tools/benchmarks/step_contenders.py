@@ -105,7 +105,7 @@ class Ours:
         self.recipe = match.recipe
         self.task = Pretrain(match.recipe, self.device)
         self.engine, self.momentum = self.wrapped(match)
-        self.engine.deepspeed.train()
+        self.engine.module.train()
         loader = self.task.batches()
         self.batches = [next(loader) for _ in range(_BATCHES)]
         self.steps = 0
@@ -125,8 +125,8 @@ class Ours:
     def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
         """One optimizer step as the train loop takes it; `mark` hears what has just ended."""
         self.forward_and_backward(mark)
-        norms = self.engine.gradient_norms()
-        self.engine.step(self.recipe.optimizer.peak_lr, apply=norms["all"] < float("inf"))
+        norm = self.engine.squared_norms()[0].sqrt()
+        self.engine.step(self.recipe.optimizer.peak_lr, apply=bool(norm.isfinite()), norm=norm)
         mark("optimizer")
         self.task.after_step(self.engine, self.momentum, applied=True)
         mark("momentum update, queue")
@@ -137,13 +137,10 @@ class Ours:
 
         batch = self.batches[self.steps % _BATCHES]
         progress = Progress(self.steps, self.steps, self.task.steps_per_epoch)
-        metrics = self.task.losses(self.engine.deepspeed, batch, progress)
+        metrics = self.task.losses(self.engine.forward, batch, progress)
         mark("losses")
-        self.backward(metrics["loss/total"])
+        self.engine.backward(metrics["loss/total"], is_last=True)
         mark("vision backward")
-
-    def backward(self, loss: Tensor) -> None:
-        self.engine.deepspeed.backward(loss)
 
     def split(self) -> dict[str, float]:
         """Seconds of the parts of one step, by hooks at their ends."""
@@ -295,9 +292,6 @@ class Plain(Ours):
         onednn.take_where_faster(network)  # as the engine does
         engine = PlainEngine(network, match.recipe.optimizer)
         return engine, PlainMomentum(engine, self.task.momentum_pairs)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
 
 
 CONTENDERS: dict[str, Callable[[Match], Any]] = {
