@@ -27,6 +27,7 @@ from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.planning.activations import Micro, saved_activations
 from blip_scale.planning.hardware import GPUS, find_gpu
 from blip_scale.planning.network import network_of, vision_shape
+from blip_scale.tasks.by_name import contrast_of
 from blip_scale.tasks.momentum_contrast import MomentumContrastNetwork, MomentumInputs
 from blip_scale.tasks.pretrain import PretrainNetwork
 
@@ -34,10 +35,10 @@ REPO = Path(__file__).resolve().parent.parent
 LENGTH, QUEUE, EMBED = 12, 96, 32
 
 
-def network(checkpointing: bool, **options: float) -> PretrainNetwork:
+def network(checkpointing: bool, dropout: float = 0.0, **options: float) -> PretrainNetwork:
     vision = {"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 8}
     special = SpecialTokens(pad=0, cls=1, sep=2, enc=4, dec=3)
-    text = TextConfig(special, 500, 96, 3, 4, 384, 32, dropout=0.0)
+    text = TextConfig(special, 500, 96, 3, 4, 384, 32, dropout=dropout)
     config = MEDConfig(
         VisionConfig("vit_tiny_patch16_224", 64, vision, **options), text, EMBED,
         gradient_checkpointing=checkpointing,
@@ -59,7 +60,8 @@ def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
         storages = [tensor.untyped_storage() for tensor in tensors]
         return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
-    images = torch.randn(batch, 3, 64, 64)
+    dtype = built.med.vision.pos_embed.dtype
+    images = torch.randn(batch, 3, 64, 64, dtype=dtype)
     text = PackedText.from_lists([[1, *range(5, 5 + LENGTH - 2), 2]] * batch)
     keys = FeaturePair(torch.randn(EMBED, QUEUE), torch.randn(EMBED, QUEUE))
     before = alive()
@@ -92,10 +94,20 @@ def test_activations_are_what_autograd_keeps(
 ) -> None:
     built = network(checkpointing, **options)
     config = built.med.config
-    micro = Micro(batch, batch * LENGTH, 4, QUEUE, dropout_bytes=4)
+    micro = Micro(batch, batch * LENGTH, 4, batch + QUEUE, on_cpu=True)
     planned = saved_activations(config, vision_shape(config.vision), micro, checkpointing)
     planned.pop("recomputed", None)  # comes back later
     assert sum(planned.values()) == pytest.approx(kept_for_backward(built, batch), rel=0.1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_on_a_cpu_keeps_its_probabilities(dtype: torch.dtype, dropout: float) -> None:
+    built = network(False, dropout).to(dtype)
+    config = built.med.config
+    micro = Micro(24, 24 * LENGTH, dtype.itemsize, 24 + QUEUE, on_cpu=True)
+    planned = saved_activations(config, vision_shape(config.vision), micro, False)
+    assert sum(planned.values()) == pytest.approx(kept_for_backward(built, 24), rel=0.1)
 
 
 def plan(*arguments: str, code: int = 0) -> str:
@@ -193,7 +205,7 @@ def test_the_planned_network_is_that_of_the_run(
     if planned.model.text.checkpoint == "bert-base-uncased":
         changes.append(f"model.text.checkpoint={texts / 'bert-base'}")
     run = recipes.load(name, changes)
-    config = network_of(planned).config
+    config = network_of(planned, contrast_of).config
     assert config == med_config(run, load_tokenizer(run.model.text))
     assert (config.temperature, config.kernel) == (0.05, "sdpa")
 
@@ -202,10 +214,10 @@ def test_a_plan_fetches_no_tokenizer() -> None:
     """A published tokenizer's vocabulary is known; another hub name is refused."""
     own_sizes = ["model.text.checkpoint=null", "model.text.layers=2"]
     known = recipes.load("base_129M", [*own_sizes, "model.text.tokenizer=bert-large-uncased"])
-    assert network_of(known).config.text.vocab_size == 30524
+    assert network_of(known, contrast_of).config.text.vocab_size == 30524
     other = recipes.load("base_129M", [*own_sizes, "model.text.tokenizer=some/tokenizer"])
     with pytest.raises(ValueError, match=r"model.text.tokenizer some/tokenizer.*give a folder"):
-        network_of(other)
+        network_of(other, contrast_of)
     other = recipes.load("base_129M", ["model.text.checkpoint=some/bert"])
     with pytest.raises(ValueError, match=r"model.text.checkpoint some/bert.*give the folder"):
-        network_of(other)
+        network_of(other, contrast_of)

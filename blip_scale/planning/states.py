@@ -36,6 +36,13 @@ class Sharding:
     """ZeRO-3 keeps parameters up to this size whole."""
     live: float = _DEFAULT_LIVE
     """ZeRO-3 keeps gathered what it will use again within so many elements."""
+    whole: bool = False
+    """Whether ZeRO-3 on several ranks keeps weights whole between the passes."""
+
+    @property
+    def partitions(self) -> bool:
+        """Whether a rank holds a part of each weight, gathered in the passes."""
+        return self.stage == 3 and self.ranks > 1 and not self.whole
 
     @staticmethod
     def of(ds_config: Mapping[str, Any], ranks: int, compute_bytes: int) -> Sharding:
@@ -83,9 +90,11 @@ class States:
     """In the memory of the node, a rank."""
 
 
-def states(network: Network, sharding: Sharding, queue_size: int) -> States:
+def states(network: Network, sharding: Sharding) -> States:
     """Bytes of the rank that holds most.
 
+    ZeRO-3 that keeps weights whole on several ranks is taken as ZeRO-2 with all gradients in flat
+    memory (an estimate).
     Below ZeRO-3 a rank owns a stretch of all parameters laid end to end, and some stretches have
     momentum copies throughout: that rank holds an average for each of its masters. Frozen
     parameters have neither moments nor averages; their masters lie on the host.
@@ -93,34 +102,36 @@ def states(network: Network, sharding: Sharding, queue_size: int) -> States:
     size, ranks = sharding.compute_bytes, sharding.ranks
     trained, copied = sum(network.trainable), sum(network.momentum)
     still, own_still = sum(network.frozen), _shares(network.frozen, ranks)
-    if sharding.stage == 3:
+    by_parameter = sharding.stage == 3 and not (sharding.whole and ranks > 1)
+    if by_parameter:
         own = _shares(network.trainable, ranks)
         copies = _shares(network.momentum, ranks)
-        averaged = copies - own_still
-        known = [*network.trainable, *network.frozen, *network.momentum]
-        kept = [n for n in known if n <= sharding.persistent]
+        averaged = max(copies - own_still, 0)
+        sizes = [*network.trainable, *network.frozen, *network.momentum]
+        kept = [numel for numel in sizes if numel <= sharding.persistent]
         resting = {
             "weights": size * (own + own_still),
             "momentum_weights": size * copies,
             "persistent_weights": size * sum(kept) if ranks > 1 else 0,
             "reduce_bucket": size * sharding.reduce_bucket if sharding.has_bucket else 0,
         }
-        # Frozen and momentum weights are let go after their use, which comes before the sweep's.
+        # Frozen and momentum weights are released after their use, which comes before the sweep's.
         live = min(trained, max(sharding.live, network.largest_module + sharding.prefetch))
         backward = {"gathered_weights": size * live if ranks > 1 else 0}
         update = {"gradient_copy": _FP32 * own}
         gradients = _FP32 * own
     else:
         own = -(-trained // ranks)
-        averaged = min(copied - still, own)
+        averaged = max(min(copied - still, own), 0)
         resting = {"weights": size * (trained + still), "momentum_weights": size * copied}
         buckets = (2 if sharding.overlap else 1) * sharding.reduce_bucket
         reduced = trained if sharding.stage == 1 else own
-        backward = {"reduce_bucket": size * buckets, "fresh_gradients": size * reduced}
-        update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * (copied - still)}
+        fresh = trained if sharding.whole else reduced  # in flat memory, for reductions in buckets
+        backward = {"reduce_bucket": size * buckets, "fresh_gradients": size * fresh}
+        update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * max(copied - still, 0)}
         gradients = _FP32 * reduced
         backward["gradients"] = gradients
-    shared = sharding.stage == 3 and size == _FP32 and not sharding.offload  # with the weights
+    shared = by_parameter and size == _FP32 and not sharding.offload  # with the weights
     masters, averaged = (0, 0) if shared else (own, averaged)
     optimizer = {
         "masters": _FP32 * masters,
@@ -134,9 +145,9 @@ def states(network: Network, sharding: Sharding, queue_size: int) -> States:
         update.pop("gradient_copy")
     else:
         resting |= optimizer
-        if sharding.stage == 3:
+        if by_parameter:
             resting["gradients"] = gradients
-    resting["queue"] = 2 * _FP32 * network.config.embed_dim * queue_size
+    resting["contrast_state"] = network.contrast_bytes
     return States(*({k: float(v) for k, v in part.items()} for part in (resting, backward, update,
                                                                         host)))  # fmt: skip
 
@@ -146,9 +157,9 @@ def _shares(numels: list[int], ranks: int) -> int:
     return sum(-(-numel // ranks) for numel in numels)
 
 
-def checkpoint_bytes(network: Network, queue_size: int) -> float:
-    """A checkpoint on the disk: masters, moments, momentum averages, queues; of all ranks."""
+def checkpoint_bytes(network: Network) -> float:
+    """A checkpoint on the disk: masters, moments, momentum averages, the contrast's state; of all
+    ranks."""
     trained, still = sum(network.trainable), sum(network.frozen)
-    averaged = sum(network.momentum) - still
-    queue = 2 * _FP32 * network.config.embed_dim * queue_size + 8 * queue_size
-    return float(_FP32 * (3 * trained + still + averaged) + queue)
+    averaged = max(sum(network.momentum) - still, 0)
+    return float(_FP32 * (3 * trained + still + averaged) + network.contrast_bytes)
