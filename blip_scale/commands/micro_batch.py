@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from blip_scale.config import checks
-from blip_scale.config import recipe as recipes
 from blip_scale.config.batch_sizes import (
     batch_sizes,
     is_auto,
@@ -87,9 +88,10 @@ def settle(recipe: Recipe, ds_config: str | Path, device: torch.device) -> Settl
 def micro_batch_before(recipe: Recipe) -> int | None:
     """The number that a run in this output folder was settled on; None for a first start."""
     file = Path(recipe.output_dir) / run_folder.RECIPE
-    if not file.is_file():
-        return None
-    size = recipes.load(str(file)).train.max_micro_batch_size
+    try:
+        size = yaml.safe_load(file.read_text(encoding="utf-8"))["train"]["max_micro_batch_size"]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return None  # an optional file never stops a run
     return size if isinstance(size, int) else None
 
 

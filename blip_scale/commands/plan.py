@@ -15,7 +15,6 @@ from blip_scale.planning.assumptions import GIB, Assumptions, duration
 from blip_scale.planning.hardware import GPUS, find_gpu
 from blip_scale.planning.plan import Plan, Way, make_plan
 from blip_scale.planning.timing import EXECUTIONS, Cluster
-from blip_scale.tasks.by_name import contrast_of
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
@@ -38,6 +37,8 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
         efficiency=options.efficiency,
         module_call_s=options.module_us * 1e-6 if options.module_us else None,
     )  # fmt: skip
+    from blip_scale.tasks.by_name import contrast_of  # brings DeepSpeed: a refusal needs none
+
     kilobytes = options.sample_kb
     assumed = Assumptions(options.caption_tokens, kilobytes * 1e3 if kilobytes else None)
     return make_plan(chosen, _deepspeed(options), cluster, contrast_of, assumed, options.way)

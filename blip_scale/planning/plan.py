@@ -40,7 +40,7 @@ from blip_scale.planning.timing import (
 
 TIB = 2**40
 _WORTH_A_LINE = 0.05
-"""Part of a step that a larger micro-batch must save to be proposed."""
+"""Part of a step that is worth another micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Way:
 
 @dataclass(frozen=True)
 class Larger:
-    """A larger micro-batch that fits with headroom and makes steps faster."""
+    """The smallest micro-batch that is about as fast as any that fits with headroom, where it is
+    faster than the planned one."""
 
     micro_batch: int
     step_s: float
@@ -152,9 +153,9 @@ class Plan:
                 f"{self.sizes.micro_batch}, which changes the training"
             )
         return (
-            f"train.max_micro_batch_size=auto takes micro-batches of {self.larger.micro_batch}: "
-            f"{self.larger.step_s * 1e3:.0f} ms a step, {self.larger.gain:.1f} times as "
-            f"fast{pool}"
+            f"train.max_micro_batch_size={self.larger.micro_batch} takes "
+            f"{self.larger.step_s * 1e3:.0f} ms a step, {self.larger.gain:.1f} times as fast "
+            f"(auto takes {self.max_micro_batch}){pool}"
         )
 
     @property
@@ -281,17 +282,14 @@ def make_plan(
         execution = EXECUTIONS[name]
         times = {level: step_time(work, cluster, execution, level) for level in LEVELS}
         held = memory(loads[name], batch)
-        return Way(
-            name, execution, held, exchanges(network, work.sharding, split, cluster), **times
-        )
+        return Way(name, execution, held, exchanges(work, cluster), **times)
 
     ways = tuple(time(name, sizes.micro_batch) for name in names)
     step = ways[0].expected
-    larger = None
-    if roomy > sizes.micro_batch:
-        seconds = time(names[0], roomy).expected.total_s
-        if seconds < (1 - _WORTH_A_LINE) * step.total_s:
-            larger = Larger(roomy, seconds, step.total_s / seconds)
+    larger = _larger(
+        {n: time(names[0], n).expected.total_s for n in possible if n <= roomy}, sizes.micro_batch,
+        step.total_s,
+    )  # fmt: skip
     volume = volume_of(recipe, assumed.sample_bytes, assumed.unknown_samples)
     steps = recipe.train.epochs * (volume.samples_per_epoch // sizes.global_batch)
     if recipe.train.max_steps is not None:
@@ -304,6 +302,16 @@ def make_plan(
         network, cluster, statements(cluster, load, EXECUTIONS[names[0]], assumed, notes),
         _warnings(recipe, base, cluster),
     )  # fmt: skip
+
+
+def _larger(seconds: dict[int, float], planned: int, planned_s: float) -> Larger | None:
+    """What to propose in place of the planned micro-batch, by the seconds of those that fit."""
+    best = min(seconds.values(), default=planned_s)
+    fast = [n for n in seconds if n > planned and seconds[n] <= (1 + _WORTH_A_LINE) * best]
+    if not fast or seconds[min(fast)] > (1 - _WORTH_A_LINE) * planned_s:
+        return None
+    chosen = min(fast)
+    return Larger(chosen, seconds[chosen], planned_s / seconds[chosen])
 
 
 def _ways(sharding: Sharding, chosen: str | None) -> list[str]:

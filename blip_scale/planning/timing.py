@@ -25,8 +25,6 @@ from blip_scale.planning.hardware import GPU, GPUS
 from blip_scale.planning.network import Network
 from blip_scale.planning.states import Sharding
 
-COLLECTIVE_LATENCY_S = 25e-6
-"""Start of an exchange between two nodes; a ring or tree takes it log2(ranks) times. A guess."""
 MOST_REDUCTIONS = 12
 """Largest number of gradient reductions of a backward pass where weights stay whole."""
 
@@ -60,7 +58,7 @@ class Execution:
     micro_step_s: Assumed
     """Host seconds of a micro-step besides."""
     fused: Assumed
-    """Speed of the kernels, relative to eager ones."""
+    """Speed of the bf16 kernels, relative to eager ones; in fp32 products take the time."""
     evidence: str
 
 
@@ -89,6 +87,10 @@ EXECUTIONS = {
 }  # fmt: skip
 """Name of `--way` -> how the step is run."""
 
+LINK_EFFICIENCY = Assumed(0.5, 0.7, 0.85)
+"""Share of a link's bandwidth that collectives reach. A guess."""
+COLLECTIVE_LATENCY_S = Assumed(50e-6, 25e-6, 10e-6)
+"""Start of an exchange between two nodes; a ring or tree takes it log2(ranks) times. A guess."""
 BF16_EFFICIENCY = 0.19
 """Share of the peak that the eager kernels of a step reached on the H200."""
 _ONE_MEASUREMENT = 0.25
@@ -107,8 +109,6 @@ class Cluster:
     gpu: GPU
     efficiency: float | None = None
     """Share of the peak of matrix products that the kernels reach; None: as measured."""
-    link_efficiency: float = 0.7
-    """Share of a link's bandwidth that collectives reach. A guess."""
     module_call_s: float | None = None
     """Host seconds of a call of a module, in eager execution; None: as measured."""
 
@@ -117,7 +117,7 @@ class Cluster:
         """GPUs of all nodes."""
         return self.nodes * self.gpus_per_node
 
-    def exchange_s(self, data_bytes: float, collectives: float = 1) -> float:
+    def exchange_s(self, data_bytes: float, collectives: float, level: Level) -> float:
         """Seconds in which every rank has gathered, or reduced and scattered, so many bytes.
 
         A ring over all ranks crosses a node's network once; all its cards carry a part.
@@ -126,8 +126,8 @@ class Cluster:
             return 0.0
         link = self.gpu.link_gb_s if self.gpus_per_node > 1 else math.inf
         network = self.gpu.network_gbit / 8 if self.nodes > 1 else math.inf
-        bandwidth = min(link, network) * 1e9 * self.link_efficiency
-        latency = COLLECTIVE_LATENCY_S * math.log2(self.ranks) * collectives
+        bandwidth = min(link, network) * 1e9 * LINK_EFFICIENCY.at(level)
+        latency = COLLECTIVE_LATENCY_S.at(level) * math.log2(self.ranks) * collectives
         return data_bytes * (self.ranks - 1) / self.ranks / bandwidth + latency
 
 
@@ -163,6 +163,17 @@ def kernel_flops(cluster: Cluster, compute_bytes: int) -> Assumed:
 
 
 @dataclass(frozen=True)
+class Work:
+    """A step to be timed."""
+
+    network: Network
+    sharding: Sharding
+    sizes: BatchSizes
+    tokens: int
+    """Of the captions of a micro-batch together."""
+
+
+@dataclass(frozen=True)
 class Exchange:
     """Exchanges of one kind in an optimizer step of a rank."""
 
@@ -175,9 +186,7 @@ class Exchange:
     """Whether they run beside the computation, where DeepSpeed's settings overlap them."""
 
 
-def exchanges(
-    network: Network, sharding: Sharding, sizes: BatchSizes, cluster: Cluster
-) -> tuple[Exchange, ...]:
+def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[Exchange, ...]:
     """What ranks exchange in an optimizer step; nothing on one rank.
 
     Whole weights are gathered in one exchange after the update, the momentum copies in another, and
@@ -186,6 +195,7 @@ def exchanges(
     """
     if cluster.ranks == 1:
         return ()
+    network, sharding, sizes = work.network, work.sharding, work.sizes
     size, micro_steps = sharding.compute_bytes, sizes.accumulation
     trained, still, copied = map(sum, (network.trainable, network.frozen, network.momentum))
     buckets = math.ceil(trained / sharding.reduce_bucket)
@@ -194,7 +204,8 @@ def exchanges(
 
     def exchange(name: str, calls: int, elements: float, hidden: bool) -> Exchange:
         data_bytes = size * elements
-        return Exchange(name, calls, data_bytes, cluster.exchange_s(data_bytes, calls), hidden)
+        seconds = cluster.exchange_s(data_bytes, calls, level)
+        return Exchange(name, calls, data_bytes, seconds, hidden)
 
     reductions = 1 if sharding.stage == 1 else micro_steps
     listed = [exchange("reductions", buckets * reductions, trained * reductions, hidden=True)]
@@ -234,17 +245,6 @@ class StepTime:
     """What takes the time: kernels, host or exchanges."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """A step to be timed."""
-
-    network: Network
-    sharding: Sharding
-    sizes: BatchSizes
-    tokens: int
-    """Of the captions of a micro-batch together."""
-
-
 def step_time(
     work: Work, cluster: Cluster, execution: Execution, level: Level = "expected"
 ) -> StepTime:
@@ -257,13 +257,13 @@ def step_time(
     if network.config.gradient_checkpointing:
         recomputed = recomputation_flops(network.config, sizes.micro_batch, work.tokens)
         passes = 3
-    rate = kernel_flops(cluster, size).at(level) * execution.fused.at(level)
-    kernels = (useful + recomputed) / min(rate, peak_flops(cluster.gpu, size))
+    fused = execution.fused.at(level) if size == 2 else 1.0
+    kernels = (useful + recomputed) / (kernel_flops(cluster, size).at(level) * fused)
     call = execution.module_s.at(level)
     if call and cluster.module_call_s is not None:
         call = cluster.module_call_s
     host = network.modules * passes * call + execution.micro_step_s.at(level)
-    listed = exchanges(network, sharding, sizes, cluster)
+    listed = exchanges(work, cluster, level)
     hidden = sum(item.seconds for item in listed if item.hidden) / micro_steps
     own = sum(network.trainable) / sizes.world_size
     update = own * (9 * 4 + 3 * 4) / (cluster.gpu.memory_gb_s * 1e9)  # moments, masters, averages
