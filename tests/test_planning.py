@@ -27,7 +27,6 @@ from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig
 from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.planning.activations import Micro, saved_activations
-from blip_scale.planning.assumptions import duration
 from blip_scale.planning.hardware import GPUS, find_gpu
 from blip_scale.planning.network import network_of, vision_shape
 from blip_scale.planning.timing import EXECUTIONS
@@ -35,6 +34,7 @@ from blip_scale.tasks.by_name import contrast_of
 from blip_scale.tasks.contrastive_task import CONTRASTS
 from blip_scale.tasks.momentum_contrast import MomentumContrastNetwork, MomentumInputs
 from blip_scale.tasks.pretrain import PretrainNetwork
+from tools.benchmarks import scaling_tables
 
 REPO = Path(__file__).resolve().parent.parent
 LENGTH, QUEUE, EMBED = 12, 96, 32
@@ -301,50 +301,14 @@ def test_refuses_in_one_line() -> None:
     assert "data.streams.0 (mine)" in plan("base_129M", stream, code=2)
 
 
-DOCS = REPO / "docs" / "scaling.md"
-COLUMNS = (
-    "| command: `blip-scale plan ...` | ranks x micro-batch x micro-steps | GiB a GPU | planned, "
-    "ms a step | whole, ms a step | graph, ms a step | limit | planned, time | graph, time |"
-)
-
-
-def docs_row(arguments: str) -> str:
-    """A row of the tables in docs/scaling.md: the figures of one plan."""
-    found = json.loads(plan(*arguments.split(), "--json"))
-    batch, ways, steps = found["batch"], found["ways"], found["steps"]
-    planned = ways[found["way"]]
-
-    def span(way: dict[str, Any]) -> str:
-        fast, slow = way["step_seconds_range"]
-        return f"{fast * 1e3:.0f} to {slow * 1e3:.0f}"
-
-    def time(way: dict[str, Any]) -> str:
-        fast, slow = way["step_seconds_range"]
-        return f"{duration(steps * fast)} to {duration(steps * slow)}"
-
-    cells = [
-        f"`{arguments}`",
-        f"{batch['world_size']} x {batch['micro_batch']} x {batch['accumulation']}",
-        f"{found['memory_per_gpu_gib']:.1f}",
-        span(planned),
-        span(ways["whole"]),
-        span(ways["graph"]),
-        planned["limit"],
-        time(planned),
-        time(ways["graph"]),
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
 def test_the_tables_of_the_docs_are_the_commands_output() -> None:
-    lines = DOCS.read_text(encoding="utf-8").splitlines()
-    assert lines.count(COLUMNS) == 4
-    rows = [line for line in lines if re.match(r"\| `(base|large)_\w+ ", line)]
+    """On a difference: python tools/benchmarks/scaling_tables.py."""
+    text = scaling_tables.DOCS.read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if scaling_tables.ROW.match(line)]
     assert len(rows) > 15
-    for row in rows:
-        assert row == docs_row(row.split("`")[1])
+    assert scaling_tables.rewritten(text) == text
     refused = plan("base_129M", "--nodes", "64", code=2).removeprefix("plan.py: ")
-    assert f"blip-scale plan: {refused}" in DOCS.read_text(encoding="utf-8")
+    assert f"blip-scale plan: {refused}" in text
 
 
 def bert_folder(folder: Path, tokens: int, **settings: float) -> None:

@@ -118,7 +118,7 @@ def load_of(recipe: Recipe, ds_config: dict[str, Any], ranks: int, on_cpu: bool)
     size = 2 if recipe.train.precision == "bf16" else 4
     sharding = Sharding.of(ds_config, ranks, size)
     longest = recipe.model.text.max_tokens
-    return Load(network_of(recipe, contrast_of), sharding, longest, on_cpu=on_cpu)
+    return Load.of(recipe, network_of(recipe, contrast_of), sharding, longest, on_cpu)
 
 
 def _free_in_cgroups() -> list[float]:

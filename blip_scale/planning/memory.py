@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from blip_scale.config.recipe import Recipe
 from blip_scale.planning.activations import (
     Micro,
     packed_tokens,
@@ -41,13 +42,27 @@ class Load:
     sharding: Sharding
     tokens_each: float
     """Mean tokens of a caption."""
-    pad_tokens_to: int = 1
-    """Multiple that a micro-batch's tokens are padded to."""
+    share: int
+    """Pairs of a rank in an optimizer step."""
+    bucket: Callable[[int], int]
+    """Multiple that the tokens of a micro-batch are padded to, by its size."""
     on_cpu: bool = False
+
+    @staticmethod
+    def of(
+        recipe: Recipe,
+        network: Network,
+        sharding: Sharding,
+        tokens_each: float,
+        on_cpu: bool = False,
+    ) -> Load:
+        """The load of a recipe's network on a rank."""
+        share = recipe.train.global_batch_size // sharding.ranks
+        return Load(network, sharding, tokens_each, share, lambda batch: 1, on_cpu)
 
     def tokens(self, batch: int) -> int:
         """Tokens of the captions of a micro-batch together, padding included."""
-        return packed_tokens(batch, self.tokens_each, self.pad_tokens_to)
+        return packed_tokens(batch, self.tokens_each, self.bucket(batch))
 
 
 def memory(load: Load, batch: int) -> Memory:
@@ -55,7 +70,7 @@ def memory(load: Load, batch: int) -> Memory:
     network, sharding = load.network, load.sharding
     keys = network.contrast.key_count(batch)
     micro = Micro(batch, load.tokens(batch), sharding.compute_bytes, keys, load.on_cpu)
-    held = states(network, sharding)
+    held = states(network, sharding, max(1, load.share // batch))
     checkpointing = network.config.gradient_checkpointing
     saved = saved_activations(network.config, network.vision, micro, checkpointing)
     passing = temporaries(network.config, network.vision, micro)

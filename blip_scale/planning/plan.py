@@ -266,7 +266,7 @@ def make_plan(
     names = _ways(base, way)
     limit = cluster.gpu.memory_gib * GIB
     each = min(assumed.tokens_each, recipe.model.text.max_tokens)
-    loads = {name: Load(network, _sharding(base, name), each) for name in names}
+    loads = {name: Load.of(recipe, network, _sharding(base, name), each) for name in names}
     load = loads[names[0]]
     possible = possible_micro_batches(recipe, ranks)
     # A run settles `auto` for its longest captions.
@@ -329,7 +329,7 @@ def _ways(sharding: Sharding, chosen: str | None) -> list[str]:
 
 def _sharding(base: Sharding, name: str) -> Sharding:
     """How a way holds the states."""
-    if base.stage == 3 and EXECUTIONS[name].whole:
+    if base.partitions and EXECUTIONS[name].whole:
         return dataclasses.replace(base, whole=True)
     return base
 

@@ -90,20 +90,19 @@ class States:
     """In the memory of the node, a rank."""
 
 
-def states(network: Network, sharding: Sharding) -> States:
+def states(network: Network, sharding: Sharding, accumulation: int = 1) -> States:
     """Bytes of the rank that holds most.
 
-    ZeRO-3 that keeps weights whole on several ranks is taken as ZeRO-2 with all gradients in flat
-    memory (an estimate).
     Below ZeRO-3 a rank owns a stretch of all parameters laid end to end, and some stretches have
     momentum copies throughout: that rank holds an average for each of its masters. Frozen
     parameters have neither moments nor averages; their masters lie on the host.
     """
+    if sharding.stage == 3 and sharding.whole:
+        return _whole_states(network, sharding, accumulation)
     size, ranks = sharding.compute_bytes, sharding.ranks
     trained, copied = sum(network.trainable), sum(network.momentum)
     still, own_still = sum(network.frozen), _shares(network.frozen, ranks)
-    by_parameter = sharding.stage == 3 and not (sharding.whole and ranks > 1)
-    if by_parameter:
+    if sharding.stage == 3:
         own = _shares(network.trainable, ranks)
         copies = _shares(network.momentum, ranks)
         averaged = max(copies - own_still, 0)
@@ -126,12 +125,11 @@ def states(network: Network, sharding: Sharding) -> States:
         resting = {"weights": size * (trained + still), "momentum_weights": size * copied}
         buckets = (2 if sharding.overlap else 1) * sharding.reduce_bucket
         reduced = trained if sharding.stage == 1 else own
-        fresh = trained if sharding.whole else reduced  # in flat memory, for reductions in buckets
-        backward = {"reduce_bucket": size * buckets, "fresh_gradients": size * fresh}
+        backward = {"reduce_bucket": size * buckets, "fresh_gradients": size * reduced}
         update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * max(copied - still, 0)}
         gradients = _FP32 * reduced
         backward["gradients"] = gradients
-    shared = by_parameter and size == _FP32 and not sharding.offload  # with the weights
+    shared = sharding.stage == 3 and size == _FP32 and not sharding.offload  # with the weights
     masters, averaged = (0, 0) if shared else (own, averaged)
     optimizer = {
         "masters": _FP32 * masters,
@@ -145,11 +143,43 @@ def states(network: Network, sharding: Sharding) -> States:
         update.pop("gradient_copy")
     else:
         resting |= optimizer
-        if by_parameter:
+        if sharding.stage == 3:
             resting["gradients"] = gradients
     resting["contrast_state"] = network.contrast_bytes
-    return States(*({k: float(v) for k, v in part.items()} for part in (resting, backward, update,
-                                                                        host)))  # fmt: skip
+    return _states(resting, backward, update, host)
+
+
+def _whole_states(network: Network, sharding: Sharding, accumulation: int) -> States:
+    """ZeRO-3 on several ranks that keeps weights and gradients whole in flat memory; masters,
+    moments and averages are partitioned. An estimate: no test holds it against a run.
+
+    One flat gather and the reductions need buffers: a rank's part of the weights, and the larger of
+    both networks whole. Micro-steps are summed in fp32 before gradients are reduced.
+    """
+    size, ranks = sharding.compute_bytes, sharding.ranks
+    trained, own = sum(network.trainable), -(-sum(network.trainable) // ranks)
+    other = sum(network.momentum) + sum(network.frozen)
+    weights = size * (trained + other)
+    buffers = weights // ranks + size * max(trained, other) if ranks > 1 else 0
+    is_fp32 = size == _FP32  # masters and averages are the weights themselves on one rank alone
+    averaged = max(sum(network.momentum) - sum(network.frozen), 0)
+    resting = {
+        "weights": size * (trained + sum(network.frozen)),
+        "momentum_weights": size * sum(network.momentum),
+        "gradients": size * trained,
+        "averaged_gradients": _FP32 * own,
+        "exchange_buffers": buffers,
+        "summed_gradients": _FP32 * trained if accumulation > 1 and ranks > 1 else 0,
+        "masters": 0 if is_fp32 and ranks == 1 else _FP32 * own,
+        "moments": 2 * _FP32 * own,
+        "momentum_averages": 0 if is_fp32 and ranks == 1 else _FP32 * -(-averaged // ranks),
+        "contrast_state": network.contrast_bytes,
+    }
+    return _states(resting, {}, {}, {})
+
+
+def _states(*parts: Mapping[str, float]) -> States:
+    return States(*({name: float(value) for name, value in part.items()} for part in parts))
 
 
 def _shares(numels: list[int], ranks: int) -> int:

@@ -190,8 +190,9 @@ def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[
     """What ranks exchange in an optimizer step; nothing on one rank.
 
     Whole weights are gathered in one exchange after the update, the momentum copies in another, and
-    gradients are reduced in buckets. Partitioned weights are gathered once a micro-step, an
-    exchange for each module whose weights are above the threshold; prefetching merges some.
+    gradients are reduced in buckets, under ZeRO-3 once a step. Partitioned weights are gathered
+    once a micro-step, an exchange for each module whose weights are above the threshold;
+    prefetching merges some.
     """
     if cluster.ranks == 1:
         return ()
@@ -207,7 +208,8 @@ def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[
         seconds = cluster.exchange_s(data_bytes, calls, level)
         return Exchange(name, calls, data_bytes, seconds, hidden)
 
-    reductions = 1 if sharding.stage == 1 else micro_steps
+    once = sharding.stage == 1 or (sharding.stage == 3 and sharding.whole)
+    reductions = 1 if once else micro_steps
     listed = [exchange("reductions", buckets * reductions, trained * reductions, hidden=True)]
     if sharding.partitions:
         parted = sum(numel > sharding.persistent for numel in network.module_parameters)
