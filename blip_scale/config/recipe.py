@@ -222,10 +222,12 @@ class TrainRecipe:
     micro_batch_size: Positive | None = None
     """Pairs a rank takes through the network at once; null: global_batch_size / ranks (no
     accumulation), or what max_micro_batch_size makes of it."""
-    max_micro_batch_size: Positive | None = None
+    max_micro_batch_size: Positive | Literal["auto"] | None = None
     """Where micro_batch_size is null: the largest size up to this one that divides
     global_batch_size / ranks is taken, and accumulation does the rest. So a recipe runs on more or
-    fewer ranks with the same global batch."""
+    fewer ranks with the same global batch. `auto`: the largest that fits the memory of the device,
+    settled once when a run starts (pretraining and retrieval). The size of a micro-batch is the
+    number of pairs that local ITM negatives and ITC's own pairs come from."""
     pad_tokens_to: Positive | Literal["auto"] = "auto"
     """Pretraining and retrieval: fill the packed captions of a micro-batch up to a multiple of so
     many tokens, so that tensors have few static sizes; losses and gradients stay the same. auto: on

@@ -87,16 +87,16 @@ class Growing(Ours):
         from blip_scale.planning.activations import Micro, saved_activations, temporaries
         from blip_scale.planning.network import network_of
         from blip_scale.planning.states import Sharding, states
+        from blip_scale.tasks.by_name import contrast_of
 
         chosen, ranks = self.recipe, collectives.world_size()
         batch, queue = chosen.train.global_batch_size // ranks, chosen.objective.queue_size
         tokens = len(self.batches[0].token_ids)
-        network = network_of(chosen)
+        network = network_of(chosen, contrast_of)
         size = self.task.dtype.itemsize
         ds_config = checks.resolve_deepspeed(chosen, self.match.ds_config, ranks)
-        held = states(network, Sharding.of(ds_config, ranks, size), queue)
-        mask = 1 if self.device.type == "cuda" else size
-        micro = Micro(batch, tokens, size, queue, mask)
+        held = states(network, Sharding.of(ds_config, ranks, size))
+        micro = Micro(batch, tokens, size, batch + queue, self.device.type == "cpu")
         running = [held.backward, temporaries(network.config, network.vision, micro)]
         running.append(
             saved_activations(
