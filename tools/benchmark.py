@@ -1,4 +1,4 @@
-"""Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step` or
+"""Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step`, `host` or
 `growth`."""
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def table(result: dict[str, Any]) -> str:
 def step(options: argparse.Namespace) -> dict[str, Any]:
     """Time, operations and memory of a pretraining step, beside the published form's."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from tools.benchmarks.step_contenders import ALLOCATOR, StepContest, make_match
+    from tools.benchmarks.step_contenders import ALLOCATOR, Contender, StepContest, make_match
 
     if options.allocator == "tuned":
         os.environ.update(ALLOCATOR)  # for every contender alike; read when a process starts
@@ -145,7 +145,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     names = ["ours", *options.against]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         match = make_match(chosen, options.deepspeed, options.threads, Path(folder))
-        with StepContest(match, names) as contest:
+        with StepContest({name: Contender(name, match) for name in names}) as contest:
             seconds: dict[str, list[float]] = {name: [] for name in names}
             peaks = []
             for _ in range(options.rounds):
@@ -241,9 +241,11 @@ def step_table(result: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     from tools.benchmarks.growth import add_growth
+    from tools.benchmarks.host import add_host
 
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     add_growth(commands, ROOT / "ds_configs" / "zero3.json")
+    add_host(commands, ROOT / "ds_configs" / "zero3.json")
     _add_step(
         commands.add_parser(
             "step",

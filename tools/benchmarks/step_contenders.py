@@ -1,13 +1,14 @@
-"""What `tools/benchmark.py step` measures: ours and the published step, in processes of their own.
+"""Contenders of the step benchmarks: our step and the published one, in processes of their own.
 
-They take turns, a step each, so that whatever else the machine does meets both. Both train on the
-same batches from the same weights.
+They take turns, a step each, so that a busy machine slows all of them alike. All train on the same
+batches from the same weights.
 """
 
 from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ from blip_scale.config import checks, recipe
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.engine.zero.onednn import OneDNNLinear
 from blip_scale.inference.inputs import to_model_input
 from blip_scale.inference.sizes import med_config
-from tools.benchmarks.contest import Contest, ask
+from tools.benchmarks.contest import Contest, Failure, ask
 from tools.benchmarks.host_work import host_work
 from tools.benchmarks.plain_engine import PlainEngine, PlainMomentum
 
@@ -55,6 +57,17 @@ class Match:
     threads: int
     folder: Path
     """Holds the data."""
+    onednn: bool = True
+    """Take the linear layers that the engine takes on a CPU. A GPU never does."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One process of a contest."""
+
+    kind: str
+    """Key of KINDS."""
+    match: Match
 
 
 def make_match(
@@ -109,6 +122,15 @@ class Ours:
         loader = self.task.batches()
         self.batches = [next(loader) for _ in range(_BATCHES)]
         self.steps = 0
+        if not match.onednn:
+            for module in self.engine.module.modules():
+                if isinstance(module, OneDNNLinear):
+                    module.__class__ = nn.Linear
+
+    def warm_up(self) -> None:
+        """Run a few steps."""
+        for _ in range(_WARM_UP_STEPS):
+            self.step()
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
         """The engine around the task's network, filled, and the momentum copies."""
@@ -252,7 +274,13 @@ class Published:
             )
         self.bf16 = chosen.train.precision == "bf16"
         self.steps = 0
+        self.attention = "eager"
+
+    def warm_up(self) -> None:
+        """Choose the ViT's attention, and run a few steps."""
         self.attention = self._faster_attention()
+        for _ in range(_WARM_UP_STEPS):
+            self.step()
 
     def step(self) -> None:
         """One optimizer step; in bf16 under autocast, as its users run it."""
@@ -300,7 +328,7 @@ class Plain(Ours):
         loss.backward()
 
 
-CONTENDERS: dict[str, Callable[[Match], Any]] = {
+KINDS: dict[str, Callable[[Match], Any]] = {
     "ours": Ours,
     "plain": Plain,
     "published": Published,
@@ -308,41 +336,53 @@ CONTENDERS: dict[str, Callable[[Match], Any]] = {
 
 
 class StepContest(Contest):
-    """A process a contender."""
+    """Contenders by name, each in a process of its own."""
 
-    def __init__(self, match: Match, names: list[str]) -> None:
+    def __init__(self, contenders: dict[str, Contender]) -> None:
         super().__init__()
-        self._pipes: dict[str, Connection] = {}
-        for name in names:
-            self._pipes[name] = self.start(serve, CONTENDERS[name], match)
+        self.pipes: dict[str, Connection] = {}
+        for name, contender in contenders.items():
+            self.pipes[name] = self.start(serve, contender)
             self.ask(name, "ready")  # one after another: building takes the most memory
+            self.ask(name, "warm_up")
 
     def ask(self, name: str, what: str, *arguments: Any) -> Any:
-        """Call a method of a contender; raises RuntimeError where it died."""
-        return ask(self._pipes[name], name, (what, arguments))
+        """Call a method of a contender; raises RuntimeError where it failed or died."""
+        return ask(self.pipes[name], name, (what, arguments))
 
 
-def serve(pipe: Connection, build: Callable[[Match], Any], match: Match) -> None:
-    """Build a contender, warm it up, and answer with its methods until the pipe is closed."""
-    torch.set_num_threads(match.threads)
+def serve(pipe: Connection, contender: Contender) -> None:
+    """Build a contender, and answer with its methods until the pipe is closed.
+
+    An answer is a `Failure` where the call raised an exception.
+    """
+    torch.set_num_threads(contender.match.threads)
     torch.manual_seed(0)
-    contender = build(match)
-    for _ in range(_WARM_UP_STEPS):
-        contender.step()
-    from blip_scale.engine.watching.monitor import peak_memory_gib
+    contestant: Any = None
+
+    def build() -> bool:
+        nonlocal contestant
+        contestant = KINDS[contender.kind](contender.match)
+        return True
 
     answers: dict[str, Callable[..., Any]] = {
-        "ready": lambda: True,
-        "seconds": lambda: _timed(contender.step),
-        "host_work": lambda: host_work(contender.step),
-        "peak_memory_gib": lambda: peak_memory_gib(contender.device),
+        "ready": build,
+        "seconds": lambda: _timed(contestant.step),
+        "cpu_seconds": lambda: _cpu_seconds(contestant.step),
+        "host_work": lambda: host_work(contestant.step),
+        "peak_memory_gib": lambda: _peak_memory_gib(contestant.device),
     }
     while True:
         try:
             what, arguments = pipe.recv()
         except EOFError:
             os._exit(0)  # DeepSpeed's process group is not torn down
-        pipe.send((answers.get(what) or getattr(contender, what))(*arguments))
+        try:
+            answer = (answers.get(what) or getattr(contestant, what))(*arguments)
+        except Exception as error:
+            traceback.print_exc()
+            answer = Failure.of(error)
+        pipe.send(answer)
 
 
 def _timed(step: Callable[[], None]) -> float:
@@ -351,3 +391,16 @@ def _timed(step: Callable[[], None]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def _cpu_seconds(step: Callable[[], None]) -> float:
+    """CPU time of all threads of the process."""
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    from blip_scale.engine.watching.monitor import peak_memory_gib
+
+    return peak_memory_gib(device)
