@@ -13,7 +13,7 @@ import torch
 from blip_scale import launcher
 from blip_scale.config import checks
 from blip_scale.model.flops import pretraining_flops
-from tools.benchmarks.contest import Contest, ContenderError, Failure
+from tools.benchmarks.contest import ContenderError, Contest, Failure
 from tools.benchmarks.step_contenders import KINDS, Contender, Match, Ours, serve
 
 

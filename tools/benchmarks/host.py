@@ -87,7 +87,7 @@ def host(options: argparse.Namespace) -> dict[str, Any]:
 def host_table(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = [
-        f"{result['precision']}, batch {result['batch_size']}, {result['rounds']} rounds, one thread",
+        f"{result['precision']}, batch {result['batch_size']}, {result['rounds']} rounds",
         f"{'':22}{'CPU s a step':>14}{'least':>8}{'operations':>12}{'Python calls':>14}",
     ]
     for name, row in result["contenders"].items():

@@ -29,7 +29,9 @@ from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.engine.zero.onednn import OneDNNLinear
 from blip_scale.inference.inputs import to_model_input
 from blip_scale.inference.sizes import med_config
+from blip_scale.model.flops import pretraining_flops
 from tools.benchmarks.contest import Contest, Failure, ask
+from tools.benchmarks.device_work import device_work, gpu_memory, waiting_places
 from tools.benchmarks.host_work import host_work
 from tools.benchmarks.plain_engine import PlainEngine, PlainMomentum
 
@@ -37,7 +39,7 @@ TOKEN_MEAN = 12.5
 """Tokens of a caption, [CLS] and [SEP] included: published captions lie at 10 to 15."""
 TOKEN_SIGMA = 0.35
 """Of the logarithm of their number."""
-_WARM_UP_STEPS = 2
+WARM_UP_STEPS = 2
 _BATCHES = 4  # different ones, in turns
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
@@ -127,9 +129,9 @@ class Ours:
                 if isinstance(module, OneDNNLinear):
                     module.__class__ = nn.Linear
 
-    def warm_up(self) -> None:
-        """Run a few steps."""
-        for _ in range(_WARM_UP_STEPS):
+    def warm_up(self, steps: int = WARM_UP_STEPS) -> None:
+        """Run some steps."""
+        for _ in range(steps):
             self.step()
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
@@ -186,7 +188,7 @@ class Ours:
         return parts
 
     def flops(self) -> float:
-        """Of forward and backward of a step, by torch's counter: mean over the batches."""
+        """FLOPs of forward and backward of a step, by torch's counter: mean over the batches."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             for _ in range(_BATCHES):
                 self.forward_and_backward(lambda part: None)
@@ -201,8 +203,14 @@ class Ours:
             self.step()
         profile.export_chrome_trace(str(file))
 
+    def paper_flops(self) -> float:
+        """FLOPs of forward and backward of a step on paper: mean over the batches."""
+        tokens = sum(len(batch.token_ids) for batch in self.batches) // _BATCHES
+        train, queue = self.recipe.train, self.recipe.objective.queue_size
+        return pretraining_flops(self.task.config, train.global_batch_size, tokens, queue)
+
     def peak_flops(self) -> float:
-        """Of a matrix product in the type of the weights."""
+        """FLOP/s of a matrix product in the type of the weights."""
         from blip_scale.engine.watching.monitor import measure_peak_flops
 
         return measure_peak_flops(self.device, self.engine.dtype)
@@ -263,7 +271,6 @@ class Published:
         task = Pretrain(chosen, self.device)
         loader = task.batches()
         batches = [next(loader) for _ in range(_BATCHES)]
-        self.batches = [to_model_input(b, self.device, torch.float32) for b in batches]
         config = med_config(chosen, load_tokenizer(chosen.model.text))
         queue = FeatureQueue(chosen.model.embed_dim, chosen.objective.queue_size, chosen.seed)
         features = (queue.features.image.to(self.device), queue.features.text.to(self.device))
@@ -272,22 +279,33 @@ class Published:
             self.network = PublishedStep(
                 med, chosen.objective, chosen.optimizer, features, chosen.model.text.max_tokens
             )
+        self.batches = []
+        for batch in batches:
+            images, text = to_model_input(batch, self.device, torch.float32)
+            self.batches.append((images, self.network.padded(text)))
         self.bf16 = chosen.train.precision == "bf16"
         self.steps = 0
         self.attention = "eager"
 
-    def warm_up(self) -> None:
-        """Choose the ViT's attention, and run a few steps."""
+    def warm_up(self, steps: int = WARM_UP_STEPS) -> None:
+        """Choose the ViT's attention, and run some steps."""
         self.attention = self._faster_attention()
-        for _ in range(_WARM_UP_STEPS):
+        for _ in range(steps):
             self.step()
 
     def step(self) -> None:
         """One optimizer step; in bf16 under autocast, as its users run it."""
-        images, text = self.batches[self.steps % _BATCHES]
+        images, captions = self.batches[self.steps % _BATCHES]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            self.network.step(images, text, alpha=0.0)
+            self.network.step(images, captions, alpha=0.0)
         self.steps += 1
+
+    def flops(self) -> float:
+        """FLOPs of forward and backward of a step, by torch's counter: mean over the batches."""
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            for _ in range(_BATCHES):
+                self.step()
+        return float(counter.get_total_flops()) / _BATCHES
 
     def _faster_attention(self) -> str:
         """The ViT's, by trying: a comparison should not be won by a bad choice."""
@@ -342,47 +360,63 @@ class StepContest(Contest):
         super().__init__()
         self.pipes: dict[str, Connection] = {}
         for name, contender in contenders.items():
-            self.pipes[name] = self.start(serve, contender)
+            self.add(name, contender)
             self.ask(name, "ready")  # one after another: building takes the most memory
             self.ask(name, "warm_up")
 
+    def add(self, name: str, contender: Contender) -> None:
+        """Start a process, which begins to build its contender."""
+        self.pipes[name] = self.start(serve, contender)
+
     def ask(self, name: str, what: str, *arguments: Any) -> Any:
-        """Call a method of a contender; raises RuntimeError where it failed or died."""
+        """Call a method of a contender; raises ContenderError where it failed or died."""
         return ask(self.pipes[name], name, (what, arguments))
 
 
 def serve(pipe: Connection, contender: Contender) -> None:
     """Build a contender, and answer with its methods until the pipe is closed.
 
-    An answer is a `Failure` where the call raised an exception.
+    The answer to `ready` says whether it could be built. An answer is a `Failure` where the call
+    raised an exception.
     """
     torch.set_num_threads(contender.match.threads)
     torch.manual_seed(0)
     contestant: Any = None
 
-    def build() -> bool:
+    def built() -> bool | Failure:
         nonlocal contestant
         contestant = KINDS[contender.kind](contender.match)
         return True
 
+    readiness = _attempted(built)
     answers: dict[str, Callable[..., Any]] = {
-        "ready": build,
+        "ready": lambda: readiness,
         "seconds": lambda: _timed(contestant.step),
+        "turn": lambda steps: _turn(contestant.step, steps),
+        "first_steps": lambda steps: _timed(lambda: contestant.warm_up(steps)),
         "cpu_seconds": lambda: _cpu_seconds(contestant.step),
         "host_work": lambda: host_work(contestant.step),
+        "device_work": lambda: device_work(contestant.step),
+        "waiting_places": lambda: waiting_places(contestant.step),
         "peak_memory_gib": lambda: _peak_memory_gib(contestant.device),
+        "gpu_memory": gpu_memory,
     }
     while True:
         try:
             what, arguments = pipe.recv()
         except EOFError:
             os._exit(0)  # DeepSpeed's process group is not torn down
-        try:
-            answer = (answers.get(what) or getattr(contestant, what))(*arguments)
-        except Exception as error:
-            traceback.print_exc()
-            answer = Failure.of(error)
-        pipe.send(answer)
+        method = answers.get(what) or getattr(contestant, what)
+        pipe.send(_attempted(method, *arguments))
+
+
+def _attempted(method: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, or the exception as a `Failure`."""
+    try:
+        return method(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return Failure.of(error)
 
 
 def _timed(step: Callable[[], None]) -> float:
@@ -391,6 +425,16 @@ def _timed(step: Callable[[], None]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def _turn(step: Callable[[], None], steps: int) -> list[float]:
+    """Seconds of some steps after one that fills the allocator's cache, which is emptied at the
+    end."""
+    step()
+    seconds = [_timed(step) for _ in range(steps)]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return seconds
 
 
 def _cpu_seconds(step: Callable[[], None]) -> float:

@@ -1,4 +1,4 @@
-"""A made-up WordPiece vocabulary, for benchmarks that must not depend on a package or a download."""
+"""A made-up WordPiece vocabulary, for benchmarks that need no package and no download."""
 
 from __future__ import annotations
 
