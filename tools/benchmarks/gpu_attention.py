@@ -93,8 +93,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, p: float) 
         raise NotImplementedError("not tried with a causal mask")
     queries, keys = layout.queries, layout.keys
     bounds = queries.max_length, keys.max_length
-    out: Tensor = varlen_attn(q, k, v, queries.offsets, keys.offsets, *bounds)
-    return out
+    out = varlen_attn(q, k, v, queries.offsets, keys.offsets, *bounds)
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def _sdpa(choice: SDPBackend | None) -> Function:
@@ -112,7 +112,8 @@ def run_attention(rows: Rows, device: torch.device, tiny: bool) -> None:
     for batch in (2,) if tiny else (64, 256):
         for case in cases(batch, image_tokens, device):
             inputs = _drawn(case, heads, channels, device)
-            expected = attention(*(x.float() for x in inputs), case.layout, kernel="sdpa").detach()
+            q, k, v = (x.detach().float() for x in inputs)
+            expected = attention(q, k, v, case.layout, kernel="sdpa")
             for name, function in functions.items():
                 for p in (0.0, DROPOUT) if case.drops else (0.0,):
                     shape = {"batch_size": batch, "case": case.name, "kernel": name, "dropout": p}

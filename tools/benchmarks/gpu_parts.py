@@ -68,22 +68,24 @@ def environment(settings: Settings, rows: Rows) -> None:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    machine: dict[str, Any] = {
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu": _cpu_model(),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-    }
+    rows.add(
+        what="environment",
+        versions=versions,
+        python=platform.python_version(),
+        cuda=torch.version.cuda,
+        cores=len(os.sched_getaffinity(0)),
+        cpu=_cpu_model(),
+        commit=_output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+    )
     if settings.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        machine |= {
-            "gpu": properties.name,
-            "gpu_gib": round(properties.total_memory / 2**30, 1),
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        }
-    rows.add(what="environment", versions=versions, **machine)
+        rows.add(
+            what="environment",
+            gpu=properties.name,
+            gpu_gib=round(properties.total_memory / 2**30, 1),
+            compute_capability=f"{properties.major}.{properties.minor}",
+            driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        )
     for kind, tflops in _peaks(torch.device(settings.device), settings.tiny):
         rows.add(what="peak", kind=kind, tflops=tflops)
 

@@ -56,12 +56,11 @@ def _number(value: float | None, digits: int = 3) -> str | None:
 def _environment(rows: Sequence[Row]) -> str:
     """One paragraph, and the peaks."""
     texts = []
-    for row in rows:
-        if row.get("what") == "environment":
-            versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-            facts = ("gpu", "gpu_gib", "compute_capability", "driver", "cuda", "cpu", "cores")
-            machine = ", ".join(f"{name} {row[name]}" for name in facts if row.get(name))
-            texts.append(f"{machine}; Python {row['python']}, {versions}; commit {row['commit']}.")
+    for row in merged((row for row in rows if row.get("what") == "environment"), ("what",)):
+        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        facts = ("gpu", "gpu_gib", "compute_capability", "driver", "cuda", "cpu", "cores")
+        machine = ", ".join(f"{name} {row[name]}" for name in facts if row.get(name))
+        texts.append(f"{machine}; Python {row['python']}, {versions}; commit {row['commit']}.")
     peaks = [(row["kind"], _number(row["tflops"], 1)) for row in rows if row.get("what") == "peak"]
     if peaks:
         texts.append(_table(("matrix product", "TFLOP/s"), peaks))
