@@ -23,6 +23,9 @@ SIZES = ("500x375", "640x480", "1280x960")
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if getattr(options, "at_least", None) is not None and "published" not in options.against:
+        print("error: --at-least: needs --against published", file=sys.stderr)
+        return 2
     try:
         result = options.measure(options)
     except ModuleNotFoundError as error:
@@ -32,6 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result) if options.json else options.show(result))
+    at_least = getattr(options, "at_least", None)
+    if at_least is not None and result["ratio"] < at_least:
+        print(f"error: ratio {result['ratio']:.2f} is below {at_least}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -298,6 +305,10 @@ def _add_step(command: argparse.ArgumentParser) -> None:
         help="glibc keeps large blocks, for all contenders alike (default), or gives them back",
     )  # fmt: skip
     command.add_argument("--deepspeed", default=str(ROOT / "ds_configs" / "zero3.json"))
+    command.add_argument(
+        "--at-least", type=float, metavar="RATIO",
+        help="fail where ours is fewer times as fast as the published form",
+    )  # fmt: skip
     command.add_argument("--trace", type=Path, help="write a step for Perfetto or TensorBoard")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(measure=step, show=step_table)
