@@ -54,10 +54,6 @@ class Growing(Ours):
     """Our step on one of the ranks, with a meter at its exchanges and what it should cost."""
 
     def __init__(self, match: Match) -> None:
-        from blip_scale.engine.watching.communication import CommunicationMeter
-
-        self.meter = CommunicationMeter()
-        self.meter.install()
         self.match = match
         self.before_gib = _resident_peak_gib()
         super().__init__(match)
@@ -67,13 +63,12 @@ class Growing(Ours):
         from blip_scale.engine import collectives
 
         collectives.barrier()
-        self.meter.reset()
         began = time.perf_counter()
         self.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - began
-        found = self.meter.metrics()
+        found = self.run.meter.metrics()
         return {
             "seconds": seconds,
             "exchange_s": found["blocked_s"],

@@ -6,6 +6,7 @@ batches from the same weights.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import traceback
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,24 +112,45 @@ def _encoded(pixels: np.ndarray) -> bytes:
 
 
 class Ours:
-    """The step of a real run on one rank, under DeepSpeed's engine."""
+    """The step of a real run, under DeepSpeed's engine."""
 
     def __init__(self, match: Match) -> None:
+        from blip_scale.engine.run import History, WorstStep
+        from blip_scale.engine.watching.communication import CommunicationMeter
+        from blip_scale.engine.watching.sample_record import SampleRecord
         from blip_scale.engine.zero.engine import start
         from blip_scale.tasks.pretrain import Pretrain
 
+        meter = CommunicationMeter()
+        meter.install()
         self.device = start(match.recipe.train.stall_timeout_s)
+        if self.device.type == "cuda":  # as the train loop does, for the sake of captures
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))
         self.recipe = match.recipe
         self.task = Pretrain(match.recipe, self.device)
         self.engine, self.momentum = self.wrapped(match)
-        self.engine.deepspeed.train()
+        self.engine.module.train()
         loader = self.task.batches()
         self.batches = [next(loader) for _ in range(_BATCHES)]
-        self.steps = 0
+        self.run: Any = SimpleNamespace(
+            recipe=self.recipe, task=self.task, engine=self.engine, momentum=self.momentum,
+            micro_step=self.micro_step(), meter=meter, accumulation=1, step=0, history=History(),
+            samples=SampleRecord(match.folder, 0, enabled=False), worst=WorstStep(), named=set(),
+            interrupts=SimpleNamespace(is_pending=False),
+        )  # fmt: skip
+        """The parts of `engine.run.Run` that a step needs."""
+        self._endless = itertools.cycle(self.batches)
         if not match.onednn:
             for module in self.engine.module.modules():
                 if isinstance(module, OneDNNLinear):
                     module.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def micro_step(self) -> Any:
+        """Forward and backward as the recipe has them."""
+        from blip_scale.engine.micro_step import choose_micro_step
+
+        setting = self.recipe.model.cuda_graph
+        return choose_micro_step(self.engine, setting, self.task.capture_obstacle)
 
     def warm_up(self, steps: int = WARM_UP_STEPS) -> None:
         """Run some steps."""
@@ -146,32 +169,15 @@ class Ours:
         engine.fill(self.task.initial_weights())
         return engine, ShardedMomentum(engine, self.task.momentum_pairs)
 
-    def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
-        """One optimizer step as the train loop takes it; `mark` hears what has just ended."""
-        self.forward_and_backward(mark)
-        norms = self.engine.gradient_norms()
-        self.engine.step(self.recipe.optimizer.peak_lr, apply=norms["all"] < float("inf"))
-        mark("optimizer")
-        self.task.after_step(self.engine, self.momentum, applied=True)
-        mark("momentum update, queue")
-        self.steps += 1
+    def step(self) -> None:
+        """One optimizer step of the train loop."""
+        from blip_scale.engine.step import optimizer_step
 
-    def forward_and_backward(self, mark: Callable[[str], None]) -> None:
-        from blip_scale.engine.task import Progress
-
-        batch = self.batches[self.steps % _BATCHES]
-        progress = Progress(self.steps, self.steps, self.task.steps_per_epoch)
-        metrics = self.task.losses(self.engine.deepspeed, batch, progress)
-        mark("losses")
-        self.backward(metrics["loss/total"])
-        mark("vision backward")
-
-    def backward(self, loss: Tensor) -> None:
-        self.engine.deepspeed.backward(loss)
+        optimizer_step(self.run, self._endless)
+        self.run.history.window.clear()
 
     def split(self) -> dict[str, float]:
         """Seconds of the parts of one step, by hooks at their ends."""
-        network = self.engine.module
         parts: dict[str, float] = {}
         last = [time.perf_counter()]
 
@@ -182,19 +188,22 @@ class Ours:
             parts[part] = parts.get(part, 0.0) + now - last[0]
             last[0] = now
 
-        with _marked(network, mark):
+        with (
+            _marked(self.engine.module, mark),
+            _heard(self.run, "micro_step", lambda: mark("vision backward")),
+            _heard(self.engine, "squared_norms", lambda: mark("gradient norms")),
+            _heard(self.engine, "step", lambda: mark("optimizer")),
+            _heard(self.task, "after_step", lambda: mark("momentum update, queue")),
+        ):
             last[0] = time.perf_counter()
-            self.step(mark)
+            self.step()
         return parts
 
     def flops(self) -> float:
         """FLOPs of forward and backward of a step, by torch's counter: mean over the batches."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             for _ in range(_BATCHES):
-                self.forward_and_backward(lambda part: None)
-                self.task.after_step(self.engine, self.momentum, applied=False)
-                self.engine.step(0.0, apply=False)
-                self.steps += 1
+                self.step()
         return float(counter.get_total_flops()) / _BATCHES
 
     def trace(self, file: Path) -> None:
@@ -219,6 +228,23 @@ class Ours:
         """Token mean of the captions."""
         tokens = sum(len(batch.token_ids) for batch in self.batches)
         return {"token_mean": tokens / sum(len(batch.ids) for batch in self.batches)}
+
+
+@contextmanager
+def _heard(owner: Any, name: str, after: Callable[[], None]) -> Iterator[None]:
+    """Call `after` whenever a method, or another callable attribute, has returned."""
+    original = getattr(owner, name)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        result = original(*arguments, **keywords)
+        after()
+        return result
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 @contextmanager
@@ -249,6 +275,7 @@ def _marked(network: Any, mark: Callable[[str], None]) -> Iterator[None]:
     ):  # fmt: skip
         handles.append(module.register_forward_hook(lambda *_, part=part: mark(part)))
     handles.append(med.temperature.register_forward_hook(lambda *_: mark("projections")))
+    handles.append(network.register_forward_hook(lambda *_: mark("losses")))
     try:
         yield
     finally:
@@ -342,8 +369,11 @@ class Plain(Ours):
         engine = PlainEngine(network, match.recipe.optimizer)
         return engine, PlainMomentum(engine, self.task.momentum_pairs)
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    def micro_step(self) -> Any:
+        """Forward and backward, kernel by kernel."""
+        from blip_scale.engine.micro_step import EagerMicroStep
+
+        return EagerMicroStep(self.engine)
 
 
 KINDS: dict[str, Callable[[Match], Any]] = {
