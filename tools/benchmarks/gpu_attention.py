@@ -65,14 +65,14 @@ def cases(batch: int, image_tokens: int, device: torch.device) -> list[Case]:
 def kernels() -> dict[str, Function]:
     """Name -> kernel: the packed ones of `blip_scale.model.kernels`, torch's varlen_attn, and the
     backends of SDPA on padded sequences, which is what `attention: sdpa` takes."""
-    functions: dict[str, Function] = {}
-    for backend in get_args(Backend):
-        if backend != "sdpa":
-            functions[backend] = _packed(backend)
-    functions["torch varlen_attn"] = _varlen
+    functions: dict[str, Function] = {"torch_flash": _packed("torch_flash")}
+    functions["SDPA, torch's choice"] = _sdpa(None)
     for name, choice in _SDPA.items():
         functions[name] = _sdpa(choice)
-    functions["SDPA, torch's choice"] = _sdpa(None)
+    functions["torch varlen_attn"] = _varlen
+    for backend in get_args(Backend):
+        if backend != "sdpa":  # flash-attn-4 compiles for each shape: it comes late
+            functions.setdefault(backend, _packed(backend))
     return functions
 
 
@@ -105,26 +105,43 @@ def _sdpa(choice: SDPBackend | None) -> Function:
     return run
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """A case at one batch size, with its inputs and what SDPA in fp32 makes of them."""
+
+    batch: int
+    case: Case
+    inputs: list[Tensor]
+    expected: Tensor
+
+
 def run_attention(rows: Rows, device: torch.device, tiny: bool) -> None:
     """Error against SDPA in fp32 and time, forward and backward, of each kernel in each case."""
     heads, channels, image_tokens = (2, 16, 10) if tiny else (12, 64, 197)
-    functions = kernels()
+    shapes = []
     for batch in (2,) if tiny else (64, 256):
         for case in cases(batch, image_tokens, device):
             inputs = _drawn(case, heads, channels, device)
             q, k, v = (x.detach().float() for x in inputs)
             expected = attention(q, k, v, case.layout, kernel="sdpa")
-            for name, function in functions.items():
-                for p in (0.0, DROPOUT) if case.drops else (0.0,):
-                    shape = {"batch_size": batch, "case": case.name, "kernel": name, "dropout": p}
-                    if p and name in _WITHOUT_DROPOUT:
-                        rows.add(**shape, error="has no dropout")
-                        continue
-                    try:
-                        rows.add(**shape, **_measured(function, inputs, case.layout, p, expected))
-                    except Exception as error:
-                        text = " ".join(f"{type(error).__name__}: {error}".split())
-                        rows.add(**shape, error=text[:200])
+            shapes.append(_Shape(batch, case, inputs, expected))
+    for name, function in kernels().items():
+        for shape in shapes:
+            for p in (0.0, DROPOUT) if shape.case.drops else (0.0,):
+                _add_row(rows, name, function, shape, p)
+
+
+def _add_row(rows: Rows, name: str, function: Function, shape: _Shape, p: float) -> None:
+    key = {"batch_size": shape.batch, "case": shape.case.name, "kernel": name, "dropout": p}
+    if p and name in _WITHOUT_DROPOUT:
+        rows.add(**key, error="has no dropout")
+        return
+    try:
+        values = _measured(function, shape.inputs, shape.case.layout, p, shape.expected)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        values = {"error": text[:200]}
+    rows.add(**key, **values)
 
 
 def _drawn(case: Case, heads: int, channels: int, device: torch.device) -> list[Tensor]:

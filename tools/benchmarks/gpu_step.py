@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blip_scale.config import recipe
-from blip_scale.config.recipe import ModelRecipe, Recipe
+from blip_scale.config.recipe import Recipe
 from tools.benchmarks.contest import ContenderError
 from tools.benchmarks.gpu_rows import Rows
 from tools.benchmarks.growth import OFFLINE
@@ -22,12 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def _modes(compile_: str, graph: str) -> tuple[str, ...]:
     return f"model.compile={compile_}", f"model.cuda_graph={graph}"
-
-
-def _is_known(setting: str) -> bool:
-    """False for a mode that is switched off and that this version does not have."""
-    name, _, value = setting.removeprefix("model.").partition("=")
-    return value != "false" or name in ModelRecipe.__dataclass_fields__
 
 
 CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -49,8 +43,8 @@ TINY = (
 """Sizes that a CPU trains in no time."""
 
 
-_FIRST_STEPS = 8
-"""Steps in which compiling and the capture of a graph happen."""
+_FIRST_STEPS = 16
+"""Steps in which compiling and the capture of a graph for each batch happen."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +99,8 @@ def _matches(part: StepPart, folder: Path, rows: Rows) -> dict[str, Contender]:
     made = make_match(recipe.load("base_129M", common), ds_config, threads, folder)
     chosen = {}
     for title, (kind, settings) in CONTENDERS.items():
-        present = [setting for setting in settings if _is_known(setting)]
         try:
-            wanted: Recipe = recipe.load("base_129M", [*common, *present])
+            wanted: Recipe = recipe.load("base_129M", [*common, *settings])
         except ValueError as error:
             reason = " ".join(str(error).split())
             rows.add(contender=title, refused=f"refused: {reason}"[:300], **part.key)

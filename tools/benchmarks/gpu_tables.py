@@ -85,7 +85,7 @@ def _steps(rows: Sequence[Row]) -> list[str]:
 def _times(contenders: Sequence[Row], peaks: dict[str, float], precision: str) -> str:
     heads = (
         "contender", "s a step", "pairs/s", "kernels, s", "device busy, s", "host, s", "MFU",
-        "GiB allocated", "GiB reserved", "first 8 steps, s", "remark",
+        "GiB allocated", "GiB reserved", "first steps, s", "remark",
     )  # fmt: skip
     peak = peaks.get(_PEAK_OF[precision])
     lines = []

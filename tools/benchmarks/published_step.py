@@ -245,8 +245,8 @@ class PublishedStep:
         ).last_hidden_state
 
     def padded(self, text: PackedText) -> tuple[Tensor, Tensor]:
-        """Token ids [B, L] of B captions that begin with [CLS], and their mask."""
-        ends = text.segments.offsets.tolist()
+        """Token ids [B, L] of B captions that begin with [CLS], and their mask; no fillers."""
+        ends = text.segments.offsets.tolist()[: text.count + 1]
         ids_BL = text.token_ids.new_full((len(ends) - 1, self.max_tokens), self.special.pad)
         for row, (start, end) in enumerate(itertools.pairwise(ends)):
             ids_BL[row, : end - start] = text.token_ids[start:end]

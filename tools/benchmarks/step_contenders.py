@@ -213,8 +213,9 @@ class Ours:
         profile.export_chrome_trace(str(file))
 
     def paper_flops(self) -> float:
-        """FLOPs of forward and backward of a step on paper: mean over the batches."""
-        tokens = sum(len(batch.token_ids) for batch in self.batches) // _BATCHES
+        """FLOPs of forward and backward of a step on paper, fillers left out: mean over the
+        batches."""
+        tokens = sum(batch.caption_tokens for batch in self.batches) // _BATCHES
         train, queue = self.recipe.train, self.recipe.objective.queue_size
         return pretraining_flops(self.task.config, train.global_batch_size, tokens, queue)
 
@@ -226,7 +227,7 @@ class Ours:
 
     def describe(self) -> dict[str, float]:
         """Token mean of the captions."""
-        tokens = sum(len(batch.token_ids) for batch in self.batches)
+        tokens = sum(batch.caption_tokens for batch in self.batches)
         return {"token_mean": tokens / sum(len(batch.ids) for batch in self.batches)}
 
 
