@@ -25,6 +25,9 @@ class Failure:
         return Failure(type(error).__name__, " ".join(str(error).split())[:500])
 
 
+DIED = Failure("died", "see the messages above")
+
+
 class ContenderError(RuntimeError):
     """A contender failed or died."""
 
@@ -70,9 +73,17 @@ def ask(pipe: Connection, name: str, question: Any) -> Any:
     """The contender's answer; raises ContenderError where it failed or died."""
     try:
         pipe.send(question)
+    except OSError as error:
+        raise ContenderError(name, DIED) from error
+    return receive(pipe, name)
+
+
+def receive(pipe: Connection, name: str) -> Any:
+    """The answer to what was sent before; raises ContenderError as `ask` does."""
+    try:
         answer = pipe.recv()
     except (EOFError, OSError) as error:
-        raise ContenderError(name, Failure("died", "see the messages above")) from error
+        raise ContenderError(name, DIED) from error
     if isinstance(answer, Failure):
         raise ContenderError(name, answer)
     return answer

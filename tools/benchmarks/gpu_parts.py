@@ -137,7 +137,7 @@ def step(precision: str, batch_size: int) -> Callable[[Settings, Rows], None]:
         from tools.benchmarks.gpu_step import StepPart, run_step
 
         size = 4 if settings.tiny else batch_size
-        rounds, steps = (1, 1) if settings.tiny else (3, 4)
+        rounds, steps = (1, 1) if settings.tiny else (2, 4)
         run_step(StepPart(precision, size, settings.device, settings.tiny, rounds, steps), rows)
 
     return run

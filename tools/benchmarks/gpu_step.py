@@ -11,7 +11,7 @@ from typing import Any
 
 from blip_scale.config import recipe
 from blip_scale.config.recipe import Recipe
-from tools.benchmarks.contest import ContenderError
+from tools.benchmarks.contest import ContenderError, receive
 from tools.benchmarks.gpu_rows import Rows
 from tools.benchmarks.growth import OFFLINE
 from tools.benchmarks.step_contenders import Contender, Match, StepContest, make_match
@@ -43,8 +43,8 @@ TINY = (
 """Sizes that a CPU trains in no time."""
 
 
-_FIRST_STEPS = 16
-"""Steps in which compiling and the capture of a graph for each batch happen."""
+_TOGETHER = 90
+"""Largest micro-batch of which one GPU of 140 GB holds the steps of all contenders at once."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class StepPart:
     batch_size: int
     device: str
     tiny: bool
-    rounds: int = 3
+    rounds: int
     """Turns of each contender."""
-    steps: int = 4
+    steps: int
     """Timed steps of a turn."""
 
     @property
@@ -118,13 +118,21 @@ class _Turns(StepContest):
         self.part, self.rows = part, rows
 
     def begin(self, contenders: dict[str, Contender]) -> None:
-        """Start all, build the networks side by side, and warm up one after another."""
+        """Start all, build the networks side by side, and run the first steps: side by side where
+        the device holds all at once, so that they compile together."""
         for title, contender in contenders.items():
             self.add(title, contender)
         for title in list(self.pipes):
             self.attempt(title, "ready")
-        for title in list(self.pipes):
-            seconds = self.attempt(title, "first_steps", _FIRST_STEPS)
+        titles = list(self.pipes)
+        together = titles if self.part.batch_size <= _TOGETHER else []
+        for title in together:
+            self.pipes[title].send(("first_steps", (_first_steps(title),)))
+        for title in titles:
+            if title in together:
+                seconds = self.attempt(title, "first_steps", is_sent=True)
+            else:
+                seconds = self.attempt(title, "first_steps", _first_steps(title))
             if seconds is not None:
                 self.rows.add(contender=title, first_steps_s=round(seconds, 1), **self.part.key)
 
@@ -147,29 +155,48 @@ class _Turns(StepContest):
         """FLOPs of a step, and what the profiler sees of one."""
         for title in list(self.pipes):
             counting = "flops" if title == "published" else "paper_flops"
-            for what in (counting, "describe", "device_work", "waiting_places"):
-                if self.part.device == "cpu" and what in ("device_work", "waiting_places"):
-                    reason = "no CUDA device: kernels, launches and waits cannot be counted"
-                    self.rows.add(contender=title, profile_skipped=reason, **self.part.key)
-                    continue
-                answer = self.attempt(title, what)
-                if answer is None:
-                    break
-                values = {"flops": answer} if what == counting else answer
-                values = {what: values} if what == "waiting_places" else values
-                self.rows.add(contender=title, **values, **self.part.key)
+            flops = self.attempt(title, counting, ends=False)
+            self.rows.add(contender=title, flops=flops, **self.part.key)
+            description = self.attempt(title, "describe", ends=False) or {}
+            self.rows.add(contender=title, **description, **self.part.key)
+            if self.part.device == "cpu":
+                reason = "no CUDA device: kernels, launches and waits cannot be counted"
+                self.rows.add(contender=title, profile_skipped=reason, **self.part.key)
+                continue
+            work = self.attempt(title, "device_work", ends=False) or {}
+            self.rows.add(contender=title, **work, **self.part.key)
+            places = self.attempt(title, "waiting_places", ends=False)
+            self.rows.add(contender=title, waiting_places=places, **self.part.key)
 
-    def attempt(self, title: str, what: str, *arguments: Any) -> Any:
-        """A contender's answer; None where it failed, which ends it and makes a row."""
+    def attempt(
+        self, title: str, what: str, *arguments: Any, ends: bool = True, is_sent: bool = False
+    ) -> Any:
+        """A contender's answer; None where it failed, which makes a row.
+
+        Args:
+            title: of the contender.
+            what: method.
+            arguments: of the method.
+            ends: whether a contender that failed takes part no more.
+            is_sent: whether the question was sent before.
+        """
         try:
+            if is_sent:
+                return receive(self.pipes[title], title)
             return self.ask(title, what, *arguments)
         except ContenderError as error:
             failure = error.failure
-            text = f"{failure.kind}: {failure.message}"[:300]
+            column, text = "error", f"{failure.kind}: {failure.message}"[:300]
             if failure.kind == "OutOfMemoryError":
                 text = "out of memory"
-            column = "refused" if failure.kind == "ValueError" else "error"
-            text = f"refused: {text}" if column == "refused" else text
+            elif failure.kind == "ValueError":
+                column, text = "refused", f"refused: {failure.message}"[:300]
             self.rows.add(contender=title, during=what, **{column: text}, **self.part.key)
-            self.pipes.pop(title).close()
+            if ends:
+                self.pipes.pop(title).close()
             return None
+
+
+def _first_steps(title: str) -> int:
+    """Steps before the timed ones; a graph is captured in them for each of the batches."""
+    return 12 if "graph" in title else 3

@@ -91,7 +91,7 @@ def _times(contenders: Sequence[Row], peaks: dict[str, float], precision: str) -
     lines = []
     for row in contenders:
         mfu = None
-        if peak and "flops" in row and "seconds" in row:
+        if peak and row.get("flops") and row.get("seconds"):
             mfu = f"{row['flops'] / row['seconds'] / peak / 1e12:.1%}"
         remark = row.get("refused") or row.get("error") or row.get("profile_skipped")
         lines.append(

@@ -13,7 +13,7 @@ import torch
 from blip_scale import launcher
 from blip_scale.config import checks
 from blip_scale.model.flops import pretraining_flops
-from tools.benchmarks.contest import ContenderError, Contest, Failure
+from tools.benchmarks.contest import DIED, ContenderError, Contest, Failure
 from tools.benchmarks.step_contenders import KINDS, Contender, Match, Ours, serve
 
 
@@ -34,7 +34,7 @@ class GrowthContest(Contest):
                 pipe.send((what, ()))
             answers = [pipe.recv() for pipe in self._pipes]
         except (EOFError, OSError) as error:
-            raise ContenderError("rank", Failure("died", "see the messages above")) from error
+            raise ContenderError("rank", DIED) from error
         for rank, answer in enumerate(answers):
             if isinstance(answer, Failure):
                 raise ContenderError(f"rank {rank}", answer)
