@@ -424,7 +424,7 @@ def serve(pipe: Connection, contender: Contender) -> None:
         "ready": lambda: readiness,
         "seconds": lambda: _timed(contestant.step),
         "turn": lambda steps: _turn(contestant.step, steps),
-        "first_steps": lambda steps: _timed(lambda: contestant.warm_up(steps)),
+        "first_steps": lambda steps: _first_steps(contestant, steps),
         "cpu_seconds": lambda: _cpu_seconds(contestant.step),
         "host_work": lambda: host_work(contestant.step),
         "device_work": lambda: device_work(contestant.step),
@@ -456,6 +456,14 @@ def _timed(step: Callable[[], None]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def _first_steps(contestant: Any, steps: int) -> float:
+    """Seconds of the warm-up; its peaks of memory are forgotten."""
+    seconds = _timed(lambda: contestant.warm_up(steps))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return seconds
 
 
 def _turn(step: Callable[[], None], steps: int) -> list[float]:
