@@ -40,6 +40,7 @@ from blip_scale.evaluation import answers, captions_and_pairs, video
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.loading import Loading, load_blip, recipe_of
 from blip_scale.interop.checkpoints import format_of
+from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.visdial import VisDial
 from blip_scale.model.vqa import VQA
@@ -135,8 +136,42 @@ def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list
     if found is not None:
         tree = yaml.safe_load(recipes.to_yaml(found))
     else:
-        tree.setdefault("model", {}).setdefault("text", {})["prompt"] = blip.prompt
+        _merge(tree, _stated(blip.output) if blip.is_output_stated else _prompt(blip))
     return settings.build(Recipe, tree, "evaluate", settings.parse_overrides(overrides))
+
+
+def _prompt(blip: Blip) -> dict[str, Any]:
+    return {"model": {"text": {"prompt": blip.prompt}}}
+
+
+def _stated(output: OutputSettings) -> dict[str, Any]:
+    """What a checkpoint says of its output, as settings of a recipe."""
+    text: dict[str, Any] = {"prompt": output.prompt}
+    evaluation: dict[str, Any] = {
+        "num_beams": output.num_beams,
+        "max_caption_tokens": output.max_length,
+        "min_caption_tokens": output.min_length,
+        "repetition_penalty": output.repetition_penalty,
+        "scoring": output.evaluation_scoring,
+    }
+    if output.text_tokens is not None:
+        text["max_tokens"] = output.text_tokens
+    if output.rerank_top_k is not None:
+        evaluation["rerank_top_k"] = output.rerank_top_k
+    return {
+        "model": {"text": text},
+        "evaluation": evaluation,
+        "objective": {"label_smoothing": output.label_smoothing},
+    }
+
+
+def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
+    """Put the settings of `other` into a tree, over those that are there."""
+    for name, value in other.items():
+        if isinstance(value, dict):
+            _merge(tree.setdefault(name, {}), value)
+        else:
+            tree[name] = value
 
 
 def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPairs | VideoSet:
@@ -172,9 +207,11 @@ def _captioning(subject: Subject) -> dict[str, Any]:
     """Caption metrics where there are references; the captions go into --submission."""
     blip, pairs, options = subject.blip, subject.pairs, subject.options
     blip.require("caption")
+    ids = captioning.image_ids(pairs, options.data, options.strip_prefix)
+    if options.submission:
+        _check_distinct(ids, pairs.ids)
     every = range(len(pairs))
     said = captions_and_pairs.captions_of(blip.med, pairs, every, subject.recipe, blip.tokenizer)
-    ids = captioning.image_ids(pairs, options.data, options.strip_prefix)
     if options.submission and collectives.rank() == 0:
         entries = [{"image_id": i, "caption": text} for i, text in zip(ids, said, strict=True)]
         options.submission.write_text(json.dumps(entries), encoding="utf-8")
@@ -186,11 +223,25 @@ def _captioning(subject: Subject) -> dict[str, Any]:
     return captioning.figures(said, references, pairs.annotations)
 
 
+def _check_distinct(ids: Sequence[int | str], names: Sequence[str]) -> None:
+    """Raise ValueError where two images would have one id in a submission."""
+    names_by_id: dict[str, str] = {}
+    for number, name in zip(map(str, ids), names, strict=True):
+        if number in names_by_id:
+            raise ValueError(
+                f"--submission: {names_by_id[number]} and {name} would both have the image_id "
+                f"{number}; list them in an annotation file that gives each image its own id"
+            )
+        names_by_id[number] = name
+
+
 def _vqa(subject: Subject) -> dict[str, Any]:
     """Accuracy by the official rule; the answers go into --submission."""
     blip, options = subject.blip, subject.options
     blip.require("vqa")
     assert isinstance(blip.network, VQA)
+    if options.submission:
+        answers.question_ids(subject.pairs)
     said = answers.answers_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
     if options.submission and collectives.rank() == 0:
         rows = answers.submission(subject.pairs, said)

@@ -19,6 +19,7 @@ from blip_scale.interop.heads import (
     is_published,
     shapes_of,
 )
+from blip_scale.interop.output_settings import OutputSettings, published, turned
 from blip_scale.interop.salesforce import (
     PARTS,
     TIED,
@@ -56,6 +57,14 @@ class BlipWeights:
     """Parameters that the published network doesn't have, by their full names in a run: of the
     network (`med.`), of its momentum copies (`momentum.`), and of losses (any other name; flat).
     Only our training checkpoints hold them."""
+    output: OutputSettings | None = None
+    """What the source says of prompt, lengths, beams and scoring; None: nothing, as BLIP's own
+    files."""
+
+    @property
+    def output_settings(self) -> OutputSettings:
+        """Those of the source, or the published ones."""
+        return self.output or published(self.head)
 
 
 def checked(weights: BlipWeights) -> BlipWeights:
@@ -176,7 +185,8 @@ def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
             "come from fine-tuning"
         )
     elif not lacking:
-        return _selected(weights, head)
+        output = turned(weights.output_settings, weights.head, head)
+        return replace(_selected(weights, head), output=output)
     raise ValueError(f"{weights.origin} ({weights.head}) can't become {head}: {reason}")
 
 
@@ -253,7 +263,15 @@ def united(captioning: BlipWeights, retrieval: BlipWeights, origin: str) -> Blip
             )
     state = retrieval.state | captioning.state
     notes = [*captioning.notes, *retrieval.notes]
-    return BlipWeights("pretrain", retrieval.config, state, origin, retrieval.step, notes)
+    return BlipWeights(
+        "pretrain",
+        retrieval.config,
+        state,
+        origin,
+        retrieval.step,
+        notes,
+        output=captioning.output,
+    )
 
 
 def depth(names: Mapping[str, Tensor], pattern: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip_scale.interop import output_settings
 from blip_scale.interop.blip_weights import (
     BlipWeights,
     checked,
@@ -51,22 +52,30 @@ def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
     try:
         head = head_of(state)
         config = _network(loaded) or config or _guessed(state)
+        settings = loaded.get(output_settings.KEY)
+        output = None if settings is None else output_settings.from_json(settings)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     config = at_their_resolution(config, state)
     step = loaded.get("step")
-    return checked(BlipWeights(head, config, state, str(path), step))
+    return checked(BlipWeights(head, config, state, str(path), step, output=output))
 
 
 def write_salesforce(weights: BlipWeights, path: Path) -> None:
-    """A file that the published loaders take: `model`, and the sizes beside it.
+    """A file that the published loaders take: `model`, and sizes and output settings beside it.
 
     Raises:
         ValueError: parameters that the published network doesn't have; names them.
     """
     refuse_unpublished(weights)
     network = dataclasses.asdict(weights.config)
-    torch.save({"model": weights.state, _NETWORK: network, "step": weights.step}, path)
+    content = {
+        "model": weights.state,
+        _NETWORK: network,
+        "step": weights.step,
+        output_settings.KEY: dataclasses.asdict(weights.output_settings),
+    }
+    torch.save(content, path)
 
 
 def load_pth(path: Path) -> dict[str, Any]:
