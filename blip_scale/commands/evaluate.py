@@ -44,6 +44,7 @@ from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.visdial import VisDial
 from blip_scale.model.vqa import VQA
+from blip_scale.storage import locations
 from blip_scale.tasks import captioning, nlvr2, visdial, vqa
 
 _TIMEOUT_S = 1800.0
@@ -176,22 +177,26 @@ def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
 
 def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPairs | VideoSet:
     """MDS shards, or what an annotation file lists."""
-    place = Path(options.data)
+    name = locations.basename(options.data)
+    is_here = locations.is_local(options.data)
+    place = locations.local_path(options.data) if is_here else Path(name)
     if options.task == "video":
         return VideoSet(place, Path(options.images or place.parent), image_size)
-    if (place / "index.json").is_file():
+    if is_here and (place / "index.json").is_file():
         stream = StreamRecipe(place.name, options.data)
         return heldout_pairs(stream, image_size, clean=lambda text, _: kind.clean(text))
-    if not place.is_file():
+    is_list = place.is_file() if is_here else not locations.is_folder(options.data)
+    if not is_list:
         raise FileNotFoundError(
-            f"{place}: neither a folder of MDS shards (no index.json there) nor an annotation file"
+            f"{options.data}: neither a local folder of MDS shards (no index.json there) nor an "
+            "annotation file"
         )
     reader = READERS[kind.reader]
     own_options = {name: getattr(options, name) for name in reader.options}
     source = Source(options.data, options.images or "", options.strip_prefix)
     chunks = reader.chunks(source, **own_options)
     found = [one for chunk in chunks for one in chunk.read()]
-    return listed_pairs(place.name, found, image_size, kind.clean)
+    return listed_pairs(name, found, image_size, kind.clean)
 
 
 def _retrieval(subject: Subject) -> dict[str, Any]:
@@ -330,12 +335,13 @@ def _parser(prog: str) -> Parser:
     add("checkpoint", type=Path, help="a run's folder, step_N, .pth, or a Hugging Face folder")
     add(
         "data",
-        help="folder of MDS shards, or a published annotation file (.json, .jsonl of videos)",
+        help="folder of MDS shards, or a published annotation file (.json, .jsonl of videos), "
+        "here or s3://",
     )
     add(
         "--images",
         metavar="FOLDER",
-        help="folder that relative paths of an annotation file start from",
+        help="folder that relative paths of an annotation file start from, here or s3://",
     )
     add("--strip-prefix", default="", help="remove this from the front of these paths first")
     add(

@@ -178,6 +178,12 @@ def tokenizer_of(
         tokenizer = load_tokenizer(text)
     except ValueError as error:
         raise ValueError(f"{error}; give --tokenizer FOLDER") from error
+    if len(tokenizer) == config.text.vocab_size + 2:
+        raise ValueError(
+            f"{source} has word embeddings of {config.text.vocab_size} tokens, as many as the "
+            f"tokenizer {text.tokenizer or text.checkpoint} has without [DEC] and [ENC], which "
+            "BLIP needs: it is no BLIP, or isn't whole"
+        )
     if len(tokenizer) != config.text.vocab_size:
         raise ValueError(
             f"the tokenizer {text.tokenizer or text.checkpoint} has {len(tokenizer)} tokens with "

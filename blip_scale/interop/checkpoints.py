@@ -22,6 +22,13 @@ from blip_scale.model.vision import build_vision
 
 log = logging.getLogger(__name__)
 
+_STARTS: dict[Head, tuple[Head, ...]] = {
+    "vqa": ("pretrain",),
+    "nlvr2": ("pretrain", "retrieval"),
+    "visdial": ("pretrain", "retrieval"),
+}
+"""Heads with networks of their own -> those that hold the stacks which they start from."""
+
 Format = Literal["ours", "salesforce", "hf"]
 
 
@@ -101,7 +108,8 @@ def head_parameters(
     """The parameters of a head's network by full name, from a checkpoint of that head or of one
     that it can start from; position embeddings are interpolated to the network's resolution.
 
-    Heads with networks of their own start from pretraining; what it lacks is random from `seed`,
+    Heads with networks of their own start from pretraining, those without a decoder from retrieval
+    too; what it lacks is random from `seed`,
     linear layers of text stacks with std `text_std`. Parameters of losses, which only checkpoints
     of ours have, come along.
 
@@ -111,8 +119,13 @@ def head_parameters(
     """
     weights = read_checkpoint(path, config, with_state=False)
     grows = head in OWN_NETWORKS and weights.head != head
-    source: Head = "pretrain" if grows else head
-    weights = turned_into(weights, source)
+    if not grows:
+        weights = turned_into(weights, head)
+    elif weights.head not in _STARTS[head]:
+        raise ValueError(
+            f"{path} is a {weights.head} checkpoint; {head} starts from one of: "
+            f"{', '.join([*_STARTS[head], head])}"
+        )
     state = parameters_of(weights, seed)
     with torch.device("meta"):
         vision = build_vision(config.vision)

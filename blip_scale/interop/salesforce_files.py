@@ -29,6 +29,11 @@ from blip_scale.model.vision import VisionConfig, build_vision
 
 _HEAD_WIDTH = 64
 """Of all attention heads of the published networks; the tensors don't tell."""
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_PREFIXES = ("module.", "_orig_mod.", "module.")
+"""In the order in which they are taken off."""
+_BERT_WORDS = 30522
+"""Vocabulary of bert-base-uncased, without [DEC] and [ENC]."""
 _NETWORK = "network"
 """Our own files say the sizes under this key, beside `model`."""
 
@@ -45,10 +50,7 @@ def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
         ValueError: an unsafe pickle, a damaged file, another model, names or shapes that don't fit.
     """
     loaded = load_pth(path)
-    state = loaded.get("model", loaded)
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{path}: no state dict under `model`")
-    state = dict(state)
+    state = _state_dict(loaded, path)
     try:
         head = head_of(state)
         config = _network(loaded) or config or _guessed(state)
@@ -59,6 +61,32 @@ def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
     config = at_their_resolution(config, state)
     step = loaded.get("step")
     return checked(BlipWeights(head, config, state, str(path), step, output=output))
+
+
+def _state_dict(loaded: Mapping[str, Any], path: Path) -> State:
+    """The tensors of a file, whatever they are wrapped in: `model` or `state_dict`, one in the
+    other, and names with the prefixes of DistributedDataParallel and torch.compile.
+
+    Raises:
+        ValueError: there is no state dict; names what is there.
+    """
+    content: Any = loaded
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if key in content), None)
+        if not isinstance(inner, Mapping):
+            break
+        content = inner
+    is_state = all(isinstance(tensor, Tensor) for tensor in content.values())
+    if not content or not is_state:
+        shown = ", ".join(map(str, list(content)[:5])) or "nothing"
+        raise ValueError(
+            f"{path}: no state dict, which is expected under `model` or `state_dict`, or as the "
+            f"whole file; it holds {shown}"
+        )
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
 def write_salesforce(weights: BlipWeights, path: Path) -> None:
@@ -153,6 +181,12 @@ def _guessed(state: State) -> MEDConfig:
                 "none of the published ones; give --recipe with the network's sizes"
             )
     vocabulary = words.shape[0]
+    if vocabulary == _BERT_WORDS:
+        raise ValueError(
+            f"its word embeddings have {vocabulary} rows, those of bert-base-uncased alone: "
+            "without [DEC] and [ENC] it can neither caption nor match. BLIP's published files "
+            f"have {vocabulary + 2} (ALBEF's and BERT's have {vocabulary})"
+        )
     return MEDConfig(
         VisionConfig(
             "vit_base_patch16_224",
