@@ -47,6 +47,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         if options.print_recipe:
             sys.stdout.write(recipe.to_yaml(chosen))
             return 0
+        if chosen.model.checkpoint is not None:
+            # Imported here, because it takes transformers.
+            from blip_scale.inference.starting_sizes import with_sizes_of_checkpoint
+
+            stated = recipe.stated(options.recipe, overrides)
+            chosen = with_sizes_of_checkpoint(chosen, stated)
         if options.dry_run:
             return dry_run.run(chosen, options)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))

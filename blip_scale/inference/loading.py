@@ -157,6 +157,14 @@ def text_of(recipe: Recipe, tokenizer: str | None) -> TextRecipe:
     return replace(text, tokenizer=tokenizer) if tokenizer else text
 
 
+def tokenizer_beside(source: Path) -> str | None:
+    """The folder with the tokenizer of a checkpoint, if it has one."""
+    for folder in (source, source / "tokenizer", source / "captioning"):
+        if (folder / "tokenizer_config.json").is_file():
+            return str(folder)
+    return None
+
+
 def tokenizer_of(
     source: Path, config: MEDConfig, recipe: Recipe | None, given: str | None
 ) -> PreTrainedTokenizerFast:
@@ -166,14 +174,10 @@ def tokenizer_of(
     Raises:
         ValueError: it can't be loaded, or isn't that of a network of these sizes.
     """
-    folders = (source, source / "tokenizer", source / "captioning")
-    beside = [f for f in folders if (f / "tokenizer_config.json").is_file()]
     if recipe:
         text = text_of(recipe, given)
-    elif given or beside:
-        text = TextRecipe(tokenizer=given or str(beside[0]))
     else:
-        text = TextRecipe(tokenizer=PUBLISHED_TOKENIZER)
+        text = TextRecipe(tokenizer=given or tokenizer_beside(source) or PUBLISHED_TOKENIZER)
     try:
         tokenizer = load_tokenizer(text)
     except ValueError as error:

@@ -8,12 +8,17 @@ from typing import Any, Literal
 
 import torch
 
+from blip_scale.interop import huggingface, salesforce_files
 from blip_scale.interop.blip_weights import BlipWeights, parameters_of, turned_into
 from blip_scale.interop.heads import MOMENTUM_PREFIX, PREFIX
 from blip_scale.interop.huggingface import read_huggingface
 from blip_scale.interop.salesforce import State
 from blip_scale.interop.salesforce_files import read_salesforce
-from blip_scale.interop.training_checkpoints import read_training_checkpoint, step_folder
+from blip_scale.interop.training_checkpoints import (
+    network_of,
+    read_training_checkpoint,
+    step_folder,
+)
 from blip_scale.interop.vision import interpolate_positions
 from blip_scale.model.heads import OWN_NETWORKS, Head, build_network
 from blip_scale.model.initialization import INIT_STD, fill_from_med, seeded
@@ -78,12 +83,11 @@ def read_checkpoint(
     else:
         weights = read_huggingface(path)
     if config is not None:
-        found, wanted = _sizes(weights.config), _sizes(config)
-        other = [f"{name} {found[name]}, not {wanted[name]}" for name in wanted
-                 if found[name] != wanted[name]]  # fmt: skip
-        if other:
+        differing = differences(weights.config, config)
+        if differing:
+            other = [f"{name} {ours}, not {theirs}" for name, (ours, theirs) in differing.items()]
             fix = "; give its own tokenizer as model.text.tokenizer, or --tokenizer of a command"
-            hint = fix if found["vocabulary"] != wanted["vocabulary"] else ""
+            hint = fix if "vocabulary" in differing else ""
             raise ValueError(
                 f"{path} is of another network than the recipe's: {'; '.join(other)}{hint}"
             )
@@ -155,6 +159,25 @@ def grown(
         modules = sorted({name.rpartition(".")[0] for name in drawn})
         log.info("not from pretraining but random: %s", ", ".join(modules))
     return {f"{PREFIX}{name}": parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def sizes_of(path: Path) -> MEDConfig | None:
+    """The sizes of a checkpoint's network, without its weights; None where a run's recipe says
+    them. Raises as `read_checkpoint`."""
+    kind = format_of(path)
+    if kind == "ours":
+        folder = step_folder(path)
+        assert folder is not None
+        return network_of(folder)
+    if kind == "salesforce":
+        return salesforce_files.read_sizes(path)
+    return huggingface.read_sizes(path)
+
+
+def differences(first: MEDConfig, second: MEDConfig) -> dict[str, tuple[Any, Any]]:
+    """What tells two networks apart, but for the resolution: name -> value of each."""
+    one, other = _sizes(first), _sizes(second)
+    return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
 
 
 def _sizes(config: MEDConfig) -> dict[str, Any]:

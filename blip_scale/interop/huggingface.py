@@ -25,10 +25,11 @@ from blip_scale.interop.huggingface_config import CLASSES, blip_config, inexpres
 from blip_scale.interop.huggingface_names import from_huggingface, to_huggingface
 from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.interop.salesforce import State
+from blip_scale.model.heads import Head
 from blip_scale.model.med import MEDConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import BlipConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 def read_huggingface(folder: Path) -> BlipWeights:
@@ -41,13 +42,35 @@ def read_huggingface(folder: Path) -> BlipWeights:
         FileNotFoundError: no config.json, or no weights beside it.
     """
     if not (folder / "config.json").is_file():
-        halves = [folder / "captioning", folder / "retrieval"]
-        if all((half / "config.json").is_file() for half in halves):
-            captioning, retrieval = map(read_huggingface, halves)
-            return united(captioning, retrieval, str(folder))
+        captioning, retrieval = map(read_huggingface, _halves(folder))
+        return united(captioning, retrieval, str(folder))
+    head, theirs = _read_config(folder)
+    config = med_config(theirs, str(folder))
+    state = from_huggingface(_load(folder, CLASSES[head]))
+    if head == "retrieval" and getattr(theirs, "itc_temperature", None) is not None:
+        state["temp"] = torch.tensor(theirs.itc_temperature)
+    step = getattr(theirs, "training_steps", None)
+    output = _output_of(folder, getattr(theirs, output_settings.KEY, None))
+    return checked(BlipWeights(head, config, state, str(folder), step, output=output))
+
+
+def read_sizes(folder: Path) -> MEDConfig:
+    """The sizes of a folder's network, without its weights; raises as `read_huggingface`."""
+    if not (folder / "config.json").is_file():
+        folder = _halves(folder)[0]
+    return med_config(_read_config(folder)[1], str(folder))
+
+
+def _halves(folder: Path) -> list[Path]:
+    halves = [folder / "captioning", folder / "retrieval"]
+    if not all((half / "config.json").is_file() for half in halves):
         raise FileNotFoundError(
             f"{folder}: no config.json there (nor captioning/ and retrieval/ with one each)"
         )
+    return halves
+
+
+def _read_config(folder: Path) -> tuple[Head, BlipConfig]:
     from transformers import AutoConfig, BlipConfig
 
     try:
@@ -60,13 +83,7 @@ def read_huggingface(folder: Path) -> BlipWeights:
         raise ValueError(
             f"{folder} holds {name} ({theirs.model_type}); expected {', '.join(CLASSES.values())}"
         )
-    config = med_config(theirs, str(folder))
-    state = from_huggingface(_load(folder, name))
-    if head == "retrieval" and getattr(theirs, "itc_temperature", None) is not None:
-        state["temp"] = torch.tensor(theirs.itc_temperature)
-    step = getattr(theirs, "training_steps", None)
-    output = _output_of(folder, getattr(theirs, output_settings.KEY, None))
-    return checked(BlipWeights(head, config, state, str(folder), step, output=output))
+    return head, theirs
 
 
 def _output_of(folder: Path, stated: Mapping[str, Any] | None) -> OutputSettings | None:

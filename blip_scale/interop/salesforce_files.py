@@ -53,14 +53,27 @@ def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
     state = _state_dict(loaded, path)
     try:
         head = head_of(state)
-        config = _network(loaded) or config or _guessed(state)
+        config = _sizes(loaded, state, config)
         settings = loaded.get(output_settings.KEY)
         output = None if settings is None else output_settings.from_json(settings)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    config = at_their_resolution(config, state)
     step = loaded.get("step")
     return checked(BlipWeights(head, config, state, str(path), step, output=output))
+
+
+def read_sizes(path: Path) -> MEDConfig:
+    """The sizes of a file's network, without reading its weights; raises as `read_salesforce`."""
+    loaded = load_pth(path)
+    try:
+        return _sizes(loaded, _state_dict(loaded, path), None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _sizes(loaded: dict[str, Any], state: State, config: MEDConfig | None) -> MEDConfig:
+    """What the file says, else `config`, else what its shapes say."""
+    return at_their_resolution(_network(loaded) or config or _guessed(state), state)
 
 
 def _state_dict(loaded: Mapping[str, Any], path: Path) -> State:

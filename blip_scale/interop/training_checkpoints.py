@@ -51,7 +51,7 @@ def step_folder(path: Path) -> Path | None:
     return path if has_manifest and not is_run else None
 
 
-def _network_of(folder: Path) -> MEDConfig | None:
+def network_of(folder: Path) -> MEDConfig | None:
     """The sizes, where the folder says them."""
     file = folder / NETWORK
     if not file.is_file():
@@ -89,7 +89,7 @@ def read_training_checkpoint(
         ValueError: damaged files, or a checkpoint of another network; names what.
         FileNotFoundError: a file of the manifest is missing.
     """
-    config = _network_of(folder) or config
+    config = network_of(folder) or config
     if config is None:
         raise ValueError(f"{folder} doesn't say the sizes of its network; give --recipe")
     manifest = checkpoint_format.read_manifest(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,51 +15,20 @@ from PIL import Image
 
 from blip_scale.commands import convert_checkpoint, evaluate, predict
 from blip_scale.commands.demo_page import BEAM, Service
-from blip_scale.config import recipe as recipes
-from blip_scale.config.recipe import (
-    EvaluationRecipe,
-    ModelRecipe,
-    Recipe,
-    TextRecipe,
-    VisionRecipe,
-)
+from blip_scale.config.recipe import EvaluationRecipe
 from blip_scale.inference.loading import load_blip
-from blip_scale.model.med import MEDConfig
-from blip_scale.storage import run_folder
 
-PROMPT = "a big "
+PROMPT, EVALUATION = tiny_blip.PROMPT, tiny_blip.EVALUATION
 LONG = "a small green cross and a big red disc on a white square on grey"
-EVALUATION = EvaluationRecipe(
-    num_beams=4, max_caption_tokens=9, min_caption_tokens=7, repetition_penalty=1.2, rerank_top_k=3
-)
 
 Capture = pytest.CaptureFixture[str]
-
-
-def wide(vocabulary: Path) -> MEDConfig:
-    """The tiny network with the positions that recipes without a text checkpoint have."""
-    config = tiny_blip.config(vocabulary)
-    return replace(config, text=replace(config.text, max_positions=512))
-
-
-def make_run(folder: Path, vocabulary: Path, prompt: str = PROMPT) -> Path:
-    """The folder of a run that wrote one checkpoint."""
-    step = folder / run_folder.CHECKPOINTS / run_folder.step_folder(tiny_blip.STEP)
-    tiny_blip.write_ours(step, wide(vocabulary), vocabulary)
-    for name in ("network.json", "output_settings.json"):  # which runs don't write
-        (step / name).unlink()
-    text = TextRecipe(None, str(vocabulary), 2, 48, 4, 96, max_tokens=8, prompt=prompt)
-    vision = VisionRecipe("vit_tiny_patch16_224", 32, dict(tiny_blip.SIZES))
-    recipe = Recipe(model=ModelRecipe(vision, text, embed_dim=16), evaluation=EVALUATION)
-    (folder / run_folder.RECIPE).write_text(recipes.to_yaml(recipe))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose settings are nobody's defaults."""
     place = tmp_path_factory.mktemp("run")
-    return make_run(place / "run", tiny_blip.vocabulary(place / "vocabulary"))
+    return tiny_blip.make_run(place / "run", tiny_blip.vocabulary(place / "vocabulary"))
 
 
 def convert(source: Path, out: Path, *arguments: str) -> Path:
@@ -142,7 +110,7 @@ def test_every_conversion_keeps_what_is_said(
 def test_an_empty_prompt_survives(tmp_path: Path, pictures: Path, capsys: Capture) -> None:
     """In every reader: predict, the page, CapFilt and evaluate ask the same object."""
     words = tiny_blip.vocabulary(tmp_path / "vocabulary")
-    run = make_run(tmp_path / "run", words, prompt="")
+    run = tiny_blip.make_run(tmp_path / "run", words, prompt="")
     expected = captions(capsys, run, pictures)
     assert expected != captions(capsys, run, pictures, "--prompt", "a picture of ")
     for name in ("captioner", "captioner.pth"):
@@ -164,9 +132,10 @@ def test_files_of_the_published_code_keep_the_published_settings(
     del loaded["output_settings"]
     torch.save(loaded, tmp_path / "published.pth")
     expected = captions(capsys, tmp_path / "published.pth", pictures, *words)
-    stated = ("--scoring", "published", "--prompt", "a picture of ")
-    lengths = ("--beams", "3", "--max-tokens", "20", "--min-tokens", "5")
-    assert expected == captions(capsys, run, pictures, *stated, *lengths, *words)
+    plain = tiny_blip.make_run(
+        tmp_path / "plain", Path(words[1]), "a picture of ", EvaluationRecipe()
+    )
+    assert expected == captions(capsys, plain, pictures, "--scoring", "published")
     again = convert(tmp_path / "published.pth", tmp_path / "again.pth")
     assert captions(capsys, again, pictures, *words) == expected
     capsys.readouterr()
@@ -231,7 +200,7 @@ def test_transformers_says_the_same(
         tokenizer=processor.tokenizer,
         **({} if is_old else {"processor": processor}),
     )
-    begun = {"prompt" if is_old else "text": PROMPT}
+    begun = {"prompt" if is_old else "text": PROMPT.strip()}
     asked = [captioner(path, **begun)[0]["generated_text"] for path in paths]
     assert asked == expected
 
