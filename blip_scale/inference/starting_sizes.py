@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from blip_scale.config.recipe import ModelRecipe, Recipe, TextRecipe, VisionRecipe
 from blip_scale.config.settings import expand
@@ -13,6 +12,7 @@ from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.loading import PUBLISHED_TOKENIZER, recipe_of, tokenizer_beside
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop.checkpoints import differences, format_of, sizes_of
+from blip_scale.interop.salesforce_files import UnknownSizesError
 from blip_scale.model.med import MEDConfig
 
 _VISION = "model.vision.overrides"
@@ -20,6 +20,7 @@ _SETTINGS = {
     "vision width": f"{_VISION}.embed_dim",
     "vision blocks": f"{_VISION}.depth",
     "vision heads": f"{_VISION}.num_heads",
+    "vision MLP width": f"{_VISION}.mlp_ratio",
     "patch size": f"{_VISION}.patch_size",
     "text width": "model.text.width",
     "text layers": "model.text.layers",
@@ -32,6 +33,17 @@ _SETTINGS = {
     "embed_dim": "model.embed_dim",
 }
 """What `differences` calls a size -> the setting that says it."""
+_TEXT_SIZES = ("layers", "width", "heads", "mlp_width")
+_TAKEN = (
+    "vision.name",
+    "vision.overrides",
+    "vision.image_size",
+    "text.checkpoint",
+    "text.tokenizer",
+    *(f"text.{name}" for name in _TEXT_SIZES),
+    "embed_dim",
+)
+"""Settings of `model` that a checkpoint can say."""
 _OF_CHECKPOINT = {"text width", "text heads", "text MLP width"}
 """Sizes that model.text.checkpoint says where it is given."""
 
@@ -48,69 +60,71 @@ def with_sizes_of_checkpoint(recipe: Recipe, stated: Collection[str]) -> Recipe:
     Raises:
         ValueError: the recipe gives sizes that the checkpoint hasn't; names the settings and both
             values.
-        FileNotFoundError: the checkpoint lacks a part.
     """
     if recipe.model.checkpoint is None:
         return recipe
     path = Path(expand(recipe.model.checkpoint, "model.checkpoint"))
     if not path.exists():
         return recipe
-    source = recipe_of(path, format_of(path), None)
-    if source is not None:  # of a run
-        config = med_config(source, load_tokenizer(source.model.text))
-        model = source.model
-    else:
-        found = sizes_of(path)
-        assert found is not None
-        config = found
-        model = _as_recipe(config, path)
-    recipe = replace(recipe, model=_filled(recipe.model, model, config, stated))
-    _check_sizes(recipe, config, path)
+    try:
+        source, config = _source(path)
+    except (UnknownSizesError, FileNotFoundError):  # then the recipe must say everything
+        return recipe
+    recipe = replace(recipe, model=_filled(recipe.model, source, stated))
+    if config is not None:
+        _check_sizes(recipe, config, path)
     return recipe
 
 
-def _as_recipe(config: MEDConfig, path: Path) -> ModelRecipe:
-    """ViT and tokenizer of a network as settings; the tokenizer is the one beside the checkpoint,
-    else the published one."""
-    vision = config.vision
-    return ModelRecipe(
-        VisionRecipe(vision.name, vision.image_size, dict(vision.overrides)),
-        TextRecipe(checkpoint=None, tokenizer=tokenizer_beside(path) or PUBLISHED_TOKENIZER),
-    )
+def _source(path: Path) -> tuple[ModelRecipe, MEDConfig | None]:
+    """A checkpoint's network as settings, and its sizes; None where they hang on the tokenizer of a
+    run that isn't at hand here.
+
+    Raises:
+        UnknownSizesError, FileNotFoundError: nothing says the sizes.
+    """
+    config = sizes_of(path)
+    if config is not None:
+        tokenizer = tokenizer_beside(path) or PUBLISHED_TOKENIZER
+        vision = config.vision
+        model = ModelRecipe(
+            VisionRecipe(vision.name, vision.image_size, dict(vision.overrides)),
+            TextRecipe(checkpoint=None, tokenizer=tokenizer),
+            embed_dim=config.embed_dim,
+        )
+    else:
+        run = recipe_of(path, format_of(path), None)
+        assert run is not None
+        model = run.model
+        try:
+            config = med_config(run, load_tokenizer(model.text))
+        except (OSError, ValueError):
+            return model, None
+    sizes = {name: getattr(config.text, name) for name in _TEXT_SIZES}
+    return replace(model, text=replace(model.text, **sizes)), config
 
 
-def _filled(
-    model: ModelRecipe, source: ModelRecipe, config: MEDConfig, stated: Collection[str]
-) -> ModelRecipe:
-    """`model` with what nobody stated from the checkpoint: ViT and tokenizer as `source` says them,
-    sizes of `config`. What belongs together is taken together: a ViT's name and overrides, a BERT
-    and its tokenizer."""
-
-    def unstated(section: str, *names: str) -> bool:
-        return not any(f"model.{section}{name}" in stated for name in names)
-
-    vision, text = source.vision, source.text
-    of_vision: dict[str, Any] = {}
-    is_vit_open = unstated("vision.", "name", "overrides")
-    if is_vit_open and not any(name.startswith(f"{_VISION}.") for name in stated):
-        of_vision |= {"name": vision.name, "overrides": vision.overrides}
-    if unstated("vision.", "image_size"):
-        of_vision["image_size"] = vision.image_size
-    sizes = ("layers", "width", "heads", "mlp_width")
-    of_text = {name: getattr(config.text, name) for name in sizes if unstated("text.", name)}
-    if unstated("text.", "checkpoint"):
-        of_text["checkpoint"] = text.checkpoint
-    if unstated("text.", "tokenizer") and (
-        unstated("text.", "checkpoint") or model.text.checkpoint is None
+def _filled(model: ModelRecipe, source: ModelRecipe, stated: Collection[str]) -> ModelRecipe:
+    """`model` with the settings of `source` that nobody stated. What belongs together is taken
+    together: a ViT's name and overrides, a BERT and its tokenizer."""
+    vision, text = model.vision, model.text
+    open_names = {name for name in _TAKEN if f"model.{name}" not in stated}
+    is_vit_stated = any(name.startswith(f"{_VISION}.") for name in stated)
+    if {"vision.name", "vision.overrides"} <= open_names and not is_vit_stated:
+        vision = replace(vision, name=source.vision.name, overrides=source.vision.overrides)
+    if "vision.image_size" in open_names:
+        vision = replace(vision, image_size=source.vision.image_size)
+    for name in _TEXT_SIZES:
+        if f"text.{name}" in open_names:
+            text = replace(text, **{name: getattr(source.text, name)})
+    if "text.checkpoint" in open_names:
+        text = replace(text, checkpoint=source.text.checkpoint)
+    if "text.tokenizer" in open_names and (
+        "text.checkpoint" in open_names or text.checkpoint is None
     ):
-        of_text["tokenizer"] = text.tokenizer or text.checkpoint
-    embed_dim = config.embed_dim if unstated("", "embed_dim") else model.embed_dim
-    return replace(
-        model,
-        vision=replace(model.vision, **of_vision),
-        text=replace(model.text, **of_text),
-        embed_dim=embed_dim,
-    )
+        text = replace(text, tokenizer=source.text.tokenizer or source.text.checkpoint)
+    embed_dim = source.embed_dim if "embed_dim" in open_names else model.embed_dim
+    return replace(model, vision=vision, text=text, embed_dim=embed_dim)
 
 
 def _check_sizes(recipe: Recipe, config: MEDConfig, path: Path) -> None:

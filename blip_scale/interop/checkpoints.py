@@ -189,6 +189,7 @@ def _sizes(config: MEDConfig) -> dict[str, Any]:
         "vision width": vision.embed_dim,
         "vision blocks": len(vision.blocks),
         "vision heads": vision.blocks[0].attn.num_heads,
+        "vision MLP width": vision.blocks[0].mlp.fc1.out_features,
         "patch size": vision.patch_embed.patch_size[0],
         "text width": text.width,
         "text layers": text.layers,

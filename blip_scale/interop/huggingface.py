@@ -159,8 +159,9 @@ def _save(
     model: PreTrainedModel, config: MEDConfig, generation: Mapping[str, Any], folder: Path
 ) -> None:
     """`generation` goes into generation_config.json, which pipelines of transformers 4 read, and
-    into the text config, from which the decoder of its `generate` takes them. Transformers 5 drops
-    them there: its decoder must be handed them (`model_card`)."""
+    into the text config, from which the decoder of its `generate` takes it. Transformers 5 drops it
+    there: its decoder must be handed it (`model_card`). It is written in full, because each version
+    leaves out what are defaults of its own."""
     from transformers import GenerationConfig
 
     special = config.text.special
@@ -170,15 +171,15 @@ def _save(
             bos_token_id=special.dec,
             eos_token_id=special.sep,
             pad_token_id=special.pad,
-            **generation,
         )
     with _quiet():
         model.save_pretrained(folder)
     if is_writer:
-        file = folder / "config.json"
-        values = json.loads(file.read_text(encoding="utf-8"))
-        values["text_config"] |= generation
-        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for name, section in (("config.json", "text_config"), ("generation_config.json", None)):
+            file = folder / name
+            values = json.loads(file.read_text(encoding="utf-8"))
+            (values[section] if section else values).update(generation)
+            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write_processor(

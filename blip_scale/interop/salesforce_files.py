@@ -38,6 +38,10 @@ _NETWORK = "network"
 """Our own files say the sizes under this key, beside `model`."""
 
 
+class UnknownSizesError(ValueError):
+    """Neither a file nor its shapes say the sizes of its network."""
+
+
 def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
     """A published layout; the tensors stay on the disk until they are read.
 
@@ -63,10 +67,13 @@ def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
 
 
 def read_sizes(path: Path) -> MEDConfig:
-    """The sizes of a file's network, without reading its weights; raises as `read_salesforce`."""
+    """The sizes of a file's network, without reading its weights; raises as `read_salesforce`, and
+    UnknownSizesError."""
     loaded = load_pth(path)
     try:
         return _sizes(loaded, _state_dict(loaded, path), None)
+    except UnknownSizesError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -189,7 +196,7 @@ def _guessed(state: State) -> MEDConfig:
     hidden = state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0]
     for kind, width in (("text", words.shape[1]), ("vision", vision.shape[0])):
         if width not in (768, 1024):
-            raise ValueError(
+            raise UnknownSizesError(
                 f"the file doesn't say how many {kind} heads there are and its width {width} is "
                 "none of the published ones; give --recipe with the network's sizes"
             )

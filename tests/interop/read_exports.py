@@ -1,7 +1,8 @@
 """Run what the model cards show, and write what transformers computes from exported folders.
 
 python read_exports.py EXPORTS PICTURES REPORT: EXPORTS has captioning/, retrieval/, vqa/ and
-words/ (a processor whose tokenizer has a special token [X] of its own), REPORT.json is written. Runs in an environment without blip_scale.
+words/ (a processor whose tokenizer has a special token [X] of its own), REPORT.json is written.
+Runs in an environment without blip_scale.
 """
 
 from __future__ import annotations
