@@ -216,7 +216,9 @@ def write_processor(
     settings = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    # Without token types, of which BLIP has none: a pipeline of 4.57 fails on them.
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ processor = BlipProcessor.from_pretrained("FOLDER", backend="pil")
 model = BlipForConditionalGeneration.from_pretrained("FOLDER")
 model.text_decoder.generation_config = model.generation_config  # transformers 5 doesn't do it
 inputs = processor(Image.open("photo.jpg"), PROMPTreturn_tensors="pt")
-written = model.generate(**inputs)
+written = model.generate(**inputs, max_length=model.generation_config.max_length)
 print(processor.decode(written[0], skip_special_tokens=True))""",
     "retrieval": """from PIL import Image
 from transformers import BlipForImageTextRetrieval, BlipProcessor
@@ -44,7 +44,8 @@ print(processor.decode(written[0], skip_special_tokens=True))""",
 """Code that runs on transformers 4.57 and 5.
 
 On 5, `backend="pil"` resizes as in training; without it, pixels differ by up to one grey level.
-There the decoder does not get the lengths and beams of generation_config.json by itself.
+There the decoder does not get the lengths and beams of generation_config.json by itself. 4.57 takes
+a max_length of 20 for its own default and adds the prompt to it, unless it is given in the call.
 """
 
 

@@ -29,10 +29,10 @@ def test_lists_and_images_in_a_bucket(
     words = tiny_blip.vocabulary(tmp_path / "vocabulary")
     ours = str(tiny_blip.write_ours(tmp_path / "step_00000007", tiny_blip.config(words), words))
     folder = tmp_path / "set"
-    (folder / "images").mkdir(parents=True)
+    folder.mkdir()
     items = []
     for record in tiny_runs.records("p")[::6]:
-        name = f"images/{record.id}.png"
+        name = f"{record.id}.png"
         (folder / name).write_bytes(record.image)
         items.append({"image": name, "caption": record.captions[0]})
     (folder / "list.json").write_text(json.dumps(items))
@@ -44,11 +44,11 @@ def test_lists_and_images_in_a_bucket(
     apart = report(out, ours, str(folder / "list.json"), "--images", remote)
     assert apart["figures"] == here["figures"]
 
-    items += [{"image": f"images/no{number}.png", "caption": "a"} for number in range(2)]
+    items += [{"image": f"no{number}.png", "caption": "a"} for number in range(2)]
     (folder / "list.json").write_text(json.dumps(items))
     arguments = ["retrieval", ours, str(folder / "list.json"), "--images", remote]
     assert evaluate.main(arguments) == 2
     said = capsys.readouterr().err
-    assert f"2 images aren't there, the first: {remote}/images/no0.png" in said
+    assert f"2 images aren't there, the first: {remote}/no0.png" in said
     assert evaluate.main(["retrieval", ours, f"{remote}/nothing.json"]) == 2
     assert "there is no such file or folder" in capsys.readouterr().err

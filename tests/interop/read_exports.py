@@ -55,7 +55,8 @@ def computed(exports: Path, pictures: list[Path], texts: list[str]) -> dict[str,
     written = captioner.generate(inputs["pixel_values"], **lengths)
     if transformers.__version__ >= "5":  # 4 needs no such line
         captioner.text_decoder.generation_config = captioner.generation_config
-    as_configured = captioner.generate(inputs["pixel_values"])
+    longest = captioner.generation_config.max_length
+    as_configured = captioner.generate(inputs["pixel_values"], max_length=longest)
     words = BlipProcessor.from_pretrained(exports / "words", **EXACT).tokenizer
     answerer = BlipForQuestionAnswering.from_pretrained(exports / "vqa")
     answers = []

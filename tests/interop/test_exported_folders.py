@@ -169,7 +169,10 @@ def test_the_pipeline_just_works(hf: Path, med: MED, pictures: list[Path]) -> No
         asked = [captioner(str(file), text="") for file in pictures]
         said = [captions[0]["generated_text"] for captions in asked]
     special = med.config.text.special
-    settings = replace(published("pretrain").beam(), scoring="huggingface")
+    # Of 4.57, which adds the prompt to what is its own default.
+    longest = 21 if version("transformers") < "5" else 20
+    beam = published("pretrain").beam()
+    settings = replace(beam, scoring="huggingface", max_length=longest)
     ours = caption_beam(med, med.encode_image(pixels(pictures)), [special.dec], settings)
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
     assert said == tokenizer.batch_decode(ours, skip_special_tokens=True)
