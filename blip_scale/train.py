@@ -21,6 +21,7 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
 
 from blip_scale import __version__, launcher  # noqa: E402
 from blip_scale.commands import dry_run, micro_batch  # noqa: E402
+from blip_scale.commands.chosen_recipe import chosen_recipe  # noqa: E402
 from blip_scale.commands.command_line import Parser, refuse  # noqa: E402
 from blip_scale.config import checks, exit_codes, recipe, settings  # noqa: E402
 from blip_scale.storage import run_folder  # noqa: E402
@@ -42,8 +43,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     try:
         launcher.adopt_srun_step()
         options, overrides = _parser(prog).parse_known_args(arguments)
-        recipe.check_overrides(overrides)
-        chosen = recipe.load(options.recipe, overrides)
+        chosen = chosen_recipe(options, overrides)
         if options.print_recipe:
             sys.stdout.write(recipe.to_yaml(chosen))
             return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -353,6 +353,21 @@ def load(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     file = _find(name_or_file)
     tree = settings.read_yaml(file)
     return settings.build(Recipe, tree, str(file), settings.parse_overrides(overrides))
+
+
+def stated(name_or_file: str, overrides: Sequence[str] = ()) -> set[str]:
+    """The dotted names of the settings that a file and overrides say; takes and raises what `load`
+    does. A mapping of names, as model.vision.overrides, is one setting."""
+    tree = settings.read_yaml(_find(name_or_file))
+    names = {override.name for override in settings.parse_overrides(overrides)}
+    return names | set(_leaves(tree))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
 
 
 def to_yaml(recipe: Recipe) -> str:
