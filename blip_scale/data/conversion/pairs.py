@@ -9,12 +9,15 @@ from functools import partial
 from typing import Any
 
 from blip_scale.data.shards import Record
+from blip_scale.storage.locations import is_folder, parent
 
 
 class Reason(StrEnum):
     """Why something that was read is not written."""
 
     MISSING_IMAGE = "missing image"
+    OUTSIDE = "outside the image folder"
+    NOT_REGULAR = "no regular file"
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too small"
     EXTREME_ASPECT = "extreme aspect"
@@ -49,6 +52,9 @@ class RawPair:
     """Where the captions speak of two images."""
     is_question: bool = False
     """Questions are cleaned in another way than captions."""
+    from_folder: bool = False
+    """The image was seen in a folder, whose links are followed. Otherwise a list names it: then it
+    must lie below the folder of images (see `Source.image_root`)."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,15 @@ class Source:
     """Key or column with the caption, where it is none of the usual ones."""
     pairs_per_chunk: int = 4000
     """Where the input is a list of images; tars and parquet files are a chunk each."""
+
+    def image_root(self) -> str:
+        """The folder that images must lie below which a list names.
+
+        Raises:
+            FileNotFoundError: there is nothing at the location.
+        """
+        location = self.location
+        return self.images or (location if is_folder(location) else parent(location))
 
 
 Reader = Callable[..., Iterable[Chunk]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import warnings
@@ -17,10 +18,12 @@ from blip_scale.data.pixels.decoding import describe, to_rgb
 from blip_scale.data.pixels.formats import open_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.shards import Record
-from blip_scale.storage.locations import is_web, read_file
-from blip_scale.storage.objects import RefusedError
+from blip_scale.storage.locations import NotRegularFile, is_web, read_file
+from blip_scale.storage.objects import RefusedError, UnusableRemote
+from blip_scale.storage.untrusted import RefusedPath, below
 
 _ORIENTATION = 0x0112  # the EXIF tag; 1: upright
+_NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Pillow opens nothing larger (178,956,970 pixels), here or in training."""
 
@@ -43,6 +46,8 @@ class Rules:
     """Images whose shorter side has more pixels are scaled down to it; None: bytes are kept."""
     jpeg_quality: int = 95
     """Of images that are scaled down or turned upright."""
+    images_below: str | None = None
+    """Folder that images must lie below which a list names; None: anywhere, on the web too."""
 
 
 class _Refused(Exception):
@@ -71,10 +76,11 @@ def screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bo
     """
     try:
         captions, rejects = _captions(pair, rules.max_words)
-        picture = check_image(_image_bytes(pair.image), rules)
+        root = None if pair.from_folder else rules.images_below
+        picture = check_image(_image_bytes(pair.image, root), rules)
         second = None
         if pair.second_image is not None:
-            second = check_image(_image_bytes(pair.second_image), rules)
+            second = check_image(_image_bytes(pair.second_image, root), rules)
     except _Refused as refused:
         return None, [Reject(pair.id, refused.reason, refused.detail)], False
     similarity = math.nan if pair.similarity is None else pair.similarity
@@ -128,20 +134,25 @@ def _clean(caption: object, max_words: int, clean: Clean) -> str:
     return cleaned
 
 
-def _image_bytes(image: bytes | str | None) -> bytes:
+def _image_bytes(image: bytes | str | None, root: str | None) -> bytes:
+    """The encoded image; where `root` is a folder, only from below it."""
     if image is None:
         raise _Refused(Reason.MISSING_IMAGE)
     if isinstance(image, bytes):
         return image
     try:
-        return read_file(image)
-    except Exception as error:
-        if isinstance(error, OSError | ValueError) and is_web(
-            image
-        ):  # hosts die; a bucket must not
+        return read_file(image if root is None else below(root, image))
+    except RefusedPath as error:
+        raise _Refused(Reason.OUTSIDE, f"{error} (see --allow-outside)") from error
+    except NotRegularFile as error:
+        raise _Refused(Reason.NOT_REGULAR, image) from error
+    except (OSError, ValueError) as error:
+        if is_web(image):  # hosts die; a bucket must not
             raise _Refused(Reason.MISSING_IMAGE, f"{image}: {type(error).__name__}") from error
-        is_missing = isinstance(error, FileNotFoundError | IsADirectoryError)
-        if is_missing and not isinstance(error, RefusedError):
+        if isinstance(error, RefusedError | UnusableRemote):
+            raise
+        is_missing = isinstance(error, FileNotFoundError | ValueError)
+        if is_missing or getattr(error, "errno", None) in _NO_FILE:
             raise _Refused(Reason.MISSING_IMAGE, image) from error
         raise
 
