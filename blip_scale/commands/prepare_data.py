@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from blip_scale import logs
 from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, refuse, stopped
 from blip_scale.config import exit_codes
 from blip_scale.config.recipe import TextRecipe
@@ -164,7 +165,7 @@ def _token_counter(options: argparse.Namespace) -> Callable[[str], int] | None:
     try:
         tokenizer = load_tokenizer(TextRecipe(checkpoint=None, tokenizer=options.tokenizer))
     except (OSError, ValueError) as error:
-        print(f"token lengths are left out: {error}", file=sys.stderr)
+        print(f"token lengths are left out: {logs.one_line(error)}", file=sys.stderr)
         return None
     return lambda caption: len(tokenizer(caption)["input_ids"])
 

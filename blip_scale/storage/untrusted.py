@@ -7,10 +7,12 @@ the user gave for its images.
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.parse
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from blip_scale.storage.locations import is_url, is_web, local_path
 
@@ -18,26 +20,19 @@ _LONGEST_NAME = 255
 """Bytes of a file name, on every file system that Linux mounts."""
 
 
+def parse_json(text: str | bytes) -> Any:
+    """As json.loads; raises ValueError for every text that is not read, deeply nested ones too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 class RefusedPath(ValueError):
     """A path from a list that is not opened."""
 
 
-def plain_name(name: object, where: str) -> str:
-    """The name of a file, without a folder.
-
-    Args:
-        name: as it was read.
-        where: the file that holds it, for the error.
-
-    Raises:
-        ValueError: it is no text, names a folder, or holds what no file name of ours holds.
-    """
-    if isinstance(name, str) and "/" not in name:
-        return relative_name(name, where)
-    raise ValueError(f"{where}: {str(name)[:200]!r} is no name of a file in this folder")
-
-
-def relative_name(name: str, where: str) -> str:
+def relative_name(name: str) -> str:
     """The name of a file in a folder or in folders below it: `a.mds`, `0/a.mds`.
 
     Raises:
@@ -46,8 +41,8 @@ def relative_name(name: str, where: str) -> str:
     parts = name.split("/")
     is_inside = not {"", ".", ".."} & set(parts)
     is_short = all(len(part.encode("utf-8", "replace")) <= _LONGEST_NAME for part in parts)
-    if not (is_inside and is_short and name.isprintable()) or "\\" in name or is_url(name):
-        raise ValueError(f"{where}: {name[:200]!r} is no name of a file in this folder")
+    if not (is_inside and is_short and name.isprintable()) or "\\" in name:
+        raise ValueError(f"the file name {name[:200]!r} is no relative path below its folder")
     return name
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from blip_scale.data.conversion.pairs import Found, Reason, Reject, Source
 from blip_scale.data.sources.metadata import caption_keys, first_of, pair_of
 from blip_scale.storage.locations import basename, is_folder, join, list_folder, open_file, parent
+from blip_scale.storage.untrusted import parse_json
 
 _IMAGE_KEYS = ("image", "file_name", "filename", "image_path", "path", "file")
 
@@ -17,7 +17,7 @@ def load_json(location: str) -> Any:
     """Raises ValueError, with the place, for what is no JSON."""
     with open_file(location) as file:
         try:
-            return json.load(file)
+            return parse_json(file.read())
         except ValueError as error:
             raise ValueError(f"{location} is no JSON: {error}") from error
 

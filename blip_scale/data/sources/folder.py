@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -38,6 +37,7 @@ from blip_scale.storage.locations import (
     open_file,
     read_file,
 )
+from blip_scale.storage.untrusted import parse_json
 
 TABLES = (
     "captions.csv", "captions.tsv", "captions.jsonl",
@@ -82,7 +82,7 @@ def _json_lines(source: Source, location: str, lines: Iterable[bytes]) -> Iterat
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = parse_json(line)
         except ValueError as error:
             yield Reject(f"{basename(location)}:{number}", Reason.DAMAGED_INPUT, str(error))
             continue

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from blip_scale.data.conversion.pairs import RawPair
+from blip_scale.storage import untrusted
 
 TEXT_ENDINGS = ("txt", "text", "caption")
 CAPTION_KEYS = ("caption", "captions", "text", "txt", "TEXT")
@@ -36,7 +36,7 @@ def pair_of(
 def parse_json(data: bytes) -> dict[str, Any]:
     """The object in a JSON file beside an image; {} for anything else."""
     try:
-        fields = json.loads(data)
+        fields = untrusted.parse_json(data)
     except ValueError:
         return {}
     return fields if isinstance(fields, dict) else {}
