@@ -1,4 +1,5 @@
-"""Names and paths that come from a data set, a list or a checkpoint: checked before they are used.
+"""Names and paths that come from a data set, a list or a checkpoint: checked before they are used;
+and folders in /tmp, where others may have been before.
 
 Who wrote them is not who runs the command. A name becomes a file in a folder of ours or a key of a
 bucket, so it must not lead out of there; a path that a list names must lie below the folder that
@@ -7,8 +8,10 @@ the user gave for its images.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import urllib.parse
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +21,25 @@ from blip_scale.storage.locations import is_url, is_web, local_path
 
 _LONGEST_NAME = 255
 """Bytes of a file name, on every file system that Linux mounts."""
+
+
+def private_folder(path: Path) -> Path:
+    """A folder that nobody else can read or write, made where it is missing; for names in /tmp that
+    another user could take first.
+
+    Raises:
+        OSError: it is another user's, a link, or no folder.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise OSError(f"{path} is a link or a file, not a folder of this user: remove it")
+    if status.st_uid != os.geteuid():
+        raise OSError(f"{path} belongs to another user: choose another folder (--scratch)")
+    if status.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
 
 
 def parse_json(text: str | bytes) -> Any:
