@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blip_scale.data.conversion.pairs import RawPair
 
 TEXT_ENDINGS = ("txt", "text", "caption")
-CAPTION_KEYS = ("caption", "captions", "text", "txt", "TEXT")
+CAPTION_KEYS = (
+    "caption", "captions", "text", "txt", "TEXT", "re_caption", "recaption", "alt_text",
+    "top_caption", "all_captions", "blip_caption", "sentence", "sentences", "description",
+)  # fmt: skip
+"""Where captions stand, the first that is not empty counts: CC3M, LAION-COCO (`TEXT`, `top_caption`,
+`all_captions`), Recap-DataComp (`re_caption`), COYO and Wukong (`text`), Hugging Face sets."""
+_INNER_KEYS = ("raw", "caption", "text", "sentence")
+"""Where a caption that is an object has its text."""
 URL_KEYS = ("url", "URL", "image_url")
 SIMILARITY_KEYS = ("similarity", "SIMILARITY", "clip_similarity")
 
@@ -25,19 +32,60 @@ def caption_keys(chosen: str) -> tuple[str, ...]:
     return (chosen,) if chosen else CAPTION_KEYS
 
 
+def captions_of(fields: Mapping[str, Any], chosen: str) -> Any:
+    """The captions of a record: one text, a list of texts, None where there is none.
+
+    Of the usual keys the first counts that is not empty. Lists of lists are flattened, objects such
+    as {raw: ...} give their text, and bytes are decoded.
+    """
+    empty: Any = None
+    for key in caption_keys(chosen):
+        captions = _plain(fields.get(key))
+        if captions not in (None, "", []):
+            return captions
+        empty = captions if empty is None else empty
+    return empty
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return as_text(value)
+    if isinstance(value, Mapping):
+        text = first_of(value, _INNER_KEYS)
+        return dict(value) if text is None else _plain(text)
+    if not isinstance(value, list | tuple):
+        return value
+    flat: list[Any] = []
+    for item in map(_plain, value):
+        if isinstance(item, list):
+            flat += item
+        else:
+            flat.append(item)
+    return flat
+
+
+def note_of(fields: Iterable[str], kind: str = "keys") -> str:
+    """What a record has instead of what is looked for."""
+    names = ", ".join(map(str, fields))
+    return f"{kind}: {names}" if names else f"no {kind}"
+
+
 def pair_of(
     name: str, image: bytes | str | None, captions: Any, fields: Mapping[str, Any]
 ) -> RawPair:
     """A pair with url and similarity out of `fields`."""
     url = first_of(fields, URL_KEYS)
-    return RawPair(name, image, captions, url if isinstance(url, str) else "", _similarity(fields))
+    return RawPair(
+        name, image, captions, url if isinstance(url, str) else "", _similarity(fields),
+        note=note_of(fields),
+    )  # fmt: skip
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
     """The object in a JSON file beside an image; {} for anything else."""
     try:
         fields = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
 
@@ -53,6 +101,6 @@ def as_text(data: bytes) -> str | bytes:
 def _similarity(fields: Mapping[str, Any]) -> float | None:
     try:
         value = float(first_of(fields, SIMILARITY_KEYS))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return None if math.isnan(value) else value
