@@ -143,7 +143,8 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
     """MDS shards, or what an annotation file lists."""
     place = Path(options.data)
     if options.task == "video":
-        return VideoSet(place, Path(options.images or place.parent), image_size)
+        folder = Path(options.images or place.parent)
+        return VideoSet(place, folder, image_size, options.allow_outside)
     if (place / "index.json").is_file():
         stream = StreamRecipe(place.name, options.data)
         return heldout_pairs(stream, image_size, clean=lambda text, _: kind.clean(text))
@@ -156,7 +157,8 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
     source = Source(options.data, options.images or "", options.strip_prefix)
     chunks = reader.chunks(source, **own_options)
     found = [one for chunk in chunks for one in chunk.read()]
-    return listed_pairs(place.name, found, image_size, kind.clean)
+    root = None if options.allow_outside else source.image_root()
+    return listed_pairs(place.name, found, image_size, kind.clean, root)
 
 
 def _retrieval(subject: Subject) -> dict[str, Any]:
@@ -286,6 +288,8 @@ def _parser(prog: str) -> Parser:
         metavar="FOLDER",
         help="folder that relative paths of an annotation file start from",
     )
+    add("--allow-outside", action="store_true",
+        help="open any path that an annotation file names, not only below that folder")  # fmt: skip
     add("--strip-prefix", default="", help="remove this from the front of these paths first")
     add(
         "--split",

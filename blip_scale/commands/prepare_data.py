@@ -66,8 +66,9 @@ def _convert(options: argparse.Namespace) -> int:
     if options.merge:
         _print_summary(options.out, merge(options.out, options.scratch), None)
         return 0
-    rules = _rules(options)
-    chunks = _chunks(options)
+    source = _source(options)
+    rules = _rules(options, source)
+    chunks = _chunks(options, source)
     if options.dry_run:
         _print_survey(survey(chunks, rules, options.sample, _token_counter(options)), options)
         return 0
@@ -88,7 +89,7 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _rules(options: argparse.Namespace) -> Rules:
+def _rules(options: argparse.Namespace, source: Source) -> Rules:
     if not 0 < options.max_pixels <= PIXEL_LIMIT:
         raise ValueError(f"--max-pixels: from 1 to {PIXEL_LIMIT}, which is all that Pillow opens")
     return Rules(
@@ -99,18 +100,22 @@ def _rules(options: argparse.Namespace) -> Rules:
         max_pixels=options.max_pixels,
         max_side=options.max_side,
         jpeg_quality=options.jpeg_quality,
+        images_below=None if options.allow_outside else source.image_root(),
     )
 
 
-def _chunks(options: argparse.Namespace) -> list[Chunk]:
-    reader = READERS[options.name]
-    source = Source(
+def _source(options: argparse.Namespace) -> Source:
+    return Source(
         location=options.input,
         images=options.images,
         strip_prefix=options.strip_prefix,
         caption_key=options.caption_key,
         pairs_per_chunk=options.pairs_per_chunk,
     )
+
+
+def _chunks(options: argparse.Namespace, source: Source) -> list[Chunk]:
+    reader = READERS[options.name]
     own_options = {name: getattr(options, name) for name in reader.options}
     return list(reader.chunks(source, **own_options))
 
@@ -252,6 +257,10 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
     for name, text in reader.options.items():
         add(reading, f"--{name.replace('_', '-')}", "", text)
     add(reading, "--images", "", "folder that relative image paths of annotations start from")
+    reading.add_argument(
+        "--allow-outside", action="store_true",
+        help="open whatever paths and URLs a list names, not only what is below --images (or IN)",
+    )  # fmt: skip
     add(reading, "--strip-prefix", "", "remove this from the front of these paths first")
     add(reading, "--caption-key", "", "key or column of the caption, if it has an unusual name")
     add(reading, "--pairs-per-chunk", Source("").pairs_per_chunk,

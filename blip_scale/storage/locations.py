@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +16,10 @@ from typing import IO
 from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError, split_url
 
 _BUFFER_BYTES = 4 << 20  # of a remote file that is read in small pieces
+
+
+class NotRegularFile(OSError):
+    """A FIFO, a device or a socket where a file is expected: reading it may never end."""
 
 
 @dataclass(frozen=True)
@@ -131,23 +137,46 @@ def file_version(location: str) -> str:
 
 
 def open_file(location: str) -> IO[bytes]:
-    """For reading; a file that ends in .gz is unpacked."""
+    """For reading; a file that ends in .gz is unpacked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        NotRegularFile: a FIFO, a device or a socket.
+    """
     if is_local(location):
-        path = local_path(location)
-        return gzip.open(path) if location.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+        opened = _open_regular(str(local_path(location)))
+        return gzip.GzipFile(fileobj=opened) if location.endswith(".gz") else opened  # type: ignore[return-value]
     raw = io.BufferedReader(_RemoteFile(location), _BUFFER_BYTES)
     return gzip.GzipFile(fileobj=raw) if location.endswith(".gz") else raw  # type: ignore[return-value]
 
 
 def read_file(location: str) -> bytes:
-    """Raises FileNotFoundError where there is no such file."""
-    if not is_url(location):
-        with open(location, "rb") as file:  # noqa: PTH123  the quick way for millions of images
-            return file.read()
+    """Raises FileNotFoundError where there is no such file, NotRegularFile for a FIFO, a device or
+    a socket."""
     if is_local(location):
-        return local_path(location).read_bytes()
+        path = location if not is_url(location) else str(local_path(location))
+        with _open_regular(path) as file:
+            return file.read()
     remote, name = _remote(location)
     return remote.get(name)
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    # Without O_NONBLOCK, opening a FIFO waits for its writer.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise NotRegularFile(f"{path} is a socket or a device, no regular file") from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
+    raise NotRegularFile(f"{path} is {kind}, no regular file")
 
 
 class _RemoteFile(io.RawIOBase):

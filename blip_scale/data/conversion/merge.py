@@ -57,8 +57,7 @@ def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def remove_set(out: OutputFolder) -> None:
-    """Remove what a conversion has written, whole or not, all but its plan. The index goes first.
-    """
+    """Remove what a conversion has written, whole or not, all but its plan. The index goes first."""
     out.discard([INDEX_NAME])
     out.discard(sorted(out.names(REPORTS)))
     out.discard(n for n in sorted(out.names()) if _OURS.fullmatch(n) or n in _WRITTEN)

@@ -8,12 +8,15 @@ from enum import StrEnum
 from typing import Any
 
 from blip_scale.data.shards import Record
+from blip_scale.storage.locations import is_folder, parent
 
 
 class Reason(StrEnum):
     """Why something that was read is not written."""
 
     MISSING_IMAGE = "missing image"
+    OUTSIDE = "outside the image folder"
+    NOT_REGULAR = "no regular file"
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too small"
     EXTREME_ASPECT = "extreme aspect"
@@ -51,6 +54,9 @@ class RawPair:
     note: str = ""
     """What the source has in place of a caption or an image, for the reject: its keys or columns.
     """
+    from_folder: bool = False
+    """The image was seen in a folder, whose links are followed. Otherwise a list names it: then it
+    must lie below the folder of images (see `Source.image_root`)."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,15 @@ class Source:
     """Column with the image, where it is none of the usual ones."""
     pairs_per_chunk: int = 4000
     """Where the input is a list of images; tars and parquet files are a chunk each."""
+
+    def image_root(self) -> str:
+        """The folder that images must lie below which a list names.
+
+        Raises:
+            FileNotFoundError: there is nothing at the location.
+        """
+        location = self.location
+        return self.images or (location if is_folder(location) else parent(location))
 
 
 Reader = Callable[..., Iterable[Chunk]]

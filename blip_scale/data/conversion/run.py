@@ -86,10 +86,15 @@ class Conversion:
 
     def plan(self) -> dict[str, Any]:
         """What conversion.json says: all parts and restarts must agree on it."""
+        rules = self.settings
+        if self.rules:
+            rules = asdict(self.rules)
+            # The folder may be called otherwise on another machine.
+            rules["allow_outside"] = rules.pop("images_below") is None
         return {
             "format": _FORMAT,
             "reading": self.reading,
-            "rules": asdict(self.rules) if self.rules else self.settings,
+            "rules": rules,
             "shard_bytes": self.shard_bytes,
             "chunks": len(self.chunks),
             "input": [f"{chunk.fingerprint} {chunk.name}" for chunk in self.chunks],

@@ -19,8 +19,9 @@ from blip_scale.data.pixels.decoding import describe, to_rgb
 from blip_scale.data.pixels.formats import open_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.shards import Record
-from blip_scale.storage.locations import is_web, read_file
-from blip_scale.storage.objects import RefusedError, RemoteError
+from blip_scale.storage.locations import NotRegularFile, is_web, read_file
+from blip_scale.storage.objects import RefusedError, RemoteError, UnusableRemote
+from blip_scale.storage.untrusted import RefusedPath, below
 
 _OF_ONE_FILE = (
     errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
@@ -50,6 +51,8 @@ class Rules:
     """Images whose shorter side has more pixels are scaled down to it; None: bytes are kept."""
     jpeg_quality: int = 95
     """Of images that are scaled down or turned upright."""
+    images_below: str | None = None
+    """Folder that images must lie below which a list names; None: anywhere, on the web too."""
 
 
 class _Refused(Exception):
@@ -80,7 +83,7 @@ def screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bo
         return _screen(pair, rules)
     except _Refused as refused:
         return None, [Reject(pair.id, refused.reason, refused.detail)], False
-    except MemoryError:
+    except (MemoryError, UnusableRemote):
         raise
     except OSError as error:
         if error.errno not in _OF_ONE_FILE or isinstance(error, RemoteError):
@@ -98,10 +101,11 @@ def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], b
     if not _is_unicode(json.dumps(pair.annotations, ensure_ascii=False)):
         raise _Refused(Reason.BAD_ANNOTATION, "half a surrogate pair")
     captions, rejects = _captions(pair, rules.max_words)
-    picture = check_image(_image_bytes(pair.image, pair.note), rules)
+    root = None if pair.from_folder else rules.images_below
+    picture = check_image(_image_bytes(pair.image, root, pair.note), rules)
     second = None
     if pair.second_image is not None:
-        second = check_image(_image_bytes(pair.second_image), rules)
+        second = check_image(_image_bytes(pair.second_image, root), rules)
     similarity = math.nan if pair.similarity is None else pair.similarity
     record = Record(
         pair.id, picture.data, captions, rules.source,
@@ -160,20 +164,24 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _image_bytes(image: bytes | str | None, note: str = "") -> bytes:
+def _image_bytes(image: bytes | str | None, root: str | None, note: str = "") -> bytes:
+    """The encoded image; where `root` is a folder, only from below it."""
     if image is None:
         raise _Refused(Reason.MISSING_IMAGE, note)
     if isinstance(image, bytes):
         return image
     try:
-        return read_file(image)
-    except Exception as error:
-        if isinstance(error, OSError | ValueError) and is_web(
-            image
-        ):  # hosts die; a bucket must not
+        return read_file(image if root is None else below(root, image))
+    except RefusedPath as error:
+        raise _Refused(Reason.OUTSIDE, f"{error} (see --allow-outside)") from error
+    except NotRegularFile as error:
+        raise _Refused(Reason.NOT_REGULAR, image) from error
+    except (OSError, ValueError) as error:
+        if is_web(image):  # hosts die; a bucket must not
             raise _Refused(Reason.MISSING_IMAGE, f"{image}: {type(error).__name__}") from error
-        is_missing = isinstance(error, FileNotFoundError | IsADirectoryError)
-        if is_missing and not isinstance(error, RefusedError):
+        if isinstance(error, RefusedError | UnusableRemote):
+            raise
+        if isinstance(error, FileNotFoundError | ValueError):
             raise _Refused(Reason.MISSING_IMAGE, image) from error
         raise
 

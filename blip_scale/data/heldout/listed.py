@@ -10,6 +10,7 @@ from blip_scale.data.captions import clean_caption
 from blip_scale.data.conversion.pairs import Found, RawPair, Reject
 from blip_scale.data.heldout.pairs import HeldoutPairs, Sample
 from blip_scale.storage.locations import is_local, read_file
+from blip_scale.storage.untrusted import RefusedPath, below
 
 
 def listed_pairs(
@@ -17,8 +18,11 @@ def listed_pairs(
     found: Iterable[Found],
     image_size: int,
     clean: Callable[[str], str] = clean_caption,
+    images_below: str | None = None,
 ) -> HeldoutPairs:
     """What a reader found as a held-out set; images stay in their files, nothing is screened.
+
+    Images that the list names must lie below the folder `images_below`; None: anywhere.
 
     Raises:
         ValueError: an item that can't be read, or no item at all.
@@ -30,6 +34,9 @@ def listed_pairs(
     if broken or not pairs:
         first = f", the first: {broken[0]}" if broken else ""
         raise ValueError(f"{name}: {len(broken)} of {len(listed)} items can't be used{first}")
+    if images_below is not None:
+        for pair in pairs:
+            _check_place(name, pair, images_below)
     files = [image for pair in pairs for image in (pair.image, pair.second_image)]
     absent = [f for f in files if isinstance(f, str) and is_local(f) and not Path(f).is_file()]
     if absent:
@@ -47,6 +54,19 @@ def listed_pairs(
         }
 
     return HeldoutPairs(name, (_texts(name, pair) for pair in pairs), encoded, image_size, clean)
+
+
+def _check_place(name: str, pair: RawPair, folder: str) -> None:
+    """Raises ValueError for images outside the folder."""
+    for image in (pair.image, pair.second_image):
+        if isinstance(image, str) and not pair.from_folder:
+            try:
+                below(folder, image)
+            except RefusedPath as error:
+                raise ValueError(
+                    f"{name}: {error}; give the folder that all images lie in (--images), or "
+                    "--allow-outside for a list that you trust"
+                ) from error
 
 
 def _texts(name: str, pair: RawPair) -> Sample:

@@ -30,6 +30,7 @@ from blip_scale.data.sources.annotations import pair_of_item
 from blip_scale.data.sources.metadata import as_text
 from blip_scale.storage.locations import (
     Entry,
+    NotRegularFile,
     basename,
     extension,
     is_folder,
@@ -104,14 +105,18 @@ def _image_chunks(source: Source) -> Iterator[Chunk]:
         )
 
 
-def read_images(images: list[Entry], texts: set[str]) -> Iterator[RawPair]:
+def read_images(images: list[Entry], texts: set[str]) -> Iterator[Found]:
     """Images with the text beside them; `texts` are the names of those that are there."""
     for image in images:
         name = _text_name(image)
         text = None
         if name in texts:
-            text = as_text(read_file(image.location[: -len(image.name)] + name))
-        yield RawPair(image.name, image.location, text)
+            try:
+                text = as_text(read_file(image.location[: -len(image.name)] + name))
+            except NotRegularFile as error:
+                yield Reject(image.name, Reason.NOT_REGULAR, str(error))
+                continue
+        yield RawPair(image.name, image.location, text, from_folder=True)
 
 
 def _text_name(image: Entry) -> str:

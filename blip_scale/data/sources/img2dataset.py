@@ -8,11 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from blip_scale.data.conversion.pairs import Chunk, Found, Source
+from blip_scale.data.conversion.pairs import Chunk, Found, Reason, Reject, Source
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources import parquet, webdataset
 from blip_scale.data.sources.metadata import TEXT_ENDINGS
-from blip_scale.storage.locations import extension, is_folder, list_folder, read_file, stem
+from blip_scale.storage.locations import (
+    NotRegularFile,
+    extension,
+    is_folder,
+    list_folder,
+    read_file,
+    stem,
+)
 
 _FAILED = "there is no output of img2dataset (NNNNN.tar, NNNNN.parquet with images, or NNNNN/)"
 
@@ -58,5 +65,9 @@ def read_folder(location: str, caption_key: str = "") -> Iterator[Found]:
         if not entry.is_folder and ending in (*IMAGE_ENDINGS, *TEXT_ENDINGS, "json"):
             samples.setdefault(stem(entry.name), {})[ending] = entry.location
     for name, files in samples.items():
-        parts = {ending: read_file(path) for ending, path in files.items()}
+        try:
+            parts = {ending: read_file(path) for ending, path in files.items()}
+        except NotRegularFile as error:
+            yield Reject(name, Reason.NOT_REGULAR, str(error))
+            continue
         yield webdataset.sample_pair(name, parts, caption_key)

@@ -20,7 +20,7 @@ from blip_scale.data.sources.metadata import (
     pair_of,
 )
 from blip_scale.data.sources.webdataset import file_chunk, find_files
-from blip_scale.storage.locations import basename, open_file, stem
+from blip_scale.storage.locations import NotRegularFile, basename, open_file, stem
 from blip_scale.storage.objects import RemoteError
 
 _IMAGE_COLUMNS = (*IMAGE_ENDINGS, "image", "image_bytes")
@@ -46,7 +46,12 @@ def read_parquet(location: str, caption_key: str = "") -> Iterator[Found]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    with open_file(location) as file:
+    try:
+        opened = open_file(location)
+    except NotRegularFile as error:
+        yield Reject(basename(location), Reason.NOT_REGULAR, str(error))
+        return
+    with opened as file:
         try:
             table = ParquetFile(file)
             columns = _columns(table.schema_arrow.names, location, caption_key)

@@ -100,8 +100,9 @@ def _dialogs(
             continue
         questions = [question for question, _ in texts]
         yield RawPair(
-            str(image_id), files[image_id], questions, annotations=annotations, is_question=True
-        )
+            str(image_id), files[image_id], questions, annotations=annotations, is_question=True,
+            from_folder=True,
+        )  # fmt: skip
 
 
 def _candidates(data: dict[str, Any], turn: dict[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ from blip_scale.data.sources.metadata import (
 )
 from blip_scale.storage.locations import (
     Entry,
+    NotRegularFile,
     basename,
     file_size,
     is_folder,
@@ -72,6 +73,8 @@ def read_tar(location: str, caption_key: str = "") -> Iterator[Found]:
     except _CutSample as cut:
         yield Reject(cut.name, Reason.DAMAGED_INPUT, f"the tar is damaged here: {cut.__cause__}")
         yield Reject(basename(location), Reason.DAMAGED_INPUT, str(cut.__cause__))
+    except NotRegularFile as error:
+        yield Reject(basename(location), Reason.NOT_REGULAR, str(error))
     except _DAMAGE as error:
         yield Reject(basename(location), Reason.DAMAGED_INPUT, str(error))
 
