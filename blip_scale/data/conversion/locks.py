@@ -85,7 +85,7 @@ def _refusal(location: str, content: str | bytes) -> ValueError:
     except (ValueError, KeyError, TypeError):
         who = "unknown"
     return ValueError(
-        f"{location}: another conversion is writing here ({who}): wait for it, or choose another OUT"
+        f"{location}: another conversion is writing here ({who}): wait for it, or give another OUT"
     )
 
 

@@ -20,6 +20,7 @@ from blip_scale.data.conversion.report import (
     REPORTS,
     Counts,
     Report,
+    example_of,
     reject_fields,
     report_name,
 )
@@ -57,7 +58,7 @@ def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def remove_set(out: OutputFolder) -> None:
-    """Remove what a conversion has written, whole or not, all but its plan. The index goes first."""
+    """Remove what a conversion has written, all but its plan; the index goes first."""
     out.discard([INDEX_NAME])
     out.discard(sorted(out.names(REPORTS)))
     out.discard(n for n in sorted(out.names()) if _OURS.fullmatch(n) or n in _WRITTEN)
@@ -135,6 +136,7 @@ def _write_set(
     shard_captions: list[list[int] | None] = []
     reasons: Counter[str] = Counter()
     tallies: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     pairs, captions, reencoded = Counts(), Counts(), 0
     with out.workshop("merge", own=True) as folder:
         with (folder / REJECTS_NAME).open("w", encoding="utf-8") as file:
@@ -146,12 +148,14 @@ def _write_set(
                 pairs, captions = pairs + report.pairs, captions + report.captions
                 reencoded += report.reencoded
                 for reject in report.rejects:
+                    examples.setdefault(str(reject.reason), example_of(reject))
                     file.write(json.dumps(reject_fields(reject)) + "\n")
         text = text_summary(tallies)
         summary = {
             "pairs": asdict(pairs),
             "captions": asdict(captions),
             "rejects": dict(sorted(reasons.items())),
+            "reject_examples": dict(sorted(examples.items())),
             "reencoded_images": reencoded,
             "text": text,
             "shards": len(shards),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blip_scale.config.recipe import TextRecipe
 from blip_scale.data.captions import clean_caption, is_long
@@ -15,11 +16,11 @@ from blip_scale.data.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CUT = "captions cut to --max-words"
-CUT_AT_A_SENTENCE = "of them at a sentence end"
-LONG = f"captions of more than {TextRecipe.max_tokens} tokens"
+CUT = "captions_cut"
+CUT_AT_A_SENTENCE = "captions_cut_at_a_sentence"
+LONG = "captions_over_max_tokens"
 TOKENS = "tokens"
-UNKNOWN = "unknown tokens"
+UNKNOWN = "unknown_tokens"
 MOST_UNKNOWN = 0.2
 """Share of unknown tokens above which a tokenizer does not fit the captions."""
 
@@ -52,10 +53,28 @@ def count_text(pair: RawPair, record: Record, max_words: int, tokenizer: str) ->
     return counts
 
 
-def text_summary(tallies: Counter[str]) -> dict[str, Any]:
+def text_summary(tallies: Counter[str]) -> dict[str, int]:
     """The entry `text` of a summary; takes what it tells out of `tallies`."""
-    told: dict[str, Any] = {name: tallies.pop(name, 0) for name in (CUT, CUT_AT_A_SENTENCE)}
-    tokens, unknown, long = (tallies.pop(name, 0) for name in (TOKENS, UNKNOWN, LONG))
-    if tokens:
-        told |= {LONG: long, "share of unknown tokens": round(unknown / tokens, 4)}
-    return told
+    names = (CUT, CUT_AT_A_SENTENCE, LONG, TOKENS, UNKNOWN)
+    counts = {name: tallies.pop(name, 0) for name in names}
+    return {name: count for name, count in counts.items() if counts[TOKENS] or name in names[:2]}
+
+
+def text_lines(counts: Mapping[str, int], max_words: int) -> list[str]:
+    """What `text_summary` holds, for people."""
+    lines = []
+    if counts.get(CUT):
+        lines.append(
+            f"{counts[CUT]} captions have more than {max_words} words and are cut (--max-words), "
+            f"{counts[CUT_AT_A_SENTENCE]} of them at the end of a sentence"
+        )
+    if counts.get(LONG):
+        lines.append(
+            f"{counts[LONG]} captions have more than {TextRecipe.max_tokens} tokens: training cuts "
+            "them (model.text.max_tokens)"
+        )
+    if counts.get(TOKENS):
+        share = counts[UNKNOWN] / counts[TOKENS]
+        advice = ": another tokenizer is needed" if share > MOST_UNKNOWN else ""
+        lines.append(f"{share:.1%} of all tokens are [UNK], unknown to the tokenizer{advice}")
+    return lines

@@ -9,7 +9,15 @@ from typing import Any
 from blip_scale.data.conversion.pairs import Found, Reason, Reject, Source
 from blip_scale.data.conversion.report import shortened
 from blip_scale.data.pixels.decoding import describe
-from blip_scale.data.sources.metadata import URL_KEYS, captions_of, first_of, note_of, pair_of
+from blip_scale.data.sources.metadata import (
+    URL_KEYS,
+    captions_of,
+    embedded_image,
+    first_of,
+    id_of,
+    note_of,
+    pair_of,
+)
 from blip_scale.storage.locations import (
     basename,
     is_folder,
@@ -21,7 +29,11 @@ from blip_scale.storage.locations import (
     parent,
 )
 
-_IMAGE_KEYS = ("image", "file_name", "filename", "image_path", "path", "file")
+IMAGE_KEYS = (
+    "image", "file_name", "filename", "image_path", "path", "file", "image_name", "filepath",
+    "file_path",
+)  # fmt: skip
+"""Where the path of an image stands."""
 
 
 def load_json(location: str) -> Any:
@@ -107,14 +119,17 @@ def pair_of_item(source: Source, annotations: str, number: int, item: Any) -> Fo
     place = f"{basename(annotations)}:{number}"
     if not isinstance(item, Mapping):
         return Reject(place, Reason.DAMAGED_INPUT, f"no object but {type(item).__name__}")
-    path = first_of(item, (source.image_key,) if source.image_key else _IMAGE_KEYS) or None
+    path = first_of(item, (source.image_key,) if source.image_key else IMAGE_KEYS) or None
     url = first_of(item, URL_KEYS)
     captions = captions_of(item, source.caption_key)
     if not isinstance(path or url, str):
         count = len(captions) if isinstance(captions, list) else int(captions is not None)
-        wanted = f"none of {', '.join(_IMAGE_KEYS)}, url is a text; {note_of(item)}"
+        wanted = f"none of {', '.join(IMAGE_KEYS)}, url is a text; {note_of(item)}"
         return Reject(place, Reason.MISSING_KEY, wanted, captions=count)
     if path is None:
         return pair_of(url, url, captions, item)
+    embedded = embedded_image(path)
+    if embedded is not None:
+        return pair_of(id_of(item) or place, embedded, captions, item)
     location = image_location(source, annotations, path)
     return pair_of(image_id(source, path), location, captions, item)

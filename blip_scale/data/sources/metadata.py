@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,11 +16,16 @@ CAPTION_KEYS = (
     "caption", "captions", "text", "txt", "TEXT", "re_caption", "recaption", "alt_text",
     "top_caption", "all_captions", "blip_caption", "sentence", "sentences", "description",
 )  # fmt: skip
-"""Where captions stand, the first that is not empty counts: CC3M, LAION-COCO (`TEXT`, `top_caption`,
-`all_captions`), Recap-DataComp (`re_caption`), COYO and Wukong (`text`), Hugging Face sets."""
+"""Where captions stand; the first that is not empty counts. LAION-COCO has `TEXT`, `top_caption`
+and `all_captions`, Recap-DataComp `re_caption`, others `alt_text`."""
+_DATA_URL = re.compile(rb"data:image/[\w.+-]+;base64,")
+_BASE64_STARTS = (b"/9j/", b"iVBORw0KGgo", b"UklGR", b"R0lGOD", b"Qk0", b"SUkqA", b"TU0AK")
+"""How JPEG, PNG, WebP, GIF, BMP and TIFF begin."""
+_SHORTEST_BASE64 = 100  # characters; a path is shorter, and no image is
 _INNER_KEYS = ("raw", "caption", "text", "sentence")
 """Where a caption that is an object has its text."""
 URL_KEYS = ("url", "URL", "image_url")
+ID_KEYS = ("key", "__key__", "id", "image_id", "img_id", "uid")
 SIMILARITY_KEYS = ("similarity", "SIMILARITY", "clip_similarity")
 
 
@@ -62,6 +69,29 @@ def _plain(value: Any) -> Any:
         else:
             flat.append(item)
     return flat
+
+
+def id_of(fields: Mapping[str, Any]) -> str:
+    """The id of a record, "" where it has none; 7.0, as tables with gaps have numbers, is 7."""
+    value = first_of(fields, ID_KEYS)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        value = int(value) if value.is_integer() else value
+    return "" if value is None else str(value)
+
+
+def embedded_image(data: str | bytes) -> bytes | None:
+    """The image that a text or bytes hold as base64; None where they hold none."""
+    text = data if isinstance(data, bytes) else data[:64].encode("utf-8", "replace")
+    match = _DATA_URL.match(text)
+    start = match.end() if match else 0
+    if not text[start:].startswith(_BASE64_STARTS) or len(data) < _SHORTEST_BASE64:
+        return None
+    try:
+        return base64.b64decode(data[start:])
+    except ValueError:
+        return None
 
 
 def note_of(fields: Iterable[str], kind: str = "keys") -> str:
