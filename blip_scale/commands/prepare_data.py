@@ -71,6 +71,8 @@ def _convert(options: argparse.Namespace) -> int:
     reader = READERS[options.name]
     own_options = {name: getattr(options, name) for name in reader.options}
     chunks = list(reader.chunks(source, **own_options))
+    if not chunks:
+        raise ValueError(f"{options.input}: there is nothing to convert in it")
     if options.dry_run:
         return _tell_survey(survey(chunks, rules, options.sample, _tokenizer(options)), options)
     if not options.out:
@@ -145,7 +147,8 @@ def _tell_summary(
     _tell_rest(summary.get("tallies", {}), summary["text"], options.max_words)
     if summary["pairs"]["written"]:
         return exit_codes.DONE
-    return _refuse_nothing(options, summary["rejects"], summary["reject_examples"])
+    examples = summary["reject_examples"]
+    return _refuse_nothing(options, summary["rejects"], examples, summary.get("tallies", {}))
 
 
 def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
@@ -164,9 +167,9 @@ def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
         f"{seconds / 3600:.2f} h with {options.workers} processes "
         f"({seen.read / max(seen.seconds, 1e-9):.0f} pairs/s each)"
     )
-    return (
-        exit_codes.DONE if seen.written else _refuse_nothing(options, seen.reasons, seen.examples)
-    )
+    if seen.written:
+        return exit_codes.DONE
+    return _refuse_nothing(options, seen.reasons, seen.examples, seen.unused)
 
 
 def _tell_rest(unused: Mapping[str, int], text: Mapping[str, int], max_words: int) -> None:
@@ -178,11 +181,16 @@ def _tell_rest(unused: Mapping[str, int], text: Mapping[str, int], max_words: in
 
 
 def _refuse_nothing(
-    options: argparse.Namespace, reasons: Mapping[str, int], examples: Mapping[str, str]
+    options: argparse.Namespace,
+    reasons: Mapping[str, int],
+    examples: Mapping[str, str],
+    unused: Mapping[str, int],
 ) -> int:
     """Say what stands in the way of a set without any pair."""
     if not reasons:
-        return refuse(options.prog, f"{options.input}: nothing was found to convert")
+        there = ", ".join(f"{count} {printable(kind)}" for kind, count in unused.items())
+        what = f"nothing to convert is in it, but {there}" if there else "it is empty"
+        return refuse(options.prog, f"{options.input}: {what}")
     reason = max(reasons, key=lambda name: reasons[name])
     advice = _ADVICE.get(reason, "")
     again = "" if options.dry_run else "; then convert again with --overwrite"
@@ -197,7 +205,7 @@ _COLUMNS = "name the columns with --caption-key and --image-key"
 _IMAGES = (
     "say where the images lie with --images, and what to take off their paths (--strip-prefix)"
 )
-_ADVICE = {
+_ADVICE: dict[str, str] = {
     Reason.MISSING_IMAGE: _IMAGES,
     Reason.OUTSIDE: _IMAGES,
     Reason.MISSING_CAPTION: _COLUMNS,

@@ -97,18 +97,24 @@ def json_files(location: str) -> list[str]:
 
 def image_location(source: Source, annotations: str, path: str) -> str:
     """Where the image lies that `annotations` calls `path`."""
-    folder = source.images or parent(annotations)
-    location = join(folder, path.removeprefix(source.strip_prefix))
+    return _place(source, annotations, path)[1]
+
+
+def image_id(source: Source, annotations: str, path: str) -> str:
+    """The name of an image: its path without `strip_prefix`."""
+    return _place(source, annotations, path)[0]
+
+
+def _place(source: Source, annotations: str, path: str) -> tuple[str, str]:
+    """Id and location of the image that `annotations` calls `path`."""
+    folder, prefix = source.images or parent(annotations), source.strip_prefix
+    name = path.removeprefix(prefix)
+    location = join(folder, name)
     if "\\" in path and is_local(location) and not local_path(location).exists():
         # A list that was made on Windows.
-        name, prefix = (text.replace("\\", "/") for text in (path, source.strip_prefix))
-        location = join(folder, name.removeprefix(prefix))
-    return location
-
-
-def image_id(source: Source, path: str) -> str:
-    """The name of an image: its path without `strip_prefix`."""
-    return path.removeprefix(source.strip_prefix).removeprefix("./")
+        name = path.replace("\\", "/").removeprefix(prefix.replace("\\", "/"))
+        location = join(folder, name)
+    return name.removeprefix("./"), location
 
 
 def pair_of_item(source: Source, annotations: str, number: int, item: Any) -> Found:
@@ -131,5 +137,5 @@ def pair_of_item(source: Source, annotations: str, number: int, item: Any) -> Fo
     embedded = embedded_image(path)
     if embedded is not None:
         return pair_of(id_of(item) or place, embedded, captions, item)
-    location = image_location(source, annotations, path)
-    return pair_of(image_id(source, path), location, captions, item)
+    name, location = _place(source, annotations, path)
+    return pair_of(name, location, captions, item)

@@ -1,8 +1,8 @@
 """Flickr30k as distributed: results_20130124.token, or results.csv of its copies on the web.
 
-A line of the .token file is `IMAGE#NUMBER<tab>caption`, one of results.csv
-`image_name| comment_number| comment`. A record is an image with its five captions. The images lie in --images, else beside the
-list or in its folder flickr30k-images or flickr30k_images.
+A line of the .token file is `IMAGE#NUMBER<tab>caption`, one of results.csv has image, number and
+caption with bars between. A record is an image with its five captions. The images lie in --images,
+else beside the list or in its folder flickr30k-images or flickr30k_images.
 """
 
 from __future__ import annotations

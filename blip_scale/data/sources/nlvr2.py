@@ -60,7 +60,7 @@ def _pair(source: Source, annotations: str, number: int, item: Any) -> Found:
     if label is None:
         return Reject(place, Reason.BAD_ANNOTATION, f"label {item['label']!r}, not True or False")
     first, second = (image_location(source, annotations, path) for path in paths)
-    name = " ".join(image_id(source, path) for path in paths)
+    name = " ".join(image_id(source, annotations, path) for path in paths)
     return RawPair(
         name, first, [item["sentence"]], annotations=[{"label": label}], second_image=second
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Source
+from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Source, Unused
 from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.annotations import image_location
@@ -97,6 +97,9 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
             "has no column with images: give --image-key or, if it is a list of URLs, fetch them "
             f"with img2dataset first (docs/data.md); {note_of(names, 'columns')}",
         )  # fmt: skip
+        return
+    if not table.metadata.num_rows:
+        yield Unused(f"parquet files without rows ({note_of(names, 'columns')})")
         return
     wanted = {
         *images, *URL_KEYS, *SIMILARITY_KEYS, *caption_keys(source.caption_key), *ID_KEYS,
