@@ -16,7 +16,8 @@ from blip_scale.data.conversion.chunks import read_safely
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reject, Screened, Unused
 from blip_scale.data.conversion.report import example_of
 from blip_scale.data.conversion.screening import Rules, screen
-from blip_scale.data.conversion.text_counts import count_text, count_tokens, tokenizer_of
+from blip_scale.data.conversion.text_counts import count_text, tokenizer_of
+from blip_scale.data.reading.probe import count_tokens
 
 _SPREAD = 16  # chunks that are looked into
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)

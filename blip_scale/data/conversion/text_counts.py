@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from blip_scale.config.recipe import TextRecipe
 from blip_scale.data.captions import clean_caption, is_long
 from blip_scale.data.conversion.pairs import RawPair
+from blip_scale.data.reading.probe import MOST_UNKNOWN, count_tokens
 from blip_scale.data.shards import Record
 from blip_scale.data.tokenizer import load_tokenizer
 
@@ -21,20 +22,12 @@ CUT_AT_A_SENTENCE = "captions_cut_at_a_sentence"
 LONG = "captions_over_max_tokens"
 TOKENS = "tokens"
 UNKNOWN = "unknown_tokens"
-MOST_UNKNOWN = 0.2
-"""Share of unknown tokens above which a tokenizer does not fit the captions."""
 
 
 @lru_cache(maxsize=2)
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     """Raises OSError or ValueError where it can't be loaded."""
     return load_tokenizer(TextRecipe(checkpoint=None, tokenizer=name))
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[int, int]:
-    """Tokens of a caption with [CLS] and [SEP], and how many of them are [UNK]."""
-    tokens = tokenizer(caption, return_attention_mask=False)["input_ids"]
-    return len(tokens), tokens.count(tokenizer.unk_token_id)
 
 
 def count_text(pair: RawPair, record: Record, max_words: int, tokenizer: str) -> Counter[str]:
