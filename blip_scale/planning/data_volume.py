@@ -78,7 +78,7 @@ def volume_of(
             + ", ".join(published)
         )
     counts = samples_per_epoch(recipe.data, items)
-    return Volume(samples, stored, sum(counts), stored / samples, notes)
+    return Volume(samples, stored, sum(counts), stored / samples if samples else each, notes)
 
 
 def _count(folder: Path, by_caption: bool) -> tuple[int, int, float] | None:

@@ -30,6 +30,8 @@ class Entry:
     location: str
     is_folder: bool
     size: int
+    version: str = ""
+    """Changes when the file is written: its time on a disk, its ETag in a bucket."""
 
 
 def join(folder: str, *parts: str) -> str:
@@ -117,6 +119,21 @@ def file_size(location: str) -> int:
         return local_path(location).stat().st_size
     remote, name = _remote(location)
     return remote.size(name)
+
+
+def file_version(location: str) -> str:
+    """Size and time of a local file, size and ETag of an object, "" on a web server.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if is_web(location):
+        return ""
+    if is_local(location):
+        status = local_path(location).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+    remote, name = _remote(location)
+    info = remote.info(name)
+    return f"{info.size} {info.version}"
 
 
 def open_file(location: str) -> IO[bytes]:
@@ -229,9 +246,10 @@ def _opened(root: str) -> ObjectFolder:
 def _remote_entries(location: str, deep: bool) -> Iterator[Entry]:
     remote, name = _remote(location)
     start = len(name.rstrip("/")) + 1 if name else 0
-    sizes, folders = (remote.sizes(name), []) if deep else remote.entries(name)
-    for file, size in sizes.items():
-        yield Entry(file[start:], f"{location.rstrip('/')}/{file[start:]}", False, size)
+    files, folders = (remote.files(name), []) if deep else remote.entries(name)
+    for file, info in files.items():
+        place = f"{location.rstrip('/')}/{file[start:]}"
+        yield Entry(file[start:], place, False, info.size, info.version)
     for folder in folders:
         yield Entry(folder[start:], f"{location.rstrip('/')}/{folder[start:]}", True, 0)
 
@@ -247,10 +265,13 @@ def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as listed:
-            for item in listed:
+            # Folders before links to them, so that the same tree has the same names everywhere.
+            for item in sorted(listed, key=lambda item: (not item.is_symlink(), item.name)):
                 name, is_dir = inner + item.name, item.is_dir()
                 if is_dir and deep:
                     waiting.append((f"{name}/", item.path))
-                else:
-                    size = item.stat().st_size if item.is_file() else 0
-                    yield Entry(name, f"{location.rstrip('/')}/{name}", is_dir, size)
+                    continue
+                size, version = 0, ""
+                if item.is_file():
+                    size, version = item.stat().st_size, str(item.stat().st_mtime_ns)
+                yield Entry(name, f"{location.rstrip('/')}/{name}", is_dir, size, version)

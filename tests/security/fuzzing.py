@@ -194,7 +194,9 @@ def read_recipe(file: Path) -> object:
 
 
 def recipe() -> bytes:
-    streams = "data:\n  streams:\n  - {name: a, local: /x, repeat: 2}\n  - &b {name: b, local: /y}\n"
+    streams = (
+        "data:\n  streams:\n  - {name: a, local: /x, repeat: 2}\n  - &b {name: b, local: /y}\n"
+    )
     return f"seed: 3\noutput_dir: runs/x\n{streams}train: {{epochs: 2, precision: bf16}}\n".encode()
 
 
@@ -236,7 +238,12 @@ TARGETS: dict[str, Target] = {
     "recipe": Target("recipe.yaml", recipe(), read_recipe),
     "csv": Target("captions.csv", TABLE, converted("folder")),
     "tsv": Target("captions.tsv", TABLE.replace(b",", b"\t"), converted("folder")),
-    "csv.gz": Target("captions.csv.gz", gzip.compress(TABLE), converted("folder"), (OSError, ValueError, EOFError)),
+    "csv.gz": Target(
+        "captions.csv.gz",
+        gzip.compress(TABLE),
+        converted("folder"),
+        (OSError, ValueError, EOFError),
+    ),
     "jsonl": Target(
         "metadata.jsonl", lines(*[{"file_name": "1.jpg", "text": "a"}] * 3), converted("folder")
     ),
@@ -294,7 +301,9 @@ def fuzz(seconds: float, seed: int, names: list[str]) -> tuple[Counter[str], dic
             done[name] += 1
             if problem:
                 last = [line for line in problem.splitlines() if "blip_scale/" in line][-1:]
-                broken.setdefault(f"{name}: {problem.splitlines()[-1][:60]} {last}", (content, problem))
+                broken.setdefault(
+                    f"{name}: {problem.splitlines()[-1][:60]} {last}", (content, problem)
+                )
     return done, broken
 
 

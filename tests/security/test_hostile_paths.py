@@ -367,7 +367,7 @@ def test_a_new_reader_is_held_to_it(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check is where images are opened: a reader can't forget it."""
-    from blip_scale.data.conversion.pairs import in_chunks
+    from blip_scale.data.conversion.lists import in_chunks
     from blip_scale.data.sources.readers import SourceReader
 
     pairs = [RawPair("a", f"{images}/../secret.jpg", "a"), RawPair("b", f"{images}/in.jpg", "b")]
