@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import random
+import re
 import sys
 import tarfile
 import tempfile
@@ -22,7 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save
 
 from blip_scale.config import settings
 from blip_scale.config.recipe import Recipe
@@ -41,7 +45,8 @@ HOSTILE = (
     b"\t", b"[", b"]", b"{", b"}", b":", b"-", b"/", b"../", b"..", b"~", b"&a ", b"*a", b"<<: ",
     b"null", b"true", b"NaN", b"Infinity", b"1e999", b"-1", b"0", b"9" * 30, b"9" * 5000,
     b"\xed\xa0\x80", b'"\\ud83d"', b"\xe2\x80\xa8", b"[" * 2000, b'{"a":' * 2000, b"s3://b/x",
-    b"http://127.0.0.1:9/x", b"/dev/zero", b"pkl", b"!!python/object:os.system", b"%!PS", b"x" * 70000,
+    b"http://127.0.0.1:9/x", b"/dev/zero", b"pkl", b"!!python/object:os.system", b"%!PS",
+    b"x" * 70000,
 )  # fmt: skip
 
 
@@ -70,8 +75,6 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
 
 def swap_token(content: bytearray, draw: random.Random) -> None:
     """Replace a word or number by a hostile one, so that the syntax around it stays whole."""
-    import re
-
     tokens = list(re.finditer(rb'"[^"\n]*"|-?\d+(\.\d+)?|\w+', bytes(content)))
     if tokens:
         token = draw.choice(tokens)
@@ -143,9 +146,6 @@ def read_manifest(file: Path) -> object:
 
 
 def safetensors_file() -> bytes:
-    import torch
-    from safetensors.torch import save
-
     return save({"weight/a": torch.ones(4)}, {"a": "0"})
 
 
@@ -233,7 +233,7 @@ TARGETS: dict[str, Target] = {
     "shard": Target("shard.00000.mds", shard_file(), read_shard),
     "manifest": Target("manifest.json", manifest(), read_manifest),
     "safetensors": Target(
-        "rank_00000.safetensors", safetensors_file(), read_tensors, (ValueError, Exception)
+        "rank_00000.safetensors", safetensors_file(), read_tensors, (ValueError, SafetensorError)
     ),
     "recipe": Target("recipe.yaml", recipe(), read_recipe),
     "csv": Target("captions.csv", TABLE, converted("folder")),
