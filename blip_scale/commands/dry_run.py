@@ -289,9 +289,16 @@ def _weights(recipe: Recipe) -> str:
 
 
 def _stream(recipe: Recipe, stream: StreamRecipe) -> str:
-    from blip_scale.data.reading.probe import probe_stream
+    from blip_scale.data.reading.probe import MOST_UNKNOWN, probe_stream
+    from blip_scale.data.tokenizer import load_tokenizer
 
-    return probe_stream(stream, recipe.data.make_with, min(_RETRY_S, recipe.data.retry_s))
+    tokenizer = load_tokenizer(recipe.model.text)
+    retry_s = min(_RETRY_S, recipe.data.retry_s)
+    found, unknown = probe_stream(stream, recipe.data.make_with, retry_s, tokenizer)
+    message = f"{found}, {unknown:.1%} of the tokens of its first captions are [UNK]"
+    if unknown > MOST_UNKNOWN:
+        raise Doubt(f"{message}: set model.text.tokenizer to one that knows this text")
+    return message
 
 
 def _cache(recipe: Recipe) -> str:

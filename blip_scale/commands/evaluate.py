@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
-from blip_scale import launcher
+from blip_scale import launcher, logs
 from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.config import recipe as recipes
 from blip_scale.config import settings
@@ -93,7 +93,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
     try:
         recipes.check_overrides(overrides)
         is_main = os.environ.get("RANK", "0") == "0"
-        logging.basicConfig(format="%(message)s", level="WARNING" if is_main else "ERROR")
+        logging.basicConfig(level="WARNING" if is_main else "ERROR")
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logs.MessageFormatter())
         if is_main:
             logging.getLogger("blip_scale.engine").setLevel("INFO")  # what a start waits for
         device = start(_TIMEOUT_S)
@@ -181,7 +183,8 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
     is_here = locations.is_local(options.data)
     place = locations.local_path(options.data) if is_here else Path(name)
     if options.task == "video":
-        return VideoSet(place, Path(options.images or place.parent), image_size)
+        folder = Path(options.images or place.parent)
+        return VideoSet(place, folder, image_size, options.allow_outside)
     if is_here and (place / "index.json").is_file():
         stream = StreamRecipe(place.name, options.data)
         return heldout_pairs(stream, image_size, clean=lambda text, _: kind.clean(text))
@@ -196,7 +199,8 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
     source = Source(options.data, options.images or "", options.strip_prefix)
     chunks = reader.chunks(source, **own_options)
     found = [one for chunk in chunks for one in chunk.read()]
-    return listed_pairs(name, found, image_size, kind.clean)
+    root = None if options.allow_outside else source.image_root()
+    return listed_pairs(name, found, image_size, kind.clean, root)
 
 
 def _retrieval(subject: Subject) -> dict[str, Any]:
@@ -343,6 +347,8 @@ def _parser(prog: str) -> Parser:
         metavar="FOLDER",
         help="folder that relative paths of an annotation file start from, here or s3://",
     )
+    add("--allow-outside", action="store_true",
+        help="open any path that an annotation file names, not only below that folder")  # fmt: skip
     add("--strip-prefix", default="", help="remove this from the front of these paths first")
     add(
         "--split",

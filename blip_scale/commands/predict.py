@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from blip_scale import logs
 from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.config import exit_codes
 from blip_scale.inference import predictions
@@ -74,7 +75,8 @@ def _predict(options: argparse.Namespace) -> int:
         bar.update(len(paths) - bar.n)  # a search looks at all and answers with the best
     if failed:
         named = ", ".join(failed[:5]) + (" ..." if len(failed) > 5 else "")
-        print(f"{len(failed)} of {len(paths)} images failed: {named}", file=sys.stderr)
+        told = f"{len(failed)} of {len(paths)} images failed: {named}"
+        print(logs.printable(told), file=sys.stderr)
     return exit_codes.FAILED if failed else exit_codes.DONE
 
 
@@ -129,7 +131,7 @@ def _line(answer: Answer) -> str:
     """JSON, readable in every language. Bytes of a path that are no UTF-8 become the escapes that
     Python's json and os.fsencode turn back into them."""
     text = json.dumps(answer, ensure_ascii=False)
-    return text.encode(errors="backslashreplace").decode()
+    return logs.printable(text.encode(errors="backslashreplace").decode())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from blip_scale.storage.locations import (
     parent,
     read_file,
 )
+from blip_scale.storage.untrusted import RefusedPath, below
 
 
 def listed_pairs(
@@ -23,8 +24,11 @@ def listed_pairs(
     found: Iterable[Found],
     image_size: int,
     clean: Callable[[str], str] = clean_caption,
+    images_below: str | None = None,
 ) -> HeldoutPairs:
     """What a reader found as a held-out set; images stay in their files, nothing is screened.
+
+    Images that the list names must lie below the folder `images_below`; None: anywhere.
 
     Raises:
         ValueError: an item that can't be read, or no item at all.
@@ -36,6 +40,9 @@ def listed_pairs(
     if broken or not pairs:
         first = f", the first: {broken[0]}" if broken else ""
         raise ValueError(f"{name}: {len(broken)} of {len(listed)} items can't be used{first}")
+    if images_below is not None:
+        for pair in pairs:
+            _check_place(name, pair, images_below)
     files = [image for pair in pairs for image in (pair.image, pair.second_image)]
     absent = _absent([file for file in files if isinstance(file, str)])
     if absent:
@@ -73,6 +80,19 @@ def _absent(places: list[str]) -> list[str]:
         if not is_there:
             absent.append(place)
     return absent
+
+
+def _check_place(name: str, pair: RawPair, folder: str) -> None:
+    """Raises ValueError for images outside the folder."""
+    for image in (pair.image, pair.second_image):
+        if isinstance(image, str) and not pair.from_folder:
+            try:
+                below(folder, image)
+            except RefusedPath as error:
+                raise ValueError(
+                    f"{name}: {error}; give the folder that all images lie in (--images), or "
+                    "--allow-outside for a list that you trust"
+                ) from error
 
 
 def _texts(name: str, pair: RawPair) -> Sample:

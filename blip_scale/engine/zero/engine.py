@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from blip_scale import launcher, logs
 from blip_scale.config.recipe import Recipe
-from blip_scale.engine import collectives
+from blip_scale.engine import collectives, rendezvous
 from blip_scale.engine.zero import deepspeed_patches, onednn, whole_weights
 from blip_scale.engine.zero.gradient_buckets import GradientBuckets
 from blip_scale.engine.zero.parameter_slices import (
@@ -366,6 +366,7 @@ def start(timeout_s: float) -> torch.device:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(launcher.free_port())
+    rendezvous.exchange_on_the_rendezvous_interface()
     _set_up_compiling()
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -376,8 +377,9 @@ def start(timeout_s: float) -> torch.device:
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
     with logs.prints_to_log("DeepSpeed"):
         deepspeed.init_distributed(
-            auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s)
-        )
+            auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s),
+            init_method=f"{rendezvous.SCHEME}://",
+        )  # fmt: skip
     if accelerator.device_name() == "cpu":
         collectives.barrier()  # all ranks of this node have opened each other's buffers
         _unlink_shared_buffer()
