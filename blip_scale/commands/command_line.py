@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from types import FrameType
 from typing import NoReturn
 
+from blip_scale import logs
 from blip_scale.config import exit_codes
+
+# What commands without a log of their own warn of goes to stderr by this handler.
+if logging.lastResort is not None:
+    logging.lastResort.setFormatter(logs.MessageFormatter())
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def refuse(command: str, problem: object) -> int:
     """Write `command: problem` as one line to stderr; returns the exit code of refused input."""
-    sys.stderr.write(f"{command}: {' '.join(str(problem).split())}\n")
+    sys.stderr.write(f"{command}: {logs.one_line(problem)}\n")
     return exit_codes.REFUSED
 
 

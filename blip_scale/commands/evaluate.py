@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
-from blip_scale import launcher
+from blip_scale import launcher, logs
 from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.config import recipe as recipes
 from blip_scale.config import settings
@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
     try:
         recipes.check_overrides(overrides)
         is_main = os.environ.get("RANK", "0") == "0"
-        logging.basicConfig(format="%(message)s", level="WARNING" if is_main else "ERROR")
+        logging.basicConfig(level="WARNING" if is_main else "ERROR")
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logs.MessageFormatter())
         if is_main:
             logging.getLogger("blip_scale.engine").setLevel("INFO")  # what a start waits for
         device = start(_TIMEOUT_S)

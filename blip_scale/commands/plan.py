@@ -58,7 +58,7 @@ def _deepspeed(options: argparse.Namespace) -> dict[str, Any]:
         zero = config["zero_optimization"]
     except OSError as error:
         raise FileNotFoundError(f"--deepspeed {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"--deepspeed {path}: not DeepSpeed's settings ({error!r})") from error
     if options.zero:
         zero["stage"] = options.zero

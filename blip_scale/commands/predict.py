@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from blip_scale import logs
 from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.config import exit_codes
 from blip_scale.inference import predictions
@@ -57,7 +58,8 @@ def _predict(options: argparse.Namespace) -> int:
         bar.update(len(paths) - bar.n)  # a search looks at all and answers with the best
     if failed:
         named = ", ".join(failed[:5]) + (" ..." if len(failed) > 5 else "")
-        print(f"{len(failed)} of {len(paths)} images failed: {named}", file=sys.stderr)
+        told = f"{len(failed)} of {len(paths)} images failed: {named}"
+        print(logs.printable(told), file=sys.stderr)
     return exit_codes.FAILED if failed else exit_codes.DONE
 
 
@@ -87,7 +89,7 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
     at the end; what an ended run had written stays in FILE.partial."""
     out: Path | None = options.out
     if out is None:
-        yield lambda answer: print(json.dumps(answer, ensure_ascii=False), flush=True)
+        yield lambda answer: print(_json(answer), flush=True)
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
@@ -99,7 +101,7 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
         good = [row for row in rows if "error" not in row]
         for row in rows:
             if "error" in row:
-                print(json.dumps(row, ensure_ascii=False), flush=True)
+                print(_json(row), flush=True)
         with partial.open("wb") as file:
             np.savez(
                 file,
@@ -108,8 +110,12 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
             )
     else:
         with partial.open("w", encoding="utf-8") as lines:
-            yield lambda answer: print(json.dumps(answer, ensure_ascii=False), file=lines)
+            yield lambda answer: print(_json(answer), file=lines)
     partial.replace(out)
+
+
+def _json(answer: Answer) -> str:
+    return logs.printable(json.dumps(answer, ensure_ascii=False))
 
 
 def _parser(prog: str) -> Parser:

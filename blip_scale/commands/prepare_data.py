@@ -18,10 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from blip_scale import logs
 from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, refuse, stopped
 from blip_scale.config import exit_codes
 from blip_scale.data.conversion.pairs import Reason, Source
-from blip_scale.data.conversion.report import printable
 from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
 from blip_scale.data.conversion.screening import PIXEL_LIMIT, Rules
 from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
@@ -154,13 +154,13 @@ def _tell_summary(
 def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
     print(f"sample: {seen.read} pairs, {seen.written} of them would be written")
     for reason, count in seen.reasons.most_common():
-        print(f"  {reason}: {count} (the first: {printable(seen.examples[reason])})")
+        print(f"  {reason}: {count} (the first: {logs.printable(seen.examples[reason])})")
     _tell_rest(seen.unused, seen.text, options.max_words)
     print(f"{'':<10}" + "".join(f"{f'{100 * q:.0f} %':>8}" for q in QUANTILES))
     for name, values in seen.quantiles().items():
         print(f"{name:<10}" + "".join(f"{value:>8}" for value in values))
     for caption in seen.shown_captions():
-        print(f"caption: {printable(caption)}")
+        print(f"caption: {logs.printable(caption)}")
     seconds = seen.whole_seconds(options.workers)
     print(
         f"whole: about {seen.whole_pairs} pairs, {_size(seen.whole_bytes)} of shards, "
@@ -174,7 +174,9 @@ def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
 
 def _tell_rest(unused: Mapping[str, int], text: Mapping[str, int], max_words: int) -> None:
     if unused:
-        kinds = ", ".join(f"{count} {printable(kind)}" for kind, count in sorted(unused.items()))
+        kinds = ", ".join(
+            f"{count} {logs.printable(kind)}" for kind, count in sorted(unused.items())
+        )
         print(f"not used: {kinds}")
     for line in text_lines(text, max_words):
         print(line)
@@ -188,7 +190,7 @@ def _refuse_nothing(
 ) -> int:
     """Say what stands in the way of a set without any pair."""
     if not reasons:
-        there = ", ".join(f"{count} {printable(kind)}" for kind, count in unused.items())
+        there = ", ".join(f"{count} {logs.printable(kind)}" for kind, count in unused.items())
         what = f"nothing to convert is in it, but {there}" if there else "it is empty"
         return refuse(options.prog, f"{options.input}: {what}")
     reason = max(reasons, key=lambda name: reasons[name])
@@ -196,7 +198,7 @@ def _refuse_nothing(
     again = "" if options.dry_run else "; then convert again with --overwrite"
     return refuse(
         options.prog,
-        f"{options.input}: no pair can be written; {reason}: {printable(examples[reason])}"
+        f"{options.input}: no pair can be written; {reason}: {logs.printable(examples[reason])}"
         + (f"; {advice}{again}" if advice else ""),
     )
 
@@ -220,7 +222,7 @@ def _tokenizer(options: argparse.Namespace) -> str:
     try:
         tokenizer_of(options.tokenizer)
     except (OSError, ValueError) as error:
-        print(f"token counts are left out: {error}", file=sys.stderr)
+        print(f"token counts are left out: {logs.one_line(error)}", file=sys.stderr)
         return ""
     return str(options.tokenizer)
 

@@ -158,6 +158,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, too many digits, too deep
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object with DeepSpeed's settings")
     return config

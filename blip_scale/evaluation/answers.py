@@ -5,7 +5,6 @@ Legend: Q questions, C candidates, K of them scored whole, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -30,6 +29,7 @@ from blip_scale.model.generation import BeamSettings, caption_beam
 from blip_scale.model.packing import PackedText
 from blip_scale.model.vqa import VQA
 from blip_scale.objectives.answers import sequence_losses
+from blip_scale.storage.untrusted import parse_json
 
 MAX_WORDS = 50
 """Of a question (published)."""
@@ -54,7 +54,7 @@ def read_answer_list(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"evaluation.answer_list: {file}: no such file")
     try:
-        answers = json.loads(file.read_text(encoding="utf-8"))
+        answers = parse_json(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"evaluation.answer_list: {file} is no JSON: {error}") from error
     is_list = isinstance(answers, list) and answers

@@ -34,6 +34,7 @@ from blip_scale.model.heads import Head
 from blip_scale.model.med import MEDConfig
 from blip_scale.storage import checkpoint_format, run_folder
 from blip_scale.storage.checkpoint_format import NETWORK, Content, Manifest, Reader
+from blip_scale.storage.untrusted import parse_json
 
 
 def step_folder(path: Path) -> Path | None:
@@ -53,7 +54,7 @@ def _network_of(folder: Path) -> MEDConfig | None:
     if not file.is_file():
         return None
     try:
-        return med_config_from(json.loads(file.read_text(encoding="utf-8")))
+        return med_config_from(parse_json(file.read_bytes()))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 

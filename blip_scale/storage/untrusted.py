@@ -1,4 +1,5 @@
-"""Names and paths that come from a data set, a list or a checkpoint: checked before they are used.
+"""Names and paths that come from a data set, a list or a checkpoint: checked before they are used;
+and folders in /tmp, where others may have been before.
 
 Who wrote them is not who runs the command. A name becomes a file in a folder of ours or a key of a
 bucket, so it must not lead out of there; a path that a list names must lie below the folder that
@@ -7,10 +8,14 @@ the user gave for its images.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import stat
 import urllib.parse
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from blip_scale.storage.locations import is_url, is_web, local_path
 
@@ -18,26 +23,38 @@ _LONGEST_NAME = 255
 """Bytes of a file name, on every file system that Linux mounts."""
 
 
+def private_folder(path: Path) -> Path:
+    """A folder that nobody else can read or write, made where it is missing; for names in /tmp that
+    another user could take first.
+
+    Raises:
+        OSError: it is another user's, a link, or no folder.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise OSError(f"{path} is a link or a file, not a folder of this user: remove it")
+    if status.st_uid != os.geteuid():
+        raise OSError(f"{path} belongs to another user: choose another folder (--scratch)")
+    if status.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As json.loads; raises ValueError for every text that is not read, deeply nested ones too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 class RefusedPath(ValueError):
     """A path from a list that is not opened."""
 
 
-def plain_name(name: object, where: str) -> str:
-    """The name of a file, without a folder.
-
-    Args:
-        name: as it was read.
-        where: the file that holds it, for the error.
-
-    Raises:
-        ValueError: it is no text, names a folder, or holds what no file name of ours holds.
-    """
-    if isinstance(name, str) and "/" not in name:
-        return relative_name(name, where)
-    raise ValueError(f"{where}: {str(name)[:200]!r} is no name of a file in this folder")
-
-
-def relative_name(name: str, where: str) -> str:
+def relative_name(name: str) -> str:
     """The name of a file in a folder or in folders below it: `a.mds`, `0/a.mds`.
 
     Raises:
@@ -46,8 +63,8 @@ def relative_name(name: str, where: str) -> str:
     parts = name.split("/")
     is_inside = not {"", ".", ".."} & set(parts)
     is_short = all(len(part.encode("utf-8", "replace")) <= _LONGEST_NAME for part in parts)
-    if not (is_inside and is_short and name.isprintable()) or "\\" in name or is_url(name):
-        raise ValueError(f"{where}: {name[:200]!r} is no name of a file in this folder")
+    if not (is_inside and is_short and name.isprintable()) or "\\" in name:
+        raise ValueError(f"the file name {name[:200]!r} is no relative path below its folder")
     return name
 
 

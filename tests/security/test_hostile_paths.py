@@ -22,7 +22,7 @@ from blip_scale.data.heldout.videos import VideoSet
 from blip_scale.data.shards import read_index
 from blip_scale.data.sources.readers import READERS
 from blip_scale.storage.locations import NotRegularFile, open_file, read_file
-from blip_scale.storage.untrusted import RefusedPath, below, plain_name, relative_name
+from blip_scale.storage.untrusted import RefusedPath, below, relative_name
 
 Write = Callable[[Path, list[str]], Path]
 """write(folder, paths of images) -> the list that names them, with captions."""
@@ -313,20 +313,22 @@ def test_clips_stay_in_their_folder(images: Path, tmp_path: Path) -> None:
 
 
 def test_videos_are_no_playlists(images: Path, tmp_path: Path) -> None:
-    """FFmpeg takes a playlist that is called .mp4, and reads the files that it names."""
-    pytest.importorskip("av")
-    (images / "clip.mp4").write_text(
-        "#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:10.0,\n"
-        f"concat:file://{tmp_path}/secret.jpg\n#EXT-X-ENDLIST\n"
-    )
-    (images / "concat.avi").write_text(f"ffconcat version 1.0\nfile {tmp_path}/secret.jpg\n")
-    lines = [json.dumps({"clip_name": name, "caption": "a"}) for name in ("clip", "concat")]
+    """FFmpeg takes a list of files that is called .avi for a video, and opens what it names."""
+    av = pytest.importorskip("av")
+    import numpy as np
+
+    with av.open(str(images / "other.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 32
+        white = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 255, np.uint8), "rgb24")
+        container.mux([*stream.encode(white), *stream.encode(None)])
+    (images / "list.avi").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    lines = [json.dumps({"clip_name": name, "caption": "a"}) for name in ("other", "list")]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     opened = VideoSet(tmp_path / "list.jsonl", images, 32)
-    for number in range(2):
-        opened.frames(number, 2)
-    assert all("not on whitelist" in reason or reason for reason in opened.unreadable.values())
-    assert set(opened.unreadable) == {"clip", "concat"}
+    assert opened.frames(0, 2).float().mean() > 200
+    assert opened.frames(1, 2).float().mean() < 200
+    assert set(opened.unreadable) == {"list"}
 
 
 @pytest.mark.parametrize(
@@ -356,14 +358,9 @@ def test_folders_in_buckets_hold_too(folder: str, location: str) -> None:
      "x" * 256, "a/", "half\ud83d"],
 )  # fmt: skip
 def test_names_of_files(name: str) -> None:
-    for check in (plain_name, relative_name):
-        with pytest.raises(ValueError, match=r"^list\.json: .* is no name of a file"):
-            check(name, "list.json")
-    assert relative_name("0/shard.mds", "x") and plain_name("shard.00000.mds.zstd", "x")
-    with pytest.raises(ValueError, match="no name of a file"):
-        plain_name("0/shard.mds", "x")
-    with pytest.raises(ValueError, match="no name of a file"):
-        plain_name(3, "x")
+    with pytest.raises(ValueError, match=r"^the file name .* is no relative path"):
+        relative_name(name)
+    assert relative_name("0/shard.00000.mds.zstd") == "0/shard.00000.mds.zstd"
 
 
 def test_a_new_reader_is_held_to_it(

@@ -94,11 +94,6 @@ def example_of(reject: Reject) -> str:
     return shortened(f"{reject.id}: {reject.detail}" if reject.detail else reject.id)
 
 
-def printable(text: str) -> str:
-    """A text for the terminal: control characters and halves of surrogate pairs are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def shortened(text: str, longest: int = LONGEST_CONTENT) -> str:
     """A text that was cut shows it."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

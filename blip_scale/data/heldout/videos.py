@@ -7,7 +7,6 @@ package av.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.storage.locations import NotRegularFile, read_file
-from blip_scale.storage.untrusted import RefusedPath, below
+from blip_scale.storage.untrusted import RefusedPath, below, parse_json
 
 MAX_WORDS = 40
 """Of a caption (published)."""
@@ -106,7 +105,7 @@ def _read_list(file: Path) -> dict[str, list[str]]:
         if not line.strip():
             continue
         try:
-            item: dict[str, Any] = json.loads(line)
+            item: dict[str, Any] = parse_json(line)
             texts.setdefault(str(item["clip_name"]), []).extend(_captions(item["caption"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}:{number}: not {{clip_name, caption}} ({error})") from error
