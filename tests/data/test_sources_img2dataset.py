@@ -242,7 +242,7 @@ def test_the_last_ending_decides(tmp_path: Path) -> None:
     )  # fmt: skip
     found = read_tar(path)
     assert [(one.id, one.image, one.captions) for one in found if isinstance(one, RawPair)] == [
-        ("a/s", b"in", "out"), ("a/photo", b"1", "one"), ("a/photo", b"2", "two"),
+        ("a/s", b"in", "out"), ("a/photo.1", b"1", "one"), ("a/photo.2", b"2", "two"),
         ("a/by_kind.1", b"k1", "kind one"), ("a/by_kind.2", b"k2", "kind two"),
         ("a/m", b"m", "with a mask"),
     ]  # fmt: skip
