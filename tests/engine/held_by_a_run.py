@@ -65,11 +65,9 @@ def main() -> None:
     for step in range(2):
         for index in range(accumulation):
             progress = Progress(step, step * accumulation + index, task.steps_per_epoch)
-            losses = task.losses(engine.deepspeed, next(batches), progress)
+            losses = task.losses(engine.forward, next(batches), progress)
             found["gathered"] = gathered(engine)
-            engine.deepspeed.backward(losses["loss/total"])
-            if index < accumulation - 1:
-                engine.deepspeed.step()
+            engine.backward(losses["loss/total"], is_last=index == accumulation - 1)
         found["backward"] = held() - before
         engine.step(1e-3, apply=True)
         task.after_step(engine, momentum, applied=True)

@@ -121,9 +121,8 @@ def decide(network: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> tup
         f"weights, gradients and optimizer need {needed / 2**30:.1f} GiB, half of the {kind} is "
         f"{limit / 2**30:.1f} GiB"
     )
-    return not is_too_large, (
-        "partitioned: " if is_too_large else "whole on every rank: "
-    ) + figures
+    where = "partitioned" if is_too_large else "whole on every rank"
+    return not is_too_large, f"{where}: {figures}"
 
 
 def memory_of(device: torch.device) -> float:
