@@ -157,7 +157,11 @@ class _Decoder:
 
     def __init__(self, med: Writer, seen: _Seen, prompt_ids: Sequence[int], beams: int) -> None:
         image_embeds, contexts = seen
-        self._image_keys = contexts or dense_segments(*image_embeds.shape[:2], image_embeds.device)
+        images, tokens, _ = image_embeds.shape
+        if contexts is None:
+            self._image_keys = dense_segments(images, tokens, image_embeds.device)
+        else:
+            self._image_keys = contexts.padded(tokens)
         self.med, self.beams, self.images = med, beams, self._image_keys.count
         self.prompt_length = len(prompt_ids)
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=image_embeds.device)

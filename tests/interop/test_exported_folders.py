@@ -106,8 +106,8 @@ def answer(hf: Path, med: MED, image: Tensor, question: str, settings: BeamSetti
     special = med.config.text.special
     ids = [special.enc, *tokenizer(question)["input_ids"][1:]]
     embeds = med.encode_image(image[None])
-    where = ImageIndex(1, embeds.shape[1], "sdpa", encoder=torch.zeros(1, dtype=torch.int64))
-    plan = plan_pass(PackedText.from_lists([ids]), None, where)
+    where = ImageIndex(1, embeds.shape[1], encoder=torch.zeros(1, dtype=torch.int64))
+    plan = plan_pass(PackedText.from_lists([ids]), None, where, takes_packed=False)
     states = med.text(replace(plan, read_rows=None, read_cross=plan.cross), embeds)
     return caption_beam(med, states[None], [special.dec], settings)[0]
 

@@ -13,7 +13,7 @@ class PlainEngine:
     with fp32 masters, as the engine has them."""
 
     def __init__(self, network: nn.Module, settings: OptimizerRecipe) -> None:
-        self.forward = self.module = network
+        self.module = self.forward = network
         self.dtype = next(network.parameters()).dtype
         self._trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._masters = {
@@ -27,13 +27,13 @@ class PlainEngine:
         self.slices = [_PlainSlice(name, master) for name, master in self._masters.items()]
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """autograd's."""
+        """Gradients of one micro-batch."""
         loss.backward()
 
     def squared_norms(self) -> Tensor:
-        """[1]: of all gradients."""
+        """[1] fp64: sum of squares of all gradients."""
         gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients).square()[None]
+        return nn.utils.get_total_norm(gradients).double().square()[None]
 
     def step(self, learning_rate: float, apply: bool, norm: Tensor) -> None:
         """AdamW on the masters; the weights that compute follow them."""

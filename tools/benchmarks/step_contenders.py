@@ -25,6 +25,7 @@ from blip_scale.config import checks, recipe
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.engine.transfers import to_host
 from blip_scale.inference.inputs import to_model_input
 from blip_scale.inference.sizes import med_config
 from tools.benchmarks.contest import Contest, ask
@@ -125,8 +126,9 @@ class Ours:
     def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
         """One optimizer step as the train loop takes it; `mark` hears what has just ended."""
         self.forward_and_backward(mark)
-        norm = self.engine.squared_norms()[0].sqrt()
-        self.engine.step(self.recipe.optimizer.peak_lr, apply=bool(norm.isfinite()), norm=norm)
+        norms = self.engine.squared_norms().sqrt()
+        apply = to_host(norms)[0] < float("inf")
+        self.engine.step(self.recipe.optimizer.peak_lr, apply=apply, norm=norms[0])
         mark("optimizer")
         self.task.after_step(self.engine, self.momentum, applied=True)
         mark("momentum update, queue")
@@ -137,9 +139,10 @@ class Ours:
 
         batch = self.batches[self.steps % _BATCHES]
         progress = Progress(self.steps, self.steps, self.task.steps_per_epoch)
-        metrics = self.task.losses(self.engine.forward, batch, progress)
+        outputs = self.engine.forward(*self.task.inputs(batch, progress))
+        self.task.collect(outputs, progress)
         mark("losses")
-        self.engine.backward(metrics["loss/total"], is_last=True)
+        self.engine.backward(outputs["loss/total"], is_last=True)
         mark("vision backward")
 
     def split(self) -> dict[str, float]:
@@ -166,7 +169,7 @@ class Ours:
             for _ in range(_BATCHES):
                 self.forward_and_backward(lambda part: None)
                 self.task.after_step(self.engine, self.momentum, applied=False)
-                self.engine.step(0.0, apply=False)
+                self.engine.step(0.0, apply=False, norm=torch.zeros((), device=self.device))
                 self.steps += 1
         return float(counter.get_total_flops()) / _BATCHES
 
