@@ -250,12 +250,6 @@ class ZeroEngine:
             self._gradient_pieces = pieces
         return pieces
 
-    def gradient_norms(self) -> dict[str, float]:
-        """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last
-        backward. All ranks call, and the host waits."""
-        norms = collectives.all_reduce_sum(self.squared_norms()).sqrt()
-        return dict(zip(self.norm_names, norms.tolist(), strict=True))
-
     def _norm_for_clipping(self) -> Tensor:
         norm, self._norm = self._norm, None
         if norm is None:
