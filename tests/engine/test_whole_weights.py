@@ -11,7 +11,7 @@ import tiny_runs
 import torch
 from torch import nn
 
-from blip_scale.config import recipe
+from blip_scale.config import checks, recipe
 from blip_scale.config.weight_placement import (
     Sizes,
     asks_for_partitioning,
@@ -150,12 +150,10 @@ def test_another_deepspeed_goes_its_own_way(tmp_path: Path) -> None:
         assert found[1][step] == pytest.approx(losses, abs=2e-5), step
 
 
-@pytest.mark.multiprocess
-def test_whole_weights_beside_offload_are_refused(tmp_path: Path) -> None:
-    file = tiny_runs.make_recipe(tmp_path, train={"whole_weights": True})
-    config = str(tiny_runs.REPO / "ds_configs" / "zero3_offload.json")
-    codes = tiny_runs.finish(tiny_runs.launch(file, 1, "--deepspeed", config))
-    assert codes == [2]
-    assert "train.whole_weights: true, but the DeepSpeed JSON sets offload_optimizer" in (
-        tiny_runs.said(file)
-    )
+def test_whole_weights_beside_offload_are_refused() -> None:
+    chosen = recipe.load("demo", ["train.whole_weights=true"])
+    with pytest.raises(ValueError, match=r"true, but .*offload.json sets offload_optimizer"):
+        checks.resolve_deepspeed(chosen, checks.shipped_deepspeed("zero3_offload"), 2)
+    chosen = recipe.load("demo", ["train.whole_weights=false", "model.compile=true"])
+    with pytest.raises(ValueError, match=r"model.compile: partitioned weights"):
+        checks.resolve_deepspeed(chosen, checks.shipped_deepspeed("zero3"), 2)
