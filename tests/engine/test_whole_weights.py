@@ -21,7 +21,7 @@ from blip_scale.config.weight_placement import (
 )
 from blip_scale.engine import collectives
 from blip_scale.engine.zero import deepspeed_patches
-from blip_scale.engine.zero.gradient_buckets import bucket_ranges
+from blip_scale.engine.zero.gradient_buckets import GradientBuckets, bucket_ranges
 from blip_scale.engine.zero.whole_weights import FlatWeights
 from blip_scale.planning.network import network_of
 
@@ -44,6 +44,39 @@ def test_few_reductions_at_full_size(name: str) -> None:
     ranges = bucket_ranges(network.trainable, limit=50_000_000)
     assert sum(network.trainable) > 200e6
     assert 2 < len(ranges) <= MOST_REDUCTIONS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("overlapping", [True, False])
+def test_micro_batches_are_summed_in_fp32(dtype: torch.dtype, overlapping: bool) -> None:
+    """Three micro-steps on one rank; a parameter that gets no gradient counts as zero, whatever the
+    step before left."""
+    shapes = ((2, 3), (), (4,), (5, 2))
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    for parameter in parameters:
+        parameter.ds_numel = parameter.numel()  # type: ignore[attr-defined]
+    sizes = [parameter.numel() for parameter in parameters]
+    sums = torch.full((sum(sizes),), 5.0)
+    buckets = GradientBuckets(
+        parameters, sizes, sums, limit=6, accumulation=3, exchange_dtype=dtype
+    )
+    assert [[*bucket.indices] for bucket in buckets.buckets] == [[3], [1, 2], [0]]
+    expected = torch.zeros_like(sums)
+    for _ in range(3):
+        factors = [torch.randn(shape, dtype=dtype) for shape in shapes]
+        used = zip(factors[:3], parameters[:3], strict=True)  # not the last one
+        loss = torch.stack([(factor * p).float().sum() for factor, p in used]).sum()
+        if overlapping:
+            buckets.backward(loss, is_last=True)
+        else:
+            buckets.add(buckets.compute(loss), is_last=True)
+        assert all(parameter.grad is None for parameter in parameters)
+        third = [(factor.float() / 3).to(dtype).float().flatten() for factor in factors[:3]]
+        expected += torch.cat([*third, torch.zeros(10)])
+    torch.testing.assert_close(
+        sums, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
+    assert not sums[-10:].any()
 
 
 def test_parts_of_three_ranks_make_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
