@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from blip_scale.config import weight_placement
 from blip_scale.config.batch_sizes import BatchSizes, batch_sizes, is_auto
 from blip_scale.config.recipe import FP16_REFUSED, DataRecipe, OptimizerRecipe, Recipe, StreamRecipe
 from blip_scale.config.settings import expand
@@ -56,6 +57,12 @@ def resolve_deepspeed(
     if stage not in (2, 3):
         raise ValueError(
             f"{path}: zero_optimization.stage: expected 2 or 3, found {json.dumps(stage)}"
+        )
+    obstacle = weight_placement.obstacle(config["zero_optimization"]) if stage == 3 else None
+    if recipe.train.whole_weights is True and obstacle:
+        raise ValueError(
+            f"train.whole_weights: true, but {path} sets {obstacle}, which needs partitioned "
+            f"weights; remove {obstacle}, or set train.whole_weights to auto"
         )
     if recipe.model.compile and stage == 3 and recipe.train.whole_weights is False:
         raise ValueError(

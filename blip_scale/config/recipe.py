@@ -104,7 +104,7 @@ class ModelRecipe:
     """Capture forward and backward of a micro-step as one CUDA graph: auto does it on CUDA where
     weights stay whole between the passes and no shape depends on the data; the log says why not."""
     compile: bool = False
-    """torch.compile for the ViT's blocks: half a minute; not under ZeRO-3 on several ranks."""
+    """torch.compile for the ViT's blocks: half a minute; not with partitioned weights."""
 
 
 @dataclass(frozen=True, config=_STRICT)
