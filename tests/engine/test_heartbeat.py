@@ -68,6 +68,14 @@ def test_a_restart_goes_on_from_what_the_file_says(tmp_path: Path) -> None:
     assert read(tmp_path)["restarts"] == 0
 
 
+@pytest.mark.parametrize("text", ["[]", "7", "[" * 100_000, '{"step": Infinity}', '{"step": []}'])
+def test_a_damaged_file_is_a_first_start(tmp_path: Path, text: str) -> None:
+    make(tmp_path)
+    (tmp_path / "heartbeat.json").write_text(text)
+    assert make(tmp_path).before == {}
+    assert read(tmp_path)["restarts"] == 0
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     make(tmp_path, rank=1).beat("training", step=1)
     assert not (tmp_path / "heartbeat.json").exists()

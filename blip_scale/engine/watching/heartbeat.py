@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from blip_scale.storage import files, run_folder
+
+logger = logging.getLogger(__name__)
 
 Phase = Literal["starting", "training", "evaluating", "saving", "stopped", "done"]
 
@@ -45,7 +48,7 @@ class Heartbeat:
         self._is_main = rank == 0
         self._stall_timeout_s = stall_timeout_s
         log_file = output_dir / run_folder.log_of(rank)
-        self._log = log_file.open("a") if stall_timeout_s else None
+        self._log = _opened(log_file) if stall_timeout_s else None
         self._disk = files.Spared(f"heartbeat in {self._file}")
         self._written = 0.0
         self.before = self._left_by_the_start_before() if self._is_main else {}
@@ -91,5 +94,14 @@ class Heartbeat:
         try:
             found = json.loads(self._file.read_text(encoding="utf-8"))
             return {name: int(found[name]) for name in _COUNTS}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
             return {}
+
+
+def _opened(log_file: Path) -> TextIO:
+    """The log for the stacks of a process that stalls; stderr where it can't be opened."""
+    try:
+        return log_file.open("a")
+    except OSError as error:
+        logger.warning("%s can't be opened (%s): stacks of a stall go to stderr", log_file, error)
+        return os.fdopen(os.dup(2), "a")
