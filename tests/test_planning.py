@@ -74,7 +74,12 @@ def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         generator = torch.Generator().manual_seed(0)
-        out = built(images, text, MomentumInputs(keys, 0.4), generator)
+        out = built(
+            images,
+            text,
+            MomentumInputs(keys, torch.tensor([0.4, 0.6], dtype=torch.float64)),
+            generator,
+        )
     # What the checkpoint of a frozen block noted is gone already.
     kept = {pointer: size for pointer, (ref, size) in saved.items() if not ref.expired()}
     found = {**alive(), **kept}

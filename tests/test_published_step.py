@@ -61,7 +61,8 @@ def test_losses_are_equal_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(3):
         optimizer.zero_grad()
         with fixed_negatives(monkeypatch):
-            inputs = MomentumInputs(queue.features, ALPHA)
+            weights = torch.tensor([ALPHA, 1 - ALPHA], dtype=torch.float64)
+            inputs = MomentumInputs(queue.features, weights)
             found = network(images, captions, inputs, torch.Generator())
         found["loss/total"].backward()
         optimizer.step()

@@ -100,6 +100,9 @@ class ModelRecipe:
     """Attention kernel. auto takes FlashAttention where the GPU has it, and SDPA elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more time."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Capture forward and backward of a micro-step as one CUDA graph: auto does it on CUDA where
+    weights stay whole between the passes and no shape depends on the data; the log says why not."""
     compile: bool = False
     """torch.compile for the ViT's blocks: half a minute; not under ZeRO-3 on several ranks."""
 

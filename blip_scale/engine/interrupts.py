@@ -6,10 +6,6 @@ import logging
 import signal
 from types import FrameType
 
-import torch
-
-from blip_scale.engine import collectives
-
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -27,13 +23,14 @@ class Interrupts:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
-    def agreed(self, device: torch.device) -> bool:
-        """True on every rank once any of them received a signal; every rank must ask at the same
-        step."""
-        stop = collectives.any_rank(self.received is not None, device)
-        if stop:
-            logger.info("%s: stopping after this step", self.received or "a signal on another rank")
-        return stop
+    @property
+    def is_pending(self) -> bool:
+        """Whether this rank received a signal."""
+        return self.received is not None
+
+    def announce(self) -> None:
+        """Log that the run stops, on every rank once any of them received a signal."""
+        logger.info("%s: stopping after this step", self.received or "a signal on another rank")
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

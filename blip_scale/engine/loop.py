@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from blip_scale.engine.checkpoints import restore
 from blip_scale.engine.checkpoints.location import open_place
 from blip_scale.engine.checkpoints.save import RunState, Saver
 from blip_scale.engine.interrupts import Interrupts
-from blip_scale.engine.run import History, Run, WorstStep
-from blip_scale.engine.schedule import learning_rate
-from blip_scale.engine.task import Progress, Task
+from blip_scale.engine.micro_step import choose_micro_step
+from blip_scale.engine.run import History, Run
+from blip_scale.engine.step import optimizer_step
+from blip_scale.engine.task import Task
 from blip_scale.engine.watching import reporting
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
@@ -64,6 +64,10 @@ def run(
         torch.set_num_threads(
             max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size())
         )
+    if device.type == "cuda":
+        # Gradient accumulation keeps the stream of its first use. A capture cannot join work of the
+        # default stream, so all work goes to another one from the start.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     interrupts = Interrupts()
     task = build_task(recipe, device)
     try:
@@ -137,6 +141,7 @@ def _open(
         recipe,
         task,
         engine,
+        choose_micro_step(engine, recipe.model.cuda_graph, task.capture_obstacle),
         momentum,
         saver,
         monitor,
@@ -197,8 +202,9 @@ def _train(run: Run) -> int:
     batches = run.task.batches() if run.step < run.total_steps else iter(())
     stop = False
     while run.step < run.total_steps and not stop:
-        _optimizer_step(run, batches)
-        stop = run.interrupts.agreed(run.engine.device)
+        stop = optimizer_step(run, batches)
+        if stop:
+            run.interrupts.announce()
         run.saver.poll()
         if history.skipped_in_a_row >= recipe.train.max_nonfinite_steps:
             logger.error(
@@ -237,66 +243,6 @@ def _train(run: Run) -> int:
     reporting.finish(run)
     heartbeat.beat("done")
     return 0
-
-
-def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
-    """Accumulate micro-batches, update unless something is not finite, and note the metrics."""
-    began = time.perf_counter()
-    run.meter.reset()
-    deepspeed, task, recipe = run.engine.deepspeed, run.task, run.recipe
-    data_wait_s = 0.0
-    sums: dict[str, Any] = {}
-    ids: list[str] = []
-    skipped: list[str] = []
-    for index in range(run.accumulation):
-        waiting = time.perf_counter()
-        batch = next(batches)
-        data_wait_s += time.perf_counter() - waiting
-        micro_step = run.step * run.accumulation + index
-        torch.manual_seed(micro_step_seed(recipe.seed, micro_step, collectives.rank()))
-        metrics = task.losses(
-            deepspeed, batch, Progress(run.step, micro_step, task.steps_per_epoch)
-        )
-        deepspeed.backward(metrics["loss/total"])
-        if index < run.accumulation - 1:
-            deepspeed.step()
-        sums = {
-            name: sums.get(name, 0.0) + value.detach().float() for name, value in metrics.items()
-        }
-        ids += batch.ids
-        skipped += batch.skipped
-    means = _average(run, sums, len(skipped))
-    norms = run.engine.gradient_norms()
-    rate = learning_rate(recipe.optimizer, run.step, task.steps_per_epoch, recipe.train.epochs)
-    finite = math.isfinite(means["loss/total"]) and math.isfinite(norms["all"])
-    run.engine.step(rate, apply=finite)
-    task.after_step(run.engine, run.momentum, applied=finite)
-    run.step += 1
-    run.samples.add(run.step, ids)
-    reporting.note_trouble(run, finite, means.pop("skipped"), ids, skipped)
-    means |= {f"gradient_norm/{name}": value for name, value in norms.items()}
-    means |= {"train/learning_rate": rate, "data_wait_s": data_wait_s}
-    if means["loss/total"] > run.worst.loss:
-        run.worst = WorstStep(means["loss/total"], run.step, ids)
-    means |= run.meter.metrics()
-    means["step_s"] = time.perf_counter() - began
-    run.history.seconds += means["step_s"]
-    run.history.window.append(means)
-
-
-def micro_step_seed(seed: int, micro_step: int, rank: int) -> int:
-    """Seed of all that is random in one micro-step on one rank: no generator state has to be
-    saved."""
-    return ((seed * 1_000_003 + micro_step) * 65_537 + rank) % 2**63  # what torch takes
-
-
-def _average(run: Run, sums: dict[str, Any], skipped: int) -> dict[str, float]:
-    """Mean over micro-steps and ranks of every metric, and the number of skipped samples of all
-    ranks."""
-    values = torch.stack([*sums.values()]) / run.accumulation
-    world_size = collectives.world_size()
-    values = torch.cat([values, values.new_tensor([float(skipped * world_size)])])
-    return dict(zip([*sums, "skipped"], collectives.all_reduce_mean(values).tolist(), strict=True))
 
 
 def _evaluate(run: Run) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from blip_scale.config.recipe import Recipe
 from blip_scale.engine.checkpoints.save import Saver
 from blip_scale.engine.interrupts import Interrupts
+from blip_scale.engine.micro_step import CapturedMicroStep, EagerMicroStep
 from blip_scale.engine.task import Task
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
@@ -84,6 +85,7 @@ class Run:
     recipe: Recipe
     task: Task
     engine: ZeroEngine
+    micro_step: EagerMicroStep | CapturedMicroStep
     momentum: ShardedMomentum
     saver: Saver
     monitor: Monitor

@@ -50,16 +50,15 @@ class TrainingTask(ABC):
         self.kernel = str(choose_kernel(recipe.model.attention, device, self.dtype))
         self.momentum_pairs: dict[str, str] = {}
         self._tokens = 0
+        self._generator = torch.Generator(device)
 
     @abstractmethod
     def build_network(self) -> nn.Module:
         """The network, weights not filled."""
 
     @abstractmethod
-    def losses(
-        self, network: Callable[..., Any], batch: Any, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch."""
+    def inputs(self, batch: Any, progress: Progress) -> tuple[Any, ...]:
+        """Arguments of the network for a micro-batch, on the device."""
 
     @abstractmethod
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
@@ -84,11 +83,13 @@ class TrainingTask(ABC):
         text = self.text_input()
         return captions_and_pairs.heldout_sets(self.recipe, text.clean, text.max_words)
 
-    @staticmethod
-    def generator(device: torch.device | str) -> torch.Generator:
-        """A generator for what a task draws itself in this micro-step on this rank. Its numbers
-        follow from torch's seed, which the loop sets anew for each micro-step."""
-        return torch.Generator(device).manual_seed(torch.initial_seed() ^ 0x5EED)
+    def generator(self) -> torch.Generator:
+        """The generator of the task's own draws on its device, seeded for this micro-step.
+
+        Its numbers follow from torch's seed, which the loop sets anew for each micro-step. It is
+        one object, because a captured CUDA graph registers it.
+        """
+        return self._generator.manual_seed(own_seed())
 
     def build_med(self) -> MED:
         """The MED with the parts of the head, weights not filled."""
@@ -118,11 +119,20 @@ class TrainingTask(ABC):
         """This rank's micro-batches."""
         return iter(self.loader)
 
-    def stream_shares(self, batch: Batch) -> dict[str, Tensor]:
-        """Share of every stream in a batch, as metrics."""
-        shares = torch.tensor(self.loader.shares(batch), device=self.device)
+    @property
+    def capture_obstacle(self) -> str | None:
+        """Why the forward cannot be captured in a CUDA graph."""
+        return f"the shapes of {self.recipe.task} depend on its data"
+
+    def collect(  # noqa: B027  most tasks collect nothing
+        self, outputs: dict[str, Tensor], progress: Progress
+    ) -> None:
+        """Nothing is kept for `after_step`."""
+
+    def figures(self, batch: Batch) -> dict[str, float]:
+        """Share of every stream in a batch."""
         names = [f"data/share_{name}" for name in self.loader.stream_names]
-        return dict(zip(names, shares, strict=True))
+        return dict(zip(names, self.loader.shares(batch), strict=True))
 
     def after_step(  # noqa: B027  most tasks do nothing here
         self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool
@@ -156,3 +166,8 @@ class TrainingTask(ABC):
     def close(self) -> None:
         """End the loader's processes."""
         self.loader.close()
+
+
+def own_seed() -> int:
+    """Seed of a task's own draws in a micro-step, other than torch's."""
+    return torch.initial_seed() ^ 0x5EED

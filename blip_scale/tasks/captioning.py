@@ -6,7 +6,7 @@ Legend: B micro-batch of this rank, P predicted tokens, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,13 +76,10 @@ class Captioning(TrainingTask):
         smoothing = self.recipe.objective.label_smoothing
         return CaptioningNetwork(self.build_med(), self._prompt_tokens, smoothing)
 
-    def losses(
-        self, network: Callable[..., Any], batch: Batch, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch."""
+    def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
+        """Images and captions."""
         self._tokens = len(batch.token_ids)
-        images, text = to_model_input(batch, self.device, self.dtype)
-        return network(images, text) | self.stream_shares(batch)
+        return to_model_input(batch, self.device, self.dtype)
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""

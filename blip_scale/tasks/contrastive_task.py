@@ -6,7 +6,6 @@ Legend: B micro-batch of this rank.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 
 from blip_scale.config.recipe import ObjectiveRecipe, Recipe
 from blip_scale.data.loading.micro_batches import Batch
+from blip_scale.engine import collectives
 from blip_scale.engine.task import Progress
+from blip_scale.engine.transfers import to_device
 from blip_scale.engine.watching.monitor import Alarm
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
@@ -70,8 +71,8 @@ class ContrastiveNetwork(nn.Module):
     def figures(
         pairs: EncodedPairs, contrasted: Contrasted, itm_logits: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Accuracies, temperature and the contrast's metrics, and its keys [B, E] as `image_keys`
-        and `text_keys`."""
+        """Accuracies, temperature and the contrast's metrics, its keys [B, E] as `image_keys` and
+        `text_keys`, and `image_ids` [B] where pairs have them."""
         i2t, t2i = retrieval_accuracy(contrasted.similarities)
         on_match, on_mismatch = match_accuracy(itm_logits, labels)
         return {
@@ -83,6 +84,7 @@ class ContrastiveNetwork(nn.Module):
             **contrasted.metrics,
             "image_keys": contrasted.keys.image.detach(),
             "text_keys": contrasted.keys.text.detach(),
+            **({} if pairs.image_ids is None else {"image_ids": pairs.image_ids}),
         }
 
 
@@ -113,20 +115,26 @@ class ContrastiveTask(TrainingTask):
         own = self.contrast.initial_weights()
         return super().initial_weights() | {f"contrast.{name}": own[name] for name in own}
 
-    def losses(
-        self, network: Callable[..., Any], batch: Batch, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch; its keys go to the contrast."""
+    @property
+    def capture_obstacle(self) -> str | None:
+        """Global negatives are exchanged in the middle of the forward."""
+        if self.recipe.objective.negatives == "global" and collectives.world_size() > 1:
+            return "objective.negatives: global exchanges between ranks in the forward pass"
+        return None
+
+    def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
+        """Images, captions, the contrast's state, the generator of the draws, and image ids."""
+        self._tokens = len(batch.token_ids)
         images, text = to_model_input(batch, self.device, self.dtype)
         image_ids = None
         if self.knows_images:
-            image_ids = image_ids_of(batch).to(self.device, non_blocking=True)
-        inputs = self.contrast.inputs(progress)
-        outputs = network(images, text, inputs, self.generator(self.device), image_ids)
-        keys = FeaturePair(outputs.pop("image_keys"), outputs.pop("text_keys"))
-        self.contrast.collect(keys, image_ids, progress.step)
-        self._tokens = len(batch.token_ids)
-        return outputs | self.stream_shares(batch)
+            image_ids = to_device(image_hashes(batch), self.device, torch.int64)
+        return images, text, self.contrast.inputs(progress), self.generator(), image_ids
+
+    def collect(self, outputs: dict[str, Tensor], progress: Progress) -> None:
+        """The keys go to the contrast."""
+        keys = FeaturePair(outputs["image_keys"], outputs["text_keys"])
+        self.contrast.collect(keys, outputs.get("image_ids"), progress.step)
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
@@ -170,8 +178,11 @@ def contrast_named(name: str) -> type[Contrast]:
     return CONTRASTS[name]
 
 
-def image_ids_of(batch: Batch) -> Tensor:
-    """[B] int64: the same for pairs of one image, whatever batch they come in (hashes of stream and
-    id; among 10^6 images two of the same hash are a matter of one in 10^7)."""
+def image_hashes(batch: Batch) -> list[int]:
+    """A 63-bit number for each pair, equal for pairs of one image in whatever batch.
+
+    They are hashes of stream and id: among 10^6 images, two have the same one with a probability of
+    10^-7.
+    """
     names = zip(batch.streams, batch.ids, strict=True)
-    return torch.tensor([xxhash.xxh3_64_intdigest(f"{s}/{i}") >> 1 for s, i in names])
+    return [xxhash.xxh3_64_intdigest(f"{stream}/{name}") >> 1 for stream, name in names]

@@ -52,7 +52,7 @@ def uses_of(chosen: Recipe) -> Counter[Use]:
         if name in weights:
             parameter.data.copy_(weights[name].view_as(parameter))
     with torch.no_grad():
-        task.losses(network, next(task.batches()), Progress(0, 0, task.steps_per_epoch))
+        network(*task.inputs(next(task.batches()), Progress(0, 0, task.steps_per_epoch)))
     return uses
 
 

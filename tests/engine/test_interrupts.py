@@ -7,13 +7,9 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-import torch
-from fake_ranks import FakeRanks
 
 from blip_scale.config import exit_codes
 from blip_scale.engine.interrupts import Interrupts
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -28,11 +24,12 @@ def test_a_signal_is_noted(
     name: str, interrupts: Interrupts, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="blip_scale")
-    assert not interrupts.agreed(CPU)
-    assert not caplog.messages
+    assert not interrupts.is_pending
     os.kill(os.getpid(), signal.Signals[name])
     assert interrupts.received == name
-    assert interrupts.agreed(CPU)
+    assert interrupts.is_pending
+    assert not caplog.messages
+    interrupts.announce()
     assert caplog.messages == [f"{name}: stopping after this step"]
 
 
@@ -48,18 +45,12 @@ def test_ctrl_c_after_another_signal_is_the_first_one(interrupts: Interrupts) ->
     assert interrupts.received == "SIGINT"
 
 
-def test_one_rank_is_enough_for_all(
-    interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_signal_of_another_rank_is_announced(
+    interrupts: Interrupts, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="blip_scale")
-    other = Interrupts()
-    other.restore()
-    ranks = [interrupts, other]
-    fake = FakeRanks(2, monkeypatch)
-    assert fake.run(lambda rank: ranks[rank].agreed(CPU)) == [False, False]
-    other.received = "SIGUSR1"
-    assert fake.run(lambda rank: ranks[rank].agreed(CPU)) == [True, True]
-    assert "a signal on another rank: stopping after this step" in caplog.messages
+    interrupts.announce()
+    assert caplog.messages == ["a signal on another rank: stopping after this step"]
 
 
 def test_signals_are_given_back() -> None:

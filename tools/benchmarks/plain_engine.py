@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blip_scale.config.recipe import OptimizerRecipe
 
@@ -13,7 +13,7 @@ class PlainEngine:
     with fp32 masters, as the engine has them."""
 
     def __init__(self, network: nn.Module, settings: OptimizerRecipe) -> None:
-        self.deepspeed = self.module = network
+        self.module = self.forward = network
         self.dtype = next(network.parameters()).dtype
         self._trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._masters = {
@@ -26,12 +26,16 @@ class PlainEngine:
         )  # fmt: skip
         self.slices = [_PlainSlice(name, master) for name, master in self._masters.items()]
 
-    def gradient_norms(self) -> dict[str, float]:
-        """Of all gradients."""
-        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
-        return {"all": float(nn.utils.get_total_norm(gradients))}
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Gradients of one micro-batch."""
+        loss.backward()
 
-    def step(self, learning_rate: float, apply: bool) -> None:
+    def squared_norms(self) -> Tensor:
+        """[1] fp64: sum of squares of all gradients."""
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients).double().square()[None]
+
+    def step(self, learning_rate: float, apply: bool, norm: Tensor) -> None:
         """AdamW on the masters; the weights that compute follow them."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate

@@ -25,6 +25,7 @@ from blip_scale.config import checks, recipe
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.engine.transfers import to_host
 from blip_scale.inference.inputs import to_model_input
 from blip_scale.inference.sizes import med_config
 from tools.benchmarks.contest import Contest, ask
@@ -105,7 +106,7 @@ class Ours:
         self.recipe = match.recipe
         self.task = Pretrain(match.recipe, self.device)
         self.engine, self.momentum = self.wrapped(match)
-        self.engine.deepspeed.train()
+        self.engine.module.train()
         loader = self.task.batches()
         self.batches = [next(loader) for _ in range(_BATCHES)]
         self.steps = 0
@@ -125,8 +126,9 @@ class Ours:
     def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
         """One optimizer step as the train loop takes it; `mark` hears what has just ended."""
         self.forward_and_backward(mark)
-        norms = self.engine.gradient_norms()
-        self.engine.step(self.recipe.optimizer.peak_lr, apply=norms["all"] < float("inf"))
+        norms = self.engine.squared_norms().sqrt()
+        apply = to_host(norms)[0] < float("inf")
+        self.engine.step(self.recipe.optimizer.peak_lr, apply=apply, norm=norms[0])
         mark("optimizer")
         self.task.after_step(self.engine, self.momentum, applied=True)
         mark("momentum update, queue")
@@ -137,13 +139,11 @@ class Ours:
 
         batch = self.batches[self.steps % _BATCHES]
         progress = Progress(self.steps, self.steps, self.task.steps_per_epoch)
-        metrics = self.task.losses(self.engine.deepspeed, batch, progress)
+        outputs = self.engine.forward(*self.task.inputs(batch, progress))
+        self.task.collect(outputs, progress)
         mark("losses")
-        self.backward(metrics["loss/total"])
+        self.engine.backward(outputs["loss/total"], is_last=True)
         mark("vision backward")
-
-    def backward(self, loss: Tensor) -> None:
-        self.engine.deepspeed.backward(loss)
 
     def split(self) -> dict[str, float]:
         """Seconds of the parts of one step, by hooks at their ends."""
@@ -169,7 +169,7 @@ class Ours:
             for _ in range(_BATCHES):
                 self.forward_and_backward(lambda part: None)
                 self.task.after_step(self.engine, self.momentum, applied=False)
-                self.engine.step(0.0, apply=False)
+                self.engine.step(0.0, apply=False, norm=torch.zeros((), device=self.device))
                 self.steps += 1
         return float(counter.get_total_flops()) / _BATCHES
 
@@ -295,9 +295,6 @@ class Plain(Ours):
         onednn.take_where_faster(network)  # as the engine does
         engine = PlainEngine(network, match.recipe.optimizer)
         return engine, PlainMomentum(engine, self.task.momentum_pairs)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
 
 
 CONTENDERS: dict[str, Callable[[Match], Any]] = {

@@ -100,27 +100,58 @@ class ZeroEngine:
         """Trainable parameters, over all ranks."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
 
-    def step(self, learning_rate: float, apply: bool) -> None:
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Call of the network in a training step."""
+        return self.deepspeed
+
+    @property
+    def norm_names(self) -> tuple[str, ...]:
+        """Names of the entries of `squared_norms`."""
+        return ("all", *self.towers)
+
+    @property
+    def capture_obstacle(self) -> str | None:
+        """Why forward and backward cannot be captured in a CUDA graph; None where they can."""
+        return "weights are gathered by hooks in the forward pass"
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add the gradient of loss / accumulation to this rank's share.
+
+        Args:
+            loss: scalar.
+            is_last: whether it is the last micro-step before `step`.
+        """
+        self.deepspeed.backward(loss)
+        if not is_last:
+            self.deepspeed.step()
+
+    def step(self, learning_rate: float, apply: bool, norm: Tensor) -> None:
         """The optimizer step at a gradient-accumulation boundary.
 
-        With `apply` False gradients are dropped, and weights and moments stay as they are.
+        Args:
+            learning_rate: of all parameter groups.
+            apply: False drops the gradients; weights and moments stay as they are.
+            norm: L2 norm of the averaged gradient over all ranks, a scalar, for clipping.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.skip = not apply
+        self._norm = norm.float()
         self.deepspeed.step()
         # Recomputing a checkpointed block leaves entries behind in DeepSpeed 0.19.8, a few more
         # each step.
         del parameter_offload.FWD_MODULE_STACK[1:]
 
-    def gradient_norms(self) -> dict[str, float]:
-        """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last
-        backward."""
+    def squared_norms(self) -> Tensor:
+        """Sums of squares of this rank's averaged gradients after the last backward.
+
+        Returns:
+            [1 + towers] fp64 on the device: all, then each tower; sums over ranks give the squares
+            of the global norms.
+        """
         towers = [self._squared_norm(indices) for indices in self.towers.values()]
-        totals = [torch.stack(towers).sum(), *towers]
-        norms = collectives.all_reduce_sum(torch.stack(totals)).sqrt()
-        self._norm = norms[0]
-        return dict(zip(("all", *self.towers), norms.tolist(), strict=True))
+        return torch.stack([torch.stack(towers).sum(), *towers])
 
     def _squared_norm(self, indices: list[int]) -> Tensor:
         """Sum of squares of this rank's gradients of some slices, fp64; in a few launches, not some
@@ -135,12 +166,9 @@ class ZeroEngine:
         return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
     def _gradient_norm(self) -> Tensor:
-        """The norm for clipping: what `gradient_norms` found in this step, or found now."""
-        if self._norm is None:
-            self.gradient_norms()
-        norm, self._norm = self._norm, None
-        assert norm is not None
-        return norm.float()
+        """The norm for clipping that `step` was given."""
+        assert self._norm is not None
+        return self._norm
 
     def assign(self, parameters: list[nn.Parameter], parts: list[SliceValues]) -> None:
         """Write compute weights from this rank's parts of some parameters.
