@@ -9,6 +9,7 @@ from types import FrameType
 from typing import NoReturn
 
 from blip_scale.config import exit_codes
+from blip_scale.errors import is_refused
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +24,13 @@ def refuse(command: str, problem: object) -> int:
     """Write `command: problem` as one line to stderr; returns the exit code of refused input."""
     sys.stderr.write(f"{command}: {' '.join(str(problem).split())}\n")
     return exit_codes.REFUSED
+
+
+def report_error(command: str, error: Exception) -> int:
+    """Write `command: error` as one line to stderr; returns the exit code: that of refused input,
+    or that of a failure where the input is not to blame."""
+    code = refuse(command, str(error) or type(error).__name__)
+    return code if is_refused(error) else exit_codes.FAILED
 
 
 def interrupt_on_sigterm() -> None:

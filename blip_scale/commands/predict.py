@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import exit_codes
 from blip_scale.inference import predictions
 from blip_scale.inference.images import find_images
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> in
     try:
         return _predict(options)
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
 
 
 def _predict(options: argparse.Namespace) -> int:

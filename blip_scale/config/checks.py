@@ -312,7 +312,22 @@ def _check_data(recipe: Recipe) -> None:
                 )
             seen.add(stream.name)
             _check_stream(setting, stream, data.make_with)
+    _check_caches(data)
     _check_mixture(data)
+
+
+def _check_caches(data: DataRecipe) -> None:
+    """Streams with one `local` read one set: shards of two remotes have the same names."""
+    remotes: dict[str, tuple[str, str | None]] = {}
+    for stream in [*data.streams, *data.heldout]:
+        local = expand(stream.local, f"{stream.name}.local")
+        remote = expand(stream.remote, f"{stream.name}.remote") if stream.remote else None
+        name, other = remotes.setdefault(local, (stream.name, remote))
+        if remote != other:
+            raise ValueError(
+                f"data: streams {name} and {stream.name} have the same local, {local}, and "
+                f"different remotes, {other} and {remote}: give one of them another local"
+            )
 
 
 def _check_mixture(data: DataRecipe) -> None:
