@@ -140,7 +140,10 @@ class RunLock:
     def _renew(self) -> None:
         while not self._ended.wait(BEAT_S):
             with self._disk:
-                if not self._is_held():
+                text = self._read()
+                if text is None:  # removed by hand, or being taken over: the next look tells
+                    continue
+                if text != self._text:
                     logger.error(
                         "%s is another run's by now: this one was silent for too long and ends",
                         self._file,
