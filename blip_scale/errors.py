@@ -18,14 +18,17 @@ class MissingInput(RefusedInput, FileNotFoundError):
     """Input that is not there."""
 
 
+_PATHS = FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError
+
+
 def is_refused(error: BaseException) -> bool:
     """Whether an error is about input: `RefusedInput`, a ValueError that this package itself
-    raised, or a path that isn't there or is of another kind.
+    raised, or a path that isn't there, is of another kind or is there already.
 
     A ValueError out of a library (torch, NumPy, a server's answer) is a failure, and so are other
     errors of the operating system: a full disk, a remote out of reach.
     """
-    if isinstance(error, RefusedInput | FileNotFoundError | IsADirectoryError | NotADirectoryError):
+    if isinstance(error, RefusedInput | _PATHS):
         return True
     return isinstance(error, ValueError) and _is_ours(error)
 
