@@ -9,7 +9,6 @@ import argparse
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -21,14 +20,12 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
 
 from blip_scale import __version__, launcher  # noqa: E402
 from blip_scale.commands import dry_run  # noqa: E402
-from blip_scale.commands.command_line import Parser, refuse, report_error  # noqa: E402
-from blip_scale.config import checks, exit_codes, recipe, settings  # noqa: E402
+from blip_scale.commands.command_line import Parser, report_error_of_rank  # noqa: E402
+from blip_scale.config import checks, recipe, settings  # noqa: E402
 from blip_scale.errors import RefusedInput  # noqa: E402
 from blip_scale.storage import run_folder  # noqa: E402
 
 logger = logging.getLogger("blip_scale.train")
-
-_RANK_0_SPEAKS_S = 3.0
 
 
 def command(arguments: Sequence[str] | None = None, prog: str = "train.py") -> NoReturn:
@@ -62,9 +59,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         logs = Path(chosen.output_dir) / run_folder.LOGS
         return run(TASKS[chosen.task], chosen, ds_config)
     except argparse.ArgumentError as error:
-        return _stopped_by(prog, RefusedInput(str(error)), logs)
+        return report_error_of_rank(prog, RefusedInput(str(error)), logs)
     except (ValueError, OSError) as error:
-        return _stopped_by(prog, error, logs)
+        return report_error_of_rank(prog, error, logs)
     except Exception:  # not foreseen: the traceback on the terminal, and in the log file
         logger.debug("stopped by", exc_info=True)
         raise
@@ -75,26 +72,6 @@ def _announce(name: str, world_size: int) -> None:
     if launcher.rank() == 0:
         start = f"recipe {name}, {world_size} rank{'s' * (world_size > 1)}"
         sys.stderr.write(f"blip_scale {__version__}: {start}; loading torch and DeepSpeed ...\n")
-
-
-def _stopped_by(prog: str, error: Exception, logs: Path | None) -> int:
-    """Tell the user in one line; the traceback of a run that had begun is in its log files.
-
-    Before that all input is judged here. A run judges by `errors.refusing` where it opens input;
-    another error of it is a failure, and a job is started again.
-
-    A recipe is refused by all ranks alike, so rank 0 speaks; in a run any rank may be the one.
-    """
-    rank = launcher.rank()
-    if logs is not None:
-        logger.debug("stopped by", exc_info=error)
-        command = f"{prog} (rank {rank})" if rank else prog
-        code = refuse(command, f"{error} (traceback in {logs})")
-        return code if isinstance(error, RefusedInput) else exit_codes.FAILED
-    if rank == 0:
-        return report_error(prog, error)
-    time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once one has ended
-    return exit_codes.REFUSED
 
 
 def _parser(prog: str) -> Parser:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
+import time
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from blip_scale import launcher
 from blip_scale.config import exit_codes
-from blip_scale.errors import is_refused
+from blip_scale.errors import RefusedInput, is_refused
+
+logger = logging.getLogger(__name__)
+
+_RANK_0_SPEAKS_S = 3.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +39,29 @@ def report_error(command: str, error: Exception) -> int:
     or that of a failure where the input is not to blame."""
     code = refuse(command, str(error) or type(error).__name__)
     return code if is_refused(error) else exit_codes.FAILED
+
+
+def report_error_of_rank(command: str, error: Exception, logs: Path | None) -> int:
+    """`report_error` of one of several ranks that were started together.
+
+    Input that is judged before a run is refused by all ranks alike, so rank 0 speaks. In a run any
+    rank may be the one, and the traceback goes to its log; there `errors.refusing` has told input
+    from a failure, and whatever else comes is a failure.
+
+    Args:
+        command: name of the command.
+        error: what ended it.
+        logs: folder of the ranks' logs, once the run has begun.
+    """
+    rank = launcher.rank()
+    if logs is not None:
+        logger.debug("stopped by", exc_info=error)
+        refuse(f"{command} (rank {rank})" if rank else command, f"{error} (traceback in {logs})")
+        return exit_codes.REFUSED if isinstance(error, RefusedInput) else exit_codes.FAILED
+    if rank == 0:
+        return report_error(command, error)
+    time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once one has ended
+    return exit_codes.REFUSED if is_refused(error) else exit_codes.FAILED
 
 
 def interrupt_on_sigterm() -> None:

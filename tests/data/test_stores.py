@@ -132,7 +132,7 @@ def test_a_remote_is_cached(
     assert {name for batch in fetched for name in batch.ids} == {f"red-{i}" for i in range(40)}
     kept = sorted(path.name for path in cache.iterdir() if not path.name.startswith(".lock"))
     shards = len(list(remote.glob("shard.*")))
-    assert kept == ["index.json", *(f"shard.{i:05}.mds" for i in range(shards))]
+    assert kept == ["index.json", "remote.txt", *(f"shard.{i:05}.mds" for i in range(shards))]
     shutil.rmtree(remote)
     assert [batch.ids for batch in take(make_loader(streams), 5)] == [
         batch.ids for batch in fetched

@@ -40,7 +40,9 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_answers(moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = tmp_path / "disc.png"
     image.write_bytes(tiny_runs.picture("red", "disc", big=True))
-    assert predict.main(["caption", "--model", str(moved), str(image)]) == 0, capsys.readouterr().err
+    assert predict.main(["caption", "--model", str(moved), str(image)]) == 0, (
+        capsys.readouterr().err
+    )
 
 
 def test_it_is_exported_readable_and_with_its_alarms(moved: Path, tmp_path: Path) -> None:
