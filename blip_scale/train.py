@@ -19,7 +19,8 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
 from blip_scale import __version__, launcher  # noqa: E402
-from blip_scale.commands import dry_run  # noqa: E402
+from blip_scale.commands import dry_run, micro_batch  # noqa: E402
+from blip_scale.commands.chosen_recipe import chosen_recipe  # noqa: E402
 from blip_scale.commands.command_line import Parser, report_error_of_rank  # noqa: E402
 from blip_scale.config import checks, recipe, settings  # noqa: E402
 from blip_scale.errors import RefusedInput  # noqa: E402
@@ -40,8 +41,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     try:
         launcher.adopt()
         options, overrides = _parser(prog).parse_known_args(arguments)
-        recipe.check_overrides(overrides)
-        chosen = recipe.load(options.recipe, overrides)
+        chosen = chosen_recipe(options, overrides)
         if options.print_recipe:
             sys.stdout.write(recipe.to_yaml(chosen))
             return 0
@@ -50,19 +50,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         world_size = launcher.check_variables()
         checks.check(chosen, world_size)
         ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
-
         _announce(options.recipe, world_size)
         # Imported here, so that a refusal does not wait for torch and DeepSpeed.
         from blip_scale.engine.loop import run
         from blip_scale.tasks.by_name import TASKS
 
         logs = Path(chosen.output_dir) / run_folder.LOGS
-        return run(TASKS[chosen.task], chosen, ds_config)
+        settle = micro_batch.auto(chosen, options.deepspeed)
+        return run(TASKS[chosen.task], chosen, ds_config, settle)
     except argparse.ArgumentError as error:
         return report_error_of_rank(prog, RefusedInput(str(error)), logs)
     except (ValueError, OSError) as error:
         return report_error_of_rank(prog, error, logs)
-    except Exception:  # not foreseen: the traceback on the terminal, and in the log file
+    except Exception:  # not foreseen: traceback on the terminal and in the log file
         logger.debug("stopped by", exc_info=True)
         raise
 

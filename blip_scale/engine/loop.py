@@ -53,9 +53,16 @@ _ENDS = {
 
 
 def run(
-    build_task: Callable[[Recipe, torch.device], Task], recipe: Recipe, ds_config: dict[str, Any]
+    build_task: Callable[[Recipe, torch.device], Task],
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None = None,
 ) -> int:
     """Train, or go on training, to the end of the recipe.
+
+    Args:
+        settle: gives recipe and DeepSpeed's settings anew once the ranks have met, where something
+            of them depends on the devices.
 
     Returns:
         Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 when it had to
@@ -64,10 +71,10 @@ def run(
     Raises:
         RefusedInput: input that cannot be used, or an output folder of a run that is under way.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    lock = RunLock(Path(recipe.output_dir)) if rank == 0 else None
+    is_main = os.environ.get("RANK", "0") == "0"
+    lock = RunLock(Path(recipe.output_dir)) if is_main else None
     try:
-        return _run(build_task, recipe, ds_config, rank)
+        return _run(build_task, recipe, ds_config, settle)
     finally:
         if lock is not None:
             lock.release()
@@ -77,15 +84,19 @@ def _run(
     build_task: Callable[[Recipe, torch.device], Task],
     recipe: Recipe,
     ds_config: dict[str, Any],
-    rank: int,
+    settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None,
 ) -> int:
     """`run`, in a folder that is this run's."""
+    rank = int(os.environ.get("RANK", "0"))
     refuse_idle_gpus()
     logs.set_up(Path(recipe.output_dir), rank)
     heartbeat = Heartbeat(Path(recipe.output_dir), rank, recipe.train.stall_timeout_s)
     meter = CommunicationMeter()
     meter.install()
     device = start(recipe.train.stall_timeout_s)
+    if settle is not None:
+        with refusing():
+            recipe, ds_config = settle(device)
     if device.type == "cpu" and not _user_chose_threads():
         # Ranks that each take all cores slow each other down.
         torch.set_num_threads(
@@ -169,6 +180,8 @@ def _open(
         recipe.train.precision, task.kernel, engine.parameter_count / 1e6, total_steps,
         recipe.train.global_batch_size,
     )  # fmt: skip
+
+    logger.info("weights are %s", engine.weights_reason)
 
     def committed(step: int, folder: Path) -> None:
         manifest.saved(step, folder)

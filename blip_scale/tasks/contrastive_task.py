@@ -6,14 +6,16 @@ Legend: B micro-batch of this rank.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
+from blip_scale.config.batch_sizes import token_bucket
 from blip_scale.config.recipe import ObjectiveRecipe, Recipe
-from blip_scale.data.loading.micro_batches import Batch
+from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.engine import collectives
 from blip_scale.engine.task import Progress
 from blip_scale.engine.transfers import to_device
@@ -28,6 +30,7 @@ from blip_scale.objectives.contrastive import FeaturePair, retrieval_accuracy
 from blip_scale.objectives.matching import match_accuracy, predicts_one_class
 from blip_scale.tasks.base import TrainingTask
 from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs
+from blip_scale.tasks.hard_pairs import text_sizes
 from blip_scale.tasks.momentum_contrast import MomentumContrast
 
 CONTRASTS: dict[str, type[Contrast]] = {"momentum": MomentumContrast}
@@ -111,6 +114,11 @@ class ContrastiveTask(TrainingTask):
     def build_network(self) -> ContrastiveNetwork:
         """MED and the contrast's part, weights not filled."""
 
+    def text_input(self) -> CaptionInput:
+        """As of every task, filled up to static sizes where the recipe says so."""
+        bucket = token_bucket(self.recipe, self.batch_size, self.device.type == "cuda")
+        return replace(super().text_input(), pad_tokens_to=bucket)
+
     def initial_weights(self) -> dict[str, Tensor]:
         """Weights of the MED as in every task, and those that the contrast brings."""
         own = self.contrast.initial_weights()
@@ -124,13 +132,16 @@ class ContrastiveTask(TrainingTask):
         return None
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
-        """Images, captions, the contrast's state, the generator of the draws, and image ids."""
-        self._tokens = len(batch.token_ids)
+        """Images, captions, the contrast's state, the generator of the draws, image ids, and the
+        sizes of what is drawn."""
+        self._tokens = batch.caption_tokens
         images, text = to_model_input(batch, self.device, self.dtype)
         image_ids = None
         if self.knows_images:
             image_ids = to_device(image_hashes(batch), self.device, torch.int64)
-        return images, text, self.contrast.inputs(progress), self.generator(), image_ids
+        sizes = text_sizes(batch, self.recipe.model.text.max_tokens, progress.full_capacity)
+        contrast = self.contrast.inputs(progress)
+        return images, text, contrast, self.generator(), image_ids, sizes
 
     def collect(self, outputs: dict[str, Tensor], progress: Progress) -> None:
         """The keys go to the contrast."""

@@ -91,6 +91,10 @@ class MomentumContrast(Contrast):
             self.config, batch_size, text_tokens, self.settings.queue_size
         )
 
+    def key_count(self, batch_size: int) -> int:
+        """The micro-batch and the queue."""
+        return batch_size + self.settings.queue_size
+
     def inputs(self, progress: Progress) -> MomentumInputs:
         """The queue as it stands, and alpha."""
         alpha = alpha_at(
@@ -116,7 +120,7 @@ class MomentumContrast(Contrast):
         collected, self.collected = self.collected, []
         if not applied:
             return
-        momentum_update_(momentum.averages, momentum.weights, self.settings.momentum)
+        momentum_update_(momentum.average_runs, momentum.weight_runs, self.settings.momentum)
         momentum.refresh()
         for keys, image_ids in collected:
             gathered = of_all_ranks(keys)

@@ -29,6 +29,7 @@ from blip_scale.data.loading.shared_memory import (
 )
 from blip_scale.data.pixels.transforms import TrainTransform
 from blip_scale.data.reading.prefetch import Prefetcher
+from blip_scale.data.reading.probe import MOST_UNKNOWN, unknown_share
 from blip_scale.data.reading.stream_store import StreamStore, open_streams
 
 _DEATH_SEEN_S = 30.0  # a message may break off before its sender, on a busy machine, is seen dead
@@ -75,6 +76,8 @@ class TrainLoader:
         counts = samples_per_epoch(data, sizes)
         logger.info("an epoch of %d pairs: %s", sum(counts), describe(data, sizes, counts))
         _warn_of_small_cache(data, stores, counts)
+        if position.rank == 0:
+            _warn_of_unknown_tokens(stores, text)
         shapes = [
             StreamShape(store.name, store.shard_items, count)
             for store, count in zip(stores, counts, strict=True)
@@ -222,6 +225,18 @@ class TrainLoader:
             if process.is_alive():  # it waits for a remote and hears nothing else
                 process.kill()
         self._processes = []
+
+
+def _warn_of_unknown_tokens(stores: Sequence[StreamStore], text: CaptionInput) -> None:
+    """Captions in a language that the tokenizer lacks train nothing."""
+    for store in stores:
+        share = unknown_share(store, text.tokenizer)
+        if share > MOST_UNKNOWN:
+            logger.warning(
+                "stream %s: %.0f %% of the tokens of its first captions are [UNK]: the tokenizer "
+                "does not know this text; set model.text.tokenizer to one that does",
+                store.name, 100 * share,
+            )  # fmt: skip
 
 
 def _warn_of_small_cache(

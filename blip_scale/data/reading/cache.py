@@ -135,7 +135,9 @@ def locked(folder: Path, name: str | int, wait: bool = True) -> Iterator[bool]:
     """
     locks = folder / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with (locks / str(name)).open("w") as handle:
+    # A lock that is a link of somebody else's would empty the file that it leads to.
+    descriptor = os.open(locks / str(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import html
 import json
 import logging
 import math
+import re
 import resource
 import sys
 import time
@@ -18,6 +20,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from blip_scale import logs
 from blip_scale.engine import collectives
 from blip_scale.engine.watching.pictures import Panel, draw_grid
 from blip_scale.storage import files, run_folder
@@ -26,6 +29,7 @@ __all__ = ["Alarm", "Monitor", "Panel", "measure_peak_flops", "peak_memory_gib"]
 
 logger = logging.getLogger(__name__)
 
+_MARKDOWN = re.compile(r"[\\`*_\[\]|!]")
 _LINE = (  # metric, its short name on the terminal, format
     ("train/learning_rate", "lr", "{:.2e}"),
     ("gradient_norm/all", "grad", "{:7.3f}"),
@@ -202,7 +206,8 @@ class Monitor:
         if not self._is_main:
             return
         with self._disk:
-            verbatim = "\n".join("    " + line for line in text.splitlines())
+            lines = logs.without_secrets(text).splitlines()
+            verbatim = "\n".join(f"    {logs.printable(line)}" for line in lines)
             self._open_writer().add_text(name, verbatim, self.start_step)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
@@ -294,7 +299,8 @@ def _short(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """A text for a cell of a Markdown table, shown as it is: neither a link nor HTML."""
+    return _MARKDOWN.sub(r"\\\g<0>", html.escape(logs.printable(text), quote=False))
 
 
 def _strict(value: Any) -> Any:

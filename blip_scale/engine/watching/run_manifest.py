@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 import blip_scale
+from blip_scale import logs
 from blip_scale.storage import checkpoint_format, files, run_folder
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class RunManifest:
         if not self._is_main:
             return
         shards = {one["name"]: one.pop("files", []) for one in state.get("data", [])}
-        state = json.loads(json.dumps(state))
+        state, attempt = json.loads(logs.without_secrets(json.dumps([state, attempt])))
         attempts, before = self._content["attempts"], self._content["state"]
         changed = list(_differences(before, state)) if before else []
         for change in changed:
