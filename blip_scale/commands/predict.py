@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import exit_codes
 from blip_scale.inference import predictions
 from blip_scale.inference.images import find_images
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> in
     try:
         return _predict(options)
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
 
 
 def _predict(options: argparse.Namespace) -> int:
