@@ -20,7 +20,8 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
 from blip_scale import __version__, launcher  # noqa: E402
-from blip_scale.commands import dry_run  # noqa: E402
+from blip_scale.commands import dry_run, micro_batch  # noqa: E402
+from blip_scale.commands.chosen_recipe import chosen_recipe  # noqa: E402
 from blip_scale.commands.command_line import Parser, refuse  # noqa: E402
 from blip_scale.config import checks, exit_codes, recipe, settings  # noqa: E402
 from blip_scale.storage import run_folder  # noqa: E402
@@ -42,8 +43,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     try:
         launcher.adopt_srun_step()
         options, overrides = _parser(prog).parse_known_args(arguments)
-        recipe.check_overrides(overrides)
-        chosen = recipe.load(options.recipe, overrides)
+        chosen = chosen_recipe(options, overrides)
         if options.print_recipe:
             sys.stdout.write(recipe.to_yaml(chosen))
             return 0
@@ -52,17 +52,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         checks.check(chosen, world_size)
         ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
-
         _announce(options.recipe, world_size)
         # Imported here, so that a refusal does not wait for torch and DeepSpeed.
         from blip_scale.engine.loop import run
         from blip_scale.tasks.by_name import TASKS
 
         logs = Path(chosen.output_dir) / run_folder.LOGS
-        return run(TASKS[chosen.task], chosen, ds_config)
+        settle = micro_batch.auto(chosen, options.deepspeed)
+        return run(TASKS[chosen.task], chosen, ds_config, settle)
     except (ValueError, FileNotFoundError, argparse.ArgumentError) as error:
         return _refuse(prog, error, logs)
-    except Exception:  # not foreseen: the traceback on the terminal, and in the log file
+    except Exception:  # not foreseen: traceback on the terminal and in the log file
         logger.debug("stopped by", exc_info=True)
         raise
 
@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
 def _announce(name: str, world_size: int) -> None:
     """The first line of a start: the imports that follow take up to half a minute."""
     if os.environ.get("RANK", "0") == "0":
-        start = f"recipe {name}, {world_size} rank{'s' * (world_size > 1)}"
-        sys.stderr.write(f"blip_scale {__version__}: {start}; loading torch and DeepSpeed ...\n")
+        ranks = f"{world_size} rank{'s' * (world_size > 1)}; loading torch and DeepSpeed"
+        sys.stderr.write(f"blip_scale {__version__}: recipe {name}, {ranks} ...\n")
 
 
 def _refuse(prog: str, error: Exception, logs: Path | None) -> int:

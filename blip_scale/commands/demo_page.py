@@ -14,7 +14,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,9 +89,10 @@ class Service:
     def caption(self, image: str | None, method: str, beams: int, seed: int) -> str:
         """A caption of an image file."""
         blip = self.blip_for("caption")
-        decoding: BeamSettings | NucleusSettings = BeamSettings(int(beams))
+        output = blip.output
+        decoding: BeamSettings | NucleusSettings = replace(output.beam(), num_beams=int(beams))
         if method == NUCLEUS:
-            decoding = NucleusSettings(max_length=20, min_length=5)
+            decoding = NucleusSettings(max_length=output.max_length, min_length=output.min_length)
         settings = predictions.CaptionSettings(decoding, seed=int(seed))
         return self._only(predictions.captions(Reader(blip), [_given(image)], settings))["caption"]
 

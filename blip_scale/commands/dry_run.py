@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip_scale.config import checks
+from blip_scale.config.batch_sizes import is_auto
 from blip_scale.config.recipe import Recipe, StreamRecipe
 from blip_scale.planning.hardware import GPU, find_gpu
 from blip_scale.storage.free_space import free_bytes, parse_bytes
@@ -70,8 +71,10 @@ class Setting:
 
     def plan(self) -> Plan:
         """The plan for these ranks, on the GPU that was named or is here."""
-        from blip_scale.planning.plan import Assumptions, make_plan
+        from blip_scale.planning.assumptions import Assumptions
+        from blip_scale.planning.plan import make_plan
         from blip_scale.planning.timing import Cluster
+        from blip_scale.tasks.by_name import contrast_of
 
         nodes = self.ranks // self.gpus_per_node
         cluster = Cluster(nodes, self.gpus_per_node, self._gpu())
@@ -79,15 +82,15 @@ class Setting:
         assumed = Assumptions(unknown_samples=10**6)
         try:
             config = checks.resolve_deepspeed(self.recipe, self.ds_config, self.ranks)
-            return make_plan(self.recipe, config, cluster, assumed)
+            return make_plan(self.recipe, config, cluster, contrast_of, assumed)
         except (ValueError, FileNotFoundError) as error:  # another check has failed of it
             raise Doubt(f"cannot be planned: {error}") from error
 
     def _gpu(self) -> GPU:
         import torch
 
+        from blip_scale.planning.assumptions import GIB
         from blip_scale.planning.hardware import GPUS
-        from blip_scale.planning.plan import GIB
 
         if self.gpu is not None:
             return self.gpu
@@ -238,6 +241,11 @@ def _settings(setting: Setting) -> str:
 
 def _batch(setting: Setting) -> str:
     sizes = checks.batch_sizes(setting.recipe, setting.ranks)
+    if is_auto(setting.recipe):
+        plan = setting.plan()
+        if math.isinf(plan.limit_bytes):
+            raise Doubt("train.max_micro_batch_size: auto depends on the GPU: give --gpu NAME")
+        sizes = plan.sizes
     return (
         f"{sizes.global_batch} = {sizes.world_size} ranks x {sizes.micro_batch} x "
         f"{sizes.accumulation} micro-steps"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blip_scale.config.batch_sizes import BatchSizes, batch_sizes
+from blip_scale.config.batch_sizes import BatchSizes, batch_sizes, is_auto
 from blip_scale.config.recipe import FP16_REFUSED, DataRecipe, OptimizerRecipe, Recipe, StreamRecipe
 from blip_scale.config.settings import expand
 
@@ -165,6 +165,11 @@ def _without_auto(value: Any) -> Any:
 def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
     """Hard negatives need two pairs to choose from, a queue needs room for a global batch."""
     if recipe.task not in ("pretrain", "retrieval"):
+        if is_auto(recipe):
+            raise ValueError(
+                f"train.max_micro_batch_size: auto is known for pretrain and retrieval, not for "
+                f"{recipe.task}, whose memory is not modelled; give a number"
+            )
         return
     pool = sizes.micro_batch * (sizes.world_size if recipe.objective.negatives == "global" else 1)
     if pool < 2:

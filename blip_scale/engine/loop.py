@@ -46,9 +46,16 @@ _ENDS = {
 
 
 def run(
-    build_task: Callable[[Recipe, torch.device], Task], recipe: Recipe, ds_config: dict[str, Any]
+    build_task: Callable[[Recipe, torch.device], Task],
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None = None,
 ) -> int:
     """Train, or go on training, to the end of the recipe.
+
+    Args:
+        settle: gives recipe and DeepSpeed's settings anew once the ranks have met, where something
+            of them depends on the devices.
 
     Returns:
         Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 when it had to
@@ -60,6 +67,8 @@ def run(
     meter = CommunicationMeter()
     meter.install()
     device = start(recipe.train.stall_timeout_s)
+    if settle is not None:
+        recipe, ds_config = settle(device)
     if device.type == "cpu":  # ranks that each take all cores slow each other down
         torch.set_num_threads(
             max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size())

@@ -277,12 +277,17 @@ def _group_by_image(
     order = row_images_T.argsort(stable=True)
     keys = images.keys or dense_segments(images.images, images.tokens, device)
     key_tokens = images.images * images.tokens if images.keys is None else images.tokens
-    if takes_packed or device.type == "cpu":
+    if takes_packed or reads_are_free(device):
         offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         longest = rows if takes_packed else int(counts.max())
         layout = AttentionLayout(Segments(offsets, longest, order), keys)
         return layout if takes_packed else layout.padded(rows, key_tokens)
     return cut_into_chunks(counts, order, keys).padded(rows, key_tokens)
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host reads a tensor of this device without waiting for it."""
+    return device.type == "cpu"
 
 
 def cut_into_chunks(counts_I: Tensor, order_T: Tensor, keys: Segments) -> AttentionLayout:

@@ -182,7 +182,7 @@ def _open_regular(path: str) -> IO[bytes]:
 
 
 class _Unpacked(gzip.GzipFile):
-    """A .gz whose damage is always gzip.BadGzipFile, an OSError; zlib.error and EOFError are none."""
+    """A .gz whose damage is always gzip.BadGzipFile, an OSError, unlike zlib.error and EOFError."""
 
     def read(self, size: int | None = -1) -> bytes:
         with _damage_named():

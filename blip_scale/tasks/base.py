@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from blip_scale.config.batch_sizes import batch_sizes
+from blip_scale.config.batch_sizes import batch_sizes, is_auto
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.heldout.pairs import HeldoutPairs
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput
@@ -43,6 +43,8 @@ class TrainingTask(ABC):
         self.recipe, self.device = recipe, device
         self.tokenizer = load_tokenizer(recipe.model.text)
         self.config = med_config(recipe, self.tokenizer)
+        if is_auto(recipe):
+            raise ValueError("train.max_micro_batch_size: auto was not settled; give a number")
         sizes = batch_sizes(recipe, collectives.world_size())
         self.batch_size, self.accumulation = sizes.micro_batch, sizes.accumulation
         self.loader = networks.train_loader(recipe, self.text_input(), self.batch_size)

@@ -18,6 +18,7 @@ from blip_scale.config.recipe import Recipe
 from blip_scale.engine.task import Progress
 from blip_scale.engine.zero import engine
 from blip_scale.planning.network import network_of
+from blip_scale.tasks.by_name import contrast_of
 from blip_scale.tasks.pretrain import Pretrain
 
 pytestmark = pytest.mark.multiprocess
@@ -80,7 +81,7 @@ def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path, ranks: i
     the backward pass (embeddings once for all: they are let go at its end); where all is kept, each
     weight once. Gradients once in any case."""
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
-    network, uses = network_of(chosen), uses_of(chosen)
+    network, uses = network_of(chosen, contrast_of), uses_of(chosen)
     again = {use for use, count in uses.items() if count == 2}
     assert any("layers" in use.module for use in again) and max(uses.values()) == 2
 
@@ -122,7 +123,7 @@ def test_prefetching_begins_every_gather_before_its_module(tmp_path: Path) -> No
     """All but what stays whole can be hidden behind the modules before, once the order of modules
     is known."""
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
-    network = network_of(chosen)
+    network = network_of(chosen, contrast_of)
     staying = small([*network.trainable, *network.momentum], 2)
     for found in exchanged(tmp_path, 2, KEEPS, prefetch=40_000):
         gathered = found["forward"]["all_gather"]["bytes"]

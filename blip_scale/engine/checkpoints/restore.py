@@ -76,7 +76,8 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
 
     Raises:
         ValueError: the checkpoint is of another network (a parameter is missing, has another size,
-            or is one too many), or other layers of it were frozen.
+            or is one too many), other layers of it were frozen, or it lacks momentum averages that
+            this run needs.
     """
     manifest = checkpoint_format.read_manifest(path)
     _check_network(path, manifest, engine)
@@ -84,6 +85,13 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
     reader = checkpoint_format.Reader(
         path / name for name in names if name != checkpoint_format.SHARED
     )
+    absent = {piece.name for piece in momentum.slices} - reader.names("momentum")
+    if absent:
+        raise ValueError(
+            f"{path} holds no momentum averages of {min(absent)} and {len(absent) - 1} more "
+            "parameters: it was trained with another objective.itc. Give that one, or begin a run "
+            "from it with model.checkpoint and another output_dir."
+        )
     trained = [piece for piece in engine.slices if piece.trains]
     for flat in {id(piece.flat): piece.flat for piece in trained}.values():
         _make_moments(engine.optimizer, flat, manifest.optimizer_steps)

@@ -237,7 +237,8 @@ class ZeroEngine:
         everything = [gradient for tower in pieces for gradient in tower]
         if not everything:
             return torch.zeros(1 + len(pieces), dtype=torch.float64, device=self.device)
-        squares = torch.stack(torch._foreach_norm(everything)).double().square().to(self.device)
+        squares = torch.stack(torch._foreach_norm(everything)).double().square()
+        squares = squares.to(self.device, non_blocking=True)  # offloaded gradients lie on the host
         towers = torch.stack([part.sum() for part in squares.split([len(p) for p in pieces])])
         return torch.cat([towers.sum()[None], towers])
 
