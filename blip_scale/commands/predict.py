@@ -130,8 +130,7 @@ def _decoding(
 def _line(answer: Answer) -> str:
     """JSON, readable in every language. Bytes of a path that are no UTF-8 become the escapes that
     Python's json and os.fsencode turn back into them."""
-    text = json.dumps(answer, ensure_ascii=False)
-    return text.encode(errors="backslashreplace").decode()
+    return logs.printable(json.dumps(answer, ensure_ascii=False))
 
 
 @contextmanager

@@ -80,7 +80,10 @@ class Manifest:
             UnknownVersionError: another version of the format.
             ValueError: it isn't whole.
         """
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("its values are nested too deep") from error
         names = [one.name for one in fields(cls)]
         if not isinstance(content, dict):
             raise ValueError(f"expected an object with {', '.join(names)}")
