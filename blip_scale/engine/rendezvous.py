@@ -97,7 +97,7 @@ def _listen(host: str, port: int) -> int | None:
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if _others_may_mean_another_address(host):
-        found = [one for one in found if not one[4][0].startswith(("127.", "::1"))]
+        found = [one for one in found if not str(one[4][0]).startswith(("127.", "::1"))]
     for family, kind, _, _, address in found:
         with contextlib.ExitStack() as stack:
             listening = stack.enter_context(socket.socket(family, kind))
