@@ -35,10 +35,13 @@ def exchange_on_the_rendezvous_interface() -> None:
     GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME that are set stay. NCCL keeps its choice between
     machines without RDMA: its sockets carry the gradients there, and it knows the fastest network.
     """
-    interface = interface_to(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    host = os.environ["MASTER_ADDR"]
+    interface = interface_to(host, int(os.environ["MASTER_PORT"]))
     if interface is None:
         return
     name, is_loopback = interface
+    if is_loopback and _others_may_mean_another_address(host):
+        return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     if is_loopback or (_RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())):
         os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
@@ -61,6 +64,15 @@ def interface_to(host: str, port: int) -> tuple[str, bool] | None:
     return ("lo", True) if here.startswith("127.") else None
 
 
+def _others_may_mean_another_address(host: str) -> bool:
+    """Whether a name that is the loopback's here leads other nodes to this machine's network:
+    Debian's /etc/hosts has the machine's own name as 127.0.1.1."""
+    is_literal = host == "localhost" or host.startswith("127.") or host == "::1"
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    is_one_node = os.environ["WORLD_SIZE"] in ("1", here)
+    return not is_literal and not is_one_node
+
+
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
     """As torch's `env://`, with a listening socket of our own on rank 0."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -80,10 +92,13 @@ def _listen(host: str, port: int) -> int | None:
     """A listening socket on an address of this machine, as a file descriptor that the caller owns.
 
     None where the port is taken: by this process, whose store is shared, or by another, which torch
-    reports. None, too, where the address is none of this machine's (a forwarded one): then the
-    store listens on all, and the log says so.
+    reports. None, too, where the address is none of this machine's (a forwarded one), or other
+    nodes don't reach it: then the store listens on all, and the log says so.
     """
-    for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if _others_may_mean_another_address(host):
+        found = [one for one in found if not str(one[4][0]).startswith(("127.", "::1"))]
+    for family, kind, _, _, address in found:
         with contextlib.ExitStack() as stack:
             listening = stack.enter_context(socket.socket(family, kind))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -95,5 +110,7 @@ def _listen(host: str, port: int) -> int | None:
                     return None
                 continue
             return listening.detach()
-    logger.warning("MASTER_ADDR %s is no address of this machine: listening on all of them", host)
+    logger.warning(
+        "MASTER_ADDR %s is no address at which others reach this machine: listening on all", host
+    )
     return None

@@ -99,8 +99,8 @@ class Target:
     content: bytes
     read: Callable[[Path], object]
     """read(file) of a file in a folder that also holds 1.jpg."""
-    refuses: tuple[type[Exception], ...] = (ValueError, FileNotFoundError)
-    """How it may say no: `refuse` shows them in one line, with exit code 2."""
+    refuses: tuple[type[Exception], ...] = (ValueError, OSError)
+    """How it may say no: the commands show these in one line, with exit code 2."""
 
 
 def converted(reader: str) -> Callable[[Path], object]:
@@ -235,7 +235,7 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(
         "rank_00000.safetensors", safetensors_file(), read_tensors, (ValueError, SafetensorError)
     ),
-    "recipe": Target("recipe.yaml", recipe(), read_recipe),
+    "recipe": Target("recipe.yaml", recipe(), read_recipe, (ValueError, FileNotFoundError)),
     "csv": Target("captions.csv", TABLE, converted("folder")),
     "tsv": Target("captions.tsv", TABLE.replace(b",", b"\t"), converted("folder")),
     "csv.gz": Target(
@@ -259,7 +259,7 @@ TARGETS: dict[str, Target] = {
         "list.jsonl",
         lines({"clip_name": ".", "caption": "a"}),
         lambda file: VideoSet(file, file.parent, 32).frames(0, 2),
-        (ValueError, FileNotFoundError, CorruptSample),
+        (ValueError, OSError, CorruptSample),
     ),
     "tar": Target("0.tar", tar_file("w"), converted("webdataset")),
     "tar.gz": Target("0.tar.gz", tar_file("w:gz"), converted("webdataset")),

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -73,6 +74,38 @@ def test_chosen_interfaces_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
 
 
-def test_an_address_of_another_machine_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_address_of_another_machine_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert rendezvous._listen("192.0.2.77", launcher.free_port()) is None
-    assert "192.0.2.77 is no address of this machine" in caplog.text
+    assert "192.0.2.77 is no address at which others reach this machine" in caplog.text
+
+
+def test_a_name_that_is_the_loopback_here_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """/etc/hosts calls many a machine 127.0.1.1: ranks of other nodes would not be heard."""
+    name = "this-very-node"
+    asked = socket.getaddrinfo
+
+    def answered(host: str, *more: Any, **options: Any) -> Any:
+        return asked("127.0.1.1" if host == name else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answered)
+    for variable, value in {"MASTER_ADDR": name, "MASTER_PORT": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(variable, value)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    rendezvous.exchange_on_the_rendezvous_interface()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert rendezvous._listen(name, launcher.free_port()) is None
+    assert "listening on all" in caplog.text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    rendezvous.exchange_on_the_rendezvous_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    descriptor = rendezvous._listen(name, launcher.free_port())
+    assert descriptor is not None
+    with socket.socket(fileno=descriptor) as listening:
+        assert listening.getsockname()[0] == "127.0.1.1"
