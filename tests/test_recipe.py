@@ -581,11 +581,11 @@ class TestCommand:
         assert done.stdout == ""
 
     def test_other_ranks_keep_silent(self, train: Any) -> None:
-        done = train("train.epoch=2", RANK="1", WORLD_SIZE="2")
+        done = train("train.epoch=2", RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
         assert (done.returncode, done.stderr) == (2, "")
 
     def test_the_number_of_ranks_counts(self, train: Any, data: list[str]) -> None:
-        done = train(*data, WORLD_SIZE="3")
+        done = train(*data, RANK="0", LOCAL_RANK="0", WORLD_SIZE="3")
         assert "128 is not a multiple of 3 (3 ranks)" in done.stderr
 
     def test_refusing_imports_nothing_heavy(self, data: list[str]) -> None:
