@@ -446,7 +446,6 @@ def initialize(
     stays_whole, reason = False, f"ZeRO-{stage} keeps them whole"
     if stage == 3:
         stays_whole, reason = whole_weights.decide(network, recipe, ds_config)
-        logger.info("weights are %s", reason)
     if recipe.model.compile and stage == 3 and not stays_whole and collectives.world_size() > 1:
         raise ValueError(
             f"model.compile: weights are {reason}; they are gathered from Python inside of the "
