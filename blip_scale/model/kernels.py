@@ -78,6 +78,7 @@ class KernelChoice:
 
 
 @lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def choose_kernel(
     choice: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int = 64
 ) -> KernelChoice:
@@ -132,6 +133,7 @@ def _missing(name: Backend) -> str | None:
 
 
 @lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result
 def _torch_flash() -> Callable[..., Any]:
     """torch's own operation.
 
@@ -150,6 +152,7 @@ def _torch_flash() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result
 def _flash_attn_4() -> Callable[..., Any]:
     from flash_attn.cute import flash_attn_varlen_func
 
@@ -157,6 +160,7 @@ def _flash_attn_4() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result
 def _flash_attn_2() -> Callable[..., Any]:
     from flash_attn import flash_attn_varlen_func
 
