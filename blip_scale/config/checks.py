@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,10 @@ def resolve_deepspeed(
         raise ValueError(
             f"{path}: zero_optimization.stage: expected 2 or 3, found {json.dumps(stage)}"
         )
-    if recipe.model.compile and stage == 3 and world_size > 1:
+    if recipe.model.compile and stage == 3 and recipe.train.whole_weights is False:
         raise ValueError(
-            "model.compile: ZeRO-3 gathers weights from Python inside of the blocks, which "
-            "torch.compile can't trace; give --deepspeed ds_configs/zero2.json, or set it to false"
+            "model.compile: partitioned weights are gathered from Python inside of the blocks, "
+            "which torch.compile can't trace; set train.whole_weights to auto, or it to false"
         )
     if _object(config, "fp16", path).get("enabled") not in (None, False, AUTO):
         raise ValueError(f"{path}: fp16.enabled: {FP16_REFUSED}; set it to false")
@@ -95,24 +94,7 @@ def resolve_deepspeed(
     for name in ("optimizer", "scheduler", "fp16", "amp", "torch_autocast"):
         config.pop(name, None)
     config["zero_allow_untested_optimizer"] = True  # torch's AdamW with a switch to skip a step
-    if world_size == 1 and stage == 3:
-        _fill_for_one_rank(config["zero_optimization"])
     return _without_auto(config)
-
-
-def _fill_for_one_rank(zero: dict[str, Any]) -> None:
-    """ZeRO-3's "auto" settings on a single rank, where parting and gathering the parameters only
-    costs: they stay whole, so torch's own linear layer may keep them for its backward pass, and
-    gradients need no bucket (`engine.zero3_step.keep_gradients`)."""
-    alone = {
-        "stage3_param_persistence_threshold": sys.maxsize,
-        "stage3_model_persistence_threshold": sys.maxsize,
-        "memory_efficient_linear": False,
-        "contiguous_gradients": False,
-    }
-    for name, value in alone.items():
-        if zero.get(name) == AUTO:
-            zero[name] = value
 
 
 def _agree(path: Path, name: str, found: Any, setting: str, wanted: Any) -> None:

@@ -237,6 +237,11 @@ class TrainRecipe:
     """Stop after this many optimizer steps, whatever `epochs` says."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of the weights and activations; masters, momentum, queues and losses are always fp32."""
+    whole_weights: Literal["auto"] | bool = "auto"
+    """Under ZeRO-3: whether every rank keeps all weights between the passes. It saves hundreds of
+    exchanges a step; masters and moments stay partitioned. auto: where the states need at most half
+    of the memory, unless the DeepSpeed JSON offloads, quantizes or sets
+    stage3_param_persistence_threshold."""
     max_nonfinite_steps: Positive = 10
     """Stop with a report after this many skipped steps in a row (loss or gradient not finite)."""
     stall_timeout_s: Rate = 1800.0

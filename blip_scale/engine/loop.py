@@ -127,6 +127,8 @@ def _open(
         recipe.train.global_batch_size,
     )  # fmt: skip
 
+    logger.info("weights are %s", engine.weights_reason)
+
     def committed(step: int, folder: Path) -> None:
         manifest.saved(step, folder)
         heartbeat.beat("training", checkpoint_step=step)

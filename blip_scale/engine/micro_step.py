@@ -1,8 +1,9 @@
 """Forward and backward of one micro-batch, eager or as a replayed CUDA graph.
 
 A captured graph replays a few thousand kernels with one launch, which takes the host's work out of
-the step. It reads and writes fixed memory, so inputs are copied into static tensors, and gradients
-land in static buffers of the engine (Megatron-LM captures forward and backward in the same way).
+the step. It reads and writes fixed memory: inputs are copied into static tensors, and gradients land
+in others. Exchanges between ranks and fp32 sums of gradients come after the replay. (Megatron-LM
+captures forward and backward in the same way.)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +27,6 @@ MAX_GRAPHS = 16
 """Sets of input shapes that get a graph of their own; later ones run eager."""
 
 Replay = Callable[[], None]
-Capture = Callable[
-    [Callable[[], "MicroStepOutputs"], Sequence[torch.Generator]], tuple[Replay, "MicroStepOutputs"]
-]
-"""Captures a function that takes no arguments; gives the replay and the static outputs."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,19 @@ class MicroStepOutputs:
         """A copy that the next replay does not overwrite."""
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         return replace(self, scalars=self.scalars.clone(), tensors=tensors)
+
+
+class Capturable(NamedTuple):
+    """Results of forward and backward, in static memory once captured."""
+
+    outputs: MicroStepOutputs
+    gradients: list[Tensor]
+    """From `ZeroEngine.compute_gradients`."""
+
+
+Capture = Callable[[Callable[[], Capturable], Sequence[torch.Generator]], tuple[Replay, Capturable]]
+"""Captures a function without arguments that draws from the generators and torch's own; gives the
+replay and the results that it rewrites."""
 
 
 class EagerMicroStep:
@@ -81,7 +91,7 @@ class _Captured:
     inputs: list[Tensor]
     is_state: list[bool]
     """Inputs that live on the device from step to step; the graph reads them where they are."""
-    outputs: MicroStepOutputs
+    results: Capturable
     replay: Replay
 
     def holds_state_of(self, tensors: Sequence[Tensor]) -> bool:
@@ -135,10 +145,11 @@ class CapturedMicroStep:
             graph = self._captured(inputs, [id(tensor) in repeated for tensor in tensors])
             self._graphs[key] = graph
             logger.info("micro-step %d: captured CUDA graph %d", self._steps, len(self._graphs))
+        self._engine.gather_weights()
         graph.copy_inputs(tensors)
         graph.replay()
-        self._engine.take_buffers(is_last)
-        return graph.outputs.clone()
+        self._engine.add_gradients(graph.results.gradients, is_last)
+        return graph.results.outputs.clone()
 
     def _is_worth_a_graph(self, key: Any) -> bool:
         """Whether inputs of this signature came before, and there is room for a graph."""
@@ -154,14 +165,15 @@ class CapturedMicroStep:
         )
         static_inputs = map_tensors(inputs, lambda tensor: next(statics))
 
-        def micro_step() -> MicroStepOutputs:
+        def micro_step() -> Capturable:
             outputs = self._engine.forward(*static_inputs)
-            self._engine.backward_into_buffers(outputs["loss/total"])
-            return MicroStepOutputs.of(outputs)
+            gradients = self._engine.compute_gradients(outputs["loss/total"])
+            return Capturable(MicroStepOutputs.of(outputs), gradients)
 
+        self._engine.gather_weights()
         generators = [value for value in inputs if isinstance(value, torch.Generator)]
-        replay, outputs = self._capture(micro_step, generators)
-        return _Captured(tensors_in(static_inputs), is_state, outputs, replay)
+        replay, results = self._capture(micro_step, generators)
+        return _Captured(tensors_in(static_inputs), is_state, results, replay)
 
 
 def choose_micro_step(
@@ -191,8 +203,8 @@ def cuda_graph() -> Capture:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(
-        function: Callable[[], MicroStepOutputs], generators: Sequence[torch.Generator]
-    ) -> tuple[Replay, MicroStepOutputs]:
+        function: Callable[[], Capturable], generators: Sequence[torch.Generator]
+    ) -> tuple[Replay, Capturable]:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
@@ -203,8 +215,8 @@ def cuda_graph() -> Capture:
             stream=torch.cuda.current_stream(),
             capture_error_mode="thread_local",
         ):
-            outputs = function()
-        return graph.replay, outputs
+            results = function()
+        return graph.replay, results
 
     return capture
 

@@ -116,7 +116,7 @@ class MomentumContrast(Contrast):
         collected, self.collected = self.collected, []
         if not applied:
             return
-        momentum_update_(momentum.averages, momentum.weights, self.settings.momentum)
+        momentum_update_(momentum.average_runs, momentum.weight_runs, self.settings.momentum)
         momentum.refresh()
         for keys, image_ids in collected:
             gathered = of_all_ranks(keys)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from blip_scale.engine import micro_step
 from blip_scale.engine.micro_step import (
     WARM_UP_STEPS,
+    Capturable,
     CapturedMicroStep,
     EagerMicroStep,
     MicroStepOutputs,
@@ -65,41 +66,40 @@ class Engine:
         self.gradients = [torch.zeros_like(p) for p in network.parameters()]
         self._network = network
 
-    def backward_into_buffers(self, loss: Tensor) -> None:
-        loss.backward()
+    def gather_weights(self) -> None:
+        """Nothing is partitioned."""
 
-    def take_buffers(self, is_last: bool) -> None:
-        for total, parameter in zip(self.gradients, self._network.parameters(), strict=True):
-            assert parameter.grad is not None
-            total += parameter.grad
-            parameter.grad.zero_()
+    def compute_gradients(self, loss: Tensor) -> list[Tensor]:
+        return [*torch.autograd.grad(loss, list(self._network.parameters()))]
+
+    def add_gradients(self, gradients: list[Tensor], is_last: bool) -> None:
+        for total, gradient in zip(self.gradients, gradients, strict=True):
+            total += gradient
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        self.backward_into_buffers(loss)
-        self.take_buffers(is_last)
+        self.add_gradients(self.compute_gradients(loss), is_last)
 
 
-def rerun(network: Network) -> micro_step.Capture:
+def rerun() -> micro_step.Capture:
     """A capture for the CPU: a replay runs the captured function again."""
 
     def capture(
-        function: Callable[[], MicroStepOutputs], generators: Sequence[torch.Generator]
-    ) -> tuple[micro_step.Replay, MicroStepOutputs]:
+        function: Callable[[], Capturable], generators: Sequence[torch.Generator]
+    ) -> tuple[micro_step.Replay, Capturable]:
         state = torch.get_rng_state()
         generator_states = [generator.get_state() for generator in generators]
         static = function()
-        for parameter in network.parameters():  # a capture computes nothing
-            assert parameter.grad is not None
-            parameter.grad.zero_()
-        torch.set_rng_state(state)
+        torch.set_rng_state(state)  # a capture draws nothing
         for generator, before in zip(generators, generator_states, strict=True):
             generator.set_state(before)
 
         def replay() -> None:
-            outputs = function()
-            static.scalars.copy_(outputs.scalars)
-            for name, tensor in static.tensors.items():
-                tensor.copy_(outputs.tensors[name])
+            results = function()
+            static.outputs.scalars.copy_(results.outputs.scalars)
+            for name, tensor in static.outputs.tensors.items():
+                tensor.copy_(results.outputs.tensors[name])
+            for tensor, gradient in zip(static.gradients, results.gradients, strict=True):
+                tensor.copy_(gradient)
 
         return replay, static
 
@@ -146,7 +146,7 @@ def test_replays_give_the_numbers_of_eager_steps() -> None:
     captures = []
 
     def build(engine: Any, network: Network) -> CapturedMicroStep:
-        capture = rerun(network)
+        capture = rerun()
 
         def counted(*arguments: Any) -> Any:
             captures.append(network.calls)
@@ -165,7 +165,7 @@ def test_replays_give_the_numbers_of_eager_steps() -> None:
 def test_a_state_in_other_memory_is_captured_anew() -> None:
     network = Network()
     engine: Any = Engine(network)
-    run = CapturedMicroStep(engine, rerun(network))
+    run = CapturedMicroStep(engine, rerun())
     eager = EagerMicroStep(engine)
     generator = torch.Generator()
     queue = torch.randn(WIDTH, 5)
@@ -184,7 +184,7 @@ def test_a_state_in_other_memory_is_captured_anew() -> None:
 def test_outputs_survive_the_next_replay() -> None:
     network = Network()
     engine: Any = Engine(network)
-    run = CapturedMicroStep(engine, rerun(network))
+    run = CapturedMicroStep(engine, rerun())
     keys = Keys(torch.randn(WIDTH, 5), torch.tensor(1.0), bound=0)
     results = [
         run((torch.full((3, WIDTH), float(step)), keys, torch.Generator()), is_last=True)

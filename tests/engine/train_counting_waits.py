@@ -1,4 +1,4 @@
-"""train.py on the CPU with DeepSpeed's branches for CUDA: counts what makes the host wait for a GPU.
+"""train.py on the CPU with DeepSpeed's CUDA branches: counts what makes the host wait for a GPU.
 
 waits_RANK.json in the output folder lists for each optimizer step the places in the code by kind.
 """

@@ -71,11 +71,11 @@ class PlainMomentum:
             parameters[copy].data.copy_(parameters[online].data)
         moving = {copy: online for copy, online in pairs.items() if online in masters}
         self._copies = [parameters[name].data for name in moving]
-        self.weights = [masters[name] for name in moving.values()]
+        self.weight_runs = [masters[name] for name in moving.values()]
         fp32 = engine.dtype == torch.float32
-        self.averages = self._copies if fp32 else [weight.clone() for weight in self.weights]
+        self.average_runs = self._copies if fp32 else [w.clone() for w in self.weight_runs]
 
     def refresh(self) -> None:
         """In bf16 the weights are rounded averages."""
-        if self.averages is not self._copies:
-            torch._foreach_copy_(self._copies, self.averages)
+        if self.average_runs is not self._copies:
+            torch._foreach_copy_(self._copies, self.average_runs)
