@@ -57,7 +57,7 @@ def resolve_deepspeed(
         raise ValueError(
             f"{path}: zero_optimization.stage: expected 2 or 3, found {json.dumps(stage)}"
         )
-    if recipe.model.compile and stage == 3 and recipe.train.whole_weights is False:
+    if recipe.model.compile is True and stage == 3 and recipe.train.whole_weights is False:
         raise ValueError(
             "model.compile: partitioned weights are gathered from Python inside of the blocks, "
             "which torch.compile can't trace; set train.whole_weights to auto, or it to false"

@@ -78,7 +78,6 @@ class KernelChoice:
 
 
 @lru_cache(maxsize=64)
-@torch.compiler.assume_constant_result
 def choose_kernel(
     choice: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int = 64
 ) -> KernelChoice:
@@ -102,6 +101,15 @@ def choose_kernel(
     if choice == "flash":
         raise ValueError(f"model.attention: flash cannot run: {reason}; set it to auto or sdpa")
     return KernelChoice("sdpa", "sdpa", reason)
+
+
+@torch.compiler.assume_constant_result
+def chosen_backend(
+    choice: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, has_dropout: bool
+) -> Backend:
+    """The kernel of `choose_kernel`; a constant to compiled code, which cannot trace the choice."""
+    kernels = choose_kernel(choice, device, dtype, head_dim)
+    return kernels.training if has_dropout else kernels.evaluation
 
 
 def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -133,7 +141,6 @@ def _missing(name: Backend) -> str | None:
 
 
 @lru_cache(maxsize=1)
-@torch.compiler.assume_constant_result
 def _torch_flash() -> Callable[..., Any]:
     """torch's own operation.
 
@@ -152,7 +159,6 @@ def _torch_flash() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=1)
-@torch.compiler.assume_constant_result
 def _flash_attn_4() -> Callable[..., Any]:
     from flash_attn.cute import flash_attn_varlen_func
 
@@ -160,7 +166,6 @@ def _flash_attn_4() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=1)
-@torch.compiler.assume_constant_result
 def _flash_attn_2() -> Callable[..., Any]:
     from flash_attn import flash_attn_varlen_func
 
@@ -208,10 +213,11 @@ def packed_attention(
     Returns:
         [T of the queries, H, C].
     """
-    function = _PACKED[backend]()
-    if backend == "torch_flash":
-        out: Tensor = function(q_THC, k_THC, v_THC, *lengths, dropout_p, causal, False)[0]
+    if backend == "torch_flash":  # named here, not imported: so compiled code can trace it
+        operation = torch.ops.aten._flash_attention_forward.default
+        out: Tensor = operation(q_THC, k_THC, v_THC, *lengths, dropout_p, causal, False)[0]
         return out
+    function = _PACKED[backend]()
     settings: dict[str, Any] = {"causal": causal}
     if backend == "flash_attn_2":
         settings["dropout_p"] = dropout_p
