@@ -1,5 +1,8 @@
 """Logging: tidy lines on the terminal, everything in one file a rank, third parties kept quiet.
 
+Ids, captions and paths come from data sets, and bring line breaks and escape sequences along. What
+goes to a terminal, a log or a page goes through `printable` first, and through `without_secrets`.
+
 The terminal gets our messages from INFO (rank 0) and every error (any rank), each on one line. The
 rank's own file gets those with their tracebacks, and also the warnings and chatter of DeepSpeed,
 torch, transformers and others, which a user cannot act on.
@@ -13,6 +16,7 @@ import logging
 import logging.handlers
 import multiprocessing
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -30,6 +34,54 @@ _QUIET_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorBoard loads TensorFlow where it is installed
     "TOKENIZERS_PARALLELISM": "false",  # it warns when a loader process is forked
 }
+
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
+)
+"""Control characters, separators of lines, what turns the direction of a text, half surrogates."""
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/\s@?#]+@"), "***@"),
+    (
+        re.compile(r"(?i)(?<=[?&])(x-amz-[\w-]+|sig\w*|\w*token|\w*key)=[^&\s'\"]+"),
+        r"\1=***",
+    ),
+)
+"""Of URLs: user and password, and what signs them."""
+_SECRET_VARIABLE = re.compile(
+    r"(?i)(secret|token(?!iz)|password|passwd|access_key|account_key|api_?key)(?!.*(file|path)$)"
+)
+_SHORTEST_SECRET = 8
+"""Characters; a shorter value of such a variable (`1`, `true`) stands in too many words."""
+
+
+def printable(text: str) -> str:
+    """A text on one line, with escapes such as `\\n` and `\\u001b` for what a terminal would obey.
+
+    JSON stays JSON of the same content.
+    """
+    return _UNPRINTABLE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    character = match[0]
+    return _SHORT.get(character, f"\\u{ord(character):04x}")
+
+
+def without_secrets(text: str) -> str:
+    """A text with *** for credentials: those of URLs, and values of variables that hold them."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and value in text and _SECRET_VARIABLE.search(name):
+            text = text.replace(value, "***")
+    return text
+
+
+def one_line(text: object) -> str:
+    """What is told of an error: its lines joined, printable and without secrets."""
+    return printable(without_secrets(" ".join(str(text).split())))
 
 
 def hold_third_party_noise() -> None:
@@ -157,7 +209,7 @@ class _EarlyHandler(logging.handlers.BufferingHandler):
         if len(self.buffer) < _EARLY_RECORDS:
             self.buffer.append(record)
         if record.levelno >= logging.ERROR:
-            sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
+            sys.stderr.write(f"{record.levelname} {record.name}: {_message(record)}\n")
 
 
 class _RankFile(logging.FileHandler):
@@ -165,9 +217,7 @@ class _RankFile(logging.FileHandler):
 
     def __init__(self, file: Path) -> None:
         super().__init__(file, mode="a", encoding="utf-8")
-        self.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(process)d]: %(message)s")
-        )
+        self.setFormatter(_Whole())
         self._failed = False
 
     def close(self) -> None:
@@ -207,6 +257,36 @@ class _Terminal(logging.Handler):
             return
 
 
+def _message(record: logging.LogRecord) -> str:
+    """The message of a record on one line. Line breaks of the arguments are escaped: an id must not
+    look like another record."""
+    arguments = record.args
+    if isinstance(arguments, tuple):
+        arguments = tuple(printable(a) if isinstance(a, str) else a for a in arguments)
+    message = str(record.msg) % arguments if arguments else str(record.msg)
+    return one_line(message) if "\n" in message else printable(without_secrets(message))
+
+
+class MessageFormatter(logging.Formatter):
+    """The message alone, on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message of a record; exceptions are left out."""
+        return _message(record)
+
+
+class _Whole(logging.Formatter):
+    """Time, level, logger, process, message; further lines, of tracebacks too, are indented."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s [%(process)d]: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record, whose first line alone begins at the margin."""
+        lines = without_secrets(super().format(record)).split("\n")
+        return "\n    ".join(printable(line) for line in lines)
+
+
 class _OneLine(logging.Formatter):
     """Time, level unless INFO, message; of an exception its last line and where the rest is."""
 
@@ -222,9 +302,9 @@ class _OneLine(logging.Formatter):
             parts.append(f"rank {self._rank}")
         if record.levelno != logging.INFO:
             parts.append(record.levelname)
-        parts.append(" ".join(record.getMessage().splitlines()))
+        parts.append(_message(record))
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
-            said = " ".join(str(error).split())
+            said = one_line(error)
             parts.append(f"- {type(error).__name__}: {said} (traceback in {self._file})")
         return " ".join(parts)

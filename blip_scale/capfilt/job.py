@@ -4,6 +4,7 @@ at the end."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Chunk
 from blip_scale.data.conversion.run import Conversion, Part, Progress, convert
 from blip_scale.storage.locations import is_local
+from blip_scale.storage.untrusted import private_folder
 
 STATISTICS_NAME = "statistics.json"
 SHEET_NAME = "samples.html"
@@ -100,8 +102,13 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
 
 
 def _cache(source: str, task: Task) -> str:
-    """Where shards of a remote lie while they are read; tasks on the same node share it."""
-    return str(Path(task.scratch) / f"capfilt-{xxhash.xxh3_64_hexdigest(source)}")
+    """Where shards of a remote lie while they are read; tasks of a user on the same node share it.
+
+    Raises:
+        OSError: another user has taken its name.
+    """
+    name = f"capfilt-{os.geteuid()}-{xxhash.xxh3_64_hexdigest(source)}"
+    return str(private_folder(Path(task.scratch) / name))
 
 
 def _statistics(summary: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip_scale.commands.command_line import Parser, refuse
+from PIL import Image
+
+from blip_scale.commands.command_line import Parser, refuse, report_error
+from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.inference import predictions
 from blip_scale.inference.blip import Blip, Use
@@ -26,12 +30,15 @@ from blip_scale.inference.images import find_images
 from blip_scale.inference.loading import Loading, load_blip
 from blip_scale.inference.predictions import Reader
 from blip_scale.model.generation import BeamSettings, NucleusSettings
+from blip_scale.storage.locations import read_file
 
 if TYPE_CHECKING:
     import gradio as gr
 
 BEAM, NUCLEUS = "beam search", "nucleus sampling"
 _SHOWN = 12
+_SHOWN_SIDE = 800
+_MOST_UPLOADED = "20mb"
 _RERANKED = 32
 _STYLE = """
 .gradio-container { width: 100% !important; max-width: 1120px !important;
@@ -45,14 +52,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "demo.py") -> int:
     options = parser(prog).parse_args(arguments)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        launch(build(service(options)), options)
+        # Uploads lie in a folder of this process alone: gradio's own is /tmp/gradio for all users.
+        with tempfile.TemporaryDirectory(prefix="blip_scale_page_") as folder:
+            os.environ["GRADIO_TEMP_DIR"] = folder
+            launch(build(service(options)), options)
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         fix = "`pip install gradio`, or in a clone `pip install --no-deps -r requirements-web.txt`"
         return refuse(prog, f"the page needs gradio; run {fix}")
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     return 0
 
 
@@ -79,9 +89,10 @@ class Service:
     def caption(self, image: str | None, method: str, beams: int, seed: int) -> str:
         """A caption of an image file."""
         blip = self.blip_for("caption")
-        decoding: BeamSettings | NucleusSettings = BeamSettings(int(beams))
+        output = blip.output
+        decoding: BeamSettings | NucleusSettings = replace(output.beam(), num_beams=int(beams))
         if method == NUCLEUS:
-            decoding = NucleusSettings(max_length=20, min_length=5)
+            decoding = NucleusSettings(max_length=output.max_length, min_length=output.min_length)
         settings = predictions.CaptionSettings(decoding, seed=int(seed))
         return self._only(predictions.captions(Reader(blip), [_given(image)], settings))["caption"]
 
@@ -104,8 +115,11 @@ class Service:
         found.sort(key=lambda one: -one["itm"])
         return [[one["text"], f"{one['itm']:.3f}", f"{one['itc']:.3f}"] for one in found]
 
-    def search(self, text: str, rerank: bool) -> list[tuple[str, str]]:
-        """Paths of the best images of a text, each with its score and name."""
+    def search(self, text: str, rerank: bool) -> list[tuple[Image.Image, str]]:
+        """The best images of a text, scaled down, each with its score and name.
+
+        Pixels leave, not files: whatever else lies among the images is never served.
+        """
         reader = Reader(self.blip_for("embed"))
         if not self.images:
             raise ValueError("there are no images to search; start the page with --images FOLDER")
@@ -114,7 +128,7 @@ class Service:
         found = predictions.search(
             reader, self.images, text, _SHOWN, _RERANKED if rerank else 0, self.features
         )
-        return [(one["image"], _scores(one)) for one in found if "error" not in one]
+        return [(_small(one["image"]), _scores(one)) for one in found if "error" not in one]
 
     @staticmethod
     def _only(found: Any) -> dict[str, Any]:
@@ -127,6 +141,12 @@ class Service:
 def _given(image: str | None) -> str:
     if image is None:
         raise ValueError("drop an image first")
+    return image
+
+
+def _small(path: str) -> Image.Image:
+    image = decode_image(read_file(path), upright=True)
+    image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
     return image
 
 
@@ -252,7 +272,7 @@ def launch(page: gr.Blocks, options: argparse.Namespace, **more: Any) -> None:
         css=_STYLE,
         footer_links=[],
         show_error=True,
-        allowed_paths=[str(Path(options.images).resolve())] if options.images else [],
+        max_file_size=_MOST_UPLOADED,
         inbrowser=options.open,
         **more,
     )

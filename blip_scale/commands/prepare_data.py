@@ -12,22 +12,28 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, refuse, stopped
+from blip_scale import logs
+from blip_scale.commands.command_line import (
+    Parser,
+    interrupt_on_sigterm,
+    refuse,
+    report_error,
+    stopped,
+)
 from blip_scale.config import exit_codes
-from blip_scale.config.recipe import TextRecipe
-from blip_scale.data.conversion.pairs import Chunk, Source
+from blip_scale.data.conversion.pairs import Reason, Source
 from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
 from blip_scale.data.conversion.screening import PIXEL_LIMIT, Rules
 from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
+from blip_scale.data.conversion.text_counts import text_lines, tokenizer_of
 from blip_scale.data.sources.demo_sets import demo, demo_visdial, easy_nlvr2, easy_vqa
 from blip_scale.data.sources.readers import READERS, SourceReader
-from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.storage.free_space import parse_bytes
 from blip_scale.storage.locations import is_local
 
@@ -47,6 +53,7 @@ class DemoSet:
 def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") -> int:
     """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
     options = _parser(prog).parse_args(arguments)
+    options.prog = prog
     try:
         if options.name in DEMO_SETS:
             print(f"{options.out}: {DEMO_SETS[options.name].make(options)}")
@@ -56,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
         extra = "[demo]" if options.name in DEMO_SETS else ""
         return refuse(prog, f"{error}; in a clone, run `pip install '.{extra}'`")
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     except KeyboardInterrupt as stop:
         return stopped(stop, "finished chunks")
 
@@ -64,31 +71,35 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
 def _convert(options: argparse.Namespace) -> int:
     interrupt_on_sigterm()
     if options.merge:
-        _print_summary(options.out, merge(options.out, options.scratch), None)
-        return 0
-    rules = _rules(options)
-    chunks = _chunks(options)
+        return _tell_summary(options, merge(options.out, options.scratch), None)
+    source = _source(options)
+    rules = _rules(options, source)
+    reader = READERS[options.name]
+    own_options = {name: getattr(options, name) for name in reader.options}
+    chunks = list(reader.chunks(source, **own_options))
+    if not chunks:
+        raise ValueError(f"{options.input}: there is nothing to convert in it")
     if options.dry_run:
-        _print_survey(survey(chunks, rules, options.sample, _token_counter(options)), options)
-        return 0
+        return _tell_survey(survey(chunks, rules, options.sample, _tokenizer(options)), options)
     if not options.out:
         raise ValueError("say where the shards go: OUT is a folder or a remote such as s3://b/p")
     local = is_local(options.input) and is_local(options.images)
+    reading = {"reader": options.name, **asdict(source), **own_options}
+    del reading["location"]
     job = Conversion(
         chunks, options.out, rules, parse_bytes(options.shard_size), options.workers,
-        options.scratch, "fork" if local else "spawn",
+        options.scratch, "fork" if local else "spawn", None, reading, _tokenizer(options),
     )  # fmt: skip
     start_s = time.perf_counter()
     with tqdm(desc=options.name, unit="pair", mininterval=1.0, smoothing=0.05) as bar:
-        summary = convert(job, Part.parse(options.shard), _shower(bar))
+        summary = convert(job, Part.parse(options.shard), _shower(bar), options.overwrite)
     if summary is None:
         print(f"{options.out}: part {options.shard} is done; other parts are not yet")
-    else:
-        _print_summary(options.out, summary, time.perf_counter() - start_s)
-    return 0
+        return exit_codes.DONE
+    return _tell_summary(options, summary, time.perf_counter() - start_s)
 
 
-def _rules(options: argparse.Namespace) -> Rules:
+def _rules(options: argparse.Namespace, source: Source) -> Rules:
     if not 0 < options.max_pixels <= PIXEL_LIMIT:
         raise ValueError(f"--max-pixels: from 1 to {PIXEL_LIMIT}, which is all that Pillow opens")
     return Rules(
@@ -99,20 +110,19 @@ def _rules(options: argparse.Namespace) -> Rules:
         max_pixels=options.max_pixels,
         max_side=options.max_side,
         jpeg_quality=options.jpeg_quality,
+        images_below=None if options.allow_outside else source.image_root(),
     )
 
 
-def _chunks(options: argparse.Namespace) -> list[Chunk]:
-    reader = READERS[options.name]
-    source = Source(
+def _source(options: argparse.Namespace) -> Source:
+    return Source(
         location=options.input,
         images=options.images,
         strip_prefix=options.strip_prefix,
         caption_key=options.caption_key,
+        image_key=options.image_key,
         pairs_per_chunk=options.pairs_per_chunk,
     )
-    own_options = {name: getattr(options, name) for name in reader.options}
-    return list(reader.chunks(source, **own_options))
 
 
 def _shower(bar: tqdm) -> Callable[[Progress], None]:
@@ -127,9 +137,11 @@ def _shower(bar: tqdm) -> Callable[[Progress], None]:
     return show
 
 
-def _print_summary(out: str, summary: dict[str, Any], seconds: float | None) -> None:
+def _tell_summary(
+    options: argparse.Namespace, summary: dict[str, Any], seconds: float | None
+) -> int:
     took = "" if seconds is None else f" in {seconds:.0f} s"
-    print(f"{out}: {summary['shards']} shards, {_size(summary['bytes'])}{took}")
+    print(f"{options.out}: {summary['shards']} shards, {_size(summary['bytes'])}{took}")
     for name in ("pairs", "captions"):
         counts = summary[name]
         print(
@@ -138,30 +150,87 @@ def _print_summary(out: str, summary: dict[str, Any], seconds: float | None) -> 
         )
     for reason, count in summary["rejects"].items():
         print(f"  {reason}: {count}")
+    _tell_rest(summary.get("tallies", {}), summary["text"], options.max_words)
+    if summary["pairs"]["written"]:
+        return exit_codes.DONE
+    examples = summary["reject_examples"]
+    return _refuse_nothing(options, summary["rejects"], examples, summary.get("tallies", {}))
 
 
-def _print_survey(found: Survey, options: argparse.Namespace) -> None:
-    print(f"sample: {found.read} pairs, {found.written} of them would be written")
-    for reason, count in found.reasons.most_common():
-        print(f"  {reason}: {count}")
+def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
+    print(f"sample: {seen.read} pairs, {seen.written} of them would be written")
+    for reason, count in seen.reasons.most_common():
+        print(f"  {reason}: {count} (the first: {logs.printable(seen.examples[reason])})")
+    _tell_rest(seen.unused, seen.text, options.max_words)
     print(f"{'':<10}" + "".join(f"{f'{100 * q:.0f} %':>8}" for q in QUANTILES))
-    for name, values in found.quantiles().items():
+    for name, values in seen.quantiles().items():
         print(f"{name:<10}" + "".join(f"{value:>8}" for value in values))
-    seconds = found.whole_seconds(options.workers)
+    for caption in seen.shown_captions():
+        print(f"caption: {logs.printable(caption)}")
+    seconds = seen.whole_seconds(options.workers)
     print(
-        f"whole: about {found.whole_pairs} pairs, {_size(found.whole_bytes)} of shards, "
+        f"whole: about {seen.whole_pairs} pairs, {_size(seen.whole_bytes)} of shards, "
         f"{seconds / 3600:.2f} h with {options.workers} processes "
-        f"({found.read / max(found.seconds, 1e-9):.0f} pairs/s each)"
+        f"({seen.read / max(seen.seconds, 1e-9):.0f} pairs/s each)"
+    )
+    if seen.written:
+        return exit_codes.DONE
+    return _refuse_nothing(options, seen.reasons, seen.examples, seen.unused)
+
+
+def _tell_rest(unused: Mapping[str, int], text: Mapping[str, int], max_words: int) -> None:
+    if unused:
+        print(f"not used: {_list_of(unused)}")
+    for line in text_lines(text, max_words):
+        print(line)
+
+
+def _list_of(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {logs.printable(kind)}" for kind, count in sorted(counts.items()))
+
+
+def _refuse_nothing(
+    options: argparse.Namespace,
+    reasons: Mapping[str, int],
+    examples: Mapping[str, str],
+    unused: Mapping[str, int],
+) -> int:
+    """Say what stands in the way of a set without any pair."""
+    if not reasons:
+        what = f"nothing to convert is in it, but {_list_of(unused)}" if unused else "it is empty"
+        return refuse(options.prog, f"{options.input}: {what}")
+    reason = max(reasons, key=lambda name: reasons[name])
+    advice = _ADVICE.get(reason, "")
+    again = "" if options.dry_run else "; then convert again with --overwrite"
+    return refuse(
+        options.prog,
+        f"{options.input}: no pair can be written; {reason}: {logs.printable(examples[reason])}"
+        + (f"; {advice}{again}" if advice else ""),
     )
 
 
-def _token_counter(options: argparse.Namespace) -> Callable[[str], int] | None:
+_COLUMNS = "name the columns with --caption-key and --image-key"
+_IMAGES = (
+    "say where the images lie with --images, and what to take off their paths (--strip-prefix)"
+)
+_ADVICE: dict[str, str] = {
+    Reason.MISSING_IMAGE: _IMAGES,
+    Reason.OUTSIDE: _IMAGES,
+    Reason.MISSING_CAPTION: _COLUMNS,
+    Reason.EMPTY_CAPTION: _COLUMNS,
+    Reason.CAPTION_NO_TEXT: _COLUMNS,
+    Reason.MISSING_KEY: _COLUMNS,
+}
+"""What to try where nothing was written, by the most frequent reason."""
+
+
+def _tokenizer(options: argparse.Namespace) -> str:
     try:
-        tokenizer = load_tokenizer(TextRecipe(checkpoint=None, tokenizer=options.tokenizer))
+        tokenizer_of(options.tokenizer)
     except (OSError, ValueError) as error:
-        print(f"token lengths are left out: {error}", file=sys.stderr)
-        return None
-    return lambda caption: len(tokenizer(caption)["input_ids"])
+        print(f"token counts are left out: {logs.one_line(error)}", file=sys.stderr)
+        return ""
+    return str(options.tokenizer)
 
 
 def _size(count: int) -> str:
@@ -252,8 +321,13 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
     for name, text in reader.options.items():
         add(reading, f"--{name.replace('_', '-')}", "", text)
     add(reading, "--images", "", "folder that relative image paths of annotations start from")
+    reading.add_argument(
+        "--allow-outside", action="store_true",
+        help="open whatever paths and URLs a list names, not only what is below --images (or IN)",
+    )  # fmt: skip
     add(reading, "--strip-prefix", "", "remove this from the front of these paths first")
     add(reading, "--caption-key", "", "key or column of the caption, if it has an unusual name")
+    add(reading, "--image-key", "", "key or column of the image, if it has an unusual name")
     add(reading, "--pairs-per-chunk", Source("").pairs_per_chunk,
         "pairs that one process converts at a time, of lists and folders")  # fmt: skip
     add(writing, "--label", "", "`source` of the records; default: SOURCE")
@@ -269,9 +343,19 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
     add(running, "--workers", os.cpu_count() or 1, "processes")
     add(running, "--shard", "0/1", "convert only part i of n, from 0/n to n-1/n")
     running.add_argument("--merge", action="store_true", help="only merge the finished parts")
+    running.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove what an earlier conversion left in OUT",
+    )
     running.add_argument("--dry-run", action="store_true", help="read a sample, write nothing")
     add(running, "--sample", 1000, "pairs that a dry run reads")
-    add(running, "--tokenizer", demo.TEXT_CHECKPOINT, "tokenizer that a dry run counts with")
+    add(
+        running,
+        "--tokenizer",
+        demo.TEXT_CHECKPOINT,
+        "tokenizer that tokens are counted with, for the summary alone",
+    )
     running.add_argument(
         "--scratch", help="folder where shards for a remote are made (default: the system's)"
     )

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from blip_scale import logs
 from blip_scale.commands.command_line import Parser, refuse
 from blip_scale.storage import run_folder
+from blip_scale.storage.untrusted import parse_json
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") -> int:
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") 
     if not file.is_file():
         return refuse(prog, f"{file}: no such file; the run has not finished")
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
+        summary = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         return refuse(prog, f"{file} cannot be read: {error}")
     if options.started is not None:
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") 
         file.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     rows = list(_rows(summary))
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    for name, value in rows:
+        print(logs.printable(f"{name:<{width}}  {value}"))
     print(
         f"\nFigures: {file}\nTensorBoard: make tensorboard, or tensorboard --logdir {options.run}"
     )

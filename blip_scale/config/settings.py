@@ -25,6 +25,10 @@ Tree = dict[str, Any]
 
 _MOST_FAULTS = 10
 """Faults of a recipe that are shown."""
+_MOST_BYTES = 512 << 10
+_MOST_NODES = 20_000
+"""Values of a file, with those of an anchor counted wherever an alias repeats them."""
+_MOST_LEVELS = 40
 _NAMES = "names, each with "
 _PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -62,15 +66,57 @@ class BareArgument(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number (YAML 1.1 calls it a string) and no key may stand twice."""
+    """YAML in which 1e-5 is a number (YAML 1.1 calls it a string), no key may stand twice, and
+    aliases can't make a small file large."""
+
+    def compose_document(self) -> yaml.Node:
+        """The document, before anything is made of it."""
+        root = super().compose_document()
+        _count(root, {}, 0)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, name in enumerate(names):
-            if name in names[:position]:
-                mark = node.value[position][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"{name} is given twice", problem_mark=mark)
+        names: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str | int | float | None):
+                problem = f"{_show(name)} is no name of a setting"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if name in names:
+                problem = f"{name} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            names.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node, counted: dict[int, int], level: int) -> int:
+    """Number of values below a node, itself included.
+
+    Args:
+        node: of the graph that anchors and aliases make.
+        counted: results by id of node; 0 while a node is being counted.
+        level: of the node, from 0.
+
+    Raises:
+        yaml.MarkedYAMLError: there are too many, too many levels, or a circle.
+    """
+    total = counted.get(id(node))
+    if total is None and level <= _MOST_LEVELS:
+        counted[id(node)], total = 0, 1
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        for child in children:
+            for inner in child if isinstance(child, tuple) else (child,):
+                total += _count(inner, counted, level + 1)
+        counted[id(node)] = total
+    if not total or total > _MOST_NODES:
+        problem = (
+            f"anchors and aliases in a circle, more than {_MOST_LEVELS} levels, or more than "
+            f"{_MOST_NODES} values when aliases are written out"
+        )
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return total
 
 
 _Loader.add_implicit_resolver(
@@ -89,7 +135,13 @@ def read_yaml(file: Path) -> Tree:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    tree = _parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    if file.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes: no recipe is that large")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error}") from error
+    tree = _parse_yaml(text, str(file))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -213,6 +265,11 @@ def _parse_yaml(text: str, source: str) -> Any:
         where = f"{source}, line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error)
         raise ValueError(f"{where}: not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: not valid YAML: nested too deep") from error
+    except (ValueError, TypeError, OverflowError, AttributeError, LookupError) as error:
+        # Of PyYAML's constructors: a date that is none, a number of too many digits.
+        raise ValueError(f"{source}: not valid YAML: {error}") from error
 
 
 def _apply(tree: Tree, override: Override) -> None:

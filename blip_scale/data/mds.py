@@ -33,6 +33,7 @@ import numpy as np
 import xxhash
 
 from blip_scale.storage.free_space import parse_bytes
+from blip_scale.storage.untrusted import parse_json, relative_name
 
 INDEX_NAME = "index.json"
 _VERSION = 2
@@ -82,7 +83,7 @@ ENCODINGS = {
     "bytes": Encoding(_as_bytes, bytes),
     "jpeg": Encoding(_as_bytes, bytes),
     "png": Encoding(_as_bytes, bytes),
-    "json": Encoding(_as_json, json.loads),
+    "json": Encoding(_as_json, parse_json),
     "str_int": Encoding(_as_text, int),
     "str_float": Encoding(_as_text, float),
     "int": _number("q"),
@@ -242,13 +243,13 @@ def read_index(folder: Path) -> list[Shard]:
     if not path.is_file():
         raise FileNotFoundError(f"no {INDEX_NAME} in {folder}")
     try:
-        index = json.loads(path.read_bytes())
+        index = parse_json(path.read_bytes())
         entries = _field(index, "shards", list)
         shards = [parse_shard(folder, entry) for entry in entries]
         names = {shard.raw_data.basename for shard in shards}
         if len(names) < len(shards):
             raise ValueError("two shards have the same name")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not an MDS index ({error}); write the set again") from error
     return shards
 
@@ -421,10 +422,8 @@ def _columns(names: tuple[str, ...], encodings: tuple[str, ...]) -> Columns:
 
 def _file_info(entry: Any) -> FileInfo:
     basename, size = _field(entry, "basename", str), _field(entry, "bytes", int)
-    # The name becomes a path here and a key of the remote: it must not lead out of the folder.
-    is_inside = not {"", ".", ".."} & set(basename.split("/"))
-    if not is_inside or not basename.isprintable() or "\\" in basename:
-        raise ValueError(f"the file name {basename!r} is no relative path below the index")
+    # The name becomes a path here and a key of the remote.
+    relative_name(basename)
     if basename.split("/")[0] == INDEX_NAME or basename.startswith("."):
         raise ValueError(f"the file name {basename!r} is not one of a shard")
     if size < 0:

@@ -1,9 +1,9 @@
 """Forward and backward of one micro-batch, eager or as a replayed CUDA graph.
 
 A captured graph replays a few thousand kernels with one launch, which takes the host's work out of
-the step. It reads and writes fixed memory: inputs are copied into static tensors, and gradients land
-in others. Exchanges between ranks and fp32 sums of gradients come after the replay. (Megatron-LM
-captures forward and backward in the same way.)
+the step. It reads and writes fixed memory: inputs are copied into static tensors, and gradients
+land in others. Exchanges between ranks and fp32 sums of gradients come after the replay.
+(Megatron-LM captures forward and backward in the same way.)
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Legend: Q questions, C candidates, K of them scored whole, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -30,6 +29,7 @@ from blip_scale.model.generation import BeamSettings, caption_beam
 from blip_scale.model.packing import PackedText
 from blip_scale.model.vqa import VQA
 from blip_scale.objectives.answers import sequence_losses
+from blip_scale.storage.untrusted import parse_json
 
 MAX_WORDS = 50
 """Of a question (published)."""
@@ -54,7 +54,7 @@ def read_answer_list(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"evaluation.answer_list: {file}: no such file")
     try:
-        answers = json.loads(file.read_text(encoding="utf-8"))
+        answers = parse_json(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"evaluation.answer_list: {file} is no JSON: {error}") from error
     is_list = isinstance(answers, list) and answers
@@ -187,12 +187,28 @@ def submission(pairs: HeldoutPairs, said: Sequence[Sequence[str]]) -> list[dict[
     """What the VQA server takes: question_id and answer of every question.
 
     Raises:
-        ValueError: a question without its id.
+        ValueError: as `question_ids`.
     """
-    rows: list[dict[str, int | str]] = []
-    for name, asked, answers in zip(pairs.ids, pairs.annotations, said, strict=True):
-        for annotation, text in zip(asked, answers, strict=True):
+    ids = question_ids(pairs)
+    return [
+        {"question_id": number, "answer": text}
+        for number, text in zip(ids, chain.from_iterable(said), strict=True)
+    ]
+
+
+def question_ids(pairs: HeldoutPairs) -> list[int | str]:
+    """The id of every question of every image.
+
+    Raises:
+        ValueError: a question without an id, or two with the same.
+    """
+    ids: dict[str, int | str] = {}
+    for name, asked in zip(pairs.ids, pairs.annotations, strict=True):
+        for annotation in asked:
             if "question_id" not in annotation:
                 raise ValueError(f"{pairs.name}: a question about {name} has no question_id")
-            rows.append({"question_id": annotation["question_id"], "answer": text})
-    return rows
+            number = annotation["question_id"]
+            if str(number) in ids:
+                raise ValueError(f"{pairs.name}: two questions have the question_id {number}")
+            ids[str(number)] = number
+    return list(ids.values())

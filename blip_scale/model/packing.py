@@ -244,7 +244,7 @@ def plan_pass(
             ]
         )
         # On a CPU the largest group costs no wait, and its size saves half of the products.
-        is_static = device.type != "cpu" or any(text.fillers for text in texts)
+        is_static = not reads_are_free(device) or any(text.fillers for text in texts)
         kind: _Grouping = "bounded" if takes_packed else "chunks" if is_static else "largest"
         cross = read_cross = _group_by_image(row_images, images, kind)
         if read_rows is not None:
@@ -291,6 +291,11 @@ def _group_by_image(row_images_T: Tensor, images: ImageIndex, kind: _Grouping) -
         return AttentionLayout(Segments(offsets, rows, order), keys)
     queries = Segments(offsets, int(counts.max()), order)
     return AttentionLayout(queries, keys).padded(rows, key_tokens)
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host reads a tensor of this device without waiting for it."""
+    return device.type == "cpu"
 
 
 def cut_into_chunks(counts_I: Tensor, order_T: Tensor, keys: Segments) -> AttentionLayout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.loading.mixing import samples_per_epoch
 from blip_scale.data.shards import read_caption_counts
+from blip_scale.storage.untrusted import parse_json
 
 PUBLISHED = {
     "coco": 113_000,
@@ -78,7 +78,7 @@ def volume_of(
             + ", ".join(published)
         )
     counts = samples_per_epoch(recipe.data, items)
-    return Volume(samples, stored, sum(counts), stored / samples, notes)
+    return Volume(samples, stored, sum(counts), stored / samples if samples else each, notes)
 
 
 def _count(folder: Path, by_caption: bool) -> tuple[int, int, float] | None:
@@ -88,7 +88,7 @@ def _count(folder: Path, by_caption: bool) -> tuple[int, int, float] | None:
     if not file.is_file():
         return None
     try:
-        shards = json.loads(file.read_text(encoding="utf-8"))["shards"]
+        shards = parse_json(file.read_bytes())["shards"]
         size = sum((shard["zip_data"] or shard["raw_data"])["bytes"] for shard in shards)
         samples = [shard["samples"] for shard in shards]
     except (ValueError, KeyError, TypeError) as error:

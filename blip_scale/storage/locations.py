@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import io
 import os
+import stat
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +20,10 @@ from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, Remot
 _BUFFER_BYTES = 4 << 20  # of a remote file that is read in small pieces
 
 
+class NotRegularFile(OSError):
+    """A FIFO, a device or a socket where a file is expected: reading it may never end."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A file or folder that was listed."""
@@ -24,6 +32,8 @@ class Entry:
     location: str
     is_folder: bool
     size: int
+    version: str = ""
+    """Changes when the file is written: its time on a disk, its ETag in a bucket."""
 
 
 def join(folder: str, *parts: str) -> str:
@@ -113,24 +123,90 @@ def file_size(location: str) -> int:
     return remote.size(name)
 
 
-def open_file(location: str) -> IO[bytes]:
-    """For reading; a file that ends in .gz is unpacked."""
+def file_version(location: str) -> str:
+    """Size and time of a local file, size and ETag of an object, "" on a web server.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if is_web(location):
+        return ""
     if is_local(location):
-        path = local_path(location)
-        return gzip.open(path) if location.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+        status = local_path(location).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+    remote, name = _remote(location)
+    info = remote.info(name)
+    return f"{info.size} {info.version}"
+
+
+def open_file(location: str) -> IO[bytes]:
+    """For reading; a file that ends in .gz is unpacked.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        NotRegularFile: a FIFO, a device or a socket.
+    """
+    if is_local(location):
+        opened = _open_regular(str(local_path(location)))
+        return _Unpacked(fileobj=opened) if location.endswith(".gz") else opened  # type: ignore[return-value]
     raw = io.BufferedReader(_RemoteFile(location), _BUFFER_BYTES)
-    return gzip.GzipFile(fileobj=raw) if location.endswith(".gz") else raw  # type: ignore[return-value]
+    return _Unpacked(fileobj=raw) if location.endswith(".gz") else raw  # type: ignore[return-value]
 
 
 def read_file(location: str) -> bytes:
-    """Raises FileNotFoundError where there is no such file."""
-    if not is_url(location):
-        with open(location, "rb") as file:  # noqa: PTH123  the quick way for millions of images
-            return file.read()
+    """Raises FileNotFoundError where there is no such file, NotRegularFile for a FIFO, a device or
+    a socket."""
     if is_local(location):
-        return local_path(location).read_bytes()
+        path = location if not is_url(location) else str(local_path(location))
+        with _open_regular(path) as file:
+            return file.read()
     remote, name = _remote(location)
     return remote.get(name)
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    # Without O_NONBLOCK, opening a FIFO waits for its writer.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise NotRegularFile(f"{path} is a socket or a device, no regular file") from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
+    raise NotRegularFile(f"{path} is {kind}, no regular file")
+
+
+class _Unpacked(gzip.GzipFile):
+    """A .gz whose damage is always gzip.BadGzipFile, an OSError, unlike zlib.error and EOFError."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        with _damage_named():
+            return super().read(size)
+
+    def read1(self, size: int = -1) -> bytes:
+        with _damage_named():
+            return super().read1(size)
+
+    def peek(self, n: int = -1) -> bytes:
+        with _damage_named():
+            return super().peek(n)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        with _damage_named():
+            return super().readline(size)
+
+
+@contextlib.contextmanager
+def _damage_named() -> Iterator[None]:
+    try:
+        yield
+    except (zlib.error, EOFError) as error:
+        raise gzip.BadGzipFile(f"damaged .gz file: {error}") from error
 
 
 class _RemoteFile(io.RawIOBase):
@@ -200,9 +276,10 @@ def _opened(root: str) -> ObjectFolder:
 def _remote_entries(location: str, deep: bool) -> Iterator[Entry]:
     remote, name = _remote(location)
     start = len(name.rstrip("/")) + 1 if name else 0
-    sizes, folders = (remote.sizes(name), []) if deep else remote.entries(name)
-    for file, size in sizes.items():
-        yield Entry(file[start:], f"{location.rstrip('/')}/{file[start:]}", False, size)
+    files, folders = (remote.files(name), []) if deep else remote.entries(name)
+    for file, info in files.items():
+        place = f"{location.rstrip('/')}/{file[start:]}"
+        yield Entry(file[start:], place, False, info.size, info.version)
     for folder in folders:
         yield Entry(folder[start:], f"{location.rstrip('/')}/{folder[start:]}", True, 0)
 
@@ -218,10 +295,13 @@ def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as listed:
-            for item in listed:
+            # Folders before links to them, so that the same tree has the same names everywhere.
+            for item in sorted(listed, key=lambda item: (not item.is_symlink(), item.name)):
                 name, is_dir = inner + item.name, item.is_dir()
                 if is_dir and deep:
                     waiting.append((f"{name}/", item.path))
-                else:
-                    size = item.stat().st_size if item.is_file() else 0
-                    yield Entry(name, f"{location.rstrip('/')}/{name}", is_dir, size)
+                    continue
+                size, version = 0, ""
+                if item.is_file():
+                    size, version = item.stat().st_size, str(item.stat().st_mtime_ns)
+                yield Entry(name, f"{location.rstrip('/')}/{name}", is_dir, size, version)

@@ -18,8 +18,9 @@ import re
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +94,17 @@ class UnusableRemote(ValueError):
 
 class DamagedFile(ValueError):
     """A remote file whose content is not what was expected, however often it is fetched."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing says about an object."""
+
+    size: int
+    version: str
+    """Changes with the content: the ETag or, where there is none, the time of the last write."""
+    written_s: float
+    """Time of the last write by the remote's clock, in seconds since 1970."""
 
 
 def retried(
@@ -198,17 +210,21 @@ class ObjectFolder:
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of every object below a folder, by name from here."""
+        return {name: info.size for name, info in self.files(folder).items()}
+
+    def files(self, folder: str = "") -> dict[str, ObjectInfo]:
+        """Every object below a folder, by name from here."""
         key = self._key(folder)
 
-        def listed() -> dict[str, int]:
+        def listed() -> dict[str, ObjectInfo]:
             pages = obstore.list(self._store(), prefix=key or None, chunk_size=1000)
-            return {entry["path"]: entry["size"] for page in pages for entry in page}
+            return {entry["path"]: _info(entry) for page in pages for entry in page}
 
-        sizes = retried(listed, "listed", self._location(folder), self._retry_s)
-        return _without_folders(self._named(sizes, key))
+        found = retried(listed, "listed", self._location(folder), self._retry_s)
+        return _without_folders(self._named(found, key))
 
-    def entries(self, folder: str = "") -> tuple[dict[str, int], list[str]]:
-        """Bytes of the objects in a folder itself, by name from here; names of the folders in it.
+    def entries(self, folder: str = "") -> tuple[dict[str, ObjectInfo], list[str]]:
+        """The objects in a folder itself, by name from here; names of the folders in it.
 
         A folder that is not there is empty.
         """
@@ -218,13 +234,18 @@ class ObjectFolder:
             "listed", self._location(folder), self._retry_s,
         )  # fmt: skip
         folders = self._named(dict.fromkeys(listed["common_prefixes"], 0), key)
-        sizes = self._named({entry["path"]: entry["size"] for entry in listed["objects"]}, key)
-        return {name: sizes[name] for name in sizes if name not in folders}, list(folders)
+        objects = {entry["path"]: _info(entry) for entry in listed["objects"]}
+        files = self._named(objects, key)
+        return {name: files[name] for name in files if name not in folders}, list(folders)
 
     def size(self, name: str) -> int:
         """Bytes of an object."""
+        return self.info(name).size
+
+    def info(self, name: str) -> ObjectInfo:
+        """Size and version of an object."""
         return retried(
-            lambda: int(obstore.head(*self._at(name))["size"]),
+            lambda: _info(obstore.head(*self._at(name))),
             "found", self._location(name), self._retry_s,
         )  # fmt: skip
 
@@ -315,11 +336,11 @@ class ObjectFolder:
         )
         return _opened(root, retries, os.getpid(), environment)
 
-    def _named(self, sizes: dict[str, int], key: str) -> dict[str, int]:
-        """Sizes by name from here; the empty object that may stand for the folder `key` itself is
-        left out."""
+    def _named(self, listed: dict[str, T], key: str) -> dict[str, T]:
+        """What was listed, by name from here; the empty object that may stand for the folder `key`
+        itself is left out."""
         start = len(self._prefix) + 1 if self._prefix else 0
-        return {path[start:]: size for path, size in sizes.items() if path != key}
+        return {path[start:]: info for path, info in listed.items() if path != key}
 
 
 @lru_cache(maxsize=64)
@@ -357,16 +378,21 @@ def _s3_settings() -> dict[str, Any]:
     return settings
 
 
-def _without_folders(sizes: dict[str, int]) -> dict[str, int]:
+def _info(entry: Mapping[str, Any]) -> ObjectInfo:
+    written = entry["last_modified"]
+    return ObjectInfo(entry["size"], entry.get("e_tag") or str(written), written.timestamp())
+
+
+def _without_folders(files: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
     """Leave out the empty objects with which some tools mark folders."""
-    markers = {name for name, size in sizes.items() if not size}
+    markers = {name for name, info in files.items() if not info.size}
     if not markers:
-        return sizes
+        return files
     parents: set[str] = set()
-    level = set(sizes)
+    level = set(files)
     while level := {name.rpartition("/")[0] for name in level} - parents - {""}:
         parents |= level
-    return {name: size for name, size in sizes.items() if size or name not in parents}
+    return {name: info for name, info in files.items() if info.size or name not in parents}
 
 
 def _kind(error: Exception) -> type[RemoteError] | type[DamagedFile]:

@@ -91,6 +91,10 @@ class MomentumContrast(Contrast):
             self.config, batch_size, text_tokens, self.settings.queue_size
         )
 
+    def key_count(self, batch_size: int) -> int:
+        """The micro-batch and the queue."""
+        return batch_size + self.settings.queue_size
+
     def inputs(self, progress: Progress) -> MomentumInputs:
         """The queue as it stands, and alpha."""
         alpha = alpha_at(

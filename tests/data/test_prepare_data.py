@@ -18,7 +18,8 @@ from data_samples import jpeg
 from odd_files import write_img2dataset_tars
 
 from blip_scale.commands import prepare_data
-from blip_scale.data.conversion.pairs import Chunk, RawPair, Source, in_chunks
+from blip_scale.data.conversion.lists import in_chunks
+from blip_scale.data.conversion.pairs import Chunk, RawPair, Source
 from blip_scale.data.shards import read_index
 from blip_scale.data.sources.readers import READERS, SourceReader
 

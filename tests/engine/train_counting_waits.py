@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import train
 from blip_scale.engine import loop
+from blip_scale.model import packing
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "multinomial", "bincount"}
 """Operators that bring a value to the host, or a shape that depends on one."""
@@ -30,7 +31,9 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "multinomia
 _steps: list[dict[str, list[str]]] = []
 _counting = False
 _main = threading.main_thread()
-_quiet = ("torch/", "deepspeed/utils", "train_counting_waits")
+_QUIET = ("torch/", "deepspeed/utils", "train_counting_waits")
+_ON_THE_HOST = "loading/micro_batches.py"
+"""Reads the offsets of captions before they go to the device."""
 
 
 def note(kind: str) -> None:
@@ -40,9 +43,10 @@ def note(kind: str) -> None:
     frames = [
         f"{frame.filename}:{frame.lineno}"
         for frame in traceback.extract_stack()
-        if not any(part in frame.filename for part in _quiet)
+        if not any(part in frame.filename for part in _QUIET)
     ]
-    _steps[-1].setdefault(kind, []).append(frames[-1])
+    if _ON_THE_HOST not in frames[-1]:
+        _steps[-1].setdefault(kind, []).append(frames[-1])
 
 
 class Reads(TorchDispatchMode):
@@ -106,6 +110,7 @@ def _is_blocking_move(tensor: Any, *arguments: Any, **named: Any) -> bool:
 
 def take_branches_for_cuda() -> None:
     """Let DeepSpeed on a CPU go through streams and events."""
+    packing.reads_are_free = lambda device: False
     accelerator: Any = CPU_Accelerator
     accelerator.is_synchronized_device = lambda self: False
     accelerator.Stream = property(lambda self: Stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,101 @@ def test_what_is_missing_is_said(client: Any, pictures: Path, tmp_path: Path) ->
     ):
         with pytest.raises(AppError, match=message):
             client.predict(*given, api_name=f"/{name}")
+
+
+@pytest.fixture(scope="module")
+def private(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an image, a link to another one, and files that are nobody's business."""
+    folder = tmp_path_factory.mktemp("private")
+    first, second = sorted(pictures.glob("*.png"))[:2]
+    shutil.copy(first, folder / "photo.png")
+    (folder / "linked.png").symlink_to(second)
+    for name in (".env", "notes.txt", ".hidden.png", "photo.json"):
+        (folder / name).write_text("secret words")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def open_page(ours: Path, private: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a page over that folder, served as the command serves it."""
+    options = demo_page.parser().parse_args([str(ours), "--images", str(private)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        blocks = demo_page.build(demo_page.service(options))
+        demo_page.launch(blocks, options, prevent_thread_lock=True, quiet=True)
+        yield blocks.local_url
+        blocks.close()
+
+
+@pytest.mark.multiprocess
+def test_only_pixels_are_served(open_page: str, private: Path, pictures: Path) -> None:
+    import httpx
+    from gradio_client import Client
+
+    asker = Client(open_page, verbose=False)
+    shown = asker.predict("a big disc", False, api_name="/search")
+    names = {one["caption"].partition(" · ")[2] for one in shown}
+    assert names == {"photo", "linked"}, "a linked image is shown like any other"
+    assert all(Path(one["image"]).is_file() for one in shown)
+    linked = (private / "linked.png").resolve()
+    for path in [*private.iterdir(), private, linked, Path("/etc/passwd")]:
+        for place in (path, private / ".." / private.name / path.name):
+            answer = httpx.get(f"{open_page}gradio_api/file={place}")
+            assert answer.status_code in (403, 404), place
+            assert "secret words" not in answer.text
+    assert httpx.get(f"{open_page}gradio_api/file={private}/%2e%2e/x").status_code in (403, 404)
+
+
+@pytest.mark.multiprocess
+def test_uploads_have_a_limit(open_page: str, pictures: Path) -> None:
+    import httpx
+
+    small = next(pictures.glob("*.png")).read_bytes()
+    for content, wanted in ((small, 200), (b"x" * (21 << 20), 413)):
+        files = {"files": ("a.png", content, "image/png")}
+        answer = httpx.post(f"{open_page}gradio_api/upload", files=files, timeout=60)
+        assert answer.status_code == wanted
+
+
+@pytest.mark.multiprocess
+def test_only_uploads_are_looked_at(open_page: str, private: Path) -> None:
+    """The path in a call is the caller's to choose."""
+    import httpx
+
+    for path in (private / "photo.png", private / ".env", "/etc/passwd", "http://127.0.0.1:9/a"):
+        image = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        call = f"{open_page}gradio_api/call/caption"
+        asked = httpx.post(call, json={"data": [image, demo_page.BEAM, 3, 0]}, timeout=60)
+        said = httpx.get(f"{call}/{asked.json()['event_id']}", timeout=60).text
+        assert "event: error" in said and "event: complete" not in said, path
+
+
+@pytest.mark.multiprocess
+def test_this_machine_alone_is_served(open_page: str) -> None:
+    import psutil
+
+    port = int(open_page.rstrip("/").rpartition(":")[2])
+    listening = [c for c in psutil.Process().net_connections() if c.status == "LISTEN"]
+    assert {c.laddr.ip for c in listening if c.laddr.port == port} == {"127.0.0.1"}
+
+
+def test_uploads_lie_in_a_folder_of_the_command(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gradio's own folder is called the same for all users of a machine."""
+    seen: list[tuple[str, int]] = []
+
+    def launched(page: Any, options: Any) -> None:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        seen.append((str(folder), folder.stat().st_mode & 0o777))
+        assert Path(page.GRADIO_CACHE).resolve() == folder.resolve()
+
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    monkeypatch.setattr(demo_page, "launch", launched)
+    assert demo_page.main([str(ours)]) == 0
+    ((folder, mode),) = seen
+    assert mode == 0o700 and not Path(folder).exists()
 
 
 @pytest.mark.multiprocess

@@ -14,7 +14,9 @@ class PlainEngine:
 
     def __init__(self, network: nn.Module, settings: OptimizerRecipe) -> None:
         self.module = self.forward = network
-        self.dtype = next(network.parameters()).dtype
+        first = next(network.parameters())
+        self.dtype, self.device = first.dtype, first.device
+        self.norm_names = ("all",)
         self._trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._masters = {
             name: nn.Parameter(p.detach().float()) if p.dtype != torch.float32 else p

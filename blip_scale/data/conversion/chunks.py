@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from blip_scale.data.conversion.output import OutputFolder
-from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Screened
+from blip_scale.data.conversion.pairs import (
+    Chunk,
+    Found,
+    RawPair,
+    Reason,
+    Reject,
+    Screened,
+    Unused,
+)
 from blip_scale.data.conversion.report import REPORTS, Counts, Report, report_name
 from blip_scale.data.conversion.screening import Rules, screen
+from blip_scale.data.conversion.text_counts import count_text
+from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.shards import Record, captions_by_shard, shard_writer, with_first
 
 Tick = Callable[[int, int], None]
@@ -18,9 +28,17 @@ _TICK_EVERY = 50
 
 
 def convert_chunk(
-    number: int, chunk: Chunk, out: OutputFolder, rules: Rules | None, shard_bytes: int, tick: Tick
+    number: int,
+    chunk: Chunk,
+    out: OutputFolder,
+    rules: Rules | None,
+    shard_bytes: int,
+    tick: Tick,
+    tokenizer: str = "",
 ) -> Report:
     """Read a chunk, screen its pairs, write its shards and then its report to `out`.
+
+    `tokenizer` counts what the report says about tokens; without it nothing is said.
 
     The same chunk gives the same bytes. Raises OSError when the disk is full or a file can't be
     read; then nothing of this chunk is left in `out`.
@@ -30,8 +48,8 @@ def convert_chunk(
     def records() -> Iterable[Record]:
         seen: set[str] = set()
         done = Counts()
-        for found in chunk.read():
-            record = _take(found, rules, report, seen)
+        for found in chunk.read() if rules is None else read_safely(chunk):
+            record = _take(found, rules, report, seen, tokenizer)
             if record is not None:
                 report.ids.append(record.id)
                 yield record
@@ -46,11 +64,18 @@ def convert_chunk(
     return report
 
 
-def _take(found: Found, rules: Rules | None, report: Report, seen: set[str]) -> Record | None:
+def _take(
+    found: Found, rules: Rules | None, report: Report, seen: set[str], tokenizer: str
+) -> Record | None:
     """Screen one pair and count what becomes of it and of its captions."""
+    if isinstance(found, Unused):
+        _add(report, {found.kind: found.count})
+        return None
     report.pairs.read += 1
     if isinstance(found, Reject):
         report.pairs.rejected += 1
+        report.captions.read += found.captions
+        report.captions.rejected += found.captions
         report.rejects.append(found)
         return None
     captions = _caption_count(found)
@@ -59,10 +84,12 @@ def _take(found: Found, rules: Rules | None, report: Report, seen: set[str]) -> 
         record, rejects, anew = None, [Reject(found.id, Reason.DUPLICATE_ID)], False
     elif isinstance(found, Screened):
         record, rejects, anew = found.record, found.rejects, False
-        report.tallies = dict(Counter(report.tallies) + Counter(found.tallies))
+        _add(report, found.tallies)
     else:
         assert rules is not None
         record, rejects, anew = screen(found, rules)
+        if record is not None:
+            _add(report, count_text(found, record, rules.max_words, tokenizer))
     report.rejects += rejects
     if record is None:
         report.pairs.rejected += 1
@@ -74,6 +101,28 @@ def _take(found: Found, rules: Rules | None, report: Report, seen: set[str]) -> 
     report.captions.rejected += len(rejects)
     report.reencoded += anew
     return record
+
+
+def read_safely(chunk: Chunk) -> Iterator[Found]:
+    """What a chunk holds; where its reader fails, a reject says at which record.
+
+    Raises OSError where the disk or the network fails: that is no property of a record.
+    """
+    count = 0
+    try:
+        for found in chunk.read():
+            yield found
+            count += 1
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # each kind of damage is an exception of its own
+        place = f"{chunk.name}, after {count} records"
+        detail = f"{describe(error)}; what follows in it is not read"
+        yield Reject(place, Reason.DAMAGED_INPUT, detail)
+
+
+def _add(report: Report, tallies: Mapping[str, int]) -> None:
+    report.tallies = dict(Counter(report.tallies) + Counter(tallies))
 
 
 def _caption_count(pair: RawPair | Screened) -> int:

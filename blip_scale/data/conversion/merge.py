@@ -20,15 +20,18 @@ from blip_scale.data.conversion.report import (
     REPORTS,
     Counts,
     Report,
+    example_of,
     reject_fields,
     report_name,
 )
+from blip_scale.data.conversion.text_counts import text_summary
 from blip_scale.data.mds import INDEX_NAME, parse_shard
 from blip_scale.data.shards import CAPTIONS_KEY, Record
 
 SUMMARY_NAME = "summary.json"
 REJECTS_NAME = "rejects.jsonl"
 _OURS = re.compile(r"shard\.\d{6}\.(unique\.)?\d{5}\.mds")  # what a conversion writes
+_WRITTEN = (INDEX_NAME, REJECTS_NAME, SUMMARY_NAME)
 
 
 def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +55,13 @@ def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
     # What was written again without duplicates, by this call or by one that was killed.
     out.discard(name for name in out.names() - shards if _OURS.fullmatch(name))
     return summary
+
+
+def remove_set(out: OutputFolder) -> None:
+    """Remove what a conversion has written, all but its plan; the index goes first."""
+    out.discard([INDEX_NAME])
+    out.discard(sorted(out.names(REPORTS)))
+    out.discard(n for n in sorted(out.names()) if _OURS.fullmatch(n) or n in _WRITTEN)
 
 
 def _reports(out: OutputFolder, numbers: Iterable[int]) -> Iterator[Report]:
@@ -126,6 +136,7 @@ def _write_set(
     shard_captions: list[list[int] | None] = []
     reasons: Counter[str] = Counter()
     tallies: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     pairs, captions, reencoded = Counts(), Counts(), 0
     with out.workshop("merge", own=True) as folder:
         with (folder / REJECTS_NAME).open("w", encoding="utf-8") as file:
@@ -137,15 +148,19 @@ def _write_set(
                 pairs, captions = pairs + report.pairs, captions + report.captions
                 reencoded += report.reencoded
                 for reject in report.rejects:
+                    examples.setdefault(str(reject.reason), example_of(reject))
                     file.write(json.dumps(reject_fields(reject)) + "\n")
+        text = text_summary(tallies)
         summary = {
             "pairs": asdict(pairs),
             "captions": asdict(captions),
             "rejects": dict(sorted(reasons.items())),
+            "reject_examples": dict(sorted(examples.items())),
             "reencoded_images": reencoded,
+            "text": text,
             "shards": len(shards),
             "bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
-            "made_by": plan,
+            "made_by": {key: value for key, value in plan.items() if key != "input"},
         }
         if tallies:
             summary["tallies"] = dict(sorted(tallies.items()))

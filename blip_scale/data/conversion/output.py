@@ -44,9 +44,11 @@ class OutputFolder:
             name = f"{name}-{socket.gethostname()}-{os.getpid()}"
         parent = Path(self._scratch or tempfile.gettempdir()) if self.is_remote else self.folder
         stamp = "".join(c if c.isalnum() else "-" for c in self.location) if self.is_remote else ""
-        folder = parent / f".making-{stamp[-80:]}{name}"
+        stamp = f"{os.geteuid()}{stamp[-80:]}" if stamp else ""
+        folder = parent / f".making-{stamp}{name}"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700 if self.is_remote else 0o777)  # fails where somebody has the name
         try:
             yield folder
         finally:

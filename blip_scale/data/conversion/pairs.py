@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 from blip_scale.data.shards import Record
+from blip_scale.storage.locations import is_folder, parent
 
 
 class Reason(StrEnum):
     """Why something that was read is not written."""
 
     MISSING_IMAGE = "missing image"
+    OUTSIDE = "outside the image folder"
+    NOT_REGULAR = "no regular file"
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too small"
     EXTREME_ASPECT = "extreme aspect"
@@ -49,6 +51,12 @@ class RawPair:
     """Where the captions speak of two images."""
     is_question: bool = False
     """Questions are cleaned in another way than captions."""
+    note: str = ""
+    """What the source has in place of a caption or an image, for the reject: its keys or columns.
+    """
+    from_folder: bool = False
+    """The image was seen in a folder, whose links are followed. Otherwise a list names it: then it
+    must lie below the folder of images (see `Source.image_root`)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,17 @@ class Reject:
     detail: str = ""
     caption: int | None = None
     """Only this caption of the pair is rejected, by its number; None: the whole pair."""
+    captions: int = 0
+    """Captions that are rejected with it, where the source gave no pair."""
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Something in the input that is no pair: counted in the summary."""
+
+    kind: str
+    """What it is, in the plural: "files .cls"."""
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,7 @@ class Screened:
     """Numbers that are added up over the set, for its summary."""
 
 
-Found = RawPair | Reject | Screened
+Found = RawPair | Reject | Screened | Unused
 
 
 @dataclass(frozen=True)
@@ -91,11 +110,13 @@ class Chunk:
     read: Callable[[], Iterable[Found]]
     """Runs in another process, so it must be picklable (functools.partial of a function)."""
     fingerprint: str
-    """Changes when the input changes."""
+    """Changes when the input changes (see `fingerprints`); "" where `listed` tells it."""
     pairs: int | None = None
     """How many there are, where that is known before reading."""
     input_bytes: int = 0
     """Size of a file that is read as a whole, 0 for a list of images."""
+    listed: Sequence[Found] = ()
+    """Pairs out of a list, whose content and images are the input."""
 
 
 @dataclass(frozen=True)
@@ -111,43 +132,20 @@ class Source:
     """
     caption_key: str = ""
     """Key or column with the caption, where it is none of the usual ones."""
+    image_key: str = ""
+    """Column with the image, where it is none of the usual ones."""
     pairs_per_chunk: int = 4000
     """Where the input is a list of images; tars and parquet files are a chunk each."""
+
+    def image_root(self) -> str:
+        """The folder that images must lie below which a list names.
+
+        Raises:
+            FileNotFoundError: there is nothing at the location.
+        """
+        location = self.location
+        return self.images or (location if is_folder(location) else parent(location))
 
 
 Reader = Callable[..., Iterable[Chunk]]
 """reader(source, **options): the options that only this reader has are keywords, text."""
-
-
-def in_chunks(found: list[Found], size: int) -> Iterator[Chunk]:
-    """Cut a list into chunks of `size`."""
-    for start in range(0, len(found), size):
-        part = found[start : start + size]
-        yield Chunk(
-            name=f"{start} to {start + len(part) - 1}",
-            read=partial(iter, part),
-            fingerprint=f"{len(part)}: {part[0].id} to {part[-1].id}",
-            pairs=len(part),
-        )
-
-
-def group_by_image(found: Iterable[Found]) -> list[Found]:
-    """Pairs of the same id become one with all their captions and annotations, in the order of
-    first sight."""
-    grouped: dict[str, RawPair] = {}
-    captions: dict[str, list[Any]] = {}
-    annotations: dict[str, list[dict[str, Any]]] = {}
-    rejects: list[Found] = []
-    for one in found:
-        if not isinstance(one, RawPair):
-            rejects.append(one)
-            continue
-        grouped.setdefault(one.id, one)
-        texts = one.captions if isinstance(one.captions, list) else [one.captions]
-        captions.setdefault(one.id, []).extend(texts)
-        annotations.setdefault(one.id, []).extend(one.annotations or [])
-    whole = (
-        replace(pair, captions=captions[pair.id], annotations=annotations[pair.id] or None)
-        for pair in grouped.values()
-    )
-    return [*whole, *rejects]

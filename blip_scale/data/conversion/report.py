@@ -13,6 +13,8 @@ from typing import Any
 from blip_scale.data.conversion.pairs import Reason, Reject
 
 REPORTS = "chunks/"
+LONGEST_CONTENT = 200
+"""Characters of an id or a detail in a reject: bad input may hold whole files there."""
 
 
 @dataclass
@@ -77,5 +79,21 @@ def report_name(number: int) -> str:
 
 
 def reject_fields(reject: Reject) -> dict[str, Any]:
-    """As a line of rejects.jsonl; what is empty is left out."""
-    return {key: value for key, value in asdict(reject).items() if value not in ("", None)}
+    """As a line of rejects.jsonl; what is empty is left out, what is long is cut."""
+    fields = {key: value for key, value in asdict(reject).items() if value not in ("", None)}
+    if not reject.captions:
+        fields.pop("captions")
+    for key in ("id", "detail"):
+        if key in fields:
+            fields[key] = shortened(fields[key])
+    return fields
+
+
+def example_of(reject: Reject) -> str:
+    """A reject in a line, for people."""
+    return shortened(f"{reject.id}: {reject.detail}" if reject.detail else reject.id)
+
+
+def shortened(text: str, longest: int = LONGEST_CONTENT) -> str:
+    """A text that was cut shows it."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

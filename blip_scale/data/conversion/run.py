@@ -8,14 +8,15 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
-import xxhash
-
 from blip_scale.data.conversion.chunks import convert_chunk
-from blip_scale.data.conversion.merge import merge_chunks
+from blip_scale.data.conversion.fingerprints import PairPrints
+from blip_scale.data.conversion.locks import held, one_at_a_time
+from blip_scale.data.conversion.merge import merge_chunks, remove_set
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Chunk
 from blip_scale.data.conversion.report import REPORTS, report_name
@@ -24,6 +25,7 @@ from blip_scale.data.loading.workers import end_with_parent
 from blip_scale.data.mds import INDEX_NAME
 
 PLAN_NAME = "conversion.json"
+_FORMAT = 3
 _POLL_S = 0.2
 
 
@@ -63,8 +65,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A whole job; all but `workers`, `scratch` and `start_method` decides about the bytes
-    written."""
+    """A whole job; all but `workers`, `scratch`, `start_method` and `tokenizer` decides about the
+    shards."""
 
     chunks: Sequence[Chunk]
     out: str
@@ -78,42 +80,63 @@ class Conversion:
     not outlive a fork. For a remote output it is spawn in any case."""
     settings: dict[str, Any] | None = None
     """What decides about the pairs of chunks that screen them themselves."""
+    reading: dict[str, Any] = field(default_factory=dict)
+    """Options of the source that decide about the pairs, by name."""
+    tokenizer: str = ""
+    """Tokenizer for what the summary says about tokens; "": nothing. Decides about no sample."""
 
     def plan(self) -> dict[str, Any]:
         """What conversion.json says: all parts and restarts must agree on it."""
-        digest = xxhash.xxh3_128()
-        for chunk in self.chunks:
-            digest.update(f"{chunk.name}\n{chunk.fingerprint}\n".encode())
+        prints = PairPrints()
+        rules = self.settings
+        if self.rules:
+            rules = asdict(self.rules)
+            # The folder may be called otherwise on another machine.
+            rules["allow_outside"] = rules.pop("images_below") is None
         return {
-            "format": 2,
-            "chunks": len(self.chunks),
-            "input": digest.hexdigest(),
+            "format": _FORMAT,
+            "reading": self.reading,
+            "rules": rules,
             "shard_bytes": self.shard_bytes,
-            "rules": asdict(self.rules) if self.rules else self.settings,
+            "chunks": len(self.chunks),
+            "input": [
+                f"{chunk.fingerprint or prints.of(chunk.listed)} {chunk.name}"
+                for chunk in self.chunks
+            ],
         }
 
 
 def convert(
-    job: Conversion, part: Part, show: Callable[[Progress], None] = lambda progress: None
+    job: Conversion,
+    part: Part,
+    show: Callable[[Progress], None] = lambda progress: None,
+    overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Convert the chunks of a part that are not converted yet, then merge if all parts are done.
 
     Returns the summary of the whole set, None while other parts are missing. Killed at any time, it
-    goes on where it was with the same call and gives the same bytes. Raises ValueError for an
-    output that was begun with other input or rules; whatever the error, finished chunks are kept.
+    goes on where it was with the same call and gives the same bytes. `overwrite` removes first what
+    an earlier conversion left in the output.
+
+    Raises ValueError for an output that was begun with other input or options, or that another
+    process is writing; whatever the error, finished chunks are kept.
     """
     if not job.chunks:
-        raise ValueError("there is nothing to convert")
+        raise ValueError("there is nothing to convert: the input is empty")
+    if overwrite and part.of > 1:
+        raise ValueError("--overwrite and --shard: remove OUT yourself, once for all parts")
     out = OutputFolder(job.out, job.scratch)
-    _agree_on_plan(out, job.plan())
-    mine = range(part.number, len(job.chunks), part.of)
-    done = out.names(REPORTS)
-    todo = [number for number in mine if report_name(number) not in done]
-    if todo:
-        _convert_chunks(job, out, todo, show)
-    if len(out.names(REPORTS)) < len(job.chunks):
-        return None
-    return merge_chunks(out, read_plan(out))
+    with held(out, part.number, part.of):
+        _agree_on_plan(out, job.plan(), overwrite)
+        ours = range(part.number, len(job.chunks), part.of)
+        done = out.names(REPORTS)
+        todo = [number for number in ours if report_name(number) not in done]
+        if todo:
+            _convert_chunks(job, out, todo, show)
+        if len(out.names(REPORTS)) < len(job.chunks):
+            return None
+        with one_at_a_time(out):
+            return merge_chunks(out, read_plan(out))
 
 
 def merge(location: str, scratch: str | None = None) -> dict[str, Any]:
@@ -122,7 +145,9 @@ def merge(location: str, scratch: str | None = None) -> dict[str, Any]:
     Raises FileNotFoundError where nothing was begun, ValueError where chunks are missing.
     """
     out = OutputFolder(location, scratch)
-    return merge_chunks(out, read_plan(out))
+    plan = read_plan(out)
+    with one_at_a_time(out):
+        return merge_chunks(out, plan)
 
 
 def read_plan(out: OutputFolder) -> dict[str, Any]:
@@ -133,23 +158,56 @@ def read_plan(out: OutputFolder) -> dict[str, Any]:
     return plan
 
 
-def _agree_on_plan(out: OutputFolder, plan: dict[str, Any]) -> None:
+def _agree_on_plan(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> None:
     if not out.has(PLAN_NAME):
         others = [name for name in out.names() if name.startswith(("shard.", INDEX_NAME))]
         if others:
             raise ValueError(f"{out.location} holds another set ({min(others)}): choose another")
-        with out.workshop("plan", own=True) as folder:
-            (folder / PLAN_NAME).write_text(json.dumps(plan, indent=2) + "\n")
-            out.put(folder, [PLAN_NAME])
+    elif overwrite:
+        remove_set(out)
+    else:
+        differences = _differences(read_plan(out), plan)
+        if differences:
+            raise ValueError(
+                f"{out.location} was begun with other input or options ({'; '.join(differences)}): "
+                "give the same again, another OUT, or --overwrite to begin anew"
+            )
         return
-    begun = read_plan(out)
-    changed = [key for key in plan if begun.get(key) != plan[key]]
-    if changed:
-        said = "; ".join(f"{key} was {begun.get(key)} and is {plan[key]}" for key in changed)
-        raise ValueError(
-            f"{out.location} was begun with other input or settings ({said}): give the same again, "
-            "or another folder"
-        )
+    with out.workshop("plan", own=True) as folder:
+        (folder / PLAN_NAME).write_text(json.dumps(plan, indent=2) + "\n")
+        out.put(folder, [PLAN_NAME])
+
+
+def _differences(begun: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """What the plan in an output says otherwise, by name."""
+    if begun.get("format") != plan["format"]:
+        return [f"by a release whose format is {begun.get('format')}, not {plan['format']}"]
+    changed: list[str] = []
+    for name in ("reading", "rules"):
+        before, now = begun.get(name) or {}, plan[name] or {}
+        changed += [
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+    if begun.get("shard_bytes") != plan["shard_bytes"]:
+        changed.append(f"shard_size was {begun.get('shard_bytes')} and is {plan['shard_bytes']}")
+    if begun.get("input") != plan["input"]:
+        changed.append(_input_difference(begun.get("input") or [], plan["input"]))
+    return changed
+
+
+def _input_difference(before: Sequence[str], now: Sequence[str]) -> str:
+    pairs = zip_longest(before, now, fillvalue="")
+    first_before, first_now = next(pair for pair in pairs if pair[0] != pair[1])
+    names = [line.partition(" ")[2] for line in (first_before, first_now)]
+    if not names[0]:
+        return f"input: {names[1]} is new"
+    if not names[1]:
+        return f"input: {names[0]} is gone"
+    if names[0] != names[1]:
+        return f"input: {names[0]} was where {names[1]} is"
+    return f"input: content, size or time of what is in {names[0]} has changed"
 
 
 def _convert_chunks(
@@ -162,7 +220,9 @@ def _convert_chunks(
     pool = ProcessPoolExecutor(job.workers, context, _enter_worker, (read, rejected))
     try:
         running = {
-            pool.submit(_work, number, job.chunks[number], out, job.rules, job.shard_bytes)
+            pool.submit(
+                _work, number, job.chunks[number], out, job.rules, job.shard_bytes, job.tokenizer
+            )
             for number in todo
         }
         for finished in _as_finished(running):
@@ -210,9 +270,14 @@ def _enter_worker(*counters: Synchronized[int]) -> None:
 
 
 def _work(
-    number: int, chunk: Chunk, out: OutputFolder, rules: Rules | None, shard_bytes: int
+    number: int,
+    chunk: Chunk,
+    out: OutputFolder,
+    rules: Rules | None,
+    shard_bytes: int,
+    tokenizer: str,
 ) -> None:
-    convert_chunk(number, chunk, out, rules, shard_bytes, _count)
+    convert_chunk(number, chunk, out, rules, shard_bytes, _count, tokenizer)
 
 
 def _count(*amounts: int) -> None:

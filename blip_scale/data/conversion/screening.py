@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -11,15 +13,21 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip_scale.config.recipe import MAX_PIXELS
-from blip_scale.data.captions import Clean, clean_caption, clean_question
+from blip_scale.data.captions import Clean, clean_question, clean_to_a_sentence
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
 from blip_scale.data.pixels.decoding import describe, to_rgb
 from blip_scale.data.pixels.formats import open_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.shards import Record
-from blip_scale.storage.locations import is_web, read_file
-from blip_scale.storage.objects import RefusedError
+from blip_scale.storage.locations import NotRegularFile, is_web, read_file
+from blip_scale.storage.objects import RefusedError, RemoteError, UnusableRemote
+from blip_scale.storage.untrusted import RefusedPath, below
 
+_OF_ONE_FILE = (
+    errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
+    errno.ENOTDIR, errno.ENXIO, errno.EPERM,
+)  # fmt: skip
+"""Errors that name a file, not a disk: the file is missing, forbidden or none."""
 _ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Pillow opens nothing larger (178,956,970 pixels), here or in training."""
@@ -43,6 +51,8 @@ class Rules:
     """Images whose shorter side has more pixels are scaled down to it; None: bytes are kept."""
     jpeg_quality: int = 95
     """Of images that are scaled down or turned upright."""
+    images_below: str | None = None
+    """Folder that images must lie below which a list names; None: anywhere, on the web too."""
 
 
 class _Refused(Exception):
@@ -66,17 +76,36 @@ def screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bo
     """The record of a pair (None: it is rejected), what is rejected of it, and whether its image
     was encoded anew.
 
-    Single captions may be rejected while the pair stays. Raises OSError where a file is there but
-    can't be read: that is no property of the pair.
+    Single captions may be rejected while the pair stays. Whatever is wrong with a pair rejects this
+    pair alone. Raises OSError where the disk or the network fails: that is no property of the pair.
     """
     try:
-        captions, rejects = _captions(pair, rules.max_words)
-        picture = check_image(_image_bytes(pair.image), rules)
-        second = None
-        if pair.second_image is not None:
-            second = check_image(_image_bytes(pair.second_image), rules)
+        return _screen(pair, rules)
     except _Refused as refused:
         return None, [Reject(pair.id, refused.reason, refused.detail)], False
+    except (MemoryError, UnusableRemote):
+        raise
+    except OSError as error:
+        if error.errno not in _OF_ONE_FILE or isinstance(error, RemoteError):
+            raise
+        detail = f"{error.strerror}: {error.filename}"
+        return None, [Reject(pair.id, Reason.MISSING_IMAGE, detail)], False
+    except Exception as error:  # each kind of damage is an exception of its own
+        return None, [Reject(pair.id, Reason.DAMAGED_INPUT, describe(error))], False
+
+
+def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bool]:
+    for name, text in (("id", pair.id), ("URL", pair.url)):
+        if not _is_unicode(text):
+            raise _Refused(Reason.DAMAGED_INPUT, f"its {name} is no UTF-8")
+    if not _is_unicode(json.dumps(pair.annotations, ensure_ascii=False)):
+        raise _Refused(Reason.BAD_ANNOTATION, "half a surrogate pair")
+    captions, rejects = _captions(pair, rules.max_words)
+    root = None if pair.from_folder else rules.images_below
+    picture = check_image(_image_bytes(pair.image, root, pair.note), rules)
+    second = None
+    if pair.second_image is not None:
+        second = check_image(_image_bytes(pair.second_image, root), rules)
     similarity = math.nan if pair.similarity is None else pair.similarity
     record = Record(
         pair.id, picture.data, captions, rules.source,
@@ -96,7 +125,7 @@ def _annotations(pair: RawPair, rejects: list[Reject]) -> list[dict[str, Any]] |
 
 def _captions(pair: RawPair, max_words: int) -> tuple[list[str], list[Reject]]:
     """The cleaned captions; refused where none is left."""
-    clean = clean_question if pair.is_question else clean_caption
+    clean = clean_question if pair.is_question else clean_to_a_sentence
     found = pair.captions if isinstance(pair.captions, list) else [pair.captions]
     cleaned: list[str] = []
     rejects: list[Reject] = []
@@ -108,7 +137,7 @@ def _captions(pair: RawPair, max_words: int) -> tuple[list[str], list[Reject]]:
     if cleaned:
         return cleaned, rejects
     first = rejects[0] if rejects else Reject(pair.id, Reason.MISSING_CAPTION)
-    raise _Refused(first.reason, first.detail)
+    raise _Refused(first.reason, first.detail or pair.note)
 
 
 def _clean(caption: object, max_words: int, clean: Clean) -> str:
@@ -118,30 +147,41 @@ def _clean(caption: object, max_words: int, clean: Clean) -> str:
         raise _Refused(Reason.CAPTION_NO_TEXT, "not UTF-8")
     if not isinstance(caption, str):
         raise _Refused(Reason.CAPTION_NO_TEXT, type(caption).__name__)
-    try:
-        caption.encode()
-    except UnicodeEncodeError as error:
-        raise _Refused(Reason.CAPTION_NO_TEXT, "half a surrogate pair") from error
+    if not _is_unicode(caption):
+        raise _Refused(Reason.CAPTION_NO_TEXT, "half a surrogate pair, or no UTF-8")
     cleaned = clean(caption, max_words)
     if not cleaned.strip():
         raise _Refused(Reason.EMPTY_CAPTION)
     return cleaned
 
 
-def _image_bytes(image: bytes | str | None) -> bytes:
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written; bytes that are no UTF-8 become halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _image_bytes(image: bytes | str | None, root: str | None, note: str = "") -> bytes:
+    """The encoded image; where `root` is a folder, only from below it."""
     if image is None:
-        raise _Refused(Reason.MISSING_IMAGE)
+        raise _Refused(Reason.MISSING_IMAGE, note)
     if isinstance(image, bytes):
         return image
     try:
-        return read_file(image)
-    except Exception as error:
-        if isinstance(error, OSError | ValueError) and is_web(
-            image
-        ):  # hosts die; a bucket must not
+        return read_file(image if root is None else below(root, image))
+    except RefusedPath as error:
+        raise _Refused(Reason.OUTSIDE, f"{error} (see --allow-outside)") from error
+    except NotRegularFile as error:
+        raise _Refused(Reason.NOT_REGULAR, image) from error
+    except (OSError, ValueError) as error:
+        if is_web(image):  # hosts die; a bucket must not
             raise _Refused(Reason.MISSING_IMAGE, f"{image}: {type(error).__name__}") from error
-        is_missing = isinstance(error, FileNotFoundError | IsADirectoryError)
-        if is_missing and not isinstance(error, RefusedError):
+        if isinstance(error, RefusedError | UnusableRemote):
+            raise
+        if isinstance(error, FileNotFoundError | ValueError):
             raise _Refused(Reason.MISSING_IMAGE, image) from error
         raise
 

@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 
-from blip_scale.data.conversion.pairs import Chunk, RawPair, Reject
+from blip_scale.data.conversion.chunks import read_safely
+from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reject, Screened, Unused
+from blip_scale.data.conversion.report import example_of
 from blip_scale.data.conversion.screening import Rules, screen
+from blip_scale.data.conversion.text_counts import count_text, tokenizer_of
+from blip_scale.data.reading.probe import count_tokens
 
 _SPREAD = 16  # chunks that are looked into
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -26,6 +30,14 @@ class Survey:
     read: int = 0
     written: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first reject of each reason."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """What is there and is no pair, by kind."""
+    text: Counter[str] = field(default_factory=Counter)
+    """See `count_text`."""
+    captions: list[str] = field(default_factory=list)
+    """As they would be written."""
     figures: dict[str, list[int]] = field(default_factory=dict)
     """By name: one value for each image (`width`, ...) or caption (`words`, ...)."""
     image_bytes: int = 0
@@ -43,6 +55,11 @@ class Survey:
         """Of the whole conversion, estimated."""
         return self.seconds / max(1, self.read) * self.whole_pairs / processes
 
+    def shown_captions(self, count: int = 5) -> list[str]:
+        """Some captions, evenly over the sample."""
+        shown = min(count, len(self.captions))
+        return [self.captions[i * len(self.captions) // shown] for i in range(shown)]
+
     def quantiles(self) -> dict[str, list[int]]:
         """By figure, its QUANTILES."""
         return {
@@ -52,58 +69,75 @@ class Survey:
         }
 
 
-def survey(
-    chunks: Sequence[Chunk],
-    rules: Rules,
-    sample: int,
-    count_tokens: Callable[[str], int] | None = None,
-) -> Survey:
+def survey(chunks: Sequence[Chunk], rules: Rules, sample: int, tokenizer: str = "") -> Survey:
     """Read about `sample` pairs from chunks all over the input and screen them; nothing is written.
 
-    `count_tokens` adds the captions' lengths in tokens to their lengths in words.
+    `tokenizer` adds the captions' lengths in tokens, and how much of them it does not know.
     """
+    if not chunks:
+        raise ValueError("there is nothing to convert: the input is empty")
     chosen = [chunks[i * len(chunks) // _SPREAD] for i in range(_SPREAD)]
     chosen = list({id(chunk): chunk for chunk in chosen}.values())
-    found = Survey()
-    found_bytes = 0
+    seen = Survey()
+    seen_bytes = 0
     start_s = time.perf_counter()
     for chunk in chosen:
-        for one in islice(chunk.read(), -(-sample // len(chosen))):
-            found.read += 1
-            if isinstance(one, Reject):
-                found.reasons[one.reason] += 1
-                continue
-            assert isinstance(one, RawPair), "sources don't screen their pairs themselves"
-            found_bytes += one.stored_bytes or _image_bytes(one)
-            record, rejects, _ = screen(one, rules)
-            found.reasons.update(reject.reason for reject in rejects)
-            if record is None:
-                continue
-            found.written += 1
-            found.image_bytes += len(record.image)
-            _add(found, "width", record.width)
-            _add(found, "height", record.height)
-            _add(found, "kilobytes", len(record.image) // 1000)
-            _add(found, "captions", len(record.captions))
-            for caption in record.captions:
-                _add(found, "words", len(caption.split()))
-                if count_tokens is not None:
-                    _add(found, "tokens", count_tokens(caption))
-    found.seconds = time.perf_counter() - start_s
-    found.whole_pairs = _whole_pairs(chunks, found.read, found_bytes)
-    return found
+        for found in islice(read_safely(chunk), -(-sample // len(chosen))):
+            if isinstance(found, RawPair):
+                seen_bytes += found.stored_bytes or _image_bytes(found)
+            _look_at(seen, found, rules, tokenizer)
+    seen.seconds = time.perf_counter() - start_s
+    seen.whole_pairs = _whole_pairs(chunks, seen.read, seen_bytes)
+    return seen
+
+
+def _look_at(seen: Survey, found: Found, rules: Rules, tokenizer: str) -> None:
+    assert not isinstance(found, Screened), "sources don't screen their pairs themselves"
+    if isinstance(found, Unused):
+        seen.unused[found.kind] += found.count
+        return
+    seen.read += 1
+    if isinstance(found, Reject):
+        _count_rejects(seen, [found])
+        return
+    record, rejects, _ = screen(found, rules)
+    _count_rejects(seen, rejects)
+    if record is None:
+        return
+    seen.written += 1
+    seen.captions += record.captions
+    seen.image_bytes += len(record.image)
+    seen.text += count_text(found, record, rules.max_words, tokenizer)
+    figures = {
+        "width": record.width,
+        "height": record.height,
+        "kilobytes": len(record.image) // 1000,
+        "captions": len(record.captions),
+    }
+    for name, value in figures.items():
+        _add(seen, name, value)
+    for caption in record.captions:
+        _add(seen, "words", len(caption.split()))
+        if tokenizer:
+            _add(seen, "tokens", count_tokens(tokenizer_of(tokenizer), caption)[0])
+
+
+def _count_rejects(seen: Survey, rejects: Sequence[Reject]) -> None:
+    for reject in rejects:
+        seen.reasons[reject.reason] += 1
+        seen.examples.setdefault(str(reject.reason), example_of(reject))
 
 
 def _image_bytes(pair: RawPair) -> int:
     return len(pair.image) if isinstance(pair.image, bytes) else 0
 
 
-def _add(found: Survey, name: str, value: int) -> None:
-    found.figures.setdefault(name, []).append(value)
+def _add(seen: Survey, name: str, value: int) -> None:
+    seen.figures.setdefault(name, []).append(value)
 
 
-def _whole_pairs(chunks: Sequence[Chunk], read: int, found_bytes: int) -> int:
+def _whole_pairs(chunks: Sequence[Chunk], read: int, seen_bytes: int) -> int:
     """Counted where chunks know it, else by the size of the input and of the images seen."""
-    known = sum(chunk.pairs or 0 for chunk in chunks)
+    listed = sum(chunk.pairs or 0 for chunk in chunks)
     input_bytes = sum(chunk.input_bytes for chunk in chunks)
-    return known + (round(input_bytes * read / found_bytes) if found_bytes else 0)
+    return listed + (round(input_bytes * read / seen_bytes) if seen_bytes else 0)

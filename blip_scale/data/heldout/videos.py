@@ -7,7 +7,6 @@ package av.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,15 @@ from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample
+from blip_scale.storage.locations import NotRegularFile, read_file
+from blip_scale.storage.untrusted import RefusedPath, below, parse_json
 
 MAX_WORDS = 40
 """Of a caption (published)."""
 _DIGITS = re.compile(r"(\d+)")
 _VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov")
+_FFMPEG = {"format_whitelist": "mov,mp4,avi,matroska,webm", "protocol_whitelist": "file"}
+"""Formats of `_VIDEO_ENDINGS` alone: FFmpeg's playlists read other files and URLs."""
 
 
 class VideoSet:
@@ -36,14 +39,20 @@ class VideoSet:
     `unreadable`.
     """
 
-    def __init__(self, annotations: Path, folder: Path, image_size: int):
+    def __init__(
+        self, annotations: Path, folder: Path, image_size: int, allow_outside: bool = False
+    ):
         """Raises FileNotFoundError for missing files (the list, or videos: says how many), and
-        ValueError for lines that aren't {clip_name, caption}."""
+        ValueError for lines that aren't {clip_name, caption}, and for clips outside `folder` unless
+        `allow_outside`."""
         self.name = annotations.name
         self.unreadable: dict[str, str] = {}
         self._transform = EvalTransform(image_size)
         texts = _read_list(annotations)
         self.ids = list(texts)
+        if not allow_outside:
+            for name in self.ids:
+                _check_place(self.name, folder, name)
         self.captions = [[clean_caption(t, MAX_WORDS) for t in texts[name]] for name in self.ids]
         places = [_place_of(folder, name) for name in self.ids]
         missing = [name for name, place in zip(self.ids, places, strict=True) if place is None]
@@ -71,10 +80,13 @@ class VideoSet:
         if place.is_file():
             return _decode(place, count)
         files = _frames_in(place)
-        return [
-            decode_image(files[i].read_bytes(), upright=True)
-            for i in frame_indices(len(files), count)
-        ]
+        try:
+            return [
+                decode_image(read_file(str(files[i])), upright=True)
+                for i in frame_indices(len(files), count)
+            ]
+        except NotRegularFile as error:
+            raise CorruptSample(str(error)) from error
 
 
 def frame_indices(length: int, count: int) -> list[int]:
@@ -93,7 +105,7 @@ def _read_list(file: Path) -> dict[str, list[str]]:
         if not line.strip():
             continue
         try:
-            item: dict[str, Any] = json.loads(line)
+            item: dict[str, Any] = parse_json(line)
             texts.setdefault(str(item["clip_name"]), []).extend(_captions(item["caption"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}:{number}: not {{clip_name, caption}} ({error})") from error
@@ -110,6 +122,17 @@ def _captions(value: object) -> list[str]:
             raise ValueError(f"caption {caption!r} is no text")
         captions.append(caption)
     return captions
+
+
+def _check_place(list_name: str, folder: Path, clip: str) -> None:
+    """Raises ValueError for a clip outside the folder."""
+    try:
+        below(str(folder), str(folder / clip))
+    except RefusedPath as error:
+        raise ValueError(
+            f"{list_name}: {error}; give the folder of all videos (--images), or --allow-outside "
+            "for a list that you trust"
+        ) from error
 
 
 def _place_of(folder: Path, name: str) -> Path | None:
@@ -142,12 +165,12 @@ def _decode(file: Path, count: int) -> list[Image.Image]:
             "folders of frames"
         ) from error
     try:
-        with av.open(str(file)) as container:
+        with av.open(str(file), options=_FFMPEG) as container:
             length = sum(1 for _ in container.decode(video=0))
         if not length:
             raise CorruptSample("no frame")
         wanted = frame_indices(length, count)
-        with av.open(str(file)) as container:
+        with av.open(str(file), options=_FFMPEG) as container:
             found = {
                 number: frame.to_image()
                 for number, frame in enumerate(container.decode(video=0))

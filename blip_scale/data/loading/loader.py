@@ -21,11 +21,17 @@ from blip_scale.data.loading import workers
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput, LoaderPosition, MicroBatches
 from blip_scale.data.loading.mixing import describe, samples_per_epoch
 from blip_scale.data.loading.order import SampleOrder, StreamShape
+from blip_scale.data.loading.shared_memory import (
+    PREFETCHED_BATCHES,
+    check_shared_memory,
+    needed_bytes,
+    ranks_here,
+)
 from blip_scale.data.pixels.transforms import TrainTransform
 from blip_scale.data.reading.prefetch import Prefetcher
+from blip_scale.data.reading.probe import MOST_UNKNOWN, unknown_share
 from blip_scale.data.reading.stream_store import StreamStore, open_streams
 
-_PREFETCHED_BATCHES = 4  # a worker
 _DEATH_SEEN_S = 30.0  # a message may break off before its sender, on a busy machine, is seen dead
 _DEATHS = 3  # of workers without a batch in between: then the run stops
 
@@ -62,12 +68,16 @@ class TrainLoader:
         set_up_worker: Callable[[], object] | None = None,
     ):
         if data.workers:
+            needed = needed_bytes(data.workers, position.micro_batch_size, image_size)
+            check_shared_memory(needed, ranks_here())
             workers.start_server()
         stores = open_streams(data)
         sizes = [sum(store.shard_items) for store in stores]
         counts = samples_per_epoch(data, sizes)
         logger.info("an epoch of %d pairs: %s", sum(counts), describe(data, sizes, counts))
         _warn_of_small_cache(data, stores, counts)
+        if position.rank == 0:
+            _warn_of_unknown_tokens(stores, text)
         shapes = [
             StreamShape(store.name, store.shard_items, count)
             for store, count in zip(stores, counts, strict=True)
@@ -137,7 +147,7 @@ class TrainLoader:
                 num_workers=self._workers,
                 multiprocessing_context=workers.CONTEXT if self._workers else None,
                 worker_init_fn=partial(workers.begin, dict(os.environ), self._set_up_worker),
-                prefetch_factor=_PREFETCHED_BATCHES if self._workers else None,
+                prefetch_factor=PREFETCHED_BATCHES if self._workers else None,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else it draws from, and shifts, the global one
             )
@@ -174,7 +184,7 @@ class TrainLoader:
             self._start()
         raise RuntimeError(
             f"loader workers die again and again ({died}). If nobody kills them, they may lack "
-            "memory: lower data.workers"
+            "memory (of the machine, or of /dev/shm): lower data.workers"
         )
 
     @property
@@ -215,6 +225,18 @@ class TrainLoader:
             if process.is_alive():  # it waits for a remote and hears nothing else
                 process.kill()
         self._processes = []
+
+
+def _warn_of_unknown_tokens(stores: Sequence[StreamStore], text: CaptionInput) -> None:
+    """Captions in a language that the tokenizer lacks train nothing."""
+    for store in stores:
+        share = unknown_share(store, text.tokenizer)
+        if share > MOST_UNKNOWN:
+            logger.warning(
+                "stream %s: %.0f %% of the tokens of its first captions are [UNK]: the tokenizer "
+                "does not know this text; set model.text.tokenizer to one that does",
+                store.name, 100 * share,
+            )  # fmt: skip
 
 
 def _warn_of_small_cache(

@@ -13,7 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from blip_scale.errors import RefusedInput
+from blip_scale.storage import files
+
 _SHARDS = "shard.*.mds"
+_REMOTE = "remote.txt"
+"""The remote whose shards a folder holds."""
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,25 @@ class ShardCache:
         return entries
 
 
+def claim(folder: Path, remote: str) -> None:
+    """Record whose shards a cache folder holds; names of shards are the same in every set.
+
+    Raises:
+        RefusedInput: it holds those of another remote.
+    """
+    file = folder / _REMOTE
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "remote"):
+        held = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
+        if held and held != remote:
+            raise RefusedInput(
+                f"the cache {folder} holds shards of {held}, not of {remote}: give the stream "
+                f"another local (if {remote} is a copy of the same set, remove {file})"
+            )
+        if not held:
+            files.write_whole(file, remote + "\n")
+
+
 def drop_shards(folder: Path) -> None:
     """Throw away every shard of a cache folder."""
     for path in folder.rglob(_SHARDS):
@@ -111,7 +135,9 @@ def locked(folder: Path, name: str | int, wait: bool = True) -> Iterator[bool]:
     """
     locks = folder / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with (locks / str(name)).open("w") as handle:
+    # A lock that is a link of somebody else's would empty the file that it leads to.
+    descriptor = os.open(locks / str(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -4,18 +4,56 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import StreamStore
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def probe_stream(stream: StreamRecipe, make_with: str, retry_s: float) -> str:
-    """Open a stream and decode its ends; what was found, in a line. A remote is read past the
-    cache, which would hide that it can't be reached.
+
+MOST_UNKNOWN = 0.2
+"""Share of unknown tokens above which a tokenizer does not fit the captions."""
+_CAPTIONS = 64
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[int, int]:
+    """Tokens of a caption with [CLS] and [SEP], and how many of them are [UNK]."""
+    tokens = tokenizer(caption, return_attention_mask=False)["input_ids"]
+    return len(tokens), tokens.count(tokenizer.unk_token_id)
+
+
+def unknown_share(store: StreamStore, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Share of the tokens of some captions of the first shard that the tokenizer does not know.
+
+    0 where the shard can't be had at once; reading it will say why.
+    """
+    tokens = unknown = 0
+    if store.remote is None or store.prefetch(0):
+        for index in range(min(_CAPTIONS, store.shard_samples[0])):
+            try:
+                captions = store.read(0, index)["captions"]
+            except (OSError, ValueError):
+                continue
+            for caption in captions:
+                counts = count_tokens(tokenizer, caption)
+                tokens, unknown = tokens + counts[0] - 2, unknown + counts[1]
+    return unknown / max(1, tokens)
+
+
+def probe_stream(
+    stream: StreamRecipe, make_with: str, retry_s: float, tokenizer: PreTrainedTokenizerFast
+) -> tuple[str, float]:
+    """Open a stream and decode its ends. A remote is read past the cache, which would hide that it
+    can't be reached.
 
     Args:
-        retry_s: so long a remote that fails is asked again.
+        retry_s: seconds for which a remote that fails is retried.
+
+    Returns:
+        What was found, in a line, and the share of tokens that the tokenizer does not know.
 
     Raises:
         FileNotFoundError: index or shard is not there, or may not be read.
@@ -28,4 +66,5 @@ def probe_stream(stream: StreamRecipe, make_with: str, retry_s: float) -> str:
         last = len(store.shards) - 1
         for shard, sample in ((0, 0), (last, store.shard_samples[last] - 1)):
             decode_image(store.read(shard, sample)["image"])
-    return f"{store.samples} samples in {len(store.shards)} shards, first and last decoded"
+        unknown = unknown_share(store, tokenizer)
+    return f"{store.samples} samples in {len(store.shards)} shards, first and last decoded", unknown

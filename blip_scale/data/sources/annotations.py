@@ -2,32 +2,87 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from blip_scale.data.conversion.pairs import Found, Reason, Reject, Source
-from blip_scale.data.sources.metadata import caption_keys, first_of, pair_of
-from blip_scale.storage.locations import basename, is_folder, join, list_folder, open_file, parent
+from blip_scale.data.conversion.report import shortened
+from blip_scale.data.pixels.decoding import describe
+from blip_scale.data.sources.metadata import (
+    URL_KEYS,
+    captions_of,
+    embedded_image,
+    first_of,
+    id_of,
+    note_of,
+    pair_of,
+)
+from blip_scale.storage.locations import (
+    basename,
+    is_folder,
+    is_local,
+    join,
+    list_folder,
+    local_path,
+    open_file,
+    parent,
+)
+from blip_scale.storage.untrusted import parse_json
 
-_IMAGE_KEYS = ("image", "file_name", "filename", "image_path", "path", "file")
+IMAGE_KEYS = (
+    "image", "file_name", "filename", "image_path", "path", "file", "image_name", "filepath",
+    "file_path",
+)  # fmt: skip
+"""Where the path of an image stands."""
 
 
 def load_json(location: str) -> Any:
     """Raises ValueError, with the place, for what is no JSON."""
     with open_file(location) as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{location} is no JSON: {error}") from error
+        return _parse(file.read(), location)
 
 
 def load_list(location: str, of: str) -> list[Any]:
-    """Raises ValueError for a file that holds no JSON list; `of` says what it should hold."""
-    items = load_json(location)
+    """The items of a JSON list, or of a file with an object a line.
+
+    Raises ValueError for a file that holds neither; `of` says what it should hold.
+    """
+    with open_file(location) as file:
+        content = file.read()
+    try:
+        items = _parse(content, location)
+    except ValueError:
+        lines = [line for line in content.split(b"\n") if line.strip()]
+        if len(lines) < 2 or not lines[0].strip().startswith(b"{"):
+            raise
+        return [_parse(line, f"{location}:{n}") for n, line in enumerate(lines, start=1)]
     if not isinstance(items, list):
-        raise ValueError(f"{location} holds no list of {of}")
+        found = note_of(items) if isinstance(items, dict) else type(items).__name__
+        raise ValueError(f"{location} holds no list of {of} ({shortened(found)})")
     return items
+
+
+def _parse(content: bytes, location: str) -> Any:
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"{location} is no JSON: {error}") from error
+
+
+def read_items(
+    location: str, items: list[Any], make: Callable[[int, Any], Found]
+) -> Iterator[Found]:
+    """What `make(number, item)` gives of each item; where it fails, a reject."""
+    for number, item in enumerate(items):
+        yield read_item(location, number, item, make)
+
+
+def read_item(location: str, number: int, item: Any, make: Callable[[int, Any], Found]) -> Found:
+    """What `make(number, item)` gives; where it fails, a reject."""
+    try:
+        return make(number, item)
+    except Exception as error:  # an item may hold anything
+        return Reject(f"{basename(location)}:{number}", Reason.DAMAGED_INPUT, describe(error))
 
 
 def json_files(location: str) -> list[str]:
@@ -42,7 +97,24 @@ def json_files(location: str) -> list[str]:
 
 def image_location(source: Source, annotations: str, path: str) -> str:
     """Where the image lies that `annotations` calls `path`."""
-    return join(source.images or parent(annotations), path.removeprefix(source.strip_prefix))
+    return _place(source, annotations, path)[1]
+
+
+def image_id(source: Source, annotations: str, path: str) -> str:
+    """The name of an image: its path without `strip_prefix`."""
+    return _place(source, annotations, path)[0]
+
+
+def _place(source: Source, annotations: str, path: str) -> tuple[str, str]:
+    """Id and location of the image that `annotations` calls `path`."""
+    folder, prefix = source.images or parent(annotations), source.strip_prefix
+    name = path.removeprefix(prefix)
+    location = join(folder, name)
+    if "\\" in path and is_local(location) and not local_path(location).exists():
+        # A list that was made on Windows.
+        name = path.replace("\\", "/").removeprefix(prefix.replace("\\", "/"))
+        location = join(folder, name)
+    return name.removeprefix("./"), location
 
 
 def pair_of_item(source: Source, annotations: str, number: int, item: Any) -> Found:
@@ -53,12 +125,17 @@ def pair_of_item(source: Source, annotations: str, number: int, item: Any) -> Fo
     place = f"{basename(annotations)}:{number}"
     if not isinstance(item, Mapping):
         return Reject(place, Reason.DAMAGED_INPUT, f"no object but {type(item).__name__}")
-    path = first_of(item, _IMAGE_KEYS)
-    url = first_of(item, ("url", "URL"))
+    path = first_of(item, (source.image_key,) if source.image_key else IMAGE_KEYS) or None
+    url = first_of(item, URL_KEYS)
+    captions = captions_of(item, source.caption_key)
     if not isinstance(path or url, str):
-        return Reject(place, Reason.MISSING_KEY, f"one of {', '.join(_IMAGE_KEYS)}, url")
-    captions = first_of(item, caption_keys(source.caption_key))
+        count = len(captions) if isinstance(captions, list) else int(captions is not None)
+        wanted = f"none of {', '.join(IMAGE_KEYS)}, url is a text; {note_of(item)}"
+        return Reject(place, Reason.MISSING_KEY, wanted, captions=count)
     if path is None:
         return pair_of(url, url, captions, item)
-    name = path.removeprefix(source.strip_prefix)
-    return pair_of(name, image_location(source, annotations, path), captions, item)
+    embedded = embedded_image(path)
+    if embedded is not None:
+        return pair_of(id_of(item) or place, embedded, captions, item)
+    name, location = _place(source, annotations, path)
+    return pair_of(name, location, captions, item)

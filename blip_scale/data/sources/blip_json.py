@@ -1,16 +1,18 @@
 """The lists that Salesforce published for BLIP: JSON lists of {image, caption} or {url, caption}.
 
 `caption` is a text or a list of texts; items of the same image become one record. Items with a url
-alone are fetched from it one by one, which suits some thousands: for the bootstrapped lists of
-millions let img2dataset fetch the images, and read what it wrote.
+alone are fetched one by one with --allow-outside, which suits some thousands: for the bootstrapped
+lists of millions let img2dataset fetch the images, and read what it wrote.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from blip_scale.data.conversion.pairs import Chunk, Found, Source, group_by_image, in_chunks
-from blip_scale.data.sources.annotations import json_files, load_list, pair_of_item
+from blip_scale.data.conversion.lists import group_by_image, in_chunks
+from blip_scale.data.conversion.pairs import Chunk, Found, Source
+from blip_scale.data.sources.annotations import json_files, load_list, pair_of_item, read_items
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
@@ -21,5 +23,5 @@ def chunks(source: Source) -> Iterator[Chunk]:
 def read_lists(source: Source) -> Iterator[Found]:
     """Every item. Raises ValueError for a file that holds no list."""
     for location in json_files(source.location):
-        for number, item in enumerate(load_list(location, "{image, caption}")):
-            yield pair_of_item(source, location, number, item)
+        items = load_list(location, "{image, caption}")
+        yield from read_items(location, items, partial(pair_of_item, source, location))

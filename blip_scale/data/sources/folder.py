@@ -1,20 +1,23 @@
-"""A plain folder of images: captions in a table (captions.csv, captions.jsonl), else in a .txt
+"""A plain folder of images: captions in a table (captions.csv, metadata.jsonl, ...), else in a .txt
 beside each image.
 
 A table has a row an image and caption, with a column `image` (or file_name, path, ...: a path from
-the folder on) and `caption` (or text, ...), and perhaps url and similarity; rows of the same image
-become one record. In JSONL `caption` may be a list. Without a table every image below the folder is
-taken, and the whole of its .txt is its caption.
+the table's folder on) and `caption` (or text, ...), and perhaps url and similarity; rows of the
+same image become one record. Folders below may have tables of their own, as Hugging Face's
+ImageFolder has. Without a table every image below the folder is taken, and the whole of its .txt is
+its caption.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterable, Iterator
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
+from blip_scale.data.conversion.fingerprints import of_files
+from blip_scale.data.conversion.lists import group_by_image, in_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -22,19 +25,19 @@ from blip_scale.data.conversion.pairs import (
     Reason,
     Reject,
     Source,
-    group_by_image,
-    in_chunks,
+    Unused,
 )
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
-from blip_scale.data.sources.annotations import pair_of_item
-from blip_scale.data.sources.metadata import as_text
+from blip_scale.data.sources.metadata import TEXT_ENDINGS, as_text
+from blip_scale.data.sources.tables import in_folder, read_table
 from blip_scale.storage.locations import (
     Entry,
+    NotRegularFile,
     basename,
     extension,
     is_folder,
+    join,
     list_folder,
-    open_file,
     read_file,
 )
 
@@ -42,77 +45,128 @@ TABLES = (
     "captions.csv", "captions.tsv", "captions.jsonl",
     "metadata.csv", "metadata.tsv", "metadata.jsonl",
 )  # fmt: skip
-_LONGEST_FIELD = 1 << 20  # csv's own limit of 128 kB stops at the first long text
 
 
-def chunks(source: Source) -> Iterator[Chunk]:
-    """The rows of the table, or the images of the folder, in chunks."""
-    table = _table(source.location)
-    if table:
-        return in_chunks(group_by_image(read_table(source, table)), source.pairs_per_chunk)
-    return _image_chunks(source)
+def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Chunk]:
+    """The rows of the tables, or the images of the folder, in chunks.
 
-
-def _table(location: str) -> str:
-    if not is_folder(location):
-        return location
-    there = {entry.name: entry.location for entry in list_folder(location)}
-    return next((there[name] for name in TABLES if name in there), "")
-
-
-def read_table(source: Source, location: str) -> Iterator[Found]:
-    """Every row; one that can't be read is a reject. Raises ValueError for an unknown kind."""
-    with open_file(location) as file:
-        kind = extension(location.removesuffix(".gz"))
-        if kind == "jsonl":
-            yield from _json_lines(source, location, file)
-            return
-        if kind not in ("csv", "tsv"):
-            raise ValueError(f"{location} is neither a folder nor a .csv, .tsv or .jsonl table")
-        csv.field_size_limit(_LONGEST_FIELD)
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        rows = csv.DictReader(text, delimiter="\t" if kind == "tsv" else ",")
-        for number, row in enumerate(rows, start=2):
-            yield pair_of_item(source, location, number, row)
-
-
-def _json_lines(source: Source, location: str, lines: Iterable[bytes]) -> Iterator[Found]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            yield Reject(f"{basename(location)}:{number}", Reason.DAMAGED_INPUT, str(error))
-            continue
-        yield pair_of_item(source, location, number, item)
-
-
-def _image_chunks(source: Source) -> Iterator[Chunk]:
+    Raises ValueError for a table that can't be read, FileNotFoundError where there is no image.
+    """
+    read = partial(read_table, encoding=encoding, columns=columns)
+    if not is_folder(source.location):
+        found = group_by_image(read(source, source.location))
+        return in_chunks(found, source.pairs_per_chunk)
     files = list_folder(source.location, deep=True)
-    texts = {file.name for file in files if extension(file.name) == "txt"}
+    tables = _tables(files)
+    if not tables:
+        return _image_chunks(source, files)
+    pairs: list[Found] = []
+    for folder, table in tables.items():
+        images = join(source.images, folder) if source.images and folder else source.images
+        rows = read(replace(source, images=images), table.location)
+        pairs += [in_folder(found, folder) for found in group_by_image(rows)]
+    pairs += _unnamed(files, set(tables.values()), pairs)
+    return in_chunks(pairs, source.pairs_per_chunk)
+
+
+def _tables(files: Iterable[Entry]) -> dict[str, Entry]:
+    """The table of each folder that has one, by the folder."""
+    tables: dict[str, Entry] = {}
+    for name in reversed(TABLES):
+        for file in files:
+            if basename(file.name) == name:
+                tables[posixpath.dirname(file.name)] = file
+    return dict(sorted(tables.items()))
+
+
+def _unnamed(files: Iterable[Entry], tables: set[Entry], pairs: Iterable[Found]) -> list[Unused]:
+    """Files that no table names."""
+    named = {
+        posixpath.normpath(pair.image)
+        for pair in pairs
+        if isinstance(pair, RawPair) and isinstance(pair.image, str)
+    }
+    rest = [
+        file
+        for file in files
+        if file not in tables and posixpath.normpath(file.location) not in named
+    ]
+    images = [file for file in rest if extension(file.name) in IMAGE_ENDINGS]
+    counts = _by_ending(file for file in rest if extension(file.name) not in IMAGE_ENDINGS)
+    return [*([Unused("images that no table names", len(images))] if images else []), *counts]
+
+
+def _by_ending(files: Iterable[Entry]) -> list[Unused]:
+    """How many files of each ending there are."""
+    endings = Counter(extension(file.name) for file in files)
+    return [
+        Unused(f"files .{ending}" if ending else "files without an ending", count)
+        for ending, count in sorted(endings.items())
+    ]
+
+
+def _image_chunks(source: Source, files: Sequence[Entry]) -> Iterator[Chunk]:
     images = [file for file in files if extension(file.name) in IMAGE_ENDINGS]
+    texts = {file.name: file for file in files if extension(file.name) in TEXT_ENDINGS}
     if not images:
-        raise FileNotFoundError(f"{source.location}: there is no image")
+        found = ", ".join(f"{count.count} {count.kind}" for count in _by_ending(files))
+        raise FileNotFoundError(
+            f"{source.location}: there is no image, but {found or 'nothing'}; the sources laion "
+            "and webdataset read tars and parquet files"
+        )
+    by_stem = {_stem(name): file for name, file in reversed(texts.items())}
+    beside: dict[str, Entry] = {}
+    for image in images:
+        text = by_stem.get(_stem(image.name)) or by_stem.get(image.name)
+        if text is not None:
+            beside[image.name] = text
+    used = {text.name for text in beside.values()}
+    orphans = [file for name, file in texts.items() if name not in used]
+    others = [file for file in files if extension(file.name) not in (*IMAGE_ENDINGS, *TEXT_ENDINGS)]
+    stems = {_stem(file.name): file.name for file in others}
+    rest: list[Found] = [_orphan(text, stems) for text in orphans]
     for start in range(0, len(images), source.pairs_per_chunk):
         part = images[start : start + source.pairs_per_chunk]
+        is_last = start + len(part) == len(images)
+        read = [*part]
+        read += [beside[image.name] for image in part if image.name in beside]
+        read += orphans if is_last else []
         yield Chunk(
             name=f"{start} to {start + len(part) - 1}",
-            read=partial(read_images, part, texts & {_text_name(image) for image in part}),
-            fingerprint=f"{sum(i.size for i in part)} bytes: {part[0].name} to {part[-1].name}",
-            pairs=len(part),
-        )
+            read=partial(
+                read_images, part, {i.name: beside[i.name] for i in part if i.name in beside},
+                [*rest, *_by_ending(others)] if is_last else [],
+            ),
+            fingerprint=of_files(read),
+            pairs=len(part) + (len(rest) if is_last else 0),
+        )  # fmt: skip
 
 
-def read_images(images: list[Entry], texts: set[str]) -> Iterator[RawPair]:
-    """Images with the text beside them; `texts` are the names of those that are there."""
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def _orphan(text: Entry, stems: Mapping[str, str]) -> Reject:
+    other = stems.get(_stem(text.name))
+    detail = "a caption without an image"
+    if other:
+        detail = f"a caption beside {other}, whose ending is none of an image"
+    return Reject(text.name, Reason.MISSING_IMAGE, detail, captions=1)
+
+
+def read_images(
+    images: Iterable[Entry], texts: Mapping[str, Entry], rest: Iterable[Found]
+) -> Iterator[Found]:
+    """Images with the texts beside them, by the image's name, and what else is there."""
     for image in images:
-        name = _text_name(image)
-        text = None
-        if name in texts:
-            text = as_text(read_file(image.location[: -len(image.name)] + name))
-        yield RawPair(image.name, image.location, text)
-
-
-def _text_name(image: Entry) -> str:
-    return image.name.rpartition(".")[0] + ".txt"
+        text: str | bytes | None = None
+        if image.name in texts:
+            try:
+                text = as_text(read_file(texts[image.name].location))
+            except (NotRegularFile, FileNotFoundError, PermissionError) as error:
+                is_file = not isinstance(error, NotRegularFile)
+                reason = Reason.MISSING_CAPTION if is_file else Reason.NOT_REGULAR
+                yield Reject(image.name, reason, str(error), captions=1)
+                continue
+        yield RawPair(image.name, image.location, text, from_folder=True)
+    yield from rest

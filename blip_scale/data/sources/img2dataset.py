@@ -5,14 +5,22 @@ Serves every set that is published as a list of URLs: Conceptual Captions, SBU, 
 
 from __future__ import annotations
 
+import posixpath
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
-from blip_scale.data.conversion.pairs import Chunk, Found, Source
-from blip_scale.data.pixels.formats import IMAGE_ENDINGS
+from blip_scale.data.conversion.fingerprints import of_files
+from blip_scale.data.conversion.pairs import Chunk, Found, Reason, Reject, Source, Unused
 from blip_scale.data.sources import parquet, webdataset
-from blip_scale.data.sources.metadata import TEXT_ENDINGS
-from blip_scale.storage.locations import extension, is_folder, list_folder, read_file, stem
+from blip_scale.storage.locations import (
+    Entry,
+    NotRegularFile,
+    extension,
+    is_folder,
+    list_folder,
+    read_file,
+)
 
 _FAILED = "there is no output of img2dataset (NNNNN.tar, NNNNN.parquet with images, or NNNNN/)"
 
@@ -23,6 +31,7 @@ def chunks(source: Source) -> list[Chunk]:
     Raises FileNotFoundError where none is found, ValueError for the lists of URLs from which
     img2dataset starts.
     """
+    tars = partial(webdataset.chunks, id_per_tar=False)
     if not is_folder(source.location):
         ending = extension(source.location)
         if ending in ("tsv", "csv", "json"):
@@ -30,33 +39,50 @@ def chunks(source: Source) -> list[Chunk]:
                 f"{source.location} is a list of URLs: fetch the images with img2dataset first "
                 "(docs/data.md has the command) and give the folder that it wrote"
             )
-        return (parquet if ending == "parquet" else webdataset).chunks(source)
-    listed = list_folder(source.location)
+        return parquet.chunks(source) if ending == "parquet" else tars(source)
+    listed = list_folder(source.location, deep=True)
     # Beside tars and folders lie parquet files too, with the metadata alone.
-    if any(entry.name.endswith(webdataset.TAR_ENDINGS) for entry in listed):
-        return webdataset.chunks(source)
-    folders = [entry for entry in listed if entry.is_folder and entry.name.isdigit()]
+    if any(entry.name.lower().endswith(webdataset.TAR_ENDINGS) for entry in listed):
+        return tars(source)
+    folders: dict[str, list[Entry]] = {}
+    for entry in listed:
+        folder = posixpath.dirname(entry.name)
+        if posixpath.basename(folder).isdigit():
+            folders.setdefault(folder, []).append(entry)
     if folders:
         return [
             Chunk(
-                folder.name,
-                partial(read_folder, folder.location, source.caption_key),
-                fingerprint="",
+                folder,
+                partial(read_folder, entries, source.caption_key, posixpath.dirname(folder)),
+                of_files(entries),
             )
-            for folder in folders
+            for folder, entries in sorted(folders.items())
         ]
     if any(entry.name.endswith(".parquet") for entry in listed):
         return parquet.chunks(source)
     raise FileNotFoundError(f"{source.location}: {_FAILED}")
 
 
-def read_folder(location: str, caption_key: str = "") -> Iterator[Found]:
-    """The form `files`: NNNNN.jpg, NNNNN.txt and NNNNN.json beside each other."""
+def read_folder(entries: list[Entry], caption_key: str = "", run: str = "") -> Iterator[Found]:
+    """The form `files`: NNNNN.jpg, NNNNN.txt and NNNNN.json beside each other.
+
+    `run` is the folder above, for the ids.
+    """
     samples: dict[str, dict[str, str]] = {}
-    for entry in list_folder(location):
-        ending = extension(entry.name)
-        if not entry.is_folder and ending in (*IMAGE_ENDINGS, *TEXT_ENDINGS, "json"):
-            samples.setdefault(stem(entry.name), {})[ending] = entry.location
+    unused: Counter[str] = Counter()
+    for entry in entries:
+        name, _, ending = posixpath.basename(entry.name).partition(".")
+        if name and webdataset.kind_of(ending.lower()):
+            samples.setdefault(name, {})[ending.lower()] = entry.location
+        else:
+            unused[f"files .{ending.lower()}"] += 1
     for name, files in samples.items():
-        parts = {ending: read_file(path) for ending, path in files.items()}
-        yield webdataset.sample_pair(name, parts, caption_key)
+        sample_id = f"{run}/{name}" if run else name
+        try:
+            parts = {ending: read_file(path) for ending, path in files.items()}
+        except NotRegularFile as error:
+            yield Reject(sample_id, Reason.NOT_REGULAR, str(error))
+            continue
+        sample = webdataset.Sample(sample_id, parts)
+        yield from webdataset.sample_pairs(sample, caption_key, unused)
+    yield from (Unused(kind, count) for kind, count in sorted(unused.items()))

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import base64
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blip_scale.data.conversion.pairs import RawPair
+from blip_scale.storage import untrusted
 
 TEXT_ENDINGS = ("txt", "text", "caption")
-CAPTION_KEYS = ("caption", "captions", "text", "txt", "TEXT")
+CAPTION_KEYS = (
+    "caption", "captions", "text", "txt", "TEXT", "re_caption", "recaption", "alt_text",
+    "top_caption", "all_captions", "blip_caption", "sentence", "sentences", "description",
+)  # fmt: skip
+"""Where captions stand; the first that is not empty counts. LAION-COCO has `TEXT`, `top_caption`
+and `all_captions`, Recap-DataComp `re_caption`, others `alt_text`."""
+_DATA_URL = re.compile(rb"data:image/[\w.+-]+;base64,")
+_BASE64_STARTS = (b"/9j/", b"iVBORw0KGgo", b"UklGR", b"R0lGOD", b"Qk0", b"SUkqA", b"TU0AK")
+"""How JPEG, PNG, WebP, GIF, BMP and TIFF begin."""
+_SHORTEST_BASE64 = 100  # characters; a path is shorter, and no image is
+_INNER_KEYS = ("raw", "caption", "text", "sentence")
+"""Where a caption that is an object has its text."""
 URL_KEYS = ("url", "URL", "image_url")
+ID_KEYS = ("key", "__key__", "id", "image_id", "img_id", "uid")
 SIMILARITY_KEYS = ("similarity", "SIMILARITY", "clip_similarity")
 
 
@@ -25,18 +39,82 @@ def caption_keys(chosen: str) -> tuple[str, ...]:
     return (chosen,) if chosen else CAPTION_KEYS
 
 
+def captions_of(fields: Mapping[str, Any], chosen: str) -> Any:
+    """The captions of a record: one text, a list of texts, None where there is none.
+
+    Of the usual keys the first counts that is not empty. Lists of lists are flattened, objects such
+    as {raw: ...} give their text, and bytes are decoded.
+    """
+    empty: Any = None
+    for key in caption_keys(chosen):
+        captions = _plain(fields.get(key))
+        if captions not in (None, "", []):
+            return captions
+        empty = captions if empty is None else empty
+    return empty
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return as_text(value)
+    if isinstance(value, Mapping):
+        text = first_of(value, _INNER_KEYS)
+        return dict(value) if text is None else _plain(text)
+    if not isinstance(value, list | tuple):
+        return value
+    flat: list[Any] = []
+    for item in map(_plain, value):
+        if isinstance(item, list):
+            flat += item
+        else:
+            flat.append(item)
+    return flat
+
+
+def id_of(fields: Mapping[str, Any]) -> str:
+    """The id of a record, "" where it has none; 7.0, as tables with gaps have numbers, is 7."""
+    value = first_of(fields, ID_KEYS)
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        value = int(value) if value.is_integer() else value
+    return "" if value is None else str(value)
+
+
+def embedded_image(data: str | bytes) -> bytes | None:
+    """The image that a text or bytes hold as base64; None where they hold none."""
+    text = data if isinstance(data, bytes) else data[:64].encode("utf-8", "replace")
+    match = _DATA_URL.match(text)
+    start = match.end() if match else 0
+    if not text[start:].startswith(_BASE64_STARTS) or len(data) < _SHORTEST_BASE64:
+        return None
+    try:
+        return base64.b64decode(data[start:])
+    except ValueError:
+        return None
+
+
+def note_of(fields: Iterable[str], kind: str = "keys") -> str:
+    """What a record has instead of what is looked for."""
+    names = ", ".join(map(str, fields))
+    return f"{kind}: {names}" if names else f"no {kind}"
+
+
 def pair_of(
     name: str, image: bytes | str | None, captions: Any, fields: Mapping[str, Any]
 ) -> RawPair:
     """A pair with url and similarity out of `fields`."""
     url = first_of(fields, URL_KEYS)
-    return RawPair(name, image, captions, url if isinstance(url, str) else "", _similarity(fields))
+    return RawPair(
+        name, image, captions, url if isinstance(url, str) else "", _similarity(fields),
+        note=note_of(fields),
+    )  # fmt: skip
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
     """The object in a JSON file beside an image; {} for anything else."""
     try:
-        fields = json.loads(data)
+        fields = untrusted.parse_json(data)
     except ValueError:
         return {}
     return fields if isinstance(fields, dict) else {}
@@ -53,6 +131,6 @@ def as_text(data: bytes) -> str | bytes:
 def _similarity(fields: Mapping[str, Any]) -> float | None:
     try:
         value = float(first_of(fields, SIMILARITY_KEYS))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return None if math.isnan(value) else value

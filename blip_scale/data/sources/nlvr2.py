@@ -8,8 +8,10 @@ images with all its sentences; the annotation of each holds `label`, true or fal
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+from blip_scale.data.conversion.lists import group_by_image, in_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -17,10 +19,15 @@ from blip_scale.data.conversion.pairs import (
     Reason,
     Reject,
     Source,
-    group_by_image,
-    in_chunks,
 )
-from blip_scale.data.sources.annotations import image_location, json_files, load_list
+from blip_scale.data.sources.annotations import (
+    image_id,
+    image_location,
+    json_files,
+    load_list,
+    read_items,
+)
+from blip_scale.data.sources.metadata import note_of
 from blip_scale.storage.locations import basename
 
 _LABELS = {"True": True, "False": False, "true": True, "false": False}
@@ -33,8 +40,8 @@ def chunks(source: Source) -> Iterator[Chunk]:
 
 def _read_lists(source: Source) -> Iterator[Found]:
     for location in json_files(source.location):
-        for number, item in enumerate(load_list(location, "{images, sentence, label}")):
-            yield _pair(source, location, number, item)
+        items = load_list(location, "{images, sentence, label}")
+        yield from read_items(location, items, partial(_pair, source, location))
 
 
 def _pair(source: Source, annotations: str, number: int, item: Any) -> Found:
@@ -43,7 +50,8 @@ def _pair(source: Source, annotations: str, number: int, item: Any) -> Found:
         return Reject(place, Reason.DAMAGED_INPUT, f"no object but {type(item).__name__}")
     missing = [key for key in ("images", "sentence", "label") if item.get(key) is None]
     if missing:
-        return Reject(place, Reason.MISSING_KEY, ", ".join(missing))
+        note = f"{', '.join(missing)}; {note_of(item)}"
+        return Reject(place, Reason.MISSING_KEY, note)
     paths = item["images"]
     is_two = isinstance(paths, list) and len(paths) == 2
     if not is_two or not all(isinstance(path, str) for path in paths):
@@ -52,7 +60,7 @@ def _pair(source: Source, annotations: str, number: int, item: Any) -> Found:
     if label is None:
         return Reject(place, Reason.BAD_ANNOTATION, f"label {item['label']!r}, not True or False")
     first, second = (image_location(source, annotations, path) for path in paths)
-    name = " ".join(path.removeprefix(source.strip_prefix) for path in paths)
+    name = " ".join(image_id(source, annotations, path) for path in paths)
     return RawPair(
         name, first, [item["sentence"]], annotations=[{"label": label}], second_image=second
     )

@@ -1,85 +1,217 @@
-"""Parquet files with the encoded images in a column, as img2dataset and the Hugging Face hub have.
+"""Parquet files with the images in a column, as img2dataset and the Hugging Face hub have.
 
-The image column is called after a format (`jpg`, `png`, ...) or `image`, and holds bytes or a
-{bytes, path}; the other columns are named as in `metadata`.
+The image column is called after a format (`jpg`, `png`, ...) or `image`, and holds bytes, base64, a
+path from --images (or the file's folder) on, or a {bytes, path}; the other columns are named as in
+`metadata`. Rows of the same id and image are one record with all their captions.
 """
 
 from __future__ import annotations
 
+import posixpath
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from blip_scale.data.conversion.pairs import Chunk, Found, Reason, Reject, Source
+import xxhash
+
+from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Source, Unused
+from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
+from blip_scale.data.sources.annotations import image_location
 from blip_scale.data.sources.metadata import (
+    ID_KEYS,
     SIMILARITY_KEYS,
     URL_KEYS,
     caption_keys,
+    captions_of,
+    embedded_image,
     first_of,
+    id_of,
+    note_of,
     pair_of,
 )
-from blip_scale.data.sources.webdataset import file_chunk, find_files
-from blip_scale.storage.locations import basename, open_file, stem
+from blip_scale.data.sources.webdataset import (
+    file_chunk,
+    find_files,
+    with_unused,
+    without_ending,
+)
+from blip_scale.storage.locations import NotRegularFile, basename, open_file
 from blip_scale.storage.objects import RemoteError
 
-_IMAGE_COLUMNS = (*IMAGE_ENDINGS, "image", "image_bytes")
-_ID_COLUMNS = ("key", "__key__", "id", "image_id")
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+_ENDINGS = (".parquet", ".parq")
+_IMAGE_COLUMNS = (*IMAGE_ENDINGS, "image", "image_bytes", "img", "image_path", "file_name")
 _ROWS = 64  # read at once
+
+_TAKEN: list[Any] = []
+
+Row = dict[str, Any]
 
 
 def chunks(source: Source) -> list[Chunk]:
     """Every parquet file below the folder, or the one file, is a chunk."""
-    files = find_files(source.location, (".parquet",), deep=True)
+    files, others = find_files(source.location, _ENDINGS)
     if not files:
         raise FileNotFoundError(f"{source.location}: there is no .parquet")
-    return [
-        file_chunk(file, partial(read_parquet, file.location, source.caption_key)) for file in files
-    ]
+    found = []
+    for file in files:
+        name = without_ending(file.name, _ENDINGS)
+        found.append(file_chunk(file, partial(read_parquet, source, file.location, name)))
+    return with_unused(found, others)
 
 
-def read_parquet(location: str, caption_key: str = "") -> Iterator[Found]:
+def read_parquet(source: Source, location: str, name: str) -> Iterator[Found]:
     """All rows. A damaged file gives what is before the damage, then a reject.
 
-    Raises ValueError for a file without images, as it is the wrong one.
+    `name` is the file's path in the set, without its ending.
     """
     import pyarrow
-    from pyarrow.parquet import ParquetFile
 
-    with open_file(location) as file:
+    try:
+        opened = open_file(location)
+    except NotRegularFile as error:
+        yield Reject(basename(location), Reason.NOT_REGULAR, str(error))
+        return
+    with opened as file:
+        from pyarrow.parquet import ParquetFile
+
         try:
-            table = ParquetFile(file)
-            columns = _columns(table.schema_arrow.names, location, caption_key)
-            row = 0
-            for batch in table.iter_batches(_ROWS, columns=columns):
-                for fields in batch.to_pylist():
-                    yield _pair(f"{stem(location)}/{row}", fields, caption_key)
-                    row += 1
+            yield from _read(ParquetFile(file), source, location, name)
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, RemoteError) or (isinstance(error, OSError) and error.errno):
                 raise  # the network's or the disk's fault, not the file's
             yield Reject(basename(location), Reason.DAMAGED_INPUT, str(error))
 
 
-def _columns(names: list[str], location: str, caption_key: str) -> list[str]:
-    if not set(names) & set(_IMAGE_COLUMNS):
-        raise ValueError(
-            f"{location} has no column with images (only {', '.join(names)}): if it is a list of "
-            "URLs, fetch them with img2dataset first (docs/data.md has the command)"
-        )
-    wanted = (
-        *_IMAGE_COLUMNS, *_ID_COLUMNS, *URL_KEYS, *SIMILARITY_KEYS, *caption_keys(caption_key),
+def _read(table: ParquetFile, source: Source, location: str, name: str) -> Iterator[Found]:
+    names = table.schema_arrow.names
+    images = _image_columns(table, source)
+    if not images:
+        yield Reject(
+            basename(location), Reason.MISSING_KEY,
+            "has no column with images: give --image-key or, if it is a list of URLs, fetch them "
+            f"with img2dataset first (docs/data.md); {note_of(names, 'columns')}",
+        )  # fmt: skip
+        return
+    if not table.metadata.num_rows:
+        yield Unused(f"parquet files without rows ({note_of(names, 'columns')})")
+        return
+    wanted = {
+        *images, *URL_KEYS, *SIMILARITY_KEYS, *caption_keys(source.caption_key), *ID_KEYS,
         "error_message",
-    )  # fmt: skip
-    return [name for name in names if name in wanted]
+    }  # fmt: skip
+    columns = [column for column in names if column in wanted]
+    repeated = _repeated(table, columns, images, source)
+    row = 0
+    for batch in table.iter_batches(_ROWS, columns=columns):
+        for fields in batch.to_pylist():
+            place = f"{name}/{row}"
+            row += 1
+            try:
+                found = _pair(source, location, place, fields, images, repeated)
+            except Exception as error:  # a row may hold anything
+                found = Reject(place, Reason.DAMAGED_INPUT, describe(error))
+            if isinstance(found, RawPair):
+                found = replace(found, note=note_of(names, "columns"))
+            if found is not None:
+                yield found
 
 
-def _pair(place: str, fields: dict[str, Any], caption_key: str) -> Found:
-    name = first_of(fields, _ID_COLUMNS)
-    name = place if name is None else str(name)
-    image = first_of(fields, _IMAGE_COLUMNS)
+def _image_columns(table: ParquetFile, source: Source) -> tuple[str, ...]:
+    """Columns with images; of unusual names the only one that holds bytes."""
+    import pyarrow
+
+    schema = table.schema_arrow
+    if source.image_key:
+        return (source.image_key,) if source.image_key in schema.names else ()
+    usual = tuple(column for column in _IMAGE_COLUMNS if column in schema.names)
+    if usual:
+        return usual
+
+    def holds_bytes(kind: Any) -> bool:
+        if pyarrow.types.is_struct(kind):
+            inner = [kind.field(number) for number in range(kind.num_fields)]
+            return any(part.name == "bytes" and holds_bytes(part.type) for part in inner)
+        return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+
+    captions = caption_keys(source.caption_key)
+    unusual = [f.name for f in schema if holds_bytes(f.type) and f.name not in captions]
+    return tuple(unusual) if len(unusual) == 1 else ()
+
+
+def _repeated(
+    table: ParquetFile, columns: list[str], images: tuple[str, ...], source: Source
+) -> dict[tuple[str, str], list[Any]]:
+    """Captions of images with several rows, by id and hash of the image.
+
+    Only the ids are read where none comes twice.
+    """
+    id_columns = [column for column in columns if column in ID_KEYS]
+    if not id_columns:
+        return {}
+    counts: Counter[str] = Counter()
+    for batch in table.iter_batches(columns=id_columns):
+        counts.update(filter(None, map(id_of, batch.to_pylist())))
+    if max(counts.values(), default=1) == 1:
+        return {}
+    captions: dict[tuple[str, str], list[Any]] = {}
+    for batch in table.iter_batches(_ROWS, columns=columns):
+        for fields in batch.to_pylist():
+            row_id = id_of(fields)
+            if row_id and counts[row_id] > 1:
+                texts = captions_of(fields, source.caption_key)
+                own = captions.setdefault((row_id, _image_hash(fields, images)), [])
+                own += texts if isinstance(texts, list) else [texts]
+    return captions
+
+
+def _image_hash(fields: Row, images: tuple[str, ...]) -> str:
+    image = _plain(first_of(fields, images))
+    data = image.encode("utf-8", "surrogatepass") if isinstance(image, str) else image
+    return xxhash.xxh3_128_hexdigest(data) if isinstance(data, bytes) else ""
+
+
+def _plain(image: Any) -> Any:
+    """The bytes or the path of an image, out of a {bytes, path} or a list of one."""
+    if isinstance(image, list) and len(image) == 1:
+        return _plain(image[0])
     if isinstance(image, dict):
-        image = image.get("bytes")
+        return image.get("path") if image.get("bytes") is None else image["bytes"]
+    return image
+
+
+def _pair(
+    source: Source,
+    location: str,
+    place: str,
+    fields: Row,
+    images: tuple[str, ...],
+    repeated: dict[tuple[str, str], list[Any]],
+) -> Found | None:
+    """The pair of a row; None for a row whose captions an earlier row has taken."""
+    row_id, folder = id_of(fields), posixpath.dirname(place.rpartition("/")[0])
+    captions = captions_of(fields, source.caption_key)
+    key = (row_id, _image_hash(fields, images))
+    if key in repeated:
+        captions, repeated[key] = repeated[key], _TAKEN
+        if captions is _TAKEN:
+            return None
+    name = posixpath.join(folder, row_id) if row_id else place
+    image = _plain(first_of(fields, images))
     if image is None and fields.get("error_message"):
-        return Reject(name, Reason.MISSING_IMAGE, str(fields["error_message"]))
-    return pair_of(name, image, first_of(fields, caption_keys(caption_key)), fields)
+        count = len(captions) if isinstance(captions, list) else int(captions is not None)
+        return Reject(name, Reason.MISSING_IMAGE, str(fields["error_message"]), captions=count)
+    if isinstance(image, str | bytes):
+        embedded = embedded_image(image)
+        if embedded is None and isinstance(image, str):
+            image = image_location(source, location, image)
+        else:
+            image = embedded or image
+    elif image is not None:
+        return Reject(name, Reason.DAMAGED_INPUT, f"its image is {type(image).__name__}")
+    return pair_of(name, image, captions, fields)

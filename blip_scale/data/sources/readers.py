@@ -9,9 +9,12 @@ from blip_scale.data.conversion.pairs import Reader
 from blip_scale.data.conversion.screening import Rules
 from blip_scale.data.sources.blip_json import chunks as blip_json_chunks
 from blip_scale.data.sources.coco import chunks as coco_chunks
+from blip_scale.data.sources.flickr30k import chunks as flickr30k_chunks
 from blip_scale.data.sources.folder import chunks as folder_chunks
+from blip_scale.data.sources.foreign_mds import chunks as mds_chunks
 from blip_scale.data.sources.img2dataset import chunks as img2dataset_chunks
 from blip_scale.data.sources.nlvr2 import chunks as nlvr2_chunks
+from blip_scale.data.sources.sbu import chunks as sbu_chunks
 from blip_scale.data.sources.visdial import chunks as visdial_chunks
 from blip_scale.data.sources.visual_genome import chunks as visual_genome_chunks
 from blip_scale.data.sources.vqa import chunks as vqa_chunks
@@ -46,13 +49,20 @@ READERS: dict[str, SourceReader] = {
         "folder with region_descriptions.json and image_data.json, or vg_caption.json",
     ),
     "conceptual_captions": SourceReader(img2dataset_chunks, f"CC3M or CC12M {_IMG2DATASET}"),
-    "sbu": SourceReader(img2dataset_chunks, f"SBU captions {_IMG2DATASET}"),
+    "sbu": SourceReader(sbu_chunks, f"SBU captions {_IMG2DATASET}, or its two lists of lines"),
+    "flickr30k": SourceReader(flickr30k_chunks, "results_20130124.token or results.csv"),
     "laion": SourceReader(img2dataset_chunks, f"LAION {_IMG2DATASET}"),
     "blip_json": SourceReader(blip_json_chunks, "JSON lists of {image or url, caption}"),
     "folder": SourceReader(
-        folder_chunks, "images with captions.csv, captions.jsonl or a .txt beside each"
+        folder_chunks,
+        "images with captions.csv, metadata.jsonl or a .txt beside each",
+        {
+            "encoding": "encoding of a CSV or TSV that is no UTF-8: latin-1, utf-16, ...",
+            "columns": "names of the columns of a table without a header: image,caption",
+        },
     ),
     "webdataset": SourceReader(webdataset_chunks, "tars of NAME.jpg, NAME.txt, NAME.json"),
+    "mds": SourceReader(mds_chunks, "MDS shards of other makers, with --image-key, --caption-key"),
     "vqa": SourceReader(
         vqa_chunks, "BLIP's vqa_*.json and vg_qa.json: {question, answer, image}", max_words=50
     ),

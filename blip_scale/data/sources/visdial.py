@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from blip_scale.data.conversion.lists import in_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -24,7 +25,6 @@ from blip_scale.data.conversion.pairs import (
     Reason,
     Reject,
     Source,
-    in_chunks,
 )
 from blip_scale.data.sources.annotations import load_json, load_list
 from blip_scale.storage.locations import basename, list_folder, parent, stem
@@ -100,8 +100,9 @@ def _dialogs(
             continue
         questions = [question for question, _ in texts]
         yield RawPair(
-            str(image_id), files[image_id], questions, annotations=annotations, is_question=True
-        )
+            str(image_id), files[image_id], questions, annotations=annotations, is_question=True,
+            from_folder=True,
+        )  # fmt: skip
 
 
 def _candidates(data: dict[str, Any], turn: dict[str, Any]) -> list[str]:

@@ -8,8 +8,10 @@ region_descriptions.json, image_data.json, VG_100K and VG_100K_2, or a JSON list
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+from blip_scale.data.conversion.lists import in_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -17,10 +19,10 @@ from blip_scale.data.conversion.pairs import (
     Reason,
     Reject,
     Source,
-    in_chunks,
 )
 from blip_scale.data.sources import blip_json
-from blip_scale.data.sources.annotations import load_json
+from blip_scale.data.sources.annotations import load_json, read_items
+from blip_scale.data.sources.metadata import note_of
 from blip_scale.storage.locations import is_folder, join
 
 REGIONS = "region_descriptions.json"
@@ -36,20 +38,25 @@ def chunks(source: Source) -> Iterator[Chunk]:
 
 def _regions(source: Source) -> Iterator[Found]:
     described = load_json(join(source.location, REGIONS))
-    images = {item.get("image_id"): item for item in load_json(join(source.location, IMAGES))}
-    for number, entry in enumerate(described):
-        regions = entry.get("regions")
-        # Newer releases have the image's id beside the regions, older ones in every region alone.
-        image_id = entry.get("id", entry.get("image_id"))
-        if image_id is None and regions:
-            image_id = regions[0].get("image_id")
-        if image_id is None or regions is None:
-            yield Reject(f"{REGIONS}:{number}", Reason.MISSING_KEY, "id or regions")
-            continue
-        if image_id not in images:
-            yield Reject(str(image_id), Reason.MISSING_IMAGE, f"not in {IMAGES}")
-            continue
-        yield _pair(source, image_id, images[image_id], [r.get("phrase") for r in regions])
+    images = {str(item.get("image_id")): item for item in load_json(join(source.location, IMAGES))}
+    yield from read_items(REGIONS, described, partial(_entry, source, images))
+
+
+def _entry(source: Source, images: dict[Any, dict[str, Any]], number: int, entry: Any) -> Found:
+    regions = entry.get("regions")
+    # Newer releases have the image's id beside the regions, older ones in every region alone.
+    image_id = entry.get("id", entry.get("image_id"))
+    if image_id is None and regions:
+        image_id = regions[0].get("image_id")
+    if image_id is None or regions is None:
+        note = f"id or regions; {note_of(entry)}"
+        return Reject(f"{REGIONS}:{number}", Reason.MISSING_KEY, note, captions=len(regions or []))
+    image = images.get(str(image_id))
+    phrases = [region.get("phrase") for region in regions]
+    if image is None:
+        detail = f"not in {IMAGES}"
+        return Reject(str(image_id), Reason.MISSING_IMAGE, detail, captions=len(phrases))
+    return _pair(source, image_id, image, phrases)
 
 
 def _pair(source: Source, image_id: Any, image: dict[str, Any], phrases: list[Any]) -> RawPair:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from blip_scale.data.conversion.lists import group_by_image, in_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -19,10 +21,8 @@ from blip_scale.data.conversion.pairs import (
     Reason,
     Reject,
     Source,
-    group_by_image,
-    in_chunks,
 )
-from blip_scale.data.sources.annotations import json_files, load_list, pair_of_item
+from blip_scale.data.sources.annotations import json_files, load_list, pair_of_item, read_items
 from blip_scale.storage.locations import basename
 
 
@@ -37,19 +37,21 @@ def _read_lists(source: Source) -> Iterator[Found]:
     for location in json_files(source.location):
         items = load_list(location, "{question, answer, image}")
         answered = any(isinstance(item, Mapping) and "answer" in item for item in items)
-        for number, item in enumerate(items):
-            found = pair_of_item(source, location, number, item)
-            if isinstance(found, Reject):
-                yield found
-                continue
-            try:
-                annotation = _annotation(item, answered)
-            except ValueError as error:
-                place = f"{basename(location)}:{number}"
-                yield Reject(place, Reason.BAD_ANNOTATION, str(error))
-                continue
-            assert isinstance(found, RawPair)
-            yield replace(found, annotations=[annotation], is_question=True)
+        yield from read_items(location, items, partial(_pair, source, location, answered))
+
+
+def _pair(source: Source, location: str, answered: bool, number: int, item: Any) -> Found:
+    found = pair_of_item(source, location, number, item)
+    if isinstance(found, Reject):
+        return found
+    try:
+        annotation = _annotation(item, answered)
+    except ValueError as error:
+        place = f"{basename(location)}:{number}"
+        return Reject(place, Reason.BAD_ANNOTATION, str(error), captions=1)
+    assert isinstance(found, RawPair)
+    captions = found.captions if isinstance(found.captions, list) else [found.captions]
+    return replace(found, annotations=[annotation] * len(captions), is_question=True)
 
 
 def _annotation(item: Mapping[str, Any], answered: bool) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from blip_scale import launcher, logs
 from blip_scale.config.recipe import Recipe
-from blip_scale.engine import collectives
+from blip_scale.engine import collectives, rendezvous
 from blip_scale.engine.zero import deepspeed_patches, onednn, whole_weights
 from blip_scale.engine.zero.gradient_buckets import GradientBuckets
 from blip_scale.engine.zero.parameter_slices import (
@@ -86,6 +86,7 @@ class ZeroEngine:
     _flats: list[FlatWeights] = field(default_factory=list)
     _flat_of: dict[int, FlatWeights] = field(default_factory=dict)
     _norm: Tensor | None = None
+    _gradient_pieces: list[list[Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         zero = self.deepspeed.optimizer
@@ -231,21 +232,24 @@ class ZeroEngine:
 
         A sum over the ranks makes squared L2 norms of them. The host does not wait.
         """
-        pieces: list[list[Tensor]] = []
-        for indices in self.towers.values():
-            pieces.append(gradients_of([self.slices[i] for i in indices], self.deepspeed))
+        pieces = self._gradient_pieces or self._find_gradients()
         everything = [gradient for tower in pieces for gradient in tower]
         if not everything:
             return torch.zeros(1 + len(pieces), dtype=torch.float64, device=self.device)
-        squares = torch.stack(torch._foreach_norm(everything)).double().square().to(self.device)
+        squares = torch.stack(torch._foreach_norm(everything)).double().square()
+        squares = squares.to(self.device, non_blocking=True)  # offloaded gradients lie on the host
         towers = torch.stack([part.sum() for part in squares.split([len(p) for p in pieces])])
         return torch.cat([towers.sum()[None], towers])
 
-    def gradient_norms(self) -> dict[str, float]:
-        """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last
-        backward. All ranks call, and the host waits."""
-        norms = collectives.all_reduce_sum(self.squared_norms()).sqrt()
-        return dict(zip(self.norm_names, norms.tolist(), strict=True))
+    def _find_gradients(self) -> list[list[Tensor]]:
+        """This rank's averaged gradients, a list a tower."""
+        pieces = [
+            gradients_of([self.slices[index] for index in indices], self.deepspeed)
+            for indices in self.towers.values()
+        ]
+        if self.weights_stay_whole:  # they stay where they are
+            self._gradient_pieces = pieces
+        return pieces
 
     def _norm_for_clipping(self) -> Tensor:
         norm, self._norm = self._norm, None
@@ -365,6 +369,7 @@ def start(timeout_s: float) -> torch.device:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(launcher.free_port())
+    rendezvous.exchange_on_the_rendezvous_interface()
     _set_up_compiling()
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -375,8 +380,9 @@ def start(timeout_s: float) -> torch.device:
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
     with logs.prints_to_log("DeepSpeed"):
         deepspeed.init_distributed(
-            auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s)
-        )
+            auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s),
+            init_method=f"{rendezvous.SCHEME}://",
+        )  # fmt: skip
     if accelerator.device_name() == "cpu":
         collectives.barrier()  # all ranks of this node have opened each other's buffers
         _unlink_shared_buffer()
