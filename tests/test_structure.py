@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "inference": {"config", "storage", "model", "interop", "data"},
     "planning": {"config", "storage", "model", "data", "inference"},
     "capfilt": {"config", "storage", "model", "data", "inference"},
-    "engine": {"config", "logs", "launcher", "storage"},
+    "engine": {"config", "logs", "launcher", "storage", "model"},
     "evaluation": {"config", "storage", "model", "objectives", "data", "inference", "engine"},
     "tasks": {
         "config",

@@ -65,7 +65,7 @@ def resolve_deepspeed(
             f"train.whole_weights: true, but {path} sets {obstacle}, which needs partitioned "
             f"weights; remove {obstacle}, or set train.whole_weights to auto"
         )
-    if recipe.model.compile and stage == 3 and recipe.train.whole_weights is False:
+    if recipe.model.compile is True and stage == 3 and recipe.train.whole_weights is False:
         raise ValueError(
             "model.compile: partitioned weights are gathered from Python inside of the blocks, "
             "which torch.compile can't trace; set train.whole_weights to auto, or it to false"

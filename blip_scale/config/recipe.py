@@ -103,8 +103,9 @@ class ModelRecipe:
     cuda_graph: bool | Literal["auto"] = "auto"
     """Capture forward and backward of a micro-step as one CUDA graph: auto does it on CUDA where
     weights stay whole between the passes and no shape depends on the data; the log says why not."""
-    compile: bool = False
-    """torch.compile for the ViT's blocks: half a minute; not with partitioned weights."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile for the ViT's blocks and the text layers, where weights stay whole between the
+    passes. auto: on a GPU, for pretraining and retrieval, whose shapes are static there."""
 
 
 @dataclass(frozen=True, config=_STRICT)

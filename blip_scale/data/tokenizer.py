@@ -39,9 +39,9 @@ class Padding:
     fillers: int = 0
     """Number of last sequences that only fill, of [PAD]; the same for all captions of a bucket."""
     spread: int = 0
-    """Tokens by which as many captions, drawn out of these, may differ from them together: four
-    standard deviations of independent draws, rounded up to a power of two buckets, so that it is
-    the same in nearly all batches. Rarely exceeded."""
+    """Tokens by which as many captions, drawn out of these, may differ from them together: at least
+    four standard deviations of independent draws. Nearly always the same in all batches of a
+    bucket."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,12 @@ def _fill(lengths: list[int], max_tokens: int, bucket: int) -> tuple[list[int], 
     count = math.ceil((bucket - 1) / (max_tokens - 2))
     rest = math.ceil((tokens + 2 * count) / bucket) * bucket - tokens
     ends = [rest * number // count for number in range(count + 1)]
+    # Lengths of captions deviate by a third of their mean. A half covers that without a look at the
+    # batch, so that all batches of a bucket have one spread; others take a power of two.
+    spread = math.ceil(2 * (tokens + rest) / math.sqrt(len(lengths)))
     deviation = pstdev(lengths) * math.sqrt(len(lengths))
-    buckets = max(1, math.ceil(4 * deviation / bucket))
-    spread = bucket * 2 ** math.ceil(math.log2(buckets))
+    if 4 * deviation > spread:
+        spread = 2 ** math.ceil(math.log2(4 * deviation))
     fillers = [end - begin for begin, end in pairwise(ends)]
     return fillers, Padding(bucket, count, spread)
 

@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip_scale.model.dropout import dropout
-from blip_scale.model.kernels import Backend, Kernel, PackedLengths, choose_kernel, packed_attention
+from blip_scale.model.kernels import (
+    Backend,
+    Kernel,
+    PackedLengths,
+    chosen_backend,
+    packed_attention,
+)
 
 # SDPA would take cuDNN's kernel on new GPUs, which is compiled for every new shape: 0.17 s on an
 # H200, and captions have other lengths in every batch. The others take as long as it does after.
@@ -178,8 +184,9 @@ def attention(
     Returns:
         [T of the queries, H, C], rows in the order of q_THC.
     """
-    choice = choose_kernel(kernel, q_THC.device, q_THC.dtype, q_THC.shape[-1])
-    backend = choice.backend(dropout_p)
+    backend = chosen_backend(
+        kernel, q_THC.device, q_THC.dtype, q_THC.shape[-1], has_dropout=dropout_p > 0
+    )
     if backend == "sdpa":
         return _sdpa(q_THC, k_THC, v_THC, layout, dropout_p)
     return _packed(backend, q_THC, k_THC, v_THC, layout, dropout_p)

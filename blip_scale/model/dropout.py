@@ -14,14 +14,14 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     On a GPU this is torch's. On a CPU torch draws a floating-point number for each element, which
     takes 3 to 4 times as long as all of this; here four elements share the 64 bits of one draw, so
-    p is rounded to a multiple of 2^-16.
+    p is rounded to a multiple of 2^-16. Compiled code fuses torch's, which draws other numbers.
 
     Args:
         x: any shape and floating type.
         p: 0 <= p < 1; 0 gives x itself.
     """
     dropped = min(round(p * _LEVELS), _LEVELS - 1)
-    if x.device.type != "cpu" or not dropped:
+    if x.device.type != "cpu" or not dropped or torch.compiler.is_compiling():
         return F.dropout(x, p)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = draws.view(torch.int16)[: x.numel()].view(x.shape)

@@ -103,6 +103,15 @@ def choose_kernel(
     return KernelChoice("sdpa", "sdpa", reason)
 
 
+@torch.compiler.assume_constant_result
+def chosen_backend(
+    choice: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, has_dropout: bool
+) -> Backend:
+    """The kernel of `choose_kernel`; a constant to compiled code, which cannot trace the choice."""
+    kernels = choose_kernel(choice, device, dtype, head_dim)
+    return kernels.training if has_dropout else kernels.evaluation
+
+
 def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why no packed kernel takes such tensors, or None."""
     if device.type != "cuda":
@@ -204,10 +213,11 @@ def packed_attention(
     Returns:
         [T of the queries, H, C].
     """
-    function = _PACKED[backend]()
-    if backend == "torch_flash":
-        out: Tensor = function(q_THC, k_THC, v_THC, *lengths, dropout_p, causal, False)[0]
+    if backend == "torch_flash":  # named here, not imported: so compiled code can trace it
+        operation = torch.ops.aten._flash_attention_forward.default
+        out: Tensor = operation(q_THC, k_THC, v_THC, *lengths, dropout_p, causal, False)[0]
         return out
+    function = _PACKED[backend]()
     settings: dict[str, Any] = {"causal": causal}
     if backend == "flash_attn_2":
         settings["dropout_p"] = dropout_p

@@ -14,6 +14,8 @@ import torch
 pytestmark = pytest.mark.multiprocess
 
 STEPS = 5
+COMPILED = {"compile": True, "text": {"dropout": 0.0}}
+"""Compiled dropout draws other numbers."""
 PARTITIONED_AND_MORE: dict[str, Any] = {
     "train": {"whole_weights": False, "micro_batch_size": 4},
     "optimizer": {"gradient_clip": 5.0},
@@ -37,9 +39,9 @@ PARTITIONED_AND_MORE: dict[str, Any] = {
         (3, 1, {"train": {"whole_weights": False}}),
         (3, 2, PARTITIONED_AND_MORE),
         (3, 4, {"train": {"whole_weights": False}}),
-        (3, 1, {"model": {"compile": True}}),
-        (3, 2, {"model": {"compile": True}}),
-        (2, 2, {"model": {"compile": True, "gradient_checkpointing": True}}),
+        (3, 1, {"model": COMPILED}),
+        (3, 2, {"model": COMPILED}),
+        (2, 2, {"model": {**COMPILED, "gradient_checkpointing": True}}),
     ],
     ids=[
         "zero3",

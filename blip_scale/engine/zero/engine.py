@@ -25,7 +25,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from blip_scale import launcher, logs
@@ -41,6 +40,7 @@ from blip_scale.engine.zero.parameter_slices import (
     trainable_slice,
 )
 from blip_scale.engine.zero.whole_weights import FlatWeights
+from blip_scale.model.compiling import compile_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -403,7 +403,9 @@ def _set_up_compiling() -> None:
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
     name = f"torch_{torch.__version__}_deepspeed_{deepspeed.__version__}_{environment}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "blip_scale" / "compiled" / name))
+    folder = cache / "blip_scale" / "compiled" / name
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))  # blocks
 
 
 def _announce_compilation() -> None:
@@ -446,12 +448,8 @@ def initialize(
     stays_whole, reason = False, f"ZeRO-{stage} keeps them whole"
     if stage == 3:
         stays_whole, reason = whole_weights.decide(network, recipe, ds_config)
-    if recipe.model.compile and stage == 3 and not stays_whole and collectives.world_size() > 1:
-        raise ValueError(
-            f"model.compile: weights are {reason}; they are gathered from Python inside of the "
-            "blocks, which torch.compile can't trace. Set it to false, or train.whole_weights to "
-            "true"
-        )
+    obstacle = None if stays_whole or stage != 3 else f"weights are {reason}"
+    is_compiled = _is_to_be_compiled(recipe, obstacle)
     if stays_whole:
         ds_config = whole_weights.deepspeed_settings(ds_config)
     ds_config.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the GPU
@@ -459,10 +457,8 @@ def initialize(
     optimizer = _build_optimizer(list(trainable.values()), recipe, ds_config)
     with _exchanging_on_one_thread():
         engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=ds_config)
-    if recipe.model.compile:
-        for module in network.modules():
-            if isinstance(module, Block):  # of a ViT: the shapes of texts change with every batch
-                module.compile(dynamic=False)
+    if is_compiled:
+        compile_blocks(network)
     else:
         onednn.take_where_faster(network)
     torch.distributed.set_timeout(  # of DeepSpeed's own group, which has torch's 10 or 30 minutes
@@ -475,6 +471,39 @@ def initialize(
     for index, piece in enumerate(slices):
         towers["vision" if "vision" in piece.name else "text"].append(index)
     return ZeroEngine(engine, optimizer, stage, trainable, slices, towers, stays_whole, reason)
+
+
+def _is_to_be_compiled(recipe: Recipe, partitioned: str | None) -> bool:
+    """Follow `model.compile`, and log what is taken and why.
+
+    Args:
+        recipe: gives the setting and the task.
+        partitioned: why weights do not stay whole between the passes; None where they do.
+
+    Raises:
+        ValueError: blocks are to be compiled, and weights are partitioned.
+    """
+    setting, obstacle = recipe.model.compile, None
+    if setting is True and partitioned:
+        raise ValueError(
+            f"model.compile: {partitioned}; they are gathered from Python inside of the blocks, "
+            "which torch.compile can't trace. Set it to false, or train.whole_weights to true"
+        )
+    if setting is False:
+        obstacle = "model.compile is false"
+    elif setting == "auto":
+        device = deepspeed.accelerator.get_accelerator().device_name()
+        if device != "cuda":
+            obstacle = f"model.compile: auto compiles for CUDA devices, not for {device}"
+        elif recipe.task not in ("pretrain", "retrieval"):
+            obstacle = f"the shapes of {recipe.task} change with every batch"
+        else:
+            obstacle = partitioned
+    if obstacle:
+        logger.info("blocks run uncompiled: %s", obstacle)
+        return False
+    logger.info("blocks are compiled in the first steps; the results are kept for later starts")
+    return True
 
 
 @contextlib.contextmanager
