@@ -51,6 +51,7 @@ CURVES = LOSSES | {
     "communication/gigabytes_per_step", "communication/all_gather_share",
     "communication/reduce_scatter_share", "communication/all_reduce_share",
     "communication/other_share", "alarm/loss_spike", "alarm/loss_spike_ratio",
+    "alarm/itm_one_class",
 }  # fmt: skip
 SHARES = (
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
@@ -139,6 +140,7 @@ def test_the_summary(finished: Path) -> None:
     run = finished.parent / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["ranks"], summary["skipped_samples"]) == (STEPS, RANKS, 0)
+    assert (summary["alarms"], summary["skipped_steps"]) == ({}, 0)
     assert summary["seconds"] > 0
     by_step = tiny_runs.losses(run)
     assert list(by_step) == list(range(1, STEPS + 1))
