@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
@@ -48,7 +48,7 @@ from blip_scale.interop.salesforce_files import write_salesforce
 from blip_scale.interop.training_checkpoints import step_folder, write_training_checkpoint
 from blip_scale.model.heads import HEADS, Head
 from blip_scale.model.med import MEDConfig
-from blip_scale.storage import run_folder
+from blip_scale.storage import files, run_folder
 from blip_scale.storage.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "convert_checkpoint
     try:
         _convert(options)
     except (ValueError, OSError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     print(f"wrote {options.out} in {time.perf_counter() - started:.1f} s")
     return 0
 
@@ -206,6 +206,8 @@ def _placed(out: Path, folder: bool) -> Iterator[Path]:
         if folder:
             place.mkdir()
         yield place
+        for path in [place, *place.rglob("*")]:
+            files.follow_umask(path)
         if folder and out.exists():
             out.rename(work / "old")
         place.replace(out)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, refuse, report_error
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.inference import predictions
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "demo.py") -> int:
         fix = "`pip install gradio`, or in a clone `pip install --no-deps -r requirements-web.txt`"
         return refuse(prog, f"the page needs gradio; run {fix}")
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     return 0
 
 

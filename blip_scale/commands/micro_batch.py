@@ -60,7 +60,7 @@ def settle(recipe: Recipe, ds_config: str | Path, device: torch.device) -> Settl
     limit = memory_limit(device, recipe.data.workers, collectives.local_world_size())
     resolved = checks.resolve_deepspeed(recipe, ds_config, ranks)
     possible = possible_micro_batches(recipe, ranks)
-    load = load_of(recipe, resolved, ranks, on_cpu=device.type == "cpu")
+    load = load_of(recipe, resolved, ranks, device.type, limit)
     fitting = roomy_micro_batch(load, possible, limit)
     micro_batch, least = min(collectives.all_gather_objects((fitting, limit)))
     before = micro_batch_before(recipe)
@@ -107,18 +107,22 @@ def memory_limit(device: torch.device, workers: int, local_ranks: int) -> float:
     return max(0.0, free / local_ranks - workers * WORKER_BYTES)
 
 
-def load_of(recipe: Recipe, ds_config: dict[str, Any], ranks: int, on_cpu: bool) -> Load:
+def load_of(
+    recipe: Recipe, ds_config: dict[str, Any], ranks: int, device_type: str, limit: float
+) -> Load:
     """What the plan's memory model needs of a run. Captions count at their longest: a run must not
     end on a batch of long ones."""
     from blip_scale.planning.memory import Load
     from blip_scale.planning.network import network_of
-    from blip_scale.planning.states import Sharding
+    from blip_scale.planning.states import Sharding, placed
     from blip_scale.tasks.by_name import contrast_of
 
     size = 2 if recipe.train.precision == "bf16" else 4
+    network = network_of(recipe, contrast_of)
     sharding = Sharding.of(ds_config, ranks, size)
+    sharding = placed(sharding, recipe, ds_config["zero_optimization"], network, limit)
     longest = recipe.model.text.max_tokens
-    return Load.of(recipe, network_of(recipe, contrast_of), sharding, longest, on_cpu)
+    return Load.of(recipe, network, sharding, longest, device_type == "cpu")
 
 
 def _free_in_cgroups() -> list[float]:

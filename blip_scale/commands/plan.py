@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import checks, recipe
 from blip_scale.planning.assumptions import GIB, Assumptions, duration
 from blip_scale.planning.hardware import GPUS, find_gpu
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
     try:
         plan = _plan(options, overrides)
     except (ValueError, FileNotFoundError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     print(json.dumps(plan.to_json(), indent=1) if options.json else table(plan))
     return 0
 

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import exit_codes
 from blip_scale.inference import predictions
 from blip_scale.inference.images import find_images
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> in
     try:
         return _predict(options)
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -130,7 +130,8 @@ def _decoding(
 def _line(answer: Answer) -> str:
     """JSON, readable in every language. Bytes of a path that are no UTF-8 become the escapes that
     Python's json and os.fsencode turn back into them."""
-    return logs.printable(json.dumps(answer, ensure_ascii=False))
+    text = json.dumps(answer, ensure_ascii=False)
+    return logs.printable(text.encode(errors="backslashreplace").decode())
 
 
 @contextmanager

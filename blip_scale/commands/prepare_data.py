@@ -19,7 +19,13 @@ from typing import Any
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, refuse, stopped
+from blip_scale.commands.command_line import (
+    Parser,
+    interrupt_on_sigterm,
+    refuse,
+    report_error,
+    stopped,
+)
 from blip_scale.config import exit_codes
 from blip_scale.data.conversion.pairs import Reason, Source
 from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
@@ -57,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
         extra = "[demo]" if options.name in DEMO_SETS else ""
         return refuse(prog, f"{error}; in a clone, run `pip install '.{extra}'`")
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     except KeyboardInterrupt as stop:
         return stopped(stop, "finished chunks")
 
@@ -174,12 +180,13 @@ def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
 
 def _tell_rest(unused: Mapping[str, int], text: Mapping[str, int], max_words: int) -> None:
     if unused:
-        kinds = ", ".join(
-            f"{count} {logs.printable(kind)}" for kind, count in sorted(unused.items())
-        )
-        print(f"not used: {kinds}")
+        print(f"not used: {_list_of(unused)}")
     for line in text_lines(text, max_words):
         print(line)
+
+
+def _list_of(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {logs.printable(kind)}" for kind, count in sorted(counts.items()))
 
 
 def _refuse_nothing(
@@ -190,8 +197,7 @@ def _refuse_nothing(
 ) -> int:
     """Say what stands in the way of a set without any pair."""
     if not reasons:
-        there = ", ".join(f"{count} {logs.printable(kind)}" for kind, count in unused.items())
-        what = f"nothing to convert is in it, but {there}" if there else "it is empty"
+        what = f"nothing to convert is in it, but {_list_of(unused)}" if unused else "it is empty"
         return refuse(options.prog, f"{options.input}: {what}")
     reason = max(reasons, key=lambda name: reasons[name])
     advice = _ADVICE.get(reason, "")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from blip_scale.config.recipe import Recipe
 
-_CAPTION_TOKENS = 12.5
-"""Mean length of captions from the web, [CLS] and [SEP] included."""
 AUTO = "auto"
 """`train.max_micro_batch_size` that is settled when a run starts."""
+_CAPTION_TOKENS = 12.5
+"""Mean length of captions from the web, [CLS] and [SEP] included."""
 
 
 @dataclass(frozen=True)

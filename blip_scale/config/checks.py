@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from blip_scale.config import weight_placement
 from blip_scale.config.batch_sizes import BatchSizes, batch_sizes, is_auto
+from blip_scale.config.deepspeed_keys import AUTO, check_keys
 from blip_scale.config.recipe import FP16_REFUSED, DataRecipe, OptimizerRecipe, Recipe, StreamRecipe
 from blip_scale.config.settings import expand
-
-AUTO = "auto"
 
 
 def check(recipe: Recipe, world_size: int) -> BatchSizes:
@@ -48,14 +48,22 @@ def resolve_deepspeed(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, a ZeRO stage other than 2 or 3, fp16, or a conflict with the recipe.
+        ValueError: not JSON, a setting that a run doesn't honour, a ZeRO stage other than 2 or 3,
+            fp16, or a conflict with the recipe.
     """
     path = Path(ds_config_path)
     config = _read_json(path)
+    check_keys(config, path)
     stage = _object(config, "zero_optimization", path).get("stage", 0)
     if stage not in (2, 3):
         raise ValueError(
             f"{path}: zero_optimization.stage: expected 2 or 3, found {json.dumps(stage)}"
+        )
+    obstacle = weight_placement.obstacle(config["zero_optimization"]) if stage == 3 else None
+    if recipe.train.whole_weights is True and obstacle:
+        raise ValueError(
+            f"train.whole_weights: true, but {path} sets {obstacle}, which needs partitioned "
+            f"weights; remove {obstacle}, or set train.whole_weights to auto"
         )
     if recipe.model.compile and stage == 3 and recipe.train.whole_weights is False:
         raise ValueError(
@@ -137,14 +145,23 @@ def _read_json(path: Path) -> dict[str, Any]:
             "ds_configs/ has zero3.json, zero2.json and zero3_offload.json"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, too many digits, too deep
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, a key twice, nested too deep
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object with DeepSpeed's settings")
     return config
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which must name each setting once: the last would win silently."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]} is set twice; remove one")
+    return dict(pairs)
 
 
 def _object(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
@@ -289,7 +306,22 @@ def _check_data(recipe: Recipe) -> None:
                 )
             seen.add(stream.name)
             _check_stream(setting, stream, data.make_with)
+    _check_caches(data)
     _check_mixture(data)
+
+
+def _check_caches(data: DataRecipe) -> None:
+    """Streams with one `local` read one set: shards of two remotes have the same names."""
+    remotes: dict[str, tuple[str, str | None]] = {}
+    for stream in [*data.streams, *data.heldout]:
+        local = expand(stream.local, f"{stream.name}.local")
+        remote = expand(stream.remote, f"{stream.name}.remote") if stream.remote else None
+        name, other = remotes.setdefault(local, (stream.name, remote))
+        if remote != other:
+            raise ValueError(
+                f"data: streams {name} and {stream.name} have the same local, {local}, and "
+                f"different remotes, {other} and {remote}: give one of them another local"
+            )
 
 
 def _check_mixture(data: DataRecipe) -> None:

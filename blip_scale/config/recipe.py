@@ -104,7 +104,7 @@ class ModelRecipe:
     """Capture forward and backward of a micro-step as one CUDA graph: auto does it on CUDA where
     weights stay whole between the passes and no shape depends on the data; the log says why not."""
     compile: bool = False
-    """torch.compile for the ViT's blocks: half a minute; not under ZeRO-3 on several ranks."""
+    """torch.compile for the ViT's blocks: half a minute; not with partitioned weights."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -202,6 +202,9 @@ class OptimizerRecipe:
     """Learning rate of the first step."""
     warmup_steps: Count = 3000
     """Linear warm-up from warmup_lr to peak_lr, within the first epoch (as published)."""
+    warmup_spans_epochs: bool = False
+    """Let a warm-up that is longer than the first epoch go on in the next ones. Published: false,
+    the second epoch begins at its full rate."""
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     """peak_lr * lr_decay ** epoch after the first epoch, never below min_lr (the code's 0.9; the
     paper says 0.85)."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blip_scale import logs
 from blip_scale.config import exit_codes
@@ -20,9 +23,12 @@ from blip_scale.engine import collectives
 from blip_scale.engine.checkpoints import restore
 from blip_scale.engine.checkpoints.location import open_place
 from blip_scale.engine.checkpoints.save import RunState, Saver
-from blip_scale.engine.interrupts import Interrupts
+from blip_scale.engine.idle_gpus import refuse_idle_gpus
+from blip_scale.engine.interrupts import Interrupts, StopRequested
 from blip_scale.engine.micro_step import choose_micro_step
 from blip_scale.engine.run import History, Run
+from blip_scale.engine.run_lock import RunLock
+from blip_scale.engine.schedule import warmup_leap
 from blip_scale.engine.step import optimizer_step
 from blip_scale.engine.task import Task
 from blip_scale.engine.watching import reporting
@@ -34,7 +40,8 @@ from blip_scale.engine.watching.run_manifest import RunManifest, digest, fingerp
 from blip_scale.engine.watching.sample_record import SampleRecord
 from blip_scale.engine.zero.engine import initialize, start
 from blip_scale.engine.zero.momentum import ShardedMomentum
-from blip_scale.storage import run_folder
+from blip_scale.errors import RefusedInput, refusing
+from blip_scale.storage import files, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +67,38 @@ def run(
     Returns:
         Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 when it had to
         give up.
+
+    Raises:
+        RefusedInput: input that cannot be used, or an output folder of a run that is under way.
     """
+    is_main = os.environ.get("RANK", "0") == "0"
+    lock = RunLock(Path(recipe.output_dir)) if is_main else None
+    try:
+        return _run(build_task, recipe, ds_config, settle)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _run(
+    build_task: Callable[[Recipe, torch.device], Task],
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None,
+) -> int:
+    """`run`, in a folder that is this run's."""
     rank = int(os.environ.get("RANK", "0"))
+    refuse_idle_gpus()
     logs.set_up(Path(recipe.output_dir), rank)
     heartbeat = Heartbeat(Path(recipe.output_dir), rank, recipe.train.stall_timeout_s)
     meter = CommunicationMeter()
     meter.install()
     device = start(recipe.train.stall_timeout_s)
     if settle is not None:
-        recipe, ds_config = settle(device)
-    if device.type == "cpu":  # ranks that each take all cores slow each other down
+        with refusing():
+            recipe, ds_config = settle(device)
+    if device.type == "cpu" and not _user_chose_threads():
+        # Ranks that each take all cores slow each other down.
         torch.set_num_threads(
             max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size())
         )
@@ -78,7 +107,8 @@ def run(
         # default stream, so all work goes to another one from the start.
         torch.cuda.set_stream(torch.cuda.Stream(device))
     interrupts = Interrupts()
-    task = build_task(recipe, device)
+    with refusing():
+        task = build_task(recipe, device)
     try:
         session = _open(task, recipe, ds_config, heartbeat, meter, interrupts)
         try:
@@ -96,6 +126,12 @@ def run(
     return code
 
 
+def _user_chose_threads() -> bool:
+    """Whether OMP_NUM_THREADS is the user's; torchrun sets it to 1 for several ranks by itself."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return threads is not None and not (threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
+
+
 def _open(
     task: Task,
     recipe: Recipe,
@@ -106,18 +142,26 @@ def _open(
 ) -> Run:
     """Wrap the network, and take up the newest whole checkpoint if there is one."""
     engine = initialize(task.build_network, recipe, ds_config)
-    engine.fill(task.initial_weights())
+    with refusing():
+        weights = task.initial_weights()
+        _refuse_nonfinite(weights)
+    engine.fill(weights)
     momentum = ShardedMomentum(engine, task.momentum_pairs)
     place = open_place(recipe)
-    found = restore.newest_whole(place, engine.stage)
     state = RunState(0)
-    if found is not None:
-        state = restore.load(found, engine, momentum)
-        task.load_state_dict(state.task, state.shared)
-        logger.info("resuming at step %d from %s", state.step, found)
+    with refusing():
+        found = restore.newest_whole(place, engine.stage)
+        if found is not None:
+            state = restore.load(found, engine, momentum)
+            task.load_state_dict(state.task, state.shared)
+            logger.info("resuming at step %d from %s", state.step, found)
+        history = History.from_checkpoint(state.position)
     total_steps = recipe.train.epochs * task.steps_per_epoch
     if recipe.train.max_steps is not None:
         total_steps = min(total_steps, recipe.train.max_steps)
+    leap = warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps)
+    if leap:
+        logger.warning("%s", leap)
     monitor = Monitor(
         Path(recipe.output_dir),
         is_main=collectives.rank() == 0,
@@ -125,8 +169,9 @@ def _open(
         start_step=state.step,
         samples_per_step=recipe.train.global_batch_size,
         alarms=task.alarms,
+        streaks=history.alarm_streaks,
     )
-    _keep_recipe(recipe, monitor)
+    _keep_recipe(recipe, task, monitor)
     manifest = _begin_manifest(task, recipe, ds_config, heartbeat, found)
     logger.info(
         "%s on %d rank(s) of %s, ZeRO-%d, %s, attention by %s: %.1fM trainable parameters, "
@@ -143,7 +188,6 @@ def _open(
         heartbeat.beat("training", checkpoint_step=step)
 
     stated = recipe.log.peak_tflops
-    history = History.from_checkpoint(state.position)
     saver = Saver(
         place, recipe.checkpoint, engine, momentum, monitor.scalars, committed, state.step
     )
@@ -170,13 +214,32 @@ def _open(
     )
 
 
-def _keep_recipe(recipe: Recipe, monitor: Monitor) -> None:
-    """The resolved recipe: in the log, beside the checkpoints, in TensorBoard."""
+def _refuse_nonfinite(weights: Mapping[str, Tensor]) -> None:
+    """Initial weights that no step could train; the log would blame the samples.
+
+    Raises:
+        RefusedInput: names parameters that hold NaN or infinity.
+    """
+    spoilt = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if spoilt:
+        more = f" and {len(spoilt) - 3} more parameters" if len(spoilt) > 3 else ""
+        raise RefusedInput(
+            f"the initial weights hold NaN or infinity in {', '.join(spoilt[:3])}{more}: give "
+            "other files as model.checkpoint, model.vision.checkpoint or model.text.checkpoint"
+        )
+
+
+def _keep_recipe(recipe: Recipe, task: Task, monitor: Monitor) -> None:
+    """The resolved recipe: in the log, beside the checkpoints, in TensorBoard; and tokenizer and
+    sizes of the text stack beside the checkpoints."""
     text = to_yaml(recipe)
     logger.debug("recipe:\n%s", text)
     monitor.text("recipe", text)
+    file = Path(recipe.output_dir) / run_folder.RECIPE
     if collectives.rank() == 0:
-        (Path(recipe.output_dir) / run_folder.RECIPE).write_text(text, encoding="utf-8")
+        with files.Spared(f"recipe in {file}"):
+            files.write_whole(file, text)
+            task.keep_text(file.with_name(run_folder.TEXT))
 
 
 def _begin_manifest(
@@ -210,6 +273,8 @@ def _train(run: Run) -> int:
     """Optimizer steps to the end, with logging, evaluation and checkpoints on their intervals."""
     recipe, history, heartbeat = run.recipe, run.history, run.heartbeat
     heartbeat.beat("training", step=run.step, total_steps=run.total_steps, checkpoint_step=run.step)
+    if _is_evaluation_left(run) and not _evaluate(run):
+        return exit_codes.REQUEUE
     batches = run.task.batches() if run.step < run.total_steps else iter(())
     stop = False
     while run.step < run.total_steps and not stop:
@@ -235,16 +300,16 @@ def _train(run: Run) -> int:
             reporting.sign_of_life(run)
         every = recipe.evaluation.every_steps
         every = run.task.steps_per_epoch if every == "epoch" else every
-        is_best = False
-        if at_end or (run.step % every == 0 and not stop):
-            heartbeat.beat("evaluating")
-            is_best = _evaluate(run)
-            heartbeat.beat("training")
-        if at_end or stop or is_best or run.step % recipe.checkpoint.every_steps == 0:
-            heartbeat.beat("saving")
-            state, shared = run.task.state_dict()
-            run.saver.begin(RunState(run.step, vars(history), state, shared))
-            heartbeat.beat("training")
+        # Weights that give no finite loss must not push out the checkpoints from before them.
+        is_skipping = history.skipped_in_a_row > 0 and not at_end
+        history.evaluation_due = at_end or not (run.step % every or stop or is_skipping)
+        is_due = history.evaluation_due or stop or run.step % recipe.checkpoint.every_steps == 0
+        if is_due and is_skipping:
+            logger.warning("step %d: not saved, its update was skipped", run.step)
+        elif is_due:
+            _save(run)
+        if history.evaluation_due and not _evaluate(run):
+            return exit_codes.REQUEUE
     heartbeat.beat("saving")
     if not run.saver.finish():
         return exit_codes.FAILED
@@ -256,8 +321,47 @@ def _train(run: Run) -> int:
     return 0
 
 
+def _is_evaluation_left(run: Run) -> bool:
+    """Whether the run goes on from a checkpoint whose evaluation didn't come to its end, for all
+    this checkpoint knows; the summary of a finished run tells more."""
+    summary = Path(run.recipe.output_dir) / run_folder.SUMMARY
+    is_finished = run.step == run.total_steps and summary.exists()
+    return run.history.evaluation_due and not collectives.all_gather_objects(is_finished)[0]
+
+
+def _save(run: Run) -> None:
+    """Begin to write a checkpoint of this step."""
+    run.heartbeat.beat("saving")
+    state, shared = run.task.state_dict()
+    run.saver.begin(RunState(run.step, vars(run.history), state, shared))
+    run.heartbeat.beat("training")
+
+
 def _evaluate(run: Run) -> bool:
-    """Held-out figures and pictures; whether the score is the best so far."""
+    """Held-out figures and pictures, once the checkpoint of this step is on the disk.
+
+    Returns:
+        False: a signal came, and the evaluation is left to the next start.
+    """
+    run.heartbeat.beat("saving")
+    run.saver.settle()
+    run.heartbeat.beat("evaluating")
+    # Uploads need all ranks, so where there are some a signal waits for the end of the evaluation.
+    at_once = nullcontext() if run.saver.uploads else run.interrupts.stopping_at_once()
+    try:
+        with at_once:
+            _note_evaluation(run)
+    except StopRequested as request:
+        logger.info("%s: stopping; the evaluation of step %d comes next", request, run.step)
+        run.heartbeat.beat("stopped")
+        return False
+    run.history.evaluation_due = False
+    run.heartbeat.beat("training")
+    return True
+
+
+def _note_evaluation(run: Run) -> None:
+    """Evaluate; log the figures, and mark this step's checkpoint where it is the best so far."""
     began = time.perf_counter()
     found = run.task.evaluate(run.engine, final=run.step == run.total_steps)
     run.monitor.scalars(run.step, found.scalars)
@@ -269,8 +373,8 @@ def _evaluate(run: Run) -> bool:
     figures = "  ".join(f"{name} {value:.3g}" for name, value in found.scalars.items())
     logger.info("step %d, evaluated in %.1f s: %s", run.step, seconds, figures)
     best = run.history.best
-    if found.score is None or (best and found.score <= best["score"]):
-        return False
-    run.history.best = {"step": run.step, "score": found.score}
-    run.saver.best = run.step
-    return True
+    if found.score is None or not math.isfinite(found.score):
+        return
+    if not best or found.score > best["score"]:
+        run.history.best = {"step": run.step, "score": found.score}
+        run.saver.best = run.step

@@ -45,6 +45,10 @@ class History:
     captions: list[dict[str, str]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     """`step` and `score` of the best evaluation, where the task gives a score."""
+    evaluation_due: bool = False
+    """Whether the evaluation of this step comes after the checkpoint: a resumed run makes it up."""
+    alarm_streaks: dict[str, int] = field(default_factory=dict)
+    """Alarm -> logged points in a row that its condition has held."""
 
     @classmethod
     def from_checkpoint(cls, position: dict[str, Any]) -> History:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -78,6 +79,10 @@ class Task(Protocol):
     def inventory(self) -> list[dict[str, Any]]:
         """The data for the run's manifest, JSON-able: a stream an object with its `name`, whatever
         identifies its content, and `files`, a list that may be long."""
+
+    def keep_text(self, folder: Path) -> None:
+        """Write what a reader of the run's checkpoints needs besides the recipe: tokenizer and
+        sizes of the text stack. Rank 0 calls."""
 
     def batches(self) -> Iterator[Any]:
         """This rank's micro-batches for ever, from where `load_state_dict` left off.

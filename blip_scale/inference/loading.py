@@ -148,7 +148,18 @@ def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
         raise FileNotFoundError(
             f"{folder}: the run's {run_folder.RECIPE} isn't at {file}; give it with --recipe"
         )
-    return recipes.load(str(file))
+    return _with_kept_text(recipes.load(str(file)), file.with_name(run_folder.TEXT))
+
+
+def _with_kept_text(recipe: Recipe, folder: Path) -> Recipe:
+    """With tokenizer and text sizes that the run kept: the recipe's own paths may be those of
+    another machine."""
+    if not (folder / "tokenizer_config.json").is_file() or not (folder / "config.json").is_file():
+        return recipe
+    text = recipe.model.text
+    checkpoint = str(folder) if text.checkpoint else None
+    text = replace(text, tokenizer=str(folder), checkpoint=checkpoint)
+    return replace(recipe, model=replace(recipe.model, text=text))
 
 
 def text_of(recipe: Recipe, tokenizer: str | None) -> TextRecipe:

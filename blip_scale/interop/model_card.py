@@ -126,5 +126,16 @@ def _figures(weights: BlipWeights, origin: Origin) -> str:
     evaluation = origin.summary.get("evaluation") or {}
     if not evaluation or origin.summary.get("steps") != weights.step:
         return ""
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(evaluation.items()))
-    return f"\n## Held-out figures\n\n| | |\n|---|---|\n{rows}\n"
+    rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in sorted(evaluation.items()))
+    figures = f"\n## Held-out figures\n\n| | |\n|---|---|\n{rows}\n"
+    alarms = origin.summary.get("alarms") or {}
+    warnings = "".join(
+        f"- {alarm['message']} (`alarm/{name}`, for the last {alarm['points']} logged points)\n"
+        for name, alarm in sorted(alarms.items())
+    )
+    return figures + (f"\n## Warnings at the end of training\n\n{warnings}" if warnings else "")
+
+
+def _figure(value: float | None) -> str:
+    """A figure of the summary, where one that isn't finite is null."""
+    return "not finite" if value is None else f"{value:.4g}"

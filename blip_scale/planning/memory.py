@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from blip_scale.config.batch_sizes import token_bucket
 from blip_scale.config.recipe import Recipe
 from blip_scale.planning.activations import (
     Micro,
@@ -58,7 +59,11 @@ class Load:
     ) -> Load:
         """The load of a recipe's network on a rank."""
         share = recipe.train.global_batch_size // sharding.ranks
-        return Load(network, sharding, tokens_each, share, lambda batch: 1, on_cpu)
+
+        def bucket(batch: int) -> int:
+            return token_bucket(recipe, batch, on_gpu=not on_cpu)
+
+        return Load(network, sharding, tokens_each, share, bucket, on_cpu)
 
     def tokens(self, batch: int) -> int:
         """Tokens of the captions of a micro-batch together, padding included."""

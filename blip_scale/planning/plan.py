@@ -25,7 +25,7 @@ from blip_scale.planning.memory import (
     roomy_micro_batch,
 )
 from blip_scale.planning.network import ContrastOf, Network, network_of
-from blip_scale.planning.states import Sharding, checkpoint_bytes
+from blip_scale.planning.states import Sharding, checkpoint_bytes, placed
 from blip_scale.planning.timing import (
     EXECUTIONS,
     LEVELS,
@@ -250,7 +250,7 @@ def make_plan(
         zero: DeepSpeed's settings; of them `zero_optimization` counts.
         cluster: the machines.
         contrast_of: makes the contrast that the recipe names.
-        way: a name of EXECUTIONS; None: eager, with the weights as DeepSpeed's settings hold them.
+        way: a name of EXECUTIONS; None: eager, with the weights as a run keeps them.
 
     Raises:
         ValueError: a batch that does not divide over the GPUs, a way that the settings rule out,
@@ -263,8 +263,9 @@ def make_plan(
     size = 2 if recipe.train.precision == "bf16" else 4
     network = network_of(recipe, contrast_of)
     base = Sharding.of(zero, ranks, size)
-    names = _ways(base, way)
     limit = cluster.gpu.memory_gib * GIB
+    kept = placed(base, recipe, zero["zero_optimization"], network, limit)
+    names = _ways(base, way or ("whole" if kept.whole else None))
     each = min(assumed.tokens_each, recipe.model.text.max_tokens)
     loads = {name: Load.of(recipe, network, _sharding(base, name), each) for name in names}
     load = loads[names[0]]
@@ -329,7 +330,7 @@ def _ways(sharding: Sharding, chosen: str | None) -> list[str]:
 
 def _sharding(base: Sharding, name: str) -> Sharding:
     """How a way holds the states."""
-    if base.partitions and EXECUTIONS[name].whole:
+    if base.stage == 3 and EXECUTIONS[name].whole:
         return dataclasses.replace(base, whole=True)
     return base
 

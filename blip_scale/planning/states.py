@@ -5,10 +5,13 @@ What DeepSpeed 0.19.8 does with the engine of a run: read in its source and meas
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from blip_scale.config import weight_placement
+from blip_scale.config.recipe import Recipe
 from blip_scale.planning.network import Network
 
 _FP32 = 4
@@ -74,6 +77,27 @@ class Sharding:
                 number("stage3_max_reuse_distance", _DEFAULT_LIVE),
             ),
         )
+
+
+def placed(
+    sharding: Sharding, recipe: Recipe, zero: Mapping[str, Any], network: Network, limit: float
+) -> Sharding:
+    """The sharding as a run decides it (`train.whole_weights`) on devices of `limit` bytes."""
+    wanted, obstacle = recipe.train.whole_weights, weight_placement.obstacle(zero)
+    if sharding.stage != 3 or wanted is False or obstacle:
+        return sharding
+    if wanted == "auto":
+        if weight_placement.asks_for_partitioning(zero):
+            return sharding
+        trained = sum(network.trainable)
+        other = sum(network.frozen) + sum(network.momentum)
+        accumulation = 2  # the larger need; the micro-batch may not be settled yet
+        sizes = weight_placement.Sizes(
+            trained, other, sharding.ranks, accumulation, sharding.compute_bytes
+        )
+        if not weight_placement.fits(sizes, limit):
+            return sharding
+    return dataclasses.replace(sharding, whole=True)
 
 
 @dataclass(frozen=True)

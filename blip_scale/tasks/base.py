@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -26,6 +28,7 @@ from blip_scale.model.heads import Head, cut_down
 from blip_scale.model.initialization import seeded
 from blip_scale.model.kernels import choose_kernel
 from blip_scale.model.med import MED
+from blip_scale.storage import files
 from blip_scale.tasks import networks
 
 M = TypeVar("M", bound=nn.Module)
@@ -112,6 +115,23 @@ class TrainingTask(ABC):
             drawn = {name: p.detach() for name, p in network.named_parameters()}
             weights |= {name: drawn[name] for name in trainable - weights.keys()}
         return weights
+
+    def keep_text(self, folder: Path) -> None:
+        """Write the tokenizer, and the sizes of the text stack as those of a BERT."""
+        self.tokenizer.save_pretrained(folder)
+        text = self.config.text
+        sizes = {
+            "model_type": "bert",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "intermediate_size": text.mlp_width,
+            "max_position_embeddings": text.max_positions,
+            "layer_norm_eps": text.norm_eps,
+            "hidden_act": "gelu",
+        }
+        files.write_whole(folder / "config.json", json.dumps(sizes, indent=1) + "\n")
 
     def inventory(self) -> list[dict[str, Any]]:
         """The training streams with their shards."""

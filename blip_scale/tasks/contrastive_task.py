@@ -40,6 +40,7 @@ TEMPERATURE = "med.temperature.value"
 TEMPERATURE_RANGE = (0.001, 0.5)
 
 ONE_CLASS_ALARM = Alarm(
+    "itm_one_class",
     lambda logged: predicts_one_class(
         logged["loss/itm"], logged["itm/accuracy_match"], logged["itm/accuracy_mismatch"]
     ),

@@ -8,12 +8,14 @@ import os
 import sys
 import tarfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from faulty_proxy import faulty_proxy
 from s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
+from blip_scale.data.conversion.pairs import Found, Source
 from blip_scale.data.sources.parquet import read_parquet
 from blip_scale.data.sources.webdataset import read_tar
 from blip_scale.storage import objects
@@ -21,6 +23,12 @@ from blip_scale.storage.locations import is_folder, list_folder, open_file, read
 from blip_scale.storage.objects import MissingFile, ObjectFolder, RefusedError, RemoteError
 
 pytestmark = pytest.mark.s3
+
+
+def read_rows(location: str) -> Iterator[Found]:
+    """A parquet file by itself."""
+    return read_parquet(Source(location), location, "a")
+
 
 ODD = ("a#b/1", "a?b/1", "a%20b/1", "a b/1", "ü/1", "[x]*/1")
 
@@ -135,7 +143,7 @@ def test_tar_gzip_and_parquet_are_read_through_ranges(
         for name, read in (
             ("a.tar", read_tar),
             ("a.tar.gz", read_tar),
-            ("a.parquet", read_parquet),
+            ("a.parquet", read_rows),
         ):
             pairs = list(read(f"{url}/{name}"))
             assert [(pair.image, pair.captions) for pair in pairs] == [
@@ -157,7 +165,7 @@ def test_tar_gzip_and_parquet_are_read_through_ranges(
         proxy.draw = lambda command, path: (  # type: ignore[method-assign]
             seen.append(path) or ("refused" if command == "GET" else draw(command, path))
         )
-        for name, read in (("a.tar", read_tar), ("a.parquet", read_parquet)):
+        for name, read in (("a.tar", read_tar), ("a.parquet", read_rows)):
             with pytest.raises(RemoteError, match=f"{name} can't be read, tried once"):
                 list(read(f"{url}/{name}"))
         locations._opened.cache_clear()

@@ -24,6 +24,8 @@ from odd_files import (
     write_tar,
 )
 
+from blip_scale.data.captions import clean_caption
+from blip_scale.data.conversion import locks
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Source
 from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
 from blip_scale.data.conversion.screening import Rules
@@ -294,11 +296,17 @@ def test_a_restart_must_be_the_same_job(tmp_path: Path) -> None:
         Conversion(job_of(tars, out).chunks, str(out), Rules("test", max_words=40), 20_000),
         job_of(tars, out, shard_bytes=30_000),
     ):
-        with pytest.raises(ValueError, match="begun with other input or settings"):
+        with pytest.raises(ValueError, match=r"(max_words|shard_size) was \d+ and is \d+"):
             convert(changed, Part(1, 2))
     write_tar(tars / "00005.tar", members(("a", {"jpg": jpeg(1), "txt": b"a dog"})))
-    with pytest.raises(ValueError, match="input was"):
+    with pytest.raises(ValueError, match=r"content, size or time of what is in 00005\.tar has"):
         convert(job_of(tars, out), Part(1, 2))
+    write_tar(tars / "00006.tar", members(("a", {"jpg": jpeg(1), "txt": b"a dog"})))
+    with pytest.raises(ValueError, match="changed"):
+        convert(job_of(tars, out), Part(1, 2))
+    with pytest.raises(ValueError, match="--overwrite and --shard"):
+        convert(job_of(tars, out), Part(1, 2), overwrite=True)
+    assert convert(job_of(tars, out), Part(), overwrite=True) is not None
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "index.json").write_text("{}")
     with pytest.raises(ValueError, match="holds another set"):
@@ -368,3 +376,85 @@ def test_nothing_good_at_all(tmp_path: Path) -> None:
     assert summary is not None and summary["pairs"] == {"read": 1, "written": 0, "rejected": 1}
     with pytest.raises(ValueError, match="holds no sample"):
         samples_of(tmp_path / "out")
+
+
+def _without_end() -> Iterator[Found]:
+    time.sleep(600)
+    yield RawPair("never", None, None)
+
+
+@pytest.mark.multiprocess
+def test_the_second_of_two_conversions_is_refused(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first lives; its other part may run, and after kill -9 it goes on at once."""
+    monkeypatch.setattr(locks, "_GRACE_S", 0.5)
+    out = tmp_path / "out"
+    job = job_of(tars, out, workers=1)
+    endless = [Chunk(c.name, _without_end, c.fingerprint) for c in job.chunks]
+    first = multiprocessing.get_context("fork").Process(
+        target=convert, args=(Conversion(endless, str(out), RULES, 20_000, 1), Part(0, 2))
+    )
+    first.start()
+    workers: list[int] = []
+    while not workers:
+        time.sleep(0.05)
+        workers = _children(first.pid)
+    for part in (Part(), Part(0, 2), Part(2, 4)):
+        with pytest.raises(ValueError, match=rf"is writing here \(process {first.pid} on .*0/2"):
+            convert(job, part)
+    assert convert(job, Part(1, 2)) is None
+    first.kill()
+    first.join()
+    _wait_for_end(workers)
+    assert convert(job, Part()) is not None
+    assert not list(out.glob(".*")), "nothing is left lying"
+
+
+def _surprising(pairs: int) -> Iterator[Found]:
+    yield from (RawPair(f"{i}", jpeg(i, (80, 60)), "a dog") for i in range(pairs))
+    raise KeyError("a reader that did not expect this")
+
+
+def test_a_record_cannot_end_the_conversion(tmp_path: Path) -> None:
+    """Whatever is wrong with it: one reject, without more than 200 characters of its content."""
+    image = jpeg(1, (80, 60))
+    (tmp_path / "locked").mkdir()
+    bad = [
+        RawPair("half \ud83d", image, "a dog"), RawPair("url", image, "a dog", "http://\ud83d"),
+        RawPair("null", f"{tmp_path}/a\0b.jpg", "a dog"), RawPair("folder", str(tmp_path), "a dog"),
+        RawPair("x" * 5000, f"{tmp_path}/{'x' * 5000}", "a dog"),
+        RawPair("answers", image, ["why"], annotations=[{"answers": ["\ud83d"]}]),
+        RawPair("number", 7, "a dog"), RawPair("captions", image, [object()]),
+    ]  # fmt: skip
+    chunks = [
+        Chunk("bad", partial(iter, bad), "1"),
+        Chunk("surprise", partial(_surprising, 3), "2"),
+        Chunk("good", partial(iter, [RawPair("good", image, "a dog\0 here")]), "3"),
+    ]
+    summary = convert(Conversion(chunks, str(tmp_path / "out"), RULES, workers=1), Part())
+    assert summary is not None
+    assert summary["pairs"] == {"read": 13, "written": 4, "rejected": 9}
+    assert samples_of(tmp_path / "out")["good"]["captions"] == ["a dog here"]
+    lines = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert lines[-1]["id"] == "surprise, after 3 records"
+    assert "KeyError" in lines[-1]["detail"] and lines[-1]["reason"] == "damaged input"
+    assert all(len(x["id"]) <= 200 and len(x.get("detail", "")) <= 200 for x in lines)
+
+
+def test_long_captions_end_at_a_sentence(tmp_path: Path) -> None:
+    """Where one fits; captions that fit are as published, and both cuts are counted."""
+    words = " ".join(f"w{i}" for i in range(20))
+    texts = {
+        "fits": f"{words}. And more.", "sentence": f"{words}. {words}", "none": f"{words}, {words}",
+        "early": f"Dr. {words} {words}",
+    }  # fmt: skip
+    pairs = [RawPair(key, jpeg(1, (80, 60)), text) for key, text in texts.items()]
+    chunks = [Chunk("all", partial(iter, pairs), "1")]
+    summary = convert(Conversion(chunks, str(tmp_path / "out"), RULES, workers=1), Part())
+    assert summary is not None
+    captions = {key: sample["captions"][0] for key, sample in samples_of(tmp_path / "out").items()}
+    assert captions["fits"] == f"{words} and more" and captions["sentence"] == words
+    for key in ("none", "early"):
+        assert captions[key] == clean_caption(texts[key]) and len(captions[key].split()) == 30
+    assert summary["text"] == {"captions_cut": 3, "captions_cut_at_a_sentence": 1}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from odd_files import EMOJI_CAPTION, RIGHT_TO_LEFT_CAPTION, pairs, read_all, rejects
 
-from blip_scale.data.conversion.pairs import Found, Source
+from blip_scale.data.conversion.pairs import Found, Source, Unused
 from blip_scale.data.sources.readers import READERS
 
 
@@ -95,7 +95,7 @@ def test_blip_lists_of_coco(tmp_path: Path) -> None:
     assert third.captions == ["one", "two"] and third.image == f"{tmp_path}/val2014/c.jpg"
     with pytest.raises(ValueError, match="leave --split out"):
         read("coco", val, split="val")
-    with pytest.raises(ValueError, match="neither dataset_coco"):
+    with pytest.raises(ValueError, match=r"neither dataset_coco.*keys: annotations"):
         read("coco", save(tmp_path / "captions_val2014.json", {"annotations": []}))
 
 
@@ -199,7 +199,9 @@ def test_a_folder_with_texts_beside_the_images(tmp_path: Path) -> None:
     (tmp_path / "deep" / "c.txt").write_text("a cow\non two lines\n")
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe")
     chunks = list(READERS["folder"].chunks(Source(str(tmp_path), pairs_per_chunk=3)))
-    assert [(chunk.name, chunk.pairs) for chunk in chunks] == [("0 to 2", 3), ("3 to 3", 1)]
+    assert [(chunk.name, chunk.pairs) for chunk in chunks] == [("0 to 2", 3), ("3 to 3", 2)]
+    assert rejects(read_all(chunks)) == [("alone.txt", "missing image")]
+    assert [one for one in read_all(chunks) if isinstance(one, Unused)] == [Unused("files .md")]
     found = pairs(read_all(chunks))
     assert {name: pair.captions for name, pair in found.items()} == {
         "a.PNG": EMOJI_CAPTION, "b.jpg": None, "d.webp": b"\xff\xfe",
@@ -222,10 +224,9 @@ CSV = (
 )
 
 
-@pytest.mark.parametrize("name", ["captions.csv", "captions.tsv", "metadata.csv"])
+@pytest.mark.parametrize("name", ["captions.csv", "metadata.csv"])
 def test_a_folder_with_a_table(name: str, tmp_path: Path) -> None:
-    text = CSV if name.endswith("csv") else CSV.replace(",", "\t").replace("dog\t", "dog,")
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / name).write_text(CSV, encoding="utf-8")
     (tmp_path / "unlisted.jpg").write_bytes(b"not in the table")
     found = read("folder", tmp_path)
     assert {key: pair.captions for key, pair in pairs(found).items()} == {
@@ -233,7 +234,93 @@ def test_a_folder_with_a_table(name: str, tmp_path: Path) -> None:
         "short.jpg": [None],
     }  # fmt: skip
     assert pairs(found)["a.jpg"].similarity == 0.5 and pairs(found)["b.jpg"].similarity is None
-    assert rejects(found) == [(f"{name}:5", "missing key")]
+    assert rejects(found) == [(f"{name}:6", "missing key")]
+    assert [one for one in found if isinstance(one, Unused)] == [
+        Unused("images that no table names")
+    ]
+
+
+def read_text(folder: Path, name: str, text: str | bytes, **options: str) -> list[Found]:
+    (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return read("folder", folder / name, **options)
+
+
+def test_a_tsv_has_no_quoting(tmp_path: Path) -> None:
+    """An open quote costs nothing, however long the file is."""
+    rows = [f'{i}.jpg\t"number {i}' for i in range(50_000)]
+    found = read_text(tmp_path, "a.tsv", "image\tcaption\n" + "\n".join(rows))
+    assert len(pairs(found)) == 50_000 and not rejects(found)
+    assert pairs(found)["7.jpg"].captions == ['"number 7']
+
+
+def test_an_open_quote_in_a_csv_costs_one_row(tmp_path: Path) -> None:
+    text = 'image,caption\na.jpg,"never closed\nb.jpg,a dog\nc.jpg,"two\nlines"\nd.jpg,"x"y,\n'
+    found = read_text(tmp_path, "a.csv", text)
+    assert {key: pair.captions for key, pair in pairs(found).items()} == {
+        "b.jpg": ["a dog"], "c.jpg": ["two\nlines"],
+    }  # fmt: skip
+    assert rejects(found) == [("a.csv:2", "damaged input"), ("a.csv:6", "damaged input")]
+    many = [f'{i}.jpg,"{"x" * 5000}' if i == 5 else f"{i}.jpg,a dog" for i in range(3000)]
+    found = read_text(tmp_path, "b.csv", "image,caption\n" + "\n".join(many))
+    assert len(pairs(found)) == 2999 and rejects(found) == [("b.csv:7", "damaged input")]
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        ("image;caption\na.jpg;a dog, running\n", ["a dog, running"]),
+        ("image\tcaption\na.jpg\ta dog, running\n", ["a dog, running"]),
+        ("Image, Caption\na.jpg , a dog\n", ["a dog"]),
+        ('caption,image\n"[""a"", ""b""]",a.jpg\n', ["a", "b"]),
+        ("caption,image\n[removed],a.jpg\n", ["[removed]"]),
+        ("image,caption\r\na.jpg,u2028 \u2028 stays\r\n", ["u2028 \u2028 stays"]),
+        ("\ufeffimage,caption\na.jpg,a dog\n".encode("utf-16-le"), ["a dog"]),
+        ("\ufeffimage,caption\na.jpg,a dog\n".encode("utf-16-be"), ["a dog"]),
+    ],
+)
+def test_dialects_of_csv(text: str | bytes, captions: list[str], tmp_path: Path) -> None:
+    (pair,) = pairs(read_text(tmp_path, "a.csv", text)).values()
+    assert pair.captions == captions and pair.image == f"{tmp_path}/a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (
+            "a.jpg,a dog\n",
+            {},
+            r"a\.csv:1: the first line is 'a\.jpg, a dog'.*--columns",
+        ),
+        ("image,label\na.jpg,a dog\n", {}, r"no column for the caption .* give --caption-key"),
+        ("image,text,text\na.jpg,a,b\n", {}, r"several are called 'text'"),
+        ("image,caption\n".encode("utf-16-le"), {}, r"a\.csv:1 holds zero bytes: give --encoding"),
+        ("", {}, r"a\.csv is empty"),
+        ("image,caption\n", {"encoding": "no-such"}, "--encoding no-such"),
+    ],
+)
+def test_a_table_that_leaves_room_for_doubt(
+    text: str | bytes, options: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_text(tmp_path, "a.csv", text, **options)
+
+
+def test_a_table_of_bad_rows(tmp_path: Path) -> None:
+    text = b"image,caption\na.jpg,a,b\nb.jpg,caf\xe9\nc.jpg,a\0b\nd.jpg,['a' 'b']\n"
+    found = read_text(tmp_path, "a.csv", text)
+    assert list(pairs(found)) == ["c.jpg"]
+    assert [place for place, _ in rejects(found)] == ["a.csv:2", "a.csv:3", "a.csv:5"]
+
+
+def test_tables_of_folders_below(tmp_path: Path) -> None:
+    """Each is read; links to folders are followed once, whatever they are called."""
+    for folder in ("train", "train/deep", "test"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / "metadata.csv").write_text("file_name,text\n0.png,a dog\n")
+    (tmp_path / "in" / "a_link").symlink_to("train")
+    found = read("folder", tmp_path / "in")
+    assert sorted(pairs(found)) == ["test/0.png", "train/0.png", "train/deep/0.png"]
+    assert pairs(found)["test/0.png"].image == f"{tmp_path}/in/test/0.png"
 
 
 def test_a_folder_with_json_lines(tmp_path: Path) -> None:

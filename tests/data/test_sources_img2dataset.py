@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from odd_files import (
     write_tar,
 )
 
-from blip_scale.data.conversion.pairs import RawPair, Source
+from blip_scale.data.conversion.pairs import RawPair, Reject, Source, Unused
 from blip_scale.data.sources.readers import READERS
 
 
@@ -86,8 +89,9 @@ def test_a_list_of_urls_is_not_the_set(tmp_path: Path) -> None:
     rows = [{"URL": "https://host.example/1.jpg", "TEXT": "a dog", "similarity": 0.3}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "part-0.parquet")
     (chunk,) = READERS["laion"].chunks(Source(str(tmp_path)))
-    with pytest.raises(ValueError, match=r"part-0\.parquet has no column with images .*img2data"):
-        list(chunk.read())
+    (reject,) = chunk.read()
+    assert isinstance(reject, Reject) and reject.id == "part-0.parquet"
+    assert re.match(r"has no column with images.*img2dataset.* columns: URL, TEXT", reject.detail)
     (tmp_path / "cc3m.tsv").write_text("a dog\thttps://host.example/1.jpg\n")
     with pytest.raises(ValueError, match=r"cc3m\.tsv is a list of URLs: .* img2dataset first"):
         READERS["conceptual_captions"].chunks(Source(str(tmp_path / "cc3m.tsv")))
@@ -119,8 +123,11 @@ def test_samples_of_any_webdataset(tmp_path: Path) -> None:
         ),
     )
     found = read_tar(path)
-    assert all(isinstance(one, RawPair) for one in found)
-    assert [(one.id, one.image, one.captions) for one in found] == [
+    samples = [one for one in found if isinstance(one, RawPair)]
+    assert [one for one in found if not isinstance(one, RawPair)] == [
+        Unused("files .cls"), Unused("files .md"), Unused("hidden and special files"),
+    ]  # fmt: skip
+    assert [(one.id.removeprefix("a/"), one.image, one.captions) for one in samples] == [
         ("dir.v1/plain", b"image 1", "one"),
         ("dotted", b"image 2", ["two", "zwei"]),
         ("no_text", b"image 3", None),
@@ -169,9 +176,9 @@ def test_a_truncated_tar(damage: Callable[[bytes], bytes], name: str, tmp_path: 
     kept = pairs(found)
     assert 5 < len(kept) < 15 and rejects(found)[-1] == (name, "damaged input")
     cut = [one for one, _ in rejects(found)[:-1]]
-    assert cut in ([], [samples[len(kept)][0]]), "the sample that was cut is named"
+    assert cut in ([], [f"00000/{samples[len(kept)][0]}"]), "the sample that was cut is named"
     for key, files, _ in samples[: len(kept)]:
-        assert kept[key].image == files["jpg"], "nothing half-read"
+        assert kept[f"00000/{key}"].image == files["jpg"], "nothing half-read"
 
 
 @pytest.mark.parametrize("content", [b"", HTML, b"\0" * 100])
@@ -187,8 +194,8 @@ def test_a_flipped_header_in_a_tar(tmp_path: Path) -> None:
     data[data.index(b"000000003.jpg") + 1] ^= 1
     path.write_bytes(data)
     found = read_tar(path)
-    assert list(pairs(found)) == [key for key, _, _ in samples[:2]]
-    assert [one for one, _ in rejects(found)] == [samples[2][0], "a.tar"]
+    assert list(pairs(found)) == [f"a/{key}" for key, _, _ in samples[:2]]
+    assert [one for one, _ in rejects(found)] == [f"a/{samples[2][0]}", "a.tar"]
 
 
 def test_a_damaged_parquet(tmp_path: Path) -> None:
@@ -215,6 +222,65 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
     found = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
     assert [(one.id, one.image, one.captions) for one in found if isinstance(one, RawPair)] == [
         ("train-0/0", b"image 0", ["one", "two"]),
-        ("train-0/1", None, ["three"]),
+        ("train-0/1", f"{tmp_path}/b.jpg", ["three"]),
         ("train-0/2", None, None),
     ]
+
+
+def test_the_last_ending_decides(tmp_path: Path) -> None:
+    """Files of a sample with names between; several images with texts of their own are several."""
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("s.input.jpg", b"in"), ("s.outputs.txt", b"out"),
+            ("photo.1.jpg", b"1"), ("photo.1.txt", b"one"),
+            ("photo.2.jpg", b"2"), ("photo.2.txt", b"two"),
+            ("by_kind.1.jpg", b"k1"), ("by_kind.2.jpg", b"k2"),
+            ("by_kind.1.txt", b"kind one"), ("by_kind.2.txt", b"kind two"),
+            ("m.jpg", b"m"), ("m.mask.png", b"mask"), ("m.txt", b"with a mask"),
+        ],
+    )  # fmt: skip
+    found = read_tar(path)
+    assert [(one.id, one.image, one.captions) for one in found if isinstance(one, RawPair)] == [
+        ("a/s", b"in", "out"), ("a/photo.1", b"1", "one"), ("a/photo.2", b"2", "two"),
+        ("a/by_kind.1", b"k1", "kind one"), ("a/by_kind.2", b"k2", "kind two"),
+        ("a/m", b"m", "with a mask"),
+    ]  # fmt: skip
+    assert [one for one in found if isinstance(one, Unused)] == [Unused("files .mask.png")]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:bz2", "w:xz", "w:gz"])
+def test_links_in_a_tar(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.tar{mode[1:].replace(':', '.')}"
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, data, target in (
+            ("0.jpg", b"image", ""), ("0.txt", b"first", ""),
+            ("1.jpg", b"", "0.jpg"), ("1.txt", b"second", ""),
+            ("2.jpg", b"", "nowhere.jpg"), ("2.txt", b"third", ""),
+        ):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size, info.linkname = len(data), target
+            info.type = tarfile.LNKTYPE if target else tarfile.REGTYPE
+            tar.addfile(info, io.BytesIO(data))
+    found = read_tar(path)
+    assert [(one.id, one.image) for one in found if isinstance(one, RawPair)] == [
+        ("a/0", b"image"), ("a/1", b"image"),
+    ]  # fmt: skip
+    assert rejects(found) == [("a/2", "missing image")]
+
+
+def test_rows_of_one_image(tmp_path: Path) -> None:
+    """Rows of the same id and image are one record, wherever they stand; another image is not."""
+    rows = [
+        {"image": image, "caption": f"{image_id} {number}", "image_id": image_id}
+        for number in range(3)
+        for image_id, image in ((7.0, b"seven"), (8.0, b"eight"))
+    ]
+    rows.append({"image": b"another", "caption": "7 4", "image_id": 7.0})
+    rows.append({"image": b"gap", "caption": "no id", "image_id": None})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    found = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
+    assert [(one.id, one.image, one.captions) for one in found if isinstance(one, RawPair)] == [
+        ("7", b"seven", ["7.0 0", "7.0 1", "7.0 2"]), ("8", b"eight", ["8.0 0", "8.0 1", "8.0 2"]),
+        ("7", b"another", ["7 4"]), ("x/7", b"gap", "no id"),
+    ]  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from blip_scale.config import exit_codes
-from blip_scale.engine.interrupts import Interrupts
+from blip_scale.engine.interrupts import Interrupts, StopRequested
 
 
 @pytest.fixture
@@ -51,6 +51,28 @@ def test_a_signal_of_another_rank_is_announced(
     caplog.set_level("INFO", logger="blip_scale")
     interrupts.announce()
     assert caplog.messages == ["a signal on another rank: stopping after this step"]
+
+
+def test_where_all_is_saved_a_signal_stops_at_once(interrupts: Interrupts) -> None:
+    with pytest.raises(StopRequested, match="SIGTERM"), interrupts.stopping_at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+    os.kill(os.getpid(), signal.SIGUSR1)  # outside again, it is noted
+
+
+def test_a_signal_from_before_stops_there_too(interrupts: Interrupts) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(StopRequested), interrupts.stopping_at_once():
+        pytest.fail("it went on")
+
+
+def test_only_with_a_signal_an_error_is_a_stop(interrupts: Interrupts) -> None:
+    """What a rank gets from an exchange that another rank left because of its signal."""
+    with pytest.raises(RuntimeError, match="closed"), interrupts.stopping_at_once():
+        raise RuntimeError("connection closed")
+    with pytest.raises(StopRequested), interrupts.stopping_at_once():
+        interrupts.received = "SIGTERM"
+        raise RuntimeError("connection closed")
 
 
 def test_signals_are_given_back() -> None:

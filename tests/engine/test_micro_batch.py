@@ -53,7 +53,7 @@ def test_the_largest_that_fits_with_headroom(tmp_path: Path) -> None:
     file = tiny_runs.make_recipe(tmp_path, train={"global_batch_size": 36})
     chosen = recipe.load(str(file), ["train.max_micro_batch_size=auto"])
     ds_config = checks.resolve_deepspeed(chosen, ZERO3, 1)
-    load = micro_batch.load_of(chosen, ds_config, 1, on_cpu=True)
+    load = micro_batch.load_of(chosen, ds_config, 1, "cpu", 2.0**40)
     possible = possible_micro_batches(chosen, 1)
     assert possible == [2, 3, 4, 6, 9, 12, 18, 36]
     for size in possible:

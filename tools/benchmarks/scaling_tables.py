@@ -43,7 +43,7 @@ def row(arguments: str) -> str:
         f"{batch['world_size']} x {batch['micro_batch']} x {batch['accumulation']}",
         f"{figures['memory_per_gpu_gib']:.1f}",
         _milliseconds(planned),
-        _milliseconds(ways["whole"]),
+        _milliseconds(ways["partitioned"]) if "partitioned" in ways else "",
         _milliseconds(ways["graph"]),
         planned["limit"],
         _time(planned, steps),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -110,11 +110,13 @@ class Chunk:
     read: Callable[[], Iterable[Found]]
     """Runs in another process, so it must be picklable (functools.partial of a function)."""
     fingerprint: str
-    """Changes when the input changes (see `fingerprints`)."""
+    """Changes when the input changes (see `fingerprints`); "" where `listed` tells it."""
     pairs: int | None = None
     """How many there are, where that is known before reading."""
     input_bytes: int = 0
     """Size of a file that is read as a whole, 0 for a list of images."""
+    listed: Sequence[Found] = ()
+    """Pairs out of a list, whose content and images are the input."""
 
 
 @dataclass(frozen=True)

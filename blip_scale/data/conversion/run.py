@@ -14,6 +14,7 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 from blip_scale.data.conversion.chunks import convert_chunk
+from blip_scale.data.conversion.fingerprints import PairPrints
 from blip_scale.data.conversion.locks import held, one_at_a_time
 from blip_scale.data.conversion.merge import merge_chunks, remove_set
 from blip_scale.data.conversion.output import OutputFolder
@@ -86,6 +87,7 @@ class Conversion:
 
     def plan(self) -> dict[str, Any]:
         """What conversion.json says: all parts and restarts must agree on it."""
+        prints = PairPrints()
         rules = self.settings
         if self.rules:
             rules = asdict(self.rules)
@@ -97,7 +99,10 @@ class Conversion:
             "rules": rules,
             "shard_bytes": self.shard_bytes,
             "chunks": len(self.chunks),
-            "input": [f"{chunk.fingerprint} {chunk.name}" for chunk in self.chunks],
+            "input": [
+                f"{chunk.fingerprint or prints.of(chunk.listed)} {chunk.name}"
+                for chunk in self.chunks
+            ],
         }
 
 

@@ -62,19 +62,6 @@ def listed_pairs(
     return HeldoutPairs(name, (_texts(name, pair) for pair in pairs), encoded, image_size, clean)
 
 
-def _check_place(name: str, pair: RawPair, folder: str) -> None:
-    """Raises ValueError for images outside the folder."""
-    for image in (pair.image, pair.second_image):
-        if isinstance(image, str) and not pair.from_folder:
-            try:
-                below(folder, image)
-            except RefusedPath as error:
-                raise ValueError(
-                    f"{name}: {error}; give the folder that all images lie in (--images), or "
-                    "--allow-outside for a list that you trust"
-                ) from error
-
-
 def _absent(places: list[str]) -> list[str]:
     """Those that aren't there. Folders of object storage are listed once each; web servers are
     asked when an image is read."""
@@ -93,6 +80,19 @@ def _absent(places: list[str]) -> list[str]:
         if not is_there:
             absent.append(place)
     return absent
+
+
+def _check_place(name: str, pair: RawPair, folder: str) -> None:
+    """Raises ValueError for images outside the folder."""
+    for image in (pair.image, pair.second_image):
+        if isinstance(image, str) and not pair.from_folder:
+            try:
+                below(folder, image)
+            except RefusedPath as error:
+                raise ValueError(
+                    f"{name}: {error}; give the folder that all images lie in (--images), or "
+                    "--allow-outside for a list that you trust"
+                ) from error
 
 
 def _texts(name: str, pair: RawPair) -> Sample:

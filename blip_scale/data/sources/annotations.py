@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from blip_scale.storage.locations import (
     open_file,
     parent,
 )
+from blip_scale.storage.untrusted import parse_json
 
 IMAGE_KEYS = (
     "image", "file_name", "filename", "image_path", "path", "file", "image_name", "filepath",
@@ -64,8 +64,8 @@ def load_list(location: str, of: str) -> list[Any]:
 
 def _parse(content: bytes, location: str) -> Any:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return parse_json(content)
+    except ValueError as error:
         raise ValueError(f"{location} is no JSON: {error}") from error
 
 

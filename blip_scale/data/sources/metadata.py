@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blip_scale.data.conversion.pairs import RawPair
+from blip_scale.storage import untrusted
 
 TEXT_ENDINGS = ("txt", "text", "caption")
 CAPTION_KEYS = (
@@ -114,8 +114,8 @@ def pair_of(
 def parse_json(data: bytes) -> dict[str, Any]:
     """The object in a JSON file beside an image; {} for anything else."""
     try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):
+        fields = untrusted.parse_json(data)
+    except ValueError:
         return {}
     return fields if isinstance(fields, dict) else {}
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import csv
 import io
-import json
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.annotations import IMAGE_KEYS, pair_of_item, read_item
 from blip_scale.data.sources.metadata import SIMILARITY_KEYS, URL_KEYS, caption_keys
 from blip_scale.storage.locations import basename, extension, open_file
+from blip_scale.storage.untrusted import parse_json
 
 KINDS = ("csv", "tsv", "jsonl")
 _MARKS = (
@@ -84,8 +84,8 @@ def _json_lines(source: Source, location: str, lines: Iterable[str]) -> Iterator
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            item = parse_json(line)
+        except ValueError as error:
             place = f"{basename(location)}:{number}"
             yield Reject(place, Reason.DAMAGED_INPUT, describe(error), captions=1)
             continue
@@ -136,13 +136,13 @@ def _list_in(cell: str) -> str | list[str]:
     text = cell.strip()
     if not (text.startswith("[") and text.endswith("]")) or len(text) > _LONGEST_LIST:
         return cell
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (parse_json, ast.literal_eval):
         try:
             items = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
-            if _WITHOUT_COMMA.search(text) and parse is not json.loads:
+            if _WITHOUT_COMMA.search(text) and parse is not parse_json:
                 raise ValueError("a list without commas, as NumPy prints it")
             return items
     return cell

@@ -285,7 +285,7 @@ def sample_pairs(
         yield Reject(sample.name, Reason.MISSING_IMAGE, sample.problem, captions=len(texts))
         return
     of_their_own = [ending for ending in images if _inner(ending) and _inner(ending) in texts]
-    if len(images) > 1 and len(of_their_own) > 1 and all(map(_inner, images)):
+    if of_their_own and all(map(_inner, images)):  # photo.1.jpg and photo.1.txt
         for image in of_their_own:
             parts = [ending for ending in endings if _inner(ending) == _inner(image)]
             yield _pair(f"{sample.name}.{_inner(image)}", sample, parts, caption_key, used)

@@ -126,7 +126,8 @@ def skip_waits(zero: Any) -> None:
     vars(stage3)["is_invalid_grad_norm"] = lambda norm: False
     stream = zero.reduce_and_partition_stream
     if isinstance(stream, torch.cuda.Stream):
-        stream.synchronize = lambda: torch.cuda.current_stream().wait_stream(stream)
+        replaced: Any = stream
+        replaced.synchronize = lambda: torch.cuda.current_stream().wait_stream(stream)
 
 
 def drop_all_hooks(engine: Any) -> None:

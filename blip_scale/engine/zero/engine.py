@@ -86,6 +86,7 @@ class ZeroEngine:
     _flats: list[FlatWeights] = field(default_factory=list)
     _flat_of: dict[int, FlatWeights] = field(default_factory=dict)
     _norm: Tensor | None = None
+    _gradient_pieces: list[list[Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         zero = self.deepspeed.optimizer
@@ -231,9 +232,7 @@ class ZeroEngine:
 
         A sum over the ranks makes squared L2 norms of them. The host does not wait.
         """
-        pieces: list[list[Tensor]] = []
-        for indices in self.towers.values():
-            pieces.append(gradients_of([self.slices[i] for i in indices], self.deepspeed))
+        pieces = self._gradient_pieces or self._find_gradients()
         everything = [gradient for tower in pieces for gradient in tower]
         if not everything:
             return torch.zeros(1 + len(pieces), dtype=torch.float64, device=self.device)
@@ -242,11 +241,15 @@ class ZeroEngine:
         towers = torch.stack([part.sum() for part in squares.split([len(p) for p in pieces])])
         return torch.cat([towers.sum()[None], towers])
 
-    def gradient_norms(self) -> dict[str, float]:
-        """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last
-        backward. All ranks call, and the host waits."""
-        norms = collectives.all_reduce_sum(self.squared_norms()).sqrt()
-        return dict(zip(self.norm_names, norms.tolist(), strict=True))
+    def _find_gradients(self) -> list[list[Tensor]]:
+        """This rank's averaged gradients, a list a tower."""
+        pieces = [
+            gradients_of([self.slices[index] for index in indices], self.deepspeed)
+            for indices in self.towers.values()
+        ]
+        if self.weights_stay_whole:  # they stay where they are
+            self._gradient_pieces = pieces
+        return pieces
 
     def _norm_for_clipping(self) -> Tensor:
         norm, self._norm = self._norm, None

@@ -80,18 +80,9 @@ def decide(network: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> tup
 
     Returns:
         The decision, and a sentence for the log that says why.
-
-    Raises:
-        ValueError: the recipe wants whole weights, and DeepSpeed's settings or version don't allow
-            them.
     """
     zero, wanted = ds_config["zero_optimization"], recipe.train.whole_weights
     obstacle = weight_placement.obstacle(zero)
-    if wanted is True and obstacle:
-        raise ValueError(
-            f"train.whole_weights: true, but the DeepSpeed JSON sets {obstacle}, which needs "
-            f"partitioned weights; remove {obstacle}, or set train.whole_weights to auto"
-        )
     if not deepspeed_patches.are_checked():
         return False, f"partitioned: {deepspeed_patches.unchecked_reason()}"
     if wanted is False:
@@ -121,9 +112,8 @@ def decide(network: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> tup
         f"weights, gradients and optimizer need {needed / 2**30:.1f} GiB, half of the {kind} is "
         f"{limit / 2**30:.1f} GiB"
     )
-    return not is_too_large, (
-        "partitioned: " if is_too_large else "whole on every rank: "
-    ) + figures
+    where = "partitioned" if is_too_large else "whole on every rank"
+    return not is_too_large, f"{where}: {figures}"
 
 
 def memory_of(device: torch.device) -> float:
