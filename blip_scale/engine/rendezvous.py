@@ -67,10 +67,11 @@ def interface_to(host: str, port: int) -> tuple[str, bool] | None:
 def _others_may_mean_another_address(host: str) -> bool:
     """Whether a name that is the loopback's here leads other nodes to this machine's network:
     Debian's /etc/hosts has the machine's own name as 127.0.1.1."""
-    is_literal = host == "localhost" or host.startswith("127.") or host == "::1"
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return False
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     is_one_node = os.environ["WORLD_SIZE"] in ("1", here)
-    return not is_literal and not is_one_node
+    return not is_one_node
 
 
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:

@@ -9,10 +9,12 @@ cross-attention and the word rows of [DEC] and [ENC].
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file
@@ -156,9 +158,16 @@ def _read(checkpoint: str) -> Mapping[str, Tensor]:
             raise FileNotFoundError(f"text checkpoint {checkpoint}: {error}") from error
         if path is None:
             continue
-        if name.endswith(".safetensors"):
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            if name.endswith(".safetensors"):
+                return load_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"text checkpoint {path} holds more than tensors, which is unsafe to read: {error}"
+            ) from error
+        except (SafetensorError, RuntimeError, EOFError, LookupError, TypeError) as error:
+            raise ValueError(f"text checkpoint {path} is damaged: {error}") from error
     raise FileNotFoundError(
         f"text checkpoint {checkpoint}: neither {' nor '.join(_FILES)} lies there; "
         "give a folder with one of them or a hub name"

@@ -11,6 +11,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -102,14 +103,18 @@ def _read(checkpoint: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"vision checkpoint {path} isn't there; give a .safetensors or .pth file, or `timm`"
         )
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"vision checkpoint {path} holds more than tensors, which is unsafe to read: {error}"
         ) from error
+    except (SafetensorError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        raise ValueError(f"vision checkpoint {path} is damaged: {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"vision checkpoint {path} holds no state dict")
     for key in ("model", "state_dict"):
         loaded = loaded.get(key, loaded)
     if not isinstance(loaded, Mapping):

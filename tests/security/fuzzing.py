@@ -33,9 +33,9 @@ from blip_scale.config.recipe import Recipe
 from blip_scale.data.conversion.pairs import RawPair, Source
 from blip_scale.data.conversion.screening import Rules, screen
 from blip_scale.data.heldout.videos import VideoSet
-from blip_scale.data.mds import Writer
+from blip_scale.data.mds import Writer, read_index
 from blip_scale.data.reading.stream_store import CorruptSample
-from blip_scale.data.shards import read_caption_counts, read_index
+from blip_scale.data.shards import read_caption_counts
 from blip_scale.data.sources.readers import READERS
 from blip_scale.storage import checkpoint_format
 from blip_scale.storage.checkpoint_format import Manifest
@@ -129,7 +129,9 @@ def index_json() -> bytes:
 
 def read_set(file: Path) -> object:
     shards = read_index(file.parent)
-    return shards and read_caption_counts(file.parent)
+    with contextlib.suppress(ValueError):
+        read_caption_counts(file.parent)
+    return shards
 
 
 def manifest() -> bytes:
@@ -257,8 +259,8 @@ TARGETS: dict[str, Target] = {
     "visdial": Target("visdial.json", lines(DIALOG), converted("visdial")),
     "videos": Target(
         "list.jsonl",
-        lines({"clip_name": ".", "caption": "a"}),
-        lambda file: VideoSet(file, file.parent, 32).frames(0, 2),
+        lines({"clip_name": "videos", "caption": "a"}),
+        lambda file: VideoSet(file, file.parent.parent, 32).frames(0, 2),
         (ValueError, OSError, CorruptSample),
     ),
     "tar": Target("0.tar", tar_file("w"), converted("webdataset")),

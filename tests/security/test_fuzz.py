@@ -24,7 +24,7 @@ def test_what_is_whole_is_read(name: str, tmp_path: Path) -> None:
             target.read(tmp_path / target.name)
         return
     refuses_nothing = target.__class__(target.name, target.content, target.read, ())
-    assert attempt(refuses_nothing, target.content, tmp_path / "in") is None
+    assert attempt(refuses_nothing, target.content, tmp_path / name) is None
 
 
 @pytest.mark.timeout(SECONDS + 200)
