@@ -1,6 +1,7 @@
 # make demo    install, prepare the demo data, pretrain the demo recipe, show what came out
 # make unit    install and run linters and unit tests
 # make test    install and run every check (what .ci/run calls)
+# make gpu-report    on a machine with a GPU: measure everything in ten minutes, into OUT (runs/gpu_report)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -24,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 STARTED := $(shell date +%s)
 DEMO_RUN ?= runs/demo
 
-.PHONY: help install demo unit test lint tensorboard clean
+.PHONY: help install demo unit test lint gpu-report tensorboard clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -93,6 +94,11 @@ lint: $(VENV)/.installed-dev
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
+
+# With the packages that are there: it installs nothing, and names the parts that it has to leave out.
+gpu-report:
+	@python=$(BIN)/python; [ -x "$$python" ] || python=$(PYTHON); \
+	PATH="$(BIN):$$PATH" "$$python" tools/benchmarks/gpu_report.py $(or $(OUT),runs/gpu_report)
 
 tensorboard: install
 	@$(RUN) tensorboard --logdir runs

@@ -1,8 +1,7 @@
-"""Which rank this process is when `srun` started it, and what a signal does before the run has
-begun.
+"""Which rank this process is, whatever started it, and what a signal does before the run has begun.
 
 Every launcher of PyTorch says RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in the environment.
-`srun` says the same in variables of its own.
+`srun` and `mpirun` say the same in variables of their own.
 """
 
 from __future__ import annotations
@@ -11,15 +10,132 @@ import contextlib
 import logging
 import os
 import random
+import re
 import signal
 import socket
 import sys
+import zlib
 from types import FrameType
 from typing import NoReturn
 
 from blip_scale.config import exit_codes
+from blip_scale.errors import RefusedInput
 
 _FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems hand out themselves
+
+
+_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE",
+     "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE",
+     "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
+    ("PMI_RANK", "PALS_LOCAL_RANKID", "PMI_SIZE", "PALS_LOCAL_SIZE"),
+)  # fmt: skip
+"""Rank, rank on the node, ranks and ranks of the node, as Open MPI, MVAPICH, MPICH and Intel MPI,
+and Cray's PALS say them."""
+_MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PALS_APID")
+
+
+def adopt() -> None:
+    """Set the launcher's variables from those of `srun` or of MPI, and refuse what doesn't fit.
+
+    Raises:
+        RefusedInput: variables that are missing, no numbers, or contradict each other.
+    """
+    adopt_srun_step()
+    _adopt_mpi()
+    check_variables()
+
+
+def check_variables() -> int:
+    """Number of ranks, once the variables of this process fit each other.
+
+    Raises:
+        RefusedInput: names the variable and the fix.
+    """
+    given = {name: _number(name) for name in _RANKS if name in os.environ}
+    if not given:
+        return 1
+    if len(given) < len(_RANKS):
+        missing = ", ".join(name for name in _RANKS if name not in given)
+        raise RefusedInput(
+            f"{missing} not set, though {', '.join(given)} is: a launcher sets all of them "
+            "(deepspeed, torchrun, srun, mpirun); set all or none"
+        )
+    world_size = given["WORLD_SIZE"]
+    if world_size < 1 or given["RANK"] >= world_size:
+        raise RefusedInput(f"RANK {given['RANK']} of WORLD_SIZE {world_size}: ranks begin at 0")
+    if world_size == 1:
+        return 1
+    local_name = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in os.environ), None)
+    if local_name is None:
+        raise RefusedInput("LOCAL_WORLD_SIZE is not set: say how many ranks run on each machine")
+    local_size = _number(local_name)
+    if not given["LOCAL_RANK"] < local_size <= world_size:
+        raise RefusedInput(
+            f"LOCAL_RANK {given['LOCAL_RANK']} of {local_name} {local_size}, with WORLD_SIZE "
+            f"{world_size}: they contradict each other"
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise RefusedInput(f"{name} is not set: {world_size} ranks cannot find each other")
+    if not 0 < _number("MASTER_PORT") < 65_536:
+        raise RefusedInput(f"MASTER_PORT {os.environ['MASTER_PORT']} is no port: 1 to 65535")
+    return world_size
+
+
+def rank() -> int:
+    """This process among all; 0 where the environment says nothing that can be read."""
+    value = os.environ.get("RANK", "0")
+    return int(value) if value.isdecimal() else 0
+
+
+def _number(name: str) -> int:
+    """A variable of the environment that holds a number from 0 on."""
+    value = os.environ.get(name)
+    if value is None:
+        raise RefusedInput(f"{name} is not set, though the launcher's other variables are")
+    if not value.isdecimal():
+        raise RefusedInput(f"{name}={value!r}: expected a number, 0 or more")
+    return int(value)
+
+
+def _adopt_mpi() -> None:
+    """Set the launcher's variables from MPI's, where `mpirun` started several processes.
+
+    Raises:
+        RefusedInput: MPI doesn't say all of it, or ranks of several nodes have no MASTER_ADDR.
+    """
+    sizes = {names[2]: _number(names[2]) for names in _MPI if names[2] in os.environ}
+    several = [name for name, size in sizes.items() if size > 1]
+    if not several or "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    names = next((names for names in _MPI if all(name in os.environ for name in names)), None)
+    if names is None:
+        raise RefusedInput(
+            f"{several[0]} is {sizes[several[0]]}: MPI started several processes, but doesn't say "
+            "which rank each is on its node; set RANK, LOCAL_RANK, WORLD_SIZE and "
+            "LOCAL_WORLD_SIZE, or start with deepspeed, torchrun or srun"
+        )
+    rank, local_rank, size, local_size = map(_number, names)
+    if "MASTER_ADDR" not in os.environ:
+        if local_size != size:
+            raise RefusedInput(
+                "MASTER_ADDR is not set: mpirun started ranks on several nodes, and they meet at "
+                "the first of them; set MASTER_ADDR to its name (mpirun -x MASTER_ADDR=...)"
+            )
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    job = next((os.environ[name] for name in _MPI_JOB if name in os.environ), "")
+    port = _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS  # the same on all ranks of a job
+    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(local_size),
+    }
 
 
 def adopt_srun_step() -> None:
@@ -30,27 +146,29 @@ def adopt_srun_step() -> None:
     `salloc`, whose job has several tasks, a plain `python train.py` stays one rank.
 
     Raises:
-        ValueError: the step is on several nodes and MASTER_ADDR, where they meet, is not set.
+        RefusedInput: the step is on several nodes and MASTER_ADDR, where they meet, is not set; or
+            SLURM's variables are not whole.
     """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    tasks = _number("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in os.environ else 1
     if tasks == 1 or "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
-    node = int(os.environ["SLURM_NODEID"])
-    os.environ |= {
-        "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+    node = _number("SLURM_NODEID")
+    tasks_per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    adopted = {
+        "RANK": str(_number("SLURM_PROCID")),
+        "LOCAL_RANK": str(_number("SLURM_LOCALID")),
         "WORLD_SIZE": str(tasks),
-        "LOCAL_WORLD_SIZE": str(tasks_on_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], node)),
+        "LOCAL_WORLD_SIZE": str(tasks_on_node(tasks_per_node, node)),
     }
     if "MASTER_ADDR" not in os.environ:
-        if os.environ["SLURM_STEP_NUM_NODES"] != "1":
-            raise ValueError(
+        if _number("SLURM_STEP_NUM_NODES") != 1:
+            raise RefusedInput(
                 "MASTER_ADDR is not set: srun started ranks on several nodes, and they meet at the "
                 "first of them; set it as slurm/train.sh does"
             )
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-    job = int(os.environ["SLURM_JOB_ID"])
-    os.environ.setdefault("MASTER_PORT", str(_FIRST_PORT + job % _PORTS))
+    os.environ.setdefault("MASTER_PORT", str(_FIRST_PORT + _number("SLURM_JOB_ID") % _PORTS))
+    os.environ |= adopted
 
 
 def free_port(*beside: int) -> int:
@@ -70,12 +188,14 @@ def free_port(*beside: int) -> int:
 def tasks_on_node(tasks_per_node: str, node: int) -> int:
     """Number of tasks on the node with this index; SLURM writes `2(x3),1` for 2, 2, 2, 1."""
     for group in tasks_per_node.split(","):
-        tasks, _, nodes = group.partition("(x")
-        count = int(nodes.rstrip(")") or 1)
+        written = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", group)
+        if written is None:
+            raise RefusedInput(f"SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r} can't be read")
+        count = int(written[2] or 1)
         if node < count:
-            return int(tasks)
+            return int(written[1])
         node -= count
-    raise ValueError(f"SLURM_STEP_TASKS_PER_NODE {tasks_per_node} does not reach the last node")
+    raise RefusedInput(f"SLURM_STEP_TASKS_PER_NODE {tasks_per_node} does not reach the last node")
 
 
 def stop_at_once_on_signals() -> None:

@@ -9,7 +9,6 @@ import argparse
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -20,14 +19,14 @@ if not __package__:  # run as a script: Python put this folder on its path, the 
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
 from blip_scale import __version__, launcher  # noqa: E402
-from blip_scale.commands import dry_run  # noqa: E402
-from blip_scale.commands.command_line import Parser, refuse  # noqa: E402
-from blip_scale.config import checks, exit_codes, recipe, settings  # noqa: E402
+from blip_scale.commands import dry_run, micro_batch  # noqa: E402
+from blip_scale.commands.chosen_recipe import chosen_recipe  # noqa: E402
+from blip_scale.commands.command_line import Parser, report_error_of_rank  # noqa: E402
+from blip_scale.config import checks, recipe, settings  # noqa: E402
+from blip_scale.errors import RefusedInput  # noqa: E402
 from blip_scale.storage import run_folder  # noqa: E402
 
 logger = logging.getLogger("blip_scale.train")
-
-_RANK_0_SPEAKS_S = 3.0
 
 
 def command(arguments: Sequence[str] | None = None, prog: str = "train.py") -> NoReturn:
@@ -40,54 +39,39 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Run the command; returns its exit code."""
     logs = None
     try:
-        launcher.adopt_srun_step()
+        launcher.adopt()
         options, overrides = _parser(prog).parse_known_args(arguments)
-        recipe.check_overrides(overrides)
-        chosen = recipe.load(options.recipe, overrides)
+        chosen = chosen_recipe(options, overrides)
         if options.print_recipe:
             sys.stdout.write(recipe.to_yaml(chosen))
             return 0
         if options.dry_run:
             return dry_run.run(chosen, options)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = launcher.check_variables()
         checks.check(chosen, world_size)
         ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
-
         _announce(options.recipe, world_size)
         # Imported here, so that a refusal does not wait for torch and DeepSpeed.
         from blip_scale.engine.loop import run
         from blip_scale.tasks.by_name import TASKS
 
         logs = Path(chosen.output_dir) / run_folder.LOGS
-        return run(TASKS[chosen.task], chosen, ds_config)
-    except (ValueError, FileNotFoundError, argparse.ArgumentError) as error:
-        return _refuse(prog, error, logs)
-    except Exception:  # not foreseen: the traceback on the terminal, and in the log file
+        settle = micro_batch.auto(chosen, options.deepspeed)
+        return run(TASKS[chosen.task], chosen, ds_config, settle)
+    except argparse.ArgumentError as error:
+        return report_error_of_rank(prog, RefusedInput(str(error)), logs)
+    except (ValueError, OSError) as error:
+        return report_error_of_rank(prog, error, logs)
+    except Exception:  # not foreseen: traceback on the terminal and in the log file
         logger.debug("stopped by", exc_info=True)
         raise
 
 
 def _announce(name: str, world_size: int) -> None:
     """The first line of a start: the imports that follow take up to half a minute."""
-    if os.environ.get("RANK", "0") == "0":
+    if launcher.rank() == 0:
         start = f"recipe {name}, {world_size} rank{'s' * (world_size > 1)}"
         sys.stderr.write(f"blip_scale {__version__}: {start}; loading torch and DeepSpeed ...\n")
-
-
-def _refuse(prog: str, error: Exception, logs: Path | None) -> int:
-    """Tell the user in one line; the traceback of a run that had begun is in its log files.
-
-    A recipe is refused by all ranks alike, so rank 0 speaks; in a run any rank may be the one.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    if logs is not None:
-        logger.debug("stopped by", exc_info=error)
-        command = f"{prog} (rank {rank})" if rank else prog
-        return refuse(command, f"{error} (traceback in {logs})")
-    if rank == 0:
-        return refuse(prog, error)
-    time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once one has ended
-    return exit_codes.REFUSED
 
 
 def _parser(prog: str) -> Parser:

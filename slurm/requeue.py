@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
 def note_attempt(output_dir: Path, exit_code: int, seconds: int) -> list[Attempt]:
     """Add this attempt to OUTPUT_DIR/attempts.json; gives those of this job, this one last."""
     file = output_dir / run_folder.ATTEMPTS
-    heartbeat = _json(output_dir / run_folder.HEARTBEAT) or {}
+    heartbeat = _heartbeat(output_dir)
     now = time.time()
-    began = heartbeat.get("time", 0) >= now - seconds and heartbeat.get("phase") != "starting"
+    began = heartbeat["time"] >= now - seconds and heartbeat["phase"] != "starting"
     refused = (
         exit_code == exit_codes.REFUSED and not began
     )  # in the middle of a run it is a failure
@@ -104,7 +104,7 @@ def note_attempt(output_dir: Path, exit_code: int, seconds: int) -> list[Attempt
         ended=now,
         seconds=seconds,
     )
-    attempts = [*(_json(file) or []), asdict(attempt)][-_KEPT:]
+    attempts = [*_earlier(file), asdict(attempt)][-_KEPT:]
     draft = file.with_name(file.name + ".partial")
     draft.write_text(json.dumps(attempts, indent=1) + "\n", encoding="utf-8")
     draft.replace(file)
@@ -118,8 +118,7 @@ def newest_checkpoint(output_dir: Path) -> int:
     """
     folders = (output_dir / run_folder.CHECKPOINTS).glob("*")
     steps = run_folder.steps(path.name for path in folders)
-    heartbeat = _json(output_dir / run_folder.HEARTBEAT) or {}
-    return max([0, *steps, int(heartbeat.get("checkpoint_step", 0))])
+    return max([0, *steps, int(_heartbeat(output_dir)["checkpoint_step"])])
 
 
 def failures_without_progress(attempts: list[Attempt]) -> int:
@@ -190,6 +189,28 @@ def _last_words(logs: Path, since: float) -> Iterator[str]:
             shown += 1
             end = marked[-1] + 3
             yield from [f"== {file}", *lines[max(0, end - _LINES_SHOWN) : end], ""]
+
+
+def _heartbeat(output_dir: Path) -> dict[str, Any]:
+    """What heartbeat.json says; a value that it lacks, or that is of another type, has its default.
+
+    A damaged file must not keep a job from going on.
+    """
+    defaults: dict[str, Any] = {"time": 0.0, "phase": "starting", "checkpoint_step": 0}
+    found = _json(output_dir / run_folder.HEARTBEAT)
+    if not isinstance(found, dict):
+        return defaults
+    kinds: dict[str, Any] = {"time": (int, float), "phase": str, "checkpoint_step": int}
+    usable = {name: found[name] for name in kinds if isinstance(found.get(name), kinds[name])}
+    return defaults | usable
+
+
+def _earlier(file: Path) -> list[dict[str, Any]]:
+    """Attempts that were noted before; what isn't one is left out."""
+    entries = _json(file)
+    names = {one.name for one in fields(Attempt)}
+    entries = entries if isinstance(entries, list) else []
+    return [one for one in entries if isinstance(one, dict) and one.keys() == names]
 
 
 def _json(file: Path) -> Any:

@@ -11,6 +11,7 @@ import pytest
 
 from tools import benchmark
 from tools.benchmarks import growth
+from tools.benchmarks.host import host_table
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = [
@@ -51,9 +52,9 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     """At a tiny size: every figure is there, and the parts of a step make the whole."""
     command = [sys.executable, REPO / "tools" / "benchmark.py", "step", "--json"]
     command += ["--batch-size", "4", "--rounds", "1", "--trace", tmp_path / "trace.json"]
-    command += ["--against", "published", "--against", "plain", *TINY]
+    command += ["--against", "published", "--against", "plain", *TINY, "--at-least", "1000"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 1 and "is below 1000" in done.stderr, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     for name in ("samples_per_s", "published_samples_per_s", "ratio", "mfu", "gflop_per_sample"):
         assert result[name] > 0
@@ -69,6 +70,29 @@ def test_the_step_benchmark_runs(tmp_path: Path) -> None:
     del result["ratio"]  # as where ours ran against plain alone
     table = benchmark.step_table(result)
     assert "GFLOP a sample" in table and "plain " in table and "published" not in table
+
+
+def test_a_ratio_needs_the_published_form(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["step", "--at-least", "1.5"]) == 2
+    assert "needs --against published" in capsys.readouterr().err
+
+
+@pytest.mark.multiprocess
+def test_the_host_benchmark_runs() -> None:
+    """At two layers: ours starts fewer operations, and the engine runs more Python."""
+    command = [sys.executable, REPO / "tools" / "benchmark.py", "host", "--json", "--rounds", "2"]
+    command += ["--batch-size", "2", "model.text.layers=2", "model.text.heads=4"]
+    command += ["model.vision.overrides={embed_dim: 48, depth: 2, num_heads: 4}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    contenders = result["contenders"]
+    for row in contenders.values():
+        assert 0 < row["least_cpu_seconds"] <= row["cpu_seconds"]
+    assert contenders["ours"]["operations"] < 0.7 * contenders["published"]["operations"]
+    assert contenders["plain"]["python_calls"] < contenders["ours"]["python_calls"]
+    assert 0 < result["plain_to_published"] < 10  # a busy machine, two rounds
+    assert "ours, ZeRO-3 / published form: " in host_table(result)
 
 
 AXES = {"batch": [2, 4, 8], "image": [32], "tokens": [8], "queue": [64], "ranks": [1, 2]}

@@ -61,14 +61,15 @@ def test_losses_are_equal_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(3):
         optimizer.zero_grad()
         with fixed_negatives(monkeypatch):
-            inputs = MomentumInputs(queue.features, ALPHA)
+            weights = torch.tensor([ALPHA, 1 - ALPHA], dtype=torch.float64)
+            inputs = MomentumInputs(queue.features, weights)
             found = network(images, captions, inputs, torch.Generator())
         found["loss/total"].backward()
         optimizer.step()
         pairs = list(momentum.pairs(med))
         momentum_update_([m for _, m, _ in pairs], [p for *_, p in pairs], 0.995)
         queue.enqueue(FeaturePair(found["image_keys"], found["text_keys"]), step)
-        theirs = published.step(images, captions, ALPHA, NEGATIVES)
+        theirs = published.step(images, published.padded(captions), ALPHA, NEGATIVES)
         for name, loss in theirs.items():
             assert loss == pytest.approx(found[f"loss/{name}"].item(), rel=1e-4), (step, name)
         close(published.image_queue, queue.features.image)

@@ -398,11 +398,11 @@ class TestDeepSpeed:
         self, data: list[str]
     ) -> None:
         compiled = [*data, "model.compile=true"]
-        message = refusal(compiled, world_size=2)
-        assert message.startswith("model.compile: ZeRO-3") and "ds_configs/zero2.json" in message
-        chosen = load("demo", compiled)
-        checks.resolve_deepspeed(chosen, ZERO3, 1)
-        checks.resolve_deepspeed(chosen, ZERO3.with_name("zero2.json"), 2)
+        partitioned = [*compiled, "train.whole_weights=false"]
+        message = refusal(partitioned, world_size=2)
+        assert message.startswith("model.compile: partitioned weights")
+        checks.resolve_deepspeed(load("demo", compiled), ZERO3, 2)
+        checks.resolve_deepspeed(load("demo", partitioned), ZERO3.with_name("zero2.json"), 2)
 
     @pytest.mark.parametrize(
         ("changes", "said"),

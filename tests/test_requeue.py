@@ -54,6 +54,17 @@ def test_failures_count_until_a_newer_checkpoint(requeue: ModuleType, tmp_path: 
     assert len(json.loads((tmp_path / "attempts.json").read_text())) == 9
 
 
+@pytest.mark.parametrize("text", ["[]", "7", '{"time": "now", "checkpoint_step": null}', "{"])
+def test_damaged_files_keep_no_job_from_going_on(
+    requeue: ModuleType, tmp_path: Path, text: str
+) -> None:
+    commit(tmp_path, 4)
+    for name in ("heartbeat.json", "attempts.json"):
+        (tmp_path / name).write_text(text)
+    (attempt,) = requeue.note_attempt(tmp_path, 1, 10)
+    assert (attempt.checkpoint_step, attempt.failed) == (4, True)
+
+
 def test_unfinished_saves_are_no_progress_and_elsewhere_counts(
     requeue: ModuleType, tmp_path: Path
 ) -> None:

@@ -46,6 +46,9 @@ MAY_IMPORT = {
     },
 }
 """A room or module of the package -> what else of the package it may import (itself always)."""
+for _rooms in MAY_IMPORT.values():
+    _rooms.add("errors")
+MAY_IMPORT["errors"] = set()
 MAY_IMPORT["commands"] = {*MAY_IMPORT}
 MAY_IMPORT["train"] = {*MAY_IMPORT}
 

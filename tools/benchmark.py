@@ -1,5 +1,5 @@
-"""Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step` or
-`growth`."""
+"""Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step`, `host`
+or `growth`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ SIZES = ("500x375", "640x480", "1280x960")
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if getattr(options, "at_least", None) is not None and "published" not in options.against:
+        print("error: --at-least: needs --against published", file=sys.stderr)
+        return 2
     try:
         result = options.measure(options)
     except ModuleNotFoundError as error:
@@ -32,6 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result) if options.json else options.show(result))
+    at_least = getattr(options, "at_least", None)
+    if at_least is not None and result["ratio"] < at_least:
+        print(f"error: ratio {result['ratio']:.2f} is below {at_least}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -137,7 +144,7 @@ def table(result: dict[str, Any]) -> str:
 def step(options: argparse.Namespace) -> dict[str, Any]:
     """Time, operations and memory of a pretraining step, beside the published form's."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from tools.benchmarks.step_contenders import ALLOCATOR, StepContest, make_match
+    from tools.benchmarks.step_contenders import ALLOCATOR, Contender, StepContest, make_match
 
     if options.allocator == "tuned":
         os.environ.update(ALLOCATOR)  # for every contender alike; read when a process starts
@@ -145,7 +152,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     names = ["ours", *options.against]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         match = make_match(chosen, options.deepspeed, options.threads, Path(folder))
-        with StepContest(match, names) as contest:
+        with StepContest({name: Contender(name, match) for name in names}) as contest:
             seconds: dict[str, list[float]] = {name: [] for name in names}
             peaks = []
             for _ in range(options.rounds):
@@ -241,9 +248,11 @@ def step_table(result: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     from tools.benchmarks.growth import add_growth
+    from tools.benchmarks.host import add_host
 
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     add_growth(commands, ROOT / "ds_configs" / "zero3.json")
+    add_host(commands, ROOT / "ds_configs" / "zero3.json")
     _add_step(
         commands.add_parser(
             "step",
@@ -296,6 +305,10 @@ def _add_step(command: argparse.ArgumentParser) -> None:
         help="glibc keeps large blocks, for all contenders alike (default), or gives them back",
     )  # fmt: skip
     command.add_argument("--deepspeed", default=str(ROOT / "ds_configs" / "zero3.json"))
+    command.add_argument(
+        "--at-least", type=float, metavar="RATIO",
+        help="fail where ours is fewer times as fast as the published form",
+    )  # fmt: skip
     command.add_argument("--trace", type=Path, help="write a step for Perfetto or TensorBoard")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(measure=step, show=step_table)

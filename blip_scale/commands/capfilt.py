@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from blip_scale.capfilt.filtering import Settings
 from blip_scale.capfilt.job import Job, Task, run
-from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, refuse, stopped
+from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, report_error, stopped
 from blip_scale.data.conversion.run import Part, Progress
 from blip_scale.inference.loading import Loading
 from blip_scale.model.generation import NucleusSettings
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "capfilt.py") -> in
     try:
         return _run(options)
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     except KeyboardInterrupt as stop:
         return stopped(stop, "finished shards")
 

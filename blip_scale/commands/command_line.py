@@ -6,11 +6,18 @@ import argparse
 import logging
 import signal
 import sys
+import time
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from blip_scale import logs
+from blip_scale import launcher, logs
 from blip_scale.config import exit_codes
+from blip_scale.errors import RefusedInput, is_refused
+
+logger = logging.getLogger(__name__)
+
+_RANK_0_SPEAKS_S = 3.0
 
 # What commands without a log of their own warn of goes to stderr by this handler.
 if logging.lastResort is not None:
@@ -29,6 +36,37 @@ def refuse(command: str, problem: object) -> int:
     """Write `command: problem` as one line to stderr; returns the exit code of refused input."""
     sys.stderr.write(f"{command}: {logs.one_line(problem)}\n")
     return exit_codes.REFUSED
+
+
+def report_error(command: str, error: Exception) -> int:
+    """Write `command: error` as one line to stderr; returns the exit code: that of refused input,
+    or that of a failure where the input is not to blame."""
+    code = refuse(command, str(error) or type(error).__name__)
+    return code if is_refused(error) else exit_codes.FAILED
+
+
+def report_error_of_rank(command: str, error: Exception, log_folder: Path | None) -> int:
+    """`report_error` of one of several ranks that were started together.
+
+    Input that is judged before a run is refused by all ranks alike, so rank 0 speaks. In a run any
+    rank may be the one, and the traceback goes to its log; there `errors.refusing` has told input
+    from a failure, and whatever else comes is a failure.
+
+    Args:
+        command: name of the command.
+        error: what ended it.
+        log_folder: of the ranks' logs, once the run has begun.
+    """
+    rank = launcher.rank()
+    if log_folder is not None:
+        logger.debug("stopped by", exc_info=error)
+        speaker = f"{command} (rank {rank})" if rank else command
+        refuse(speaker, f"{error} (traceback in {log_folder})")
+        return exit_codes.REFUSED if isinstance(error, RefusedInput) else exit_codes.FAILED
+    if rank == 0:
+        return report_error(command, error)
+    time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once one has ended
+    return exit_codes.REFUSED if is_refused(error) else exit_codes.FAILED
 
 
 def interrupt_on_sigterm() -> None:

@@ -20,12 +20,19 @@ from typing import TYPE_CHECKING
 import yaml
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
 from blip_scale.data.tokenizer import load_tokenizer
-from blip_scale.inference.loading import PUBLISHED_TOKENIZER, recipe_of, text_of, tokenizer_of
+from blip_scale.inference.loading import (
+    PUBLISHED_TOKENIZER,
+    check_pixels,
+    output_of,
+    recipe_of,
+    text_of,
+    tokenizer_of,
+)
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop.blip_weights import (
     BlipWeights,
@@ -41,7 +48,7 @@ from blip_scale.interop.salesforce_files import write_salesforce
 from blip_scale.interop.training_checkpoints import step_folder, write_training_checkpoint
 from blip_scale.model.heads import HEADS, Head
 from blip_scale.model.med import MEDConfig
-from blip_scale.storage import run_folder
+from blip_scale.storage import files, run_folder
 from blip_scale.storage.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -57,18 +64,21 @@ def main(arguments: Sequence[str] | None = None, prog: str = "convert_checkpoint
     try:
         _convert(options)
     except (ValueError, OSError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     print(f"wrote {options.out} in {time.perf_counter() - started:.1f} s")
     return 0
 
 
 def _convert(options: argparse.Namespace) -> None:
     kind = format_of(options.source)
+    check_pixels(options.source, kind)
     target = _target(options)
     _check_free(options.out, options.overwrite)
     recipe = recipe_of(options.source, kind, options.recipe)
     config = _network(recipe, options.tokenizer) if recipe else None
     weights = read_checkpoint(options.source, config)
+    if recipe:
+        weights.output = output_of(recipe)
     step = "" if weights.step is None else f", step {weights.step}"
     print(logs.printable(f"read {weights.origin}: {weights.head}{step}"))
     heads = _heads(options.head, weights, target)
@@ -84,6 +94,11 @@ def _convert(options: argparse.Namespace) -> None:
         parts = [with_training_state(part) for part in parts]
     # Hugging Face's models have no place for what these notes are about.
     notes = [] if target == "hf" else list(parts[0].notes)
+    if target == "hf" and weights.output_settings.scoring == "published":
+        notes.append(
+            "captions of the folder are scored as by transformers' generate (huggingface), those "
+            "of IN as published; some differ"
+        )
     if target != "ours":
         for index, part in enumerate(parts):
             parts[index] = published_alone(part)
@@ -191,6 +206,8 @@ def _placed(out: Path, folder: bool) -> Iterator[Path]:
         if folder:
             place.mkdir()
         yield place
+        for path in [place, *place.rglob("*")]:
+            files.follow_umask(path)
         if folder and out.exists():
             out.rename(work / "old")
         place.replace(out)

@@ -14,14 +14,14 @@ import argparse
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, refuse, report_error
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.inference import predictions
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "demo.py") -> int:
         fix = "`pip install gradio`, or in a clone `pip install --no-deps -r requirements-web.txt`"
         return refuse(prog, f"the page needs gradio; run {fix}")
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     return 0
 
 
@@ -89,9 +89,10 @@ class Service:
     def caption(self, image: str | None, method: str, beams: int, seed: int) -> str:
         """A caption of an image file."""
         blip = self.blip_for("caption")
-        decoding: BeamSettings | NucleusSettings = BeamSettings(int(beams))
+        output = blip.output
+        decoding: BeamSettings | NucleusSettings = replace(output.beam(), num_beams=int(beams))
         if method == NUCLEUS:
-            decoding = NucleusSettings(max_length=20, min_length=5)
+            decoding = NucleusSettings(max_length=output.max_length, min_length=output.min_length)
         settings = predictions.CaptionSettings(decoding, seed=int(seed))
         return self._only(predictions.captions(Reader(blip), [_given(image)], settings))["caption"]
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip_scale.config import checks
+from blip_scale.config.batch_sizes import is_auto
 from blip_scale.config.recipe import Recipe, StreamRecipe
 from blip_scale.planning.hardware import GPU, find_gpu
 from blip_scale.storage.free_space import free_bytes, parse_bytes
@@ -70,8 +71,10 @@ class Setting:
 
     def plan(self) -> Plan:
         """The plan for these ranks, on the GPU that was named or is here."""
-        from blip_scale.planning.plan import Assumptions, make_plan
+        from blip_scale.planning.assumptions import Assumptions
+        from blip_scale.planning.plan import make_plan
         from blip_scale.planning.timing import Cluster
+        from blip_scale.tasks.by_name import contrast_of
 
         nodes = self.ranks // self.gpus_per_node
         cluster = Cluster(nodes, self.gpus_per_node, self._gpu())
@@ -79,15 +82,15 @@ class Setting:
         assumed = Assumptions(unknown_samples=10**6)
         try:
             config = checks.resolve_deepspeed(self.recipe, self.ds_config, self.ranks)
-            return make_plan(self.recipe, config, cluster, assumed)
+            return make_plan(self.recipe, config, cluster, contrast_of, assumed)
         except (ValueError, FileNotFoundError) as error:  # another check has failed of it
             raise Doubt(f"cannot be planned: {error}") from error
 
     def _gpu(self) -> GPU:
         import torch
 
+        from blip_scale.planning.assumptions import GIB
         from blip_scale.planning.hardware import GPUS
-        from blip_scale.planning.plan import GIB
 
         if self.gpu is not None:
             return self.gpu
@@ -168,6 +171,7 @@ def _checks(setting: Setting) -> list[tuple[str, Callable[[], str]]]:
         ("checkpoints", lambda: _checkpoint_folder(recipe)),
         ("GPU memory", lambda: _gpu_memory(setting)),
         ("host memory", lambda: _host_memory(setting)),
+        ("shared memory", lambda: _shared_memory(setting)),
     ]
 
 
@@ -207,28 +211,23 @@ def _launcher(setting: Setting) -> str:
     """The variables of ranks fit each other, and there is a device for this rank."""
     import torch
 
-    values = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    given = {name: int(value) for name, value in values.items() if value is not None}
-    if not given:
+    from blip_scale import launcher
+    from blip_scale.engine.idle_gpus import refuse_idle_gpus
+
+    refuse_idle_gpus()
+    ranks = launcher.check_variables()
+    if "RANK" not in os.environ:
         tasks = os.environ.get("SLURM_NTASKS")
         if tasks and int(tasks) > 1 and "SLURM_PROCID" in os.environ:
             raise Doubt(f"SLURM started {tasks} tasks, but RANK and WORLD_SIZE are not set")
         return "one process, no launcher"
-    if len(given) < 3:
-        missing = ", ".join(name for name in values if name not in given)
-        raise ValueError(f"{missing} not set, though {', '.join(given)} is: set all or none")
-    if given["RANK"] >= given["WORLD_SIZE"]:
-        raise ValueError(f"RANK {given['RANK']} of WORLD_SIZE {given['WORLD_SIZE']}")
-    if given["WORLD_SIZE"] > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise ValueError(f"{name} is not set: ranks cannot find each other")
-    if torch.cuda.is_available() and given["LOCAL_RANK"] >= torch.cuda.device_count():
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"LOCAL_RANK {given['LOCAL_RANK']}, but the node shows {torch.cuda.device_count()} "
+            f"LOCAL_RANK {local_rank}, but the node shows {torch.cuda.device_count()} "
             "GPUs: start as many ranks as GPUs"
         )
-    return f"{given['WORLD_SIZE']} ranks"
+    return f"{ranks} ranks"
 
 
 def _settings(setting: Setting) -> str:
@@ -238,6 +237,11 @@ def _settings(setting: Setting) -> str:
 
 def _batch(setting: Setting) -> str:
     sizes = checks.batch_sizes(setting.recipe, setting.ranks)
+    if is_auto(setting.recipe):
+        plan = setting.plan()
+        if math.isinf(plan.limit_bytes):
+            raise Doubt("train.max_micro_batch_size: auto depends on the GPU: give --gpu NAME")
+        sizes = plan.sizes
     return (
         f"{sizes.global_batch} = {sizes.world_size} ranks x {sizes.micro_batch} x "
         f"{sizes.accumulation} micro-steps"
@@ -377,6 +381,17 @@ def _host_memory(setting: Setting) -> str:
     if need > there:
         raise Doubt(f"{said}: give fewer data.workers, or look on a node of the run")
     return said
+
+
+def _shared_memory(setting: Setting) -> str:
+    from blip_scale.data.loading.shared_memory import check_shared_memory, needed_bytes
+
+    recipe = setting.recipe
+    sizes = checks.batch_sizes(recipe, setting.ranks)
+    images = 2 if recipe.task == "nlvr2" else 1
+    size = recipe.model.vision.image_size
+    needed = needed_bytes(recipe.data.workers, sizes.micro_batch, size, images)
+    return check_shared_memory(needed, setting.gpus_per_node)
 
 
 def _interconnect(world_size: int) -> str:

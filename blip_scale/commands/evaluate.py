@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from blip_scale import launcher, logs
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import recipe as recipes
 from blip_scale.config import settings
 from blip_scale.config.recipe import Recipe, StreamRecipe
@@ -40,9 +40,11 @@ from blip_scale.evaluation import answers, captions_and_pairs, video
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.loading import Loading, load_blip, recipe_of
 from blip_scale.interop.checkpoints import format_of
+from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.visdial import VisDial
 from blip_scale.model.vqa import VQA
+from blip_scale.storage import locations
 from blip_scale.tasks import captioning, nlvr2, visdial, vqa
 
 _TIMEOUT_S = 1800.0
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         figures = kind.measure(Subject(blip, pairs, recipe, options))
         everywhere = collectives.all_gather_objects(pairs.unreadable)
     except (ValueError, OSError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     if is_main:
         report = {
             "task": options.task,
@@ -137,22 +139,60 @@ def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list
     if found is not None:
         tree = yaml.safe_load(recipes.to_yaml(found))
     else:
-        tree.setdefault("model", {}).setdefault("text", {})["prompt"] = blip.prompt
+        _merge(tree, _stated(blip.output) if blip.is_output_stated else _prompt(blip))
     return settings.build(Recipe, tree, "evaluate", settings.parse_overrides(overrides))
+
+
+def _prompt(blip: Blip) -> dict[str, Any]:
+    return {"model": {"text": {"prompt": blip.prompt}}}
+
+
+def _stated(output: OutputSettings) -> dict[str, Any]:
+    """What a checkpoint says of its output, as settings of a recipe."""
+    text: dict[str, Any] = {"prompt": output.prompt}
+    evaluation: dict[str, Any] = {
+        "num_beams": output.num_beams,
+        "max_caption_tokens": output.max_length,
+        "min_caption_tokens": output.min_length,
+        "repetition_penalty": output.repetition_penalty,
+        "scoring": output.evaluation_scoring,
+    }
+    if output.text_tokens is not None:
+        text["max_tokens"] = output.text_tokens
+    if output.rerank_top_k is not None:
+        evaluation["rerank_top_k"] = output.rerank_top_k
+    return {
+        "model": {"text": text},
+        "evaluation": evaluation,
+        "objective": {"label_smoothing": output.label_smoothing},
+    }
+
+
+def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
+    """Put the settings of `other` into a tree, over those that are there."""
+    for name, value in other.items():
+        if isinstance(value, dict):
+            _merge(tree.setdefault(name, {}), value)
+        else:
+            tree[name] = value
 
 
 def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPairs | VideoSet:
     """MDS shards, or what an annotation file lists."""
-    place = Path(options.data)
+    name = locations.basename(options.data)
+    is_here = locations.is_local(options.data)
+    place = locations.local_path(options.data) if is_here else Path(name)
     if options.task == "video":
         folder = Path(options.images or place.parent)
         return VideoSet(place, folder, image_size, options.allow_outside)
-    if (place / "index.json").is_file():
+    if is_here and (place / "index.json").is_file():
         stream = StreamRecipe(place.name, options.data)
         return heldout_pairs(stream, image_size, clean=lambda text, _: kind.clean(text))
-    if not place.is_file():
+    is_list = place.is_file() if is_here else not locations.is_folder(options.data)
+    if not is_list:
         raise FileNotFoundError(
-            f"{place}: neither a folder of MDS shards (no index.json there) nor an annotation file"
+            f"{options.data}: neither a local folder of MDS shards (no index.json there) nor an "
+            "annotation file"
         )
     reader = READERS[kind.reader]
     own_options = {name: getattr(options, name) for name in reader.options}
@@ -160,7 +200,7 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
     chunks = reader.chunks(source, **own_options)
     found = [one for chunk in chunks for one in chunk.read()]
     root = None if options.allow_outside else source.image_root()
-    return listed_pairs(place.name, found, image_size, kind.clean, root)
+    return listed_pairs(name, found, image_size, kind.clean, root)
 
 
 def _retrieval(subject: Subject) -> dict[str, Any]:
@@ -176,9 +216,11 @@ def _captioning(subject: Subject) -> dict[str, Any]:
     """Caption metrics where there are references; the captions go into --submission."""
     blip, pairs, options = subject.blip, subject.pairs, subject.options
     blip.require("caption")
+    ids = captioning.image_ids(pairs, options.data, options.strip_prefix)
+    if options.submission:
+        _check_distinct(ids, pairs.ids)
     every = range(len(pairs))
     said = captions_and_pairs.captions_of(blip.med, pairs, every, subject.recipe, blip.tokenizer)
-    ids = captioning.image_ids(pairs, options.data, options.strip_prefix)
     if options.submission and collectives.rank() == 0:
         entries = [{"image_id": i, "caption": text} for i, text in zip(ids, said, strict=True)]
         options.submission.write_text(json.dumps(entries), encoding="utf-8")
@@ -190,11 +232,25 @@ def _captioning(subject: Subject) -> dict[str, Any]:
     return captioning.figures(said, references, pairs.annotations)
 
 
+def _check_distinct(ids: Sequence[int | str], names: Sequence[str]) -> None:
+    """Raise ValueError where two images would have one id in a submission."""
+    names_by_id: dict[str, str] = {}
+    for number, name in zip(map(str, ids), names, strict=True):
+        if number in names_by_id:
+            raise ValueError(
+                f"--submission: {names_by_id[number]} and {name} would both have the image_id "
+                f"{number}; list them in an annotation file that gives each image its own id"
+            )
+        names_by_id[number] = name
+
+
 def _vqa(subject: Subject) -> dict[str, Any]:
     """Accuracy by the official rule; the answers go into --submission."""
     blip, options = subject.blip, subject.options
     blip.require("vqa")
     assert isinstance(blip.network, VQA)
+    if options.submission:
+        answers.question_ids(subject.pairs)
     said = answers.answers_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
     if options.submission and collectives.rank() == 0:
         rows = answers.submission(subject.pairs, said)
@@ -283,12 +339,13 @@ def _parser(prog: str) -> Parser:
     add("checkpoint", type=Path, help="a run's folder, step_N, .pth, or a Hugging Face folder")
     add(
         "data",
-        help="folder of MDS shards, or a published annotation file (.json, .jsonl of videos)",
+        help="folder of MDS shards, or a published annotation file (.json, .jsonl of videos), "
+        "here or s3://",
     )
     add(
         "--images",
         metavar="FOLDER",
-        help="folder that relative paths of an annotation file start from",
+        help="folder that relative paths of an annotation file start from, here or s3://",
     )
     add("--allow-outside", action="store_true",
         help="open any path that an annotation file names, not only below that folder")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a recipe will need on a cluster, before it is queued: `python tools/plan.py base_129M`."""
+"""What a recipe will need on a cluster, before it is queued: `blip-scale plan base_129M`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import checks, recipe
-from blip_scale.planning.hardware import (
-    GPUS,
-    find_gpu,
-)
-from blip_scale.planning.plan import (
-    GIB,
-    Assumptions,
-    Plan,
-    make_plan,
-)
-from blip_scale.planning.timing import Cluster
+from blip_scale.planning.assumptions import GIB, Assumptions, duration
+from blip_scale.planning.hardware import GPUS, find_gpu
+from blip_scale.planning.plan import Plan, Way, make_plan
+from blip_scale.planning.timing import EXECUTIONS, Cluster
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
@@ -29,7 +22,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
     try:
         plan = _plan(options, overrides)
     except (ValueError, FileNotFoundError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     print(json.dumps(plan.to_json(), indent=1) if options.json else table(plan))
     return 0
 
@@ -41,11 +34,14 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
         gpu = dataclasses.replace(gpu, network_gbit=options.network_gbit)
     cluster = Cluster(
         options.nodes, options.gpus_per_node, gpu,
-        efficiency=options.efficiency, module_call_s=options.module_us * 1e-6,
+        efficiency=options.efficiency,
+        module_call_s=options.module_us * 1e-6 if options.module_us else None,
     )  # fmt: skip
+    from blip_scale.tasks.by_name import contrast_of  # brings DeepSpeed: a refusal needs none
+
     kilobytes = options.sample_kb
     assumed = Assumptions(options.caption_tokens, kilobytes * 1e3 if kilobytes else None)
-    return make_plan(chosen, _deepspeed(options), cluster, assumed)
+    return make_plan(chosen, _deepspeed(options), cluster, contrast_of, assumed, options.way)
 
 
 def _deepspeed(options: argparse.Namespace) -> dict[str, Any]:
@@ -69,18 +65,20 @@ def _deepspeed(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(plan: Plan) -> str:
     """The plan as text."""
-    cluster, sizes, step, data = plan.cluster, plan.sizes, plan.step, plan.to_json()["data"]
+    cluster, sizes, way, data = plan.cluster, plan.sizes, plan.way, plan.to_json()["data"]
     parameters = sum(plan.network.trainable) / 1e6
     offload = ", optimizer on the host" if plan.offload else ""
+    fast, _, slow = way.seconds
     lines = [
         f"{plan.verdict}",
         *(f"warning: {warning}" for warning in plan.warnings),
+        *([f"faster: {plan.advice}"] if plan.advice else []),
         "",
         f"{cluster.nodes} x {cluster.gpus_per_node} GPUs, ZeRO-{plan.stage}{offload}, "
         f"{parameters:.1f}M trainable parameters",
         f"batch {sizes.global_batch} = {sizes.world_size} ranks x {sizes.micro_batch} x "
-        f"{sizes.accumulation} micro-steps; largest that fits and divides: {plan.max_micro_batch} "
-        f"(that fits at all: {plan.largest_micro_batch})",
+        f"{sizes.accumulation} micro-steps; largest that fits with headroom and divides: "
+        f"{plan.max_micro_batch} (that fits at all: {plan.largest_micro_batch})",
         "",
         "memory a GPU, GiB",
         *(_row(name, value / GIB) for name, value in plan.memory.terms.items() if value > 1e6),
@@ -90,15 +88,15 @@ def table(plan: Plan) -> str:
         lines.append(_row("on the host, a node", plan.memory.host * cluster.gpus_per_node / GIB))
     lines += [
         "",
-        f"optimizer step, ms ({plan.steps} of them; {step.mfu:.0%} MFU)",
-        _row("compute", step.compute_s * 1e3, 1),
-        _row("host (launching)", step.host_s * 1e3, 1),
-        _row("weights and gradients exchanged", step.communication_s * 1e3, 1),
-        _row("update, features", step.update_s * 1e3, 1),
-        _row("total", step.total_s * 1e3, 1),
+        f"optimizer step, ms ({plan.steps} of them)        fast  expected      slow",
+        *_step_rows(way),
         "",
-        f"time      {plan.seconds / 86_400:.2f} days, "
-        f"{plan.seconds / 3600 * cluster.ranks:.0f} GPU-hours, {plan.samples_per_s:.0f} pairs/s",
+        *_way_rows(plan),
+        *_exchange_rows(plan),
+        "",
+        f"time      {duration(plan.seconds)} ({duration(plan.steps * fast)} to "
+        f"{duration(plan.steps * slow)}), {plan.seconds / 3600 * cluster.ranks:.0f} GPU-hours, "
+        f"{plan.samples_per_s:.0f} pairs/s, {way.expected.mfu:.0%} MFU",
         f"data      {data['images_per_s_per_node']:.0f} images/s and "
         f"{data['mb_per_s_per_node']:.0f} MB/s a node, {plan.cores_a_gpu:.1f} CPU cores a GPU",
         f"storage   {data['shards_tib']:.2f} TiB of shards ({plan.volume.samples / 1e6:.1f}M "
@@ -108,6 +106,54 @@ def table(plan: Plan) -> str:
         *(f"  - {assumption}" for assumption in plan.assumptions),
     ]
     return "\n".join(lines)
+
+
+def _step_rows(way: Way) -> list[str]:
+    """Parts of a step, in ms."""
+    parts = {
+        "kernels": "kernels_s",
+        "host (launching)": "host_s",
+        "weights and gradients, hidden": "exchanges_s",
+        "update and exchanges not hidden": "update_s",
+        "total": "total_s",
+    }
+    rows = []
+    for label, name in parts.items():
+        values = [getattr(step, name) * 1e3 for step in (way.fast, way.expected, way.slow)]
+        rows.append(f"  {label:32}" + "".join(f"{value:10.1f}" for value in values))
+    return rows
+
+
+def _way_rows(plan: Plan) -> list[str]:
+    """Every way to run the steps, the planned one first."""
+    rows = [f"{'ways to run it (the first is planned)':50}{'ms a step':>14}{'pairs/s':>16}"
+            f"{'GiB':>8}  limit"]  # fmt: skip
+    batch = plan.sizes.global_batch
+    for way in plan.ways:
+        fast, _, slow = way.seconds
+        span = f"{fast * 1e3:.0f} to {slow * 1e3:.0f}"
+        rate = f"{batch / slow:.0f} to {batch / fast:.0f}"
+        held = way.memory.total / GIB
+        label = f"{way.execution.name} (--way {way.name})"
+        rows.append(f"  {label:48}{span:>14}{rate:>16}{held:8.1f}  {way.expected.limit}")
+    return rows
+
+
+def _exchange_rows(plan: Plan) -> list[str]:
+    """What ranks exchange in a step, for partitioned and for whole weights; nothing on one rank."""
+    ways = {way.execution.whole: way for way in plan.ways if way.exchanges}
+    if not ways:
+        return []
+    rows = ["", f"{'exchanges a step':34}{'calls':>8}{'GB':>10}{'ms':>10}"]
+    for whole, way in ways.items():
+        held = "whole" if whole else "partitioned"
+        for item in way.exchanges:
+            hidden = "  hidden" if item.hidden else ""
+            rows.append(
+                f"  {f'{held}: {item.name}':32}{item.calls:8}{item.data_bytes / 1e9:10.3f}"
+                f"{item.seconds * 1e3:10.1f}{hidden}"
+            )
+    return rows
 
 
 def _row(name: str, value: float, digits: int = 2) -> str:
@@ -128,8 +174,8 @@ def _positive(kind: type) -> Any:
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
-        usage="python tools/plan.py RECIPE [SETTING=VALUE ...] --nodes N --gpus-per-node G "
-        "--gpu NAME [--zero 1|2|3] [--offload] [--json]",
+        usage="blip-scale plan RECIPE [SETTING=VALUE ...] --nodes N --gpus-per-node G "
+        "--gpu NAME [--zero 1|2|3] [--offload] [--way partitioned|whole|graph] [--json]",
         description="Memory a GPU, time, data rate and storage of a recipe on a cluster, on paper. "
         "Settings are the recipe's, by dotted name, as in train.py. Exit code 2: refused input.",
         allow_abbrev=False,
@@ -149,10 +195,24 @@ def _parser(prog: str) -> Parser:
         metavar="X",
         help="network of a node, all cards together (default: that of the GPU)",
     )
-    add("--efficiency", type=number, default=Cluster.efficiency, metavar="SHARE",
-        help="share of the peak that matrix products reach (default: 0.4)")  # fmt: skip
-    add("--module-us", type=number, default=Cluster.module_call_s * 1e6, metavar="US",
-        help="host time to call a module, in microseconds (default: 60)")  # fmt: skip
+    add(
+        "--way",
+        choices=tuple(EXECUTIONS),
+        help="how steps are run: eager with partitioned or whole weights, or as a CUDA graph "
+        "(default: eager, with the weights as ZeRO's stage has them)",
+    )
+    add(
+        "--efficiency",
+        type=number,
+        metavar="SHARE",
+        help="share of the peak that the kernels reach (default: a range from measurements)",
+    )
+    add(
+        "--module-us",
+        type=number,
+        metavar="US",
+        help="host time of a module's call in microseconds (default: a range from measurements)",
+    )
     add("--caption-tokens", type=number, default=Assumptions.tokens_each, metavar="T",
         help="mean tokens of a caption, [CLS] and [SEP] included (default: 12.5)")  # fmt: skip
     add(

@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,28 @@ import numpy as np
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, refuse
+from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import exit_codes
 from blip_scale.inference import predictions
 from blip_scale.inference.images import find_images
 from blip_scale.inference.loading import Loading, load_blip
 from blip_scale.inference.predictions import Answer, CaptionSettings, Reader
+from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.model.generation import BeamSettings, NucleusSettings
+
+_LEAST = {
+    "batch_size": 1,
+    "threads": 1,
+    "image_size": 1,
+    "beams": 1,
+    "captions": 1,
+    "max_tokens": 2,
+    "min_tokens": 0,
+    "seed": 0,
+    "top": 1,
+    "rerank": 0,
+}
+"""Options -> the least number that they take."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> int:
@@ -38,10 +54,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> in
     try:
         return _predict(options)
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
 
 
 def _predict(options: argparse.Namespace) -> int:
+    _check(options)
     paths = find_images(options.images)
     loading = Loading(
         options.recipe, options.tokenizer, options.image_size, options.device, options.precision
@@ -65,7 +82,8 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _answers(reader: Reader, paths: Sequence[str], options: argparse.Namespace) -> Iterator[Answer]:
     if options.use == "caption":
-        settings = CaptionSettings(_decoding(options), options.prompt, options.seed)
+        decoding = _decoding(options, reader.blip.output)
+        settings = CaptionSettings(decoding, options.prompt, options.seed, options.captions)
         return predictions.captions(reader, paths, settings)
     if options.use == "vqa":
         return predictions.replies(reader, paths, options.question)
@@ -76,11 +94,44 @@ def _answers(reader: Reader, paths: Sequence[str], options: argparse.Namespace) 
     return predictions.search(reader, paths, options.text, options.top, options.rerank)
 
 
-def _decoding(options: argparse.Namespace) -> BeamSettings | NucleusSettings:
-    lengths = {"max_length": options.max_tokens, "min_length": options.min_tokens}
+def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that can't be."""
+    for name, least in _LEAST.items():
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    if options.use != "caption":
+        return
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"--top-p {options.top_p}: expected a share above 0, at most 1")
+    if options.captions > 1 and options.beams == 1 and not options.sample:
+        raise ValueError("--captions of greedy search (--beams 1): give --sample or more --beams")
+
+
+def _decoding(
+    options: argparse.Namespace, output: OutputSettings
+) -> BeamSettings | NucleusSettings:
+    """The checkpoint's settings, with those of the command over them."""
+    asked = {
+        "max_length": options.max_tokens,
+        "min_length": options.min_tokens,
+        "num_beams": options.beams,
+        "scoring": options.scoring,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    beam = replace(output.beam(), **asked)
     if options.sample:
-        return NucleusSettings(top_p=options.top_p, **lengths)
-    return BeamSettings(num_beams=options.beams, scoring=options.scoring, **lengths)
+        return NucleusSettings(
+            top_p=options.top_p, max_length=beam.max_length, min_length=beam.min_length
+        )
+    return beam
+
+
+def _line(answer: Answer) -> str:
+    """JSON, readable in every language. Bytes of a path that are no UTF-8 become the escapes that
+    Python's json and os.fsencode turn back into them."""
+    text = json.dumps(answer, ensure_ascii=False)
+    return logs.printable(text.encode(errors="backslashreplace").decode())
 
 
 @contextmanager
@@ -89,7 +140,7 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
     at the end; what an ended run had written stays in FILE.partial."""
     out: Path | None = options.out
     if out is None:
-        yield lambda answer: print(_json(answer), flush=True)
+        yield lambda answer: print(_line(answer), flush=True)
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
@@ -101,7 +152,7 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
         good = [row for row in rows if "error" not in row]
         for row in rows:
             if "error" in row:
-                print(_json(row), flush=True)
+                print(_line(row), flush=True)
         with partial.open("wb") as file:
             np.savez(
                 file,
@@ -110,12 +161,8 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
             )
     else:
         with partial.open("w", encoding="utf-8") as lines:
-            yield lambda answer: print(_json(answer), file=lines)
+            yield lambda answer: print(_line(answer), file=lines)
     partial.replace(out)
-
-
-def _json(answer: Answer) -> str:
-    return logs.printable(json.dumps(answer, ensure_ascii=False))
 
 
 def _parser(prog: str) -> Parser:
@@ -129,12 +176,14 @@ def _parser(prog: str) -> Parser:
         return uses.add_parser(name, help=text, description=text, parents=[shared])
 
     caption = use("caption", "a caption of every image")
-    _add(caption, "--beams", 3, "width of the beam search; 1 is greedy")
+    own = "default: the checkpoint's"
+    caption.add_argument("--beams", type=int, help=f"width of the beam search; 1 is greedy; {own}")
     caption.add_argument(
-        "--scoring", choices=("published", "huggingface"), default="published",
-        help="length that beam search divides by: as BLIP's figures, or as transformers' generate "
-        "today (%(default)s)",
+        "--scoring", choices=("published", "huggingface"),
+        help="length that beam search divides by: as BLIP's figures, or as transformers' generate; "
+        "default: published for BLIP's own files, else huggingface",
     )  # fmt: skip
+    _add(caption, "--captions", 1, "captions of each image: the best, or with --sample as drawn")
     caption.add_argument("--sample", action="store_true", help="nucleus sampling, no beam search")
     _add(caption, "--top-p", 0.9, "share of the probability that nucleus sampling draws from")
     _add(
@@ -143,10 +192,16 @@ def _parser(prog: str) -> Parser:
         0,
         "seed of nucleus sampling; with the path of an image it fixes the caption",
     )
-    _add(caption, "--max-tokens", 20, "longest caption in tokens, prompt and [SEP] included")
-    _add(caption, "--min-tokens", 5, "shortest caption in tokens, prompt included")
     caption.add_argument(
-        "--prompt", help='default: "a picture of " for captioners, none after pretraining'
+        "--max-tokens", type=int,
+        help=f"longest caption in tokens, prompt and [SEP] included; {own}",
+    )  # fmt: skip
+    caption.add_argument(
+        "--min-tokens", type=int, help=f"shortest caption in tokens, prompt included; {own}"
+    )
+    caption.add_argument(
+        "--prompt",
+        help=f'how captions begin; {own} ("a picture of " for BLIP\'s captioners)',
     )
     vqa = use("vqa", "answers to questions about every image")
     vqa.add_argument(

@@ -19,7 +19,13 @@ from typing import Any
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, refuse, stopped
+from blip_scale.commands.command_line import (
+    Parser,
+    interrupt_on_sigterm,
+    refuse,
+    report_error,
+    stopped,
+)
 from blip_scale.config import exit_codes
 from blip_scale.data.conversion.pairs import Reason, Source
 from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
@@ -57,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
         extra = "[demo]" if options.name in DEMO_SETS else ""
         return refuse(prog, f"{error}; in a clone, run `pip install '.{extra}'`")
     except (OSError, ValueError) as error:
-        return refuse(prog, error)
+        return report_error(prog, error)
     except KeyboardInterrupt as stop:
         return stopped(stop, "finished chunks")
 

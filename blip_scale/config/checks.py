@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from blip_scale.config.batch_sizes import BatchSizes, batch_sizes
+from blip_scale.config import weight_placement
+from blip_scale.config.batch_sizes import BatchSizes, batch_sizes, is_auto
+from blip_scale.config.deepspeed_keys import AUTO, check_keys
 from blip_scale.config.recipe import FP16_REFUSED, DataRecipe, OptimizerRecipe, Recipe, StreamRecipe
 from blip_scale.config.settings import expand
-
-AUTO = "auto"
 
 
 def check(recipe: Recipe, world_size: int) -> BatchSizes:
@@ -49,19 +48,27 @@ def resolve_deepspeed(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, a ZeRO stage other than 2 or 3, fp16, or a conflict with the recipe.
+        ValueError: not JSON, a setting that a run doesn't honour, a ZeRO stage other than 2 or 3,
+            fp16, or a conflict with the recipe.
     """
     path = Path(ds_config_path)
     config = _read_json(path)
+    check_keys(config, path)
     stage = _object(config, "zero_optimization", path).get("stage", 0)
     if stage not in (2, 3):
         raise ValueError(
             f"{path}: zero_optimization.stage: expected 2 or 3, found {json.dumps(stage)}"
         )
-    if recipe.model.compile and stage == 3 and world_size > 1:
+    obstacle = weight_placement.obstacle(config["zero_optimization"]) if stage == 3 else None
+    if recipe.train.whole_weights is True and obstacle:
         raise ValueError(
-            "model.compile: ZeRO-3 gathers weights from Python inside of the blocks, which "
-            "torch.compile can't trace; give --deepspeed ds_configs/zero2.json, or set it to false"
+            f"train.whole_weights: true, but {path} sets {obstacle}, which needs partitioned "
+            f"weights; remove {obstacle}, or set train.whole_weights to auto"
+        )
+    if recipe.model.compile and stage == 3 and recipe.train.whole_weights is False:
+        raise ValueError(
+            "model.compile: partitioned weights are gathered from Python inside of the blocks, "
+            "which torch.compile can't trace; set train.whole_weights to auto, or it to false"
         )
     if _object(config, "fp16", path).get("enabled") not in (None, False, AUTO):
         raise ValueError(f"{path}: fp16.enabled: {FP16_REFUSED}; set it to false")
@@ -95,24 +102,7 @@ def resolve_deepspeed(
     for name in ("optimizer", "scheduler", "fp16", "amp", "torch_autocast"):
         config.pop(name, None)
     config["zero_allow_untested_optimizer"] = True  # torch's AdamW with a switch to skip a step
-    if world_size == 1 and stage == 3:
-        _fill_for_one_rank(config["zero_optimization"])
     return _without_auto(config)
-
-
-def _fill_for_one_rank(zero: dict[str, Any]) -> None:
-    """ZeRO-3's "auto" settings on a single rank, where parting and gathering the parameters only
-    costs: they stay whole, so torch's own linear layer may keep them for its backward pass, and
-    gradients need no bucket (`engine.zero3_step.keep_gradients`)."""
-    alone = {
-        "stage3_param_persistence_threshold": sys.maxsize,
-        "stage3_model_persistence_threshold": sys.maxsize,
-        "memory_efficient_linear": False,
-        "contiguous_gradients": False,
-    }
-    for name, value in alone.items():
-        if zero.get(name) == AUTO:
-            zero[name] = value
 
 
 def _agree(path: Path, name: str, found: Any, setting: str, wanted: Any) -> None:
@@ -155,14 +145,23 @@ def _read_json(path: Path) -> dict[str, Any]:
             "ds_configs/ has zero3.json, zero2.json and zero3_offload.json"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, too many digits, too deep
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, a key twice, nested too deep
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object with DeepSpeed's settings")
     return config
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which must name each setting once: the last would win silently."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]} is set twice; remove one")
+    return dict(pairs)
 
 
 def _object(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
@@ -183,6 +182,11 @@ def _without_auto(value: Any) -> Any:
 def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
     """Hard negatives need two pairs to choose from, a queue needs room for a global batch."""
     if recipe.task not in ("pretrain", "retrieval"):
+        if is_auto(recipe):
+            raise ValueError(
+                f"train.max_micro_batch_size: auto is known for pretrain and retrieval, not for "
+                f"{recipe.task}, whose memory is not modelled; give a number"
+            )
         return
     pool = sizes.micro_batch * (sizes.world_size if recipe.objective.negatives == "global" else 1)
     if pool < 2:
@@ -302,7 +306,22 @@ def _check_data(recipe: Recipe) -> None:
                 )
             seen.add(stream.name)
             _check_stream(setting, stream, data.make_with)
+    _check_caches(data)
     _check_mixture(data)
+
+
+def _check_caches(data: DataRecipe) -> None:
+    """Streams with one `local` read one set: shards of two remotes have the same names."""
+    remotes: dict[str, tuple[str, str | None]] = {}
+    for stream in [*data.streams, *data.heldout]:
+        local = expand(stream.local, f"{stream.name}.local")
+        remote = expand(stream.remote, f"{stream.name}.remote") if stream.remote else None
+        name, other = remotes.setdefault(local, (stream.name, remote))
+        if remote != other:
+            raise ValueError(
+                f"data: streams {name} and {stream.name} have the same local, {local}, and "
+                f"different remotes, {other} and {remote}: give one of them another local"
+            )
 
 
 def _check_mixture(data: DataRecipe) -> None:

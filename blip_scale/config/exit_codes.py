@@ -5,9 +5,10 @@ from __future__ import annotations
 DONE = 0
 """The work is finished."""
 FAILED = 1
-"""A failure that was not foreseen, or items that could not be processed and were named."""
+"""A failure that may not come again, or items that could not be processed and were named."""
 REFUSED = 2
-"""Input that cannot be used: the message says what, where and how to fix it."""
+"""Input that cannot be used: the message says what, where and how to fix it. Of `errors.is_refused`
+alone, as a job with this code isn't started again."""
 REQUEUE = 75
 """Stopped on request with everything saved; start the same command again (EX_TEMPFAIL)."""
 

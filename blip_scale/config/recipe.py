@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -100,8 +100,11 @@ class ModelRecipe:
     """Attention kernel. auto takes FlashAttention where the GPU has it, and SDPA elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more time."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Capture forward and backward of a micro-step as one CUDA graph: auto does it on CUDA where
+    weights stay whole between the passes and no shape depends on the data; the log says why not."""
     compile: bool = False
-    """torch.compile for the ViT's blocks: half a minute; not under ZeRO-3 on several ranks."""
+    """torch.compile for the ViT's blocks: half a minute; not with partitioned weights."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -199,6 +202,9 @@ class OptimizerRecipe:
     """Learning rate of the first step."""
     warmup_steps: Count = 3000
     """Linear warm-up from warmup_lr to peak_lr, within the first epoch (as published)."""
+    warmup_spans_epochs: bool = False
+    """Let a warm-up that is longer than the first epoch go on in the next ones. Published: false,
+    the second epoch begins at its full rate."""
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     """peak_lr * lr_decay ** epoch after the first epoch, never below min_lr (the code's 0.9; the
     paper says 0.85)."""
@@ -219,16 +225,28 @@ class TrainRecipe:
     micro_batch_size: Positive | None = None
     """Pairs a rank takes through the network at once; null: global_batch_size / ranks (no
     accumulation), or what max_micro_batch_size makes of it."""
-    max_micro_batch_size: Positive | None = None
+    max_micro_batch_size: Positive | Literal["auto"] | None = None
     """Where micro_batch_size is null: the largest size up to this one that divides
     global_batch_size / ranks is taken, and accumulation does the rest. So a recipe runs on more or
-    fewer ranks with the same global batch."""
+    fewer ranks with the same global batch. `auto`: the largest that fits the memory of the device,
+    settled once when a run starts (pretraining and retrieval). The size of a micro-batch is the
+    number of pairs that local ITM negatives and ITC's own pairs come from."""
+    pad_tokens_to: Positive | Literal["auto"] = "auto"
+    """Pretraining and retrieval: fill the packed captions of a micro-batch up to a multiple of so
+    many tokens, so that tensors have few static sizes; losses and gradients stay the same. auto: on
+    a GPU the power of two that costs at most 3 % more (90 pairs: 128), elsewhere 1, no filling
+    up."""
     epochs: Positive = 20
     """Times through the training streams."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of the weights and activations; masters, momentum, queues and losses are always fp32."""
+    whole_weights: Literal["auto"] | bool = "auto"
+    """Under ZeRO-3: whether every rank keeps all weights between the passes. It saves hundreds of
+    exchanges a step; masters and moments stay partitioned. auto: where the states need at most half
+    of the memory, unless the DeepSpeed JSON offloads, quantizes or sets
+    stage3_param_persistence_threshold."""
     max_nonfinite_steps: Positive = 10
     """Stop with a report after this many skipped steps in a row (loss or gradient not finite)."""
     stall_timeout_s: Rate = 1800.0
@@ -338,6 +356,21 @@ def load(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     file = _find(name_or_file)
     tree = settings.read_yaml(file)
     return settings.build(Recipe, tree, str(file), settings.parse_overrides(overrides))
+
+
+def stated(name_or_file: str, overrides: Sequence[str] = ()) -> set[str]:
+    """The dotted names of the settings that a file and overrides say; takes and raises what `load`
+    does. A mapping of names, as model.vision.overrides, is one setting."""
+    tree = settings.read_yaml(_find(name_or_file))
+    names = {override.name for override in settings.parse_overrides(overrides)}
+    return names | set(_leaves(tree))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -5,12 +5,14 @@ Legend: S sequences, T packed tokens.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import pstdev
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,14 +31,30 @@ _PACKAGE_PREFIX = "package:"
 
 
 @dataclass(frozen=True)
+class Padding:
+    """How packed captions are filled up to a static size; by default not at all."""
+
+    bucket: int = 1
+    """Multiple that the number of tokens is filled up to; 1: nothing is filled up."""
+    fillers: int = 0
+    """Number of last sequences that only fill, of [PAD]; the same for all captions of a bucket."""
+    spread: int = 0
+    """Tokens by which as many captions, drawn out of these, may differ from them together: four
+    standard deviations of independent draws, rounded up to a power of two buckets, so that it is
+    the same in nearly all batches. Rarely exceeded."""
+
+
+@dataclass(frozen=True)
 class PackedTokens:
     """Token ids of several captions in one row."""
 
     token_ids: Tensor
     """[T] int64."""
     offsets: Tensor
-    """[S+1] int32: caption s is token_ids[offsets[s]:offsets[s+1]]."""
+    """[S+1] int32: caption s is token_ids[offsets[s]:offsets[s+1]]. Fillers come last."""
     max_length: int
+    """At least the longest; `max_tokens` where captions are filled up."""
+    padding: Padding = field(default_factory=Padding)
 
 
 def resolve_checkpoint(name: str) -> str:
@@ -119,21 +137,48 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def pack_captions(
-    tokenizer: PreTrainedTokenizerFast, captions: Sequence[str], max_tokens: int
+    tokenizer: PreTrainedTokenizerFast,
+    captions: Sequence[str],
+    max_tokens: int,
+    pad_tokens_to: int = 1,
 ) -> PackedTokens:
-    """[CLS] caption [SEP] of every caption, one after the other without padding.
+    """[CLS] caption [SEP] of every caption, one after the other.
 
-    Captions of more than `max_tokens` tokens ([CLS] and [SEP] included) are cut; [SEP] stays last.
+    Args:
+        tokenizer: of the BERT kind.
+        captions: at least one where they are filled up.
+        max_tokens: longer captions ([CLS] and [SEP] included) are cut; [SEP] stays last.
+        pad_tokens_to: filler sequences are added until the tokens are a multiple of this; 1: none.
     """
     rows = tokenizer(
         list(captions), truncation=True, max_length=max_tokens, return_attention_mask=False
     )["input_ids"]
     lengths = [len(row) for row in rows]
+    longest, padding = max(lengths, default=0), Padding()
+    if pad_tokens_to > 1:
+        fillers, padding = _fill(lengths, max_tokens, pad_tokens_to)
+        lengths += fillers
+        rows = [*rows, [special_ids(tokenizer)["pad"]] * sum(fillers)]
+        longest = max_tokens
     return PackedTokens(
         token_ids=torch.tensor([token for row in rows for token in row], dtype=torch.int64),
         offsets=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-        max_length=max(lengths, default=0),
+        max_length=longest,
+        padding=padding,
     )
+
+
+def _fill(lengths: list[int], max_tokens: int, bucket: int) -> tuple[list[int], Padding]:
+    """Lengths of the fillers, 2 to `max_tokens` each: next-token prediction drops one of each."""
+    tokens = sum(lengths)
+    count = math.ceil((bucket - 1) / (max_tokens - 2))
+    rest = math.ceil((tokens + 2 * count) / bucket) * bucket - tokens
+    ends = [rest * number // count for number in range(count + 1)]
+    deviation = pstdev(lengths) * math.sqrt(len(lengths))
+    buckets = max(1, math.ceil(4 * deviation / bucket))
+    spread = bucket * 2 ** math.ceil(math.log2(buckets))
+    fillers = [end - begin for begin, end in pairwise(ends)]
+    return fillers, Padding(bucket, count, spread)
 
 
 def _package_checkpoint(package: str) -> Path:

@@ -7,12 +7,14 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blip_scale import logs
 from blip_scale.config import exit_codes
@@ -21,10 +23,14 @@ from blip_scale.engine import collectives
 from blip_scale.engine.checkpoints import restore
 from blip_scale.engine.checkpoints.location import open_place
 from blip_scale.engine.checkpoints.save import RunState, Saver
-from blip_scale.engine.interrupts import Interrupts
-from blip_scale.engine.run import History, Run, WorstStep
-from blip_scale.engine.schedule import learning_rate
-from blip_scale.engine.task import Progress, Task
+from blip_scale.engine.idle_gpus import refuse_idle_gpus
+from blip_scale.engine.interrupts import Interrupts, StopRequested
+from blip_scale.engine.micro_step import choose_micro_step
+from blip_scale.engine.run import History, Run
+from blip_scale.engine.run_lock import RunLock
+from blip_scale.engine.schedule import warmup_leap
+from blip_scale.engine.step import optimizer_step
+from blip_scale.engine.task import Task
 from blip_scale.engine.watching import reporting
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
@@ -34,7 +40,8 @@ from blip_scale.engine.watching.run_manifest import RunManifest, digest, fingerp
 from blip_scale.engine.watching.sample_record import SampleRecord
 from blip_scale.engine.zero.engine import initialize, start
 from blip_scale.engine.zero.momentum import ShardedMomentum
-from blip_scale.storage import run_folder
+from blip_scale.errors import RefusedInput, refusing
+from blip_scale.storage import files, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,26 +53,62 @@ _ENDS = {
 
 
 def run(
-    build_task: Callable[[Recipe, torch.device], Task], recipe: Recipe, ds_config: dict[str, Any]
+    build_task: Callable[[Recipe, torch.device], Task],
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None = None,
 ) -> int:
     """Train, or go on training, to the end of the recipe.
+
+    Args:
+        settle: gives recipe and DeepSpeed's settings anew once the ranks have met, where something
+            of them depends on the devices.
 
     Returns:
         Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 when it had to
         give up.
+
+    Raises:
+        RefusedInput: input that cannot be used, or an output folder of a run that is under way.
     """
+    is_main = os.environ.get("RANK", "0") == "0"
+    lock = RunLock(Path(recipe.output_dir)) if is_main else None
+    try:
+        return _run(build_task, recipe, ds_config, settle)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _run(
+    build_task: Callable[[Recipe, torch.device], Task],
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None,
+) -> int:
+    """`run`, in a folder that is this run's."""
     rank = int(os.environ.get("RANK", "0"))
+    refuse_idle_gpus()
     logs.set_up(Path(recipe.output_dir), rank)
     heartbeat = Heartbeat(Path(recipe.output_dir), rank, recipe.train.stall_timeout_s)
     meter = CommunicationMeter()
     meter.install()
     device = start(recipe.train.stall_timeout_s)
-    if device.type == "cpu":  # ranks that each take all cores slow each other down
+    if settle is not None:
+        with refusing():
+            recipe, ds_config = settle(device)
+    if device.type == "cpu" and not _user_chose_threads():
+        # Ranks that each take all cores slow each other down.
         torch.set_num_threads(
             max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size())
         )
+    if device.type == "cuda":
+        # Gradient accumulation keeps the stream of its first use. A capture cannot join work of the
+        # default stream, so all work goes to another one from the start.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     interrupts = Interrupts()
-    task = build_task(recipe, device)
+    with refusing():
+        task = build_task(recipe, device)
     try:
         session = _open(task, recipe, ds_config, heartbeat, meter, interrupts)
         try:
@@ -83,6 +126,12 @@ def run(
     return code
 
 
+def _user_chose_threads() -> bool:
+    """Whether OMP_NUM_THREADS is the user's; torchrun sets it to 1 for several ranks by itself."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return threads is not None and not (threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
+
+
 def _open(
     task: Task,
     recipe: Recipe,
@@ -93,18 +142,26 @@ def _open(
 ) -> Run:
     """Wrap the network, and take up the newest whole checkpoint if there is one."""
     engine = initialize(task.build_network, recipe, ds_config)
-    engine.fill(task.initial_weights())
+    with refusing():
+        weights = task.initial_weights()
+        _refuse_nonfinite(weights)
+    engine.fill(weights)
     momentum = ShardedMomentum(engine, task.momentum_pairs)
     place = open_place(recipe)
-    found = restore.newest_whole(place, engine.stage)
     state = RunState(0)
-    if found is not None:
-        state = restore.load(found, engine, momentum)
-        task.load_state_dict(state.task, state.shared)
-        logger.info("resuming at step %d from %s", state.step, found)
+    with refusing():
+        found = restore.newest_whole(place, engine.stage)
+        if found is not None:
+            state = restore.load(found, engine, momentum)
+            task.load_state_dict(state.task, state.shared)
+            logger.info("resuming at step %d from %s", state.step, found)
+        history = History.from_checkpoint(state.position)
     total_steps = recipe.train.epochs * task.steps_per_epoch
     if recipe.train.max_steps is not None:
         total_steps = min(total_steps, recipe.train.max_steps)
+    leap = warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps)
+    if leap:
+        logger.warning("%s", leap)
     monitor = Monitor(
         Path(recipe.output_dir),
         is_main=collectives.rank() == 0,
@@ -112,8 +169,9 @@ def _open(
         start_step=state.step,
         samples_per_step=recipe.train.global_batch_size,
         alarms=task.alarms,
+        streaks=history.alarm_streaks,
     )
-    _keep_recipe(recipe, monitor)
+    _keep_recipe(recipe, task, monitor)
     manifest = _begin_manifest(task, recipe, ds_config, heartbeat, found)
     logger.info(
         "%s on %d rank(s) of %s, ZeRO-%d, %s, attention by %s: %.1fM trainable parameters, "
@@ -123,12 +181,13 @@ def _open(
         recipe.train.global_batch_size,
     )  # fmt: skip
 
+    logger.info("weights are %s", engine.weights_reason)
+
     def committed(step: int, folder: Path) -> None:
         manifest.saved(step, folder)
         heartbeat.beat("training", checkpoint_step=step)
 
     stated = recipe.log.peak_tflops
-    history = History.from_checkpoint(state.position)
     saver = Saver(
         place, recipe.checkpoint, engine, momentum, monitor.scalars, committed, state.step
     )
@@ -137,6 +196,7 @@ def _open(
         recipe,
         task,
         engine,
+        choose_micro_step(engine, recipe.model.cuda_graph, task.capture_obstacle),
         momentum,
         saver,
         monitor,
@@ -154,13 +214,32 @@ def _open(
     )
 
 
-def _keep_recipe(recipe: Recipe, monitor: Monitor) -> None:
-    """The resolved recipe: in the log, beside the checkpoints, in TensorBoard."""
+def _refuse_nonfinite(weights: Mapping[str, Tensor]) -> None:
+    """Initial weights that no step could train; the log would blame the samples.
+
+    Raises:
+        RefusedInput: names parameters that hold NaN or infinity.
+    """
+    spoilt = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if spoilt:
+        more = f" and {len(spoilt) - 3} more parameters" if len(spoilt) > 3 else ""
+        raise RefusedInput(
+            f"the initial weights hold NaN or infinity in {', '.join(spoilt[:3])}{more}: give "
+            "other files as model.checkpoint, model.vision.checkpoint or model.text.checkpoint"
+        )
+
+
+def _keep_recipe(recipe: Recipe, task: Task, monitor: Monitor) -> None:
+    """The resolved recipe: in the log, beside the checkpoints, in TensorBoard; and tokenizer and
+    sizes of the text stack beside the checkpoints."""
     text = to_yaml(recipe)
     logger.debug("recipe:\n%s", text)
     monitor.text("recipe", text)
+    file = Path(recipe.output_dir) / run_folder.RECIPE
     if collectives.rank() == 0:
-        (Path(recipe.output_dir) / run_folder.RECIPE).write_text(text, encoding="utf-8")
+        with files.Spared(f"recipe in {file}"):
+            files.write_whole(file, text)
+            task.keep_text(file.with_name(run_folder.TEXT))
 
 
 def _begin_manifest(
@@ -194,11 +273,14 @@ def _train(run: Run) -> int:
     """Optimizer steps to the end, with logging, evaluation and checkpoints on their intervals."""
     recipe, history, heartbeat = run.recipe, run.history, run.heartbeat
     heartbeat.beat("training", step=run.step, total_steps=run.total_steps, checkpoint_step=run.step)
+    if _is_evaluation_left(run) and not _evaluate(run):
+        return exit_codes.REQUEUE
     batches = run.task.batches() if run.step < run.total_steps else iter(())
     stop = False
     while run.step < run.total_steps and not stop:
-        _optimizer_step(run, batches)
-        stop = run.interrupts.agreed(run.engine.device)
+        stop = optimizer_step(run, batches)
+        if stop:
+            run.interrupts.announce()
         run.saver.poll()
         if history.skipped_in_a_row >= recipe.train.max_nonfinite_steps:
             logger.error(
@@ -218,16 +300,16 @@ def _train(run: Run) -> int:
             reporting.sign_of_life(run)
         every = recipe.evaluation.every_steps
         every = run.task.steps_per_epoch if every == "epoch" else every
-        is_best = False
-        if at_end or (run.step % every == 0 and not stop):
-            heartbeat.beat("evaluating")
-            is_best = _evaluate(run)
-            heartbeat.beat("training")
-        if at_end or stop or is_best or run.step % recipe.checkpoint.every_steps == 0:
-            heartbeat.beat("saving")
-            state, shared = run.task.state_dict()
-            run.saver.begin(RunState(run.step, vars(history), state, shared))
-            heartbeat.beat("training")
+        # Weights that give no finite loss must not push out the checkpoints from before them.
+        is_skipping = history.skipped_in_a_row > 0 and not at_end
+        history.evaluation_due = at_end or not (run.step % every or stop or is_skipping)
+        is_due = history.evaluation_due or stop or run.step % recipe.checkpoint.every_steps == 0
+        if is_due and is_skipping:
+            logger.warning("step %d: not saved, its update was skipped", run.step)
+        elif is_due:
+            _save(run)
+        if history.evaluation_due and not _evaluate(run):
+            return exit_codes.REQUEUE
     heartbeat.beat("saving")
     if not run.saver.finish():
         return exit_codes.FAILED
@@ -239,68 +321,47 @@ def _train(run: Run) -> int:
     return 0
 
 
-def _optimizer_step(run: Run, batches: Iterator[Any]) -> None:
-    """Accumulate micro-batches, update unless something is not finite, and note the metrics."""
-    began = time.perf_counter()
-    run.meter.reset()
-    deepspeed, task, recipe = run.engine.deepspeed, run.task, run.recipe
-    data_wait_s = 0.0
-    sums: dict[str, Any] = {}
-    ids: list[str] = []
-    skipped: list[str] = []
-    for index in range(run.accumulation):
-        waiting = time.perf_counter()
-        batch = next(batches)
-        data_wait_s += time.perf_counter() - waiting
-        micro_step = run.step * run.accumulation + index
-        torch.manual_seed(micro_step_seed(recipe.seed, micro_step, collectives.rank()))
-        metrics = task.losses(
-            deepspeed, batch, Progress(run.step, micro_step, task.steps_per_epoch)
-        )
-        deepspeed.backward(metrics["loss/total"])
-        if index < run.accumulation - 1:
-            deepspeed.step()
-        sums = {
-            name: sums.get(name, 0.0) + value.detach().float() for name, value in metrics.items()
-        }
-        ids += batch.ids
-        skipped += batch.skipped
-    means = _average(run, sums, len(skipped))
-    norms = run.engine.gradient_norms()
-    rate = learning_rate(recipe.optimizer, run.step, task.steps_per_epoch, recipe.train.epochs)
-    finite = math.isfinite(means["loss/total"]) and math.isfinite(norms["all"])
-    run.engine.step(rate, apply=finite)
-    task.after_step(run.engine, run.momentum, applied=finite)
-    run.step += 1
-    run.samples.add(run.step, ids)
-    reporting.note_trouble(run, finite, means.pop("skipped"), ids, skipped)
-    means |= {f"gradient_norm/{name}": value for name, value in norms.items()}
-    means |= {"train/learning_rate": rate, "data_wait_s": data_wait_s}
-    if means["loss/total"] > run.worst.loss:
-        run.worst = WorstStep(means["loss/total"], run.step, ids)
-    means |= run.meter.metrics()
-    means["step_s"] = time.perf_counter() - began
-    run.history.seconds += means["step_s"]
-    run.history.window.append(means)
+def _is_evaluation_left(run: Run) -> bool:
+    """Whether the run goes on from a checkpoint whose evaluation didn't come to its end, for all
+    this checkpoint knows; the summary of a finished run tells more."""
+    summary = Path(run.recipe.output_dir) / run_folder.SUMMARY
+    is_finished = run.step == run.total_steps and summary.exists()
+    return run.history.evaluation_due and not collectives.all_gather_objects(is_finished)[0]
 
 
-def micro_step_seed(seed: int, micro_step: int, rank: int) -> int:
-    """Seed of all that is random in one micro-step on one rank: no generator state has to be
-    saved."""
-    return ((seed * 1_000_003 + micro_step) * 65_537 + rank) % 2**63  # what torch takes
-
-
-def _average(run: Run, sums: dict[str, Any], skipped: int) -> dict[str, float]:
-    """Mean over micro-steps and ranks of every metric, and the number of skipped samples of all
-    ranks."""
-    values = torch.stack([*sums.values()]) / run.accumulation
-    world_size = collectives.world_size()
-    values = torch.cat([values, values.new_tensor([float(skipped * world_size)])])
-    return dict(zip([*sums, "skipped"], collectives.all_reduce_mean(values).tolist(), strict=True))
+def _save(run: Run) -> None:
+    """Begin to write a checkpoint of this step."""
+    run.heartbeat.beat("saving")
+    state, shared = run.task.state_dict()
+    run.saver.begin(RunState(run.step, vars(run.history), state, shared))
+    run.heartbeat.beat("training")
 
 
 def _evaluate(run: Run) -> bool:
-    """Held-out figures and pictures; whether the score is the best so far."""
+    """Held-out figures and pictures, once the checkpoint of this step is on the disk.
+
+    Returns:
+        False: a signal came, and the evaluation is left to the next start.
+    """
+    run.heartbeat.beat("saving")
+    run.saver.settle()
+    run.heartbeat.beat("evaluating")
+    # Uploads need all ranks, so where there are some a signal waits for the end of the evaluation.
+    at_once = nullcontext() if run.saver.uploads else run.interrupts.stopping_at_once()
+    try:
+        with at_once:
+            _note_evaluation(run)
+    except StopRequested as request:
+        logger.info("%s: stopping; the evaluation of step %d comes next", request, run.step)
+        run.heartbeat.beat("stopped")
+        return False
+    run.history.evaluation_due = False
+    run.heartbeat.beat("training")
+    return True
+
+
+def _note_evaluation(run: Run) -> None:
+    """Evaluate; log the figures, and mark this step's checkpoint where it is the best so far."""
     began = time.perf_counter()
     found = run.task.evaluate(run.engine, final=run.step == run.total_steps)
     run.monitor.scalars(run.step, found.scalars)
@@ -312,8 +373,8 @@ def _evaluate(run: Run) -> bool:
     figures = "  ".join(f"{name} {value:.3g}" for name, value in found.scalars.items())
     logger.info("step %d, evaluated in %.1f s: %s", run.step, seconds, figures)
     best = run.history.best
-    if found.score is None or (best and found.score <= best["score"]):
-        return False
-    run.history.best = {"step": run.step, "score": found.score}
-    run.saver.best = run.step
-    return True
+    if found.score is None or not math.isfinite(found.score):
+        return
+    if not best or found.score > best["score"]:
+        run.history.best = {"step": run.step, "score": found.score}
+        run.saver.best = run.step

@@ -10,6 +10,7 @@ from typing import Any
 from blip_scale.config.recipe import Recipe
 from blip_scale.engine.checkpoints.save import Saver
 from blip_scale.engine.interrupts import Interrupts
+from blip_scale.engine.micro_step import CapturedMicroStep, EagerMicroStep
 from blip_scale.engine.task import Task
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
@@ -44,6 +45,10 @@ class History:
     captions: list[dict[str, str]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     """`step` and `score` of the best evaluation, where the task gives a score."""
+    evaluation_due: bool = False
+    """Whether the evaluation of this step comes after the checkpoint: a resumed run makes it up."""
+    alarm_streaks: dict[str, int] = field(default_factory=dict)
+    """Alarm -> logged points in a row that its condition has held."""
 
     @classmethod
     def from_checkpoint(cls, position: dict[str, Any]) -> History:
@@ -84,6 +89,7 @@ class Run:
     recipe: Recipe
     task: Task
     engine: ZeroEngine
+    micro_step: EagerMicroStep | CapturedMicroStep
     momentum: ShardedMomentum
     saver: Saver
     monitor: Monitor

@@ -15,7 +15,8 @@ def learning_rate(
     Pretraining: in the first epoch it rises linearly from warmup_lr to peak_lr over warmup_steps
     and then stays; the later epochs take max(min_lr, peak_lr * lr_decay ** epoch). A first epoch
     shorter than the warm-up cuts it, as in the published code (BLIP's train_epoch and step
-    schedule; the paper's appendix gives the rates).
+    schedule; the paper's appendix gives the rates). With `warmup_spans_epochs` it goes on in the
+    epochs that follow, below their decayed rate.
 
     Fine-tuning (`schedule: cosine`): half a cosine over the `epochs` of the recipe, constant
     through an epoch, without warm-up.
@@ -24,8 +25,26 @@ def learning_rate(
     if optimizer.schedule == "cosine":
         fall = (1 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
         return optimizer.min_lr + (optimizer.peak_lr - optimizer.min_lr) * fall
+    warmed = step / max(1, optimizer.warmup_steps)
+    warm = optimizer.warmup_lr + (optimizer.peak_lr - optimizer.warmup_lr) * warmed
     if epoch == 0:
-        warmed = step / max(1, optimizer.warmup_steps)
-        rise = (optimizer.peak_lr - optimizer.warmup_lr) * warmed
-        return min(optimizer.peak_lr, optimizer.warmup_lr + rise)
-    return max(optimizer.min_lr, optimizer.peak_lr * optimizer.lr_decay**epoch)
+        return min(optimizer.peak_lr, warm)
+    decayed = max(optimizer.min_lr, optimizer.peak_lr * optimizer.lr_decay**epoch)
+    return min(decayed, warm) if optimizer.warmup_spans_epochs else decayed
+
+
+def warmup_leap(optimizer: OptimizerRecipe, steps_per_epoch: int, total_steps: int) -> str | None:
+    """What to say of a warm-up that the end of the first epoch cuts; None where it isn't cut."""
+    is_cut = steps_per_epoch < min(optimizer.warmup_steps, total_steps)
+    if optimizer.schedule == "cosine" or optimizer.warmup_spans_epochs or not is_cut:
+        return None
+    before, after = (
+        learning_rate(optimizer, step, steps_per_epoch)
+        for step in (steps_per_epoch - 1, steps_per_epoch)
+    )
+    return (
+        f"optimizer.warmup_steps: {optimizer.warmup_steps} are more than the {steps_per_epoch} "
+        f"steps of the first epoch, at whose end the learning rate leaps from {before:.2g} to "
+        f"{after:.2g}: give optimizer.warmup_steps={steps_per_epoch} or fewer, or "
+        "optimizer.warmup_spans_epochs=true"
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ class Progress:
     micro_step: int
     """Micro-steps done since the start of the run."""
     steps_per_epoch: int
+    full_capacity: bool = False
+    """Whether drawn texts get room for the longest draw. The loop repeats a step with it whose draw
+    did not fit."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ class Task(Protocol):
         """The data for the run's manifest, JSON-able: a stream an object with its `name`, whatever
         identifies its content, and `files`, a list that may be long."""
 
+    def keep_text(self, folder: Path) -> None:
+        """Write what a reader of the run's checkpoints needs besides the recipe: tokenizer and
+        sizes of the text stack. Rank 0 calls."""
+
     def batches(self) -> Iterator[Any]:
         """This rank's micro-batches for ever, from where `load_state_dict` left off.
 
@@ -83,11 +91,26 @@ class Task(Protocol):
         read).
         """
 
-    def losses(
-        self, network: Callable[..., Any], batch: Any, progress: Progress
-    ) -> dict[str, Tensor]:
-        """Named losses and metrics of a micro-batch, 0-dimensional; `loss/total` is what is
-        minimised."""
+    @property
+    def capture_obstacle(self) -> str | None:
+        """Why the network's forward cannot be captured in a CUDA graph; None where it can."""
+
+    def inputs(self, batch: Any, progress: Progress) -> tuple[Any, ...]:
+        """Arguments of the network for a micro-batch, on the device.
+
+        State that lives there from step to step, such as a feature queue, is passed as the same
+        tensor objects each time.
+        """
+
+    def collect(self, outputs: dict[str, Tensor], progress: Progress) -> None:
+        """Take the outputs of the network that have dimensions, for `after_step`.
+
+        The network returns a dict. Its scalars are losses and metrics; `loss/total` is what is
+        minimised, and a `retry` above 0 makes the loop repeat the step with `full_capacity`.
+        """
+
+    def figures(self, batch: Any) -> dict[str, float]:
+        """Metrics of a micro-batch that the host knows."""
 
     def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
         """The side effects of an optimizer step by name: momentum, queue, temperature.

@@ -187,12 +187,28 @@ def submission(pairs: HeldoutPairs, said: Sequence[Sequence[str]]) -> list[dict[
     """What the VQA server takes: question_id and answer of every question.
 
     Raises:
-        ValueError: a question without its id.
+        ValueError: as `question_ids`.
     """
-    rows: list[dict[str, int | str]] = []
-    for name, asked, answers in zip(pairs.ids, pairs.annotations, said, strict=True):
-        for annotation, text in zip(asked, answers, strict=True):
+    ids = question_ids(pairs)
+    return [
+        {"question_id": number, "answer": text}
+        for number, text in zip(ids, chain.from_iterable(said), strict=True)
+    ]
+
+
+def question_ids(pairs: HeldoutPairs) -> list[int | str]:
+    """The id of every question of every image.
+
+    Raises:
+        ValueError: a question without an id, or two with the same.
+    """
+    ids: dict[str, int | str] = {}
+    for name, asked in zip(pairs.ids, pairs.annotations, strict=True):
+        for annotation in asked:
             if "question_id" not in annotation:
                 raise ValueError(f"{pairs.name}: a question about {name} has no question_id")
-            rows.append({"question_id": annotation["question_id"], "answer": text})
-    return rows
+            number = annotation["question_id"]
+            if str(number) in ids:
+                raise ValueError(f"{pairs.name}: two questions have the question_id {number}")
+            ids[str(number)] = number
+    return list(ids.values())

@@ -17,6 +17,7 @@ from torch import Tensor
 from blip_scale.data.captions import clean_caption, clean_question
 from blip_scale.data.pixels.transforms import normalize_images
 from blip_scale.data.tokenizer import prompt_ids
+from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.model.generation import BeamSettings, NucleusSettings, caption_beam, caption_nucleus
 from blip_scale.model.heads import Head
 from blip_scale.model.med import MED
@@ -28,8 +29,8 @@ from blip_scale.model.vqa import VQA
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MAX_TEXT_TOKENS = 35
-"""Texts are cut to so many, as the published retrieval does."""
+PUBLISHED_TEXT_TOKENS = 35
+"""Texts are cut to so many where the checkpoint says nothing, as the published retrieval does."""
 Use = Literal["caption", "match", "embed", "vqa", "nlvr2", "visdial"]
 _HEADS: dict[Use, tuple[Head, ...]] = {
     "caption": ("pretrain", "captioning"),
@@ -54,8 +55,15 @@ class Blip:
     """Path that it was read from."""
     fingerprint: str
     """Hash of the weights."""
-    prompt: str
-    """How captions begin, unless another prompt is asked for."""
+    output: OutputSettings
+    """How captions and answers are written unless something else is asked for."""
+    is_output_stated: bool
+    """Whether the checkpoint says so itself; else `output` is the published one."""
+
+    @property
+    def prompt(self) -> str:
+        """How captions begin, unless another prompt is asked for."""
+        return self.output.prompt
 
     @property
     def med(self) -> MED:
@@ -92,7 +100,7 @@ class Blip:
         prompt: str | None = None,
         draws: Tensor | None = None,
     ) -> list[str]:
-        """A caption of each image, without the prompt.
+        """A caption of each image, or `BeamSettings.captions` of each, without the prompt.
 
         Args:
             image_embeds: [I, N, D].
@@ -121,7 +129,7 @@ class Blip:
         Args:
             image_embeds: [I, N, D].
             owners: the image of each question.
-            settings: None takes the published beam search.
+            settings: None takes the checkpoint's beam search.
         """
         self.require("vqa")
         assert isinstance(self.network, VQA)
@@ -131,7 +139,7 @@ class Blip:
         text = text.with_first_token(self.network.config.text.special.enc)
         index = torch.tensor(owners, dtype=torch.int64, device=self.device)
         states = self.network.encode_questions(text, image_embeds, index)
-        settings = settings or BeamSettings(max_length=10, min_length=1)
+        settings = settings or self.output.beam()
         prompt = self.prompt_ids("")
         return self._words(
             caption_beam(self.network, states[None], prompt, settings, text.segments)
@@ -178,7 +186,8 @@ class Blip:
 
     def _packed(self, texts: Sequence[str]) -> PackedText:
         """Tokens with [CLS] first."""
-        limit = min(MAX_TEXT_TOKENS, self.network.config.text.max_positions)
+        limit = self.output.text_tokens or PUBLISHED_TEXT_TOKENS
+        limit = min(limit, self.network.config.text.max_positions)
         rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         return PackedText.from_lists(rows, self.device)
 
@@ -197,9 +206,9 @@ class Blip:
 
 def draws_of(ids: Sequence[str], seed: int, length: int) -> Tensor:
     """The random numbers of nucleus sampling, fp32 [len(ids), length]: each row a pure function of
-    the seed and its id."""
-    rows = [
-        np.random.default_rng((seed, xxhash.xxh3_64_intdigest(one))).random(length, np.float32)
-        for one in ids
-    ]
+    the seed and its id, which may be a path that is no UTF-8."""
+    rows = []
+    for name in ids:
+        digest = xxhash.xxh3_64_intdigest(name.encode(errors="surrogateescape"))
+        rows.append(np.random.default_rng((seed, digest)).random(length, np.float32))
     return torch.from_numpy(np.stack(rows))

@@ -34,15 +34,17 @@ class Done(Generic[T, R]):
 
 
 def find_images(patterns: Sequence[str]) -> list[str]:
-    """Paths of images: files as they are given, all images below folders, and what globs match.
+    """Paths of images: files as they are given, all images below folders, and what globs match. A
+    pattern that is an existing path means that path.
 
     Raises:
         FileNotFoundError: a pattern without any image; names it.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
-        paths = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207  any root
-        paths = paths or [Path(pattern)]  # a name may hold brackets
+        paths = [Path(pattern)]
+        if not paths[0].exists():
+            paths = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207  any root
         images = [image for path in paths for image in _images_of(path)]
         if not images:
             raise FileNotFoundError(f"{pattern}: there is no image")
@@ -85,7 +87,9 @@ def done_ahead(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iter
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Groups of `size`, the last one perhaps smaller."""
+    """Groups of `size`, the last one perhaps smaller; raises ValueError for a size below 1."""
+    if size < 1:
+        raise ValueError(f"a batch size of {size} holds nothing; give 1 or more")
     remaining = iter(items)
     while group := list(islice(remaining, size)):
         yield group

@@ -25,7 +25,8 @@ def to_pixels(images: Tensor, network: nn.Module) -> Tensor:
 
 def packed_text(packed: PackedTokens, device: torch.device) -> PackedText:
     """Move packed token ids to a device."""
-    return PackedText(packed.token_ids, Segments(packed.offsets, packed.max_length)).to(device)
+    segments = Segments(packed.offsets, packed.max_length)
+    return PackedText(packed.token_ids, segments, packed.padding.fillers).to(device)
 
 
 def to_model_input(
@@ -33,5 +34,6 @@ def to_model_input(
 ) -> tuple[Tensor, PackedText]:
     """Move a batch to a device: normalised images [B, 3, H, W] in `dtype`, and packed captions."""
     batch = batch.to(device)
-    text = PackedText(batch.token_ids, Segments(batch.offsets, batch.max_length))
+    segments = Segments(batch.offsets, batch.max_length)
+    text = PackedText(batch.token_ids, segments, batch.padding.fillers)
     return normalize_images(batch.images, dtype), text

@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING
 
 import torch
 import xxhash
+from PIL import Image
 from torch import Tensor
 
 from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import Recipe, TextRecipe
+from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop.blip_weights import BlipWeights, parameters_of
 from blip_scale.interop.checkpoints import Format, format_of, read_checkpoint
 from blip_scale.interop.heads import PREFIX
+from blip_scale.interop.huggingface import pixel_settings
+from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.interop.training_checkpoints import step_folder
 from blip_scale.interop.vision import interpolate_positions
 from blip_scale.model.heads import build_network
@@ -31,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PUBLISHED_TOKENIZER = "bert-base-uncased"
-_PROMPT = "a picture of "
-"""With which the published captioners were fine-tuned; our runs say theirs in their recipe."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
     """
     loading = loading or Loading()
     kind = format_of(source)
+    check_pixels(source, kind)
     recipe = recipe_of(source, kind, loading.recipe)
     config = None
     if recipe:
@@ -73,10 +76,56 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     fingerprint = _fingerprint(weights)
     network = _filled(_resized(weights.config, loading.image_size), weights, device, dtype)
-    prompt = _PROMPT if weights.head == "captioning" else ""
     if recipe:
-        prompt = recipe.model.text.prompt
-    return Blip(network, tokenizer, weights.head, weights.origin, fingerprint, prompt)
+        weights.output = output_of(recipe)
+    return Blip(
+        network,
+        tokenizer,
+        weights.head,
+        weights.origin,
+        fingerprint,
+        weights.output_settings,
+        weights.output is not None,
+    )
+
+
+def output_of(recipe: Recipe) -> OutputSettings:
+    """What a recipe says of the output of its checkpoints.
+
+    Captions are scored as by transformers, so that a run, its exported folder, `generate` and a
+    pipeline write the same ones; `evaluation.scoring` is for figures.
+    """
+    text, evaluation = recipe.model.text, recipe.evaluation
+    return OutputSettings(
+        prompt=text.prompt,
+        num_beams=evaluation.num_beams,
+        max_length=evaluation.max_caption_tokens,
+        min_length=evaluation.min_caption_tokens,
+        repetition_penalty=evaluation.repetition_penalty,
+        scoring="huggingface",
+        evaluation_scoring=evaluation.scoring,
+        text_tokens=text.max_tokens,
+        rerank_top_k=evaluation.rerank_top_k,
+        label_smoothing=recipe.objective.label_smoothing,
+    )
+
+
+def check_pixels(source: Path, kind: Format) -> None:
+    """Raise ValueError for a Hugging Face folder whose image processor makes other pixels than
+    BLIP's, with which every network here is fed."""
+    if kind != "hf":
+        return
+    wanted: dict[str, object] = {
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+        "resample": int(Image.Resampling.BICUBIC),
+    }
+    for name, value in pixel_settings(source).items():
+        if value != wanted[name]:
+            raise ValueError(
+                f"{source}: its image processor has {name} {value}, BLIP has {wanted[name]}; "
+                "other pixels would change what it says"
+            )
 
 
 def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
@@ -99,13 +148,32 @@ def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
         raise FileNotFoundError(
             f"{folder}: the run's {run_folder.RECIPE} isn't at {file}; give it with --recipe"
         )
-    return recipes.load(str(file))
+    return _with_kept_text(recipes.load(str(file)), file.with_name(run_folder.TEXT))
+
+
+def _with_kept_text(recipe: Recipe, folder: Path) -> Recipe:
+    """With tokenizer and text sizes that the run kept: the recipe's own paths may be those of
+    another machine."""
+    if not (folder / "tokenizer_config.json").is_file() or not (folder / "config.json").is_file():
+        return recipe
+    text = recipe.model.text
+    checkpoint = str(folder) if text.checkpoint else None
+    text = replace(text, tokenizer=str(folder), checkpoint=checkpoint)
+    return replace(recipe, model=replace(recipe.model, text=text))
 
 
 def text_of(recipe: Recipe, tokenizer: str | None) -> TextRecipe:
     """The recipe's text settings, with another tokenizer where one is given."""
     text = recipe.model.text
     return replace(text, tokenizer=tokenizer) if tokenizer else text
+
+
+def tokenizer_beside(source: Path) -> str | None:
+    """The folder with the tokenizer of a checkpoint, if it has one."""
+    for folder in (source, source / "tokenizer", source / "captioning"):
+        if (folder / "tokenizer_config.json").is_file():
+            return str(folder)
+    return None
 
 
 def tokenizer_of(
@@ -117,18 +185,20 @@ def tokenizer_of(
     Raises:
         ValueError: it can't be loaded, or isn't that of a network of these sizes.
     """
-    folders = (source, source / "tokenizer", source / "captioning")
-    beside = [f for f in folders if (f / "tokenizer_config.json").is_file()]
     if recipe:
         text = text_of(recipe, given)
-    elif given or beside:
-        text = TextRecipe(tokenizer=given or str(beside[0]))
     else:
-        text = TextRecipe(tokenizer=PUBLISHED_TOKENIZER)
+        text = TextRecipe(tokenizer=given or tokenizer_beside(source) or PUBLISHED_TOKENIZER)
     try:
         tokenizer = load_tokenizer(text)
     except ValueError as error:
         raise ValueError(f"{error}; give --tokenizer FOLDER") from error
+    if len(tokenizer) == config.text.vocab_size + 2:
+        raise ValueError(
+            f"{source} has word embeddings of {config.text.vocab_size} tokens, as many as the "
+            f"tokenizer {text.tokenizer or text.checkpoint} has without [DEC] and [ENC], which "
+            "BLIP needs: it is no BLIP, or isn't whole"
+        )
     if len(tokenizer) != config.text.vocab_size:
         raise ValueError(
             f"the tokenizer {text.tokenizer or text.checkpoint} has {len(tokenizer)} tokens with "

@@ -7,7 +7,7 @@ read or decoded gives `image` and `error`. Answers don't depend on how images ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +57,35 @@ class CaptionSettings:
     """How they begin; None: as the checkpoint was fine-tuned."""
     seed: int = 0
     """Of nucleus sampling, with the path of each image."""
+    count: int = 1
+    """Captions of each image: the best of beam search, or so many draws."""
 
 
 def captions(reader: Reader, paths: Sequence[str], settings: CaptionSettings) -> Iterator[Answer]:
-    """`caption` of every image."""
-    blip, decoding = reader.blip, settings.decoding
+    """`caption` of every image; of several captions an image the list `captions`."""
+    blip, decoding, count = reader.blip, settings.decoding, settings.count
     blip.require("caption")
+    if isinstance(decoding, BeamSettings):
+        decoding = replace(decoding, captions=count)
 
     def about(names: list[str], embeds: Tensor) -> list[list[Answer]]:
         draws = None
         if isinstance(decoding, NucleusSettings):
-            draws = draws_of(names, settings.seed, decoding.max_length)
-        said = blip.captions(embeds, decoding, settings.prompt, draws)
-        return [[{"image": n, "caption": text}] for n, text in zip(names, said, strict=True)]
+            embeds = embeds.repeat_interleave(count, dim=0)
+            drawn = [_drawn_id(name, number) for name in names for number in range(count)]
+            draws = draws_of(drawn, settings.seed, decoding.max_length)
+        texts = blip.captions(embeds, decoding, settings.prompt, draws)
+        if count == 1:
+            return [[{"image": n, "caption": text}] for n, text in zip(names, texts, strict=True)]
+        of_each = batched(texts, count)
+        return [[{"image": n, "captions": own}] for n, own in zip(names, of_each, strict=True)]
 
     return reader.ask(paths, about)
+
+
+def _drawn_id(name: str, number: int) -> str:
+    """What the random numbers of an image's caption follow from; the first is that of one alone."""
+    return f"{name}\0{number}" if number else name
 
 
 def matches(reader: Reader, paths: Sequence[str], texts: Sequence[str]) -> Iterator[Answer]:

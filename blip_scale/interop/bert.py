@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _EMBEDDINGS = {"word": "word_embeddings", "position": "position_embeddings"}
+_SPECIAL = 2
+"""[DEC] and [ENC], which BERT's vocabulary lacks."""
+_PADDING = 128
+"""Word rows that a BERT may have beyond the tokenizer's words: some pad to a multiple of this."""
 _ROWS = ("text.embeddings.word.weight", "text.embeddings.position.weight", "lm_head.bias")
 """Their first rows are taken, as many as both sides have."""
 SELF_ATTENTION = {
@@ -47,9 +51,18 @@ def load_bert(med: MED, checkpoint: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no weights there.
-        ValueError: missing names, shapes that don't fit, too few layers, all named.
+        ValueError: missing names, shapes that don't fit, too few layers, all named; or word rows
+            of another vocabulary.
     """
     state = from_bert(_read(str(checkpoint)), med.config.text)
+    words = med.config.text.vocab_size
+    new = words - len(state["text.embeddings.word.weight"])
+    if new <= -_PADDING:
+        raise ValueError(
+            f"text checkpoint {checkpoint} has {words - new} word rows, the tokenizer {words} "
+            "words with [DEC] and [ENC]: they are of different vocabularies; leave "
+            "model.text.tokenizer out, or give the tokenizer of the checkpoint"
+        )
     parameters = dict(med.named_parameters())
     wrong = []
     for name, value in state.items():
@@ -64,8 +77,13 @@ def load_bert(med: MED, checkpoint: str | Path) -> None:
             target.copy_(value)
     if wrong:
         raise ValueError(f"text checkpoint {checkpoint}: shapes don't fit: {'; '.join(wrong[:5])}")
-    new = med.config.text.vocab_size - len(state["text.embeddings.word.weight"])
     log.info("text weights from %s; %d word rows keep their random start", checkpoint, max(new, 0))
+    if new not in (0, _SPECIAL):
+        log.warning(
+            "text checkpoint %s has %d word rows, the tokenizer %d words with [DEC] and [ENC]: "
+            "right only if its words are the first of the other's, in the same order",
+            checkpoint, words - new, words,
+        )  # fmt: skip
 
 
 def from_bert(state: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from blip_scale.interop.heads import (
     is_published,
     shapes_of,
 )
+from blip_scale.interop.output_settings import OutputSettings, published, turned
 from blip_scale.interop.salesforce import (
     PARTS,
     TIED,
@@ -56,12 +57,21 @@ class BlipWeights:
     """Parameters that the published network doesn't have, by their full names in a run: of the
     network (`med.`), of its momentum copies (`momentum.`), and of losses (any other name; flat).
     Only our training checkpoints hold them."""
+    output: OutputSettings | None = None
+    """What the source says of prompt, lengths, beams and scoring; None: nothing, as BLIP's own
+    files."""
+
+    @property
+    def output_settings(self) -> OutputSettings:
+        """Those of the source, or the published ones."""
+        return self.output or published(self.head)
 
 
 def checked(weights: BlipWeights) -> BlipWeights:
     """The weights, whole: every name of the layout there, none left over, every shape right.
 
-    The temperature may be missing (Hugging Face has none), and the training state as a whole.
+    The temperature may be missing (Hugging Face has none). A training state that isn't whole is
+    left out (LAVIS writes queues without momentum copies), which `notes` says.
 
     Raises:
         ValueError: names what doesn't fit.
@@ -83,9 +93,8 @@ def checked(weights: BlipWeights) -> BlipWeights:
         raise ValueError(
             f"{weights.origin}: {untied[0]} isn't equal to {TIED[untied[0]]}; BLIP ties them"
         )
+    state = _without_partial_training_state(weights, state)
     queue = state.get("image_queue")
-    if queue is None and any(map(is_training_state, state)):
-        queue = torch.empty(weights.config.embed_dim, 0)  # all of it is named as missing
     size = None if queue is None else queue.shape[-1]
     shapes = expected_shapes(weights.head, weights.config, size)
     missing = sorted(set(shapes) - set(state))
@@ -101,6 +110,33 @@ def checked(weights: BlipWeights) -> BlipWeights:
         raise ValueError(f"{weights.origin} doesn't fit as BLIP {weights.head} weights: {found}")
     weights.state = state
     return weights
+
+
+def _without_partial_training_state(weights: BlipWeights, state: State) -> State:
+    """The state, its momentum copies and queues left out unless all of them are there, in their
+    shapes; nothing that is made of the weights needs them."""
+    there = {name for name in state if is_training_state(name)}
+    if not there:
+        return state
+    queue = state.get("image_queue")
+    size = 0 if queue is None else queue.shape[-1]
+    shapes = expected_shapes(weights.head, weights.config, size)
+    expected = {name for name in shapes if is_training_state(name)}
+    if weights.head not in ("pretrain", "retrieval"):
+        expected = set()
+    wrong = sorted(name for name in there & expected if state[name].shape != shapes[name])
+    for kind, names in (
+        ("lacks", sorted(expected - there)),
+        ("has no place for", sorted(there - expected)),
+        ("has another shape of", wrong),
+    ):
+        if names:
+            weights.notes.append(
+                f"left out: its momentum copies and queues, which aren't whole (it {kind} "
+                f"{_some(names)})"
+            )
+            return without_training_state(state)
+    return state
 
 
 def parameters_of(weights: BlipWeights, seed: int = 0) -> State:
@@ -165,10 +201,14 @@ def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
     elif "visdial" in (weights.head, head):
         reason = "dialogs come from fine-tuning alone"
     elif head == "nlvr2":
-        reason = (
-            "merge layers and classifier come from fine-tuning alone; the published NLVR2 code "
-            "starts from the pretrain layout, so convert with --head pretrain"
-        )
+        reason = "merge layers and classifier come from fine-tuning alone; "
+        if weights.head == "pretrain":
+            reason += (
+                "the published NLVR2 code starts from the pretrain layout, so convert with "
+                "--head pretrain"
+            )
+        else:
+            reason += "give the file as model.checkpoint to recipe finetune_nlvr2"
     elif head == "vqa" and not lacking and vision_width != weights.config.text.width:
         reason = (
             f"its decoder would read question states of width {weights.config.text.width}, and "
@@ -176,7 +216,8 @@ def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
             "come from fine-tuning"
         )
     elif not lacking:
-        return _selected(weights, head)
+        output = turned(weights.output_settings, weights.head, head)
+        return replace(_selected(weights, head), output=output)
     raise ValueError(f"{weights.origin} ({weights.head}) can't become {head}: {reason}")
 
 
@@ -253,7 +294,15 @@ def united(captioning: BlipWeights, retrieval: BlipWeights, origin: str) -> Blip
             )
     state = retrieval.state | captioning.state
     notes = [*captioning.notes, *retrieval.notes]
-    return BlipWeights("pretrain", retrieval.config, state, origin, retrieval.step, notes)
+    return BlipWeights(
+        "pretrain",
+        retrieval.config,
+        state,
+        origin,
+        retrieval.step,
+        notes,
+        output=captioning.output,
+    )
 
 
 def depth(names: Mapping[str, Tensor], pattern: str) -> int:

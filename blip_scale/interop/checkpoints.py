@@ -8,12 +8,17 @@ from typing import Any, Literal
 
 import torch
 
+from blip_scale.interop import huggingface, salesforce_files
 from blip_scale.interop.blip_weights import BlipWeights, parameters_of, turned_into
 from blip_scale.interop.heads import MOMENTUM_PREFIX, PREFIX
 from blip_scale.interop.huggingface import read_huggingface
 from blip_scale.interop.salesforce import State
 from blip_scale.interop.salesforce_files import read_salesforce
-from blip_scale.interop.training_checkpoints import read_training_checkpoint, step_folder
+from blip_scale.interop.training_checkpoints import (
+    network_of,
+    read_training_checkpoint,
+    step_folder,
+)
 from blip_scale.interop.vision import interpolate_positions
 from blip_scale.model.heads import OWN_NETWORKS, Head, build_network
 from blip_scale.model.initialization import INIT_STD, fill_from_med, seeded
@@ -21,6 +26,13 @@ from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.vision import build_vision
 
 log = logging.getLogger(__name__)
+
+_STARTS: dict[Head, tuple[Head, ...]] = {
+    "vqa": ("pretrain",),
+    "nlvr2": ("pretrain", "retrieval"),
+    "visdial": ("pretrain", "retrieval"),
+}
+"""Heads with networks of their own -> those that hold the stacks which they start from."""
 
 Format = Literal["ours", "salesforce", "hf"]
 
@@ -71,12 +83,11 @@ def read_checkpoint(
     else:
         weights = read_huggingface(path)
     if config is not None:
-        found, wanted = _sizes(weights.config), _sizes(config)
-        other = [f"{name} {found[name]}, not {wanted[name]}" for name in wanted
-                 if found[name] != wanted[name]]  # fmt: skip
-        if other:
+        differing = differences(weights.config, config)
+        if differing:
+            other = [f"{name} {ours}, not {theirs}" for name, (ours, theirs) in differing.items()]
             fix = "; give its own tokenizer as model.text.tokenizer, or --tokenizer of a command"
-            hint = fix if found["vocabulary"] != wanted["vocabulary"] else ""
+            hint = fix if "vocabulary" in differing else ""
             raise ValueError(
                 f"{path} is of another network than the recipe's: {'; '.join(other)}{hint}"
             )
@@ -101,7 +112,8 @@ def head_parameters(
     """The parameters of a head's network by full name, from a checkpoint of that head or of one
     that it can start from; position embeddings are interpolated to the network's resolution.
 
-    Heads with networks of their own start from pretraining; what it lacks is random from `seed`,
+    Heads with networks of their own start from pretraining, those without a decoder from retrieval
+    too; what it lacks is random from `seed`,
     linear layers of text stacks with std `text_std`. Parameters of losses, which only checkpoints
     of ours have, come along.
 
@@ -111,8 +123,13 @@ def head_parameters(
     """
     weights = read_checkpoint(path, config, with_state=False)
     grows = head in OWN_NETWORKS and weights.head != head
-    source: Head = "pretrain" if grows else head
-    weights = turned_into(weights, source)
+    if not grows:
+        weights = turned_into(weights, head)
+    elif weights.head not in _STARTS[head]:
+        raise ValueError(
+            f"{path} is a {weights.head} checkpoint; {head} starts from one of: "
+            f"{', '.join([*_STARTS[head], head])}"
+        )
     state = parameters_of(weights, seed)
     with torch.device("meta"):
         vision = build_vision(config.vision)
@@ -144,6 +161,25 @@ def grown(
     return {f"{PREFIX}{name}": parameter.detach() for name, parameter in network.named_parameters()}
 
 
+def sizes_of(path: Path) -> MEDConfig | None:
+    """The sizes of a checkpoint's network, without its weights; None where a run's recipe says
+    them. Raises as `read_checkpoint`."""
+    kind = format_of(path)
+    if kind == "ours":
+        folder = step_folder(path)
+        assert folder is not None
+        return network_of(folder)
+    if kind == "salesforce":
+        return salesforce_files.read_sizes(path)
+    return huggingface.read_sizes(path)
+
+
+def differences(first: MEDConfig, second: MEDConfig) -> dict[str, tuple[Any, Any]]:
+    """What tells two networks apart, but for the resolution: name -> value of each."""
+    one, other = _sizes(first), _sizes(second)
+    return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
+
+
 def _sizes(config: MEDConfig) -> dict[str, Any]:
     """What tells one network from another, apart from the resolution."""
     with torch.device("meta"):
@@ -153,6 +189,7 @@ def _sizes(config: MEDConfig) -> dict[str, Any]:
         "vision width": vision.embed_dim,
         "vision blocks": len(vision.blocks),
         "vision heads": vision.blocks[0].attn.num_heads,
+        "vision MLP width": vision.blocks[0].mlp.fc1.out_features,
         "patch size": vision.patch_embed.patch_size[0],
         "text width": text.width,
         "text layers": text.layers,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
+from blip_scale.interop import output_settings
 from blip_scale.interop.blip_weights import (
     BlipWeights,
     checked,
@@ -22,11 +23,13 @@ from blip_scale.interop.blip_weights import (
 )
 from blip_scale.interop.huggingface_config import CLASSES, blip_config, inexpressible, med_config
 from blip_scale.interop.huggingface_names import from_huggingface, to_huggingface
+from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.interop.salesforce import State
+from blip_scale.model.heads import Head
 from blip_scale.model.med import MEDConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import BlipConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 def read_huggingface(folder: Path) -> BlipWeights:
@@ -39,13 +42,35 @@ def read_huggingface(folder: Path) -> BlipWeights:
         FileNotFoundError: no config.json, or no weights beside it.
     """
     if not (folder / "config.json").is_file():
-        halves = [folder / "captioning", folder / "retrieval"]
-        if all((half / "config.json").is_file() for half in halves):
-            captioning, retrieval = map(read_huggingface, halves)
-            return united(captioning, retrieval, str(folder))
+        captioning, retrieval = map(read_huggingface, _halves(folder))
+        return united(captioning, retrieval, str(folder))
+    head, theirs = _read_config(folder)
+    config = med_config(theirs, str(folder))
+    state = from_huggingface(_load(folder, CLASSES[head]))
+    if head == "retrieval" and getattr(theirs, "itc_temperature", None) is not None:
+        state["temp"] = torch.tensor(theirs.itc_temperature)
+    step = getattr(theirs, "training_steps", None)
+    output = _output_of(folder, getattr(theirs, output_settings.KEY, None))
+    return checked(BlipWeights(head, config, state, str(folder), step, output=output))
+
+
+def read_sizes(folder: Path) -> MEDConfig:
+    """The sizes of a folder's network, without its weights; raises as `read_huggingface`."""
+    if not (folder / "config.json").is_file():
+        folder = _halves(folder)[0]
+    return med_config(_read_config(folder)[1], str(folder))
+
+
+def _halves(folder: Path) -> list[Path]:
+    halves = [folder / "captioning", folder / "retrieval"]
+    if not all((half / "config.json").is_file() for half in halves):
         raise FileNotFoundError(
             f"{folder}: no config.json there (nor captioning/ and retrieval/ with one each)"
         )
+    return halves
+
+
+def _read_config(folder: Path) -> tuple[Head, BlipConfig]:
     from transformers import AutoConfig, BlipConfig
 
     try:
@@ -58,12 +83,45 @@ def read_huggingface(folder: Path) -> BlipWeights:
         raise ValueError(
             f"{folder} holds {name} ({theirs.model_type}); expected {', '.join(CLASSES.values())}"
         )
-    config = med_config(theirs, str(folder))
-    state = from_huggingface(_load(folder, name))
-    if head == "retrieval" and getattr(theirs, "itc_temperature", None) is not None:
-        state["temp"] = torch.tensor(theirs.itc_temperature)
-    step = getattr(theirs, "training_steps", None)
-    return checked(BlipWeights(head, config, state, str(folder), step))
+    return head, theirs
+
+
+def _output_of(folder: Path, stated: Mapping[str, Any] | None) -> OutputSettings | None:
+    """The output settings of a folder that we wrote; None for others, whose published captions
+    don't follow their generation_config.json."""
+    if stated is None:
+        return None
+    try:
+        settings = output_settings.from_json(stated)
+        file = folder / "generation_config.json"
+        if file.is_file():  # of retrieval there is none
+            values = json.loads(file.read_text(encoding="utf-8"))
+            settings = settings.with_generation_config(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return settings
+
+
+def pixel_settings(folder: Path) -> dict[str, Any]:
+    """What the image processor of a folder (or of its `captioning/`) says of `image_mean`,
+    `image_std` and `resample`; empty where there is none.
+
+    Raises:
+        ValueError: a file that is no JSON object.
+    """
+    for place in (folder, folder / "captioning"):
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            file = place / name
+            if not file.is_file():
+                continue
+            try:
+                values = json.loads(file.read_text(encoding="utf-8"))
+                values = values.get("image_processor", values)
+                names = ("image_mean", "image_std", "resample")
+                return {key: values[key] for key in names if values.get(key) is not None}
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{file} is damaged: {one_line(error)}") from error
+    return {}
 
 
 def write_huggingface(weights: BlipWeights, folder: Path) -> None:
@@ -82,6 +140,7 @@ def write_huggingface(weights: BlipWeights, folder: Path) -> None:
     if reason:
         raise ValueError(f"{weights.origin} can't become a Hugging Face {weights.head}: {reason}")
     config = blip_config(weights)
+    generation = weights.output_settings.generation_config(weights.config.text.max_positions)
     with torch.device("meta"):
         model = getattr(transformers, CLASSES[weights.head])(config)
     state = without_training_state(weights.state)
@@ -93,23 +152,34 @@ def write_huggingface(weights: BlipWeights, folder: Path) -> None:
     model.load_state_dict(mine, strict=True, assign=True)
     model.tie_weights()
     model.eval()
-    _save(model, weights.config, folder)
+    _save(model, weights.config, generation, folder)
 
 
-def _save(model: PreTrainedModel, config: MEDConfig, folder: Path) -> None:
+def _save(
+    model: PreTrainedModel, config: MEDConfig, generation: Mapping[str, Any], folder: Path
+) -> None:
+    """`generation` goes into generation_config.json, which pipelines of transformers 4 read, and
+    into the text config, from which the decoder of its `generate` takes it. Transformers 5 drops it
+    there: its decoder must be handed it (`model_card`). It is written in full, because each version
+    leaves out what are defaults of its own."""
     from transformers import GenerationConfig
 
     special = config.text.special
-    if model.can_generate():
+    is_writer = model.can_generate()
+    if is_writer:
         model.generation_config = GenerationConfig(
             bos_token_id=special.dec,
             eos_token_id=special.sep,
             pad_token_id=special.pad,
-            max_length=min(30, config.text.max_positions),  # 30 as published; pipelines heed it
-            num_beams=3,
         )
     with _quiet():
         model.save_pretrained(folder)
+    if is_writer:
+        for name, section in (("config.json", "text_config"), ("generation_config.json", None)):
+            file = folder / name
+            values = json.loads(file.read_text(encoding="utf-8"))
+            (values[section] if section else values).update(generation)
+            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write_processor(
@@ -146,7 +216,9 @@ def write_processor(
     settings = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    # Without token types, of which BLIP has none: a pipeline of 4.57 fails on them.
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

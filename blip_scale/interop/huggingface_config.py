@@ -7,11 +7,13 @@ and the number of text heads (their default is 8).
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from blip_scale.interop import output_settings
 from blip_scale.interop.blip_weights import BlipWeights
 from blip_scale.interop.huggingface_names import VISION, VISION_BLOCK, their_vision
 from blip_scale.model.heads import Head
@@ -31,7 +33,7 @@ _PUBLISHED_CLS = 101
 
 
 def blip_config(weights: BlipWeights) -> BlipConfig:
-    """Their config of this network; temperature and steps are extra entries."""
+    """Their config of this network; temperature, steps and output settings are extra entries."""
     from transformers import BlipConfig, BlipVisionConfig
 
     config, text = weights.config, weights.config.text
@@ -49,10 +51,11 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
         initializer_range=0.02,  # theirs is 1e-10, useless where anybody trains from scratch
     )
     theirs = text_config(text, vit.embed_dim)
-    extra: dict[str, Any] = {}
+    output = replace(weights.output_settings, scoring="huggingface")  # as its readers score
+    extra: dict[str, Any] = {output_settings.KEY: asdict(output)}
     if "temp" in weights.state:
         temperature = weights.state["temp"]
-        extra = {
+        extra |= {
             "itc_temperature": temperature.item(),
             "logit_scale_init_value": -temperature.log().item(),
         }

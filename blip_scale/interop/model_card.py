@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,9 @@ from transformers import BlipForConditionalGeneration, BlipProcessor
 
 processor = BlipProcessor.from_pretrained("FOLDER", backend="pil")
 model = BlipForConditionalGeneration.from_pretrained("FOLDER")
-inputs = processor(Image.open("photo.jpg"), return_tensors="pt")
-written = model.generate(**inputs, num_beams=3, max_length=20)
+model.text_decoder.generation_config = model.generation_config  # transformers 5 doesn't do it
+inputs = processor(Image.open("photo.jpg"), PROMPTreturn_tensors="pt")
+written = model.generate(**inputs, max_length=model.generation_config.max_length)
 print(processor.decode(written[0], skip_special_tokens=True))""",
     "retrieval": """from PIL import Image
 from transformers import BlipForImageTextRetrieval, BlipProcessor
@@ -33,15 +35,17 @@ from transformers import BlipForQuestionAnswering, BlipProcessor
 
 processor = BlipProcessor.from_pretrained("FOLDER", backend="pil")
 model = BlipForQuestionAnswering.from_pretrained("FOLDER")
+model.text_decoder.generation_config = model.generation_config  # transformers 5 doesn't do it
 inputs = processor(Image.open("photo.jpg"), "what is on the beach?", return_tensors="pt")
 inputs["input_ids"][:, 0] = model.config.text_config.enc_token_id  # as in training
-written = model.generate(**inputs, num_beams=3, max_length=10)
+written = model.generate(**inputs)
 print(processor.decode(written[0], skip_special_tokens=True))""",
 }
 """Code that runs on transformers 4.57 and 5.
 
 On 5, `backend="pil"` resizes as in training; without it, pixels differ by up to one grey level.
-Lengths and beams are given because 5 does not read them from generation_config.json for BLIP.
+There the decoder does not get the lengths and beams of generation_config.json by itself. 4.57 takes
+a max_length of 20 for its own default and adds the prompt to it, unless it is given in the call.
 """
 
 
@@ -59,6 +63,8 @@ def model_card(weights: BlipWeights, origin: Origin) -> str:
     """The card in Markdown. Only what is known is said."""
     head, config = weights.head, weights.config
     tags = [f"pipeline_tag: {_PIPELINES[head]}"] if head in _PIPELINES else []
+    prompt = weights.output_settings.prompt.strip()
+    use = _USE[head].replace("PROMPT", f"{json.dumps(prompt)}, " if prompt else "")
     front = ["---", "library_name: transformers", "tags: [blip]", *tags, "---"]
     text, vision = config.text, config.vision
     untrained = (
@@ -82,7 +88,7 @@ def model_card(weights: BlipWeights, origin: Origin) -> str:
 of blip_scale or of BLIP's published code.
 {untrained}
 ```python
-{_USE[head]}
+{use}
 ```
 
 ## Network
@@ -120,5 +126,16 @@ def _figures(weights: BlipWeights, origin: Origin) -> str:
     evaluation = origin.summary.get("evaluation") or {}
     if not evaluation or origin.summary.get("steps") != weights.step:
         return ""
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(evaluation.items()))
-    return f"\n## Held-out figures\n\n| | |\n|---|---|\n{rows}\n"
+    rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in sorted(evaluation.items()))
+    figures = f"\n## Held-out figures\n\n| | |\n|---|---|\n{rows}\n"
+    alarms = origin.summary.get("alarms") or {}
+    warnings = "".join(
+        f"- {alarm['message']} (`alarm/{name}`, for the last {alarm['points']} logged points)\n"
+        for name, alarm in sorted(alarms.items())
+    )
+    return figures + (f"\n## Warnings at the end of training\n\n{warnings}" if warnings else "")
+
+
+def _figure(value: float | None) -> str:
+    """A figure of the summary, where one that isn't finite is null."""
+    return "not finite" if value is None else f"{value:.4g}"

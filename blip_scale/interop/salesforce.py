@@ -227,6 +227,13 @@ def head_of(names: Iterable[str]) -> Head:
         return "nlvr2"
     if "visual_encoder" in parts and {"text_encoder", "text_decoder"} & parts:
         if "text_decoder" not in parts:
+            if not {"vision_proj", "itm_head"} & parts:
+                raise ValueError(
+                    "it holds visual_encoder and text_encoder alone, as BLIP's feature extractor: "
+                    "no projections, no matching head and no decoder, so it is none of "
+                    "pretrain, captioning, retrieval, vqa and nlvr2; take the file that it was "
+                    "made from"
+                )
             return "retrieval" if "vision_proj" in parts else "visdial"
         if "text_encoder" not in parts:
             return "captioning"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip_scale.interop import output_settings
 from blip_scale.interop.blip_weights import (
     BlipWeights,
     checked,
@@ -28,8 +29,17 @@ from blip_scale.model.vision import VisionConfig, build_vision
 
 _HEAD_WIDTH = 64
 """Of all attention heads of the published networks; the tensors don't tell."""
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_PREFIXES = ("module.", "_orig_mod.", "module.")
+"""In the order in which they are taken off."""
+_BERT_WORDS = 30522
+"""Vocabulary of bert-base-uncased, without [DEC] and [ENC]."""
 _NETWORK = "network"
 """Our own files say the sizes under this key, beside `model`."""
+
+
+class UnknownSizesError(ValueError):
+    """Neither a file nor its shapes say the sizes of its network."""
 
 
 def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
@@ -44,29 +54,76 @@ def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
         ValueError: an unsafe pickle, a damaged file, another model, names or shapes that don't fit.
     """
     loaded = load_pth(path)
-    state = loaded.get("model", loaded)
-    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{path}: no state dict under `model`")
-    state = dict(state)
+    state = _state_dict(loaded, path)
     try:
         head = head_of(state)
-        config = _network(loaded) or config or _guessed(state)
+        config = _sizes(loaded, state, config)
+        settings = loaded.get(output_settings.KEY)
+        output = None if settings is None else output_settings.from_json(settings)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    config = at_their_resolution(config, state)
     step = loaded.get("step")
-    return checked(BlipWeights(head, config, state, str(path), step))
+    return checked(BlipWeights(head, config, state, str(path), step, output=output))
+
+
+def read_sizes(path: Path) -> MEDConfig:
+    """The sizes of a file's network, without reading its weights; raises as `read_salesforce`, and
+    UnknownSizesError."""
+    loaded = load_pth(path)
+    try:
+        return _sizes(loaded, _state_dict(loaded, path), None)
+    except UnknownSizesError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _sizes(loaded: dict[str, Any], state: State, config: MEDConfig | None) -> MEDConfig:
+    """What the file says, else `config`, else what its shapes say."""
+    return at_their_resolution(_network(loaded) or config or _guessed(state), state)
+
+
+def _state_dict(loaded: Mapping[str, Any], path: Path) -> State:
+    """The tensors of a file, whatever they are wrapped in: `model` or `state_dict`, one in the
+    other, and names with the prefixes of DistributedDataParallel and torch.compile.
+
+    Raises:
+        ValueError: there is no state dict; names what is there.
+    """
+    content: Any = loaded
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if key in content), None)
+        if not isinstance(inner, Mapping):
+            break
+        content = inner
+    is_state = all(isinstance(tensor, Tensor) for tensor in content.values())
+    if not content or not is_state:
+        shown = ", ".join(map(str, list(content)[:5])) or "nothing"
+        raise ValueError(
+            f"{path}: no state dict, which is expected under `model` or `state_dict`, or as the "
+            f"whole file; it holds {shown}"
+        )
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
 def write_salesforce(weights: BlipWeights, path: Path) -> None:
-    """A file that the published loaders take: `model`, and the sizes beside it.
+    """A file that the published loaders take: `model`, and sizes and output settings beside it.
 
     Raises:
         ValueError: parameters that the published network doesn't have; names them.
     """
     refuse_unpublished(weights)
     network = dataclasses.asdict(weights.config)
-    torch.save({"model": weights.state, _NETWORK: network, "step": weights.step}, path)
+    content = {
+        "model": weights.state,
+        _NETWORK: network,
+        "step": weights.step,
+        output_settings.KEY: dataclasses.asdict(weights.output_settings),
+    }
+    torch.save(content, path)
 
 
 def load_pth(path: Path) -> dict[str, Any]:
@@ -139,11 +196,17 @@ def _guessed(state: State) -> MEDConfig:
     hidden = state["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0]
     for kind, width in (("text", words.shape[1]), ("vision", vision.shape[0])):
         if width not in (768, 1024):
-            raise ValueError(
+            raise UnknownSizesError(
                 f"the file doesn't say how many {kind} heads there are and its width {width} is "
                 "none of the published ones; give --recipe with the network's sizes"
             )
     vocabulary = words.shape[0]
+    if vocabulary == _BERT_WORDS:
+        raise ValueError(
+            f"its word embeddings have {vocabulary} rows, those of bert-base-uncased alone: "
+            "without [DEC] and [ENC] it can neither caption nor match. BLIP's published files "
+            f"have {vocabulary + 2} (ALBEF's and BERT's have {vocabulary})"
+        )
     return MEDConfig(
         VisionConfig(
             "vit_base_patch16_224",

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from blip_scale.interop import output_settings
 from blip_scale.interop.blip_weights import BlipWeights, checked, parameters_of
 from blip_scale.interop.heads import (
     MOMENTUM_PREFIX,
@@ -36,6 +37,9 @@ from blip_scale.storage import checkpoint_format, run_folder
 from blip_scale.storage.checkpoint_format import NETWORK, Content, Manifest, Reader
 from blip_scale.storage.untrusted import parse_json
 
+_OUTPUT = f"{output_settings.KEY}.json"
+"""Output settings, in checkpoints that were converted and lie in no run's folder."""
+
 
 def step_folder(path: Path) -> Path | None:
     """The checkpoint that a path means: itself, or the newest of a run's folder; None without."""
@@ -48,7 +52,7 @@ def step_folder(path: Path) -> Path | None:
     return path if has_manifest and not is_run else None
 
 
-def _network_of(folder: Path) -> MEDConfig | None:
+def network_of(folder: Path) -> MEDConfig | None:
     """The sizes, where the folder says them."""
     file = folder / NETWORK
     if not file.is_file():
@@ -56,6 +60,17 @@ def _network_of(folder: Path) -> MEDConfig | None:
     try:
         return med_config_from(parse_json(file.read_bytes()))
     except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _output_of(folder: Path) -> output_settings.OutputSettings | None:
+    """The output settings, where the folder says them."""
+    file = folder / _OUTPUT
+    if not file.is_file():
+        return None
+    try:
+        return output_settings.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
@@ -75,7 +90,7 @@ def read_training_checkpoint(
         ValueError: damaged files, or a checkpoint of another network; names what.
         FileNotFoundError: a file of the manifest is missing.
     """
-    config = _network_of(folder) or config
+    config = network_of(folder) or config
     if config is None:
         raise ValueError(f"{folder} doesn't say the sizes of its network; give --recipe")
     manifest = checkpoint_format.read_manifest(folder)
@@ -110,7 +125,15 @@ def read_training_checkpoint(
         state["queue_ptr" if head == "pretrain" else "ptr_queue"] = pointer
         if head == "retrieval":
             state["idx_queue"] = shared["queue/image_ids"][None]
-    weights = BlipWeights(head, config, state, str(folder), manifest.step, unpublished=unpublished)
+    weights = BlipWeights(
+        head,
+        config,
+        state,
+        str(folder),
+        manifest.step,
+        unpublished=unpublished,
+        output=_output_of(folder),
+    )
     weights.config = at_their_resolution(config, state)
     return checked(weights)
 
@@ -158,6 +181,8 @@ def write_training_checkpoint(weights: BlipWeights, folder: Path) -> None:
     checkpoint_format.write_manifest(folder, manifest.to_json())
     network = json.dumps(dataclasses.asdict(weights.config), indent=1)
     (folder / NETWORK).write_text(network, encoding="utf-8")
+    settings = json.dumps(dataclasses.asdict(weights.output_settings), indent=1)
+    (folder / _OUTPUT).write_text(settings, encoding="utf-8")
 
 
 def _check_names(

@@ -9,8 +9,8 @@ Shapes: T packed tokens, S sequences, L longest sequence, H heads, C channels of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the sequences lie in a packed tensor. Index tensors are made on first use and kept."""
+    """Where the sequences lie in a packed tensor."""
 
     offsets: Tensor
     """[S+1] int32: sequence s takes the places offsets[s] to offsets[s+1]; offsets[-1] is T."""
@@ -34,6 +34,9 @@ class Segments:
     """At least the longest sequence; a plain int, so that no kernel launch waits for the device."""
     order: Tensor | None = None
     """[T] int64: the row of the tensor that holds each place. None: the rows are in order."""
+    rows: Tensor | None = None
+    """[T] int64: where each row of the tensor goes in the flattened padded layout [S * L]. None:
+    computed by each call of `pad` and `unpad`; see `padded`."""
 
     @staticmethod
     def from_lengths(lengths: list[int], device: torch.device | str = "cpu") -> Segments:
@@ -46,12 +49,12 @@ class Segments:
         """Number of sequences S."""
         return self.offsets.numel() - 1
 
-    @cached_property
+    @property
     def lengths(self) -> Tensor:
         """[S] int32."""
         return self.offsets[1:] - self.offsets[:-1]
 
-    @cached_property
+    @property
     def valid(self) -> Tensor:
         """[S, L] bool: True where the padded layout holds a token."""
         places = torch.arange(self.max_length, device=self.offsets.device)
@@ -59,19 +62,32 @@ class Segments:
 
     def is_dense(self, tokens: int) -> bool:
         """Whether all sequences are max_length long and in order: then padding is a mere view."""
-        return self.order is None and tokens == self.count * self.max_length
+        in_order = self.order is None and self.rows is None
+        return in_order and tokens == self.count * self.max_length
 
     def sequence_of(self, tokens: int) -> Tensor:
         """[T] int64: the sequence of each place. The caller knows T (`tokens`) without a sync."""
-        return self._kept("_sequence_of", tokens)
+        sequences = torch.arange(self.count, device=self.offsets.device)
+        return sequences.repeat_interleave(self.lengths, output_size=tokens)
 
-    def positions(self, tokens: int) -> Tensor:
-        """[T] int64: each place counted from the start of its sequence."""
-        return self._kept("_positions", tokens)
+    def positions(self, sequences_T: Tensor) -> Tensor:
+        """[T] int64: each place counted from the start of its sequence, from `sequence_of`."""
+        starts_T = self.offsets.long().index_select(0, sequences_T)
+        return torch.arange(len(sequences_T), device=starts_T.device) - starts_T
+
+    def padded(self, tokens: int) -> Segments:
+        """The same segments with `rows`, for layers that pad and unpad many tensors."""
+        return self if self.is_dense(tokens) else replace(self, rows=self.padded_rows(tokens))
 
     def padded_rows(self, tokens: int) -> Tensor:
-        """[T] int64: where each row of the tensor goes in the flattened padded layout [S * L]."""
-        return self._kept("_padded_rows", tokens)
+        """[T] int64: see `rows`."""
+        if self.rows is not None:
+            return self.rows
+        sequences = self.sequence_of(tokens)
+        rows = sequences * self.max_length + self.positions(sequences)
+        if self.order is None:
+            return rows
+        return torch.empty_like(rows).scatter_(0, self.order, rows)
 
     def pad(self, x_THC: Tensor) -> Tensor:
         """[T, H, C] to [S, L, H, C], zeros in the pads; a view when there are none."""
@@ -89,27 +105,12 @@ class Segments:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
         """The same segments on another device."""
-        order = None if self.order is None else self.order.to(device, non_blocking=non_blocking)
-        return Segments(self.offsets.to(device, non_blocking=non_blocking), self.max_length, order)
 
-    def _kept(self, name: str, tokens: int) -> Tensor:
-        if name not in self.__dict__:
-            self.__dict__[name] = getattr(self, "_make" + name)(tokens)
-        return self.__dict__[name]
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
-    def _make_sequence_of(self, tokens: int) -> Tensor:
-        sequences = torch.arange(self.count, device=self.offsets.device)
-        return sequences.repeat_interleave(self.lengths, output_size=tokens)
-
-    def _make_positions(self, tokens: int) -> Tensor:
-        starts = self.offsets.long().index_select(0, self.sequence_of(tokens))
-        return torch.arange(tokens, device=starts.device) - starts
-
-    def _make_padded_rows(self, tokens: int) -> Tensor:
-        rows = self.sequence_of(tokens) * self.max_length + self.positions(tokens)
-        if self.order is None:
-            return rows
-        return torch.empty_like(rows).scatter_(0, self.order, rows)
+        offsets = self.offsets.to(device, non_blocking=non_blocking)
+        return Segments(offsets, self.max_length, moved(self.order), moved(self.rows))
 
 
 @lru_cache(maxsize=64)
@@ -129,15 +130,32 @@ class AttentionLayout:
     keys: Segments
     causal: bool = False
     """Each token sees itself and those before it; queries and keys must be the same segments."""
+    contexts: Tensor | None = None
+    """[S] int64, for SDPA alone: the key sequence that each query sequence sees. None: the one of
+    its own number."""
+    key_mask: Tensor | None = None
+    """[S, 1, 1, L] bool, for SDPA alone: False at the pads of the keys that each query sequence
+    sees. None: computed by each call where keys have pads; see `padded`."""
 
     def __post_init__(self) -> None:
         if self.causal and self.queries is not self.keys:
             raise ValueError("causal attention is self-attention: pass the same segments twice")
 
-    @cached_property
-    def key_mask(self) -> Tensor:
-        """[S, 1, 1, L] bool for SDPA: False at pads."""
-        return self.keys.valid[:, None, None, :]
+    def padded(self, query_tokens: int, key_tokens: int) -> AttentionLayout:
+        """The same layout with all index tensors that SDPA needs, for many calls."""
+        queries = self.queries.padded(query_tokens)
+        keys = queries if self.keys is self.queries else self.keys.padded(key_tokens)
+        return replace(self, queries=queries, keys=keys, key_mask=self.mask(key_tokens))
+
+    def mask(self, key_tokens: int) -> Tensor | None:
+        """[S, 1, 1, L] bool: see `key_mask`. None: there is nothing to mask. Pads come last, so a
+        causal token never sees one."""
+        if self.key_mask is not None or self.causal or self.keys.is_dense(key_tokens):
+            return self.key_mask
+        valid = self.keys.valid
+        if self.contexts is not None:
+            valid = valid.index_select(0, self.contexts)
+        return valid[:, None, None, :]
 
 
 def attention(
@@ -188,11 +206,9 @@ def _packed(
 
 
 def _sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: AttentionLayout, p: float) -> Tensor:
-    queries, keys = layout.queries, layout.keys
-    # Pads come last, so a causal token never sees one: no mask is needed beside the causal one.
-    mask = None if layout.causal or keys.is_dense(len(k_THC)) else layout.key_mask
+    queries, mask = layout.queries, layout.mask(len(k_THC))
     q_SHLC = queries.pad(q_THC).transpose(1, 2)
-    k_SHLC, v_SHLC = keys.pad(k_THC).transpose(1, 2), keys.pad(v_THC).transpose(1, 2)
+    k_SHLC, v_SHLC = (_seen(layout, x).transpose(1, 2) for x in (k_THC, v_THC))
     if not layout.causal and _is_slow(q_SHLC, p):
         scores = (q_SHLC * q_SHLC.shape[-1] ** -0.5) @ k_SHLC.transpose(-1, -2)
         if mask is not None:
@@ -203,6 +219,12 @@ def _sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: AttentionLayout, 
             q_SHLC, k_SHLC, v_SHLC, attn_mask=mask, dropout_p=p, is_causal=layout.causal
         )
     return queries.unpad(out_SHLC.transpose(1, 2), len(q_THC))
+
+
+def _seen(layout: AttentionLayout, x_THC: Tensor) -> Tensor:
+    """Padded keys or values [S, L, H, C] of the context that each query sequence sees."""
+    x_SLHC = layout.keys.pad(x_THC)
+    return x_SLHC if layout.contexts is None else x_SLHC.index_select(0, layout.contexts)
 
 
 def _is_slow(q: Tensor, p: float) -> bool:

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from blip_scale.model.med import MEDConfig
+from blip_scale.model.packing import PackedText, Room
 from blip_scale.model.text import TextConfig
 from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 
@@ -63,12 +64,33 @@ def pretraining_flops(
     return med + momentum_contrast_flops(config, batch_size, text_tokens, queue_size)
 
 
+def padded_pretraining_flops(
+    config: MEDConfig, text: PackedText, room: Room, queue_size: int
+) -> float:
+    """As `pretraining_flops`, with all that fillers add: what a GPU computes where captions are
+    filled up to static sizes.
+
+    Args:
+        config: the network.
+        text: captions of a micro-step with fillers.
+        room: size of the texts of ITM.
+        queue_size: columns Q of the queue.
+    """
+    pairs, tokens = text.count, len(text.token_ids)
+    texts = _Texts(pairs, tokens, text.segments.count, room.tokens)
+    return _med_flops(config, texts) + _momentum_flops(config, texts, queue_size)
+
+
 def med_flops(config: MEDConfig, batch_size: int, text_tokens: int, decodes: bool = True) -> float:
     """FLOPs of forward and backward of towers, projections and ITM, and of LM where the MED
     `decodes`; the contrast of the features is not counted. Arguments as of `pretraining_flops`."""
-    part = _parts(config, batch_size, text_tokens, decodes=decodes)
-    online = part.encode + part.sweep + part.heads + _projections(config, part, batch_size)
-    return float(3 * online + batch_size * part.vision.forward_and_backward)
+    return _med_flops(config, _Texts.unpadded(batch_size, text_tokens), decodes)
+
+
+def _med_flops(config: MEDConfig, texts: _Texts, decodes: bool = True) -> float:
+    part = _parts(config, texts, decodes=decodes)
+    online = part.encode + part.sweep + part.heads + _projections(config, part, texts.pairs)
+    return float(3 * online + texts.pairs * part.vision.forward_and_backward)
 
 
 def momentum_contrast_flops(
@@ -76,10 +98,14 @@ def momentum_contrast_flops(
 ) -> float:
     """FLOPs of the momentum encoders, and of the similarities to B + Q keys; arguments as of
     `pretraining_flops`."""
-    part = _parts(config, batch_size, text_tokens)
-    similarity = 2 * 2 * batch_size * (batch_size + queue_size) * config.embed_dim
-    vision = batch_size * (part.vision.patches + part.vision.momentum)
-    momentum = vision + part.encode + _projections(config, part, batch_size)
+    return _momentum_flops(config, _Texts.unpadded(batch_size, text_tokens), queue_size)
+
+
+def _momentum_flops(config: MEDConfig, texts: _Texts, queue_size: int) -> float:
+    part, pairs = _parts(config, texts), texts.pairs
+    similarity = 2 * 2 * pairs * (pairs + queue_size) * config.embed_dim
+    vision = pairs * (part.vision.patches + part.vision.momentum)
+    momentum = vision + part.encode + _projections(config, part, pairs)
     # Two forward products (online features and targets), and one backward: keys have no gradient.
     return float(momentum + 3 * similarity)
 
@@ -90,7 +116,7 @@ def _projections(config: MEDConfig, part: _Parts, pairs: int) -> float:
 
 def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
     """FLOPs of forward and backward of LM alone; arguments as of `pretraining_flops`."""
-    part = _parts(config, batch_size, text_tokens, matches=False)
+    part = _parts(config, _Texts.unpadded(batch_size, text_tokens), matches=False)
     vision = batch_size * part.vision.forward_and_backward
     return float(3 * (part.sweep + part.heads) + vision)
 
@@ -139,10 +165,28 @@ def recomputation_flops(config: MEDConfig, batch_size: int, text_tokens: int) ->
     Recomputing stops at the last tensor that the backward pass needs, so the last product of each
     ViT block is spared; a text layer ends in a norm, which needs it.
     """
-    part = _parts(config, batch_size, text_tokens)
+    part = _parts(config, _Texts.unpadded(batch_size, text_tokens))
     vision = part.vision
     blocks = batch_size * (vision.blocks - vision.frozen - vision.last_products)
     return float(blocks + part.encode + part.sweep)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Captions of a micro-batch, and the texts of ITM."""
+
+    pairs: int
+    tokens: int
+    """Of all captions and fillers."""
+    sequences: int
+    """Captions and fillers."""
+    matched: int
+    """Tokens of ITM, fillers included."""
+
+    @staticmethod
+    def unpadded(pairs: int, tokens: int) -> _Texts:
+        """Without fillers."""
+        return _Texts(pairs, tokens, pairs, 3 * tokens)
 
 
 @dataclass(frozen=True)
@@ -155,19 +199,18 @@ class _Parts:
     heads: float
 
 
-def _parts(
-    config: MEDConfig, pairs: int, tokens: int, matches: bool = True, decodes: bool = True
-) -> _Parts:
+def _parts(config: MEDConfig, texts: _Texts, matches: bool = True, decodes: bool = True) -> _Parts:
     """`matches`, `decodes`: whether the sweep holds the pairs of ITM, and the captions of LM."""
     text, vision = config.text, _vision_flops(config.vision)
-    matched, firsts = (3 * tokens, 3 * pairs) if matches else (0, 0)
-    decoded = tokens - pairs if decodes else 0
+    pairs, tokens, sequences = texts.pairs, texts.tokens, texts.sequences
+    matched, firsts = (texts.matched, 3 * pairs) if matches else (0, 0)
+    decoded = tokens - sequences if decodes else 0
     layers, trimmed = text.layers - 1, 1
-    encode = text.layers * _self_attention(text, tokens, tokens / pairs)
+    encode = text.layers * _self_attention(text, tokens, tokens / sequences)
     encode += layers * _mlp(text, tokens) + trimmed * _mlp(text, pairs)
     sweep = text.layers * (
-        _self_attention(text, matched, tokens / pairs)
-        + _self_attention(text, decoded, decoded / pairs)
+        _self_attention(text, matched, tokens / sequences)
+        + _self_attention(text, decoded, decoded / sequences)
         + 2 * pairs * vision.tokens * vision.width * 2 * text.width
     )
     for count, rows in ((layers, matched + decoded), (trimmed, firsts + decoded)):
@@ -211,13 +254,13 @@ def _cached_vision_flops(settings: str) -> _Vision:
         blocks=sum(_block_flops(block, tokens) for block in vision.blocks),
         frozen=frozen,
         last_products=last_products,
-        momentum=_momentum_flops(vision, patches + vision.num_prefix_tokens),
+        momentum=_class_token_flops(vision, patches + vision.num_prefix_tokens),
         tokens=tokens,
         width=vision.embed_dim,
     )
 
 
-def _momentum_flops(vision: VisionTransformer, tokens: int) -> float:
+def _class_token_flops(vision: VisionTransformer, tokens: int) -> float:
     found = sum(_block_flops(block, tokens) for block in vision.blocks)
     last = vision.blocks[-1]
     if type(last) is Block:

@@ -57,6 +57,8 @@ class BeamSettings:
     """Above 0 favours long captions, below 0 short ones."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that are there already less likely (Keskar et al. 2019)."""
+    captions: int = 1
+    """Captions of each image that are returned, best first; at most num_beams."""
     scoring: Scoring = "published"
     """Length that divides a hypothesis' score. `published` (transformers 4.15, of BLIP's figures):
     the prompt counts and [SEP] does not. `huggingface` (today's): the tokens after the prompt,
@@ -78,6 +80,18 @@ class NucleusSettings:
     """No [SEP] before so many tokens, prompt included."""
     repetition_penalty: float = 1.1
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that nothing can be drawn with."""
+        limits = {
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k >= 1, "at least 1"),
+            "temperature": (0 < self.temperature < torch.inf, "above 0"),
+            "repetition_penalty": (0 < self.repetition_penalty < torch.inf, "above 0"),
+        }
+        for name, (is_possible, wanted) in limits.items():
+            if not is_possible:
+                raise ValueError(f"nucleus sampling: {name} is {getattr(self, name)}, not {wanted}")
+
 
 @torch.no_grad()
 def caption_beam(
@@ -87,7 +101,7 @@ def caption_beam(
     settings: BeamSettings | None = None,
     contexts: Segments | None = None,
 ) -> list[list[int]]:
-    """The best caption of each image by beam search.
+    """The best captions of each image by beam search.
 
     Args:
         med: a plain MED in eval mode.
@@ -98,9 +112,15 @@ def caption_beam(
             image_embeds, which then is [1, T, D]. None: each image is one.
 
     Returns:
-        For each image (context) the token ids after the prompt, without [SEP].
+        For each image (context) the token ids after the prompt, without [SEP]; of an image its
+        `settings.captions` captions one after the other.
     """
     settings = settings or BeamSettings()
+    if not 1 <= settings.captions <= settings.num_beams:
+        raise ValueError(
+            f"captions is {settings.captions}: beam search of width {settings.num_beams} finds "
+            f"1 to {settings.num_beams} captions of an image; give more beams, or sample"
+        )
     decoder = _begin(med, (image_embeds, contexts), prompt_ids, settings)
     if settings.num_beams == 1:
         return _one_by_one(decoder, settings, lambda logits: logits.argmax(-1))
@@ -157,7 +177,11 @@ class _Decoder:
 
     def __init__(self, med: Writer, seen: _Seen, prompt_ids: Sequence[int], beams: int) -> None:
         image_embeds, contexts = seen
-        self._image_keys = contexts or dense_segments(*image_embeds.shape[:2], image_embeds.device)
+        images, tokens, _ = image_embeds.shape
+        if contexts is None:
+            self._image_keys = dense_segments(images, tokens, image_embeds.device)
+        else:
+            self._image_keys = contexts.padded(tokens)
         self.med, self.beams, self.images = med, beams, self._image_keys.count
         self.prompt_length = len(prompt_ids)
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=image_embeds.device)
@@ -342,4 +366,5 @@ def _beam_search(decoder: _Decoder, settings: BeamSettings) -> list[list[int]]:
         open_IK = improvable_I1.expand(-1, beams)
         final_IK = torch.where(open_IK, running_IK / (length + 1) ** settings.length_penalty, NEVER)
         best.add(_take(sequences, next_IK), final_IK, open_IK, sep)
-    return _without_sep(best.sequences_IKL[:, 0, decoder.prompt_length :], sep)
+    chosen_SL = best.sequences_IKL[:, : settings.captions].flatten(0, 1)
+    return _without_sep(chosen_SL[:, decoder.prompt_length :], sep)

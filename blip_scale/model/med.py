@@ -101,7 +101,8 @@ class UnimodalEncoder(nn.Module):
 
     def encode_text(self, text: PackedText) -> Tensor:
         """Text alone, [CLS] first, to the hidden states [S, D] of the first tokens."""
-        return self.text(plan_pass(text, None, None))
+        takes_packed = self.config.takes_packed(self.text_proj.weight)
+        return self.text(plan_pass(text, None, None, takes_packed))
 
     def project_text(self, states: Tensor) -> Tensor:
         """First-token states [S, D] to text_features [S, E], fp32, of norm 1."""
@@ -128,12 +129,14 @@ class MED(UnimodalEncoder):
         Returns:
             [S, 2].
         """
-        plan = plan_pass(text, None, self._images(image_embeds, encoder=image_index))
+        images = ImageIndex(len(image_embeds), image_embeds.shape[1], encoder=image_index)
+        plan = plan_pass(text, None, images, self.config.takes_packed(image_embeds))
         return self.itm_head(self.text(plan, image_embeds))
 
     def decode(self, text: PackedText, image_embeds: Tensor, image_index: Tensor) -> Tensor:
         """Next-token logits [T, V] at every token of captions beginning with [DEC]; see `match`."""
-        plan = plan_pass(None, text, self._images(image_embeds, decoder=image_index))
+        images = ImageIndex(len(image_embeds), image_embeds.shape[1], decoder=image_index)
+        plan = plan_pass(None, text, images, self.config.takes_packed(image_embeds))
         return self.lm_head(self.text(plan, image_embeds))
 
     def sweep(
@@ -159,21 +162,15 @@ class MED(UnimodalEncoder):
 
         Returns:
             itm_logits [Sm, 2], lm_logits [P, V], lm_targets [P] int64; P is the tokens of
-            decode_text less Sd.
+            decode_text less its sequences. Fillers have no ITM logits, and targets to be ignored.
         """
         inputs, lm_targets = decode_text.split_targets()
-        images = self._images(image_embeds, match_image_index, decode_image_index)
-        plan = plan_pass(match_text, inputs, images)
+        count, tokens, _ = image_embeds.shape
+        images = ImageIndex(count, tokens, match_image_index, decode_image_index)
+        plan = plan_pass(match_text, inputs, images, self.config.takes_packed(image_embeds))
         states = self.text(plan, image_embeds)
-        firsts = match_text.segments.count
+        firsts = match_text.count
         return self.itm_head(states[:firsts]), self.lm_head(states[firsts:]), lm_targets
-
-    def _images(
-        self, image_embeds: Tensor, encoder: Tensor | None = None, decoder: Tensor | None = None
-    ) -> ImageIndex:
-        images, tokens, _ = image_embeds.shape
-        packed = self.config.takes_packed(image_embeds)
-        return ImageIndex(images, tokens, packed, encoder, decoder)
 
 
 class MomentumEncoder(UnimodalEncoder):

@@ -70,5 +70,5 @@ class NLVR2(nn.Module):
         pairs, tokens = len(images) // 2, image_embeds.shape[1]
         packed = self.config.takes_packed(image_embeds)
         own = torch.arange(pairs, device=images.device)
-        plan = plan_pass(sentences, None, ImageIndex(pairs, tokens, packed, encoder=own))
+        plan = plan_pass(sentences, None, ImageIndex(pairs, tokens, encoder=own), packed)
         return self.cls_head(self.text_encoder(plan, image_embeds))

@@ -1,10 +1,15 @@
 """Packed text, and the plan of a pass through the text stack: all index tensors, made once.
 
+Static shapes: a text can be filled up to a size that is fixed beforehand. Its last sequences are
+fillers then. They go through the layers, look at image 0, and nothing reads what comes out of them,
+so losses and gradients are those of the text without them.
+
 Shapes: T packed tokens, S sequences, I images, N image tokens, R rows that are read at the end.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +19,40 @@ from torch import Tensor
 
 from blip_scale.model.attention import AttentionLayout, Segments, dense_segments
 
+IGNORED = -100
+"""Target that the LM loss passes over: tokens of a prompt, fillers."""
+_ALIGNMENT = 8
+"""Rows that a matrix product on a GPU takes at once; sizes are multiples of it."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A size that texts are filled up to."""
+
+    tokens: int
+    """Tokens of text and fillers together."""
+    fillers: int
+    """Number of filler sequences."""
+
+    @staticmethod
+    def between(fewest: int, most: int, max_length: int) -> Room:
+        """Room for every text of `fewest` to `most` tokens, fillers of 2 to `max_length` tokens."""
+        fillers = math.ceil((most - fewest + _ALIGNMENT - 1) / (max_length - 2))
+        tokens = math.ceil((most + 2 * fillers) / _ALIGNMENT) * _ALIGNMENT
+        return Room(tokens, fillers)
+
+    def fits(self, tokens: Tensor, max_length: int) -> Tensor:
+        """Whether a text of so many tokens (integer scalar) leaves each filler 2 to `max_length`
+        tokens, a bool scalar on the device."""
+        rest = self.tokens - tokens
+        return (rest >= 2 * self.fillers) & (rest <= max_length * self.fillers)
+
+    def filler_ends(self, tokens: Tensor) -> Tensor:
+        """[fillers] int32, the offsets that end the fillers after a text of so many tokens (int32
+        scalar); they share the rest evenly."""
+        steps = torch.arange(1, self.fillers + 1, dtype=torch.int32, device=tokens.device)
+        return tokens + (self.tokens - tokens) * steps // self.fillers
+
 
 @dataclass(frozen=True)
 class PackedText:
@@ -22,6 +61,9 @@ class PackedText:
     token_ids: Tensor
     """[T] int64."""
     segments: Segments
+    """Of all sequences, fillers included."""
+    fillers: int = 0
+    """Number of last sequences that only fill the tensor up to a static size."""
 
     @staticmethod
     def from_lists(
@@ -32,56 +74,97 @@ class PackedText:
         lengths = [len(ids) for ids in sequences]
         return PackedText(ids.to(device), Segments.from_lengths(lengths, device))
 
-    @staticmethod
-    def concatenate(texts: Sequence[PackedText]) -> PackedText:
-        """The sequences of several packed texts, one text after another."""
-        ends = 0
-        offsets = [texts[0].segments.offsets[:1]]
-        for text in texts:
-            offsets.append(text.segments.offsets[1:] + ends)
-            ends += len(text.token_ids)
-        longest = max(text.segments.max_length for text in texts)
-        ids = torch.cat([text.token_ids for text in texts])
-        return PackedText(ids, Segments(torch.cat(offsets), longest))
+    @property
+    def count(self) -> int:
+        """Number of sequences S without fillers."""
+        return self.segments.count - self.fillers
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S] int32, without fillers."""
+        return self.segments.lengths[: self.count]
 
     @property
     def first_rows(self) -> Tensor:
-        """[S] int64: the place of each sequence's first token."""
-        return self.segments.offsets[:-1].long()
+        """[S] int64: the place of each sequence's first token, without fillers."""
+        return self.segments.offsets[: self.count].long()
 
     def with_first_token(self, token_id: int) -> PackedText:
         """The same text with every first token replaced ([CLS] by [ENC] or [DEC])."""
         ids = self.token_ids.index_fill(0, self.first_rows, token_id)
         return replace(self, token_ids=ids)
 
-    def select(self, index: Tensor) -> PackedText:
-        """The sequences index [S'], repeats allowed. Waits for the device once (the new length)."""
-        lengths = self.segments.lengths.index_select(0, index)
-        offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        total = int(offsets[-1])
-        segments = Segments(offsets, self.segments.max_length)
+    def select(self, index: Tensor, room: Room | None = None) -> PackedText:
+        """The sequences index [S'], repeats allowed.
+
+        Args:
+            index: int64.
+            room: the size to fill up to; `Room.fits` must hold of the chosen sequences. None: no
+                fillers, and the host waits for the device once (the new length).
+        """
+        lengths = self.lengths.index_select(0, index)
         starts = self.first_rows.index_select(0, index)
-        rows = starts.index_select(0, segments.sequence_of(total)) + segments.positions(total)
-        return PackedText(self.token_ids.index_select(0, rows), segments)
+        return _gather(self.token_ids, starts, lengths, self.segments.max_length, room)
+
+    def table(self, width: int) -> Tensor:
+        """[S, width + 1] int64: row s is sequence s, zeros after it, and its length at the end.
+
+        `width`: at least the longest sequence.
+        """
+        lengths = self.lengths
+        places = torch.arange(width, device=lengths.device)
+        rows = (self.first_rows[:, None] + places).clamp_(max=len(self.token_ids) - 1)
+        ids = self.token_ids[rows].masked_fill_(places >= lengths[:, None], 0)
+        return torch.cat([ids, lengths[:, None].long()], dim=1)
 
     def split_targets(self) -> tuple[PackedText, Tensor]:
         """Input and target of next-token prediction.
 
-        All tokens but each sequence's last, and for each of them the token that follows, [T - S]
-        int64. Sequences hold at least two tokens.
+        All tokens but each sequence's last, and for each of them the token that follows, `IGNORED`
+        in fillers, [T - S] int64. Sequences hold at least two tokens.
         """
         old = self.segments
         steps = torch.arange(old.count + 1, dtype=torch.int32, device=old.offsets.device)
         segments = Segments(old.offsets - steps, old.max_length - 1)
         kept = len(self.token_ids) - old.count
-        rows = torch.arange(kept, device=old.offsets.device) + segments.sequence_of(kept)
-        text = PackedText(self.token_ids.index_select(0, rows), segments)
-        return text, self.token_ids.index_select(0, rows + 1)
+        sequences = segments.sequence_of(kept)
+        rows = torch.arange(kept, device=old.offsets.device) + sequences
+        text = PackedText(self.token_ids.index_select(0, rows), segments, self.fillers)
+        targets = self.token_ids.index_select(0, rows + 1)
+        if self.fillers:
+            targets = targets.masked_fill(sequences >= self.count, IGNORED)
+        return text, targets
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedText:
         """The same text on another device."""
         ids = self.token_ids.to(device, non_blocking=non_blocking)
-        return PackedText(ids, self.segments.to(device, non_blocking))
+        return PackedText(ids, self.segments.to(device, non_blocking), self.fillers)
+
+
+def select_from_table(table: Tensor, index: Tensor, room: Room | None) -> PackedText:
+    """As `PackedText.select`, out of a table of `PackedText.table`."""
+    width = table.shape[1] - 1
+    lengths = table[:, -1].index_select(0, index).int()
+    return _gather(table.flatten(), index * (width + 1), lengths, width, room)
+
+
+def _gather(
+    token_ids: Tensor, starts: Tensor, lengths: Tensor, max_length: int, room: Room | None
+) -> PackedText:
+    """Packs sequences of these lengths [S] int32 that start at these places [S] int64."""
+    offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    if room is None:
+        total, fillers = int(offsets[-1]), 0
+    else:
+        total, fillers = room.tokens, room.fillers
+        offsets = torch.cat([offsets, room.filler_ends(offsets[-1])])
+        starts = F.pad(starts, (0, fillers))  # any tokens will do in a filler
+    segments = Segments(offsets, max_length)
+    sequences = segments.sequence_of(total)
+    rows = starts.index_select(0, sequences) + segments.positions(sequences)
+    if fillers:
+        rows.clamp_(max=len(token_ids) - 1)
+    return PackedText(token_ids.index_select(0, rows), segments, fillers)
 
 
 @dataclass(frozen=True)
@@ -111,25 +194,30 @@ class ImageIndex:
     images: int
     """Number of images I."""
     tokens: int
-    """Tokens of an image N."""
-    takes_packed: bool
-    """Whether a bound of the group sizes is enough for the kernel; SDPA needs the largest."""
+    """Tokens of an image N; with `keys` the tokens of all contexts together."""
     encoder: Tensor | None = None
-    """[S] int64 for the sequences of the encoder text."""
+    """[S] int64 for the sequences of the encoder text, without fillers."""
     decoder: Tensor | None = None
-    """[S] int64 for the sequences of the decoder text."""
+    """[S] int64 for the sequences of the decoder text, without fillers."""
     keys: Segments | None = None
     """Where the tokens of each context lie, if it isn't an image of `tokens` tokens: the states of
     a question, an image with its caption."""
 
 
 def plan_pass(
-    encoder: PackedText | None, decoder: PackedText | None, images: ImageIndex | None
+    encoder: PackedText | None,
+    decoder: PackedText | None,
+    images: ImageIndex | None,
+    takes_packed: bool,
 ) -> TextPass:
     """Plans a pass of encoder text (its first tokens are read) and decoder text (all are read).
 
     Queries of one image don't interact in cross-attention, so the rows of all sequences that look
     at an image form one query segment: each image's keys and values are made and read once.
+
+    Args:
+        takes_packed: whether the kernel reads packed sequences. It needs only a bound of their
+            length then; SDPA needs the index tensors of the padded layout.
     """
     texts = [text for text in (encoder, decoder) if text is not None]
     counts = [len(text.token_ids) for text in texts]
@@ -139,39 +227,91 @@ def plan_pass(
     if encoder is not None:
         decoder_rows = torch.arange(encoder_tokens, sum(counts), device=device)
         read_rows = torch.cat([encoder.first_rows, decoder_rows])
+    sequences = [text.segments.sequence_of(len(text.token_ids)) for text in texts]
+    positions = [text.segments.positions(s) for text, s in zip(texts, sequences, strict=True)]
     cross = read_cross = None
     if images is not None:
-        indices = [i for i in (images.encoder, images.decoder) if i is not None]
         row_images = torch.cat(
             [
-                index.index_select(0, text.segments.sequence_of(len(text.token_ids)))
-                for index, text in zip(indices, texts, strict=True)
+                F.pad(index, (0, text.fillers)).index_select(0, rows)
+                for index, text, rows in zip(
+                    [i for i in (images.encoder, images.decoder) if i is not None],
+                    texts,
+                    sequences,
+                    strict=True,
+                )
             ]
         )
-        cross = read_cross = _group_by_image(row_images, images)
+        cross = read_cross = _group_by_image(row_images, images, takes_packed)
         if read_rows is not None:
-            read_cross = _group_by_image(row_images.index_select(0, read_rows), images)
+            read_images = row_images.index_select(0, read_rows)
+            read_cross = _group_by_image(read_images, images, takes_packed)
     return TextPass(
         token_ids=torch.cat([text.token_ids for text in texts]),
-        positions=torch.cat([text.segments.positions(len(text.token_ids)) for text in texts]),
+        positions=torch.cat(positions),
         encoder_tokens=encoder_tokens,
-        encoder=_self_layout(encoder, causal=False),
-        decoder=_self_layout(decoder, causal=True),
+        encoder=_self_layout(encoder, causal=False, takes_packed=takes_packed),
+        decoder=_self_layout(decoder, causal=True, takes_packed=takes_packed),
         cross=cross,
         read_rows=read_rows,
         read_cross=read_cross,
     )
 
 
-def _self_layout(text: PackedText | None, causal: bool) -> AttentionLayout | None:
-    return None if text is None else AttentionLayout(text.segments, text.segments, causal)
+def _self_layout(
+    text: PackedText | None, causal: bool, takes_packed: bool
+) -> AttentionLayout | None:
+    if text is None:
+        return None
+    layout = AttentionLayout(text.segments, text.segments, causal)
+    tokens = len(text.token_ids)
+    return layout if takes_packed else layout.padded(tokens, tokens)
 
 
-def _group_by_image(row_images_T: Tensor, images: ImageIndex) -> AttentionLayout:
+def _group_by_image(
+    row_images_T: Tensor, images: ImageIndex, takes_packed: bool
+) -> AttentionLayout:
+    rows, device = len(row_images_T), row_images_T.device
     counts = row_images_T.new_zeros(images.images, dtype=torch.int32)
     counts.index_add_(0, row_images_T, torch.ones_like(row_images_T, dtype=torch.int32))
-    offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = len(row_images_T) if images.takes_packed else int(counts.max())
-    queries = Segments(offsets, longest, row_images_T.argsort(stable=True))
-    keys = images.keys or dense_segments(images.images, images.tokens, row_images_T.device)
-    return AttentionLayout(queries, keys)
+    order = row_images_T.argsort(stable=True)
+    keys = images.keys or dense_segments(images.images, images.tokens, device)
+    key_tokens = images.images * images.tokens if images.keys is None else images.tokens
+    if takes_packed or reads_are_free(device):
+        offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        longest = rows if takes_packed else int(counts.max())
+        layout = AttentionLayout(Segments(offsets, longest, order), keys)
+        return layout if takes_packed else layout.padded(rows, key_tokens)
+    return cut_into_chunks(counts, order, keys).padded(rows, key_tokens)
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host reads a tensor of this device without waiting for it."""
+    return device.type == "cpu"
+
+
+def cut_into_chunks(counts_I: Tensor, order_T: Tensor, keys: Segments) -> AttentionLayout:
+    """Groups of query rows cut into chunks of one static length, for SDPA on a GPU.
+
+    The largest group is not known without a wait. A group of n rows makes ceil(n / length) chunks,
+    all groups at most rows / length + I, and with the mean size of a group as length no more than
+    2 I: keys and values are copied twice at most.
+
+    Args:
+        counts_I: [I] int32, rows of each group.
+        order_T: [T] int64, the rows sorted by group.
+        keys: what each group looks at.
+    """
+    rows, groups, device = len(order_T), len(counts_I), counts_I.device
+    length = max(1, -(-rows // groups))
+    ends_I = counts_I.cumsum(0)
+    chunk_ends_I = ((counts_I + length - 1) // length).cumsum(0)
+    numbers_S = torch.arange(rows // length + groups, device=device)
+    contexts_S = torch.searchsorted(chunk_ends_I, numbers_S, right=True).clamp_(max=groups - 1)
+    group_ends_S = ends_I.index_select(0, contexts_S)
+    left_S = chunk_ends_I.index_select(0, contexts_S) - numbers_S  # chunks of the group from here
+    sizes_I = (counts_I + length - 1) // length * length  # of whole chunks
+    slack_S = (sizes_I - counts_I).index_select(0, contexts_S)
+    starts_S = (group_ends_S + slack_S - left_S * length).clamp_(max=rows)
+    queries = Segments(F.pad(starts_S, (0, 1), value=rows).int(), length, order_T)
+    return AttentionLayout(queries, keys, contexts=contexts_S)

@@ -47,7 +47,8 @@ class VisDial(nn.Module):
             captions: I sequences whose first token is [CLS].
         """
         image_embeds = self.vision(images)
-        plan = replace(plan_pass(captions, None, None), read_rows=None)
+        packed = self.config.takes_packed(image_embeds)
+        plan = replace(plan_pass(captions, None, None, packed), read_rows=None)
         states = self.caption_proj(self.text_encoder(plan))
         return torch.cat([image_embeds.flatten(0, 1), states])[None], beside(
             image_embeds.shape[1], captions.segments, len(states)
@@ -65,7 +66,8 @@ class VisDial(nn.Module):
         """
         embeds, keys = context
         packed = self.config.takes_packed(embeds)
-        plan = plan_pass(dialogs, None, ImageIndex(keys.count, 0, packed, image_index, keys=keys))
+        images = ImageIndex(keys.count, embeds.shape[1], image_index, keys=keys)
+        plan = plan_pass(dialogs, None, images, packed)
         return self.itm_head(self.text_encoder(plan, embeds))
 
 

@@ -55,7 +55,8 @@ class VQA(nn.Module):
         """
         images, tokens, _ = image_embeds.shape
         packed = self.config.takes_packed(image_embeds)
-        plan = plan_pass(questions, None, ImageIndex(images, tokens, packed, encoder=image_index))
+        index = ImageIndex(images, tokens, encoder=image_index)
+        plan = plan_pass(questions, None, index, packed)
         plan = replace(plan, read_rows=None, read_cross=plan.cross)  # all states, not the first
         return self.text_encoder(plan, image_embeds)
 
@@ -70,6 +71,6 @@ class VQA(nn.Module):
             question_index: [A] int64, the question of each answer.
         """
         packed = self.config.takes_packed(states_TD)
-        seen = ImageIndex(questions.count, 0, packed, decoder=question_index, keys=questions)
-        plan = plan_pass(None, answers, seen)
+        seen = ImageIndex(questions.count, len(states_TD), decoder=question_index, keys=questions)
+        plan = plan_pass(None, answers, seen, packed)
         return self.lm_head(self.text_decoder(plan, states_TD[None]))

@@ -62,22 +62,28 @@ def _scaled(queries_BE: Tensor, keys_BE: Tensor, queue_EQ: Tensor, temperature: 
 
 
 @torch.no_grad()
-def soft_targets(momentum_BK: Tensor, alpha: float, positives_BK: Tensor | None = None) -> Tensor:
+def soft_targets(
+    momentum_BK: Tensor, alpha: float | Tensor, positives_BK: Tensor | None = None
+) -> Tensor:
     """Targets [B, K]: alpha times the momentum softmax, the rest on the positive (ALBEF, 3.2), or
-    shared out evenly among the keys that `positives_BK` (bool) says are right."""
-    targets_BK = momentum_BK.softmax(dim=1).mul_(alpha)
+    shared out evenly among the keys that `positives_BK` (bool) says are right.
+
+    `alpha`: see `itc_loss`.
+    """
+    soft, hard = alpha if isinstance(alpha, Tensor) else (alpha, 1.0 - alpha)
+    targets_BK = momentum_BK.softmax(dim=1).mul_(soft)
     if positives_BK is None:
-        targets_BK.diagonal().add_(1.0 - alpha)
+        targets_BK.diagonal().add_(hard)
     else:
         count_B1 = positives_BK.sum(dim=1, keepdim=True)
-        targets_BK.add_(positives_BK / count_B1, alpha=1.0 - alpha)
+        targets_BK.add_(positives_BK / count_B1 * hard)
     return targets_BK
 
 
 def itc_loss(
     online: Similarities,
     momentum: Similarities,
-    alpha: float,
+    alpha: float | Tensor,
     positives_BK: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy with soft targets, mean over rows and the two directions; fp32 scalar.
@@ -85,7 +91,8 @@ def itc_loss(
     Args:
         online: similarities of the online features, with gradient.
         momentum: similarities of the momentum features, same shape.
-        alpha: weight of the soft targets, from `alpha_at`.
+        alpha: weight of the soft targets, from `alpha_at`; or [2] fp64, it and 1 - alpha, on the
+            device, so that the host sends no number in the middle of a step.
         positives_BK: [B, K] bool, keys of the same image; None: the row's own pair alone.
     """
     image_to_text = F.cross_entropy(

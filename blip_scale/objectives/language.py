@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""Target of a position that the loss passes over: the tokens of a prompt."""
+from blip_scale.model.packing import IGNORED
 
 
 def lm_loss(logits_PV: Tensor, targets_P: Tensor, label_smoothing: float = 0.1) -> Tensor:

@@ -1,11 +1,14 @@
 """Bytes that a micro-step keeps for its backward pass, layer by layer, on paper.
 
-Attention is taken as fused (flash-attn, or SDPA's fused kernels): no matrix of probabilities is
-kept. Letters: B batch, N image tokens, D width, T text tokens, V vocabulary, K keys of ITC.
+On a GPU attention is fused (FlashAttention, or SDPA's fused kernels) and keeps no matrix of
+probabilities. On a CPU `model.attention` takes plain products in bf16 and wherever there is
+dropout, and keeps them. Letters: B batch, N image tokens, D width, T text tokens, V vocabulary, K
+keys of ITC.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from blip_scale.model.med import MEDConfig
@@ -23,10 +26,27 @@ class Micro:
     text_tokens: int
     """Of all its captions, [CLS] and [SEP] included."""
     compute_bytes: int
-    """Of an element of weights and activations."""
-    queue_size: int
-    dropout_bytes: int = 1
-    """Of an element of a dropout mask: 1 on the GPU, an element of activations on the CPU."""
+    """Bytes of an element of weights and activations."""
+    keys: int
+    """Features that ITC compares each pair with, those of the micro-batch included."""
+    on_cpu: bool = False
+    """Whether it runs on a CPU: dropout masks have the type of the activations there (1 byte on a
+    GPU), and attention is not fused in bf16 and with dropout."""
+
+    @property
+    def dropout_bytes(self) -> int:
+        """Bytes of an element of a dropout mask."""
+        return self.compute_bytes if self.on_cpu else 1
+
+    @property
+    def length(self) -> float:
+        """Mean tokens of a caption."""
+        return self.text_tokens / self.batch
+
+
+def packed_tokens(batch: int, tokens_each: float, multiple: int = 1) -> int:
+    """Tokens of a micro-batch's captions together, padded to a multiple of `multiple`."""
+    return math.ceil(math.ceil(batch * tokens_each) / multiple) * multiple
 
 
 def saved_activations(
@@ -57,16 +77,16 @@ def saved_activations(
         sweep = (text.layers - 1) * swept + trimmed
     patches_train = vision.trained_depth == vision.depth
     pixels = micro.batch * 3 * vision.image_size**2 * size if patches_train else 0
-    found = {
+    saved = {
         "vision": pixels + blocks + 2 * image_tokens,  # with the last norm's input and output
         "text": encoder + micro.text_tokens * embedding,
         "sweep": sweep + (rows + decoded) * embedding,
         "language_head": decoded * (4 * text.width * size + text.vocab_size * _FP32),
-        "contrastive": 4.0 * micro.batch * (micro.batch + micro.queue_size) * _FP32,
+        "contrastive": 4.0 * micro.batch * micro.keys * _FP32,
     }
     if checkpointing:
-        found["recomputed"] = max(block, swept)
-    return {name: float(value) for name, value in found.items()}
+        saved["recomputed"] = max(block, swept)
+    return {name: float(value) for name, value in saved.items()}
 
 
 def temporaries(config: MEDConfig, vision: VisionShape, micro: Micro) -> dict[str, float]:
@@ -76,7 +96,7 @@ def temporaries(config: MEDConfig, vision: VisionShape, micro: Micro) -> dict[st
     decoded = micro.text_tokens - micro.batch
     rows = 3 * micro.text_tokens + decoded
     logits = decoded * text.vocab_size * (2 * _FP32 + size)
-    similarities = 4 * micro.batch * (micro.batch + micro.queue_size) * _FP32
+    similarities = 4 * micro.batch * micro.keys * _FP32
     wide = max(micro.batch * vision.tokens * vision.mlp_width, rows * text.mlp_width)
     return {
         "logits": float(logits),
@@ -94,7 +114,16 @@ def _vision_block(vision: VisionShape, micro: Micro) -> float:
     rows = micro.batch * vision.tokens
     elements = 8 * vision.width + 2 * vision.mlp_width
     statistics = (4 + vision.heads) * _FP32
-    return rows * (elements * micro.compute_bytes + statistics)
+    attention = _probabilities(vision.heads * vision.tokens, 0.0, micro)
+    return rows * (elements * micro.compute_bytes + statistics + attention)
+
+
+def _probabilities(elements: float, dropout: float, micro: Micro) -> float:
+    """Bytes of attention probabilities that plain products keep of `elements`: the softmax, and
+    with dropout its mask and the product of both."""
+    if not micro.on_cpu or (micro.compute_bytes == _FP32 and not dropout):
+        return 0.0
+    return elements * micro.compute_bytes * (3 if dropout else 1)
 
 
 def _text_layer(
@@ -105,11 +134,13 @@ def _text_layer(
     size, mask = micro.compute_bytes, _mask(text, micro)
     statistics = (2 + text.heads) * _FP32
     attention = 6 * text.width * size + mask * text.width + statistics
+    attention += _probabilities(text.heads * micro.length, text.dropout, micro)
     mlp = (2 * text.width + 2 * text.mlp_width) * size + mask * text.width + 2 * _FP32
-    found = rows * attention + read_rows * mlp
+    kept = rows * attention + read_rows * mlp
     if image_tokens:
         # The rows are sorted by image and back again: two copies more than in self-attention.
         cross = 6 * text.width * size + mask * text.width + statistics
+        cross += _probabilities(text.heads * image_tokens, text.dropout, micro)
         keys_and_values = micro.batch * image_tokens * 2 * text.width * size
-        found += read_rows * cross + keys_and_values
-    return float(found)
+        kept += read_rows * cross + keys_and_values
+    return float(kept)

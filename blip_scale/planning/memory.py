@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from blip_scale.planning.activations import Micro, saved_activations, temporaries
+from blip_scale.config.batch_sizes import token_bucket
+from blip_scale.config.recipe import Recipe
+from blip_scale.planning.activations import (
+    Micro,
+    packed_tokens,
+    saved_activations,
+    temporaries,
+)
 from blip_scale.planning.network import Network
 from blip_scale.planning.states import Sharding, states
 
@@ -13,6 +20,9 @@ RESERVE_BYTES = 1.5 * 2**30
 """CUDA's context, NCCL's and cuBLAS's buffers."""
 FRAGMENTATION = 0.05
 """Part of the tensors' memory that the allocator holds beside it."""
+HEADROOM = 0.1
+"""Part of the memory that a chosen micro-batch leaves free: the tests hold states and activations
+within so much of what a run keeps."""
 _LARGEST = 2**16  # nobody asks for more; and a device of unknown memory takes any
 
 
@@ -25,13 +35,47 @@ class Memory:
     host: float
 
 
-def memory(
-    network: Network, sharding: Sharding, batch: int, queue_size: int, tokens_each: float
-) -> Memory:
-    """Memory of a rank that takes micro-batches of `batch` captions of `tokens_each` tokens."""
-    tokens = math.ceil(batch * tokens_each)
-    micro = Micro(batch, tokens, sharding.compute_bytes, queue_size)
-    held = states(network, sharding, queue_size)
+@dataclass(frozen=True)
+class Load:
+    """What decides about the memory of a micro-batch besides its size."""
+
+    network: Network
+    sharding: Sharding
+    tokens_each: float
+    """Mean tokens of a caption."""
+    share: int
+    """Pairs of a rank in an optimizer step."""
+    bucket: Callable[[int], int]
+    """Multiple that the tokens of a micro-batch are padded to, by its size."""
+    on_cpu: bool = False
+
+    @staticmethod
+    def of(
+        recipe: Recipe,
+        network: Network,
+        sharding: Sharding,
+        tokens_each: float,
+        on_cpu: bool = False,
+    ) -> Load:
+        """The load of a recipe's network on a rank."""
+        share = recipe.train.global_batch_size // sharding.ranks
+
+        def bucket(batch: int) -> int:
+            return token_bucket(recipe, batch, on_gpu=not on_cpu)
+
+        return Load(network, sharding, tokens_each, share, bucket, on_cpu)
+
+    def tokens(self, batch: int) -> int:
+        """Tokens of the captions of a micro-batch together, padding included."""
+        return packed_tokens(batch, self.tokens_each, self.bucket(batch))
+
+
+def memory(load: Load, batch: int) -> Memory:
+    """Memory of a rank that takes micro-batches of `batch` pairs."""
+    network, sharding = load.network, load.sharding
+    keys = network.contrast.key_count(batch)
+    micro = Micro(batch, load.tokens(batch), sharding.compute_bytes, keys, load.on_cpu)
+    held = states(network, sharding, max(1, load.share // batch))
     checkpointing = network.config.gradient_checkpointing
     saved = saved_activations(network.config, network.vision, micro, checkpointing)
     passing = temporaries(network.config, network.vision, micro)
@@ -49,14 +93,12 @@ def memory(
     return Memory(terms, sum(terms.values()), sum(held.host.values()))
 
 
-def largest_micro_batch(
-    network: Network, sharding: Sharding, queue_size: int, tokens_each: float, limit: float
-) -> int:
+def largest_micro_batch(load: Load, limit: float) -> int:
     """The largest micro-batch whose memory stays below `limit` bytes; 0 when not even one pair
     fits."""
 
     def fits(batch: int) -> bool:
-        return memory(network, sharding, batch, queue_size, tokens_each).total <= limit
+        return memory(load, batch).total <= limit
 
     if not fits(1):
         return 0
@@ -69,3 +111,10 @@ def largest_micro_batch(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def roomy_micro_batch(load: Load, possible: Sequence[int], limit: float) -> int:
+    """The largest of the `possible` micro-batches that leaves HEADROOM of `limit` bytes free; 0
+    when none does."""
+    fitting = [n for n in possible if memory(load, n).total <= (1 - HEADROOM) * limit]
+    return max(fitting, default=0)

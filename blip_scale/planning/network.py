@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blip_scale.config.recipe import Recipe, TextRecipe
 from blip_scale.data.tokenizer import load_tokenizer, resolve_checkpoint
 from blip_scale.inference.sizes import Vocabulary, checkpoint_sizes, network_config
-from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
+from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.text import SpecialTokens
 from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 
@@ -42,47 +43,85 @@ class VisionShape:
     mlp_width: int
 
 
+class PlannedContrast(Protocol):
+    """What a plan asks of the contrast that `objective.itc` names; `tasks.contrast.Contrast` has
+    it. Rooms below the tasks do not import them, so callers hand it in."""
+
+    def build_network(self) -> nn.Module:
+        """Its part of the network, weights not filled."""
+
+    def flops(self, batch_size: int, text_tokens: int) -> float:
+        """Floating-point operations that it adds to a micro-step, forward and backward."""
+
+    def key_count(self, batch_size: int) -> int:
+        """Features that each pair of a micro-batch is compared with."""
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-able state, and tensors."""
+
+
+ContrastOf: TypeAlias = Callable[[Recipe, MEDConfig], PlannedContrast]
+"""Makes a recipe's contrast on the meta device, where its state takes no memory."""
+
+
 @dataclass(frozen=True)
 class Network:
-    """Configuration and parameter sizes."""
+    """Configuration and parameter sizes, the contrast's part included."""
 
     config: MEDConfig
     vision: VisionShape
+    contrast: PlannedContrast
     trainable: list[int]
     """Elements of each trainable parameter."""
     frozen: list[int]
-    """Elements of each parameter of the network that doesn't train; each has a momentum copy."""
+    """Elements of each parameter of the MED that doesn't train; each has a momentum copy."""
     momentum: list[int]
-    """Elements of each parameter of the momentum copies."""
+    """Elements of each parameter of the momentum copies; empty for a contrast without them."""
     largest_module: int
     """Elements of the parameters of the largest module that is gathered at once."""
-    modules: int
-    """Modules with parameters of their own, in the network and the momentum copies together."""
+    module_parameters: list[int]
+    """Elements of the largest parameter of each module with parameters of its own."""
     notes: list[str]
 
+    @property
+    def modules(self) -> int:
+        """Modules with parameters of their own, the momentum copies' among them."""
+        return len(self.module_parameters)
 
-def network_of(recipe: Recipe) -> Network:
+    @property
+    def contrast_bytes(self) -> float:
+        """Bytes of the contrast's state: for BLIP the queues."""
+        return float(sum(tensor.nbytes for tensor in self.contrast.state_dict()[1].values()))
+
+
+def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
     """Sizes of a recipe's network.
 
+    Args:
+        contrast_of: makes the contrast that the recipe names.
+
     Raises:
-        ValueError: a ViT that timm does not know, or a text checkpoint or tokenizer whose sizes are
-            not known.
+        ValueError: a ViT that timm does not know, a contrast that there is not, or a text
+            checkpoint or tokenizer whose sizes are not known.
         FileNotFoundError: a checkpoint folder or package that is not there.
     """
     notes: list[str] = []
     text = recipe.model.text
     config = network_config(recipe, _text_sizes(text, notes), _vocabulary(text))
+    contrast = contrast_of(recipe, config)
     with torch.device("meta"):
-        med, momentum = MED(config), MomentumEncoder(config)
-    owners = [module for module in [*med.modules(), *momentum.modules()] if _own(module)]
+        med, beside = MED(config), contrast.build_network()
+    owners = [module for module in [*med.modules(), *beside.modules()] if _own(module)]
+    trainable = [p.numel() for p in med.parameters() if p.requires_grad]
     return Network(
         config,
         vision_shape(config.vision),
-        [parameter.numel() for parameter in med.parameters() if parameter.requires_grad],
-        [parameter.numel() for parameter in med.parameters() if not parameter.requires_grad],
-        [parameter.numel() for parameter in momentum.parameters()],
+        contrast,
+        trainable + [p.numel() for p in beside.parameters() if p.requires_grad],
+        [p.numel() for p in med.parameters() if not p.requires_grad],
+        [p.numel() for p in beside.parameters() if not p.requires_grad],
         max(map(_own, owners)),
-        len(owners),
+        [max(p.numel() for p in module.parameters(recurse=False)) for module in owners],
         notes,
     )
 

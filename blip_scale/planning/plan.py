@@ -3,58 +3,93 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blip_scale.config import checks
+from blip_scale.config.batch_sizes import (
+    BatchSizes,
+    batch_sizes,
+    is_auto,
+    possible_micro_batches,
+    settled,
+)
 from blip_scale.config.recipe import Recipe
+from blip_scale.planning.assumptions import GIB, Assumptions, duration, statements
 from blip_scale.planning.data_volume import Volume, volume_of
 from blip_scale.planning.memory import (
-    FRAGMENTATION,
-    RESERVE_BYTES,
+    Load,
     Memory,
     largest_micro_batch,
     memory,
+    roomy_micro_batch,
 )
-from blip_scale.planning.network import Network, network_of
-from blip_scale.planning.states import Sharding, checkpoint_bytes
-from blip_scale.planning.timing import COLLECTIVE_LATENCY_S, Cluster, StepTime, step_time
+from blip_scale.planning.network import ContrastOf, Network, network_of
+from blip_scale.planning.states import Sharding, checkpoint_bytes, placed
+from blip_scale.planning.timing import (
+    EXECUTIONS,
+    LEVELS,
+    Cluster,
+    Exchange,
+    Execution,
+    StepTime,
+    Work,
+    exchanges,
+    step_time,
+)
 
-GIB = 2**30
 TIB = 2**40
-TOKENS_A_CAPTION = 12.5
-"""Mean of web captions, [CLS] and [SEP] included."""
-IMAGES_A_CORE = 800.0
-"""Decoded and cropped a second by one core, measured with JPEGs of 500x375 (560 at 640x480)."""
+_WORTH_A_LINE = 0.05
+"""Part of a step that is worth another micro-batch."""
 
 
 @dataclass(frozen=True)
-class Assumptions:
-    """What a plan takes for granted of data and captions."""
+class Way:
+    """A way to run the steps, with what it needs."""
 
-    tokens_each: float = TOKENS_A_CAPTION
-    sample_bytes: float | None = None
-    images_a_core: float = IMAGES_A_CORE
-    unknown_samples: int | None = None
-    """Of a stream that is neither here nor published; None refuses it."""
+    name: str
+    execution: Execution
+    memory: Memory
+    exchanges: tuple[Exchange, ...]
+    fast: StepTime
+    expected: StepTime
+    slow: StepTime
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """Of an optimizer step: fast, expected, slow."""
+        return self.fast.total_s, self.expected.total_s, self.slow.total_s
+
+
+@dataclass(frozen=True)
+class Larger:
+    """The smallest micro-batch that is about as fast as any that fits with headroom, where it is
+    faster than the planned one."""
+
+    micro_batch: int
+    step_s: float
+    """Expected seconds of a step with it."""
+    gain: float
+    """How many times as fast."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run will need. Memory of the rank that holds most, times of every rank."""
 
-    sizes: checks.BatchSizes
+    sizes: BatchSizes
     stage: int
     offload: bool
-    memory: Memory
+    ways: tuple[Way, ...]
+    """All that the settings allow; the first is the one that the other figures are of."""
     limit_bytes: float
     largest_micro_batch: int
-    """Of any size."""
+    """The largest that fits at all, of any size."""
     max_micro_batch: int
-    """The largest that fits and divides global batch by ranks; 0 when none does."""
-    step: StepTime
+    """The largest that fits with headroom and divides global batch by ranks; 0 when none does."""
+    larger: Larger | None
+    negatives: str
+    """`objective.negatives`: where ITM draws from."""
     steps: int
     volume: Volume
     checkpoint_bytes: float
@@ -64,6 +99,21 @@ class Plan:
     cluster: Cluster
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def way(self) -> Way:
+        """The way that the figures are of."""
+        return self.ways[0]
+
+    @property
+    def memory(self) -> Memory:
+        """Memory of that way."""
+        return self.way.memory
+
+    @property
+    def step(self) -> StepTime:
+        """Expected time of a step."""
+        return self.way.expected
 
     @property
     def fits(self) -> bool:
@@ -85,9 +135,27 @@ class Plan:
         """One line: whether it fits, how long it takes, and what to change where it does not."""
         if not self.fits:
             return self.memory_verdict
+        fast, _, slow = (self.steps * seconds for seconds in self.way.seconds)
         return (
-            f"{self.memory_verdict}; {_duration(self.seconds)} on {self.cluster.ranks} GPUs, "
-            f"{self.step.limit} takes the time"
+            f"{self.memory_verdict}; {duration(self.seconds)} ({duration(fast)} to "
+            f"{duration(slow)}) on {self.cluster.ranks} GPUs, limited by {self.step.limit}"
+        )
+
+    @property
+    def advice(self) -> str | None:
+        """One line on a larger micro-batch, where it is faster."""
+        if self.larger is None:
+            return None
+        pool = ""
+        if self.negatives == "local":
+            pool = (
+                f"; local ITM negatives then come from {self.larger.micro_batch} pairs, not "
+                f"{self.sizes.micro_batch}, which changes the training"
+            )
+        return (
+            f"train.max_micro_batch_size={self.larger.micro_batch} takes "
+            f"{self.larger.step_s * 1e3:.0f} ms a step, {self.larger.gain:.1f} times as fast "
+            f"(auto takes {self.max_micro_batch}){pool}"
         )
 
     @property
@@ -114,12 +182,17 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """One object of numbers; the units stand in the names."""
         step = {k: v for k, v in dataclasses.asdict(self.step).items() if k != "total_s"}
+        fast, expected, slow = self.way.seconds
         return {
             "memory_per_gpu_gib": self.memory.total / GIB,
             "memory_limit_gib": self.limit_bytes / GIB,
             "fits": self.fits,
             "max_micro_batch_size": self.max_micro_batch,
-            "step_seconds": self.step.total_s,
+            "step_seconds": expected,
+            "step_seconds_range": [fast, slow],
+            "way": self.way.name,
+            "ways": {way.name: _way_json(way, self.sizes.global_batch) for way in self.ways},
+            "larger_micro_batch": dataclasses.asdict(self.larger) if self.larger else None,
             "days": self.seconds / 86_400,
             "gpu_hours": self.seconds / 3600 * self.cluster.ranks,
             "storage_tib": (self.volume.stored_bytes + self.checkpoints_bytes) / TIB,
@@ -167,57 +240,134 @@ def make_plan(
     recipe: Recipe,
     zero: Mapping[str, Any],
     cluster: Cluster,
-    assumed: Assumptions = Assumptions(),
+    contrast_of: ContrastOf,
+    assumed: Assumptions | None = None,
+    way: str | None = None,
 ) -> Plan:
     """Plan a recipe.
 
     Args:
         zero: DeepSpeed's settings; of them `zero_optimization` counts.
         cluster: the machines.
+        contrast_of: makes the contrast that the recipe names.
+        way: a name of EXECUTIONS; None: eager, with the weights as a run keeps them.
 
     Raises:
-        ValueError: a batch that does not divide over the GPUs, sizes that are not known.
+        ValueError: a batch that does not divide over the GPUs, a way that the settings rule out,
+            sizes that are not known.
         FileNotFoundError: a text checkpoint that is not there.
     """
-    sizes = _sizes(recipe, cluster)
-    warnings = []
+    assumed = assumed or Assumptions()
+    ranks = cluster.ranks
+    _sizes(recipe, cluster)  # refuses before anything is built
     size = 2 if recipe.train.precision == "bf16" else 4
-    if size == 2 and cluster.gpu.bf16_tflops is None:
-        warnings.append("this GPU has no bf16 matrix units: give train.precision=fp32 or others")
-        cluster = dataclasses.replace(
-            cluster, gpu=dataclasses.replace(cluster.gpu, bf16_tflops=cluster.gpu.fp32_tflops)
-        )
-    network = network_of(recipe)
-    sharding = Sharding.of(zero, cluster.ranks, size)
-    queue = recipe.objective.queue_size
+    network = network_of(recipe, contrast_of)
+    base = Sharding.of(zero, ranks, size)
     limit = cluster.gpu.memory_gib * GIB
+    kept = placed(base, recipe, zero["zero_optimization"], network, limit)
+    names = _ways(base, way or ("whole" if kept.whole else None))
     each = min(assumed.tokens_each, recipe.model.text.max_tokens)
-    held = memory(network, sharding, sizes.micro_batch, queue, each)
-    largest = largest_micro_batch(network, sharding, queue, each, limit)
-    share = sizes.global_batch // sizes.world_size
-    least = 2 if recipe.objective.negatives == "local" else 1
-    fitting = [n for n in range(least, min(share, largest) + 1) if share % n == 0]
-    tokens = math.ceil(sizes.micro_batch * each)
-    step = step_time(network, sharding, sizes, cluster, (tokens, queue))
+    loads = {name: Load.of(recipe, network, _sharding(base, name), each) for name in names}
+    load = loads[names[0]]
+    possible = possible_micro_batches(recipe, ranks)
+    # A run settles `auto` for its longest captions.
+    longest = dataclasses.replace(load, tokens_each=recipe.model.text.max_tokens)
+    roomy = roomy_micro_batch(longest, possible, limit)
+    if is_auto(recipe):
+        recipe = settled(recipe, roomy or possible[0])
+    sizes = _sizes(recipe, cluster)
+
+    def time(name: str, batch: int) -> Way:
+        split = BatchSizes(sizes.global_batch, batch, sizes.global_batch // batch // ranks, ranks)
+        work = Work(network, loads[name].sharding, split, loads[name].tokens(batch))
+        execution = EXECUTIONS[name]
+        times = {level: step_time(work, cluster, execution, level) for level in LEVELS}
+        held = memory(loads[name], batch)
+        return Way(name, execution, held, exchanges(work, cluster), **times)
+
+    ways = tuple(time(name, sizes.micro_batch) for name in names)
+    step = ways[0].expected
+    larger = _larger(
+        {n: time(names[0], n).expected.total_s for n in possible if n <= roomy}, sizes.micro_batch,
+        step.total_s,
+    )  # fmt: skip
     volume = volume_of(recipe, assumed.sample_bytes, assumed.unknown_samples)
     steps = recipe.train.epochs * (volume.samples_per_epoch // sizes.global_batch)
     if recipe.train.max_steps is not None:
         steps = min(steps, recipe.train.max_steps)
-    if sharding.stage == 1:
-        warnings.append("train.py takes ZeRO 2 or 3: ZeRO-1 is shown for comparison")
+    notes = [*network.notes, *volume.notes]
     return Plan(
-        sizes, sharding.stage, sharding.offload, held, limit, largest, max(fitting, default=0),
-        step, steps, volume, checkpoint_bytes(network, queue), _kept(recipe, steps),
-        sizes.global_batch / step.total_s / cluster.ranks / assumed.images_a_core,
-        network, cluster, _assumptions(cluster, sharding, assumed, [*network.notes, *volume.notes]),
-        tuple(warnings),
+        sizes, base.stage, base.offload, ways, limit, largest_micro_batch(load, limit), roomy,
+        larger, recipe.objective.negatives, steps, volume, checkpoint_bytes(network),
+        _kept(recipe, steps), sizes.global_batch / step.total_s / ranks / assumed.images_a_core,
+        network, cluster, statements(cluster, load, EXECUTIONS[names[0]], assumed, notes),
+        _warnings(recipe, base, cluster),
     )  # fmt: skip
 
 
-def _sizes(recipe: Recipe, cluster: Cluster) -> checks.BatchSizes:
+def _larger(seconds: dict[int, float], planned: int, planned_s: float) -> Larger | None:
+    """What to propose in place of the planned micro-batch, by the seconds of those that fit."""
+    best = min(seconds.values(), default=planned_s)
+    fast = [n for n in seconds if n > planned and seconds[n] <= (1 + _WORTH_A_LINE) * best]
+    if not fast or seconds[min(fast)] > (1 - _WORTH_A_LINE) * planned_s:
+        return None
+    chosen = min(fast)
+    return Larger(chosen, seconds[chosen], planned_s / seconds[chosen])
+
+
+def _ways(sharding: Sharding, chosen: str | None) -> list[str]:
+    """Names of the ways to run that DeepSpeed's settings allow, the chosen one first."""
+    names = ["partitioned", "whole", "graph"] if sharding.partitions else ["whole", "graph"]
+    if chosen is None:
+        return names
+    if chosen not in names:
+        raise ValueError(
+            f"--way {chosen}: weights are whole under ZeRO-{sharding.stage} on {sharding.ranks} "
+            f"rank{'s' * (sharding.ranks > 1)}; give {' or '.join(names)}"
+        )
+    return [chosen, *(name for name in names if name != chosen)]
+
+
+def _sharding(base: Sharding, name: str) -> Sharding:
+    """How a way holds the states."""
+    if base.stage == 3 and EXECUTIONS[name].whole:
+        return dataclasses.replace(base, whole=True)
+    return base
+
+
+def _way_json(way: Way, global_batch: int) -> dict[str, Any]:
+    fast, expected, slow = way.seconds
+    return {
+        "name": way.execution.name,
+        "evidence": way.execution.evidence,
+        "memory_gib": way.memory.total / GIB,
+        "step_seconds": expected,
+        "step_seconds_range": [fast, slow],
+        "samples_per_s": global_batch / expected,
+        "samples_per_s_range": [global_batch / slow, global_batch / fast],
+        "limit": way.expected.limit,
+        "exchanges": [dataclasses.asdict(exchange) for exchange in way.exchanges],
+    }
+
+
+def _warnings(recipe: Recipe, sharding: Sharding, cluster: Cluster) -> tuple[str, ...]:
+    warnings = []
+    if recipe.train.precision == "bf16" and cluster.gpu.bf16_tflops is None:
+        warnings.append("this GPU has no bf16 matrix units: give train.precision=fp32 or others")
+    if sharding.stage == 1:
+        warnings.append("train.py takes ZeRO 2 or 3: ZeRO-1 is shown for comparison")
+    if recipe.task != "pretrain":
+        warnings.append(
+            f"memory and time are those of pretraining with this network and batch; {recipe.task} "
+            "is not modelled"
+        )
+    return tuple(warnings)
+
+
+def _sizes(recipe: Recipe, cluster: Cluster) -> BatchSizes:
     """Batch arithmetic; a refusal also names numbers of nodes that would do."""
     try:
-        return checks.batch_sizes(recipe, cluster.ranks)
+        return batch_sizes(recipe, cluster.ranks)
     except ValueError as error:
         unit = cluster.gpus_per_node * (recipe.train.micro_batch_size or 1)
         batch = recipe.train.global_batch_size
@@ -231,28 +381,3 @@ def _kept(recipe: Recipe, steps: int) -> int:
     """Checkpoints that lie on the disk at the end."""
     for_ever = recipe.checkpoint.keep_every
     return recipe.checkpoint.keep_last + (steps // for_ever if for_ever else 0)
-
-
-def _assumptions(
-    cluster: Cluster, sharding: Sharding, assumed: Assumptions, notes: list[str]
-) -> tuple[str, ...]:
-    gpu = cluster.gpu
-    overlap = "overlapped with" if sharding.overlap else "not overlapped with"
-    return (
-        f"matrix products reach {cluster.efficiency:.0%} of the peak; the host needs "
-        f"{cluster.module_call_s * 1e6:.0f} us for each call of a module",
-        f"links {gpu.link_gb_s:g} GB/s in a node, {gpu.network_gbit:g} Gbit/s a node between them, "
-        f"{cluster.link_efficiency:.0%} of it reached, {COLLECTIVE_LATENCY_S * 1e6:.0f} us * "
-        f"log2(ranks) to start an exchange; weights and gradients are {overlap} the computation",
-        f"{assumed.tokens_each:g} tokens a caption; {assumed.images_a_core:g} images/s decoded by "
-        "a core",
-        f"{RESERVE_BYTES / GIB:g} GiB for CUDA and NCCL, {FRAGMENTATION:.0%} lost to "
-        "fragmentation; fused attention kernels",
-        "evaluation, saving and restarts are not in the time",
-        *notes,
-    )
-
-
-def _duration(seconds: float) -> str:
-    days = seconds / 86_400
-    return f"{days:.1f} days" if days >= 1 else f"{seconds / 3600:.1f} hours"

@@ -5,10 +5,13 @@ What DeepSpeed 0.19.8 does with the engine of a run: read in its source and meas
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from blip_scale.config import weight_placement
+from blip_scale.config.recipe import Recipe
 from blip_scale.planning.network import Network
 
 _FP32 = 4
@@ -36,6 +39,13 @@ class Sharding:
     """ZeRO-3 keeps parameters up to this size whole."""
     live: float = _DEFAULT_LIVE
     """ZeRO-3 keeps gathered what it will use again within so many elements."""
+    whole: bool = False
+    """Whether ZeRO-3 on several ranks keeps weights whole between the passes."""
+
+    @property
+    def partitions(self) -> bool:
+        """Whether a rank holds a part of each weight, gathered in the passes."""
+        return self.stage == 3 and self.ranks > 1 and not self.whole
 
     @staticmethod
     def of(ds_config: Mapping[str, Any], ranks: int, compute_bytes: int) -> Sharding:
@@ -69,6 +79,27 @@ class Sharding:
         )
 
 
+def placed(
+    sharding: Sharding, recipe: Recipe, zero: Mapping[str, Any], network: Network, limit: float
+) -> Sharding:
+    """The sharding as a run decides it (`train.whole_weights`) on devices of `limit` bytes."""
+    wanted, obstacle = recipe.train.whole_weights, weight_placement.obstacle(zero)
+    if sharding.stage != 3 or wanted is False or obstacle:
+        return sharding
+    if wanted == "auto":
+        if weight_placement.asks_for_partitioning(zero):
+            return sharding
+        trained = sum(network.trainable)
+        other = sum(network.frozen) + sum(network.momentum)
+        accumulation = 2  # the larger need; the micro-batch may not be settled yet
+        sizes = weight_placement.Sizes(
+            trained, other, sharding.ranks, accumulation, sharding.compute_bytes
+        )
+        if not weight_placement.fits(sizes, limit):
+            return sharding
+    return dataclasses.replace(sharding, whole=True)
+
+
 @dataclass(frozen=True)
 class States:
     """Bytes of one rank."""
@@ -83,41 +114,43 @@ class States:
     """In the memory of the node, a rank."""
 
 
-def states(network: Network, sharding: Sharding, queue_size: int) -> States:
+def states(network: Network, sharding: Sharding, accumulation: int = 1) -> States:
     """Bytes of the rank that holds most.
 
     Below ZeRO-3 a rank owns a stretch of all parameters laid end to end, and some stretches have
     momentum copies throughout: that rank holds an average for each of its masters. Frozen
     parameters have neither moments nor averages; their masters lie on the host.
     """
+    if sharding.stage == 3 and sharding.whole:
+        return _whole_states(network, sharding, accumulation)
     size, ranks = sharding.compute_bytes, sharding.ranks
     trained, copied = sum(network.trainable), sum(network.momentum)
     still, own_still = sum(network.frozen), _shares(network.frozen, ranks)
     if sharding.stage == 3:
         own = _shares(network.trainable, ranks)
         copies = _shares(network.momentum, ranks)
-        averaged = copies - own_still
-        known = [*network.trainable, *network.frozen, *network.momentum]
-        kept = [n for n in known if n <= sharding.persistent]
+        averaged = max(copies - own_still, 0)
+        sizes = [*network.trainable, *network.frozen, *network.momentum]
+        kept = [numel for numel in sizes if numel <= sharding.persistent]
         resting = {
             "weights": size * (own + own_still),
             "momentum_weights": size * copies,
             "persistent_weights": size * sum(kept) if ranks > 1 else 0,
             "reduce_bucket": size * sharding.reduce_bucket if sharding.has_bucket else 0,
         }
-        # Frozen and momentum weights are let go after their use, which comes before the sweep's.
+        # Frozen and momentum weights are released after their use, which comes before the sweep's.
         live = min(trained, max(sharding.live, network.largest_module + sharding.prefetch))
         backward = {"gathered_weights": size * live if ranks > 1 else 0}
         update = {"gradient_copy": _FP32 * own}
         gradients = _FP32 * own
     else:
         own = -(-trained // ranks)
-        averaged = min(copied - still, own)
+        averaged = max(min(copied - still, own), 0)
         resting = {"weights": size * (trained + still), "momentum_weights": size * copied}
         buckets = (2 if sharding.overlap else 1) * sharding.reduce_bucket
         reduced = trained if sharding.stage == 1 else own
         backward = {"reduce_bucket": size * buckets, "fresh_gradients": size * reduced}
-        update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * (copied - still)}
+        update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * max(copied - still, 0)}
         gradients = _FP32 * reduced
         backward["gradients"] = gradients
     shared = sharding.stage == 3 and size == _FP32 and not sharding.offload  # with the weights
@@ -136,9 +169,41 @@ def states(network: Network, sharding: Sharding, queue_size: int) -> States:
         resting |= optimizer
         if sharding.stage == 3:
             resting["gradients"] = gradients
-    resting["queue"] = 2 * _FP32 * network.config.embed_dim * queue_size
-    return States(*({k: float(v) for k, v in part.items()} for part in (resting, backward, update,
-                                                                        host)))  # fmt: skip
+    resting["contrast_state"] = network.contrast_bytes
+    return _states(resting, backward, update, host)
+
+
+def _whole_states(network: Network, sharding: Sharding, accumulation: int) -> States:
+    """ZeRO-3 on several ranks that keeps weights and gradients whole in flat memory; masters,
+    moments and averages are partitioned. An estimate: no test holds it against a run.
+
+    One flat gather and the reductions need buffers: a rank's part of the weights, and the larger of
+    both networks whole. Micro-steps are summed in fp32 before gradients are reduced.
+    """
+    size, ranks = sharding.compute_bytes, sharding.ranks
+    trained, own = sum(network.trainable), -(-sum(network.trainable) // ranks)
+    other = sum(network.momentum) + sum(network.frozen)
+    weights = size * (trained + other)
+    buffers = weights // ranks + size * max(trained, other) if ranks > 1 else 0
+    is_fp32 = size == _FP32  # masters and averages are the weights themselves on one rank alone
+    averaged = max(sum(network.momentum) - sum(network.frozen), 0)
+    resting = {
+        "weights": size * (trained + sum(network.frozen)),
+        "momentum_weights": size * sum(network.momentum),
+        "gradients": size * trained,
+        "averaged_gradients": _FP32 * own,
+        "exchange_buffers": buffers,
+        "summed_gradients": _FP32 * trained if accumulation > 1 and ranks > 1 else 0,
+        "masters": 0 if is_fp32 and ranks == 1 else _FP32 * own,
+        "moments": 2 * _FP32 * own,
+        "momentum_averages": 0 if is_fp32 and ranks == 1 else _FP32 * -(-averaged // ranks),
+        "contrast_state": network.contrast_bytes,
+    }
+    return _states(resting, {}, {}, {})
+
+
+def _states(*parts: Mapping[str, float]) -> States:
+    return States(*({name: float(value) for name, value in part.items()} for part in parts))
 
 
 def _shares(numels: list[int], ranks: int) -> int:
@@ -146,9 +211,9 @@ def _shares(numels: list[int], ranks: int) -> int:
     return sum(-(-numel // ranks) for numel in numels)
 
 
-def checkpoint_bytes(network: Network, queue_size: int) -> float:
-    """A checkpoint on the disk: masters, moments, momentum averages, queues; of all ranks."""
+def checkpoint_bytes(network: Network) -> float:
+    """A checkpoint on the disk: masters, moments, momentum averages, the contrast's state; of all
+    ranks."""
     trained, still = sum(network.trainable), sum(network.frozen)
-    averaged = sum(network.momentum) - still
-    queue = 2 * _FP32 * network.config.embed_dim * queue_size + 8 * queue_size
-    return float(_FP32 * (3 * trained + still + averaged) + queue)
+    averaged = max(sum(network.momentum) - still, 0)
+    return float(_FP32 * (3 * trained + still + averaged) + network.contrast_bytes)

@@ -8,9 +8,13 @@ alike: the feature queues) and `manifest.json` (`Manifest`). Until all of it is 
 folder is called `step_00000100.partial`. Every file says which elements of each parameter it holds,
 so a checkpoint does not depend on the number of ranks or on the ZeRO stage that wrote it.
 
-The manifest says which version of this format the checkpoint has (`FORMAT_VERSION`). Checkpoints
-from before that field existed have the layout of version 1 and are read as such. Whoever changes
-the layout, or the meaning of a field, raises the version.
+The manifest says which version of this format the checkpoint has (`FORMAT_VERSION`). Whoever
+changes the layout, or the meaning of a field, raises the version.
+
+Version 1: the manifest has no checksum. Checkpoints from before the version was written are read as
+version 1.
+Version 2: the manifest's last field is the checksum of everything before it. Later versions keep
+this rule, so that a damaged version number is told from a newer version.
 """
 
 from __future__ import annotations
@@ -18,34 +22,41 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import xxhash
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip_scale.storage import run_folder
+from blip_scale.storage import files, run_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 NETWORK = "network.json"
 """Sizes of the network, in checkpoints that were converted and lie in no run's folder."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _VERSION_KEY = "format_version"
+_CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{16})"\n\}\n?\Z')
+
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+"""Name of a file inside of a checkpoint's folder: never a path."""
 
 
 class UnknownVersionError(ValueError):
     """A checkpoint is of a version of the format that this code doesn't read."""
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True))
 class Manifest:
     """What manifest.json says of a checkpoint."""
 
@@ -57,9 +68,9 @@ class Manifest:
     """ZeRO stage."""
     optimizer_steps: int
     """Updates that AdamW has made; fewer than `step` where updates were skipped."""
-    parameters: dict[str, int]
+    parameters: dict[str, Annotated[int, Field(ge=0)]]
     """Elements of every parameter, by name."""
-    files: dict[str, dict[str, Any]]
+    files: dict[FileName, dict[str, Any]]
     """Size (`bytes`) and checksum (`xxh3`) of every file, by name."""
     position: dict[str, Any]
     """The run's past (`engine.run.History`); empty in a checkpoint that no run wrote."""
@@ -69,38 +80,54 @@ class Manifest:
     """Parameters that don't train; early checkpoints of runs without any lack the field."""
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps({_VERSION_KEY: FORMAT_VERSION, **asdict(self)}, indent=1)
+        """The text of manifest.json, its checksum at the end."""
+        text = json.dumps({_VERSION_KEY: FORMAT_VERSION, **asdict(self)}, indent=1)
+        covered = text.removesuffix("\n}")
+        return f'{covered},\n "checksum": "{_digest(covered)}"\n}}'
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parse manifest.json.
+        """Parse and verify manifest.json.
 
         Raises:
             UnknownVersionError: another version of the format.
-            ValueError: it isn't whole.
+            ValueError: it is damaged.
         """
-        content = json.loads(text)
+        checksum = _CHECKSUM.search(text)
+        if checksum and _digest(text[: checksum.start()]) != checksum[1]:
+            raise ValueError("its checksum isn't that of its content")
+        try:
+            content = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("its values are nested too deep") from error
         names = [one.name for one in fields(cls)]
         if not isinstance(content, dict):
             raise ValueError(f"expected an object with {', '.join(names)}")
-        version = content.get(_VERSION_KEY, 1)
-        if version != FORMAT_VERSION:
-            is_newer = isinstance(version, int) and version > FORMAT_VERSION
-            advice = (
-                "update blip_scale"
-                if is_newer
-                else "convert it to .pth with the blip_scale that wrote it, and start from that "
-                "with model.checkpoint"
-            )
+        version = content.pop(_VERSION_KEY, 1)
+        if not checksum and version != 1:
+            raise ValueError("it lacks its checksum")
+        if version not in (1, FORMAT_VERSION):
             raise UnknownVersionError(
-                f"the checkpoint has format version {version}, this blip_scale reads version "
-                f"{FORMAT_VERSION}: {advice}"
+                f"the checkpoint has format version {version}, this blip_scale reads versions 1 "
+                f"to {FORMAT_VERSION}: update blip_scale"
             )
+        content.pop("checksum", None)
         missing = [name for name in names if name not in content and name != "frozen"]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        return cls(**{name: content[name] for name in names if name in content})
+        surplus = sorted(content.keys() - set(names))
+        if surplus:
+            raise ValueError(f"it has the unknown field {', '.join(surplus)}")
+        try:
+            return cls(**content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{place}: {first['msg']}") from error
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_64(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -171,6 +198,7 @@ def write(folder: Path, contents: Mapping[str, Content]) -> dict[str, dict[str, 
 def _write_file(path: Path, content: Content) -> dict[str, Any]:
     # safetensors writes a file that it cannot read from no tensors and an empty dictionary.
     save_file(content.tensors, path, content.metadata or None)
+    files.follow_umask(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "xxh3": _checksum(path)}

@@ -15,7 +15,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_STEP = re.compile(rb'\{"step": (\d+)[,}]')
+_STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
+_UMASK = re.compile(r"^Umask:\s*([0-7]+)$", re.MULTILINE)
 
 
 class Spared(AbstractContextManager[None]):
@@ -47,6 +48,28 @@ class Spared(AbstractContextManager[None]):
             return True
         self._failed = self._failed and error is not None
         return False
+
+
+def follow_umask(path: Path) -> None:
+    """Give a new file or folder the mode that `open` or `mkdir` would have given it.
+
+    Some libraries create files as 0600 and folders as 0700 whatever the umask says (safetensors,
+    Python's tempfile), and nobody else could read them.
+    """
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+
+
+def _umask() -> int:
+    """The umask of this process. Asking `os.umask` would change it for all threads."""
+    try:
+        match = _UMASK.search(Path("/proc/self/status").read_text(encoding="utf-8"))
+    except OSError:
+        match = None
+    if match:
+        return int(match[1], 8)
+    umask = os.umask(0o077)  # no /proc: set and restored, which other threads may see
+    os.umask(umask)
+    return umask
 
 
 def write_whole(file: Path, text: str, through: bool = True) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import io
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -145,9 +147,9 @@ def open_file(location: str) -> IO[bytes]:
     """
     if is_local(location):
         opened = _open_regular(str(local_path(location)))
-        return gzip.GzipFile(fileobj=opened) if location.endswith(".gz") else opened  # type: ignore[return-value]
+        return _Unpacked(fileobj=opened) if location.endswith(".gz") else opened  # type: ignore[return-value]
     raw = io.BufferedReader(_RemoteFile(location), _BUFFER_BYTES)
-    return gzip.GzipFile(fileobj=raw) if location.endswith(".gz") else raw  # type: ignore[return-value]
+    return _Unpacked(fileobj=raw) if location.endswith(".gz") else raw  # type: ignore[return-value]
 
 
 def read_file(location: str) -> bytes:
@@ -177,6 +179,34 @@ def _open_regular(path: str) -> IO[bytes]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
     raise NotRegularFile(f"{path} is {kind}, no regular file")
+
+
+class _Unpacked(gzip.GzipFile):
+    """A .gz whose damage is always gzip.BadGzipFile, an OSError, unlike zlib.error and EOFError."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        with _damage_named():
+            return super().read(size)
+
+    def read1(self, size: int = -1) -> bytes:
+        with _damage_named():
+            return super().read1(size)
+
+    def peek(self, n: int = -1) -> bytes:
+        with _damage_named():
+            return super().peek(n)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        with _damage_named():
+            return super().readline(size)
+
+
+@contextlib.contextmanager
+def _damage_named() -> Iterator[None]:
+    try:
+        yield
+    except (zlib.error, EOFError) as error:
+        raise gzip.BadGzipFile(f"damaged .gz file: {error}") from error
 
 
 class _RemoteFile(io.RawIOBase):

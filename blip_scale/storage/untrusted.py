@@ -107,7 +107,7 @@ def _is_remote(location: str) -> bool:
 def _real_path(path: str) -> str:
     """As os.path.realpath, with the folders of millions of images resolved once."""
     folder, name = os.path.split(path)
-    if name in ("", ".", "..") or Path(path).is_symlink():
+    if name in ("", ".", "..") or os.path.islink(path):  # noqa: PTH114  false, not an error
         return os.path.realpath(path)
     return f"{_real_folder(folder)}/{name}"
 

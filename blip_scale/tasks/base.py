@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from blip_scale.config.batch_sizes import batch_sizes
+from blip_scale.config.batch_sizes import batch_sizes, is_auto
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.heldout.pairs import HeldoutPairs
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput
@@ -26,6 +28,7 @@ from blip_scale.model.heads import Head, cut_down
 from blip_scale.model.initialization import seeded
 from blip_scale.model.kernels import choose_kernel
 from blip_scale.model.med import MED
+from blip_scale.storage import files
 from blip_scale.tasks import networks
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,6 +46,8 @@ class TrainingTask(ABC):
         self.recipe, self.device = recipe, device
         self.tokenizer = load_tokenizer(recipe.model.text)
         self.config = med_config(recipe, self.tokenizer)
+        if is_auto(recipe):
+            raise ValueError("train.max_micro_batch_size: auto was not settled; give a number")
         sizes = batch_sizes(recipe, collectives.world_size())
         self.batch_size, self.accumulation = sizes.micro_batch, sizes.accumulation
         self.loader = networks.train_loader(recipe, self.text_input(), self.batch_size)
@@ -50,16 +55,15 @@ class TrainingTask(ABC):
         self.kernel = str(choose_kernel(recipe.model.attention, device, self.dtype))
         self.momentum_pairs: dict[str, str] = {}
         self._tokens = 0
+        self._generator = torch.Generator(device)
 
     @abstractmethod
     def build_network(self) -> nn.Module:
         """The network, weights not filled."""
 
     @abstractmethod
-    def losses(
-        self, network: Callable[..., Any], batch: Any, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch."""
+    def inputs(self, batch: Any, progress: Progress) -> tuple[Any, ...]:
+        """Arguments of the network for a micro-batch, on the device."""
 
     @abstractmethod
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
@@ -84,11 +88,13 @@ class TrainingTask(ABC):
         text = self.text_input()
         return captions_and_pairs.heldout_sets(self.recipe, text.clean, text.max_words)
 
-    @staticmethod
-    def generator(device: torch.device | str) -> torch.Generator:
-        """A generator for what a task draws itself in this micro-step on this rank. Its numbers
-        follow from torch's seed, which the loop sets anew for each micro-step."""
-        return torch.Generator(device).manual_seed(torch.initial_seed() ^ 0x5EED)
+    def generator(self) -> torch.Generator:
+        """The generator of the task's own draws on its device, seeded for this micro-step.
+
+        Its numbers follow from torch's seed, which the loop sets anew for each micro-step. It is
+        one object, because a captured CUDA graph registers it.
+        """
+        return self._generator.manual_seed(own_seed())
 
     def build_med(self) -> MED:
         """The MED with the parts of the head, weights not filled."""
@@ -110,6 +116,23 @@ class TrainingTask(ABC):
             weights |= {name: drawn[name] for name in trainable - weights.keys()}
         return weights
 
+    def keep_text(self, folder: Path) -> None:
+        """Write the tokenizer, and the sizes of the text stack as those of a BERT."""
+        self.tokenizer.save_pretrained(folder)
+        text = self.config.text
+        sizes = {
+            "model_type": "bert",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "intermediate_size": text.mlp_width,
+            "max_position_embeddings": text.max_positions,
+            "layer_norm_eps": text.norm_eps,
+            "hidden_act": "gelu",
+        }
+        files.write_whole(folder / "config.json", json.dumps(sizes, indent=1) + "\n")
+
     def inventory(self) -> list[dict[str, Any]]:
         """The training streams with their shards."""
         return inventory(self.loader.stores)
@@ -118,11 +141,20 @@ class TrainingTask(ABC):
         """This rank's micro-batches."""
         return iter(self.loader)
 
-    def stream_shares(self, batch: Batch) -> dict[str, Tensor]:
-        """Share of every stream in a batch, as metrics."""
-        shares = torch.tensor(self.loader.shares(batch), device=self.device)
+    @property
+    def capture_obstacle(self) -> str | None:
+        """Why the forward cannot be captured in a CUDA graph."""
+        return f"the shapes of {self.recipe.task} depend on its data"
+
+    def collect(  # noqa: B027  most tasks collect nothing
+        self, outputs: dict[str, Tensor], progress: Progress
+    ) -> None:
+        """Nothing is kept for `after_step`."""
+
+    def figures(self, batch: Batch) -> dict[str, float]:
+        """Share of every stream in a batch."""
         names = [f"data/share_{name}" for name in self.loader.stream_names]
-        return dict(zip(names, shares, strict=True))
+        return dict(zip(names, self.loader.shares(batch), strict=True))
 
     def after_step(  # noqa: B027  most tasks do nothing here
         self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool
@@ -156,3 +188,8 @@ class TrainingTask(ABC):
     def close(self) -> None:
         """End the loader's processes."""
         self.loader.close()
+
+
+def own_seed() -> int:
+    """Seed of a task's own draws in a micro-step, other than torch's."""
+    return torch.initial_seed() ^ 0x5EED

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
+from blip_scale.config.recipe import Recipe
+from blip_scale.model.med import MEDConfig
 from blip_scale.tasks.base import TrainingTask
 from blip_scale.tasks.captioning import Captioning
+from blip_scale.tasks.contrast import Contrast
+from blip_scale.tasks.contrastive_task import contrast_named
 from blip_scale.tasks.nlvr2 import ImagePairs
 from blip_scale.tasks.pretrain import Pretrain
 from blip_scale.tasks.retrieval import Retrieval
@@ -19,3 +25,15 @@ TASKS: dict[str, type[TrainingTask]] = {
     "vqa": VisualQuestionAnswering,
 }
 """`task` in the recipe -> class of the task."""
+
+
+def contrast_of(recipe: Recipe, config: MEDConfig) -> Contrast:
+    """A recipe's contrast on the meta device, for a plan. Tasks without a contrast are planned with
+    pretraining's.
+
+    Raises:
+        ValueError: `objective.itc` names none.
+    """
+    knows_images = getattr(TASKS[recipe.task], "knows_images", False)
+    kind = contrast_named(recipe.objective.itc)
+    return kind(recipe, config, torch.device("meta"), knows_images)

@@ -6,7 +6,7 @@ Legend: B micro-batch of this rank, P predicted tokens, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from blip_scale.evaluation.metrics.captions import CAPTION_METRICS, CaptionScore
 from blip_scale.inference.inputs import to_model_input
 from blip_scale.model.flops import captioning_flops
 from blip_scale.model.med import MED
-from blip_scale.model.packing import PackedText
-from blip_scale.objectives.language import IGNORED, lm_loss
+from blip_scale.model.packing import IGNORED, PackedText
+from blip_scale.objectives.language import lm_loss
 from blip_scale.tasks.base import TrainingTask
 
 SELECTION = ("bleu_4", "cider")
@@ -55,7 +55,8 @@ class CaptioningNetwork(nn.Module):
         every = torch.arange(len(images), device=images.device)
         logits_PV = med.decode(inputs, med.encode_image(images), every)
         # Position 0 holds [DEC]; the first `prompt_tokens` positions predict the prompt.
-        positions_P = inputs.segments.positions(len(targets_P))
+        segments = inputs.segments
+        positions_P = segments.positions(segments.sequence_of(len(targets_P)))
         targets_P = targets_P.masked_fill(positions_P < self.prompt_tokens, IGNORED)
         loss = lm_loss(logits_PV, targets_P, self.label_smoothing)
         return {"loss/total": loss, "loss/lm": loss.detach()}
@@ -76,13 +77,10 @@ class Captioning(TrainingTask):
         smoothing = self.recipe.objective.label_smoothing
         return CaptioningNetwork(self.build_med(), self._prompt_tokens, smoothing)
 
-    def losses(
-        self, network: Callable[..., Any], batch: Batch, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch."""
+    def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
+        """Images and captions."""
         self._tokens = len(batch.token_ids)
-        images, text = to_model_input(batch, self.device, self.dtype)
-        return network(images, text) | self.stream_shares(batch)
+        return to_model_input(batch, self.device, self.dtype)
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""

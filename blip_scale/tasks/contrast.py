@@ -97,6 +97,11 @@ class Contrast(ABC):
     def flops(self, batch_size: int, text_tokens: int) -> float:
         """Floating-point operations that it adds to a micro-step, forward and backward."""
 
+    def key_count(self, batch_size: int) -> int:
+        """Features that each pair of a micro-batch of this rank is compared with; a plan counts
+        memory by it."""
+        return batch_size
+
     def initial_weights(self) -> dict[str, Tensor]:
         """Every trainable parameter of its network by name, in fp32 on the CPU, equal on all
         ranks."""

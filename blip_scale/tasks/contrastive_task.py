@@ -6,16 +6,19 @@ Legend: B micro-batch of this rank.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
+from blip_scale.config.batch_sizes import token_bucket
 from blip_scale.config.recipe import ObjectiveRecipe, Recipe
-from blip_scale.data.loading.micro_batches import Batch
+from blip_scale.data.loading.micro_batches import Batch, CaptionInput
+from blip_scale.engine import collectives
 from blip_scale.engine.task import Progress
+from blip_scale.engine.transfers import to_device
 from blip_scale.engine.watching.monitor import Alarm
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
@@ -27,6 +30,7 @@ from blip_scale.objectives.contrastive import FeaturePair, retrieval_accuracy
 from blip_scale.objectives.matching import match_accuracy, predicts_one_class
 from blip_scale.tasks.base import TrainingTask
 from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs
+from blip_scale.tasks.hard_pairs import text_sizes
 from blip_scale.tasks.momentum_contrast import MomentumContrast
 
 CONTRASTS: dict[str, type[Contrast]] = {"momentum": MomentumContrast}
@@ -36,6 +40,7 @@ TEMPERATURE = "med.temperature.value"
 TEMPERATURE_RANGE = (0.001, 0.5)
 
 ONE_CLASS_ALARM = Alarm(
+    "itm_one_class",
     lambda logged: predicts_one_class(
         logged["loss/itm"], logged["itm/accuracy_match"], logged["itm/accuracy_mismatch"]
     ),
@@ -70,8 +75,8 @@ class ContrastiveNetwork(nn.Module):
     def figures(
         pairs: EncodedPairs, contrasted: Contrasted, itm_logits: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Accuracies, temperature and the contrast's metrics, and its keys [B, E] as `image_keys`
-        and `text_keys`."""
+        """Accuracies, temperature and the contrast's metrics, its keys [B, E] as `image_keys` and
+        `text_keys`, and `image_ids` [B] where pairs have them."""
         i2t, t2i = retrieval_accuracy(contrasted.similarities)
         on_match, on_mismatch = match_accuracy(itm_logits, labels)
         return {
@@ -83,6 +88,7 @@ class ContrastiveNetwork(nn.Module):
             **contrasted.metrics,
             "image_keys": contrasted.keys.image.detach(),
             "text_keys": contrasted.keys.text.detach(),
+            **({} if pairs.image_ids is None else {"image_ids": pairs.image_ids}),
         }
 
 
@@ -108,25 +114,39 @@ class ContrastiveTask(TrainingTask):
     def build_network(self) -> ContrastiveNetwork:
         """MED and the contrast's part, weights not filled."""
 
+    def text_input(self) -> CaptionInput:
+        """As of every task, filled up to static sizes where the recipe says so."""
+        bucket = token_bucket(self.recipe, self.batch_size, self.device.type == "cuda")
+        return replace(super().text_input(), pad_tokens_to=bucket)
+
     def initial_weights(self) -> dict[str, Tensor]:
         """Weights of the MED as in every task, and those that the contrast brings."""
         own = self.contrast.initial_weights()
         return super().initial_weights() | {f"contrast.{name}": own[name] for name in own}
 
-    def losses(
-        self, network: Callable[..., Any], batch: Batch, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch; its keys go to the contrast."""
+    @property
+    def capture_obstacle(self) -> str | None:
+        """Global negatives are exchanged in the middle of the forward."""
+        if self.recipe.objective.negatives == "global" and collectives.world_size() > 1:
+            return "objective.negatives: global exchanges between ranks in the forward pass"
+        return None
+
+    def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
+        """Images, captions, the contrast's state, the generator of the draws, image ids, and the
+        sizes of what is drawn."""
+        self._tokens = batch.caption_tokens
         images, text = to_model_input(batch, self.device, self.dtype)
         image_ids = None
         if self.knows_images:
-            image_ids = image_ids_of(batch).to(self.device, non_blocking=True)
-        inputs = self.contrast.inputs(progress)
-        outputs = network(images, text, inputs, self.generator(self.device), image_ids)
-        keys = FeaturePair(outputs.pop("image_keys"), outputs.pop("text_keys"))
-        self.contrast.collect(keys, image_ids, progress.step)
-        self._tokens = len(batch.token_ids)
-        return outputs | self.stream_shares(batch)
+            image_ids = to_device(image_hashes(batch), self.device, torch.int64)
+        sizes = text_sizes(batch, self.recipe.model.text.max_tokens, progress.full_capacity)
+        contrast = self.contrast.inputs(progress)
+        return images, text, contrast, self.generator(), image_ids, sizes
+
+    def collect(self, outputs: dict[str, Tensor], progress: Progress) -> None:
+        """The keys go to the contrast."""
+        keys = FeaturePair(outputs["image_keys"], outputs["text_keys"])
+        self.contrast.collect(keys, outputs.get("image_ids"), progress.step)
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
@@ -170,8 +190,11 @@ def contrast_named(name: str) -> type[Contrast]:
     return CONTRASTS[name]
 
 
-def image_ids_of(batch: Batch) -> Tensor:
-    """[B] int64: the same for pairs of one image, whatever batch they come in (hashes of stream and
-    id; among 10^6 images two of the same hash are a matter of one in 10^7)."""
+def image_hashes(batch: Batch) -> list[int]:
+    """A 63-bit number for each pair, equal for pairs of one image in whatever batch.
+
+    They are hashes of stream and id: among 10^6 images, two have the same one with a probability of
+    10^-7.
+    """
     names = zip(batch.streams, batch.ids, strict=True)
-    return torch.tensor([xxhash.xxh3_64_intdigest(f"{s}/{i}") >> 1 for s, i in names])
+    return [xxhash.xxh3_64_intdigest(f"{stream}/{name}") >> 1 for stream, name in names]

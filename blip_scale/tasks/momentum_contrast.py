@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from blip_scale.config.recipe import Recipe
 from blip_scale.engine import collectives
 from blip_scale.engine.task import Progress
+from blip_scale.engine.transfers import to_device
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.model.flops import momentum_contrast_flops
@@ -30,8 +31,8 @@ class MomentumInputs:
 
     queue: FeaturePair
     """Momentum features of earlier steps, [E, Q] each."""
-    alpha: float
-    """Weight of the soft targets."""
+    alpha: Tensor
+    """[2] fp64: weight of the soft targets, and of the positive."""
     queue_ids: Tensor | None = None
     """[Q] int64, the image of each column; needed where pairs have `image_ids`."""
 
@@ -59,8 +60,7 @@ class MomentumContrastNetwork(nn.Module):
             ids_K = torch.cat([pairs.image_ids, inputs.queue_ids])
             positives_BK = pairs.image_ids[:, None] == ids_K
         loss = itc_loss(scores, targets, inputs.alpha, positives_BK)
-        alpha = torch.tensor(inputs.alpha, device=loss.device)
-        return Contrasted(loss, scores, keys, {"train/alpha": alpha})
+        return Contrasted(loss, scores, keys, {"train/alpha": inputs.alpha[0]})
 
 
 class MomentumContrast(Contrast):
@@ -70,7 +70,7 @@ class MomentumContrast(Contrast):
         self, recipe: Recipe, config: MEDConfig, device: torch.device, knows_images: bool
     ) -> None:
         super().__init__(recipe, config, device, knows_images)
-        self.settings = recipe.objective
+        self.settings, self.device = recipe.objective, device
         self.queue = FeatureQueue(
             config.embed_dim, self.settings.queue_size, recipe.seed, device, knows_images
         )
@@ -91,6 +91,10 @@ class MomentumContrast(Contrast):
             self.config, batch_size, text_tokens, self.settings.queue_size
         )
 
+    def key_count(self, batch_size: int) -> int:
+        """The micro-batch and the queue."""
+        return batch_size + self.settings.queue_size
+
     def inputs(self, progress: Progress) -> MomentumInputs:
         """The queue as it stands, and alpha."""
         alpha = alpha_at(
@@ -99,7 +103,8 @@ class MomentumContrast(Contrast):
             self.settings.alpha,
             self.settings.alpha_ramp_epochs,
         )
-        return MomentumInputs(self.queue.features, alpha, self.queue.image_ids)
+        weights = to_device([alpha, 1.0 - alpha], self.device)
+        return MomentumInputs(self.queue.features, weights, self.queue.image_ids)
 
     def collect(self, keys: FeaturePair, image_ids: Tensor | None, step: int) -> None:
         """Keep the momentum features for the queue."""
@@ -115,7 +120,7 @@ class MomentumContrast(Contrast):
         collected, self.collected = self.collected, []
         if not applied:
             return
-        momentum_update_(momentum.averages, momentum.weights, self.settings.momentum)
+        momentum_update_(momentum.average_runs, momentum.weight_runs, self.settings.momentum)
         momentum.refresh()
         for keys, image_ids in collected:
             gathered = of_all_ranks(keys)

@@ -5,7 +5,6 @@ Legend: B pairs of images with a sentence each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -20,6 +19,7 @@ from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.data.tokenizer import pack_captions
 from blip_scale.engine import collectives
 from blip_scale.engine.task import Evaluation, Progress
+from blip_scale.engine.transfers import to_device
 from blip_scale.engine.watching.pictures import Panel
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.evaluation import captions_and_pairs
@@ -69,10 +69,8 @@ class ImagePairs(TrainingTask):
         """Encoder of sentences and pairs, weights not filled."""
         return NLVR2Network(NLVR2(self.config))
 
-    def losses(
-        self, network: Callable[..., Any], batch: Batch, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch.
+    def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
+        """Pairs of images, sentences and labels.
 
         Raises:
             ValueError: a sample that isn't a pair of images with a label.
@@ -85,8 +83,7 @@ class ImagePairs(TrainingTask):
         self._tokens = len(batch.token_ids)
         images, sentences = to_model_input(batch, self.device, self.dtype)
         labels = [int(annotation["label"]) for annotation in batch.annotations]
-        found = network(first_then_second(images), sentences, torch.tensor(labels).to(self.device))
-        return found | self.stream_shares(batch)
+        return first_then_second(images), sentences, to_device(labels, self.device, torch.int64)
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""

@@ -20,7 +20,7 @@ from blip_scale.objectives.language import lm_loss
 from blip_scale.objectives.matching import HardNegatives, draw_negatives, itm_loss, match_labels
 from blip_scale.tasks.contrast import EncodedPairs, of_all_ranks
 from blip_scale.tasks.contrastive_task import ContrastiveNetwork, ContrastiveTask
-from blip_scale.tasks.hard_pairs import global_pairs, local_pairs
+from blip_scale.tasks.hard_pairs import TextSizes, global_pairs, local_pairs
 
 
 class PretrainNetwork(ContrastiveNetwork):
@@ -33,6 +33,7 @@ class PretrainNetwork(ContrastiveNetwork):
         inputs: Any,
         generator: torch.Generator,
         image_ids: Tensor | None = None,
+        sizes: TextSizes | None = None,
     ) -> dict[str, Tensor]:
         """Losses, metrics, and the contrast's keys (see `figures`).
 
@@ -42,10 +43,13 @@ class PretrainNetwork(ContrastiveNetwork):
             inputs: from `Contrast.inputs`.
             generator: draws the hard negatives; on the device of the images.
             image_ids: see `EncodedPairs`.
+            sizes: static sizes of the texts of ITM; needed where negatives of several ranks are
+                drawn. None: as long as they are.
         """
         med, settings = self.med, self.settings
         image_embeds, encoded, contrasted = self.contrasted(images, text, inputs, image_ids)
         batch = len(images)
+        sizes = sizes or TextSizes(text.segments.max_length)
         if settings.negatives == "local":
             similarities = contrasted.similarities
             negatives = draw_negatives(
@@ -53,10 +57,10 @@ class PretrainNetwork(ContrastiveNetwork):
                 similarities.image_to_text[:, :batch],
                 generator,
             )
-            pairs = local_pairs(image_embeds, text, negatives)
+            pairs = local_pairs(image_embeds, text, negatives, sizes)
         else:
             negatives = _global_negatives(encoded, contrasted.keys, generator)
-            pairs = global_pairs(image_embeds, text, negatives)
+            pairs = global_pairs(image_embeds, text, negatives, sizes)
         special = med.config.text.special
         itm_logits, lm_logits, lm_targets = med.sweep(
             pairs.texts.with_first_token(special.enc),
@@ -73,6 +77,7 @@ class PretrainNetwork(ContrastiveNetwork):
             "loss/itc": contrasted.loss.detach(),
             "loss/itm": itm.detach(),
             "loss/lm": lm.detach(),
+            **pairs.retry,
             **self.figures(encoded, contrasted, itm_logits, labels),
         }
 

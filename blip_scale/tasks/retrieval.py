@@ -20,7 +20,7 @@ from blip_scale.model.packing import PackedText
 from blip_scale.objectives.matching import draw_negatives, itm_loss, pair_labels
 from blip_scale.tasks.contrast import of_all_ranks
 from blip_scale.tasks.contrastive_task import ContrastiveNetwork, ContrastiveTask
-from blip_scale.tasks.hard_pairs import global_pairs, local_pairs
+from blip_scale.tasks.hard_pairs import TextSizes, global_pairs, local_pairs
 
 
 class RetrievalNetwork(ContrastiveNetwork):
@@ -33,10 +33,12 @@ class RetrievalNetwork(ContrastiveNetwork):
         inputs: Any,
         generator: torch.Generator,
         image_ids: Tensor,
+        sizes: TextSizes | None = None,
     ) -> dict[str, Tensor]:
         """Losses, metrics, and the contrast's keys (see `figures`); arguments as of
         `PretrainNetwork`."""
         med = self.med
+        sizes = sizes or TextSizes(text.segments.max_length)
         image_embeds, encoded, contrasted = self.contrasted(images, text, inputs, image_ids)
         online, temperature = encoded.features, encoded.temperature
         everywhere = self.settings.negatives == "global"
@@ -51,7 +53,8 @@ class RetrievalNetwork(ContrastiveNetwork):
             generator,
             same_image_BP=same_BP,
         )
-        pairs = (global_pairs if everywhere else local_pairs)(image_embeds, text, negatives)
+        pairs_of = global_pairs if everywhere else local_pairs
+        pairs = pairs_of(image_embeds, text, negatives, sizes)
         texts = pairs.texts.with_first_token(med.config.text.special.enc)
         logits = med.match(texts, pairs.image_embeds, pairs.image_index)
         labels = pair_labels(negatives, same_BP)
@@ -60,6 +63,7 @@ class RetrievalNetwork(ContrastiveNetwork):
             "loss/total": contrasted.loss + itm,
             "loss/itc": contrasted.loss.detach(),
             "loss/itm": itm.detach(),
+            **pairs.retry,
             **self.figures(encoded, contrasted, logits, labels),
         }
 

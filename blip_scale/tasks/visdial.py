@@ -9,7 +9,7 @@ Legend: B questions, S dialogs (each a question with one answer), C candidates o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -33,7 +33,7 @@ from blip_scale.model.flops import TextWork, fine_tuning_flops
 from blip_scale.model.packing import PackedText
 from blip_scale.model.visdial import VisDial
 from blip_scale.tasks import networks
-from blip_scale.tasks.base import TrainingTask
+from blip_scale.tasks.base import TrainingTask, own_seed
 
 MAX_WORDS = 50
 """Of a question."""
@@ -88,10 +88,8 @@ class VisualDialog(TrainingTask):
         """Encoder of image, caption and dialog, weights not filled."""
         return VisDialNetwork(VisDial(self.config))
 
-    def losses(
-        self, network: Callable[..., Any], batch: Batch, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch.
+    def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
+        """Images, captions, dialogs with candidate answers, their images and labels.
 
         Raises:
             ValueError: a sample that isn't a round of a dialog.
@@ -101,7 +99,7 @@ class VisualDialog(TrainingTask):
                 f"stream {batch.streams[0]!r}: {batch.ids[0]} is no dialog with candidates: make "
                 "the set with `python tools/prepare_data.py visdial`"
             )
-        generator = self.generator("cpu")
+        generator = torch.Generator().manual_seed(own_seed())
         chosen = [
             some_candidates(annotation, self.recipe.objective.false_answers, generator)
             for annotation in batch.annotations
@@ -116,9 +114,7 @@ class VisualDialog(TrainingTask):
         labels = torch.zeros(len(images), each, dtype=torch.int64, device=self.device)
         labels[:, 0] = 1
         self._sizes = len(captions.token_ids), len(dialogs.token_ids)
-        return network(images, captions, dialogs, owners, labels.flatten()) | self.stream_shares(
-            batch
-        )
+        return images, captions, dialogs, owners, labels.flatten()
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one; the

@@ -6,7 +6,6 @@ Legend: B questions with an image each, A unique answers of them, P predicted to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from blip_scale.data.heldout.pairs import HeldoutPairs
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.data.tokenizer import pack_captions
 from blip_scale.engine.task import Evaluation, Progress
+from blip_scale.engine.transfers import to_device
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.evaluation import captions_and_pairs
 from blip_scale.evaluation.answers import MAX_WORDS, answers_of, panels_of
@@ -100,10 +100,8 @@ class VisualQuestionAnswering(TrainingTask):
         """Encoder and decoder, weights not filled."""
         return VQANetwork(VQA(self.config), self.recipe.objective.label_smoothing)
 
-    def losses(
-        self, network: Callable[..., Any], batch: Batch, progress: Progress
-    ) -> dict[str, Tensor]:
-        """One forward of the network on a micro-batch.
+    def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
+        """Images, questions, answers, and each answer's question and weight.
 
         Raises:
             ValueError: a question without answers.
@@ -123,14 +121,13 @@ class VisualQuestionAnswering(TrainingTask):
         images, questions = to_model_input(batch, self.device, self.dtype)
         answered = len(packed.token_ids) - len(texts)
         self._sizes = len(batch.token_ids), answered, len(texts)
-        found = network(
+        return (
             images,
             questions,
             answers,
-            torch.tensor(owners, device=self.device),
-            torch.tensor(shares, device=self.device),
+            to_device(owners, self.device, torch.int64),
+            to_device(shares, self.device, torch.float32),
         )
-        return found | self.stream_shares(batch)
 
     def flops_per_step(self) -> float:
         """Of the micro-batches of one optimizer step on this rank, counted from the last one."""

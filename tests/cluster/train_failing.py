@@ -16,16 +16,16 @@ from blip_scale.tasks.pretrain import Pretrain
 FAILING_STEP = 6
 MESSAGE = "this batch cannot be computed"
 
-_losses = Pretrain.losses
+_inputs = Pretrain.inputs
 
 
-def losses(self: Pretrain, network: Any, batch: Any, progress: Any) -> dict[str, Any]:
+def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
     """Those of the task, up to a step."""
     if progress.step + 1 == FAILING_STEP and os.environ["RANK"] == "1":
         raise RuntimeError(MESSAGE)
-    return _losses(self, network, batch, progress)
+    return _inputs(self, batch, progress)
 
 
 if __name__ == "__main__":
-    Pretrain.losses = losses  # type: ignore[method-assign]
+    Pretrain.inputs = inputs  # type: ignore[method-assign]
     train.command()

@@ -11,12 +11,13 @@ import pytest
 from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from reading_job import ReadingJob
 
-from blip_scale.config.recipe import DataRecipe
+from blip_scale.config.recipe import DataRecipe, StreamRecipe
 from blip_scale.data.reading import stream_store
 from blip_scale.data.reading.cache import ShardCache
 from blip_scale.data.reading.fetching import Fetcher
 from blip_scale.data.reading.stream_store import StreamStore
 from blip_scale.data.shards import Record, write_shards
+from blip_scale.errors import RefusedInput
 from blip_scale.storage import objects
 
 
@@ -53,6 +54,20 @@ def test_a_set_is_whole_or_not_there(tmp_path: Path) -> None:
         write_shards(tmp_path / "empty", [])
     with pytest.raises(ValueError, match="the id 'a' comes twice"):
         write_shards(tmp_path / "twice", [Record("a", b"", "", "")] * 2)
+
+
+def test_a_cache_belongs_to_one_remote(tmp_path: Path, make_shards: MakeShards) -> None:
+    """Two sets have shards of the same names, so one would be read for the other."""
+    first, second = make_shards("first", 4), make_shards("second", 4)
+    shared = tmp_path / "cache"
+    ids = all_ids(StreamStore(StreamRecipe("a", str(shared), str(first))))
+    said = rf"stream 'b': the cache {shared} holds shards of {first}, not of {second}: give the"
+    with pytest.raises(RefusedInput, match=said):
+        StreamStore(StreamRecipe("b", str(shared), str(second)))
+    assert all_ids(StreamStore(StreamRecipe("again", str(shared), f"{first}/"))) == ids
+    (shared / "remote.txt").unlink()  # a cache from before it was recorded
+    assert all_ids(StreamStore(StreamRecipe("older", str(shared), str(first)))) == ids
+    assert (shared / "remote.txt").read_text() == f"{first}\n"
 
 
 def test_a_missing_folder_names_the_command(tmp_path: Path, make_loader: MakeLoader) -> None:
@@ -117,7 +132,7 @@ def test_a_remote_is_cached(
     assert {name for batch in fetched for name in batch.ids} == {f"red-{i}" for i in range(40)}
     kept = sorted(path.name for path in cache.iterdir() if not path.name.startswith(".lock"))
     shards = len(list(remote.glob("shard.*")))
-    assert kept == ["index.json", *(f"shard.{i:05}.mds" for i in range(shards))]
+    assert kept == ["index.json", "remote.txt", *(f"shard.{i:05}.mds" for i in range(shards))]
     shutil.rmtree(remote)
     assert [batch.ids for batch in take(make_loader(streams), 5)] == [
         batch.ids for batch in fetched

@@ -65,13 +65,14 @@ def main() -> None:
     for step in range(2):
         for index in range(accumulation):
             progress = Progress(step, step * accumulation + index, task.steps_per_epoch)
-            losses = task.losses(engine.deepspeed, next(batches), progress)
+            outputs = engine.forward(*task.inputs(next(batches), progress))
+            task.collect(outputs, progress)
             found["gathered"] = gathered(engine)
-            engine.deepspeed.backward(losses["loss/total"])
-            if index < accumulation - 1:
-                engine.deepspeed.step()
+            engine.backward(outputs["loss/total"], is_last=index == accumulation - 1)
         found["backward"] = held() - before
-        engine.step(1e-3, apply=True)
+        engine.step(
+            1e-3, apply=True, norm=collectives.all_reduce_sum(engine.squared_norms())[0].sqrt()
+        )
         task.after_step(engine, momentum, applied=True)
         found["update"] = held() - before
     rank = collectives.rank()

@@ -20,8 +20,8 @@ from blip_scale.config import recipe
 from blip_scale.data.loading.loader import TrainLoader
 from blip_scale.data.loading.micro_batches import CaptionInput, LoaderPosition
 from blip_scale.data.tokenizer import load_tokenizer
-from blip_scale.engine.loop import micro_step_seed
 from blip_scale.engine.schedule import learning_rate
+from blip_scale.engine.step import micro_step_seed
 from blip_scale.inference.inputs import to_model_input
 from blip_scale.inference.sizes import med_config
 from blip_scale.model.med import MomentumEncoder
@@ -79,7 +79,8 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
                 images, text = to_model_input(
                     next(batches[rank]), torch.device("cpu"), torch.float32
                 )
-                return network(images, text, MomentumInputs(queue, alpha), generator)
+                weights = torch.tensor([alpha, 1.0 - alpha], dtype=torch.float64)
+                return network(images, text, MomentumInputs(queue, weights), generator)
 
             everyone = _on_all_ranks(forward, ranks, together=objective.negatives == "global")
             total = torch.stack([found["loss/total"] for found in everyone]).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,11 @@ OLDER_POSITION = """{
 }"""
 
 
-OLDER = (
-    "convert it to .pth with the blip_scale that wrote it, and start from that with "
-    "model.checkpoint"
-)
-
-
-def change_manifest(folder: Path, **fields: Any) -> None:
-    """Set fields of manifest.json; None removes one."""
+def as_version_1(folder: Path, **fields: Any) -> None:
+    """Write manifest.json as version 1 did, without a checksum; None removes a field."""
     file = folder / "manifest.json"
-    content = json.loads(file.read_text()) | fields
-    file.write_text(json.dumps({name: v for name, v in content.items() if v is not None}))
+    content = json.loads(file.read_text()) | {"format_version": 1, "checksum": None} | fields
+    file.write_text(json.dumps({name: v for name, v in content.items() if v is not None}, indent=1))
 
 
 @pytest.fixture
@@ -54,12 +49,14 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_the_manifest_says_the_version(checkpoint: Path) -> None:
     text = (checkpoint / "manifest.json").read_text()
-    assert json.loads(text)["format_version"] == 1
+    assert json.loads(text)["format_version"] == 2
     assert Manifest.from_json(text).to_json() == text
 
 
-def test_a_checkpoint_without_a_version_is_version_1(checkpoint: Path) -> None:
-    change_manifest(checkpoint, format_version=None, frozen=None)
+@pytest.mark.parametrize("fields", [{}, {"format_version": None, "frozen": None}])
+def test_a_checkpoint_of_version_1_is_read(checkpoint: Path, fields: dict[str, Any]) -> None:
+    """Early ones say no version."""
+    as_version_1(checkpoint, **fields)
     assert newest_whole(checkpoint.parent) == checkpoint
     fresh = alone(filled=False)
     state = restore.load(checkpoint, fresh.engine, fresh.momentum)
@@ -68,24 +65,15 @@ def test_a_checkpoint_without_a_version_is_version_1(checkpoint: Path) -> None:
     assert torch.equal(second.weight, values("weight", "second"))
 
 
-@pytest.mark.parametrize(
-    ("version", "reads", "advice"),
-    [
-        (2, 1, "update blip_scale"),
-        (1, 2, OLDER),
-        (None, 2, OLDER),
-        ("new", 1, OLDER),
-    ],
-)
-def test_another_version_is_refused(
-    checkpoint: Path, version: Any, reads: int, advice: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_newer_version_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run doesn't fall back behind it: it would train anew, and replace, what is there."""
-    monkeypatch.setattr(checkpoint_format, "FORMAT_VERSION", reads)
-    change_manifest(checkpoint, format_version=version)
+    manifest = checkpoint_format.read_manifest(checkpoint)
+    with monkeypatch.context() as newer:
+        newer.setattr(checkpoint_format, "FORMAT_VERSION", 3)
+        (checkpoint / "manifest.json").write_text(manifest.to_json())
     message = (
-        rf"^{checkpoint}: the checkpoint has format version {version or 1}, this blip_scale reads "
-        rf"version {reads}: {advice}$"
+        rf"^{checkpoint}: the checkpoint has format version 3, this blip_scale reads versions 1 to "
+        r"2: update blip_scale$"
     )
     with pytest.raises(UnknownVersionError, match=message):
         newest_whole(checkpoint.parent)
@@ -95,6 +83,71 @@ def test_another_version_is_refused(
     (checkpoint / checkpoint_format.NETWORK).write_text(NETWORK)
     with pytest.raises(UnknownVersionError, match=message):
         read_checkpoint(checkpoint)
+
+
+def test_no_flipped_bit_of_a_manifest_is_taken(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of them: of values, keys, the version, the checksum, and into what is no UTF-8."""
+    file = checkpoint / "manifest.json"
+    content = file.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError, match=r".") as refused:
+            Manifest.from_json(flipped.decode(errors="replace"))
+        assert not isinstance(refused.value, UnknownVersionError), bit
+    spoilt = content.replace(b'"format_version": 2', b'"format_version": 3')
+    file.write_bytes(spoilt)
+    assert newest_whole(checkpoint.parent) == checkpoint.parent / "step_00000004"
+    assert "its checksum isn't that of its content" in caplog.text
+
+
+DAMAGED_FIELDS: dict[str, dict[str, Any]] = {
+    "a number that is a text": {"step": "5"},
+    "a step that isn't the folder's": {"step": 4},
+    "a version that has a checksum": {"format_version": 3},
+    "an unknown field": {"frozeo": []},
+    "a path": {"files": {"../../outside": {"bytes": 1, "xxh3": ""}}},
+    "a list for an object": {"files": ["rank_00000.safetensors"]},
+    "a size below zero": {"parameters": {"first": -7}},
+    "files of fewer ranks": {"world_size": 2},
+    "files of no rank": {"files": {}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_FIELDS)
+def test_a_damaged_manifest_of_version_1_costs_its_checkpoint_alone(
+    checkpoint: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    as_version_1(checkpoint, **DAMAGED_FIELDS[damage])
+    assert newest_whole(checkpoint.parent) == checkpoint.parent / "step_00000004"
+    assert f"ignoring {checkpoint}: manifest.json" in caplog.text
+    assert not (checkpoint.parent.parent / "outside").exists()
+
+
+def test_a_manifest_that_cannot_be_read_costs_its_checkpoint_alone(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").mkdir()
+    assert newest_whole(checkpoint.parent) == checkpoint.parent / "step_00000004"
+
+
+def test_deep_nesting_is_damage() -> None:
+    with pytest.raises(ValueError, match="nested too deep"):
+        Manifest.from_json("[" * 100_000)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = alone().save(tmp_path)
+    finally:
+        os.umask(before)
+    assert path is not None
+    modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert path.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 NETWORK = json.dumps(

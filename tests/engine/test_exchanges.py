@@ -17,7 +17,9 @@ from blip_scale.config import recipe
 from blip_scale.config.recipe import Recipe
 from blip_scale.engine.task import Progress
 from blip_scale.engine.zero import engine
+from blip_scale.engine.zero.gradient_buckets import bucket_ranges
 from blip_scale.planning.network import network_of
+from blip_scale.tasks.by_name import contrast_of
 from blip_scale.tasks.pretrain import Pretrain
 
 pytestmark = pytest.mark.multiprocess
@@ -52,19 +54,24 @@ def uses_of(chosen: Recipe) -> Counter[Use]:
         if name in weights:
             parameter.data.copy_(weights[name].view_as(parameter))
     with torch.no_grad():
-        task.losses(network, next(task.batches()), Progress(0, 0, task.steps_per_epoch))
+        network(*task.inputs(next(task.batches()), Progress(0, 0, task.steps_per_epoch)))
     return uses
 
 
-def exchanged(folder: Path, ranks: int, live: float, prefetch: float) -> list[dict[str, Any]]:
-    """What each rank counted."""
-    config = json.loads((REPO / "ds_configs" / "zero3.json").read_text())
-    config["zero_optimization"] |= {
+def partitioned(live: float, prefetch: float) -> dict[str, Any]:
+    """DeepSpeed's settings for weights that are partitioned."""
+    return {
         "stage3_param_persistence_threshold": PERSISTENT,
         "stage3_max_live_parameters": live,
         "stage3_max_reuse_distance": live,
         "stage3_prefetch_bucket_size": prefetch,
     }
+
+
+def exchanged(folder: Path, ranks: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each rank counted."""
+    config = json.loads((REPO / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"] |= settings
     file, ds_config = folder / "recipe.yaml", folder / "ds_config.json"
     ds_config.write_text(json.dumps(config))
     script = Path(__file__).with_name("exchanged_by_a_run.py")
@@ -80,7 +87,7 @@ def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path, ranks: i
     the backward pass (embeddings once for all: they are let go at its end); where all is kept, each
     weight once. Gradients once in any case."""
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
-    network, uses = network_of(chosen), uses_of(chosen)
+    network, uses = network_of(chosen, contrast_of), uses_of(chosen)
     again = {use for use, count in uses.items() if count == 2}
     assert any("layers" in use.module for use in again) and max(uses.values()) == 2
 
@@ -100,7 +107,7 @@ def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path, ranks: i
         (RELEASES, (forward, backward)),
         (KEEPS, (trained + whole(network.momentum), 0)),
     ):
-        for found in exchanged(tmp_path, ranks, live, prefetch=0):
+        for found in exchanged(tmp_path, ranks, partitioned(live, prefetch=0)):
             assert found["forward"]["all_gather"]["bytes"] == gathered[0] + staying
             assert found["backward"]["all_gather"]["bytes"] == gathered[1]
             reduced = found["backward"]["reduce_scatter"]["bytes"]
@@ -113,6 +120,33 @@ def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path, ranks: i
             assert found["prefetch"]["ahead"] == 0
 
 
+def test_whole_weights_are_gathered_at_once_and_gradients_go_in_buckets(tmp_path: Path) -> None:
+    """On two ranks: one gather for what trains, one for the momentum copies, one reduction a
+    bucket, of which two fit here."""
+    chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
+    network = network_of(chosen)
+    limit = sum(network.trainable) // 2 + max(network.trainable)
+    buckets = bucket_ranges(network.trainable, limit)
+    assert len(buckets) == 2
+    trained, copied = whole_bytes(network.trainable, 2), whole_bytes(network.momentum, 2)
+    for found in exchanged(tmp_path, 2, {"reduce_bucket_size": limit}):
+        assert found["forward"]["all_gather"]["calls"] == 2
+        assert found["forward"]["all_gather"]["bytes"] == trained + copied
+        assert found["backward"]["reduce_scatter"]["calls"] == 2
+        assert found["backward"]["reduce_scatter"]["bytes"] == trained
+        assert found["backward"]["all_gather"]["calls"] == 0
+        assert found["update"]["all_reduce"]["calls"] == 1  # the norm of the gradient
+        assert found["momentum"]["all_gather"]["calls"] == 2  # features
+        for part in ("update", "momentum"):
+            assert found[part]["reduce_scatter"]["calls"] == 0
+        assert found["update"]["all_gather"]["calls"] == 0
+
+
+def whole_bytes(numels: Iterable[int], ranks: int) -> int:
+    """Bytes of whole fp32 parameters, made to divide by the ranks."""
+    return 4 * sum(-(-numel // ranks) * ranks for numel in numels)
+
+
 def small(numels: Iterable[int], ranks: int) -> int:
     """Bytes of what stays whole, made to divide by the ranks."""
     return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel <= PERSISTENT)
@@ -122,8 +156,8 @@ def test_prefetching_begins_every_gather_before_its_module(tmp_path: Path) -> No
     """All but what stays whole can be hidden behind the modules before, once the order of modules
     is known."""
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
-    network = network_of(chosen)
+    network = network_of(chosen, contrast_of)
     staying = small([*network.trainable, *network.momentum], 2)
-    for found in exchanged(tmp_path, 2, KEEPS, prefetch=40_000):
+    for found in exchanged(tmp_path, 2, partitioned(KEEPS, prefetch=40_000)):
         gathered = found["forward"]["all_gather"]["bytes"]
         assert found["prefetch"] == {"ahead": gathered - staying, "at once": staying}

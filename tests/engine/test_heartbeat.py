@@ -68,6 +68,14 @@ def test_a_restart_goes_on_from_what_the_file_says(tmp_path: Path) -> None:
     assert read(tmp_path)["restarts"] == 0
 
 
+@pytest.mark.parametrize("text", ["[]", "7", "[" * 100_000, '{"step": Infinity}', '{"step": []}'])
+def test_a_damaged_file_is_a_first_start(tmp_path: Path, text: str) -> None:
+    make(tmp_path)
+    (tmp_path / "heartbeat.json").write_text(text)
+    assert make(tmp_path).before == {}
+    assert read(tmp_path)["restarts"] == 0
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     make(tmp_path, rank=1).beat("training", step=1)
     assert not (tmp_path / "heartbeat.json").exists()
@@ -124,15 +132,21 @@ def start() -> Iterator[Callable[..., Any]]:
 
 @pytest.mark.parametrize("hang", [hang_in_python, hang_in_c_with_the_interpreter_locked])
 def test_a_process_that_stalls_ends_with_its_stacks_in_the_log(
-    tmp_path: Path, start: Callable[..., Any], hang: Callable[[], None]
+    tmp_path: Path,
+    start: Callable[..., Any],
+    hang: Callable[[], None],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     process = start(tmp_path, 1.0, hang)
     process.join(30)
     assert process.exitcode == 1
     assert (tmp_path / "hangs").exists()  # beats wound it up: it did not go off before
     log = (tmp_path / "logs" / "rank_3.log").read_text()
-    assert "Timeout (0:00:01)!" in log
+    assert "Timeout (0:00:01.5" in log
     assert f"in {hang.__name__}" in log and "in stall" in log
+    if hang is hang_in_python:  # else nobody can speak
+        said = capfd.readouterr().err
+        assert "rank 3 stalled: no progress for 1 s while training; ends now, stacks in" in said
 
 
 def test_a_log_on_a_dead_disk_does_not_keep_it_alive(

@@ -7,13 +7,9 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-import torch
-from fake_ranks import FakeRanks
 
 from blip_scale.config import exit_codes
-from blip_scale.engine.interrupts import Interrupts
-
-CPU = torch.device("cpu")
+from blip_scale.engine.interrupts import Interrupts, StopRequested
 
 
 @pytest.fixture
@@ -28,11 +24,12 @@ def test_a_signal_is_noted(
     name: str, interrupts: Interrupts, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="blip_scale")
-    assert not interrupts.agreed(CPU)
-    assert not caplog.messages
+    assert not interrupts.is_pending
     os.kill(os.getpid(), signal.Signals[name])
     assert interrupts.received == name
-    assert interrupts.agreed(CPU)
+    assert interrupts.is_pending
+    assert not caplog.messages
+    interrupts.announce()
     assert caplog.messages == [f"{name}: stopping after this step"]
 
 
@@ -48,18 +45,34 @@ def test_ctrl_c_after_another_signal_is_the_first_one(interrupts: Interrupts) ->
     assert interrupts.received == "SIGINT"
 
 
-def test_one_rank_is_enough_for_all(
-    interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_signal_of_another_rank_is_announced(
+    interrupts: Interrupts, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="blip_scale")
-    other = Interrupts()
-    other.restore()
-    ranks = [interrupts, other]
-    fake = FakeRanks(2, monkeypatch)
-    assert fake.run(lambda rank: ranks[rank].agreed(CPU)) == [False, False]
-    other.received = "SIGUSR1"
-    assert fake.run(lambda rank: ranks[rank].agreed(CPU)) == [True, True]
-    assert "a signal on another rank: stopping after this step" in caplog.messages
+    interrupts.announce()
+    assert caplog.messages == ["a signal on another rank: stopping after this step"]
+
+
+def test_where_all_is_saved_a_signal_stops_at_once(interrupts: Interrupts) -> None:
+    with pytest.raises(StopRequested, match="SIGTERM"), interrupts.stopping_at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+    os.kill(os.getpid(), signal.SIGUSR1)  # outside again, it is noted
+
+
+def test_a_signal_from_before_stops_there_too(interrupts: Interrupts) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(StopRequested), interrupts.stopping_at_once():
+        pytest.fail("it went on")
+
+
+def test_only_with_a_signal_an_error_is_a_stop(interrupts: Interrupts) -> None:
+    """What a rank gets from an exchange that another rank left because of its signal."""
+    with pytest.raises(RuntimeError, match="closed"), interrupts.stopping_at_once():
+        raise RuntimeError("connection closed")
+    with pytest.raises(StopRequested), interrupts.stopping_at_once():
+        interrupts.received = "SIGTERM"
+        raise RuntimeError("connection closed")
 
 
 def test_signals_are_given_back() -> None:

@@ -83,11 +83,28 @@ def test_what_changed_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert "other.mds" in (tmp_path / "data_shards.json").read_text()
 
 
-def test_a_damaged_file_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "manifest.json").write_text('{"state": {')
-    RunManifest(tmp_path, is_main=True).begin(state(), {}, {})
+DAMAGED = [
+    '{"state": {',
+    "[]",
+    "[" * 100_000,
+    '{"state": [], "attempts": [], "checkpoints": []}',
+    '{"state": {}, "attempts": [7], "checkpoints": []}',
+    '{"state": {}, "attempts": [{"endee": null}], "checkpoints": []}',
+    '{"state": {}, "attempts": [], "checkpoints": null}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_file_is_put_aside(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    manifest = RunManifest(tmp_path, is_main=True)
+    manifest.begin(state(), {}, {})
+    manifest.saved(1, tmp_path)
+    manifest.ended(1, "done")
     assert "cannot be read" in caplog.messages[0]
-    assert (tmp_path / "manifest.damaged").read_text() == '{"state": {'
+    assert (tmp_path / "manifest.damaged").read_text() == text
     assert len(read(tmp_path)["attempts"]) == 1
 
 

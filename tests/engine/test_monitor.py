@@ -135,7 +135,9 @@ def test_other_ranks_write_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_alarm_sounds_once_an_episode(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    alarm = Alarm(lambda metrics: metrics["loss/itm"] > 0.6, "one class only; lower the rate", 3)
+    alarm = Alarm(
+        "one_class", lambda metrics: metrics["loss/itm"] > 0.6, "one class only; lower the rate", 3
+    )
     monitor = make(tmp_path, alarms=[alarm])
     sounded = []
     for step, loss in enumerate((0.7, 0.7, 0.5, 0.7, 0.7, 0.7, 0.7, 0.7, 0.5, 0.7, 0.7, 0.7)):
@@ -148,6 +150,28 @@ def test_alarm_sounds_once_an_episode(tmp_path: Path, caplog: pytest.LogCaptureF
         (5, "step 5: one class only; lower the rate"),
         (11, "step 11: one class only; lower the rate"),
     ]
+    curve = [row["alarm/one_class"] for row in rows(tmp_path)]
+    assert curve == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1]
+
+
+def test_an_alarm_lasts_as_long_as_its_cause(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said again, survives a restart, and stands in what the summary takes."""
+    alarm = Alarm("one_class", lambda metrics: metrics["loss/itm"] > 0.6, "one class only", 3)
+    streaks: dict[str, int] = {}
+    for start in (0, 20):
+        monitor = make(tmp_path, start_step=start, alarms=[alarm], streaks=streaks)
+        for step in range(start + 1, start + 21):
+            monitor.log(step, {"loss/itm": 0.7})
+    warnings = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert warnings == [
+        "step 3: one class only",
+        "step 23: one class only (for 23 logged points)",
+    ]
+    assert monitor.lasting_alarms() == {"one_class": {"message": "one class only", "points": 40}}
+    monitor.log(41, {"loss/itm": 0.5})
+    assert monitor.lasting_alarms() == {}
 
 
 def test_text_is_shown_as_it_stands(tmp_path: Path) -> None:

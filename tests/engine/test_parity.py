@@ -14,6 +14,11 @@ import torch
 pytestmark = pytest.mark.multiprocess
 
 STEPS = 5
+PARTITIONED_AND_MORE: dict[str, Any] = {
+    "train": {"whole_weights": False, "micro_batch_size": 4},
+    "optimizer": {"gradient_clip": 5.0},
+    "model": {"vision": {"frozen_layers": 1}, "gradient_checkpointing": True},
+}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +33,12 @@ STEPS = 5
         (3, 2, {"model": {"vision": {"patch_dropout": 0.5}, "gradient_checkpointing": True}}),
         (3, 2, {"model": {"vision": {"frozen_layers": 1}, "gradient_checkpointing": True}}),
         (2, 2, {"model": {"vision": {"frozen_layers": 1, "patch_dropout": 0.25}}}),
+        (3, 4, {}),
+        (3, 1, {"train": {"whole_weights": False}}),
+        (3, 2, PARTITIONED_AND_MORE),
+        (3, 4, {"train": {"whole_weights": False}}),
         (3, 1, {"model": {"compile": True}}),
+        (3, 2, {"model": {"compile": True}}),
         (2, 2, {"model": {"compile": True, "gradient_checkpointing": True}}),
     ],
     ids=[
@@ -41,14 +51,20 @@ STEPS = 5
         "zero3-patch-dropout",
         "zero3-frozen-layers",
         "zero2-both",
+        "zero3-four-ranks",
+        "zero3-partitioned-one-rank",
+        "zero3-partitioned-checkpointed-frozen-accumulation-clipping",
+        "zero3-partitioned-four-ranks",
         "zero3-one-rank-compiled",
+        "zero3-compiled",
         "zero2-compiled-checkpointed-blocks",
     ],
 )
 def test_equals_a_plain_process(
     tmp_path: Path, stage: int, ranks: int, settings: dict[str, Any]
 ) -> None:
-    """fp32, dropout on, the queue of 40 wraps in a batch of 16."""
+    """fp32, dropout on, the queue of 40 wraps in a batch of 16. Under ZeRO-3 weights stay whole
+    unless a case says otherwise."""
     recipe = tiny_runs.make_recipe(tmp_path, **settings)
     tiny_runs.train(recipe, ranks, f"train.max_steps={STEPS}", stage=stage)
     expected = plain_reference.run(recipe, ranks, STEPS)

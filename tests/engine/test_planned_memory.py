@@ -11,6 +11,7 @@ from tiny_runs import REPO, WIDER, finish, launch, make_recipe, said
 from blip_scale.config import recipe
 from blip_scale.planning.network import network_of
 from blip_scale.planning.states import Sharding, states
+from blip_scale.tasks.by_name import contrast_of
 
 pytestmark = pytest.mark.multiprocess
 
@@ -56,7 +57,7 @@ def test_states_are_what_deepspeed_holds(
 
     chosen = recipe.load(str(file))
     sharding = Sharding.of(json.loads(config.read_text()), ranks, 4 if precision == "fp32" else 2)
-    planned = states(network_of(chosen), sharding, chosen.objective.queue_size)
+    planned = states(network_of(chosen, contrast_of), sharding)
     resting = sum(planned.resting.values()) + planned.host.get("frozen_masters", 0)
     most = {moment: max(rank[moment] for rank in found) for moment in found[0]}
     assert resting == pytest.approx(most["update"], rel=0.1)

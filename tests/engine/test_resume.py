@@ -19,6 +19,7 @@ import pytest
 import tiny_runs
 import torch
 import train_killed_in_a_save
+import train_with_a_long_evaluation
 
 from blip_scale.config import recipe as recipes
 from blip_scale.data.loading.loader import TrainLoader
@@ -56,6 +57,12 @@ def ranks_below(launcher: subprocess.Popen) -> list[psutil.Process]:
         if rank:
             found[rank[0]] = process
     return [found[rank] for rank in sorted(found)]
+
+
+def phase(run: Path) -> str:
+    """What the heartbeat says that the run does."""
+    file = run / "heartbeat.json"
+    return str(json.loads(file.read_text())["phase"]) if file.exists() else ""
 
 
 def reached(run: Path, step: int) -> bool:
@@ -198,6 +205,34 @@ def test_signal_stops_cleanly(tmp_path: Path, undisturbed: dict[int, dict[str, f
     assert tiny_runs.finish(processes) == [75, 75], tiny_runs.said(recipe)
     tiny_runs.train(recipe, 2)
     assert tiny_runs.losses(run) == undisturbed
+
+
+def test_a_signal_in_an_evaluation_stops_at_once_with_everything_saved(
+    tmp_path: Path, undisturbed: dict[int, dict[str, float]]
+) -> None:
+    """The checkpoint comes before the evaluation, which the next start makes up for."""
+    recipe = tiny_runs.make_recipe(tmp_path, **OFTEN, evaluation={"every_steps": 16})
+    run, script = tmp_path / "run", Path(train_with_a_long_evaluation.__file__)
+    slow = tmp_path / train_with_a_long_evaluation.SLOW
+    slow.touch()
+    processes = tiny_runs.launch(recipe, 2, script=script)
+    wait_for(lambda: phase(run) == "evaluating", processes[0])
+    assert (run / "checkpoints" / "step_00000016").is_dir()
+    began = time.monotonic()
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    assert tiny_runs.finish(processes) == [75, 75], tiny_runs.said(recipe)
+    assert time.monotonic() - began < train_with_a_long_evaluation.SECONDS / 2
+    assert "SIGTERM: stopping; the evaluation of step 16 comes next" in tiny_runs.said(recipe)
+    slow.unlink()
+    assert tiny_runs.finish(tiny_runs.launch(recipe, 2, script=script)) == [0, 0]
+    assert "resuming at step 16" in tiny_runs.said(recipe)
+    assert tiny_runs.losses(run) == undisturbed
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["step"] for line in lines if "heldout/itc_image_to_text_r1" in line]
+    assert evaluated == [16, STEPS]
+    tiny_runs.train(recipe, 2)
+    assert tiny_runs.said(recipe).count("nothing left to do") == 1
 
 
 def test_resume_with_everything_on(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
 from blip_scale.config import recipe
 from blip_scale.config.recipe import OptimizerRecipe
-from blip_scale.engine.schedule import learning_rate
+from blip_scale.engine.schedule import learning_rate, warmup_leap
 
 STEPS_PER_EPOCH = 5000
 PUBLISHED = OptimizerRecipe(
@@ -64,6 +65,29 @@ def test_a_short_first_epoch_cuts_the_warm_up() -> None:
     cut = learning_rate(PUBLISHED, 999, 1000)
     assert cut == pytest.approx(1e-6 + 299e-6 * 999 / 3000)
     assert learning_rate(PUBLISHED, 1000, 1000) == pytest.approx(2.7e-4)
+
+
+def test_a_warm_up_may_span_epochs() -> None:
+    """It rises without a leap and joins the decayed rate."""
+    settings = OptimizerRecipe(warmup_spans_epochs=True)
+    rates = [learning_rate(settings, step, 104) for step in range(6000)]
+    for step in range(0, 3000, 500):
+        warm, decayed = 1e-6 + 299e-6 * step / 3000, 3e-4 * 0.9 ** (step // 104)
+        assert rates[step] == pytest.approx(min(warm, max(1e-6, decayed)))
+    rises = [after - before for before, after in itertools.pairwise(rates)]
+    assert max(rises) == pytest.approx(299e-6 / 3000)
+
+
+def test_a_warm_up_that_is_cut_is_said_with_its_numbers() -> None:
+    said = warmup_leap(PUBLISHED, 104, 2000)
+    assert said is not None
+    assert "3000 are more than the 104 steps of the first epoch" in said
+    assert "leaps from 1.1e-05 to 0.00027" in said
+    assert "optimizer.warmup_steps=104" in said
+    assert warmup_leap(PUBLISHED, 3000, 9000) is None
+    assert warmup_leap(PUBLISHED, 104, 104) is None  # the run ends before
+    assert warmup_leap(OptimizerRecipe(warmup_spans_epochs=True), 104, 2000) is None
+    assert warmup_leap(OptimizerRecipe(schedule="cosine"), 104, 2000) is None
 
 
 @pytest.mark.parametrize("steps", [7, 40])

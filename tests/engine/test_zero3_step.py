@@ -20,8 +20,6 @@ from blip_scale.engine.zero.deepspeed_patches import (
     drop_idle_hooks,
     gather_together,
     joined,
-    keep_gradients,
-    keep_weights,
 )
 
 
@@ -104,49 +102,6 @@ def test_small_weights_are_gathered_in_one_exchange(
     for parameter, weight in zip(parameters, weights, strict=True):
         assert torch.equal(parameter, weight) and parameter.is_contiguous()
         assert parameter.ds_status is ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_rank_sums_the_gradients_of_its_micro_batches(dtype: torch.dtype) -> None:
-    weight = nn.Parameter(torch.zeros(2, 3, dtype=dtype))
-    weight.ds_id = 7  # type: ignore[attr-defined]
-    sums = {7: torch.full((8,), 5.0)}  # of the step before, with padding
-    zero = SimpleNamespace(
-        offload_optimizer=False, _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition=sums
-    )
-    keep_gradients(zero)
-    gradients = [torch.randn(2, 3, dtype=dtype) for _ in range(3)]
-    for zero.micro_step_id, gradient in enumerate(gradients):
-        weight.grad = gradient.clone()
-        zero.reduce_independent_p_g_buckets_and_remove_grads(weight)
-        assert weight.grad is None
-    expected = gradients[0].float() + gradients[1].float() + gradients[2].float()
-    assert torch.equal(sums[7][:6].view(2, 3), expected)
-    assert sums[7][6:].tolist() == [5.0, 5.0]
-
-
-def test_with_an_optimizer_on_the_host_gradients_go_deepspeeds_way() -> None:
-    zero = SimpleNamespace(offload_optimizer=True)
-    keep_gradients(zero)
-    assert not hasattr(zero, "reduce_independent_p_g_buckets_and_remove_grads")
-
-
-@pytest.mark.parametrize("staying", [True, False])
-def test_weights_that_all_stay_are_not_parted_in_a_step(staying: bool) -> None:
-    network = nn.Linear(2, 2)
-    network.ds_external_parameters = dict  # type: ignore[assignment]
-    for parameter, stays in zip(network.parameters(), (True, staying), strict=True):
-        parameter.ds_persist, parameter.ds_tensor = stays, parameter.data  # type: ignore[attr-defined]
-    parted: list[bool] = []
-    offload = SimpleNamespace(module=network)
-    zero = SimpleNamespace(
-        offload_optimizer=False,
-        parameter_offload=offload,
-        _partition_all_parameters=lambda: parted.append(True),
-    )
-    keep_weights(zero)
-    zero._partition_all_parameters()
-    assert parted == ([] if staying else [True])
 
 
 INITIALIZED = """

@@ -17,7 +17,7 @@ from blip_scale.engine.checkpoints.location import Place
 from blip_scale.engine.checkpoints.save import RunState, Saver
 from blip_scale.tasks.pretrain import Pretrain
 
-_train, _losses = loop._train, Pretrain.losses
+_train, _inputs = loop._train, Pretrain.inputs
 
 
 def train_after_a_copy(run: loop.Run) -> int:
@@ -37,16 +37,16 @@ def train_after_a_copy(run: loop.Run) -> int:
     return _train(run)
 
 
-def losses(self: Pretrain, network: Any, batch: Any, progress: Any) -> dict[str, Any]:
+def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
     """Those of the task; the ids of the batch go to a file."""
     file = Path(self.recipe.output_dir) / "ids.jsonl"
     line = json.dumps([progress.step, progress.micro_step, collectives.rank(), batch.ids])
     with file.open("a") as stream:
         stream.write(line + "\n")
-    return _losses(self, network, batch, progress)
+    return _inputs(self, batch, progress)
 
 
 if __name__ == "__main__":
     loop._train = train_after_a_copy
-    Pretrain.losses = losses  # type: ignore[method-assign]
+    Pretrain.inputs = inputs  # type: ignore[method-assign]
     train.command()

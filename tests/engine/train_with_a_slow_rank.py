@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale import train
-from blip_scale.tasks.pretrain import Pretrain
+from blip_scale.tasks.pretrain import Pretrain, PretrainNetwork
 
 SLOW_FROM_STEP = 13
 """Rank 1 sleeps in every forward from this step on (counted from 1)."""
@@ -19,19 +19,28 @@ SLEEP_S = 0.4
 SPIKE_STEP = 25
 """The loss of this step is a hundred times as large, on all ranks."""
 
-_losses = Pretrain.losses
+_step = 0
+_inputs, _forward = Pretrain.inputs, PretrainNetwork.forward
 
 
-def losses(self: Pretrain, network: Any, batch: Any, progress: Any) -> dict[str, Any]:
-    """Those of the task."""
-    if progress.step + 1 >= SLOW_FROM_STEP and os.environ["RANK"] == "1":
+def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
+    """Those of the task, late on one rank; the step is noted."""
+    global _step
+    _step = progress.step
+    if _step + 1 >= SLOW_FROM_STEP and os.environ["RANK"] == "1":
         time.sleep(SLEEP_S)
-    found = _losses(self, network, batch, progress)
-    if progress.step + 1 == SPIKE_STEP:
-        found["loss/total"] = found["loss/total"] * 100
-    return found
+    return _inputs(self, batch, progress)
+
+
+def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
+    """The network's, with a large loss in one step."""
+    outputs = _forward(self, *arguments)
+    if _step + 1 == SPIKE_STEP:
+        outputs["loss/total"] = outputs["loss/total"] * 100
+    return outputs
 
 
 if __name__ == "__main__":
-    Pretrain.losses = losses  # type: ignore[method-assign]
+    Pretrain.inputs = inputs  # type: ignore[method-assign]
+    PretrainNetwork.forward = forward  # type: ignore[method-assign]
     train.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,36 +10,71 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import torch
+import xxhash
+
 from blip_scale import train
 from blip_scale.config.recipe import OptimizerRecipe
-from blip_scale.engine import loop
-from blip_scale.tasks.pretrain import Pretrain
+from blip_scale.engine import loop, step
+from blip_scale.engine.run import Run
+from blip_scale.storage.checkpoint_format import MOMENTS
+from blip_scale.tasks.pretrain import Pretrain, PretrainNetwork
 
 BAD_LOSS_STEP = 3
 """The loss of rank 1 is once not a number in this step (counted from 1)."""
 BURST_STEP = 5
 """The learning rate of this step throws the weights far away: no later loss is finite."""
 
+_states: dict[int, str] = {}
+_optimizer_step = loop.optimizer_step
 _spoilt: set[int] = set()
-_losses, _learning_rate = Pretrain.losses, loop.learning_rate
+_step = 0
+_inputs, _forward, _learning_rate = Pretrain.inputs, PretrainNetwork.forward, step.learning_rate
 
 
-def losses(self: Pretrain, network: Any, batch: Any, progress: Any) -> dict[str, Any]:
-    """Those of the task, spoilt in one step on rank 1, in the first of its micro-steps."""
-    found = _losses(self, network, batch, progress)
-    bad = progress.step + 1 == BAD_LOSS_STEP and os.environ["RANK"] == "1"
-    if bad and progress.step not in _spoilt:
-        _spoilt.add(progress.step)
-        found["loss/total"] = found["loss/total"] * float("nan")
-    return found
+def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
+    """Those of the task; the step is noted."""
+    global _step
+    _step = progress.step
+    return _inputs(self, batch, progress)
 
 
-def learning_rate(optimizer: OptimizerRecipe, step: int, *epochs: int) -> float:
+def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
+    """The network's, with a loss that is no number in one step on rank 1, in the first of its
+    micro-steps."""
+    outputs = _forward(self, *arguments)
+    bad = _step + 1 == BAD_LOSS_STEP and os.environ["RANK"] == "1"
+    if bad and _step not in _spoilt:
+        _spoilt.add(_step)
+        outputs["loss/total"] = outputs["loss/total"] * float("nan")
+    return outputs
+
+
+def learning_rate(optimizer: OptimizerRecipe, done: int, *epochs: int) -> float:
     """That of the schedule, but for one step."""
-    return 1e37 if step + 1 == BURST_STEP else _learning_rate(optimizer, step, *epochs)
+    return 1e37 if done + 1 == BURST_STEP else _learning_rate(optimizer, done, *epochs)
+
+
+def noting_step(run: Run, batches: Any) -> bool:
+    """The loop's step; a hash of all that a step may change goes to states_RANK.json."""
+    stop = _optimizer_step(run, batches)
+    state: list[torch.Tensor] = [*run.momentum.averages, *run.task.state_dict()[1].values()]
+    for piece in run.engine.slices:
+        state.append(piece.weight)
+        if run.engine.optimizer.state.get(piece.flat):
+            state += [piece.state(run.engine.optimizer, key) for key in MOMENTS]
+    digest = xxhash.xxh3_64()
+    for tensor in state:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    _states[run.step] = digest.hexdigest()
+    file = Path(run.recipe.output_dir) / f"states_{os.environ['RANK']}.json"
+    file.write_text(json.dumps(_states))
+    return stop
 
 
 if __name__ == "__main__":
-    Pretrain.losses = losses  # type: ignore[method-assign]
-    loop.learning_rate = learning_rate
+    loop.optimizer_step = noting_step
+    Pretrain.inputs = inputs  # type: ignore[method-assign]
+    PretrainNetwork.forward = forward  # type: ignore[method-assign]
+    step.learning_rate = learning_rate
     train.command()

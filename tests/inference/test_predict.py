@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from PIL import Image
 
 from blip_scale.commands import predict
 
+REPO = Path(__file__).resolve().parent.parent.parent
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TEXTS = ["a big red disc", "a small green cross on grey"]
 LENGTHS = ["--max-tokens", "10", "--min-tokens", "4"]
@@ -183,12 +187,59 @@ def test_photos_are_turned_upright(
 def test_images_are_found(
     ours: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Files, globs and folders, each image once; brackets in a name are no pattern there."""
+    """Files, globs and folders, each image once; a name with brackets is no pattern where it is
+    there, whatever the pattern would match."""
     odd = tmp_path / "a[1].png"
-    shutil.copy(next(pictures.glob("*.png")), odd)
+    for name in (odd, tmp_path / "a1.png"):
+        shutil.copy(next(pictures.glob("*.png")), name)
     arguments = [odd, f"{pictures}/*red*", f"{pictures}/**/*red*", "--model", ours]
     found = [one["image"] for one in lines(capsys, "embed", *arguments)]
     assert found == [str(odd), *sorted(str(path) for path in pictures.rglob("*red*"))]
+    odd.unlink()
+    found = [one["image"] for one in lines(capsys, "embed", odd, "--model", ours)]
+    assert found == [str(tmp_path / "a1.png")]
+
+
+def test_a_name_that_is_no_utf8_comes_back(ours: Path, pictures: Path, tmp_path: Path) -> None:
+    """On a real terminal's stream, in files and in arrays; sampled captions have a seed there."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    shutil.copy(next(pictures.glob("*.png")), name)
+    command = [sys.executable, str(REPO / "tools" / "predict.py")]
+    asked = ["caption", str(tmp_path), "--model", str(ours), "--sample"]
+    done = subprocess.run([*command, *asked], capture_output=True, check=True, cwd=REPO)
+    (line,) = done.stdout.decode("utf-8").splitlines()
+    assert json.loads(line)["image"] == name
+    assert predict.main([*asked, "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text("utf-8")) == json.loads(line)
+    arguments = ["embed", str(tmp_path), "--model", str(ours), "--out", str(tmp_path / "f.npz")]
+    assert predict.main(arguments) == 0
+    assert np.load(tmp_path / "f.npz")["images"].tolist() == [name]
+
+
+def test_several_captions_of_an_image(
+    ours: Path, hf: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best of beam search, those of transformers' num_return_sequences; or draws."""
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+    arguments = ["caption", pictures, "--model", hf / "captioning", *LENGTHS]
+    found = lines(capsys, *arguments, "--beams", 4, "--captions", 3)
+    theirs = BlipForConditionalGeneration.from_pretrained(hf / "captioning")
+    processor = BlipProcessor.from_pretrained(hf / "captioning")
+    inputs = processor(opened(found), return_tensors="pt")
+    sizes = {"max_length": 10, "min_length": 4, "num_beams": 4, "num_return_sequences": 3}
+    said = processor.batch_decode(theirs.generate(**inputs, **sizes), skip_special_tokens=True)
+    assert [caption for one in found for caption in one["captions"]] == said
+    assert len(set(said)) > len(found)
+    best = lines(capsys, *arguments, "--beams", 4)
+    assert [one["captions"][0] for one in found] == [one["caption"] for one in best]
+
+    sample = ["caption", pictures, "--model", ours, *LENGTHS, "--sample"]
+    drawn = lines(capsys, *sample, "--captions", 3)
+    assert drawn == lines(capsys, *sample, "--captions", 3, "--batch-size", 1)
+    one = lines(capsys, *sample)
+    assert [row["captions"][0] for row in drawn] == [row["caption"] for row in one]
+    assert sum(len(set(row["captions"])) > 1 for row in drawn) > 8
 
 
 @pytest.mark.parametrize(
@@ -202,6 +253,16 @@ def test_images_are_found(
         (["caption"], "TMP/cut", "is damaged: size or checksum"),
         (["caption", "--tokenizer", "TMP/other"], "OURS", "tokens with [DEC] and [ENC], the netw"),
         (["caption", "--out", "TMP/x.npz"], "OURS", "only features go into an .npz"),
+        (["caption", "--batch-size", "0"], "OURS", "--batch-size 0: expected 1 or more"),
+        (["caption", "--threads", "0"], "OURS", "--threads 0: expected 1 or more"),
+        (["caption", "--beams", "0"], "OURS", "--beams 0: expected 1 or more"),
+        (["caption", "--captions", "4"], "OURS", "width 3 finds 1 to 3 captions of an image"),
+        (["caption", "--captions", "2", "--beams", "1"], "OURS", "greedy search (--beams 1)"),
+        (["caption", "--sample", "--top-p", "0"], "OURS", "--top-p 0.0: expected a share above 0"),
+        (["caption", "--sample", "--top-p", "nan"], "OURS", "--top-p nan: expected a share"),
+        (["caption", "--max-tokens", "1"], "OURS", "--max-tokens 1: expected 2 or more"),
+        (["search", "--text", "a", "--top", "-1"], "OURS", "--top -1: expected 1 or more"),
+        (["search", "--text", "a", "--rerank", "-1"], "OURS", "--rerank -1: expected 0 or more"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(

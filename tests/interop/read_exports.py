@@ -1,7 +1,8 @@
 """Run what the model cards show, and write what transformers computes from exported folders.
 
-python read_exports.py EXPORTS PICTURES REPORT: EXPORTS has captioning/, retrieval/ and vqa/,
-REPORT.json is written. Runs in an environment without blip_scale.
+python read_exports.py EXPORTS PICTURES REPORT: EXPORTS has captioning/, retrieval/, vqa/ and
+words/ (a processor whose tokenizer has a special token [X] of its own), REPORT.json is written.
+Runs in an environment without blip_scale.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ def computed(exports: Path, pictures: list[Path], texts: list[str]) -> dict[str,
     captioner = BlipForConditionalGeneration.from_pretrained(exports / "captioning")
     lengths = {"max_length": 10, "min_length": 4, "num_beams": 3}
     written = captioner.generate(inputs["pixel_values"], **lengths)
+    if transformers.__version__ >= "5":  # 4 needs no such line
+        captioner.text_decoder.generation_config = captioner.generation_config
+    longest = captioner.generation_config.max_length
+    as_configured = captioner.generate(inputs["pixel_values"], max_length=longest)
+    words = BlipProcessor.from_pretrained(exports / "words", **EXACT).tokenizer
     answerer = BlipForQuestionAnswering.from_pretrained(exports / "vqa")
     answers = []
     for row in range(len(texts)):
@@ -62,7 +68,10 @@ def computed(exports: Path, pictures: list[Path], texts: list[str]) -> dict[str,
         "cosines": cosines.tolist(),
         "logits": matcher(**inputs).itm_score.tolist(),
         "captions": written.tolist(),
+        "as_configured": as_configured.tolist(),
         "answers": answers,
+        "words": words("a [X] red")["input_ids"],
+        "special": words.decode(words("a [X] red")["input_ids"], skip_special_tokens=True),
         "temperature": matcher.config.itc_temperature,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,12 +19,20 @@ import torch
 from PIL import Image
 from tiny_blip import Convert
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 from virtual_environments import make_environment
 
 from blip_scale.config.recipe import TextRecipe
-from blip_scale.data.pixels.transforms import EvalTransform, normalize_images
+from blip_scale.data.pixels.transforms import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    EvalTransform,
+    normalize_images,
+)
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.interop.checkpoints import read_checkpoint
+from blip_scale.interop.huggingface import write_processor
+from blip_scale.interop.output_settings import published
 from blip_scale.model.generation import BeamSettings, caption_beam
 from blip_scale.model.med import MED
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
@@ -106,8 +115,8 @@ def answer(hf: Path, med: MED, image: Tensor, question: str, settings: BeamSetti
     special = med.config.text.special
     ids = [special.enc, *tokenizer(question)["input_ids"][1:]]
     embeds = med.encode_image(image[None])
-    where = ImageIndex(1, embeds.shape[1], "sdpa", encoder=torch.zeros(1, dtype=torch.int64))
-    plan = plan_pass(PackedText.from_lists([ids]), None, where)
+    where = ImageIndex(1, embeds.shape[1], encoder=torch.zeros(1, dtype=torch.int64))
+    plan = plan_pass(PackedText.from_lists([ids]), None, where, takes_packed=False)
     states = med.text(replace(plan, read_rows=None, read_cross=plan.cross), embeds)
     return caption_beam(med, states[None], [special.dec], settings)[0]
 
@@ -156,11 +165,14 @@ def test_the_pipeline_just_works(hf: Path, med: MED, pictures: list[Path]) -> No
         said = [captioner(str(file))[0]["generated_text"] for file in pictures]
     else:
         captioner = pipeline("image-text-to-text", str(hf / "captioning"))
-        beam = {"num_beams": 3, "max_length": 30}
-        asked = [captioner(str(file), text="", generate_kwargs=beam) for file in pictures]
+        captioner.model.text_decoder.generation_config = captioner.model.generation_config
+        asked = [captioner(str(file), text="") for file in pictures]
         said = [captions[0]["generated_text"] for captions in asked]
     special = med.config.text.special
-    settings = BeamSettings(3, max_length=30, min_length=0, scoring="huggingface")
+    # Of 4.57, which adds the prompt to what is its own default.
+    longest = 21 if version("transformers") < "5" else 20
+    beam = published("pretrain").beam()
+    settings = replace(beam, scoring="huggingface", max_length=longest)
     ours = caption_beam(med, med.encode_image(pixels(pictures)), [special.dec], settings)
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
     assert said == tokenizer.batch_decode(ours, skip_special_tokens=True)
@@ -178,12 +190,42 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
+def special_words(ours: Path, folder: Path) -> PreTrainedTokenizerFast:
+    """A processor's files with a special token that is none of BLIP's."""
+    tokenizer = load_tokenizer(TextRecipe(tokenizer=str(ours / "tokenizer")))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[X]"]})
+    folder.mkdir()
+    write_processor(folder, tokenizer, 32, IMAGE_MEAN, IMAGE_STD)
+    return tokenizer
+
+
+def test_special_tokens_of_a_tokenizer_come_back(ours: Path, tmp_path: Path) -> None:
+    """Under the name that transformers 4 and 5 both read, and by ours."""
+    from transformers import BlipProcessor
+
+    words = special_words(ours, tmp_path / "words")
+    config = json.loads((tmp_path / "words" / "tokenizer_config.json").read_text())
+    assert config["additional_special_tokens"] == ["[X]"]
+    assert "extra_special_tokens" not in config
+    ids = words("a [X] red")["input_ids"]
+    assert words.convert_tokens_to_ids("[X]") in ids and words.unk_token_id not in ids
+    for again in (
+        BlipProcessor.from_pretrained(tmp_path / "words").tokenizer,
+        load_tokenizer(TextRecipe(tokenizer=str(tmp_path / "words"))),
+    ):
+        assert again("a [X] red")["input_ids"] == ids
+        assert again.decode(ids, skip_special_tokens=True) == "a red"
+
+
 @pytest.mark.multiprocess
 @torch.no_grad()
 def test_the_other_transformers_reads_them(
-    hf: Path, med: MED, photos: list[Path], tmp_path: Path
+    ours: Path, hf: Path, med: MED, photos: list[Path], tmp_path: Path
 ) -> None:
     """Transformers 4.57 with NumPy 2.1 reads what 5 wrote, or the other way round."""
+    exports = tmp_path / "exports"
+    shutil.copytree(hf, exports)
+    words = special_words(ours, exports / "words")
     pins = "requirements.txt" if version("transformers") < "5" else "requirements-oldest.txt"
     wanted = [
         line
@@ -194,7 +236,7 @@ def test_the_other_transformers_reads_them(
     report = tmp_path / "report.json"
     script = Path(__file__).with_name("read_exports.py")
     done = subprocess.run(
-        [str(commands / "python"), str(script), str(hf), str(photos[0].parent), str(report)],
+        [str(commands / "python"), str(script), str(exports), str(photos[0].parent), str(report)],
         env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -219,14 +261,18 @@ def test_the_other_transformers_reads_them(
     settings = BeamSettings(num_beams=3, **LENGTHS, scoring="huggingface")
     captions = caption_beam(med, images, [special.dec], settings)
     assert [without_ends(ids, special.sep) for ids in found["captions"]] == captions
+    published_beam = replace(published("pretrain").beam(), scoring="huggingface")
+    captions = caption_beam(med, images, [special.dec], published_beam)
+    assert [without_ends(ids, special.sep) for ids in found["as_configured"]] == captions
+    assert found["words"] == words("a [X] red")["input_ids"]
+    assert found["special"] == "a red"
     answers = []
     for image, question in zip(pixels(photos), TEXTS, strict=True):
         answers.append(answer(hf, med, image, question, settings))
     assert [without_ends(ids, special.sep) for ids in found["answers"]] == answers
 
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
-    settings = BeamSettings(3, max_length=20, min_length=0, scoring="huggingface")
-    captions = caption_beam(med, images[:1], [special.dec], settings)
+    captions = caption_beam(med, images[:1], [special.dec], published_beam)
     assert found["cards"]["captioning"] == tokenizer.batch_decode(captions)
     assert len(found["cards"]["retrieval"]) == 2
     assert len(found["cards"]["vqa"]) == 1

@@ -16,8 +16,10 @@ from tiny_blip import Convert
 from transformers import BertConfig, BertModel
 
 from blip_scale.commands import convert_checkpoint
-from blip_scale.interop.checkpoints import read_checkpoint
+from blip_scale.inference.loading import Loading, load_blip
+from blip_scale.interop.checkpoints import head_parameters, read_checkpoint
 from blip_scale.interop.huggingface_config import inexpressible
+from blip_scale.interop.salesforce import is_training_state
 from blip_scale.model.vision import VisionConfig
 
 Capture = pytest.CaptureFixture[str]
@@ -81,8 +83,6 @@ def test_files_of_other_models(pth: Path, tmp_path: Path, capsys: Capture) -> No
         ("itm_head.extra", torch.zeros(1), "left over: itm_head.extra"),
         ("itm_head.weight", torch.zeros(3, 48),
          "of another shape: itm_head.weight (3, 48), wanted (2, 48)"),
-        ("vision_proj_m.bias", None, "missing: vision_proj_m.bias"),
-        ("image_queue", None, "missing: image_queue"),
         ("text_decoder.cls.predictions.decoder.weight", torch.zeros(23, 48) + 1, None),
     ):  # fmt: skip
         state = dict(loaded["model"])
@@ -96,6 +96,97 @@ def test_files_of_other_models(pth: Path, tmp_path: Path, capsys: Capture) -> No
     del loaded["network"]
     torch.save(loaded, bad)
     assert "doesn't say how many text heads there are and its width 48" in refusal(capsys, bad, out)
+
+
+def test_a_training_state_that_is_not_whole_is_left_out(
+    pth: Path, tmp_path: Path, convert: Convert, capsys: Capture
+) -> None:
+    """LAVIS writes queues without momentum copies: what is made of the weights needs neither."""
+    loaded, part = torch.load(pth, weights_only=True), tmp_path / "part.pth"
+    weights = {
+        name: tensor for name, tensor in loaded["model"].items() if not is_training_state(name)
+    }
+    copies = {name: loaded["model"][name] for name in loaded["model"] if "_m." in name}
+    queues = {name: loaded["model"][name] for name in ("image_queue", "text_queue", "queue_ptr")}
+    for number, (more, said) in enumerate((
+        (queues, "(it lacks text_encoder_m.embeddings.LayerNorm.bias"),
+        (copies, "(it lacks image_queue, queue_ptr, text_queue)"),
+        (copies | queues | {"image_queue": torch.zeros(3, 5)}, "(it has another shape of image_q"),
+        (copies | queues | {"idx_queue": torch.zeros(1)}, "(it has no place for idx_queue)"),
+    )):  # fmt: skip
+        torch.save(loaded | {"model": weights | more}, part)
+        capsys.readouterr()
+        out = convert(part, tmp_path / f"{number}.pth", "--head", "captioning")
+        note = "note: left out: its momentum copies and queues, which aren't whole "
+        assert note + said in capsys.readouterr().out
+        state = read_checkpoint(out).state
+        assert state.keys() and all(torch.equal(t, weights[name]) for name, t in state.items())
+
+
+def test_wrappers_and_prefixes_are_recognised(pth: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """DistributedDataParallel's, torch.compile's, Lightning's; parameters as they are pickled."""
+    loaded = torch.load(pth, weights_only=True)
+    loading = Loading(tokenizer=str(vocabulary))
+    expected, sizes = loaded["model"], {"network": loaded["network"]}
+    prefixed = {f"module._orig_mod.{name}": tensor for name, tensor in expected.items()}
+    parameters = {
+        name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in expected.items()
+    }
+    for content in (
+        {"state_dict": expected},
+        {"model": prefixed},
+        {"model": {"state_dict": expected}, "epoch": 3},
+        {"state_dict": parameters},
+    ):
+        torch.save(sizes | content, tmp_path / "wrapped.pth")
+        weights = read_checkpoint(tmp_path / "wrapped.pth")
+        assert weights.head == "pretrain" and weights.state.keys() == expected.keys()
+        assert all(torch.equal(weights.state[name], t) for name, t in expected.items())
+        assert load_blip(tmp_path / "wrapped.pth", loading).fingerprint
+    torch.save({"epoch": 1, "weights": {}}, tmp_path / "wrapped.pth")
+    with pytest.raises(ValueError, match=r"no state dict, .* it holds epoch, weights"):
+        read_checkpoint(tmp_path / "wrapped.pth")
+
+
+def test_refusals_say_what_a_file_is(pth: Path, tmp_path: Path, capsys: Capture) -> None:
+    state = torch.load(pth, weights_only=True)["model"]
+    file, out = tmp_path / "other.pth", tmp_path / "out"
+    two = ("visual_encoder.", "text_encoder.")
+    torch.save({"model": {n: t for n, t in state.items() if n.startswith(two)}}, file)
+    assert "as BLIP's feature extractor: no projections" in refusal(capsys, file, out)
+    words = {"text_encoder.embeddings.word_embeddings.weight": torch.zeros(30522, 768),
+             "visual_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16),
+             "visual_encoder.blocks.0.mlp.fc1.weight": torch.zeros(3072, 768),
+             "vision_proj.weight": torch.zeros(256, 768)}  # fmt: skip
+    torch.save({"model": words}, file)
+    assert "30522 rows, those of bert-base-uncased alone: without [DEC]" in refusal(
+        capsys, file, out
+    )
+
+
+def test_what_a_head_can_start_from(
+    pth: Path, tmp_path: Path, convert: Convert, capsys: Capture
+) -> None:
+    """NLVR2 and VisDial need no decoder; a captioner has no encoder for them."""
+    matcher = convert(pth, tmp_path / "matcher.pth", "--head", "retrieval")
+    captioner = convert(pth, tmp_path / "captioner.pth", "--head", "captioning")
+    config = read_checkpoint(pth).config
+    whole = read_checkpoint(pth).state
+    for head in ("nlvr2", "visdial"):
+        state = head_parameters(matcher, head, config)
+        name = "med.text_encoder.embeddings.word.weight"
+        words = whole["text_encoder.embeddings.word_embeddings.weight"]
+        assert torch.equal(state[name], words)
+        expected = head_parameters(pth, head, config)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+        with pytest.raises(ValueError, match=f"captioning .*; {head} starts from one of: pretrain"):
+            head_parameters(captioner, head, config)
+    with pytest.raises(ValueError, match="is a retrieval checkpoint; vqa starts from one of: pre"):
+        head_parameters(matcher, "vqa", config)
+    said = refusal(capsys, matcher, tmp_path / "out.pth", "--head", "nlvr2")
+    assert "give the file as model.checkpoint to recipe finetune_nlvr2" in said
 
 
 def test_another_tokenizer_is_named(ours: Path, tmp_path: Path, vocabulary: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import tiny_runs
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizerFast
 
-from blip_scale.config.recipe import TextRecipe
+from blip_scale.config import recipe as recipes
+from blip_scale.config.recipe import (
+    EvaluationRecipe,
+    ModelRecipe,
+    Recipe,
+    TextRecipe,
+    VisionRecipe,
+)
 from blip_scale.data.tokenizer import load_tokenizer, special_ids
 from blip_scale.interop.blip_weights import BlipWeights
 from blip_scale.interop.salesforce import from_salesforce, momentum_to_salesforce, to_salesforce
@@ -18,10 +26,16 @@ from blip_scale.interop.training_checkpoints import write_training_checkpoint
 from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
 from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig
+from blip_scale.storage import run_folder
 
 Convert = Callable[..., Path]
 QUEUE = 12
 STEP = 7
+PROMPT = "a big "
+EVALUATION = EvaluationRecipe(
+    num_beams=4, max_caption_tokens=9, min_caption_tokens=7, repetition_penalty=1.2, rerank_top_k=3
+)
+"""Nobody's defaults."""
 SIZES = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
@@ -72,6 +86,27 @@ def write_ours(folder: Path, sizes: MEDConfig, tokenizer: Path) -> Path:
     folder.mkdir(parents=True)
     write_training_checkpoint(pretrained(sizes), folder)
     load_tokenizer(TextRecipe(tokenizer=str(tokenizer))).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def wide(vocabulary: Path) -> MEDConfig:
+    """The tiny network with the positions that recipes without a text checkpoint have."""
+    sizes = config(vocabulary)
+    return replace(sizes, text=replace(sizes.text, max_positions=512))
+
+
+def make_run(
+    folder: Path, vocabulary: Path, prompt: str = PROMPT, evaluation: EvaluationRecipe = EVALUATION
+) -> Path:
+    """The folder of a run that wrote one checkpoint."""
+    step = folder / run_folder.CHECKPOINTS / run_folder.step_folder(STEP)
+    write_ours(step, wide(vocabulary), vocabulary)
+    for name in ("network.json", "output_settings.json"):  # which runs don't write
+        (step / name).unlink()
+    text = TextRecipe(None, str(vocabulary), 2, 48, 4, 96, max_tokens=8, prompt=prompt)
+    vision = VisionRecipe("vit_tiny_patch16_224", 32, dict(SIZES))
+    recipe = Recipe(model=ModelRecipe(vision, text, embed_dim=16), evaluation=evaluation)
+    (folder / run_folder.RECIPE).write_text(recipes.to_yaml(recipe))
     return folder
 
 

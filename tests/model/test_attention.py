@@ -12,8 +12,10 @@ from blip_scale.model.attention import (
     attention,
     dense_segments,
 )
+from blip_scale.model.packing import cut_into_chunks
 
 HEADS, CHANNELS = 3, 8
+CPU = torch.device("cpu")
 TEXT = [5, 1, 7, 3]
 FORMS = ["encoder", "equal", "causal", "cross", "cross_ragged", "cross_grouped"]
 
@@ -81,6 +83,28 @@ def test_bf16_equals_dense_masked_but_for_rounding(form: str) -> None:
     (expected * weights).sum().backward()
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x.grad, y.grad, atol=0.06, rtol=0.03)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("groups", [[2, 0, 2, 1, 1, 0, 2, 2, 0, 1, 2, 0, 0, 1], [0] * 9, [3, 2, 1]])
+def test_chunks_of_groups_equal_dense_masked(groups: list[int], ragged: bool) -> None:
+    """The form of SDPA on a GPU: the longest group is unknown, image 3 may have no row at all."""
+    keys = Segments.from_lengths([2, 9, 1, 4]) if ragged else dense_segments(4, 6, CPU)
+    row_images = torch.tensor(groups)
+    layout = cut_into_chunks(
+        row_images.bincount(minlength=4).int(), row_images.argsort(stable=True), keys
+    )
+    key_tokens = int(keys.offsets[-1])
+    mask = row_images[:, None] == keys.sequence_of(key_tokens)[None, :]
+    ours, theirs = inputs(mask, torch.float32, "cpu"), inputs(mask, torch.float32, "cpu")
+    out, expected = attention(*ours, layout.padded(len(groups), key_tokens)), dense(*theirs, mask)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(attention(*ours, layout), expected, atol=1e-6, rtol=1e-5)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, atol=1e-6, rtol=1e-5)
 
 
 def test_strided_views_of_a_fused_projection() -> None:

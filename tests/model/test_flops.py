@@ -48,7 +48,7 @@ def step(
         targets = [x @ all_keys for x in (keys, momentum_text)]
     loss = sum((x @ all_keys * t).sum() for x, t in zip(online, targets, strict=True))
     enc, every = text.with_first_token(SPECIAL.enc), torch.arange(PAIRS)
-    pairs = PackedText.concatenate([enc, enc, enc.select(every.roll(1))])
+    pairs = enc.select(torch.cat([every, every, every.roll(1)]))
     index = torch.cat([every, every.roll(1), every])
     if not with_lm:
         (loss + med.match(pairs, embeds, index).sum()).backward()

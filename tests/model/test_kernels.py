@@ -1,5 +1,7 @@
-"""Which attention kernel is taken, asked with fakes on the CPU, and the kernels against each other
-on a GPU."""
+"""Which attention kernel is taken, asked with fakes on the CPU.
+
+The kernels themselves are compared in test_attention_kernels.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blip_scale.model import kernels
-from blip_scale.model.attention import AttentionLayout, Segments, attention, dense_segments
+from blip_scale.model.attention import Segments
 from blip_scale.model.kernels import PackedLengths, choose_kernel, packed_attention
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -137,58 +139,3 @@ def test_the_operation_in_this_torch_fits(gpu: Callable[..., None]) -> None:
         assert out.grad_fn is not None
         gradients = out.grad_fn(torch.empty_like(out))[:3]
         assert [tuple(gradient.shape) for gradient in gradients] == [tuple(q.shape)] * 3
-
-
-def layouts(device: str) -> dict[str, AttentionLayout]:
-    """The layouts that the network has: image tokens, captions both ways, texts on images."""
-    captions = Segments.from_lengths([12, 7, 30, 2, 15, 9], device)
-    images = dense_segments(6, 197, torch.device(device))
-    return {
-        "vision": AttentionLayout(images, images),
-        "encoder": AttentionLayout(captions, captions),
-        "decoder": AttentionLayout(captions, captions, causal=True),
-        "cross": AttentionLayout(captions, images),
-    }
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("form", ["vision", "encoder", "decoder", "cross"])
-@pytest.mark.parametrize("backend", ["torch_flash", "flash_attn_4", "flash_attn_2"])
-def test_packed_kernels_equal_sdpa(form: str, backend: kernels.Backend) -> None:
-    """Outputs and gradients of every kernel that is there."""
-    missing = kernels._missing(backend)
-    if missing is not None:
-        pytest.skip(missing)
-    layout = layouts("cuda")[form]
-    tokens = [int(segments.offsets[-1]) for segments in (layout.queries, layout.keys)]
-    generator = torch.Generator("cuda").manual_seed(0)
-    results = []
-    drawn = [
-        torch.randn(count, 4, 64, device="cuda", dtype=BF16, generator=generator)
-        for count in (tokens[0], tokens[1], tokens[1])
-    ]
-    for kernel in (backend, "sdpa"):
-        q, k, v = (tensor.clone().requires_grad_(True) for tensor in drawn)
-        if kernel == "sdpa":
-            out = attention(q, k, v, layout, kernel="sdpa")
-        else:
-            queries, keys = layout.queries, layout.keys
-            lengths = PackedLengths(
-                queries.offsets, keys.offsets, queries.max_length, keys.max_length
-            )
-            out = packed_attention(backend, q, k, v, lengths, 0.0, layout.causal)
-        (out.float() ** 2).sum().backward()
-        results.append([out, q.grad, k.grad, v.grad])
-    for tensor, expected in zip(*results, strict=True):
-        torch.testing.assert_close(tensor, expected, atol=3e-2, rtol=3e-2)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_dropout_of_torch_flash_keeps_the_mean() -> None:
-    segments = dense_segments(1, 400, torch.device("cuda"))
-    q = k = torch.zeros(400, 1, 64, dtype=BF16, device="cuda")
-    layout = AttentionLayout(segments, segments)
-    out = attention(q, k, torch.ones_like(q), layout, dropout_p=0.25)
-    assert out.float().mean().item() == pytest.approx(1.0, abs=0.01) and out.unique().numel() > 10

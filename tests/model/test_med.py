@@ -144,7 +144,7 @@ def swept_losses(med: MED, images: Tensor, sentences: list[list[int]]) -> list[T
     enc = text.with_first_token(special.enc)
     every = torch.arange(len(sentences))
     itm, logits, targets = med.sweep(
-        PackedText.concatenate([enc, enc, enc.select(NEGATIVE_TEXTS)]),
+        enc.select(torch.cat([torch.arange(4), torch.arange(4), NEGATIVE_TEXTS])),
         text.with_first_token(special.dec),
         embeds,
         torch.cat([every, NEGATIVE_IMAGES, every]),

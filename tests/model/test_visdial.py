@@ -31,14 +31,16 @@ def test_context_is_image_and_caption(
     embeds = med.encode_image(images)
     for number, (dialog, owner) in enumerate(zip(DIALOGS, OWNERS.tolist(), strict=True)):
         caption = sentences[owner]
-        whole = plan_pass(None, PackedText.from_lists([caption]), None)  # all rows are read ...
-        layout = plan_pass(PackedText.from_lists([caption]), None, None).encoder
+        whole = plan_pass(
+            None, PackedText.from_lists([caption]), None, False
+        )  # all rows are read ...
+        layout = plan_pass(PackedText.from_lists([caption]), None, None, False).encoder
         hidden = med.text.embeddings(whole.token_ids, whole.positions)
         for layer in med.text.layers:  # ... but seen both ways
             hidden = layer.mlp(layer.self_attention_encoder(hidden, layout))
         seen = torch.cat([embeds[owner], hidden])[None]
-        index = ImageIndex(1, seen.shape[1], "sdpa", torch.zeros(1, dtype=torch.int64))
-        plan = plan_pass(PackedText.from_lists([dialog]), None, index)
+        index = ImageIndex(1, seen.shape[1], torch.zeros(1, dtype=torch.int64))
+        plan = plan_pass(PackedText.from_lists([dialog]), None, index, False)
         expected = med.itm_head(med.text(plan, seen))
         torch.testing.assert_close(found[number], expected[0], atol=1e-5, rtol=1e-5)
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+import xxhash
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from train_with_another_contrast import BIAS, InBatch
 
+from blip_scale.commands import convert_checkpoint
 from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import Recipe
 from blip_scale.engine.schedule import learning_rate
@@ -135,6 +138,54 @@ def test_the_ranks_share_a_contrasts_own_weights(tmp_path: Path) -> None:
         assert ends[0].keys() == ends[1].keys()
         assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
         assert "contrast.bias.value" in ends[0]
+
+
+@pytest.mark.multiprocess
+def test_a_run_with_a_contrast_of_its_own_is_converted_and_not_taken_up_by_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command knows nothing of the contrast: its weights stay in our checkpoints and are named
+    where a format has no place for them. Momentum averages can't be made up."""
+    file = recipe_of(tmp_path, "pretrain", "in_batch")
+    codes = tiny_runs.finish(tiny_runs.launch(file, 1, "train.max_steps=1", script=SCRIPT))
+    assert codes == [0], tiny_runs.said(file)
+    run = tmp_path / "run"
+    weights = tiny_runs.whole_tensors(run / "checkpoints" / "step_00000001", "weight")
+    for name, arguments in (("blip.pth", ()), ("hf", ("--head", "all"))):
+        capsys.readouterr()
+        assert convert_checkpoint.main([str(run), str(tmp_path / name), *arguments]) == 0
+        said = capsys.readouterr().out
+        assert "note: left out, because the published network doesn't have it" in said
+        assert "contrast.bias.value" in said
+    assert convert_checkpoint.main([str(run), str(tmp_path / "ours"), "--to", "ours"]) == 0
+    kept = load_file(tmp_path / "ours" / "rank_00000.safetensors")
+    assert torch.equal(kept["weight/contrast.bias.value"], weights["contrast.bias.value"])
+
+    arguments = ("objective.itc=momentum", "objective.queue_size=40")
+    assert tiny_runs.finish(tiny_runs.launch(file, 1, *arguments)) == [2]
+    refusal = tiny_runs.said(file).strip().splitlines()[-1]
+    assert "1 elements of contrast.bias.value, the recipe's network 0" in refusal
+
+
+@pytest.mark.multiprocess
+def test_a_run_without_averages_is_not_taken_up_with_momentum(tmp_path: Path) -> None:
+    """A contrast without weights of its own leaves a checkpoint that lacks the averages alone."""
+    file = recipe_of(tmp_path, "pretrain", "momentum")
+    room = "objective.queue_size=40"
+    assert tiny_runs.finish(tiny_runs.launch(file, 1, "train.max_steps=1", room)) == [0]
+    step = tmp_path / "run" / "checkpoints" / "step_00000001"
+    rank = step / "rank_00000.safetensors"
+    with safe_open(rank, "pt") as opened:
+        starts = opened.metadata()
+    kept = {key: t for key, t in load_file(rank).items() if not key.startswith("momentum/")}
+    save_file(kept, rank, starts)
+    manifest = json.loads((step / "manifest.json").read_text())
+    digest = xxhash.xxh3_64(rank.read_bytes()).hexdigest()
+    manifest["files"][rank.name] = {"bytes": rank.stat().st_size, "xxh3": digest}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    assert tiny_runs.finish(tiny_runs.launch(file, 1, room)) == [2]
+    refusal = tiny_runs.said(file)
+    assert "holds no momentum averages of med." in refusal and "Traceback" not in refusal
 
 
 @pytest.mark.multiprocess

@@ -135,7 +135,8 @@ def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
     ids = torch.tensor([5, 6, 5, 7])
     queue = torch.nn.functional.normalize(torch.randn(2, 16, 3, generator=generator), dim=1)
     queue_ids = torch.tensor([6, -100, 5])
-    inputs = MomentumInputs(FeaturePair(queue[0], queue[1]), 0.4, queue_ids)
+    weights = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    inputs = MomentumInputs(FeaturePair(queue[0], queue[1]), weights, queue_ids)
     found = network(images, text, inputs, torch.Generator().manual_seed(9), ids)
 
     embeds = whole.encode_image(images)

@@ -4,10 +4,36 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception in a contender, as an answer."""
+
+    kind: str
+    """Name of the exception's class."""
+    message: str
+
+    @staticmethod
+    def of(error: Exception) -> Failure:
+        """The failure that an exception is."""
+        return Failure(type(error).__name__, " ".join(str(error).split())[:500])
+
+
+DIED = Failure("died", "see the messages above")
+
+
+class ContenderError(RuntimeError):
+    """A contender failed or died."""
+
+    def __init__(self, name: str, failure: Failure) -> None:
+        super().__init__(f"contender {name}: {failure.kind}: {failure.message}")
+        self.failure = failure
 
 
 class Contest:
@@ -19,12 +45,12 @@ class Contest:
 
     def start(self, serve: Callable[..., None], *arguments: Any) -> Connection:
         """Run `serve(pipe, *arguments)` in a process; gives this end of its pipe."""
-        mine, theirs = self._context.Pipe()
-        process = self._context.Process(target=serve, args=(theirs, *arguments))
+        near_end, far_end = self._context.Pipe()
+        process = self._context.Process(target=serve, args=(far_end, *arguments))
         process.start()
-        theirs.close()
-        self._contenders.append((mine, process))
-        return mine
+        far_end.close()
+        self._contenders.append((near_end, process))
+        return near_end
 
     def __enter__(self) -> Self:
         return self
@@ -44,9 +70,20 @@ class Contest:
 
 
 def ask(pipe: Connection, name: str, question: Any) -> Any:
-    """What the contender answers; raises RuntimeError where it died."""
+    """The contender's answer; raises ContenderError where it failed or died."""
     try:
         pipe.send(question)
-        return pipe.recv()
-    except (EOFError, BrokenPipeError) as error:
-        raise RuntimeError(f"contender {name} died; see above") from error
+    except OSError as error:
+        raise ContenderError(name, DIED) from error
+    return receive(pipe, name)
+
+
+def receive(pipe: Connection, name: str) -> Any:
+    """The answer to what was sent before; raises ContenderError as `ask` does."""
+    try:
+        answer = pipe.recv()
+    except (EOFError, OSError) as error:
+        raise ContenderError(name, DIED) from error
+    if isinstance(answer, Failure):
+        raise ContenderError(name, answer)
+    return answer

@@ -13,8 +13,8 @@ import torch
 from blip_scale import launcher
 from blip_scale.config import checks
 from blip_scale.model.flops import pretraining_flops
-from tools.benchmarks.contest import Contest
-from tools.benchmarks.step_contenders import Match, Ours, serve
+from tools.benchmarks.contest import DIED, ContenderError, Contest, Failure
+from tools.benchmarks.step_contenders import KINDS, Contender, Match, Ours, serve
 
 
 class GrowthContest(Contest):
@@ -25,15 +25,20 @@ class GrowthContest(Contest):
         port = launcher.free_port()
         self._pipes = [self.start(_serve_rank, rank, ranks, port, match) for rank in range(ranks)]
         self.ask("ready")
+        self.ask("warm_up")
 
     def ask(self, what: str) -> list[Any]:
-        """What each rank answers; raises RuntimeError where one died."""
+        """Every rank's answer; raises ContenderError where one failed or died."""
         try:
             for pipe in self._pipes:
                 pipe.send((what, ()))
-            return [pipe.recv() for pipe in self._pipes]
-        except (EOFError, BrokenPipeError) as error:
-            raise RuntimeError("a rank died; see above") from error
+            answers = [pipe.recv() for pipe in self._pipes]
+        except (EOFError, OSError) as error:
+            raise ContenderError("rank", DIED) from error
+        for rank, answer in enumerate(answers):
+            if isinstance(answer, Failure):
+                raise ContenderError(f"rank {rank}", answer)
+        return answers
 
 
 def _serve_rank(pipe: Connection, rank: int, ranks: int, port: int, match: Match) -> None:
@@ -41,17 +46,14 @@ def _serve_rank(pipe: Connection, rank: int, ranks: int, port: int, match: Match
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    serve(pipe, Growing, match)
+    KINDS["growing"] = Growing
+    serve(pipe, Contender("growing", match))
 
 
 class Growing(Ours):
     """Our step on one of the ranks, with a meter at its exchanges and what it should cost."""
 
     def __init__(self, match: Match) -> None:
-        from blip_scale.engine.watching.communication import CommunicationMeter
-
-        self.meter = CommunicationMeter()
-        self.meter.install()
         self.match = match
         self.before_gib = _resident_peak_gib()
         super().__init__(match)
@@ -61,13 +63,12 @@ class Growing(Ours):
         from blip_scale.engine import collectives
 
         collectives.barrier()
-        self.meter.reset()
         began = time.perf_counter()
         self.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - began
-        found = self.meter.metrics()
+        found = self.run.meter.metrics()
         return {
             "seconds": seconds,
             "exchange_s": found["blocked_s"],
@@ -87,16 +88,16 @@ class Growing(Ours):
         from blip_scale.planning.activations import Micro, saved_activations, temporaries
         from blip_scale.planning.network import network_of
         from blip_scale.planning.states import Sharding, states
+        from blip_scale.tasks.by_name import contrast_of
 
         chosen, ranks = self.recipe, collectives.world_size()
         batch, queue = chosen.train.global_batch_size // ranks, chosen.objective.queue_size
         tokens = len(self.batches[0].token_ids)
-        network = network_of(chosen)
+        network = network_of(chosen, contrast_of)
         size = self.task.dtype.itemsize
         ds_config = checks.resolve_deepspeed(chosen, self.match.ds_config, ranks)
-        held = states(network, Sharding.of(ds_config, ranks, size), queue)
-        mask = 1 if self.device.type == "cuda" else size
-        micro = Micro(batch, tokens, size, queue, mask)
+        held = states(network, Sharding.of(ds_config, ranks, size))
+        micro = Micro(batch, tokens, size, batch + queue, self.device.type == "cpu")
         running = [held.backward, temporaries(network.config, network.vision, micro)]
         running.append(
             saved_activations(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blip_scale.config.recipe import OptimizerRecipe
 
@@ -13,8 +13,10 @@ class PlainEngine:
     with fp32 masters, as the engine has them."""
 
     def __init__(self, network: nn.Module, settings: OptimizerRecipe) -> None:
-        self.deepspeed = self.module = network
-        self.dtype = next(network.parameters()).dtype
+        self.module = self.forward = network
+        first = next(network.parameters())
+        self.dtype, self.device = first.dtype, first.device
+        self.norm_names = ("all",)
         self._trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._masters = {
             name: nn.Parameter(p.detach().float()) if p.dtype != torch.float32 else p
@@ -26,12 +28,16 @@ class PlainEngine:
         )  # fmt: skip
         self.slices = [_PlainSlice(name, master) for name, master in self._masters.items()]
 
-    def gradient_norms(self) -> dict[str, float]:
-        """Of all gradients."""
-        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
-        return {"all": float(nn.utils.get_total_norm(gradients))}
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Gradients of one micro-batch."""
+        loss.backward()
 
-    def step(self, learning_rate: float, apply: bool) -> None:
+    def squared_norms(self) -> Tensor:
+        """[1] fp64: sum of squares of all gradients."""
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients).double().square()[None]
+
+    def step(self, learning_rate: float, apply: bool, norm: Tensor) -> None:
         """AdamW on the masters; the weights that compute follow them."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -67,11 +73,11 @@ class PlainMomentum:
             parameters[copy].data.copy_(parameters[online].data)
         moving = {copy: online for copy, online in pairs.items() if online in masters}
         self._copies = [parameters[name].data for name in moving]
-        self.weights = [masters[name] for name in moving.values()]
+        self.weight_runs = [masters[name] for name in moving.values()]
         fp32 = engine.dtype == torch.float32
-        self.averages = self._copies if fp32 else [weight.clone() for weight in self.weights]
+        self.average_runs = self._copies if fp32 else [w.clone() for w in self.weight_runs]
 
     def refresh(self) -> None:
         """In bf16 the weights are rounded averages."""
-        if self.averages is not self._copies:
-            torch._foreach_copy_(self._copies, self.averages)
+        if self.average_runs is not self._copies:
+            torch._foreach_copy_(self._copies, self.average_runs)

@@ -104,18 +104,22 @@ class PublishedStep:
                 block.attn.fused_attn = kind == "sdpa"
 
     def step(
-        self, images: Tensor, text: PackedText, alpha: float, negatives: Negatives | None = None
+        self,
+        images: Tensor,
+        captions: tuple[Tensor, Tensor],
+        alpha: float,
+        negatives: Negatives | None = None,
     ) -> dict[str, float]:
         """One optimizer step; the losses, read one by one as the published loop does.
 
         Args:
             images: [B, 3, H, W] fp32.
-            text: B captions that begin with [CLS].
+            captions: from `padded`.
             alpha: weight of the soft targets.
             negatives: to take instead of drawing them.
         """
         self.optimizer.zero_grad()
-        losses = self.losses(images, *self._padded(text), alpha, negatives)
+        losses = self.losses(images, *captions, alpha, negatives)
         (losses["itc"] + losses["itm"] + losses["lm"]).backward()
         self.optimizer.step()
         return {name: loss.item() for name, loss in losses.items()}
@@ -240,9 +244,9 @@ class PublishedStep:
             encoder_attention_mask=mask,
         ).last_hidden_state
 
-    def _padded(self, text: PackedText) -> tuple[Tensor, Tensor]:
-        """Token ids [B, L] and their mask."""
-        ends = text.segments.offsets.tolist()
+    def padded(self, text: PackedText) -> tuple[Tensor, Tensor]:
+        """Token ids [B, L] of B captions that begin with [CLS], and their mask; no fillers."""
+        ends = text.segments.offsets.tolist()[: text.count + 1]
         ids_BL = text.token_ids.new_full((len(ends) - 1, self.max_tokens), self.special.pad)
         for row, (start, end) in enumerate(itertools.pairwise(ends)):
             ids_BL[row, : end - start] = text.token_ids[start:end]

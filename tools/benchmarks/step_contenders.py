@@ -1,18 +1,21 @@
-"""What `tools/benchmark.py step` measures: ours and the published step, in processes of their own.
+"""Contenders of the step benchmarks: our step and the published one, in processes of their own.
 
-They take turns, a step each, so that whatever else the machine does meets both. Both train on the
-same batches from the same weights.
+They take turns, a step each, so that a busy machine slows all of them alike. All train on the same
+batches from the same weights.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,9 +28,12 @@ from blip_scale.config import checks, recipe
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.engine.zero.onednn import OneDNNLinear
 from blip_scale.inference.inputs import to_model_input
 from blip_scale.inference.sizes import med_config
-from tools.benchmarks.contest import Contest, ask
+from blip_scale.model.flops import pretraining_flops
+from tools.benchmarks.contest import Contest, Failure, ask
+from tools.benchmarks.device_work import device_work, gpu_memory, waiting_places
 from tools.benchmarks.host_work import host_work
 from tools.benchmarks.plain_engine import PlainEngine, PlainMomentum
 
@@ -35,7 +41,7 @@ TOKEN_MEAN = 12.5
 """Tokens of a caption, [CLS] and [SEP] included: published captions lie at 10 to 15."""
 TOKEN_SIGMA = 0.35
 """Of the logarithm of their number."""
-_WARM_UP_STEPS = 2
+WARM_UP_STEPS = 2
 _BATCHES = 4  # different ones, in turns
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
@@ -55,6 +61,17 @@ class Match:
     threads: int
     folder: Path
     """Holds the data."""
+    onednn: bool = True
+    """Take the linear layers that the engine takes on a CPU. A GPU never does."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One process of a contest."""
+
+    kind: str
+    """Key of KINDS."""
+    match: Match
 
 
 def make_match(
@@ -95,20 +112,50 @@ def _encoded(pixels: np.ndarray) -> bytes:
 
 
 class Ours:
-    """The step of a real run on one rank, under DeepSpeed's engine."""
+    """The step of a real run, under DeepSpeed's engine."""
 
     def __init__(self, match: Match) -> None:
+        from blip_scale.engine.run import History, WorstStep
+        from blip_scale.engine.watching.communication import CommunicationMeter
+        from blip_scale.engine.watching.sample_record import SampleRecord
         from blip_scale.engine.zero.engine import start
         from blip_scale.tasks.pretrain import Pretrain
 
+        meter = CommunicationMeter()
+        meter.install()
         self.device = start(match.recipe.train.stall_timeout_s)
+        if self.device.type == "cuda":  # as the train loop does, for the sake of captures
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))
         self.recipe = match.recipe
         self.task = Pretrain(match.recipe, self.device)
         self.engine, self.momentum = self.wrapped(match)
-        self.engine.deepspeed.train()
+        self.engine.module.train()
         loader = self.task.batches()
         self.batches = [next(loader) for _ in range(_BATCHES)]
-        self.steps = 0
+        self.run: Any = SimpleNamespace(
+            recipe=self.recipe, task=self.task, engine=self.engine, momentum=self.momentum,
+            micro_step=self.micro_step(), meter=meter, accumulation=1, step=0, history=History(),
+            samples=SampleRecord(match.folder, 0, enabled=False), worst=WorstStep(), named=set(),
+            interrupts=SimpleNamespace(is_pending=False),
+        )  # fmt: skip
+        """The parts of `engine.run.Run` that a step needs."""
+        self._endless = itertools.cycle(self.batches)
+        if not match.onednn:
+            for module in self.engine.module.modules():
+                if isinstance(module, OneDNNLinear):
+                    module.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def micro_step(self) -> Any:
+        """Forward and backward as the recipe has them."""
+        from blip_scale.engine.micro_step import choose_micro_step
+
+        setting = self.recipe.model.cuda_graph
+        return choose_micro_step(self.engine, setting, self.task.capture_obstacle)
+
+    def warm_up(self, steps: int = WARM_UP_STEPS) -> None:
+        """Run some steps."""
+        for _ in range(steps):
+            self.step()
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
         """The engine around the task's network, filled, and the momentum copies."""
@@ -122,32 +169,15 @@ class Ours:
         engine.fill(self.task.initial_weights())
         return engine, ShardedMomentum(engine, self.task.momentum_pairs)
 
-    def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
-        """One optimizer step as the train loop takes it; `mark` hears what has just ended."""
-        self.forward_and_backward(mark)
-        norms = self.engine.gradient_norms()
-        self.engine.step(self.recipe.optimizer.peak_lr, apply=norms["all"] < float("inf"))
-        mark("optimizer")
-        self.task.after_step(self.engine, self.momentum, applied=True)
-        mark("momentum update, queue")
-        self.steps += 1
+    def step(self) -> None:
+        """One optimizer step of the train loop."""
+        from blip_scale.engine.step import optimizer_step
 
-    def forward_and_backward(self, mark: Callable[[str], None]) -> None:
-        from blip_scale.engine.task import Progress
-
-        batch = self.batches[self.steps % _BATCHES]
-        progress = Progress(self.steps, self.steps, self.task.steps_per_epoch)
-        metrics = self.task.losses(self.engine.deepspeed, batch, progress)
-        mark("losses")
-        self.backward(metrics["loss/total"])
-        mark("vision backward")
-
-    def backward(self, loss: Tensor) -> None:
-        self.engine.deepspeed.backward(loss)
+        optimizer_step(self.run, self._endless)
+        self.run.history.window.clear()
 
     def split(self) -> dict[str, float]:
         """Seconds of the parts of one step, by hooks at their ends."""
-        network = self.engine.module
         parts: dict[str, float] = {}
         last = [time.perf_counter()]
 
@@ -158,19 +188,22 @@ class Ours:
             parts[part] = parts.get(part, 0.0) + now - last[0]
             last[0] = now
 
-        with _marked(network, mark):
+        with (
+            _marked(self.engine.module, mark),
+            _heard(self.run, "micro_step", lambda: mark("vision backward")),
+            _heard(self.engine, "squared_norms", lambda: mark("gradient norms")),
+            _heard(self.engine, "step", lambda: mark("optimizer")),
+            _heard(self.task, "after_step", lambda: mark("momentum update, queue")),
+        ):
             last[0] = time.perf_counter()
-            self.step(mark)
+            self.step()
         return parts
 
     def flops(self) -> float:
-        """Of forward and backward of a step, by torch's counter: mean over the batches."""
+        """FLOPs of forward and backward of a step, by torch's counter: mean over the batches."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             for _ in range(_BATCHES):
-                self.forward_and_backward(lambda part: None)
-                self.task.after_step(self.engine, self.momentum, applied=False)
-                self.engine.step(0.0, apply=False)
-                self.steps += 1
+                self.step()
         return float(counter.get_total_flops()) / _BATCHES
 
     def trace(self, file: Path) -> None:
@@ -179,16 +212,40 @@ class Ours:
             self.step()
         profile.export_chrome_trace(str(file))
 
+    def paper_flops(self) -> float:
+        """FLOPs of forward and backward of a step on paper, fillers left out: mean over the
+        batches."""
+        tokens = sum(batch.caption_tokens for batch in self.batches) // _BATCHES
+        train, queue = self.recipe.train, self.recipe.objective.queue_size
+        return pretraining_flops(self.task.config, train.global_batch_size, tokens, queue)
+
     def peak_flops(self) -> float:
-        """Of a matrix product in the type of the weights."""
+        """FLOP/s of a matrix product in the type of the weights."""
         from blip_scale.engine.watching.monitor import measure_peak_flops
 
         return measure_peak_flops(self.device, self.engine.dtype)
 
     def describe(self) -> dict[str, float]:
         """Token mean of the captions."""
-        tokens = sum(len(batch.token_ids) for batch in self.batches)
+        tokens = sum(batch.caption_tokens for batch in self.batches)
         return {"token_mean": tokens / sum(len(batch.ids) for batch in self.batches)}
+
+
+@contextmanager
+def _heard(owner: Any, name: str, after: Callable[[], None]) -> Iterator[None]:
+    """Call `after` whenever a method, or another callable attribute, has returned."""
+    original = getattr(owner, name)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        result = original(*arguments, **keywords)
+        after()
+        return result
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 @contextmanager
@@ -219,6 +276,7 @@ def _marked(network: Any, mark: Callable[[str], None]) -> Iterator[None]:
     ):  # fmt: skip
         handles.append(module.register_forward_hook(lambda *_, part=part: mark(part)))
     handles.append(med.temperature.register_forward_hook(lambda *_: mark("projections")))
+    handles.append(network.register_forward_hook(lambda *_: mark("losses")))
     try:
         yield
     finally:
@@ -241,7 +299,6 @@ class Published:
         task = Pretrain(chosen, self.device)
         loader = task.batches()
         batches = [next(loader) for _ in range(_BATCHES)]
-        self.batches = [to_model_input(b, self.device, torch.float32) for b in batches]
         config = med_config(chosen, load_tokenizer(chosen.model.text))
         queue = FeatureQueue(chosen.model.embed_dim, chosen.objective.queue_size, chosen.seed)
         features = (queue.features.image.to(self.device), queue.features.text.to(self.device))
@@ -250,16 +307,33 @@ class Published:
             self.network = PublishedStep(
                 med, chosen.objective, chosen.optimizer, features, chosen.model.text.max_tokens
             )
+        self.batches = []
+        for batch in batches:
+            images, text = to_model_input(batch, self.device, torch.float32)
+            self.batches.append((images, self.network.padded(text)))
         self.bf16 = chosen.train.precision == "bf16"
         self.steps = 0
+        self.attention = "eager"
+
+    def warm_up(self, steps: int = WARM_UP_STEPS) -> None:
+        """Choose the ViT's attention, and run some steps."""
         self.attention = self._faster_attention()
+        for _ in range(steps):
+            self.step()
 
     def step(self) -> None:
         """One optimizer step; in bf16 under autocast, as its users run it."""
-        images, text = self.batches[self.steps % _BATCHES]
+        images, captions = self.batches[self.steps % _BATCHES]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            self.network.step(images, text, alpha=0.0)
+            self.network.step(images, captions, alpha=0.0)
         self.steps += 1
+
+    def flops(self) -> float:
+        """FLOPs of forward and backward of a step, by torch's counter: mean over the batches."""
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            for _ in range(_BATCHES):
+                self.step()
+        return float(counter.get_total_flops()) / _BATCHES
 
     def _faster_attention(self) -> str:
         """The ViT's, by trying: a comparison should not be won by a bad choice."""
@@ -296,11 +370,14 @@ class Plain(Ours):
         engine = PlainEngine(network, match.recipe.optimizer)
         return engine, PlainMomentum(engine, self.task.momentum_pairs)
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    def micro_step(self) -> Any:
+        """Forward and backward, kernel by kernel."""
+        from blip_scale.engine.micro_step import EagerMicroStep
+
+        return EagerMicroStep(self.engine)
 
 
-CONTENDERS: dict[str, Callable[[Match], Any]] = {
+KINDS: dict[str, Callable[[Match], Any]] = {
     "ours": Ours,
     "plain": Plain,
     "published": Published,
@@ -308,41 +385,69 @@ CONTENDERS: dict[str, Callable[[Match], Any]] = {
 
 
 class StepContest(Contest):
-    """A process a contender."""
+    """Contenders by name, each in a process of its own."""
 
-    def __init__(self, match: Match, names: list[str]) -> None:
+    def __init__(self, contenders: dict[str, Contender]) -> None:
         super().__init__()
-        self._pipes: dict[str, Connection] = {}
-        for name in names:
-            self._pipes[name] = self.start(serve, CONTENDERS[name], match)
+        self.pipes: dict[str, Connection] = {}
+        for name, contender in contenders.items():
+            self.add(name, contender)
             self.ask(name, "ready")  # one after another: building takes the most memory
+            self.ask(name, "warm_up")
+
+    def add(self, name: str, contender: Contender) -> None:
+        """Start a process, which begins to build its contender."""
+        self.pipes[name] = self.start(serve, contender)
 
     def ask(self, name: str, what: str, *arguments: Any) -> Any:
-        """Call a method of a contender; raises RuntimeError where it died."""
-        return ask(self._pipes[name], name, (what, arguments))
+        """Call a method of a contender; raises ContenderError where it failed or died."""
+        return ask(self.pipes[name], name, (what, arguments))
 
 
-def serve(pipe: Connection, build: Callable[[Match], Any], match: Match) -> None:
-    """Build a contender, warm it up, and answer with its methods until the pipe is closed."""
-    torch.set_num_threads(match.threads)
+def serve(pipe: Connection, contender: Contender) -> None:
+    """Build a contender, and answer with its methods until the pipe is closed.
+
+    The answer to `ready` says whether it could be built. An answer is a `Failure` where the call
+    raised an exception.
+    """
+    torch.set_num_threads(contender.match.threads)
     torch.manual_seed(0)
-    contender = build(match)
-    for _ in range(_WARM_UP_STEPS):
-        contender.step()
-    from blip_scale.engine.watching.monitor import peak_memory_gib
+    contestant: Any = None
 
+    def built() -> bool | Failure:
+        nonlocal contestant
+        contestant = KINDS[contender.kind](contender.match)
+        return True
+
+    readiness = _attempted(built)
     answers: dict[str, Callable[..., Any]] = {
-        "ready": lambda: True,
-        "seconds": lambda: _timed(contender.step),
-        "host_work": lambda: host_work(contender.step),
-        "peak_memory_gib": lambda: peak_memory_gib(contender.device),
+        "ready": lambda: readiness,
+        "seconds": lambda: _timed(contestant.step),
+        "turn": lambda steps: _turn(contestant.step, steps),
+        "first_steps": lambda steps: _first_steps(contestant, steps),
+        "cpu_seconds": lambda: _cpu_seconds(contestant.step),
+        "host_work": lambda: host_work(contestant.step),
+        "device_work": lambda: device_work(contestant.step),
+        "waiting_places": lambda: waiting_places(contestant.step),
+        "peak_memory_gib": lambda: _peak_memory_gib(contestant.device),
+        "gpu_memory": gpu_memory,
     }
     while True:
         try:
             what, arguments = pipe.recv()
         except EOFError:
             os._exit(0)  # DeepSpeed's process group is not torn down
-        pipe.send((answers.get(what) or getattr(contender, what))(*arguments))
+        method = answers.get(what) or getattr(contestant, what)
+        pipe.send(_attempted(method, *arguments))
+
+
+def _attempted(method: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, or the exception as a `Failure`."""
+    try:
+        return method(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return Failure.of(error)
 
 
 def _timed(step: Callable[[], None]) -> float:
@@ -351,3 +456,34 @@ def _timed(step: Callable[[], None]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def _first_steps(contestant: Any, steps: int) -> float:
+    """Seconds of the warm-up; its peaks of memory are forgotten."""
+    seconds = _timed(lambda: contestant.warm_up(steps))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return seconds
+
+
+def _turn(step: Callable[[], None], steps: int) -> list[float]:
+    """Seconds of some steps after one that fills the allocator's cache, which is emptied at the
+    end."""
+    step()
+    seconds = [_timed(step) for _ in range(steps)]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def _cpu_seconds(step: Callable[[], None]) -> float:
+    """CPU time of all threads of the process."""
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    from blip_scale.engine.watching.monitor import peak_memory_gib
+
+    return peak_memory_gib(device)

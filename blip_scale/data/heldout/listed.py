@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.conversion.pairs import Found, RawPair, Reject
 from blip_scale.data.heldout.pairs import HeldoutPairs, Sample
-from blip_scale.storage.locations import is_local, read_file
+from blip_scale.storage.locations import (
+    is_local,
+    is_web,
+    list_folder,
+    local_path,
+    parent,
+    read_file,
+)
 from blip_scale.storage.untrusted import RefusedPath, below
 
 
@@ -38,7 +44,7 @@ def listed_pairs(
         for pair in pairs:
             _check_place(name, pair, images_below)
     files = [image for pair in pairs for image in (pair.image, pair.second_image)]
-    absent = [f for f in files if isinstance(f, str) and is_local(f) and not Path(f).is_file()]
+    absent = _absent([file for file in files if isinstance(file, str)])
     if absent:
         raise FileNotFoundError(
             f"{name}: {len(absent)} images aren't there, the first: {absent[0]}; give the folder "
@@ -54,6 +60,26 @@ def listed_pairs(
         }
 
     return HeldoutPairs(name, (_texts(name, pair) for pair in pairs), encoded, image_size, clean)
+
+
+def _absent(places: list[str]) -> list[str]:
+    """Those that aren't there. Folders of object storage are listed once each; web servers are
+    asked when an image is read."""
+    listed: dict[str, set[str]] = {}
+    for folder in {parent(place) for place in places if not is_local(place) and not is_web(place)}:
+        try:
+            listed[folder] = {entry.location for entry in list_folder(folder)}
+        except FileNotFoundError:
+            listed[folder] = set()
+    absent = []
+    for place in places:
+        if is_local(place):
+            is_there = local_path(place).is_file()
+        else:
+            is_there = is_web(place) or place in listed[parent(place)]
+        if not is_there:
+            absent.append(place)
+    return absent
 
 
 def _check_place(name: str, pair: RawPair, folder: str) -> None:

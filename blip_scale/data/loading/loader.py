@@ -21,12 +21,17 @@ from blip_scale.data.loading import workers
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput, LoaderPosition, MicroBatches
 from blip_scale.data.loading.mixing import describe, samples_per_epoch
 from blip_scale.data.loading.order import SampleOrder, StreamShape
+from blip_scale.data.loading.shared_memory import (
+    PREFETCHED_BATCHES,
+    check_shared_memory,
+    needed_bytes,
+    ranks_here,
+)
 from blip_scale.data.pixels.transforms import TrainTransform
 from blip_scale.data.reading.prefetch import Prefetcher
 from blip_scale.data.reading.probe import MOST_UNKNOWN, unknown_share
 from blip_scale.data.reading.stream_store import StreamStore, open_streams
 
-_PREFETCHED_BATCHES = 4  # a worker
 _DEATH_SEEN_S = 30.0  # a message may break off before its sender, on a busy machine, is seen dead
 _DEATHS = 3  # of workers without a batch in between: then the run stops
 
@@ -63,6 +68,8 @@ class TrainLoader:
         set_up_worker: Callable[[], object] | None = None,
     ):
         if data.workers:
+            needed = needed_bytes(data.workers, position.micro_batch_size, image_size)
+            check_shared_memory(needed, ranks_here())
             workers.start_server()
         stores = open_streams(data)
         sizes = [sum(store.shard_items) for store in stores]
@@ -140,7 +147,7 @@ class TrainLoader:
                 num_workers=self._workers,
                 multiprocessing_context=workers.CONTEXT if self._workers else None,
                 worker_init_fn=partial(workers.begin, dict(os.environ), self._set_up_worker),
-                prefetch_factor=_PREFETCHED_BATCHES if self._workers else None,
+                prefetch_factor=PREFETCHED_BATCHES if self._workers else None,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else it draws from, and shifts, the global one
             )
@@ -177,7 +184,7 @@ class TrainLoader:
             self._start()
         raise RuntimeError(
             f"loader workers die again and again ({died}). If nobody kills them, they may lack "
-            "memory: lower data.workers"
+            "memory (of the machine, or of /dev/shm): lower data.workers"
         )
 
     @property

@@ -23,7 +23,7 @@ from blip_scale.data.pixels.transforms import TrainTransform
 from blip_scale.data.reading.prefetch import Prefetcher
 from blip_scale.data.reading.stream_store import CorruptSample, DamagedShard, StreamStore
 from blip_scale.data.shards import IMAGE_COLUMNS
-from blip_scale.data.tokenizer import pack_captions
+from blip_scale.data.tokenizer import Padding, pack_captions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,9 +41,9 @@ class Batch:
     token_ids: Tensor
     """[T] int64: [CLS] caption [SEP] of every pair, packed."""
     offsets: Tensor
-    """[B+1] int32 into token_ids."""
+    """[B+1] int32 into token_ids; [B + fillers + 1] where the captions are filled up."""
     max_length: int
-    """Tokens of the longest caption."""
+    """Tokens of the longest caption; `CaptionInput.max_tokens` where they are filled up."""
     ids: list[str]
     captions: list[str]
     """Cleaned."""
@@ -54,6 +54,13 @@ class Batch:
     """Place, id and reason of every corrupt sample that another one stands in for."""
     annotations: list[dict[str, Any]] = field(default_factory=list)
     """What the task knows of each caption, where the set has that."""
+    padding: Padding = field(default_factory=Padding)
+    """How the captions are filled up to a static size."""
+
+    @property
+    def caption_tokens(self) -> int:
+        """Tokens of the captions, fillers left out; reads `offsets`."""
+        return int(self.offsets[-1 - self.padding.fillers])
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
@@ -85,6 +92,8 @@ class CaptionInput:
     clean: Clean = clean_caption
     prompt: str = ""
     """How every caption begins."""
+    pad_tokens_to: int = 1
+    """Filler sequences are added until the tokens of a micro-batch are a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +166,16 @@ class MicroBatches(Dataset["Batch | Exception"]):
             if caption is None:
                 caption = self._due_caption(sample, slot)
             caption %= len(sample["captions"])  # a stand-in has its own
-            text = self.text.clean(sample["captions"][caption], self.text.max_words)
+            words = self.text.clean(sample["captions"][caption], self.text.max_words)
             if "annotations" in sample:
                 annotations.append(sample["annotations"][caption])
             if "second_image" in sample:
-                image, text = maybe_swap(image, text, self._rng(epoch, place, _SWAP))
-            captions.append(text)
+                image, words = maybe_swap(image, words, self._rng(epoch, place, _SWAP))
+            captions.append(words)
             images.append(image)
         prompted = [self.text.prompt + caption for caption in captions]
-        packed = pack_captions(self.text.tokenizer, prompted, self.text.max_tokens)
+        text = self.text
+        packed = pack_captions(text.tokenizer, prompted, text.max_tokens, text.pad_tokens_to)
         return Batch(
             images=torch.stack(images),
             token_ids=packed.token_ids,
@@ -177,6 +187,7 @@ class MicroBatches(Dataset["Batch | Exception"]):
             streams=streams,
             skipped=skipped,
             annotations=annotations,
+            padding=packed.padding,
         )
 
     def _pixels(self, epoch: int, place: int, sample: dict[str, Any]) -> Tensor:

@@ -8,6 +8,7 @@ for ever, and the run with it. So workers are forked by Python's fork server.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,10 @@ import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
+from multiprocessing.queues import Queue
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 CONTEXT = "forkserver"
 _ROOT = Path(__file__).resolve().parents[3]
@@ -44,9 +48,21 @@ def begin(environment: dict[str, str], set_up: Callable[[], object] | None, work
     """
     os.environ.clear()
     os.environ.update(environment)
+    Queue._on_queue_feeder_error = staticmethod(_end_with_feeder)  # type: ignore[attr-defined]
     end_with_parent()  # the server is still there when the rank is killed
     if set_up is not None:
         set_up()
+
+
+def _end_with_feeder(error: BaseException, batch: object) -> None:
+    """End the worker: a batch that its feeder thread could not send is lost.
+
+    Python's own `Queue._on_queue_feeder_error`, which this replaces, prints a traceback and goes
+    on, and the rank would wait for that batch for ever. A worker that ended is started again, and
+    if it ends so again and again, the run stops with an error.
+    """
+    logger.error("a batch could not be handed over: %s: %s", type(error).__name__, error)
+    os._exit(1)
 
 
 def end_with_parent() -> None:

@@ -13,7 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from blip_scale.errors import RefusedInput
+from blip_scale.storage import files
+
 _SHARDS = "shard.*.mds"
+_REMOTE = "remote.txt"
+"""The remote whose shards a folder holds."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +79,25 @@ class ShardCache:
                 continue
             entries.append((status.st_mtime_ns, status.st_size, path))
         return entries
+
+
+def claim(folder: Path, remote: str) -> None:
+    """Record whose shards a cache folder holds; names of shards are the same in every set.
+
+    Raises:
+        RefusedInput: it holds those of another remote.
+    """
+    file = folder / _REMOTE
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "remote"):
+        held = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
+        if held and held != remote:
+            raise RefusedInput(
+                f"the cache {folder} holds shards of {held}, not of {remote}: give the stream "
+                f"another local (if {remote} is a copy of the same set, remove {file})"
+            )
+        if not held:
+            files.write_whole(file, remote + "\n")
 
 
 def drop_shards(folder: Path) -> None:

@@ -22,6 +22,7 @@ from blip_scale.data.reading import cache as caching
 from blip_scale.data.reading.cache import ShardCache, locked
 from blip_scale.data.reading.fetching import Fetcher
 from blip_scale.data.shards import read_caption_counts, read_index
+from blip_scale.errors import RefusedInput
 from blip_scale.storage.free_space import is_disk_full, parse_bytes
 from blip_scale.storage.objects import DamagedFile, MissingFile, RemoteError
 
@@ -68,6 +69,7 @@ class StreamStore:
         if self.remote:
             self.cache = cache or ShardCache([self.folder])
             self._fetcher = Fetcher(self.remote, retry_s)
+            self._claim_cache()
             self._fetch_index()
         try:
             self.shards = read_index(self.folder)
@@ -288,6 +290,13 @@ class StreamStore:
             shard.decompress(packed.read_bytes(), partial)
         except ValueError as error:  # the set was written wrong, or to do harm
             raise DamagedFile(f"{self.remote}/{error}") from error
+
+    def _claim_cache(self) -> None:
+        assert self.remote is not None
+        try:
+            caching.claim(self.folder, self.remote)
+        except RefusedInput as error:
+            raise RefusedInput(f"stream {self.name!r}: {error}") from error
 
     def _fetch_index(self) -> None:
         """Bring the remote's index; shards cached under another index are thrown away."""

@@ -1,8 +1,8 @@
 """The lists that Salesforce published for BLIP: JSON lists of {image, caption} or {url, caption}.
 
 `caption` is a text or a list of texts; items of the same image become one record. Items with a url
-alone are fetched from it one by one, which suits some thousands: for the bootstrapped lists of
-millions let img2dataset fetch the images, and read what it wrote.
+alone are fetched one by one with --allow-outside, which suits some thousands: for the bootstrapped
+lists of millions let img2dataset fetch the images, and read what it wrote.
 """
 
 from __future__ import annotations

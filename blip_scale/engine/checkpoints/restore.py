@@ -76,7 +76,8 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
 
     Raises:
         ValueError: the checkpoint is of another network (a parameter is missing, has another size,
-            or is one too many), or other layers of it were frozen.
+            or is one too many), other layers of it were frozen, or it lacks momentum averages that
+            this run needs.
     """
     manifest = checkpoint_format.read_manifest(path)
     _check_network(path, manifest, engine)
@@ -84,6 +85,13 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
     reader = checkpoint_format.Reader(
         path / name for name in names if name != checkpoint_format.SHARED
     )
+    absent = {piece.name for piece in momentum.slices} - reader.names("momentum")
+    if absent:
+        raise ValueError(
+            f"{path} holds no momentum averages of {min(absent)} and {len(absent) - 1} more "
+            "parameters: it was trained with another objective.itc. Give that one, or begin a run "
+            "from it with model.checkpoint and another output_dir."
+        )
     trained = [piece for piece in engine.slices if piece.trains]
     for flat in {id(piece.flat): piece.flat for piece in trained}.values():
         _make_moments(engine.optimizer, flat, manifest.optimizer_steps)
@@ -125,20 +133,32 @@ def _remote_steps(place: Place, may_fail: bool) -> list[int]:
 
 def _manifests(place: Place, step: int, is_remote: bool) -> list[str]:
     """The manifests of a step: those of the nodes first, then that of the object storage; each
-    once."""
+    once. One that can't be read is empty."""
     here: list[str] = []
     file = place.folder / run_folder.step_folder(step) / checkpoint_format.MANIFEST
     if place.is_first and file.parent.exists():
-        here = [file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""]
+        here = [_text(file)]
     if place.remote and is_remote and place.rank == 0:
         try:
-            here.append(place.remote.get(f"{file.parent.name}/{file.name}").decode())
+            content = place.remote.get(f"{file.parent.name}/{file.name}")
+            here.append(content.decode(errors="replace"))
         except OSError as error:
             logger.warning("%s", error)
     parts = collectives.all_gather_objects(here)
     firsts = [part[0] for part in parts if part]
     lasts = [part[-1] for part in parts if part]
     return list(dict.fromkeys([*firsts, *lasts]))
+
+
+def _text(file: Path) -> str:
+    """Content of a manifest; empty where there is none, or it can't be read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        logger.warning("%s can't be read: %s", file, error)
+        return ""
 
 
 def _make_whole(place: Place, step: int, stage: int, text: str) -> str | None:
@@ -152,12 +172,19 @@ def _make_whole(place: Place, step: int, stage: int, text: str) -> str | None:
     except ValueError as error:
         return f"{checkpoint_format.MANIFEST} cannot be read ({error})"
     final = place.folder / run_folder.step_folder(step)
-    own = final / checkpoint_format.MANIFEST
-    is_same = own.exists() and own.read_text(encoding="utf-8", errors="replace") == text
+    if manifest.step != step:
+        return f"{checkpoint_format.MANIFEST} is that of step {manifest.step}"
+    ranks = range(len(manifest.files) - 1)
+    expected = {checkpoint_format.SHARED, *map(checkpoint_format.rank_file, ranks)}
+    if manifest.world_size != len(ranks) or manifest.files.keys() != expected:
+        return (
+            f"{checkpoint_format.MANIFEST} names files that {manifest.world_size} ranks don't make"
+        )
+    needed = _needed(manifest, stage, place.sharers)
+    is_same = _text(final / checkpoint_format.MANIFEST) == text
     folder = final if is_same else final.with_suffix(".partial")
-    names = place.share(_needed(manifest, stage, place.sharers))
     problem = None
-    for name in names:
+    for name in place.share(needed):
         problem = problem or _obtain(place, folder / name, manifest.files[name])
     problems = [found for found in collectives.all_gather_objects(problem) if found]
     outcome = Outcome()

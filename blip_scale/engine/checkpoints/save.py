@@ -141,6 +141,20 @@ class Saver:
         if self._uploads:
             self._uploads.poll()
 
+    @property
+    def uploads(self) -> bool:
+        """Whether checkpoints are copied to object storage."""
+        return self._uploads is not None
+
+    def settle(self) -> bool:
+        """Wait for the save that is under way, not for uploads.
+
+        Returns:
+            Whether the last save was committed.
+        """
+        self._finish_writing()
+        return self._is_saved
+
     def finish(self) -> bool:
         """Wait for the save that is under way, and a bounded time for uploads.
 

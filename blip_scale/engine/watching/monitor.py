@@ -39,10 +39,16 @@ _LINE = (  # metric, its short name on the terminal, format
 )
 
 
+_REPEATED_EVERY = 20
+"""Logged points between two warnings of an alarm that lasts."""
+
+
 @dataclass(frozen=True)
 class Alarm:
-    """A warning when a condition holds over several logged points in a row, once an episode."""
+    """A curve, and a warning, while a condition holds over several logged points in a row."""
 
+    name: str
+    """Its curve is `alarm/NAME`: 1 while it lasts, else 0."""
     condition: Callable[[Mapping[str, float]], bool]
     """Looks at the metrics of a logged point."""
     message: str
@@ -65,6 +71,7 @@ class Monitor:
         start_step: int,
         samples_per_step: int,
         alarms: Sequence[Alarm] = (),
+        streaks: dict[str, int] | None = None,
     ) -> None:
         """Open the curves; points past `start_step`, from a run that was killed, are taken back.
 
@@ -75,13 +82,15 @@ class Monitor:
             start_step: steps done when the run starts or resumes.
             samples_per_step: pairs an optimizer step, over all ranks.
             alarms: conditions that are watched.
+            streaks: logged points in a row that each condition has held, by name; kept up to date.
         """
         self._output_dir = output_dir
         self._is_main = is_main
         self._total_steps = total_steps
         self.start_step = start_step
         self._samples_per_step = samples_per_step
-        self._streaks = [(alarm, [0]) for alarm in alarms]
+        self._alarms = alarms
+        self._streaks = {} if streaks is None else streaks
         self._step = start_step
         self._began = time.monotonic()
         self._writer: SummaryWriter | None = None
@@ -142,12 +151,30 @@ class Monitor:
         """
         if not self._is_main:
             return
-        self.scalars(step, metrics)
+        curves = {
+            f"alarm/{alarm.name}": float(self._sounds(alarm, metrics)) for alarm in self._alarms
+        }
+        self.scalars(step, {**metrics, **curves})
         self.line(step, metrics)
-        for alarm, streak in self._streaks:
-            streak[0] = streak[0] + 1 if alarm.condition(metrics) else 0
-            if streak[0] == alarm.points:
-                logger.warning("step %d: %s", step, alarm.message)
+        for alarm in self._alarms:
+            streak = self._streaks[alarm.name]
+            if streak >= alarm.points and (streak - alarm.points) % _REPEATED_EVERY == 0:
+                since = "" if streak == alarm.points else f" (for {streak} logged points)"
+                logger.warning("step %d: %s%s", step, alarm.message, since)
+
+    def _sounds(self, alarm: Alarm, metrics: Mapping[str, float]) -> bool:
+        """Count a logged point; whether the alarm lasts."""
+        streak = self._streaks.get(alarm.name, 0) + 1 if alarm.condition(metrics) else 0
+        self._streaks[alarm.name] = streak
+        return streak >= alarm.points
+
+    def lasting_alarms(self) -> dict[str, dict[str, Any]]:
+        """Alarms that sound at the last logged point: name -> message and logged points so far."""
+        return {
+            alarm.name: {"message": alarm.message, "points": self._streaks[alarm.name]}
+            for alarm in self._alarms
+            if self._streaks.get(alarm.name, 0) >= alarm.points
+        }
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """One point in every curve and a line in metrics.jsonl, without a word on the terminal."""

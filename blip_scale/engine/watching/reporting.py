@@ -58,8 +58,16 @@ def sign_of_life(run: Run) -> None:
 
 
 def _means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = list(window[-1])
-    return {name: sum(step[name] for step in window) / len(window) for name in names}
+    """Mean of every metric over the steps in which it is finite; NaN where it never is.
+
+    So a single skipped step doesn't take a whole point out of the curves: `train/skipped_steps`
+    says that there was one.
+    """
+    means = {}
+    for name in window[-1]:
+        finite = [step[name] for step in window if math.isfinite(step[name])]
+        means[name] = sum(finite) / len(finite) if finite else math.nan
+    return means
 
 
 def log(run: Run) -> None:
@@ -148,6 +156,8 @@ def finish(run: Run) -> None:
             "captions": history.captions,
             "best": history.best,
             "skipped_samples": history.skipped_samples,
+            "skipped_steps": history.skipped_steps,
+            "alarms": run.monitor.lasting_alarms(),
         }
     )
     logger.info("done: %d steps. tensorboard --logdir %s", run.step, run.recipe.output_dir)

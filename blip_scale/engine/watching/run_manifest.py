@@ -45,9 +45,8 @@ class RunManifest:
         self._content: dict[str, Any] = {"state": {}, "attempts": [], "checkpoints": []}
         if is_main and self._file.exists():
             try:
-                found = json.loads(self._file.read_text(encoding="utf-8"))
-                self._content = {name: found[name] for name in self._content}
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                self._content = _content_of(self._file)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 aside = self._file.with_suffix(".damaged")
                 logger.warning("%s cannot be read (%s): put aside as %s", self._file, error, aside)
                 with self._disk:
@@ -98,6 +97,22 @@ class RunManifest:
     def _write(self) -> None:
         with self._disk:
             files.write_whole(self._file, json.dumps(self._content, indent=1) + "\n")
+
+
+def _content_of(file: Path) -> dict[str, Any]:
+    """What a manifest says.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, RecursionError: it can't be read, or holds
+            something else.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for name, kind in {"state": dict, "attempts": list, "checkpoints": list}.items():
+        if not isinstance(content[name], kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    for attempt in content["attempts"]:
+        attempt["ended"]
+    return {name: content[name] for name in ("state", "attempts", "checkpoints")}
 
 
 def fingerprint(checkpoint: Path) -> dict[str, str | None]:
@@ -158,7 +173,7 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def _named(value: list[Any]) -> bool:
-    return all(isinstance(one, dict) and "name" in one for one in value)
+    return all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in value)
 
 
 def _now() -> str:

@@ -1,13 +1,8 @@
-"""What DeepSpeed's ZeRO-3 step (0.19.8) does twice or for nothing, left out.
+"""Monkey patches for DeepSpeed 0.19.8 that skip redundant work in the ZeRO-3 step. Each replaces a
+private name; run tests/engine/test_zero3_step.py before upgrading.
 
-In the optimizer step it took more time than AdamW itself, on a CPU as on a GPU, where all of it is
-memory traffic: a second pass over the gradients for their norm, in fp64; a copy of all gradients
-into a new tensor, although they already lie in one; a multiplication of all of them by 1. In
-forward and backward: some hundred lines of Python around every call of every module, also of those
-that have nothing to gather; on several ranks, an exchange for each of the small weights that
-all ranks keep whole; and, on a single rank, gradients that are copied, divided by 1 and cast on
-their way to where they are summed, and weights that are let go and taken back one by one. In fp32:
-a second copy of the weights.
+`REPLACED` lists them with what DeepSpeed's own way costs. On a DeepSpeed that is not among
+`CHECKED_VERSIONS` none is applied: its own way runs, with partitioned weights, and the log says so.
 """
 
 from __future__ import annotations
@@ -15,16 +10,64 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
 from torch import Tensor, nn
 
 from blip_scale.engine import collectives
 
+CHECKED_VERSIONS = ("0.19.8",)
+"""Versions of DeepSpeed that every entry of `REPLACED` was read and tested on."""
+
+_ZERO3 = "DeepSpeedZeroOptimizer_Stage3"
+REPLACED = {
+    f"{_ZERO3}._get_norm_groups": "a second pass over all gradients, in fp64, for their norm",
+    f"{_ZERO3}._prepare_fp32_grad_for_sub_group": "a copy of gradients that already lie in one "
+    "tensor",
+    f"{_ZERO3}.unscale_and_clip_grads": "a multiplication of all gradients by 1 without clipping",
+    f"{_ZERO3}._unflatten_partitioned_parameters": "views of all parameters, the same in every "
+    "step",
+    f"{_ZERO3}._reassign_or_swap_out_partitioned_parameters": "in fp32, a second copy of the "
+    "weights: DeepSpeed compares a device with the name of one, which are never equal",
+    f"{_ZERO3}.persistent_parameters": "one gather after the step for each small weight",
+    f"{_ZERO3}._partition_all_parameters": "a walk over all modules to release whole weights",
+    f"{_ZERO3}._grad_acc_hooks": "a hook, a copy and a view for each gradient of whole weights",
+    f"{_ZERO3}.reduce_and_partition_stream": "the host waits for the exchanges of the backward "
+    "pass; the GPU's own stream waits instead",
+    "DeepSpeedZeRoOffload.forward_hooks": "some hundred lines of Python around every module call, "
+    "also where nothing is gathered",
+    "DeepSpeedZeRoOffload.backward_hooks": "as forward_hooks",
+    "DeepSpeedZeRoOffload.fwd_pre_hook": "as forward_hooks",
+    "DeepSpeedEngine.module_forward_pre_hook": "a walk over all modules before a forward pass",
+    "DeepSpeedEngine.module_forward_post_hook": "a walk over all modules after a forward pass",
+    "ZeROOrderedDict": "Python code at every access to a parameter",
+    "InsertPostInitMethodToModuleSubClasses.linear_bk": "a linear layer in Python that saves no "
+    "gathered weight",
+    "stage3.is_invalid_grad_norm": "a read of the norm, for which the host waits; the train loop "
+    "skips steps that are not finite",
+    "parameter_offload.FWD_MODULE_STACK": "a leak: recomputing a checkpointed block leaves entries",
+}
+"""Private name -> what DeepSpeed's own way costs."""
+
+
+def are_checked() -> bool:
+    """Whether the patches apply to the DeepSpeed that is installed."""
+    return deepspeed.__version__ in CHECKED_VERSIONS
+
+
+def unchecked_reason() -> str:
+    """Why the patches are left out."""
+    return (
+        f"DeepSpeed {deepspeed.__version__} is not among those that the shorter ZeRO-3 step was "
+        f"checked on ({', '.join(CHECKED_VERSIONS)}); its own way runs"
+    )
+
 
 def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
-    """Replace four methods of a ZeRO-3 optimizer by shorter ways to the same result.
+    """Replace methods of a ZeRO-3 optimizer's step by shorter ways to the same result.
 
     With an optimizer on the host (offload) they are left alone: it takes other ways there.
 
@@ -34,13 +77,15 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     """
     if zero.offload_optimizer:
         return
-    theirs, unscale_and_clip = zero._prepare_fp32_grad_for_sub_group, zero.unscale_and_clip_grads
+    copy_gradients, unscale_and_clip = (
+        zero._prepare_fp32_grad_for_sub_group, zero.unscale_and_clip_grads,
+    )  # fmt: skip
 
     def prepare(sub_group: int) -> None:
         master = zero.fp32_partitioned_groups_flat[sub_group]
         whole = joined(zero.averaged_gradients[sub_group])
         if whole is None or whole.dtype != master.dtype or whole.numel() != master.numel():
-            theirs(sub_group)
+            copy_gradients(sub_group)
             return
         master.grad = whole
         zero.averaged_gradients[sub_group] = None
@@ -52,13 +97,12 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     zero._prepare_fp32_grad_for_sub_group = prepare
     zero.unscale_and_clip_grads = unscale
     zero._get_norm_groups = lambda: [norm()]
-    # A weight's part is a view of its group from the start: it need not be made one in every step.
+    # The part of a weight is a view of its group from the start.
     zero._unflatten_partitioned_parameters = lambda sub_group: None
 
 
 def share_masters(zero: Any) -> None:
-    """In fp32 let the weights that compute be the optimizer's masters, in one memory, as DeepSpeed
-    means to: it compares a device with the name of one, which are never equal.
+    """In fp32 let the weights that compute be the optimizer's masters, in one memory.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
@@ -73,52 +117,50 @@ def share_masters(zero: Any) -> None:
     zero._reassign_or_swap_out_partitioned_parameters = lambda sub_group: None
 
 
-def keep_gradients(zero: Any) -> None:
-    """On a single rank, which has nobody to reduce with: a gradient goes to the sum of its
-    micro-batches in one pass, without a bucket on the way. With an optimizer on the host (offload)
-    DeepSpeed's way stays.
+def skip_waits(zero: Any) -> None:
+    """Remove the points where the host waits for a GPU in the backward pass and in the step.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
     """
-    if zero.offload_optimizer:
-        return
-
-    def keep(parameter: nn.Parameter) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        sums: dict[int, Tensor] = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        total = sums[parameter.ds_id][: gradient.numel()].view_as(gradient)
-        if zero.micro_step_id == 0:
-            total.copy_(gradient)
-        else:
-            total.add_(gradient)
-        parameter.grad = None
-
-    zero.reduce_independent_p_g_buckets_and_remove_grads = keep
+    vars(stage3)["is_invalid_grad_norm"] = lambda norm: False
+    stream = zero.reduce_and_partition_stream
+    if isinstance(stream, torch.cuda.Stream):
+        replaced: Any = stream
+        replaced.synchronize = lambda: torch.cuda.current_stream().wait_stream(stream)
 
 
-def keep_weights(zero: Any) -> None:
-    """Where all weights stay whole on a single rank, whose part of a weight is all of it: the step
-    writes what the next forward pass reads, and so leaves them where they are. DeepSpeed parts each
-    of them before the step and gathers it after. With an optimizer on the host (offload) its way
-    stays.
+def drop_all_hooks(engine: Any) -> None:
+    """Make the network of a DeepSpeed engine a plain module again, where all weights stay whole:
+    its calls run no code of DeepSpeed's, and its gradients stay where autograd puts them.
 
     Args:
-        zero: `DeepSpeedZeroOptimizer_Stage3`.
+        engine: `DeepSpeedEngine` under ZeRO-3.
     """
-    if zero.offload_optimizer:
-        return
-    network: nn.Module = zero.parameter_offload.module
-    parameters = list(iter_params(network, recurse=True))
-    if all(p.ds_persist and p.ds_tensor.device == p.device for p in parameters):
-        zero._partition_all_parameters = lambda: None
+    zero, network = engine.optimizer, engine.module
+    zero.parameter_offload.destroy()
+    for hook in (
+        *zero._grad_acc_hooks, engine.module_forward_pre_hook, engine.module_forward_post_hook,
+    ):  # fmt: skip
+        hook.remove()
+    for module in network.modules():
+        module._parameters = dict(module._parameters)
+    linear = getattr(partition_parameters.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if linear is not None:
+        nn.functional.linear = linear
+    zero.persistent_parameters = []
+    zero._partition_all_parameters = lambda: None
+
+
+def trim_module_stack() -> None:
+    """Drop what recomputed blocks leave behind, a few entries each step; between two steps."""
+    del parameter_offload.FWD_MODULE_STACK[1:]
 
 
 def drop_idle_hooks(zero: Any) -> None:
-    """Take DeepSpeed's hooks off the modules that have nothing to gather or release: no parameters
-    of their own, or only such as stay gathered. The latter are looked after at the root instead,
-    before a forward pass that finds them parted (the step parts them).
+    """Take DeepSpeed's hooks off the modules that have nothing to gather or release: those without
+    parameters, or with parameters that stay gathered. The optimizer step partitions the latter;
+    before the next forward pass they are gathered at the root, in one exchange.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
@@ -130,37 +172,37 @@ def drop_idle_hooks(zero: Any) -> None:
         for module in network.modules()
         if module is not network and all(p.ds_persist for p in iter_params(module))
     ]
-    theirs = {id(d) for m in idle for d in (m._forward_pre_hooks, m._forward_hooks)}
+    idle_hooks = {id(d) for m in idle for d in (m._forward_pre_hooks, m._forward_hooks)}
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
-        if id(hook.hooks_dict_ref()) in theirs:
+        if id(hook.hooks_dict_ref()) in idle_hooks:
             hook.remove()
     staying = zero.persistent_parameters
     zero.persistent_parameters = []  # else they are gathered after each step, one by one
 
     def gather(module: nn.Module, inputs: Any) -> None:
-        parted = [p for p in staying if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        if parted:
-            gather_together(parted)
+        partitioned = [p for p in staying if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if partitioned:
+            gather_together(partitioned)
 
     network.register_forward_pre_hook(gather, prepend=True)
 
 
 def gather_together(parameters: Sequence[nn.Parameter]) -> None:
-    """Make parameters whole that lie in parts on all ranks, in one exchange; DeepSpeed takes one
-    for each. Parts that are quantized, on another device or in groups of ranks go its way."""
+    """Make partitioned parameters whole in one exchange; DeepSpeed takes one for each. Parts that
+    are quantized, on another device or in groups of ranks are left to DeepSpeed."""
     ranks = collectives.world_size()
-    own = [p.ds_tensor for p in parameters]
+    parts = [p.ds_tensor for p in parameters]
     plain = all(
-        part.dtype == p.dtype == own[0].dtype
+        part.dtype == p.dtype == parts[0].dtype
         and part.device == p.device
         and part.numel() == -(-p.ds_numel // ranks)
-        for part, p in zip(own, parameters, strict=True)
+        for part, p in zip(parts, parameters, strict=True)
     )
     if ranks == 1 or not plain:
         parameters[0].all_gather(parameters)
         return
-    everyone = collectives.all_gather(torch.cat([part.data for part in own])[None])
-    pieces = everyone.split([part.numel() for part in own], dim=1)
+    everyone = collectives.all_gather(torch.cat([part.data for part in parts])[None])
+    pieces = everyone.split([part.numel() for part in parts], dim=1)
     for parameter, piece in zip(parameters, pieces, strict=True):
         whole = piece.contiguous().view(-1)
         parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)

@@ -1,14 +1,18 @@
-"""Recipe and DeepSpeed JSON -> a ZeRO engine, and access to the part of every parameter that this
-rank owns.
+"""The ZeRO engine: a network under DeepSpeed's ZeRO, and the part of every parameter that this rank
+owns.
 
 Under ZeRO-3 each rank owns an equal slice of each flattened parameter; under ZeRO-1/2 a contiguous
 stretch of all of them laid end to end. Both are the same thing to the rest of the engine: a list of
 `ParameterSlice`s. Frozen parameters are cut as under ZeRO-3 at every stage.
+
+Under ZeRO-3 the weights that compute stay whole on every rank where they fit (`whole_weights`), and
+are partitioned otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -21,21 +25,22 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero import parameter_offload
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from blip_scale import launcher, logs
 from blip_scale.config.recipe import Recipe
-from blip_scale.engine import collectives
-from blip_scale.engine.zero import deepspeed_patches, onednn
+from blip_scale.engine import collectives, rendezvous
+from blip_scale.engine.zero import deepspeed_patches, onednn, whole_weights
+from blip_scale.engine.zero.gradient_buckets import GradientBuckets
 from blip_scale.engine.zero.parameter_slices import (
     ParameterSlice,
     SliceValues,
     frozen_slice,
-    gradient_of,
+    gradients_of,
     trainable_slice,
 )
+from blip_scale.engine.zero.whole_weights import FlatWeights
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +62,12 @@ class AdamW(torch.optim.AdamW):
 
 @dataclass
 class ZeroEngine:
-    """DeepSpeed's engine with the parameter slices of this rank."""
+    """DeepSpeed's engine with the parameter slices of this rank.
+
+    A micro-step is `forward` and `backward`. Where nothing stands against it (`capture_obstacle`),
+    a CUDA graph can hold `forward` and `compute_gradients`; then `gather_weights` comes before a
+    replay and `add_gradients` after it.
+    """
 
     deepspeed: Any
     optimizer: torch.optim.Optimizer
@@ -67,18 +77,37 @@ class ZeroEngine:
     """Slices of what trains; after `fill` of what is frozen too."""
     towers: dict[str, list[int]]
     """Index into `slices` by tower (`vision`, `text`), for gradient norms."""
+    weights_stay_whole: bool
+    """Whether every rank keeps all weights that compute, in the passes and between them."""
+    weights_reason: str
+    """Sentence for the log: where the weights lie, and why."""
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameters that keep the weights of `fill`."""
+    _flats: list[FlatWeights] = field(default_factory=list)
+    _flat_of: dict[int, FlatWeights] = field(default_factory=dict)
     _norm: Tensor | None = None
+    _gradient_pieces: list[list[Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.stage == 3:
-            deepspeed_patches.share_masters(self.deepspeed.optimizer)
-            deepspeed_patches.trim(self.deepspeed.optimizer, self._gradient_norm)
-            deepspeed_patches.drop_idle_hooks(self.deepspeed.optimizer)
-            if collectives.world_size() == 1:
-                deepspeed_patches.keep_gradients(self.deepspeed.optimizer)
-                deepspeed_patches.keep_weights(self.deepspeed.optimizer)
+        zero = self.deepspeed.optimizer
+        if self.stage == 3 and deepspeed_patches.are_checked():
+            deepspeed_patches.share_masters(zero)
+            deepspeed_patches.trim(zero, self._norm_for_clipping)
+            deepspeed_patches.skip_waits(zero)
+            if not self.weights_stay_whole:
+                deepspeed_patches.drop_idle_hooks(zero)
+        if self.weights_stay_whole:
+            deepspeed_patches.drop_all_hooks(self.deepspeed)
+            self.deepspeed.set_gradient_accumulation_boundary(True)  # `step` is called at the end
+            trained = self.keep_whole(list(self.trainable.values()), zero.lp_param_buffer)
+            self._buckets = GradientBuckets(
+                trained.parameters,
+                trained.sizes,
+                zero.grad_partitions_flat_buffer,
+                zero.reduce_bucket_size,
+                self.deepspeed.gradient_accumulation_steps(),
+                zero.communication_data_type,
+            )
 
     @property
     def module(self) -> nn.Module:
@@ -100,46 +129,132 @@ class ZeroEngine:
         """Trainable parameters, over all ranks."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
 
-    def step(self, learning_rate: float, apply: bool) -> None:
-        """The optimizer step at a gradient-accumulation boundary.
+    @property
+    def norm_names(self) -> tuple[str, ...]:
+        """Names of the entries of `squared_norms`."""
+        return ("all", *self.towers)
 
-        With `apply` False gradients are dropped, and weights and moments stay as they are.
+    @property
+    def capture_obstacle(self) -> str | None:
+        """Why forward and backward cannot be captured in a CUDA graph; None where they can."""
+        if self.weights_stay_whole:
+            return None
+        if self.stage != 3:
+            return f"ZeRO-{self.stage} reduces gradients from Python hooks in the backward pass"
+        return f"weights are {self.weights_reason}: they are gathered from Python inside the blocks"
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """Call the network; what tasks take as `network`."""
+        if self.weights_stay_whole:
+            self.gather_weights()
+            return self.module(*arguments, **named)
+        return self.deepspeed(*arguments, **named)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add the gradient of loss / accumulation to this rank's share of the averaged gradient.
+
+        Args:
+            loss: of a micro-batch, 0-dimensional.
+            is_last: whether it is the last micro-step before `step`.
+        """
+        if self.weights_stay_whole:
+            self._buckets.backward(loss, is_last)
+            return
+        self.deepspeed.backward(loss)
+        if not is_last:
+            self.deepspeed.step()
+
+    def compute_gradients(self, loss: Tensor) -> list[Tensor]:
+        """Gradients of loss / accumulation, one a trainable parameter; nothing else happens, so it
+        can be captured. Whole weights only."""
+        return self._buckets.compute(loss)
+
+    def add_gradients(self, gradients: list[Tensor], is_last: bool) -> None:
+        """Add what `compute_gradients` gave, or what a replay has written there, as `backward`
+        does. Whole weights only."""
+        self._buckets.add(gradients, is_last)
+
+    def gather_weights(self) -> None:
+        """Make the weights that compute follow the last step: one exchange for what trains and one
+        for momentum copies, none where nothing changed. `forward` calls it; all ranks call."""
+        if not self.weights_stay_whole:
+            return
+        if self._flat_of.keys() != self._ids:
+            rest = [p for p in self.module.parameters() if id(p) not in self._flat_of]
+            self.keep_whole(rest)
+        for flat in self._flats:
+            if flat.is_stale:
+                flat.gather()
+
+    @functools.cached_property
+    def _ids(self) -> set[int]:
+        return {id(p) for p in self.module.parameters()}
+
+    def keep_whole(
+        self, parameters: list[nn.Parameter], parts: Tensor | None = None
+    ) -> FlatWeights:
+        """Lay parameters into one flat tensor that is gathered at once; whole weights only.
+
+        `parts`: see `FlatWeights`.
+        """
+        flat = FlatWeights(parameters, parts)
+        self._flats.append(flat)
+        self._flat_of |= {id(p): flat for p in parameters}
+        return flat
+
+    def step(self, learning_rate: float, apply: bool, norm: Tensor | None = None) -> None:
+        """The optimizer step after the last micro-step; the host does not wait.
+
+        Args:
+            learning_rate: of this step.
+            apply: False drops the gradients; weights and moments stay as they are.
+            norm: L2 norm of the averaged gradient over all ranks, for clipping, a scalar on the
+                device; None: it is found here, with one exchange.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.skip = not apply
+        self._norm = norm
+        if self.weights_stay_whole:
+            zero = self.deepspeed.optimizer
+            groups = zero.grad_partitions_flat_buffer.split(zero.fp16_partitioned_groups_flat_numel)
+            zero.averaged_gradients = {index: [group] for index, group in enumerate(groups)}
+            self._buckets.micro_steps = 0
         self.deepspeed.step()
-        # Recomputing a checkpointed block leaves entries behind in DeepSpeed 0.19.8, a few more
-        # each step.
-        del parameter_offload.FWD_MODULE_STACK[1:]
+        if self.weights_stay_whole:
+            self._flats[0].is_stale |= apply
+        elif self.stage == 3 and deepspeed_patches.are_checked():
+            deepspeed_patches.trim_module_stack()
 
-    def gradient_norms(self) -> dict[str, float]:
-        """L2 norms of the averaged gradient before clipping: `all` and one a tower; after the last
-        backward."""
-        towers = [self._squared_norm(indices) for indices in self.towers.values()]
-        totals = [torch.stack(towers).sum(), *towers]
-        norms = collectives.all_reduce_sum(torch.stack(totals)).sqrt()
-        self._norm = norms[0]
-        return dict(zip(("all", *self.towers), norms.tolist(), strict=True))
+    def squared_norms(self) -> Tensor:
+        """Sums of squares [1 + towers] of this rank's averaged gradients before clipping, fp64 on
+        the device, in the order of `norm_names`; after the last backward.
 
-    def _squared_norm(self, indices: list[int]) -> Tensor:
-        """Sum of squares of this rank's gradients of some slices, fp64; in a few launches, not some
-        a slice."""
-        gradients = [
-            gradient[: piece.numel]
-            for piece in (self.slices[index] for index in indices)
-            if (gradient := gradient_of(piece, self.stage)) is not None and gradient.numel()
+        A sum over the ranks makes squared L2 norms of them. The host does not wait.
+        """
+        pieces = self._gradient_pieces or self._find_gradients()
+        everything = [gradient for tower in pieces for gradient in tower]
+        if not everything:
+            return torch.zeros(1 + len(pieces), dtype=torch.float64, device=self.device)
+        squares = torch.stack(torch._foreach_norm(everything)).double().square()
+        squares = squares.to(self.device, non_blocking=True)  # offloaded gradients lie on the host
+        towers = torch.stack([part.sum() for part in squares.split([len(p) for p in pieces])])
+        return torch.cat([towers.sum()[None], towers])
+
+    def _find_gradients(self) -> list[list[Tensor]]:
+        """This rank's averaged gradients, a list a tower."""
+        pieces = [
+            gradients_of([self.slices[index] for index in indices], self.deepspeed)
+            for indices in self.towers.values()
         ]
-        if not gradients:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        if self.weights_stay_whole:  # they stay where they are
+            self._gradient_pieces = pieces
+        return pieces
 
-    def _gradient_norm(self) -> Tensor:
-        """The norm for clipping: what `gradient_norms` found in this step, or found now."""
-        if self._norm is None:
-            self.gradient_norms()
+    def _norm_for_clipping(self) -> Tensor:
         norm, self._norm = self._norm, None
-        assert norm is not None
+        if norm is None:
+            norm = collectives.all_reduce_sum(self.squared_norms()[:1]).sqrt()[0]
         return norm.float()
 
     def assign(self, parameters: list[nn.Parameter], parts: list[SliceValues]) -> None:
@@ -159,17 +274,30 @@ class ZeroEngine:
             apart = [(own, new) for own, new in pairs if own.data_ptr() != new.data_ptr()]
             if apart:
                 torch._foreach_copy_([own for own, _ in apart], [new for _, new in apart])
-            stale = [p for p in parameters if _holds_a_copy(p)]
-            if stale:
-                stale[0].partition(stale)  # the next forward pass gathers them
+            self._mark_stale(parameters)
             return
-        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=self.dtype, device=self.device)
-        pieces = flat.split([p.numel() for p in parameters])
-        for part in parts:
-            pieces[part.index][part.start : part.start + part.values.numel()] = part.values
+        numels = [p.numel() for p in parameters]
+        flat = torch.zeros(sum(numels), dtype=self.dtype, device=self.device)
+        pieces = flat.split(numels)
+        targets = [
+            pieces[part.index][part.start : part.start + part.values.numel()] for part in parts
+        ]
+        if parts:
+            torch._foreach_copy_(targets, [part.values for part in parts])
         collectives.all_reduce_sum(flat)  # every element has one owner: adding zeros is exact
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.data.copy_(piece.view_as(parameter))
+        wholes = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+        torch._foreach_copy_([p.data for p in parameters], wholes)
+
+    def _mark_stale(self, parameters: list[nn.Parameter]) -> None:
+        """The next forward pass gathers these parameters."""
+        if self.weights_stay_whole:
+            for parameter in parameters:
+                if id(parameter) in self._flat_of:
+                    self._flat_of[id(parameter)].is_stale = True
+            return
+        stale = [p for p in parameters if _holds_a_copy(p)]
+        if stale:
+            stale[0].partition(stale)
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
         """Set this rank's fp32 masters, and the compute weights after them, from whole tensors by
@@ -200,22 +328,23 @@ class ZeroEngine:
         """Copy the compute weights of `source`, a part of the wrapped module, into an ordinary
         module.
 
-        Every rank must call it; every rank gets all weights. Parameters are gathered one at a time,
-        so the peak is one parameter above the size of `target`.
+        Every rank must call it; every rank gets all weights. Partitioned parameters are gathered
+        one at a time, so the peak is one parameter above the size of `target`.
         """
+        self.gather_weights()
         for (name, parameter), (other, destination) in zip(
             source.named_parameters(), target.named_parameters(), strict=True
         ):
             if name != other:
                 raise ValueError(f"gather_into: {name} of the engine faces {other} of the target")
-            with whole(parameter, self.stage):
+            with whole(parameter, self.stage == 3 and not self.weights_stay_whole):
                 destination.data.copy_(parameter.data)
 
 
 @contextlib.contextmanager
-def whole(parameter: nn.Parameter, stage: int) -> Iterator[None]:
+def whole(parameter: nn.Parameter, is_partitioned: bool) -> Iterator[None]:
     """Inside, the parameter holds all its elements on every rank (read only)."""
-    if stage != 3:
+    if not is_partitioned:
         yield
         return
     with deepspeed.zero.GatheredParameters([parameter]):
@@ -240,6 +369,7 @@ def start(timeout_s: float) -> torch.device:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(launcher.free_port())
+    rendezvous.exchange_on_the_rendezvous_interface()
     _set_up_compiling()
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -250,8 +380,9 @@ def start(timeout_s: float) -> torch.device:
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
     with logs.prints_to_log("DeepSpeed"):
         deepspeed.init_distributed(
-            auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s)
-        )
+            auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s),
+            init_method=f"{rendezvous.SCHEME}://",
+        )  # fmt: skip
     if accelerator.device_name() == "cpu":
         collectives.barrier()  # all ranks of this node have opened each other's buffers
         _unlink_shared_buffer()
@@ -312,6 +443,19 @@ def initialize(
         network = build()
     if stage != 3:
         network.to(torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
+    stays_whole, reason = False, f"ZeRO-{stage} keeps them whole"
+    if stage == 3:
+        stays_whole, reason = whole_weights.decide(network, recipe, ds_config)
+        logger.info("weights are %s", reason)
+    if recipe.model.compile and stage == 3 and not stays_whole and collectives.world_size() > 1:
+        raise ValueError(
+            f"model.compile: weights are {reason}; they are gathered from Python inside of the "
+            "blocks, which torch.compile can't trace. Set it to false, or train.whole_weights to "
+            "true"
+        )
+    if stays_whole:
+        ds_config = whole_weights.deepspeed_settings(ds_config)
+    ds_config.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the GPU
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = _build_optimizer(list(trainable.values()), recipe, ds_config)
     with _exchanging_on_one_thread():
@@ -331,7 +475,7 @@ def initialize(
     towers: dict[str, list[int]] = {"vision": [], "text": []}
     for index, piece in enumerate(slices):
         towers["vision" if "vision" in piece.name else "text"].append(index)
-    return ZeroEngine(engine, optimizer, stage, trainable, slices, towers)
+    return ZeroEngine(engine, optimizer, stage, trainable, slices, towers, stays_whole, reason)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@ with it."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from blip_scale.engine import collectives
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.parameter_slices import ParameterSlice, SliceValues
+from blip_scale.engine.zero.whole_weights import FlatWeights
 
 
 class ShardedMomentum:
@@ -37,17 +38,47 @@ class ShardedMomentum:
         paired = [piece for piece in engine.slices if piece.name in self._copies]
         self.slices: list[ParameterSlice] = [piece for piece in paired if piece.trains]
         self._frozen = [piece for piece in paired if not piece.trains]
-        self.averages: list[Tensor] = [self._begun(piece) for piece in self.slices]
+        self._flat: FlatWeights | None = None
+        """Momentum weights that compute, where weights stay whole."""
+        self._flat_averages: Tensor | None = None
+        self.averages: list[Tensor] = self._begun()
+        """fp32, one a slice, flat."""
+        masters = [piece.weight for piece in self.slices]
+        self.average_runs, self.weight_runs = _joined(self.averages, masters)
+        """The averages and the fp32 masters that they follow, in fewer and larger tensors: those of
+        slices that lie end to end in both."""
         self.refresh()
         self.copy_frozen()
 
-    def _begun(self, piece: ParameterSlice) -> Tensor:
-        """The slice's weights as a tensor of their own, the first average."""
-        if self._engine.stage == 3:
-            own: Tensor = self._copies[piece.name].ds_tensor.data[: piece.numel]
-            if (own.dtype, own.device) == (piece.weight.dtype, piece.weight.device):
-                return own.copy_(piece.weight)
-        return piece.weight.clone()
+    def _begun(self) -> list[Tensor]:
+        """The averages, equal to the masters."""
+        engine, masters = self._engine, [piece.weight for piece in self.slices]
+        if engine.weights_stay_whole:
+            names = [name for name in engine.trainable if name in self._copies]
+            averages = self._lay_flat(names)
+        elif engine.stage == 3:
+            copies = [self._copies[piece.name].ds_tensor.data for piece in self.slices]
+            kinds = {(t.dtype, t.device) for t in (*copies, *masters)}
+            cut = [c[: piece.numel] for c, piece in zip(copies, self.slices, strict=True)]
+            averages = cut if len(kinds) == 1 else _end_to_end(masters)
+        else:
+            averages = _end_to_end(masters)
+        for average, master in zip(averages, masters, strict=True):
+            average.copy_(master)
+        return averages
+
+    def _lay_flat(self, names: list[str]) -> list[Tensor]:
+        """Keep the momentum weights of these parameters whole; the averages, in their layout."""
+        if not names:
+            return []
+        flat = self._engine.keep_whole([self._copies[name] for name in names])
+        averages = flat.parts
+        if averages.dtype != torch.float32:
+            averages = torch.zeros_like(averages, dtype=torch.float32)
+            self._flat_averages = averages
+        self._flat = flat
+        places = dict(zip(names, averages.split(flat.sizes), strict=True))
+        return [places[piece.name][: piece.numel] for piece in self.slices]
 
     @property
     def weights(self) -> list[Tensor]:
@@ -56,7 +87,12 @@ class ShardedMomentum:
 
     def refresh(self) -> None:
         """Rewrite the momentum weights that compute from the averages."""
-        self._assign(self._engine.trainable, self.slices, self.averages)
+        if self._flat is None:
+            self._assign(self._engine.trainable, self.slices, self.averages)
+            return
+        if self._flat_averages is not None:
+            self._flat.parts.copy_(self._flat_averages)
+        self._flat.is_stale = True
 
     def copy_frozen(self) -> None:
         """Rewrite the momentum weights of frozen parameters, after those have been set."""
@@ -77,8 +113,40 @@ class ShardedMomentum:
     def gap(self) -> float:
         """Relative distance |average - weight| / |weight| over all ranks: 0 right after a copy."""
         squares = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
-        for average, weight in zip(self.averages, self.weights, strict=True):
+        for average, weight in zip(self.average_runs, self.weight_runs, strict=True):
             squares[0] += torch.linalg.vector_norm(average - weight).double() ** 2
             squares[1] += torch.linalg.vector_norm(weight).double() ** 2
         distance, size = collectives.all_reduce_sum(squares).sqrt().tolist()
         return distance / max(size, 1e-12)
+
+
+def _end_to_end(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """New flat tensors of the same sizes, in one memory."""
+    if not tensors:
+        return []
+    sizes = [tensor.numel() for tensor in tensors]
+    return list(tensors[0].new_empty(sum(sizes)).split(sizes))
+
+
+def _joined(
+    averages: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Pairs of flat tensors, those that lie end to end in both made one."""
+    runs: list[list[Tensor]] = []
+    for average, weight in zip(averages, weights, strict=True):
+        if runs and _follows(runs[-1][0], average) and _follows(runs[-1][1], weight):
+            runs[-1] = [_longer(runs[-1][0], average), _longer(runs[-1][1], weight)]
+        else:
+            runs.append([average, weight])
+    return [average for average, _ in runs], [weight for _, weight in runs]
+
+
+def _follows(first: Tensor, second: Tensor) -> bool:
+    """Whether a flat tensor begins where another one ends."""
+    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return same and int(first.storage_offset()) + first.numel() == int(second.storage_offset())
+
+
+def _longer(first: Tensor, second: Tensor) -> Tensor:
+    numel = first.numel() + second.numel()
+    return torch.as_strided(first, (numel,), (1,), first.storage_offset())

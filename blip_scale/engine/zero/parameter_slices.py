@@ -3,6 +3,8 @@ below a stretch of all of them laid end to end."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from blip_scale.engine import collectives
+from blip_scale.engine.zero import deepspeed_patches
+
+_LONGEST = 2**20
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,52 @@ def frozen_slice(name: str, parameter: nn.Parameter) -> list[ParameterSlice]:
     return [ParameterSlice(name, parameter, begin, numel, flat, 0)] if numel else []
 
 
-def gradient_of(piece: ParameterSlice, stage: int) -> Tensor | None:
-    """Averaged gradient of a slice between the last backward and the optimizer step."""
-    if not piece.trains:
-        return None
-    if stage == 3:
-        return deepspeed.utils.safe_get_local_grad(piece.parameter)
-    mapping = piece.parameter._hp_mapping
-    return mapping.get_lp_grad_fragment(piece.parameter._index_in_param_group)
+def gradients_of(pieces: Sequence[ParameterSlice], engine: Any) -> list[Tensor]:
+    """Averaged gradients of slices between the last backward and the optimizer step, flat, in fewer
+    and larger tensors where slices lie side by side.
+
+    No tensor is longer than 2^20 elements: torch's norm on a CPU sums up in fp32.
+
+    Args:
+        pieces: slices that train.
+        engine: DeepSpeed's.
+    """
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() != 3:
+        fragments = [
+            piece.parameter._hp_mapping.get_lp_grad_fragment(piece.parameter._index_in_param_group)
+            for piece in pieces
+        ]
+        gradients = [fragment for fragment in fragments if fragment is not None]
+    elif zero.offload_optimizer:
+        gradients = [
+            piece.flat.grad[piece.offset : piece.offset + piece.numel]
+            for piece in pieces
+            if piece.flat.grad is not None
+        ]
+    elif not deepspeed_patches.are_checked():
+        gradients = [
+            deepspeed.utils.safe_get_local_grad(piece.parameter)[: piece.numel] for piece in pieces
+        ]
+    else:
+        begins = [0, *itertools.accumulate(zero.fp16_partitioned_groups_flat_numel)]
+        flats = [*map(id, zero.fp32_partitioned_groups_flat)]
+        groups = dict(zip(flats, begins[:-1], strict=True))
+        gradients = [
+            zero.grad_partitions_flat_buffer[begin : begin + numel]
+            for begin, numel in _runs(
+                [(groups[id(piece.flat)] + piece.offset, piece.numel) for piece in pieces]
+            )
+        ]
+    return [part for gradient in gradients for part in gradient.split(_LONGEST) if gradient.numel()]
+
+
+def _runs(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(begin, numel) of stretches, those that lie end to end made one."""
+    runs: list[tuple[int, int]] = []
+    for begin, numel in stretches:
+        if runs and sum(runs[-1]) == begin:
+            runs[-1] = (runs[-1][0], runs[-1][1] + numel)
+        else:
+            runs.append((begin, numel))
+    return runs

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from blip_scale.data.tokenizer import resolve_checkpoint
+from blip_scale.storage import files
 
 _WORDS = "embeddings.word_embeddings.weight"
 
@@ -39,6 +40,7 @@ def write_small_bert(folder: Path, checkpoint: str, captions: Iterable[str]) -> 
     weights = load_file(source / "model.safetensors")
     weights[_WORDS] = weights[_WORDS][[index for _, index in kept]].contiguous()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    files.follow_umask(folder / "model.safetensors")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config |= {"vocab_size": len(kept), "pad_token_id": [p for p, _ in kept].index("[PAD]")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

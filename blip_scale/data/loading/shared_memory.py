@@ -1,0 +1,64 @@
+"""Shared memory that loader workers hand their batches over in: /dev/shm, 64 MB in a container of
+Docker unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from blip_scale.errors import RefusedInput
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFETCHED_BATCHES = 4
+"""Batches that a worker makes ahead."""
+
+
+def needed_bytes(workers: int, micro_batch: int, image_size: int, images: int = 1) -> int:
+    """Bytes that the batches under way of one rank take.
+
+    Args:
+        workers: loader processes.
+        micro_batch: samples of a batch.
+        image_size: side of the square images in pixels.
+        images: of a sample.
+    """
+    batch = micro_batch * images * 3 * image_size**2
+    return workers * (PREFETCHED_BATCHES + 1) * batch
+
+
+def check_shared_memory(needed: int, ranks: int, folder: Path = SHARED_MEMORY) -> str:
+    """Refuse a /dev/shm that is too small: a batch would be lost in it.
+
+    Args:
+        needed: bytes of one rank, from `needed_bytes`.
+        ranks: ranks of this machine.
+        folder: where shared memory lies.
+
+    Returns:
+        What there is, for a report.
+
+    Raises:
+        RefusedInput: names what is needed, and how to get it.
+    """
+    if not needed or not folder.is_dir():
+        return "not used"
+    size = shutil.disk_usage(folder).total
+    total = needed * ranks
+    said = f"{size / 2**20:.0f} MiB in {folder}, {total / 2**20:.0f} MiB for {ranks} rank(s)"
+    if total > size:
+        gib = -(-2 * total // 2**30)
+        raise RefusedInput(
+            f"{said}: loader workers would lose batches; start the container with "
+            f"--shm-size={gib}g (or --ipc=host), or lower data.workers (0: no shared memory)"
+        )
+    return said
+
+
+def ranks_here() -> int:
+    """Ranks of this machine, as the launcher says."""
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        value = os.environ.get(variable, "")
+        if value.isdecimal():
+            return int(value)
+    return 1

@@ -1,0 +1,260 @@
+"""Forward and backward of one micro-batch, eager or as a replayed CUDA graph.
+
+A captured graph replays a few thousand kernels with one launch, which takes the host's work out of
+the step. It reads and writes fixed memory: inputs are copied into static tensors, and gradients
+land in others. Exchanges between ranks and fp32 sums of gradients come after the replay.
+(Megatron-LM captures forward and backward in the same way.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blip_scale.engine.zero.engine import ZeroEngine
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 3
+"""Eager micro-steps before the first capture: they load kernels, pick matrix-multiply algorithms
+and compile."""
+MAX_GRAPHS = 16
+"""Sets of input shapes that get a graph of their own; later ones run eager."""
+
+Replay = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class MicroStepOutputs:
+    """What a network returns in a training step, detached."""
+
+    names: tuple[str, ...]
+    scalars: Tensor
+    """[len(names)] fp32: losses and metrics."""
+    tensors: dict[str, Tensor]
+    """Outputs with dimensions."""
+
+    @classmethod
+    def of(cls, outputs: dict[str, Tensor]) -> MicroStepOutputs:
+        """Stack the scalars, so that they are read together."""
+        scalars = {name: value for name, value in outputs.items() if value.dim() == 0}
+        tensors = {n: value.detach() for n, value in outputs.items() if n not in scalars}
+        stacked = torch.stack([value.detach().float() for value in scalars.values()])
+        return cls(tuple(scalars), stacked, tensors)
+
+    def clone(self) -> MicroStepOutputs:
+        """A copy that the next replay does not overwrite."""
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return replace(self, scalars=self.scalars.clone(), tensors=tensors)
+
+
+class Capturable(NamedTuple):
+    """Results of forward and backward, in static memory once captured."""
+
+    outputs: MicroStepOutputs
+    gradients: list[Tensor]
+    """From `ZeroEngine.compute_gradients`."""
+
+
+Capture = Callable[[Callable[[], Capturable], Sequence[torch.Generator]], tuple[Replay, Capturable]]
+"""Captures a function without arguments that draws from the generators and torch's own; gives the
+replay and the results that it rewrites."""
+
+
+class EagerMicroStep:
+    """Forward and backward, kernel by kernel."""
+
+    def __init__(self, engine: ZeroEngine) -> None:
+        self._engine = engine
+
+    def __call__(self, inputs: tuple[Any, ...], is_last: bool) -> MicroStepOutputs:
+        """Add the gradients of a micro-batch to the engine's.
+
+        Args:
+            inputs: arguments of the network.
+            is_last: whether the optimizer step follows.
+        """
+        outputs = self._engine.forward(*inputs)
+        self._engine.backward(outputs["loss/total"], is_last)
+        return MicroStepOutputs.of(outputs)
+
+
+@dataclass
+class _Captured:
+    """A graph with its static tensors."""
+
+    inputs: list[Tensor]
+    is_state: list[bool]
+    """Inputs that live on the device from step to step; the graph reads them where they are."""
+    results: Capturable
+    replay: Replay
+
+    def holds_state_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the state tensors are those of the capture."""
+        pairs = zip(self.inputs, tensors, self.is_state, strict=True)
+        return all(static is new for static, new, is_state in pairs if is_state)
+
+    def copy_inputs(self, tensors: Sequence[Tensor]) -> None:
+        """Bring new inputs to where the graph reads them."""
+        pairs = zip(self.inputs, tensors, self.is_state, strict=True)
+        moved = [(static, new) for static, new, is_state in pairs if not is_state]
+        for static, new in moved:
+            static.copy_(new, non_blocking=True)
+
+
+class CapturedMicroStep:
+    """Forward and backward as one CUDA graph for each set of input shapes.
+
+    The first steps, shapes that come for the first time and shapes beyond `MAX_GRAPHS` run eager.
+    Numbers are those of the eager step: a replay draws from the same seeds.
+    """
+
+    def __init__(self, engine: ZeroEngine, capture: Capture) -> None:
+        """
+        Args:
+            engine: its `capture_obstacle` is None.
+            capture: `cuda_graph`, or another with the same interface.
+        """
+        self._engine, self._capture = engine, capture
+        self._eager = EagerMicroStep(engine)
+        self._graphs: dict[Any, _Captured] = {}
+        self._steps = 0
+        self._seen: list[Tensor] = []
+        """Input tensors of the step before: those that come again are state."""
+        self._once: set[Any] = set()
+        """Signatures of inputs that were seen."""
+
+    def __call__(self, inputs: tuple[Any, ...], is_last: bool) -> MicroStepOutputs:
+        """See `EagerMicroStep`."""
+        self._steps += 1
+        tensors = tensors_in(inputs)
+        before, self._seen = self._seen, tensors
+        if self._steps <= WARM_UP_STEPS:
+            return self._eager(inputs, is_last)
+        key = signature(inputs)
+        graph = self._graphs.get(key)
+        if graph is None or not graph.holds_state_of(tensors):
+            if not self._is_worth_a_graph(key):
+                return self._eager(inputs, is_last)
+            repeated = {id(tensor) for tensor in before}
+            graph = self._captured(inputs, [id(tensor) in repeated for tensor in tensors])
+            self._graphs[key] = graph
+            logger.info("micro-step %d: captured CUDA graph %d", self._steps, len(self._graphs))
+        self._engine.gather_weights()
+        graph.copy_inputs(tensors)
+        graph.replay()
+        self._engine.add_gradients(graph.results.gradients, is_last)
+        return graph.results.outputs.clone()
+
+    def _is_worth_a_graph(self, key: Any) -> bool:
+        """Whether inputs of this signature came before, and there is room for a graph."""
+        if key in self._once:
+            return key in self._graphs or len(self._graphs) < MAX_GRAPHS
+        self._once.add(key)
+        return False
+
+    def _captured(self, inputs: tuple[Any, ...], is_state: list[bool]) -> _Captured:
+        statics = iter(
+            tensor if state else tensor.clone()
+            for tensor, state in zip(tensors_in(inputs), is_state, strict=True)
+        )
+        static_inputs = map_tensors(inputs, lambda tensor: next(statics))
+
+        def micro_step() -> Capturable:
+            outputs = self._engine.forward(*static_inputs)
+            gradients = self._engine.compute_gradients(outputs["loss/total"])
+            return Capturable(MicroStepOutputs.of(outputs), gradients)
+
+        self._engine.gather_weights()
+        generators = [value for value in inputs if isinstance(value, torch.Generator)]
+        replay, results = self._capture(micro_step, generators)
+        return _Captured(tensors_in(static_inputs), is_state, results, replay)
+
+
+def choose_micro_step(
+    engine: ZeroEngine, setting: bool | Literal["auto"], task_obstacle: str | None
+) -> EagerMicroStep | CapturedMicroStep:
+    """Follow `model.cuda_graph`, and log what is taken and why.
+
+    Raises:
+        ValueError: graphs are asked for and cannot be had.
+    """
+    obstacle = engine.capture_obstacle or task_obstacle
+    if engine.device.type != "cuda":
+        obstacle = f"CUDA graphs run on CUDA devices, not on {engine.device.type}"
+    if setting is False:
+        obstacle = "model.cuda_graph is false"
+    elif setting is True and obstacle:
+        raise ValueError(f"model.cuda_graph: true, but {obstacle}; set it to auto or false")
+    if obstacle:
+        logger.info("micro-steps run eager: %s", obstacle)
+        return EagerMicroStep(engine)
+    logger.info("micro-steps run as CUDA graphs after %d eager ones", WARM_UP_STEPS)
+    return CapturedMicroStep(engine, cuda_graph())
+
+
+def cuda_graph() -> Capture:
+    """A capture whose graphs share one memory pool: only one of them runs at a time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(
+        function: Callable[[], Capturable], generators: Sequence[torch.Generator]
+    ) -> tuple[Replay, Capturable]:
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        # Threads of the loader pin memory meanwhile: thread_local lets them.
+        with torch.cuda.graph(
+            graph,
+            pool=pool,
+            stream=torch.cuda.current_stream(),
+            capture_error_mode="thread_local",
+        ):
+            results = function()
+        return graph.replay, results
+
+    return capture
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure of tuples and dataclasses with every tensor replaced, in a fixed order."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(map_tensors(item, function) for item in value)
+    if isinstance(value, tuple):
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value) if field.init]
+        return replace(value, **{n: map_tensors(getattr(value, n), function) for n in names})
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a structure, in the order of `map_tensors`."""
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    map_tensors(value, note)
+    return tensors
+
+
+def signature(value: Any) -> Any:
+    """Shapes, dtypes and host values of a structure: one graph serves equal ones."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.dtype)
+    if isinstance(value, tuple):
+        return tuple(signature(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return tuple(signature(getattr(value, f.name)) for f in fields(value) if f.init)
+    if isinstance(value, torch.Generator):
+        return id(value)
+    return value

@@ -1,0 +1,200 @@
+"""Gradients of whole weights, averaged over ranks in a few flat exchanges.
+
+Buckets hold consecutive parameters. They are sent in a fixed order, last parameters first, as soon
+as all their gradients are there: the exchange of a bucket runs while the backward pass goes on.
+With several micro-steps each rank sums up in fp32 first, and exchanges once.
+
+Legend: W ranks, P elements of this rank's parts of all parameters, laid end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from blip_scale.engine import collectives
+
+
+def bucket_ranges(numels: Sequence[int], limit: int) -> list[range]:
+    """Indices of consecutive parameters that are exchanged together, last ones first.
+
+    Args:
+        numels: elements of each parameter.
+        limit: elements of a bucket; a parameter that is larger has a bucket of its own.
+    """
+    ranges: list[range] = []
+    end, elements = len(numels), 0
+    for index in reversed(range(len(numels))):
+        if elements and elements + numels[index] > limit:
+            ranges.append(range(index + 1, end))
+            end, elements = index + 1, 0
+        elements += numels[index]
+    return [*ranges, range(end)] if end else ranges
+
+
+@dataclass
+class _Bucket:
+    indices: range
+    """Of its parameters."""
+    parts: slice
+    """Place of its parameters' parts in [P]."""
+    missing: int = 0
+    """Gradients that the backward pass still owes."""
+
+
+@dataclass
+class _Exchange:
+    """A reduction under way; it keeps alive what is sent."""
+
+    work: Any
+    sent: Tensor
+    received: Tensor
+    sums: Tensor
+
+    def finish(self) -> None:
+        """Wait, on a GPU without holding up the host, and take what was received."""
+        self.work.wait()
+        if self.received is not self.sums:
+            self.sums.copy_(self.received)
+
+
+@dataclass
+class GradientBuckets:
+    """This rank's part of the averaged gradient, filled by the backward passes of a step."""
+
+    parameters: Sequence[nn.Parameter]
+    sizes: Sequence[int]
+    """Elements of this rank's part of each parameter."""
+    sums: Tensor
+    """[P] fp32: after the last backward of a step, the gradient averaged over micro-steps and
+    ranks."""
+    limit: int
+    """Elements of a bucket."""
+    accumulation: int
+    """Micro-steps in an optimizer step."""
+    exchange_dtype: torch.dtype
+    """Type of the gradients on the wire."""
+    micro_steps: int = 0
+    """Backward passes since the last optimizer step."""
+    _pending: list[_Exchange] = field(default_factory=list)
+    _sent: int = 0
+    _is_last: bool = True
+    _is_overlapping: bool = False
+
+    def __post_init__(self) -> None:
+        self.ranks = collectives.world_size()
+        ends = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
+        self.buckets = [
+            _Bucket(indices, slice(ends[indices.start], ends[indices.stop]))
+            for indices in bucket_ranges([p.ds_numel for p in self.parameters], self.limit)
+        ]
+        self._local: Tensor | None = None
+        if self.ranks > 1 and self.accumulation > 1:
+            self._local = self.sums.new_empty(self.ranks * self.sums.numel())
+        for bucket in self.buckets:
+            for index in bucket.indices:
+                hook = partial(self._arrived, bucket)
+                self.parameters[index].register_post_accumulate_grad_hook(hook)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add the gradient of loss / accumulation; exchanges overlap the backward pass.
+
+        Args:
+            loss: of a micro-batch, 0-dimensional.
+            is_last: whether it is the last micro-step of the optimizer step.
+        """
+        self._begin(is_last)
+        self._is_overlapping = True
+        try:
+            self._share(loss).backward()
+        finally:
+            self._is_overlapping = False
+        while self._sent < len(self.buckets):  # parameters without a gradient count as zero
+            self._send_next()
+        self._finish()
+
+    def compute(self, loss: Tensor) -> list[Tensor]:
+        """Gradients of loss / accumulation, one a parameter, contiguous and in its dtype.
+
+        Runs autograd and nothing else: no hook, no exchange, no state of this object. It can be
+        captured in a CUDA graph; a replay rewrites the tensors.
+        """
+        gradients = torch.autograd.grad(
+            self._share(loss), list(self.parameters), allow_unused=True, materialize_grads=True
+        )
+        return [gradient.contiguous() for gradient in gradients]
+
+    def add(self, gradients: Sequence[Tensor], is_last: bool) -> None:
+        """Add gradients of `compute` to the sums, as `backward` does; after every replay."""
+        self._begin(is_last)
+        for bucket in self.buckets:
+            self._send(bucket, [gradients[index] for index in bucket.indices])
+        self._finish()
+
+    def _share(self, loss: Tensor) -> Tensor:
+        return loss if self.accumulation == 1 else loss / self.accumulation
+
+    def _begin(self, is_last: bool) -> None:
+        self._is_last, self._sent = is_last, 0
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.indices)
+
+    def _arrived(self, bucket: _Bucket, parameter: nn.Parameter) -> None:
+        """A gradient is there: send the next buckets that are complete."""
+        if not self._is_overlapping:
+            return
+        bucket.missing -= 1
+        while self._sent < len(self.buckets) and not self.buckets[self._sent].missing:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        bucket = self.buckets[self._sent]
+        self._sent += 1
+        parameters = [self.parameters[index] for index in bucket.indices]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        self._send(bucket, gradients)
+        for parameter in parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _send(self, bucket: _Bucket, gradients: Sequence[Tensor]) -> None:
+        """Sum up a bucket; in the last micro-step begin its exchange."""
+        ranks, sums = self.ranks, self.sums[bucket.parts]
+        rows = [
+            g if g.dim() and len(g) % ranks == 0 else g.reshape(-1) for g in gradients
+        ]  # cut along the first dimension as ZeRO-3 cuts the flattened parameter
+        if ranks == 1:
+            self._sum_up(rows, sums.view(1, -1))
+            return
+        if self._local is None:
+            sent = torch._chunk_cat(rows, 0, ranks)
+        else:
+            begin, end = ranks * bucket.parts.start, ranks * bucket.parts.stop
+            sent = self._local[begin:end].view(ranks, -1)
+            self._sum_up(rows, sent)
+            if not self._is_last:
+                return
+        sent = sent.to(self.exchange_dtype).div_(ranks)
+        same = self.exchange_dtype == sums.dtype
+        received = sums if same else torch.empty_like(sums, dtype=self.exchange_dtype)
+        work = dist.reduce_scatter_tensor(received, sent.view(-1), async_op=True)
+        self._pending.append(_Exchange(work, sent, received, sums))
+
+    def _sum_up(self, rows: list[Tensor], total: Tensor) -> None:
+        """Write the gradients of a first micro-step to `total` [W, n], add those of later ones."""
+        if self.micro_steps == 0:
+            torch._chunk_cat(rows, 0, self.ranks, out=total)
+        else:
+            total.add_(torch._chunk_cat(rows, 0, self.ranks))
+
+    def _finish(self) -> None:
+        for exchange in self._pending:
+            exchange.finish()
+        self._pending.clear()
+        self.micro_steps += 1

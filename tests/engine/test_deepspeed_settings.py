@@ -1,0 +1,89 @@
+"""Real runs with every DeepSpeed setting on the list, away from its usual value.
+
+Where a setting says how parameters and gradients travel, the losses are those of the shipped JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+
+from blip_scale.config.deepspeed_keys import TOP, ZERO_BY_STAGE
+
+pytestmark = pytest.mark.multiprocess
+
+RANKS = 2
+TALKATIVE: dict[str, Any] = {
+    "steps_per_print": 1,
+    "wall_clock_breakdown": True,
+    "timers": {"throughput": {"enabled": True, "synchronized": False}},
+    "zero_allow_untested_optimizer": True,
+    "communication_data_type": "fp32",
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "fp16": {"enabled": False},
+    "amp": {"enabled": False},
+    "torch_autocast": {"enabled": False},
+}
+SMALL: dict[str, Any] = {
+    "overlap_comm": False,
+    "contiguous_gradients": False,
+    "reduce_scatter": False,
+    "reduce_bucket_size": 3000,
+}
+ZERO: dict[str, dict[str, Any]] = {
+    "2": SMALL | {"allgather_bucket_size": 3000, "allgather_partitions": False},
+    "3": SMALL
+    | {
+        "reduce_scatter": True,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_model_persistence_threshold": 0,
+        "stage3_max_live_parameters": 1000,
+        "stage3_max_reuse_distance": 0,
+        "sub_group_size": 5000,
+        "memory_efficient_linear": True,
+    },
+    "2 offloaded": {"offload_optimizer": {"device": "cpu", "pin_memory": False}},
+    "3 offloaded": {
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        "offload_param": {"device": "cpu", "pin_memory": False},
+    },
+}
+"""Stage and settings of `zero_optimization`."""
+
+
+def losses(folder: Path, name: str, changes: dict[str, Any], stage: int) -> list[float]:
+    """Total losses of three steps with some settings changed."""
+    recipe = tiny_runs.make_recipe(folder, train={"max_steps": 3})
+    config = json.loads((tiny_runs.REPO / "ds_configs" / f"zero{stage}.json").read_text())
+    tiny_runs._merge(config, changes)
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(config))
+    run = folder / name
+    tiny_runs.train(recipe, RANKS, f"--deepspeed={file}", f"output_dir={run}", stage=stage)
+    return [step["loss/total"] for step in tiny_runs.losses(run).values()]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_takes_every_setting(tmp_path: Path, stage: int) -> None:
+    expected = losses(tmp_path, "shipped", {}, stage)
+    for name in (f"{stage}", f"{stage} offloaded"):
+        changes = TALKATIVE | {"zero_optimization": ZERO[name]}
+        found = losses(tmp_path, name.replace(" ", "_"), changes, stage)
+        assert found == pytest.approx(expected, rel=1e-4), name
+
+
+def test_nothing_on_the_list_is_left_out() -> None:
+    """Batch sizes, clipping, bf16, optimizer and scheduler are in every run's JSON."""
+    of_the_recipe = {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "gradient_clipping", "optimizer", "scheduler", "bf16",
+    }  # fmt: skip
+    assert TALKATIVE.keys() | of_the_recipe == TOP.keys()
+    for stage, settings in ZERO_BY_STAGE.items():
+        tried = ZERO[f"{stage}"].keys() | ZERO[f"{stage} offloaded"].keys()
+        assert settings.keys() <= tried

@@ -1,0 +1,142 @@
+"""One run owns an output folder: a second one is refused, a dead one's lock is taken over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blip_scale.engine import run_lock
+from blip_scale.engine.run_lock import RunLock
+from blip_scale.errors import RefusedInput
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from blip_scale.engine.run_lock import RunLock
+RunLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    """A process that holds the lock."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def leave(folder: Path) -> None:
+    """A lock of this process that nobody renews any more."""
+    RunLock(folder)._ended.set()
+
+
+def change(folder: Path, age_s: float = 0.0, **fields: Any) -> None:
+    """Let the lock be of another holder, whose last sign of life is so old."""
+    file = folder / "lock.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    os.utime(file, (time.time() - age_s, time.time() - age_s))
+
+
+def test_a_second_run_is_refused_by_name_and_a_killed_one_is_not_in_the_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = hold(tmp_path)
+    said = rf"{tmp_path} belongs to a run that is under way \(process {process.pid} on .*\): give"
+    with pytest.raises(RefusedInput, match=said):
+        RunLock(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
+    process.send_signal(signal.SIGKILL)
+    time.sleep(0.2)  # a zombie now
+    lock = RunLock(tmp_path)
+    process.wait()
+    assert "took over the lock of a run that ended" in caplog.text
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+    RunLock(tmp_path).release()
+
+
+def test_another_process_with_the_same_number_is_another_one(tmp_path: Path) -> None:
+    leave(tmp_path)
+    change(tmp_path, started=1.0)
+    RunLock(tmp_path).release()
+
+
+def test_a_silent_lock_of_another_machine_is_stale(tmp_path: Path) -> None:
+    leave(tmp_path)
+    change(tmp_path, age_s=run_lock.STALE_S + 1, host="elsewhere")
+    RunLock(tmp_path).release()
+
+
+def test_a_container_of_the_same_host_name_is_another_machine(tmp_path: Path) -> None:
+    """Its process ids mean nothing here: a lock that is renewed is alive."""
+    process = hold(tmp_path)
+    lock_text = (tmp_path / "lock.json").read_text()
+    holder = json.loads(lock_text) | {"namespace": "pid:[1]", "pid": 999_999_999}
+    assert run_lock._is_alive(holder) is None
+    process.kill()
+    process.wait()
+
+
+def test_signs_of_life_of_another_machine_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the time in which a live run would have renewed its lock."""
+    monkeypatch.setattr(run_lock, "STALE_S", 3.0)
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.5)
+    alive = RunLock(tmp_path)
+    monkeypatch.setattr(run_lock, "_is_alive", lambda holder: None)
+    with pytest.raises(RefusedInput, match="is under way"):
+        RunLock(tmp_path)
+    alive.release()
+
+
+def test_a_lock_that_falls_silent_is_taken_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "STALE_S", 1.5)
+    process = hold(tmp_path)
+    process.kill()
+    process.wait()
+    change(tmp_path, host="elsewhere")
+    began = time.monotonic()
+    RunLock(tmp_path).release()
+    assert 1 < time.monotonic() - began < 30
+
+
+def test_a_restart_of_the_same_job_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM ends a job's processes before it starts the job again, on whatever node."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    leave(tmp_path)
+    change(tmp_path, host="elsewhere")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    RunLock(tmp_path).release()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
+def test_a_damaged_lock_is_judged_by_its_age(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "lock.json"
+    file.write_text(text)
+    os.utime(file, (time.time() - 3600,) * 2)
+    RunLock(tmp_path).release()
+
+
+def test_who_lost_its_lock_ends(tmp_path: Path) -> None:
+    """A run that was suspended for long must not write beside the one that took over."""
+    process = hold(tmp_path)
+    change(tmp_path, pid=1)
+    assert process.wait(3 * run_lock.BEAT_S) == 1

@@ -1,0 +1,16 @@
+"""train.py on a DeepSpeed whose version nobody has tried the patches on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import deepspeed
+
+from blip_scale import train
+
+if __name__ == "__main__":
+    deepspeed.__version__ = "0.19.999"
+    train.command()

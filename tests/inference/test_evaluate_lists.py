@@ -1,0 +1,32 @@
+"""tools/evaluate.py on annotation files: what a test server would reject is refused before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from blip_scale.commands import evaluate
+
+
+def test_images_with_one_id_make_no_submission(
+    ours: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """COCO's ids are the digits of file names, which two folders may share."""
+    names = ["val2014/COCO_val2014_000000000042.png", "train2014/COCO_train2014_000000000042.png"]
+    source = next(pictures.glob("*.png"))
+    for name in names:
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(source, tmp_path / name)
+    listed, out = tmp_path / "list.json", tmp_path / "out.json"
+    arguments = ["captioning", str(ours), str(listed), "--submission", str(out)]
+    listed.write_text(json.dumps([{"image": name} for name in names]))
+    assert evaluate.main(arguments) == 2
+    assert not out.exists()
+    said = capsys.readouterr().err
+    assert f"{names[0]} and {names[1]} would both have the image_id 42" in said
+    listed.write_text(json.dumps([{"image": n, "img_id": i} for i, n in enumerate(names)]))
+    assert evaluate.main(arguments) == 0
+    assert [entry["image_id"] for entry in json.loads(out.read_text())] == [0, 1]

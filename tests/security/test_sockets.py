@@ -1,0 +1,111 @@
+"""What a run opens on the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from blip_scale import launcher
+from blip_scale.engine import rendezvous
+
+REPO = Path(__file__).resolve().parents[2]
+RANK = Path(__file__).with_name("listening_rank.py")
+
+
+def other_addresses() -> list[str]:
+    """IPv4 addresses of this machine that are not the loopback's."""
+    listed = [a for addresses in psutil.net_if_addrs().values() for a in addresses]
+    found = [a.address for a in listed if a.family == socket.AF_INET]
+    return [address for address in found if not address.startswith("127.")]
+
+
+def listened(address: str) -> list[list[str]]:
+    """Addresses on which two ranks listen that meet at `address`."""
+    port = str(launcher.free_port())
+    ranks = []
+    for rank in ("0", "1"):
+        environment = os.environ | {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": address, "MASTER_PORT": port, "PYTHONPATH": str(REPO),
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            environment.pop(name, None)
+        command = [sys.executable, str(RANK)]
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, text=True))
+    said = [rank.communicate(timeout=400)[0] for rank in ranks]
+    found: list[list[str]] = json.loads(said[0].splitlines()[-1])
+    return found
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("place", ["loopback", "network"])
+def test_ranks_listen_where_they_meet(place: str) -> None:
+    addresses = ["127.0.0.1"] if place == "loopback" else other_addresses()
+    if not addresses:
+        pytest.skip("this machine has the loopback alone")
+    listening = listened(addresses[0])
+    assert len(listening) == 2 and len(listening[0]) >= 2, "the store, and gloo on both ranks"
+    assert {address for rank in listening for address in rank} == {addresses[0]}
+
+
+def test_the_interface_on_the_way() -> None:
+    assert rendezvous.interface_to("127.0.0.1", 1) == ("lo", True)
+    assert rendezvous.interface_to("127.0.1.1", 1) == ("lo", True)
+    assert rendezvous.interface_to("no-such-host.invalid", 1) is None
+
+
+def test_chosen_interfaces_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    rendezvous.exchange_on_the_rendezvous_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+def test_an_address_of_another_machine_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert rendezvous._listen("192.0.2.77", launcher.free_port()) is None
+    assert "192.0.2.77 is no address at which others reach this machine" in caplog.text
+
+
+def test_a_name_that_is_the_loopback_here_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """/etc/hosts calls many a machine 127.0.1.1: ranks of other nodes would not be heard."""
+    name = "this-very-node"
+    asked = socket.getaddrinfo
+
+    def answered(host: str, *more: Any, **options: Any) -> Any:
+        return asked("127.0.1.1" if host == name else host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answered)
+    for variable, value in {"MASTER_ADDR": name, "MASTER_PORT": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(variable, value)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    rendezvous.exchange_on_the_rendezvous_interface()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert rendezvous._listen(name, launcher.free_port()) is None
+    assert "listening on all" in caplog.text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    rendezvous.exchange_on_the_rendezvous_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    descriptor = rendezvous._listen(name, launcher.free_port())
+    assert descriptor is not None
+    with socket.socket(fileno=descriptor) as listening:
+        assert listening.getsockname()[0] == "127.0.1.1"

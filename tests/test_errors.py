@@ -1,0 +1,110 @@
+"""Exit code 2 is for refused input alone: SLURM starts a job again on every other one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blip_scale import train
+from blip_scale.commands.command_line import report_error
+from blip_scale.config import exit_codes
+from blip_scale.config.recipe import load
+from blip_scale.data.tokenizer import resolve_checkpoint
+from blip_scale.errors import MissingInput, RefusedInput, is_refused, refusing
+from blip_scale.storage.objects import RemoteError
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def caught(action: object) -> Exception:
+    """The error of something that fails."""
+    try:
+        action()  # type: ignore[operator]
+    except Exception as error:
+        return error
+    raise AssertionError("it did not fail")
+
+
+INPUT = {
+    "a recipe's setting": lambda: load("demo", ["train.epochs=many"]),
+    "a recipe that is not there": lambda: load("no_such_recipe"),
+    "a file that is not there": lambda: Path("/no/such/file").read_text(),
+    "a folder for a file": lambda: Path("/").read_text(),
+    "a text checkpoint": lambda: resolve_checkpoint("./nowhere"),
+}
+FAILURES = {
+    "torch": lambda: torch.utils.data.DataLoader([], batch_size=0),
+    "numpy": lambda: np.zeros(2).reshape(3),
+    "a full disk": lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    "a remote": lambda: (_ for _ in ()).throw(RemoteError("s3://bucket is out of reach")),
+    "a bug": lambda: {}["key"],
+}
+
+
+@pytest.mark.parametrize("name", INPUT)
+def test_input_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = caught(INPUT[name])
+    assert is_refused(error)
+    assert report_error("tool", error) == exit_codes.REFUSED
+    assert capsys.readouterr().err.startswith("tool: ")
+    with pytest.raises(RefusedInput), refusing():
+        raise error
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failures_are_none(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = caught(FAILURES[name])
+    assert not is_refused(error)
+    assert report_error("tool", error) == exit_codes.FAILED
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_missing_can_be_caught_as_such() -> None:
+    with pytest.raises(FileNotFoundError, match=r"^gone$"), refusing():
+        raise FileNotFoundError("gone")
+    assert issubclass(MissingInput, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "0"}, "LOCAL_RANK, WORLD_SIZE not set, though RANK is"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK not set, though RANK, WORLD_SIZE is"),
+        ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK='x': expected a number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='': expected a number"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}, "RANK 0 of WORLD_SIZE 0"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE is not set"),
+        (
+            {"RANK": "0", "LOCAL_RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            "LOCAL_RANK 2 of LOCAL_WORLD_SIZE 2, with WORLD_SIZE 4: they contradict",
+        ),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            "MASTER_ADDR is not set: 2 ranks cannot find each other",
+        ),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"},
+            "MASTER_PORT 70000 is no port",
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_NODEID is not set"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_SIZE is 2: MPI started several processes, but"),
+    ],
+)  # fmt: skip
+def test_variables_of_launchers_are_refused_in_a_line(variables: dict[str, str], said: str) -> None:
+    """By the command itself, for training and for the dry run."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL", "MASTER_", "SLURM", "OMPI", "PMI", "MPI")
+    plain = {name: v for name, v in os.environ.items() if not name.startswith(names)}
+    done = subprocess.run(
+        [sys.executable, train.__file__, "--print-recipe"],
+        env=plain | variables, capture_output=True, text=True, timeout=120, check=False, cwd=REPO,
+    )  # fmt: skip
+    assert done.returncode == exit_codes.REFUSED
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,151 @@
+"""What a step makes the GPU and the host do, read from a trace of torch's profiler.
+
+The trace holds CUDA's calls and kernels alone, without torch's operations: recording those would
+slow the host down by more than it works.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "cuStreamSynchronize",
+    "cuCtxSynchronize",
+    "cuEventSynchronize",
+)
+"""CUDA calls that return when the device has done something."""
+_ALLOCATIONS = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaMallocHost", "cuMemCreate")
+_LAUNCH_LIMIT_US = 100.0
+"""A longer launch waited for room in the device's queue."""
+Event = dict[str, Any]
+
+
+def device_work(step: Callable[[], None]) -> dict[str, Any]:
+    """Profile one step on a CUDA device; see `summary` for the figures.
+
+    A first trace of nothing says how many waits belong to the profiler.
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        idle, _ = _traced(lambda: None, Path(folder) / "idle.json")
+        events, seconds = _traced(step, Path(folder) / "step.json")
+    return summary(events, seconds, profilers_waits=sum(map(_is_wait, idle)))
+
+
+def _traced(step: Callable[[], None], file: Path) -> tuple[list[Event], float]:
+    """Complete events of a call, and the seconds until it returned."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        began = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - began
+    profiler.export_chrome_trace(str(file))
+    events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    return [event for event in events if event.get("ph") == "X"], seconds
+
+
+def summary(events: Sequence[Event], seconds: float, profilers_waits: int) -> dict[str, Any]:
+    """Figures of a trace.
+
+    Args:
+        events: complete events in the format of Chrome's tracing, times in microseconds.
+        seconds: wall time from the call of the step to its return.
+        profilers_waits: how many of the last waits belong to the profiler.
+
+    Returns:
+        `kernel_s` sums kernels, `busy_s` is the time in which the device did anything, `host_s` is
+        `seconds` without waits and without launches that waited for room in the queue. `waits` and
+        `allocations` count CUDA calls by name. `kernels`, `launches`, `graph_launches` and `copies`
+        are counts.
+    """
+    calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    waits = sorted(filter(_is_wait, calls), key=lambda event: event["ts"])
+    waits = waits[: len(waits) - profilers_waits]
+    names = [event["name"] for event in calls]
+    launches = [event for event in calls if "LaunchKernel" in event["name"]]
+    launches += [event for event in calls if "LaunchCooperativeKernel" in event["name"]]
+    queued_us = sum(max(0.0, event["dur"] - _LAUNCH_LIMIT_US) for event in launches)
+    waited_us = sum(event["dur"] for event in waits)
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    copies = [event for event in events if event.get("cat") in ("gpu_memcpy", "gpu_memset")]
+    return {
+        "kernel_s": sum(event["dur"] for event in kernels) / 1e6,
+        "busy_s": _covered_us([*kernels, *copies]) / 1e6,
+        "host_s": max(0.0, seconds - (waited_us + queued_us) / 1e6),
+        "kernels": len(kernels),
+        "launches": len(launches),
+        "graph_launches": names.count("cudaGraphLaunch"),
+        "copies": len(copies),
+        "waits": dict(Counter(event["name"] for event in waits)),
+        "allocations": dict(Counter(name for name in names if name in _ALLOCATIONS)),
+    }
+
+
+def _is_wait(event: Event) -> bool:
+    return event.get("name") in WAITS and event.get("cat") in ("cuda_runtime", "cuda_driver")
+
+
+def _covered_us(events: Sequence[Event]) -> float:
+    """Microseconds that some intervals cover, overlaps counted once."""
+    covered, end = 0.0, float("-inf")
+    for event in sorted(events, key=lambda event: event["ts"]):
+        start, stop = event["ts"], event["ts"] + event["dur"]
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
+
+
+def waiting_places(step: Callable[[], None]) -> dict[str, int]:
+    """Places in the code where torch makes the host wait in one step, with their counts.
+
+    A place is the innermost line of this project, or of DeepSpeed, on the stack. Calls to
+    `torch.cuda.synchronize` do not count: torch does not announce them.
+    """
+    places: Counter[str] = Counter()
+
+    def note(*arguments: Any, **keywords: Any) -> None:
+        places[_place(traceback.extract_stack())] += 1
+
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return dict(places.most_common())
+
+
+def _place(stack: Sequence[traceback.FrameSummary]) -> str:
+    for frame in reversed(stack):
+        for package in ("blip_scale", "tools", "deepspeed"):
+            _, found, rest = frame.filename.rpartition(f"/{package}/")
+            if found and not rest.endswith("device_work.py"):
+                return f"{package}/{rest}:{frame.lineno} {frame.name}"
+    return "elsewhere"
+
+
+def gpu_memory() -> dict[str, float]:
+    """Peaks since they were reset; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+    }
