@@ -148,6 +148,10 @@ def image_ids(pairs: HeldoutPairs, location: str, strip_prefix: str = "") -> lis
     for item in items if isinstance(items, list) else []:
         if "img_id" in item:
             known[item["image"].removeprefix(strip_prefix)] = item["img_id"]
+    images = items.get("images", []) if isinstance(items, dict) else []
+    for image in images:  # a test set without captions: nocaps_test_image_info.json
+        if "file_name" in image and "id" in image:
+            known[image["file_name"]] = image["id"]
     found: list[int | str] = []
     for name, own in zip(pairs.ids, pairs.annotations, strict=True):
         digits = re.search(r"(?:^|[_/])(\d{6,})\.\w+$", name)

@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 
 from blip_scale.commands import prepare_data
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.conversion.pairs import Source
+from blip_scale.data.heldout.listed import listed_pairs
+from blip_scale.data.reading.stream_store import StreamStore
 from blip_scale.data.shards import read_index
+from blip_scale.data.sources.readers import READERS
+from blip_scale.tasks import captioning
 
 _ABOVE = [folder / "shared" / "cases" for folder in Path(__file__).resolve().parents]
 CASES = next((folder for folder in _ABOVE if folder.is_dir()), _ABOVE[-1])
@@ -194,6 +200,20 @@ def test_texts_that_mean_nothing_to_pandas(tmp_path: Path) -> None:
     captions = captions_of(tmp_path / "out")
     assert [captions[f"{i:02}.jpg"] for i in range(4)] == [["none"], ["nan"], ["null"], ["n/a"]]
     assert [line["id"] for line in rejects_of(tmp_path / "out")] == ["04.jpg", "05.jpg", "06.jpg"]
+
+
+def test_a_test_set_without_captions() -> None:
+    """`evaluate --submission` names its images by their ids."""
+    source = Source(str(CASES / "nocaps_test" / "nocaps_test_image_info.json"))
+    found = [one for chunk in READERS["coco"].chunks(source) for one in chunk.read()]
+    pairs = listed_pairs("nocaps", found, 32, images_below=source.image_root())
+    assert pairs.captions == [[]] and pairs.images([0]).shape == (1, 3, 32, 32)
+    assert captioning.image_ids(pairs, source.location) == [0]
+
+
+def test_shards_in_folders_below_the_index() -> None:
+    store = StreamStore(StreamRecipe("set", str(CASES / "mds_multi_index")))
+    assert [len(store.read(shard, 0)["captions"]) for shard in range(2)] == [1, 1]
 
 
 def _other_list(folder: Path) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
@@ -313,3 +314,20 @@ def test_a_run_that_changes_its_ranks_reads_the_same_row(
     assert row == whole
     for epoch in (row[:48], row[48:96], row[96:]):
         assert len(set(epoch)) == 48, "each sample once an epoch"
+
+
+def test_text_that_the_tokenizer_does_not_know(
+    make_shards: MakeShards,
+    make_loader: MakeLoader,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """The first rank warns of it, for local streams and remote ones."""
+    make_loader([stream(make_shards("ab", 20))])
+    assert "[UNK]" not in caplog.text
+    unknown = make_shards("xyz", 20)
+    make_loader([stream(unknown)], rank=1, world_size=2)
+    assert "[UNK]" not in caplog.text
+    make_loader([stream(unknown)])
+    make_loader([stream(tmp_path / "cache", unknown)])
+    assert caplog.text.count("% of the tokens of its first captions are [UNK]") == 2

@@ -125,11 +125,16 @@ def test_a_dry_run_writes_nothing(
     assert table["width"] == ["80"] * 5 and table["height"] == ["60"] * 5
     assert table["words"] == ["9"] * 5 and int(table["tokens"][0]) > 9
     assert said[-1].startswith("whole: about ") and "of shards" in said[-1]
+    shown = [line.removeprefix("caption: ") for line in said if line.startswith("caption: ")]
+    assert len(shown) == 5 == len(set(shown)) and all("a cat 😺 with a" in one for one in shown)
+    (share,) = [line for line in said if "[UNK]" in line]
+    assert float(share.partition("%")[0]) > 50 and share.endswith("another tokenizer is needed")
     whole = int(said[-1].split()[2])
     assert 90 <= whole <= 120, "of 100"
     assert sorted(tars.parent.rglob("*")) == before
     assert prepare([*arguments, "--tokenizer", "/nowhere"]) == 0
-    assert "token lengths are left out: " in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "token counts are left out: " in said.err and "[UNK]" not in said.out
 
 
 @pytest.mark.parametrize(

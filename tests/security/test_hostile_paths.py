@@ -145,8 +145,8 @@ def rejects_of(out: Path) -> dict[str, str]:
     return {entry["id"]: entry["reason"] for entry in map(json.loads, lines)}
 
 
-def convert(reader: str, location: Path, out: Path, *more: str) -> None:
-    assert prepare_data.main([reader, str(location), str(out), "--workers", "1", *more]) == 0
+def convert(reader: str, location: Path, out: Path, *more: str, code: int = 0) -> None:
+    assert prepare_data.main([reader, str(location), str(out), "--workers", "1", *more]) == code
 
 
 @pytest.mark.parametrize("kind", LISTS)
@@ -193,7 +193,7 @@ def test_outside_on_request(images: Path, tmp_path: Path, server: tuple[str, lis
     write_json(lambda path: {"url": path, "caption": "a cat"})(images, [f"{url}/2.jpg"])
     convert("blip_json", images / "list.json", tmp_path / "urls", "--allow-outside")
     assert rejects_of(tmp_path / "urls") == {} and "/2.jpg" in asked
-    convert("blip_json", images / "list.json", tmp_path / "none")
+    convert("blip_json", images / "list.json", tmp_path / "none", code=2)
     assert rejects_of(tmp_path / "none") == {f"{url}/2.jpg": "outside the image folder"}
 
 
@@ -224,7 +224,7 @@ def test_only_regular_files_are_read(odd_files: Path, tmp_path: Path) -> None:
     special = ("fifo.jpg", "zero.jpg", "socket.jpg", "in.jpg")
     for name in special[:3]:
         (odd_files / name).with_suffix(".txt").write_text("a cat")
-    convert("folder", odd_files, tmp_path / "out")
+    convert("folder", odd_files, tmp_path / "out", code=2)
     rejects = rejects_of(tmp_path / "out")
     assert {name: rejects[name] for name in special} == dict.fromkeys(special, "no regular file")
     write_csv(odd_files, [*special, "folder.jpg", "in.jpg"])

@@ -20,6 +20,7 @@ from blip_scale.storage.locations import (
     list_folder,
     parent,
 )
+from blip_scale.storage.untrusted import RefusedPath, below
 
 
 def of_files(entries: Iterable[Entry]) -> str:
@@ -31,9 +32,13 @@ def of_files(entries: Iterable[Entry]) -> str:
 
 
 class PairPrints:
-    """Fingerprints of pairs out of a list, with the images that they name."""
+    """Fingerprints of pairs out of a list, with the images that they name.
 
-    def __init__(self) -> None:
+    Nothing is asked about images outside the folder `images_below`, which are not opened either.
+    """
+
+    def __init__(self, images_below: str | None = None) -> None:
+        self._images_below = images_below
         self._folders: dict[str, dict[str, str]] = {}
 
     def of(self, pairs: Iterable[Found]) -> str:
@@ -42,8 +47,9 @@ class PairPrints:
         for pair in pairs:
             digest.update(_bytes(f"{pair!r}\n"))
             if isinstance(pair, RawPair):
+                root = None if pair.from_folder else self._images_below
                 for image in (pair.image, pair.second_image):
-                    if isinstance(image, str):
+                    if isinstance(image, str) and _is_below(root, image):
                         digest.update(_bytes(f"{self._version(image)}\n"))
         return digest.hexdigest()
 
@@ -64,6 +70,13 @@ class PairPrints:
                 listed = []
             self._folders[folder] = {e.name: f"{e.size} {e.version}" for e in listed}
         return self._folders[folder].get(basename(location), "")
+
+
+def _is_below(folder: str | None, location: str) -> bool:
+    try:
+        return folder is None or bool(below(folder, location))
+    except RefusedPath:
+        return False
 
 
 def _bytes(text: str) -> bytes:

@@ -87,7 +87,7 @@ class Conversion:
 
     def plan(self) -> dict[str, Any]:
         """What conversion.json says: all parts and restarts must agree on it."""
-        prints = PairPrints()
+        prints = PairPrints(self.rules.images_below if self.rules else None)
         rules = self.settings
         if self.rules:
             rules = asdict(self.rules)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.captions import clean_caption
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import StreamStore
 
@@ -31,14 +32,14 @@ def unknown_share(store: StreamStore, tokenizer: PreTrainedTokenizerFast) -> flo
     0 where the shard can't be had at once; reading it will say why.
     """
     tokens = unknown = 0
-    if store.remote is None or store.prefetch(0):
+    if store.remote is None or (store.prefetch(0) and store.is_cached(0)):
         for index in range(min(_CAPTIONS, store.shard_samples[0])):
             try:
                 captions = store.read(0, index)["captions"]
             except (OSError, ValueError):
                 continue
             for caption in captions:
-                counts = count_tokens(tokenizer, caption)
+                counts = count_tokens(tokenizer, clean_caption(caption))
                 tokens, unknown = tokens + counts[0] - 2, unknown + counts[1]
     return unknown / max(1, tokens)
 

@@ -155,6 +155,10 @@ class StreamStore:
                 return False
             return True
 
+    def is_cached(self, number: int) -> bool:
+        """Whether a shard lies in the folder, whole."""
+        return self._is_there(self.shards[number])
+
     def _path(self, info: FileInfo) -> Path:
         return self.folder / info.basename
 

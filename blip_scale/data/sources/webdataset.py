@@ -212,7 +212,7 @@ class Sample:
         for own in self.parts:
             kinds.setdefault(_inner(own), set()).add(kind_of(own))
         whole = [s for s, k in kinds.items() if s and _IMAGE in k and k & {_TEXT, _JSON}]
-        return bool(whole and _inner(ending) and _inner(ending) not in whole)
+        return bool(whole and _inner(ending) and _inner(ending) not in kinds)
 
 
 def _inner(ending: str) -> str:
