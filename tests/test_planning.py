@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 from train_with_another_contrast import InBatch
 
 from blip_scale.commands import plan as plan_command
@@ -61,7 +62,7 @@ def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
 
     def alive() -> dict[int, int]:
         gc.collect()
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, Parameter)]
         storages = [tensor.untyped_storage() for tensor in tensors]
         return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
@@ -251,11 +252,11 @@ def test_says_what_to_change() -> None:
 def test_a_larger_micro_batch_is_proposed_where_it_is_faster() -> None:
     found = json.loads(plan("base_129M", "--nodes", "1", "--json"))
     larger = found["larger_micro_batch"]
-    assert larger["micro_batch"] == found["max_micro_batch_size"] == 360
+    assert larger["micro_batch"] == 180 and found["max_micro_batch_size"] == 360
     assert larger["gain"] > 1.5
     said = plan("base_129M", "--nodes", "1")
-    assert re.search(r"\nfaster: train.max_micro_batch_size=360 takes \d+ ms a step, \d", said)
-    assert "(auto takes 360)" in said and "negatives then come from 360 pairs, not 90" in said
+    assert re.search(r"\nfaster: train.max_micro_batch_size=180 takes \d+ ms a step, \d", said)
+    assert "(auto takes 360)" in said and "negatives then come from 180 pairs, not 90" in said
     one = json.loads(plan("base_129M", "--gpus-per-node", "1", "--gpu", "h200", "--json"))
     assert one["larger_micro_batch"]["micro_batch"] < one["max_micro_batch_size"], (
         "enough is enough"
@@ -263,7 +264,7 @@ def test_a_larger_micro_batch_is_proposed_where_it_is_faster() -> None:
     assert "negatives then" not in plan("base_129M", "objective.negatives=global")
     auto = json.loads(plan("base_129M", "train.max_micro_batch_size=auto", "--json"))
     assert auto["batch"]["micro_batch"] == 360 and auto["larger_micro_batch"] is None
-    assert auto["step_seconds"] == pytest.approx(larger["step_s"])
+    assert auto["step_seconds"] <= larger["step_s"]
     assert auto["memory_per_gpu_gib"] < 0.9 * auto["memory_limit_gib"]
     small = ["train.max_micro_batch_size=auto", "--gpu", "rtx4090", "--json"]
     assert json.loads(plan("base_129M", *small))["batch"]["micro_batch"] < 360

@@ -534,6 +534,13 @@ class TestPublishedSettings:
             assert timm.is_model_pretrained(name)
 
 
+def rank_variables(rank: str, world_size: str) -> dict[str, str]:
+    """What a launcher says to a rank on a machine of its own."""
+    sizes = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    return {"RANK": rank, "LOCAL_RANK": rank, **sizes, **place}
+
+
 class TestCommand:
     def test_help_is_readable_and_complete(self, train: Any) -> None:
         done = train("--help")
@@ -581,11 +588,11 @@ class TestCommand:
         assert done.stdout == ""
 
     def test_other_ranks_keep_silent(self, train: Any) -> None:
-        done = train("train.epoch=2", RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+        done = train("train.epoch=2", **rank_variables("1", "2"))
         assert (done.returncode, done.stderr) == (2, "")
 
     def test_the_number_of_ranks_counts(self, train: Any, data: list[str]) -> None:
-        done = train(*data, RANK="0", LOCAL_RANK="0", WORLD_SIZE="3")
+        done = train(*data, **rank_variables("0", "3"))
         assert "128 is not a multiple of 3 (3 ranks)" in done.stderr
 
     def test_refusing_imports_nothing_heavy(self, data: list[str]) -> None:
@@ -619,7 +626,7 @@ class TestCommand:
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=REPO, capture_output=True, text=True, check=False,
-            env={**os.environ, "RANK": rank, "WORLD_SIZE": world_size},
+            env=os.environ | rank_variables(rank, world_size),
         )  # fmt: skip
         line = f"blip_scale {__version__}: recipe demo, {ranks}; loading torch and DeepSpeed ...\n"
         assert done.stderr == (line if ranks else "") + "torch is imported\n"

@@ -15,12 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
+from blip_scale.errors import RefusedInput
 from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError, split_url
 
 _BUFFER_BYTES = 4 << 20  # of a remote file that is read in small pieces
 
 
-class NotRegularFile(OSError):
+class NotRegularFile(RefusedInput, OSError):
     """A FIFO, a device or a socket where a file is expected: reading it may never end."""
 
 

@@ -24,6 +24,7 @@ from blip_scale.engine.zero import deepspeed_patches
 from blip_scale.engine.zero.gradient_buckets import GradientBuckets, bucket_ranges
 from blip_scale.engine.zero.whole_weights import FlatWeights
 from blip_scale.planning.network import network_of
+from blip_scale.tasks.by_name import contrast_of
 
 MOST_REDUCTIONS = 12
 OWN_SIZES = ("model.vision.checkpoint=null", "data.streams=[]", "data.heldout=[]")
@@ -40,7 +41,7 @@ def test_buckets_hold_all_parameters_last_ones_first() -> None:
 @pytest.mark.parametrize("name", ["base_129M", "large_129M"])
 def test_few_reductions_at_full_size(name: str) -> None:
     """With the bucket of ds_configs/zero3.json."""
-    network = network_of(recipe.load(name, OWN_SIZES))
+    network = network_of(recipe.load(name, OWN_SIZES), contrast_of)
     ranges = bucket_ranges(network.trainable, limit=50_000_000)
     assert sum(network.trainable) > 200e6
     assert 2 < len(ranges) <= MOST_REDUCTIONS
@@ -73,8 +74,9 @@ def test_micro_batches_are_summed_in_fp32(dtype: torch.dtype, overlapping: bool)
         assert all(parameter.grad is None for parameter in parameters)
         third = [(factor.float() / 3).to(dtype).float().flatten() for factor in factors[:3]]
         expected += torch.cat([*third, torch.zeros(10)])
+    is_rounded = dtype == torch.bfloat16  # each third is, in one order of operations or another
     torch.testing.assert_close(
-        sums, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        sums, expected, rtol=1e-2 if is_rounded else 1e-5, atol=1e-2 if is_rounded else 1e-6
     )
     assert not sums[-10:].any()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_blip
@@ -22,6 +23,7 @@ from blip_scale.interop.salesforce_files import read_salesforce, write_salesforc
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig
+from blip_scale.storage.checkpoint_format import Manifest
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -242,6 +244,12 @@ def test_published_files_without_sizes(tmp_path: Path) -> None:
     assert config.text.special == sizes.text.special
 
 
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    added = ("format_version", "checksum")
+    fields = {name: value for name, value in content.items() if name not in added}
+    (folder / "manifest.json").write_text(Manifest(**fields).to_json())
+
+
 def test_pieces_of_ranks_are_put_together(ours: Path, tmp_path: Path) -> None:
     """Stretches of any length in the files of three ranks, as ZeRO-2 and ZeRO-3 cut them."""
     folder = tmp_path / "step_00000007"
@@ -267,11 +275,11 @@ def test_pieces_of_ranks_are_put_together(ours: Path, tmp_path: Path) -> None:
     for file in folder.glob("*.safetensors"):
         digest = xxhash.xxh3_64(file.read_bytes()).hexdigest()
         manifest["files"][file.name] = {"bytes": file.stat().st_size, "xxh3": digest}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     found, expected = read_checkpoint(folder).state, read_checkpoint(ours).state
     assert_equal(found, expected)
     del manifest["files"]["rank_00001.safetensors"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     with pytest.raises(ValueError, match=r"\d+ elements of "):
         read_checkpoint(folder)
 
