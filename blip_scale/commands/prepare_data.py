@@ -83,7 +83,9 @@ def _convert(options: argparse.Namespace) -> int:
         return _tell_survey(survey(chunks, rules, options.sample, _tokenizer(options)), options)
     if not options.out:
         raise ValueError("say where the shards go: OUT is a folder or a remote such as s3://b/p")
-    local = is_local(options.input) and is_local(options.images)
+    # A client of object storage or of a web server hangs in a process that was forked beside it.
+    places = (options.input, options.images, options.out)
+    local = all(map(is_local, places)) and not options.allow_outside
     reading = {"reader": options.name, **asdict(source), **own_options}
     del reading["location"]
     job = Conversion(
