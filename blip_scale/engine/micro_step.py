@@ -192,7 +192,9 @@ def choose_micro_step(
     elif setting is True and obstacle:
         raise ValueError(f"model.cuda_graph: true, but {obstacle}; set it to auto or false")
     if obstacle:
-        logger.info("micro-steps run eager: %s", obstacle)
+        is_expected = setting is False or engine.device.type == "cpu"
+        level = logging.DEBUG if is_expected else logging.INFO
+        logger.log(level, "micro-steps run eager: %s", obstacle)
         return EagerMicroStep(engine)
     logger.info("micro-steps run as CUDA graphs after %d eager ones", WARM_UP_STEPS)
     return CapturedMicroStep(engine, cuda_graph())

@@ -101,7 +101,8 @@ class UnimodalEncoder(nn.Module):
 
     def encode_text(self, text: PackedText) -> Tensor:
         """Text alone, [CLS] first, to the hidden states [S, D] of the first tokens."""
-        takes_packed = self.config.takes_packed(self.text_proj.weight)
+        # By `parameters`: under ZeRO-3 an access by name would gather the weight.
+        takes_packed = self.config.takes_packed(next(self.text_proj.parameters()))
         return self.text(plan_pass(text, None, None, takes_packed))
 
     def project_text(self, states: Tensor) -> Tensor:

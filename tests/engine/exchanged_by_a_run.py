@@ -89,6 +89,7 @@ def main() -> None:
         gathers.bytes = dict.fromkeys(gathers.bytes, 0)
         progress = Progress(step, step, task.steps_per_epoch)
         losses = engine.forward(*task.inputs(batch, progress))
+        task.collect(losses, progress)
         note("forward")
         found["prefetch"] = dict(gathers.bytes)
         engine.backward(losses["loss/total"], is_last=True)

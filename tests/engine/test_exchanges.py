@@ -124,7 +124,7 @@ def test_whole_weights_are_gathered_at_once_and_gradients_go_in_buckets(tmp_path
     """On two ranks: one gather for what trains, one for the momentum copies, one reduction a
     bucket, of which two fit here."""
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
-    network = network_of(chosen)
+    network = network_of(chosen, contrast_of)
     limit = sum(network.trainable) // 2 + max(network.trainable)
     buckets = bucket_ranges(network.trainable, limit)
     assert len(buckets) == 2

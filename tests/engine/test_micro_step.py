@@ -208,7 +208,7 @@ def obstacle_engine(device: str, obstacle: str | None) -> Any:
 def test_what_cannot_be_captured_runs_eager_and_says_why(
     engine: Any, task: str | None, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="blip_scale")
+    caplog.set_level("DEBUG", logger="blip_scale")
     assert isinstance(choose_micro_step(engine, "auto", task), EagerMicroStep)
     assert reason in caplog.text
     with pytest.raises(ValueError, match=f"model.cuda_graph: true, but {reason}"):

@@ -44,6 +44,7 @@ from blip_scale.model.compiling import compile_blocks
 
 logger = logging.getLogger(__name__)
 
+_AFTER_STACKS_S = 10.0
 _SHARED_MEMORY = "deepspeed_shm_comm"
 """DeepSpeed's name for its exchange between ranks on a CPU."""
 
@@ -426,7 +427,9 @@ def _unlink_shared_buffer() -> None:
 
 
 def _patience(timeout_s: float) -> timedelta:
-    return timedelta(seconds=timeout_s) if timeout_s else timedelta(days=365)
+    """Time that an exchange may take: longer than the heartbeat's, whose timer writes the stacks
+    of a rank that waits, and ends it."""
+    return timedelta(seconds=timeout_s + _AFTER_STACKS_S) if timeout_s else timedelta(days=365)
 
 
 def initialize(
@@ -484,6 +487,7 @@ def _is_to_be_compiled(recipe: Recipe, partitioned: str | None) -> bool:
         ValueError: blocks are to be compiled, and weights are partitioned.
     """
     setting, obstacle = recipe.model.compile, None
+    device = deepspeed.accelerator.get_accelerator().device_name()
     if setting is True and partitioned:
         raise ValueError(
             f"model.compile: {partitioned}; they are gathered from Python inside of the blocks, "
@@ -492,7 +496,6 @@ def _is_to_be_compiled(recipe: Recipe, partitioned: str | None) -> bool:
     if setting is False:
         obstacle = "model.compile is false"
     elif setting == "auto":
-        device = deepspeed.accelerator.get_accelerator().device_name()
         if device != "cuda":
             obstacle = f"model.compile: auto compiles for CUDA devices, not for {device}"
         elif recipe.task not in ("pretrain", "retrieval"):
@@ -500,7 +503,9 @@ def _is_to_be_compiled(recipe: Recipe, partitioned: str | None) -> bool:
         else:
             obstacle = partitioned
     if obstacle:
-        logger.info("blocks run uncompiled: %s", obstacle)
+        is_expected = setting is False or device == "cpu"
+        level = logging.DEBUG if is_expected else logging.INFO
+        logger.log(level, "blocks run uncompiled: %s", obstacle)
         return False
     logger.info("blocks are compiled in the first steps; the results are kept for later starts")
     return True
