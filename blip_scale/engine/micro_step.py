@@ -114,13 +114,15 @@ class CapturedMicroStep:
     Numbers are those of the eager step: a replay draws from the same seeds.
     """
 
-    def __init__(self, engine: ZeroEngine, capture: Capture) -> None:
+    def __init__(self, engine: ZeroEngine, capture: Capture, must_capture: bool = False) -> None:
         """
         Args:
             engine: its `capture_obstacle` is None.
             capture: `cuda_graph`, or another with the same interface.
+            must_capture: raise where a capture fails; otherwise warn and go on with eager steps.
         """
-        self._engine, self._capture = engine, capture
+        self._engine, self._capture, self._must_capture = engine, capture, must_capture
+        self._is_off = False
         self._eager = EagerMicroStep(engine)
         self._graphs: dict[Any, _Captured] = {}
         self._steps = 0
@@ -134,7 +136,7 @@ class CapturedMicroStep:
         self._steps += 1
         tensors = tensors_in(inputs)
         before, self._seen = self._seen, tensors
-        if self._steps <= WARM_UP_STEPS:
+        if self._is_off or self._steps <= WARM_UP_STEPS:
             return self._eager(inputs, is_last)
         key = signature(inputs)
         graph = self._graphs.get(key)
@@ -142,7 +144,15 @@ class CapturedMicroStep:
             if not self._is_worth_a_graph(key):
                 return self._eager(inputs, is_last)
             repeated = {id(tensor) for tensor in before}
-            graph = self._captured(inputs, [id(tensor) in repeated for tensor in tensors])
+            try:
+                graph = self._captured(inputs, [id(tensor) in repeated for tensor in tensors])
+            except RuntimeError as error:
+                if self._must_capture:
+                    raise
+                reason = str(error).splitlines()[0]
+                logger.warning("a CUDA graph can't be captured, steps run eager: %s", reason)
+                self._is_off = True
+                return self._eager(inputs, is_last)
             self._graphs[key] = graph
             logger.info("micro-step %d: captured CUDA graph %d", self._steps, len(self._graphs))
         self._engine.gather_weights()
@@ -197,7 +207,7 @@ def choose_micro_step(
         logger.log(level, "micro-steps run eager: %s", obstacle)
         return EagerMicroStep(engine)
     logger.info("micro-steps run as CUDA graphs after %d eager ones", WARM_UP_STEPS)
-    return CapturedMicroStep(engine, cuda_graph())
+    return CapturedMicroStep(engine, cuda_graph(), must_capture=setting is True)
 
 
 def cuda_graph() -> Capture:

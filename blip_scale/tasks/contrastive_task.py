@@ -126,7 +126,11 @@ class ContrastiveTask(TrainingTask):
 
     @property
     def capture_obstacle(self) -> str | None:
-        """Global negatives are exchanged in the middle of the forward."""
+        """Exchanges and random states in the forward, or shapes that follow the captions."""
+        if self.recipe.model.gradient_checkpointing:
+            return "model.gradient_checkpointing reads random states, which a capture cannot"
+        if token_bucket(self.recipe, self.batch_size, self.device.type == "cuda") == 1:
+            return "train.pad_tokens_to: 1 gives every batch other shapes"
         if self.recipe.objective.negatives == "global" and collectives.world_size() > 1:
             return "objective.negatives: global exchanges between ranks in the forward pass"
         return None

@@ -193,6 +193,27 @@ def test_outputs_survive_the_next_replay() -> None:
     assert not torch.equal(results[-1].tensors["keys"], results[-2].tensors["keys"])
 
 
+@pytest.mark.parametrize("must", [False, True])
+def test_a_capture_that_fails_leaves_eager_steps(
+    must: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu = torch.device("cpu")
+    eager = steps(lambda engine, network: EagerMicroStep(engine), cpu, LENGTHS)
+
+    def failing(function: Any, generators: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    def build(engine: Any, network: Network) -> CapturedMicroStep:
+        return CapturedMicroStep(engine, failing, must_capture=must)
+
+    if must:
+        with pytest.raises(RuntimeError, match="capturing"):
+            steps(build, cpu, LENGTHS)
+        return
+    same(steps(build, cpu, LENGTHS), eager)
+    assert caplog.text.count("steps run eager: operation not permitted") == 1
+
+
 def obstacle_engine(device: str, obstacle: str | None) -> Any:
     return SimpleNamespace(device=torch.device(device), capture_obstacle=obstacle)
 
