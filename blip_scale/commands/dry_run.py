@@ -8,6 +8,7 @@ seen at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import math
@@ -288,9 +289,13 @@ def _stream(recipe: Recipe, stream: StreamRecipe) -> str:
     from blip_scale.data.reading.probe import MOST_UNKNOWN, probe_stream
     from blip_scale.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(recipe.model.text)
+    tokenizer = None
+    with contextlib.suppress(OSError, ValueError):  # the check of initial weights names it
+        tokenizer = load_tokenizer(recipe.model.text)
     retry_s = min(_RETRY_S, recipe.data.retry_s)
     found, unknown = probe_stream(stream, recipe.data.make_with, retry_s, tokenizer)
+    if tokenizer is None:
+        return found
     message = f"{found}, {unknown:.1%} of the tokens of its first captions are [UNK]"
     if unknown > MOST_UNKNOWN:
         raise Doubt(f"{message}: set model.text.tokenizer to one that knows this text")

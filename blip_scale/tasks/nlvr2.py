@@ -22,6 +22,7 @@ from blip_scale.engine.task import Evaluation, Progress
 from blip_scale.engine.transfers import to_device
 from blip_scale.engine.watching.pictures import Panel
 from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.errors import RefusedInput
 from blip_scale.evaluation import captions_and_pairs
 from blip_scale.inference.inputs import packed_text, to_model_input, to_pixels
 from blip_scale.model.flops import TextWork, fine_tuning_flops
@@ -73,10 +74,10 @@ class ImagePairs(TrainingTask):
         """Pairs of images, sentences and labels.
 
         Raises:
-            ValueError: a sample that isn't a pair of images with a label.
+            RefusedInput: a sample that isn't a pair of images with a label.
         """
         if batch.images.dim() != 5 or not all("label" in one for one in batch.annotations):
-            raise ValueError(
+            raise RefusedInput(
                 f"stream {batch.streams[0]!r}: {batch.ids[0]} is no pair of images with a label: "
                 "make the set with `python tools/prepare_data.py nlvr2`"
             )

@@ -26,6 +26,7 @@ from blip_scale.data.tokenizer import pack_captions
 from blip_scale.engine import collectives
 from blip_scale.engine.task import Evaluation, Progress
 from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.errors import RefusedInput
 from blip_scale.evaluation import captions_and_pairs
 from blip_scale.evaluation.metrics.ranking import ndcg, ranking_figures, ranks_of
 from blip_scale.inference.inputs import packed_text, to_model_input, to_pixels
@@ -92,10 +93,10 @@ class VisualDialog(TrainingTask):
         """Images, captions, dialogs with candidate answers, their images and labels.
 
         Raises:
-            ValueError: a sample that isn't a round of a dialog.
+            RefusedInput: a sample that isn't a round of a dialog.
         """
         if not batch.annotations or "candidates" not in batch.annotations[0]:
-            raise ValueError(
+            raise RefusedInput(
                 f"stream {batch.streams[0]!r}: {batch.ids[0]} is no dialog with candidates: make "
                 "the set with `python tools/prepare_data.py visdial`"
             )

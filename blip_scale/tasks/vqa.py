@@ -18,6 +18,7 @@ from blip_scale.data.tokenizer import pack_captions
 from blip_scale.engine.task import Evaluation, Progress
 from blip_scale.engine.transfers import to_device
 from blip_scale.engine.zero.engine import ZeroEngine
+from blip_scale.errors import RefusedInput
 from blip_scale.evaluation import captions_and_pairs
 from blip_scale.evaluation.answers import MAX_WORDS, answers_of, panels_of
 from blip_scale.evaluation.metrics.answers import vqa_accuracy
@@ -104,11 +105,11 @@ class VisualQuestionAnswering(TrainingTask):
         """Images, questions, answers, and each answer's question and weight.
 
         Raises:
-            ValueError: a question without answers.
+            RefusedInput: a question without answers.
         """
         for number, name in enumerate(batch.ids):
             if not batch.annotations or "answers" not in batch.annotations[number]:
-                raise ValueError(
+                raise RefusedInput(
                     f"{name} of the stream {batch.streams[number]!r} has no answers to "
                     f"{batch.captions[number]!r}: train on a set made of a list with answers"
                 )

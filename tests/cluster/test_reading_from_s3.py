@@ -235,7 +235,7 @@ def test_room_that_another_fetch_takes_is_waited_for(
     folder = make_shards("red", 60)
     loader = make_loader([stream(small_disk / "cache", remote=s3.upload(folder))])
     others = small_disk / "cache" / "shard.99999.mds.partial"
-    others.write_bytes(bytes(52 * 1024))
+    others.write_bytes(bytes(48 * 1024))
     threading.Timer(1.5, others.unlink).start()
     assert_equal(take(loader, 5), take(make_loader([stream(folder)]), 5))
 
@@ -245,6 +245,6 @@ def test_a_disk_that_is_full_of_other_things_is_named(
 ) -> None:
     bucket = [stream(small_disk / "cache", remote=s3.upload(make_shards("red", 60)))]
     loader = make_loader(bucket, workers=1)
-    (small_disk / "others").write_bytes(bytes(52 * 1024))
+    (small_disk / "others").write_bytes(bytes(48 * 1024))
     with pytest.raises(ValueError, match=r"^stream 'red': the disk of .*/cache is full .*make roo"):
         take(loader, 1)

@@ -45,13 +45,14 @@ def unknown_share(store: StreamStore, tokenizer: PreTrainedTokenizerFast) -> flo
 
 
 def probe_stream(
-    stream: StreamRecipe, make_with: str, retry_s: float, tokenizer: PreTrainedTokenizerFast
+    stream: StreamRecipe, make_with: str, retry_s: float, tokenizer: PreTrainedTokenizerFast | None
 ) -> tuple[str, float]:
     """Open a stream and decode its ends. A remote is read past the cache, which would hide that it
     can't be reached.
 
     Args:
         retry_s: seconds for which a remote that fails is retried.
+        tokenizer: reads the captions; None: no token is counted as unknown.
 
     Returns:
         What was found, in a line, and the share of tokens that the tokenizer does not know.
@@ -67,5 +68,5 @@ def probe_stream(
         last = len(store.shards) - 1
         for shard, sample in ((0, 0), (last, store.shard_samples[last] - 1)):
             decode_image(store.read(shard, sample)["image"])
-        unknown = unknown_share(store, tokenizer)
+        unknown = 0.0 if tokenizer is None else unknown_share(store, tokenizer)
     return f"{store.samples} samples in {len(store.shards)} shards, first and last decoded", unknown
