@@ -48,6 +48,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(disk, ignore_errors=True)
 
 
+def fill(disk: Path, file: Path) -> None:
+    """Leave no room for a shard; those that the loader fetched at its start are dropped."""
+    for shard in (disk / "cache").glob("*.mds"):
+        shard.unlink()
+    file.write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
+
+
 def assert_equal(batches: list[Batch], expected: list[Batch]) -> None:
     assert [batch.ids for batch in batches] == [batch.ids for batch in expected]
     for batch, other in zip(batches, expected, strict=True):
@@ -235,7 +242,7 @@ def test_room_that_another_fetch_takes_is_waited_for(
     folder = make_shards("red", 60)
     loader = make_loader([stream(small_disk / "cache", remote=s3.upload(folder))])
     others = small_disk / "cache" / "shard.99999.mds.partial"
-    others.write_bytes(bytes(48 * 1024))
+    fill(small_disk, others)
     threading.Timer(1.5, others.unlink).start()
     assert_equal(take(loader, 5), take(make_loader([stream(folder)]), 5))
 
@@ -245,6 +252,6 @@ def test_a_disk_that_is_full_of_other_things_is_named(
 ) -> None:
     bucket = [stream(small_disk / "cache", remote=s3.upload(make_shards("red", 60)))]
     loader = make_loader(bucket, workers=1)
-    (small_disk / "others").write_bytes(bytes(48 * 1024))
+    fill(small_disk, small_disk / "others")
     with pytest.raises(ValueError, match=r"^stream 'red': the disk of .*/cache is full .*make roo"):
         take(loader, 1)
