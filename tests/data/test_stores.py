@@ -280,7 +280,7 @@ def test_what_a_killed_job_leaves_behind_stops_nobody(
     assert list(cache.glob(".locks/*"))
     start_s = time.monotonic()
     assert [batch.ids for batch in take(make_loader(streams, workers=2), 6)] == expected
-    assert time.monotonic() - start_s < 5, "nobody waits for a lock of the dead"
+    assert time.monotonic() - start_s < 20, "nobody waits for a lock of the dead"
     while left := set(Path("/dev/shm").iterdir()) - shared_memory:  # what sweeps up comes after
         if all("torch" in file.name for file in left):
             break

@@ -171,6 +171,12 @@ def test_figures_are_those_of_the_run(
             assert first["settings"][name] == second["settings"][name], name
 
 
+def words_of(captions: list[str]) -> list[str]:
+    """Captions without [ENC], which 4.57 does not leave out as a special token: the network of this
+    test, which learned nothing, says it."""
+    return [" ".join(caption.replace("[ENC]", " ").split()) for caption in captions]
+
+
 @torch.no_grad()
 def test_transformers_says_the_same(
     run: Path, pictures: Path, tmp_path: Path, capsys: Capture
@@ -190,16 +196,16 @@ def test_transformers_says_the_same(
     inputs = processor(images, [PROMPT.strip()] * len(images), return_tensors="pt")
     if is_old:  # no further step is needed there
         written = model.generate(**inputs)
-        assert processor.batch_decode(written, skip_special_tokens=True) == expected
+        assert words_of(processor.batch_decode(written, skip_special_tokens=True)) == expected
     model.text_decoder.generation_config = model.generation_config
     written = model.generate(**inputs)
-    assert processor.batch_decode(written, skip_special_tokens=True) == expected
+    assert words_of(processor.batch_decode(written, skip_special_tokens=True)) == expected
     kind = "image-to-text" if is_old else "image-text-to-text"
     captioner = pipeline(kind, str(folder))
     captioner.model.text_decoder.generation_config = captioner.model.generation_config
     begun = {"prompt" if is_old else "text": PROMPT.strip()}
     asked = [captioner(path, **begun)[0]["generated_text"] for path in paths]
-    assert asked == expected
+    assert words_of(asked) == expected
 
 
 def test_settings_that_cannot_be_are_refused(
