@@ -89,18 +89,6 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_reduce_max(values: Tensor) -> Tensor:
-    """Largest over the ranks, in place; returns the tensor."""
-    if world_size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
-def all_reduce_mean(values: Tensor) -> Tensor:
-    """Mean over the ranks, in place; returns the tensor."""
-    return all_reduce_sum(values).div_(world_size())
-
-
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on all ranks when it is true on one of them: the way to take a branch together."""
     return bool(all_reduce_sum(torch.tensor([float(flag)], device=device)).item() > 0)

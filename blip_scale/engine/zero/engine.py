@@ -203,14 +203,14 @@ class ZeroEngine:
         self._flat_of |= {id(p): flat for p in parameters}
         return flat
 
-    def step(self, learning_rate: float, apply: bool, norm: Tensor | None = None) -> None:
+    def step(self, learning_rate: float, apply: bool, norm: Tensor) -> None:
         """The optimizer step after the last micro-step; the host does not wait.
 
         Args:
             learning_rate: of this step.
             apply: False drops the gradients; weights and moments stay as they are.
             norm: L2 norm of the averaged gradient over all ranks, for clipping, a scalar on the
-                device; None: it is found here, with one exchange.
+                device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -253,10 +253,8 @@ class ZeroEngine:
         return pieces
 
     def _norm_for_clipping(self) -> Tensor:
-        norm, self._norm = self._norm, None
-        if norm is None:
-            norm = collectives.all_reduce_sum(self.squared_norms()[:1]).sqrt()[0]
-        return norm.float()
+        assert self._norm is not None, "DeepSpeed asks for the norm inside `step` alone"
+        return self._norm.float()
 
     def assign(self, parameters: list[nn.Parameter], parts: list[SliceValues]) -> None:
         """Write compute weights from this rank's parts of some parameters.
