@@ -156,6 +156,7 @@ def _held_remote(out: OutputFolder, number: int, of: int) -> Iterator[None]:
             except OSError as error:
                 logger.warning("the lock %s was not renewed: %s", name, error)
 
+    remote.entries()  # raises for a bucket that is not there; some servers make it for a put
     remote.put(name, content)
     thread = threading.Thread(target=beat, daemon=True)
     try:
