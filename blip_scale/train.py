@@ -41,10 +41,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     try:
         launcher.adopt()
         options, overrides = _parser(prog).parse_known_args(arguments)
-        chosen = chosen_recipe(options, overrides)
         if options.print_recipe:
-            sys.stdout.write(recipe.to_yaml(chosen))
+            recipe.check_overrides(overrides)
+            sys.stdout.write(recipe.to_yaml(recipe.load(options.recipe, overrides)))
             return 0
+        chosen = chosen_recipe(options.recipe, overrides)
         if options.dry_run:
             return dry_run.run(chosen, options)
         world_size = launcher.check_variables()

@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
     options, overrides = _parser(prog).parse_known_args(arguments)
     began = time.perf_counter()
     try:
+        launcher.adopt()
         recipes.check_overrides(overrides)
         is_main = os.environ.get("RANK", "0") == "0"
         logging.basicConfig(level="WARNING" if is_main else "ERROR")

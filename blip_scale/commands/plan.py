@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from blip_scale.commands.chosen_recipe import chosen_recipe
 from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import checks, recipe
 from blip_scale.planning.assumptions import GIB, Assumptions, duration
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
-    chosen = recipe.load(options.recipe, overrides)
+    chosen = chosen_recipe(options.recipe, overrides)
     gpu = find_gpu(options.gpu)
     if options.network_gbit:
         gpu = dataclasses.replace(gpu, network_gbit=options.network_gbit)

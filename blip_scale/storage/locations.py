@@ -21,6 +21,10 @@ from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, Remot
 _BUFFER_BYTES = 4 << 20  # of a remote file that is read in small pieces
 
 
+class FileTooLarge(ValueError):
+    """A file with more bytes than its reader takes."""
+
+
 class NotRegularFile(RefusedInput, OSError):
     """A FIFO, a device or a socket where a file is expected: reading it may never end."""
 
@@ -153,15 +157,34 @@ def open_file(location: str) -> IO[bytes]:
     return _Unpacked(fileobj=raw) if location.endswith(".gz") else raw  # type: ignore[return-value]
 
 
-def read_file(location: str) -> bytes:
-    """Raises FileNotFoundError where there is no such file, NotRegularFile for a FIFO, a device or
-    a socket."""
+def read_file(location: str, largest: int | None = None) -> bytes:
+    """Content of a file.
+
+    Args:
+        largest: bytes that are read at most.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileTooLarge: the file has more than `largest` bytes.
+        NotRegularFile: the file is a FIFO, a device or a socket.
+    """
     if is_local(location):
         path = location if not is_url(location) else str(local_path(location))
         with _open_regular(path) as file:
+            check_size(os.fstat(file.fileno()).st_size, largest)
             return file.read()
     remote, name = _remote(location)
-    return remote.get(name)
+    if largest is not None and not is_web(location):
+        check_size(remote.size(name), largest)
+    content = remote.get(name)
+    check_size(len(content), largest)
+    return content
+
+
+def check_size(size: int, largest: int | None) -> None:
+    """Raise FileTooLarge where `size` bytes are more than `largest`; None allows any size."""
+    if largest is not None and size > largest:
+        raise FileTooLarge(f"{size / 1e6:.0f} MB, the limit is {largest / 1e6:.0f} MB")
 
 
 def _open_regular(path: str) -> IO[bytes]:

@@ -263,12 +263,23 @@ class ObjectFolder:
             "read", self._location(name), self._retry_s,
         )  # fmt: skip
 
-    def fetch(self, name: str, target: Path) -> None:
-        """Bring an object of any size into a file, by way of `target.fetched`."""
+    def fetch(self, name: str, target: Path, size: int | None = None) -> None:
+        """Bring an object into a file, by way of `target.fetched`.
+
+        Args:
+            size: bytes that the object must have; None for any size.
+
+        Raises:
+            DamagedFile: the object has another size; nothing of it is fetched.
+        """
+        found_size = self.size(name)
+        # Some web servers do not tell the size before the content.
+        if size is not None and found_size != size and not self.is_web:
+            raise DamagedFile(f"{found_size} bytes, expected {size}")
         draft = target.with_name(target.name + ".fetched")
         try:
             with draft.open("wb") as file:
-                for chunk in self._chunks(name, self.size(name)):
+                for chunk in self._chunks(name, found_size):
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())

@@ -12,12 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from blip_scale.commands import prepare_data
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.conversion.pairs import Source
 from blip_scale.data.heldout.listed import listed_pairs
+from blip_scale.data.heldout.videos import VideoSet, _frames_in
+from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import StreamStore
 from blip_scale.data.shards import read_index
 from blip_scale.data.sources.readers import READERS
@@ -209,6 +214,65 @@ def test_a_test_set_without_captions() -> None:
     pairs = listed_pairs("nocaps", found, 32, images_below=source.image_root())
     assert pairs.captions == [[]] and pairs.images([0]).shape == (1, 3, 32, 32)
     assert captioning.image_ids(pairs, source.location) == [0]
+
+
+ODD_REJECTS = (
+    "eps.jpg", "html.jpg", "missing_eoi.jpg", "png_icc_3MB.png", "png_text_3MB.png", "psd.jpg",
+    "svg.png", "truncated.jpg",
+)  # fmt: skip
+
+
+def test_odd_images(tmp_path: Path) -> None:
+    """Many bits are scaled, transparency goes onto white, EXIF turns; the rest is rejected."""
+    assert convert("folder", CASES / "images_odd", tmp_path / "out") == 0
+    rejects = [(line["id"], line["reason"]) for line in rejects_of(tmp_path / "out")]
+    assert sorted(rejects) == [(name, "undecodable") for name in ODD_REJECTS]
+    images: dict[str, np.ndarray] = {}
+    for shard in read_index(tmp_path / "out"):
+        for number in range(shard.samples):
+            sample = shard.read(number)
+            images[sample["id"]] = np.asarray(decode_image(sample["image"]), dtype=np.float32)
+    assert len(images) == 24
+    for name in ("grey16.tif", "grey16.png", "float32.tif", "int32.tif"):
+        assert 0 <= images[name].min() < 40 and 215 < images[name].max() <= 255, name
+        assert np.abs(images[name] - images["grey16.tif"]).max() <= 1, name
+    logo = images["logo_black_on_transparent.png"]
+    assert logo.max() == 255 and logo.min() == 0 and logo.mean() > 128, "black on white"
+    upright = {name for name in images if name.startswith("exif_rot_")}
+    assert len(upright) == 5 and all(images[name].shape == (80, 60, 3) for name in upright)
+
+
+def test_upright_on_every_route(tmp_path: Path) -> None:
+    """Shards, `evaluate` on a list and `predict` see the same picture."""
+    folder = CASES / "exif_three_ways"
+    assert convert("blip_json", folder / "list.json", tmp_path / "out") == 0
+    samples = [shard.read(i) for shard in read_index(tmp_path / "out") for i in range(2)]
+    shapes = {s["id"]: decode_image(s["image"]).size for s in samples}
+    assert shapes == {"rotated.jpg": (60, 80), "plain.jpg": (80, 60)}
+    source = Source(str(folder / "list.json"))
+    raw_pairs = [pair for chunk in READERS["blip_json"].chunks(source) for pair in chunk.read()]
+    listed = listed_pairs("list", raw_pairs, 32, images_below=source.image_root())
+    by_name = {sample["id"]: sample["image"] for sample in samples}
+    for index, name in enumerate(("rotated.jpg", "plain.jpg")):
+        transform = EvalTransform(32)
+        in_shard = transform(decode_image(by_name[name])).float()
+        asked = transform(decode_image((folder / name).read_bytes(), upright=True))
+        evaluated = listed.images([index])[0]
+        assert (evaluated - in_shard).abs().mean() < 4, "JPEG is written anew"
+        assert torch.equal(evaluated, asked)
+
+
+def test_lists_of_videos() -> None:
+    folder = CASES / "video_shapes"
+    videos = VideoSet(folder / "ok.jsonl", folder, 32)
+    assert len(videos) == 1
+    frames = [file.name for file in _frames_in(folder / "video1")]
+    assert frames == [f"frame{number}.jpg" for number in range(1, 13)]
+    for name in ("bom.jsonl", "blank.jsonl", "u2028.jsonl"):
+        assert len(VideoSet(folder / name, folder, 32)) == 1
+    for name in ("null.jsonl", "array.json", "videodatainfo.json", "MSRVTT_JSFUSION_test.csv"):
+        with pytest.raises(ValueError, match=name):
+            VideoSet(folder / name, folder, 32)
 
 
 def test_shards_in_folders_below_the_index() -> None:

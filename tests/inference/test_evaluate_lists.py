@@ -30,3 +30,12 @@ def test_images_with_one_id_make_no_submission(
     listed.write_text(json.dumps([{"image": n, "img_id": i} for i, n in enumerate(names)]))
     assert evaluate.main(arguments) == 0
     assert [entry["image_id"] for entry in json.loads(out.read_text())] == [0, 1]
+
+
+def test_ranks_of_mpirun_that_are_not_whole_are_refused(
+    ours: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each process would take itself for the only one, and write the same files."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert evaluate.main(["captioning", str(ours), "list.json"]) == 2
+    assert "MPI started several processes" in capsys.readouterr().err

@@ -3,13 +3,14 @@ contradicts is refused by the setting's name."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import tiny_blip
 import yaml
 
-from blip_scale.commands import convert_checkpoint
+from blip_scale.commands import convert_checkpoint, plan
 from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import Recipe
 from blip_scale.inference.starting_sizes import with_sizes_of_checkpoint
@@ -75,3 +76,15 @@ def test_another_network_is_refused_by_its_settings(run: Path, tmp_path: Path) -
     (other / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"text\.tokenizer gives vocabulary 27, .* has 25"):
         loaded(file, run, text={"tokenizer": str(other)})
+
+
+def test_the_plan_counts_the_network_of_the_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump({"model": {"checkpoint": str(run)}}))
+    memory = []
+    for recipe in (file, run / "recipe.yaml"):
+        assert plan.main([str(recipe), "--json", "train.max_steps=10"]) == 0
+        memory.append(json.loads(capsys.readouterr().out)["memory_terms_gib"])
+    assert 0 < memory[0]["weights"] == memory[1]["weights"]

@@ -10,6 +10,10 @@ from typing import Any
 from blip_scale.data.shards import Record
 from blip_scale.storage.locations import is_folder, parent
 
+LARGEST_FILE_BYTES = 256 << 20
+"""Largest image or text that is read. A worker holds it in memory, and a compressed tar can claim
+any size."""
+
 
 class Reason(StrEnum):
     """Why something that was read is not written."""
@@ -17,6 +21,7 @@ class Reason(StrEnum):
     MISSING_IMAGE = "missing image"
     OUTSIDE = "outside the image folder"
     NOT_REGULAR = "no regular file"
+    FILE_TOO_LARGE = "file too large"
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too small"
     EXTREME_ASPECT = "extreme aspect"

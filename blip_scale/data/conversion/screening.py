@@ -14,12 +14,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip_scale.config.recipe import MAX_PIXELS
 from blip_scale.data.captions import Clean, clean_question, clean_to_a_sentence
-from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
+from blip_scale.data.conversion.pairs import LARGEST_FILE_BYTES, RawPair, Reason, Reject
 from blip_scale.data.pixels.decoding import describe, to_rgb
 from blip_scale.data.pixels.formats import open_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.shards import Record
-from blip_scale.storage.locations import NotRegularFile, is_web, read_file
+from blip_scale.storage.locations import FileTooLarge, NotRegularFile, is_web, read_file
 from blip_scale.storage.objects import RefusedError, RemoteError, UnusableRemote
 from blip_scale.storage.untrusted import RefusedPath, below
 
@@ -171,11 +171,13 @@ def _image_bytes(image: bytes | str | None, root: str | None, note: str = "") ->
     if isinstance(image, bytes):
         return image
     try:
-        return read_file(image if root is None else below(root, image))
+        return read_file(image if root is None else below(root, image), LARGEST_FILE_BYTES)
     except RefusedPath as error:
         raise _Refused(Reason.OUTSIDE, f"{error} (see --allow-outside)") from error
     except NotRegularFile as error:
         raise _Refused(Reason.NOT_REGULAR, image) from error
+    except FileTooLarge as error:
+        raise _Refused(Reason.FILE_TOO_LARGE, f"{image}: {error}") from error
     except (OSError, ValueError) as error:
         if is_web(image):  # hosts die; a bucket must not
             raise _Refused(Reason.MISSING_IMAGE, f"{image}: {type(error).__name__}") from error

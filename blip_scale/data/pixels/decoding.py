@@ -47,7 +47,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The image as RGB, as a person sees it on white paper.
 
     Transparent pixels show white, as img2dataset writes them. Integers of more than 8 bits are
-    scaled by the range of their type. Floating-point pixels are taken as shares from 0 to 1 or as
+    scaled by the range of their type; 32-bit ones that fit into 16 bits count as 16-bit ones.
+    Floating-point pixels are taken as shares from 0 to 1 or as
     values from 0 to 255.
 
     Raises:
@@ -56,7 +57,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(image, dtype=np.float32) / _MAX_16_BITS)
     if image.mode == "I":
-        return _grey(np.asarray(image, dtype=np.float64) / _MAX_32_BITS)
+        values = np.asarray(image, dtype=np.float64)
+        # Pillow opens some 16-bit files (PGM) in this mode. As 32 bits they would be black.
+        return _grey(values / (_MAX_16_BITS if values.max() <= _MAX_16_BITS else _MAX_32_BITS))
     if image.mode == "F":
         return _grey(_shares(np.asarray(image)))
     if image.has_transparency_data:

@@ -39,7 +39,7 @@ class Fetcher:
         def attempt() -> None:
             try:
                 _remove(target)  # what a killed process left
-                self._download(name, target)
+                self._download(name, target, info)
                 problem = "" if info is None else info.difference(target.read_bytes())
                 if problem:
                     raise DamagedFile(problem)
@@ -50,11 +50,15 @@ class Fetcher:
         patience_s = self._retry_s if retry_s is None else retry_s
         retried(attempt, "fetched", f"{self.remote}/{name}", patience_s, REFUSED_TRIES)
 
-    def _download(self, name: str, target: Path) -> None:
+    def _download(self, name: str, target: Path, info: FileInfo | None) -> None:
+        size = None if info is None else info.bytes
         if is_local(self.remote):
-            shutil.copyfile(local_path(self.remote) / name, target)
+            path = local_path(self.remote) / name
+            if size is not None and path.stat().st_size != size:
+                raise DamagedFile(f"{path.stat().st_size} bytes, the index says {size}")
+            shutil.copyfile(path, target)
         else:
-            ObjectFolder(self.remote, retry_s=0.0).fetch(name, target)
+            ObjectFolder(self.remote, retry_s=0.0).fetch(name, target, size)
 
 
 def _remove(target: Path) -> None:

@@ -19,6 +19,7 @@ from functools import partial
 from blip_scale.data.conversion.fingerprints import of_files
 from blip_scale.data.conversion.lists import group_by_image, in_chunks
 from blip_scale.data.conversion.pairs import (
+    LARGEST_FILE_BYTES,
     Chunk,
     Found,
     RawPair,
@@ -32,6 +33,7 @@ from blip_scale.data.sources.metadata import TEXT_ENDINGS, as_text
 from blip_scale.data.sources.tables import in_folder, read_table
 from blip_scale.storage.locations import (
     Entry,
+    FileTooLarge,
     NotRegularFile,
     basename,
     extension,
@@ -162,11 +164,14 @@ def read_images(
         text: str | bytes | None = None
         if image.name in texts:
             try:
-                text = as_text(read_file(texts[image.name].location))
+                text = as_text(read_file(texts[image.name].location, LARGEST_FILE_BYTES))
             except (NotRegularFile, FileNotFoundError, PermissionError) as error:
                 is_file = not isinstance(error, NotRegularFile)
                 reason = Reason.MISSING_CAPTION if is_file else Reason.NOT_REGULAR
                 yield Reject(image.name, reason, str(error), captions=1)
+                continue
+            except FileTooLarge as error:
+                yield Reject(image.name, Reason.FILE_TOO_LARGE, str(error), captions=1)
                 continue
         yield RawPair(image.name, image.location, text, from_folder=True)
     yield from rest

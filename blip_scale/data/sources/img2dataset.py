@@ -11,10 +11,19 @@ from collections.abc import Iterator
 from functools import partial
 
 from blip_scale.data.conversion.fingerprints import of_files
-from blip_scale.data.conversion.pairs import Chunk, Found, Reason, Reject, Source, Unused
+from blip_scale.data.conversion.pairs import (
+    LARGEST_FILE_BYTES,
+    Chunk,
+    Found,
+    Reason,
+    Reject,
+    Source,
+    Unused,
+)
 from blip_scale.data.sources import parquet, webdataset
 from blip_scale.storage.locations import (
     Entry,
+    FileTooLarge,
     NotRegularFile,
     extension,
     is_folder,
@@ -79,9 +88,12 @@ def read_folder(entries: list[Entry], caption_key: str = "", run: str = "") -> I
     for name, files in samples.items():
         sample_id = f"{run}/{name}" if run else name
         try:
-            parts = {ending: read_file(path) for ending, path in files.items()}
+            parts = {ending: read_file(path, LARGEST_FILE_BYTES) for ending, path in files.items()}
         except NotRegularFile as error:
             yield Reject(sample_id, Reason.NOT_REGULAR, str(error))
+            continue
+        except FileTooLarge as error:
+            yield Reject(sample_id, Reason.FILE_TOO_LARGE, str(error))
             continue
         sample = webdataset.Sample(sample_id, parts)
         yield from webdataset.sample_pairs(sample, caption_key, unused)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from blip_scale.data.conversion.pairs import (
+    LARGEST_FILE_BYTES,
     Chunk,
     Found,
     RawPair,
@@ -37,8 +38,10 @@ from blip_scale.data.sources.metadata import (
 )
 from blip_scale.storage.locations import (
     Entry,
+    FileTooLarge,
     NotRegularFile,
     basename,
+    check_size,
     file_size,
     file_version,
     is_folder,
@@ -53,6 +56,12 @@ _COMPANIONS = (".parquet", ".json", ".idx")
 """What img2dataset and indexers put beside tars."""
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 _IMAGE, _TEXT, _JSON = "image", "text", "json"
+_LARGEST_HEADER_BYTES = 1 << 20
+"""Largest long name or extended attributes: tarfile reads them whole."""
+_HEADER_TYPES = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 _LARGEST_SAMPLE = 100  # files with the same name up to the first dot
 
 
@@ -164,6 +173,13 @@ class _Member(tarfile.TarInfo):
     header and where a tar was cut off."""
 
     @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding or "utf-8", errors)
+        if member.type in _HEADER_TYPES and member.size > _LARGEST_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {member.size / 1e6:.0f} MB")
+        return member
+
+    @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
         try:
             return super().fromtarfile(archive)
@@ -181,13 +197,12 @@ class _Links:
         self._location = location
         self._tar: tarfile.TarFile | None = None
 
-    def read(self, member: tarfile.TarInfo) -> bytes | None:
+    def read(self, member: tarfile.TarInfo, largest: int) -> bytes | None:
         """None where the tar does not hold what the link names."""
         if self._tar is None:
             self._tar = tarfile.open(fileobj=open_file(self._location), mode="r:*")  # noqa: SIM115
         try:
-            content = self._tar.extractfile(self._tar.getmember(member.name))
-            return None if content is None else content.read()
+            return _content(self._tar, self._tar.getmember(member.name), largest)
         except (KeyError, RecursionError):
             return None
 
@@ -202,6 +217,8 @@ class Sample:
     stored_bytes: int = 0
     problem: str = ""
     """Why a file of it can't be read."""
+    reason: Reason = Reason.MISSING_IMAGE
+    """Reason of the reject where there is a problem."""
 
     def is_followed_by(self, ending: str) -> bool:
         """Whether a file with the same name up to the first dot begins another sample: photo.2.jpg
@@ -249,20 +266,29 @@ def _samples(tar: tarfile.TarFile, links: _Links, unused: Counter[str]) -> Itera
                 sample = Sample(key)
             sample.parts[ending] = b""  # the sample is begun, even if its content can't be read
             sample.stored_bytes += tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE))
-            if member.isfile():
-                content = tar.extractfile(member)
-                sample.parts[ending] = content.read() if content else b""
+            room = LARGEST_FILE_BYTES - sum(map(len, sample.parts.values()))
+            try:
+                content = (
+                    _content(tar, member, room) if member.isfile() else links.read(member, room)
+                )
+            except FileTooLarge as error:
+                sample.problem, sample.reason = f"{ending}: {error}", Reason.FILE_TOO_LARGE
                 continue
-            linked = links.read(member)
-            if linked is None:
+            if content is None:
                 sample.problem = f"{ending} is a link to {member.linkname}, which is not in the tar"
-            sample.parts[ending] = linked or b""
+            sample.parts[ending] = content or b""
     except (*_DAMAGE, OSError) as error:
         if sample.parts and _is_damage(error):
             raise _CutSample(sample.name) from error
         raise
     if sample.parts:
         yield sample
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, largest: int) -> bytes:
+    check_size(member.size, largest)
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
 
 
 def _key(path: str) -> tuple[str, str]:
@@ -282,7 +308,7 @@ def sample_pairs(
     texts = {_inner(ending) for ending in endings if kind_of(ending) in (_TEXT, _JSON)}
     used: set[str] = set()
     if sample.problem:
-        yield Reject(sample.name, Reason.MISSING_IMAGE, sample.problem, captions=len(texts))
+        yield Reject(sample.name, sample.reason, sample.problem, captions=len(texts))
         return
     of_their_own = [ending for ending in images if _inner(ending) and _inner(ending) in texts]
     if of_their_own and all(map(_inner, images)):  # photo.1.jpg and photo.1.txt

@@ -22,6 +22,7 @@ from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.storage import checkpoint_format, run_folder
 from blip_scale.storage.checkpoint_format import Manifest, UnknownVersionError
+from blip_scale.storage.objects import DamagedFile
 
 logger = logging.getLogger(__name__)
 
@@ -209,9 +210,11 @@ def _obtain(place: Place, path: Path, entry: dict[str, Any]) -> str | None:
             return f"{path.name} {problem}"
         logger.info("%s %s here: fetching it from %s", path, problem, place.remote.url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        place.remote.fetch(f"{path.parent.stem}/{path.name}", path)
+        place.remote.fetch(f"{path.parent.stem}/{path.name}", path, entry["bytes"])
         if not checkpoint_format.is_intact(path, entry):
             return f"{path.name} is damaged in {place.remote.url}"
+    except DamagedFile as error:
+        return f"{path.name} is damaged in the object storage ({error})"
     except OSError as error:
         return f"{path.name} {problem} ({error})"
     return None
