@@ -81,7 +81,7 @@ def test_all_problems_are_seen_at_once(tmp_path: Path, train: Command) -> None:
     assert {"settings", "batch", "initial weights", "stream lost", "output"} <= broken
     assert "possible: train.global_batch_size=15 or 18" in found["batch"][1]
     assert "no index.json" in found["stream lost"][1]
-    assert "can't be written" in found["output"][1]
+    assert "is not writable" in found["output"][1]
     assert found["stream heldout"][0] == "ok"
     assert "host memory" not in broken
     assert "checks failed" in done.stderr

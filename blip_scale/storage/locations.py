@@ -1,4 +1,4 @@
-"""Reading from paths and URLs alike; local paths stay plain paths."""
+"""Read files and list folders by location, which is a local path or a URL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import IO
 from blip_scale.errors import RefusedInput
 from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError, split_url
 
-_BUFFER_BYTES = 4 << 20  # of a remote file that is read in small pieces
+_BUFFER_BYTES = 4 << 20  # buffer of a remote file
 
 
 class NotRegularFile(RefusedInput, OSError):
@@ -27,18 +27,18 @@ class NotRegularFile(RefusedInput, OSError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder that was listed."""
+    """A file or folder in a listing."""
 
     name: str
     location: str
     is_folder: bool
     size: int
     version: str = ""
-    """Changes when the file is written: its time on a disk, its ETag in a bucket."""
+    """Modification time on a disk, ETag in a bucket; changes when the file is written."""
 
 
 def join(folder: str, *parts: str) -> str:
-    """The location of something in a folder; a part that is absolute or a URL stands for itself."""
+    """Join path parts to a folder. A part that is absolute or a URL replaces what comes before."""
     for part in parts:
         if is_url(part) or part.startswith("/"):
             folder = part
@@ -60,7 +60,7 @@ def is_web(location: str) -> bool:
 
 
 def local_path(location: str) -> Path:
-    """The path that a local location means."""
+    """Path of a local location, with ~ expanded."""
     return Path(location.removeprefix("file://")).expanduser()
 
 
@@ -77,17 +77,23 @@ def stem(location: str) -> str:
 
 
 def extension(location: str) -> str:
-    """Lower case without the dot: `jpg`."""
+    """Lower-case file extension without the dot, such as `jpg`."""
     return os.path.splitext(location)[1][1:].lower()  # noqa: PTH122  it may be a URL
 
 
 def list_folder(location: str, deep: bool = False) -> list[Entry]:
-    """What lies in a folder, sorted by location; `deep`: all files below it.
+    """List the content of a folder, sorted by location.
 
-    Raises FileNotFoundError where there is no such folder, NotADirectoryError for a file.
+    Args:
+        location: path or URL of the folder.
+        deep: list all files below the folder instead of its own files and subfolders.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: the location is a file.
     """
     if not is_folder(location):
-        raise NotADirectoryError(f"{location} is no folder")
+        raise NotADirectoryError(f"{location} is not a folder")
     if is_local(location):
         entries = _local_entries(location, deep)
     else:
@@ -96,9 +102,10 @@ def list_folder(location: str, deep: bool = False) -> list[Entry]:
 
 
 def is_folder(location: str) -> bool:
-    """Whether a location is a folder; web servers are not asked, all they have are files.
+    """Return True if a location is a folder. A web server is not contacted: it has only files.
 
-    Raises FileNotFoundError where there is nothing at all.
+    Raises:
+        FileNotFoundError: there is nothing at this location.
     """
     if is_web(location):
         return False
@@ -125,9 +132,12 @@ def file_size(location: str) -> int:
 
 
 def file_version(location: str) -> str:
-    """Size and time of a local file, size and ETag of an object, "" on a web server.
+    """Text that changes with a file: size and time of a local file, size and ETag of an object.
 
-    Raises FileNotFoundError where there is none.
+    It is empty for files on web servers.
+
+    Raises:
+        FileNotFoundError: there is no such file.
     """
     if is_web(location):
         return ""
@@ -140,11 +150,11 @@ def file_version(location: str) -> str:
 
 
 def open_file(location: str) -> IO[bytes]:
-    """For reading; a file that ends in .gz is unpacked.
+    """Open a file for reading; a file whose name ends in .gz is decompressed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        NotRegularFile: a FIFO, a device or a socket.
+        NotRegularFile: the path is a FIFO, a device or a socket.
     """
     if is_local(location):
         opened = _open_regular(str(local_path(location)))
@@ -154,8 +164,12 @@ def open_file(location: str) -> IO[bytes]:
 
 
 def read_file(location: str) -> bytes:
-    """Raises FileNotFoundError where there is no such file, NotRegularFile for a FIFO, a device or
-    a socket."""
+    """Read a whole file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        NotRegularFile: the path is a FIFO, a device or a socket.
+    """
     if is_local(location):
         path = location if not is_url(location) else str(local_path(location))
         with _open_regular(path) as file:
@@ -170,7 +184,7 @@ def _open_regular(path: str) -> IO[bytes]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            raise NotRegularFile(f"{path} is a socket or a device, no regular file") from error
+            raise NotRegularFile(f"{path} is a socket or a device, not a regular file") from error
         raise
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -179,11 +193,11 @@ def _open_regular(path: str) -> IO[bytes]:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
-    raise NotRegularFile(f"{path} is {kind}, no regular file")
+    raise NotRegularFile(f"{path} is {kind}, not a regular file")
 
 
 class _Unpacked(gzip.GzipFile):
-    """A .gz whose damage is always gzip.BadGzipFile, an OSError, unlike zlib.error and EOFError."""
+    """A .gz file that reports all damage as gzip.BadGzipFile, which is an OSError."""
 
     def read(self, size: int | None = -1) -> bytes:
         with _damage_named():
@@ -211,7 +225,7 @@ def _damage_named() -> Iterator[None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A remote file that is read range by range, so that its reader may seek and take its time."""
+    """A remote file that is read in ranges, so that it can be seeked and read slowly."""
 
     def __init__(self, location: str) -> None:
         super().__init__()
@@ -224,7 +238,7 @@ class _RemoteFile(io.RawIOBase):
             if not is_web(location):
                 raise
         if is_web(location) and self._size <= CHUNK_BYTES:
-            # Some web servers do not tell the size, and some give no ranges.
+            # Some web servers do not send the size, and some do not support ranges.
             self._content = self._remote.get(self._name)
             self._size = len(self._content)
 
@@ -263,14 +277,14 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _remote(location: str) -> tuple[ObjectFolder, str]:
-    """The bucket or host of a URL, and the name in it."""
+    """Bucket or host of a URL, and the object name in it."""
     scheme, host, name = split_url(location)
     return _opened(f"{scheme}://{host}"), name
 
 
 @lru_cache(maxsize=64)
 def _opened(root: str) -> ObjectFolder:
-    # A list of images on the web names many hosts that are dead: they are asked once.
+    # Lists of web images name many dead hosts, so web servers are tried once only.
     return ObjectFolder(root, 0.0 if is_web(root) else RETRY_S)
 
 
@@ -286,7 +300,7 @@ def _remote_entries(location: str, deep: bool) -> Iterator[Entry]:
 
 
 def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
-    """Links are followed; a link to a folder that was listed before is passed over."""
+    """List a local folder, following links. A folder that was listed before is skipped."""
     seen: set[tuple[int, int]] = set()
     waiting = [("", str(local_path(location)))]
     while waiting:
@@ -296,7 +310,7 @@ def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as listed:
-            # Folders before links to them, so that the same tree has the same names everywhere.
+            # Folders come before links to them, so that the same tree always gets the same names.
             for item in sorted(listed, key=lambda item: (not item.is_symlink(), item.name)):
                 name, is_dir = inner + item.name, item.is_dir()
                 if is_dir and deep:

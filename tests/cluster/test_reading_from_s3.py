@@ -98,7 +98,7 @@ def test_the_server_is_stopped_and_started_again(
         restart.join()
     loader.close()
     assert_equal(read, expected)
-    assert "attempt 3 for" in caplog.text and "failed, again in" in caplog.text
+    assert "attempt 3 for" in caplog.text and "failed, retrying in" in caplog.text
 
 
 def test_one_request_in_twenty_fails(

@@ -88,7 +88,7 @@ def test_the_server_stops_and_a_loader_worker_is_killed(
         assert sum(proxy.faults.values())
     assert_nothing_lost(recipe, undisturbed)
     said = "".join(file.read_text() for file in (tmp_path / "run" / "logs").iterdir())
-    assert "failed, again in" in said
+    assert "failed, retrying in" in said
     assert f"a loader worker died (pid {workers[0].pid}: exit code -9)" in said
     assert "an epoch of 64 pairs: shapes 100.0% (64 = 1 x 64)" in said
 

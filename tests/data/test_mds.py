@@ -371,7 +371,7 @@ def test_sizes_mean_what_they_mean_to_mosaicml(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "mb", "4 apples", "-1kb", "infkb", "nanmb", "1.5", "1.5b"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(text)
 
 

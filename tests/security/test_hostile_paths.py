@@ -259,7 +259,7 @@ def test_the_input_itself_is_a_regular_file(
     for reader in ("coco", "blip_json", "vqa", "nlvr2", "visdial"):
         assert prepare_data.main([reader, f"{tmp_path}/list.json", f"{tmp_path}/out"]) == 2
         said = capsys.readouterr().err
-        assert "list.json is a FIFO, no regular file" in said and said.count("\n") == 1
+        assert "list.json is a FIFO, not a regular file" in said and said.count("\n") == 1
 
 
 @pytest.mark.timeout(60)
@@ -358,7 +358,7 @@ def test_folders_in_buckets_hold_too(folder: str, location: str) -> None:
      "x" * 256, "a/", "half\ud83d"],
 )  # fmt: skip
 def test_names_of_files(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^the file name .* is no relative path"):
+    with pytest.raises(ValueError, match=r"^the file name .* is not a relative path"):
         relative_name(name)
     assert relative_name("0/shard.00000.mds.zstd") == "0/shard.00000.mds.zstd"
 

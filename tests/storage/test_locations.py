@@ -63,7 +63,7 @@ def test_a_local_folder_is_listed(tree: Path, scheme: str) -> None:
             assert file_size(entry.location) == entry.size
     with pytest.raises(FileNotFoundError, match="nothing: there is no such file or folder"):
         is_folder(f"{location}/nothing")
-    with pytest.raises(NotADirectoryError, match=r"a\.txt is no folder"):
+    with pytest.raises(NotADirectoryError, match=r"a\.txt is not a folder"):
         list_folder(f"{location}/a.txt")
 
 
