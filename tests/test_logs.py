@@ -1,4 +1,4 @@
-"""Logging: what reaches the terminal, what reaches the file, and what third parties may say."""
+"""Logging: lines on the terminal, lines in the file, and the output of third parties."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ours = logging.getLogger("blip_scale.somewhere")
 
 @pytest.fixture(autouse=True)
 def restored_logging() -> Iterator[None]:
-    """Logging is global: put it back as it was."""
+    """Restore logging after each test, because it is global."""
     root, package = logging.getLogger(), logging.getLogger("blip_scale")
     handlers, levels = list(root.handlers), (root.level, package.level)
     thread_hook = threading.excepthook
     filters = {name: logging.getLogger(name).filters[:] for name in ("DeepSpeed", "py.warnings")}
     environment = dict(os.environ)
     yield
-    for handler in [one for one in root.handlers if one not in handlers]:
+    for handler in [added for added in root.handlers if added not in handlers]:
         root.removeHandler(handler)
         handler.close()
     root.setLevel(levels[0])
@@ -196,7 +196,7 @@ engine.save_checkpoint(os.environ["RUN"])
 
 @pytest.mark.multiprocess
 def test_a_zero3_run_prints_nothing_of_its_own(tmp_path: Path) -> None:
-    """What DeepSpeed, torch and the rest say in a real run of two ranks goes to the files."""
+    """Messages of DeepSpeed, torch and others in a real run of two ranks go to the files."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     environment = os.environ | {
