@@ -1,4 +1,4 @@
-"""Reading from a real S3 server that stops, stutters, lies, or has what a full disk can't hold."""
+"""Reading from a real S3 server that stops, fails, corrupts data, or exceeds the local disk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 kB."""
+    """Mount a disk of 64 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
@@ -49,7 +49,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, file: Path) -> None:
-    """Leave no room for a shard; those that the loader fetched at its start are dropped."""
+    """Leave no room for a shard, and drop those that the loader fetched at its start."""
     for shard in (disk / "cache").glob("*.mds"):
         shard.unlink()
     file.write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
@@ -153,10 +153,10 @@ def test_damaged_and_missing_shards_are_skipped_and_counted_alike_everywhere(
         steps = [*zip(*per_rank, strict=True), *((batch,) for batch in take(resumed, 5))]
         runs.append([name for step in steps for batch in step for name in batch.ids])
         counts.append(sum(len(batch.skipped) for step in steps for batch in step))
-        said = {line for step in steps for batch in step for line in batch.skipped}
-        assert sum("stays damaged, fetched 3 times" in line for line in said) == 2
-        assert sum("can't be fetched, tried 4 times" in line for line in said) == 1
-        assert len(said) == 3
+        reports = {line for step in steps for batch in step for line in batch.skipped}
+        assert sum("stays damaged, fetched 3 times" in line for line in reports) == 2
+        assert sum("can't be fetched, tried 4 times" in line for line in reports) == 1
+        assert len(reports) == 3
     assert runs[0] == runs[1]
     assert counts == [sum(name in lost for name in whole)] * 2
     assert not lost & set(runs[0])

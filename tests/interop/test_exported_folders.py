@@ -1,4 +1,4 @@
-"""transformers computes the same numbers from an exported folder as our own model.
+"""Transformers computes the same numbers from an exported folder as our own model.
 
 The other supported major version of transformers is tested as well.
 """
@@ -205,7 +205,7 @@ def special_words(ours: Path, folder: Path) -> PreTrainedTokenizerFast:
 
 
 def test_special_tokens_of_a_tokenizer_come_back(ours: Path, tmp_path: Path) -> None:
-    """transformers 4 and 5 and our own loader all read the special token."""
+    """Transformers 4 and 5 and our own loader all read the special token."""
     from transformers import BlipProcessor
 
     words = special_words(ours, tmp_path / "words")
@@ -227,7 +227,7 @@ def test_special_tokens_of_a_tokenizer_come_back(ours: Path, tmp_path: Path) -> 
 def test_the_other_transformers_reads_them(
     ours: Path, hf: Path, med: MED, photos: list[Path], tmp_path: Path
 ) -> None:
-    """transformers 4.57 with NumPy 2.1 reads files written by version 5, or the reverse."""
+    """Transformers 4.57 with NumPy 2.1 reads files written by version 5, or the reverse."""
     exports = tmp_path / "exports"
     shutil.copytree(hf, exports)
     words = special_words(ours, exports / "words")

@@ -217,7 +217,7 @@ def test_nucleus_draws_what_theirs_draws(captioning, images: Tensor) -> None:
 def test_nucleus_by_given_numbers(
     captioning, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers gives equal captions if multinomial returns the same numbers.
+    """Transformers gives equal captions if multinomial returns the same numbers.
 
     An image has the same caption alone and in any batch.
     """
