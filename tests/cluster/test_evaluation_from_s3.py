@@ -49,6 +49,6 @@ def test_lists_and_images_in_a_bucket(
     arguments = ["retrieval", ours, str(folder / "list.json"), "--images", remote]
     assert evaluate.main(arguments) == 2
     message = capsys.readouterr().err
-    assert f"2 images aren't there, the first: {remote}/no0.png" in message
+    assert f"2 images are missing, the first: {remote}/no0.png" in message
     assert evaluate.main(["retrieval", ours, f"{remote}/nothing.json"]) == 2
     assert "there is no such file or folder" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_floating_point_pixels_of_another_range_are_refused(values: list[float])
 
 def test_postscript_is_never_opened() -> None:
     """Pillow would hand it to Ghostscript."""
-    with pytest.raises(CorruptSample, match="no image of a known format"):
+    with pytest.raises(CorruptSample, match="not an image of a known format"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
 
 

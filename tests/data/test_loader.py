@@ -172,7 +172,7 @@ def test_a_corrupt_image_is_replaced_counted_and_named(
     named = Counter(line.split(": ")[0].split(" ")[1] for line in skipped)
     assert named == {"red-3": 1, "red-4": 2, "red-17": 1}
     assert all(
-        line.startswith("red/shard.0") and "no image of a known format" in line for line in skipped
+        s.startswith("red/shard.0") and "not an image of a known format" in s for s in skipped
     )
     ids = Counter(sample for batch in batches for sample in batch.ids)
     assert set(ids) == {f"red-{i}" for i in range(40)} - {"red-3", "red-4", "red-17"}
