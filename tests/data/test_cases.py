@@ -134,7 +134,7 @@ CASE_LIST = [
     Case("windows_paths/u.json", "blip_json", {"train/0.jpg": ["u16"]}),
     Case("windows_paths/lines.json", "blip_json", {"train/0.jpg": ["x", "y"]}),
     Case("windows_paths/d.json", "blip_json", refused="d.json holds no list of {image, caption}"),
-    Case("windows_paths/e.json", "blip_json", refused="e.json is no JSON"),
+    Case("windows_paths/e.json", "blip_json", refused="e.json is not JSON"),
     Case("windows_paths/l.json", "blip_json", refused="l.json: there is nothing to convert"),
     Case("coco_id_types/captions.json", "coco",
          {"0.jpg": ["a dog"], "1.jpg": ["a cat"], "2.jpg": ["a cow"]},

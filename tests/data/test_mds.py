@@ -293,7 +293,9 @@ def test_a_compression_bomb_is_not_inflated(tmp_path: Path, compression: str) ->
     folder = write_ours(tmp_path / "set", samples(3), compression=compression)
     pack = {"gz": gzip.compress, "bz2": bz2.compress}[compression]
     shard, target = mds.read_index(folder)[0], tmp_path / "raw"
-    with pytest.raises(ValueError, match=r"shard.00000.mds unpacks to \d+ bytes, the index says"):
+    with pytest.raises(
+        ValueError, match=r"shard.00000.mds decompresses to \d+ bytes, the index says"
+    ):
         shard.decompress(pack(bytes(BOMB_BYTES)), target)
     assert target.stat().st_size < shard.raw_data.bytes + (2 << 20)
 
@@ -319,10 +321,10 @@ def test_a_bomb_in_a_remote_set_is_passed_over(tmp_path: Path) -> None:
     packed.update(bytes=len(bomb), hashes={})
     (tmp_path / "set" / "index.json").write_text(json.dumps(index))
     store = StreamStore(stream(tmp_path / "cache", remote=tmp_path / "set"))
-    with pytest.raises(ValueError, match=r"shard.00000.mds unpacks to .* the index says"):
+    with pytest.raises(ValueError, match=r"shard.00000.mds decompresses to .* the index says"):
         store.read(0, 0)
     assert store.read(1, 0)["source"] == "test"
-    with pytest.raises(ValueError, match=r"shard.00000.mds unpacks to .* the index says"):
+    with pytest.raises(ValueError, match=r"shard.00000.mds decompresses to .* the index says"):
         StreamStore(stream(tmp_path / "set")).read(0, 0)
 
 

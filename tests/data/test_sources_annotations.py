@@ -182,7 +182,7 @@ def test_lists_of_blip(tmp_path: Path) -> None:
         ("ccs_filtered.json:5", "missing key"),
     ]
     (tmp_path / "broken.json").write_text('[{"image": "a.jpg", "capt')
-    with pytest.raises(ValueError, match=r"broken\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"broken\.json is not JSON"):
         read("blip_json", tmp_path / "broken.json")
     with pytest.raises(ValueError, match="holds no list"):
         read("blip_json", save(tmp_path / "object.json", {"image": "a.jpg"}))
@@ -292,7 +292,7 @@ def test_dialects_of_csv(text: str | bytes, captions: list[str], tmp_path: Path)
             r"a\.csv:1: the first line is 'a\.jpg, a dog'.*--columns",
         ),
         ("image,label\na.jpg,a dog\n", {}, r"no column for the caption .* give --caption-key"),
-        ("image,text,text\na.jpg,a,b\n", {}, r"several are called 'text'"),
+        ("image,text,text\na.jpg,a,b\n", {}, r"several of 3 columns are called 'text'"),
         ("image,caption\n".encode("utf-16-le"), {}, r"a\.csv:1 holds zero bytes: give --encoding"),
         ("", {}, r"a\.csv is empty"),
         ("image,caption\n", {"encoding": "no-such"}, "--encoding no-such"),

@@ -163,7 +163,7 @@ def test_dialogs(converted: Convert, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "visdial"])
 def test_another_file(converted: Convert, task: str) -> None:
-    with pytest.raises(ValueError, match=f"{task}.json (holds no list of|is no VisDial file)"):
+    with pytest.raises(ValueError, match=f"{task}.json (holds no list of|is not a VisDial file)"):
         converted(task, {"images": []})
 
 

@@ -1,8 +1,8 @@
-"""Visual Genome: the region descriptions as distributed, or vg_caption.json as BLIP uses it.
+"""Read Visual Genome's region descriptions, or vg_caption.json as BLIP uses it.
 
-A record is an image with the phrases of all its regions. Give the folder with
-region_descriptions.json, image_data.json, VG_100K and VG_100K_2, or a JSON list of
-{image, caption}.
+A record is an image with the phrases of all its regions. The input is a folder with
+region_descriptions.json, image_data.json, VG_100K and VG_100K_2, or a JSON list of {image,
+caption}.
 """
 
 from __future__ import annotations
