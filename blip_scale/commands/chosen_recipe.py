@@ -1,4 +1,4 @@
-"""The recipe that a training command was given."""
+"""Load the recipe of a training command."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from blip_scale.config.recipe import Recipe
 
 
 def chosen_recipe(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
-    """`options.recipe` with overrides on top, and what they don't say of the network taken from
-    `model.checkpoint`; with `options.print_recipe` as it is written.
+    """Load `options.recipe` with overrides.
+
+    Sizes of the network that they leave out are taken from `model.checkpoint`. With
+    `options.print_recipe` the recipe is returned as written.
 
     Raises:
-        ValueError, FileNotFoundError: as `recipe.load` and `with_sizes_of_checkpoint`.
+        ValueError, FileNotFoundError: see `recipe.load` and `with_sizes_of_checkpoint`.
     """
     recipes.check_overrides(overrides)
     recipe = recipes.load(options.recipe, overrides)

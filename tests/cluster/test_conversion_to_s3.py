@@ -81,7 +81,7 @@ def test_into_a_bucket_and_training_from_it(
     remote = f"s3://{s3.bucket}/converted/laion"
     arguments = ["laion", str(folder), remote, "--shard-size", "1mb", "--workers", "2"]
     assert prepare([*arguments, "--shard", "1/2"]) == 0
-    assert "part 1/2 is done; other parts are not yet" in capsys.readouterr().out
+    assert "part 1/2 is done; other parts are not done yet" in capsys.readouterr().out
     assert prepare([*arguments, "--merge"]) == 2
     assert "4 of 7 chunks are not converted yet" in capsys.readouterr().err
     assert prepare([*arguments, "--shard", "0/2"]) == 0

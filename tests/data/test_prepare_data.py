@@ -195,7 +195,9 @@ def test_a_signal_stops_at_once(
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert said.splitlines()[-1] == "stopped; finished chunks are kept, the same command goes on"
+    assert (
+        said.splitlines()[-1] == "stopped; finished chunks are kept, run the same command to resume"
+    )
     assert "Traceback" not in said
     assert 1 <= len(list((tmp_path / "out").glob("chunks/*"))) < 20
     assert prepare(arguments) == 0

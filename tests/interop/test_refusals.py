@@ -278,7 +278,9 @@ def test_what_exists_is_kept(
     other = tmp_path / "holiday"
     other.mkdir()
     (other / "photo.jpg").write_bytes(b"mine")
-    assert "folder of something else" in refusal(capsys, ours, other, "--overwrite")
+    assert "is not a checkpoint, and is not overwritten" in refusal(
+        capsys, ours, other, "--overwrite"
+    )
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -286,8 +288,8 @@ def test_names_and_heads_that_contradict(ours: Path, tmp_path: Path, capsys: Cap
     for out, arguments, expected in (
         ("out", ("--to", "salesforce"), "a name that ends in .pth"),
         ("out.pth", ("--to", "hf"), "the name of a folder"),
-        ("out.pth", ("--head", "all"), "--head all makes Hugging Face folders"),
-        ("out", ("--to", "ours", "--head", "vqa"), "our checkpoints hold the whole network"),
+        ("out.pth", ("--head", "all"), "--head all writes Hugging Face folders"),
+        ("out", ("--to", "ours", "--head", "vqa"), "training checkpoints hold the whole net"),
         ("out.pth", ("--head", "nlvr2"), "starts from the pretrain layout"),
         ("out", ("--head", "pretrain"), "transformers has no such class"),
         ("out", ("--tokenizer", str(tmp_path / "none")), "there is no folder"),
