@@ -18,6 +18,7 @@ from blip_scale.planning.timing import EXECUTIONS, Cluster
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
+    """Run the command, and return its exit code: 0, or 2 for refused input."""
     options, overrides = _parser(prog).parse_known_args(arguments)
     try:
         plan = _plan(options, overrides)

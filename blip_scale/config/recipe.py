@@ -39,6 +39,8 @@ Above0 = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True, config=_STRICT)
 class VisionRecipe:
+    """Settings of the vision transformer."""
+
     name: str = "vit_base_patch16_224"
     """Name of a timm VisionTransformer, such as vit_base_patch16_224 or deit_base_patch16_224."""
     image_size: Positive = 224
@@ -64,6 +66,8 @@ class VisionRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class TextRecipe:
+    """Settings of tokenizer and text stack."""
+
     checkpoint: str | None = "bert-base-uncased"
     """Hugging Face BERT checkpoint that gives sizes, weights and tokenizer: a folder, a hub name,
     or `package:NAME` for a folder with config.json in an installed Python package. null: random
@@ -94,6 +98,8 @@ class TextRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelRecipe:
+    """Settings of the network and its execution."""
+
     vision: VisionRecipe = field(default_factory=VisionRecipe)
     text: TextRecipe = field(default_factory=TextRecipe)
     checkpoint: str | None = None
@@ -120,6 +126,8 @@ class ModelRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class ObjectiveRecipe:
+    """Settings of the losses."""
+
     itc: str = "momentum"
     """Image-text contrastive (ITC) loss: a name in blip_scale.tasks.contrastive_task.CONTRASTS.
     `momentum` is BLIP's loss with momentum encoders, feature queues and soft targets; queue_size,
@@ -147,6 +155,8 @@ class ObjectiveRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class StreamRecipe:
+    """Settings of a training or held-out set."""
+
     name: str
     """Name of the stream in logs and statistics; must be unique."""
     local: str
@@ -170,6 +180,8 @@ class StreamRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class DataRecipe:
+    """Settings of the data and their loading."""
+
     streams: list[StreamRecipe] = field(default_factory=list)
     """Training streams. An epoch shuffles the samples of all streams together."""
     samples_per_epoch: Positive | None = None
@@ -208,6 +220,8 @@ class DataRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerRecipe:
+    """Settings of AdamW and the learning rate."""
+
     schedule: Literal["pretrain", "cosine"] = "pretrain"
     """Learning rate schedule. `pretrain`: linear warm-up in the first epoch, then a decay by
     lr_decay each epoch. `cosine` (fine-tuning): half a cosine from peak_lr to min_lr, updated once
@@ -240,6 +254,8 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainRecipe:
+    """Settings of batches, precision and the run's length."""
+
     global_batch_size: Positive = 2880
     """Number of pairs per optimizer step, over all ranks and accumulation micro-steps."""
     micro_batch_size: Positive | None = None
@@ -285,6 +301,8 @@ class TrainRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class CheckpointRecipe:
+    """Settings of checkpoints."""
+
     every_steps: Positive = 1000
     """Number of optimizer steps between two checkpoints. The last step is always saved."""
     keep_last: Positive = 3
@@ -307,6 +325,8 @@ class CheckpointRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class LogRecipe:
+    """Settings of logging."""
+
     every_steps: Positive = 50
     """Number of optimizer steps between two points in TensorBoard and metrics.jsonl. Each point is
     also a line on the terminal."""
@@ -322,6 +342,8 @@ class LogRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluationRecipe:
+    """Settings of evaluations during a run."""
+
     every_steps: Positive | Literal["epoch"] = 5000
     """Number of optimizer steps between two evaluations on held-out data, or `epoch` for one after
     each epoch. The end of the run is always evaluated."""
@@ -355,6 +377,8 @@ class EvaluationRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
+    """All settings of a run."""
+
     task: Literal["pretrain", "retrieval", "captioning", "vqa", "nlvr2", "visdial"] = "pretrain"
     """Training task: a name in blip_scale.tasks.TASKS."""
     output_dir: str = "runs/default"

@@ -79,6 +79,7 @@ class Record:
 
     @property
     def captions(self) -> list[str]:
+        """All captions of the image."""
         return [self.caption] if isinstance(self.caption, str) else list(self.caption)
 
     def sample(self) -> dict[str, Any]:

@@ -48,14 +48,17 @@ def join(folder: str, *parts: str) -> str:
 
 
 def is_url(location: str) -> bool:
+    """Return True if a location is a URL, including file:// URLs."""
     return "://" in location
 
 
 def is_local(location: str) -> bool:
+    """Return True if a location is on a local disk."""
     return not is_url(location) or location.startswith("file://")
 
 
 def is_web(location: str) -> bool:
+    """Return True if a location is on a web server."""
     return location.startswith(("http://", "https://"))
 
 
@@ -65,14 +68,17 @@ def local_path(location: str) -> Path:
 
 
 def parent(location: str) -> str:
+    """Folder that contains a location."""
     return location.rstrip("/").rpartition("/")[0] or ("/" if location.startswith("/") else ".")
 
 
 def basename(location: str) -> str:
+    """Last part of a location: the name of the file or folder."""
     return location.rstrip("/").rpartition("/")[2]
 
 
 def stem(location: str) -> str:
+    """Name of a file up to the first dot."""
     return basename(location).split(".")[0]
 
 
@@ -125,6 +131,7 @@ def is_folder(location: str) -> bool:
 
 
 def file_size(location: str) -> int:
+    """Size of a file in bytes."""
     if is_local(location):
         return local_path(location).stat().st_size
     remote, name = _remote(location)

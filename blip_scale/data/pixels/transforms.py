@@ -45,6 +45,7 @@ class EvalTransform:
     size: int
 
     def __call__(self, image: Image.Image) -> Tensor:
+        """Resize an RGB image, and convert it to uint8 [3, size, size]."""
         return to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
 
