@@ -55,7 +55,7 @@ def test_all_captions_of_an_image_are_its_own(tmp_path: Path) -> None:
 def test_a_remote_is_asked_as_long_as_the_recipe_says(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not for the quarter of an hour that is the default."""
+    """The default of a quarter of an hour is not used."""
     away = StreamRecipe("away", str(tmp_path / "cache"), "s3://nowhere/set")
     caplog.set_level("WARNING")
     with pytest.MonkeyPatch.context() as patch:
