@@ -147,10 +147,8 @@ def _judge(
     for image, kind, text, score in zip(owners, kinds, texts, scores, strict=True):
         scored[image].append((kind, text, score))
     prints = {"captioner": captioner.fingerprint, "filter": judge.fingerprint}
-    return [
-        _sorted_out(sample, captions, settings, prints)
-        for sample, captions in zip(samples, scored, strict=True)
-    ]
+    screened = zip(samples, scored, strict=True)
+    return [_sorted_out(sample, captions, settings, prints) for sample, captions in screened]
 
 
 def _sorted_out(

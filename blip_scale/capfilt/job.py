@@ -64,15 +64,11 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
     local = is_local(job.source)
     folder, remote = (job.source, None) if local else (_cache(job.source, task), job.source)
     store = filtering.store_of(folder, remote)
-    chunks = [
-        Chunk(
-            name=store.shard_name(shard),
-            read=partial(filtering.read_shard, folder, remote, shard, settings),
-            fingerprint=json.dumps(reader.raw_data.hashes, sort_keys=True),
-            pairs=reader.samples,
-        )
-        for shard, reader in enumerate(store.shards)
-    ]
+    chunks = []
+    for number, shard in enumerate(store.shards):
+        read = partial(filtering.read_shard, folder, remote, number, settings)
+        fingerprint = json.dumps(shard.raw_data.hashes, sort_keys=True)
+        chunks.append(Chunk(store.shard_name(number), read, fingerprint, shard.samples))
     loading = settings.loading
     # Load them on the CPU: forked workers share them, spawned workers load them to their GPU.
     on_cpu = replace(settings, loading=replace(loading, device="cpu", precision="fp32"))

@@ -88,6 +88,10 @@ class Setting:
             raise Doubt(f"cannot be planned: {error}") from error
 
     def _gpu(self) -> GPU:
+        """GPU named by the user, else an H100 with the memory of this machine's GPU.
+
+        Without a GPU, the memory is unlimited.
+        """
         import torch
 
         from blip_scale.planning.assumptions import GIB

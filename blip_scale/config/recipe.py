@@ -467,6 +467,6 @@ def _find(name_or_file: str) -> Path:
     close = difflib.get_close_matches(name_or_file, names(), n=1)
     hint = f"the nearest is {close[0]}; " if close else ""
     raise FileNotFoundError(
-        f"--recipe {name_or_file}: no such recipe; {hint}there are {', '.join(names())}; "
+        f"--recipe {name_or_file}: no such recipe; {hint}available are {', '.join(names())}; "
         "or give a YAML file"
     )

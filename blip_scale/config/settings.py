@@ -390,8 +390,8 @@ def _limits(metadata: Sequence[Any]) -> str:
     """Bounds in an annotation's metadata, e.g. ` >= 0, < 1`."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = []
-    for outer in metadata:
-        for constraint in getattr(outer, "metadata", [outer]):
+    for item in metadata:  # constraints, or a Field with constraints in its own metadata
+        for constraint in getattr(item, "metadata", [item]):
             for name, sign in signs.items():
                 bound = getattr(constraint, name, None)
                 if bound is not None:

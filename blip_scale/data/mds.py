@@ -213,9 +213,12 @@ class Shard:
             ValueError: the sample is damaged.
         """
         if not 0 <= index < self.samples:
-            raise IndexError(f"{self.raw_data.basename} has {self.samples} samples, not {index}")
+            raise IndexError(
+                f"{self.raw_data.basename} has no sample {index}, it has {self.samples} samples"
+            )
         file = os.open(self.folder / self.raw_data.basename, os.O_RDONLY)
         try:
+            # After the number of samples, the header has the offset of each sample and of the end.
             span = os.pread(file, 8, 4 + 4 * index)
             begin, end = struct.unpack("<II", span) if len(span) == 8 else (0, 0)
             is_inside = 8 + 4 * self.samples <= begin < end <= self.raw_data.bytes

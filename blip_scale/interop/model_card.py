@@ -128,11 +128,10 @@ def _figures(weights: BlipWeights, origin: Origin) -> str:
         return ""
     rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in sorted(evaluation.items()))
     figures = f"\n## Held-out figures\n\n| | |\n|---|---|\n{rows}\n"
-    alarms = origin.summary.get("alarms") or {}
-    warnings = "".join(
-        f"- {alarm['message']} (`alarm/{name}`, for the last {alarm['points']} logged points)\n"
-        for name, alarm in sorted(alarms.items())
-    )
+    warnings = ""
+    for name, alarm in sorted((origin.summary.get("alarms") or {}).items()):
+        points = f"for the last {alarm['points']} logged points"
+        warnings += f"- {alarm['message']} (`alarm/{name}`, {points})\n"
     return figures + (f"\n## Warnings at the end of training\n\n{warnings}" if warnings else "")
 
 

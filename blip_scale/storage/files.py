@@ -25,10 +25,10 @@ class Spared(AbstractContextManager[None]):
     """
 
     def __init__(self, lost: str, on_failure: Callable[[], None] = lambda: None) -> None:
-        """Store what to say and what to do about a failure.
+        """Describe the file, and the reaction to a failure.
 
         Args:
-            lost: description and path of the file that the run does without, for the warning.
+            lost: what the run does without, for the warning, such as "heartbeat in FILE".
             on_failure: called after each failure.
         """
         self._lost, self._on_failure = lost, on_failure

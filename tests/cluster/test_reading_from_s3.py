@@ -142,10 +142,10 @@ def test_damaged_and_missing_shards_are_skipped_and_counted_alike_everywhere(
     runs, counts = [], []
     for ranks, workers in ((1, 2), (2, 1)):
         caches = [tmp_path / f"cache-{ranks}-{rank}" for rank in range(ranks)]  # a disk each
-        loaders = [
-            make_loader([stream(caches[rank], remote=remote)], rank, ranks, workers=workers)
-            for rank in range(ranks)
-        ]
+        loaders = []
+        for rank, cache in enumerate(caches):
+            streams = [stream(cache, remote=remote)]
+            loaders.append(make_loader(streams, rank, ranks, workers=workers))
         per_rank = [take(loader, 9) for loader in loaders]
         state = loaders[0].state_dict()
         resumed = make_loader([stream(caches[0], remote=remote)], workers=workers)

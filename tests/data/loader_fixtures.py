@@ -39,13 +39,12 @@ def make_shards(tmp_path: Path) -> MakeShards:
     def make(
         name: str, count: int, corrupt: frozenset[int] = frozenset(), compression: str | None = None
     ) -> Path:
-        records = (
-            Record(
-                f"{name}-{i}", b"no image" if i in corrupt else jpeg(i), f"A pair, {name}!", name
-            )
-            for i in range(count)
-        )
+        def record(number: int) -> Record:
+            image = b"no image" if number in corrupt else jpeg(number)
+            return Record(f"{name}-{number}", image, f"A pair, {name}!", name)
+
         folder = tmp_path / "sets" / name
+        records = map(record, range(count))
         write_shards(folder, records, shard_size="20kb", compression=compression)
         return folder
 

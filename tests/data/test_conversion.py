@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,7 @@ def test_killed_again_and_again(tars: Path, tmp_path: Path, undisturbed: dict[st
     out = tmp_path / "out"
     context = multiprocessing.get_context("fork")
     job = job_of(tars, out, workers=2)
-    slow = [
-        Chunk(c.name, partial(_slowly, c.read), c.fingerprint, c.pairs, c.input_bytes)
-        for c in job.chunks
-    ]
+    slow = [replace(chunk, read=partial(_slowly, chunk.read)) for chunk in job.chunks]
     kills = 0
     while not (out / "index.json").exists():
         done = len(list(out.glob("chunks/*.json")))
@@ -357,10 +355,8 @@ def test_a_file_that_cannot_be_written(
 ) -> None:
     """The kernel refuses further writes, as on a full disk; the same call then resumes."""
     job = job_of(tars, tmp_path / "out", workers=1)
-    chunks = [
-        Chunk(c.name, partial(_limited, c.read) if n == 2 else c.read, c.fingerprint)
-        for n, c in enumerate(job.chunks)
-    ]  # fmt: skip
+    chunks = list(job.chunks)
+    chunks[2] = replace(chunks[2], read=partial(_limited, chunks[2].read))
     with pytest.raises(OSError, match="File too large"):
         convert(Conversion(chunks, job.out, RULES, 20_000, 1), Part())
     assert len(list((tmp_path / "out" / "chunks").glob("*"))) == 2

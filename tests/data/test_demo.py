@@ -35,11 +35,12 @@ def streams() -> dict[str, list[Record]]:
     """Assign all drawings, with one stand-in picture per drawing instead of rendering."""
     patch = pytest.MonkeyPatch()
     patch.setattr(demo, "_pixel_digest", lambda jpeg: jpeg)
-    pictures = [
-        demo.Picture(d.points, d.style, names()[d.points], f"{d.style}{d.points}".encode())
-        for d in openmoji.drawings() + twemoji.drawings()
-        if d.points in names()
-    ]
+    pictures = []
+    for drawing in openmoji.drawings() + twemoji.drawings():
+        points, style = drawing.points, drawing.style
+        if points in names():
+            picture = f"{style}{points}".encode()
+            pictures.append(demo.Picture(points, style, names()[points], picture))
     assigned = demo.assign(pictures)
     patch.undo()
     return assigned

@@ -196,10 +196,9 @@ def test_what_a_drawing_of_easy_vqa_shows() -> None:
 def test_pairs_of_easy_vqa_drawings() -> None:
     """Every label follows from the content of the two drawings."""
     shown = {bytes([i]): f"a {color} shape" for i, color in enumerate(easy_nlvr2.COLORS)}
-    drawings = [
-        drawing(i, [(f"what is the {color} shape?", "circle")])
-        for i, color in enumerate(easy_nlvr2.COLORS)
-    ]
+    drawings = []
+    for i, color in enumerate(easy_nlvr2.COLORS):
+        drawings.append(drawing(i, [(f"what is the {color} shape?", "circle")]))
     pairs = easy_nlvr2.pairs(drawings, each=5)
     assert len(pairs) == 5 * len(drawings) and len({pair.id for pair in pairs}) > 20
     sides = set()

@@ -232,11 +232,8 @@ def test_the_other_transformers_reads_them(
     shutil.copytree(hf, exports)
     words = special_words(ours, exports / "words")
     pins = "requirements.txt" if version("transformers") < "5" else "requirements-oldest.txt"
-    wanted = [
-        line
-        for line in (REPO / pins).read_text().splitlines()
-        if line.startswith(("transformers==", "numpy=="))
-    ]
+    lines = (REPO / pins).read_text().splitlines()
+    wanted = [line for line in lines if line.startswith(("transformers==", "numpy=="))]
     commands = make_environment(tmp_path / "other", wanted)
     report = tmp_path / "report.json"
     script = Path(__file__).with_name("read_exports.py")

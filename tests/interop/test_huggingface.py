@@ -239,11 +239,10 @@ def test_nucleus_by_given_numbers(
             )
         embeds = med.encode_image(images)
         assert caption_nucleus(med, embeds, PROMPT, sampling, draws) == expected
-        alone = [
-            caption_nucleus(med, embeds[i : i + 1], PROMPT, sampling, draws[i : i + 1])[0]
-            for i in range(len(images))
-        ]
-        assert alone == expected
+        for i, caption in enumerate(expected):
+            single = slice(i, i + 1)
+            alone = caption_nucleus(med, embeds[single], PROMPT, sampling, draws[single])
+            assert alone == [caption]
 
 
 def test_nucleus_keeps_what_theirs_keeps() -> None:

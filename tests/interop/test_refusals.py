@@ -129,10 +129,10 @@ def test_wrappers_and_prefixes_are_recognised(pth: Path, vocabulary: Path, tmp_p
     loading = Loading(tokenizer=str(vocabulary))
     expected, sizes = loaded["model"], {"network": loaded["network"]}
     prefixed = {f"module._orig_mod.{name}": tensor for name, tensor in expected.items()}
-    parameters = {
-        name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor
-        for name, tensor in expected.items()
-    }
+    parameters = dict(expected)
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            parameters[name] = torch.nn.Parameter(tensor)
     for content in (
         {"state_dict": expected},
         {"model": prefixed},
