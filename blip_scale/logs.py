@@ -95,7 +95,7 @@ def hold_third_party_noise() -> None:
     root = logging.getLogger()
     if not any(isinstance(handler, _EarlyHandler) for handler in root.handlers):
         root.addHandler(_EarlyHandler())
-    # DeepSpeed adds a terminal handler on import and warns right after: divert its logger before.
+    # DeepSpeed adds a terminal handler and warns on import, so its logger is diverted before.
     for name, kind in (("DeepSpeed", _ToRoot), ("py.warnings", _Once)):
         logger = logging.getLogger(name)
         if not any(isinstance(log_filter, kind) for log_filter in logger.filters):

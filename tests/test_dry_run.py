@@ -41,7 +41,7 @@ def test_a_sound_set_up_is_ready(tmp_path: Path, train: Command) -> None:
     assert checks["GPU memory"][1].startswith("fits")
     assert "not measured" in checks["interconnect"][1]
     assert checks["attention"] == ("ok", "SDPA (FlashAttention runs on CUDA devices, not on cpu)")
-    assert not (tmp_path / "run").exists()  # nothing is left behind
+    assert not (tmp_path / "run").exists()  # a dry run leaves no files
 
 
 @pytest.mark.multiprocess
@@ -71,7 +71,7 @@ def test_all_problems_are_seen_at_once(tmp_path: Path, train: Command) -> None:
     changes: dict[str, Any] = {
         "data": {"streams": [{"name": "lost", "local": str(tmp_path / "nowhere")}]},
         "model": {"text": {"tokenizer": str(tmp_path / "no" / "such" / "tokenizer")}},
-        "output_dir": str(tmp_path / "recipe.yaml" / "run"),  # below a file
+        "output_dir": str(tmp_path / "recipe.yaml" / "run"),  # a path below a file
     }
     file = make_recipe(tmp_path, **changes)
     done = dry_run(train, file, "--ranks", "3")

@@ -131,7 +131,7 @@ def test_a_command_says_it_and_goes_on_in_seconds(silent: str, tmp_path: Path) -
         env=os.environ | environment | {"HF_HOME": str(tmp_path / "cache")},
         cwd=REPO, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr  # a.jpg is not there
+    assert done.returncode == 2, done.stderr  # a.jpg is missing
     assert time.monotonic() - began < 60
     messages = done.stderr.splitlines()
     assert messages[0] == f"model.text.tokenizer: fetching nobody/has-this from {silent}"

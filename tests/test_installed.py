@@ -93,7 +93,7 @@ def test_the_tested_pins_lie_in_the_ranges(kind: str) -> None:
     pins = {pin.name: str(pin.specifier).removeprefix("==") for pin in requirements(PINNED[kind])}
     assert {name: pins.get(name) for name, range_ in ranges.items()
             if name not in pins or pins[name] not in range_} == {}  # fmt: skip
-    if kind != "web":  # which lists what gradio needs, too
+    if kind != "web":  # the file also lists gradio's dependencies
         assert pins.keys() == ranges.keys()
 
 

@@ -81,12 +81,14 @@ def test_third_parties_go_to_the_file_and_their_errors_to_the_terminal_too(
 ) -> None:
     library = logging.getLogger("some_library")
     library.propagate = False
-    library.addHandler(logging.StreamHandler(sys.stderr))  # as transformers, torch and others do
+    library.addHandler(logging.StreamHandler(sys.stderr))  # like transformers, torch and others
     file = logs.set_up(tmp_path, 0)
     library.warning("noise")
     logging.getLogger("some_library.part").info("chatter")
     for _ in range(3):
-        logging.getLogger("py.warnings").warning("old fashioned")  # where captured warnings go
+        logging.getLogger("py.warnings").warning(
+            "old fashioned"
+        )  # captured warnings use this logger
     with logs.prints_to_log("some_library"):
         print("built successfully")
     library.error("really broken")
@@ -106,7 +108,7 @@ def test_deepspeed_is_diverted_before_it_makes_its_own_handler(
     deepspeed = logging.getLogger("DeepSpeed")
     propagate, handlers = deepspeed.propagate, list(deepspeed.handlers)
     try:
-        deepspeed.propagate = False  # what importing deepspeed.utils.logging does
+        deepspeed.propagate = False  # like importing deepspeed.utils.logging
         deepspeed.addHandler(logging.StreamHandler(sys.stdout))
         deepspeed.warning("Setting accelerator to CPU")
         file = logs.set_up(tmp_path, 0)

@@ -102,7 +102,7 @@ class TestReading:
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("BLIP_DATA", str(tmp_path))
-        monkeypatch.setenv("BLIP_CHECKPOINT", str(tmp_path))  # something that is there
+        monkeypatch.setenv("BLIP_CHECKPOINT", str(tmp_path))  # any existing path
         chosen = load(name)
         for stream in [*chosen.data.streams, *chosen.data.heldout]:
             folder = Path(settings.expand(stream.local, "local"))
@@ -313,7 +313,7 @@ class TestWhatCannotWork:
         message = str(caught.value)
         assert "train.max_micro_batch_size=97, or 1 or 97 ranks" in message
         stated = load("demo", [*overrides, "train.micro_batch_size=97"])
-        assert checks.batch_sizes(stated, 2).micro_batch == 97  # what is stated holds
+        assert checks.batch_sizes(stated, 2).micro_batch == 97  # an explicit size is used
 
     @pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://", "${NO_SUCH_VARIABLE}/run"])
     def test_where_checkpoints_cannot_go(self, folder: str, data: list[str]) -> None:

@@ -22,7 +22,7 @@ def chosen_recipe(options: argparse.Namespace, overrides: Sequence[str]) -> Reci
     recipe = recipes.load(options.recipe, overrides)
     if recipe.model.checkpoint is None or options.print_recipe:
         return recipe
-    # Imported here, because it takes transformers.
+    # Imported here, because it imports transformers.
     from blip_scale.inference.starting_sizes import with_sizes_of_checkpoint
 
     return with_sizes_of_checkpoint(recipe, recipes.stated(options.recipe, overrides))

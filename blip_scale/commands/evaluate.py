@@ -97,7 +97,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logs.MessageFormatter())
         if is_main:
-            logging.getLogger("blip_scale.engine").setLevel("INFO")  # shows what a start waits for
+            logging.getLogger("blip_scale.engine").setLevel(
+                "INFO"
+            )  # reports the progress of the start
         device = start(_TIMEOUT_S)
         if device.type == "cpu":  # ranks that all use every core would slow each other down
             cores = len(os.sched_getaffinity(0))

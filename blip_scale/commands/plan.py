@@ -38,7 +38,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
         efficiency=options.efficiency,
         module_call_s=options.module_us * 1e-6 if options.module_us else None,
     )  # fmt: skip
-    from blip_scale.tasks.by_name import contrast_of  # imports DeepSpeed, which a refusal skips
+    from blip_scale.tasks.by_name import contrast_of  # imports DeepSpeed: after all refusals
 
     kilobytes = options.sample_kb
     assumed = Assumptions(options.caption_tokens, kilobytes * 1e3 if kilobytes else None)

@@ -47,7 +47,7 @@ _CODECS = {"br": "brotli", "bz2": "bz2", "gz": "gzip", "snappy": "snappy", "zstd
 _HASHES = (hashlib.algorithms_guaranteed - {"shake_128", "shake_256"}) | xxhash.algorithms_available
 
 
-Content = bytes  # FileInfo has a field of this name
+Content = bytes  # FileInfo has a field named `bytes`
 
 
 @dataclass(frozen=True)
@@ -434,7 +434,7 @@ def _layout(encodings: tuple[str, ...]) -> tuple[list[Encoding], struct.Struct]:
     return kinds, struct.Struct(f"<{sum(kind.size is None for kind in kinds)}I")
 
 
-@lru_cache(maxsize=64)  # the shards of a set share theirs
+@lru_cache(maxsize=64)  # shards of a set share their columns
 def _columns(names: tuple[str, ...], encodings: tuple[str, ...]) -> Columns:
     if len(names) != len(encodings):
         raise ValueError(f"{len(names)} column_names, but {len(encodings)} column_encodings")
@@ -443,7 +443,7 @@ def _columns(names: tuple[str, ...], encodings: tuple[str, ...]) -> Columns:
 
 def _file_info(entry: Any) -> FileInfo:
     basename, size = _field(entry, "basename", str), _field(entry, "bytes", int)
-    # The name becomes a path here and a key of the remote.
+    # The name becomes a local path and a key in the remote.
     relative_name(basename)
     if basename.split("/")[0] == INDEX_NAME or basename.startswith("."):
         raise ValueError(f"the file name {basename!r} is not that of a shard")

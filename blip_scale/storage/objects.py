@@ -48,8 +48,8 @@ _PART_RETRIES = 3
 _CLIENT: Any = {
     "allow_http": True,  # self-hosted servers often have no TLS
     "connect_timeout": "10s",
-    "read_timeout": "60s",  # a stalled answer
-    "timeout": "300s",  # a whole request
+    "read_timeout": "60s",  # limit for a stalled answer
+    "timeout": "300s",  # limit for a whole request
 }
 _CREDENTIALS = {
     "s3": (

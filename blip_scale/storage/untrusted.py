@@ -83,7 +83,7 @@ def below(folder: str, location: str) -> str:
     try:
         os.fsencode(location)
         is_file_name = "\0" not in location
-    except UnicodeEncodeError:  # half a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         is_file_name = False
     if not is_file_name:
         raise RefusedPath(f"{location!r} is not a file name")

@@ -69,14 +69,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port, timeout=60)
-        try:  # the client has signed the Host header: it must go on as it is
+        try:  # the client has signed the Host header, so it must not change
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 upstream.putheader(name, value)
             upstream.endheaders(body or None)
             answer = upstream.getresponse()
             content = answer.read()
-        except OSError:  # the server is down: so is the proxy, to its client
+        except OSError:  # the server is down, so the proxy drops the connection
             self.close_connection = True
             return
         finally:

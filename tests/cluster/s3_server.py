@@ -25,7 +25,7 @@ class S3Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bucket = "sets"
-        # SeaweedFS adds 10,000 for the gRPC twin of each.
+        # SeaweedFS adds 10,000 for the gRPC port of each.
         names = ("master", "volume", "filer", "s3")
         self._ports = {name: launcher.free_port(10_000) for name in names}
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,7 +69,7 @@ class S3Server:
         while True:
             try:
                 self.client().create_bucket(Bucket=self.bucket)
-            except Exception as error:  # not up, or half up, or the bucket is there from before
+            except Exception as error:  # still starting, or the bucket exists already
                 if "BucketAlready" in str(error):
                     return self._await_reads(deadline)
                 assert self._process is not None
@@ -147,7 +147,7 @@ def environment(endpoint: str) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",  # the retries that are tested are ours
+        "AWS_MAX_ATTEMPTS": "1",  # only our own retries are tested
     }
 
 

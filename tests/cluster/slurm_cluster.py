@@ -60,7 +60,7 @@ CPUs=4 RealMemory=8000 Gres=gpu:4
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE PriorityTier=2
 """
-# Devices stand in for GPUs: SLURM counts and hands them out, the ranks compute on the CPU.
+# Other devices replace GPUs: SLURM counts and assigns them, but ranks compute on the CPU.
 _GPUS = "NodeName=n[1-2] Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random\n"
 
 
@@ -208,7 +208,7 @@ class SlurmCluster:
         """Number of idle nodes."""
         try:
             return self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%t").split().count("idle")
-        except RuntimeError:  # the controller isn't up yet
+        except RuntimeError:  # the controller is still starting
             return 0
 
     def _start(self, *command: str) -> None:

@@ -126,7 +126,7 @@ def test_the_storage_is_down_and_comes_back(
     caplog.clear()
     save(tmp_path, url, [3])
     assert in_bucket(url) == {"step_00000001", "step_00000002", "step_00000003"}
-    assert "uploaded step_00000001" not in caplog.text  # it is there
+    assert "uploaded step_00000001" not in caplog.text  # the file exists
 
 
 def test_a_step_that_is_saved_once_more_replaces_the_old_one(url: str, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (objects, "FIRST_PAUSE_S"), (objects, "LONGEST_PAUSE_S"), (prefetch, "POLL_S")
     ):  # fmt: skip
-        monkeypatch.setattr(module, name, getattr(module, name))  # it is as before after the test
+        monkeypatch.setattr(module, name, getattr(module, name))  # undone after the test
     hurry()
 
 
@@ -141,7 +141,9 @@ def test_damaged_and_missing_shards_are_skipped_and_counted_alike_everywhere(
 
     runs, counts = [], []
     for ranks, workers in ((1, 2), (2, 1)):
-        caches = [tmp_path / f"cache-{ranks}-{rank}" for rank in range(ranks)]  # a disk each
+        caches = [
+            tmp_path / f"cache-{ranks}-{rank}" for rank in range(ranks)
+        ]  # a disk for each rank
         loaders = []
         for rank, cache in enumerate(caches):
             streams = [stream(cache, remote=remote)]

@@ -20,7 +20,7 @@ from s3_server import S3Server
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
-STEPS = 48  # so many that no kill comes too late
+STEPS = 48  # enough that every kill comes before the end
 RANKS = 2
 
 

@@ -154,11 +154,11 @@ def test_killed_again_and_again(tars: Path, tmp_path: Path, undisturbed: dict[st
         while process.is_alive() and len(list(out.glob("chunks/*.json"))) == done:
             workers = _children(process.pid) or workers
             time.sleep(0.01)
-        time.sleep(0.1)  # into the next chunks
+        time.sleep(0.1)  # let the workers reach the next chunks
         kills += process.is_alive()
         process.kill()
         process.join()
-        if done < len(slow):  # else only the merge was left, which has no workers
+        if done < len(slow):  # otherwise only the merge was left, which has no workers
             _wait_for_end(workers)
     assert kills >= 2
     assert files_of(out) == undisturbed

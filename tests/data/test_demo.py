@@ -144,7 +144,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_a_finished_set_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "demo"
-    (tmp_path / "demo.partial" / "emoji").mkdir(parents=True)  # of a killed call
+    (tmp_path / "demo.partial" / "emoji").mkdir(parents=True)  # left by a killed call
     summary = demo.prepare(folder, plain, size=48)
     assert not summary["reused"] and summary["pairs"]["heldout_concept"] == 3
     assert {path.name for path in folder.iterdir()} == {

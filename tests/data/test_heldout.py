@@ -61,7 +61,7 @@ def test_a_remote_is_asked_as_long_as_the_recipe_says(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment("http://127.0.0.1:9").items():
             patch.setenv(name, value)
-        with pytest.raises(FileNotFoundError):  # the first client of a process takes its time
+        with pytest.raises(FileNotFoundError):  # the first client of a process is slow to start
             heldout_pairs(away, 16, DataRecipe(retry_s=0))
         start_s = time.monotonic()
         with pytest.raises(FileNotFoundError, match=r"stream 'away': s3://nowhere/set/index.json"):

@@ -167,7 +167,7 @@ def test_a_corrupt_image_is_replaced_counted_and_named(
     streams = [stream(make_shards("red", 40, corrupt=frozenset({3, 4, 17})))]
     batches = take(make_loader(streams, workers=workers), 5)
     skipped = [line for batch in batches for line in batch.skipped]
-    # 3 is replaced by 4, which is corrupt too: it is passed over once more.
+    # Sample 4 replaces sample 3 and is corrupt as well, so it is skipped twice.
     named = Counter(line.split(": ")[0].split(" ")[1] for line in skipped)
     assert named == {"red-3": 1, "red-4": 2, "red-17": 1}
     assert all(

@@ -188,7 +188,7 @@ def test_a_signal_stops_at_once(
     process = subprocess.Popen(
         [sys.executable, str(repo / "tools" / "prepare_data.py"), *arguments],
         stderr=subprocess.PIPE, text=True,
-        # Whoever is started in the background, as CI may be, is born deaf to Ctrl-C.
+        # A process started in the background, as in CI, ignores SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not list((tmp_path / "out").glob("chunks/*")):

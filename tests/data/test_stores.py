@@ -64,7 +64,7 @@ def test_a_cache_belongs_to_one_remote(tmp_path: Path, make_shards: MakeShards) 
     with pytest.raises(RefusedInput, match=pattern):
         StreamStore(StreamRecipe("b", str(shared), str(second)))
     assert all_ids(StreamStore(StreamRecipe("again", str(shared), f"{first}/"))) == ids
-    (shared / "remote.txt").unlink()  # a cache from before it was recorded
+    (shared / "remote.txt").unlink()  # a cache from before the remote was recorded
     assert all_ids(StreamStore(StreamRecipe("older", str(shared), str(first)))) == ids
     assert (shared / "remote.txt").read_text() == f"{first}\n"
 
@@ -271,7 +271,7 @@ def test_what_a_killed_job_leaves_behind_stops_nobody(
     job = ReadingJob(make_loader(streams, workers=2))
     assert job.next_ids() == expected[0]
     job.kill()
-    # What a death in the middle of a download leaves; the lock files are there as well.
+    # A process killed during a download leaves these files, and lock files.
     victim = max(cache.glob("shard.*.mds"))
     victim.unlink()
     for suffix in (".part", ".part.tmp", ".part.1a2b", ".partial"):
@@ -280,7 +280,7 @@ def test_what_a_killed_job_leaves_behind_stops_nobody(
     start_s = time.monotonic()
     assert [batch.ids for batch in take(make_loader(streams, workers=2), 6)] == expected
     assert time.monotonic() - start_s < 20, "nobody waits for a lock of the dead"
-    while left := set(Path("/dev/shm").iterdir()) - shared_memory:  # what sweeps up comes after
+    while left := set(Path("/dev/shm").iterdir()) - shared_memory:  # the cleanup comes later
         if all("torch" in file.name for file in left):
             break
         assert time.monotonic() - start_s < 30, left

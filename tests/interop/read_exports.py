@@ -53,7 +53,7 @@ def computed(exports: Path, pictures: list[Path], texts: list[str]) -> dict[str,
     captioner = BlipForConditionalGeneration.from_pretrained(exports / "captioning")
     lengths = {"max_length": 10, "min_length": 4, "num_beams": 3}
     written = captioner.generate(inputs["pixel_values"], **lengths)
-    if transformers.__version__ >= "5":  # 4 needs no such line
+    if transformers.__version__ >= "5":  # transformers 4 does not need this line
         captioner.text_decoder.generation_config = captioner.generation_config
     longest = captioner.generation_config.max_length
     as_configured = captioner.generate(inputs["pixel_values"], max_length=longest)

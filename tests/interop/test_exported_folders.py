@@ -250,7 +250,7 @@ def test_the_other_transformers_reads_them(
     assert f"transformers=={results['transformers']}" in wanted
     warned, _, warned_by_cards = done.stderr.partition("cards\n")
     assert warned == ""
-    for line in warned_by_cards.splitlines():  # 4.57 says so wherever use_fast is left out
+    for line in warned_by_cards.splitlines():  # 4.57 prints this if use_fast is left out
         assert line.startswith("Using a slow image processor as `use_fast` is unset")
 
     special, images = med.config.text.special, med.encode_image(pixels(photos))

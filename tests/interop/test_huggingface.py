@@ -48,7 +48,7 @@ def their_config() -> BlipConfig:
         image_size=32,
         patch_size=8,
         hidden_act="gelu",
-        layer_norm_eps=1e-6,  # their default is 1e-5
+        layer_norm_eps=1e-6,  # transformers' default is 1e-5
     )
     text = BlipTextConfig(
         vocab_size=VOCABULARY,
@@ -56,7 +56,7 @@ def their_config() -> BlipConfig:
         encoder_hidden_size=24,
         intermediate_size=64,
         num_hidden_layers=3,
-        num_attention_heads=4,  # their default is 8
+        num_attention_heads=4,  # transformers' default is 8
         max_position_embeddings=24,
         bos_token_id=DEC,
         sep_token_id=SEP,

@@ -10,9 +10,12 @@ from blip_scale.evaluation.metrics.answers import normalize_answer, vqa_accuracy
 @pytest.mark.parametrize(
     ("answer", "normal"),
     [
-        ("A red, white and blue flag", "red white and blue flag"),  # a comma before a space goes
-        ("red,white", "red white"),  # and elsewhere becomes a space
-        ("1,000", "1000"),  # but not between digits: then all punctuation goes
+        (
+            "A red, white and blue flag",
+            "red white and blue flag",
+        ),  # a comma before a space is removed
+        ("red,white", "red white"),  # other commas become spaces
+        ("1,000", "1000"),  # a comma between digits removes all punctuation
         ("t-shirt", "t shirt"),
         ("Two", "2"),
         ("none", "0"),

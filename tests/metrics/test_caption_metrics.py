@@ -109,7 +109,7 @@ def test_cider_against_its_definition() -> None:
     assert scores > 1
 
 
-@needs_java  # METEOR takes seconds to start: once is enough
+@needs_java  # METEOR takes seconds to start, so it is tested once
 def test_meteor_and_what_the_tokenizer_does() -> None:
     same = caption_scores(["A cat, on the mat!"], [["a cat on the mat"]], ["bleu_4", "meteor"])
     assert same.values == {"bleu_4": pytest.approx(1.0), "meteor": pytest.approx(1.0)}

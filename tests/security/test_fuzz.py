@@ -18,7 +18,7 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
 def test_what_is_whole_is_read(name: str, tmp_path: Path) -> None:
     """The unmutated inputs are read; otherwise the mutations would test nothing."""
     target = TARGETS[name]
-    if name == "manifest":  # its files are not there
+    if name == "manifest":  # its files are missing
         with pytest.raises(FileNotFoundError, match="rank_00000"):
             (tmp_path / target.name).write_bytes(target.content)
             target.read(tmp_path / target.name)

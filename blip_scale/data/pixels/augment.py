@@ -50,7 +50,7 @@ def _unchanged(image: Pixels, sign: int) -> Pixels:
 
 
 def _auto_contrast(image: Pixels, sign: int) -> Pixels:
-    # PIL's meaning: stretch every channel from its minimum to its maximum. The published numpy
+    # As in PIL: stretch every channel from its minimum to its maximum. The published numpy
     # version negates the minimum in uint8, which wraps and drives most such channels to white.
     levels = np.arange(256)
     tables = []

@@ -80,7 +80,7 @@ def _split_token(line: str) -> tuple[str, str | None]:
 
 
 def _split_table(line: str) -> tuple[str, str | None]:
-    # One row of the copies on the web lacks its second bar.
+    # In the copies on the web, one row lacks its second bar.
     name, bar, rest = line.partition("|")
     number, second, caption = rest.partition("|")
     if not second:

@@ -74,7 +74,7 @@ def read_shard(source: Source, entry: dict[str, Any], images: tuple[str, ...]) -
             place = f"{name}[{index}]"
             try:
                 yield _pair(source, place, shard.read(index), images)
-            except Exception as error:  # whatever the decoder makes of damaged bytes
+            except Exception as error:  # from decoding damaged bytes
                 yield Reject(place, Reason.DAMAGED_INPUT, describe(error))
 
 
