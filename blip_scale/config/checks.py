@@ -101,7 +101,7 @@ def resolve_deepspeed(
         )
     for name in ("optimizer", "scheduler", "fp16", "amp", "torch_autocast"):
         config.pop(name, None)
-    config["zero_allow_untested_optimizer"] = True  # the engine wraps torch's AdamW
+    config["zero_allow_untested_optimizer"] = True  # the engine's AdamW can skip steps
     return _without_auto(config)
 
 
