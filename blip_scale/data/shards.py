@@ -149,7 +149,7 @@ def write_shards(
     with shard_writer(partial, shard_size, compression, first) as writer:
         for record in records:
             if record.id in ids:
-                raise ValueError(f"{folder}: the id {record.id!r} comes twice; ids must be unique")
+                raise ValueError(f"{folder}: the id {record.id!r} occurs twice; ids must be unique")
             ids.add(record.id)
             counts.append(len(record.captions))
             writer.write(record.sample())

@@ -100,7 +100,9 @@ def checked(weights: BlipWeights) -> BlipWeights:
     if missing or unknown or wrong:
         kinds = (("missing", missing), ("left over", unknown), ("of another shape", wrong))
         problems = "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds if names)
-        raise ValueError(f"{weights.origin} doesn't fit as BLIP {weights.head} weights: {problems}")
+        raise ValueError(
+            f"{weights.origin} does not match BLIP's {weights.head} weights: {problems}"
+        )
     weights.state = state
     return weights
 

@@ -60,7 +60,7 @@ def load_vision(med: MED, checkpoint: str | Path) -> None:
             wrong.append(f"{key} {tuple(shape)}, wanted {tuple(expected)}")
     if missing or unknown or wrong:
         raise ValueError(
-            f"vision checkpoint {checkpoint} doesn't fit {name} with overrides "
+            f"vision checkpoint {checkpoint} does not match {name} with overrides "
             f"{med.config.vision.overrides}: missing {missing[:3]}, unknown {unknown[:3]}, "
             f"wrong shapes {wrong[:3]}"
         )

@@ -51,7 +51,7 @@ def test_a_set_is_whole_or_not_there(tmp_path: Path) -> None:
         write_shards(tmp_path / "set", [])
     with pytest.raises(ValueError, match="no record to write"):
         write_shards(tmp_path / "empty", [])
-    with pytest.raises(ValueError, match="the id 'a' comes twice"):
+    with pytest.raises(ValueError, match="the id 'a' occurs twice"):
         write_shards(tmp_path / "twice", [Record("a", b"", "", "")] * 2)
 
 
