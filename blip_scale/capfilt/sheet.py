@@ -143,6 +143,7 @@ def _picture(image: bytes) -> str:
 
 
 def _overview(statistics: dict[str, Any]) -> str:
+    """Table of kept and dropped captions, and histograms of their scores, as HTML."""
     rows, plots = [], []
     threshold = statistics["settings"]["threshold"]
     for kind in (WEB, SYNTHETIC):
@@ -163,8 +164,8 @@ def _overview(statistics: dict[str, Any]) -> str:
         f"<td>{images['rejected']}</td><td>{share:.1%}</td></tr>"
     )
     return (
-        "<table><tr><th></th><th>read</th><th>kept</th><th>dropped</th><th>kept</th></tr>"
-        f"{''.join(rows)}</table><p>Kept from a matching probability of {threshold} on.</p>"
+        "<table><tr><th></th><th>read</th><th>kept</th><th>dropped</th><th>share kept</th></tr>"
+        f"{''.join(rows)}</table><p>Kept at a matching probability of {threshold} or more.</p>"
         f'<div class="plots">{"".join(plots)}</div>'
     )
 

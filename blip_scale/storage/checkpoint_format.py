@@ -239,7 +239,7 @@ def commit(partial: Path, final: Path, manifest: str) -> None:
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    directory = os.open(final.parent, os.O_RDONLY)
+    directory = os.open(final.parent, os.O_RDONLY)  # its fsync makes the rename durable
     try:
         os.fsync(directory)
     finally:

@@ -225,6 +225,7 @@ class _Unpacked(gzip.GzipFile):
 
 @contextlib.contextmanager
 def _damage_named() -> Iterator[None]:
+    """Context manager that turns errors of damaged data into gzip.BadGzipFile."""
     try:
         yield
     except (zlib.error, EOFError) as error:
