@@ -92,7 +92,7 @@ def test_what_hugging_face_lacks_is_made_as_published(
     """Momentum copies are copies, queues are random unit columns, and a note says so."""
     folder = convert(ours, tmp_path / "hf", "--head", "retrieval")
     state = read_salesforce(convert(folder, tmp_path / "retrieval.pth")).state
-    assert "it has no momentum copies and queues: copies of the weights" in capsys.readouterr().out
+    assert "it has no momentum copies and queues: set to copies of the weights" in capsys.readouterr().out
     assert state["temp"].item() == pytest.approx(0.0519)
     for name, tensor in state.items():
         if name.startswith(("visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.")):

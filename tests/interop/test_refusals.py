@@ -63,7 +63,7 @@ def test_files_that_are_damaged_or_unsafe(pth: Path, tmp_path: Path, capsys: Cap
     bad.write_bytes(b"no pickle at all")
     assert f"{bad} is not a PyTorch file, or damaged" in refusal(capsys, bad, out)
     torch.save({"model": {"a": torch.zeros(1)}, "extra": Exploit()}, bad)
-    assert "holds more than tensors, and reading that could run any code" in refusal(
+    assert "holds more than tensors, and loading it could run any code" in refusal(
         capsys, bad, out
     )
     bad.write_bytes(pickle.dumps(Exploit()))
@@ -145,7 +145,7 @@ def test_wrappers_and_prefixes_are_recognised(pth: Path, vocabulary: Path, tmp_p
         assert all(torch.equal(weights.state[name], t) for name, t in expected.items())
         assert load_blip(tmp_path / "wrapped.pth", loading).fingerprint
     torch.save({"epoch": 1, "weights": {}}, tmp_path / "wrapped.pth")
-    with pytest.raises(ValueError, match=r"no state dict, .* it holds epoch, weights"):
+    with pytest.raises(ValueError, match=r"no state dict; .* it holds epoch, weights"):
         read_checkpoint(tmp_path / "wrapped.pth")
 
 
