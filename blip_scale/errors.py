@@ -1,4 +1,4 @@
-"""The exception for input that is refused: the caller must change it, trying again won't help."""
+"""Exceptions for refused input, which the caller must change: a retry would not help."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from collections.abc import Iterator
 class RefusedInput(ValueError):
     """Input that cannot be used. The message says what, where and how to fix it, in one line.
 
-    Commands end with exit code 2 on it, and a job of SLURM isn't started again. Any other exception
-    is a failure: exit code 1.
+    A command that raises it ends with exit code 2, and a SLURM job is not requeued. Any other
+    exception is a failure, with exit code 1.
     """
 
 
 class MissingInput(RefusedInput, FileNotFoundError):
-    """Input that is not there."""
+    """Input that does not exist."""
 
 
 _PATHS = FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError
 
 
 def is_refused(error: BaseException) -> bool:
-    """Whether an error is about input: `RefusedInput`, a ValueError that this package itself
-    raised, or a path that isn't there, is of another kind or is there already.
+    """Return True if an error is about input rather than a failure.
 
-    A ValueError out of a library (torch, NumPy, a server's answer) is a failure, and so are other
-    errors of the operating system: a full disk, a remote out of reach.
+    Such errors are `RefusedInput`, a ValueError raised by this package, and a path that is missing,
+    exists already or is of the wrong kind. A ValueError from a library (torch, NumPy, a server's
+    answer) is a failure. So are other errors of the operating system, such as a full disk or an
+    unreachable remote.
     """
     if isinstance(error, RefusedInput | _PATHS):
         return True
@@ -34,7 +35,7 @@ def is_refused(error: BaseException) -> bool:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the innermost function that the error came from is of this package."""
+    """Return True if the innermost function in the error's traceback is in this package."""
     trace = error.__traceback__
     module = ""
     while trace is not None:
@@ -45,7 +46,7 @@ def _is_ours(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Inside, where input is opened, an error about it becomes `RefusedInput`."""
+    """Context manager that turns errors about input into `RefusedInput`."""
     try:
         yield
     except RefusedInput:

@@ -1,7 +1,7 @@
-"""Which rank this process is, whatever started it, and what a signal does before the run has begun.
+"""Find the rank of this process under any launcher, and handle signals until the run begins.
 
-Every launcher of PyTorch says RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in the environment.
-`srun` and `mpirun` say the same in variables of their own.
+PyTorch's launchers set RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in the environment. `srun`
+and `mpirun` set variables of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NoReturn
 from blip_scale.config import exit_codes
 from blip_scale.errors import RefusedInput
 
-_FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems hand out themselves
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below the range from which systems assign ports
 
 
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -33,16 +33,16 @@ _MPI = (
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
     ("PMI_RANK", "PALS_LOCAL_RANKID", "PMI_SIZE", "PALS_LOCAL_SIZE"),
 )  # fmt: skip
-"""Rank, rank on the node, ranks and ranks of the node, as Open MPI, MVAPICH, MPICH and Intel MPI,
-and Cray's PALS say them."""
+"""Variables with rank, local rank, number of ranks, and number of ranks on the node: for Open MPI,
+MVAPICH, MPICH and Intel MPI, and Cray's PALS."""
 _MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PALS_APID")
 
 
 def adopt() -> None:
-    """Set the launcher's variables from those of `srun` or of MPI, and refuse what doesn't fit.
+    """Set PyTorch's launcher variables from those of `srun` or MPI, and check them.
 
     Raises:
-        RefusedInput: variables that are missing, no numbers, or contradict each other.
+        RefusedInput: variables are missing, are not numbers, or contradict each other.
     """
     adopt_srun_step()
     _adopt_mpi()
@@ -50,50 +50,56 @@ def adopt() -> None:
 
 
 def check_variables() -> int:
-    """Number of ranks, once the variables of this process fit each other.
+    """Check the launcher variables of this process, and return the number of ranks.
 
     Raises:
-        RefusedInput: names the variable and the fix.
+        RefusedInput: the variables contradict each other. The message names variable and fix.
     """
-    given = {name: _number(name) for name in _RANKS if name in os.environ}
-    if not given:
+    values = {name: _number(name) for name in _RANKS if name in os.environ}
+    if not values:
         return 1
-    if len(given) < len(_RANKS):
-        missing = ", ".join(name for name in _RANKS if name not in given)
+    if len(values) < len(_RANKS):
+        missing = ", ".join(name for name in _RANKS if name not in values)
         raise RefusedInput(
-            f"{missing} not set, though {', '.join(given)} is: a launcher sets all of them "
+            f"{missing} not set, though {', '.join(values)} is: a launcher sets all of them "
             "(deepspeed, torchrun, srun, mpirun); set all or none"
         )
-    world_size = given["WORLD_SIZE"]
-    if world_size < 1 or given["RANK"] >= world_size:
-        raise RefusedInput(f"RANK {given['RANK']} of WORLD_SIZE {world_size}: ranks begin at 0")
+    world_size = values["WORLD_SIZE"]
+    if world_size < 1 or values["RANK"] >= world_size:
+        raise RefusedInput(
+            f"RANK {values['RANK']} of WORLD_SIZE {world_size}: ranks go from 0 to WORLD_SIZE - 1"
+        )
     if world_size == 1:
         return 1
     local_name = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if n in os.environ), None)
     if local_name is None:
-        raise RefusedInput("LOCAL_WORLD_SIZE is not set: say how many ranks run on each machine")
-    local_size = _number(local_name)
-    if not given["LOCAL_RANK"] < local_size <= world_size:
         raise RefusedInput(
-            f"LOCAL_RANK {given['LOCAL_RANK']} of {local_name} {local_size}, with WORLD_SIZE "
+            "LOCAL_WORLD_SIZE is not set: set it to the number of ranks on this machine"
+        )
+    local_size = _number(local_name)
+    if not values["LOCAL_RANK"] < local_size <= world_size:
+        raise RefusedInput(
+            f"LOCAL_RANK {values['LOCAL_RANK']} of {local_name} {local_size}, with WORLD_SIZE "
             f"{world_size}: they contradict each other"
         )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise RefusedInput(f"{name} is not set: {world_size} ranks cannot find each other")
     if not 0 < _number("MASTER_PORT") < 65_536:
-        raise RefusedInput(f"MASTER_PORT {os.environ['MASTER_PORT']} is no port: 1 to 65535")
+        raise RefusedInput(
+            f"MASTER_PORT {os.environ['MASTER_PORT']} is not a port: expected 1 to 65535"
+        )
     return world_size
 
 
 def rank() -> int:
-    """This process among all; 0 where the environment says nothing that can be read."""
+    """Rank of this process; 0 if the environment has no valid rank."""
     value = os.environ.get("RANK", "0")
     return int(value) if value.isdecimal() else 0
 
 
 def _number(name: str) -> int:
-    """A variable of the environment that holds a number from 0 on."""
+    """Read an environment variable that holds a number, 0 or more."""
     value = os.environ.get(name)
     if value is None:
         raise RefusedInput(f"{name} is not set, though the launcher's other variables are")
@@ -103,10 +109,10 @@ def _number(name: str) -> int:
 
 
 def _adopt_mpi() -> None:
-    """Set the launcher's variables from MPI's, where `mpirun` started several processes.
+    """Set PyTorch's launcher variables from MPI's, if `mpirun` started several processes.
 
     Raises:
-        RefusedInput: MPI doesn't say all of it, or ranks of several nodes have no MASTER_ADDR.
+        RefusedInput: MPI's variables are incomplete, or ranks on several nodes have no MASTER_ADDR.
     """
     sizes = {names[2]: _number(names[2]) for names in _MPI if names[2] in os.environ}
     several = [name for name, size in sizes.items() if size > 1]
@@ -115,16 +121,16 @@ def _adopt_mpi() -> None:
     names = next((names for names in _MPI if all(name in os.environ for name in names)), None)
     if names is None:
         raise RefusedInput(
-            f"{several[0]} is {sizes[several[0]]}: MPI started several processes, but doesn't say "
-            "which rank each is on its node; set RANK, LOCAL_RANK, WORLD_SIZE and "
-            "LOCAL_WORLD_SIZE, or start with deepspeed, torchrun or srun"
+            f"{several[0]} is {sizes[several[0]]}: MPI started several processes, but does not "
+            "tell their ranks on the node; set RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, "
+            "or start with deepspeed, torchrun or srun"
         )
     rank, local_rank, size, local_size = map(_number, names)
     if "MASTER_ADDR" not in os.environ:
         if local_size != size:
             raise RefusedInput(
-                "MASTER_ADDR is not set: mpirun started ranks on several nodes, and they meet at "
-                "the first of them; set MASTER_ADDR to its name (mpirun -x MASTER_ADDR=...)"
+                "MASTER_ADDR is not set: mpirun started ranks on several nodes, which connect to "
+                "the first node; set MASTER_ADDR to its name (mpirun -x MASTER_ADDR=...)"
             )
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     job = next((os.environ[name] for name in _MPI_JOB if name in os.environ), "")
@@ -139,15 +145,15 @@ def _adopt_mpi() -> None:
 
 
 def adopt_srun_step() -> None:
-    """Set the launcher's variables from SLURM's, where `srun` started several tasks and no launcher
-    between it and us has set them.
+    """Set PyTorch's launcher variables from SLURM's, if `srun` started several tasks.
 
-    What counts is the step that this process belongs to: in an `sbatch` script or a shell of
-    `salloc`, whose job has several tasks, a plain `python train.py` stays one rank.
+    Variables that another launcher has set are kept. Only the SLURM step of this process counts:
+    in an `sbatch` script or a shell of `salloc`, a plain `python train.py` stays a single rank,
+    even if the job has several tasks.
 
     Raises:
-        RefusedInput: the step is on several nodes and MASTER_ADDR, where they meet, is not set; or
-            SLURM's variables are not whole.
+        RefusedInput: the step runs on several nodes and MASTER_ADDR is not set, or SLURM's
+            variables are incomplete.
     """
     tasks = _number("SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in os.environ else 1
     if tasks == 1 or "RANK" in os.environ or "WORLD_SIZE" in os.environ:
@@ -163,8 +169,8 @@ def adopt_srun_step() -> None:
     if "MASTER_ADDR" not in os.environ:
         if _number("SLURM_STEP_NUM_NODES") != 1:
             raise RefusedInput(
-                "MASTER_ADDR is not set: srun started ranks on several nodes, and they meet at the "
-                "first of them; set it as slurm/train.sh does"
+                "MASTER_ADDR is not set: srun started ranks on several nodes, which connect to the "
+                "first node; set it as slurm/train.sh does"
             )
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ.setdefault("MASTER_PORT", str(_FIRST_PORT + _number("SLURM_JOB_ID") % _PORTS))
@@ -172,11 +178,15 @@ def adopt_srun_step() -> None:
 
 
 def free_port(*beside: int) -> int:
-    """A port of this machine on which nothing listens, and none at these distances above it.
+    """Find a free port of this machine.
 
-    Not one that the system hands out: between here and its use an outgoing connection could get it.
+    The port is outside the range from which the system assigns ports: an outgoing connection could
+    take it before it is used.
+
+    Args:
+        beside: distances above the port at which ports must be free as well.
     """
-    draw = random.SystemRandom()  # a seeded one would give two processes the same ports
+    draw = random.SystemRandom()  # with a seed, two processes would draw the same ports
     while True:
         port = draw.randrange(_FIRST_PORT, _FIRST_PORT + _PORTS - max(beside, default=0))
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
@@ -186,7 +196,7 @@ def free_port(*beside: int) -> int:
 
 
 def tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Number of tasks on the node with this index; SLURM writes `2(x3),1` for 2, 2, 2, 1."""
+    """Number of tasks on the node with index `node`; SLURM writes `2(x3),1` for 2, 2, 2, 1."""
     for group in tasks_per_node.split(","):
         written = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", group)
         if written is None:
@@ -199,8 +209,10 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 
 def stop_at_once_on_signals() -> None:
-    """Until the engine takes the signals over, nothing has been done that could be lost: end the
-    process with the code of a clean stop, instead of by the signal, which would count as a failure.
+    """End the process with the exit code of a clean stop on SIGTERM and SIGUSR1.
+
+    Until the engine installs its own handlers, there is no work to lose. Without this handler, the
+    signal would end the process, which would count as a failure.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
@@ -213,9 +225,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def end_process(exit_code: int) -> NoReturn:
     """End the process without tearing Python down.
 
-    DeepSpeed keeps the process groups, so the threads of gloo are never joined. A thread that asks
-    for the interpreter's lock during the teardown aborts the process (`terminate called without an
-    active exception`), and a run that went well would count as failed.
+    DeepSpeed keeps the process groups, so gloo's threads are never joined. A thread that requests
+    the interpreter's lock during the teardown aborts the process (`terminate called without an
+    active exception`), and a successful run would count as failed.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -1,11 +1,11 @@
-"""Logging: tidy lines on the terminal, everything in one file a rank, third parties kept quiet.
+"""Logging: short lines on the terminal, everything in one file per rank, third parties kept quiet.
 
-Ids, captions and paths come from data sets, and bring line breaks and escape sequences along. What
-goes to a terminal, a log or a page goes through `printable` first, and through `without_secrets`.
+The terminal shows the package's messages from INFO on (rank 0) and every error (any rank), each on
+one line. The rank's file holds them with their tracebacks. It also holds the warnings and messages
+of DeepSpeed, torch, transformers and others, which a user cannot act on.
 
-The terminal gets our messages from INFO (rank 0) and every error (any rank), each on one line. The
-rank's own file gets those with their tracebacks, and also the warnings and chatter of DeepSpeed,
-torch, transformers and others, which a user cannot act on.
+Ids, captions and paths come from data sets, and may contain line breaks and escape sequences. Text
+for a terminal, a log or a page must pass `printable` and `without_secrets`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ PACKAGE = "blip_scale"
 _EARLY_RECORDS = 10_000
 
 _QUIET_ENVIRONMENT = {
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # warnings that C++ code writes straight to stderr
-    "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorBoard loads TensorFlow where it is installed
-    "TOKENIZERS_PARALLELISM": "false",  # it warns when a loader process is forked
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # C++ code writes its warnings straight to stderr
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorBoard loads TensorFlow if it is installed
+    "TOKENIZERS_PARALLELISM": "false",  # tokenizers warns when a loader process is forked
 }
 
 
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb]"
 )
-"""Control characters, separators of lines, what turns the direction of a text, half surrogates."""
+"""Control characters, line separators, changes of text direction, and lone surrogates."""
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _SECRETS = (
     (re.compile(r"(?<=://)[^/\s@?#]+@"), "***@"),
@@ -48,18 +48,18 @@ _SECRETS = (
         r"\1=***",
     ),
 )
-"""Of URLs: user and password, and what signs them."""
+"""Patterns of secrets in URLs (user and password, signatures), each with its replacement."""
 _SECRET_VARIABLE = re.compile(
     r"(?i)(secret|token(?!iz)|password|passwd|access_key|account_key|api_?key)(?!.*(file|path)$)"
 )
 _SHORTEST_SECRET = 8
-"""Characters; a shorter value of such a variable (`1`, `true`) stands in too many words."""
+"""Smallest number of characters in a secret; shorter values (`1`, `true`) are parts of words."""
 
 
 def printable(text: str) -> str:
-    """A text on one line, with escapes such as `\\n` and `\\u001b` for what a terminal would obey.
+    r"""Escape control characters, such as a line break as `\n` and an escape as `\u001b`.
 
-    JSON stays JSON of the same content.
+    The result has one line. JSON stays JSON with the same content.
     """
     return _UNPRINTABLE.sub(_escape, text)
 
@@ -70,7 +70,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """A text with *** for credentials: those of URLs, and values of variables that hold them."""
+    """Replace credentials by ***: those in URLs, and values of environment variables with them."""
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     for name, value in os.environ.items():
@@ -80,14 +80,14 @@ def without_secrets(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """What is told of an error: its lines joined, printable and without secrets."""
+    """Format a text or an error for a message: on one line, printable and without secrets."""
     return printable(without_secrets(" ".join(str(text).split())))
 
 
 def hold_third_party_noise() -> None:
-    """Keep what third parties say while they are imported, for the file that `set_up` opens.
+    """Hold back messages of third parties until `set_up` opens the log file.
 
-    Call it before torch and DeepSpeed are imported, and `set_up` before DeepSpeed starts.
+    Call this before torch and DeepSpeed are imported, and `set_up` before DeepSpeed starts.
     """
     for variable, value in _QUIET_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
@@ -95,24 +95,24 @@ def hold_third_party_noise() -> None:
     root = logging.getLogger()
     if not any(isinstance(handler, _EarlyHandler) for handler in root.handlers):
         root.addHandler(_EarlyHandler())
-    # DeepSpeed makes its own terminal handler on import and warns right after it: divert it before.
+    # DeepSpeed adds a terminal handler and warns on import, so its logger is diverted before.
     for name, kind in (("DeepSpeed", _ToRoot), ("py.warnings", _Once)):
         logger = logging.getLogger(name)
-        if not any(isinstance(one, kind) for one in logger.filters):
+        if not any(isinstance(log_filter, kind) for log_filter in logger.filters):
             logger.addFilter(kind())
 
 
 def set_up(output_dir: Path, rank: int) -> Path:
-    """Send log records to the terminal and to `output_dir/logs/rank_N.log` (appended to).
+    """Send log records to the terminal, and append them to `output_dir/logs/rank_N.log`.
 
-    Calling it again moves the logs to another place.
+    A second call moves the logs to another folder.
 
     Args:
-        output_dir: folder of the run; made when it is missing.
+        output_dir: folder of the run; created if it is missing.
         rank: rank of this process among all.
 
     Returns:
-        the rank's log file.
+        Path of the rank's log file.
     """
     hold_third_party_noise()
     file = output_dir / run_folder.log_of(rank)
@@ -120,16 +120,19 @@ def set_up(output_dir: Path, rank: int) -> Path:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     logging.getLogger(PACKAGE).setLevel(logging.DEBUG)
-    for handler in [one for one in root.handlers if isinstance(one, _RankFile | _Terminal)]:
-        root.removeHandler(handler)
-        handler.close()
+    before = list(root.handlers)
+    for handler in before:
+        if isinstance(handler, _RankFile | _Terminal):
+            root.removeHandler(handler)
+            handler.close()
     to_file = _RankFile(file)
     root.addHandler(to_file)
     root.addHandler(_Terminal(rank, file))
-    for early in [one for one in root.handlers if isinstance(one, _EarlyHandler)]:
-        root.removeHandler(early)
-        for record in early.buffer:
-            to_file.handle(record)
+    for handler in before:
+        if isinstance(handler, _EarlyHandler):
+            root.removeHandler(handler)
+            for record in handler.buffer:
+                to_file.handle(record)
     _strip_third_party_handlers()
     threading.excepthook = _log_thread_failure
     return file
@@ -137,7 +140,7 @@ def set_up(output_dir: Path, rank: int) -> Path:
 
 @contextlib.contextmanager
 def prints_to_log(name: str) -> Iterator[None]:
-    """Inside, what is printed to stdout becomes INFO records of the logger `name`."""
+    """Context manager that turns lines printed to stdout into INFO records of the logger `name`."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -148,7 +151,7 @@ def prints_to_log(name: str) -> Iterator[None]:
 
 
 def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
-    """What ends a thread of a library (TensorBoard's writer on a full disk) is one line as well."""
+    """Log an exception that ended a thread, for example TensorBoard's writer on a full disk."""
     if failure.exc_value is not None and failure.exc_type is not SystemExit:
         logging.getLogger(__name__).error(
             "thread %s ended",
@@ -158,7 +161,7 @@ def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
 
 
 def _strip_third_party_handlers() -> None:
-    """Take away the terminal handlers that libraries made for themselves; the root has ours."""
+    """Remove the terminal handlers that libraries have added; the root logger has ours."""
     for name, logger in list(logging.Logger.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and name.partition(".")[0] != PACKAGE:
             for handler in list(logger.handlers):
@@ -173,14 +176,14 @@ def _writes_to_terminal(handler: logging.Handler) -> bool:
 
 
 class _Once(logging.Filter):
-    """Lets a message pass once: torch repeats its FutureWarnings at every step."""
+    """Lets each message pass once, because torch repeats its FutureWarnings at every step."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message is new."""
+        """Return True if the message is new."""
         message = record.getMessage()
         if message in self._seen:
             return False
@@ -189,7 +192,7 @@ class _Once(logging.Filter):
 
 
 class _ToRoot(logging.Filter):
-    """On a logger that does not propagate: hand its records to the root's handlers alone."""
+    """Passes the records of a logger that does not propagate to the root's handlers only."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         logging.getLogger().handle(record)
@@ -197,7 +200,7 @@ class _ToRoot(logging.Filter):
 
 
 class _EarlyHandler(logging.handlers.BufferingHandler):
-    """Holds the records from before the log file is open; errors are shown at once as well."""
+    """Holds records until the log file is open, and shows errors at once as well."""
 
     def __init__(self) -> None:
         super().__init__(_EARLY_RECORDS)
@@ -213,7 +216,7 @@ class _EarlyHandler(logging.handlers.BufferingHandler):
 
 
 class _RankFile(logging.FileHandler):
-    """The rank's file. A disk that is full costs log lines, not the run."""
+    """Handler of the rank's file. A full disk loses log lines, but does not end the run."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(file, mode="a", encoding="utf-8")
@@ -221,12 +224,12 @@ class _RankFile(logging.FileHandler):
         self._failed = False
 
     def close(self) -> None:
-        """Close; what a full disk did not take is gone."""
+        """Close the file. Lines that a full disk refused are lost."""
         with contextlib.suppress(OSError):
             super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say once that lines are being lost."""
+        """Report once that lines are being lost."""
         error = sys.exc_info()[1]
         if not self._failed and isinstance(error, OSError):
             sys.stderr.write(f"{self.baseFilename}: log lines are being lost: {error}\n")
@@ -236,30 +239,32 @@ class _RankFile(logging.FileHandler):
 
 
 class _Terminal(logging.Handler):
-    """One line a record on stderr, above a progress bar where there is one."""
+    """Handler that writes one line per record to stderr, above the progress bar if there is one."""
 
     def __init__(self, rank: int, file: Path) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.ERROR)
-        # A loader worker does not know of its rank's progress bar: it clears the line.
+        # A loader worker has no access to its rank's progress bar, so it clears the line.
         is_worker = multiprocessing.parent_process() is not None
         self._begin = "\r\x1b[K" if is_worker and sys.stderr.isatty() else ""
         self.setFormatter(_OneLine(rank, file))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Ours, and whatever is an error."""
+        """Return True for records of this package, and for all errors."""
         ours = record.name == PACKAGE or record.name.startswith(PACKAGE + ".")
         return (ours or record.levelno >= logging.ERROR) and bool(super().filter(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self._begin + self.format(record), file=sys.stderr)
-        except (OSError, ValueError):  # nobody listens on the other end any more
+        except (OSError, ValueError):  # stderr was closed
             return
 
 
 def _message(record: logging.LogRecord) -> str:
-    """The message of a record on one line. Line breaks of the arguments are escaped: an id must not
-    look like another record."""
+    """Format the message of a record on one line.
+
+    Line breaks in arguments are escaped, so that an id cannot look like another record.
+    """
     arguments = record.args
     if isinstance(arguments, tuple):
         arguments = tuple(printable(a) if isinstance(a, str) else a for a in arguments)
@@ -268,27 +273,27 @@ def _message(record: logging.LogRecord) -> str:
 
 
 class MessageFormatter(logging.Formatter):
-    """The message alone, on one line."""
+    """Formats the message alone, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message of a record; exceptions are left out."""
+        """Format the message of a record, without its exception."""
         return _message(record)
 
 
 class _Whole(logging.Formatter):
-    """Time, level, logger, process, message; further lines, of tracebacks too, are indented."""
+    """Formats time, level, logger, process and message; further lines (tracebacks) are indented."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s [%(process)d]: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, whose first line alone begins at the margin."""
+        """Format a record so that only its first line begins at the margin."""
         lines = without_secrets(super().format(record)).split("\n")
         return "\n    ".join(printable(line) for line in lines)
 
 
 class _OneLine(logging.Formatter):
-    """Time, level unless INFO, message; of an exception its last line and where the rest is."""
+    """Formats time, level (except INFO), message, and the exception's last line with its file."""
 
     def __init__(self, rank: int, file: Path) -> None:
         super().__init__(datefmt="%H:%M:%S")
@@ -296,7 +301,7 @@ class _OneLine(logging.Formatter):
         self._file = file
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
+        """Format a record as one line."""
         parts = [self.formatTime(record, self.datefmt)]
         if self._rank:
             parts.append(f"rank {self._rank}")
@@ -305,6 +310,5 @@ class _OneLine(logging.Formatter):
         parts.append(_message(record))
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
-            said = one_line(error)
-            parts.append(f"- {type(error).__name__}: {said} (traceback in {self._file})")
+            parts.append(f"- {type(error).__name__}: {one_line(error)} (traceback in {self._file})")
         return " ".join(parts)

@@ -1,4 +1,4 @@
-"""`train.py --dry-run` on set-ups that work and on broken ones: everything is seen at once."""
+"""`train.py --dry-run` reports all problems of a set-up at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def lines(output: str) -> dict[str, tuple[str, str]]:
-    """Level and message by check, of the terminal's `time LEVEL NAME: MESSAGE`."""
-    found = {}
+    """Name of a check -> level and message, parsed from lines `time LEVEL NAME: MESSAGE`."""
+    checks = {}
     for line in output.splitlines():
         words = line.split(maxsplit=2)
         if len(words) == 3 and words[1] in ("ok", "warning", "FAILED"):
             name, _, message = words[2].partition(": ")
-            found[name] = (words[1], message)
-    return found
+            checks[name] = (words[1], message)
+    return checks
 
 
 def dry_run(
@@ -33,15 +33,15 @@ def dry_run(
 @pytest.mark.multiprocess
 def test_a_sound_set_up_is_ready(tmp_path: Path, train: Command) -> None:
     done = dry_run(train, make_recipe(tmp_path), "--ranks", "2", "--gpu", "h100")
-    found = lines(done.stderr)
+    checks = lines(done.stderr)
     assert done.returncode == 0, done.stderr
-    assert {level for level, _ in found.values()} <= {"ok", "warning"}
-    assert found["batch"] == ("ok", "16 = 2 ranks x 8 x 1 micro-steps")
-    assert "64 samples" in found["stream shapes"][1]
-    assert found["GPU memory"][1].startswith("fits")
-    assert "not measured" in found["interconnect"][1]
-    assert found["attention"] == ("ok", "SDPA (FlashAttention runs on CUDA devices, not on cpu)")
-    assert not (tmp_path / "run").exists()  # nothing is left behind
+    assert {level for level, _ in checks.values()} <= {"ok", "warning"}
+    assert checks["batch"] == ("ok", "16 = 2 ranks x 8 x 1 micro-steps")
+    assert "64 samples" in checks["stream shapes"][1]
+    assert checks["GPU memory"][1].startswith("fits")
+    assert "not measured" in checks["interconnect"][1]
+    assert checks["attention"] == ("ok", "SDPA (FlashAttention runs on CUDA devices, not on cpu)")
+    assert not (tmp_path / "run").exists()  # a dry run leaves no files
 
 
 @pytest.mark.multiprocess
@@ -71,18 +71,18 @@ def test_all_problems_are_seen_at_once(tmp_path: Path, train: Command) -> None:
     changes: dict[str, Any] = {
         "data": {"streams": [{"name": "lost", "local": str(tmp_path / "nowhere")}]},
         "model": {"text": {"tokenizer": str(tmp_path / "no" / "such" / "tokenizer")}},
-        "output_dir": str(tmp_path / "recipe.yaml" / "run"),  # below a file
+        "output_dir": str(tmp_path / "recipe.yaml" / "run"),  # a path below a file
     }
     file = make_recipe(tmp_path, **changes)
     done = dry_run(train, file, "--ranks", "3")
-    found = lines(done.stderr)
+    checks = lines(done.stderr)
     assert done.returncode == 2
-    broken = {name for name, (level, _) in found.items() if level == "FAILED"}
+    broken = {name for name, (level, _) in checks.items() if level == "FAILED"}
     assert {"settings", "batch", "initial weights", "stream lost", "output"} <= broken
-    assert "possible: train.global_batch_size=15 or 18" in found["batch"][1]
-    assert "no index.json" in found["stream lost"][1]
-    assert "can't be written" in found["output"][1]
-    assert found["stream heldout"][0] == "ok"
+    assert "possible: train.global_batch_size=15 or 18" in checks["batch"][1]
+    assert "no index.json" in checks["stream lost"][1]
+    assert "is not writable" in checks["output"][1]
+    assert checks["stream heldout"][0] == "ok"
     assert "host memory" not in broken
     assert "checks failed" in done.stderr
 

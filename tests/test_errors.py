@@ -1,4 +1,4 @@
-"""Exit code 2 is for refused input alone: SLURM starts a job again on every other one."""
+"""Exit code 2 stands for refused input alone, because SLURM jobs are requeued on other codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def caught(action: object) -> Exception:
-    """The error of something that fails."""
+    """Error that an action raises."""
     try:
         action()  # type: ignore[operator]
     except Exception as error:
@@ -72,7 +72,7 @@ def test_what_is_missing_can_be_caught_as_such() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "expected"),
     [
         ({"RANK": "0"}, "LOCAL_RANK, WORLD_SIZE not set, though RANK is"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK not set, though RANK, WORLD_SIZE is"),
@@ -91,14 +91,16 @@ def test_what_is_missing_can_be_caught_as_such() -> None:
         (
             {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"},
-            "MASTER_PORT 70000 is no port",
+            "MASTER_PORT 70000 is not a port",
         ),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_NODEID is not set"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_SIZE is 2: MPI started several processes, but"),
     ],
 )  # fmt: skip
-def test_variables_of_launchers_are_refused_in_a_line(variables: dict[str, str], said: str) -> None:
-    """By the command itself, for training and for the dry run."""
+def test_variables_of_launchers_are_refused_in_a_line(
+    variables: dict[str, str], expected: str
+) -> None:
+    """The training command itself refuses them, so the dry run does as well."""
     names = ("RANK", "WORLD_SIZE", "LOCAL", "MASTER_", "SLURM", "OMPI", "PMI", "MPI")
     plain = {name: v for name, v in os.environ.items() if not name.startswith(names)}
     done = subprocess.run(
@@ -106,5 +108,5 @@ def test_variables_of_launchers_are_refused_in_a_line(variables: dict[str, str],
         env=plain | variables, capture_output=True, text=True, timeout=120, check=False, cwd=REPO,
     )  # fmt: skip
     assert done.returncode == exit_codes.REFUSED
-    assert said in done.stderr
+    assert expected in done.stderr
     assert done.stderr.count("\n") == 1

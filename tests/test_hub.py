@@ -1,4 +1,4 @@
-"""Names on a hub that does not answer: said at once, refused within seconds. Loopback only."""
+"""An unreachable hub is announced at once and refused within seconds. Uses loopback only."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_hub_that_does_not_answer_is_refused(
     with pytest.raises(ValueError, match=f"{setting}: .* does not answer .*{answer}") as refused:
         use()
     assert time.monotonic() - began < 10
-    assert str(refused.value).endswith(f"give {setting}={instead}")
+    assert str(refused.value).endswith(f"set {setting}={instead}")
     assert caplog.messages[0].startswith(f"{setting}: fetching ")
     assert caplog.messages[0].endswith(f" from {endpoint}")
 
@@ -120,7 +120,7 @@ def test_folders_and_what_is_cached_ask_nobody(
 
 
 def test_a_command_says_it_and_goes_on_in_seconds(silent: str, tmp_path: Path) -> None:
-    """The whole way, in a process whose environment names the hub."""
+    """Run a whole command in a process whose environment names the hub."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "captions.csv").write_text("image,caption\na.jpg,a dog\n")
     command = [sys.executable, "tools/prepare_data.py", "folder", str(tmp_path / "in")]
@@ -131,8 +131,8 @@ def test_a_command_says_it_and_goes_on_in_seconds(silent: str, tmp_path: Path) -
         env=os.environ | environment | {"HF_HOME": str(tmp_path / "cache")},
         cwd=REPO, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr  # a.jpg is not there
+    assert done.returncode == 2, done.stderr  # a.jpg is missing
     assert time.monotonic() - began < 60
-    said = done.stderr.splitlines()
-    assert said[0] == f"model.text.tokenizer: fetching nobody/has-this from {silent}"
-    assert said[1].startswith("token counts are left out: ") and "timed out" in said[1]
+    messages = done.stderr.splitlines()
+    assert messages[0] == f"model.text.tokenizer: fetching nobody/has-this from {silent}"
+    assert messages[1].startswith("token counts are left out: ") and "timed out" in messages[1]

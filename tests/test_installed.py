@@ -1,4 +1,4 @@
-"""The built wheel in a fresh environment and an empty folder: files, metadata, commands."""
+"""Files, metadata and commands of the built wheel, in a fresh environment and an empty folder."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ PINNED = {"dependencies": "requirements.txt", "demo": "requirements-demo.txt",
 
 
 def requirements(file: str) -> list[Requirement]:
-    """The lines of a requirements file of the repository."""
+    """Parse a requirements file of the repository."""
     lines = [line.partition("#")[0].strip() for line in (REPO / file).read_text().splitlines()]
     return [Requirement(line) for line in lines if line]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, as a build leaves folders behind."""
+    """Build the wheel from a copy, because a build leaves folders behind."""
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path_factory.mktemp("source")
     for name in ("blip_scale", "ds_configs"):
@@ -61,12 +61,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    expected = {
-        file.relative_to(REPO).as_posix()
-        for kind in ("*.py", "*.yaml", "py.typed")
-        for file in (REPO / "blip_scale").rglob(kind)
-    }
-    expected |= {f"blip_scale/ds_configs/{f.name}" for f in (REPO / "ds_configs").glob("*.json")}
+    expected = {f"blip_scale/ds_configs/{f.name}" for f in (REPO / "ds_configs").glob("*.json")}
+    for kind in ("*.py", "*.yaml", "py.typed"):
+        files = (REPO / "blip_scale").rglob(kind)
+        expected |= {file.relative_to(REPO).as_posix() for file in files}
     assert names == expected
 
 
@@ -95,7 +93,7 @@ def test_the_tested_pins_lie_in_the_ranges(kind: str) -> None:
     pins = {pin.name: str(pin.specifier).removeprefix("==") for pin in requirements(PINNED[kind])}
     assert {name: pins.get(name) for name, range_ in ranges.items()
             if name not in pins or pins[name] not in range_} == {}  # fmt: skip
-    if kind != "web":  # which lists what gradio needs, too
+    if kind != "web":  # the file also lists gradio's dependencies
         assert pins.keys() == ranges.keys()
 
 
@@ -108,7 +106,7 @@ def test_the_oldest_pins_are_the_lower_bounds() -> None:
 
 
 def test_what_is_imported_is_listed() -> None:
-    """Each distribution that the package imports is a dependency or in an extra."""
+    """Each distribution that the package imports is a dependency or part of an extra."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     listed = {canonicalize_name(Requirement(line).name) for line in lines}
@@ -126,14 +124,14 @@ def test_what_is_imported_is_listed() -> None:
 
 
 class Installed:
-    """The command `blip-scale` of a fresh environment, run in a folder that is no clone."""
+    """Runs the command `blip-scale` of a fresh environment, in a folder that is not a clone."""
 
     def __init__(self, commands: Path, folder: Path) -> None:
         self.commands = commands
         self.folder = folder
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        """Run it with these arguments; returns stdout, then stderr."""
+        """Run the command with these arguments, and return stdout followed by stderr."""
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         done = subprocess.run(
             [str(self.commands / "blip-scale"), *arguments],
@@ -151,7 +149,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def blip_scale(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Installed from the wheel, with the dependencies of this environment."""
+    """Install the wheel, with the dependencies of this environment."""
     commands = make_environment(
         tmp_path_factory.mktemp("installed") / "venv", [str(wheel)], "--no-deps"
     )
@@ -176,14 +174,14 @@ def test_help_and_refusals(blip_scale: Installed) -> None:
 
 @pytest.mark.multiprocess
 def test_from_pictures_to_captions(blip_scale: Installed) -> None:
-    """Each command on what the one before it wrote."""
+    """Run each command on the output of the one before it."""
     folder = blip_scale.folder
     (folder / "pictures").mkdir()
     for record in tiny_runs.records("drawing"):
         (folder / "pictures" / f"{record.id}.png").write_bytes(record.image)
         (folder / "pictures" / f"{record.id}.txt").write_text(record.caption)
-    said = blip_scale("prepare-data", "folder", "pictures", "shards", "--workers", "1")
-    assert "64" in said and (folder / "shards" / "index.json").is_file()
+    output = blip_scale("prepare-data", "folder", "pictures", "shards", "--workers", "1")
+    assert "64" in output and (folder / "shards" / "index.json").is_file()
 
     recipe = tiny_runs.make_recipe(folder / "made", train={"max_steps": 2})
     settings = yaml.safe_load(recipe.read_text())
@@ -198,9 +196,9 @@ def test_from_pictures_to_captions(blip_scale: Installed) -> None:
     blip_scale("convert", "run", "exported", "--head", "all")
     for head in ("captioning", "retrieval", "vqa"):
         assert (folder / "exported" / head / "model.safetensors").is_file()
-    one = "pictures/drawing-red-disc-big.png"
-    captions = blip_scale("predict", "caption", one, "--model", "exported/captioning")
-    assert json.loads(captions.splitlines()[0])["image"] == one
+    picture = "pictures/drawing-red-disc-big.png"
+    captions = blip_scale("predict", "caption", picture, "--model", "exported/captioning")
+    assert json.loads(captions.splitlines()[0])["image"] == picture
     blip_scale("evaluate", "retrieval", "run", "shards", "--json", "figures.json")
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["images"] == 64 and figures["task"] == "retrieval"

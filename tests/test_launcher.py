@@ -1,4 +1,4 @@
-"""Which rank a process is, by SLURM's and MPI's variables; the rest is seen on a real SLURM."""
+"""Ranks from SLURM's and MPI's variables; tests/cluster covers the rest on a real SLURM."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MPI = {
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment without any launcher, which is given back afterwards."""
+    """Remove all launchers' variables from the environment, and restore them afterwards."""
     names = ("RANK", "WORLD_SIZE", "LOCAL", "MASTER_", "SLURM", "OMPI", "PMI", "MPI")
     left = {name: v for name, v in os.environ.items() if not name.startswith(names)}
     monkeypatch.setattr(os, "environ", left)
@@ -55,8 +55,10 @@ def test_ranks_of_mpirun_are_adopted(kind: str) -> None:
         launcher.adopt()
     os.environ["MASTER_ADDR"] = "node1"
     launcher.adopt()
-    found = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
-    assert found == ["3", "1", "4", "2"]
+    adopted = [
+        os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    ]
+    assert adopted == ["3", "1", "4", "2"]
     assert launcher.check_variables() == 4
 
 
@@ -83,7 +85,7 @@ def test_one_process_is_one_rank_whatever_mpi_says() -> None:
 
 
 def test_a_free_port() -> None:
-    """Below those that systems hand out; one that is taken, or whose neighbour is, is not given."""
+    """Free ports are below the system's own range; neither they nor their neighbours are in use."""
     taken = {launcher.free_port(1) for _ in range(50)}
     assert all(10_000 <= port < 29_999 for port in taken)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Logging: what reaches the terminal, what reaches the file, and what third parties may say."""
+"""Logging: lines on the terminal, lines in the file, and the output of third parties."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ours = logging.getLogger("blip_scale.somewhere")
 
 @pytest.fixture(autouse=True)
 def restored_logging() -> Iterator[None]:
-    """Logging is global: put it back as it was."""
+    """Restore logging after each test, because it is global."""
     root, package = logging.getLogger(), logging.getLogger("blip_scale")
     handlers, levels = list(root.handlers), (root.level, package.level)
     thread_hook = threading.excepthook
     filters = {name: logging.getLogger(name).filters[:] for name in ("DeepSpeed", "py.warnings")}
     environment = dict(os.environ)
     yield
-    for handler in [one for one in root.handlers if one not in handlers]:
+    for handler in [added for added in root.handlers if added not in handlers]:
         root.removeHandler(handler)
         handler.close()
     root.setLevel(levels[0])
@@ -81,12 +81,14 @@ def test_third_parties_go_to_the_file_and_their_errors_to_the_terminal_too(
 ) -> None:
     library = logging.getLogger("some_library")
     library.propagate = False
-    library.addHandler(logging.StreamHandler(sys.stderr))  # as transformers, torch and others do
+    library.addHandler(logging.StreamHandler(sys.stderr))  # like transformers, torch and others
     file = logs.set_up(tmp_path, 0)
     library.warning("noise")
     logging.getLogger("some_library.part").info("chatter")
     for _ in range(3):
-        logging.getLogger("py.warnings").warning("old fashioned")  # where captured warnings go
+        logging.getLogger("py.warnings").warning(
+            "old fashioned"
+        )  # captured warnings use this logger
     with logs.prints_to_log("some_library"):
         print("built successfully")
     library.error("really broken")
@@ -106,7 +108,7 @@ def test_deepspeed_is_diverted_before_it_makes_its_own_handler(
     deepspeed = logging.getLogger("DeepSpeed")
     propagate, handlers = deepspeed.propagate, list(deepspeed.handlers)
     try:
-        deepspeed.propagate = False  # what importing deepspeed.utils.logging does
+        deepspeed.propagate = False  # like importing deepspeed.utils.logging
         deepspeed.addHandler(logging.StreamHandler(sys.stdout))
         deepspeed.warning("Setting accelerator to CPU")
         file = logs.set_up(tmp_path, 0)
@@ -196,7 +198,7 @@ engine.save_checkpoint(os.environ["RUN"])
 
 @pytest.mark.multiprocess
 def test_a_zero3_run_prints_nothing_of_its_own(tmp_path: Path) -> None:
-    """What DeepSpeed, torch and the rest say in a real run of two ranks goes to the files."""
+    """Messages of DeepSpeed, torch and others in a real run of two ranks go to the files."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     environment = os.environ | {

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused and how it is said, and the published settings."""
+"""Recipes: parsing, refusals and their messages, and the published settings."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ SIZES = [
     "optimizer.gradient_clip=0",
     "optimizer.betas=[0.9,0.999]",
 ]
-"""The demo's settings are tuned now and then; the arithmetic below is about these."""
+"""Overrides that keep the arithmetic below valid when the demo's settings are tuned."""
 
 
 def load(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe; the demo with `SIZES`."""
+    """Load a recipe; the demo with `SIZES`."""
     sizes = SIZES if name_or_file == "demo" else []
     return recipe.load(name_or_file, [*sizes, *overrides])
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> list[str]:
-    """Overrides that point the demo recipe to folders which pass for data."""
+    """Overrides that point the demo recipe to folders that look like data."""
     for name in STREAMS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "index.json").write_text("{}")
@@ -56,7 +56,7 @@ def data(tmp_path: Path) -> list[str]:
 def refusal(
     overrides: list[str], world_size: int = 1, ds_config: Path | None = None, name: str = "demo"
 ) -> str:
-    """What the user is told about a recipe that cannot work."""
+    """Message of the error that a recipe causes."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         chosen = load(name, overrides)
         checks.check(chosen, world_size)
@@ -102,7 +102,7 @@ class TestReading:
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("BLIP_DATA", str(tmp_path))
-        monkeypatch.setenv("BLIP_CHECKPOINT", str(tmp_path))  # something that is there
+        monkeypatch.setenv("BLIP_CHECKPOINT", str(tmp_path))  # any existing path
         chosen = load(name)
         for stream in [*chosen.data.streams, *chosen.data.heldout]:
             folder = Path(settings.expand(stream.local, "local"))
@@ -196,14 +196,14 @@ class TestUnknownAndWrong:
         assert message.endswith("the nearest is train.epochs")
 
     @pytest.mark.parametrize(
-        ("override", "said"),
+        ("override", "expected"),
         [
             ("train.epochs=many", 'train.epochs: expected integer >= 1, found "many"'),
             ("train.epochs=0", "expected integer >= 1, found 0"),
             ("train.epochs=2.5", "expected integer >= 1, found 2.5"),
             ("train.epochs=true", "expected integer >= 1, found true"),
             ("train.precision=fp64", 'expected one of fp32, bf16, found "fp64"'),
-            ("train.precision=fp16", "fp16 is not offered"),
+            ("train.precision=fp16", "fp16 is not supported"),
             ("optimizer.peak_lr=.nan", "optimizer.peak_lr: expected number > 0"),
             ("optimizer.betas=[0.9]", "optimizer.betas: expected list of 2"),
             ("model.text.dropout=1", "model.text.dropout: expected number >= 0, < 1, found 1"),
@@ -216,15 +216,15 @@ class TestUnknownAndWrong:
                 "data.streams.9.local=x",
                 "data.streams is a list of 3: expected an index from 0 to 2",
             ),
-            ("train.epochs.x=2", "it has no settings below"),
+            ("train.epochs.x=2", "which has no settings below it"),
             ("task=other", "task: expected one of pretrain, retrieval"),
             ("train.epochs=[", "not valid YAML"),
             ("train.epochs", "expected a setting with its value"),
         ],
     )
-    def test_wrong_values(self, override: str, said: str) -> None:
+    def test_wrong_values(self, override: str, expected: str) -> None:
         message = refusal([override])
-        assert said in message
+        assert expected in message
         assert override in message
 
     def test_all_faults_are_shown(self, tmp_path: Path) -> None:
@@ -244,17 +244,17 @@ class TestUnknownAndWrong:
         assert message.count("unknown setting") == 10
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("text", "expected"),
         [
             ("train:\n  epochs: [", "own.yaml, line 2: not valid YAML"),
-            ("seed: 1\nseed: 2", "own.yaml, line 2: not valid YAML: seed is given twice"),
+            ("seed: 1\nseed: 2", "own.yaml, line 2: not valid YAML: seed is set twice"),
             ("- a", "own.yaml: expected settings"),
         ],
     )
-    def test_bad_files(self, text: str, said: str, tmp_path: Path) -> None:
+    def test_bad_files(self, text: str, expected: str, tmp_path: Path) -> None:
         file = tmp_path / "own.yaml"
         file.write_text(text)
-        assert said in refusal([], name=str(file))
+        assert expected in refusal([], name=str(file))
 
     def test_no_such_recipe(self) -> None:
         assert "the nearest is base_129M" in refusal([], name="base_129")
@@ -295,7 +295,7 @@ class TestWhatCannotWork:
     def test_the_micro_batch_follows_the_ranks(
         self, ranks: int, expected: tuple[int, int] | None
     ) -> None:
-        """The largest one that divides; a number of ranks that cannot work is told which can."""
+        """The largest micro-batch that divides is chosen. The error names ranks that can work."""
         chosen = load("base_14M", ["train.max_micro_batch_size=90"])
         if expected:
             sizes = checks.batch_sizes(chosen, ranks)
@@ -308,12 +308,12 @@ class TestWhatCannotWork:
 
     def test_micro_batches_that_are_all_too_large(self) -> None:
         overrides = ["train.global_batch_size=194", "train.max_micro_batch_size=90"]
-        with pytest.raises(ValueError, match="97 pairs of each of 2 ranks do not divide") as found:
+        with pytest.raises(ValueError, match="97 pairs of each of 2 ranks do not divide") as caught:
             checks.batch_sizes(load("demo", overrides), 2)
-        said = str(found.value)
-        assert "train.max_micro_batch_size=97, or 1 or 97 ranks" in said
+        message = str(caught.value)
+        assert "train.max_micro_batch_size=97, or 1 or 97 ranks" in message
         stated = load("demo", [*overrides, "train.micro_batch_size=97"])
-        assert checks.batch_sizes(stated, 2).micro_batch == 97  # what is stated holds
+        assert checks.batch_sizes(stated, 2).micro_batch == 97  # an explicit size is used
 
     @pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://", "${NO_SUCH_VARIABLE}/run"])
     def test_where_checkpoints_cannot_go(self, folder: str, data: list[str]) -> None:
@@ -330,12 +330,12 @@ class TestWhatCannotWork:
         checks.check(load("demo", data + stream), 2)
 
     @pytest.mark.parametrize(
-        ("override", "said"),
+        ("override", "expected"),
         [
             ("data.streams=[]", "no training data"),
             ("data.streams.1.name=emoji", "emoji is the name of an earlier stream"),
-            ("data.streams.1.weight=2", "(variants): repeat and weight say the same thing twice"),
-            ("data.streams.0.weight=2", "say how many samples an epoch has"),
+            ("data.streams.1.weight=2", "(variants): repeat and weight exclude each other"),
+            ("data.streams.0.weight=2", "set the number of samples in an epoch"),
             (
                 "data.samples_per_epoch=9",
                 "emoji, variants, icons has none; give every",
@@ -350,14 +350,14 @@ class TestWhatCannotWork:
             ("evaluation.min_caption_tokens=50", "larger than evaluation.max_caption_tokens"),
         ],
     )
-    def test_settings_that_contradict(self, override: str, said: str, data: list[str]) -> None:
-        assert said in refusal([*data, override])
+    def test_settings_that_contradict(self, override: str, expected: str, data: list[str]) -> None:
+        assert expected in refusal([*data, override])
 
     def test_waiting_for_a_remote_is_no_stall(self, data: list[str]) -> None:
         patience = [*data, "train.stall_timeout_s=600"]
         checks.check(load("demo", patience), 1)  # nothing is remote
         remote = "data.streams.0.remote=s3://bucket/prefix"
-        assert "data.retry_s: 900 s" in refusal([*patience, remote])
+        assert "data.retry_s: waiting 900 s" in refusal([*patience, remote])
         checks.check(load("demo", [*data, remote, "train.stall_timeout_s=0"]), 1)
 
 
@@ -400,12 +400,12 @@ class TestDeepSpeed:
         compiled = [*data, "model.compile=true"]
         partitioned = [*compiled, "train.whole_weights=false"]
         message = refusal(partitioned, world_size=2)
-        assert message.startswith("model.compile: partitioned weights")
+        assert message.startswith("model.compile: torch.compile can't trace the blocks of part")
         checks.resolve_deepspeed(load("demo", compiled), ZERO3, 2)
         checks.resolve_deepspeed(load("demo", partitioned), ZERO3.with_name("zero2.json"), 2)
 
     @pytest.mark.parametrize(
-        ("changes", "said"),
+        ("changes", "expected"),
         [
             (
                 {"train_batch_size": 64},
@@ -425,18 +425,18 @@ class TestDeepSpeed:
         ],
     )
     def test_conflicts_name_both_sides(
-        self, changes: dict[str, Any], said: list[str], tmp_path: Path, data: list[str]
+        self, changes: dict[str, Any], expected: list[str], tmp_path: Path, data: list[str]
     ) -> None:
         path = write_json(tmp_path, **changes)
         message = refusal(data, 2, path)
         assert message.startswith(f"{path} and the recipe disagree")
-        for part in said:
+        for part in expected:
             assert part in message
 
     @pytest.mark.parametrize(
-        ("changes", "said"),
+        ("changes", "expected"),
         [
-            ({"fp16": {"enabled": True}}, "fp16 is not offered"),
+            ({"fp16": {"enabled": True}}, "fp16 is not supported"),
             (
                 {"zero_optimization": {"stage": 1}},
                 "zero_optimization.stage: expected 2 or 3, found 1",
@@ -445,14 +445,14 @@ class TestDeepSpeed:
             ({"zero_optimization": 3}, "zero_optimization: expected an object"),
             (
                 {"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}},
-                "params.amsgrad: not used",
+                "params.amsgrad: not supported",
             ),
         ],
     )
     def test_what_is_not_offered(
-        self, changes: dict[str, Any], said: str, tmp_path: Path, data: list[str]
+        self, changes: dict[str, Any], expected: str, tmp_path: Path, data: list[str]
     ) -> None:
-        assert said in refusal(data, 2, write_json(tmp_path, **changes))
+        assert expected in refusal(data, 2, write_json(tmp_path, **changes))
 
     def test_bad_files(self, tmp_path: Path, data: list[str]) -> None:
         path = tmp_path / "own.json"
@@ -507,8 +507,8 @@ class TestPublishedSettings:
         assert (chosen.model.vision.name, chosen.model.vision.checkpoint) == (vision, "timm")
 
     def test_streams(self) -> None:
-        """15.3M texts an epoch (and VG's released list for the paper's), LAION a fifth on top."""
-        # Texts of the first two, which are read a caption at a time.
+        """An epoch has 15.3M texts (with VG's released list), and 129M adds a fifth of LAION."""
+        # Number of captions for coco and visual_genome, which are read a caption at a time.
         images = {"coco": 566_747, "visual_genome": 821_000, "conceptual_captions_3m": 3_000_000}
         images |= {"conceptual_captions_12m": 10_000_000, "sbu": 860_000, "laion": 115_000_000}
         for name, total, laion in (("base_14M", 15.25e6, 0), ("base_129M", 38.25e6, 23_000_000)):
@@ -524,18 +524,19 @@ class TestPublishedSettings:
     def test_deit_is_vit_base_with_other_weights(self) -> None:
         timm = pytest.importorskip("timm")
         torch = pytest.importorskip("torch")
-        with torch.device("meta"):
-            shapes = [
-                {name: tuple(p.shape) for name, p in timm.create_model(model).state_dict().items()}
-                for model in ("deit_base_patch16_224", "vit_base_patch16_224")
-            ]
-        assert shapes[0] == shapes[1]
+
+        def shapes(model: str) -> dict[str, tuple[int, ...]]:
+            with torch.device("meta"):
+                weights = timm.create_model(model).state_dict()
+            return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+        assert shapes("deit_base_patch16_224") == shapes("vit_base_patch16_224")
         for name in ("deit_base_patch16_224", "vit_large_patch16_224.augreg_in21k"):
             assert timm.is_model_pretrained(name)
 
 
 def rank_variables(rank: str, world_size: str) -> dict[str, str]:
-    """What a launcher says to a rank on a machine of its own."""
+    """Environment variables that a launcher sets for a rank, with all ranks on one machine."""
     sizes = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     return {"RANK": rank, "LOCAL_RANK": rank, **sizes, **place}
@@ -561,7 +562,7 @@ class TestCommand:
         assert load(str(file)) == load("base_14M", ["train.epochs=3"])
 
     @pytest.mark.parametrize(
-        ("arguments", "said"),
+        ("arguments", "expected"),
         [
             (["train.epoch=2"], "the nearest is train.epochs"),
             (["--train.epoch", "2"], "the nearest is train.epochs"),
@@ -577,12 +578,12 @@ class TestCommand:
         ],
     )
     def test_refusals_are_one_quick_line(
-        self, arguments: list[str], said: str, train: Any, data: list[str]
+        self, arguments: list[str], expected: str, train: Any, data: list[str]
     ) -> None:
         pointed = data if "--deepspeed" in arguments else []
         done = train(*pointed, *arguments, BLIP_DATA=None)
         assert done.returncode == 2
-        assert said in done.stderr
+        assert expected in done.stderr
         assert done.stderr.startswith("train.py: ")
         assert len(done.stderr.splitlines()) == 1
         assert done.stdout == ""
@@ -658,10 +659,10 @@ class TestCommand:
             text=True,
             check=False,
         )
-        said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+        refusals = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
         assert done.returncode == 2
-        assert len(said) == 1, done.stderr
-        assert said[0].endswith("the nearest is train.epochs")
+        assert len(refusals) == 1, done.stderr
+        assert refusals[0].endswith("the nearest is train.epochs")
 
     def test_as_a_module(self) -> None:
         command = [sys.executable, "-m", "blip_scale.train", "--print-recipe"]

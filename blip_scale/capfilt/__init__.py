@@ -1,2 +1,5 @@
-"""CapFilt (Li et al. 2022, section 3.3): a synthetic caption for every web image, and a filter that
-drops web and synthetic captions that don't match; shards in, shards out."""
+"""CapFilt (Li et al. 2022, section 3.3): caption web images, and filter captions by matching.
+
+A captioner writes a synthetic caption for every image. A filter drops web and synthetic captions
+that do not match their image. Input and output are MDS shards.
+"""

@@ -1,4 +1,4 @@
-"""One shard of web pairs through captioner and filter."""
+"""Caption and filter one shard of web pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from blip_scale.inference.loading import Loading, load_blip
 from blip_scale.model.generation import NucleusSettings
 
 BINS = 20
-"""Of the histogram of scores."""
+"""Number of bins in the histogram of scores."""
 _CACHE_BYTES = 16 << 30
 WEB, SYNTHETIC = "web", "synthetic"
 _UNMATCHED = {WEB: Reason.WEB_UNMATCHED, SYNTHETIC: Reason.SYNTHETIC_UNMATCHED}
@@ -31,32 +31,32 @@ _UNMATCHED = {WEB: Reason.WEB_UNMATCHED, SYNTHETIC: Reason.SYNTHETIC_UNMATCHED}
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides about captions and scores."""
+    """Settings that determine captions and scores."""
 
     captioner: str
-    """Checkpoint that writes: captioning or pretraining."""
+    """Checkpoint that writes captions, for captioning or pretraining."""
     judge: str
-    """Checkpoint that filters: retrieval or pretraining."""
+    """Checkpoint that filters captions, for retrieval or pretraining."""
     threshold: float = 0.5
-    """Captions whose matching probability is below it are dropped (published: 0.5)."""
+    """Lowest matching probability of a caption that is kept (published: 0.5)."""
     sampling: NucleusSettings = field(
         default_factory=lambda: NucleusSettings(max_length=20, min_length=5)
     )
     prompt: str | None = None
-    """How the captioner begins; None: as its checkpoint does."""
+    """Text with which the captioner begins; None: the prompt of its checkpoint."""
     seed: int = 0
-    """Of the sampling, with the id of each image."""
+    """Seed of the sampling, combined with the id of each image."""
     batch_size: int = 64
-    """Images at once."""
+    """Number of images processed at once."""
     loading: Loading = field(default_factory=Loading)
-    """Of both; device and precision are given."""
+    """Options for loading both checkpoints; device and precision must be set."""
     threads: int = 4
-    """Of each process, that decode images."""
+    """Number of threads per process that decode images."""
 
 
 @cache
 def models(settings: Settings) -> tuple[Blip, Blip]:
-    """Captioner and filter; one network where they are the same checkpoint."""
+    """Load captioner and filter; they are one network if the checkpoint is the same."""
     if settings.loading.device == "cpu":
         torch.set_num_threads(1)  # the same bits for any number of processes and cores
     captioner = load_blip(Path(settings.captioner), settings.loading)
@@ -70,7 +70,7 @@ def models(settings: Settings) -> tuple[Blip, Blip]:
 
 @cache
 def store_of(folder: str, remote: str | None) -> StreamStore:
-    """The input; `folder` is a cache where there is a remote."""
+    """Open the input; with a remote, `folder` is its cache."""
     cache = ShardCache([Path(folder)], _CACHE_BYTES) if remote else None
     return StreamStore(StreamRecipe("input", folder, remote), cache=cache)
 
@@ -78,21 +78,21 @@ def store_of(folder: str, remote: str | None) -> StreamStore:
 def read_shard(
     folder: str, remote: str | None, shard: int, settings: Settings
 ) -> Iterator[Screened]:
-    """Every sample of a shard with the captions that the filter keeps, web captions first.
+    """Yield every sample of a shard with the captions that the filter keeps, web captions first.
 
-    The same for any number of processes: batches are cut from the shard, and random numbers come
-    from the samples' ids.
+    The result does not depend on the number of processes: batches are cut from the shard, and
+    random numbers depend on the samples' ids.
     """
     captioner, judge = models(settings)
     store = store_of(folder, remote)
     sizes = (captioner.image_size, judge.image_size)
     loaded = done_ahead(_samples(store, shard), partial(_pixels, sizes=sizes), settings.threads)
     for group in batched(loaded, settings.batch_size):
-        good = [one for one in group if one.result is not None]
-        judged = iter(_judge(captioner, judge, good, settings) if good else [])
-        for one in group:
-            if one.result is None:
-                yield _unreadable(one.item, one.error)
+        readable = [done for done in group if done.result is not None]
+        judged = iter(_judge(captioner, judge, readable, settings) if readable else [])
+        for done in group:
+            if done.result is None:
+                yield _unreadable(done.item, done.error)
             else:
                 yield next(judged)
 
@@ -106,7 +106,7 @@ def _samples(store: StreamStore, shard: int) -> Iterator[dict[str, Any]]:
 
 
 def _pixels(sample: dict[str, Any], sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """For the captioner and for the filter."""
+    """Decode the image at the sizes of captioner and filter."""
     if "error" in sample:
         raise CorruptSample(sample["error"])
     first = pixels_of(sample["image"], sizes[0])
@@ -125,26 +125,30 @@ def _judge(
     loaded: Sequence[Done[dict[str, Any], tuple[Tensor, Tensor]]],
     settings: Settings,
 ) -> list[Screened]:
-    samples = [one.item for one in loaded]
-    pixels = [one.result for one in loaded if one.result is not None]
+    """Caption a batch of decoded samples, score all captions, and drop those that don't match."""
+    samples = [done.item for done in loaded]
+    pixels = [done.result for done in loaded if done.result is not None]
     embeds = captioner.image_embeds(torch.stack([first for first, _ in pixels]))
     draws = draws_of(
         [sample["id"] for sample in samples], settings.seed, settings.sampling.max_length
     )
-    said = captioner.captions(embeds, settings.sampling, settings.prompt, draws)
+    synthetic = captioner.captions(embeds, settings.sampling, settings.prompt, draws)
     if judge is not captioner:
         embeds = judge.image_embeds(torch.stack([second for _, second in pixels]))
-    texts = [
-        [*((WEB, text) for text in sample["captions"]), (SYNTHETIC, clean_caption(synthetic))]
-        for sample, synthetic in zip(samples, said, strict=True)
-    ]
-    owners = [image for image, own in enumerate(texts) for _ in own]
-    scores = iter(judge.match(embeds, [text for own in texts for _, text in own], owners).tolist())
+    texts: list[str] = []
+    kinds: list[str] = []
+    owners: list[int] = []
+    for image, (sample, caption) in enumerate(zip(samples, synthetic, strict=True)):
+        texts += [*sample["captions"], clean_caption(caption)]
+        kinds += [*[WEB] * len(sample["captions"]), SYNTHETIC]
+        owners += [image] * (len(sample["captions"]) + 1)
+    scores = judge.match(embeds, texts, owners).tolist()
+    scored: list[list[tuple[str, str, float]]] = [[] for _ in samples]
+    for image, kind, text, score in zip(owners, kinds, texts, scores, strict=True):
+        scored[image].append((kind, text, score))
     prints = {"captioner": captioner.fingerprint, "filter": judge.fingerprint}
-    return [
-        _sorted_out(sample, [(kind, text, next(scores)) for kind, text in own], settings, prints)
-        for sample, own in zip(samples, texts, strict=True)
-    ]
+    screened = zip(samples, scored, strict=True)
+    return [_sorted_out(sample, captions, settings, prints) for sample, captions in screened]
 
 
 def _sorted_out(
@@ -153,8 +157,10 @@ def _sorted_out(
     settings: Settings,
     prints: dict[str, str],
 ) -> Screened:
-    """The sample with the captions that reach the threshold; what is dropped is told with score
-    and text."""
+    """Build the output sample from the captions that reach the threshold.
+
+    Dropped captions become rejects with their score and text.
+    """
     captions: list[str] = []
     provenance: list[dict[str, Any]] = []
     rejects: list[Reject] = []

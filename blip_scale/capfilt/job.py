@@ -1,5 +1,4 @@
-"""CapFilt of a whole set: chunks for any number of processes and machines, and what is told of it
-at the end."""
+"""Run CapFilt on a whole set, in any number of processes and machines, and report statistics."""
 
 from __future__ import annotations
 
@@ -28,15 +27,15 @@ SHEET_NAME = "samples.html"
 
 @dataclass(frozen=True)
 class Job:
-    """What is made, from what, how."""
+    """Input, output and settings of CapFilt on one set."""
 
     source: str
-    """Folder or remote of MDS shards, as prepare_data writes them."""
+    """Folder or remote of MDS shards, as written by prepare_data."""
     out: str
     settings: Settings
     shard_bytes: int = 64 << 20
     shown: int = 48
-    """Samples on the sheet."""
+    """Number of samples shown on the sheet."""
 
 
 @dataclass(frozen=True)
@@ -46,32 +45,32 @@ class Task:
     part: Part
     workers: int
     scratch: str
-    """Where shards of a remote are cached and made."""
+    """Folder in which shards of a remote are cached and new shards are written."""
 
 
 def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any] | None:
-    """Work off a part, and merge when all parts are done.
+    """Process one part of a job, and merge the parts when all are done.
 
-    Killed at any time, it goes on where it was with the same call and gives the same bytes. Returns
-    the statistics of the whole set, None while other parts are missing. Raises ValueError for an
-    output that was begun with other input, settings or weights, and for checkpoints that can't
-    caption or match.
+    The same call resumes a job that was killed, and gives the same bytes.
+
+    Returns:
+        statistics of the whole set, or None while other parts are missing.
+
+    Raises:
+        ValueError: the output was begun with other input, settings or weights, or a checkpoint
+            cannot caption or match.
     """
     settings = job.settings
     local = is_local(job.source)
     folder, remote = (job.source, None) if local else (_cache(job.source, task), job.source)
     store = filtering.store_of(folder, remote)
-    chunks = [
-        Chunk(
-            name=store.shard_name(shard),
-            read=partial(filtering.read_shard, folder, remote, shard, settings),
-            fingerprint=json.dumps(reader.raw_data.hashes, sort_keys=True),
-            pairs=reader.samples,
-        )
-        for shard, reader in enumerate(store.shards)
-    ]
+    chunks = []
+    for number, shard in enumerate(store.shards):
+        read = partial(filtering.read_shard, folder, remote, number, settings)
+        fingerprint = json.dumps(shard.raw_data.hashes, sort_keys=True)
+        chunks.append(Chunk(store.shard_name(number), read, fingerprint, shard.samples))
     loading = settings.loading
-    # On the CPU: forked workers share them, spawned ones load them to their GPU.
+    # Load them on the CPU: forked workers share them, spawned workers load them to their GPU.
     on_cpu = replace(settings, loading=replace(loading, device="cpu", precision="fp32"))
     captioner, judge = filtering.models(on_cpu)
     plan = {
@@ -102,17 +101,17 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
 
 
 def _cache(source: str, task: Task) -> str:
-    """Where shards of a remote lie while they are read; tasks of a user on the same node share it.
+    """Cache folder for shards of a remote, shared by a user's tasks on the same node.
 
     Raises:
-        OSError: another user has taken its name.
+        OSError: another user has taken the name of the folder.
     """
     name = f"capfilt-{os.geteuid()}-{xxhash.xxh3_64_hexdigest(source)}"
     return str(private_folder(Path(task.scratch) / name))
 
 
 def _statistics(summary: dict[str, Any]) -> dict[str, Any]:
-    """Of the whole set, out of what the merge added up."""
+    """Statistics of the whole set from the tallies of the merge."""
     tallies = summary.get("tallies", {})
 
     def captions(kind: str) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""A page to look at: some images with their captions, what was kept of them and what was dropped,
-and the scores of all."""
+"""HTML page with sample images, their kept and dropped captions, and a histogram of all scores."""
 
 from __future__ import annotations
 
@@ -46,19 +45,20 @@ class _Shown:
     id: str
     image: bytes
     captions: list[tuple[str, float, str, bool]]
-    """Kind, score, text, kept."""
+    """Tuples (kind, score, text, is kept)."""
 
 
 def sample_sheet(
     store: StreamStore, out: OutputFolder, statistics: dict[str, Any], shown: int, scratch: Path
 ) -> str:
-    """HTML with images inside, the same for the same set.
+    """Write the page as HTML with embedded images; it is deterministic.
 
     Args:
         store: the input.
         out: the merged output.
-        shown: images, evenly over the input.
-        scratch: folder for shards that are fetched.
+        statistics: result of `job.run`.
+        shown: number of images, evenly spaced over the input.
+        scratch: folder for downloaded shards.
     """
     shown = min(shown, store.samples)
     places = [_place(store, i * store.samples // shown) for i in range(shown)]
@@ -82,7 +82,7 @@ def _place(store: StreamStore, index: int) -> tuple[int, int]:
 def _looked_up(
     store: StreamStore, out: OutputFolder, place: tuple[int, int], scratch: Path
 ) -> _Shown:
-    """What became of a sample of the input; chunk N of the output is shard N of the input."""
+    """Look up a sample and its captions; chunk N of the output is shard N of the input."""
     report = Report.from_json(out.read(report_name(place[0])))
     try:
         sample = store.read(*place)
@@ -107,7 +107,7 @@ def _looked_up(
 
 
 def _written(report: Report, out: OutputFolder, index: int, scratch: Path) -> dict[str, Any]:
-    """Sample `index` of a chunk's output."""
+    """Read sample `index` of a chunk's output."""
     for shard in report.shards:
         if index < shard["samples"]:
             path = out.fetch(shard["raw_data"]["basename"], scratch)
@@ -116,16 +116,17 @@ def _written(report: Report, out: OutputFolder, index: int, scratch: Path) -> di
     raise IndexError(index)
 
 
-def _card(one: _Shown) -> str:
-    texts = [
-        f'<div class="text{"" if kept else " dropped"}">{html.escape(text)}'
-        f'<span class="tag">{html.escape(kind)} {score:.2f}, {"kept" if kept else "dropped"}'
-        "</span></div>"
-        for kind, score, text, kept in sorted(one.captions, key=lambda c: c[0] == SYNTHETIC)
-    ]
+def _card(shown: _Shown) -> str:
+    texts = []
+    for kind, score, text, kept in sorted(shown.captions, key=lambda c: c[0] == SYNTHETIC):
+        texts.append(
+            f'<div class="text{"" if kept else " dropped"}">{html.escape(text)}'
+            f'<span class="tag">{html.escape(kind)} {score:.2f}, {"kept" if kept else "dropped"}'
+            "</span></div>"
+        )
     return (
-        f'<div class="card">{_picture(one.image)}{"".join(texts)}'
-        f"<small>{html.escape(one.id)}</small></div>\n"
+        f'<div class="card">{_picture(shown.image)}{"".join(texts)}'
+        f"<small>{html.escape(shown.id)}</small></div>\n"
     )
 
 
@@ -142,36 +143,38 @@ def _picture(image: bytes) -> str:
 
 
 def _overview(statistics: dict[str, Any]) -> str:
-    rows = [
-        f"<tr><td>{kind} captions</td><td>{found['read']}</td><td>{found['kept']}</td>"
-        f"<td>{found['dropped']}</td><td>{found['kept_share']:.1%}</td></tr>"
-        for kind in (WEB, SYNTHETIC)
-        for found in [statistics[kind]]
-    ]
+    """Table of kept and dropped captions, and histograms of their scores, as HTML."""
+    rows, plots = [], []
+    threshold = statistics["settings"]["threshold"]
+    for kind in (WEB, SYNTHETIC):
+        figures = statistics[kind]
+        rows.append(
+            f"<tr><td>{kind} captions</td><td>{figures['read']}</td><td>{figures['kept']}</td>"
+            f"<td>{figures['dropped']}</td><td>{figures['kept_share']:.1%}</td></tr>"
+        )
+        bars = _bars(figures["score_histogram"], threshold)
+        plots.append(
+            f'<div><p>{kind}: matching probability from 0 to 1</p><div class="bars">{bars}'
+            "</div></div>"
+        )
     images = statistics["images"]
     share = images["written"] / max(1, images["read"])
     rows.append(
         f"<tr><td>images</td><td>{images['read']}</td><td>{images['written']}</td>"
         f"<td>{images['rejected']}</td><td>{share:.1%}</td></tr>"
     )
-    threshold = statistics["settings"]["threshold"]
-    plots = [
-        f'<div><p>{kind}: matching probability from 0 to 1</p><div class="bars">'
-        + _bars(statistics[kind]["score_histogram"], threshold)
-        + "</div></div>"
-        for kind in (WEB, SYNTHETIC)
-    ]
     return (
-        "<table><tr><th></th><th>read</th><th>kept</th><th>dropped</th><th>kept</th></tr>"
-        f"{''.join(rows)}</table><p>Kept from a matching probability of {threshold} on.</p>"
+        "<table><tr><th></th><th>read</th><th>kept</th><th>dropped</th><th>share kept</th></tr>"
+        f"{''.join(rows)}</table><p>Kept at a matching probability of {threshold} or more.</p>"
         f'<div class="plots">{"".join(plots)}</div>'
     )
 
 
 def _bars(counts: list[int], threshold: float) -> str:
     most = max(*counts, 1)
-    return "".join(
-        f'<i class="{"low" if (n + 1) / len(counts) <= threshold else ""}" title="{count}" '
-        f'style="height:{100 * count / most:.0f}%"></i>'
-        for n, count in enumerate(counts)
-    )
+    bars = []
+    for number, count in enumerate(counts, start=1):
+        style = "low" if number / len(counts) <= threshold else ""
+        height = 100 * count / most
+        bars.append(f'<i class="{style}" title="{count}" style="height:{height:.0f}%"></i>')
+    return "".join(bars)

@@ -1,1 +1,1 @@
-"""The user's commands: each module reads the command line and calls the rooms below it."""
+"""Commands of the user: each module parses the command line and calls the rooms below it."""

@@ -1,8 +1,8 @@
-"""CapFilt: caption web images anew, and keep of web and synthetic captions those that match.
+"""CapFilt: write synthetic captions for web images, and keep the captions that match.
 
 python tools/capfilt.py data/laion data/laion_capfilt --captioner runs/cap --filter runs/filter
 python tools/capfilt.py s3://bucket/laion s3://bucket/clean --captioner ... --shard 0/64
-docs/capfilt.md tells how to get the two checkpoints, and what comes out.
+docs/capfilt.md explains how to train the two checkpoints, and describes the output.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from blip_scale.storage.free_space import parse_bytes
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "capfilt.py") -> int:
-    """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
+    """Run the command, and return its exit code.
+
+    It is 0, 2 for refused input, and 130 or 143 after a signal.
+    """
     options = _parser(prog).parse_args(arguments)
     interrupt_on_sigterm()
     try:
@@ -59,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     where = torch.cuda.get_device_name() if on_gpu else f"{workers} CPU processes"
     print(f"{images} images in {seconds:.0f} s: {images / seconds:.1f} images/s on {where}")
     if statistics is None:
-        print(f"{options.out}: part {options.shard} is done; other parts are not yet")
+        print(f"{options.out}: part {options.shard} is done; other parts are not done yet")
     else:
         _print(options.out, statistics)
     return 0
@@ -67,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace, on_gpu: bool) -> Settings:
     if not 0 <= options.threshold <= 1:
-        raise ValueError(f"--threshold {options.threshold}: a probability from 0 to 1")
+        raise ValueError(f"--threshold {options.threshold}: expected a probability from 0 to 1")
     sampling = NucleusSettings(
         top_p=options.top_p,
         top_k=options.top_k,
@@ -93,8 +96,8 @@ def _print(out: str, statistics: dict[str, Any]) -> None:
     images = statistics["images"]
     print(f"{out}: {images['written']} of {images['read']} images keep a caption")
     for kind in ("web", "synthetic"):
-        found = statistics[kind]
-        print(f"{kind} captions: {found['kept']} kept, {found['dropped']} dropped")
+        counts = statistics[kind]
+        print(f"{kind} captions: {counts['kept']} kept, {counts['dropped']} dropped")
     if statistics["undecodable_images"]:
         print(f"{statistics['undecodable_images']} images can't be decoded (rejects.jsonl)")
 
@@ -119,8 +122,10 @@ def _parser(prog: str) -> Parser:
     models.add_argument(
         "--recipe", help="recipe with the sizes of the network, if the checkpoints do not hold them"
     )
-    models.add_argument("--tokenizer", help="default: the recipe's, or the one beside them")
-    add(models, "--image-size", None, "pixels; default: those of each checkpoint")
+    models.add_argument(
+        "--tokenizer", help="default: that of the recipe, or the one beside the checkpoints"
+    )
+    add(models, "--image-size", None, "pixels; default: the image size of each checkpoint")
     models.add_argument("--device", choices=("cpu",), help="default: the GPU if there is one")
     models.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU")
     add(

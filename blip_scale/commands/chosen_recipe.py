@@ -21,7 +21,7 @@ def chosen_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     recipe = recipes.load(name, overrides)
     if recipe.model.checkpoint is None:
         return recipe
-    # Imported here, because it takes transformers.
+    # Imported here, because it imports transformers.
     from blip_scale.inference.starting_sizes import with_sizes_of_checkpoint
 
     return with_sizes_of_checkpoint(recipe, recipes.stated(name, overrides))

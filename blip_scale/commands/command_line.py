@@ -1,4 +1,4 @@
-"""What all commands share: the parser, and the one line that tells about refused input."""
+"""Functions shared by all commands: the parser, and errors in one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _RANK_0_SPEAKS_S = 3.0
 
-# What commands without a log of their own warn of goes to stderr by this handler.
+# Warnings of commands that do not configure logging go to stderr through this handler.
 if logging.lastResort is not None:
     logging.lastResort.setFormatter(logs.MessageFormatter())
 
@@ -33,29 +33,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse(command: str, problem: object) -> int:
-    """Write `command: problem` as one line to stderr; returns the exit code of refused input."""
+    """Write `command: problem` as one line to stderr, and return the exit code of refused input."""
     sys.stderr.write(f"{command}: {logs.one_line(problem)}\n")
     return exit_codes.REFUSED
 
 
 def report_error(command: str, error: Exception) -> int:
-    """Write `command: error` as one line to stderr; returns the exit code: that of refused input,
-    or that of a failure where the input is not to blame."""
+    """Write `command: error` as one line to stderr, and return the exit code.
+
+    The code is that of refused input if the input is to blame, else that of a failure.
+    """
     code = refuse(command, str(error) or type(error).__name__)
     return code if is_refused(error) else exit_codes.FAILED
 
 
 def report_error_of_rank(command: str, error: Exception, log_folder: Path | None) -> int:
-    """`report_error` of one of several ranks that were started together.
+    """Report an error of one of several ranks.
 
-    Input that is judged before a run is refused by all ranks alike, so rank 0 speaks. In a run any
-    rank may be the one, and the traceback goes to its log; there `errors.refusing` has told input
-    from a failure, and whatever else comes is a failure.
+    Before a run begins, all ranks refuse the same input, so only rank 0 reports it. In a run, any
+    rank may fail, and the traceback is in its log. There, `errors.refusing` marks refused input,
+    and every other error is a failure.
 
     Args:
         command: name of the command.
-        error: what ended it.
-        log_folder: of the ranks' logs, once the run has begun.
+        error: the error that ended it.
+        log_folder: folder of the ranks' logs once the run has begun, else None.
     """
     rank = launcher.rank()
     if log_folder is not None:
@@ -65,22 +67,23 @@ def report_error_of_rank(command: str, error: Exception, log_folder: Path | None
         return exit_codes.REFUSED if isinstance(error, RefusedInput) else exit_codes.FAILED
     if rank == 0:
         return report_error(command, error)
-    time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once one has ended
+    time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once any has ended
     return exit_codes.REFUSED if is_refused(error) else exit_codes.FAILED
 
 
 def interrupt_on_sigterm() -> None:
-    """Have SIGTERM raise KeyboardInterrupt, as Ctrl-C does; `stopped` tells the two apart."""
+    """Let SIGTERM raise KeyboardInterrupt, like Ctrl-C; `stopped` tells them apart."""
     signal.signal(signal.SIGTERM, _interrupt)
 
 
 def stopped(interrupt: KeyboardInterrupt, kept: str) -> int:
-    """Say what of an interrupted command is kept; returns the exit code of the signal.
+    """Report an interrupted command, and return the exit code of the signal.
 
     Args:
-        kept: what is finished, in the plural: "finished shards".
+        interrupt: the exception.
+        kept: finished work, in the plural, such as "finished shards".
     """
-    sys.stderr.write(f"stopped; {kept} are kept, the same command goes on\n")
+    sys.stderr.write(f"stopped; {kept} are kept, run the same command to resume\n")
     return exit_codes.of_signal(int(str(interrupt) or signal.SIGINT))
 
 

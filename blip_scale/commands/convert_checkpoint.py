@@ -1,9 +1,9 @@
-"""Convert a BLIP checkpoint: ours, Salesforce's .pth, Hugging Face folders; any to any.
+"""Convert BLIP checkpoints between training checkpoints, Salesforce .pth and Hugging Face folders.
 
 python tools/convert_checkpoint.py runs/demo captioner
 python tools/convert_checkpoint.py runs/demo/checkpoints/step_00001000 blip.pth
 python tools/convert_checkpoint.py model_base.pth retrieval --head retrieval
-docs/tasks.md tells what each format holds and what can become what.
+docs/tasks.md describes the formats and the possible conversions.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ALL = "all"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "convert_checkpoint.py") -> int:
-    """Returns the exit code: 0, or 2 for refused input, which is said in one line."""
+    """Run the command, and return its exit code: 0, or 2 for refused input."""
     options = _parser(prog).parse_args(arguments)
     started = time.perf_counter()
     try:
@@ -92,12 +92,12 @@ def _convert(options: argparse.Namespace) -> None:
                 raise ValueError(f"{part.origin} can't become a Hugging Face {part.head}: {reason}")
     elif target == "salesforce":
         parts = [with_training_state(part) for part in parts]
-    # Hugging Face's models have no place for what these notes are about.
+    # The notes are about training state, which Hugging Face's models do not have.
     notes = [] if target == "hf" else list(parts[0].notes)
     if target == "hf" and weights.output_settings.scoring == "published":
         notes.append(
-            "captions of the folder are scored as by transformers' generate (huggingface), those "
-            "of IN as published; some differ"
+            "captions of the folder use the scoring of transformers' generate (huggingface), those "
+            "of IN the published scoring; some captions differ"
         )
     if target != "ours":
         for index, part in enumerate(parts):
@@ -120,15 +120,15 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _target(options: argparse.Namespace) -> Format:
-    """The format to write: what --to says, else what the name of OUT says."""
+    """Format to write, from --to or the name of OUT."""
     is_file = options.out.suffix in (".pth", ".pt")
     by_name: Format = "salesforce" if is_file else "hf"
     target: Format = options.to or by_name
     if is_file != (target == "salesforce"):
-        mend = "a name that ends in .pth" if not is_file else "the name of a folder"
-        raise ValueError(f"{options.out}: --to {target} writes to {mend}")
+        expected = "a name that ends in .pth" if not is_file else "the name of a folder"
+        raise ValueError(f"{options.out}: --to {target} needs {expected}")
     if target != "hf" and options.head == ALL:
-        raise ValueError("--head all makes Hugging Face folders; give --to hf")
+        raise ValueError("--head all writes Hugging Face folders; give --to hf")
     return target
 
 
@@ -136,11 +136,11 @@ def _heads(asked: str | None, weights: BlipWeights, target: Format) -> list[Head
     if target == "ours":
         if asked not in (None, "pretrain"):
             raise ValueError(
-                f"--head {asked}: our checkpoints hold the whole network; leave it out"
+                f"--head {asked}: training checkpoints hold the whole network; leave --head out"
             )
         return ["pretrain"]
     if asked == ALL:
-        found: list[Head] = ["captioning", "retrieval"]
+        heads: list[Head] = ["captioning", "retrieval"]
         try:
             vqa = turned_into(weights, "vqa")
             reason = inexpressible(vqa)
@@ -148,8 +148,8 @@ def _heads(asked: str | None, weights: BlipWeights, target: Format) -> list[Head
             reason = str(error)
         if reason:
             print(logs.printable(f"note: without vqa: {reason}"))
-            return found
-        return [*found, "vqa"]
+            return heads
+        return [*heads, "vqa"]
     if asked is not None:
         return [head for head in HEADS if head == asked]
     return ["captioning"] if target == "hf" and weights.head == "pretrain" else [weights.head]
@@ -160,7 +160,7 @@ def _network(recipe: Recipe, tokenizer: str | None) -> MEDConfig:
 
 
 def _origin(source: Path, kind: Format, recipe: Recipe | None) -> Origin:
-    """What the files of a run say, for the model card."""
+    """Recipe and figures of the run behind a checkpoint, for the model card."""
     if kind != "ours" or recipe is None:
         return Origin()
     folder = step_folder(source)
@@ -173,7 +173,7 @@ def _origin(source: Path, kind: Format, recipe: Recipe | None) -> Origin:
 def _write_folder(
     weights: BlipWeights, folder: Path, tokenizer: PreTrainedTokenizerFast, origin: Origin
 ) -> None:
-    """Model, processor and card, as transformers loads them."""
+    """Write model, processor and card in the form that transformers loads."""
     card = model_card(weights, origin)
     write_huggingface(weights, folder)
     tokenizer.model_max_length = weights.config.text.max_positions
@@ -182,7 +182,7 @@ def _write_folder(
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    """OUT isn't there; or --overwrite, and it is a checkpoint."""
+    """Refuse an existing OUT, unless --overwrite is given and OUT is a checkpoint."""
     if not out.exists():
         return
     if not overwrite:
@@ -192,13 +192,13 @@ def _check_free(out: Path, overwrite: bool) -> None:
             format_of(out)
         except ValueError as error:
             raise FileExistsError(
-                f"{out} is a folder of something else: not overwritten"
+                f"{out} is not a checkpoint, and is not overwritten; give another name"
             ) from error
 
 
 @contextmanager
 def _placed(out: Path, folder: bool) -> Iterator[Path]:
-    """A path to write to that takes the place of `out` when all is written, and not before."""
+    """Yield a temporary path that replaces `out` at the end, if there was no error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     place = work / "new"
@@ -218,32 +218,32 @@ def _placed(out: Path, folder: bool) -> Iterator[Path]:
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
-        description="Convert a BLIP checkpoint. What IN is, is found by looking at it; OUT is "
-        "written whole or not at all.",
-        epilog="docs/tasks.md tells what each format holds and what can become what.",
+        description="Convert a BLIP checkpoint. The format of IN is detected. OUT is written "
+        "completely or not at all.",
+        epilog="docs/tasks.md describes the formats and the possible conversions.",
     )
     parser.add_argument(
         "source", metavar="IN", type=Path,
-        help="training checkpoint (step_N, or a run's folder: its newest), .pth, or Hugging Face "
-        "folder",
+        help="training checkpoint (step_N, or a run's folder for its newest), .pth, or Hugging "
+        "Face folder",
     )  # fmt: skip
     parser.add_argument("out", metavar="OUT", type=Path, help="NAME.pth, or a folder")
     parser.add_argument(
         "--to", choices=("hf", "salesforce", "ours"),
-        help="default: salesforce for .pth, else hf",
+        help="format to write; default: salesforce for .pth, else hf",
     )  # fmt: skip
     parser.add_argument(
         "--head", choices=(*HEADS, ALL),
-        help="which model; default: that of IN, and captioning from pretraining to hf; all: "
-        "folders captioning, retrieval and (where it can be) vqa in OUT",
+        help="model to write; default: that of IN, or captioning from pretraining to hf. all: "
+        "folders captioning, retrieval and, if possible, vqa in OUT",
     )  # fmt: skip
     parser.add_argument(
         "--recipe", metavar="NAME_OR_FILE",
-        help="the network's sizes, where IN doesn't say them; default: recipe.yaml of the run",
+        help="recipe with the network's sizes, if IN lacks them; default: recipe.yaml of the run",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", metavar="FOLDER_OR_HUB_NAME",
-        help=f"default: the recipe's, the one in IN, {PUBLISHED_TOKENIZER}",
+        help=f"default: that of the recipe, else the one in IN, else {PUBLISHED_TOKENIZER}",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return parser

@@ -1,8 +1,8 @@
-"""`train.py --dry-run`: look, before a long wait in a queue, for what usually makes a run fail.
+"""Check a set-up for common causes of failed runs: `train.py --dry-run`.
 
-On one process (a login node, no GPU needed) or started on allocated nodes as a run would be. Every
-check says ok, warning or FAILED with the mend, and the next one follows, so that all problems are
-seen at once.
+A dry run before a long wait in a queue needs one process and no GPU, for example on a login node.
+It can also be started on allocated nodes like a run. Every check reports ok, warning or FAILED with
+the fix, and all checks are run, so that all problems are seen at once.
 """
 
 from __future__ import annotations
@@ -33,45 +33,45 @@ if TYPE_CHECKING:
 logger = logging.getLogger("blip_scale.commands.dry_run")
 
 BAD = 2
-"""Exit code when a check failed."""
+"""Exit code if a check failed."""
 _RETRY_S = 20.0
 _EXCHANGE_BYTES = 64 * 2**20
-_EXCHANGE_TIMEOUT_S = 300.0  # ranks that don't find each other by then never will
+_EXCHANGE_TIMEOUT_S = 300.0  # ranks that have not connected by then never will
 _GB = 1e9
 _PROCESS_GB = 3.0
-"""Host memory of a rank besides weights: Python, torch, pinned batches; and of a loader worker a
-third of it. A rule of thumb."""
+"""Rule of thumb for a rank's host memory besides weights: Python, torch and pinned batches. A
+loader worker needs a third of it."""
 
 _LEVELS = ("ok", "warning", "FAILED")
 
 
 class Doubt(Exception):
-    """Not sure to fail: a warning."""
+    """Raised by a check for a problem that may not make the run fail."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check said."""
+    """Result of a check."""
 
     name: str
     level: int
-    """Index into ok, warning, FAILED."""
+    """Index of ok, warning or FAILED."""
     message: str
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the checks look at."""
+    """Input of the checks."""
 
     recipe: Recipe
     ds_config: Path
     ranks: int
     gpus_per_node: int
     gpu: GPU | None
-    """The one that was named; None: the one that is here."""
+    """GPU named by the user; None: the GPU of this machine."""
 
     def plan(self) -> Plan:
-        """The plan for these ranks, on the GPU that was named or is here."""
+        """Plan the run on these ranks."""
         from blip_scale.planning.assumptions import Assumptions
         from blip_scale.planning.plan import make_plan
         from blip_scale.planning.timing import Cluster
@@ -79,15 +79,19 @@ class Setting:
 
         nodes = self.ranks // self.gpus_per_node
         cluster = Cluster(nodes, self.gpus_per_node, self._gpu())
-        # A stream that is not there has a line of its own; memory and disk do not depend on it.
+        # A missing stream is reported by its own check; memory and disk do not depend on it.
         assumed = Assumptions(unknown_samples=10**6)
         try:
             config = checks.resolve_deepspeed(self.recipe, self.ds_config, self.ranks)
             return make_plan(self.recipe, config, cluster, contrast_of, assumed)
-        except (ValueError, FileNotFoundError) as error:  # another check has failed of it
+        except (ValueError, FileNotFoundError) as error:  # another check reports it as a failure
             raise Doubt(f"cannot be planned: {error}") from error
 
     def _gpu(self) -> GPU:
+        """GPU named by the user, else an H100 with the memory of this machine's GPU.
+
+        Without a GPU, the memory is unlimited.
+        """
         import torch
 
         from blip_scale.planning.assumptions import GIB
@@ -96,18 +100,18 @@ class Setting:
         if self.gpu is not None:
             return self.gpu
         if torch.cuda.is_available():
-            there = torch.cuda.get_device_properties(0).total_memory / GIB
-            return dataclasses.replace(GPUS["h100"], memory_gib=there)
+            memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+            return dataclasses.replace(GPUS["h100"], memory_gib=memory_gib)
         return dataclasses.replace(GPUS["h100"], memory_gib=math.inf)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a dry run."""
+    """Add the options of a dry run."""
     add = parser.add_argument
     add(
         "--dry-run",
         action="store_true",
-        help="check what usually makes a run fail; nothing is trained",
+        help="check for common causes of failed runs, without training",
     )
     add(
         "--ranks",
@@ -117,13 +121,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--gpus-per-node",
         type=int,
-        help="for --dry-run: ranks of a node (default: the launcher's, or 8)",
+        help="for --dry-run: number of ranks per node (default: the launcher's, or 8)",
     )
-    add("--gpu", help="for --dry-run: h100, a100-80, ... (default: the GPU of this machine)")
+    add("--gpu", help="for --dry-run: GPU of the run, such as h100 (default: this machine's)")
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Make all checks; returns 0, or 2 when one failed. Every rank of a launch must call it.
+    """Run all checks, and return 0, or 2 if one failed. Every rank of a launch must call this.
 
     Raises:
         ValueError: --gpu names no GPU, or several.
@@ -141,7 +145,7 @@ def run(recipe: Recipe, options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="blip_scale_dry_run_") as folder:
         logs.set_up(Path(folder), int(os.environ.get("RANK", "0")))
         findings = [_try("launcher", lambda: _launcher(setting))]
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the node's disks and network, once
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # check a node's disks and network once
             findings += [_try(name, check) for name, check in _checks(setting)]
         findings.append(_try("interconnect", lambda: _interconnect(world_size)))
         everyone = [findings]
@@ -154,9 +158,9 @@ def run(recipe: Recipe, options: argparse.Namespace) -> int:
 
 
 def _checks(setting: Setting) -> list[tuple[str, Callable[[], str]]]:
-    """What one process of a node looks at."""
+    """Checks that one process per node makes, by name."""
     recipe = setting.recipe
-    found: list[tuple[str, Callable[[], str]]] = [
+    named_checks: list[tuple[str, Callable[[], str]]] = [
         ("settings", lambda: _settings(setting)),
         ("batch", lambda: _batch(setting)),
         ("DeepSpeed", lambda: _deepspeed(setting)),
@@ -164,9 +168,9 @@ def _checks(setting: Setting) -> list[tuple[str, Callable[[], str]]]:
         ("initial weights", lambda: _weights(recipe)),
     ]
     for stream in [*recipe.data.streams, *recipe.data.heldout]:
-        found.append((f"stream {stream.name}", partial(_stream, recipe, stream)))
+        named_checks.append((f"stream {stream.name}", partial(_stream, recipe, stream)))
     return [
-        *found,
+        *named_checks,
         ("cache", lambda: _cache(recipe)),
         ("output", lambda: _output(setting)),
         ("checkpoints", lambda: _checkpoint_folder(recipe)),
@@ -181,35 +185,33 @@ def _try(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, 0, check())
     except Doubt as doubt:
         return Finding(name, 1, str(doubt))
-    except Exception as error:  # each library has its own; none may hide the checks that follow
+    except Exception as error:  # from any library; it must not prevent the checks that follow
         logger.debug("%s", name, exc_info=True)
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         return Finding(name, 2, " ".join(f"{kind}{error}".split()))
 
 
 def _report(everyone: list[list[Finding]], setting: Setting) -> None:
-    """One line a check; ranks that found something are named."""
+    """Log one line per check, naming the rank with the worst result."""
     names = dict.fromkeys(finding.name for part in everyone for finding in part)
     failed = 0
     for name in names:
-        said = [
-            (rank, finding)
-            for rank, part in enumerate(everyone)
-            for finding in part
-            if finding.name == name
-        ]
-        worst = max(finding.level for _, finding in said)
-        failed += worst == 2
-        rank, finding = next(one for one in said if one[1].level == worst)
-        who = f" (rank {rank})" if worst and len(everyone) > 1 else ""
-        logger.info("%-8s%s%s: %s", _LEVELS[worst], name, who, finding.message)
+        worst, worst_rank = None, 0
+        for rank, part in enumerate(everyone):
+            for finding in part:
+                if finding.name == name and (worst is None or finding.level > worst.level):
+                    worst, worst_rank = finding, rank
+        assert worst is not None
+        failed += worst.level == 2
+        who = f" (rank {worst_rank})" if worst.level and len(everyone) > 1 else ""
+        logger.info("%-8s%s%s: %s", _LEVELS[worst.level], name, who, worst.message)
     state = f"{failed} of {len(names)} checks failed" if failed else "ready"
     logger.info("dry run for %d rank(s), %d a node: %s", setting.ranks, setting.gpus_per_node,
                 state)  # fmt: skip
 
 
 def _launcher(setting: Setting) -> str:
-    """The variables of ranks fit each other, and there is a device for this rank."""
+    """Check the launcher's variables, and that this rank has a device."""
     import torch
 
     from blip_scale import launcher
@@ -255,7 +257,7 @@ def _deepspeed(setting: Setting) -> str:
 
 
 def _attention(setting: Setting) -> str:
-    """The kernel that a task asks for when a run starts."""
+    """Choose the attention kernel like a run does at its start."""
     import torch
 
     from blip_scale.model.kernels import choose_kernel
@@ -268,7 +270,9 @@ def _attention(setting: Setting) -> str:
     except ValueError as error:
         if device.type == "cuda" or setting.gpu is None:
             raise
-        raise Doubt(f"{error}; look on a node of the run, no GPU is here") from error
+        raise Doubt(
+            f"{error}; this machine has no GPU, run the check on a node of the run"
+        ) from error
     return str(kernel)
 
 
@@ -293,17 +297,17 @@ def _stream(recipe: Recipe, stream: StreamRecipe) -> str:
     with contextlib.suppress(OSError, ValueError):  # the check of initial weights names it
         tokenizer = load_tokenizer(recipe.model.text)
     retry_s = min(_RETRY_S, recipe.data.retry_s)
-    found, unknown = probe_stream(stream, recipe.data.make_with, retry_s, tokenizer)
+    summary, unknown = probe_stream(stream, recipe.data.make_with, retry_s, tokenizer)
     if tokenizer is None:
-        return found
-    message = f"{found}, {unknown:.1%} of the tokens of its first captions are [UNK]"
+        return summary
+    message = f"{summary}, {unknown:.1%} of the tokens of its first captions are [UNK]"
     if unknown > MOST_UNKNOWN:
-        raise Doubt(f"{message}: set model.text.tokenizer to one that knows this text")
+        raise Doubt(f"{message}: set model.text.tokenizer to one for this language")
     return message
 
 
 def _cache(recipe: Recipe) -> str:
-    """Folders that remote streams are fetched into: writable, with room for `cache_limit`."""
+    """Check that the caches of remote streams are writable and have room for `cache_limit`."""
     folders = {s.local for s in [*recipe.data.streams, *recipe.data.heldout] if s.remote}
     if not folders:
         return "all streams are local"
@@ -315,33 +319,32 @@ def _cache(recipe: Recipe) -> str:
         least = min(least, free_bytes(path) + held)
     if limit is not None and least < limit:
         raise ValueError(
-            f"data.cache_limit is {limit / _GB:.1f} GB, but {least / _GB:.1f} GB are free: lower "
-            "it, or give streams another local"
+            f"data.cache_limit is {limit / _GB:.1f} GB, but only {least / _GB:.1f} GB are free: "
+            "lower it, or set local of the streams to another disk"
         )
     if limit is None:
         raise Doubt(
-            f"no data.cache_limit: everything that is read stays on the disk ({least / _GB:.1f} GB "
-            "free)"
+            f"no data.cache_limit: all shards stay in the local cache ({least / _GB:.1f} GB free)"
         )
     return f"{least / _GB:.1f} GB free for {limit / _GB:.1f} GB"
 
 
 def _output(setting: Setting) -> str:
-    """Room for the checkpoints that are kept and one that is being written."""
+    """Check that the disk has room for the kept checkpoints and one being written."""
     folder = Path(setting.recipe.output_dir)
     free = free_bytes(folder)
     planned = setting.plan().checkpoints_bytes
-    said = (
+    message = (
         f"{free / _GB:.1f} GB free in {folder}, {planned / _GB:.1f} GB for "
         f"{setting.recipe.checkpoint.keep_last} checkpoints and one being written"
     )
     if free < planned:
-        raise ValueError(f"{said}: give another output_dir, or fewer checkpoint.keep_last")
-    return said
+        raise ValueError(f"{message}: set another output_dir, or a lower checkpoint.keep_last")
+    return message
 
 
 def _checkpoint_folder(recipe: Recipe) -> str:
-    """Object storage takes, gives back and deletes a small object."""
+    """Check that a small object can be written, read and deleted in object storage."""
     if recipe.checkpoint.folder is None:
         return "in output_dir"
     where = os.path.expandvars(recipe.checkpoint.folder).rstrip("/")
@@ -354,7 +357,7 @@ def _checkpoint_folder(recipe: Recipe) -> str:
     objects.put(name, content)
     try:
         if objects.get(name) != content:
-            raise ValueError(f"{where}: what was written came back different")
+            raise ValueError(f"{where}: the content read differs from the content written")
     finally:
         objects.delete([name])
     return f"{where}: an object written, read back and deleted"
@@ -366,7 +369,7 @@ def _gpu_memory(setting: Setting) -> str:
         raise ValueError(plan.memory_verdict)
     if math.isinf(plan.limit_bytes):
         need = plan.memory.total / 2**30
-        raise Doubt(f"{need:.1f} GiB a GPU are planned, and none is here: give --gpu NAME")
+        raise Doubt(f"{need:.1f} GiB per GPU are planned, but no GPU is here: give --gpu NAME")
     return plan.memory_verdict
 
 
@@ -374,18 +377,18 @@ def _host_memory(setting: Setting) -> str:
     import psutil
 
     plan, workers = setting.plan(), setting.recipe.data.workers
-    there = psutil.virtual_memory().available
+    available = psutil.virtual_memory().available
     network = plan.network
-    weights = 4 * sum([*network.trainable, *network.frozen])  # each rank loads them whole, once
+    weights = 4 * sum([*network.trainable, *network.frozen])  # each rank loads all of them once
     each = _PROCESS_GB * _GB * (1 + workers / 3) + weights + plan.memory.host
     need = each * setting.gpus_per_node
-    said = (
+    message = (
         f"{need / _GB:.0f} GB for {setting.gpus_per_node} rank(s) with {workers} workers each, "
-        f"{there / _GB:.0f} GB available here"
+        f"{available / _GB:.0f} GB available here"
     )
-    if need > there:
-        raise Doubt(f"{said}: give fewer data.workers, or look on a node of the run")
-    return said
+    if need > available:
+        raise Doubt(f"{message}: set fewer data.workers, or run the check on a node of the run")
+    return message
 
 
 def _shared_memory(setting: Setting) -> str:
@@ -400,7 +403,7 @@ def _shared_memory(setting: Setting) -> str:
 
 
 def _interconnect(world_size: int) -> str:
-    """A sum over all ranks is right, and how fast it is."""
+    """Check the sum of a tensor over all ranks, and measure its speed."""
     if world_size == 1:
         return "one process: not measured"
     from blip_scale.engine import collectives

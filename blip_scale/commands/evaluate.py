@@ -1,9 +1,9 @@
-"""Measure a BLIP checkpoint of any kind on a task, on one process or several ranks.
+"""Evaluate a BLIP checkpoint of any format on a task, in one process or on several ranks.
 
 python tools/evaluate.py retrieval runs/finetune_retrieval_coco data/coco_test
 python tools/evaluate.py captioning model.pth coco_karpathy_test.json --images /data/coco
 deepspeed tools/evaluate.py retrieval model.pth data/flickr30k_test evaluation.rerank_top_k=128
-docs/tasks.md tells what each task reads and what comes out.
+docs/tasks.md describes the input and the figures of each task.
 """
 
 from __future__ import annotations
@@ -52,33 +52,33 @@ _TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, on what, and how."""
+    """Checkpoint, data and settings of an evaluation."""
 
     blip: Blip
     opened: HeldoutPairs | VideoSet
     recipe: Recipe
-    """Its `evaluation` and `model.text` count."""
+    """Recipe of which `evaluation` and `model.text` are used."""
     options: argparse.Namespace
 
     @property
     def pairs(self) -> HeldoutPairs:
-        """What all tasks but `video` are measured on."""
+        """Pairs of all tasks except `video`."""
         assert isinstance(self.opened, HeldoutPairs)
         return self.opened
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a task is evaluated."""
+    """Functions and defaults for the evaluation of a task."""
 
     measure: Callable[[Subject], dict[str, Any]]
-    """Figures by name, the same on all ranks. Numbers with a point are shares of one."""
+    """Function that returns figures by name, equal on all ranks. Floats are shares of one."""
     published: dict[str, Any]
-    """Settings for a checkpoint that brings no recipe."""
+    """Settings for a checkpoint without a recipe."""
     reader: str = "coco"
-    """Of annotation files, a name of `READERS`."""
+    """Reader of annotation files, a name in `READERS`."""
     clean: Callable[[str], str] = clean_caption
-    """Of the texts."""
+    """Function that cleans texts."""
 
 
 def command(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> NoReturn:
@@ -87,7 +87,7 @@ def command(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
-    """Returns the exit code: 0, or 2 for what can't be used, which is said in one line."""
+    """Run the command, and return its exit code: 0, or 2 for refused input."""
     options, overrides = _parser(prog).parse_known_args(arguments)
     began = time.perf_counter()
     try:
@@ -98,9 +98,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logs.MessageFormatter())
         if is_main:
-            logging.getLogger("blip_scale.engine").setLevel("INFO")  # what a start waits for
+            logging.getLogger("blip_scale.engine").setLevel(
+                "INFO"
+            )  # reports the progress of the start
         device = start(_TIMEOUT_S)
-        if device.type == "cpu":  # ranks that each take all cores slow each other down
+        if device.type == "cpu":  # ranks that all use every core would slow each other down
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // collectives.local_world_size()))
         kind = KINDS[options.task]
@@ -134,11 +136,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
 
 
 def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list[str]) -> Recipe:
-    """The recipe of the run, or the published settings, with overrides on top."""
-    found = recipe_of(options.checkpoint, format_of(options.checkpoint), options.recipe)
+    """Recipe of the run, or the published settings, with overrides."""
+    run_recipe = recipe_of(options.checkpoint, format_of(options.checkpoint), options.recipe)
     tree = deepcopy(kind.published)
-    if found is not None:
-        tree = yaml.safe_load(recipes.to_yaml(found))
+    if run_recipe is not None:
+        tree = yaml.safe_load(recipes.to_yaml(run_recipe))
     else:
         _merge(tree, _stated(blip.output) if blip.is_output_stated else _prompt(blip))
     return settings.build(Recipe, tree, "evaluate", settings.parse_overrides(overrides))
@@ -149,7 +151,7 @@ def _prompt(blip: Blip) -> dict[str, Any]:
 
 
 def _stated(output: OutputSettings) -> dict[str, Any]:
-    """What a checkpoint says of its output, as settings of a recipe."""
+    """Output settings of a checkpoint, as settings of a recipe."""
     text: dict[str, Any] = {"prompt": output.prompt}
     evaluation: dict[str, Any] = {
         "num_beams": output.num_beams,
@@ -170,7 +172,7 @@ def _stated(output: OutputSettings) -> dict[str, Any]:
 
 
 def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
-    """Put the settings of `other` into a tree, over those that are there."""
+    """Merge the settings of `other` into a tree; they replace existing ones."""
     for name, value in other.items():
         if isinstance(value, dict):
             _merge(tree.setdefault(name, {}), value)
@@ -179,7 +181,7 @@ def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPairs | VideoSet:
-    """MDS shards, or what an annotation file lists."""
+    """Open MDS shards, or the images listed in an annotation file."""
     name = locations.basename(options.data)
     is_here = locations.is_local(options.data)
     place = locations.local_path(options.data) if is_here else Path(name)
@@ -192,85 +194,91 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
     is_list = place.is_file() if is_here else not locations.is_folder(options.data)
     if not is_list:
         raise FileNotFoundError(
-            f"{options.data}: neither a local folder of MDS shards (no index.json there) nor an "
+            f"{options.data}: neither a local folder of MDS shards (with index.json) nor an "
             "annotation file"
         )
     reader = READERS[kind.reader]
     own_options = {name: getattr(options, name) for name in reader.options}
     source = Source(options.data, options.images or "", options.strip_prefix)
     chunks = reader.chunks(source, **own_options)
-    found = [one for chunk in chunks for one in chunk.read()]
+    items = [item for chunk in chunks for item in chunk.read()]
     root = None if options.allow_outside else source.image_root()
-    return listed_pairs(name, found, image_size, kind.clean, root)
+    return listed_pairs(name, items, image_size, kind.clean, root)
 
 
 def _retrieval(subject: Subject) -> dict[str, Any]:
-    """Recalls by cosine, and of the best candidates re-ranked by image-text matching."""
+    """Measure recalls by cosine, and after re-ranking the best candidates by matching."""
     blip, recipe = subject.blip, subject.recipe
     blip.require("match")
-    found = captions_and_pairs.retrieval_on(blip.med, subject.pairs, recipe, blip.tokenizer, True)
+    figures = captions_and_pairs.retrieval_on(blip.med, subject.pairs, recipe, blip.tokenizer, True)
     counts = ("candidates", "texts")
-    return {name: int(value) if name in counts else value for name, value in found.items()}
+    return {name: int(value) if name in counts else value for name, value in figures.items()}
 
 
 def _captioning(subject: Subject) -> dict[str, Any]:
-    """Caption metrics where there are references; the captions go into --submission."""
+    """Measure caption metrics if there are references, and write captions to --submission."""
     blip, pairs, options = subject.blip, subject.pairs, subject.options
     blip.require("caption")
     ids = captioning.image_ids(pairs, options.data, options.strip_prefix)
     if options.submission:
         _check_distinct(ids, pairs.ids)
     every = range(len(pairs))
-    said = captions_and_pairs.captions_of(blip.med, pairs, every, subject.recipe, blip.tokenizer)
+    captions = captions_and_pairs.captions_of(
+        blip.med, pairs, every, subject.recipe, blip.tokenizer
+    )
     if options.submission and collectives.rank() == 0:
-        entries = [{"image_id": i, "caption": text} for i, text in zip(ids, said, strict=True)]
+        entries = [{"image_id": i, "caption": text} for i, text in zip(ids, captions, strict=True)]
         options.submission.write_text(json.dumps(entries), encoding="utf-8")
     references = pairs.captions
     if options.references:
         references = captioning.references_of(options.references, ids)
     if not any(references):
-        return {"captions": len(said), "note": "no references: nothing to compare with"}
-    return captioning.figures(said, references, pairs.annotations)
+        return {"captions": len(captions), "note": "no references: nothing to compare with"}
+    return captioning.figures(captions, references, pairs.annotations)
 
 
 def _check_distinct(ids: Sequence[int | str], names: Sequence[str]) -> None:
-    """Raise ValueError where two images would have one id in a submission."""
+    """Refuse images that would have the same id in a submission.
+
+    Raises:
+        ValueError: two images have the same id.
+    """
     names_by_id: dict[str, str] = {}
     for number, name in zip(map(str, ids), names, strict=True):
         if number in names_by_id:
             raise ValueError(
                 f"--submission: {names_by_id[number]} and {name} would both have the image_id "
-                f"{number}; list them in an annotation file that gives each image its own id"
+                f"{number}; give each image its own id in an annotation file"
             )
         names_by_id[number] = name
 
 
 def _vqa(subject: Subject) -> dict[str, Any]:
-    """Accuracy by the official rule; the answers go into --submission."""
+    """Measure accuracy by the official rule, and write answers to --submission."""
     blip, options = subject.blip, subject.options
     blip.require("vqa")
     assert isinstance(blip.network, VQA)
     if options.submission:
         answers.question_ids(subject.pairs)
-    said = answers.answers_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
+    predictions = answers.answers_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
     if options.submission and collectives.rank() == 0:
-        rows = answers.submission(subject.pairs, said)
+        rows = answers.submission(subject.pairs, predictions)
         options.submission.write_text(json.dumps(rows), encoding="utf-8")
-    found = vqa.accuracy(said, subject.pairs)
-    return _counted(found, "questions") or {"note": "no answers: nothing to compare with"}
+    figures = vqa.accuracy(predictions, subject.pairs)
+    return _counted(figures, "questions") or {"note": "no answers: nothing to compare with"}
 
 
 def _nlvr2(subject: Subject) -> dict[str, Any]:
-    """Accuracy, beside that of the commoner label."""
+    """Measure accuracy, and the share of the more frequent label."""
     blip = subject.blip
     blip.require("nlvr2")
     assert isinstance(blip.network, NLVR2)
-    said = nlvr2.judgements_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
-    return _counted(nlvr2.accuracy(said, subject.pairs), "sentences")
+    judgements = nlvr2.judgements_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
+    return _counted(nlvr2.accuracy(judgements, subject.pairs), "sentences")
 
 
 def _visdial(subject: Subject) -> dict[str, Any]:
-    """Ranks of the true answers."""
+    """Measure the ranks of the true answers."""
     blip = subject.blip
     blip.require("visdial")
     assert isinstance(blip.network, VisDial)
@@ -280,14 +288,14 @@ def _visdial(subject: Subject) -> dict[str, Any]:
 
 
 def _video(subject: Subject) -> dict[str, Any]:
-    """Recalls of videos by text and the other way, and the median rank."""
+    """Measure recalls of videos by text and of texts by video, and the median rank."""
     blip, videos = subject.blip, subject.opened
     assert isinstance(videos, VideoSet)
     blip.require("match")
     frames = subject.options.frames
-    found = video.video_retrieval(blip.med, videos, frames, subject.recipe, blip.tokenizer)
+    figures = video.video_retrieval(blip.med, videos, frames, subject.recipe, blip.tokenizer)
     counts = ("candidates", "texts", "text_to_video_median_rank")
-    return {name: int(value) if name in counts else value for name, value in found.items()}
+    return {name: int(value) if name in counts else value for name, value in figures.items()}
 
 
 def _counted(figures: dict[str, float], count: str) -> dict[str, Any]:
@@ -320,7 +328,7 @@ KINDS: dict[str, Kind] = {
 
 
 def _show(report: dict[str, Any]) -> None:
-    """The figures as a table, shares in percent."""
+    """Print the figures as a table, with shares in percent."""
     print(
         f"{report['task']} of {report['checkpoint']} ({report['head']}) on {report['data']}: "
         f"{report['images']} images, {report['unreadable_images']} unreadable, "
@@ -336,40 +344,40 @@ def _parser(prog: str) -> Parser:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("task", choices=tuple(KINDS))
+    add("task", choices=tuple(KINDS), help="task to evaluate")
     add("checkpoint", type=Path, help="a run's folder, step_N, .pth, or a Hugging Face folder")
     add(
         "data",
-        help="folder of MDS shards, or a published annotation file (.json, .jsonl of videos), "
-        "here or s3://",
+        help="folder of MDS shards, or a published annotation file (.json, or .jsonl for videos), "
+        "local or s3://",
     )
     add(
         "--images",
         metavar="FOLDER",
-        help="folder that relative paths of an annotation file start from, here or s3://",
+        help="folder to which paths in an annotation file are relative, local or s3://",
     )
     add("--allow-outside", action="store_true",
-        help="open any path that an annotation file names, not only below that folder")  # fmt: skip
-    add("--strip-prefix", default="", help="remove this from the front of these paths first")
+        help="open any path in an annotation file, not only paths below --images")  # fmt: skip
+    add("--strip-prefix", default="", help="prefix to remove from these paths first")
     add(
         "--split",
         default="",
-        help="part of an annotation file that has several: train, val or test",
+        help="split of an annotation file that has several: train, val or test",
     )
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--json", type=Path, metavar="FILE", help="write the figures to this file")
     add("--submission", type=Path, metavar="FILE",
-        help="captioning: write [{image_id, caption}] there (NoCaps, COCO); vqa: [{question_id, "
-        "answer}], for the test server")  # fmt: skip
-    add("--frames", type=int, default=8, help="video: frames taken from each (%(default)s)")
+        help="write a file for the test server; captioning: [{image_id, caption}] (NoCaps, COCO), "
+        "vqa: [{question_id, answer}]")  # fmt: skip
+    add("--frames", type=int, default=8, help="video: number of frames per video (%(default)s)")
     add("--relevance", metavar="FILE", default="",
         help="visdial: visdial_1.0_val_dense_annotations.json, for NDCG")  # fmt: skip
     add("--references", metavar="FILE",
-        help="captioning: COCO annotations to compare with (a _gt.json)")  # fmt: skip
-    add("--recipe", help="network's sizes and settings; default: recipe.yaml of the run")
-    add("--tokenizer", help="default: the recipe's, or the one beside the checkpoint")
-    add("--image-size", type=int, help="pixels; default: the checkpoint's")
+        help="captioning: COCO annotations with the reference captions (a _gt.json)")  # fmt: skip
+    add("--recipe", help="recipe with the network's sizes and settings; default: that of the run")
+    add("--tokenizer", help="default: that of the recipe, or the one beside the checkpoint")
+    add("--image-size", type=int, help="pixels; default: that of the checkpoint")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
-    add("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
+    add("--local_rank", help=argparse.SUPPRESS)  # set by DeepSpeed's launcher
     parser.epilog = (
         "Further arguments are settings: evaluation.num_beams=5, evaluation.batch_size=8."
     )

@@ -1,8 +1,8 @@
-"""`train.max_micro_batch_size: auto`: the largest micro-batch that fits, settled when a run starts.
+"""Resolve `train.max_micro_batch_size: auto` when a run starts.
 
-By the memory model of the plan, which the tests hold against real runs. Ranks agree on the smallest
-of what each finds. A run that goes on keeps the number it began with, because the pairs of a
-micro-batch are the pool of local ITM negatives: another number would change its losses.
+The memory model of the plan gives the largest micro-batch that fits; tests compare it with real
+runs. All ranks use the smallest of their results. A resumed run keeps its micro-batch, because
+local ITM negatives come from the pairs of a micro-batch: another size would change the losses.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WORKER_BYTES = 1e9
-"""Host memory of a loader worker: Python, torch and pinned batches. A rule of thumb."""
+"""Rule of thumb for the host memory of a loader worker: Python, torch and pinned batches."""
 _GIB = 2**30
 _CGROUPS = Path("/sys/fs/cgroup")
 
 Settled = tuple[Recipe, dict[str, Any]]
-"""A recipe with a number, and DeepSpeed's settings that follow from it."""
+"""Recipe with a number instead of `auto`, and the DeepSpeed settings for it."""
 
 
 def auto(recipe: Recipe, ds_config: str | Path) -> Callable[[torch.device], Settled] | None:
-    """What settles the recipe's micro-batch once the ranks have met; None where it is a number."""
+    """Return a function that resolves `auto` once all ranks are connected; None for a number."""
     if not is_auto(recipe):
         return None
     return lambda device: settle(recipe, ds_config, device)
 
 
 def settle(recipe: Recipe, ds_config: str | Path, device: torch.device) -> Settled:
-    """Put the largest micro-batch that fits every rank in the place of `auto`; all ranks call.
+    """Replace `auto` by the largest micro-batch that fits on every rank. All ranks must call this.
 
     Raises:
         ValueError: not even the smallest micro-batch fits.
@@ -68,7 +68,7 @@ def settle(recipe: Recipe, ds_config: str | Path, device: torch.device) -> Settl
     if micro_batch == 0:
         raise ValueError(
             f"train.max_micro_batch_size: auto finds no room: a micro-batch of {possible[0]} does "
-            f"not fit {least / _GIB:.1f} GiB ({place}); give model.gradient_checkpointing=true or "
+            f"not fit {least / _GIB:.1f} GiB ({place}); set model.gradient_checkpointing=true or "
             "--deepspeed ds_configs/zero3_offload.json"
         )
     why = f"the largest that fits {least / _GIB:.1f} GiB ({place}) with headroom and divides"
@@ -86,7 +86,7 @@ def settle(recipe: Recipe, ds_config: str | Path, device: torch.device) -> Settl
 
 
 def micro_batch_before(recipe: Recipe) -> int | None:
-    """The number that a run in this output folder was settled on; None for a first start."""
+    """Micro-batch that an earlier start of the run has chosen; None for the first start."""
     file = Path(recipe.output_dir) / run_folder.RECIPE
     try:
         size = yaml.safe_load(file.read_text(encoding="utf-8"))["train"]["max_micro_batch_size"]
@@ -96,8 +96,10 @@ def micro_batch_before(recipe: Recipe) -> int | None:
 
 
 def memory_limit(device: torch.device, workers: int, local_ranks: int) -> float:
-    """Bytes that a rank may fill: those of its GPU, or its part of the host's free memory, loader
-    workers left out."""
+    """Bytes that a rank may use: its GPU's memory, or its share of the host's free memory.
+
+    The memory of loader workers is subtracted from the host's.
+    """
     import psutil
     import torch
 
@@ -110,8 +112,10 @@ def memory_limit(device: torch.device, workers: int, local_ranks: int) -> float:
 def load_of(
     recipe: Recipe, ds_config: dict[str, Any], ranks: int, device_type: str, limit: float
 ) -> Load:
-    """What the plan's memory model needs of a run. Captions count at their longest: a run must not
-    end on a batch of long ones."""
+    """Build the input of the plan's memory model for a run.
+
+    All captions count as the longest allowed, so that no batch of long captions can end the run.
+    """
     from blip_scale.planning.memory import Load
     from blip_scale.planning.network import network_of
     from blip_scale.planning.states import Sharding, placed
@@ -126,14 +130,16 @@ def load_of(
 
 
 def _free_in_cgroups() -> list[float]:
-    """Bytes that are left to this process in each cgroup (v2) with a limit, as containers and job
-    schedulers set it. File caches count as free."""
+    """Free bytes in each cgroup (v2) of this process that has a limit.
+
+    Containers and job schedulers set such limits. File caches count as free.
+    """
     free: list[float] = []
     try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].strip("/")
+        group_name = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].strip("/")
     except OSError:
         return free
-    folder = _CGROUPS / own
+    folder = _CGROUPS / group_name
     for group in [folder, *folder.parents]:
         if not group.is_relative_to(_CGROUPS):
             break

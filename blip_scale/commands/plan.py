@@ -1,4 +1,4 @@
-"""What a recipe will need on a cluster, before it is queued: `blip-scale plan base_129M`."""
+"""Estimate the needs of a recipe on a cluster: `blip-scale plan base_129M`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from blip_scale.planning.timing import EXECUTIONS, Cluster
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
+    """Run the command, and return its exit code: 0, or 2 for refused input."""
     options, overrides = _parser(prog).parse_known_args(arguments)
     try:
         plan = _plan(options, overrides)
@@ -38,7 +39,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
         efficiency=options.efficiency,
         module_call_s=options.module_us * 1e-6 if options.module_us else None,
     )  # fmt: skip
-    from blip_scale.tasks.by_name import contrast_of  # brings DeepSpeed: a refusal needs none
+    from blip_scale.tasks.by_name import contrast_of  # imports DeepSpeed: after all refusals
 
     kilobytes = options.sample_kb
     assumed = Assumptions(options.caption_tokens, kilobytes * 1e3 if kilobytes else None)
@@ -46,7 +47,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
 
 
 def _deepspeed(options: argparse.Namespace) -> dict[str, Any]:
-    """DeepSpeed's settings: the file's, with the stage and the offload that were asked for."""
+    """Read DeepSpeed's settings, and apply --zero and --offload."""
     stage = options.zero or 3
     name = "zero2" if stage < 3 else "zero3_offload" if options.offload else "zero3"
     path = options.deepspeed or checks.shipped_deepspeed(name)
@@ -65,7 +66,7 @@ def _deepspeed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> str:
-    """The plan as text."""
+    """Format the plan as text."""
     cluster, sizes, way, data = plan.cluster, plan.sizes, plan.way, plan.to_json()["data"]
     parameters = sum(plan.network.trainable) / 1e6
     offload = ", optimizer on the host" if plan.offload else ""
@@ -110,7 +111,7 @@ def table(plan: Plan) -> str:
 
 
 def _step_rows(way: Way) -> list[str]:
-    """Parts of a step, in ms."""
+    """Rows with the parts of a step in ms."""
     parts = {
         "kernels": "kernels_s",
         "host (launching)": "host_s",
@@ -126,7 +127,7 @@ def _step_rows(way: Way) -> list[str]:
 
 
 def _way_rows(plan: Plan) -> list[str]:
-    """Every way to run the steps, the planned one first."""
+    """Rows with every way to run the steps, the planned one first."""
     rows = [f"{'ways to run it (the first is planned)':50}{'ms a step':>14}{'pairs/s':>16}"
             f"{'GiB':>8}  limit"]  # fmt: skip
     batch = plan.sizes.global_batch
@@ -141,7 +142,7 @@ def _way_rows(plan: Plan) -> list[str]:
 
 
 def _exchange_rows(plan: Plan) -> list[str]:
-    """What ranks exchange in a step, for partitioned and for whole weights; nothing on one rank."""
+    """Rows with the collectives of a step, for partitioned and whole weights; none for one rank."""
     ways = {way.execution.whole: way for way in plan.ways if way.exchanges}
     if not ways:
         return []
@@ -177,45 +178,51 @@ def _parser(prog: str) -> Parser:
         prog=prog,
         usage="blip-scale plan RECIPE [SETTING=VALUE ...] --nodes N --gpus-per-node G "
         "--gpu NAME [--zero 1|2|3] [--offload] [--way partitioned|whole|graph] [--json]",
-        description="Memory a GPU, time, data rate and storage of a recipe on a cluster, on paper. "
-        "Settings are the recipe's, by dotted name, as in train.py. Exit code 2: refused input.",
+        description="Estimate memory per GPU, time, data rate and storage of a recipe on a "
+        "cluster. Settings override the recipe by dotted name, as in train.py. Exit code 2: "
+        "refused input.",
         allow_abbrev=False,
     )
     count, number = _positive(int), _positive(float)
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help=f"one of {', '.join(recipe.names())}, or a YAML file")
-    add("--nodes", type=count, default=1, metavar="N", help="machines (default: 1)")
-    add("--gpus-per-node", type=count, default=8, metavar="G", help="default: 8")
+    add("--nodes", type=count, default=1, metavar="N", help="number of machines (default: 1)")
+    add("--gpus-per-node", type=count, default=8, metavar="G", help="GPUs per node (default: 8)")
     add("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: h100)")
-    add("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage (default: the file's, 3)")
+    add("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage (default: that of the file, 3)")
     add("--offload", action="store_true", help="keep optimizer and gradients in host memory")
-    add("--deepspeed", type=Path, metavar="PATH", help="default: ds_configs/ of that stage")
+    add(
+        "--deepspeed",
+        type=Path,
+        metavar="PATH",
+        help="DeepSpeed JSON (default: the file in ds_configs/ for the stage)",
+    )
     add(
         "--network-gbit",
         type=number,
         metavar="X",
-        help="network of a node, all cards together (default: that of the GPU)",
+        help="bandwidth of a node's network in Gbit/s, all cards together (default: by GPU)",
     )
     add(
         "--way",
         choices=tuple(EXECUTIONS),
-        help="how steps are run: eager with partitioned or whole weights, or as a CUDA graph "
-        "(default: eager, with the weights as ZeRO's stage has them)",
+        help="execution of steps: eager with partitioned or whole weights, or as a CUDA graph "
+        "(default: eager, with weights as in the ZeRO stage)",
     )
     add(
         "--efficiency",
         type=number,
         metavar="SHARE",
-        help="share of the peak that the kernels reach (default: a range from measurements)",
+        help="share of peak speed that kernels reach (default: a range from measurements)",
     )
     add(
         "--module-us",
         type=number,
         metavar="US",
-        help="host time of a module's call in microseconds (default: a range from measurements)",
+        help="host time per module call in microseconds (default: a range from measurements)",
     )
     add("--caption-tokens", type=number, default=Assumptions.tokens_each, metavar="T",
-        help="mean tokens of a caption, [CLS] and [SEP] included (default: 12.5)")  # fmt: skip
+        help="mean tokens per caption, [CLS] and [SEP] included (default: 12.5)")  # fmt: skip
     add(
         "--sample-kb", type=number, metavar="KB", help="size of a stored sample in kB (default: 30)"
     )

@@ -1,1 +1,1 @@
-"""Recipes, their settings and what is checked before anything is loaded."""
+"""Recipes, their settings, and the checks before anything is loaded."""

@@ -1,4 +1,4 @@
-"""The global batch, split over ranks and accumulation micro-steps."""
+"""Split the global batch over ranks and accumulation micro-steps."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from blip_scale.config.recipe import Recipe
 
 AUTO = "auto"
-"""`train.max_micro_batch_size` that is settled when a run starts."""
+"""Value of `train.max_micro_batch_size` that is replaced by a number when a run starts."""
 _CAPTION_TOKENS = 12.5
-"""Mean length of captions from the web, [CLS] and [SEP] included."""
+"""Mean number of tokens in captions from the web, [CLS] and [SEP] included."""
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """`global_batch = micro_batch * world_size * accumulation`, in pairs."""
+    """Batch sizes in pairs: `global_batch = micro_batch * world_size * accumulation`."""
 
     global_batch: int
     micro_batch: int
@@ -27,10 +27,11 @@ class BatchSizes:
 def batch_sizes(recipe: Recipe, world_size: int) -> BatchSizes:
     """Split the global batch over `world_size` ranks.
 
-    A largest micro-batch of `auto` counts as none here: `settled` puts a number in its place.
+    A `train.max_micro_batch_size` of `auto` is treated as null; `settled` replaces it by a number.
 
     Raises:
-        ValueError: it does not divide; names the sizes and the numbers of ranks that do.
+        ValueError: the global batch does not divide evenly. The message names sizes and numbers of
+            ranks that do.
     """
     train = recipe.train
     batch, stated, most = train.global_batch_size, train.micro_batch_size, _most(recipe)
@@ -48,22 +49,22 @@ def batch_sizes(recipe: Recipe, world_size: int) -> BatchSizes:
     if stated is None:
         unit = world_size
     near = sorted({max(1, batch // unit) * unit, math.ceil(batch / unit) * unit})
-    mend = f"train.global_batch_size={' or '.join(map(str, near))}"
+    fix = f"train.global_batch_size={' or '.join(map(str, near))}"
     if possible:
-        mend += f", or train.micro_batch_size={' or '.join(map(str, possible))}"
+        fix += f", or train.micro_batch_size={' or '.join(map(str, possible))}"
     factors = f"{world_size} ranks" + (f" * micro batch {stated}" if stated else "")
     raise ValueError(
         f"train.global_batch_size: {batch} is not a multiple of {unit} ({factors}); "
-        f"possible: {mend}{_other_ranks(recipe, world_size)}"
+        f"possible: {fix}{_other_ranks(recipe, world_size)}"
     )
 
 
 def token_bucket(recipe: Recipe, micro_batch: int, on_gpu: bool) -> int:
-    """`train.pad_tokens_to` with "auto" resolved.
+    """Resolve `train.pad_tokens_to`, whose default is "auto".
 
-    On a GPU it is the largest power of two up to an eighth of the expected tokens: half a bucket
-    more on average, which costs at most 3 % of a step, most of which the ViT takes. On a CPU static
-    shapes gain nothing, and nothing is filled up.
+    On a GPU, auto is the largest power of two up to an eighth of the expected tokens. It adds half
+    a bucket on average, which costs at most 3 % of a step because the ViT takes most of it. On a
+    CPU, static shapes gain nothing, so auto is 1: no padding.
     """
     stated = recipe.train.pad_tokens_to
     if stated != "auto":
@@ -73,26 +74,28 @@ def token_bucket(recipe: Recipe, micro_batch: int, on_gpu: bool) -> int:
 
 
 def is_auto(recipe: Recipe) -> bool:
-    """Whether the micro-batch is still to be settled by the memory of the device."""
+    """Return True if the micro-batch size has yet to be chosen by the memory of the device."""
     return recipe.train.micro_batch_size is None and recipe.train.max_micro_batch_size == AUTO
 
 
 def settled(recipe: Recipe, micro_batch: int) -> Recipe:
-    """The recipe with a number in place of `auto`."""
+    """Copy the recipe with a number in place of `auto`."""
     train = dataclasses.replace(recipe.train, max_micro_batch_size=micro_batch)
     return dataclasses.replace(recipe, train=train)
 
 
 def possible_micro_batches(recipe: Recipe, world_size: int) -> list[int]:
-    """Sizes that make up a rank's share of the global batch, and are large enough for ITM's
-    negatives; none where the batch has no equal shares."""
+    """Micro-batch sizes that divide a rank's share of the global batch.
+
+    They are large enough for ITM's negatives. The list is empty if the ranks' shares would differ.
+    """
     share, rest = divmod(recipe.train.global_batch_size, world_size)
     least = 2 if recipe.objective.negatives == "local" else 1
     return [] if rest else [size for size in range(least, share + 1) if share % size == 0]
 
 
 def _most(recipe: Recipe) -> int | None:
-    """The largest micro-batch as a number, where the recipe says one."""
+    """Largest micro-batch size, if the recipe gives a number."""
     most = recipe.train.max_micro_batch_size
     return most if isinstance(most, int) else None
 
@@ -102,7 +105,7 @@ def _largest(sizes: list[int], most: int | None) -> int | None:
 
 
 def _other_ranks(recipe: Recipe, world_size: int) -> str:
-    """The numbers of ranks nearest to this one on which the sizes work, as part of a sentence."""
+    """Suggest the nearest numbers of ranks that fit the batch sizes, as part of a sentence."""
     train = recipe.train
 
     def fits(ranks: int) -> bool:

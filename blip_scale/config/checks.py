@@ -1,4 +1,4 @@
-"""What cannot work is refused here, before anything heavy is imported or loaded."""
+"""Refuse recipes that cannot work, before anything heavy is imported or loaded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from blip_scale.config.settings import expand
 
 
 def check(recipe: Recipe, world_size: int) -> BatchSizes:
-    """Refuse a recipe that cannot run on `world_size` ranks; gives the batch sizes of one that can.
+    """Check that a recipe can run on `world_size` ranks, and return its batch sizes.
 
     Raises:
-        ValueError: settings that contradict each other, or an environment variable that is not set.
-        FileNotFoundError: data or initial weights that are not there, with the way to get them.
+        ValueError: settings contradict each other, or an environment variable is not set.
+        FileNotFoundError: data or initial weights are missing. The message says how to get them.
     """
     sizes = batch_sizes(recipe, world_size)
     _check_pools(recipe, sizes)
@@ -31,7 +31,7 @@ def check(recipe: Recipe, world_size: int) -> BatchSizes:
 
 
 def shipped_deepspeed(name: str) -> Path:
-    """Path of a shipped DeepSpeed JSON: in a clone ds_configs/, else the package's own copy."""
+    """Path of a shipped DeepSpeed JSON: in ds_configs/ of a clone, else the copy in the package."""
     package = Path(__file__).resolve().parent.parent
     beside = package.parent / "ds_configs" / f"{name}.json"
     return beside if beside.is_file() else package / "ds_configs" / f"{name}.json"
@@ -40,16 +40,16 @@ def shipped_deepspeed(name: str) -> Path:
 def resolve_deepspeed(
     recipe: Recipe, ds_config_path: str | Path, world_size: int
 ) -> dict[str, Any]:
-    """DeepSpeed's settings with every "auto" filled in from the recipe.
+    """Read DeepSpeed's settings and fill in every "auto" from the recipe.
 
-    Batch sizes, clipping, precision, optimizer and schedule are the recipe's. The JSON says "auto"
-    for them, leaves them out, or agrees. `optimizer` and `scheduler` are left out of what is
-    returned: the engine builds both.
+    The recipe sets batch sizes, clipping, precision, optimizer and schedule. For these the JSON
+    must say "auto", the same value, or nothing. The result has neither `optimizer` nor `scheduler`,
+    because the engine builds both.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, a setting that a run doesn't honour, a ZeRO stage other than 2 or 3,
-            fp16, or a conflict with the recipe.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON, has a setting that is not supported (a ZeRO stage other
+            than 2 or 3, fp16), or contradicts the recipe.
     """
     path = Path(ds_config_path)
     config = _read_json(path)
@@ -67,8 +67,8 @@ def resolve_deepspeed(
         )
     if recipe.model.compile is True and stage == 3 and recipe.train.whole_weights is False:
         raise ValueError(
-            "model.compile: partitioned weights are gathered from Python inside of the blocks, "
-            "which torch.compile can't trace; set train.whole_weights to auto, or it to false"
+            "model.compile: torch.compile can't trace the blocks of partitioned weights, which "
+            "Python code gathers; set train.whole_weights to auto, or model.compile to false"
         )
     if _object(config, "fp16", path).get("enabled") not in (None, False, AUTO):
         raise ValueError(f"{path}: fp16.enabled: {FP16_REFUSED}; set it to false")
@@ -76,7 +76,7 @@ def resolve_deepspeed(
         if _object(config, name, path).get("enabled") not in (None, False, AUTO):
             raise ValueError(
                 f"{path} and the recipe disagree: {name} is enabled, but train.precision "
-                f"{recipe.train.precision} decides; remove {name}"
+                f"{recipe.train.precision} sets the precision; remove {name}"
             )
     sizes = batch_sizes(recipe, world_size)
     is_bf16 = recipe.train.precision == "bf16"
@@ -101,22 +101,22 @@ def resolve_deepspeed(
         )
     for name in ("optimizer", "scheduler", "fp16", "amp", "torch_autocast"):
         config.pop(name, None)
-    config["zero_allow_untested_optimizer"] = True  # torch's AdamW with a switch to skip a step
+    config["zero_allow_untested_optimizer"] = True  # the engine's AdamW can skip steps
     return _without_auto(config)
 
 
-def _agree(path: Path, name: str, found: Any, setting: str, wanted: Any) -> None:
-    """Raise unless the JSON leaves a value to the recipe or says the same."""
-    if found in (None, AUTO, wanted):
+def _agree(path: Path, name: str, value: Any, setting: str, wanted: Any) -> None:
+    """Raise ValueError unless a value in the JSON is "auto", missing or equal to the recipe's."""
+    if value in (None, AUTO, wanted):
         return
     raise ValueError(
-        f"{path} and the recipe disagree: {name} is {json.dumps(found)}, but {setting} gives "
+        f"{path} and the recipe disagree: {name} is {json.dumps(value)}, but {setting} gives "
         f'{json.dumps(wanted)}; set {name} to "auto", or change the recipe'
     )
 
 
 def _check_optimizer(path: Path, config: dict[str, Any], optimizer: OptimizerRecipe) -> None:
-    """The JSON's optimizer, if it has one, is AdamW with the recipe's parameters."""
+    """Refuse an optimizer in the JSON unless it is AdamW with the recipe's parameters."""
     if config.get("optimizer", AUTO) == AUTO:
         return
     section = _object(config, "optimizer", path)
@@ -128,13 +128,13 @@ def _check_optimizer(path: Path, config: dict[str, Any], optimizer: OptimizerRec
         "eps": ("optimizer.eps", optimizer.eps),
         "weight_decay": ("optimizer.weight_decay", optimizer.weight_decay),
     }
-    for name, found in _object(section, "params", path).items():
+    for name, value in _object(section, "params", path).items():
         if name in wanted:
-            _agree(path, f"optimizer.params.{name}", found, *wanted[name])
+            _agree(path, f"optimizer.params.{name}", value, *wanted[name])
         elif name not in ("torch_adam", "adam_w_mode", "fused", "foreach"):
             raise ValueError(
-                f"{path}: optimizer.params.{name}: not used here; remove it "
-                f"({', '.join(wanted)} are known)"
+                f"{path}: optimizer.params.{name}: not supported; remove it "
+                f"({', '.join(wanted)} are supported)"
             )
 
 
@@ -148,7 +148,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, a key twice, nested too deep
+    except (ValueError, RecursionError) as error:  # not UTF-8, a duplicate key, nested too deep
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object with DeepSpeed's settings")
@@ -156,7 +156,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, which must name each setting once: the last would win silently."""
+    """Build a JSON object, refusing duplicate keys, of which the last would win silently."""
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -165,7 +165,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _object(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """The object under `name`, empty when it is missing."""
+    """Object under `name`, or an empty one if it is missing."""
     value = config.get(name, {})
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {name}: expected an object, found {json.dumps(value)}")
@@ -173,39 +173,39 @@ def _object(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
 
 
 def _without_auto(value: Any) -> Any:
-    """The same tree without the "auto" values that are left, where DeepSpeed's defaults hold."""
+    """Copy a tree without its "auto" values, for which DeepSpeed's defaults hold."""
     if isinstance(value, dict):
         return {name: _without_auto(inner) for name, inner in value.items() if inner != AUTO}
     return value
 
 
 def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
-    """Hard negatives need two pairs to choose from, a queue needs room for a global batch."""
+    """Check that hard negatives have two pairs to choose from, and that a queue holds a batch."""
     if recipe.task not in ("pretrain", "retrieval"):
         if is_auto(recipe):
             raise ValueError(
-                f"train.max_micro_batch_size: auto is known for pretrain and retrieval, not for "
+                f"train.max_micro_batch_size: auto supports pretrain and retrieval, but not "
                 f"{recipe.task}, whose memory is not modelled; give a number"
             )
         return
     pool = sizes.micro_batch * (sizes.world_size if recipe.objective.negatives == "global" else 1)
     if pool < 2:
-        mend = "train.micro_batch_size=2 or more"
+        fix = "train.micro_batch_size=2 or more"
         if recipe.objective.negatives == "local" and sizes.world_size > 1:
-            mend += ", or objective.negatives=global"
+            fix += ", or objective.negatives=global"
         raise ValueError(
-            f"train.micro_batch_size: ITM draws its negatives from a pool of {pool} pair, where "
-            f"there is no other pair to draw; give {mend}"
+            f"train.micro_batch_size: ITM draws its negatives from a pool of {pool} pair, which "
+            f"has no other pair to draw; set {fix}"
         )
     if recipe.objective.itc == "momentum" and sizes.global_batch > recipe.objective.queue_size:
         raise ValueError(
             f"train.global_batch_size: {sizes.global_batch} is larger than objective.queue_size "
-            f"{recipe.objective.queue_size}; give objective.queue_size={sizes.global_batch} or more"
+            f"{recipe.objective.queue_size}; set objective.queue_size={sizes.global_batch} or more"
         )
 
 
 def _check_model(recipe: Recipe) -> None:
-    """Sizes that fit together, and initial weights that are there."""
+    """Check that the network's sizes fit together, and that its initial weights exist."""
     vision, text = recipe.model.vision, recipe.model.text
     patch, heads = vision.overrides.get("patch_size"), vision.overrides.get("num_heads")
     if patch and vision.image_size % patch:
@@ -247,7 +247,7 @@ def _check_model(recipe: Recipe) -> None:
 
 
 def _check_package(setting: str, value: str) -> None:
-    """A `package:NAME` must be installed."""
+    """Refuse a `package:NAME` whose package is not installed."""
     scheme, _, name = value.partition(":")
     package = name.replace("/", ".").split(".")[0]
     if scheme == "package" and (not package or importlib.util.find_spec(package) is None):
@@ -258,7 +258,7 @@ def _check_package(setting: str, value: str) -> None:
 
 
 def _check_bounds(recipe: Recipe) -> None:
-    """Pairs of settings where one bounds the other."""
+    """Check pairs of settings of which one bounds the other."""
     optimizer, evaluation = recipe.optimizer, recipe.evaluation
     pairs = (
         ("optimizer.min_lr", optimizer.min_lr, "optimizer.peak_lr", optimizer.peak_lr),
@@ -272,13 +272,13 @@ def _check_bounds(recipe: Recipe) -> None:
     patience = recipe.train.stall_timeout_s
     if patience and recipe.data.retry_s >= patience and any(s.remote for s in recipe.data.streams):
         raise ValueError(
-            f"data.retry_s: {recipe.data.retry_s:g} s of waiting for a remote would end the run "
-            f"after train.stall_timeout_s, {patience:g} s: lower the first or raise the second"
+            f"data.retry_s: waiting {recipe.data.retry_s:g} s for a remote would end the run "
+            f"by train.stall_timeout_s ({patience:g} s): lower the first or raise the second"
         )
 
 
 def _check_checkpoints(recipe: Recipe) -> None:
-    """Checkpoints go to a path or to S3."""
+    """Check that checkpoints go to a path or to S3."""
     if recipe.checkpoint.folder is None:
         return
     location = expand(recipe.checkpoint.folder, "checkpoint.folder")
@@ -290,7 +290,7 @@ def _check_checkpoints(recipe: Recipe) -> None:
 
 
 def _check_data(recipe: Recipe) -> None:
-    """There are streams, each with its own name, and their folders exist."""
+    """Check that there are streams, that their names are unique, and that their data exist."""
     data = recipe.data
     if not data.streams:
         raise ValueError(
@@ -311,7 +311,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 def _check_caches(data: DataRecipe) -> None:
-    """Streams with one `local` read one set: shards of two remotes have the same names."""
+    """Refuse streams of different remotes with the same `local`, whose shards would collide."""
     remotes: dict[str, tuple[str, str | None]] = {}
     for stream in [*data.streams, *data.heldout]:
         local = expand(stream.local, f"{stream.name}.local")
@@ -319,46 +319,47 @@ def _check_caches(data: DataRecipe) -> None:
         name, other = remotes.setdefault(local, (stream.name, remote))
         if remote != other:
             raise ValueError(
-                f"data: streams {name} and {stream.name} have the same local, {local}, and "
+                f"data: streams {name} and {stream.name} have the same local, {local}, but "
                 f"different remotes, {other} and {remote}: give one of them another local"
             )
 
 
 def _check_mixture(data: DataRecipe) -> None:
-    """The size of an epoch is said once a stream."""
+    """Check that each stream sets its part of an epoch only once, and that weights are complete."""
     for index, stream in enumerate(data.streams):
         sizes = {
             "repeat": stream.repeat,
             "samples_per_epoch": stream.samples_per_epoch,
             "weight": stream.weight,
         }
-        given = [name for name, value in sizes.items() if value is not None]
-        if len(given) > 1:
+        chosen = [name for name, value in sizes.items() if value is not None]
+        if len(chosen) > 1:
             raise ValueError(
-                f"data.streams.{index} ({stream.name}): {' and '.join(given)} say the same thing "
-                "twice; keep one"
+                f"data.streams.{index} ({stream.name}): {' and '.join(chosen)} exclude each "
+                "other; keep one"
             )
     without = [stream.name for stream in data.streams if stream.weight is None]
     if data.samples_per_epoch is None and len(without) < len(data.streams):
         raise ValueError(
-            "data.samples_per_epoch: weights share it out; say how many samples an epoch has"
+            "data.samples_per_epoch: null, but streams have weights, which share it out; set the "
+            "number of samples in an epoch"
         )
     if data.samples_per_epoch is not None and without:
         raise ValueError(
-            f"data.samples_per_epoch is shared out by weights, and {', '.join(without)} has none; "
+            f"data.samples_per_epoch is shared out by weights, but {', '.join(without)} has none; "
             "give every stream a weight (and neither repeat nor samples_per_epoch)"
         )
 
 
 def _check_stream(setting: str, stream: StreamRecipe, make_with: str) -> None:
-    """A stream's folder has an index of shards; object storage is not looked at."""
+    """Check that a stream's folder has an index of shards; object storage is not contacted."""
     local = expand(stream.local, f"{setting}.local")
     remote = expand(stream.remote, f"{setting}.remote") if stream.remote else None
     if remote and "://" in remote:
         return
     folder = Path(remote or local)
     if not (folder / "index.json").is_file():
-        mend = f"make it with: {make_with}" if make_with else f"give {setting}.local=FOLDER"
+        fix = f"make it with: {make_with}" if make_with else f"give {setting}.local=FOLDER"
         raise FileNotFoundError(
-            f"{setting} ({stream.name}): no MDS shards in {folder} (no index.json there); {mend}"
+            f"{setting} ({stream.name}): no MDS shards in {folder} (no index.json there); {fix}"
         )

@@ -1,8 +1,8 @@
-"""The settings that DeepSpeed's JSON may hold: those that a run honours.
+"""Settings allowed in DeepSpeed's JSON.
 
-DeepSpeed ignores a key that it doesn't know, and takes others that break or change a run of ours:
-both are refused here, before anything is loaded. `tests/engine/test_deepspeed_settings.py` trains
-with every setting on the list.
+DeepSpeed ignores unknown keys, and accepts settings that would break or change a run. Both are
+refused here, before anything is loaded. `tests/engine/test_deepspeed_settings.py` trains with every
+allowed setting.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 AUTO = "auto"
 
 Judge = Callable[[Any], str | None]
-"""What is wrong with a value; None: nothing."""
+"""Function of a value that returns the problem with it, or None."""
 
 
 def _truth(value: Any) -> str | None:
@@ -44,7 +44,7 @@ def _one_of(*names: str) -> Judge:
 _ENABLED = {"enabled": _truth}
 _OFFLOAD = {"device": _one_of("cpu", "none"), "pin_memory": _truth}
 _ZERO = {
-    "stage": _anything,  # judged with the recipe
+    "stage": _anything,  # checked with the recipe
     "overlap_comm": _truth,
     "contiguous_gradients": _truth,
     "reduce_bucket_size": _number_from(1),
@@ -64,9 +64,9 @@ ZERO_BY_STAGE: dict[int, dict[str, Any]] = {
         "offload_param": _OFFLOAD,
     },
 }
-"""ZeRO stage -> the settings of `zero_optimization` that it alone has."""
+"""ZeRO stage -> settings of `zero_optimization` for this stage only."""
 TOP: dict[str, Any] = {
-    # Judged against the recipe:
+    # Checked against the recipe:
     "train_batch_size": _anything,
     "train_micro_batch_size_per_gpu": _anything,
     "gradient_accumulation_steps": _anything,
@@ -77,7 +77,7 @@ TOP: dict[str, Any] = {
     "fp16": _ENABLED,
     "amp": _ENABLED,
     "torch_autocast": _ENABLED,
-    # DeepSpeed's alone:
+    # Not in the recipe:
     "data_types": {"grad_accum_dtype": _one_of("fp32")},
     "communication_data_type": _one_of("fp32", "bf16"),
     "zero_allow_untested_optimizer": _truth,
@@ -85,35 +85,35 @@ TOP: dict[str, Any] = {
     "wall_clock_breakdown": _truth,
     "timers": {"throughput": {"enabled": _truth, "synchronized": _truth}},
 }
-"""Setting -> what judges its value, or the settings inside of it."""
+"""Setting -> function that checks its value, or the settings nested in it."""
 
 _INSTEAD = {
     "activation_checkpointing": "set model.gradient_checkpointing in the recipe",
-    "compile": "DeepCompile isn't offered; set model.compile in the recipe",
-    "flops_profiler": "speed/mfu is logged by every run",
+    "compile": "DeepCompile is not supported; set model.compile in the recipe",
+    "flops_profiler": "every run logs speed/mfu",
     "tensorboard": "every run writes TensorBoard's curves",
     "wandb": "every run writes TensorBoard's curves",
     "csv_monitor": "every run writes metrics.jsonl",
     "checkpoint": "the recipe's checkpoint section decides",
-    "curriculum_learning": "data are ordered by the recipe's data section",
-    "data_efficiency": "data are ordered by the recipe's data section",
+    "curriculum_learning": "the recipe's data section sets the order of the data",
+    "data_efficiency": "the recipe's data section sets the order of the data",
     "elasticity": "train.max_micro_batch_size adapts a recipe to more or fewer ranks",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": (
-        "checkpoints hold every rank's own part; blip-scale convert makes whole weights"
+        "checkpoints hold each rank's slices; blip-scale convert gathers whole weights"
     ),
 }
-"""Setting that is refused -> what to use in its place."""
+"""Refused setting -> alternative to it."""
 
 
 def check_keys(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse what isn't on the list, or has a value that a run doesn't honour.
+    """Refuse settings that are not allowed, or have a value that is not supported.
 
     Args:
         config: DeepSpeed's settings as read; "auto" is allowed everywhere.
-        path: their file, for the error.
+        path: file of the settings, for the error.
 
     Raises:
-        ValueError: names the setting, and the nearest one on the list.
+        ValueError: a setting is refused. The message names it, and the nearest allowed one.
     """
     zero = config.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
@@ -127,7 +127,7 @@ def check_keys(config: Mapping[str, Any], path: Path) -> None:
         misplaced = sorted(extra.keys() & zero.keys())
         if misplaced:
             raise ValueError(
-                f"{path}: zero_optimization.{misplaced[0]}: a setting of ZeRO stage {number}, and "
+                f"{path}: zero_optimization.{misplaced[0]}: a setting of ZeRO stage {number}, but "
                 f"stage is {stage}; remove it"
             )
     _check(config, TOP | {"zero_optimization": settings}, "", path)
@@ -153,8 +153,8 @@ def _check(section: Mapping[str, Any], allowed: Mapping[str, Any], prefix: str, 
 
 def _advice(key: str, name: str, allowed: Mapping[str, Any]) -> str:
     if name in _INSTEAD:
-        return f"a run doesn't honour it; remove it ({_INSTEAD[name]})"
+        return f"not supported; remove it ({_INSTEAD[name]})"
     near = difflib.get_close_matches(key, allowed, 1, 0.7)
     if near:
-        return f"a run doesn't honour it; did you mean {near[0]}? Else remove it"
-    return f"a run doesn't honour it; remove it ({', '.join(sorted(allowed))} are taken)"
+        return f"not supported; did you mean {near[0]}? If not, remove it"
+    return f"not supported; remove it ({', '.join(sorted(allowed))} are supported)"

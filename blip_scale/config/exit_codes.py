@@ -1,18 +1,21 @@
-"""Exit codes of every command and job script. slurm/requeue.py runs this on a bare Python."""
+"""Exit codes of every command and job script.
+
+Imports nothing: slurm/requeue.py runs this module on a Python without packages.
+"""
 
 from __future__ import annotations
 
 DONE = 0
 """The work is finished."""
 FAILED = 1
-"""A failure that may not come again, or items that could not be processed and were named."""
+"""A failure that may not recur, or items that could not be processed; the output names them."""
 REFUSED = 2
-"""Input that cannot be used: the message says what, where and how to fix it. Of `errors.is_refused`
-alone, as a job with this code isn't started again."""
+"""Input that cannot be used; the message says what, where and how to fix it. Only
+`errors.is_refused` decides on this code, because a SLURM job that ends with it is not requeued."""
 REQUEUE = 75
-"""Stopped on request with everything saved; start the same command again (EX_TEMPFAIL)."""
+"""Stopped on request with everything saved; run the same command again (EX_TEMPFAIL)."""
 
 
 def of_signal(number: int) -> int:
-    """Exit code of a command that ends because of a signal, as shells write it."""
+    """Exit code that a shell reports for a command ended by a signal."""
     return 128 + number

@@ -1,4 +1,7 @@
-"""Every setting of a run, as frozen dataclasses: YAML and dotted overrides in, clear errors out."""
+"""Every setting of a run, as frozen dataclasses built from YAML and dotted overrides.
+
+The docstring of a setting is its help text in `train.py --help`.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from pydantic.dataclasses import dataclass
 from blip_scale.config import settings
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-"""Folder of the recipes that come with the package."""
+"""Folder of the recipes shipped with the package."""
 
 MAX_PIXELS = 89_478_485
-"""Default of the largest image; Pillow warns above it."""
+"""Default limit of an image's size in pixels; Pillow warns above it."""
 
 FP16_REFUSED = (
-    "fp16 is not offered: losses over queue and vocabulary leave its range (users saw an LM loss "
+    "fp16 is not supported: losses over queue and vocabulary overflow it (users saw an LM loss "
     "of INF); bf16 has the range of fp32 and costs the same"
 )
 
@@ -36,223 +39,257 @@ Above0 = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True, config=_STRICT)
 class VisionRecipe:
+    """Settings of the vision transformer."""
+
     name: str = "vit_base_patch16_224"
-    """Any timm VisionTransformer by its name there: vit_base_patch16_224, deit_base_patch16_224."""
+    """Name of a timm VisionTransformer, such as vit_base_patch16_224 or deit_base_patch16_224."""
     image_size: Positive = 224
-    """Side of the square input in pixels; position embeddings are interpolated to it."""
+    """Side of the square input image in pixels. Position embeddings are interpolated to it."""
     overrides: dict[str, float | int | bool] = field(default_factory=dict)
-    """Further timm constructor arguments, e.g. {embed_dim: 192, depth: 6, num_heads: 3}."""
+    """Further arguments of the timm constructor, e.g. {embed_dim: 192, depth: 6, num_heads: 3}."""
     checkpoint: str | None = None
-    """Initial weights: a file (.safetensors, .pth), `timm` for timm's own pretrained weights, null
-    for random."""
+    """Initial weights of the ViT: a .safetensors or .pth file, `timm` for timm's pretrained
+    weights, or null for random weights."""
     init_std: Above0 = 0.02
-    """Deviation of the random start of its linear layers (published: 0.02, made for width 768; a
-    narrow ViT learns sooner from about 1 / sqrt(width))."""
+    """Standard deviation of randomly initialised linear layers (published: 0.02, for width 768). A
+    narrow ViT learns faster with about 1 / sqrt(width)."""
     drop_path_rate: Fraction = 0.0
-    """Stochastic depth, linear over depth (published: 0 for ViT-B, 0.1 for ViT-L)."""
+    """Stochastic depth rate of the last block; it rises linearly over the blocks (published: 0 for
+    ViT-B, 0.1 for ViT-L)."""
     patch_dropout: Fraction = 0.0
-    """Share of the patches that the ViT leaves out in training, drawn anew for each image; momentum
-    encoders and evaluation see all. Changes the mathematics; not in the paper."""
+    """Share of the patches that the ViT drops in training, drawn anew for each image. Momentum
+    encoders and evaluation see all patches. Changes the mathematics; not in the paper."""
     frozen_layers: Count = 0
-    """So many first blocks of the ViT keep their initial weights, with patch and position
-    embeddings: for a ViT that was trained before. Changes the mathematics; not in the paper."""
+    """Number of first ViT blocks to freeze, together with the patch and position embeddings. Meant
+    for a pretrained ViT. Changes the mathematics; not in the paper."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class TextRecipe:
+    """Settings of tokenizer and text stack."""
+
     checkpoint: str | None = "bert-base-uncased"
-    """HF BERT-type checkpoint: folder, hub name or `package:NAME` (a folder with config.json inside
-    an installed Python package). Gives sizes, weights and tokenizer; null with `tokenizer` set:
-    random weights."""
+    """Hugging Face BERT checkpoint that gives sizes, weights and tokenizer: a folder, a hub name,
+    or `package:NAME` for a folder with config.json in an installed Python package. null: random
+    weights, which needs model.text.tokenizer."""
     tokenizer: str | None = None
-    """Tokenizer folder, hub name or `package:NAME`; null takes the checkpoint's own."""
+    """Tokenizer: a folder, a hub name or `package:NAME`. null: the tokenizer of
+    model.text.checkpoint."""
     layers: Positive | None = None
-    """Number of layers; null takes the checkpoint's (its first layers when fewer)."""
+    """Number of layers. With fewer layers than the checkpoint has, its first layers are used. null:
+    as many as the checkpoint has."""
     width: Positive = 768
-    """Hidden width, used when there is no checkpoint."""
+    """Hidden width, if there is no checkpoint."""
     heads: Positive = 12
-    """Attention heads, used when there is no checkpoint."""
+    """Number of attention heads, if there is no checkpoint."""
     mlp_width: Positive = 3072
-    """MLP width, used when there is no checkpoint."""
+    """Hidden width of the MLP, if there is no checkpoint."""
     dropout: Fraction = 0.1
-    """Dropout on hidden states and on attention probabilities."""
+    """Dropout rate of hidden states and attention probabilities."""
     init_std: Above0 = 0.02
-    """As the ViT's, of linear layers."""
+    """Standard deviation of randomly initialised linear layers (BERT: 0.02)."""
     max_tokens: Annotated[int, Field(ge=3)] = 30
-    """Captions are truncated to this many tokens, [CLS] and [SEP] included (published: 30, 35 for
-    retrieval, 40 for captioning)."""
+    """Largest number of tokens in a caption, [CLS] and [SEP] included. Longer captions are
+    truncated (published: 30, 35 for retrieval, 40 for captioning)."""
     prompt: str = ""
-    """How every caption begins, in training (outside of the loss) and when one is generated
-    (published for captioning: `a picture of `)."""
+    """Text at the start of every training caption and every generated one. It is left out of the
+    loss (published for captioning: `a picture of `)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelRecipe:
+    """Settings of the network and its execution."""
+
     vision: VisionRecipe = field(default_factory=VisionRecipe)
     text: TextRecipe = field(default_factory=TextRecipe)
     checkpoint: str | None = None
     """Initial weights of the whole network: a training checkpoint (step_N, or the folder of a run),
-    BLIP's .pth, or a Hugging Face folder. It wins over the weights of model.vision.checkpoint and
-    model.text.checkpoint; sizes and tokenizer still come from these settings."""
+    a BLIP .pth file, or a Hugging Face folder. They replace the weights of model.vision.checkpoint
+    and model.text.checkpoint; sizes and tokenizer still come from these settings."""
     embed_dim: Positive = 256
-    """Width of the contrastive space."""
+    """Width of the contrastive embeddings."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """Attention kernel. auto takes FlashAttention where the GPU has it, and SDPA elsewhere."""
+    """Attention kernel. auto: FlashAttention if it is installed and the GPU supports it, else
+    PyTorch's SDPA."""
     gradient_checkpointing: bool = False
-    """Recompute block activations in the backward pass: less memory, about a third more time."""
+    """Recompute the blocks' activations in the backward pass. Saves memory and takes about a third
+    more time."""
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Capture forward and backward of a micro-step as one CUDA graph: auto does it on CUDA where
-    weights stay whole between the passes and no shape depends on the data; the log says why not."""
+    """Capture forward and backward of a micro-step as one CUDA graph. auto: on CUDA, if weights
+    stay whole between the passes and no shape depends on the data; the log gives the reason if
+    not."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile for the ViT's blocks and the text layers, where weights stay whole between the
-    passes. auto: on a GPU, for pretraining and retrieval, whose shapes are static there."""
+    """Compile the ViT blocks and text layers with torch.compile. Needs weights that stay whole
+    between the passes. auto: on a GPU, for pretraining and retrieval, whose shapes are static
+    there."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ObjectiveRecipe:
+    """Settings of the losses."""
+
     itc: str = "momentum"
-    """Image-text contrastive loss, a name of blip_scale.tasks.contrastive_task.CONTRASTS:
-    `momentum` is BLIP's, with momentum encoders, feature queues and soft targets. queue_size,
+    """Image-text contrastive (ITC) loss: a name in blip_scale.tasks.contrastive_task.CONTRASTS.
+    `momentum` is BLIP's loss with momentum encoders, feature queues and soft targets; queue_size,
     momentum, alpha and alpha_ramp_epochs are its settings."""
     queue_size: Positive = 57600
-    """Momentum features kept per modality; at least the global batch."""
+    """Number of momentum features kept per modality. Must be at least the global batch size."""
     momentum: Share = 0.995
-    """Momentum encoders: p_m <- momentum * p_m + (1 - momentum) * p, once an optimizer step."""
+    """Decay of the momentum encoders: p_m <- momentum * p_m + (1 - momentum) * p, once per
+    optimizer step."""
     alpha: Share = 0.4
     """Weight of the momentum soft targets in ITC after the ramp."""
     alpha_ramp_epochs: Rate = 2.0
     """Epochs over which alpha rises linearly from 0."""
     temperature: Annotated[float, Field(ge=0.001, le=0.5)] = 0.07
-    """Initial contrastive temperature (learned, clamped to [0.001, 0.5])."""
+    """Initial contrastive temperature. It is learned, and clamped to [0.001, 0.5]."""
     label_smoothing: Fraction = 0.1
-    """Label smoothing of the LM loss."""
+    """Label smoothing of the language modelling (LM) loss."""
     false_answers: Positive = 2
-    """VisDial: so many false candidates are seen with each true answer (ITM has two negatives for
-    a pair)."""
+    """VisDial: number of false candidate answers trained with each true one, as ITM has two
+    negatives for a pair."""
     negatives: Literal["local", "global"] = "local"
-    """Pool of the ITM hard negatives: the rank's own batch (published) or the batches of all
-    ranks."""
+    """Pool of hard negatives for image-text matching (ITM): the rank's own batch (local, as
+    published) or the batches of all ranks (global)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class StreamRecipe:
+    """Settings of a training or held-out set."""
+
     name: str
-    """Name in logs and statistics."""
+    """Name of the stream in logs and statistics; must be unique."""
     local: str
-    """Folder of the MDS shards, or the cache folder when `remote` is set. Environment variables are
+    """Folder of the MDS shards, or the local cache if `remote` is set. Environment variables are
     expanded."""
     remote: str | None = None
-    """Where the shards lie: another folder, or s3://, gs://, az:// or https:// with a prefix."""
+    """Source of the shards: another folder, or a URL with s3://, gs://, az:// or https://. null:
+    the shards are in `local`."""
     repeat: Above0 | Literal["captions"] | None = None
-    """How many times an epoch reads the stream (0.5: a different half in each epoch); an image with
-    several captions gives another one each time. `captions`: each image as often as it has
-    captions, each caption once. Instead, one of the next two can be given; null without them:
-    once."""
+    """Number of times that an epoch reads the stream; 0.5 reads a different half in each epoch. An
+    image with several captions gives another caption each time. `captions` reads each image once
+    per caption. Set at most one of repeat, samples_per_epoch and weight. With none, an epoch reads
+    the stream once."""
     samples_per_epoch: Positive | None = None
-    """So many samples an epoch takes from the stream, going on where the epoch before stopped."""
+    """Number of samples that an epoch takes from the stream. The next epoch continues where this
+    one stopped."""
     weight: Above0 | None = None
-    """The stream's part of `data.samples_per_epoch`, in relation to the weights of the others; then
-    all streams have one."""
+    """Share of this stream in `data.samples_per_epoch`, relative to the weights of the other
+    streams. If one stream has a weight, all must have one."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class DataRecipe:
+    """Settings of the data and their loading."""
+
     streams: list[StreamRecipe] = field(default_factory=list)
-    """Training streams; an epoch takes its part of each of them, shuffled together."""
+    """Training streams. An epoch shuffles the samples of all streams together."""
     samples_per_epoch: Positive | None = None
-    """Samples of an epoch where streams have weights; null: what the streams add up to."""
+    """Number of samples in an epoch, shared out by the weights of the streams. null: the sum of
+    what the streams contribute."""
     shuffle_block: Positive = 262_144
-    """Shards are shuffled whole, then so many samples together. The cache should hold two such
-    blocks (8 GB each at 30 kB a sample)."""
+    """Number of samples that are shuffled together, after the order of the shards was shuffled. The
+    cache should hold two blocks (8 GB each at 30 kB per sample)."""
     heldout: list[StreamRecipe] = field(default_factory=list)
-    """Held-out pairs for retrieval and captions; the first set is the one that is watched."""
+    """Held-out pairs for retrieval and captions. Monitoring follows the first set."""
     make_with: str = ""
-    """The command that makes the data, named when it is missing."""
+    """Command that creates the data, named in the error if the data is missing."""
     min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Lower end of the area of RandomResizedCrop (published: 0.2 for pretraining, 0.5 for
-    fine-tuning)."""
+    """Smallest share of the image's area in RandomResizedCrop (published: 0.2 for pretraining, 0.5
+    for fine-tuning)."""
     flip: bool = True
-    """Horizontal flip with probability one half."""
+    """Flip training images horizontally with probability 0.5."""
     augment: bool = True
-    """RandAugment with N=2, M=5 over the published ten operations."""
+    """Apply RandAugment with N=2 and M=5 over the published ten operations."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
-    """Largest image, width times height, judged by its header. A larger one is a corrupt sample."""
+    """Largest image in pixels (width times height), according to its header. A larger image counts
+    as a corrupt sample."""
     transform: Literal["fast", "exact", "published"] = "exact"
-    """How training images are made: `exact` gives the published pixels (63 to 74 dB) at twice the
-    speed, `fast` decodes a JPEG at 1/2, 1/4 or 1/8 where the crop is large enough (35 to 44 dB
-    there), `published` is Pillow's way. All draw the same crops, flips and operations."""
+    """Implementation of the image transforms. `published` uses Pillow, as BLIP does. `exact` gives
+    nearly the same pixels (PSNR 63 to 74 dB) at twice the speed. `fast` also decodes JPEGs at 1/2,
+    1/4 or 1/8 size where the crop is large enough (PSNR 35 to 44 dB). All draw the same crops,
+    flips and operations."""
     workers: Count = 4
-    """Loader processes a rank."""
+    """Number of loader processes per rank."""
     cache_limit: str | None = None
-    """Largest size of the local cache, e.g. `200gb`; null keeps everything."""
+    """Largest size of the local cache, e.g. `200gb`. null: no limit."""
     retry_s: Rate = 900.0
-    """So long a remote that fails is asked again before the run gives up; below the
-    `train.stall_timeout_s` that ranks wait for each other."""
+    """Retry a failing remote for this many seconds, then stop. Must be less than
+    train.stall_timeout_s, after which waiting ranks end the run."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerRecipe:
+    """Settings of AdamW and the learning rate."""
+
     schedule: Literal["pretrain", "cosine"] = "pretrain"
-    """`pretrain`: warm-up in the first epoch, then lr_decay once an epoch; `cosine`: half a cosine
-    from peak_lr in the first epoch towards min_lr after the last, once an epoch (fine-tuning)."""
+    """Learning rate schedule. `pretrain`: linear warm-up in the first epoch, then a decay by
+    lr_decay each epoch. `cosine` (fine-tuning): half a cosine from peak_lr to min_lr, updated once
+    per epoch."""
     peak_lr: Above0 = 3e-4
     """Learning rate after the warm-up."""
     min_lr: Rate = 1e-6
-    """The decay never goes below it."""
+    """Lower limit of the decaying learning rate."""
     warmup_lr: Rate = 1e-6
     """Learning rate of the first step."""
     warmup_steps: Count = 3000
-    """Linear warm-up from warmup_lr to peak_lr, within the first epoch (as published)."""
+    """Number of steps of the linear warm-up from warmup_lr to peak_lr. The warm-up ends with the
+    first epoch (published), unless warmup_spans_epochs is set."""
     warmup_spans_epochs: bool = False
-    """Let a warm-up that is longer than the first epoch go on in the next ones. Published: false,
-    the second epoch begins at its full rate."""
+    """Continue the warm-up in the next epochs if it is longer than the first one. false
+    (published): the second epoch starts at its full learning rate."""
     lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """peak_lr * lr_decay ** epoch after the first epoch, never below min_lr (the code's 0.9; the
-    paper says 0.85)."""
+    """Decay factor of the learning rate: peak_lr * lr_decay ** epoch after the first epoch, at
+    least min_lr (0.9 in BLIP's code, 0.85 in the paper)."""
     weight_decay: Rate = 0.05
-    """On every parameter, as published."""
+    """Weight decay of AdamW, applied to every parameter as published."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the running means of AdamW."""
+    """Decay rates of AdamW's running averages of the gradient and its square."""
     eps: Above0 = 1e-8
-    """Added to the denominator of AdamW."""
+    """Term added to AdamW's denominator for numerical stability."""
     gradient_clip: Rate = 0.0
-    """Largest norm of the gradient over all ranks; 0 is off (published: off)."""
+    """Largest norm of the gradient over all ranks; larger gradients are scaled down. 0: no clipping
+    (published)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainRecipe:
+    """Settings of batches, precision and the run's length."""
+
     global_batch_size: Positive = 2880
-    """Pairs an optimizer step, over all ranks and accumulation micro-steps."""
+    """Number of pairs per optimizer step, over all ranks and accumulation micro-steps."""
     micro_batch_size: Positive | None = None
-    """Pairs a rank takes through the network at once; null: global_batch_size / ranks (no
-    accumulation), or what max_micro_batch_size makes of it."""
+    """Number of pairs that a rank takes through the network at once. Local ITM negatives come from
+    these pairs. null: global_batch_size / ranks (no accumulation), limited by
+    max_micro_batch_size."""
     max_micro_batch_size: Positive | Literal["auto"] | None = None
-    """Where micro_batch_size is null: the largest size up to this one that divides
-    global_batch_size / ranks is taken, and accumulation does the rest. So a recipe runs on more or
-    fewer ranks with the same global batch. `auto`: the largest that fits the memory of the device,
-    settled once when a run starts (pretraining and retrieval). The size of a micro-batch is the
-    number of pairs that local ITM negatives and ITC's own pairs come from."""
+    """Upper limit of the micro-batch if micro_batch_size is null. The largest size up to this one
+    that divides global_batch_size / ranks is used, with gradient accumulation for the rest. A
+    recipe thus keeps its global batch on any number of ranks. auto (pretraining and retrieval): the
+    largest size that fits into the device's memory, chosen once when the run starts."""
     pad_tokens_to: Positive | Literal["auto"] = "auto"
-    """Pretraining and retrieval: fill the packed captions of a micro-batch up to a multiple of so
-    many tokens, so that tensors have few static sizes; losses and gradients stay the same. auto: on
-    a GPU the power of two that costs at most 3 % more (90 pairs: 128), elsewhere 1, no filling
-    up."""
+    """Pretraining and retrieval: pad the packed captions of a micro-batch to a multiple of this
+    many tokens, so that tensors have few static sizes. Losses and gradients stay equal. auto: on a
+    GPU the largest power of two that costs at most 3 % time (128 for 90 pairs), else 1."""
     epochs: Positive = 20
-    """Times through the training streams."""
+    """Number of epochs; what an epoch reads is set per stream."""
     max_steps: Positive | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    """Stop after this many optimizer steps, whatever train.epochs says. null: no limit."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Type of the weights and activations; masters, momentum, queues and losses are always fp32."""
+    """Data type of weights and activations. Master weights, momentum averages, queues and losses
+    are always fp32."""
     whole_weights: Literal["auto"] | bool = "auto"
-    """Under ZeRO-3: whether every rank keeps all weights between the passes. It saves hundreds of
-    exchanges a step; masters and moments stay partitioned. auto: where the states need at most half
-    of the memory, unless the DeepSpeed JSON offloads, quantizes or sets
+    """ZeRO-3: keep all weights gathered on every rank between the passes. This saves hundreds of
+    collectives per step; master weights and moments stay partitioned. auto: true if the states need
+    at most half of the memory, unless the DeepSpeed JSON offloads, quantizes or sets
     stage3_param_persistence_threshold."""
     max_nonfinite_steps: Positive = 10
-    """Stop with a report after this many skipped steps in a row (loss or gradient not finite)."""
+    """Stop with a report after this many consecutive steps were skipped because the loss or the
+    gradient was not finite."""
     stall_timeout_s: Rate = 1800.0
-    """A rank that takes longer for a step, an evaluation, a save or the start ends, with its stacks
-    in its log, and the run with it; ranks wait as long for each other. 0: for ever."""
+    """End the run if a rank takes more than this many seconds for a step, an evaluation, a save or
+    the start; its stack traces go to its log. Collectives time out after the same time. 0: wait
+    forever."""
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -264,73 +301,91 @@ class TrainRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class CheckpointRecipe:
+    """Settings of checkpoints."""
+
     every_steps: Positive = 1000
-    """Optimizer steps between two checkpoints; the last step is always saved."""
+    """Number of optimizer steps between two checkpoints. The last step is always saved."""
     keep_last: Positive = 3
-    """Whole checkpoints that are kept; older ones are deleted."""
+    """Number of complete checkpoints to keep; older ones are deleted."""
     keep_every: Positive | None = None
-    """Checkpoints of steps that are multiples of this are kept for ever; null: none is."""
+    """Never delete the checkpoints of steps that are multiples of this number. null: only keep_last
+    applies."""
     folder: str | None = None
-    """Where they go; null: output_dir/checkpoints. A path may differ from node to node (a local
-    disk). s3://bucket/prefix: they are committed in output_dir/checkpoints and uploaded from there,
-    and fetched where output_dir lacks them. Environment variables are expanded."""
+    """Folder of the checkpoints; null: output_dir/checkpoints. A path may be a local disk of each
+    node. With s3://bucket/prefix, checkpoints are committed in output_dir/checkpoints and uploaded
+    from there, and downloaded if output_dir lacks them. Environment variables are expanded."""
     background: bool = True
-    """Write while training goes on: the pause is that of a copy in host memory."""
+    """Write checkpoints while training continues. Training only pauses for a copy to host
+    memory."""
     retry_s: Rate = 300.0
-    """So long object storage that fails is asked again: at the start, by an upload (which is then
-    tried again after the next save), and so long at most a run that ends waits for uploads."""
+    """Retry failing object storage for this many seconds, at the start and for each upload. A
+    failed upload is tried again after the next save. A run that ends waits at most this long for
+    its uploads."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class LogRecipe:
+    """Settings of logging."""
+
     every_steps: Positive = 50
-    """Optimizer steps between two points in TensorBoard and metrics.jsonl, each with a line on the
-    terminal."""
+    """Number of optimizer steps between two points in TensorBoard and metrics.jsonl. Each point is
+    also a line on the terminal."""
     every_s: Above0 | None = 30.0
-    """Seconds after which a line appears on the terminal between two points, with the means since
-    the last point; null: never."""
+    """Seconds after which the terminal shows a further line between two points, with averages since
+    the last point. null: never."""
     peak_tflops: Above0 | None = None
-    """Matrix-multiply peak of one rank's device for MFU; null: measured at the start."""
+    """Peak matrix-multiply speed of one rank's device in TFLOP/s, for MFU. null: measured at the
+    start."""
     sample_ids: bool = False
-    """Keep the ids of every step's samples, rank by rank, in samples/rank_N.jsonl."""
+    """Record the sample ids of every step in samples/rank_N.jsonl."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluationRecipe:
+    """Settings of evaluations during a run."""
+
     every_steps: Positive | Literal["epoch"] = 5000
-    """Held-out figures every so many steps, or after each epoch, and at the end."""
+    """Number of optimizer steps between two evaluations on held-out data, or `epoch` for one after
+    each epoch. The end of the run is always evaluated."""
     max_pairs: Positive = 5000
-    """Images taken from each held-out set, with all their captions."""
+    """Number of images taken from each held-out set, with all their captions."""
     batch_size: Positive = 64
-    """Images or texts a rank takes through the network at once."""
+    """Number of images or texts that a rank takes through the network at once."""
     rerank_top_k: Count = 128
-    """ITM re-ranks this many candidates by contrastive similarity; VQA scores whole so many answers
-    of the list by their first word piece."""
+    """Retrieval: number of candidates with the highest contrastive similarity that ITM re-ranks.
+    VQA: number of answers from the list, preselected by their first word piece, that are scored as
+    a whole."""
     captions: Count = 8
-    """Held-out images that are captioned for the panel."""
+    """Number of held-out images shown with generated captions in TensorBoard."""
     num_beams: Positive = 3
-    """Width of the beam search."""
+    """Number of beams in beam search."""
     max_caption_tokens: Positive = 20
-    """Longest caption, prompt included."""
+    """Largest number of tokens in a generated caption, prompt included."""
     min_caption_tokens: Count = 5
-    """Shortest caption, prompt included."""
+    """Smallest number of tokens in a generated caption, prompt included."""
     answer_list: str | None = None
-    """VQA: JSON list of the answers to choose from; null: beam search writes the answer."""
+    """VQA: JSON file with the list of answers to choose from. null: beam search generates the
+    answer."""
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
-    """Above 1 makes words that are there already less likely (published: 1, for NoCaps 1.1)."""
+    """Penalty for words that the text has already; above 1 makes them less likely (published: 1,
+    for NoCaps 1.1)."""
     scoring: Literal["published", "huggingface"] = "published"
-    """Length that beam search divides a caption's score by: `published` counts the prompt and not
-    [SEP], as the transformers that BLIP pins; `huggingface` counts as today's."""
+    """Length by which beam search divides a caption's score. `published` counts the prompt but not
+    [SEP], like the transformers version that BLIP pins. `huggingface` counts like current
+    transformers."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
+    """All settings of a run."""
+
     task: Literal["pretrain", "retrieval", "captioning", "vqa", "nlvr2", "visdial"] = "pretrain"
-    """What is trained: a name of blip_scale.tasks.TASKS."""
+    """Training task: a name in blip_scale.tasks.TASKS."""
     output_dir: str = "runs/default"
-    """Checkpoints, logs, TensorBoard and summary.json."""
+    """Folder for checkpoints, logs, TensorBoard files and summary.json."""
     seed: Count = 42
-    """With it, a step is a pure function of the recipe and of the samples seen."""
+    """Seed of all random numbers. A step is a pure function of the recipe, the seed and the samples
+    seen."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -342,17 +397,17 @@ class Recipe:
 
 
 def load(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from the package, by name, or from a YAML file, with overrides on top.
+    """Load a recipe and apply overrides to it.
 
     Args:
-        name_or_file: `demo`, `base_14M`, ... or the path of a YAML file.
-        overrides: `train.epochs=2`, `--train.epochs=2` or `--train.epochs`, `2`; values are YAML,
-            list items go by index (`data.streams.0.local=...`).
+        name_or_file: name of a shipped recipe (`demo`, `base_14M`, ...), or path of a YAML file.
+        overrides: `train.epochs=2`, `--train.epochs=2`, or `--train.epochs` followed by `2`. Values
+            are YAML. List items are addressed by index (`data.streams.0.local=...`).
 
     Raises:
-        FileNotFoundError: no such recipe or file.
-        ValueError: an unknown setting or a value that is not allowed; names file or override,
-            setting and mend.
+        FileNotFoundError: there is no such recipe or file.
+        ValueError: a setting is unknown, or a value is not allowed. The message names the file or
+            override, the setting and the fix.
     """
     file = _find(name_or_file)
     tree = settings.read_yaml(file)
@@ -360,8 +415,11 @@ def load(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def stated(name_or_file: str, overrides: Sequence[str] = ()) -> set[str]:
-    """The dotted names of the settings that a file and overrides say; takes and raises what `load`
-    does. A mapping of names, as model.vision.overrides, is one setting."""
+    """Dotted names of the settings that a file and overrides set explicitly.
+
+    Arguments and errors are those of `load`. A mapping such as model.vision.overrides counts as one
+    setting.
+    """
     tree = settings.read_yaml(_find(name_or_file))
     names = {override.name for override in settings.parse_overrides(overrides)}
     return names | set(_leaves(tree))
@@ -375,21 +433,21 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Every setting of the recipe as YAML; `load` of it gives the same recipe."""
+    """Write every setting of the recipe as YAML, from which `load` builds an equal recipe."""
     return settings.dump_yaml(recipe)
 
 
 def names() -> list[str]:
-    """Recipes that come with the package."""
+    """Names of the recipes shipped with the package."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
-    """Refuse arguments of a command that has an option --recipe, where they are no overrides.
+    """Refuse arguments that are not overrides, for a command with an option --recipe.
 
     Raises:
-        ValueError: an argument has none of the forms of an override; a recipe among them is told
-            apart.
+        ValueError: an argument is not an override. If it is a recipe, the message points to
+            --recipe.
     """
     try:
         settings.parse_overrides(arguments)
@@ -409,6 +467,6 @@ def _find(name_or_file: str) -> Path:
     close = difflib.get_close_matches(name_or_file, names(), n=1)
     hint = f"the nearest is {close[0]}; " if close else ""
     raise FileNotFoundError(
-        f"--recipe {name_or_file}: no such recipe; {hint}there are {', '.join(names())}; "
+        f"--recipe {name_or_file}: no such recipe; {hint}available are {', '.join(names())}; "
         "or give a YAML file"
     )

@@ -1,6 +1,6 @@
-"""YAML files and dotted overrides into nested settings, with errors that name place and mend.
+"""Build nested settings from YAML files and dotted overrides, with errors that name place and fix.
 
-Works for any tree of pydantic dataclasses; what the settings mean is `recipe.py`'s business.
+Works for any tree of pydantic dataclasses. `recipe.py` defines the settings of a run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 
 _MOST_FAULTS = 10
-"""Faults of a recipe that are shown."""
+"""Largest number of faults of a recipe that an error lists."""
 _MOST_BYTES = 512 << 10
 _MOST_NODES = 20_000
-"""Values of a file, with those of an anchor counted wherever an alias repeats them."""
+"""Largest number of values in a file, where each alias counts as often as its anchor's values."""
 _MOST_LEVELS = 40
 _NAMES = "names, each with "
 _PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
@@ -35,10 +35,10 @@ _PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", t
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of the tree."""
+    """Name, type, default and help of one setting."""
 
     name: str
-    """Dotted; `N` stands for the index of a list item."""
+    """Dotted name; `N` stands for the index of a list item."""
     allowed: str
     default: str
     description: str
@@ -46,16 +46,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Override:
-    """One setting given on the command line."""
+    """One setting from the command line."""
 
     name: str
     value: Any
     text: str
-    """As the user wrote it, for error messages."""
+    """Words of the user, for error messages."""
 
 
 class BareArgument(ValueError):
-    """An argument that neither sets a value nor stands after the name of a setting."""
+    """An argument that neither sets a value nor follows the name of a setting."""
 
     def __init__(self, argument: str) -> None:
         super().__init__(
@@ -66,11 +66,14 @@ class BareArgument(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number (YAML 1.1 calls it a string), no key may stand twice, and
-    aliases can't make a small file large."""
+    """YAML loader for settings.
+
+    It reads 1e-5 as a number, which YAML 1.1 calls a string. It refuses duplicate keys, and aliases
+    that make a small file large.
+    """
 
     def compose_document(self) -> yaml.Node:
-        """The document, before anything is made of it."""
+        """Parse the document and check its size, before objects are built from it."""
         root = super().compose_document()
         _count(root, {}, 0)
         return root
@@ -82,25 +85,25 @@ class _Loader(yaml.SafeLoader):
                 continue
             name = self.construct_object(key, deep=True)
             if not isinstance(name, str | int | float | None):
-                problem = f"{_show(name)} is no name of a setting"
+                problem = f"{_show(name)} is not the name of a setting"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if name in names:
-                problem = f"{name} is given twice"
+                problem = f"{name} is set twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             names.add(name)
         return super().construct_mapping(node, deep)
 
 
 def _count(node: yaml.Node, counted: dict[int, int], level: int) -> int:
-    """Number of values below a node, itself included.
+    """Count the values below a node, itself included.
 
     Args:
-        node: of the graph that anchors and aliases make.
-        counted: results by id of node; 0 while a node is being counted.
-        level: of the node, from 0.
+        node: node of the graph that anchors and aliases form.
+        counted: id of a node -> number of its values; 0 while the node is being counted.
+        level: depth of the node, starting at 0.
 
     Raises:
-        yaml.MarkedYAMLError: there are too many, too many levels, or a circle.
+        yaml.MarkedYAMLError: the graph has too many values, too many levels or a cycle.
     """
     total = counted.get(id(node))
     if total is None and level <= _MOST_LEVELS:
@@ -112,7 +115,7 @@ def _count(node: yaml.Node, counted: dict[int, int], level: int) -> int:
         counted[id(node)] = total
     if not total or total > _MOST_NODES:
         problem = (
-            f"anchors and aliases in a circle, more than {_MOST_LEVELS} levels, or more than "
+            f"anchors and aliases in a cycle, more than {_MOST_LEVELS} levels, or more than "
             f"{_MOST_NODES} values when aliases are written out"
         )
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
@@ -127,20 +130,22 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(file: Path) -> Tree:
-    """The mapping in a YAML file, empty for an empty file.
+    """Read the mapping in a YAML file; an empty file gives an empty mapping.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, or not a mapping; names file and line.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not YAML or not a mapping. The message names file and line.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     if file.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes: no recipe is that large")
+        raise ValueError(
+            f"{file} has {file.stat().st_size} bytes: a recipe has at most {_MOST_BYTES}"
+        )
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text: {error}") from error
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
     tree = _parse_yaml(text, str(file))
     if tree is None:
         return {}
@@ -150,7 +155,7 @@ def read_yaml(file: Path) -> Tree:
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[Override]:
-    """Overrides in any of the forms `a.b=1`, `--a.b=1`, `--a.b 1`; values are YAML.
+    """Parse overrides of the forms `a.b=1`, `--a.b=1` and `--a.b 1`, whose values are YAML.
 
     Raises:
         BareArgument: an argument has none of these forms.
@@ -171,36 +176,38 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
 
 
 def build(cls: type[T], tree: Tree, source: str, overrides: Sequence[Override] = ()) -> T:
-    """An instance of the dataclass `cls` from a tree of plain values with overrides on top.
+    """Build an instance of the dataclass `cls` from plain values and overrides.
 
     Args:
-        tree: nested settings; changed in place by the overrides.
-        source: where the tree comes from, for error messages.
+        cls: dataclass of the settings.
+        tree: nested settings; the overrides change it in place.
+        source: origin of the tree, such as its file, for error messages.
+        overrides: settings to change, in order.
 
     Raises:
-        ValueError: unknown settings (with the nearest names) and values that are not allowed, all
-            of them in one line.
+        ValueError: there are unknown settings or values that are not allowed. The message lists all
+            of them in one line, with the nearest names of unknown settings.
     """
     for override in overrides:
         _apply(tree, override)
     try:
         return TypeAdapter(cls).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        faults: dict[str, str] = {}  # by setting: pydantic names each member of a union
+        faults: dict[str, str] = {}  # one per setting: pydantic reports each member of a union
         for detail in error.errors(include_url=False):
-            name = _known_part([str(part) for part in detail["loc"]], cls)
+            name = _declared_part([str(part) for part in detail["loc"]], cls)
             faults.setdefault(name, _explain(cls, detail, source, overrides))
         raise ValueError(_joined(list(faults.values()))) from error
 
 
 def dump_yaml(settings: object) -> str:
-    """The settings as YAML that `build` reads back to an equal object."""
+    """Write settings as YAML, from which `build` makes an equal object."""
     tree = TypeAdapter(type(settings)).dump_python(settings, mode="json")
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[Setting]:
-    """Every setting of a dataclass, then those of the sections below it."""
+    """Yield every setting of a dataclass, then the settings of its sections."""
     sections = []
     for name, info in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
         section, is_list = _section(info.annotation)
@@ -217,7 +224,7 @@ def describe(cls: type, prefix: str = "") -> Iterator[Setting]:
 
 
 def help_text(cls: type, width: int = 100) -> str:
-    """Every setting with what it takes, its default and its description, grouped by section."""
+    """Format every setting with default, allowed values and description, grouped by section."""
     lines: list[str] = []
     group = None
     listed: dict[tuple[str, str], str] = {}
@@ -225,7 +232,7 @@ def help_text(cls: type, width: int = 100) -> str:
         section, _, leaf = setting.name.rpartition(".")
         first = listed.setdefault((leaf, setting.description), section)
         if section.endswith(".N") and first != section:
-            continue  # the items of this list were explained with an earlier one
+            continue  # an earlier list has the same items, and explains them
         if section != group:
             lines += ["", section or "(top level)"]
             group = section
@@ -236,24 +243,24 @@ def help_text(cls: type, width: int = 100) -> str:
 
 
 def nearest(name: str, cls: type) -> str:
-    """A sentence that leads from a mistyped setting to the one that was meant."""
-    known = [setting.name for setting in describe(cls)]
-    sections = {n.rpartition(".")[0] for n in known} - {""}
-    known += sorted(sections | {s.rpartition(".")[0] for s in sections} - {""})
+    """Suggest the setting that a mistyped name was meant to be, as part of a sentence."""
+    names = [setting.name for setting in describe(cls)]
+    sections = {n.rpartition(".")[0] for n in names} - {""}
+    names += sorted(sections | {s.rpartition(".")[0] for s in sections} - {""})
     typed = ".".join("N" if part.isdigit() else part for part in name.split("."))
     section, _, leaf = typed.rpartition(".")
-    given = name[: len(name) - len(leaf)]
-    siblings = {n.rpartition(".")[2]: n for n in known if n.rpartition(".")[0] == section}
-    leaves = {n.rpartition(".")[2]: n for n in reversed(known)}
+    prefix = name[: len(name) - len(leaf)]
+    siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == section}
+    leaves = {n.rpartition(".")[2]: n for n in reversed(names)}
     words = {word: n for last, n in leaves.items() for word in last.split("_")}
     guesses = [(siblings, 0.65), (leaves, 0.75), (words, 1.0)]
     for candidates, cutoff in guesses[:1] if section.endswith(".N") else guesses:
         close = difflib.get_close_matches(leaf, candidates, n=1, cutoff=cutoff)
         if close:
             same = candidates is siblings
-            return f"the nearest is {given + close[0] if same else candidates[close[0]]}"
+            return f"the nearest is {prefix + close[0] if same else candidates[close[0]]}"
     if siblings:
-        return f"{given.rstrip('.') or 'the recipe'} has {', '.join(siblings)}"
+        return f"{prefix.rstrip('.') or 'the recipe'} has {', '.join(siblings)}"
     return "--help lists all settings"
 
 
@@ -268,12 +275,12 @@ def _parse_yaml(text: str, source: str) -> Any:
     except RecursionError as error:
         raise ValueError(f"{source}: not valid YAML: nested too deep") from error
     except (ValueError, TypeError, OverflowError, AttributeError, LookupError) as error:
-        # Of PyYAML's constructors: a date that is none, a number of too many digits.
+        # From PyYAML's constructors: an impossible date, a number with too many digits.
         raise ValueError(f"{source}: not valid YAML: {error}") from error
 
 
 def _apply(tree: Tree, override: Override) -> None:
-    """Set one dotted name in the tree, making the sections on the way to it."""
+    """Set one dotted name in the tree, creating missing sections on the way."""
     *sections, leaf = override.name.split(".")
     node: Any = tree
     for position, part in enumerate([*sections, leaf]):
@@ -288,7 +295,9 @@ def _apply(tree: Tree, override: Override) -> None:
         elif isinstance(node, dict):
             key = part
         else:
-            raise ValueError(f"{override.text}: {done} is {_show(node)}: it has no settings below")
+            raise ValueError(
+                f"{override.text}: {done} is {_show(node)}, which has no settings below it"
+            )
         if position == len(sections):
             node[key] = override.value
         elif isinstance(node, dict):
@@ -300,17 +309,18 @@ def _apply(tree: Tree, override: Override) -> None:
 
 
 def _joined(faults: Sequence[str]) -> str:
-    """All faults in one line, numbered where there are several."""
+    """Join faults in one line, with numbers if there are several."""
     if len(faults) == 1:
         return faults[0]
     shown = [f"({number}) {fault}" for number, fault in enumerate(faults[:_MOST_FAULTS], 1)]
     rest = len(faults) - len(shown)
-    return " ".join([f"{len(faults)} faults:", *shown, *([f"and {rest} more"] if rest else [])])
+    more = [f"and {rest} more"] if rest else []
+    return " ".join([f"{len(faults)} faults:", *shown, *more])
 
 
 def _explain(cls: type, error: Any, source: str, overrides: Sequence[Override]) -> str:
-    """One line for one pydantic error: where, what, what is allowed."""
-    name = _known_part([str(part) for part in error["loc"]], cls)
+    """Describe a pydantic error in one line: the place, the fault, and the values allowed."""
+    name = _declared_part([str(part) for part in error["loc"]], cls)
     for override in overrides:
         if f"{name}.".startswith(f"{override.name}.") or f"{override.name}.".startswith(f"{name}."):
             source = f"override {override.text}"
@@ -319,16 +329,19 @@ def _explain(cls: type, error: Any, source: str, overrides: Sequence[Override]) 
         return f"{where}: unknown setting; {nearest(name, cls)}"
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}"
-    known = {setting.name: setting.allowed for setting in describe(cls)}
-    wanted = ".".join("N" if part.isdigit() else part for part in name.split("."))
-    allowed = known.get(wanted) or known.get(wanted.rpartition(".")[0], "a section of settings")
-    allowed = allowed.removeprefix(_NAMES) if wanted not in known else allowed
+    all_allowed = {setting.name: setting.allowed for setting in describe(cls)}
+    setting_name = ".".join("N" if part.isdigit() else part for part in name.split("."))
+    if setting_name in all_allowed:
+        allowed = all_allowed[setting_name]
+    else:  # a value in a mapping, or a whole section
+        outer = setting_name.rpartition(".")[0]
+        allowed = all_allowed.get(outer, "a section of settings").removeprefix(_NAMES)
     if error["type"] == "missing" and not str(error["loc"][-1]).isdigit():
         return f"{where}: missing; expected {allowed}"
     return f"{where}: expected {allowed}, found {_show(error['input'])}"
 
 
-def _known_part(parts: list[str], cls: type) -> str:
+def _declared_part(parts: list[str], cls: type) -> str:
     """Dotted name of an error's place, without the union members that pydantic appends."""
     node: Any = cls
     for position, part in enumerate(parts):
@@ -347,14 +360,14 @@ def _known_part(parts: list[str], cls: type) -> str:
 
 
 def _section(annotation: Any) -> tuple[type | None, bool]:
-    """The dataclass that an annotation is or is a list of, and whether it is a list."""
+    """Dataclass that an annotation names, if any, and whether it is a list of them."""
     is_list = typing.get_origin(annotation) is list
     inner = typing.get_args(annotation)[0] if is_list else annotation
     return (inner if is_dataclass(inner) and isinstance(inner, type) else None), is_list
 
 
 def _allowed(annotation: Any) -> str:
-    """What a setting takes, in words."""
+    """Describe in words the values that a setting allows."""
     if annotation in _PLAIN:
         return _PLAIN[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -376,13 +389,13 @@ def _allowed(annotation: Any) -> str:
 def _limits(metadata: Sequence[Any]) -> str:
     """Bounds in an annotation's metadata, e.g. ` >= 0, < 1`."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    constraints = [inner for outer in metadata for inner in getattr(outer, "metadata", [outer])]
-    bounds = [
-        f"{sign} {getattr(constraint, name)}"
-        for constraint in constraints
-        for name, sign in signs.items()
-        if getattr(constraint, name, None) is not None
-    ]
+    bounds = []
+    for item in metadata:  # constraints, or a Field with constraints in its own metadata
+        for constraint in getattr(item, "metadata", [item]):
+            for name, sign in signs.items():
+                bound = getattr(constraint, name, None)
+                if bound is not None:
+                    bounds.append(f"{sign} {bound}")
     return f" {', '.join(bounds)}" if bounds else ""
 
 
@@ -392,10 +405,11 @@ def _show(value: Any) -> str:
 
 
 def expand(text: str, name: str) -> str:
-    """A path with environment variables filled in.
+    """Expand environment variables in a path.
 
     Args:
-        name: the setting that holds it, for the error.
+        text: the path.
+        name: setting that holds the path, for the error.
 
     Raises:
         ValueError: a variable is not set.

@@ -1,4 +1,4 @@
-"""Where the weights of a ZeRO-3 run lie: whole on every rank, or partitioned over the ranks."""
+"""Choice of weight placement under ZeRO-3: whole on every rank, or partitioned over the ranks."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 
 AUTO = "auto"
 SHARE_FOR_STATES = 0.5
-"""Part of a device's memory that weights, gradients and optimizer may take where weights stay
-whole; the rest is for activations."""
+"""Share of a device's memory allowed for weights, gradients and optimizer with whole weights. The
+rest is for activations."""
 _FP32 = 4
 _PERSISTENCE = "stage3_param_persistence_threshold"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the memory of weights, gradients and optimizer depends on."""
+    """Sizes that determine the memory of weights, gradients and optimizer."""
 
     trainable: int
-    """Elements of all trainable parameters."""
+    """Number of elements of all trainable parameters."""
     other: int
-    """Elements of momentum copies and frozen parameters."""
+    """Number of elements of momentum copies and frozen parameters."""
     ranks: int
     accumulation: int
-    """Micro-steps in an optimizer step."""
+    """Number of micro-steps per optimizer step."""
     compute_bytes: int
-    """Bytes of an element of the weights that compute: 4 in fp32, 2 in bf16."""
+    """Bytes per weight in the forward pass: 4 in fp32, 2 in bf16."""
 
 
 def obstacle(zero: Mapping[str, Any]) -> str | None:
-    """Setting of DeepSpeed's `zero_optimization` section that whole weights contradict, if any."""
+    """First setting of DeepSpeed's `zero_optimization` that contradicts whole weights, if any."""
     for name in ("offload_param", "offload_optimizer"):
         section = zero.get(name)
         if isinstance(section, Mapping) and section.get("device", "none") not in ("none", None):
@@ -46,14 +46,17 @@ def obstacle(zero: Mapping[str, Any]) -> str | None:
 
 
 def asks_for_partitioning(zero: Mapping[str, Any]) -> bool:
-    """Whether DeepSpeed's settings say which weights stay whole, instead of "auto" or nothing."""
+    """Return True if DeepSpeed's settings say which weights stay whole, other than by "auto"."""
     return zero.get(_PERSISTENCE, AUTO) != AUTO
 
 
 def whole_bytes(sizes: Sizes) -> int:
-    """Bytes of a rank that keeps all weights whole: weights, gradients, masters, moments, momentum
-    averages, and the buffers of the exchanges; no activations."""
-    size, own = sizes.compute_bytes, -(-sizes.trainable // sizes.ranks)
+    """Bytes that a rank with whole weights needs, without activations.
+
+    The sum includes weights, gradients, masters, moments, momentum averages and the buffers of the
+    collectives.
+    """
+    size, trainable_slice = sizes.compute_bytes, -(-sizes.trainable // sizes.ranks)
     weights = size * (sizes.trainable + sizes.other)
     gradients = size * sizes.trainable
     exchanged = 0
@@ -61,12 +64,13 @@ def whole_bytes(sizes: Sizes) -> int:
         exchanged = weights // sizes.ranks + size * max(sizes.trainable, sizes.other)
         if sizes.accumulation > 1:
             exchanged += _FP32 * sizes.trainable  # sums of the micro-steps before the exchange
-    states = 3 * _FP32 * own  # two moments, the averaged gradient
+    states = 3 * _FP32 * trainable_slice  # two moments, the averaged gradient
     if size != _FP32:
-        states += _FP32 * (own + -(-sizes.other // sizes.ranks))  # masters, momentum averages
+        other_slice = -(-sizes.other // sizes.ranks)
+        states += _FP32 * (trainable_slice + other_slice)  # masters, momentum averages
     return weights + gradients + exchanged + states
 
 
 def fits(sizes: Sizes, memory_bytes: float) -> bool:
-    """Whether whole weights leave enough of a device's memory for activations."""
+    """Return True if whole weights leave enough of a device's memory for activations."""
     return whole_bytes(sizes) <= SHARE_FOR_STATES * memory_bytes

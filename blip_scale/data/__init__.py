@@ -1,1 +1,1 @@
-"""Pixels and captions: shards, streams and their order, transforms, tokenizer, packed batches."""
+"""Images and captions: shards, streams, order, transforms, tokenizer, packed batches."""

@@ -1,5 +1,4 @@
-"""Cleaning of captions and questions as published with BLIP (`pre_caption` and `pre_question` of
-the original code)."""
+"""Clean captions and questions as published (`pre_caption` and `pre_question` of BLIP's code)."""
 
 from __future__ import annotations
 
@@ -7,28 +6,28 @@ import re
 from collections.abc import Callable
 
 Clean = Callable[[str, int], str]
-"""clean(text, max_words)."""
+"""Function clean(text, max_words) that returns the cleaned text."""
 
 _REMOVED = re.compile(r"[.!\"()*#:;~]")
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-"""Control characters, tab and newline among them, and the line separators of Unicode."""
+"""Control characters, including tab and newline, and Unicode's line separators."""
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
-"""Letters and symbols that show nothing."""
+"""Letters and symbols without a visible glyph."""
 _WHITESPACE_RUN = re.compile(r"\s{2,}")
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]+[\"')\]]*(?=\s)")
 _KEPT_SHARE = 1 / 3
-"""A sentence end that keeps less of `max_words` is none to cut at: the full stop of "Dr."."""
+"""Smallest share of `max_words` before a sentence end; the full stop of "Dr." keeps less."""
 
 
 def clean_caption(caption: str, max_words: int = 30) -> str:
-    """Lower-case, drop the punctuation that BLIP drops, keep at most `max_words` words.
+    """Lower-case a caption, drop punctuation as BLIP does, and keep at most `max_words` words.
 
-    Each of . ! " ( ) * # : ; ~ becomes a space, runs of white space become one space; commas,
-    apostrophes, question marks, hyphens and slashes stay. 30 words are published for pretraining
-    and COCO/Flickr, 40 for NLVR2 and MSRVTT.
+    Each of . ! " ( ) * # : ; ~ becomes a space, and runs of white space become one space. Commas,
+    apostrophes, question marks, hyphens and slashes stay. BLIP uses 30 words for pretraining and
+    COCO/Flickr, and 40 for NLVR2 and MSRVTT.
 
-    Unlike in the published code control characters and line separators become spaces too, and a
-    caption of which nothing is visible (zero-width characters, fillers) becomes empty.
+    Unlike in the published code, control characters and line separators become spaces too. A
+    caption without visible characters (zero-width characters, fillers) becomes empty.
     """
     caption = _REMOVED.sub(" ", _CONTROLS.sub(" ", caption.lower()))
     caption = _WHITESPACE_RUN.sub(" ", caption).strip(" ")
@@ -36,16 +35,17 @@ def clean_caption(caption: str, max_words: int = 30) -> str:
 
 
 def is_long(caption: str, max_words: int) -> bool:
-    """Whether cleaning would cut the caption."""
-    if len(caption) < 2 * max_words:  # so many words have more characters
+    """Return True if cleaning would truncate the caption."""
+    if len(caption) < 2 * max_words:  # too few characters for that many words
         return False
     return len(clean_caption(caption, len(caption)).split(" ")) > max_words
 
 
 def clean_to_a_sentence(caption: str, max_words: int = 30) -> str:
-    """`clean_caption`, but a caption that is too long ends at its last sentence end that fits.
+    """Clean a caption like `clean_caption`, but truncate a long one at the end of a sentence.
 
-    Where no sentence end keeps a third of `max_words`, it is cut as published.
+    The last sentence end that fits is used. If none keeps a third of `max_words`, the caption is
+    truncated as published.
     """
     if is_long(caption, max_words):
         kept = ""
@@ -61,15 +61,15 @@ def clean_to_a_sentence(caption: str, max_words: int = 30) -> str:
 
 
 def clean_question(question: str, max_words: int = 50) -> str:
-    """Lower-case, delete the punctuation that BLIP drops, keep at most `max_words` words.
+    """Lower-case a question, delete punctuation as BLIP does, and keep at most `max_words` words.
 
-    Unlike in captions nothing takes the place of . ! " ( ) * # : ; ~ and runs of spaces stay.
+    Unlike in captions, . ! " ( ) * # : ; ~ are not replaced by spaces, and runs of spaces stay.
     """
     question = _REMOVED.sub("", _CONTROLS.sub(" ", question.lower())).rstrip(" ")
     return " ".join(question.split(" ")[:max_words]) if _is_visible(question) else ""
 
 
 def _is_visible(text: str) -> bool:
-    """Whether a text shows at least one character."""
+    """Return True if a text has at least one visible character."""
     shown = (c.isprintable() and not c.isspace() and c not in _BLANKS for c in text)
     return any(shown)

@@ -1,18 +1,19 @@
-"""The MDS format of MosaicML Streaming: shards of samples, and the index.json that lists them.
+"""Read and write MosaicML Streaming's MDS format: shards of samples, listed in index.json.
 
 A shard file holds, in little-endian byte order:
 
 - the number of samples, uint32;
-- the offset of each sample in the file and the end of the last one, uint32 each;
+- the offset of each sample in the file, and the end of the last one, uint32 each;
 - the settings of the writer as JSON, which no reader needs;
-- the samples. Each begins with the sizes (uint32) of its columns that have no fixed size; the
-  columns follow in the order of their names.
+- the samples. Each begins with the sizes (uint32) of its columns of variable size. The columns
+  follow in the order of their names.
 
-index.json holds `version` (2) and `shards`: one entry per shard with its columns, its number of
-samples, and name, size and hashes of its file, both uncompressed and compressed.
+index.json holds `version` (2) and `shards`. A shard's entry has its columns, its number of samples,
+and name, size and hashes of its file, both uncompressed and compressed.
 
-A data set is data, never code: an index whose columns need more than `ENCODINGS`, `pkl` above all,
-is refused. Files are read and written without the package `streaming`; the tests compare with it.
+A data set must not contain code: an index is refused if its columns need encodings outside
+`ENCODINGS`, above all `pkl`. Reading and writing do not need the package `streaming`; the tests
+compare with it.
 """
 
 from __future__ import annotations
@@ -38,25 +39,25 @@ from blip_scale.storage.untrusted import parse_json, relative_name
 INDEX_NAME = "index.json"
 _VERSION = 2
 _OFFSET_LIMIT = 1 << 32
-"""Offsets are uint32, so a shard is smaller."""
+"""Upper limit of a shard's size, because offsets are uint32."""
 _CHUNK_BYTES = 1 << 20
 
 _CODECS = {"br": "brotli", "bz2": "bz2", "gz": "gzip", "snappy": "snappy", "zstd": "zstd"}
-"""Compression in an index -> Arrow's name of it; a level may follow, as in `zstd:7`."""
+"""Name of a compression in an index -> Arrow's name; a level may follow, as in `zstd:7`."""
 _HASHES = (hashlib.algorithms_guaranteed - {"shake_128", "shake_256"}) | xxhash.algorithms_available
 
 
-Content = bytes  # FileInfo has a field of this name
+Content = bytes  # FileInfo has a field named `bytes`
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How values of a column become bytes."""
+    """Conversion between values of a column and bytes."""
 
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes], Any]
     size: int | None = None
-    """Bytes of every value; None where values differ."""
+    """Size of every value in bytes; None if sizes vary."""
 
 
 def _number(layout: str) -> Encoding:
@@ -99,21 +100,21 @@ ENCODINGS = {
     "float32": _number("f"),
     "float64": _number("d"),
 }
-"""The encodings that are read and written; images stay encoded files."""
+"""Name -> supported encoding; images stay encoded files."""
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What the index says of a file."""
+    """Name, size and hashes of a file, from the index."""
 
     basename: str
-    """Its path from the folder of the index."""
+    """Path relative to the folder of the index."""
     bytes: int
     hashes: dict[str, str]
     """Hexadecimal digests by algorithm."""
 
     def difference(self, data: Content) -> str:
-        """How a file's content differs from what the index says; empty if it does not."""
+        """Describe how a file's content differs from the index; "" if it does not."""
         if len(data) != self.bytes:
             return f"{len(data)} bytes, the index says {self.bytes}"
         for algorithm, digest in self.hashes.items():
@@ -124,29 +125,37 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a shard, in the order in which samples hold them."""
+    """Columns of a shard, in the order in which samples hold them."""
 
     names: tuple[str, ...]
     encodings: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for columns that come twice and for encodings that are not read."""
+        """Check the columns.
+
+        Raises:
+            ValueError: a column occurs twice, or an encoding is not supported.
+        """
         if len(set(self.names)) < len(self.names):
-            raise ValueError(f"a column comes twice in {', '.join(self.names)}")
+            raise ValueError(f"a column occurs twice in {', '.join(self.names)}")
         for name, encoding in zip(self.names, self.encodings, strict=True):
             if encoding not in ENCODINGS:
                 raise ValueError(
-                    f"column {name!r} has the encoding {encoding!r}, which is not read "
+                    f"column {name!r} has the encoding {encoding!r}, which is not supported "
                     f"(only {', '.join(ENCODINGS)})"
                 )
 
     @property
     def sizes(self) -> list[int | None]:
-        """Bytes of each column, None where values differ."""
+        """Size of each column in bytes; None if sizes vary."""
         return [ENCODINGS[encoding].size for encoding in self.encodings]
 
     def encode(self, sample: Mapping[str, Any]) -> bytes:
-        """Raises ValueError, with the name of the column, for a value that does not fit it."""
+        """Encode a sample.
+
+        Raises:
+            ValueError: a value does not fit its column, which the message names.
+        """
         kinds, head = _layout(self.encodings)
         sizes, values = [], []
         for name, kind in zip(self.names, kinds, strict=True):
@@ -160,10 +169,14 @@ class Columns:
         return head.pack(*sizes) + b"".join(values)
 
     def decode(self, data: bytes) -> dict[str, Any]:
-        """Raises ValueError for bytes that are no sample of these columns."""
+        """Decode a sample.
+
+        Raises:
+            ValueError: the bytes are not a sample of these columns.
+        """
         kinds, head = _layout(self.encodings)
         if len(data) < head.size:
-            raise ValueError(f"{len(data)} bytes are no sample of {len(kinds)} columns")
+            raise ValueError(f"{len(data)} bytes are not a sample of {len(kinds)} columns")
         lengths = iter(head.unpack_from(data))
         start, sample = head.size, {}
         for name, kind in zip(self.names, kinds, strict=True):
@@ -180,29 +193,32 @@ class Columns:
 
 @dataclass(frozen=True)
 class Shard:
-    """One entry of an index: a file of samples."""
+    """An entry of an index: a file of samples."""
 
     folder: Path
-    """Where the index lies."""
+    """Folder of the index."""
     columns: Columns
     samples: int
     raw_data: FileInfo
     zip_data: FileInfo | None = None
-    """The compressed file, in a set that has them."""
+    """Compressed file, if the set is compressed."""
     compression: str | None = None
 
     def read(self, index: int) -> dict[str, Any]:
-        """One sample, by column.
+        """Read a sample as a mapping from column to value.
 
         Raises:
             IndexError: the shard has fewer samples.
-            FileNotFoundError: its uncompressed file is not there.
-            ValueError: the file is damaged there.
+            FileNotFoundError: the uncompressed file is missing.
+            ValueError: the sample is damaged.
         """
         if not 0 <= index < self.samples:
-            raise IndexError(f"{self.raw_data.basename} has {self.samples} samples, no {index}")
+            raise IndexError(
+                f"{self.raw_data.basename} has no sample {index}, it has {self.samples} samples"
+            )
         file = os.open(self.folder / self.raw_data.basename, os.O_RDONLY)
         try:
+            # After the number of samples, the header has the offset of each sample and of the end.
             span = os.pread(file, 8, 4 + 4 * index)
             begin, end = struct.unpack("<II", span) if len(span) == 8 else (0, 0)
             is_inside = 8 + 4 * self.samples <= begin < end <= self.raw_data.bytes
@@ -214,10 +230,10 @@ class Shard:
         return self.columns.decode(data)
 
     def decompress(self, data: bytes, target: Path) -> None:
-        """Write the uncompressed file of the compressed `data`.
+        """Decompress the content of the compressed file to `target`.
 
         Raises:
-            ValueError: the data is damaged, or holds more or less than the index says.
+            ValueError: the data are damaged, or their size differs from the index.
         """
         assert self.compression is not None
         try:
@@ -226,18 +242,18 @@ class Shard:
             raise ValueError(f"{self.raw_data.basename}: {error}") from error
         if written != self.raw_data.bytes:
             raise ValueError(
-                f"{self.raw_data.basename} unpacks to {written} bytes, the index says "
+                f"{self.raw_data.basename} decompresses to {written} bytes, the index says "
                 f"{self.raw_data.bytes}"
             )
 
 
 def read_index(folder: Path) -> list[Shard]:
-    """All shards that `folder`/index.json names, without opening them.
+    """Read the shards named in `folder`/index.json, without opening them.
 
     Raises:
         FileNotFoundError: there is no index.
-        ValueError: it is damaged, names files outside the folder, or has columns or hashes that are
-            not read.
+        ValueError: the index is damaged, names files outside the folder, or has unsupported columns
+            or hashes.
     """
     path = folder / INDEX_NAME
     if not path.is_file():
@@ -255,14 +271,14 @@ def read_index(folder: Path) -> list[Shard]:
 
 
 def parse_shard(folder: Path, entry: Any) -> Shard:
-    """The shard that an entry of the index in `folder` describes.
+    """Parse an entry of the index in `folder`.
 
     Raises:
-        ValueError: it is damaged, or needs what is not read.
+        ValueError: the entry is damaged, or needs unsupported features.
     """
     for name, expected in (("version", _VERSION), ("format", "mds")):
         if _field(entry, name, type(expected)) != expected:
-            raise ValueError(f"{name} is {entry[name]!r}, only {expected!r} is read")
+            raise ValueError(f"{name} is {entry[name]!r}, only {expected!r} is supported")
     samples = _field(entry, "samples", int)
     raw_data = _file_info(_field(entry, "raw_data", dict))
     if not (samples >= 0 and 8 + 4 * samples <= raw_data.bytes < _OFFSET_LIMIT):
@@ -282,11 +298,11 @@ def parse_shard(folder: Path, entry: Any) -> Shard:
 
 
 class Writer:
-    """Writes samples into shards of at most `size_limit`, and at its end the index.
+    """Writes samples to shards of at most `size_limit`, and finally the index.
 
-    For the same samples and settings the shards and the index are those of MosaicML's MDSWriter,
-    byte for byte; compressed shards unpack to the same bytes. One thing differs: where the first
-    sample exceeds the limit, MDSWriter puts an empty shard before it. As a context manager the
+    For the same samples and settings, shards and index equal those of MosaicML's MDSWriter byte for
+    byte; compressed shards decompress to the same bytes. There is one difference: if the first
+    sample exceeds the limit, MDSWriter writes an empty shard before it. As a context manager, the
     writer finishes unless there was an error.
     """
 
@@ -298,18 +314,19 @@ class Writer:
         compression: str | None = None,
         hashes: tuple[str, ...] = (),
     ) -> None:
-        """Begin.
+        """Create the folder and start writing.
 
         Args:
-            folder: made here.
-            columns: encoding of each column by its name.
-            size_limit: bytes, or a text such as `64mb`; a larger sample gets a shard to itself.
-            compression: `br`, `bz2`, `gz`, `snappy` or `zstd`, perhaps with a level: `zstd:7`.
-            hashes: algorithms, in alphabetical order.
+            folder: folder to create.
+            columns: column name -> encoding.
+            size_limit: bytes, or a text such as `64mb`; a larger sample gets its own shard.
+            compression: `br`, `bz2`, `gz`, `snappy` or `zstd`, optionally with a level, as in
+                `zstd:7`.
+            hashes: names of hash algorithms, in alphabetical order.
 
         Raises:
             FileExistsError: the folder exists.
-            ValueError: an argument that makes no sense.
+            ValueError: an argument is invalid.
         """
         self._size_limit = parse_bytes(size_limit)
         if not 0 < self._size_limit < _OFFSET_LIMIT:
@@ -330,7 +347,7 @@ class Writer:
         }
         self._head = json.dumps(self._settings, sort_keys=True).encode()
         self.shards: list[dict[str, Any]] = []
-        """Entries of the shards that are written."""
+        """Index entries of the shards written so far."""
         self._samples: list[bytes] = []
         self._bytes = 8 + len(self._head)
         folder.mkdir(parents=True)
@@ -343,11 +360,11 @@ class Writer:
             self.finish()
 
     def write(self, sample: Mapping[str, Any]) -> None:
-        """Append a sample, a value by column.
+        """Append a sample, given as a mapping from column to value.
 
         Raises:
-            ValueError: a value that does not fit its column.
-            OSError: the disk does not take it.
+            ValueError: a value does not fit its column.
+            OSError: the write failed.
         """
         data = self._columns.encode(sample)
         if self._samples and self._bytes + len(data) + 4 > self._size_limit:
@@ -356,7 +373,7 @@ class Writer:
         self._bytes += len(data) + 4
 
     def finish(self) -> None:
-        """Write what is left, and the index."""
+        """Write the remaining samples and the index."""
         if self._samples:
             self._flush()
         index = {"version": _VERSION, "shards": self.shards}
@@ -392,7 +409,11 @@ def _digest(algorithm: str, data: bytes) -> str:
 
 
 def _field(entry: Any, name: str, kind: type) -> Any:
-    """A field of a JSON object; raises ValueError where it is missing or of another type."""
+    """Read a field of a JSON object.
+
+    Raises:
+        ValueError: the field is missing or has another type.
+    """
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} is not {kind.__name__}")
@@ -402,18 +423,18 @@ def _field(entry: Any, name: str, kind: type) -> Any:
 def _texts(entry: Any, name: str) -> tuple[str, ...]:
     texts = _field(entry, name, list)
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} holds other things than texts")
+        raise ValueError(f"{name} is not a list of texts")
     return tuple(texts)
 
 
 @lru_cache(maxsize=64)
 def _layout(encodings: tuple[str, ...]) -> tuple[list[Encoding], struct.Struct]:
-    """The encodings of a sample, and the sizes that it begins with."""
+    """Encodings of a sample, and the struct of the sizes at its beginning."""
     kinds = [ENCODINGS[encoding] for encoding in encodings]
     return kinds, struct.Struct(f"<{sum(kind.size is None for kind in kinds)}I")
 
 
-@lru_cache(maxsize=64)  # the shards of a set share theirs
+@lru_cache(maxsize=64)  # shards of a set share their columns
 def _columns(names: tuple[str, ...], encodings: tuple[str, ...]) -> Columns:
     if len(names) != len(encodings):
         raise ValueError(f"{len(names)} column_names, but {len(encodings)} column_encodings")
@@ -422,10 +443,10 @@ def _columns(names: tuple[str, ...], encodings: tuple[str, ...]) -> Columns:
 
 def _file_info(entry: Any) -> FileInfo:
     basename, size = _field(entry, "basename", str), _field(entry, "bytes", int)
-    # The name becomes a path here and a key of the remote.
+    # The name becomes a local path and a key in the remote.
     relative_name(basename)
     if basename.split("/")[0] == INDEX_NAME or basename.startswith("."):
-        raise ValueError(f"the file name {basename!r} is not one of a shard")
+        raise ValueError(f"the file name {basename!r} is not that of a shard")
     if size < 0:
         raise ValueError(f"{basename} has {size} bytes")
     hashes = _field(entry, "hashes", dict)
@@ -436,7 +457,11 @@ def _file_info(entry: Any) -> FileInfo:
 
 
 def _codec(compression: Any) -> tuple[str, int | None]:
-    """Name and level of a compression; raises ValueError for one that is not known."""
+    """Parse name and level of a compression.
+
+    Raises:
+        ValueError: the compression is unknown.
+    """
     match = re.fullmatch(r"(\w+)(?::(\d{1,2}))?", str(compression))
     if match is None or match[1] not in _CODECS:
         raise ValueError(f"compression {compression!r} is not one of {', '.join(_CODECS)}")
@@ -445,7 +470,7 @@ def _codec(compression: Any) -> tuple[str, int | None]:
 
 def _compress(compression: str, data: bytes) -> bytes:
     name, level = _codec(compression)
-    if name == "bz2":  # Arrow's has no level
+    if name == "bz2":  # Arrow's codec has no level
         return bz2.compress(data, 9 if level is None else level)
     from pyarrow import Codec  # slow to import
 
@@ -453,16 +478,18 @@ def _compress(compression: str, data: bytes) -> bytes:
 
 
 def _decompress(compression: str, data: bytes, limit: int, target: Path) -> int:
-    """Write what `data` unpacks to into a file; returns its bytes, some more than `limit` where
-    there are more.
+    """Decompress `data` to a file, and return the number of bytes.
 
-    Raises ValueError for damaged data.
+    If there are more than `limit` bytes, stop soon after the limit.
+
+    Raises:
+        ValueError: the data are damaged.
     """
     import pyarrow  # slow to import
 
     name, written = _codec(compression)[0], 0
     try:
-        if name == "snappy":  # has no frames: it is unpacked at once, and begins with its size
+        if name == "snappy":  # without frames: decompressed at once; the data begin with the size
             written = _snappy_size(data)
             if written == limit:
                 target.write_bytes(pyarrow.decompress(data, written, "snappy", asbytes=True))
@@ -473,17 +500,17 @@ def _decompress(compression: str, data: bytes, limit: int, target: Path) -> int:
                 written += len(chunk)
                 file.write(chunk)
     except OSError as error:
-        if error.errno is not None:  # the disk's fault, not the data's
+        if error.errno is not None:  # the disk failed, not the data
             raise
-        raise ValueError(f"can't be unpacked: {error}") from error
+        raise ValueError(f"can't be decompressed: {error}") from error
     return written
 
 
 def _snappy_size(data: bytes) -> int:
-    """The size that Snappy data states, a varint of at most five bytes."""
+    """Size stated at the beginning of Snappy data, a varint of at most five bytes."""
     size = 0
     for place, byte in enumerate(data[:5]):
         size |= (byte & 0x7F) << (7 * place)
         if byte < 0x80:
             return size
-    raise ValueError("is no Snappy data")
+    raise ValueError("not Snappy data")

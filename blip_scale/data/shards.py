@@ -54,38 +54,39 @@ HASH = "xxh64"
 
 @dataclass(frozen=True)
 class Record:
-    """One image with its text as it is written."""
+    """One image with its texts, to be written to a shard."""
 
     id: str
     image: bytes
     """The encoded image file, not pixels."""
     caption: str | Sequence[str]
-    """One text, or several of the same image."""
+    """Caption of the image, or several captions."""
     source: str
     width: int = 0
-    """Pixels; where it is 0, both sides are read from the image when it is written."""
+    """Width in pixels; if it is 0, both sides are read from the image when it is written."""
     height: int = 0
     url: str = ""
     similarity: float = math.nan
     annotations: Sequence[dict[str, Any]] | None = None
-    """What the task knows of each caption, one each."""
+    """One annotation per caption, with the labels of a task."""
     second_image: bytes | None = None
 
     @property
     def extra_columns(self) -> dict[str, str]:
-        """Those of `EXTRA_COLUMNS` that the record has."""
-        return {
-            name: kind for name, kind in EXTRA_COLUMNS.items() if getattr(self, name) is not None
-        }
+        """Columns of `EXTRA_COLUMNS` that the record has, with their types."""
+        columns = EXTRA_COLUMNS.items()
+        return {name: kind for name, kind in columns if getattr(self, name) is not None}
 
     @property
     def captions(self) -> list[str]:
+        """All captions of the image."""
         return [self.caption] if isinstance(self.caption, str) else list(self.caption)
 
     def sample(self) -> dict[str, Any]:
-        """The columns of `COLUMNS`, and of `EXTRA_COLUMNS` those that are there.
+        """Return the columns of `COLUMNS`, and the columns of `EXTRA_COLUMNS` that the record has.
 
-        Raises ValueError where there is no caption, or not one annotation for each.
+        Raises:
+            ValueError: there is no caption, or the number of annotations differs from it.
         """
         if not self.captions:
             raise ValueError(f"the record {self.id!r} has no caption")
@@ -106,7 +107,7 @@ class Record:
 
 
 def with_first(records: Iterable[Record]) -> tuple[Record | None, Iterator[Record]]:
-    """The first record, which tells the extra columns of the set, and all of them."""
+    """Return the first record, which has the set's extra columns, and an iterator over all."""
     every = iter(records)
     first = next(every, None)
     return first, every if first is None else chain([first], every)
@@ -115,8 +116,10 @@ def with_first(records: Iterable[Record]) -> tuple[Record | None, Iterator[Recor
 def shard_writer(
     folder: Path, shard_size: str | int, compression: str | None = None, first: Record | None = None
 ) -> mds.Writer:
-    """A writer of shards of at most `shard_size` with our columns, the extra ones of the first
-    record, and checksums."""
+    """Open a writer for shards of at most `shard_size`, with checksums.
+
+    The shards have the columns of `COLUMNS` and the extra columns of the first record.
+    """
     columns = COLUMNS | (first.extra_columns if first else {})
     return mds.Writer(folder, columns, shard_size, compression, (HASH,))
 
@@ -127,12 +130,14 @@ def write_shards(
     shard_size: str = "64mb",
     compression: str | None = None,
 ) -> int:
-    """Write `records` as MDS shards of at most `shard_size` into `folder`; returns their number.
+    """Write records as MDS shards of at most `shard_size`, and return their number.
 
-    The shards go to `folder.partial`, which is renamed when all is written: `folder` is whole or
-    not there. What an earlier, killed call left in `folder.partial` is thrown away. Raises
-    FileExistsError where `folder` exists and ValueError for an empty set, a record without a
-    caption or an id seen twice.
+    The shards are written to `folder.partial`, which is renamed at the end, so that `folder` is
+    complete or missing. A `folder.partial` of an earlier, killed call is deleted.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        ValueError: there is no record, a record has no caption, or an id occurs twice.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it or choose another folder")
@@ -144,7 +149,7 @@ def write_shards(
     with shard_writer(partial, shard_size, compression, first) as writer:
         for record in records:
             if record.id in ids:
-                raise ValueError(f"{folder}: the id {record.id!r} comes twice; ids must be unique")
+                raise ValueError(f"{folder}: the id {record.id!r} occurs twice; ids must be unique")
             ids.add(record.id)
             counts.append(len(record.captions))
             writer.write(record.sample())
@@ -159,10 +164,11 @@ def write_shards(
 
 
 def read_index(folder: Path) -> list[mds.Shard]:
-    """All shards that `folder`/index.json names, without opening them.
+    """Read the shards named in `folder`/index.json, without opening them.
 
-    Raises FileNotFoundError without an index, ValueError for one that can't be read or that
-    doesn't have the columns of `COLUMNS`.
+    Raises:
+        FileNotFoundError: there is no index.
+        ValueError: the index can't be read or lacks columns of `COLUMNS`.
     """
     shards = mds.read_index(folder)
     for columns in {shard.columns for shard in shards}:
@@ -177,16 +183,20 @@ def read_index(folder: Path) -> list[mds.Shard]:
 def captions_by_shard(
     shards: Sequence[dict[str, Any]], counts: Sequence[int]
 ) -> list[list[int] | None]:
-    """What the index says of the captions: `counts` are those of all samples in their order."""
+    """Split the numbers of captions of all samples, in order, by shard.
+
+    The entry of a shard is None if each of its samples has one caption.
+    """
     ends = list(accumulate(shard["samples"] for shard in shards))
     parts = [list(counts[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
     return [None if set(part) <= {1} else part for part in parts]
 
 
 def read_caption_counts(folder: Path) -> list[list[int] | None]:
-    """What `captions_by_shard` put into the index, for each shard.
+    """Read the numbers of captions per shard from the index (see `captions_by_shard`).
 
-    Raises ValueError for an index without it.
+    Raises:
+        ValueError: the index lacks them.
     """
     path = folder / INDEX_NAME
     index = json.loads(path.read_text())
@@ -199,7 +209,7 @@ def read_caption_counts(folder: Path) -> list[list[int] | None]:
     for part, shard in zip(counts, shards, strict=True):
         if part is not None and not _are_counts(part, shard["samples"]):
             raise ValueError(
-                f"{path}: `{CAPTIONS_KEY}` holds no {shard['samples']} numbers for "
+                f"{path}: `{CAPTIONS_KEY}` does not hold {shard['samples']} numbers for "
                 f"{shard['raw_data']['basename']}: write the set again"
             )
     return counts
@@ -211,9 +221,9 @@ def _are_counts(part: Any, samples: int) -> bool:
 
 
 def _image_size(image: bytes) -> tuple[int, int]:
-    """Width and height by the header alone; (0, 0) where it can't be read."""
+    """Width and height from the image's header, or (0, 0) if it can't be read."""
     try:
         with open_image(image) as opened:
             return opened.size
-    except Exception:  # each format fails in its own way; who decodes it will say so
+    except Exception:  # each format fails in its own way; decoding will report it
         return 0, 0

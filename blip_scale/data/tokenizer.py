@@ -1,4 +1,4 @@
-"""The tokenizer of any BERT-type checkpoint with BLIP's [DEC] and [ENC] added, and packed captions.
+"""Load BERT tokenizers with BLIP's [DEC] and [ENC] added, and pack captions.
 
 Legend: S sequences, T packed tokens.
 """
@@ -32,37 +32,41 @@ _PACKAGE_PREFIX = "package:"
 
 @dataclass(frozen=True)
 class Padding:
-    """How packed captions are filled up to a static size; by default not at all."""
+    """Padding of packed captions to a static size; by default none."""
 
     bucket: int = 1
-    """Multiple that the number of tokens is filled up to; 1: nothing is filled up."""
+    """Multiple to which the number of tokens is padded; 1: no padding."""
     fillers: int = 0
-    """Number of last sequences that only fill, of [PAD]; the same for all captions of a bucket."""
+    """Number of filler sequences of [PAD] at the end; equal for all captions of a bucket."""
     spread: int = 0
-    """Tokens by which as many captions, drawn out of these, may differ from them together: at least
-    four standard deviations of independent draws. Nearly always the same in all batches of a
-    bucket."""
+    """Bound on the difference in tokens between these captions and as many drawn from them.
+
+    It is at least four standard deviations of independent draws, and nearly always equal for all
+    batches of a bucket.
+    """
 
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Token ids of several captions in one row."""
+    """Token ids of several captions in one sequence."""
 
     token_ids: Tensor
     """[T] int64."""
     offsets: Tensor
     """[S+1] int32: caption s is token_ids[offsets[s]:offsets[s+1]]. Fillers come last."""
     max_length: int
-    """At least the longest; `max_tokens` where captions are filled up."""
+    """Upper bound on the length of a caption; `max_tokens` if captions are padded."""
     padding: Padding = field(default_factory=Padding)
 
 
 def resolve_checkpoint(name: str) -> str:
-    """The folder of a checkpoint or tokenizer; a hub name is returned as it is.
+    """Resolve the name of a checkpoint or tokenizer to a folder; a hub name is kept.
 
-    `package:NAME` is the folder with config.json inside the installed Python package NAME.
-    Raises FileNotFoundError for a package that is not installed or ships no checkpoint, and for
-    what looks like a path and is not there.
+    `package:NAME` is the folder with config.json in the installed Python package NAME.
+
+    Raises:
+        FileNotFoundError: a package is not installed or has no checkpoint, or a path does not
+            exist.
     """
     if name.startswith(_PACKAGE_PREFIX):
         return str(_package_checkpoint(name.removeprefix(_PACKAGE_PREFIX)))
@@ -75,14 +79,16 @@ def resolve_checkpoint(name: str) -> str:
 
 
 def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
-    """Tokenizer of `text.tokenizer`, else of `text.checkpoint`, with [DEC] (bos) and [ENC] added.
+    """Load the tokenizer of `text.tokenizer`, else of `text.checkpoint`, for BLIP.
 
-    In that order, so that they get the ids V and V+1 of a vocabulary of V tokens (30522 and 30523
-    for bert-base-uncased, as published). Raises ValueError when neither is set, when it can't be
-    loaded, or when it lacks a fast implementation or the tokens that open, close and pad a
-    sequence.
+    [DEC] (bos) and [ENC] are added. They get the ids V and V+1 after a vocabulary of V tokens, as
+    published (30522 and 30523 for bert-base-uncased).
+
+    Raises:
+        ValueError: neither setting has a value, or the tokenizer can't be loaded, has no fast
+            implementation, or lacks the tokens that open, close and pad a sequence.
     """
-    # Workers are forked; the tokenizer's own threads would warn about it and gain nothing.
+    # Workers are forked: the tokenizer's own threads would warn about that and gain nothing.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -106,14 +112,18 @@ def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name!r} has no fast form (tokenizer.json): convert it first")
     tokenizer.add_special_tokens({"bos_token": DECODE_TOKEN})
-    # Not as an "additional" special token: transformers 5 saves those under a name that 4 rejects.
+    # Not an "additional" special token: transformers 5 saves those under a name that 4 rejects.
     tokenizer.add_tokens([ENCODE_TOKEN], special_tokens=True)
     special_ids(tokenizer)
     return tokenizer
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Ids of the tokens that the model must know: pad, cls, sep, enc, dec."""
+    """Ids of the tokens that the model needs: pad, cls, sep, enc, dec.
+
+    Raises:
+        ValueError: the tokenizer lacks one of them.
+    """
     ids = {
         "pad": tokenizer.pad_token_id,
         "cls": tokenizer.cls_token_id,
@@ -124,14 +134,14 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     missing = [name for name, token_id in ids.items() if token_id is None]
     if missing:
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)} token: take one "
-            "of the BERT kind, which closes every text with [CLS] ... [SEP]"
+            f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)} token: use a BERT "
+            "tokenizer, which encloses every text in [CLS] ... [SEP]"
         )
     return ids
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """How a generated caption starts: [DEC] and the tokens of the prompt."""
+    """First token ids of a generated caption: [DEC] and the prompt."""
     tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return [special_ids(tokenizer)["dec"], *tokens]
 
@@ -142,13 +152,13 @@ def pack_captions(
     max_tokens: int,
     pad_tokens_to: int = 1,
 ) -> PackedTokens:
-    """[CLS] caption [SEP] of every caption, one after the other.
+    """Tokenize captions as [CLS] caption [SEP], and concatenate them.
 
     Args:
-        tokenizer: of the BERT kind.
-        captions: at least one where they are filled up.
-        max_tokens: longer captions ([CLS] and [SEP] included) are cut; [SEP] stays last.
-        pad_tokens_to: filler sequences are added until the tokens are a multiple of this; 1: none.
+        tokenizer: a BERT tokenizer.
+        captions: texts; at least one if they are padded.
+        max_tokens: longest caption, [CLS] and [SEP] included; longer ones are cut before [SEP].
+        pad_tokens_to: filler sequences make the number of tokens a multiple of this; 1: none.
     """
     rows = tokenizer(
         list(captions), truncation=True, max_length=max_tokens, return_attention_mask=False
@@ -169,13 +179,16 @@ def pack_captions(
 
 
 def _fill(lengths: list[int], max_tokens: int, bucket: int) -> tuple[list[int], Padding]:
-    """Lengths of the fillers, 2 to `max_tokens` each: next-token prediction drops one of each."""
+    """Lengths of the fillers, 2 to `max_tokens` each.
+
+    A filler has at least two tokens, because next-token prediction drops one.
+    """
     tokens = sum(lengths)
     count = math.ceil((bucket - 1) / (max_tokens - 2))
     rest = math.ceil((tokens + 2 * count) / bucket) * bucket - tokens
     ends = [rest * number // count for number in range(count + 1)]
-    # Lengths of captions deviate by a third of their mean. A half covers that without a look at the
-    # batch, so that all batches of a bucket have one spread; others take a power of two.
+    # Lengths of captions deviate by a third of their mean. A bound of one half covers that whatever
+    # the batch, so that all batches of a bucket have the same spread. Others use a power of two.
     spread = math.ceil(2 * (tokens + rest) / math.sqrt(len(lengths)))
     deviation = pstdev(lengths) * math.sqrt(len(lengths))
     if 4 * deviation > spread:

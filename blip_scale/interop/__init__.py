@@ -1,1 +1,1 @@
-"""Weights of others, in and out: Hugging Face BLIP, Salesforce's files, BERT, timm ViTs."""
+"""Read and write weights of other projects: Hugging Face BLIP, Salesforce files, BERT, timm."""

@@ -1,9 +1,8 @@
-"""Text weights from any Hugging Face BERT-type checkpoint (BertModel, BertForMaskedLM, ...).
+"""Load text weights from a Hugging Face BERT checkpoint (BertModel, BertForMaskedLM, ...).
 
-As published (encoder and decoder both start from BERT): the encoder's and the decoder's
-self-attention each get a copy of BERT's, the LM head gets the MLM head where there is one. Poolers
-and token types have no place in BLIP and are dropped. What BERT lacks keeps its random start:
-cross-attention and the word rows of [DEC] and [ENC].
+As published, encoder and decoder both start from BERT: each self-attention gets a copy of BERT's.
+The LM head gets the MLM head if there is one. Poolers and token types are dropped, because BLIP has
+none. Cross-attention and the word embeddings of [DEC] and [ENC], which BERT lacks, stay random.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ log = logging.getLogger(__name__)
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _EMBEDDINGS = {"word": "word_embeddings", "position": "position_embeddings"}
 _SPECIAL = 2
-"""[DEC] and [ENC], which BERT's vocabulary lacks."""
+"""Number of tokens that BERT's vocabulary lacks: [DEC] and [ENC]."""
 _PADDING = 128
-"""Word rows that a BERT may have beyond the tokenizer's words: some pad to a multiple of this."""
+"""Multiple to which some BERTs pad their word embeddings beyond the tokenizer's words."""
 _ROWS = ("text.embeddings.word.weight", "text.embeddings.position.weight", "lm_head.bias")
-"""Their first rows are taken, as many as both sides have."""
+"""Parameters of which the first rows are copied, as many as both sides have."""
 SELF_ATTENTION = {
     "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
     "output": ("attention.output.dense",),
@@ -49,21 +48,21 @@ LM_HEAD = {
 
 
 def load_bert(med: MED, checkpoint: str | Path) -> None:
-    """Fills the text stack of an initialised plain MED from a checkpoint folder or hub name.
+    """Fill the text stack of an initialised, unpartitioned MED from a folder or hub name.
 
     Raises:
-        FileNotFoundError: no weights there.
-        ValueError: missing names, shapes that don't fit, too few layers, all named; or word rows
-            of another vocabulary.
+        FileNotFoundError: there are no weights.
+        ValueError: names are missing, shapes differ, there are too few layers, or the vocabulary is
+            another one. The message says which.
     """
     state = from_bert(_read(str(checkpoint)), med.config.text)
     words = med.config.text.vocab_size
     new = words - len(state["text.embeddings.word.weight"])
     if new <= -_PADDING:
         raise ValueError(
-            f"text checkpoint {checkpoint} has {words - new} word rows, the tokenizer {words} "
-            "words with [DEC] and [ENC]: they are of different vocabularies; leave "
-            "model.text.tokenizer out, or give the tokenizer of the checkpoint"
+            f"text checkpoint {checkpoint} has {words - new} word rows, but the tokenizer {words} "
+            "words with [DEC] and [ENC]: their vocabularies differ; leave model.text.tokenizer "
+            "out, or set it to the tokenizer of the checkpoint"
         )
     parameters = dict(med.named_parameters())
     wrong = []
@@ -79,37 +78,40 @@ def load_bert(med: MED, checkpoint: str | Path) -> None:
             target.copy_(value)
     if wrong:
         raise ValueError(f"text checkpoint {checkpoint}: shapes don't fit: {'; '.join(wrong[:5])}")
-    log.info("text weights from %s; %d word rows keep their random start", checkpoint, max(new, 0))
+    log.info("text weights from %s; %d word rows stay random", checkpoint, max(new, 0))
     if new not in (0, _SPECIAL):
         log.warning(
             "text checkpoint %s has %d word rows, the tokenizer %d words with [DEC] and [ENC]: "
-            "right only if its words are the first of the other's, in the same order",
+            "correct only if the smaller vocabulary is the beginning of the larger one",
             checkpoint, words - new, words,
         )  # fmt: skip
 
 
 def from_bert(state: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
-    """A BERT state dict under MED's parameter names, as far as BERT reaches.
+    """Convert a BERT state dict to MED's parameter names, for the parameters that BERT has.
 
     Args:
-        state: with or without the prefix `bert.`, norms named weight/bias or gamma/beta.
-        config: tells how many layers are taken (the first ones).
+        state: tensors with or without the prefix `bert.`; norms are named weight/bias or
+            gamma/beta.
+        config: sizes of the text stack; its first `layers` layers are converted.
 
     Raises:
-        ValueError: missing names, or a vocabulary, positions or depth too small for `config`.
+        ValueError: names are missing, or there are too few positions or layers for `config`.
     """
     plain = {_plain(name): value for name, value in state.items()}
     table = dict(_table(config.layers, "cls.predictions.bias" in plain))
     missing = sorted({name for names in table.values() for name in names} - set(plain))
     if missing:
-        there = {name.split(".")[2] for name in plain if name.startswith("encoder.layer.")}
+        layers = {name.split(".")[2] for name in plain if name.startswith("encoder.layer.")}
         raise ValueError(
             f"text checkpoint: {len(missing)} names are missing, the first "
-            f"{', '.join(missing[:3])} (it has {len(there)} layers, "
-            f"{config.layers} are asked for); take a BERT-type checkpoint, "
+            f"{', '.join(missing[:3])} (it has {len(layers)} layers, "
+            f"{config.layers} are asked for); use a BERT checkpoint, "
             "or a smaller model.text.layers"
         )
-    result = {ours: torch.cat([plain[name] for name in theirs]) for ours, theirs in table.items()}
+    result = {}
+    for name, bert_names in table.items():
+        result[name] = torch.cat([plain[bert_name] for bert_name in bert_names])
     positions = len(result["text.embeddings.position.weight"])
     if positions < config.max_positions:
         raise ValueError(
@@ -126,22 +128,22 @@ def _plain(name: str) -> str:
 
 
 def _table(layers: int, mlm_head: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(our name, their names), theirs one after another along the first dimension."""
-    for ours, theirs in _EMBEDDINGS.items():
-        yield f"text.embeddings.{ours}.weight", (f"embeddings.{theirs}.weight",)
+    """Yield pairs of a MED name and its BERT names, in order along the first dimension."""
+    for ours, bert_name in _EMBEDDINGS.items():
+        yield f"text.embeddings.{ours}.weight", (f"embeddings.{bert_name}.weight",)
     for part in ("weight", "bias"):
         yield f"text.embeddings.norm.{part}", (f"embeddings.LayerNorm.{part}",)
         for i in range(layers):
             layer = f"encoder.layer.{i}"
             for name, several in SELF_ATTENTION.items():
-                their_names = tuple(f"{layer}.{theirs}.{part}" for theirs in several)
+                bert_names = tuple(f"{layer}.{bert_name}.{part}" for bert_name in several)
                 for use in ("encoder", "decoder"):
-                    yield f"text.layers.{i}.self_attention_{use}.{name}.{part}", their_names
-            for name, theirs in MLP.items():
-                yield f"text.layers.{i}.mlp.{name}.{part}", (f"{layer}.{theirs}.{part}",)
+                    yield f"text.layers.{i}.self_attention_{use}.{name}.{part}", bert_names
+            for name, bert_name in MLP.items():
+                yield f"text.layers.{i}.mlp.{name}.{part}", (f"{layer}.{bert_name}.{part}",)
     if mlm_head:
-        for ours, theirs in LM_HEAD.items():
-            yield f"lm_head.{ours}", (f"cls.predictions.{theirs}",)
+        for ours, bert_name in LM_HEAD.items():
+            yield f"lm_head.{ours}", (f"cls.predictions.{bert_name}",)
 
 
 def _read(checkpoint: str) -> Mapping[str, Tensor]:
@@ -169,6 +171,6 @@ def _read(checkpoint: str) -> Mapping[str, Tensor]:
         except (SafetensorError, RuntimeError, EOFError, LookupError, TypeError) as error:
             raise ValueError(f"text checkpoint {path} is damaged: {error}") from error
     raise FileNotFoundError(
-        f"text checkpoint {checkpoint}: neither {' nor '.join(_FILES)} lies there; "
-        "give a folder with one of them or a hub name"
+        f"text checkpoint {checkpoint}: it has neither {' nor '.join(_FILES)}; "
+        "give a folder with one of them, or a hub name"
     )

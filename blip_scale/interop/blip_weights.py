@@ -1,5 +1,4 @@
-"""A BLIP on its way between formats: checked weights under the published names, and what one head's
-weights can be turned into."""
+"""Weights of a BLIP model between formats: checked, under published names, convertible to heads."""
 
 from __future__ import annotations
 
@@ -41,82 +40,80 @@ _NO_IMAGE_INDEX = -100
 
 @dataclass
 class BlipWeights:
-    """One head's weights; `checked` makes it."""
+    """Weights of one head. Build it with `checked`."""
 
     head: Head
     config: MEDConfig
     state: State
-    """Published names (`salesforce`), second names and position_ids included; floats in fp32."""
+    """Tensors by published name (`salesforce`), with second names and position_ids; floats are
+    fp32."""
     origin: str
-    """What it was read from, for messages and the model card."""
+    """Path that the weights were read from, for messages and the model card."""
     step: int | None = None
-    """Optimizer steps of its training, where the source says it."""
+    """Number of optimizer steps of the training, if the source has it."""
     notes: list[str] = field(default_factory=list)
-    """What was made and not read, in words."""
+    """Sentences about values that were created instead of read."""
     unpublished: State = field(default_factory=dict)
-    """Parameters that the published network doesn't have, by their full names in a run: of the
-    network (`med.`), of its momentum copies (`momentum.`), and of losses (any other name; flat).
-    Only our training checkpoints hold them."""
+    """Parameters that the published network lacks, by full name in a run. Names begin with `med.`
+    for the network and `momentum.` for its momentum copies. Other names are parameters of losses,
+    which are flat. Only training checkpoints hold such parameters."""
     output: OutputSettings | None = None
-    """What the source says of prompt, lengths, beams and scoring; None: nothing, as BLIP's own
+    """Prompt, lengths, beams and scoring from the source; None if it has none, like BLIP's own
     files."""
 
     @property
     def output_settings(self) -> OutputSettings:
-        """Those of the source, or the published ones."""
+        """Output settings of the source, else the published ones."""
         return self.output or published(self.head)
 
 
 def checked(weights: BlipWeights) -> BlipWeights:
-    """The weights, whole: every name of the layout there, none left over, every shape right.
+    """Check that the weights have exactly the names and shapes of their head's layout.
 
-    The temperature may be missing (Hugging Face has none). A training state that isn't whole is
-    left out (LAVIS writes queues without momentum copies), which `notes` says.
+    A missing temperature is set to the published one, because Hugging Face files have none. An
+    incomplete training state is dropped, because LAVIS writes queues without momentum copies. Both
+    are recorded in `notes`.
 
     Raises:
-        ValueError: names what doesn't fit.
+        ValueError: names or shapes do not match. The message names them.
     """
-    state = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in complete(weights.state).items()
-    }
+    state = complete(weights.state)
+    state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
     if weights.head in ("pretrain", "retrieval") and "temp" not in state:
         state["temp"] = torch.tensor(PUBLISHED_TEMPERATURE)
         weights.notes.append(
-            f"it has no temperature: {PUBLISHED_TEMPERATURE}, with which BLIP starts"
+            f"it has no temperature: set to {PUBLISHED_TEMPERATURE}, BLIP's initial value"
         )
-    untied = [
-        name for name, first in TIED.items()
-        if name in state and not torch.equal(state[name], state[first])
-    ]  # fmt: skip
-    if untied:
-        raise ValueError(
-            f"{weights.origin}: {untied[0]} isn't equal to {TIED[untied[0]]}; BLIP ties them"
-        )
+    for name, first in TIED.items():
+        if name in state and not torch.equal(state[name], state[first]):
+            raise ValueError(f"{weights.origin}: {name} isn't equal to {first}; BLIP ties them")
     state = _without_partial_training_state(weights, state)
     queue = state.get("image_queue")
     size = None if queue is None else queue.shape[-1]
     shapes = expected_shapes(weights.head, weights.config, size)
     missing = sorted(set(shapes) - set(state))
     unknown = sorted(set(state) - set(shapes))
-    wrong = [
-        f"{name} {tuple(state[name].shape)}, wanted {tuple(shapes[name])}"
-        for name in sorted(set(shapes) & set(state))
-        if state[name].shape != shapes[name]
-    ]
+    wrong = []
+    for name in sorted(set(shapes) & set(state)):
+        if state[name].shape != shapes[name]:
+            wrong.append(f"{name} {tuple(state[name].shape)}, wanted {tuple(shapes[name])}")
     if missing or unknown or wrong:
         kinds = (("missing", missing), ("left over", unknown), ("of another shape", wrong))
-        found = "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds if names)
-        raise ValueError(f"{weights.origin} doesn't fit as BLIP {weights.head} weights: {found}")
+        problems = "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds if names)
+        raise ValueError(
+            f"{weights.origin} does not match BLIP's {weights.head} weights: {problems}"
+        )
     weights.state = state
     return weights
 
 
 def _without_partial_training_state(weights: BlipWeights, state: State) -> State:
-    """The state, its momentum copies and queues left out unless all of them are there, in their
-    shapes; nothing that is made of the weights needs them."""
-    there = {name for name in state if is_training_state(name)}
-    if not there:
+    """Drop momentum copies and queues unless all of them are present with the right shapes.
+
+    No conversion needs them.
+    """
+    present = {name for name in state if is_training_state(name)}
+    if not present:
         return state
     queue = state.get("image_queue")
     size = 0 if queue is None else queue.shape[-1]
@@ -124,15 +121,15 @@ def _without_partial_training_state(weights: BlipWeights, state: State) -> State
     expected = {name for name in shapes if is_training_state(name)}
     if weights.head not in ("pretrain", "retrieval"):
         expected = set()
-    wrong = sorted(name for name in there & expected if state[name].shape != shapes[name])
+    wrong = sorted(name for name in present & expected if state[name].shape != shapes[name])
     for kind, names in (
-        ("lacks", sorted(expected - there)),
-        ("has no place for", sorted(there - expected)),
+        ("lacks", sorted(expected - present)),
+        ("has no place for", sorted(present - expected)),
         ("has another shape of", wrong),
     ):
         if names:
             weights.notes.append(
-                f"left out: its momentum copies and queues, which aren't whole (it {kind} "
+                f"its momentum copies and queues are incomplete and left out (it {kind} "
                 f"{_some(names)})"
             )
             return without_training_state(state)
@@ -140,17 +137,17 @@ def _without_partial_training_state(weights: BlipWeights, state: State) -> State
 
 
 def parameters_of(weights: BlipWeights, seed: int = 0) -> State:
-    """All parameters of the head's network by full name.
+    """Return all parameters of the head's network by full name.
 
-    A parameter that the published network doesn't have, and these weights neither, takes the value
-    that its constructor draws from `seed`; a warning names it.
+    A parameter that neither the published network nor these weights have is initialised from
+    `seed`. A warning names it.
     """
     shapes = shapes_of(weights.head, weights.config)
     state = from_published(weights.state, weights.head, shapes)
     state |= {name: weights.unpublished[name] for name in shapes if name in weights.unpublished}
     new = [n for n in shapes if n not in state and not is_published(n, weights.head)]
     if new:
-        log.warning("%s lacks %s: taken as initialised", weights.origin, _some(new))
+        log.warning("%s lacks %s: randomly initialised", weights.origin, _some(new))
         network = seeded(lambda: build_network(weights.head, weights.config), seed)
         drawn = {f"{PREFIX}{name}": p.detach() for name, p in network.named_parameters()}
         state |= {name: drawn[name] for name in new}
@@ -158,36 +155,35 @@ def parameters_of(weights: BlipWeights, seed: int = 0) -> State:
 
 
 def published_alone(weights: BlipWeights) -> BlipWeights:
-    """The weights without the parameters that the published network doesn't have; `notes` names
-    what was left out."""
+    """Drop the parameters that the published network lacks, and name them in `notes`."""
     if not weights.unpublished:
         return weights
     note = (
-        "left out, because the published network doesn't have it (who reads the file computes "
-        f"without it): {', '.join(sorted(weights.unpublished))}"
+        "left out, because the published network lacks it (readers of the file compute without "
+        f"it): {', '.join(sorted(weights.unpublished))}"
     )
     return replace(weights, unpublished={}, notes=[*weights.notes, note])
 
 
 def refuse_unpublished(weights: BlipWeights) -> None:
-    """Called by writers of published formats.
+    """Refuse weights that published formats cannot hold.
 
     Raises:
-        ValueError: there are parameters that the format has no name for; names them.
+        ValueError: the formats have no name for some parameters. The message lists them.
     """
     if weights.unpublished:
         raise ValueError(
             f"{weights.origin}: the published formats have no name for "
-            f"{_some(sorted(weights.unpublished))}; write a checkpoint of ours, or leave them out "
+            f"{_some(sorted(weights.unpublished))}; write a training checkpoint, or drop them "
             "with blip_weights.published_alone"
         )
 
 
 def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
-    """The weights as those of another head, without the training state it doesn't share.
+    """Convert the weights to another head, without training state that the head does not share.
 
     Raises:
-        ValueError: this head lacks what the other needs; says what.
+        ValueError: the weights lack something that the head needs. The message says what.
     """
     if head == weights.head:
         return weights
@@ -211,9 +207,9 @@ def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
             reason += "give the file as model.checkpoint to recipe finetune_nlvr2"
     elif head == "vqa" and not lacking and vision_width != weights.config.text.width:
         reason = (
-            f"its decoder would read question states of width {weights.config.text.width}, and "
-            f"the weights that are there read image tokens of width {vision_width}; they can only "
-            "come from fine-tuning"
+            f"its decoder would read question states of width {weights.config.text.width}, but "
+            f"these weights read image tokens of width {vision_width}; the decoder's weights can "
+            "only come from fine-tuning"
         )
     elif not lacking:
         output = turned(weights.output_settings, weights.head, head)
@@ -222,8 +218,10 @@ def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
 
 
 def _selected(weights: BlipWeights, head: Head) -> BlipWeights:
-    """Of pretrained weights those of a head; a retrieval model takes over the queues too, as the
-    published loader does."""
+    """Select the weights of a head from pretrained ones.
+
+    A retrieval model keeps the queues as well, like the published loader.
+    """
     towers = tuple(f"{part}_m" for part in PARTS[head]) if head == "retrieval" else ()
     wanted = {*PARTS[head], *towers}
     state = {n: t for n, t in weights.state.items() if n.partition(".")[0] in wanted}
@@ -231,14 +229,16 @@ def _selected(weights: BlipWeights, head: Head) -> BlipWeights:
     if head == "retrieval" and "image_queue" in weights.state:
         state |= {name: weights.state[name] for name in ("image_queue", "text_queue")}
         state |= _retrieval_pointers(state["image_queue"].shape[1])
-        notes.append("idx_queue -100 and ptr_queue 0, as the published loader leaves them")
+        notes.append("idx_queue is -100 and ptr_queue 0, as the published loader leaves them")
     unpublished = _unpublished_of(weights, head)
     return replace(weights, head=head, state=state, notes=notes, unpublished=unpublished)
 
 
 def _unpublished_of(weights: BlipWeights, head: Head) -> State:
-    """Of MED's unpublished parameters those of a head's network, under its names; those of momentum
-    copies and losses as they are."""
+    """Select the unpublished parameters of a head's network, renamed to the names in it.
+
+    Parameters of momentum copies and losses keep their names.
+    """
     state = {n: t for n, t in weights.unpublished.items() if not n.startswith(PREFIX)}
     for name in shapes_of(head, weights.config):
         source = PREFIX + name_in_med(name.removeprefix(PREFIX))
@@ -255,8 +255,10 @@ def _retrieval_pointers(size: int) -> State:
 
 
 def with_training_state(weights: BlipWeights) -> BlipWeights:
-    """The weights with momentum copies and queues, made as the published code makes them at the
-    start where there are none: copies of the weights, random unit columns."""
+    """Add momentum copies and queues, if there are none, as the published code creates them.
+
+    The momentum copies equal the weights. The columns of the queues are random unit vectors.
+    """
     if weights.head not in ("pretrain", "retrieval") or "image_queue" in weights.state:
         return weights
     generator = torch.Generator().manual_seed(0)
@@ -269,28 +271,28 @@ def with_training_state(weights: BlipWeights) -> BlipWeights:
     else:
         state["queue_ptr"] = torch.zeros(1, dtype=torch.int64)
     note = (
-        "it has no momentum copies and queues: copies of the weights, and "
+        "it has no momentum copies and queues: set to copies of the weights and "
         f"{PUBLISHED_QUEUE} random unit columns, as BLIP starts"
     )
     return replace(weights, state=state, notes=[*weights.notes, note])
 
 
 def without_training_state(state: Mapping[str, Tensor]) -> State:
-    """The weights alone."""
+    """Drop momentum copies, queues and pointers from a state."""
     return {name: tensor for name, tensor in state.items() if not is_training_state(name)}
 
 
 def united(captioning: BlipWeights, retrieval: BlipWeights, origin: str) -> BlipWeights:
-    """Pretrained weights from the two halves that Hugging Face has models for.
+    """Join pretrained weights from the two halves for which Hugging Face has models.
 
     Raises:
-        ValueError: they are halves of two models.
+        ValueError: the halves belong to different networks.
     """
     for name in captioning.state.keys() & retrieval.state.keys():
         if not torch.equal(captioning.state[name], retrieval.state[name]):
             raise ValueError(
                 f"{origin}: {name} differs between captioning and retrieval: they were fine-tuned "
-                "apart and are no halves of one network"
+                "apart and are not halves of one network"
             )
     state = retrieval.state | captioning.state
     notes = [*captioning.notes, *retrieval.notes]
@@ -307,12 +309,12 @@ def united(captioning: BlipWeights, retrieval: BlipWeights, origin: str) -> Blip
 
 def depth(names: Mapping[str, Tensor], pattern: str) -> int:
     """Number of layers whose names start with `pattern` and a number."""
-    found = (re.match(rf"{pattern}\.(\d+)\.", name) for name in names)
-    return len({match[1] for match in found if match})
+    matches = (re.match(rf"{pattern}\.(\d+)\.", name) for name in names)
+    return len({match[1] for match in matches if match})
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, short and in one line."""
+    """Message of an error in one line, at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 

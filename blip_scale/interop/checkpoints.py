@@ -1,4 +1,4 @@
-"""Any BLIP checkpoint: what kind it is, its weights, and a MED filled with them."""
+"""Read BLIP checkpoints of any format, and fill networks with their weights."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _STARTS: dict[Head, tuple[Head, ...]] = {
     "nlvr2": ("pretrain", "retrieval"),
     "visdial": ("pretrain", "retrieval"),
 }
-"""Heads with networks of their own -> those that hold the stacks which they start from."""
+"""Head with a network of its own -> heads whose checkpoints it can start from."""
 
 Format = Literal["ours", "salesforce", "hf"]
 
 
 def format_of(path: Path) -> Format:
-    """What a checkpoint is, by a look at it.
+    """Detect the format of a checkpoint.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a folder of none of the kinds.
+        FileNotFoundError: the path does not exist.
+        ValueError: the path is a folder of no known format.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -53,25 +53,27 @@ def format_of(path: Path) -> Format:
     if any((path / sub / "config.json").is_file() for sub in ("", "captioning")):
         return "hf"
     raise ValueError(
-        f"{path} is no checkpoint: expected a training checkpoint (step_N with manifest.json, or "
-        "the folder of a run), a .pth file, or a Hugging Face folder (config.json)"
+        f"{path} is not a checkpoint: expected a training checkpoint (step_N with manifest.json, "
+        "or the folder of a run), a .pth file, or a Hugging Face folder (config.json)"
     )
 
 
 def read_checkpoint(
     path: Path, config: MEDConfig | None = None, with_state: bool = True
 ) -> BlipWeights:
-    """The weights in a checkpoint of any kind.
+    """Read the weights in a checkpoint of any format.
 
     Args:
-        path: `step_N` or a run's folder (its newest), `.pth`, or a Hugging Face folder.
-        config: of the network, where the checkpoint doesn't say it; where it does, they must agree
-            in all but the image size.
-        with_state: also momentum copies and queues of a training checkpoint.
+        path: `step_N`, a run's folder (for its newest checkpoint), a `.pth` file, or a Hugging Face
+            folder.
+        config: sizes of the network, for checkpoints that do not state them. If a checkpoint does,
+            they must agree in all but the image size.
+        with_state: read momentum copies and queues of a training checkpoint as well.
 
     Raises:
-        FileNotFoundError: nothing is there, or a part of it is missing.
-        ValueError: not BLIP, damaged, unsafe, or another network; names what.
+        FileNotFoundError: the path does not exist, or a part of the checkpoint is missing.
+        ValueError: the checkpoint is not BLIP, damaged, unsafe, or of another network. The message
+            says which.
     """
     kind = format_of(path)
     if kind == "ours":
@@ -85,20 +87,23 @@ def read_checkpoint(
     if config is not None:
         differing = differences(weights.config, config)
         if differing:
-            other = [f"{name} {ours}, not {theirs}" for name, (ours, theirs) in differing.items()]
-            fix = "; give its own tokenizer as model.text.tokenizer, or --tokenizer of a command"
+            other = [f"{name} {saved}, not {wanted}" for name, (saved, wanted) in differing.items()]
+            fix = (
+                "; set model.text.tokenizer, or --tokenizer of a command, to the tokenizer of the "
+                "checkpoint"
+            )
             hint = fix if "vocabulary" in differing else ""
             raise ValueError(
-                f"{path} is of another network than the recipe's: {'; '.join(other)}{hint}"
+                f"{path} has another network than the recipe: {'; '.join(other)}{hint}"
             )
     return weights
 
 
 def load_checkpoint(med: MED, path: Path) -> None:
-    """Fills all of a plain MED; position embeddings are interpolated to its resolution.
+    """Fill an unpartitioned MED; position embeddings are interpolated to its resolution.
 
     Raises:
-        FileNotFoundError, ValueError: as `head_parameters`.
+        FileNotFoundError, ValueError: see `head_parameters`.
     """
     state = head_parameters(path, "pretrain", med.config)
     with torch.no_grad():
@@ -109,17 +114,27 @@ def load_checkpoint(med: MED, path: Path) -> None:
 def head_parameters(
     path: Path, head: Head, config: MEDConfig, seed: int = 0, text_std: float = INIT_STD
 ) -> State:
-    """The parameters of a head's network by full name, from a checkpoint of that head or of one
-    that it can start from; position embeddings are interpolated to the network's resolution.
+    """Read the parameters of a head's network from a checkpoint.
 
-    Heads with networks of their own start from pretraining, those without a decoder from retrieval
-    too; what it lacks is random from `seed`,
-    linear layers of text stacks with std `text_std`. Parameters of losses, which only checkpoints
-    of ours have, come along.
+    The checkpoint is of the same head, or of one from which the head can start: heads with networks
+    of their own start from pretraining, and those without a decoder from retrieval as well. Missing
+    parameters are random. Position embeddings are interpolated to the network's resolution.
+    Parameters of losses, which only training checkpoints have, are included.
+
+    Args:
+        path: see `read_checkpoint`.
+        head: head of the network.
+        config: sizes of the network.
+        seed: seed of the random parameters.
+        text_std: standard deviation of random linear layers of the text stacks.
+
+    Returns:
+        the parameters by full name.
 
     Raises:
-        FileNotFoundError: nothing is there, or a part of it is missing.
-        ValueError: not BLIP, damaged, unsafe, another network, or a head that can't become this.
+        FileNotFoundError: the path does not exist, or a part of the checkpoint is missing.
+        ValueError: the checkpoint is not BLIP, damaged, unsafe, of another network, or of a head
+            that cannot be converted to `head`.
     """
     weights = read_checkpoint(path, config, with_state=False)
     grows = head in OWN_NETWORKS and weights.head != head
@@ -149,21 +164,26 @@ def head_parameters(
 def grown(
     pretrained: State, head: Head, config: MEDConfig, seed: int, text_std: float = INIT_STD
 ) -> State:
-    """The parameters of a head with a network of its own, out of those of a whole MED.
+    """Build the parameters of a head with a network of its own from those of a whole MED.
 
-    What MED doesn't have is random from `seed`, and named in the log.
+    Parameters that MED lacks are random, drawn from `seed`. The log names their modules.
     """
     network = seeded(lambda: build_network(head, config), seed)
     drawn = fill_from_med(network, pretrained, seed, text_std)
     if drawn:
         modules = sorted({name.rpartition(".")[0] for name in drawn})
-        log.info("not from pretraining but random: %s", ", ".join(modules))
+        log.info("randomly initialised, not from pretraining: %s", ", ".join(modules))
     return {f"{PREFIX}{name}": parameter.detach() for name, parameter in network.named_parameters()}
 
 
 def sizes_of(path: Path) -> MEDConfig | None:
-    """The sizes of a checkpoint's network, without its weights; None where a run's recipe says
-    them. Raises as `read_checkpoint`."""
+    """Read the sizes of a checkpoint's network without its weights.
+
+    The result is None for a checkpoint in a run's folder, whose recipe has the sizes.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_checkpoint`.
+    """
     kind = format_of(path)
     if kind == "ours":
         folder = step_folder(path)
@@ -175,13 +195,16 @@ def sizes_of(path: Path) -> MEDConfig | None:
 
 
 def differences(first: MEDConfig, second: MEDConfig) -> dict[str, tuple[Any, Any]]:
-    """What tells two networks apart, but for the resolution: name -> value of each."""
-    one, other = _sizes(first), _sizes(second)
-    return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
+    """Differences between the sizes of two networks: name -> both values.
+
+    The image size is not compared.
+    """
+    sizes, other = _sizes(first), _sizes(second)
+    return {name: (sizes[name], other[name]) for name in sizes if sizes[name] != other[name]}
 
 
 def _sizes(config: MEDConfig) -> dict[str, Any]:
-    """What tells one network from another, apart from the resolution."""
+    """Sizes that distinguish networks, apart from the image size."""
     with torch.device("meta"):
         vision = build_vision(config.vision)
     text = config.text

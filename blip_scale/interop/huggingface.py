@@ -1,4 +1,4 @@
-"""Hugging Face BLIP folders, in and out."""
+"""Read and write Hugging Face BLIP folders."""
 
 from __future__ import annotations
 
@@ -33,29 +33,35 @@ if TYPE_CHECKING:
 
 
 def read_huggingface(folder: Path) -> BlipWeights:
-    """A folder with one of their models; or with two, in `captioning/` and `retrieval/`, which
-    together are a whole MED.
+    """Read a folder with a model of transformers.
+
+    The folder may also hold two models, `captioning/` and `retrieval/`, which together are a whole
+    MED.
 
     Raises:
-        ValueError: not BLIP, another activation, names or shapes that don't fit, damaged files,
-            halves of two networks.
-        FileNotFoundError: no config.json, or no weights beside it.
+        ValueError: the model is not BLIP, its activation, names or shapes differ, files are
+            damaged, or the two models are not halves of one network.
+        FileNotFoundError: config.json or the weights are missing.
     """
     if not (folder / "config.json").is_file():
         captioning, retrieval = map(read_huggingface, _halves(folder))
         return united(captioning, retrieval, str(folder))
-    head, theirs = _read_config(folder)
-    config = med_config(theirs, str(folder))
+    head, hf_config = _read_config(folder)
+    config = med_config(hf_config, str(folder))
     state = from_huggingface(_load(folder, CLASSES[head]))
-    if head == "retrieval" and getattr(theirs, "itc_temperature", None) is not None:
-        state["temp"] = torch.tensor(theirs.itc_temperature)
-    step = getattr(theirs, "training_steps", None)
-    output = _output_of(folder, getattr(theirs, output_settings.KEY, None))
+    if head == "retrieval" and getattr(hf_config, "itc_temperature", None) is not None:
+        state["temp"] = torch.tensor(hf_config.itc_temperature)
+    step = getattr(hf_config, "training_steps", None)
+    output = _output_of(folder, getattr(hf_config, output_settings.KEY, None))
     return checked(BlipWeights(head, config, state, str(folder), step, output=output))
 
 
 def read_sizes(folder: Path) -> MEDConfig:
-    """The sizes of a folder's network, without its weights; raises as `read_huggingface`."""
+    """Read the sizes of a folder's network without its weights.
+
+    Raises:
+        ValueError, FileNotFoundError: see `read_huggingface`.
+    """
     if not (folder / "config.json").is_file():
         folder = _halves(folder)[0]
     return med_config(_read_config(folder)[1], str(folder))
@@ -74,27 +80,29 @@ def _read_config(folder: Path) -> tuple[Head, BlipConfig]:
     from transformers import AutoConfig, BlipConfig
 
     try:
-        theirs = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}/config.json can't be read: {one_line(error)}") from error
-    name = (theirs.architectures or ["a model without a name"])[0]
-    head = next((head for head, known in CLASSES.items() if known == name), None)
-    if head is None or not isinstance(theirs, BlipConfig):
+    name = (config.architectures or ["a model without a name"])[0]
+    head = next((head for head, class_name in CLASSES.items() if class_name == name), None)
+    if head is None or not isinstance(config, BlipConfig):
         raise ValueError(
-            f"{folder} holds {name} ({theirs.model_type}); expected {', '.join(CLASSES.values())}"
+            f"{folder} holds {name} ({config.model_type}); expected {', '.join(CLASSES.values())}"
         )
-    return head, theirs
+    return head, config
 
 
 def _output_of(folder: Path, stated: Mapping[str, Any] | None) -> OutputSettings | None:
-    """The output settings of a folder that we wrote; None for others, whose published captions
-    don't follow their generation_config.json."""
+    """Output settings of a folder that this package wrote; None for other folders.
+
+    The published captions of other folders do not follow their generation_config.json.
+    """
     if stated is None:
         return None
     try:
         settings = output_settings.from_json(stated)
         file = folder / "generation_config.json"
-        if file.is_file():  # of retrieval there is none
+        if file.is_file():  # retrieval models have none
             values = json.loads(file.read_text(encoding="utf-8"))
             settings = settings.with_generation_config(values)
     except (ValueError, TypeError) as error:
@@ -103,11 +111,12 @@ def _output_of(folder: Path, stated: Mapping[str, Any] | None) -> OutputSettings
 
 
 def pixel_settings(folder: Path) -> dict[str, Any]:
-    """What the image processor of a folder (or of its `captioning/`) says of `image_mean`,
-    `image_std` and `resample`; empty where there is none.
+    """Read `image_mean`, `image_std` and `resample` of a folder's image processor.
+
+    The processor may be in the subfolder `captioning/`. The result is empty if there is none.
 
     Raises:
-        ValueError: a file that is no JSON object.
+        ValueError: a file is not a JSON object.
     """
     for place in (folder, folder / "captioning"):
         for name in ("preprocessor_config.json", "processor_config.json"):
@@ -125,13 +134,13 @@ def pixel_settings(folder: Path) -> dict[str, Any]:
 
 
 def write_huggingface(weights: BlipWeights, folder: Path) -> None:
-    """Weights (safetensors), config and generation config of their model, into an empty folder.
+    """Write weights (safetensors), config and generation config to an empty folder.
 
-    The weights' tensors are taken out one by one, so that a second copy of the whole never exists.
+    This empties `weights.state` tensor by tensor, so that memory never holds two copies.
 
     Raises:
-        ValueError: their model can't express this network, or has no name for some parameters; says
-            why.
+        ValueError: transformers' model cannot hold this network, or has no name for some
+            parameters. The message says why.
     """
     import transformers
 
@@ -145,11 +154,11 @@ def write_huggingface(weights: BlipWeights, folder: Path) -> None:
         model = getattr(transformers, CLASSES[weights.head])(config)
     state = without_training_state(weights.state)
     weights.state = {}
-    mine = {}
+    parameters = {}
     for name in list(state):
         if name != "temp":  # cloned: safetensors refuses tensors that share memory
-            mine.update(to_huggingface({name: state.pop(name).clone()}))
-    model.load_state_dict(mine, strict=True, assign=True)
+            parameters.update(to_huggingface({name: state.pop(name).clone()}))
+    model.load_state_dict(parameters, strict=True, assign=True)
     model.tie_weights()
     model.eval()
     _save(model, weights.config, generation, folder)
@@ -158,10 +167,13 @@ def write_huggingface(weights: BlipWeights, folder: Path) -> None:
 def _save(
     model: PreTrainedModel, config: MEDConfig, generation: Mapping[str, Any], folder: Path
 ) -> None:
-    """`generation` goes into generation_config.json, which pipelines of transformers 4 read, and
-    into the text config, from which the decoder of its `generate` takes it. Transformers 5 drops it
-    there: its decoder must be handed it (`model_card`). It is written in full, because each version
-    leaves out what are defaults of its own."""
+    """Save the model and its generation settings.
+
+    Pipelines of transformers 4 read `generation` from generation_config.json, and the decoder of
+    `generate` from the text config. Transformers 5 ignores the text config, so its users must set
+    it on the decoder (`model_card`). All values are written, because each version of transformers
+    leaves out its own defaults.
+    """
     from transformers import GenerationConfig
 
     special = config.text.special
@@ -189,14 +201,14 @@ def write_processor(
     mean: Sequence[float],
     deviation: Sequence[float],
 ) -> None:
-    """Write the files that BlipProcessor reads, in transformers 4.57 and 5 alike.
+    """Write the files that BlipProcessor reads in transformers 4.57 and 5.
 
     Transformers 5 no longer writes preprocessor_config.json and vocab.txt, which 4.57 reads with
-    `use_fast=False`, and saves additional special tokens as a list under a name where 4.57 expects
-    a mapping.
+    `use_fast=False`. It also saves additional special tokens as a list under a name for which 4.57
+    expects a mapping.
 
     Raises:
-        ValueError: BlipProcessor rejects the tokenizer, which is not of the BERT kind.
+        ValueError: BlipProcessor rejects the tokenizer, because it is not a BERT tokenizer.
     """
     from transformers import BlipImageProcessor, BlipProcessor
 
@@ -206,7 +218,7 @@ def write_processor(
         BlipProcessor(pixels, tokenizer).save_pretrained(folder)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"BlipProcessor takes BERT tokenizers alone, not {type(tokenizer).__name__}: {error}"
+            f"BlipProcessor accepts BERT tokenizers only, not {type(tokenizer).__name__}: {error}"
         ) from error
     pixels.save_pretrained(folder)
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
@@ -216,17 +228,14 @@ def write_processor(
     settings = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    # Without token types, of which BLIP has none: a pipeline of 4.57 fails on them.
+    # BLIP has no token types, and pipelines of 4.57 fail on them.
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings.
-
-    Its warnings advise to train what is refused here.
-    """
+    """Silence transformers' progress bars and warnings, which advise to train a refused network."""
     from transformers.utils import logging as their_logging
 
     verbosity = their_logging.get_verbosity()
@@ -242,12 +251,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _load(folder: Path, name: str) -> State:
-    """State dict of their model; transformers reads what it knows and says what doesn't fit."""
+    """Load a state dict with transformers, and refuse one that does not match the model."""
     import transformers
 
     try:
         with _quiet():
-            model, found = getattr(transformers, name).from_pretrained(
+            model, report = getattr(transformers, name).from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, dtype="float32"
             )
     except (OSError, ValueError, RuntimeError, EOFError) as error:
@@ -256,16 +265,16 @@ def _load(folder: Path, name: str) -> State:
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: damaged or unsafe weights: {one_line(error)}") from error
     state = dict(model.state_dict())
-    # Names in transformers 4, (name, shape in the file, shape of the model) in 5.
-    mismatched = sorted(k if isinstance(k, str) else k[0] for k in found["mismatched_keys"])
+    # Names in transformers 4; tuples (name, shape in the file, shape in the model) in 5.
+    mismatched = sorted(k if isinstance(k, str) else k[0] for k in report["mismatched_keys"])
     wrong = [f"{key}, wanted {tuple(state[key].shape)}" for key in mismatched]
-    unknown = sorted(n for n in found["unexpected_keys"] if not n.endswith("position_ids"))
+    unknown = sorted(n for n in report["unexpected_keys"] if not n.endswith("position_ids"))
     problems = {
-        "missing": sorted(found["missing_keys"]), "left over": unknown, "of another shape": wrong,
+        "missing": sorted(report["missing_keys"]), "left over": unknown, "of another shape": wrong,
     }  # fmt: skip
     if any(problems.values()):
         text = "; ".join(
             f"{kind}: {', '.join(names[:5])}" for kind, names in problems.items() if names
         )
-        raise ValueError(f"{folder} doesn't hold a whole {name}: {text}")
+        raise ValueError(f"{folder} does not hold a complete {name}: {text}")
     return state

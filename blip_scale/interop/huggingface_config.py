@@ -1,7 +1,7 @@
-"""Hugging Face's BlipConfig and our MEDConfig, both ways, and what theirs can't express.
+"""Convert MEDConfig to transformers' BlipConfig and back, and find networks it can't express.
 
-Their config must be told BLIP's published sizes: vision layer_norm_eps 1e-6 (their default is 1e-5)
-and the number of text heads (their default is 8).
+The defaults of BlipConfig differ from BLIP's published sizes in the vision layer_norm_eps (1e-5
+instead of 1e-6) and in the number of text heads (8 instead of 12), so both are always written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PUBLISHED_CLS = 101
 
 
 def blip_config(weights: BlipWeights) -> BlipConfig:
-    """Their config of this network; temperature, steps and output settings are extra entries."""
+    """BlipConfig of this network, with temperature, steps and output settings as extra entries."""
     from transformers import BlipConfig, BlipVisionConfig
 
     config, text = weights.config, weights.config.text
@@ -48,10 +48,11 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
         patch_size=vit.patch_embed.patch_size[0],
         hidden_act="gelu",
         layer_norm_eps=NORM_EPS,
-        initializer_range=0.02,  # theirs is 1e-10, useless where anybody trains from scratch
+        initializer_range=0.02,  # the default of 1e-10 is useless for training from scratch
     )
-    theirs = text_config(text, vit.embed_dim)
-    output = replace(weights.output_settings, scoring="huggingface")  # as its readers score
+    text_section = text_config(text, vit.embed_dim)
+    # transformers scores its own way, whatever the settings say.
+    output = replace(weights.output_settings, scoring="huggingface")
     extra: dict[str, Any] = {output_settings.KEY: asdict(output)}
     if "temp" in weights.state:
         temperature = weights.state["temp"]
@@ -62,7 +63,7 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
     if weights.step is not None:
         extra["training_steps"] = weights.step
     return BlipConfig(
-        text_config=theirs.to_dict(),
+        text_config=text_section.to_dict(),
         vision_config=vision.to_dict(),
         image_text_hidden_size=config.embed_dim,
         architectures=[CLASSES[weights.head]],
@@ -72,7 +73,7 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
 
 
 def text_config(text: TextConfig, image_width: int) -> BlipTextConfig:
-    """Their config of this text stack, which looks at image tokens of a width."""
+    """BlipTextConfig of a text stack whose image tokens have width `image_width`."""
     from transformers import BlipTextConfig
 
     special = text.special
@@ -87,7 +88,7 @@ def text_config(text: TextConfig, image_width: int) -> BlipTextConfig:
         hidden_act="gelu",
         layer_norm_eps=text.norm_eps,
         bos_token_id=special.dec,
-        eos_token_id=special.sep,  # theirs is 2, at which nothing ever stops
+        eos_token_id=special.sep,  # the default of 2 never occurs, so no caption would end
         sep_token_id=special.sep,
         pad_token_id=special.pad,
         cls_token_id=special.cls,
@@ -97,42 +98,48 @@ def text_config(text: TextConfig, image_width: int) -> BlipTextConfig:
 
 
 def inexpressible(weights: BlipWeights) -> str | None:
-    """Why their BlipVisionModel or BlipTextModel isn't this network, if so."""
+    """Reason why transformers' BLIP classes cannot hold this network, or None if they can."""
     if weights.head not in CLASSES:
-        known = ", ".join(CLASSES)
-        return f"transformers has no such class; give --head: one of {known}"
+        expected = ", ".join(CLASSES)
+        return f"transformers has no such class; give --head: one of {expected}"
     with torch.device("meta"):
         vit = build_vision(weights.config.vision)
-    strange = sorted({name for name in vit.state_dict() if their_vision(name) is None})
-    if strange:
-        kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in strange})
+    unsupported = sorted({name for name in vit.state_dict() if their_vision(name) is None})
+    if unsupported:
+        kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in unsupported})
         return f"BlipVisionModel has nothing for {', '.join(kinds[:4])} of this ViT"
-    wanted = {*VISION, *(f"blocks.0.{name}" for name in VISION_BLOCK)}
-    plain = {"cls_token", "pos_embed"}
-    names = {n for w in wanted for n in ((w,) if w in plain else (f"{w}.weight", f"{w}.bias"))}
-    absent = sorted(names - set(vit.state_dict()))
+    required = set()
+    for module in (*VISION, *(f"blocks.0.{name}" for name in VISION_BLOCK)):
+        is_parameter = module in ("cls_token", "pos_embed")
+        required |= {module} if is_parameter else {f"{module}.weight", f"{module}.bias"}
+    absent = sorted(required - set(vit.state_dict()))
     if absent:
         return f"BlipVisionModel has {absent[0]}, this ViT has not"
     block = vit.blocks[0]
     positions = vit.patch_embed.num_patches + 1
     if vit.pos_embed.shape[1] != positions:
-        return "its class token has no position embedding, BlipVisionModel's has"
+        return "its class token has no position embedding, but BlipVisionModel's has one"
     act = block.mlp.act
     if not isinstance(act, nn.GELU) or act.approximate != "none":
-        return f"its ViT has the activation {type(act).__name__}, BLIP has GELU"
+        return f"its ViT has the activation {type(act).__name__}, but BLIP has GELU"
     if block.attn.num_heads * block.attn.head_dim != vit.embed_dim:
         return "the heads of its ViT are wider than its width"
     if weights.head == "vqa" and weights.config.text.width != vit.embed_dim:
         return (
-            f"BlipForQuestionAnswering has one width for what encoder and decoder read; here these "
-            f"are {vit.embed_dim} (image tokens) and {weights.config.text.width} (question states)"
+            f"BlipForQuestionAnswering has one width for the inputs of encoder and decoder, but "
+            f"here they are {vit.embed_dim} (image tokens) and {weights.config.text.width} "
+            "(question states)"
         )
     return None
 
 
-def med_config(theirs: BlipConfig, origin: str) -> MEDConfig:
-    """Sizes of one of their configs; raises ValueError for activations that BLIP hasn't."""
-    vision, text = theirs.vision_config, theirs.text_config
+def med_config(config: BlipConfig, origin: str) -> MEDConfig:
+    """Convert a BlipConfig to a MEDConfig.
+
+    Raises:
+        ValueError: the activation or the kind of position embedding is not BLIP's.
+    """
+    vision, text = config.vision_config, config.text_config
     acts = {vision.hidden_act, text.hidden_act}
     positions = getattr(text, "position_embedding_type", "absolute")
     if acts != {"gelu"} or positions != "absolute":
@@ -168,5 +175,5 @@ def med_config(theirs: BlipConfig, origin: str) -> MEDConfig:
             text.max_position_embeddings,
             norm_eps=text.layer_norm_eps,
         ),
-        theirs.image_text_hidden_size,
+        config.image_text_hidden_size,
     )

@@ -1,4 +1,4 @@
-"""Names of Hugging Face's BLIP and the published ones: they differ in the ViT alone."""
+"""Convert published parameter names to Hugging Face's and back; they differ in the ViT only."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ VISION_BLOCK = {
 
 
 def their_vision(name: str) -> str | None:
-    """Their name of a parameter of the ViT, None where they have none."""
+    """Hugging Face's name of a ViT parameter, or None if it has none."""
     block = re.match(r"blocks\.(\d+)\.(.+)\.(weight|bias)$", name)
     if block:
-        theirs = VISION_BLOCK.get(block[2])
-        return theirs and f"encoder.layers.{block[1]}.{theirs}.{block[3]}"
+        module_name = VISION_BLOCK.get(block[2])
+        return module_name and f"encoder.layers.{block[1]}.{module_name}.{block[3]}"
     if name in VISION:
         return VISION[name]
     module, _, kind = name.rpartition(".")
@@ -38,7 +38,7 @@ def their_vision(name: str) -> str | None:
 
 
 def to_huggingface(state: Mapping[str, Tensor]) -> State:
-    """Published names to theirs; position_ids, training state and temperature have no place."""
+    """Convert published names to Hugging Face's, without position_ids, training state and temp."""
     result = {}
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
@@ -49,9 +49,9 @@ def to_huggingface(state: Mapping[str, Tensor]) -> State:
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> State:
-    """Their names to the published ones; names that are neither stay as they are."""
-    blocks = {theirs: ours for ours, theirs in VISION_BLOCK.items()}
-    whole = {theirs: ours for ours, theirs in VISION.items()}
+    """Convert Hugging Face's names to the published ones; unknown names are kept."""
+    blocks = {their_name: ours for ours, their_name in VISION_BLOCK.items()}
+    whole = {their_name: ours for ours, their_name in VISION.items()}
     result = {}
     for name, tensor in state.items():
         rest = name.removeprefix("vision_model.")

@@ -1,4 +1,4 @@
-"""README.md of an exported Hugging Face folder: how to use it, what it is, where it comes from."""
+"""README.md of an exported Hugging Face folder: code to use it, its network and its training."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ inputs["input_ids"][:, 0] = model.config.text_config.enc_token_id  # as in train
 written = model.generate(**inputs)
 print(processor.decode(written[0], skip_special_tokens=True))""",
 }
-"""Code that runs on transformers 4.57 and 5.
+"""Head -> code that runs on transformers 4.57 and 5.
 
-On 5, `backend="pil"` resizes as in training; without it, pixels differ by up to one grey level.
-There the decoder does not get the lengths and beams of generation_config.json by itself. 4.57 takes
-a max_length of 20 for its own default and adds the prompt to it, unless it is given in the call.
+On 5, `backend="pil"` resizes as in training; without it, pixels differ by up to one grey level. On
+5, the decoder does not read lengths and beams from generation_config.json. 4.57 mistakes a
+max_length of 20 for its own default and adds the prompt to it, unless the call passes max_length.
 """
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run says about its checkpoint; empty for checkpoints from elsewhere."""
+    """Recipe and figures of the run behind a checkpoint; empty for checkpoints from elsewhere."""
 
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """summary.json, of the end of the run."""
+    """Content of summary.json, written at the end of the run."""
 
 
 def model_card(weights: BlipWeights, origin: Origin) -> str:
-    """The card in Markdown. Only what is known is said."""
+    """Write the model card in Markdown, leaving out what is unknown."""
     head, config = weights.head, weights.config
     tags = [f"pipeline_tag: {_PIPELINES[head]}"] if head in _PIPELINES else []
     prompt = weights.output_settings.prompt.strip()
@@ -122,20 +122,19 @@ def _training(weights: BlipWeights, origin: Origin) -> str:
 
 
 def _figures(weights: BlipWeights, origin: Origin) -> str:
-    """The end of the run's figures, if this checkpoint is its end."""
+    """Section with the run's final figures, if this checkpoint is its last one."""
     evaluation = origin.summary.get("evaluation") or {}
     if not evaluation or origin.summary.get("steps") != weights.step:
         return ""
     rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in sorted(evaluation.items()))
     figures = f"\n## Held-out figures\n\n| | |\n|---|---|\n{rows}\n"
-    alarms = origin.summary.get("alarms") or {}
-    warnings = "".join(
-        f"- {alarm['message']} (`alarm/{name}`, for the last {alarm['points']} logged points)\n"
-        for name, alarm in sorted(alarms.items())
-    )
+    warnings = ""
+    for name, alarm in sorted((origin.summary.get("alarms") or {}).items()):
+        points = f"for the last {alarm['points']} logged points"
+        warnings += f"- {alarm['message']} (`alarm/{name}`, {points})\n"
     return figures + (f"\n## Warnings at the end of training\n\n{warnings}" if warnings else "")
 
 
 def _figure(value: float | None) -> str:
-    """A figure of the summary, where one that isn't finite is null."""
+    """Format a figure of the summary, in which null stands for a figure that is not finite."""
     return "not finite" if value is None else f"{value:.4g}"

@@ -1,8 +1,13 @@
-"""What decides about a checkpoint's output beside its weights; travels through every conversion.
+"""Settings that determine a checkpoint's output besides its weights; every conversion keeps them.
 
-Where it stands: `recipe.yaml` of a run; `output_settings.json` of a converted training checkpoint;
-under the key `output_settings` of our `.pth` files; in `config.json` of Hugging Face folders, whose
-`generation_config.json` says beams and lengths. BLIP's own files say nothing: `published`.
+They are stored in these places:
+
+- `recipe.yaml` of a run,
+- `output_settings.json` of a converted training checkpoint,
+- the key `output_settings` of `.pth` files that this package writes,
+- `config.json` of Hugging Face folders, whose `generation_config.json` has beams and lengths.
+
+BLIP's own files do not have them; `published` gives the settings of the published code.
 """
 
 from __future__ import annotations
@@ -16,10 +21,10 @@ from blip_scale.model.generation import BeamSettings, Scoring
 from blip_scale.model.heads import Head
 
 KEY = "output_settings"
-"""Key of these settings in files, and the stem of a file that holds nothing else."""
+"""Key of these settings in files, and stem of the file that holds nothing else."""
 _PUBLISHED_PROMPT = "a picture of "
 _GENERATION_CONFIG = ("num_beams", "max_length", "min_length", "repetition_penalty")
-"""Fields with a name in transformers' GenerationConfig, where they have the same meaning."""
+"""Fields that transformers' GenerationConfig has as well, with the same meaning."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +32,27 @@ class OutputSettings:
     """Prompt, lengths, beams and scoring of a checkpoint; the defaults are BLIP's for captions."""
 
     prompt: str = ""
-    """How captions begin."""
+    """Text with which captions begin."""
     num_beams: int = 3
     max_length: int = 20
-    """Most tokens of a caption or answer, prompt and [SEP] included."""
+    """Largest number of tokens in a caption or answer, prompt and [SEP] included."""
     min_length: int = 5
-    """No [SEP] before so many tokens, prompt included."""
+    """Number of tokens, prompt included, before which no [SEP] is allowed."""
     repetition_penalty: float = 1.0
     scoring: Scoring = "huggingface"
-    """Of captions and answers outside of an evaluation (`BeamSettings.scoring`)."""
+    """Scoring of captions and answers outside an evaluation (`BeamSettings.scoring`)."""
     evaluation_scoring: Scoring = "published"
-    """Of captions and answers that are measured."""
+    """Scoring of captions and answers in an evaluation."""
     text_tokens: int | None = None
-    """Texts are cut to so many tokens, [CLS] and [SEP] included; None: as published for the use."""
+    """Number of tokens to which texts are truncated, [CLS] and [SEP] included; None: the published
+    number for the task."""
     rerank_top_k: int | None = None
-    """Candidates that an evaluation re-ranks; None: as published for the task."""
+    """Number of candidates that an evaluation re-ranks; None: the published number for the task."""
     label_smoothing: float = 0.1
-    """Of the likelihoods by which an answer is chosen from a list."""
+    """Label smoothing of the likelihoods that choose an answer from a list."""
 
     def beam(self) -> BeamSettings:
-        """The beam search that writes captions or answers."""
+        """Settings of the beam search that generates captions or answers."""
         return BeamSettings(
             num_beams=self.num_beams,
             max_length=self.max_length,
@@ -56,18 +62,20 @@ class OutputSettings:
         )
 
     def generation_config(self, max_positions: int) -> dict[str, Any]:
-        """The fields of transformers' GenerationConfig; no text is longer than the positions."""
+        """Fields for transformers' GenerationConfig, with max_length limited to `max_positions`."""
         values = {name: getattr(self, name) for name in _GENERATION_CONFIG}
         return values | {"max_length": min(self.max_length, max_positions)}
 
     def with_generation_config(self, values: Mapping[str, Any]) -> OutputSettings:
-        """The same with what a generation_config.json says.
+        """Copy the settings with the values of a generation_config.json.
 
         Raises:
-            ValueError: a value of another type.
+            ValueError: a value has the wrong type.
         """
-        found = {name: values[name] for name in _GENERATION_CONFIG if values.get(name) is not None}
-        return from_json(asdict(self) | found)
+        settings = {
+            name: values[name] for name in _GENERATION_CONFIG if values.get(name) is not None
+        }
+        return from_json(asdict(self) | settings)
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -85,15 +93,17 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def published(head: Head) -> OutputSettings:
-    """Settings of BLIP's own files, which say none."""
+    """Settings of the published code, for BLIP's own files, which have none."""
     prompt = _PUBLISHED_PROMPT if head == "captioning" else ""
     settings = OutputSettings(prompt, scoring="published")
     return replace(settings, max_length=10, min_length=1) if head == "vqa" else settings
 
 
 def turned(settings: OutputSettings, source: Head, head: Head) -> OutputSettings:
-    """The settings after the weights of `source` became those of another head: answers have
-    lengths of their own."""
+    """Settings after weights of head `source` were converted to `head`.
+
+    Lengths change when a captioning network becomes a VQA network: answers are shorter.
+    """
     if head != "vqa" or source == "vqa":
         return settings
     return replace(
@@ -104,14 +114,14 @@ def turned(settings: OutputSettings, source: Head, head: Head) -> OutputSettings
 
 
 def from_json(values: Mapping[str, Any]) -> OutputSettings:
-    """Settings from what `dataclasses.asdict` made of them.
+    """Build settings from the dictionary that `dataclasses.asdict` makes of them.
 
     Raises:
-        ValueError: a field that is not there, one too many, or a value that can't be.
+        ValueError: a field is missing or unknown, or a value is not allowed.
     """
-    strange = sorted(set(_TYPES) ^ set(values))
-    if strange:
-        raise ValueError(f"{KEY}: {strange[0]} is missing, or unknown to this blip_scale")
+    unexpected = sorted(set(_TYPES) ^ set(values))
+    if unexpected:
+        raise ValueError(f"{KEY}: {unexpected[0]} is missing, or unknown to this blip_scale")
     for name, wanted in _TYPES.items():
         value = values[name]
         if not isinstance(value, wanted) or isinstance(value, bool):

@@ -1,13 +1,19 @@
-"""Names of BLIP's published code and ours: a table, and state dicts through it both ways.
+"""Convert parameter names of MED to those of BLIP's published code ("Salesforce") and back.
 
-No tensor is transposed; ours are fused where theirs are several (query, key, value). Their text
-encoder and text decoder are two modules that share all but self-attention; MED holds both in one
-stack. Their names are the common tongue of all conversions: Hugging Face's differ in the ViT alone.
+No tensor is transposed. MED fuses query, key and value, which the published code keeps apart. The
+published text encoder and text decoder are two modules that share all but self-attention; MED holds
+both in one stack. All conversions go through the published names. Hugging Face's names differ from
+them in the ViT only.
 
-Heads, the models that the published code makes files of: `pretrain` (all of it), `captioning`
-(decoder), `retrieval` (encoder with its projections and matching head), `vqa` (encoder and a
-decoder that reads the encoder's states), `nlvr2` (encoder with two cross-attentions). `visdial`
-(encoder that reads image and caption) was never published; it is named alike.
+A head is one of the models for which the published code writes files:
+
+- `pretrain`: the whole network,
+- `captioning`: the decoder,
+- `retrieval`: the encoder with its projections and matching head,
+- `vqa`: the encoder, and a decoder that reads the encoder's states,
+- `nlvr2`: the encoder with two cross-attentions,
+- `visdial`: an encoder that reads image and caption. It was never published, and follows the same
+  naming rule.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from blip_scale.model.med import MEDConfig, MomentumEncoder
 State = dict[str, Tensor]
 
 TOWERS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
-"""Parts that have a momentum copy, named with `_m`."""
+"""Parts that have a momentum copy, whose names end in `_m`."""
 PARTS: dict[Head, tuple[str, ...]] = {
     "pretrain": (*TOWERS, "itm_head", "text_decoder", "temp"),
     "captioning": ("visual_encoder", "text_decoder"),
@@ -34,8 +40,8 @@ PARTS: dict[Head, tuple[str, ...]] = {
     "nlvr2": ("visual_encoder", "text_encoder"),
     "visdial": ("visual_encoder", "text_encoder", "itm_head"),
 }
-"""What each head holds; its training state (momentum copies, queues), `nlvr2`'s classifier and
-`visdial`'s projection of captions come on top."""
+"""Head -> parts that it holds, without training state (momentum copies, queues), the classifier of
+`nlvr2` and the caption projection of `visdial`."""
 
 _STATE = re.compile(r"^(\w+_m\.|(image|text|idx)_queue$|(queue_ptr|ptr_queue)$)")
 _POSITION_IDS = ".embeddings.position_ids"
@@ -45,7 +51,7 @@ TIED = {
     f"{_PREDICTIONS}decoder.weight": _WORDS,
     f"{_PREDICTIONS}decoder.bias": f"{_PREDICTIONS}bias",
 }
-"""Second names of one tensor in their decoder."""
+"""Second name -> first name of a tensor that the published decoder holds under two names."""
 _EMBEDDINGS = {
     "word.weight": "word_embeddings.weight",
     "position.weight": "position_embeddings.weight",
@@ -59,15 +65,16 @@ _TEXT_LAYER = {
     "cross_attention.key_value": ("crossattention.self.key", "crossattention.self.value"),
     "cross_attention.output": ("crossattention.output.dense",),
     "cross_attention.norm": ("crossattention.output.LayerNorm",),
-    **{f"mlp.{ours}": (theirs,) for ours, theirs in MLP.items()},
+    **{f"mlp.{ours}": (published,) for ours, published in MLP.items()},
 }
 
 
 def their_names(ours: str) -> dict[str, tuple[str, ...]]:
-    """The part of BLIP -> its names, in order along the first dimension, of one MED parameter.
+    """Published names of one MED parameter, by part of the published network.
 
-    Empty for a parameter that the published network doesn't have. Of the ViT each name passes as it
-    is: timm has ViTs with parameters that the published one lacks.
+    The names of a part are in order along the first dimension of the parameter. The result is empty
+    for a parameter that the published network lacks. Every name of the ViT is kept, because timm
+    has ViTs with parameters that the published one lacks.
     """
     section, _, rest = ours.partition(".")
     if section == "vision":
@@ -82,7 +89,7 @@ def their_names(ours: str) -> dict[str, tuple[str, ...]]:
 
 
 def _their_text_names(ours: str) -> dict[str, tuple[str, ...]]:
-    """The same of a parameter of MED's text stack, named within it."""
+    """Like `their_names`, for a name within MED's text stack."""
     stacks = {"text_encoder": "text_encoder", "text_decoder": "text_decoder.bert"}
     section, _, rest = ours.partition(".")
     if section == "embeddings":
@@ -100,21 +107,23 @@ def _their_text_names(ours: str) -> dict[str, tuple[str, ...]]:
         several = _TEXT_LAYER.get(module)
     if several is None or section != "layers" or kind not in _KINDS:
         return {}
-    return {
-        part: tuple(f"{stack}.encoder.layer.{number}.{name}.{kind}" for name in several)
-        for part, stack in stacks.items()
-    }
+    names = {}
+    for part, stack in stacks.items():
+        layer = f"{stack}.encoder.layer.{number}"
+        names[part] = tuple(f"{layer}.{name}.{kind}" for name in several)
+    return names
 
 
 def to_salesforce(med: Mapping[str, Tensor], head: Head) -> State:
-    """MED parameters as the published layout of a head, without its training state. Parameters that
-    the published network doesn't have are left out.
+    """Convert MED parameters to the published layout of a head, without training state.
 
-    Encoder and decoder get the same tensors where they share; fused ones are cut into views.
-    Second names (tied tensors) and position_ids are there.
+    Parameters that the published network lacks are dropped. Encoder and decoder get the same
+    tensors where they share them; fused tensors are split into views. Second names of tied tensors
+    and position_ids are included.
 
     Args:
-        med: parameters by name; `lm_head.weight`, which is the word embedding, may be left out.
+        med: parameters by name; `lm_head.weight`, which is the word embedding, may be missing.
+        head: model to convert to.
     """
     state: State = {}
     for ours, tensor in med.items():
@@ -128,27 +137,29 @@ def to_salesforce(med: Mapping[str, Tensor], head: Head) -> State:
 
 
 def from_salesforce(state: Mapping[str, Tensor], names: Iterable[str]) -> State:
-    """Parameters of MED by name, as far as the parts that are there reach.
+    """Convert the published layout to MED parameters, for the parts that the state has.
 
     Args:
-        state: published names, all of each part.
-        names: of the MED's parameters.
+        state: tensors by published name; each part must be complete.
+        names: names of the MED parameters to return.
 
     Raises:
-        ValueError: encoder and decoder differ where MED has one tensor (fine-tuned apart).
+        ValueError: encoder and decoder differ where MED has one tensor, because they were
+            fine-tuned apart.
     """
     result: State = {}
     for ours in names:
-        found = [
-            theirs for theirs in their_names(ours).values() if all(name in state for name in theirs)
-        ]
-        if not found:
+        sources = []
+        for published in their_names(ours).values():
+            if all(name in state for name in published):
+                sources.append(published)
+        if not sources:
             continue
-        tensors = [_join(state, theirs) for theirs in found]
+        tensors = [_join(state, published) for published in sources]
         if len(tensors) == 2 and not torch.equal(*tensors):
             raise ValueError(
-                f"{found[0][0]} and {found[1][0]} differ: encoder and decoder were fine-tuned "
-                "apart, and MED has one tensor for both; take the pretrained checkpoint"
+                f"{sources[0][0]} and {sources[1][0]} differ: encoder and decoder were fine-tuned "
+                "apart, and MED has one tensor for both; use the pretrained checkpoint"
             )
         result[ours] = tensors[0].reshape(1) if ours == "temperature.value" else tensors[0]
     return result
@@ -161,11 +172,11 @@ def _join(state: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
 
 
 def complete(state: State) -> State:
-    """The state with second names and position_ids, which some writers leave out."""
+    """Add second names and position_ids, which some writers leave out, to a state in place."""
     for second, first in TIED.items():
-        for missing, there in ((second, first), (first, second)):
-            if missing not in state and there in state:
-                state[missing] = state[there]
+        for missing, present in ((second, first), (first, second)):
+            if missing not in state and present in state:
+                state[missing] = state[present]
     for name, tensor in list(state.items()):
         if name.endswith(".embeddings.position_embeddings.weight"):
             ids = torch.arange(len(tensor), device=tensor.device)[None]
@@ -174,14 +185,14 @@ def complete(state: State) -> State:
 
 
 def momentum_to_salesforce(momentum: Mapping[str, Tensor], online: Mapping[str, Tensor]) -> State:
-    """Momentum copies in the published layout.
+    """Convert momentum copies to the published layout.
 
-    The published text copy has cross-attention too, which nothing reads; it gets the online
-    weights.
+    The published copy of the text encoder has cross-attention, which nothing reads. It gets the
+    online weights.
 
     Args:
         momentum: parameters of a MomentumEncoder by name.
-        online: the published layout of the model.
+        online: weights of the model in the published layout.
     """
     state: State = {}
     for name, tensor in online.items():
@@ -197,29 +208,28 @@ def momentum_to_salesforce(momentum: Mapping[str, Tensor], online: Mapping[str, 
 
 
 def momentum_from_salesforce(state: Mapping[str, Tensor], config: MEDConfig) -> State:
-    """Parameters of a MomentumEncoder by name; empty where there are no copies."""
+    """Convert momentum copies to parameters of a MomentumEncoder; empty if there are no copies."""
     if not any(name.startswith("visual_encoder_m.") for name in state):
         return {}
     with torch.device("meta"):
         names = [name for name, _ in MomentumEncoder(config).named_parameters()]
-    copies = {
-        re.sub(r"^(\w+)_m\.", r"\1.", name): tensor
-        for name, tensor in state.items()
-        if name.partition(".")[0].endswith("_m")
-    }
+    copies = {}
+    for name, tensor in state.items():
+        if name.partition(".")[0].endswith("_m"):
+            copies[re.sub(r"^(\w+)_m\.", r"\1.", name)] = tensor
     return from_salesforce(copies, names)
 
 
 def is_training_state(name: str) -> bool:
-    """Whether it is a momentum copy, a queue or a queue's pointer."""
+    """Return True for a momentum copy, a queue or a queue's pointer."""
     return bool(_STATE.match(name))
 
 
 def head_of(names: Iterable[str]) -> Head:
-    """Which model's file it is, by its names.
+    """Find the head of a file by the names of its tensors.
 
     Raises:
-        ValueError: it isn't BLIP.
+        ValueError: the names are not those of a BLIP model.
     """
     names = list(names)
     parts = {name.partition(".")[0] for name in names}
@@ -229,10 +239,9 @@ def head_of(names: Iterable[str]) -> Head:
         if "text_decoder" not in parts:
             if not {"vision_proj", "itm_head"} & parts:
                 raise ValueError(
-                    "it holds visual_encoder and text_encoder alone, as BLIP's feature extractor: "
-                    "no projections, no matching head and no decoder, so it is none of "
-                    "pretrain, captioning, retrieval, vqa and nlvr2; take the file that it was "
-                    "made from"
+                    "it holds visual_encoder and text_encoder only, like BLIP's feature extractor: "
+                    "without projections, matching head or decoder it is not one of pretrain, "
+                    "captioning, retrieval, vqa and nlvr2; use the file that it was made from"
                 )
             return "retrieval" if "vision_proj" in parts else "visdial"
         if "text_encoder" not in parts:
@@ -240,6 +249,6 @@ def head_of(names: Iterable[str]) -> Head:
         return "pretrain" if {"itm_head", "vision_proj"} & parts else "vqa"
     shown = ", ".join(sorted(parts)[:5]) or "nothing"
     raise ValueError(
-        f"it isn't BLIP: it holds {shown}{', ...' if len(parts) > 5 else ''}; expected "
+        f"not a BLIP model: it holds {shown}{', ...' if len(parts) > 5 else ''}; expected "
         "visual_encoder with text_encoder or text_decoder"
     )

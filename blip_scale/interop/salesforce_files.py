@@ -1,4 +1,4 @@
-"""The `.pth` files of BLIP's published code, in and out."""
+"""Read and write the `.pth` files of BLIP's published code."""
 
 from __future__ import annotations
 
@@ -28,30 +28,32 @@ from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig, build_vision
 
 _HEAD_WIDTH = 64
-"""Of all attention heads of the published networks; the tensors don't tell."""
+"""Channels per attention head in all published networks; shapes of tensors do not show it."""
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "module.")
-"""In the order in which they are taken off."""
+"""Prefixes of names to strip, in this order."""
 _BERT_WORDS = 30522
-"""Vocabulary of bert-base-uncased, without [DEC] and [ENC]."""
+"""Vocabulary size of bert-base-uncased, without [DEC] and [ENC]."""
 _NETWORK = "network"
-"""Our own files say the sizes under this key, beside `model`."""
+"""Key of the network's sizes in files that this package writes, beside `model`."""
 
 
 class UnknownSizesError(ValueError):
-    """Neither a file nor its shapes say the sizes of its network."""
+    """A file whose content and shapes do not determine the sizes of its network."""
 
 
 def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
-    """A published layout; the tensors stay on the disk until they are read.
+    """Read a file in the published layout. Tensors stay on the disk until they are used.
 
     Args:
-        config: of the network, for files that don't say their number of heads; None takes the
-            published 64 channels a head.
+        path: the `.pth` file.
+        config: sizes of the network, for files that do not state their number of heads; None
+            assumes the published 64 channels per head.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unsafe pickle, a damaged file, another model, names or shapes that don't fit.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is an unsafe pickle, damaged, or of another model, or its names or
+            shapes do not match.
     """
     loaded = load_pth(path)
     state = _state_dict(loaded, path)
@@ -67,8 +69,12 @@ def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
 
 
 def read_sizes(path: Path) -> MEDConfig:
-    """The sizes of a file's network, without reading its weights; raises as `read_salesforce`, and
-    UnknownSizesError."""
+    """Read the sizes of a file's network without its weights.
+
+    Raises:
+        UnknownSizesError: the file does not determine the sizes.
+        FileNotFoundError, ValueError: see `read_salesforce`.
+    """
     loaded = load_pth(path)
     try:
         return _sizes(loaded, _state_dict(loaded, path), None)
@@ -79,16 +85,18 @@ def read_sizes(path: Path) -> MEDConfig:
 
 
 def _sizes(loaded: dict[str, Any], state: State, config: MEDConfig | None) -> MEDConfig:
-    """What the file says, else `config`, else what its shapes say."""
+    """Sizes stated in the file, else `config`, else sizes inferred from the shapes."""
     return at_their_resolution(_network(loaded) or config or _guessed(state), state)
 
 
 def _state_dict(loaded: Mapping[str, Any], path: Path) -> State:
-    """The tensors of a file, whatever they are wrapped in: `model` or `state_dict`, one in the
-    other, and names with the prefixes of DistributedDataParallel and torch.compile.
+    """Unwrap the tensors of a file.
+
+    They may be nested in `model` or `state_dict`. Prefixes of DistributedDataParallel and
+    torch.compile are stripped from names.
 
     Raises:
-        ValueError: there is no state dict; names what is there.
+        ValueError: there is no state dict. The message names the keys that the file has.
     """
     content: Any = loaded
     while isinstance(content, Mapping):
@@ -100,8 +108,8 @@ def _state_dict(loaded: Mapping[str, Any], path: Path) -> State:
     if not content or not is_state:
         shown = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise ValueError(
-            f"{path}: no state dict, which is expected under `model` or `state_dict`, or as the "
-            f"whole file; it holds {shown}"
+            f"{path}: no state dict; expected one under `model` or `state_dict`, or as the whole "
+            f"file, but it holds {shown}"
         )
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in content):
@@ -110,10 +118,10 @@ def _state_dict(loaded: Mapping[str, Any], path: Path) -> State:
 
 
 def write_salesforce(weights: BlipWeights, path: Path) -> None:
-    """A file that the published loaders take: `model`, and sizes and output settings beside it.
+    """Write a file for the published loaders: `model`, with sizes and output settings beside it.
 
     Raises:
-        ValueError: parameters that the published network doesn't have; names them.
+        ValueError: there are parameters that the published network lacks. The message names them.
     """
     refuse_unpublished(weights)
     network = dataclasses.asdict(weights.config)
@@ -127,26 +135,26 @@ def write_salesforce(weights: BlipWeights, path: Path) -> None:
 
 
 def load_pth(path: Path) -> dict[str, Any]:
-    """The dictionary in a file, tensors and plain values alone, mapped where the format allows it.
+    """Load a dictionary of tensors and plain values, memory-mapped if the format allows it.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unsafe pickle, a damaged file, or something else than a dictionary.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is an unsafe pickle, damaged, or does not hold a dictionary.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
     if is_zip and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is damaged or not all there: the end of the file is missing")
+        raise ValueError(f"{path} is damaged or incomplete: the end of the file is missing")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error) or "GLOBAL" not in str(error):
-            raise ValueError(f"{path} is no PyTorch file, or damaged") from error
+            raise ValueError(f"{path} is not a PyTorch file, or damaged") from error
         raise ValueError(
-            f"{path} holds more than tensors, and reading that could run any code: refused. If you "
-            "trust its maker, keep the tensors alone: torch.save({'model': "
+            f"{path} holds more than tensors, and loading it could run any code: refused. If you "
+            "trust its author, save the tensors alone: torch.save({'model': "
             "torch.load(FILE, weights_only=False)['model']}, NEW_FILE)"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -157,7 +165,7 @@ def load_pth(path: Path) -> dict[str, Any]:
 
 
 def at_their_resolution(config: MEDConfig, state: State) -> MEDConfig:
-    """The config with the image size that the position embeddings were made for."""
+    """Set the image size of a config to the one that the position embeddings were made for."""
     positions = state.get("visual_encoder.pos_embed")
     if positions is None or positions.dim() != 3:
         return config
@@ -176,10 +184,10 @@ def _network(loaded: dict[str, Any]) -> MEDConfig | None:
 
 
 def med_config_from(network: Mapping[str, Any]) -> MEDConfig:
-    """A MEDConfig from what dataclasses.asdict made of it.
+    """Build a MEDConfig from the dictionary that dataclasses.asdict makes of it.
 
     Raises:
-        TypeError, KeyError, ValueError: it isn't one.
+        TypeError, KeyError, ValueError: the dictionary is not one.
     """
     text = dict(network["text"])
     special = SpecialTokens(**text.pop("special"))
@@ -188,7 +196,7 @@ def med_config_from(network: Mapping[str, Any]) -> MEDConfig:
 
 
 def _guessed(state: State) -> MEDConfig:
-    """Sizes from shapes, and the published number of channels a head."""
+    """Infer sizes from shapes and the published number of channels per head."""
     encoder = any(name.startswith("text_encoder.") for name in state)
     bert = "text_encoder" if encoder else "text_decoder.bert"
     words = state[f"{bert}.embeddings.word_embeddings.weight"]
@@ -197,15 +205,15 @@ def _guessed(state: State) -> MEDConfig:
     for kind, width in (("text", words.shape[1]), ("vision", vision.shape[0])):
         if width not in (768, 1024):
             raise UnknownSizesError(
-                f"the file doesn't say how many {kind} heads there are and its width {width} is "
-                "none of the published ones; give --recipe with the network's sizes"
+                f"the file does not state its number of {kind} heads, and its width {width} is "
+                "not a published one; give --recipe with the network's sizes"
             )
     vocabulary = words.shape[0]
     if vocabulary == _BERT_WORDS:
         raise ValueError(
-            f"its word embeddings have {vocabulary} rows, those of bert-base-uncased alone: "
-            "without [DEC] and [ENC] it can neither caption nor match. BLIP's published files "
-            f"have {vocabulary + 2} (ALBEF's and BERT's have {vocabulary})"
+            f"its word embeddings have {vocabulary} rows, like bert-base-uncased and ALBEF: "
+            "without [DEC] and [ENC] the model can neither caption nor match. BLIP's published "
+            f"files have {vocabulary + 2} rows"
         )
     return MEDConfig(
         VisionConfig(

@@ -1,7 +1,8 @@
-"""Names of the VQA and NLVR2 networks and of BLIP's published files of them, both ways.
+"""Convert names of the VQA and NLVR2 networks to those of BLIP's published files and back.
 
-Encoder and decoder are two stacks here as there, so every parameter has one place. VisDial was
-never published: its names follow the same rule, so that it can start from a retrieval file.
+Both here and there, encoder and decoder are two stacks, so every parameter has one place. A VisDial
+network was never published. Its names follow the same rule, so that it can start from a retrieval
+file.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ _CROSS = "text_encoder.encoder.layer.{}.crossattention."
 
 
 def published_names(ours: str) -> tuple[str, ...]:
-    """The published names, in order along the first dimension, of one parameter; none for one that
-    the published network doesn't have."""
+    """Published names of one parameter, in order along its first dimension.
+
+    The result is empty for a parameter that the published network lacks.
+    """
     pair, merge = _PAIR.fullmatch(ours), _MERGE.fullmatch(ours)
     if pair:
         layer, number, module, kind = pair.groups()
@@ -45,8 +48,10 @@ def published_names(ours: str) -> tuple[str, ...]:
 
 
 def task_to_published(parameters: Mapping[str, Tensor]) -> State:
-    """Parameters of a network in the published layout, second names and position_ids included;
-    those that the published network doesn't have are left out."""
+    """Convert parameters to the published layout, including second names and position_ids.
+
+    Parameters that the published network lacks are dropped.
+    """
     state: State = {}
     for ours, tensor in parameters.items():
         names = published_names(ours)
@@ -56,10 +61,10 @@ def task_to_published(parameters: Mapping[str, Tensor]) -> State:
 
 
 def task_from_published(state: Mapping[str, Tensor], names: Iterable[str]) -> State:
-    """The parameters `names` out of a whole published layout, as far as it has them."""
+    """Take the parameters `names` from a complete published layout, as far as it has them."""
     result: State = {}
     for ours in names:
-        pieces = [state[theirs] for theirs in published_names(ours)]
+        pieces = [state[name] for name in published_names(ours)]
         if pieces:
             result[ours] = torch.cat(pieces)
     return result

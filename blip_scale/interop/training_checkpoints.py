@@ -1,7 +1,7 @@
-"""Our own training checkpoints (`storage.checkpoint_format`), in and out, without ranks.
+"""Read and write training checkpoints (`storage.checkpoint_format`) in a single process.
 
-Folders that are written here hold no optimizer state, so no run goes on from them:
-`model.checkpoint` takes them.
+Checkpoints written here have no optimizer state, so no run can resume from them. Use them as
+`model.checkpoint`.
 """
 
 from __future__ import annotations
@@ -38,22 +38,25 @@ from blip_scale.storage.checkpoint_format import NETWORK, Content, Manifest, Rea
 from blip_scale.storage.untrusted import parse_json
 
 _OUTPUT = f"{output_settings.KEY}.json"
-"""Output settings, in checkpoints that were converted and lie in no run's folder."""
+"""File of the output settings in converted checkpoints, which are not in a run's folder."""
 
 
 def step_folder(path: Path) -> Path | None:
-    """The checkpoint that a path means: itself, or the newest of a run's folder; None without."""
+    """Folder of a checkpoint: the path itself, or the newest checkpoint in the folder of a run.
+
+    The result is None if the path is neither.
+    """
     for folder in (path / run_folder.CHECKPOINTS, path):
         steps = checkpoint_format.committed(folder)
         if steps:
             return folder / run_folder.step_folder(steps[-1])
-    is_run = (path / run_folder.RECIPE).is_file()  # whose manifest.json is that of the run
+    is_run = (path / run_folder.RECIPE).is_file()  # its manifest.json describes the run
     has_manifest = (path / checkpoint_format.MANIFEST).is_file()
     return path if has_manifest and not is_run else None
 
 
 def network_of(folder: Path) -> MEDConfig | None:
-    """The sizes, where the folder says them."""
+    """Read the sizes of the network, or return None if the folder does not have them."""
     file = folder / NETWORK
     if not file.is_file():
         return None
@@ -64,7 +67,7 @@ def network_of(folder: Path) -> MEDConfig | None:
 
 
 def _output_of(folder: Path) -> output_settings.OutputSettings | None:
-    """The output settings, where the folder says them."""
+    """Read the output settings, or return None if the folder does not have them."""
     file = folder / _OUTPUT
     if not file.is_file():
         return None
@@ -77,22 +80,23 @@ def _output_of(folder: Path) -> output_settings.OutputSettings | None:
 def read_training_checkpoint(
     folder: Path, config: MEDConfig | None, with_state: bool = True
 ) -> BlipWeights:
-    """The weights of a head with their momentum copies and queues, put together parameter by
-    parameter; the names of the parameters tell which head it is (`heads`). Parameters that the
-    published network doesn't have are in `BlipWeights.unpublished`.
+    """Read the weights of a head, with momentum copies and queues.
+
+    The names of the parameters determine the head (`heads`). Parameters that the published network
+    lacks go to `BlipWeights.unpublished`.
 
     Args:
-        folder: `step_N`.
-        config: of the network, for folders that don't say it.
-        with_state: read momentum copies and queues too.
+        folder: checkpoint folder `step_N`.
+        config: sizes of the network, for folders that do not have them.
+        with_state: read momentum copies and queues as well.
 
     Raises:
-        ValueError: damaged files, or a checkpoint of another network; names what.
-        FileNotFoundError: a file of the manifest is missing.
+        ValueError: files are damaged, or belong to another network. The message says which.
+        FileNotFoundError: a file named in the manifest is missing.
     """
     config = network_of(folder) or config
     if config is None:
-        raise ValueError(f"{folder} doesn't say the sizes of its network; give --recipe")
+        raise ValueError(f"{folder} does not state the sizes of its network; give --recipe")
     manifest = checkpoint_format.read_manifest(folder)
     checkpoint_format.verify(folder, manifest)
     head = head_of_names(manifest.parameters, config) or "pretrain"
@@ -101,9 +105,8 @@ def read_training_checkpoint(
     checkpoint_format.check_vocabulary(folder, manifest.parameters, sizes)
     _check_names(manifest.parameters, shapes, head, folder)
     try:
-        reader = Reader(
-            folder / name for name in sorted(manifest.files) if name.startswith("rank_")
-        )
+        rank_files = [name for name in sorted(manifest.files) if name.startswith("rank_")]
+        reader = Reader(folder / name for name in rank_files)
         parameters = _read(reader, "weight", manifest.parameters, shapes, folder)
         averaged = {name: manifest.parameters[name] for name in reader.names("momentum")}
         momentum = _read(reader, "momentum", averaged, shapes, folder) if with_state else {}
@@ -117,7 +120,8 @@ def read_training_checkpoint(
         if not is_published(name, head):
             unpublished[MOMENTUM_PREFIX + name.removeprefix(PREFIX)] = tensor
     if shared:
-        frozen = {name: parameters[name] for name in manifest.frozen}  # equal to their copies
+        # The momentum copies of frozen parameters are equal to them, and not stored.
+        frozen = {name: parameters[name] for name in manifest.frozen}
         copies = {name.removeprefix(PREFIX): p for name, p in (frozen | momentum).items()}
         state |= momentum_to_salesforce(copies, state)
         state |= {f"{kind}_queue": shared[f"queue/{kind}"] for kind in ("image", "text")}
@@ -139,17 +143,16 @@ def read_training_checkpoint(
 
 
 def write_training_checkpoint(weights: BlipWeights, folder: Path) -> None:
-    """Pretrained weights as a checkpoint of one rank, with the sizes of the network beside it.
-    Parameters that the published network doesn't have are among them.
+    """Write weights as a checkpoint of one rank, with sizes and output settings of the network.
+
+    Parameters that the published network lacks are included.
 
     Raises:
-        ValueError: encoder and decoder are no halves of one network.
+        ValueError: encoder and decoder do not belong to one network.
     """
     weight = parameters_of(weights)
-    momentum = {
-        f"{PREFIX}{name}": tensor
-        for name, tensor in momentum_from_salesforce(weights.state, weights.config).items()
-    }
+    copies = momentum_from_salesforce(weights.state, weights.config)
+    momentum = {f"{PREFIX}{name}": tensor for name, tensor in copies.items()}
     for name, tensor in weights.unpublished.items():
         if name.startswith(MOMENTUM_PREFIX):
             momentum[PREFIX + name.removeprefix(MOMENTUM_PREFIX)] = tensor
@@ -188,8 +191,11 @@ def write_training_checkpoint(weights: BlipWeights, folder: Path) -> None:
 def _check_names(
     saved: Iterable[str], shapes: Mapping[str, tuple[int, ...]], head: Head, folder: Path
 ) -> None:
-    """Refuse parameters that the network lacks or needs; it may need new ones that the published
-    network doesn't have, and checkpoints may hold those of losses."""
+    """Refuse a checkpoint with unknown or missing parameters.
+
+    Parameters that the published network lacks may be missing. Parameters of losses may be left
+    over.
+    """
     saved = set(saved)
     unknown = sorted(name for name in saved - set(shapes) if name.startswith(PREFIX))
     if unknown:
@@ -210,15 +216,15 @@ def _read(
     shapes: Mapping[str, tuple[int, ...]],
     folder: Path,
 ) -> State:
-    """Whole parameters by name; those of losses, which are in no `shapes`, stay flat.
+    """Read whole parameters by name. Parameters of losses, which `shapes` lacks, stay flat.
 
     Raises:
-        ValueError: a parameter has another size than in the network.
+        ValueError: the size of a parameter differs from the network's.
     """
     state: State = {}
     for name, size in sizes.items():
         shape = shapes.get(name, (size,))
-        if name == f"{PREFIX}vision.pos_embed":  # any resolution
+        if name == f"{PREFIX}vision.pos_embed":  # may have any resolution
             shape = (1, size // shape[-1], shape[-1])
         if size != torch.Size(shape).numel():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Vision weights from timm's hub or from a file, at any resolution."""
+"""Load vision weights from timm's hub or from a file, at any resolution."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from blip_scale.storage import hub
 log = logging.getLogger(__name__)
 
 _IGNORED = re.compile(r"^(head|head_dist|fc_norm|pre_logits)\.")
-"""Classifier parts, which BLIP's ViT doesn't have."""
+"""Names of classifier parts, which BLIP's ViT does not have."""
 _PREFIX = "visual_encoder."
-"""Of the ViT in the official BLIP checkpoints, where it has timm's names."""
+"""Prefix of the ViT's names in BLIP's published checkpoints; the rest are timm's names."""
 
 
 def load_vision(med: MED, checkpoint: str | Path) -> None:
-    """Fills the ViT of a plain MED; position embeddings are interpolated to its resolution.
+    """Fill the ViT of an unpartitioned MED; position embeddings are interpolated if needed.
 
     Args:
-        med: the network to fill.
-        checkpoint: `timm` for timm's pretrained weights of the same model, or a file (.safetensors,
-            or .pth holding tensors alone) with timm's names, bare or under `visual_encoder.`.
+        med: network to fill.
+        checkpoint: `timm` for timm's pretrained weights of the same model, or a file with timm's
+            names, with or without the prefix `visual_encoder.`. The file is .safetensors, or .pth
+            with tensors only.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: names or shapes that don't fit, all named.
+        FileNotFoundError: there is no such file.
+        ValueError: names or shapes do not match. The message lists them.
     """
     vision = med.vision
     name = med.config.vision.name
@@ -46,20 +47,20 @@ def load_vision(med: MED, checkpoint: str | Path) -> None:
     state = {key: value for key, value in state.items() if not _IGNORED.match(key)}
     wanted = vision.state_dict()
     if "pos_embed" in state and vision.pos_embed is not None:
-        # Without its class token's position in some models (DeiT III): then none is kept aside.
+        # In some models (DeiT III) the class token has no position embedding.
         extra = 0 if vision.no_embed_class else vision.num_prefix_tokens
         state["pos_embed"] = interpolate_positions(
             state["pos_embed"], vision.patch_embed.grid_size, extra
         )
     missing, unknown = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    wrong = [
-        f"{key} {tuple(state[key].shape)}, wanted {tuple(wanted[key].shape)}"
-        for key in sorted(set(wanted) & set(state))
-        if state[key].shape != wanted[key].shape
-    ]
+    wrong = []
+    for key in sorted(set(wanted) & set(state)):
+        shape, expected = state[key].shape, wanted[key].shape
+        if shape != expected:
+            wrong.append(f"{key} {tuple(shape)}, wanted {tuple(expected)}")
     if missing or unknown or wrong:
         raise ValueError(
-            f"vision checkpoint {checkpoint} doesn't fit {name} with overrides "
+            f"vision checkpoint {checkpoint} does not match {name} with overrides "
             f"{med.config.vision.overrides}: missing {missing[:3]}, unknown {unknown[:3]}, "
             f"wrong shapes {wrong[:3]}"
         )
@@ -68,16 +69,18 @@ def load_vision(med: MED, checkpoint: str | Path) -> None:
 
 
 def interpolate_positions(positions: Tensor, grid: tuple[int, int], extra: int = 1) -> Tensor:
-    """Position embeddings [1, extra + s * s, D] for another grid of patches: bicubic, align_corners
-    False, no antialiasing, as BLIP does; those of the `extra` first tokens are kept.
+    """Resize position embeddings [1, extra + s * s, D] to another grid of patches.
+
+    The interpolation is BLIP's: bicubic, align_corners False, no antialiasing. The embeddings of
+    the first `extra` tokens are kept.
 
     Raises:
-        ValueError: the source grid isn't square.
+        ValueError: the source grid is not square.
     """
     count = positions.shape[1] - extra
     side = round(count**0.5)
     if side * side != count:
-        raise ValueError(f"position embeddings: {count} patches are no square grid")
+        raise ValueError(f"position embeddings: {count} patches are not a square grid")
     if (side, side) == tuple(grid):
         return positions
     kept, patches = positions[:, :extra], positions[:, extra:]
@@ -101,7 +104,7 @@ def _read(checkpoint: str | Path) -> dict[str, Tensor]:
     path = Path(checkpoint)
     if not path.is_file():
         raise FileNotFoundError(
-            f"vision checkpoint {path} isn't there; give a .safetensors or .pth file, or `timm`"
+            f"vision checkpoint {path} does not exist; give a .safetensors or .pth file, or `timm`"
         )
     try:
         if path.suffix == ".safetensors":

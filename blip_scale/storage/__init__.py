@@ -1,1 +1,1 @@
-"""Files, folders and buckets: what every other room writes to and reads from."""
+"""Access to files, folders and buckets, below all other rooms."""

@@ -1,20 +1,24 @@
-"""The format of our training checkpoints: files written, verified, committed, read in pieces.
+"""Training checkpoint format: write, verify, commit and read checkpoints.
 
-This module knows no ranks and no network.
+This module depends on neither ranks nor the network.
 
-A checkpoint is a folder `step_00000100` with one safetensors file a rank (fp32 masters, optimizer
-moments and momentum averages of its parameter slices), `shared.safetensors` (what all ranks hold
-alike: the feature queues) and `manifest.json` (`Manifest`). Until all of it is on the disk the
-folder is called `step_00000100.partial`. Every file says which elements of each parameter it holds,
-so a checkpoint does not depend on the number of ranks or on the ZeRO stage that wrote it.
+A checkpoint is a folder `step_00000100` with these files:
 
-The manifest says which version of this format the checkpoint has (`FORMAT_VERSION`). Whoever
-changes the layout, or the meaning of a field, raises the version.
+- one safetensors file per rank: fp32 masters, optimizer moments and momentum averages of its
+  parameter slices;
+- `shared.safetensors`: tensors that are equal on all ranks, the feature queues;
+- `manifest.json` (`Manifest`).
 
-Version 1: the manifest has no checksum. Checkpoints from before the version was written are read as
-version 1.
-Version 2: the manifest's last field is the checksum of everything before it. Later versions keep
-this rule, so that a damaged version number is told from a newer version.
+The folder is called `step_00000100.partial` until all of it is on the disk. Every file says which
+elements of each parameter it holds, so a checkpoint does not depend on the number of ranks or on
+the ZeRO stage that wrote it.
+
+The manifest names the version of the format (`FORMAT_VERSION`). Raise the version when the layout
+or the meaning of a field changes.
+
+Version 1: the manifest has no checksum. A checkpoint without a version number is version 1.
+Version 2: the manifest's last field is the checksum of everything before it. Later versions must
+keep this rule, which tells a damaged version number from a newer version.
 """
 
 from __future__ import annotations
@@ -43,44 +47,44 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 NETWORK = "network.json"
-"""Sizes of the network, in checkpoints that were converted and lie in no run's folder."""
+"""Sizes of the network, for converted checkpoints, which are not in a run's folder."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _VERSION_KEY = "format_version"
 _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{16})"\n\}\n?\Z')
 
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-"""Name of a file inside of a checkpoint's folder: never a path."""
+"""Name of a file in a checkpoint's folder; never a path."""
 
 
 class UnknownVersionError(ValueError):
-    """A checkpoint is of a version of the format that this code doesn't read."""
+    """The checkpoint has a format version that this code does not read."""
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True))
 class Manifest:
-    """What manifest.json says of a checkpoint."""
+    """Content of manifest.json."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     world_size: int
-    """Ranks that wrote it."""
+    """Number of ranks that wrote the checkpoint."""
     stage: int
     """ZeRO stage."""
     optimizer_steps: int
-    """Updates that AdamW has made; fewer than `step` where updates were skipped."""
+    """Number of updates made by AdamW; fewer than `step` if updates were skipped."""
     parameters: dict[str, Annotated[int, Field(ge=0)]]
-    """Elements of every parameter, by name."""
+    """Parameter name -> number of elements."""
     files: dict[FileName, dict[str, Any]]
-    """Size (`bytes`) and checksum (`xxh3`) of every file, by name."""
+    """File name -> size (`bytes`) and checksum (`xxh3`)."""
     position: dict[str, Any]
-    """The run's past (`engine.run.History`); empty in a checkpoint that no run wrote."""
+    """History of the run (`engine.run.History`); empty in a converted checkpoint."""
     task: dict[str, Any]
     """State of the task."""
     frozen: list[str] = field(default_factory=list)
-    """Parameters that don't train; early checkpoints of runs without any lack the field."""
+    """Names of the parameters that are not trained; early checkpoints may lack the field."""
 
     def to_json(self) -> str:
-        """The text of manifest.json, its checksum at the end."""
+        """Text of manifest.json, with the checksum as its last field."""
         text = json.dumps({_VERSION_KEY: FORMAT_VERSION, **asdict(self)}, indent=1)
         covered = text.removesuffix("\n}")
         return f'{covered},\n "checksum": "{_digest(covered)}"\n}}'
@@ -90,17 +94,17 @@ class Manifest:
         """Parse and verify manifest.json.
 
         Raises:
-            UnknownVersionError: another version of the format.
-            ValueError: it is damaged.
+            UnknownVersionError: the version of the format is not supported.
+            ValueError: the text is damaged.
         """
         checksum = _CHECKSUM.search(text)
         if checksum and _digest(text[: checksum.start()]) != checksum[1]:
-            raise ValueError("its checksum isn't that of its content")
+            raise ValueError("its checksum does not match its content")
         try:
             content = json.loads(text)
         except RecursionError as error:
             raise ValueError("its values are nested too deep") from error
-        names = [one.name for one in fields(cls)]
+        names = [item.name for item in fields(cls)]
         if not isinstance(content, dict):
             raise ValueError(f"expected an object with {', '.join(names)}")
         version = content.pop(_VERSION_KEY, 1)
@@ -132,56 +136,58 @@ def _digest(text: str) -> str:
 
 @dataclass(frozen=True)
 class Content:
-    """What goes into one file."""
+    """Content of one safetensors file."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file of a rank."""
+    """Name of a rank's file."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def committed(folder: Path) -> list[int]:
-    """Steps of the committed checkpoints of a folder, oldest first."""
+    """Steps of the committed checkpoints in a folder, oldest first."""
     return run_folder.steps(path.name for path in folder.glob("step_*"))
 
 
 def committed_objects(names: Iterable[str]) -> list[int]:
-    """Steps whose manifest is among the objects of an object storage, oldest first."""
+    """Steps whose manifest is among the names of objects in a bucket, oldest first."""
     return run_folder.steps(name.removesuffix(f"/{MANIFEST}") for name in names)
 
 
 def retained(candidates: Iterable[int], keep_last: int, keep_every: int | None) -> set[int]:
-    """The steps that are kept: the newest, and the multiples of `keep_every`."""
+    """Steps to keep: the newest `keep_last`, and the multiples of `keep_every`."""
     ordered = sorted(candidates)
-    for_ever = {step for step in ordered if keep_every and step % keep_every == 0}
-    return {*ordered[-keep_last:], *for_ever}
+    permanent = {step for step in ordered if keep_every and step % keep_every == 0}
+    return {*ordered[-keep_last:], *permanent}
 
 
 def check_vocabulary(source: Path, saved: Mapping[str, int], here: Mapping[str, int]) -> None:
-    """Refuse a checkpoint of another tokenizer, which sizes of parameters alone would not explain.
+    """Refuse a checkpoint that was trained with another tokenizer.
+
+    A mismatch of parameter sizes alone would not tell the user the cause.
 
     Args:
         source: the checkpoint, for the error.
-        saved: number of elements of each of its parameters.
-        here: number of elements of each parameter of the network that is to be filled.
+        saved: parameter name -> number of elements in the checkpoint.
+        here: parameter name -> number of elements in the network to be filled.
 
     Raises:
-        ValueError: the vocabularies are of different sizes.
+        ValueError: the vocabularies have different sizes.
     """
     tokens, wanted = _vocabulary_size(saved), _vocabulary_size(here)
     if tokens and wanted and tokens != wanted:
         raise ValueError(
             f"{source} was trained with a vocabulary of {tokens} tokens ([DEC] and [ENC] "
-            f"included), the tokenizer here has {wanted}: give its own tokenizer as "
-            "model.text.tokenizer, or --tokenizer of a command"
+            f"included), the tokenizer here has {wanted}: set model.text.tokenizer, or "
+            "--tokenizer of a command, to the tokenizer of the checkpoint"
         )
 
 
 def _vocabulary_size(sizes: Mapping[str, int]) -> int | None:
-    """Rows of the word embeddings; None where the parameters hold none."""
+    """Number of word embeddings, or None if the parameters include none."""
     for name, numel in sizes.items():
         width = sizes.get(name.removesuffix("word.weight") + "norm.weight", 0)
         if name.endswith("embeddings.word.weight") and width:
@@ -190,13 +196,17 @@ def _vocabulary_size(sizes: Mapping[str, int]) -> int | None:
 
 
 def write(folder: Path, contents: Mapping[str, Content]) -> dict[str, dict[str, Any]]:
-    """Write files through to the disk; name -> size and checksum."""
+    """Write files and sync them to the disk.
+
+    Returns:
+        file name -> size and checksum, as in `Manifest.files`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     return {name: _write_file(folder / name, content) for name, content in contents.items()}
 
 
 def _write_file(path: Path, content: Content) -> dict[str, Any]:
-    # safetensors writes a file that it cannot read from no tensors and an empty dictionary.
+    # From no tensors and an empty dictionary, safetensors would write a file that it cannot read.
     save_file(content.tensors, path, content.metadata or None)
     files.follow_umask(path)
     with path.open("rb") as file:
@@ -205,7 +215,7 @@ def _write_file(path: Path, content: Content) -> dict[str, Any]:
 
 
 def is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a file has the size and the checksum of its manifest."""
+    """Return True if a file has the size and checksum that its manifest entry states."""
     return path.stat().st_size == entry.get("bytes") and _checksum(path) == entry.get("xxh3")
 
 
@@ -216,7 +226,7 @@ def _checksum(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: str) -> None:
-    """Write manifest.json through to the disk."""
+    """Write manifest.json and sync it to the disk."""
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(manifest)
         file.flush()
@@ -224,12 +234,12 @@ def write_manifest(folder: Path, manifest: str) -> None:
 
 
 def commit(partial: Path, final: Path, manifest: str) -> None:
-    """Write the manifest and give the folder its final name: from here on the checkpoint exists."""
+    """Write the manifest and rename the folder to its final name, which commits the checkpoint."""
     write_manifest(partial, manifest)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    directory = os.open(final.parent, os.O_RDONLY)
+    directory = os.open(final.parent, os.O_RDONLY)  # its fsync makes the rename durable
     try:
         os.fsync(directory)
     finally:
@@ -237,10 +247,10 @@ def commit(partial: Path, final: Path, manifest: str) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        ValueError: it can't be read, or is of another version of the format.
+        ValueError: the manifest can't be read, or its format version is not supported.
     """
     file = folder / MANIFEST
     try:
@@ -261,34 +271,35 @@ def verify(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing; a checkpoint is whole with the files of all ranks"
-            )
+            raise FileNotFoundError(f"{file} is missing; a checkpoint needs the files of all ranks")
         if not is_intact(file, entry):
-            raise ValueError(f"{file} is damaged: size or checksum isn't that of {MANIFEST}")
+            raise ValueError(f"{file} is damaged: size or checksum differs from {MANIFEST}")
+
+
+def _start_indices(metadata: Mapping[str, str] | None) -> dict[str, int]:
+    """Parameter name -> index of the first element that a file holds."""
+    return {name: int(start) for name, start in (metadata or {}).items()}
 
 
 class Reader:
-    """Reads any elements of any parameter out of the files of some ranks."""
+    """Reads any range of elements of any parameter from the files of several ranks."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files = [safe_open(file, "pt") for file in files]
-        self._starts = [
-            {name: int(start) for name, start in (file.metadata() or {}).items()}
-            for file in self._files
-        ]
+        self._starts = [_start_indices(file.metadata()) for file in self._files]
 
     def names(self, key: str) -> set[str]:
-        """Names of the parameters of which the files hold `key` (see `read`)."""
+        """Names of the parameters for which the files hold `key` (see `read`)."""
         keys = {name for file in self._files for name in file.keys()}  # noqa: SIM118
         return {name.removeprefix(f"{key}/") for name in keys if name.startswith(f"{key}/")}
 
     def whole(self, key: str, name: str, numel: int) -> Tensor:
-        """All elements [numel] of a parameter: mapped from the file where one file holds them all,
-        else copied together (see `read`).
+        """Read all elements of a parameter, as a tensor [numel].
+
+        The tensor is memory-mapped if one file holds all elements, else copied from several files.
 
         Raises:
-            ValueError: the files do not hold all of it.
+            ValueError: the files do not hold all elements.
         """
         for file, starts in zip(self._files, self._starts, strict=True):
             if name in starts and file.get_slice(f"{key}/{name}").get_shape() == [numel]:
@@ -301,13 +312,13 @@ class Reader:
         """Fill `target` [numel] with elements [start, start + numel) of parameter `name`.
 
         Args:
-            key: weight, momentum, or one of `MOMENTS`.
-            name: of the parameter.
-            start: index of the first element of the flattened parameter.
-            target: where it goes.
+            key: "weight", "momentum", or one of `MOMENTS`.
+            name: name of the parameter.
+            start: index of the first element in the flattened parameter.
+            target: tensor to fill.
 
         Raises:
-            ValueError: the files do not hold all of it.
+            ValueError: the files do not hold all elements.
         """
         missing, stop = target.numel(), start + target.numel()
         for file, starts in zip(self._files, self._starts, strict=True):
@@ -321,11 +332,11 @@ class Reader:
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {missing} elements of {key}/{name}: its files were "
-                "changed by hand. Restore them, or take another checkpoint."
+                "changed by hand; restore them, or use another checkpoint"
             )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, by name."""
+    """Read all tensors of a safetensors file, by name."""
     with safe_open(path, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

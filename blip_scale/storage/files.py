@@ -1,5 +1,4 @@
-"""Small files of a run: replaced whole, or grown line by line and cut back to a step; a disk that
-fails does not stop a run."""
+"""Small files of a run: atomic replacement, and JSON-lines files that can be cut back to a step."""
 
 from __future__ import annotations
 
@@ -20,13 +19,17 @@ _UMASK = re.compile(r"^Umask:\s*([0-7]+)$", re.MULTILINE)
 
 
 class Spared(AbstractContextManager[None]):
-    """Inside, a disk that fails costs what was to be written, and one warning until it works
-    again."""
+    """Swallow OSError while writing an optional file.
+
+    The context manager warns once, and again only after a write has succeeded in between.
+    """
 
     def __init__(self, lost: str, on_failure: Callable[[], None] = lambda: None) -> None:
-        """Args:
-        lost: what the run does without, and where it would lie.
-        on_failure: called after each failure.
+        """Describe the file, and the reaction to a failure.
+
+        Args:
+            lost: what the run does without, for the warning, such as "heartbeat in FILE".
+            on_failure: called after each failure.
         """
         self._lost, self._on_failure = lost, on_failure
         self._failed = False
@@ -40,7 +43,7 @@ class Spared(AbstractContextManager[None]):
         if isinstance(error, OSError):
             if not self._failed:
                 logger.warning(
-                    "the disk takes no %s (%s); training goes on without, make room on the disk",
+                    "cannot write %s (%s); training continues without, make room on the disk",
                     self._lost, error,
                 )  # fmt: skip
             self._failed = True
@@ -60,23 +63,28 @@ def follow_umask(path: Path) -> None:
 
 
 def _umask() -> int:
-    """The umask of this process. Asking `os.umask` would change it for all threads."""
+    """Umask of this process, from /proc: `os.umask` would change it for all threads."""
     try:
         match = _UMASK.search(Path("/proc/self/status").read_text(encoding="utf-8"))
     except OSError:
         match = None
     if match:
         return int(match[1], 8)
-    umask = os.umask(0o077)  # no /proc: set and restored, which other threads may see
+    umask = os.umask(0o077)  # without /proc: set and restore it, which other threads may see
     os.umask(umask)
     return umask
 
 
 def write_whole(file: Path, text: str, through: bool = True) -> None:
-    """Replace a file in one step; with `through`, its text is on the disk before.
+    """Replace a file atomically.
+
+    Args:
+        file: file to create or replace.
+        text: its new content.
+        through: sync the content to the disk before the file is replaced.
 
     Raises:
-        OSError: the disk does not take it; the file is as it was.
+        OSError: the write failed; the file is unchanged.
     """
     draft = file.with_name(file.name + ".partial")
     with draft.open("w", encoding="utf-8") as stream:
@@ -88,20 +96,22 @@ def write_whole(file: Path, text: str, through: bool = True) -> None:
 
 
 def add_line(file: Path, step: int, entry: Mapping[str, Any]) -> None:
-    """Append one JSON object that begins with its step.
+    """Append one JSON object whose first key is `step`.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the write failed.
     """
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"step": step, **entry}) + "\n")
 
 
 def take_back(file: Path, last_step: int) -> None:
-    """Cut a file that `add_line` made after a step; a last line torn by a kill goes as well.
+    """Truncate a file written by `add_line` after `last_step`.
+
+    A last line that a kill left incomplete is removed as well.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the file cannot be truncated.
     """
     if not file.exists():
         return

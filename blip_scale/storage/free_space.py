@@ -1,4 +1,4 @@
-"""Sizes of files as texts, and how much a disk still takes."""
+"""Parse file sizes such as `64mb`, and measure the free space of a disk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def parse_bytes(size: str | int) -> int:
-    """Bytes of a size such as `64mb`, `1.5gb` or `4096`; a kb is 1024 bytes.
+    """Number of bytes in a size such as `64mb`, `1.5gb` or `4096`. One kb is 1024 bytes.
 
     Raises:
-        ValueError: the text is no size.
+        ValueError: the text is not a size.
     """
     if isinstance(size, int):
         return size
@@ -30,30 +30,38 @@ def parse_bytes(size: str | int) -> int:
             raise ValueError("negative")
     except (ValueError, OverflowError) as error:
         raise ValueError(
-            f"{size!r} is no size: give a number of bytes, or one with {', '.join(_UNITS)}"
+            f"{size!r} is not a size: give a number of bytes, or a number with one of the units "
+            f"{', '.join(_UNITS)}"
         ) from error
     return count
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room, or of quota."""
+    """Return True if a write failed because the disk or the user's quota is full."""
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
 def free_bytes(folder: Path) -> float:
-    """Free bytes of a folder in which a file can be written; made, and removed again, if it was
-    not there."""
-    above = folder
-    while not above.exists() and above != above.parent:
-        above = above.parent
+    """Free bytes of a folder, checked by writing a file into it.
+
+    A missing folder is created for the check and removed afterwards.
+
+    Raises:
+        OSError: the folder cannot be created or written.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
     try:
-        new = [folder, *folder.parents]
+        levels = [folder, *folder.parents]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"0" * 4096)
         free = float(shutil.disk_usage(folder).free)
-        for made in new[: new.index(above)]:
-            made.rmdir()
+        for created in levels[: levels.index(existing)]:
+            created.rmdir()
         return free
     except OSError as error:
-        raise OSError(f"{folder} can't be written ({error.strerror}): give another") from error
+        raise OSError(
+            f"{folder} is not writable ({error.strerror}): choose another folder"
+        ) from error

@@ -1,4 +1,4 @@
-"""Reading from paths and URLs alike; local paths stay plain paths."""
+"""Read files and list folders by location, which is a local path or a URL."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import IO
 from blip_scale.errors import RefusedInput
 from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError, split_url
 
-_BUFFER_BYTES = 4 << 20  # of a remote file that is read in small pieces
+_BUFFER_BYTES = 4 << 20  # buffer of a remote file
 
 
 class FileTooLarge(ValueError):
-    """A file with more bytes than its reader takes."""
+    """A file larger than its reader allows."""
 
 
 class NotRegularFile(RefusedInput, OSError):
@@ -31,18 +31,18 @@ class NotRegularFile(RefusedInput, OSError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder that was listed."""
+    """A file or folder in a listing."""
 
     name: str
     location: str
     is_folder: bool
     size: int
     version: str = ""
-    """Changes when the file is written: its time on a disk, its ETag in a bucket."""
+    """Modification time on a disk, ETag in a bucket; changes when the file is written."""
 
 
 def join(folder: str, *parts: str) -> str:
-    """The location of something in a folder; a part that is absolute or a URL stands for itself."""
+    """Join path parts to a folder. A part that is absolute or a URL replaces what comes before."""
     for part in parts:
         if is_url(part) or part.startswith("/"):
             folder = part
@@ -52,46 +52,58 @@ def join(folder: str, *parts: str) -> str:
 
 
 def is_url(location: str) -> bool:
+    """Return True if a location is a URL, including file:// URLs."""
     return "://" in location
 
 
 def is_local(location: str) -> bool:
+    """Return True if a location is on a local disk."""
     return not is_url(location) or location.startswith("file://")
 
 
 def is_web(location: str) -> bool:
+    """Return True if a location is on a web server."""
     return location.startswith(("http://", "https://"))
 
 
 def local_path(location: str) -> Path:
-    """The path that a local location means."""
+    """Path of a local location, with ~ expanded."""
     return Path(location.removeprefix("file://")).expanduser()
 
 
 def parent(location: str) -> str:
+    """Folder that contains a location."""
     return location.rstrip("/").rpartition("/")[0] or ("/" if location.startswith("/") else ".")
 
 
 def basename(location: str) -> str:
+    """Last part of a location: the name of the file or folder."""
     return location.rstrip("/").rpartition("/")[2]
 
 
 def stem(location: str) -> str:
+    """Name of a file up to the first dot."""
     return basename(location).split(".")[0]
 
 
 def extension(location: str) -> str:
-    """Lower case without the dot: `jpg`."""
+    """Lower-case file extension without the dot, such as `jpg`."""
     return os.path.splitext(location)[1][1:].lower()  # noqa: PTH122  it may be a URL
 
 
 def list_folder(location: str, deep: bool = False) -> list[Entry]:
-    """What lies in a folder, sorted by location; `deep`: all files below it.
+    """List the content of a folder, sorted by location.
 
-    Raises FileNotFoundError where there is no such folder, NotADirectoryError for a file.
+    Args:
+        location: path or URL of the folder.
+        deep: list all files below the folder instead of its own files and subfolders.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: the location is a file.
     """
     if not is_folder(location):
-        raise NotADirectoryError(f"{location} is no folder")
+        raise NotADirectoryError(f"{location} is not a folder")
     if is_local(location):
         entries = _local_entries(location, deep)
     else:
@@ -100,9 +112,10 @@ def list_folder(location: str, deep: bool = False) -> list[Entry]:
 
 
 def is_folder(location: str) -> bool:
-    """Whether a location is a folder; web servers are not asked, all they have are files.
+    """Return True if a location is a folder. A web server is not contacted: it has only files.
 
-    Raises FileNotFoundError where there is nothing at all.
+    Raises:
+        FileNotFoundError: there is nothing at this location.
     """
     if is_web(location):
         return False
@@ -122,6 +135,7 @@ def is_folder(location: str) -> bool:
 
 
 def file_size(location: str) -> int:
+    """Size of a file in bytes."""
     if is_local(location):
         return local_path(location).stat().st_size
     remote, name = _remote(location)
@@ -129,9 +143,12 @@ def file_size(location: str) -> int:
 
 
 def file_version(location: str) -> str:
-    """Size and time of a local file, size and ETag of an object, "" on a web server.
+    """Text that changes with a file: size and time of a local file, size and ETag of an object.
 
-    Raises FileNotFoundError where there is none.
+    It is empty for files on web servers.
+
+    Raises:
+        FileNotFoundError: there is no such file.
     """
     if is_web(location):
         return ""
@@ -144,11 +161,11 @@ def file_version(location: str) -> str:
 
 
 def open_file(location: str) -> IO[bytes]:
-    """For reading; a file that ends in .gz is unpacked.
+    """Open a file for reading; a file whose name ends in .gz is decompressed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        NotRegularFile: a FIFO, a device or a socket.
+        NotRegularFile: the path is a FIFO, a device or a socket.
     """
     if is_local(location):
         opened = _open_regular(str(local_path(location)))
@@ -158,15 +175,15 @@ def open_file(location: str) -> IO[bytes]:
 
 
 def read_file(location: str, largest: int | None = None) -> bytes:
-    """Content of a file.
+    """Read a whole file.
 
     Args:
-        largest: bytes that are read at most.
+        largest: maximum number of bytes; None for any.
 
     Raises:
         FileNotFoundError: there is no such file.
         FileTooLarge: the file has more than `largest` bytes.
-        NotRegularFile: the file is a FIFO, a device or a socket.
+        NotRegularFile: the path is a FIFO, a device or a socket.
     """
     if is_local(location):
         path = location if not is_url(location) else str(local_path(location))
@@ -193,7 +210,7 @@ def _open_regular(path: str) -> IO[bytes]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            raise NotRegularFile(f"{path} is a socket or a device, no regular file") from error
+            raise NotRegularFile(f"{path} is a socket or a device, not a regular file") from error
         raise
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -202,11 +219,11 @@ def _open_regular(path: str) -> IO[bytes]:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
-    raise NotRegularFile(f"{path} is {kind}, no regular file")
+    raise NotRegularFile(f"{path} is {kind}, not a regular file")
 
 
 class _Unpacked(gzip.GzipFile):
-    """A .gz whose damage is always gzip.BadGzipFile, an OSError, unlike zlib.error and EOFError."""
+    """A .gz file that reports all damage as gzip.BadGzipFile, which is an OSError."""
 
     def read(self, size: int | None = -1) -> bytes:
         with _damage_named():
@@ -227,6 +244,7 @@ class _Unpacked(gzip.GzipFile):
 
 @contextlib.contextmanager
 def _damage_named() -> Iterator[None]:
+    """Context manager that turns errors of damaged data into gzip.BadGzipFile."""
     try:
         yield
     except (zlib.error, EOFError) as error:
@@ -234,7 +252,7 @@ def _damage_named() -> Iterator[None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A remote file that is read range by range, so that its reader may seek and take its time."""
+    """A remote file that is read in ranges, so that it can be seeked and read slowly."""
 
     def __init__(self, location: str) -> None:
         super().__init__()
@@ -247,7 +265,7 @@ class _RemoteFile(io.RawIOBase):
             if not is_web(location):
                 raise
         if is_web(location) and self._size <= CHUNK_BYTES:
-            # Some web servers do not tell the size, and some give no ranges.
+            # Some web servers do not send the size, and some do not support ranges.
             self._content = self._remote.get(self._name)
             self._size = len(self._content)
 
@@ -286,14 +304,14 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _remote(location: str) -> tuple[ObjectFolder, str]:
-    """The bucket or host of a URL, and the name in it."""
+    """Bucket or host of a URL, and the object name in it."""
     scheme, host, name = split_url(location)
     return _opened(f"{scheme}://{host}"), name
 
 
 @lru_cache(maxsize=64)
 def _opened(root: str) -> ObjectFolder:
-    # A list of images on the web names many hosts that are dead: they are asked once.
+    # Lists of web images name many dead hosts, so web servers are tried once only.
     return ObjectFolder(root, 0.0 if is_web(root) else RETRY_S)
 
 
@@ -309,7 +327,7 @@ def _remote_entries(location: str, deep: bool) -> Iterator[Entry]:
 
 
 def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
-    """Links are followed; a link to a folder that was listed before is passed over."""
+    """List a local folder, following links. A folder that was listed before is skipped."""
     seen: set[tuple[int, int]] = set()
     waiting = [("", str(local_path(location)))]
     while waiting:
@@ -319,7 +337,7 @@ def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as listed:
-            # Folders before links to them, so that the same tree has the same names everywhere.
+            # Folders come before links to them, so that the same tree always gets the same names.
             for item in sorted(listed, key=lambda item: (not item.is_symlink(), item.name)):
                 name, is_dir = inner + item.name, item.is_dir()
                 if is_dir and deep:

@@ -1,11 +1,10 @@
-"""The one way to object storage and web servers, through obstore, with one retry policy.
+"""Access to object storage and web servers through obstore, with one retry policy.
 
-S3, Google Cloud Storage, Azure and HTTP are known by the scheme of their URLs (`SCHEMES`). Names in
-them are taken literally: `a#b`, `a?b` and `a%20b` are three objects; on web servers a name is what
-stands in the URL.
+The scheme of a URL (`SCHEMES`) selects S3, Google Cloud Storage, Azure or HTTP. Object names are
+literal: `a#b`, `a?b` and `a%20b` are three objects. On web servers a name is what the URL says.
 
-obstore's threads do not outlive a fork: a process that has used this module starts others by spawn,
-or by the fork server.
+obstore's threads do not survive a fork: a process that has used this module must start others with
+spawn or the fork server.
 """
 
 from __future__ import annotations
@@ -36,21 +35,21 @@ T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az", "azure", "http", "https")
 RETRY_S = 180.0
-"""Patience with a bucket where no setting says another."""
+"""Seconds to retry a failing bucket, unless a setting says otherwise."""
 FIRST_PAUSE_S = 1.0  # doubled after every attempt, with jitter
 LONGEST_PAUSE_S = 30.0
 DAMAGED_TRIES = 3
-"""How often a file is fetched that arrives whole but with other content than expected."""
+"""Attempts to fetch a file that arrives complete but with unexpected content."""
 
-CHUNK_BYTES = 16 << 20  # of one request
-_CONNECTIONS = 4  # that fetch or write one object
-_MOST_PARTS = 10_000  # of one upload
+CHUNK_BYTES = 16 << 20  # size of one request
+_CONNECTIONS = 4  # connections per object
+_MOST_PARTS = 10_000  # S3's limit for one multipart upload
 _PART_RETRIES = 3
 _CLIENT: Any = {
-    "allow_http": True,  # servers of one's own often have no TLS
+    "allow_http": True,  # self-hosted servers often have no TLS
     "connect_timeout": "10s",
-    "read_timeout": "60s",  # a stalled answer
-    "timeout": "300s",  # a whole request
+    "read_timeout": "60s",  # limit for a stalled answer
+    "timeout": "300s",  # limit for a whole request
 }
 _CREDENTIALS = {
     "s3": (
@@ -61,48 +60,49 @@ _CREDENTIALS = {
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS to a key file",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
-"""How to give credentials, by scheme."""
+"""Scheme -> instructions for giving credentials."""
 _ENVIRONMENT = ("AWS_", "S3_", "GOOGLE_", "AZURE_")
 
 _PASSING = re.compile(r"RequestTimeout|IncompleteBody")
-"""Reasons of a 400 that are no fault of the request."""
+"""Error codes that come with status 400 although the request is correct."""
 _REFUSED = re.compile(
     r"status code: (40[01345]|410)\b|169\.254\.|metadata\.google|configured region"
 )
-"""The request is wrong, forbidden or for nothing that is there; or no service of a cloud's own
-machines hands out credentials. Trying again is of little use."""
+"""Failures that a retry rarely fixes: the request is wrong, forbidden or for a missing object, or
+the cloud's metadata service gives no credentials."""
 _NO_RIGHTS = re.compile(r"status code: 40[013]\b|169\.254\.|metadata\.google|[Cc]redential")
 _TIMING = re.compile(r" in \d[\d.]*[nµm]?s\b")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 
 
 class RemoteError(OSError):
-    """A remote that still failed when the patience with it ended."""
+    """A remote that still fails after all retries."""
 
 
 class RefusedError(RemoteError, FileNotFoundError):
-    """The remote refuses: no such bucket, no rights."""
+    """The remote refuses the request, for example because of a missing bucket or missing rights."""
 
 
 class MissingFile(RemoteError, FileNotFoundError):
-    """The remote says that it does not have the file."""
+    """The remote reports that the file does not exist."""
 
 
 class UnusableRemote(ValueError):
-    """A URL that makes no sense, or one without credentials."""
+    """A URL that is invalid, or for which there are no credentials."""
 
 
 class DamagedFile(ValueError):
-    """A remote file whose content is not what was expected, however often it is fetched."""
+    """A remote file whose content stays unexpected after repeated downloads."""
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a listing says about an object."""
+    """Size, version and time of an object, from a listing."""
 
     size: int
     version: str
-    """Changes with the content: the ETag or, where there is none, the time of the last write."""
+    """ETag of the object, or the time of its last write if it has none; changes with the
+    content."""
     written_s: float
     """Time of the last write by the remote's clock, in seconds since 1970."""
 
@@ -110,23 +110,25 @@ class ObjectInfo:
 def retried(
     action: Callable[[], T], verb: str, location: str, retry_s: float, refused_tries: int = 1
 ) -> T:
-    """The result of `action`, which is tried again while it fails: the one retry policy.
+    """Run `action`, retrying while it fails, and return its result.
 
-    The pauses between the attempts double, with jitter; each attempt that failed is a line of the
-    log.
+    This is the retry policy of the whole package. The pauses between attempts double, with jitter.
+    Each failed attempt is logged.
 
     Args:
-        verb: what is done, for the messages: "fetched", "listed".
-        location: with what.
-        retry_s: seconds until the patience ends; 0 for a single attempt.
-        refused_tries: attempts until a refusal is believed.
+        action: what to run.
+        verb: past participle for the messages, such as "fetched" or "listed".
+        location: object of the verb, for the messages.
+        retry_s: seconds after which the last attempt starts; 0 for a single attempt.
+        refused_tries: number of refusals after which to give up.
 
     Raises:
-        DamagedFile: `action` raised it `DAMAGED_TRIES` times, or when the patience ended.
-        MissingFile, RefusedError: the remote refused `refused_tries` times, or when it ended.
-        RemoteError: any other failure, when it ended.
-        UnusableRemote: there are no credentials for it.
-        OSError: the disk here is full.
+        DamagedFile: `action` raised it `DAMAGED_TRIES` times, or until `retry_s` had passed.
+        MissingFile, RefusedError: the remote refused `refused_tries` times, or until `retry_s` had
+            passed.
+        RemoteError: any other failure that lasted for `retry_s`.
+        UnusableRemote: there are no credentials for the remote.
+        OSError: the local disk is full.
     """
     deadline = time.monotonic() + retry_s
     failures: Counter[type[Exception]] = Counter()
@@ -135,12 +137,12 @@ def retried(
             return action()
         except UnusableRemote:
             raise
-        except Exception as error:  # obstore's own, those of credentials, OSError below them
+        except Exception as error:  # from obstore, a credential provider or the operating system
             if is_disk_full(error):
                 raise
             kind, problem = _kind(error), _problem(error)
             pause_s = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
-            pause_s *= random.Random().uniform(0.5, 1.0)  # not all processes at once
+            pause_s *= random.Random().uniform(0.5, 1.0)  # processes must not retry in step
             left_s = deadline - time.monotonic()
             failures[kind] += 1
             is_last, times = left_s <= pause_s, "once" if attempt == 1 else f"{attempt} times"
@@ -155,7 +157,7 @@ def retried(
                     f"{_advice(location, problem)}"
                 ) from error
             logger.warning(
-                "attempt %d for %s failed, again in %.1f s, for up to %.0f s more: %s",
+                "attempt %d for %s failed, retrying in %.1f s, for up to %.0f s more: %s",
                 attempt, location, pause_s, left_s, problem,
             )  # fmt: skip
             time.sleep(pause_s)
@@ -163,33 +165,33 @@ def retried(
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Scheme, bucket or host, and the name in it.
+    """Split a URL into scheme, bucket or host, and object name.
 
     Raises:
-        UnusableRemote: the URL has no bucket, or a scheme that is not known.
+        UnusableRemote: the URL has no bucket, or an unknown scheme.
     """
     scheme, _, rest = url.partition("://")
     host, _, name = rest.partition("/")
     if scheme not in SCHEMES or not host:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise UnusableRemote(f"{url} can't be opened: expected a path, or one of {known}")
+        prefixes = ", ".join(f"{name}://" for name in SCHEMES)
+        raise UnusableRemote(f"{url} can't be opened: expected a path, or one of {prefixes}")
     return scheme, host, name
 
 
 class ObjectFolder:
     """The objects under a URL, or the files below it on a web server.
 
-    Every call is retried for `retry_s` seconds where the remote fails. Then it raises RemoteError;
-    where the remote refuses, RefusedError or MissingFile, both FileNotFoundError, at once.
+    Every call retries a failing remote for `retry_s` seconds, then raises RemoteError. A refusal
+    raises RefusedError or MissingFile at once; both are FileNotFoundErrors.
     """
 
     def __init__(self, url: str, retry_s: float = RETRY_S) -> None:
-        """Open s3://bucket/prefix, gs://..., az://..., https://host/folder.
+        """Open a folder such as s3://bucket/prefix, gs://..., az://... or https://host/folder.
 
-        S3_ENDPOINT_URL and the AWS_*, GOOGLE_* and AZURE_* variables hold.
+        The environment variables S3_ENDPOINT_URL, AWS_*, GOOGLE_* and AZURE_* apply.
 
         Raises:
-            UnusableRemote: the URL makes no sense, or there are no credentials.
+            UnusableRemote: the URL is invalid, or there are no credentials.
         """
         self.url = url.rstrip("/")
         self._retry_s = retry_s
@@ -200,33 +202,34 @@ class ObjectFolder:
         self._store()
 
     def has_any(self, folder: str) -> bool:
-        """Whether there is an object below a folder."""
+        """Return True if there is an object below a folder."""
 
-        def looked() -> bool:
+        def has_object() -> bool:
             pages = obstore.list(self._store(), prefix=self._key(folder) or None, chunk_size=1)
             return any(page for page in pages)
 
-        return retried(looked, "listed", self._location(folder), self._retry_s)
+        return retried(has_object, "listed", self._location(folder), self._retry_s)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Bytes of every object below a folder, by name from here."""
+        """Size in bytes of every object below a folder, by name relative to `url`."""
         return {name: info.size for name, info in self.files(folder).items()}
 
     def files(self, folder: str = "") -> dict[str, ObjectInfo]:
-        """Every object below a folder, by name from here."""
+        """Every object below a folder, by name relative to `url`."""
         key = self._key(folder)
 
-        def listed() -> dict[str, ObjectInfo]:
+        def list_objects() -> dict[str, ObjectInfo]:
             pages = obstore.list(self._store(), prefix=key or None, chunk_size=1000)
             return {entry["path"]: _info(entry) for page in pages for entry in page}
 
-        found = retried(listed, "listed", self._location(folder), self._retry_s)
-        return _without_folders(self._named(found, key))
+        objects = retried(list_objects, "listed", self._location(folder), self._retry_s)
+        return _without_folders(self._named(objects, key))
 
     def entries(self, folder: str = "") -> tuple[dict[str, ObjectInfo], list[str]]:
-        """The objects in a folder itself, by name from here; names of the folders in it.
+        """List a folder without its subfolders. A missing folder is empty.
 
-        A folder that is not there is empty.
+        Returns:
+            the objects in the folder and the names of its subfolders, all relative to `url`.
         """
         key = self._key(folder)
         listed = retried(
@@ -239,7 +242,7 @@ class ObjectFolder:
         return {name: files[name] for name in files if name not in folders}, list(folders)
 
     def size(self, name: str) -> int:
-        """Bytes of an object."""
+        """Size of an object in bytes."""
         return self.info(name).size
 
     def info(self, name: str) -> ObjectInfo:
@@ -264,22 +267,22 @@ class ObjectFolder:
         )  # fmt: skip
 
     def fetch(self, name: str, target: Path, size: int | None = None) -> None:
-        """Bring an object into a file, by way of `target.fetched`.
+        """Download an object to a file, through the temporary file `target.fetched`.
 
         Args:
             size: bytes that the object must have; None for any size.
 
         Raises:
-            DamagedFile: the object has another size; nothing of it is fetched.
+            DamagedFile: the object has another size; nothing is downloaded.
         """
-        found_size = self.size(name)
+        stored_size = self.size(name)
         # Some web servers do not tell the size before the content.
-        if size is not None and found_size != size and not self.is_web:
-            raise DamagedFile(f"{found_size} bytes, expected {size}")
+        if size is not None and stored_size != size and not self.is_web:
+            raise DamagedFile(f"{stored_size} bytes, expected {size}")
         draft = target.with_name(target.name + ".fetched")
         try:
             with draft.open("wb") as file:
-                for chunk in self._chunks(name, found_size):
+                for chunk in self._chunks(name, stored_size):
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
@@ -288,22 +291,22 @@ class ObjectFolder:
             draft.unlink(missing_ok=True)
 
     def _chunks(self, name: str, size: int) -> Iterator[bytes]:
-        """The content in order, several requests at a time."""
+        """Yield the content in order, with several requests at a time."""
         if size <= CHUNK_BYTES:
             yield self.get(name)
             return
         starts = range(0, size, CHUNK_BYTES)
         with ThreadPoolExecutor(_CONNECTIONS) as threads:
-            for place in range(0, len(starts), _CONNECTIONS):  # so many chunks are in memory
+            for place in range(0, len(starts), _CONNECTIONS):  # at most _CONNECTIONS in memory
                 begins = starts[place : place + _CONNECTIONS]
                 ends = [min(size, start + CHUNK_BYTES) for start in begins]
                 yield from threads.map(self.get_range, itertools.repeat(name), begins, ends)
 
     def put(self, name: str, content: Path | bytes) -> None:
-        """Write an object, whole or not at all; a large one in several parts."""
+        """Write an object atomically; a large one is uploaded in several parts."""
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         chunk = max(CHUNK_BYTES, -(-size // _MOST_PARTS))
-        # A failed part must not cost the others: it is tried again by obstore.
+        # obstore retries a failed part by itself, so that the other parts are not sent again.
         retries = _PART_RETRIES if size > chunk else 0
         target, key = self._store(retries), self._key(name)
         retried(
@@ -314,18 +317,18 @@ class ObjectFolder:
         )  # fmt: skip
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; one that is not there is none to remove."""
-        doomed = list(names)
-        if not doomed:
+        """Delete objects. A missing object is not an error."""
+        pending = list(names)
+        if not pending:
             return
-        keys = [self._key(name) for name in doomed]
+        keys = [self._key(name) for name in pending]
         try:
             retried(
                 lambda: obstore.delete(self._store(), keys),
-                "deleted", self._location(doomed[0]), self._retry_s,
+                "deleted", self._location(pending[0]), self._retry_s,
             )  # fmt: skip
-        except MissingFile:  # some storages refuse to remove what is not there
-            for name in doomed if len(doomed) > 1 else []:
+        except MissingFile:  # some storages refuse to delete a missing object
+            for name in pending if len(pending) > 1 else []:
                 self.delete([name])
 
     def _location(self, name: str) -> str:
@@ -336,7 +339,7 @@ class ObjectFolder:
         return "/".join(part for part in (self._prefix, name.rstrip("/")) if part)
 
     def _at(self, name: str) -> tuple[Any, str]:
-        """Store and key of an object; a query of a web address belongs to the store."""
+        """Store and key of an object. The query of a web address belongs to the store."""
         path, _, query = name.partition("?") if self.is_web else (name, "", "")
         return self._store(query=query), self._key(path)
 
@@ -348,15 +351,14 @@ class ObjectFolder:
         return _opened(root, retries, os.getpid(), environment)
 
     def _named(self, listed: dict[str, T], key: str) -> dict[str, T]:
-        """What was listed, by name from here; the empty object that may stand for the folder `key`
-        itself is left out."""
+        """Make listed paths relative to `url`, without the empty object that may mark `key`."""
         start = len(self._prefix) + 1 if self._prefix else 0
         return {path[start:]: info for path, info in listed.items() if path != key}
 
 
 @lru_cache(maxsize=64)
 def _opened(root: str, retries: int, process: int, environment: frozenset[tuple[str, str]]) -> Any:
-    """A store, which keeps its connections; another one for each process and set of variables."""
+    """A store, cached with its connections for each process and set of environment variables."""
     scheme = root.partition("://")[0]
     settings: dict[str, Any] = {}
     try:
@@ -366,24 +368,24 @@ def _opened(root: str, retries: int, process: int, environment: frozenset[tuple[
         return open_store(
             root,
             client_options=_CLIENT,
-            retry_config={"max_retries": retries},  # `retried` has the patience, and logs it
+            retry_config={"max_retries": retries},  # `retried` retries the rest, and logs it
             **settings,
         )
-    except Exception as error:  # those of obstore and boto3
+    except Exception as error:  # from obstore or boto3
         raise UnusableRemote(
             f"{root} can't be opened ({_problem(error)}): {_CREDENTIALS.get(scheme[:2], '')}"
         ) from error
 
 
 def _s3_settings() -> dict[str, Any]:
-    """What obstore does not take from the environment by itself."""
+    """Settings that obstore does not read from the environment by itself."""
     settings: dict[str, Any] = {}
     if endpoint := os.environ.get("S3_ENDPOINT_URL"):
         settings["endpoint"] = endpoint
     if not os.environ.get("AWS_SKIP_SIGNATURE"):
         try:
             from obstore.auth.boto3 import Boto3CredentialProvider  # slow to import
-        except ImportError:  # boto3 is not installed: the environment, or a cloud's own machine
+        except ImportError:  # without boto3: environment variables, or the cloud's own machines
             return settings
         settings["credential_provider"] = Boto3CredentialProvider()
     return settings
@@ -395,7 +397,7 @@ def _info(entry: Mapping[str, Any]) -> ObjectInfo:
 
 
 def _without_folders(files: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
-    """Leave out the empty objects with which some tools mark folders."""
+    """Drop the empty objects with which some tools mark folders."""
     markers = {name for name, info in files.items() if not info.size}
     if not markers:
         return files
@@ -407,13 +409,13 @@ def _without_folders(files: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
 
 
 def _kind(error: Exception) -> type[RemoteError] | type[DamagedFile]:
-    """What the failure of an attempt means."""
+    """Class of exception that stands for the failure of an attempt."""
     if isinstance(error, RemoteError | DamagedFile):
         return type(error)
     text = str(error)
     if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in text:
         return MissingFile
-    if isinstance(error, ValueError | exceptions.InvalidPathError):  # a name that can't be there
+    if isinstance(error, ValueError | exceptions.InvalidPathError):  # not a valid object name
         return MissingFile
     if _PASSING.search(text):
         return RemoteError
@@ -426,18 +428,18 @@ def _kind(error: Exception) -> type[RemoteError] | type[DamagedFile]:
 
 
 def _problem(error: BaseException) -> str:
-    """What happened in one line, without the library's inner state and the server's XML."""
+    """Describe an error in one line, without the library's inner state and the server's XML."""
     if isinstance(error, RemoteError) and error.__cause__ is not None:
         return _problem(error.__cause__)
     text = str(error)
     line = (text.splitlines() or [""])[0].partition("<?xml")[0].strip().removesuffix(":")
-    # Address and time of the request are left out: the same failure has the same text everywhere.
+    # Without address and time of the request, the same failure has the same text everywhere.
     line = _TIMING.sub("", line.rpartition("Server returned non-2xx ")[2])
     code = _CODE.search(text)
     return f"{type(error).__name__}: {line}" + (f": {code[1]}" if code else "")
 
 
 def _advice(location: str, problem: str) -> str:
-    """How to give credentials, where they are what is missing."""
+    """Instructions for giving credentials if missing credentials are the problem, else ""."""
     advice = _CREDENTIALS.get(location[:2], "")
     return f"; {advice}" if advice and _NO_RIGHTS.search(problem) else ""

@@ -13,34 +13,34 @@ RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
 """Figures of a finished run."""
 METRICS = "metrics.jsonl"
-"""One line a logged step."""
+"""Metrics of the logged steps, one JSON object per line."""
 HEARTBEAT = "heartbeat.json"
 LOCK = "lock.json"
-"""The run that owns the folder, while it is under way."""
+"""Names the run that owns the folder while it is running."""
 RUN_MANIFEST = "manifest.json"
-"""What the run was made from, its starts and its checkpoints."""
+"""Versions, hashes and settings behind the run, its starts and its checkpoints."""
 DATA_SHARDS = "data_shards.json"
-"""The shards of all streams."""
+"""List of the shards of all streams."""
 ATTEMPTS = "attempts.json"
-"""Starts of a SLURM job and how they ended."""
+"""Starts of a SLURM job and how each ended."""
 FAILURE_REPORT = "failure_report.txt"
-"""Why a SLURM job isn't started again."""
+"""Explains why a SLURM job is not requeued."""
 TEXT = "text"
-"""Tokenizer and sizes of the text stack: a run's folder can be asked on another machine."""
+"""Tokenizer and sizes of the text stack, so that the folder can be used on another machine."""
 LOGS = "logs"
 SAMPLES = "samples"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 LOG_PATTERN = "*.log"
-"""All files in `LOGS`."""
+"""Glob pattern of the files in `LOGS`."""
 SAMPLES_PATTERN = "rank_*.jsonl"
-"""All files in `SAMPLES`."""
+"""Glob pattern of the files in `SAMPLES`."""
 
 _STEP = re.compile(r"step_(\d{8})")
 
 
 def log_of(rank: int) -> str:
-    """Path of a rank's log in the run's folder."""
+    """Path of a rank's log, relative to the run's folder."""
     return f"{LOGS}/rank_{rank}.log"
 
 
@@ -50,7 +50,7 @@ def samples_of(rank: int) -> str:
 
 
 def rank_of_samples(name: str) -> int | None:
-    """The rank whose file in `SAMPLES` has this name; None for another file."""
+    """Rank whose file in `SAMPLES` has this name, or None for any other file."""
     match = re.fullmatch(r"rank_(\d+)\.jsonl", name)
     return int(match[1]) if match else None
 
@@ -61,5 +61,5 @@ def step_folder(step: int) -> str:
 
 
 def steps(names: Iterable[str]) -> list[int]:
-    """Steps of the committed checkpoints among some names of folders, oldest first."""
+    """Steps of the committed checkpoints among folder names, oldest first."""
     return sorted({int(match[1]) for name in names if (match := _STEP.fullmatch(name))})

@@ -1,9 +1,8 @@
-"""Names and paths that come from a data set, a list or a checkpoint: checked before they are used;
-and folders in /tmp, where others may have been before.
+"""Checks of untrusted input: names and paths in data sets, lists and checkpoints; folders in /tmp.
 
-Who wrote them is not who runs the command. A name becomes a file in a folder of ours or a key of a
-bucket, so it must not lead out of there; a path that a list names must lie below the folder that
-the user gave for its images.
+The author of such input is not the user who runs the command. A name becomes a file in an output
+folder or a key in a bucket, so it must not lead out of there. A path in a list must lie below the
+folder that the user gave for the images.
 """
 
 from __future__ import annotations
@@ -20,15 +19,16 @@ from typing import Any
 from blip_scale.storage.locations import is_url, is_web, local_path
 
 _LONGEST_NAME = 255
-"""Bytes of a file name, on every file system that Linux mounts."""
+"""Longest file name in bytes that Linux file systems allow."""
 
 
 def private_folder(path: Path) -> Path:
-    """A folder that nobody else can read or write, made where it is missing; for names in /tmp that
-    another user could take first.
+    """Create a folder that only this user can read and write, or check an existing one.
+
+    For names in /tmp, which another user could create first.
 
     Raises:
-        OSError: it is another user's, a link, or no folder.
+        OSError: the path belongs to another user, is a link, or is not a folder.
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700, parents=True)
@@ -43,7 +43,7 @@ def private_folder(path: Path) -> Path:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As json.loads; raises ValueError for every text that is not read, deeply nested ones too."""
+    """Parse JSON, raising ValueError for every invalid text, including too deeply nested ones."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -51,41 +51,42 @@ def parse_json(text: str | bytes) -> Any:
 
 
 class RefusedPath(ValueError):
-    """A path from a list that is not opened."""
+    """A path in a list that must not be opened."""
 
 
 def relative_name(name: str) -> str:
-    """The name of a file in a folder or in folders below it: `a.mds`, `0/a.mds`.
+    """Check a file name relative to a folder, such as `a.mds` or `0/a.mds`, and return it.
 
     Raises:
-        ValueError: it could lead out of the folder, or holds what no file name of ours holds.
+        ValueError: the name could lead out of the folder, is too long, or has characters that our
+            file names never have.
     """
     parts = name.split("/")
     is_inside = not {"", ".", ".."} & set(parts)
     is_short = all(len(part.encode("utf-8", "replace")) <= _LONGEST_NAME for part in parts)
     if not (is_inside and is_short and name.isprintable()) or "\\" in name:
-        raise ValueError(f"the file name {name[:200]!r} is no relative path below its folder")
+        raise ValueError(f"the file name {name[:200]!r} is not a relative path below its folder")
     return name
 
 
 def below(folder: str, location: str) -> str:
-    """The location, where it lies below a folder with its links resolved.
+    """Check that a location lies below a folder, with links resolved, and return it.
 
-    Locations on web servers lie below a folder only where the folder is on the same server: a list
-    can't make this machine ask another one.
+    A URL is accepted only if the folder is on the same web server, so that a list cannot make this
+    machine contact another one.
 
     Raises:
-        RefusedPath: it lies elsewhere, or no file can have this name.
+        RefusedPath: the location lies elsewhere, or is not a valid file name.
     """
     if is_web(location) and not is_web(folder):
         raise RefusedPath(f"{location} is a URL, which is not fetched")
     try:
         os.fsencode(location)
         is_file_name = "\0" not in location
-    except UnicodeEncodeError:  # half a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         is_file_name = False
     if not is_file_name:
-        raise RefusedPath(f"{location!r} is no name of a file")
+        raise RefusedPath(f"{location!r} is not a file name")
     if not _is_below(folder, location):
         raise RefusedPath(f"{location} is not below {folder}")
     return location
@@ -105,7 +106,7 @@ def _is_remote(location: str) -> bool:
 
 
 def _real_path(path: str) -> str:
-    """As os.path.realpath, with the folders of millions of images resolved once."""
+    """Resolve links like os.path.realpath, but each folder only once for millions of images."""
     folder, name = os.path.split(path)
     if name in ("", ".", "..") or os.path.islink(path):  # noqa: PTH114  false, not an error
         return os.path.realpath(path)

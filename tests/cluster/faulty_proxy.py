@@ -1,4 +1,4 @@
-"""A proxy before an HTTP server that fails a seeded share of the requests."""
+"""A proxy in front of an HTTP server that fails a seeded share of the requests."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Passes requests on; of each kind of fault it does every other one.
+    """Forwards requests, alternating between two kinds of faults.
 
-    Faults are an answer 503 without the server's having been asked, and a connection that is cut
-    in the middle of the server's answer.
+    One fault answers 503 without contacting the server. The other cuts the connection in the middle
+    of the server's answer.
     """
 
     daemon_threads = True
@@ -42,7 +42,7 @@ class FaultyProxy(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def draw(self, command: str, path: str) -> str | None:
-        """The fate of the next request."""
+        """Decide the fate of the next request."""
         with self._lock:
             self.requests += 1
             self.downloads[path] += command == "GET"
@@ -53,7 +53,7 @@ class FaultyProxy(ThreadingHTTPServer):
             return fault
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed is not worth a traceback."""
+        """Ignore a client that was killed, instead of printing a traceback."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -69,14 +69,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port, timeout=60)
-        try:  # the client has signed the Host header: it must go on as it is
+        try:  # the client has signed the Host header, so it must not change
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 upstream.putheader(name, value)
             upstream.endheaders(body or None)
             answer = upstream.getresponse()
             content = answer.read()
-        except OSError:  # the server is down: so is the proxy, to its client
+        except OSError:  # the server is down, so the proxy drops the connection
             self.close_connection = True
             return
         finally:
@@ -99,14 +99,14 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing on the terminal."""
+        """Print nothing."""
 
 
 @contextmanager
 def faulty_proxy(
     port: int, monkeypatch: pytest.MonkeyPatch, share: float = 0.05, seed: int = 0
 ) -> Iterator[FaultyProxy]:
-    """A running proxy before the S3 server at `port` of this machine; clients are led to it."""
+    """Run a proxy in front of the S3 server at `port`, and point clients to it."""
     proxy = FaultyProxy(port, share, seed)
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS in one process, that can be stopped and started again."""
+"""A real S3 server for tests: SeaweedFS in one process, which can be stopped and restarted."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ START_TIMEOUT_S = 60
 
 
 class S3Server:
-    """A SeaweedFS with one bucket on free ports of this machine, its data in `folder`."""
+    """A SeaweedFS with one bucket on free ports of this machine, storing its data in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bucket = "sets"
-        # SeaweedFS adds 10,000 for the gRPC twin of each.
+        # SeaweedFS adds 10,000 for the gRPC port of each.
         names = ("master", "volume", "filer", "s3")
         self._ports = {name: launcher.free_port(10_000) for name in names}
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,11 +47,11 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What Streaming and boto3 want to know."""
+        """Environment variables for Streaming and boto3."""
         return environment(self.endpoint)
 
     def start(self, wait: bool = True) -> None:
-        """Start the server on its ports, and wait until it answers and takes objects."""
+        """Start the server on its ports, and wait until it accepts objects."""
         command = [str(Path(sys.executable).parent / "weed"), "-logtostderr", "server"]
         command += [f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += ["-s3", f"-s3.config={self.folder / 's3.json'}", f"-s3.port={self.port}"]
@@ -69,7 +69,7 @@ class S3Server:
         while True:
             try:
                 self.client().create_bucket(Bucket=self.bucket)
-            except Exception as error:  # not up, or half up, or the bucket is there from before
+            except Exception as error:  # still starting, or the bucket exists already
                 if "BucketAlready" in str(error):
                     return self._await_reads(deadline)
                 assert self._process is not None
@@ -94,7 +94,7 @@ class S3Server:
         return (self.folder / "log").read_text(errors="replace")[-3000:]
 
     def stop(self) -> None:
-        """Kill the server; its data stays."""
+        """Kill the server, keeping its data."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -110,7 +110,7 @@ class S3Server:
         return session.client("s3", endpoint_url=self.endpoint, config=config)
 
     def upload(self, folder: Path) -> str:
-        """Put the files of a folder under a prefix of their own; gives s3://bucket/prefix."""
+        """Upload the files of a folder under a new prefix, and return s3://bucket/prefix."""
         prefix = f"{folder.name}-{uuid.uuid4().hex[:8]}"
         client = self.client()
         for path in sorted(folder.iterdir()):
@@ -118,16 +118,16 @@ class S3Server:
         return f"s3://{self.bucket}/{prefix}"
 
     def put(self, address: str, content: bytes) -> None:
-        """Overwrite one object, s3://bucket/key."""
+        """Overwrite the object s3://bucket/key."""
         self.client().put_object(Bucket=self.bucket, Key=self._key(address), Body=content)
 
     def get(self, address: str) -> bytes:
-        """Content of one object, s3://bucket/key."""
-        found = self.client().get_object(Bucket=self.bucket, Key=self._key(address))
-        return bytes(found["Body"].read())
+        """Content of the object s3://bucket/key."""
+        answer = self.client().get_object(Bucket=self.bucket, Key=self._key(address))
+        return bytes(answer["Body"].read())
 
     def delete(self, address: str) -> None:
-        """Remove one object, s3://bucket/key."""
+        """Delete the object s3://bucket/key."""
         self.client().delete_object(Bucket=self.bucket, Key=self._key(address))
 
     def names(self, prefix: str) -> set[str]:
@@ -140,14 +140,14 @@ class S3Server:
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """Variables that point Streaming and boto3 to an endpoint."""
+    """Environment variables that point Streaming and boto3 to an endpoint."""
     return {
         "S3_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",  # the retries that are tested are ours
+        "AWS_MAX_ATTEMPTS": "1",  # only our own retries are tested
     }
 
 
@@ -161,7 +161,7 @@ def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3(_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The running server, with the environment that leads to it."""
+    """Run the server, with an environment that points to it."""
     for name, value in _server.environment.items():
         monkeypatch.setenv(name, value)
     return _server

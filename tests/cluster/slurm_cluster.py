@@ -1,4 +1,4 @@
-"""A real SLURM for tests: a controller and two nodes on this machine, on ports of their own."""
+"""A real SLURM for tests: a controller and two nodes on this machine, on separate ports."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ CPUs=4 RealMemory=8000 Gres=gpu:4
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE PriorityTier=2
 """
-# Devices stand in for GPUs: SLURM counts and hands them out, the ranks compute on the CPU.
+# Other devices replace GPUs: SLURM counts and assigns them, but ranks compute on the CPU.
 _GPUS = "NodeName=n[1-2] Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random\n"
 
 
 class SlurmCluster:
-    """Two nodes of four CPUs and four `GPUs` each; everything lies in one temporary folder."""
+    """Two nodes with four CPUs and four `GPUs` each, in one temporary folder."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -83,7 +83,10 @@ class SlurmCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What leads SLURM's commands to this cluster; its daemons lie where root finds them."""
+        """Environment variables that point SLURM's commands to this cluster.
+
+        The daemons are on root's PATH.
+        """
         return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _PATH}
 
     def start(self) -> None:
@@ -112,13 +115,13 @@ class SlurmCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start_node(self, node: str) -> None:
-        """Start the daemon of a node, on its share of the cores: what it starts stays there."""
+        """Start the daemon of a node on its share of the cores, which its processes inherit."""
         cores = sorted(os.sched_getaffinity(0))
         share = cores[NODES.index(node) % len(cores) :: len(NODES)]
         self._start("taskset", "--cpu-list", ",".join(map(str, share)), "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """What a power cut does: everything on the node ends at once, its daemon first."""
+        """Simulate a power cut: kill all processes of a node, its daemon first."""
         daemon = self._daemons.pop(node, None)
         if daemon is not None:
             daemon.kill()
@@ -128,37 +131,37 @@ class SlurmCluster:
                 process.kill()
 
     def processes(self, node: str) -> list[psutil.Process]:
-        """All processes that run on a node, and those of SLURM that watch over them."""
-        found = {}
+        """Processes that run on a node, including those of SLURM that supervise them."""
+        processes = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 variables = process.environ()
                 if variables.get("SLURM_CONF") != self.environment["SLURM_CONF"]:
                     continue
                 if variables.get("SLURMD_NODENAME") == node:
-                    found[process.pid] = process
+                    processes[process.pid] = process
                     parent = process.parent()
                     if parent is not None and "slurmstepd" in "".join(parent.cmdline()):
-                        found[parent.pid] = parent
-        return list(found.values())
+                        processes[parent.pid] = parent
+        return list(processes.values())
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The training processes of the running job, by rank; loader workers left out."""
-        found: dict[int, psutil.Process] = {}
+        """Training processes of the running job, by rank, without loader workers."""
+        by_rank: dict[int, psutil.Process] = {}
         for node in NODES:
             for process in self.processes(node):
                 with contextlib.suppress(psutil.Error):
                     if "--recipe" in process.cmdline() and process.name().startswith("python"):
                         rank = int(process.environ()["SLURM_PROCID"])
-                        if rank not in found or process.ppid() != found[rank].pid:
-                            found[rank] = process
-        return found
+                        if rank not in by_rank or process.ppid() != by_rank[rank].pid:
+                            by_rank[rank] = process
+        return by_rank
 
     def run(self, *command: str, **environment: str) -> str:
-        """Output of one of SLURM's commands.
+        """Run one of SLURM's commands, and return its output.
 
         Raises:
-            RuntimeError: it failed; with what it said.
+            RuntimeError: the command failed; the message has its output.
         """
         done = subprocess.run(
             command, env=os.environ | self.environment | environment,
@@ -169,43 +172,43 @@ class SlurmCluster:
         return done.stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """What SLURM knows of a job: JobState, Restarts, ExitCode ..."""
+        """State of a job as SLURM reports it: JobState, Restarts, ExitCode ..."""
         shown = self.run("scontrol", "show", "job", "--oneliner", job)
         return dict(re.findall(r"(\w+)=(\S+)", shown))
 
     def wait(self, job: str, state: str, timeout_s: float = 600, restarts: int = 0) -> None:
-        """Until a job is in a state, having been started anew at least so many times."""
+        """Wait until a job is in a state and has been restarted at least `restarts` times."""
 
         def reached() -> bool:
-            found = self.job(job)
-            ended = found["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
-            assert not ended or found["JobState"] == state, f"it is {found['JobState']}"
-            return found["JobState"] == state and int(found["Restarts"]) >= restarts
+            status = self.job(job)
+            ended = status["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
+            assert not ended or status["JobState"] == state, f"it is {status['JobState']}"
+            return status["JobState"] == state and int(status["Restarts"]) >= restarts
 
         try:
             wait_for(reached, f"job {job} {state}", timeout_s)
         except AssertionError as error:
             raise AssertionError(
-                f"{error}\n{self.job(job)}\n{self.said(job)}\n{self.state()}"
+                f"{error}\n{self.job(job)}\n{self.log_of(job)}\n{self.state()}"
             ) from None
 
     def state(self) -> str:
-        """What the cluster is about, for a test that fails: nodes, queue, the ends of the logs."""
+        """Describe the cluster for a failing test: nodes, queue, and the ends of the logs."""
         shown = [self.run("sinfo", "-N", "-o", "%N %T %C %E"), self.run("squeue", "--long")]
         for file in sorted(self.folder.glob("slurm*.log")):
             shown.append(f"== {file.name}\n{file.read_text(errors='replace')[-4000:]}")
         return "\n".join(shown)
 
-    def said(self, job: str) -> str:
-        """The log of a job."""
+    def log_of(self, job: str) -> str:
+        """Log of a job."""
         file = Path(self.job(job)["StdOut"])
         return file.read_text() if file.exists() else ""
 
     def idle_nodes(self) -> int:
-        """Number of nodes that wait for work."""
+        """Number of idle nodes."""
         try:
             return self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%t").split().count("idle")
-        except RuntimeError:  # the controller isn't up yet
+        except RuntimeError:  # the controller is still starting
             return 0
 
     def _start(self, *command: str) -> None:
@@ -218,7 +221,7 @@ class SlurmCluster:
 
 
 def wait_for(moment: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
-    """Until `moment()` comes true."""
+    """Wait until `moment()` returns True."""
     deadline = time.monotonic() + timeout_s
     while not moment():
         assert time.monotonic() < deadline, f"{what}: waited for {timeout_s} s"
@@ -227,7 +230,7 @@ def wait_for(moment: Callable[[], bool], what: str, timeout_s: float = 600) -> N
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """A running cluster; without Debian's packages the test is skipped."""
+    """A running cluster. The test is skipped if Debian's packages are missing."""
     missing = [daemon for daemon in DAEMONS if shutil.which(daemon, path=_PATH) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge")

@@ -31,19 +31,21 @@ class Job:
         return self.folder / "run"
 
     def starts(self) -> int:
-        """How often training began: the log then holds nothing past the step that it goes on
-        from."""
+        """Number of times that training started.
+
+        At that time, the log holds no steps after the one from which training resumes.
+        """
         return self.rank_log().count("trainable parameters")
 
     def step(self) -> int:
         """Newest step in the log."""
         file = self.run / "metrics.jsonl"
-        found = re.findall(r'"step": (\d+),', file.read_text()) if file.exists() else []
-        return int(found[-1]) if found else 0
+        logged = re.findall(r'"step": (\d+),', file.read_text()) if file.exists() else []
+        return int(logged[-1]) if logged else 0
 
     def wait_for_step(self, step: int) -> None:
-        """Until a step was done, in an attempt that still runs."""
-        wait_for(lambda: self.step() >= step, f"step {step}\n{self.said()}")
+        """Wait until a step is done by an attempt that is still running."""
+        wait_for(lambda: self.step() >= step, f"step {step}\n{self.output()}")
 
     def newest_checkpoint(self) -> int:
         """Step of the newest committed checkpoint; 0 without one."""
@@ -51,18 +53,18 @@ class Job:
         return max([0, *(int(name.removeprefix("step_")) for name in names)])
 
     def resumed_at(self) -> list[int]:
-        """The step of every start but those without a checkpoint."""
+        """Steps from which the run resumed, in order."""
         return [int(step) for step in re.findall(r"resuming at step (\d+)", self.rank_log())]
 
     def rank_log(self) -> str:
-        """What rank 0 wrote to its file."""
+        """Log of rank 0."""
         file = self.run / "logs" / "rank_0.log"
         return file.read_text() if file.exists() else ""
 
-    def said(self) -> str:
-        """What the batch script and the tasks said, for a test that fails."""
+    def output(self) -> str:
+        """Output of the batch script and the tasks, for a failing test."""
         tasks = [f.read_text()[-3000:] for f in sorted(self.run.glob("logs/task_*.log"))]
-        return "\n".join([self.cluster.said(self.number), *tasks])
+        return "\n".join([self.cluster.log_of(self.number), *tasks])
 
 
 def submit(
@@ -73,29 +75,29 @@ def submit(
     options: tuple[str, ...] = (),
     **environment: str,
 ) -> Job:
-    """`sbatch slurm/SCRIPT` with the recipe in `folder`, one rank a node, on the CPU.
+    """Submit `slurm/SCRIPT` with the recipe in `folder`, for one rank per node, on the CPU.
 
     Args:
-        cluster: where to.
+        cluster: cluster to submit to.
         script: name of the script in slurm/.
-        folder: what `make_recipe` filled; takes the run and the log of the job.
+        folder: folder filled by `make_recipe`; the run and the job's log are added to it.
         settings: arguments of the script.
         options: further options of sbatch.
-        environment: further variables of the job.
+        environment: further environment variables of the job.
     """
-    given = {
+    defaults = {
         "RECIPE": str(folder / "recipe.yaml"), "OUTPUT_DIR": str(folder / "run"),
         "REPO": str(REPO), "PYTHON": sys.executable, "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     number = cluster.run(
         "sbatch", "--parsable", f"--output={folder}/%x_%j.log", *ONE_A_NODE, *options,
-        str(REPO / "slurm" / script), *settings, **(given | environment),
+        str(REPO / "slurm" / script), *settings, **(defaults | environment),
     ).strip()  # fmt: skip
     return Job(cluster, number, folder)
 
 
 def make_recipe(folder: Path, s3: S3Server, steps: int, **changes: Any) -> Path:
-    """A recipe that reads from a bucket, each node through a cache of its own."""
+    """Write a recipe that reads from a bucket, with a separate cache for each node."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_runs.make_recipe(folder)
     remote = s3.upload(folder / "shapes")

@@ -1,4 +1,4 @@
-"""CapFilt from a bucket into a bucket, through a process that starts anew."""
+"""CapFilt from a bucket to a bucket, through a process that is restarted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
 
 def test_a_bucket_gets_the_bytes_of_a_folder(s3: S3Server, tmp_path: Path) -> None:
-    """Read through a cache."""
+    """Read the set through a cache."""
     words = tiny_blip.vocabulary(tmp_path / "words" / "vocabulary")
     blip = str(tiny_blip.write_ours(tmp_path / "step_00000007", tiny_blip.config(words), words))
     write_shards(tmp_path / "web", tiny_runs.records("web"), shard_size="6kb")

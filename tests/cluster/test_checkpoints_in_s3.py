@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket, without any training: uploaded, fetched, tidied, and through outages."""
+"""Checkpoints in a bucket, without training: upload, download, retention and outages."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.s3
 
 @pytest.fixture
 def url(s3: S3Server) -> str:
-    """A folder of the bucket that nobody else uses."""
+    """A folder of the bucket for this test alone."""
     return f"s3://{s3.bucket}/{uuid.uuid4().hex[:8]}/run"
 
 
 def save(folder: Path, url: str, steps: list[int], **settings: object) -> None:
-    """Checkpoints of one rank, each uploaded before the next."""
+    """Save checkpoints of one rank, uploading each before the next."""
     pieces = Pieces(even_slices(0, 1))
     remote = ObjectFolder(url, retry_s=0.5)
     settings = {"keep_last": 100, "retry_s": 0.5} | settings
@@ -45,14 +45,14 @@ def save(folder: Path, url: str, steps: list[int], **settings: object) -> None:
 
 
 def in_bucket(url: str) -> set[str]:
-    """Folders with a manifest, and files that lie in others."""
+    """Names of folders with a manifest, and of files that lie in other folders."""
     names = set(ObjectFolder(url, retry_s=5).sizes())
     whole = {name.partition("/")[0] for name in names if name.endswith("/manifest.json")}
     return whole | {name for name in names if name.partition("/")[0] not in whole}
 
 
 def test_two_nodes_and_a_bucket(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that lost its disk fetches its own files; one rank alone fetches all."""
+    """A node that lost its disk fetches its own files; a single rank fetches all files."""
 
     def save_on_nodes(rank: int) -> None:
         pieces = Pieces(even_slices(rank, 2))
@@ -71,14 +71,14 @@ def test_two_nodes_and_a_bucket(url: str, tmp_path: Path, monkeypatch: pytest.Mo
 
     def load(rank: int, ranks: int, folder: Path) -> set[str]:
         place = place_of(folder, ObjectFolder(url, retry_s=5), is_shared=False)
-        found = restore.newest_whole(place, stage=3)
-        assert found == folder / "step_00000005"
+        newest = restore.newest_whole(place, stage=3)
+        assert newest == folder / "step_00000005"
         pieces = Pieces(even_slices(rank, ranks), filled=False)
-        restore.load(found, pieces.engine, pieces.momentum)
+        restore.load(newest, pieces.engine, pieces.momentum)
         for kind, shard, tensor in pieces.tensors():
             expected = values(kind, shard.name)[shard.start : shard.start + shard.numel]
             assert torch.equal(tensor, expected)
-        return {path.name for path in found.iterdir()} - {"manifest.json", "shared.safetensors"}
+        return {path.name for path in newest.iterdir()} - {"manifest.json", "shared.safetensors"}
 
     shutil.rmtree(tmp_path / "1")
     files = FakeRanks(2, monkeypatch).run(lambda rank: load(rank, 2, tmp_path / str(rank)))
@@ -90,7 +90,7 @@ def test_two_nodes_and_a_bucket(url: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_damaged_here_is_whole_there(
     url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And where the copy in the bucket is damaged too, the checkpoint before is taken."""
+    """If the copy in the bucket is damaged as well, the checkpoint before it is used."""
     save(tmp_path, url, [4, 5])
     place = place_of(tmp_path, ObjectFolder(url, retry_s=5))
     for file in ("rank_00000.safetensors", "shared.safetensors"):
@@ -110,7 +110,7 @@ def test_what_is_damaged_here_is_whole_there(
 def test_the_storage_is_down_and_comes_back(
     s3: S3Server, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Saves go on here, and what is missing there follows with the next save that gets through."""
+    """Saves continue locally, and the next successful save uploads what is missing."""
     caplog.set_level(logging.INFO)
     save(tmp_path, url, [1])
     s3.stop()
@@ -126,11 +126,11 @@ def test_the_storage_is_down_and_comes_back(
     caplog.clear()
     save(tmp_path, url, [3])
     assert in_bucket(url) == {"step_00000001", "step_00000002", "step_00000003"}
-    assert "uploaded step_00000001" not in caplog.text  # it is there
+    assert "uploaded step_00000001" not in caplog.text  # the file exists
 
 
 def test_a_step_that_is_saved_once_more_replaces_the_old_one(url: str, tmp_path: Path) -> None:
-    """Half of an upload that was given up goes when a newer one is whole."""
+    """An incomplete upload is deleted when a newer checkpoint is complete."""
     save(tmp_path / "first", url, [4, 5])
     remote = ObjectFolder(url, retry_s=5)
     remote.delete(["step_00000004/manifest.json"])
@@ -141,10 +141,10 @@ def test_a_step_that_is_saved_once_more_replaces_the_old_one(url: str, tmp_path:
     saver.begin(other)
     assert saver.finish()
     assert in_bucket(url) == {"step_00000005"}
-    found = restore.newest_whole(place_of(tmp_path / "third", remote), stage=3)
-    assert found is not None
+    newest = restore.newest_whole(place_of(tmp_path / "third", remote), stage=3)
+    assert newest is not None
     fresh = Pieces(even_slices(0, 1), filled=False)
-    assert restore.load(found, fresh.engine, fresh.momentum).position == {"seconds": 7.0}
+    assert restore.load(newest, fresh.engine, fresh.momentum).position == {"seconds": 7.0}
 
 
 @pytest.mark.parametrize("problem", ["no such bucket", "no rights"])

@@ -1,4 +1,4 @@
-"""What two conversions into the same prefix of a bucket do, and a restart with another input."""
+"""Two conversions into the same prefix of a bucket, and a restart with another input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def convert(*arguments: str) -> int:
 def test_keys_are_taken_literally(
     s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """OUT with # and ?; locks and drafts leave nothing; the same input again changes nothing."""
+    """OUT may contain # and ?. Locks and drafts are removed; a second run changes nothing."""
     images = make_images(tmp_path / "images")
     root = f"s3://{s3.bucket}/{uuid.uuid4().hex[:8]}"
     for name in ("a#b", "a?b"):
@@ -77,14 +77,15 @@ def test_images_of_a_bucket_are_part_of_the_input(
 def test_the_second_of_two_is_refused(
     s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Unless the first is another part, or has not been heard of for long, or is dead."""
+    """A second conversion is refused, unless the first is another part, silent too long, or
+    dead."""
     images = make_images(tmp_path / "images")
     out = f"s3://{s3.bucket}/{uuid.uuid4().hex[:8]}"
     with locks.held(OutputFolder(out), 0, 2):
         assert convert(str(images), out) == 2
-        said = capsys.readouterr().err
-        assert f"another conversion is writing here (process {os.getpid()} on" in said
-        assert "part 0/2" in said
+        message = capsys.readouterr().err
+        assert f"another conversion is writing here (process {os.getpid()} on" in message
+        assert "part 0/2" in message
         assert convert(str(images), out, "--shard", "2/4") == 2, "has chunks of part 0/2"
         assert convert(str(images), out, "--shard", "1/2") == 0
     assert not [name for name in s3.names(f"{out}/") if "lock" in name]
@@ -105,7 +106,7 @@ def dead_process() -> dict[str, str | int]:
 
 
 def test_shards_in_folders_below_the_index(s3: S3Server, tmp_path: Path) -> None:
-    """The layout of MosaicML's merge_index, from a bucket."""
+    """The layout of MosaicML's merge_index is read from a bucket."""
     shards = []
     for part in ("00", "01"):
         images = make_images(tmp_path / f"images{part}")
@@ -123,6 +124,6 @@ def test_shards_in_folders_below_the_index(s3: S3Server, tmp_path: Path) -> None
         StreamStore(StreamRecipe("set", str(tmp_path / "set"))),
         StreamStore(StreamRecipe("set", str(tmp_path / "cache"), remote)),
     ):
-        found = [store.read(shard, i)["captions"] for shard in range(2) for i in range(3)]
-        assert found == [["number 0"], ["number 1"], ["number 2"]] * 2
+        captions = [store.read(shard, i)["captions"] for shard in range(2) for i in range(3)]
+        assert captions == [["number 0"], ["number 1"], ["number 2"]] * 2
     shutil.rmtree(tmp_path / "cache")

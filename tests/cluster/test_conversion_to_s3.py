@@ -1,4 +1,4 @@
-"""Real pairs, as img2dataset would have left them, into a bucket, and a training run from there."""
+"""Convert real pairs, in the form of img2dataset, into a bucket, and train from there."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MINIMUM = 4_000
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """Tars of emoji drawings with their names, and what should come out of them, by id."""
+    """Write tars of emoji drawings with their names, and return the expected samples by id."""
     folder = tmp_path_factory.mktemp("img2dataset")
     drawings = [d for d in openmoji.drawings() + twemoji.drawings() if d.points in names()][:PAIRS]
     expected = {}
@@ -64,7 +64,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
 
 @pytest.fixture
 def prepare() -> Callable[[list[str]], int]:
-    """`prepare-data` in this process."""
+    """Run `prepare-data` in this process."""
     return prepare_data.main
 
 
@@ -81,7 +81,7 @@ def test_into_a_bucket_and_training_from_it(
     remote = f"s3://{s3.bucket}/converted/laion"
     arguments = ["laion", str(folder), remote, "--shard-size", "1mb", "--workers", "2"]
     assert prepare([*arguments, "--shard", "1/2"]) == 0
-    assert "part 1/2 is done; other parts are not yet" in capsys.readouterr().out
+    assert "part 1/2 is done; other parts are not done yet" in capsys.readouterr().out
     assert prepare([*arguments, "--merge"]) == 2
     assert "4 of 7 chunks are not converted yet" in capsys.readouterr().err
     assert prepare([*arguments, "--shard", "0/2"]) == 0
@@ -92,8 +92,8 @@ def test_into_a_bucket_and_training_from_it(
     assert s3.get(f"{remote}/rejects.jsonl") == b""
 
     stream = StreamRecipe("laion", str(tmp_path / "cache"), remote)
-    found = {sample["id"]: sample for sample in _samples(StreamStore(stream))}
-    assert found == expected, "sample by sample"
+    samples = {sample["id"]: sample for sample in _samples(StreamStore(stream))}
+    assert samples == expected, "sample by sample"
 
     recipe = _recipe(tmp_path, stream)
     run = train("--recipe", str(recipe), timeout_s=180, DS_ACCELERATOR="cpu")
@@ -134,7 +134,7 @@ def _samples(store: StreamStore) -> Iterator[dict[str, Any]]:
 
 
 def _recipe(folder: Path, stream: StreamRecipe) -> Path:
-    """A few steps of a tiny BLIP."""
+    """Train a tiny BLIP for a few steps."""
     recipe = {
         "output_dir": str(folder / "run"),
         "model": {

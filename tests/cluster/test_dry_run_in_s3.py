@@ -1,4 +1,4 @@
-"""`train.py --dry-run` against a real S3 server, with rights and without."""
+"""`train.py --dry-run` against a real S3 server, with and without access rights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/evaluate.py on a list whose images lie in a bucket, as on the disk."""
+"""tools/evaluate.py on a list whose images lie in a bucket gives the same figures as on disk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
 def report(out: Path, *arguments: str) -> dict[str, Any]:
     assert evaluate.main(["retrieval", *arguments, "--json", str(out)]) == 0
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    figures: dict[str, Any] = json.loads(out.read_text())
+    return figures
 
 
 def test_lists_and_images_in_a_bucket(
     s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same figures; images that are not there are counted before anything is measured."""
+    """Figures are equal, and missing images are counted before anything is measured."""
     words = tiny_blip.vocabulary(tmp_path / "vocabulary")
     ours = str(tiny_blip.write_ours(tmp_path / "step_00000007", tiny_blip.config(words), words))
     folder = tmp_path / "set"
@@ -48,7 +48,7 @@ def test_lists_and_images_in_a_bucket(
     (folder / "list.json").write_text(json.dumps(items))
     arguments = ["retrieval", ours, str(folder / "list.json"), "--images", remote]
     assert evaluate.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert f"2 images aren't there, the first: {remote}/no0.png" in said
+    message = capsys.readouterr().err
+    assert f"2 images are missing, the first: {remote}/no0.png" in message
     assert evaluate.main(["retrieval", ours, f"{remote}/nothing.json"]) == 2
     assert "there is no such file or folder" in capsys.readouterr().err

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.s3
 
 
 def read_rows(location: str) -> Iterator[Found]:
-    """A parquet file by itself."""
+    """Content of a parquet file."""
     return read_parquet(Source(location), location, "a")
 
 
@@ -35,13 +35,13 @@ ODD = ("a#b/1", "a?b/1", "a%20b/1", "a b/1", "ü/1", "[x]*/1")
 
 @pytest.fixture
 def url(s3: S3Server) -> str:
-    """A folder of the bucket that nobody else uses."""
+    """A folder of the bucket for this test alone."""
     return f"s3://{s3.bucket}/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture
 def big(tmp_path: Path) -> Path:
-    """A file of several parts, the last one short."""
+    """Content of a file of several parts, of which the last is short."""
     (tmp_path / "big").write_bytes(os.urandom(5 * objects.CHUNK_BYTES + 12345))
     return tmp_path / "big"
 
@@ -58,7 +58,7 @@ def test_names_are_taken_literally(s3: S3Server, url: str) -> None:
 
 
 def test_a_bucket_is_listed_like_a_folder(s3: S3Server, url: str) -> None:
-    """Empty objects that a console makes for folders are none."""
+    """Empty objects that a console creates for folders are not listed."""
     for name in ("", "in/", "a.txt", "in/b.txt", "in/very/deep/c.txt", "index", "empty"):
         s3.put(f"{url}/{name}", b"" if name.endswith("/") or name in ("", "empty") else b"123")
     assert [(e.name, e.is_folder, e.size) for e in list_folder(f"{url}/")] == [
@@ -118,7 +118,7 @@ def test_removing_what_is_not_there_is_no_error(s3: S3Server, url: str) -> None:
 def test_tar_gzip_and_parquet_are_read_through_ranges(
     s3: S3Server, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through faults; the file's own damage is told from those of the network."""
+    """Downloads survive faults, and damage in the file itself is told from network errors."""
     import pyarrow
     from pyarrow.parquet import write_table
 

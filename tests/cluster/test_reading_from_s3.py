@@ -1,4 +1,4 @@
-"""Reading from a real S3 server that stops, stutters, lies, or has what a full disk can't hold."""
+"""Reading from a real S3 server that stops, fails, corrupts data, or exceeds the local disk."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (objects, "FIRST_PAUSE_S"), (objects, "LONGEST_PAUSE_S"), (prefetch, "POLL_S")
     ):  # fmt: skip
-        monkeypatch.setattr(module, name, getattr(module, name))  # it is as before after the test
+        monkeypatch.setattr(module, name, getattr(module, name))  # undone after the test
     hurry()
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 kB."""
+    """Mount a disk of 64 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
@@ -49,7 +49,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, file: Path) -> None:
-    """Leave no room for a shard; those that the loader fetched at its start are dropped."""
+    """Leave no room for a shard, and drop those that the loader fetched at its start."""
     for shard in (disk / "cache").glob("*.mds"):
         shard.unlink()
     file.write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
@@ -98,7 +98,7 @@ def test_the_server_is_stopped_and_started_again(
         restart.join()
     loader.close()
     assert_equal(read, expected)
-    assert "attempt 3 for" in caplog.text and "failed, again in" in caplog.text
+    assert "attempt 3 for" in caplog.text and "failed, retrying in" in caplog.text
 
 
 def test_one_request_in_twenty_fails(
@@ -141,11 +141,13 @@ def test_damaged_and_missing_shards_are_skipped_and_counted_alike_everywhere(
 
     runs, counts = [], []
     for ranks, workers in ((1, 2), (2, 1)):
-        caches = [tmp_path / f"cache-{ranks}-{rank}" for rank in range(ranks)]  # a disk each
-        loaders = [
-            make_loader([stream(caches[rank], remote=remote)], rank, ranks, workers=workers)
-            for rank in range(ranks)
-        ]
+        caches = [
+            tmp_path / f"cache-{ranks}-{rank}" for rank in range(ranks)
+        ]  # a disk for each rank
+        loaders = []
+        for rank, cache in enumerate(caches):
+            streams = [stream(cache, remote=remote)]
+            loaders.append(make_loader(streams, rank, ranks, workers=workers))
         per_rank = [take(loader, 9) for loader in loaders]
         state = loaders[0].state_dict()
         resumed = make_loader([stream(caches[0], remote=remote)], workers=workers)
@@ -153,10 +155,10 @@ def test_damaged_and_missing_shards_are_skipped_and_counted_alike_everywhere(
         steps = [*zip(*per_rank, strict=True), *((batch,) for batch in take(resumed, 5))]
         runs.append([name for step in steps for batch in step for name in batch.ids])
         counts.append(sum(len(batch.skipped) for step in steps for batch in step))
-        said = {line for step in steps for batch in step for line in batch.skipped}
-        assert sum("stays damaged, fetched 3 times" in line for line in said) == 2
-        assert sum("can't be fetched, tried 4 times" in line for line in said) == 1
-        assert len(said) == 3
+        reports = {line for step in steps for batch in step for line in batch.skipped}
+        assert sum("stays damaged, fetched 3 times" in line for line in reports) == 2
+        assert sum("can't be fetched, tried 4 times" in line for line in reports) == 1
+        assert len(reports) == 3
     assert runs[0] == runs[1]
     assert counts == [sum(name in lost for name in whole)] * 2
     assert not lost & set(runs[0])

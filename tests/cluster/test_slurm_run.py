@@ -1,5 +1,7 @@
-"""A two-node run from a bucket, through everything that happens to a job in its life: what it
-computes is, bit for bit, what the run computes that nobody disturbed."""
+"""A two-node run from a bucket survives everything that happens to jobs.
+
+Its results equal those of an undisturbed run bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ RECORDED = "log.sample_ids=true"
 def undisturbed(
     slurm: SlurmCluster, _server: S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Job:
-    """A run to its end that nobody disturbs, with all that a node has: one `GPU` of four."""
+    """Run to the end undisturbed, with one `GPU` per node."""
     folder = tmp_path_factory.mktemp("undisturbed")
     slurm_runs.make_recipe(folder, _server, STEPS)
     job = slurm_runs.submit(slurm, "pretrain_129M.sh", folder, RECORDED, **_server.environment)
@@ -39,36 +41,35 @@ def undisturbed(
 
 
 def training_record(job: Job) -> dict[int, list[str]]:
-    """Ids of the samples of every step, rank after rank."""
-    found: dict[int, list[str]] = {}
+    """Sample ids of every step, in order of the ranks."""
+    by_step: dict[int, list[str]] = {}
     for rank in range(2):
         lines = (job.run / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()
         steps = [json.loads(line) for line in lines]
         assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1)), f"rank {rank}"
         for entry in steps:
-            found.setdefault(entry["step"], []).extend(entry["ids"])
-    return found
+            by_step.setdefault(entry["step"], []).extend(entry["ids"])
+    return by_step
 
 
 def assert_equal(job: Job, undisturbed: Job) -> None:
-    """Losses of all steps, the samples of all steps, and all that the last checkpoint holds."""
-    assert tiny_runs.losses(job.run) == tiny_runs.losses(undisturbed.run), job.said()
+    """Losses and samples of all steps are equal, and so is the last checkpoint."""
+    assert tiny_runs.losses(job.run) == tiny_runs.losses(undisturbed.run), job.output()
     assert training_record(job) == training_record(undisturbed)
     last = f"checkpoints/step_{STEPS:08d}"
     for kind in ("weight", "momentum", "exp_avg", "exp_avg_sq"):
-        found = tiny_runs.whole_tensors(job.run / last, kind)
+        tensors = tiny_runs.whole_tensors(job.run / last, kind)
         expected = tiny_runs.whole_tensors(undisturbed.run / last, kind)
-        assert found.keys() == expected.keys() and found
-        assert all(torch.equal(found[name], expected[name]) for name in found), kind
+        assert tensors.keys() == expected.keys() and tensors
+        assert all(torch.equal(tensors[name], expected[name]) for name in tensors), kind
 
 
 def test_two_nodes_from_a_bucket_to_the_end(undisturbed: Job, slurm: SlurmCluster) -> None:
-    """One task a node, a log a rank, each node through its own cache; every sample once an
-    epoch."""
+    """Each node has its own task and cache, each rank its own log; an epoch has no sample twice."""
     job = slurm.job(undisturbed.number)
     assert (job["NumNodes"], job["ExitCode"], job["Restarts"]) == ("2", "0:0", "0")
     assert "gres/gpu" in job.get("TresPerNode", "") or "gres:gpu" in job.get("TresPerNode", "")
-    assert "the run is done" in undisturbed.said()
+    assert "the run is done" in undisturbed.output()
     summary = json.loads((undisturbed.run / "summary.json").read_text())
     assert (summary["steps"], summary["ranks"]) == (STEPS, 2)
     for rank in range(2):
@@ -85,8 +86,10 @@ def test_two_nodes_from_a_bucket_to_the_end(undisturbed: Job, slurm: SlurmCluste
 def test_everything_that_happens_to_a_job(
     undisturbed: Job, slurm: SlurmCluster, _server: S3Server, tmp_path: Path
 ) -> None:
-    """SIGUSR1, the time limit, a dead rank, a node that loses power, requeue, preemption: one run,
-    one job number, and nobody types sbatch again."""
+    """The job survives SIGUSR1, time limit, a dead rank, power loss, requeue and preemption.
+
+    It stays one run under one job number, and nobody runs sbatch again.
+    """
     slurm_runs.make_recipe(tmp_path, _server, STEPS)
     # No `GPUs` here: SLURM 22.05 forgets those of a requeued job whose node went down.
     job = slurm_runs.submit(
@@ -101,7 +104,7 @@ def test_everything_that_happens_to_a_job(
     stopped = job.newest_checkpoint()
     job.wait_for_step(2 * part)
     assert job.resumed_at() == [stopped], "a stop on request loses no step"
-    assert "exit code 75" in job.said()
+    assert "exit code 75" in job.output()
 
     for rank in slurm.ranks().values():  # or the run is over before SLURM looks at its clock,
         rank.suspend()  # twice a minute; the signal wakes them
@@ -143,8 +146,10 @@ def test_everything_that_happens_to_a_job(
 def test_killed_at_random_moments(
     undisturbed: Job, slurm: SlurmCluster, _server: S3Server, tmp_path: Path
 ) -> None:
-    """A random rank, by SIGKILL, at a random moment: one in four while it starts, the others in a
-    step or a save. BLIP_KILLS says how often."""
+    """SIGKILL a random rank at a random moment, BLIP_KILLS times.
+
+    One in four kills hits the start, the others a step or a save.
+    """
     slurm_runs.make_recipe(tmp_path, _server, STEPS)
     job = slurm_runs.submit(
         slurm, "pretrain_129M.sh", tmp_path, RECORDED,

@@ -1,4 +1,4 @@
-"""The scripts themselves: shellcheck, the array job, and what ranks make of SLURM's variables."""
+"""The SLURM scripts: shellcheck, the array job, and ranks from SLURM's variables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 def run_array(slurm: SlurmCluster, folder: Path, script: str, *arguments: str) -> None:
-    """An array of two tasks to its end, each on a node of its own."""
+    """Run an array job of two tasks to its end, each task on a separate node."""
     job = slurm.run(
         "sbatch", "--parsable", "--array=0-1", "--cpus-per-task=4", "--mem=0",
         f"--output={folder}/%a.log", str(tiny_runs.REPO / "slurm" / script), *arguments,
@@ -45,16 +45,16 @@ def run_array(slurm: SlurmCluster, folder: Path, script: str, *arguments: str) -
     assert {"NodeList=n1", "NodeList=n2"} <= set(shown.split())
 
 
-def assert_same_files(one: Path, other: Path) -> None:
-    names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+def assert_same_files(left: Path, other: Path) -> None:
+    names = sorted(path.relative_to(left) for path in left.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
     for name in names:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        assert (left / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.mark.slurm
 def test_an_array_job_makes_the_bytes_of_one_process(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """Two parts, each on a node of its own; whichever ends last merges."""
+    """Two parts run on separate nodes, and the one that ends last merges."""
     images = tmp_path / "images"
     images.mkdir()
     for record in tiny_runs.records("shapes"):
@@ -95,14 +95,16 @@ print(json.dumps([os.environ.get(name) for name in names]))
 
 @pytest.mark.slurm
 def test_ranks_in_steps_shells_and_scripts(slurm: SlurmCluster) -> None:
-    """Two tasks on the first node and one on the second are ranks 0, 1, 2. One task of srun, and
-    plain Python in an allocation, is one rank, whatever the allocation could hold."""
+    """Two tasks on the first node and one on the second get ranks 0, 1 and 2.
+
+    One task of srun, or plain Python in an allocation, is one rank, whatever the allocation holds.
+    """
     ask = [sys.executable, "-c", _ASK, str(tiny_runs.REPO)]
     meeting = {"MASTER_ADDR": "127.0.0.1"}
 
     def answers(*command: str, **environment: str) -> list[list[str | None]]:
-        said = slurm.run(*command, *ask, **environment)
-        return sorted(json.loads(line) for line in said.splitlines() if line.startswith("["))
+        output = slurm.run(*command, *ask, **environment)
+        return sorted(json.loads(line) for line in output.splitlines() if line.startswith("["))
 
     three = ("--nodes=2", "--ntasks=3", "--distribution=block")
     assert answers("srun", *three, "--ntasks-per-node=2", **meeting) == [
@@ -114,7 +116,7 @@ def test_ranks_in_steps_shells_and_scripts(slurm: SlurmCluster) -> None:
     assert answers("srun", "--nodes=1", "--ntasks=1") == none
     assert answers("salloc", "--nodes=2", "--ntasks=3") == none
     assert answers("salloc", "--nodes=2", "--ntasks=3", "srun", "--ntasks=1", "--nodes=1") == none
-    given = {"RANK": "5", "WORLD_SIZE": "8"}
-    assert answers("srun", "--ntasks=2", **given) == [["5", None, "8", None]] * 2
+    variables = {"RANK": "5", "WORLD_SIZE": "8"}
+    assert answers("srun", "--ntasks=2", **variables) == [["5", None, "8", None]] * 2
     with pytest.raises(RuntimeError, match="MASTER_ADDR is not set: srun started ranks on several"):
         answers("srun", *three)

@@ -1,5 +1,4 @@
-"""Whole ZeRO-3 runs whose data or checkpoints lie in a bucket: equal, bit for bit, to a run from
-folders."""
+"""ZeRO-3 runs with data or checkpoints in a bucket equal a run from folders bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from s3_server import S3Server
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
-STEPS = 48  # so many that no kill comes too late
+STEPS = 48  # enough that every kill comes before the end
 RANKS = 2
 
 
@@ -35,7 +34,7 @@ def make_recipe(folder: Path, **data: object) -> Path:
 
 
 def from_bucket(folder: Path, s3: S3Server) -> Path:
-    """A recipe that reads through a cache of two of the four shards: it never stops fetching."""
+    """Write a recipe whose cache holds two of the four shards, so that it never stops fetching."""
     make_recipe(folder)
     shapes = folder / "shapes"
     size = max(path.stat().st_size for path in shapes.glob("shard.*"))
@@ -71,7 +70,7 @@ def test_the_server_stops_and_a_loader_worker_is_killed(
     undisturbed: dict[int, dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All through a proxy that fails one request in twenty."""
+    """All requests go through a proxy that fails one in twenty."""
     recipe = from_bucket(tmp_path, s3)
     with faulty_proxy(s3.port, monkeypatch, share=0.05, seed=int(time.time())) as proxy:
         processes = tiny_runs.launch(recipe, RANKS)
@@ -87,16 +86,16 @@ def test_the_server_stops_and_a_loader_worker_is_killed(
         assert tiny_runs.finish(processes) == [0] * RANKS, tiny_runs.said(recipe)
         assert sum(proxy.faults.values())
     assert_nothing_lost(recipe, undisturbed)
-    said = "".join(file.read_text() for file in (tmp_path / "run" / "logs").iterdir())
-    assert "failed, again in" in said
-    assert f"a loader worker died (pid {workers[0].pid}: exit code -9)" in said
-    assert "an epoch of 64 pairs: shapes 100.0% (64 = 1 x 64)" in said
+    logged = "".join(file.read_text() for file in (tmp_path / "run" / "logs").iterdir())
+    assert "failed, retrying in" in logged
+    assert f"a loader worker died (pid {workers[0].pid}: exit code -9)" in logged
+    assert "an epoch of 64 pairs: shapes 100.0% (64 = 1 x 64)" in logged
 
 
 def test_killed_ranks_go_on_from_the_bucket(
     s3: S3Server, tmp_path: Path, undisturbed: dict[int, dict[str, float]]
 ) -> None:
-    """One rank dies, and the other with it; half-written files lie in the cache."""
+    """A rank dies and ends the other one, leaving half-written files in the cache."""
     recipe = from_bucket(tmp_path, s3)
     processes = tiny_runs.launch(recipe, RANKS)
     wait_for_step(tmp_path, random.Random(time.time_ns()).randint(7, 16), processes[0])
@@ -117,8 +116,7 @@ def test_checkpoints_in_a_bucket(
     undisturbed: dict[int, dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two nodes without a common disk: the storage fails for a while, all ranks are killed, and one
-    node is replaced by an empty one."""
+    """Two nodes without a common disk survive an outage, killed ranks and a replaced node."""
     recipe = make_recipe(tmp_path)
     run, node = tmp_path / "node_0", tmp_path / "node_1"
     script = Path(train_on_nodes.__file__)
@@ -127,13 +125,13 @@ def test_checkpoints_in_a_bucket(
         "checkpoint.retry_s=1", "checkpoint.every_steps=2",
     ]  # fmt: skip
 
-    def said(what: str) -> bool:
+    def is_logged(what: str) -> bool:
         log = run / "logs" / "rank_0.log"
         return log.exists() and re.search(what, log.read_text()) is not None
 
     def wait_for(what: str, process: subprocess.Popen) -> None:
         deadline = time.monotonic() + 240
-        while not said(what):
+        while not is_logged(what):
             assert time.monotonic() < deadline and process.poll() is None, tiny_runs.said(recipe)
             time.sleep(0.005)
 
@@ -151,7 +149,7 @@ def test_checkpoints_in_a_bucket(
         codes = tiny_runs.finish(tiny_runs.launch(recipe, RANKS, *arguments, script=script))
         assert codes == [0] * RANKS, tiny_runs.said(recipe)
     assert tiny_runs.losses(run) == undisturbed, tiny_runs.said(recipe)[-3000:]
-    assert said(r"resuming at step \d*[02468] from")
+    assert is_logged(r"resuming at step \d*[02468] from")
     assert "is missing here: fetching it from s3://" in (node / "logs/rank_1.log").read_text()
     for place in (run, node):
         names = [path.name for path in sorted((place / "checkpoints").iterdir())]

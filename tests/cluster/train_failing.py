@@ -1,5 +1,7 @@
-"""train.py on which one rank fails in the same step at every start, as with a broken shard of
-weights or a kernel that cannot take one batch."""
+"""train.py with one rank that fails in the same step at every start.
+
+A broken shard of weights, or a kernel that cannot handle one batch, would act like this.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ _inputs = Pretrain.inputs
 
 
 def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
-    """Those of the task, up to a step."""
+    """Inputs of the task until rank 1 reaches the failing step."""
     if progress.step + 1 == FAILING_STEP and os.environ["RANK"] == "1":
         raise RuntimeError(MESSAGE)
     return _inputs(self, batch, progress)

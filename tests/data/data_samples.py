@@ -36,21 +36,21 @@ VOCABULARY = [
 
 
 def photo(width: int = 64, height: int = 48) -> Image.Image:
-    """Smooth: red grows to the right, green downwards, every channel's minimum is above 0."""
+    """A smooth picture: red grows to the right, green downwards; no channel reaches 0."""
     rows, columns = np.mgrid[0:height, 0:width]
     pixels = np.stack([40 + columns * 2, 60 + rows * 3, 90 + (rows + columns)], axis=2)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    """The image as a file of that kind."""
+    """Encode an image in a format."""
     encoded = io.BytesIO()
     image.save(encoded, kind, **options)
     return encoded.getvalue()
 
 
 def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
-    """A small picture that only `number` has."""
+    """A small picture, different for each `number`."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "JPEG")
@@ -58,7 +58,7 @@ def jpeg(number: int, size: tuple[int, int] = (40, 30)) -> bytes:
 
 
 def stream(folder: Path, remote: Path | str | None = None, **settings: float | str) -> StreamRecipe:
-    """A stream with the name of its folder, or of the remote's without a suffix `-1a2b3c4d`."""
+    """A stream named like its folder, or like the remote without a suffix `-1a2b3c4d`."""
     return StreamRecipe(
         name=re.sub(r"-[0-9a-f]{8}$", "", Path(remote or folder).name),
         local=str(folder),
@@ -68,12 +68,12 @@ def stream(folder: Path, remote: Path | str | None = None, **settings: float | s
 
 
 def hurry() -> None:
-    """The same behaviour in less time, where a remote is slow or fails; workers begin with it."""
+    """Shorten pauses and timeouts for remotes that are slow or fail, in workers as well."""
     objects.FIRST_PAUSE_S, objects.LONGEST_PAUSE_S, prefetch.POLL_S = 0.05, 0.5, 0.02
 
 
 def take(loader: TrainLoader, count: int) -> list[Batch]:
-    """The next batches, without workers left behind."""
+    """Take the next batches, and end the workers."""
     batches = list(itertools.islice(loader, count))
     loader.close()
     return batches

@@ -1,4 +1,4 @@
-"""Fixtures: small sets of shards, a vocabulary of their own, and loaders over them."""
+"""Fixtures: small sets of shards, a small vocabulary, and loaders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip_scale.data.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="session")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT tokenizer whose special tokens lie elsewhere than bert-base-uncased's."""
+    """A BERT tokenizer whose special tokens have other ids than bert-base-uncased's."""
     from transformers import BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("vocabulary")
@@ -34,18 +34,17 @@ def text(vocabulary: Path) -> CaptionInput:
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> MakeShards:
-    """make_shards(name, count): a set with the ids name-0, name-1, ...; about 8 a shard."""
+    """Function that writes a set with the ids name-0, name-1, ...; about 8 samples per shard."""
 
     def make(
         name: str, count: int, corrupt: frozenset[int] = frozenset(), compression: str | None = None
     ) -> Path:
-        records = (
-            Record(
-                f"{name}-{i}", b"no image" if i in corrupt else jpeg(i), f"A pair, {name}!", name
-            )
-            for i in range(count)
-        )
+        def record(number: int) -> Record:
+            image = b"no image" if number in corrupt else jpeg(number)
+            return Record(f"{name}-{number}", image, f"A pair, {name}!", name)
+
         folder = tmp_path / "sets" / name
+        records = map(record, range(count))
         write_shards(folder, records, shard_size="20kb", compression=compression)
         return folder
 
@@ -54,9 +53,7 @@ def make_shards(tmp_path: Path) -> MakeShards:
 
 @pytest.fixture
 def make_loader(text: CaptionInput) -> MakeLoader:
-    """make_loader(streams, rank, world_size, global_batch, ...) with a micro batch of the whole
-    share.
-    """
+    """Function that opens a loader, whose micro-batch is the whole share of a rank."""
 
     def make(
         streams: list[StreamRecipe],

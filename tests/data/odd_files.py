@@ -1,4 +1,4 @@
-"""Images and captions as the published sets have them, odd ones too, and their files."""
+"""Images and captions in the forms of published sets, with odd ones, and their files."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 
 def turned(orientation: int) -> bytes:
-    """A JPEG of 80x60 stored pixels whose EXIF says how it is to be turned."""
+    """A JPEG with 80x60 stored pixels and an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encoded(photo(), exif=exif.tobytes(), quality=95)
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A tiny file that claims to be a huge picture."""
+    """A tiny file whose header claims a huge picture."""
     whole = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG"))
     whole[16:24] = struct.pack(">II", width, height)
     whole[29:33] = struct.pack(">I", zlib.crc32(whole[12:29]))
@@ -66,7 +66,7 @@ GOOD_IMAGES: dict[str, bytes] = {
     "bmp": encoded(photo(), "BMP"),
     "tiff": encoded(photo(), "TIFF"),
 }
-"""80x60, decoded and kept byte by byte."""
+"""Images of 80x60 that are decoded and kept byte by byte."""
 
 BAD_IMAGES: dict[str, tuple[bytes, str]] = {
     "truncated jpeg": (encoded(photo())[:-300], "undecodable"),
@@ -95,7 +95,7 @@ def write_tar(path: Path, files: list[tuple[str, bytes]], mode: str = "w") -> Pa
 
 
 def img2dataset_meta(key: str, caption: str | None, **more: Any) -> dict[str, Any]:
-    """The columns that img2dataset writes for LAION-400M's list."""
+    """Columns that img2dataset writes for LAION-400M's list."""
     return {
         "url": f"https://host.example/{key}.jpg", "caption": caption, "NSFW": "UNLIKELY",
         "similarity": 0.3125, "LICENSE": "?", "key": key, "status": "success",
@@ -107,8 +107,8 @@ def img2dataset_meta(key: str, caption: str | None, **more: Any) -> dict[str, An
 def img2dataset_samples(
     shard: int, count: int
 ) -> list[tuple[str, dict[str, bytes], dict[str, Any]]]:
-    """(key, files by ending, metadata) of a shard of img2dataset."""
-    found = []
+    """Tuples (key, files by ending, metadata) of a shard of img2dataset."""
+    samples = []
     for i in range(count):
         key = f"{shard:05}{i:04}"
         caption = f"Picture {key}, {EMOJI_CAPTION}"
@@ -118,14 +118,14 @@ def img2dataset_samples(
             "txt": caption.encode(),
             "json": json.dumps(meta, indent=4).encode(),
         }
-        found.append((key, files, meta))
-    return found
+        samples.append((key, files, meta))
+    return samples
 
 
 def write_img2dataset_parquet(
     path: Path, samples: list[tuple[str, dict[str, bytes], dict[str, Any]]], images: bool = True
 ) -> None:
-    """With images: img2dataset's form `parquet`; without: what lies beside its tars."""
+    """Write img2dataset's form `parquet`, or without images the parquet files beside its tars."""
     rows = []
     for _, files, meta in samples:
         row = dict(meta)
@@ -137,7 +137,7 @@ def write_img2dataset_parquet(
 
 
 def write_img2dataset_tars(folder: Path, shards: int, count: int) -> None:
-    """Tars with the parquet files and statistics that img2dataset puts beside them."""
+    """Write tars with the parquet files and statistics that img2dataset adds to them."""
     for shard in range(shards):
         samples = img2dataset_samples(shard, count)
         name = f"{shard:05}"
@@ -147,12 +147,12 @@ def write_img2dataset_tars(folder: Path, shards: int, count: int) -> None:
 
 
 def read_all(chunks: list[Chunk]) -> list[Found]:
-    return [found for chunk in chunks for found in chunk.read()]
+    return [item for chunk in chunks for item in chunk.read()]
 
 
-def pairs(found: list[Found]) -> dict[str, RawPair]:
-    return {one.id: one for one in found if isinstance(one, RawPair)}
+def pairs(items: list[Found]) -> dict[str, RawPair]:
+    return {item.id: item for item in items if isinstance(item, RawPair)}
 
 
-def rejects(found: list[Found]) -> list[tuple[str, str]]:
-    return [(one.id, str(one.reason)) for one in found if isinstance(one, Reject)]
+def rejects(items: list[Found]) -> list[tuple[str, str]]:
+    return [(item.id, str(item.reason)) for item in items if isinstance(item, Reject)]

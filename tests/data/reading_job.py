@@ -1,6 +1,6 @@
-"""A job of its own that reads on and on, with its workers: what a loader gives, batch after batch.
+"""A separate process that reads batch after batch from a loader with workers.
 
-The loader comes pickled through stdin; the ids of each batch are a line of JSON on stdout.
+The pickled loader comes through stdin. The ids of each batch are a line of JSON on stdout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _REPO = Path(__file__).resolve().parent.parent.parent
 
 
 class ReadingJob:
-    """The job, seen from the test."""
+    """Handle of the test on the process."""
 
     def __init__(self, loader: Any) -> None:
         self._process = subprocess.Popen(
@@ -34,7 +34,7 @@ class ReadingJob:
         return list(json.loads(self._batches.readline()))
 
     def kill(self) -> None:
-        """SIGKILL, for the job alone."""
+        """SIGKILL the process, but not its workers."""
         self._process.kill()
         self._process.wait()
         self._batches.close()

@@ -1,4 +1,4 @@
-"""RandAugment: the published ten operations, their strengths and how often they come."""
+"""RandAugment: the published ten operations, their strengths and frequencies."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Small inputs that were converted wrongly once: what is written of each, and what is rejected.
+"""Small inputs that were once converted wrongly: the output and rejects of each.
 
-The inputs lie in the folder `shared/cases` beside the checkout, whose README says where they come
-from; without that folder these tests are skipped.
+The inputs are in the folder `shared/cases` beside the checkout, whose README gives their origins.
+Without that folder these tests are skipped.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="there is no ../share
 
 @dataclass(frozen=True)
 class Case:
-    """An input and what becomes of it."""
+    """An input with its expected output."""
 
     place: str
     reader: str
     written: dict[str, list[str]] = field(default_factory=dict)
-    """Captions by id."""
+    """Id -> captions."""
     rejected: list[tuple[str, str]] = field(default_factory=list)
-    """Id and reason."""
+    """Tuples (id, reason) of the rejects."""
     options: tuple[str, ...] = ()
     refused: str = ""
-    """In the message that goes with exit code 2."""
+    """Part of the message that comes with exit code 2."""
     unused: dict[str, int] = field(default_factory=dict)
 
 
@@ -139,7 +139,7 @@ CASE_LIST = [
     Case("windows_paths/u.json", "blip_json", {"train/0.jpg": ["u16"]}),
     Case("windows_paths/lines.json", "blip_json", {"train/0.jpg": ["x", "y"]}),
     Case("windows_paths/d.json", "blip_json", refused="d.json holds no list of {image, caption}"),
-    Case("windows_paths/e.json", "blip_json", refused="e.json is no JSON"),
+    Case("windows_paths/e.json", "blip_json", refused="e.json is not JSON"),
     Case("windows_paths/l.json", "blip_json", refused="l.json: there is nothing to convert"),
     Case("coco_id_types/captions.json", "coco",
          {"0.jpg": ["a dog"], "1.jpg": ["a cat"], "2.jpg": ["a cow"]},
@@ -174,9 +174,9 @@ def rejects_of(out: Path) -> list[dict[str, Any]]:
 def test_a_case(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     code = convert(case.reader, CASES / case.place, out, *case.options)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
+    message = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == (2 if case.refused else 0)
-    assert case.refused in said
+    assert case.refused in message
     if not (out / "index.json").exists():
         assert case.refused and not case.written
         return
@@ -200,7 +200,7 @@ def test_long_names_in_tars(name: str, tmp_path: Path) -> None:
 
 
 def test_texts_that_mean_nothing_to_pandas(tmp_path: Path) -> None:
-    """ "None" and "nan" are captions; a text of white space is none."""
+    """The texts "None" and "nan" are captions; white space is not."""
     assert convert("folder", CASES / "txt_none", tmp_path / "out") == 0
     captions = captions_of(tmp_path / "out")
     assert [captions[f"{i:02}.jpg"] for i in range(4)] == [["none"], ["nan"], ["null"], ["n/a"]]
@@ -208,10 +208,10 @@ def test_texts_that_mean_nothing_to_pandas(tmp_path: Path) -> None:
 
 
 def test_a_test_set_without_captions() -> None:
-    """`evaluate --submission` names its images by their ids."""
+    """`evaluate --submission` needs the ids of the images."""
     source = Source(str(CASES / "nocaps_test" / "nocaps_test_image_info.json"))
-    found = [one for chunk in READERS["coco"].chunks(source) for one in chunk.read()]
-    pairs = listed_pairs("nocaps", found, 32, images_below=source.image_root())
+    items = [item for chunk in READERS["coco"].chunks(source) for item in chunk.read()]
+    pairs = listed_pairs("nocaps", items, 32, images_below=source.image_root())
     assert pairs.captions == [[]] and pairs.images([0]).shape == (1, 3, 32, 32)
     assert captioning.image_ids(pairs, source.location) == [0]
 
@@ -325,7 +325,7 @@ def test_another_conversion_into_the_same_folder(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Refused by name of what differs; --overwrite begins anew."""
+    """The error names the difference; --overwrite starts anew."""
     folder, out = tmp_path / "in", tmp_path / "out"
     shutil.copytree(CASES / place, folder)
     if place == "restart_missing":
@@ -337,8 +337,8 @@ def test_another_conversion_into_the_same_folder(
     other = change(folder) or first
     capsys.readouterr()
     assert convert(reader, folder / file, out, *other) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "was begun with other input or options" in said and named in said, said
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "was begun with other input or options" in message and named in message, message
     assert captions_of(out) == before, "nothing is touched"
     assert convert(reader, folder / file, out, *other, "--overwrite") == 0
     fresh = tmp_path / "fresh"

@@ -1,4 +1,4 @@
-"""Whole conversions: counts, the same bytes whatever happens on the way, and what stops them."""
+"""Whole conversions: counts, equal bytes after interruptions, and errors that end them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,23 +42,18 @@ def job_of(folder: Path, out: Path, **more: Any) -> Conversion:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
     store = StreamStore(stream(folder))
-    samples = [
-        store.read(shard, i)
-        for shard, count in enumerate(store.shard_samples)
-        for i in range(count)
-    ]
-    found = {sample["id"]: sample for sample in samples}
-    assert len(found) == len(samples), "ids are unique"
-    return found
+    by_id = {}
+    for shard, count in enumerate(store.shard_samples):
+        for sample in (store.read(shard, i) for i in range(count)):
+            by_id[sample["id"]] = sample
+    assert len(by_id) == sum(store.shard_samples), "ids are unique"
+    return by_id
 
 
 def rejects_of(folder: Path) -> list[tuple[str, str]]:
@@ -67,7 +63,7 @@ def rejects_of(folder: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six tars of 25 pairs."""
+    """Write six tars of 25 pairs."""
     folder = tmp_path_factory.mktemp("tars")
     write_img2dataset_tars(folder, 6, 25)
     return folder
@@ -75,7 +71,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process writes in one go."""
+    """Output of a single process without interruptions."""
     folder = tmp_path_factory.mktemp("whole")
     convert(job_of(tars, folder, workers=1), Part())
     return folder
@@ -87,11 +83,11 @@ def undisturbed(whole: Path) -> dict[str, bytes]:
 
 
 def test_everything_arrives(whole: Path, undisturbed: dict[str, bytes]) -> None:
-    found = samples_of(whole)
+    written = samples_of(whole)
     expected = [sample for shard in range(6) for sample in img2dataset_samples(shard, 25)]
-    assert list(found) == [key for key, _, _ in expected]
+    assert list(written) == [key for key, _, _ in expected]
     for key, files, meta in expected:
-        sample = found[key]
+        sample = written[key]
         assert sample == {
             "id": key, "image": files["jpg"], "source": "test", "width": 80, "height": 60,
             "captions": [f"picture {key}, a cat 😺 with a 👩‍👩‍👧 family"],
@@ -142,14 +138,11 @@ def test_a_finished_set_is_left_as_it_is(
 
 @pytest.mark.multiprocess
 def test_killed_again_and_again(tars: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    """kill -9 after each new chunk, until there is nothing left to do: the same bytes."""
+    """Repeated kill -9 after a new chunk, until the conversion is done, gives the same bytes."""
     out = tmp_path / "out"
     context = multiprocessing.get_context("fork")
     job = job_of(tars, out, workers=2)
-    slow = [
-        Chunk(c.name, partial(_slowly, c.read), c.fingerprint, c.pairs, c.input_bytes)
-        for c in job.chunks
-    ]
+    slow = [replace(chunk, read=partial(_slowly, chunk.read)) for chunk in job.chunks]
     kills = 0
     while not (out / "index.json").exists():
         done = len(list(out.glob("chunks/*.json")))
@@ -161,20 +154,20 @@ def test_killed_again_and_again(tars: Path, tmp_path: Path, undisturbed: dict[st
         while process.is_alive() and len(list(out.glob("chunks/*.json"))) == done:
             workers = _children(process.pid) or workers
             time.sleep(0.01)
-        time.sleep(0.1)  # into the next chunks
+        time.sleep(0.1)  # let the workers reach the next chunks
         kills += process.is_alive()
         process.kill()
         process.join()
-        if done < len(slow):  # else only the merge was left, which has no workers
+        if done < len(slow):  # otherwise only the merge was left, which has no workers
             _wait_for_end(workers)
     assert kills >= 2
     assert files_of(out) == undisturbed
 
 
 def _slowly(read: partial[Iterator[Found]]) -> Iterator[Found]:
-    for found in read():
+    for item in read():
         time.sleep(0.01)
-        yield found
+        yield item
 
 
 def _children(pid: int | None) -> list[int]:
@@ -183,7 +176,7 @@ def _children(pid: int | None) -> list[int]:
 
 
 def _wait_for_end(pids: list[int]) -> None:
-    """Workers end by themselves when their parent was killed."""
+    """Wait until the workers of a killed parent have ended by themselves."""
     assert pids
     until = time.monotonic() + 5
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
@@ -192,7 +185,7 @@ def _wait_for_end(pids: list[int]) -> None:
 
 
 def test_read_is_written_and_rejected(tmp_path: Path) -> None:
-    """All odd cases in one set, and a tar that is cut off."""
+    """One set has all odd cases, and a truncated tar."""
     texts = {"txt": b"a dog"}
     samples = [
         *((f"good-{i}", {"jpg": data} | texts) for i, data in enumerate(GOOD_IMAGES.values())),
@@ -211,11 +204,13 @@ def test_read_is_written_and_rejected(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:20_000])
     summary = convert(job_of(tmp_path / "in", tmp_path / "out"), Part())
     assert summary is not None
-    found = samples_of(tmp_path / "out")
+    written = samples_of(tmp_path / "out")
     good = len(GOOD_IMAGES)
-    assert [one for one in found if one.startswith("good")] == [f"good-{i}" for i in range(good)]
-    assert found["several"]["captions"] == ["one", "two"]
-    assert found["good-0"]["image"] == GOOD_IMAGES["jpeg"], "the first of two stays"
+    assert [sample_id for sample_id in written if sample_id.startswith("good")] == [
+        f"good-{i}" for i in range(good)
+    ]
+    assert written["several"]["captions"] == ["one", "two"]
+    assert written["good-0"]["image"] == GOOD_IMAGES["jpeg"], "the first of two stays"
     named = rejects_of(tmp_path / "out")
     for i, (_, reason) in enumerate(BAD_IMAGES.values()):
         assert (f"bad-{i}", reason) in named
@@ -227,20 +222,22 @@ def test_read_is_written_and_rejected(tmp_path: Path) -> None:
     for name in ("pairs", "captions"):
         counts = summary[name]
         assert counts["read"] == counts["written"] + counts["rejected"]
-    assert summary["pairs"]["written"] == len(found)
+    assert summary["pairs"]["written"] == len(written)
     whole_pairs = [line for line in named if line[0] != "several"]
     assert summary["pairs"]["rejected"] == len(whole_pairs)
-    assert summary["captions"]["written"] == sum(len(one["captions"]) for one in found.values())
+    assert summary["captions"]["written"] == sum(
+        len(sample["captions"]) for sample in written.values()
+    )
     assert sum(summary["rejects"].values()) == len(named)
 
 
 def test_ids_of_other_chunks_are_dropped(tmp_path: Path) -> None:
-    """By the number of the chunk, whichever was converted first."""
+    """The chunk with the lower number keeps the id, whichever was converted first."""
     first, second = img2dataset_samples(0, 30), img2dataset_samples(1, 30)
     twice = [(key, files | {"jpg": jpeg(7, (80, 60))}) for key, files, _ in first[3:12]]
-    own = [(key, files) for key, files, _ in second]
+    samples = [(key, files) for key, files, _ in second]
     write_tar(tmp_path / "in" / "0.tar", members(*((key, files) for key, files, _ in first)))
-    write_tar(tmp_path / "in" / "1.tar", members(*own[:20], *twice, *own[20:]))
+    write_tar(tmp_path / "in" / "1.tar", members(*samples[:20], *twice, *samples[20:]))
     write_tar(tmp_path / "in" / "2.tar", members(twice[0]))
     results = []
     for name, parts in (("a", [Part()]), ("b", [Part(2, 3), Part(1, 3), Part(0, 3)])):
@@ -250,9 +247,9 @@ def test_ids_of_other_chunks_are_dropped(tmp_path: Path) -> None:
         assert summary["pairs"] == {"read": 70, "written": 60, "rejected": 10}
         assert summary["captions"] == {"read": 70, "written": 60, "rejected": 10}
         assert summary["rejects"] == {"duplicate id": 10}
-        found = samples_of(out)
-        assert sorted(found) == sorted(key for key, _, _ in first + second)
-        assert all(found[key]["image"] == files["jpg"] for key, files, _ in first)
+        written = samples_of(out)
+        assert sorted(written) == sorted(key for key, _, _ in first + second)
+        assert all(written[key]["image"] == files["jpg"] for key, files, _ in first)
         named = json.loads((out / "index.json").read_text())["shards"]
         assert {path.name for path in out.glob("shard.*")} == {
             shard["raw_data"]["basename"] for shard in named
@@ -268,9 +265,9 @@ def test_ids_of_other_chunks_are_dropped(tmp_path: Path) -> None:
 
 
 def test_the_index_knows_how_many_captions_each_sample_has(tmp_path: Path) -> None:
-    """Those that were written, also where a chunk is written again without a duplicate."""
+    """Only written captions count, also if a chunk is written again without a duplicate."""
     texts = [["one"], ["two", "", "texts"], ["a", "b", "c"]] * 6
-    pairs = [RawPair(f"{i}", jpeg(i, (80, 60)), own) for i, own in enumerate(texts)]
+    pairs = [RawPair(f"{i}", jpeg(i, (80, 60)), captions) for i, captions in enumerate(texts)]
     chunks = [
         Chunk("single", partial(iter, [RawPair("s", jpeg(99, (80, 60)), "text")]), "1"),
         Chunk(
@@ -356,12 +353,10 @@ def _limited(read: partial[Iterator[Found]]) -> Iterator[Found]:
 def test_a_file_that_cannot_be_written(
     tars: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    """The kernel refuses to write on, as on a full disk; afterwards the same call goes on."""
+    """The kernel refuses further writes, as on a full disk; the same call then resumes."""
     job = job_of(tars, tmp_path / "out", workers=1)
-    chunks = [
-        Chunk(c.name, partial(_limited, c.read) if n == 2 else c.read, c.fingerprint)
-        for n, c in enumerate(job.chunks)
-    ]  # fmt: skip
+    chunks = list(job.chunks)
+    chunks[2] = replace(chunks[2], read=partial(_limited, chunks[2].read))
     with pytest.raises(OSError, match="File too large"):
         convert(Conversion(chunks, job.out, RULES, 20_000, 1), Part())
     assert len(list((tmp_path / "out" / "chunks").glob("*"))) == 2
@@ -387,7 +382,7 @@ def _without_end() -> Iterator[Found]:
 def test_the_second_of_two_conversions_is_refused(
     tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the first lives; its other part may run, and after kill -9 it goes on at once."""
+    """The second is refused while the first runs; another part may run. kill -9 frees the lock."""
     monkeypatch.setattr(locks, "_GRACE_S", 0.5)
     out = tmp_path / "out"
     job = job_of(tars, out, workers=1)
@@ -417,7 +412,7 @@ def _surprising(pairs: int) -> Iterator[Found]:
 
 
 def test_a_record_cannot_end_the_conversion(tmp_path: Path) -> None:
-    """Whatever is wrong with it: one reject, without more than 200 characters of its content."""
+    """Any fault of a record gives one reject, with at most 200 characters of its content."""
     image = jpeg(1, (80, 60))
     (tmp_path / "locked").mkdir()
     bad = [
@@ -443,7 +438,7 @@ def test_a_record_cannot_end_the_conversion(tmp_path: Path) -> None:
 
 
 def test_long_captions_end_at_a_sentence(tmp_path: Path) -> None:
-    """Where one fits; captions that fit are as published, and both cuts are counted."""
+    """A long caption is cut at a sentence end that fits, and the summary counts both cuts."""
     words = " ".join(f"w{i}" for i in range(20))
     texts = {
         "fits": f"{words}. And more.", "sentence": f"{words}. {words}", "none": f"{words}, {words}",

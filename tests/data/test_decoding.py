@@ -73,15 +73,13 @@ def test_other_images_are_left_to_pillow() -> None:
     ]
     for encoded in others:
         assert jpeg_size(encoded) is None
-        images = [
-            TrainTransform(16, path=path)(encoded, np.random.default_rng(0))
-            for path in ("fast", "published")
-        ]
-        assert np.abs(images[0].int() - images[1].int()).max() <= 2
+        fast_pixels = TrainTransform(16, path="fast")(encoded, np.random.default_rng(0))
+        published = TrainTransform(16, path="published")(encoded, np.random.default_rng(0))
+        assert np.abs(fast_pixels.int() - published.int()).max() <= 2
 
 
 def test_damaged_jpegs_fare_alike_in_both_decoders() -> None:
-    """Cut off, with a flipped bit or a run of zeros: corrupt for both, or the same pixels."""
+    """A truncated or damaged JPEG is corrupt for both decoders, or gives the same pixels."""
     rng, kinds = np.random.default_rng(0), set()
     encoded = saved(photo(51, 37), "JPEG", quality=90)
     for number in range(300):
@@ -95,10 +93,10 @@ def test_damaged_jpegs_fare_alike_in_both_decoders() -> None:
             damaged[at : at + 8] = bytes(8)
         if jpeg_size(bytes(damaged)) is None:
             continue
-        ours, theirs = fast(bytes(damaged)), slow(bytes(damaged))
+        ours, expected = fast(bytes(damaged)), slow(bytes(damaged))
         kinds.add(type(ours))
-        assert type(ours) is type(theirs)
-        assert ours == theirs if isinstance(ours, str) else np.array_equal(ours, theirs)
+        assert type(ours) is type(expected)
+        assert ours == expected if isinstance(ours, str) else np.array_equal(ours, expected)
     assert kinds == {str, np.ndarray}
 
 
@@ -130,7 +128,7 @@ def encoded_as(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def test_transparency_goes_onto_white() -> None:
-    """Hidden pixels are red; the half transparent ones show half of their blue."""
+    """Hidden pixels are red; half transparent ones show half of their blue."""
     pixels = np.zeros((4, 6, 4), np.uint8)
     pixels[:, :2] = (255, 0, 0, 0)
     pixels[:, 2:4] = (0, 0, 255, 128)
@@ -182,8 +180,8 @@ def test_floating_point_pixels_of_another_range_are_refused(values: list[float])
 
 
 def test_postscript_is_never_opened() -> None:
-    """Pillow would hand it to Ghostscript."""
-    with pytest.raises(CorruptSample, match="no image of a known format"):
+    """Pillow would pass the file to Ghostscript."""
+    with pytest.raises(CorruptSample, match="not an image of a known format"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
 
 

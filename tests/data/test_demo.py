@@ -1,4 +1,4 @@
-"""The demo set: counts, no leakage, and the command that makes it."""
+"""The demo set: counts, no leakage, and the command that writes it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def plain(items: Iterable, total: int) -> Iterable:
 
 @pytest.fixture(scope="module")
 def streams() -> dict[str, list[Record]]:
-    """The assignment of all drawings, with a stand-in for the rendering: a picture per drawing."""
+    """Assign all drawings, with one stand-in picture per drawing instead of rendering."""
     patch = pytest.MonkeyPatch()
     patch.setattr(demo, "_pixel_digest", lambda jpeg: jpeg)
-    pictures = [
-        demo.Picture(d.points, d.style, names()[d.points], f"{d.style}{d.points}".encode())
-        for d in openmoji.drawings() + twemoji.drawings()
-        if d.points in names()
-    ]
+    pictures = []
+    for drawing in openmoji.drawings() + twemoji.drawings():
+        points, style = drawing.points, drawing.style
+        if points in names():
+            picture = f"{style}{points}".encode()
+            pictures.append(demo.Picture(points, style, names()[points], picture))
     assigned = demo.assign(pictures)
     patch.undo()
     return assigned
@@ -84,12 +85,10 @@ def test_held_out_drawings_are_trained_on_in_the_other_hand_only(
     streams: dict[str, list[Record]],
 ) -> None:
     trained = {record.id for record in streams["emoji"]}
-    by_hand = {
-        (record.source, base)
-        for name in ("emoji", "variants", "keywords")
-        for record in streams[name]
-        for base in concepts_of([record])
-    }
+    by_hand = set()
+    for name in ("emoji", "variants", "keywords"):
+        for record in streams[name]:
+            by_hand |= {(record.source, base) for base in concepts_of([record])}
     hands = (openmoji.STYLE, twemoji.STYLE)
     for record in streams["heldout_drawing"]:
         (base,) = concepts_of([record])
@@ -111,27 +110,27 @@ def test_a_held_out_query_has_one_right_answer(streams: dict[str, list[Record]])
 
 
 def test_twins_are_never_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Concepts with the same picture (flags of dependencies) or the same cleaned name."""
+    """Twins are concepts with the same picture (flags of dependencies) or cleaned name."""
     monkeypatch.setattr(demo, "_pixel_digest", lambda jpeg: jpeg)
     monkeypatch.setattr(demo, "HELDOUT_PAIRS", 2)
-    pictures = [
-        demo.Picture((number,), style, name, image)
-        for number, name, image in [
-            (1, "norway", b"same"),
-            (2, "svalbard", b"same"),
-            (3, "keycap *", b"3"),
-            (4, "keycap #", b"4"),
-            *[(n, f"thing {n}", bytes([n])) for n in range(10, 14)],
-        ]
-        for style in (openmoji.STYLE, twemoji.STYLE)
+    concepts = [
+        (1, "norway", b"same"),
+        (2, "svalbard", b"same"),
+        (3, "keycap *", b"3"),
+        (4, "keycap #", b"4"),
+        *[(n, f"thing {n}", bytes([n])) for n in range(10, 14)],
     ]
+    pictures = []
+    for number, name, image in concepts:
+        for style in (openmoji.STYLE, twemoji.STYLE):
+            pictures.append(demo.Picture((number,), style, name, image))
     split = demo.choose_split(pictures)
     assert set(split.concepts) | set(split.drawings) == {(n,) for n in range(10, 14)}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A demo set of a few pictures."""
+    """Write a demo set of a few pictures."""
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(demo, "HELDOUT_PAIRS", 3)
     monkeypatch.setattr(demo, "TRAINING_STREAMS", ("emoji", "keywords", "icons"))
@@ -145,7 +144,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_a_finished_set_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "demo"
-    (tmp_path / "demo.partial" / "emoji").mkdir(parents=True)  # of a killed call
+    (tmp_path / "demo.partial" / "emoji").mkdir(parents=True)  # left by a killed call
     summary = demo.prepare(folder, plain, size=48)
     assert not summary["reused"] and summary["pairs"]["heldout_concept"] == 3
     assert {path.name for path in folder.iterdir()} == {

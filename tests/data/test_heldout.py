@@ -55,13 +55,13 @@ def test_all_captions_of_an_image_are_its_own(tmp_path: Path) -> None:
 def test_a_remote_is_asked_as_long_as_the_recipe_says(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not for the quarter of an hour that is the default."""
+    """The default of a quarter of an hour is not used."""
     away = StreamRecipe("away", str(tmp_path / "cache"), "s3://nowhere/set")
     caplog.set_level("WARNING")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment("http://127.0.0.1:9").items():
             patch.setenv(name, value)
-        with pytest.raises(FileNotFoundError):  # the first client of a process takes its time
+        with pytest.raises(FileNotFoundError):  # the first client of a process is slow to start
             heldout_pairs(away, 16, DataRecipe(retry_s=0))
         start_s = time.monotonic()
         with pytest.raises(FileNotFoundError, match=r"stream 'away': s3://nowhere/set/index.json"):

@@ -42,12 +42,11 @@ def test_the_global_order_is_the_same_for_any_ranks_and_workers(
             make_loader(streams, rank, world_size, workers=workers) for rank in range(world_size)
         ]
         per_rank = [take(loader, steps) for loader in loaders]
-        runs[world_size, workers] = [
-            (sample, image)
-            for step in range(steps)
-            for batches in per_rank
-            for sample, image in zip(batches[step].ids, batches[step].images, strict=True)
-        ]
+        run = []
+        for batches in zip(*per_rank, strict=True):
+            for batch in batches:
+                run += zip(batch.ids, batch.images, strict=True)
+        runs[world_size, workers] = run
     expected = runs.pop((1, 0))
     for name, run in runs.items():
         assert [sample for sample, _ in run] == [sample for sample, _ in expected], name
@@ -168,11 +167,11 @@ def test_a_corrupt_image_is_replaced_counted_and_named(
     streams = [stream(make_shards("red", 40, corrupt=frozenset({3, 4, 17})))]
     batches = take(make_loader(streams, workers=workers), 5)
     skipped = [line for batch in batches for line in batch.skipped]
-    # 3 is replaced by 4, which is corrupt too: it is passed over once more.
+    # Sample 4 replaces sample 3 and is corrupt as well, so it is skipped twice.
     named = Counter(line.split(": ")[0].split(" ")[1] for line in skipped)
     assert named == {"red-3": 1, "red-4": 2, "red-17": 1}
     assert all(
-        line.startswith("red/shard.0") and "no image of a known format" in line for line in skipped
+        s.startswith("red/shard.0") and "not an image of a known format" in s for s in skipped
     )
     ids = Counter(sample for batch in batches for sample in batch.ids)
     assert set(ids) == {f"red-{i}" for i in range(40)} - {"red-3", "red-4", "red-17"}
@@ -267,7 +266,7 @@ _TAKEN = threading.Lock()
 def test_a_lock_that_a_thread_of_the_rank_holds_does_not_stop_the_workers(
     make_shards: MakeShards, make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A forked copy of the rank would have the lock taken, and nobody to release it."""
+    """A forked copy of the rank would hold the lock forever."""
     loader = make_loader([stream(make_shards("red", 45))], workers=1)
     monkeypatch.setattr(loader, "_batches", _Locking())
     with _TAKEN:
@@ -276,7 +275,7 @@ def test_a_lock_that_a_thread_of_the_rank_holds_does_not_stop_the_workers(
 
 
 class _Locking(Dataset[int]):
-    """Takes a lock before it gives anything, as most of C and C++ does."""
+    """Takes a lock before it yields, as most C and C++ code does."""
 
     prefetcher = Prefetcher([], SampleOrder([], 0, 1))
 
@@ -286,7 +285,7 @@ class _Locking(Dataset[int]):
 
 
 class _Deadly(Dataset[None]):
-    """Kills the worker that reads from it, as the kernel does for want of memory."""
+    """Kills the worker that reads from it, as the kernel does when memory runs out."""
 
     prefetcher = Prefetcher([], SampleOrder([], 0, 1))
 
@@ -297,7 +296,7 @@ class _Deadly(Dataset[None]):
 def test_a_run_that_changes_its_ranks_reads_the_same_row(
     make_shards: MakeShards, make_loader: MakeLoader
 ) -> None:
-    """Three epochs of two streams, interrupted at every other step, on another number of ranks."""
+    """Three epochs of two streams, interrupted every other step, on changing numbers of ranks."""
     streams = [stream(make_shards("red", 30)), stream(make_shards("blue", 18))]
     whole = [name for batch in take(make_loader(streams), 18) for name in batch.ids]
     row: list[str] = []
@@ -322,7 +321,7 @@ def test_text_that_the_tokenizer_does_not_know(
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
-    """The first rank warns of it, for local streams and remote ones."""
+    """The first rank warns, for local and remote streams."""
     make_loader([stream(make_shards("ab", 20))])
     assert "[UNK]" not in caplog.text
     unknown = make_shards("xyz", 20)

@@ -1,4 +1,4 @@
-"""The MDS format, judged by MosaicML's own package, and what an index may not do."""
+"""The MDS format, compared with MosaicML's own package, and refused indexes."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_the_bytes_are_those_of_mosaicml(
 ) -> None:
     rows = samples(60)
     ours = write_ours(tmp_path / "ours", rows, size_limit=size_limit, hashes=hashes)
-    theirs = write_theirs(tmp_path / "theirs", rows, size_limit=size_limit, hashes=list(hashes))
-    names = sorted(path.name for path in theirs.iterdir())
+    reference = write_theirs(tmp_path / "theirs", rows, size_limit=size_limit, hashes=list(hashes))
+    names = sorted(path.name for path in reference.iterdir())
     assert sorted(path.name for path in ours.iterdir()) == names and len(names) > 1
     for name in names:
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+        assert (ours / name).read_bytes() == (reference / name).read_bytes(), name
     assert_same(read_all(ours), rows)
 
 
@@ -95,14 +95,14 @@ def test_the_bytes_are_those_of_mosaicml(
 def test_each_reads_what_the_other_compressed(tmp_path: Path, compression: str) -> None:
     rows = samples(40)
     settings = {"compression": compression}
-    theirs = write_theirs(tmp_path / "theirs", rows, hashes=["xxh64"], **settings)
-    assert_same(read_all(theirs), rows)
+    reference = write_theirs(tmp_path / "theirs", rows, hashes=["xxh64"], **settings)
+    assert_same(read_all(reference), rows)
     ours = write_ours(tmp_path / "ours", rows, hashes=("xxh64",), **settings)
     streaming = pytest.importorskip("streaming")
     dataset = streaming.StreamingDataset(local=str(ours), batch_size=1, shuffle=False)
     assert_same([dataset[i] for i in range(len(dataset))] and read_all(ours), rows)
     assert [dataset[i]["text"] for i in range(len(dataset))] == [row["text"] for row in rows]
-    raw = [sorted(folder.glob("*.mds")) for folder in (ours, theirs)]
+    raw = [sorted(folder.glob("*.mds")) for folder in (ours, reference)]
     for left, right in zip(*raw, strict=True):
         assert left.read_bytes() == right.read_bytes()
 
@@ -115,9 +115,9 @@ def test_a_set_of_ours_opens_in_their_reader(tmp_path: Path) -> None:
     store, seen = StreamStore(stream(tmp_path / "set")), 0
     assert index["captions"] == [[2] * shard["samples"] for shard in index["shards"]]
     for number, entry in enumerate(index["shards"]):
-        theirs = reader.from_json(str(tmp_path / "set"), None, entry)
-        for place in range(theirs.samples):
-            assert dict(theirs[place]) == store.read(number, place)
+        reference = reader.from_json(str(tmp_path / "set"), None, entry)
+        for place in range(reference.samples):
+            assert dict(reference[place]) == store.read(number, place)
             seen += 1
     assert seen == 9
 
@@ -169,7 +169,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(
 
 
 def test_shards_may_lie_in_folders_below(tmp_path: Path) -> None:
-    """As MosaicML's merge_index leaves them; from a remote they are fetched into such folders."""
+    """MosaicML's merge_index keeps shards in subfolders; they are also fetched into subfolders."""
     records = [Record(f"{i}", jpeg(i), "a", "test") for i in range(12)]
     write_shards(tmp_path / "set", records, shard_size="6kb")
     index = json.loads((tmp_path / "set" / "index.json").read_text())
@@ -192,7 +192,7 @@ def test_shards_may_lie_in_folders_below(tmp_path: Path) -> None:
 
 
 def broken_indexes() -> dict[str, Any]:
-    """Changes to the first entry of an index, by what is wrong with it."""
+    """Fault -> changes to the first entry of an index."""
     return {
         "no object": lambda shard: 7,
         "no name": lambda shard: shard["raw_data"].pop("basename"),
@@ -293,7 +293,9 @@ def test_a_compression_bomb_is_not_inflated(tmp_path: Path, compression: str) ->
     folder = write_ours(tmp_path / "set", samples(3), compression=compression)
     pack = {"gz": gzip.compress, "bz2": bz2.compress}[compression]
     shard, target = mds.read_index(folder)[0], tmp_path / "raw"
-    with pytest.raises(ValueError, match=r"shard.00000.mds unpacks to \d+ bytes, the index says"):
+    with pytest.raises(
+        ValueError, match=r"shard.00000.mds decompresses to \d+ bytes, the index says"
+    ):
         shard.decompress(pack(bytes(BOMB_BYTES)), target)
     assert target.stat().st_size < shard.raw_data.bytes + (2 << 20)
 
@@ -310,7 +312,7 @@ def test_damaged_compression_is_an_error(tmp_path: Path, compression: str) -> No
 
 
 def test_a_bomb_in_a_remote_set_is_passed_over(tmp_path: Path) -> None:
-    """Its checksum may be right: others stand in for its samples, as for any damaged shard."""
+    """Other samples replace those of the bomb, whose checksum may be right."""
     records = [Record(f"{i}", jpeg(i), "a", "test") for i in range(12)]
     write_shards(tmp_path / "set", records, shard_size="6kb", compression="gz")
     index = json.loads((tmp_path / "set" / "index.json").read_text())
@@ -319,10 +321,10 @@ def test_a_bomb_in_a_remote_set_is_passed_over(tmp_path: Path) -> None:
     packed.update(bytes=len(bomb), hashes={})
     (tmp_path / "set" / "index.json").write_text(json.dumps(index))
     store = StreamStore(stream(tmp_path / "cache", remote=tmp_path / "set"))
-    with pytest.raises(ValueError, match=r"shard.00000.mds unpacks to .* the index says"):
+    with pytest.raises(ValueError, match=r"shard.00000.mds decompresses to .* the index says"):
         store.read(0, 0)
     assert store.read(1, 0)["source"] == "test"
-    with pytest.raises(ValueError, match=r"shard.00000.mds unpacks to .* the index says"):
+    with pytest.raises(ValueError, match=r"shard.00000.mds decompresses to .* the index says"):
         StreamStore(stream(tmp_path / "set")).read(0, 0)
 
 
@@ -365,13 +367,13 @@ def test_an_oversized_sample_has_a_shard_of_its_own(tmp_path: Path) -> None:
     "text", ["64mb", "4kb", "1.5GB", " 10 kb ", "7b", "123", "0.1tb", "1e3kb", "2pb", "5eb"]
 )
 def test_sizes_mean_what_they_mean_to_mosaicml(text: str) -> None:
-    theirs = pytest.importorskip("streaming.base.util")
-    assert parse_bytes(text) == theirs.bytes_to_int(text)
+    reference = pytest.importorskip("streaming.base.util")
+    assert parse_bytes(text) == reference.bytes_to_int(text)
 
 
 @pytest.mark.parametrize("text", ["", "mb", "4 apples", "-1kb", "infkb", "nanmb", "1.5", "1.5b"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(text)
 
 

@@ -1,15 +1,17 @@
-"""What an epoch takes of each stream, and which of its captions an image gives."""
+"""Samples that an epoch takes from each stream, and captions that an image gives."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 
 from blip_scale.config.recipe import DataRecipe, StreamRecipe
+from blip_scale.data.loading.micro_batches import Batch
 from blip_scale.data.loading.mixing import describe, samples_per_epoch
 from blip_scale.data.shards import Record, write_shards
 
@@ -65,10 +67,10 @@ def test_an_epoch_holds_what_the_recipe_says(
 
 
 def captions_of(folder: Path, count: int, texts: int) -> Path:
-    records = (
-        Record(f"{i}", jpeg(i), [f"text {i} {t}" for t in range(texts)], "s") for i in range(count)
-    )
-    write_shards(folder, records, shard_size="20kb")
+    def record(image: int) -> Record:
+        return Record(f"{image}", jpeg(image), [f"text {image} {t}" for t in range(texts)], "s")
+
+    write_shards(folder, map(record, range(count)), shard_size="20kb")
     return folder
 
 
@@ -86,23 +88,23 @@ def test_five_repeats_read_each_of_five_captions(
 
 
 def test_each_caption_once_an_epoch(tmp_path: Path, make_loader: MakeLoader) -> None:
-    """Images of one to five captions, as in Visual Genome: on two ranks, with a resume in mid
-    epoch; the order is that of one rank.
+    """Images have one to five captions, as in Visual Genome.
+
+    Two ranks, and a run that resumes in the middle of an epoch, read in the order of one rank.
     """
-    records = [
-        Record(f"{i}", jpeg(i), [f"{i} {t}" for t in range(1 + i % 5)], "s") for i in range(32)
-    ]
+    records = []
+    for i in range(32):
+        captions = [f"{i} {t}" for t in range(1 + i % 5)]
+        records.append(Record(f"{i}", jpeg(i), captions, "s"))
     write_shards(tmp_path / "set", records, shard_size="20kb")
     texts = {text for record in records for text in record.captions}
     assert len(texts) == 93
     streams = [stream(tmp_path / "set", repeat="captions")]
     batches = take(make_loader(streams, global_batch=31), 6)
     for epoch in (batches[:3], batches[3:]):
-        read = [
-            (text, name)
-            for batch in epoch
-            for text, name in zip(batch.captions, batch.ids, strict=True)
-        ]
+        read: list[tuple[str, str]] = []
+        for batch in epoch:
+            read += zip(batch.captions, batch.ids, strict=True)
         assert {text for text, _ in read} == texts and len(read) == 93
         assert all(text.split()[0] == name for text, name in read)
     assert batches[0].captions != batches[3].captions
@@ -120,11 +122,11 @@ def test_each_caption_once_an_epoch(tmp_path: Path, make_loader: MakeLoader) -> 
 
 def test_one_caption_each_is_the_order_of_once(tmp_path: Path, make_loader: MakeLoader) -> None:
     folder = captions_of(tmp_path / "set", 32, texts=1)
-    by_caption, once = (
-        [batch.ids for batch in take(make_loader([stream(folder, **how)]), 8)]
-        for how in ({"repeat": "captions"}, {})
-    )
-    assert by_caption == once
+
+    def ids(recipe: StreamRecipe) -> list[list[str]]:
+        return [batch.ids for batch in take(make_loader([recipe]), 8)]
+
+    assert ids(stream(folder, repeat="captions")) == ids(stream(folder))
 
 
 def test_an_index_without_captions_is_refused(tmp_path: Path, make_loader: MakeLoader) -> None:
@@ -141,13 +143,11 @@ def test_captions_take_turns_over_epochs_and_begin_anywhere(
 ) -> None:
     streams = [stream(captions_of(tmp_path / "set", 24, texts=3))]
     batches = take(make_loader(streams), 9)
-    epochs = [
-        {text for batch in batches[begin : begin + 3] for text in batch.captions}
-        for begin in (0, 3, 6)
-    ]
+
+    def texts(batches: Iterable[Batch]) -> set[str]:
+        return {text for batch in batches for text in batch.captions}
+
+    epochs = [texts(batches[begin : begin + 3]) for begin in (0, 3, 6)]
     assert len(set.union(*epochs)) == 72, "three epochs read all three captions of 24 images"
     assert len({text.split()[-1] for text in epochs[0]}) == 3, "not all begin with the same one"
-    other_seed = {
-        text for batch in take(make_loader(streams, seed=2), 3) for text in batch.captions
-    }
-    assert other_seed != epochs[0]
+    assert texts(take(make_loader(streams, seed=2), 3)) != epochs[0]

@@ -1,4 +1,4 @@
-"""The global order of samples, without any file."""
+"""The global order of samples, tested without files."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ def epoch_slots(order: SampleOrder, epoch: int) -> list[Slot]:
 def test_every_sample_comes_once_an_epoch_and_in_another_order(block_samples: int) -> None:
     shapes = [StreamShape("a", (10, 10, 3), 23), StreamShape("b", (5, 0, 25), 30)]
     order = SampleOrder(shapes, seed=3, block_samples=block_samples)
-    expected = {
-        (s, shard, i)
-        for s, shape in enumerate(shapes)
-        for shard, n in enumerate(shape.shard_samples)
-        for i in range(n)
-    }
+    expected = set()
+    for number, shape in enumerate(shapes):
+        for shard, samples in enumerate(shape.shard_samples):
+            expected |= {(number, shard, i) for i in range(samples)}
     first, second = epoch_slots(order, 0), epoch_slots(order, 1)
     assert len(first) == len(expected) == 53
     assert places(first) == places(second) == expected
@@ -91,11 +89,10 @@ def test_what_comes_is_known_before(block_samples: int) -> None:
     start = (2, 11)
     row = [(2, at) for at in range(11, 37)] + [(e, at) for e in (3, 4) for at in range(37)]
     blocks = list(dict.fromkeys(order.block_of(*at) for at in row))
-    expected = [
-        list(dict.fromkeys((slot.stream, slot.shard) for slot in slots))
-        for block in blocks
-        if (slots := [order.locate(*at) for at in row if order.block_of(*at) == block])
-    ]
+    expected = []
+    for block in blocks:
+        slots = [order.locate(*at) for at in row if order.block_of(*at) == block]
+        expected.append(list(dict.fromkeys((slot.stream, slot.shard) for slot in slots)))
     assert list(itertools.islice(order.upcoming(*start), len(blocks))) == expected
 
 

@@ -1,4 +1,4 @@
-"""Shards come before the order does."""
+"""Shards are fetched before the order reaches them."""
 
 from __future__ import annotations
 

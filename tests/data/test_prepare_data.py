@@ -1,4 +1,4 @@
-"""The command, and the array job that runs it."""
+"""The command `prepare-data`, and the array job that runs it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Main = Callable[[list[str]], int]
 
 @pytest.fixture(scope="module")
 def prepare() -> Main:
-    """`prepare-data` in this process."""
+    """Run `prepare-data` in this process."""
     return prepare_data.main
 
 
@@ -41,16 +41,16 @@ def tars(tmp_path: Path) -> Path:
 def test_every_reader_is_offered(prepare: Main, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         prepare(["--help"])
-    said = capsys.readouterr().out
-    assert all(f"\n    {name}" in said for name in [*READERS, "demo"])
+    output = capsys.readouterr().out
+    assert all(f"\n    {name}" in output for name in [*READERS, "demo"])
     with pytest.raises(SystemExit):
         prepare(["laion", "--help"])
-    said = capsys.readouterr().out
-    assert "--jpeg-quality JPEG_QUALITY" in said and "(95)" in said
+    output = capsys.readouterr().out
+    assert "--jpeg-quality JPEG_QUALITY" in output and "(95)" in output
 
 
 def stripes(source: Source, colour: str = "") -> Iterator[Chunk]:
-    """A reader that is no part of the package: one image a line of a text file."""
+    """A reader outside the package, which draws one image per line of a text file."""
     lines = Path(source.location).read_text().splitlines()
     pairs = [RawPair(str(i), jpeg(i, (80, 60)), f"{colour} {line}") for i, line in enumerate(lines)]
     return in_chunks(list(pairs), source.pairs_per_chunk)
@@ -103,11 +103,11 @@ def test_a_folder_of_ones_own(
     arguments = ["folder", str(tmp_path / "in"), str(tmp_path / "out")]
     more = ["--label", "mine", "--max-side", "50", "--workers", "1", "--pairs-per-chunk", "4"]
     assert prepare([*arguments, *more]) == 0
-    said = capsys.readouterr()
-    assert "pairs: 6 read = 4 written + 2 rejected" in said.out
-    assert "captions: 5 read = 4 written + 1 rejected" in said.out
-    assert "  missing caption: 1\n" in said.out and "  undecodable: 1\n" in said.out
-    assert "33.3% rejected, chunk 2/2" in said.err, "the progress bar"
+    printed = capsys.readouterr()
+    assert "pairs: 6 read = 4 written + 2 rejected" in printed.out
+    assert "captions: 5 read = 4 written + 1 rejected" in printed.out
+    assert "  missing caption: 1\n" in printed.out and "  undecodable: 1\n" in printed.out
+    assert "33.3% rejected, chunk 2/2" in printed.err, "the progress bar"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["reencoded_images"] == 4
     assert summary["made_by"]["rules"]["source"] == "mine"
@@ -119,22 +119,24 @@ def test_a_dry_run_writes_nothing(
     before = sorted(tars.parent.rglob("*"))
     arguments = ["laion", str(tars), "--dry-run", "--sample", "40"]
     assert prepare([*arguments, "--tokenizer", str(vocabulary)]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "sample: 40 pairs, 40 of them would be written"
-    table = {line.split()[0]: line.split()[1:] for line in said[2:-1]}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sample: 40 pairs, 40 of them would be written"
+    table = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
     assert table["width"] == ["80"] * 5 and table["height"] == ["60"] * 5
     assert table["words"] == ["9"] * 5 and int(table["tokens"][0]) > 9
-    assert said[-1].startswith("whole: about ") and "of shards" in said[-1]
-    shown = [line.removeprefix("caption: ") for line in said if line.startswith("caption: ")]
-    assert len(shown) == 5 == len(set(shown)) and all("a cat 😺 with a" in one for one in shown)
-    (share,) = [line for line in said if "[UNK]" in line]
+    assert lines[-1].startswith("whole: about ") and "of shards" in lines[-1]
+    shown = [line.removeprefix("caption: ") for line in lines if line.startswith("caption: ")]
+    assert len(shown) == 5 == len(set(shown)) and all(
+        "a cat 😺 with a" in caption for caption in shown
+    )
+    (share,) = [line for line in lines if "[UNK]" in line]
     assert float(share.partition("%")[0]) > 50 and share.endswith("another tokenizer is needed")
-    whole = int(said[-1].split()[2])
+    whole = int(lines[-1].split()[2])
     assert 90 <= whole <= 120, "of 100"
     assert sorted(tars.parent.rglob("*")) == before
     assert prepare([*arguments, "--tokenizer", "/nowhere"]) == 0
-    said = capsys.readouterr()
-    assert "token counts are left out: " in said.err and "[UNK]" not in said.out
+    printed = capsys.readouterr()
+    assert "token counts are left out: " in printed.err and "[UNK]" not in printed.out
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_a_mistake_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     places = {"TARS": str(tars), "OUT": str(tars.parent / "out")}
-    assert prepare([places.get(one, one) for one in arguments]) == 2
+    assert prepare([places.get(argument, argument) for argument in arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("prepare_data.py: ") and message in last
 
@@ -186,24 +188,27 @@ def test_a_signal_stops_at_once(
     process = subprocess.Popen(
         [sys.executable, str(repo / "tools" / "prepare_data.py"), *arguments],
         stderr=subprocess.PIPE, text=True,
-        # Whoever is started in the background, as CI may be, is born deaf to Ctrl-C.
+        # A process started in the background, as in CI, ignores SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not list((tmp_path / "out").glob("chunks/*")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    _, message = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert said.splitlines()[-1] == "stopped; finished chunks are kept, the same command goes on"
-    assert "Traceback" not in said
+    assert (
+        message.splitlines()[-1]
+        == "stopped; finished chunks are kept, run the same command to resume"
+    )
+    assert "Traceback" not in message
     assert 1 <= len(list((tmp_path / "out").glob("chunks/*"))) < 20
     assert prepare(arguments) == 0
 
 
 @pytest.mark.multiprocess
 def test_the_array_job(tars: Path, repo: Path, tmp_path: Path) -> None:
-    """The script with the variables that SLURM sets, one task after the other."""
+    """Run the script with SLURM's variables, one task after the other."""
     script = repo / "slurm" / "prepare_data.sh"
     out = tmp_path / "out"
     for task in (5, 4):

@@ -1,4 +1,4 @@
-"""What is accepted, what is rejected and why, and what is written."""
+"""Pairs that are accepted or rejected with a reason, and what is written."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def test_images_are_turned_upright(orientation: int) -> None:
     record, _, anew = screen(RawPair("a", data, "a dog"), RULES)
     assert record is not None
     assert anew == (orientation != 1) and (record.image == data) == (orientation == 1)
-    found = decode_image(record.image)
-    assert (record.width, record.height) == found.size
-    assert found.size == ((80, 60) if orientation < 5 else (60, 80))
+    image = decode_image(record.image)
+    assert (record.width, record.height) == image.size
+    assert image.size == ((80, 60) if orientation < 5 else (60, 80))
     flips = [
         [], [Image.Transpose.FLIP_LEFT_RIGHT], [Image.Transpose.ROTATE_180],
         [Image.Transpose.FLIP_TOP_BOTTOM], [Image.Transpose.TRANSPOSE],
@@ -76,7 +76,7 @@ def test_images_are_turned_upright(orientation: int) -> None:
     expected = photo()
     for flip in flips:
         expected = expected.transpose(flip)
-    error = np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).mean()
+    error = np.abs(np.asarray(image, np.int16) - np.asarray(expected, np.int16)).mean()
     assert error < 4, "JPEG twice"
     assert Image.open(io.BytesIO(record.image)).getexif().get(0x0112, 1) == 1
 
@@ -103,7 +103,7 @@ def test_the_limits_are_inclusive() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "written"),
+    ("captions", "written"),
     [
         ("A Dog, running!", ["a dog, running"]),
         (EMOJI_CAPTION, [EMOJI_CAPTION]),
@@ -112,12 +112,12 @@ def test_the_limits_are_inclusive() -> None:
         (" ".join(f"w{i}" for i in range(50)), [" ".join(f"w{i}" for i in range(30))]),
     ],
 )
-def test_captions_are_cleaned(found: Any, written: list[str]) -> None:
-    assert accepted(RawPair("a", IMAGE, found)).captions == written
+def test_captions_are_cleaned(captions: Any, written: list[str]) -> None:
+    assert accepted(RawPair("a", IMAGE, captions)).captions == written
 
 
 @pytest.mark.parametrize(
-    ("found", "reason"),
+    ("caption", "reason"),
     [
         (None, "missing caption"),
         ([], "missing caption"),
@@ -134,8 +134,8 @@ def test_captions_are_cleaned(found: Any, written: list[str]) -> None:
         ([["a dog"]], "caption is no text"),
     ],
 )
-def test_captions_that_are_none(found: Any, reason: str) -> None:
-    assert refused(RawPair("a", IMAGE, found)).reason == reason
+def test_captions_that_are_none(caption: Any, reason: str) -> None:
+    assert refused(RawPair("a", IMAGE, caption)).reason == reason
 
 
 def test_single_captions_are_rejected_alone() -> None:

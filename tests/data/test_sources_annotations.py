@@ -1,4 +1,4 @@
-"""COCO, Visual Genome, BLIP's lists and plain folders in the forms that they are distributed in."""
+"""COCO, Visual Genome, BLIP's lists and plain folders in their distributed forms."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def dataset_coco(tmp_path: Path) -> Path:
 
 
 def test_karpathy(dataset_coco: Path) -> None:
-    found = read("coco", dataset_coco, split="train")
+    items = read("coco", dataset_coco, split="train")
     root = dataset_coco.parent
-    (second, fourth) = pairs(found).values()
+    (second, fourth) = pairs(items).values()
     assert second.id == "val2014/COCO_val2014_000000000002.jpg"
     assert second.image == f"{root}/val2014/COCO_val2014_000000000002.jpg"
     assert second.captions == [f"A man, 2-{i}." for i in range(5)]
     assert fourth.image == f"{root}/train2014/COCO_train2014_000000000004.jpg"
-    assert rejects(found) == [("dataset_coco.json:4", "missing key")]
+    assert rejects(items) == [("dataset_coco.json:4", "missing key")]
     assert len(pairs(read("coco", dataset_coco))) == 4
     (third,) = pairs(read("coco", dataset_coco, split="val", images="/coco")).values()
     assert third.image == "/coco/val2014/COCO_val2014_000000000003.jpg"
@@ -73,21 +73,16 @@ def test_karpathy(dataset_coco: Path) -> None:
 
 
 def test_blip_lists_of_coco(tmp_path: Path) -> None:
-    train = save(
-        tmp_path / "coco_karpathy_train.json",
-        [
-            {
-                "caption": f"caption {i}", "image": f"val2014/{image}.jpg",
-                "image_id": f"coco_{image}",
-            }
-            for i in range(5)
-            for image in ("a", "b")
-        ],
-    )  # fmt: skip
-    found = pairs(read("coco", train, images="s3://bucket/coco/"))
-    assert list(found) == ["val2014/a.jpg", "val2014/b.jpg"], "one record an image"
-    assert found["val2014/b.jpg"].captions == [f"caption {i}" for i in range(5)]
-    assert found["val2014/b.jpg"].image == "s3://bucket/coco/val2014/b.jpg"
+    entries = []
+    for i in range(5):
+        for name in ("a", "b"):
+            image = {"image": f"val2014/{name}.jpg", "image_id": f"coco_{name}"}
+            entries.append({"caption": f"caption {i}"} | image)
+    train = save(tmp_path / "coco_karpathy_train.json", entries)
+    items = pairs(read("coco", train, images="s3://bucket/coco/"))
+    assert list(items) == ["val2014/a.jpg", "val2014/b.jpg"], "one record an image"
+    assert items["val2014/b.jpg"].captions == [f"caption {i}" for i in range(5)]
+    assert items["val2014/b.jpg"].image == "s3://bucket/coco/val2014/b.jpg"
     val = save(
         tmp_path / "coco_karpathy_val.json", [{"image": "val2014/c.jpg", "caption": ["one", "two"]}]
     )
@@ -126,12 +121,12 @@ def test_visual_genome_as_distributed(tmp_path: Path) -> None:
             for i in (1, 2, 3)
         ],
     )  # fmt: skip
-    found = read("visual_genome", tmp_path)
-    first, second, third = pairs(found).values()
+    items = read("visual_genome", tmp_path)
+    first, second, third = pairs(items).values()
     assert first.id == "1" and first.captions == ["the clock is green", None]
     assert first.image == f"{tmp_path}/VG_100K_2/1.jpg" and first.url == url.format(1)
     assert second.id == "2" and third.captions == []
-    assert rejects(found) == [
+    assert rejects(items) == [
         ("4", "missing image"), ("region_descriptions.json:4", "missing key"),
     ]  # fmt: skip
     with pytest.raises(FileNotFoundError):
@@ -148,10 +143,10 @@ def test_visual_genome_as_blip_uses_it(tmp_path: Path) -> None:
             {"image": f"{prefix}image/1.jpg", "caption": "shade is along the street"},
         ],
     )
-    found = pairs(read("visual_genome", path, images="/vg", strip_prefix=prefix))
-    assert list(found) == ["image/1.jpg", "image/2.jpg"]
-    assert found["image/1.jpg"].image == "/vg/image/1.jpg"
-    assert found["image/1.jpg"].captions == ["the clock is green", "shade is along the street"]
+    items = pairs(read("visual_genome", path, images="/vg", strip_prefix=prefix))
+    assert list(items) == ["image/1.jpg", "image/2.jpg"]
+    assert items["image/1.jpg"].image == "/vg/image/1.jpg"
+    assert items["image/1.jpg"].captions == ["the clock is green", "shade is along the street"]
     kept = pairs(read("visual_genome", path))
     assert kept[f"{prefix}image/2.jpg"].image == f"{prefix}image/2.jpg", "absolute as it is"
 
@@ -169,20 +164,20 @@ def test_lists_of_blip(tmp_path: Path) -> None:
         ],
     )
     save(tmp_path / "lists" / "more.json", [{"image": "a/2.jpg", "caption": ["a second text"]}])
-    found = read("blip_json", tmp_path / "lists")
-    first, second, third = pairs(found).values()
+    items = read("blip_json", tmp_path / "lists")
+    first, second, third = pairs(items).values()
     assert (first.id, first.image) == ("http://host.example/1.jpg",) * 2
     assert first.captions == [EMOJI_CAPTION]
     assert second.image == f"{tmp_path}/lists/a/2.jpg" and second.url == "http://host.example/2"
     assert second.captions == [RIGHT_TO_LEFT_CAPTION, "a second text"], "over all lists"
     assert third.captions == [None]
-    assert rejects(found) == [
+    assert rejects(items) == [
         ("ccs_filtered.json:3", "missing key"),
         ("ccs_filtered.json:4", "damaged input"),
         ("ccs_filtered.json:5", "missing key"),
     ]
     (tmp_path / "broken.json").write_text('[{"image": "a.jpg", "capt')
-    with pytest.raises(ValueError, match=r"broken\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"broken\.json is not JSON"):
         read("blip_json", tmp_path / "broken.json")
     with pytest.raises(ValueError, match="holds no list"):
         read("blip_json", save(tmp_path / "object.json", {"image": "a.jpg"}))
@@ -201,13 +196,13 @@ def test_a_folder_with_texts_beside_the_images(tmp_path: Path) -> None:
     chunks = list(READERS["folder"].chunks(Source(str(tmp_path), pairs_per_chunk=3)))
     assert [(chunk.name, chunk.pairs) for chunk in chunks] == [("0 to 2", 3), ("3 to 3", 2)]
     assert rejects(read_all(chunks)) == [("alone.txt", "missing image")]
-    assert [one for one in read_all(chunks) if isinstance(one, Unused)] == [Unused("files .md")]
-    found = pairs(read_all(chunks))
-    assert {name: pair.captions for name, pair in found.items()} == {
+    assert [item for item in read_all(chunks) if isinstance(item, Unused)] == [Unused("files .md")]
+    items = pairs(read_all(chunks))
+    assert {name: pair.captions for name, pair in items.items()} == {
         "a.PNG": EMOJI_CAPTION, "b.jpg": None, "d.webp": b"\xff\xfe",
         "deep/c.jpg": "a cow\non two lines\n",
     }  # fmt: skip
-    assert found["deep/c.jpg"].image == f"{tmp_path}/deep/c.jpg"
+    assert items["deep/c.jpg"].image == f"{tmp_path}/deep/c.jpg"
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="there is no image"):
         read("folder", tmp_path / "empty")
@@ -228,14 +223,14 @@ CSV = (
 def test_a_folder_with_a_table(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(CSV, encoding="utf-8")
     (tmp_path / "unlisted.jpg").write_bytes(b"not in the table")
-    found = read("folder", tmp_path)
-    assert {key: pair.captions for key, pair in pairs(found).items()} == {
+    items = read("folder", tmp_path)
+    assert {key: pair.captions for key, pair in pairs(items).items()} == {
         "a.jpg": ["a dog, running", "two\nlines"], "b.jpg": ["كلب"], "c.jpg": [""],
         "short.jpg": [None],
     }  # fmt: skip
-    assert pairs(found)["a.jpg"].similarity == 0.5 and pairs(found)["b.jpg"].similarity is None
-    assert rejects(found) == [(f"{name}:6", "missing key")]
-    assert [one for one in found if isinstance(one, Unused)] == [
+    assert pairs(items)["a.jpg"].similarity == 0.5 and pairs(items)["b.jpg"].similarity is None
+    assert rejects(items) == [(f"{name}:6", "missing key")]
+    assert [item for item in items if isinstance(item, Unused)] == [
         Unused("images that no table names")
     ]
 
@@ -246,23 +241,23 @@ def read_text(folder: Path, name: str, text: str | bytes, **options: str) -> lis
 
 
 def test_a_tsv_has_no_quoting(tmp_path: Path) -> None:
-    """An open quote costs nothing, however long the file is."""
+    """An open quote loses nothing, however long the file is."""
     rows = [f'{i}.jpg\t"number {i}' for i in range(50_000)]
-    found = read_text(tmp_path, "a.tsv", "image\tcaption\n" + "\n".join(rows))
-    assert len(pairs(found)) == 50_000 and not rejects(found)
-    assert pairs(found)["7.jpg"].captions == ['"number 7']
+    items = read_text(tmp_path, "a.tsv", "image\tcaption\n" + "\n".join(rows))
+    assert len(pairs(items)) == 50_000 and not rejects(items)
+    assert pairs(items)["7.jpg"].captions == ['"number 7']
 
 
 def test_an_open_quote_in_a_csv_costs_one_row(tmp_path: Path) -> None:
     text = 'image,caption\na.jpg,"never closed\nb.jpg,a dog\nc.jpg,"two\nlines"\nd.jpg,"x"y,\n'
-    found = read_text(tmp_path, "a.csv", text)
-    assert {key: pair.captions for key, pair in pairs(found).items()} == {
+    items = read_text(tmp_path, "a.csv", text)
+    assert {key: pair.captions for key, pair in pairs(items).items()} == {
         "b.jpg": ["a dog"], "c.jpg": ["two\nlines"],
     }  # fmt: skip
-    assert rejects(found) == [("a.csv:2", "damaged input"), ("a.csv:6", "damaged input")]
+    assert rejects(items) == [("a.csv:2", "damaged input"), ("a.csv:6", "damaged input")]
     many = [f'{i}.jpg,"{"x" * 5000}' if i == 5 else f"{i}.jpg,a dog" for i in range(3000)]
-    found = read_text(tmp_path, "b.csv", "image,caption\n" + "\n".join(many))
-    assert len(pairs(found)) == 2999 and rejects(found) == [("b.csv:7", "damaged input")]
+    items = read_text(tmp_path, "b.csv", "image,caption\n" + "\n".join(many))
+    assert len(pairs(items)) == 2999 and rejects(items) == [("b.csv:7", "damaged input")]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +287,7 @@ def test_dialects_of_csv(text: str | bytes, captions: list[str], tmp_path: Path)
             r"a\.csv:1: the first line is 'a\.jpg, a dog'.*--columns",
         ),
         ("image,label\na.jpg,a dog\n", {}, r"no column for the caption .* give --caption-key"),
-        ("image,text,text\na.jpg,a,b\n", {}, r"several are called 'text'"),
+        ("image,text,text\na.jpg,a,b\n", {}, r"several of 3 columns are called 'text'"),
         ("image,caption\n".encode("utf-16-le"), {}, r"a\.csv:1 holds zero bytes: give --encoding"),
         ("", {}, r"a\.csv is empty"),
         ("image,caption\n", {"encoding": "no-such"}, "--encoding no-such"),
@@ -307,20 +302,20 @@ def test_a_table_that_leaves_room_for_doubt(
 
 def test_a_table_of_bad_rows(tmp_path: Path) -> None:
     text = b"image,caption\na.jpg,a,b\nb.jpg,caf\xe9\nc.jpg,a\0b\nd.jpg,['a' 'b']\n"
-    found = read_text(tmp_path, "a.csv", text)
-    assert list(pairs(found)) == ["c.jpg"]
-    assert [place for place, _ in rejects(found)] == ["a.csv:2", "a.csv:3", "a.csv:5"]
+    items = read_text(tmp_path, "a.csv", text)
+    assert list(pairs(items)) == ["c.jpg"]
+    assert [place for place, _ in rejects(items)] == ["a.csv:2", "a.csv:3", "a.csv:5"]
 
 
 def test_tables_of_folders_below(tmp_path: Path) -> None:
-    """Each is read; links to folders are followed once, whatever they are called."""
+    """Each table is read. Links to folders are followed once."""
     for folder in ("train", "train/deep", "test"):
         (tmp_path / "in" / folder).mkdir(parents=True)
         (tmp_path / "in" / folder / "metadata.csv").write_text("file_name,text\n0.png,a dog\n")
     (tmp_path / "in" / "a_link").symlink_to("train")
-    found = read("folder", tmp_path / "in")
-    assert sorted(pairs(found)) == ["test/0.png", "train/0.png", "train/deep/0.png"]
-    assert pairs(found)["test/0.png"].image == f"{tmp_path}/in/test/0.png"
+    items = read("folder", tmp_path / "in")
+    assert sorted(pairs(items)) == ["test/0.png", "train/0.png", "train/deep/0.png"]
+    assert pairs(items)["test/0.png"].image == f"{tmp_path}/in/test/0.png"
 
 
 def test_a_folder_with_json_lines(tmp_path: Path) -> None:
@@ -334,12 +329,12 @@ def test_a_folder_with_json_lines(tmp_path: Path) -> None:
     ]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for place in (tmp_path, tmp_path / "captions.jsonl"):
-        found = read("folder", place)
-        assert {key: pair.captions for key, pair in pairs(found).items()} == {
+        items = read("folder", place)
+        assert {key: pair.captions for key, pair in pairs(items).items()} == {
             "a.jpg": [EMOJI_CAPTION], "b.jpg": ["one", "two"],
         }  # fmt: skip
-        assert pairs(found)["a.jpg"].url == "http://host.example/a"
-        assert rejects(found) == [
+        assert pairs(items)["a.jpg"].url == "http://host.example/a"
+        assert rejects(items) == [
             ("captions.jsonl:4", "damaged input"),
             ("captions.jsonl:5", "damaged input"),
             ("captions.jsonl:6", "missing key"),

@@ -1,4 +1,4 @@
-"""Tars, parquet files and folders as img2dataset writes them, whole and damaged."""
+"""Tars, parquet files and folders as written by img2dataset, whole and damaged."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -27,8 +28,13 @@ from odd_files import (
     write_tar,
 )
 
-from blip_scale.data.conversion.pairs import RawPair, Reject, Source, Unused
+from blip_scale.data.conversion.pairs import Found, RawPair, Reject, Source, Unused
 from blip_scale.data.sources.readers import READERS
+
+
+def contents(items: list[Found]) -> list[tuple[str, object, object]]:
+    """Id, image and captions of all pairs."""
+    return [(item.id, item.image, item.captions) for item in items if isinstance(item, RawPair)]
 
 
 def write_parquet_form(folder: Path, shards: int, count: int) -> None:
@@ -54,11 +60,11 @@ def test_the_three_forms_hold_the_same(
     write(tmp_path / "in", 2, 6)
     chunks = list(READERS[name].chunks(Source(str(tmp_path / "in"))))
     assert [chunk.name.split(".")[0] for chunk in chunks] == ["00000", "00001"]
-    found = pairs(read_all(chunks))
+    items = pairs(read_all(chunks))
     expected = [sample for shard in range(2) for sample in img2dataset_samples(shard, 6)]
-    assert list(found) == [key for key, _, _ in expected]
+    assert list(items) == [key for key, _, _ in expected]
     for key, files, _ in expected:
-        pair = found[key]
+        pair = items[key]
         assert pair.image == files["jpg"]
         assert pair.captions == f"Picture {key}, {EMOJI_CAPTION}"
         assert (pair.url, pair.similarity) == (f"https://host.example/{key}.jpg", 0.3125)
@@ -80,9 +86,9 @@ def test_images_that_img2dataset_did_not_get(tmp_path: Path) -> None:
         "000000009", "gone", status="failed_to_download", error_message="HTTP Error 404", width=None
     )
     write_img2dataset_parquet(tmp_path / "00000.parquet", [*samples, ("000000009", {}, failed)])
-    found = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
-    assert len(pairs(found)) == 3
-    assert rejects(found) == [("000000009", "missing image")]
+    items = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
+    assert len(pairs(items)) == 3
+    assert rejects(items) == [("000000009", "missing image")]
 
 
 def test_a_list_of_urls_is_not_the_set(tmp_path: Path) -> None:
@@ -122,12 +128,12 @@ def test_samples_of_any_webdataset(tmp_path: Path) -> None:
             ("README", {"md": b"no sample"}),
         ),
     )
-    found = read_tar(path)
-    samples = [one for one in found if isinstance(one, RawPair)]
-    assert [one for one in found if not isinstance(one, RawPair)] == [
+    items = read_tar(path)
+    samples = [item for item in items if isinstance(item, RawPair)]
+    assert [item for item in items if not isinstance(item, RawPair)] == [
         Unused("files .cls"), Unused("files .md"), Unused("hidden and special files"),
     ]  # fmt: skip
-    assert [(one.id.removeprefix("a/"), one.image, one.captions) for one in samples] == [
+    assert [(item.id.removeprefix("a/"), item.image, item.captions) for item in samples] == [
         ("dir.v1/plain", b"image 1", "one"),
         ("dotted", b"image 2", ["two", "zwei"]),
         ("no_text", b"image 3", None),
@@ -137,7 +143,7 @@ def test_samples_of_any_webdataset(tmp_path: Path) -> None:
         ("twice", b"image 7", "seven"),
         ("twice", b"image 8", "eight"),
     ]
-    assert (found[2].url, found[2].similarity, found[4].similarity) == ("u", 0.5, None)
+    assert (items[2].url, items[2].similarity, items[4].similarity) == ("u", 0.5, None)
 
 
 def test_the_caption_may_lie_elsewhere(tmp_path: Path) -> None:
@@ -172,10 +178,10 @@ def test_a_truncated_tar(damage: Callable[[bytes], bytes], name: str, tmp_path: 
     if name.endswith(".gz"):
         path.write_bytes(gzip.compress(path.read_bytes()))
     path.write_bytes(damage(path.read_bytes()))
-    found = read_tar(path)
-    kept = pairs(found)
-    assert 5 < len(kept) < 15 and rejects(found)[-1] == (name, "damaged input")
-    cut = [one for one, _ in rejects(found)[:-1]]
+    items = read_tar(path)
+    kept = pairs(items)
+    assert 5 < len(kept) < 15 and rejects(items)[-1] == (name, "damaged input")
+    cut = [sample_id for sample_id, _ in rejects(items)[:-1]]
     assert cut in ([], [f"00000/{samples[len(kept)][0]}"]), "the sample that was cut is named"
     for key, files, _ in samples[: len(kept)]:
         assert kept[f"00000/{key}"].image == files["jpg"], "nothing half-read"
@@ -193,9 +199,9 @@ def test_a_flipped_header_in_a_tar(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(b"000000003.jpg") + 1] ^= 1
     path.write_bytes(data)
-    found = read_tar(path)
-    assert list(pairs(found)) == [f"a/{key}" for key, _, _ in samples[:2]]
-    assert [one for one, _ in rejects(found)] == [f"a/{samples[2][0]}", "a.tar"]
+    items = read_tar(path)
+    assert list(pairs(items)) == [f"a/{key}" for key, _, _ in samples[:2]]
+    assert [sample_id for sample_id, _ in rejects(items)] == [f"a/{samples[2][0]}", "a.tar"]
 
 
 def test_a_damaged_parquet(tmp_path: Path) -> None:
@@ -219,8 +225,10 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
         {"image": None, "text": None},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train-0.parquet")
-    found = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
-    assert [(one.id, one.image, one.captions) for one in found if isinstance(one, RawPair)] == [
+    items = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
+    assert [
+        (item.id, item.image, item.captions) for item in items if isinstance(item, RawPair)
+    ] == [
         ("train-0/0", b"image 0", ["one", "two"]),
         ("train-0/1", f"{tmp_path}/b.jpg", ["three"]),
         ("train-0/2", None, None),
@@ -228,7 +236,7 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_the_last_ending_decides(tmp_path: Path) -> None:
-    """Files of a sample with names between; several images with texts of their own are several."""
+    """The last ending counts; images with their own texts are separate samples."""
     path = write_tar(
         tmp_path / "a.tar",
         [
@@ -240,13 +248,13 @@ def test_the_last_ending_decides(tmp_path: Path) -> None:
             ("m.jpg", b"m"), ("m.mask.png", b"mask"), ("m.txt", b"with a mask"),
         ],
     )  # fmt: skip
-    found = read_tar(path)
-    assert [(one.id, one.image, one.captions) for one in found if isinstance(one, RawPair)] == [
+    items = read_tar(path)
+    assert contents(items) == [
         ("a/s", b"in", "out"), ("a/photo.1", b"1", "one"), ("a/photo.2", b"2", "two"),
         ("a/by_kind.1", b"k1", "kind one"), ("a/by_kind.2", b"k2", "kind two"),
         ("a/m", b"m", "with a mask"),
     ]  # fmt: skip
-    assert [one for one in found if isinstance(one, Unused)] == [Unused("files .mask.png")]
+    assert [item for item in items if isinstance(item, Unused)] == [Unused("files .mask.png")]
 
 
 @pytest.mark.parametrize("mode", ["w", "w:bz2", "w:xz", "w:gz"])
@@ -262,25 +270,25 @@ def test_links_in_a_tar(mode: str, tmp_path: Path) -> None:
             info.size, info.linkname = len(data), target
             info.type = tarfile.LNKTYPE if target else tarfile.REGTYPE
             tar.addfile(info, io.BytesIO(data))
-    found = read_tar(path)
-    assert [(one.id, one.image) for one in found if isinstance(one, RawPair)] == [
+    items = read_tar(path)
+    assert [(item.id, item.image) for item in items if isinstance(item, RawPair)] == [
         ("a/0", b"image"), ("a/1", b"image"),
     ]  # fmt: skip
-    assert rejects(found) == [("a/2", "missing image")]
+    assert rejects(items) == [("a/2", "missing image")]
 
 
 def test_rows_of_one_image(tmp_path: Path) -> None:
-    """Rows of the same id and image are one record, wherever they stand; another image is not."""
-    rows = [
-        {"image": image, "caption": f"{image_id} {number}", "image_id": image_id}
-        for number in range(3)
-        for image_id, image in ((7.0, b"seven"), (8.0, b"eight"))
-    ]
+    """Rows with the same id and image become one record; another image does not."""
+    rows: list[dict[str, Any]] = []
+    for number in range(3):
+        for image_id, image in ((7.0, b"seven"), (8.0, b"eight")):
+            caption = f"{image_id} {number}"
+            rows.append({"image": image, "caption": caption, "image_id": image_id})
     rows.append({"image": b"another", "caption": "7 4", "image_id": 7.0})
     rows.append({"image": b"gap", "caption": "no id", "image_id": None})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-    found = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
-    assert [(one.id, one.image, one.captions) for one in found if isinstance(one, RawPair)] == [
+    items = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
+    assert contents(items) == [
         ("7", b"seven", ["7.0 0", "7.0 1", "7.0 2"]), ("8", b"eight", ["8.0 0", "8.0 1", "8.0 2"]),
         ("7", b"another", ["7 4"]), ("x/7", b"gap", "no id"),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""VQA, NLVR2 and VisDial in their published forms -> shards -> batches; what is refused by name."""
+"""VQA, NLVR2 and VisDial from published forms to batches, and their refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ Convert = Callable[..., tuple[Path, dict[str, Any]]]
 
 @pytest.fixture
 def converted(tmp_path: Path) -> Convert:
-    """converted(task, content, **source): the shards and the summary; images 0.jpg to 5.jpg."""
+    """Function that converts a task's annotations with images 0.jpg to 5.jpg to shards.
+
+    It returns the shards and the summary.
+    """
     for number in range(6):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number, (40, 40)))
 
@@ -48,7 +51,7 @@ def converted(tmp_path: Path) -> Convert:
 
 
 def test_questions(converted: Convert, text: CaptionInput) -> None:
-    """Grouped by image; cleaned as questions; each read once an epoch with its own answers."""
+    """Questions are grouped by image, cleaned, and read once an epoch with their answers."""
     items = [
         {"question": "What's (this)?", "answer": ["a cat"] * 7 + ["cat"] * 3, "image": "0.jpg",
          "dataset": "vqa", "question_id": 7},
@@ -73,10 +76,10 @@ def test_questions(converted: Convert, text: CaptionInput) -> None:
     questions = CaptionInput(text.tokenizer, 8, 50, clean_question)
     loader = TrainLoader(data, 16, questions, 1, LoaderPosition(0, 1, 3, 3))
     (batch,) = take(loader, 1)
-    found = dict(zip(batch.captions, batch.annotations, strict=True))
-    assert found["how many?"]["answers"] == ["2"]
-    assert found["what's this?"]["question_id"] == 7
-    assert len(found) == 3
+    annotations = dict(zip(batch.captions, batch.annotations, strict=True))
+    assert annotations["how many?"]["answers"] == ["2"]
+    assert annotations["what's this?"]["question_id"] == 7
+    assert len(annotations) == 3
 
 
 def test_a_test_split_has_no_answers(converted: Convert) -> None:
@@ -110,8 +113,10 @@ def test_pairs_of_images(converted: Convert, text: CaptionInput) -> None:
     loader = TrainLoader(data, 16, text, 1, LoaderPosition(0, 1, 2, 2))
     batches = take(loader, 8)
     assert all(batch.images.shape == (2, 2, 3, 16, 16) for batch in batches)
-    said = {caption for batch in batches for caption in batch.captions if "hund" in caption}
-    assert said == {"the left one is a hund", "the right one is a hund"}, "swapped half the time"
+    sentences = {caption for batch in batches for caption in batch.captions if "hund" in caption}
+    assert sentences == {"the left one is a hund", "the right one is a hund"}, (
+        "swapped half the time"
+    )
 
 
 def test_a_swap_takes_the_words_with_it() -> None:
@@ -126,7 +131,7 @@ def test_a_swap_takes_the_words_with_it() -> None:
 
 
 def test_dialogs(converted: Convert, tmp_path: Path) -> None:
-    """Image files by the number at the end of their name; the relevance of people beside."""
+    """Images are named by the number at the end of their file; relevances are added."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "VisualDialog_val2018_000000000042.jpg").write_bytes(jpeg(1, (40, 40)))
     turns = [
@@ -163,7 +168,7 @@ def test_dialogs(converted: Convert, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "visdial"])
 def test_another_file(converted: Convert, task: str) -> None:
-    with pytest.raises(ValueError, match=f"{task}.json (holds no list of|is no VisDial file)"):
+    with pytest.raises(ValueError, match=f"{task}.json (holds no list of|is not a VisDial file)"):
         converted(task, {"images": []})
 
 
@@ -178,31 +183,30 @@ def drawing(number: int, told: list[tuple[str, str]]) -> Record:
 
 
 def test_what_a_drawing_of_easy_vqa_shows() -> None:
-    """From questions with "what" alone: others may name what isn't there."""
-    known = [
+    """Only questions with "what" count: others may name absent things."""
+    answers = [
         ("is there a teal shape?", "no"), ("what is the blue shape?", "circle"),
         ("is no triangle present?", "yes"),
     ]  # fmt: skip
-    assert easy_nlvr2.thing(drawing(0, known)) == "a blue circle"
+    assert easy_nlvr2.thing(drawing(0, answers)) == "a blue circle"
     assert easy_nlvr2.thing(drawing(0, [("is there a red circle?", "yes")])) == ""
     assert easy_nlvr2.thing(drawing(0, [("what color is the shape?", "red")])) == ""
 
 
 def test_pairs_of_easy_vqa_drawings() -> None:
-    """Every label follows from what the two drawings show."""
+    """Every label follows from the content of the two drawings."""
     shown = {bytes([i]): f"a {color} shape" for i, color in enumerate(easy_nlvr2.COLORS)}
-    drawings = [
-        drawing(i, [(f"what is the {color} shape?", "circle")])
-        for i, color in enumerate(easy_nlvr2.COLORS)
-    ]
-    found = easy_nlvr2.pairs(drawings, each=5)
-    assert len(found) == 5 * len(drawings) and len({pair.id for pair in found}) > 20
+    drawings = []
+    for i, color in enumerate(easy_nlvr2.COLORS):
+        drawings.append(drawing(i, [(f"what is the {color} shape?", "circle")]))
+    pairs = easy_nlvr2.pairs(drawings, each=5)
+    assert len(pairs) == 5 * len(drawings) and len({pair.id for pair in pairs}) > 20
     sides = set()
-    for pair in found:
+    for pair in pairs:
         assert pair.second_image is not None
         both = {"left": shown[pair.image], "right": shown[pair.second_image]}
         assert both["left"] != both["right"]
-        labels = [one["label"] for one in pair.annotations]
+        labels = [annotation["label"] for annotation in pair.annotations]
         assert labels == [True, False, True, False]
         for sentence, label in zip(pair.captions, labels, strict=True):
             subject, thing = sentence.split(" shows ")
@@ -213,6 +217,6 @@ def test_pairs_of_easy_vqa_drawings() -> None:
 
 
 def test_an_easy_vqa_drawing_with_a_caption() -> None:
-    one = easy_nlvr2.captioned(drawing(7, [("what is the blue shape?", "circle")]))
-    assert one.captions == ["the picture shows a blue circle"]
-    assert one.annotations is None and one.image == bytes([7])
+    pair = easy_nlvr2.captioned(drawing(7, [("what is the blue shape?", "circle")]))
+    assert pair.captions == ["the picture shows a blue circle"]
+    assert pair.annotations is None and pair.image == bytes([7])

@@ -1,4 +1,4 @@
-"""Shards where they lie and shards fetched into a cache: faults, leftovers and other processes."""
+"""Local shards, and shards fetched into a cache: faults, leftovers, other processes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ def first_shard(folder: Path) -> Path:
 
 
 def all_ids(store: StreamStore) -> list[str]:
-    return [
-        store.read(shard, sample)["id"]
-        for shard, count in enumerate(store.shard_samples)
-        for sample in range(count)
-    ]
+    ids = []
+    for shard, count in enumerate(store.shard_samples):
+        ids += [store.read(shard, sample)["id"] for sample in range(count)]
+    return ids
 
 
 def test_a_set_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -52,20 +51,20 @@ def test_a_set_is_whole_or_not_there(tmp_path: Path) -> None:
         write_shards(tmp_path / "set", [])
     with pytest.raises(ValueError, match="no record to write"):
         write_shards(tmp_path / "empty", [])
-    with pytest.raises(ValueError, match="the id 'a' comes twice"):
+    with pytest.raises(ValueError, match="the id 'a' occurs twice"):
         write_shards(tmp_path / "twice", [Record("a", b"", "", "")] * 2)
 
 
 def test_a_cache_belongs_to_one_remote(tmp_path: Path, make_shards: MakeShards) -> None:
-    """Two sets have shards of the same names, so one would be read for the other."""
+    """Shards of two sets have the same names, so one would be read for the other."""
     first, second = make_shards("first", 4), make_shards("second", 4)
     shared = tmp_path / "cache"
     ids = all_ids(StreamStore(StreamRecipe("a", str(shared), str(first))))
-    said = rf"stream 'b': the cache {shared} holds shards of {first}, not of {second}: give the"
-    with pytest.raises(RefusedInput, match=said):
+    pattern = rf"stream 'b': the cache {shared} holds shards of {first}, not of {second}: give the"
+    with pytest.raises(RefusedInput, match=pattern):
         StreamStore(StreamRecipe("b", str(shared), str(second)))
     assert all_ids(StreamStore(StreamRecipe("again", str(shared), f"{first}/"))) == ids
-    (shared / "remote.txt").unlink()  # a cache from before it was recorded
+    (shared / "remote.txt").unlink()  # a cache from before the remote was recorded
     assert all_ids(StreamStore(StreamRecipe("older", str(shared), str(first)))) == ids
     assert (shared / "remote.txt").read_text() == f"{first}\n"
 
@@ -174,21 +173,21 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.mark.usefixtures("no_waiting")
 def test_a_shard_that_is_not_there_is_named(make_shards: MakeShards, tmp_path: Path) -> None:
-    """Others stand in for it; where the index has gone too, the set is out of reach."""
+    """Other samples replace the shard's; without an index, the set is unreachable."""
     remote = make_shards("red", 20)
     store, later = (
         StreamStore(stream(tmp_path / cache, remote=remote), "make the data") for cache in "ab"
     )
     shard = first_shard(remote)
     shard.unlink()
-    said = rf"{shard} can't be fetched, tried 4 times \(FileN"
+    problem = rf"{shard} can't be fetched, tried 4 times \(FileN"
     for _ in range(2):
-        with pytest.raises(stream_store.DamagedShard, match=rf"^red/shard.00000.mds: {said}"):
+        with pytest.raises(stream_store.DamagedShard, match=rf"^red/shard.00000.mds: {problem}"):
             store.read(0, 0)
     assert not list((tmp_path / "a").glob("shard.*"))
     assert store.read(1, 0)["id"].startswith("red-")
     remote.rename(remote.with_name("moved"))
-    with pytest.raises(FileNotFoundError, match=rf"^stream 'red': {said}"):
+    with pytest.raises(FileNotFoundError, match=rf"^stream 'red': {problem}"):
         later.read(0, 0)
 
 
@@ -204,9 +203,11 @@ def test_a_shard_that_stays_damaged_is_replaced_alike_on_all_ranks(
     remote = make_shards("red", 45, compression=compression)
     whole = [name for batch in take(make_loader([stream(remote)]), 10) for name in batch.ids]
     store = StreamStore(stream(tmp_path / "whole", remote=remote))
-    lost, stand_ins = (
-        {store.read(shard, i)["id"] for i in range(store.shard_samples[shard])} for shard in (2, 3)
-    )
+
+    def shard_ids(shard: int) -> set[str]:
+        return {store.read(shard, i)["id"] for i in range(store.shard_samples[shard])}
+
+    lost, stand_ins = shard_ids(2), shard_ids(3)
     flip_a_bit(remote / f"shard.00002.mds{'.zstd' if compression else ''}")
     runs = []
     for ranks in (1, 2):
@@ -248,10 +249,8 @@ def test_a_remote_that_was_written_anew_is_fetched_anew(
 
 def test_the_cache_stays_below_its_limit(make_shards: MakeShards, tmp_path: Path) -> None:
     remote, cache = make_shards("red", 60), tmp_path / "cache"
-    sizes = [
-        entry["raw_data"]["bytes"]
-        for entry in json.loads((remote / "index.json").read_text())["shards"]
-    ]
+    index = json.loads((remote / "index.json").read_text())
+    sizes = [entry["raw_data"]["bytes"] for entry in index["shards"]]
     limit = 3 * max(sizes)
     store = StreamStore(stream(cache, remote=remote), cache=ShardCache([cache], limit))
     assert len(sizes) > 4
@@ -272,7 +271,7 @@ def test_what_a_killed_job_leaves_behind_stops_nobody(
     job = ReadingJob(make_loader(streams, workers=2))
     assert job.next_ids() == expected[0]
     job.kill()
-    # What a death in the middle of a download leaves; the lock files are there as well.
+    # A process killed during a download leaves these files, and lock files.
     victim = max(cache.glob("shard.*.mds"))
     victim.unlink()
     for suffix in (".part", ".part.tmp", ".part.1a2b", ".partial"):
@@ -281,7 +280,7 @@ def test_what_a_killed_job_leaves_behind_stops_nobody(
     start_s = time.monotonic()
     assert [batch.ids for batch in take(make_loader(streams, workers=2), 6)] == expected
     assert time.monotonic() - start_s < 20, "nobody waits for a lock of the dead"
-    while left := set(Path("/dev/shm").iterdir()) - shared_memory:  # what sweeps up comes after
+    while left := set(Path("/dev/shm").iterdir()) - shared_memory:  # the cleanup comes later
         if all("torch" in file.name for file in left):
             break
         assert time.monotonic() - start_s < 30, left
@@ -292,10 +291,10 @@ def test_jobs_side_by_side_do_not_disturb_each_other(
     make_shards: MakeShards, make_loader: MakeLoader, tmp_path: Path
 ) -> None:
     remote = make_shards("red", 60)
-    expected = [
-        [batch.ids for batch in take(make_loader([stream(remote)], seed=seed), 6)]
-        for seed in (1, 2)
-    ]
+    expected = []
+    for seed in (1, 2):
+        batches = take(make_loader([stream(remote)], seed=seed), 6)
+        expected.append([batch.ids for batch in batches])
     streams = [stream(tmp_path / "cache", remote=remote)]  # one cache for both
     jobs = [ReadingJob(make_loader(streams, seed=seed, workers=1)) for seed in (1, 2)]
     received = [[job.next_ids() for _ in range(6)] for job in jobs]

@@ -1,4 +1,4 @@
-"""[DEC] and [ENC] on whatever vocabulary, and packed captions."""
+"""[DEC] and [ENC] on any vocabulary, and packed captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published transforms: crops and flips; the fast paths show the same picture."""
+"""The published transforms, and the fast paths, which show the same picture."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_half_of_the_images_are_flipped() -> None:
 @pytest.mark.parametrize("augment", [False, True], ids=["crop", "augment"])
 @pytest.mark.parametrize("size", [(500, 375), (640, 480), (1280, 960)])
 def test_the_fast_paths_show_the_published_picture(size: tuple[int, int], augment: bool) -> None:
-    """Crop, flip and operations are drawn alike; 60 dB is a quarter of a grey level (rms).
+    """All paths draw the same crop, flip and operations; 60 dB is a quarter of a grey level (rms).
 
-    Pillow resizes columns first where that is cheaper, which costs up to one grey level (55 dB);
-    equalisation multiplies it. `fast` moves the crop's edges to even pixels where it decodes at
-    1/2: a shift of one pixel of the source at most, but many dB.
+    Pillow resizes columns first if that is cheaper, which costs up to one grey level (55 dB);
+    equalisation multiplies it. `fast` moves the edges of the crop to even pixels if it decodes at
+    1/2: a shift of at most one source pixel, but many dB.
     """
     squares: dict[str, list[float]] = {"exact": [], "fast": []}
     for number, name in enumerate(PHOTOS):
@@ -98,7 +98,7 @@ def test_the_fast_paths_show_the_published_picture(size: tuple[int, int], augmen
 
 
 def test_decoding_smaller_keeps_the_picture() -> None:
-    """Crops on even pixels are the same as decoded whole; others shift by a pixel at most."""
+    """Crops on even pixels equal those of the full size; others shift by at most a pixel."""
     encoded = real_photo("coffee", 1280, 960)
     pixels = transforms.decode_jpeg(encoded, (1280, 960))
     half = transforms.decode_jpeg(encoded, (1280, 960), 2)
@@ -107,7 +107,7 @@ def test_decoding_smaller_keeps_the_picture() -> None:
 
 
 def decibels(squared_errors: list[float]) -> float:
-    """Peak signal to noise ratio."""
+    """Peak signal-to-noise ratio in dB."""
     return float(10 * np.log10(255**2 / np.mean(squared_errors)))
 
 

@@ -100,7 +100,7 @@ def test_no_flipped_bit_of_a_manifest_is_taken(
     spoilt = content.replace(b'"format_version": 2', b'"format_version": 3')
     file.write_bytes(spoilt)
     assert newest_whole(checkpoint.parent) == checkpoint.parent / "step_00000004"
-    assert "its checksum isn't that of its content" in caplog.text
+    assert "its checksum does not match its content" in caplog.text
 
 
 DAMAGED_FIELDS: dict[str, dict[str, Any]] = {

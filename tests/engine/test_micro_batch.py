@@ -67,7 +67,7 @@ def test_the_largest_that_fits_with_headroom(tmp_path: Path) -> None:
 def test_auto_is_for_tasks_whose_memory_is_modelled(tmp_path: Path) -> None:
     file = tiny_runs.make_recipe(tmp_path, **AUTO)
     checks.check(recipe.load(str(file)), 2)
-    with pytest.raises(ValueError, match="max_micro_batch_size: auto is known for pretrain and"):
+    with pytest.raises(ValueError, match="max_micro_batch_size: auto supports pretrain and"):
         checks.check(recipe.load(str(file), ["task=captioning"]), 2)
     stated = recipe.load(str(file), ["train.micro_batch_size=4"])
     assert micro_batch.auto(stated, ZERO3) is None, "what is stated holds"

@@ -148,7 +148,7 @@ def test_fine_tuning_starts_with_them(
     caplog.set_level(logging.WARNING)
     caplog.clear()
     state = head_parameters(pth, "retrieval", config, seed=7)
-    assert f"{pth} lacks {SCALE}: taken as initialised" in caplog.text
+    assert f"{pth} lacks {SCALE}: randomly initialised" in caplog.text
     with torch.random.fork_rng():
         torch.manual_seed(7)
         expected = MED(config).itm_scale.value

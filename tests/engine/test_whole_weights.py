@@ -190,5 +190,5 @@ def test_whole_weights_beside_offload_are_refused() -> None:
     with pytest.raises(ValueError, match=r"true, but .*offload.json sets offload_optimizer"):
         checks.resolve_deepspeed(chosen, checks.shipped_deepspeed("zero3_offload"), 2)
     chosen = recipe.load("demo", ["train.whole_weights=false", "model.compile=true"])
-    with pytest.raises(ValueError, match=r"model.compile: partitioned weights"):
+    with pytest.raises(ValueError, match=r"model.compile: .* partitioned weights"):
         checks.resolve_deepspeed(chosen, checks.shipped_deepspeed("zero3"), 2)

@@ -142,7 +142,7 @@ def test_files_of_the_published_code_keep_the_published_settings(
     assert captions(capsys, again, pictures, *words) == expected
     capsys.readouterr()
     folder = convert(tmp_path / "published.pth", tmp_path / "folder", *words)
-    assert "note: captions of the folder are scored as by transformers" in capsys.readouterr().out
+    assert "note: captions of the folder use the scoring of transformers" in capsys.readouterr().out
     scored = captions(capsys, tmp_path / "published.pth", pictures, "--scoring", "huggingface",
                       *words)  # fmt: skip
     assert captions(capsys, folder, pictures) == scored

@@ -1,4 +1,4 @@
-"""A tiny checkpoint of ours, and the command that converts it."""
+"""A tiny training checkpoint, and the command that converts it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ours(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
-    """A checkpoint folder in our format, with momentum copies, queues and a tokenizer."""
+    """A training checkpoint with momentum copies, queues and a tokenizer."""
     folder = tmp_path_factory.mktemp("ours") / "step_00000007"
     return tiny_blip.write_ours(folder, tiny_blip.config(vocabulary), vocabulary)
 
 
 @pytest.fixture(scope="session")
 def convert() -> Convert:
-    """Runs the command, which must succeed; gives what it wrote."""
+    """Run the command, which must succeed, and return its output path."""
 
     def run(source: Path, out: Path, *arguments: str) -> Path:
         assert convert_checkpoint.main([str(source), str(out), *arguments]) == 0

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 EXACT = {"use_fast": False} if transformers.__version__ < "5" else {"backend": "pil"}
-"""How to ask for Pillow's resize without a warning; the published one, and ours."""
+"""Arguments that select Pillow's resize, as published, without a warning."""
 
 
 def card_output(folder: Path, picture: Path) -> list[str]:
@@ -35,10 +35,10 @@ def card_output(folder: Path, picture: Path) -> list[str]:
     card = (folder / "README.md").read_text()
     code = re.search("```python\n(.*?)```", card, re.DOTALL)
     assert code is not None
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         exec(code[1].replace("FOLDER", str(folder)).replace("photo.jpg", str(picture)), {})
-    return said.getvalue().splitlines()
+    return printed.getvalue().splitlines()
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def computed(exports: Path, pictures: list[Path], texts: list[str]) -> dict[str,
     captioner = BlipForConditionalGeneration.from_pretrained(exports / "captioning")
     lengths = {"max_length": 10, "min_length": 4, "num_beams": 3}
     written = captioner.generate(inputs["pixel_values"], **lengths)
-    if transformers.__version__ >= "5":  # 4 needs no such line
+    if transformers.__version__ >= "5":  # transformers 4 does not need this line
         captioner.text_decoder.generation_config = captioner.generation_config
     longest = captioner.generation_config.max_length
     as_configured = captioner.generate(inputs["pixel_values"], max_length=longest)
@@ -80,11 +80,11 @@ def main() -> None:
     exports, folder, report = map(Path, sys.argv[1:])
     pictures = sorted(folder.glob("*.png"))
     texts = [file.with_suffix(".txt").read_text() for file in pictures]
-    found = {"transformers": transformers.__version__, **computed(exports, pictures, texts)}
+    results = {"transformers": transformers.__version__, **computed(exports, pictures, texts)}
     sys.stderr.write("cards\n")
     heads = ("captioning", "retrieval", "vqa")
-    found["cards"] = {head: card_output(exports / head, pictures[0]) for head in heads}
-    report.write_text(json.dumps(found))
+    results["cards"] = {head: card_output(exports / head, pictures[0]) for head in heads}
+    report.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -79,12 +79,10 @@ def test_encoder_decoder_and_head_come_from_bert(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_prefix_and_old_norm_names_and_torch_file(tmp_path: Path) -> None:
     bert = tiny_bert()
-    old = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        ): value
-        for name, value in bert.bert.state_dict().items()
-    }
+    old = {}
+    for name, value in bert.bert.state_dict().items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old[name.replace("LayerNorm.bias", "LayerNorm.beta")] = value
     torch.save(old, tmp_path / "pytorch_model.bin")
     med = tiny_med(TINY)
     load_bert(med, tmp_path)

@@ -1,4 +1,4 @@
-"""From format to format and back: the same bits, and nothing by half."""
+"""Conversions between formats and back keep every bit, and leave nothing incomplete."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ from blip_scale.storage.checkpoint_format import Manifest
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Everything in the files of one of our checkpoints."""
+    """All tensors in the files of a training checkpoint."""
     return load_file(folder / "rank_00000.safetensors") | load_file(folder / "shared.safetensors")
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys() and len(found) > 20
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys() and len(actual) > 20
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
 
 
 def test_round_trip_keeps_every_bit(ours: Path, tmp_path: Path, convert: Convert) -> None:
-    """ours -> Hugging Face -> ours -> Salesforce -> ours; and with momentum and queues where the
-    format has them."""
+    """Convert ours -> Hugging Face -> ours -> Salesforce -> ours.
+
+    Momentum copies and queues survive where the format has them.
+    """
     expected = tensors(ours)
     weights = {name: tensor for name, tensor in expected.items() if name.startswith("weight/")}
     hf = convert(ours, tmp_path / "hf", "--head", "all")
@@ -49,8 +51,8 @@ def test_round_trip_keeps_every_bit(ours: Path, tmp_path: Path, convert: Convert
     assert (back / "tokenizer" / "tokenizer_config.json").is_file()
     pth = convert(back, tmp_path / "back.pth")
     again = convert(pth, tmp_path / "again", "--to", "ours")
-    found = load_file(again / "rank_00000.safetensors")
-    assert_equal({name: found[name] for name in weights}, weights)
+    converted = load_file(again / "rank_00000.safetensors")
+    assert_equal({name: converted[name] for name in weights}, weights)
 
     pth = convert(ours, tmp_path / "whole.pth")
     whole = convert(pth, tmp_path / "whole", "--to", "ours", "--tokenizer", str(ours / "tokenizer"))
@@ -64,7 +66,7 @@ def test_round_trip_keeps_every_bit(ours: Path, tmp_path: Path, convert: Convert
 def test_every_head_comes_out_of_a_pretraining(
     ours: Path, tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a Salesforce file and as a Hugging Face folder: the same tensors."""
+    """A Salesforce file and a Hugging Face folder of one checkpoint hold the same tensors."""
     for head in ("captioning", "vqa", "retrieval"):
         pth = read_salesforce(convert(ours, tmp_path / f"{head}.pth", "--head", head))
         folder = read_checkpoint(convert(ours, tmp_path / head, "--head", head))
@@ -81,16 +83,19 @@ def test_every_head_comes_out_of_a_pretraining(
         assert extra == {*momentum, "image_queue", "text_queue", "idx_queue", "ptr_queue"}
         assert pth.state["idx_queue"].tolist() == [[-100] * tiny_blip.QUEUE]
         assert pth.state["ptr_queue"].tolist() == [0]
-    assert "note: idx_queue -100 and ptr_queue 0" in capsys.readouterr().out
+    assert "note: idx_queue is -100 and ptr_queue 0" in capsys.readouterr().out
 
 
 def test_what_hugging_face_lacks_is_made_as_published(
     ours: Path, tmp_path: Path, convert: Convert, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Momentum copies are copies, queues are random unit columns; and it is said."""
+    """Momentum copies are copies, queues are random unit columns, and a note says so."""
     folder = convert(ours, tmp_path / "hf", "--head", "retrieval")
     state = read_salesforce(convert(folder, tmp_path / "retrieval.pth")).state
-    assert "it has no momentum copies and queues: copies of the weights" in capsys.readouterr().out
+    assert (
+        "it has no momentum copies and queues: set to copies of the weights"
+        in capsys.readouterr().out
+    )
     assert state["temp"].item() == pytest.approx(0.0519)
     for name, tensor in state.items():
         if name.startswith(("visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.")):
@@ -102,7 +107,7 @@ def test_what_hugging_face_lacks_is_made_as_published(
 
 
 def test_a_fine_tuned_half_stays_one(ours: Path, tmp_path: Path, convert: Convert) -> None:
-    """Captioning fine-tuned apart: no MED comes of it, and of two halves that differ neither."""
+    """A captioning model that was fine-tuned alone, or two unequal halves, make no MED."""
     hf = convert(ours, tmp_path / "hf", "--head", "all")
     captioning = read_checkpoint(hf / "captioning")
     with pytest.raises(
@@ -139,7 +144,7 @@ def base(vision: VisionConfig) -> MEDConfig:
 
 
 def published(head: str, width: int = 768, blocks: int = 12, queue: int = 57600) -> dict:
-    """The published names and shapes, written out by hand."""
+    """Published names and shapes, written out by hand."""
     vit: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width), "pos_embed": (1, 197, width),
         "patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,),
@@ -212,27 +217,27 @@ def published(head: str, width: int = 768, blocks: int = 12, queue: int = 57600)
     ("vit_base_patch16_224", 768, 12), ("vit_large_patch16_224", 1024, 24),
 ])  # fmt: skip
 def test_the_layouts_are_the_published_ones(head, name: str, width: int, blocks: int) -> None:
-    """Every name and shape, of both published sizes."""
+    """Every name and shape of both published sizes is expected."""
     queue = 57600 if head in ("pretrain", "retrieval") else None
-    found = expected_shapes(head, base(VisionConfig(name)), queue)
-    assert {key: tuple(shape) for key, shape in found.items()} == published(head, width, blocks)
+    shapes = expected_shapes(head, base(VisionConfig(name)), queue)
+    assert {key: tuple(shape) for key, shape in shapes.items()} == published(head, width, blocks)
 
 
 def test_nlvr2_has_twin_cross_attentions() -> None:
-    found = expected_shapes("nlvr2", base(VisionConfig()), None)
+    layout = expected_shapes("nlvr2", base(VisionConfig()), None)
     layer = "text_encoder.encoder.layer.{}.crossattention.{}"
     for number in (0, 1):
         for name in ("self{}.query", "self{}.key", "self{}.value", "output.dense{}"):
-            assert found[layer.format(3, name.format(number)) + ".weight"] == (768, 768)
-    assert layer.format(3, "self.query") + ".weight" not in found
-    merges = [name for name in found if name.endswith("merge_layer.weight")]
+            assert layout[layer.format(3, name.format(number)) + ".weight"] == (768, 768)
+    assert layer.format(3, "self.query") + ".weight" not in layout
+    merges = [name for name in layout if name.endswith("merge_layer.weight")]
     assert merges == [layer.format(i, "output.merge_layer.weight") for i in range(6, 12)]
-    assert found[merges[0]] == (768, 1536)
-    assert found["cls_head.0.weight"] == (768, 768) and found["cls_head.2.weight"] == (2, 768)
+    assert layout[merges[0]] == (768, 1536)
+    assert layout["cls_head.0.weight"] == (768, 768) and layout["cls_head.2.weight"] == (2, 768)
 
 
 def test_published_files_without_sizes(tmp_path: Path) -> None:
-    """The number of heads of a file is the published one, by its width."""
+    """The number of heads follows from the width, as published."""
     sizes = base(VisionConfig("vit_base_patch16_224", 32, {"depth": 1}))
     shapes = expected_shapes("captioning", sizes, None)
     shapes = {n: s for n, s in shapes.items() if ".layer." not in n or ".layer.0." in n}
@@ -251,7 +256,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def test_pieces_of_ranks_are_put_together(ours: Path, tmp_path: Path) -> None:
-    """Stretches of any length in the files of three ranks, as ZeRO-2 and ZeRO-3 cut them."""
+    """The files of three ranks hold slices of any length, as under ZeRO-2 and ZeRO-3."""
     folder = tmp_path / "step_00000007"
     shutil.copytree(ours, folder)
     source = folder / "rank_00000.safetensors"
@@ -276,8 +281,8 @@ def test_pieces_of_ranks_are_put_together(ours: Path, tmp_path: Path) -> None:
         digest = xxhash.xxh3_64(file.read_bytes()).hexdigest()
         manifest["files"][file.name] = {"bytes": file.stat().st_size, "xxh3": digest}
     write_manifest(folder, manifest)
-    found, expected = read_checkpoint(folder).state, read_checkpoint(ours).state
-    assert_equal(found, expected)
+    state, expected = read_checkpoint(folder).state, read_checkpoint(ours).state
+    assert_equal(state, expected)
     del manifest["files"]["rank_00001.safetensors"]
     write_manifest(folder, manifest)
     with pytest.raises(ValueError, match=r"\d+ elements of "):

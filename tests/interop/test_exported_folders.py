@@ -1,5 +1,7 @@
-"""What transformers makes of an exported folder, against our own model: the same numbers, in this
-and in the other supported major version."""
+"""Transformers computes the same numbers from an exported folder as our own model.
+
+The other supported major version of transformers is tested as well.
+"""
 
 from __future__ import annotations
 
@@ -66,14 +68,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def pixels(pictures: list[Path]) -> Tensor:
-    """What our own evaluation feeds to the network."""
+    """Images as our own evaluation passes them to the network."""
     transform = EvalTransform(32)
     images = [transform(Image.open(file).convert("RGB")) for file in pictures]
     return normalize_images(torch.stack(images), torch.float32)
 
 
 def packed(hf: Path, med: MED) -> tuple[PackedText, Tensor]:
-    """The texts packed, and their attention mask as transformers pads them."""
+    """Packed texts, and the same texts padded with an attention mask for transformers."""
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "vqa")))
     rows = tokenizer(TEXTS)["input_ids"]
     mask = tokenizer(TEXTS, padding=True, return_tensors="pt")["attention_mask"]
@@ -86,22 +88,22 @@ def test_retrieval_scores(hf: Path, med: MED, pictures: list[Path]) -> None:
     from transformers import BlipForImageTextRetrieval, BlipProcessor
 
     processor = BlipProcessor.from_pretrained(hf / "retrieval")
-    theirs = BlipForImageTextRetrieval.from_pretrained(hf / "retrieval")
+    reference = BlipForImageTextRetrieval.from_pretrained(hf / "retrieval")
     images = [Image.open(file).convert("RGB") for file in pictures]
     inputs = processor(images, TEXTS, padding=True, return_tensors="pt")
     torch.testing.assert_close(inputs["pixel_values"], pixels(pictures), **CLOSE)
     text, _ = packed(hf, med)
     embeds = med.encode_image(pixels(pictures))
     cosines = med.project_image(embeds) @ med.project_text(med.encode_text(text)).T
-    expected = theirs(**inputs, use_itm_head=False).itm_score
+    expected = reference(**inputs, use_itm_head=False).itm_score
     torch.testing.assert_close(cosines, expected, **CLOSE)
     assert cosines.std() > 0.01
     special = med.config.text.special
-    assert theirs.config.text_config.enc_token_id == special.enc
+    assert reference.config.text_config.enc_token_id == special.enc
     inputs["input_ids"][:, 0] = special.enc
     logits = med.match(text.with_first_token(special.enc), embeds, torch.arange(3))
-    torch.testing.assert_close(logits, theirs(**inputs).itm_score, **CLOSE)
-    assert theirs.config.itc_temperature == med.temperature().item()
+    torch.testing.assert_close(logits, reference(**inputs).itm_score, **CLOSE)
+    assert reference.config.itc_temperature == med.temperature().item()
 
 
 def without_ends(ids: list[int], sep: int) -> list[int]:
@@ -110,7 +112,7 @@ def without_ends(ids: list[int], sep: int) -> list[int]:
 
 
 def answer(hf: Path, med: MED, image: Tensor, question: str, settings: BeamSettings) -> list[int]:
-    """Our answer: the decoder reads all states of the image-grounded question."""
+    """Answers of our own model, whose decoder reads all states of the image-grounded question."""
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "vqa")))
     special = med.config.text.special
     ids = [special.enc, *tokenizer(question)["input_ids"][1:]]
@@ -125,10 +127,10 @@ def answer(hf: Path, med: MED, image: Tensor, question: str, settings: BeamSetti
 def test_captions_token_for_token(hf: Path, med: MED, pictures: list[Path], beams: int) -> None:
     from transformers import BlipForConditionalGeneration
 
-    theirs = BlipForConditionalGeneration.from_pretrained(hf / "captioning")
+    reference = BlipForConditionalGeneration.from_pretrained(hf / "captioning")
     images, special = pixels(pictures), med.config.text.special
-    found = theirs.generate(images, num_beams=beams, do_sample=False, **LENGTHS).tolist()
-    captions = [without_ends(ids, special.sep) for ids in found]
+    sequences = reference.generate(images, num_beams=beams, do_sample=False, **LENGTHS).tolist()
+    captions = [without_ends(ids, special.sep) for ids in sequences]
     settings = BeamSettings(num_beams=beams, **LENGTHS, scoring="huggingface")
     ours = caption_beam(med, med.encode_image(images), [special.dec], settings)
     assert ours == captions
@@ -141,13 +143,13 @@ def test_answers_token_for_token(hf: Path, med: MED, pictures: list[Path], beams
     """The decoder reads all states of the image-grounded question."""
     from transformers import BlipForQuestionAnswering
 
-    theirs = BlipForQuestionAnswering.from_pretrained(hf / "vqa")
+    reference = BlipForQuestionAnswering.from_pretrained(hf / "vqa")
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "vqa")))
     special, answers = med.config.text.special, set()
     settings = BeamSettings(num_beams=beams, **LENGTHS, scoring="huggingface")
     for image, question in zip(pixels(pictures), TEXTS, strict=True):
         ids = [special.enc, *tokenizer(question)["input_ids"][1:]]
-        expected = theirs.generate(
+        expected = reference.generate(
             torch.tensor([ids]), image[None], num_beams=beams, do_sample=False, **LENGTHS
         )[0].tolist()
         ours = answer(hf, med, image, question, settings)
@@ -157,29 +159,29 @@ def test_answers_token_for_token(hf: Path, med: MED, pictures: list[Path], beams
 
 
 def test_the_pipeline_just_works(hf: Path, med: MED, pictures: list[Path]) -> None:
-    """Words of our own beam search, for a picture by its path."""
+    """A pipeline gives the words of our own beam search for a picture's path."""
     from transformers import pipeline
 
     if version("transformers") < "5":
         captioner = pipeline("image-to-text", str(hf / "captioning"))
-        # 4.57 takes a max_length of 20 for its own default, and 256 new tokens in its place.
+        # 4.57 mistakes a max_length of 20 for its own default, and uses 256 new tokens instead.
         length = {"max_new_tokens": 20}
         captions = [captioner(str(file), generate_kwargs=length) for file in pictures]
-        said = [caption[0]["generated_text"] for caption in captions]
+        generated = [caption[0]["generated_text"] for caption in captions]
     else:
         captioner = pipeline("image-text-to-text", str(hf / "captioning"))
         captioner.model.text_decoder.generation_config = captioner.model.generation_config
         asked = [captioner(str(file), text="") for file in pictures]
-        said = [captions[0]["generated_text"] for captions in asked]
+        generated = [captions[0]["generated_text"] for captions in asked]
     special = med.config.text.special
-    # Of 4.57, which adds the prompt to what is its own default.
+    # 4.57 adds the length of the prompt to its own default.
     longest = 21 if version("transformers") < "5" else 20
     beam = published("pretrain").beam()
     settings = replace(beam, scoring="huggingface", max_length=longest)
     ours = caption_beam(med, med.encode_image(pixels(pictures)), [special.dec], settings)
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
-    assert said == tokenizer.batch_decode(ours, skip_special_tokens=True)
-    assert all(said) and len(set(said)) > 1
+    assert generated == tokenizer.batch_decode(ours, skip_special_tokens=True)
+    assert all(generated) and len(set(generated)) > 1
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +196,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def special_words(ours: Path, folder: Path) -> PreTrainedTokenizerFast:
-    """A processor's files with a special token that is none of BLIP's."""
+    """Files of a processor with a special token that BLIP does not have."""
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(ours / "tokenizer")))
     tokenizer.add_special_tokens({"additional_special_tokens": ["[X]"]})
     folder.mkdir()
@@ -203,7 +205,7 @@ def special_words(ours: Path, folder: Path) -> PreTrainedTokenizerFast:
 
 
 def test_special_tokens_of_a_tokenizer_come_back(ours: Path, tmp_path: Path) -> None:
-    """Under the name that transformers 4 and 5 both read, and by ours."""
+    """Transformers 4 and 5 and our own loader all read the special token."""
     from transformers import BlipProcessor
 
     words = special_words(ours, tmp_path / "words")
@@ -225,16 +227,13 @@ def test_special_tokens_of_a_tokenizer_come_back(ours: Path, tmp_path: Path) -> 
 def test_the_other_transformers_reads_them(
     ours: Path, hf: Path, med: MED, photos: list[Path], tmp_path: Path
 ) -> None:
-    """Transformers 4.57 with NumPy 2.1 reads what 5 wrote, or the other way round."""
+    """Transformers 4.57 with NumPy 2.1 reads files written by version 5, or the reverse."""
     exports = tmp_path / "exports"
     shutil.copytree(hf, exports)
     words = special_words(ours, exports / "words")
     pins = "requirements.txt" if version("transformers") < "5" else "requirements-oldest.txt"
-    wanted = [
-        line
-        for line in (REPO / pins).read_text().splitlines()
-        if line.startswith(("transformers==", "numpy=="))
-    ]
+    lines = (REPO / pins).read_text().splitlines()
+    wanted = [line for line in lines if line.startswith(("transformers==", "numpy=="))]
     commands = make_environment(tmp_path / "other", wanted)
     report = tmp_path / "report.json"
     script = Path(__file__).with_name("read_exports.py")
@@ -247,38 +246,38 @@ def test_the_other_transformers_reads_them(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(report.read_text())
-    assert f"transformers=={found['transformers']}" in wanted
+    results = json.loads(report.read_text())
+    assert f"transformers=={results['transformers']}" in wanted
     warned, _, warned_by_cards = done.stderr.partition("cards\n")
     assert warned == ""
-    for line in warned_by_cards.splitlines():  # 4.57 says so wherever use_fast is left out
+    for line in warned_by_cards.splitlines():  # 4.57 prints this if use_fast is left out
         assert line.startswith("Using a slow image processor as `use_fast` is unset")
 
     special, images = med.config.text.special, med.encode_image(pixels(photos))
     text, _ = packed(hf, med)
     cosines = med.project_image(images) @ med.project_text(med.encode_text(text)).T
-    torch.testing.assert_close(torch.tensor(found["cosines"]), cosines, **CLOSE)
+    torch.testing.assert_close(torch.tensor(results["cosines"]), cosines, **CLOSE)
     logits = med.match(text.with_first_token(special.enc), images, torch.arange(3))
-    torch.testing.assert_close(torch.tensor(found["logits"]), logits, **CLOSE)
-    assert found["temperature"] == med.temperature().item()
+    torch.testing.assert_close(torch.tensor(results["logits"]), logits, **CLOSE)
+    assert results["temperature"] == med.temperature().item()
     settings = BeamSettings(num_beams=3, **LENGTHS, scoring="huggingface")
     captions = caption_beam(med, images, [special.dec], settings)
-    assert [without_ends(ids, special.sep) for ids in found["captions"]] == captions
+    assert [without_ends(ids, special.sep) for ids in results["captions"]] == captions
     published_beam = replace(published("pretrain").beam(), scoring="huggingface")
     captions = caption_beam(med, images, [special.dec], published_beam)
-    assert [without_ends(ids, special.sep) for ids in found["as_configured"]] == captions
-    assert found["words"] == words("a [X] red")["input_ids"]
-    assert found["special"] == "a red"
+    assert [without_ends(ids, special.sep) for ids in results["as_configured"]] == captions
+    assert results["words"] == words("a [X] red")["input_ids"]
+    assert results["special"] == "a red"
     answers = []
     for image, question in zip(pixels(photos), TEXTS, strict=True):
         answers.append(answer(hf, med, image, question, settings))
-    assert [without_ends(ids, special.sep) for ids in found["answers"]] == answers
+    assert [without_ends(ids, special.sep) for ids in results["answers"]] == answers
 
     tokenizer = load_tokenizer(TextRecipe(tokenizer=str(hf / "captioning")))
     captions = caption_beam(med, images[:1], [special.dec], published_beam)
-    assert found["cards"]["captioning"] == tokenizer.batch_decode(captions)
-    assert len(found["cards"]["retrieval"]) == 2
-    assert len(found["cards"]["vqa"]) == 1
+    assert results["cards"]["captioning"] == tokenizer.batch_decode(captions)
+    assert len(results["cards"]["retrieval"]) == 2
+    assert len(results["cards"]["vqa"]) == 1
 
 
 def test_the_card_says_what_is_known(hf: Path) -> None:

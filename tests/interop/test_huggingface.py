@@ -48,7 +48,7 @@ def their_config() -> BlipConfig:
         image_size=32,
         patch_size=8,
         hidden_act="gelu",
-        layer_norm_eps=1e-6,  # their default is 1e-5
+        layer_norm_eps=1e-6,  # transformers' default is 1e-5
     )
     text = BlipTextConfig(
         vocab_size=VOCABULARY,
@@ -56,7 +56,7 @@ def their_config() -> BlipConfig:
         encoder_hidden_size=24,
         intermediate_size=64,
         num_hidden_layers=3,
-        num_attention_heads=4,  # their default is 8
+        num_attention_heads=4,  # transformers' default is 8
         max_position_embeddings=24,
         bos_token_id=DEC,
         sep_token_id=SEP,
@@ -85,16 +85,16 @@ def randomize(model: torch.nn.Module, scale: float) -> None:
             parameter.copy_(drawn + 1 if norm else drawn)
 
 
-def twins(theirs: PreTrainedModel, scale: float = 0.2) -> tuple[MED, PreTrainedModel]:
-    randomize(theirs, scale)
+def twins(reference: PreTrainedModel, scale: float = 0.2) -> tuple[MED, PreTrainedModel]:
+    randomize(reference, scale)
     med = MED(our_config())
     init_weights(med, seed=0)
     parameters = dict(med.named_parameters())
-    state = from_salesforce(from_huggingface(theirs.state_dict()), parameters)
+    state = from_salesforce(from_huggingface(reference.state_dict()), parameters)
     assert state
     unknown = med.load_state_dict(state, strict=False).unexpected_keys
     assert not unknown
-    return med.eval(), theirs.eval()
+    return med.eval(), reference.eval()
 
 
 @pytest.fixture
@@ -120,14 +120,14 @@ def padded(first: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def test_image_embeddings_and_features(retrieval, images: Tensor) -> None:
-    med, theirs = retrieval
+    med, reference = retrieval
     embeds = med.encode_image(images)
-    torch.testing.assert_close(embeds, theirs.vision_model(images).last_hidden_state, **CLOSE)
+    torch.testing.assert_close(embeds, reference.vision_model(images).last_hidden_state, **CLOSE)
     ids, mask = padded(CLS)
-    expected = theirs(ids, images, use_itm_head=False, attention_mask=mask)
+    expected = reference(ids, images, use_itm_head=False, attention_mask=mask)
     features = med.project_text(med.encode_text(PackedText.from_lists(SENTENCES)))
-    states = theirs.text_encoder(ids, attention_mask=mask).last_hidden_state[:, 0]
-    their_features = torch.nn.functional.normalize(theirs.text_proj(states), dim=-1)
+    states = reference.text_encoder(ids, attention_mask=mask).last_hidden_state[:, 0]
+    their_features = torch.nn.functional.normalize(reference.text_proj(states), dim=-1)
     torch.testing.assert_close(features, their_features, **CLOSE)
     similarity = med.project_image(embeds) @ features.T
     torch.testing.assert_close(similarity, expected.itm_score, **CLOSE)
@@ -135,19 +135,19 @@ def test_image_embeddings_and_features(retrieval, images: Tensor) -> None:
 
 @torch.no_grad()
 def test_matching_logits(retrieval, images: Tensor) -> None:
-    med, theirs = retrieval
+    med, reference = retrieval
     ids, mask = padded(ENC)
-    expected = theirs(ids, images, use_itm_head=True, attention_mask=mask).itm_score
+    expected = reference(ids, images, use_itm_head=True, attention_mask=mask).itm_score
     text = PackedText.from_lists(SENTENCES).with_first_token(ENC)
     logits = med.match(text, med.encode_image(images), torch.arange(3))
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
 def test_decoder_logits_and_loss(captioning, images: Tensor) -> None:
-    med, theirs = captioning
+    med, reference = captioning
     ids, mask = padded(DEC)
     labels = ids.masked_fill(mask == 0, -100)
-    expected = theirs(images, ids, attention_mask=mask, labels=labels)
+    expected = reference(images, ids, attention_mask=mask, labels=labels)
     text = PackedText.from_lists(SENTENCES).with_first_token(DEC)
     embeds = med.encode_image(images)
     logits = med.decode(text, embeds, torch.arange(3))
@@ -158,20 +158,22 @@ def test_decoder_logits_and_loss(captioning, images: Tensor) -> None:
     torch.testing.assert_close(loss, expected.loss, **CLOSE)
 
 
-def their_captions(theirs: PreTrainedModel, images: Tensor, **settings) -> list[list[int]]:
+def their_captions(reference: PreTrainedModel, images: Tensor, **settings) -> list[list[int]]:
     prompt = torch.tensor([[*PROMPT, SEP]] * len(images))
-    sequences = theirs.generate(images, prompt, attention_mask=torch.ones_like(prompt), **settings)
+    sequences = reference.generate(
+        images, prompt, attention_mask=torch.ones_like(prompt), **settings
+    )
     captions = [ids[len(PROMPT) :] for ids in sequences.tolist()]
     return [ids[: ids.index(SEP)] if SEP in ids else ids for ids in captions]
 
 
 def unruly(captioning, scale: float, bias: float) -> tuple[MED, PreTrainedModel]:
     """Large weights, so that captions differ between images; `bias` makes [SEP] likelier."""
-    med, theirs = twins(captioning[1], scale)
+    med, reference = twins(captioning[1], scale)
     with torch.no_grad():
         med.lm_head.bias[SEP] += bias
-        theirs.text_decoder.cls.predictions.bias[SEP] += bias
-    return med, theirs
+        reference.text_decoder.cls.predictions.bias[SEP] += bias
+    return med, reference
 
 
 @pytest.mark.parametrize("bias", [0.0, 4.0])
@@ -180,10 +182,10 @@ def unruly(captioning, scale: float, bias: float) -> tuple[MED, PreTrainedModel]
 def test_greedy_and_beam_captions(
     captioning, images: Tensor, beams: int, repetition_penalty: float, bias: float
 ) -> None:
-    med, theirs = unruly(captioning, 0.4, bias)
+    med, reference = unruly(captioning, 0.4, bias)
     images = 3 * torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(4))
     settings = {"max_length": 14, "min_length": 6, "repetition_penalty": repetition_penalty}
-    expected = their_captions(theirs, images, num_beams=beams, do_sample=False, **settings)
+    expected = their_captions(reference, images, num_beams=beams, do_sample=False, **settings)
     beam = BeamSettings(num_beams=beams, **settings, scoring="huggingface")
     ours = caption_beam(med, med.encode_image(images), PROMPT, beam)
     assert ours == expected
@@ -191,22 +193,22 @@ def test_greedy_and_beam_captions(
 
 
 def test_beam_length_penalty(captioning, images: Tensor) -> None:
-    med, theirs = unruly(captioning, 0.4, 3.0)
+    med, reference = unruly(captioning, 0.4, 3.0)
     for penalty in (-1.0, 0.0, 2.0):
         settings = {"num_beams": 4, "max_length": 16, "min_length": 4, "length_penalty": penalty}
-        expected = their_captions(theirs, images, do_sample=False, **settings)
+        expected = their_captions(reference, images, do_sample=False, **settings)
         beam = BeamSettings(**settings, scoring="huggingface")
         assert caption_beam(med, med.encode_image(images), PROMPT, beam) == expected
 
 
 def test_nucleus_draws_what_theirs_draws(captioning, images: Tensor) -> None:
-    """The same random numbers give the same captions where candidates come in the same order."""
-    med, theirs = unruly(captioning, 0.4, 1.0)
+    """Equal random numbers give equal captions if the candidates come in the same order."""
+    med, reference = unruly(captioning, 0.4, 1.0)
     settings = {"max_length": 14, "min_length": 6, "top_p": 0.9, "top_k": 20}
     settings |= {"repetition_penalty": 1.1}
     for seed in range(5):
         torch.manual_seed(seed)
-        expected = their_captions(theirs, images, do_sample=True, num_beams=1, **settings)
+        expected = their_captions(reference, images, do_sample=True, num_beams=1, **settings)
         torch.manual_seed(seed)
         ours = caption_nucleus(med, med.encode_image(images), PROMPT, NucleusSettings(**settings))
         assert ours == expected
@@ -215,9 +217,11 @@ def test_nucleus_draws_what_theirs_draws(captioning, images: Tensor) -> None:
 def test_nucleus_by_given_numbers(
     captioning, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Theirs with the same numbers in the place of multinomial's; each image's caption is the same
-    alone and in any company."""
-    med, theirs = unruly(captioning, 0.4, 1.0)
+    """Transformers gives equal captions if multinomial returns the same numbers.
+
+    An image has the same caption alone and in any batch.
+    """
+    med, reference = unruly(captioning, 0.4, 1.0)
     settings = {"max_length": 14, "min_length": 6, "top_p": 0.9, "top_k": 20}
     sampling = NucleusSettings(**settings, repetition_penalty=1.1)
     for seed in range(5):
@@ -231,15 +235,14 @@ def test_nucleus_by_given_numbers(
         with monkeypatch.context() as patched:
             patched.setattr(torch, "multinomial", lambda p, num_samples: choose(p, num_samples))
             expected = their_captions(
-                theirs, images, do_sample=True, num_beams=1, repetition_penalty=1.1, **settings
+                reference, images, do_sample=True, num_beams=1, repetition_penalty=1.1, **settings
             )
         embeds = med.encode_image(images)
         assert caption_nucleus(med, embeds, PROMPT, sampling, draws) == expected
-        alone = [
-            caption_nucleus(med, embeds[i : i + 1], PROMPT, sampling, draws[i : i + 1])[0]
-            for i in range(len(images))
-        ]
-        assert alone == expected
+        for i, caption in enumerate(expected):
+            single = slice(i, i + 1)
+            alone = caption_nucleus(med, embeds[single], PROMPT, sampling, draws[single])
+            assert alone == [caption]
 
 
 def test_nucleus_keeps_what_theirs_keeps() -> None:
@@ -261,10 +264,10 @@ def test_training_mode_and_bad_lengths_are_refused(captioning, images: Tensor) -
 
 @pytest.mark.parametrize("kind", ["retrieval", "captioning"])
 def test_names_go_both_ways(kind: Head, request: pytest.FixtureRequest) -> None:
-    med, theirs = request.getfixturevalue(kind)
+    med, reference = request.getfixturevalue(kind)
     back = to_huggingface(to_salesforce(dict(med.named_parameters()), kind))
-    expected = theirs.state_dict()
+    expected = reference.state_dict()
     assert back.keys() == {name for name in expected if not name.endswith("position_ids")}
     for name, value in back.items():
         assert torch.equal(value, expected[name]), name
-    theirs.load_state_dict(back, strict=True)
+    reference.load_state_dict(back, strict=True)

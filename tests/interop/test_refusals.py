@@ -26,14 +26,14 @@ Capture = pytest.CaptureFixture[str]
 
 
 def refusal(capsys: Capture, source: Path, out: Path, *arguments: str) -> str:
-    """What the command says; it fails, and leaves nothing behind."""
+    """Message of the command, which must fail and leave nothing behind."""
     before = sorted(out.parent.iterdir())
     capsys.readouterr()
     assert convert_checkpoint.main([str(source), str(out), *arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("convert_checkpoint.py: ") and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("convert_checkpoint.py: ") and message.count("\n") == 1
     assert sorted(out.parent.iterdir()) == before
-    return said
+    return message
 
 
 class Exploit:
@@ -57,28 +57,26 @@ def test_files_that_are_damaged_or_unsafe(pth: Path, tmp_path: Path, capsys: Cap
     out, bad = tmp_path / "out", tmp_path / "bad.pth"
     content = pth.read_bytes()
     bad.write_bytes(content[: len(content) // 2])
-    assert "not all there: the end of the file is missing" in refusal(capsys, bad, out)
+    assert "incomplete: the end of the file is missing" in refusal(capsys, bad, out)
     bad.write_bytes(b"")
     assert f"{bad} is damaged" in refusal(capsys, bad, out)
     bad.write_bytes(b"no pickle at all")
-    assert f"{bad} is no PyTorch file, or damaged" in refusal(capsys, bad, out)
+    assert f"{bad} is not a PyTorch file, or damaged" in refusal(capsys, bad, out)
     torch.save({"model": {"a": torch.zeros(1)}, "extra": Exploit()}, bad)
-    assert "holds more than tensors, and reading that could run any code" in refusal(
-        capsys, bad, out
-    )
+    assert "holds more than tensors, and loading it could run any code" in refusal(capsys, bad, out)
     bad.write_bytes(pickle.dumps(Exploit()))
     refusal(capsys, bad, out)
     assert "it ran" not in capsys.readouterr().out
     assert "no such file or folder" in refusal(capsys, tmp_path / "nowhere", out)
-    assert "is no checkpoint: expected" in refusal(capsys, tmp_path, tmp_path / "out")
+    assert "is not a checkpoint: expected" in refusal(capsys, tmp_path, tmp_path / "out")
 
 
 def test_files_of_other_models(pth: Path, tmp_path: Path, capsys: Capture) -> None:
     out, bad = tmp_path / "out", tmp_path / "bad.pth"
     torch.save({"model": {"bert.embeddings.weight": torch.zeros(2)}}, bad)
-    assert "it isn't BLIP: it holds bert" in refusal(capsys, bad, out)
+    assert "not a BLIP model: it holds bert" in refusal(capsys, bad, out)
     loaded = torch.load(pth, weights_only=True)
-    for key, value, said in (
+    for key, value, expected in (
         ("itm_head.weight", None, "missing: itm_head.weight"),
         ("itm_head.extra", torch.zeros(1), "left over: itm_head.extra"),
         ("itm_head.weight", torch.zeros(3, 48),
@@ -91,11 +89,11 @@ def test_files_of_other_models(pth: Path, tmp_path: Path, capsys: Capture) -> No
         else:
             state[key] = value
         torch.save(loaded | {"model": state}, bad)
-        said = said or "isn't equal to text_decoder.bert.embeddings.word_embeddings.weight"
-        assert said in refusal(capsys, bad, out), key
+        expected = expected or "isn't equal to text_decoder.bert.embeddings.word_embeddings.weight"
+        assert expected in refusal(capsys, bad, out), key
     del loaded["network"]
     torch.save(loaded, bad)
-    assert "doesn't say how many text heads there are and its width 48" in refusal(capsys, bad, out)
+    assert "does not state its number of text heads, and its width 48" in refusal(capsys, bad, out)
 
 
 def test_a_training_state_that_is_not_whole_is_left_out(
@@ -108,7 +106,7 @@ def test_a_training_state_that_is_not_whole_is_left_out(
     }
     copies = {name: loaded["model"][name] for name in loaded["model"] if "_m." in name}
     queues = {name: loaded["model"][name] for name in ("image_queue", "text_queue", "queue_ptr")}
-    for number, (more, said) in enumerate((
+    for number, (more, problem) in enumerate((
         (queues, "(it lacks text_encoder_m.embeddings.LayerNorm.bias"),
         (copies, "(it lacks image_queue, queue_ptr, text_queue)"),
         (copies | queues | {"image_queue": torch.zeros(3, 5)}, "(it has another shape of image_q"),
@@ -117,22 +115,22 @@ def test_a_training_state_that_is_not_whole_is_left_out(
         torch.save(loaded | {"model": weights | more}, part)
         capsys.readouterr()
         out = convert(part, tmp_path / f"{number}.pth", "--head", "captioning")
-        note = "note: left out: its momentum copies and queues, which aren't whole "
-        assert note + said in capsys.readouterr().out
+        note = "note: its momentum copies and queues are incomplete and left out "
+        assert note + problem in capsys.readouterr().out
         state = read_checkpoint(out).state
         assert state.keys() and all(torch.equal(t, weights[name]) for name, t in state.items())
 
 
 def test_wrappers_and_prefixes_are_recognised(pth: Path, vocabulary: Path, tmp_path: Path) -> None:
-    """DistributedDataParallel's, torch.compile's, Lightning's; parameters as they are pickled."""
+    """Wrappers of DistributedDataParallel, torch.compile and Lightning; pickled Parameters."""
     loaded = torch.load(pth, weights_only=True)
     loading = Loading(tokenizer=str(vocabulary))
     expected, sizes = loaded["model"], {"network": loaded["network"]}
     prefixed = {f"module._orig_mod.{name}": tensor for name, tensor in expected.items()}
-    parameters = {
-        name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor
-        for name, tensor in expected.items()
-    }
+    parameters = dict(expected)
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            parameters[name] = torch.nn.Parameter(tensor)
     for content in (
         {"state_dict": expected},
         {"model": prefixed},
@@ -145,7 +143,7 @@ def test_wrappers_and_prefixes_are_recognised(pth: Path, vocabulary: Path, tmp_p
         assert all(torch.equal(weights.state[name], t) for name, t in expected.items())
         assert load_blip(tmp_path / "wrapped.pth", loading).fingerprint
     torch.save({"epoch": 1, "weights": {}}, tmp_path / "wrapped.pth")
-    with pytest.raises(ValueError, match=r"no state dict, .* it holds epoch, weights"):
+    with pytest.raises(ValueError, match=r"no state dict; .* it holds epoch, weights"):
         read_checkpoint(tmp_path / "wrapped.pth")
 
 
@@ -154,13 +152,13 @@ def test_refusals_say_what_a_file_is(pth: Path, tmp_path: Path, capsys: Capture)
     file, out = tmp_path / "other.pth", tmp_path / "out"
     two = ("visual_encoder.", "text_encoder.")
     torch.save({"model": {n: t for n, t in state.items() if n.startswith(two)}}, file)
-    assert "as BLIP's feature extractor: no projections" in refusal(capsys, file, out)
+    assert "like BLIP's feature extractor: without proj" in refusal(capsys, file, out)
     words = {"text_encoder.embeddings.word_embeddings.weight": torch.zeros(30522, 768),
              "visual_encoder.patch_embed.proj.weight": torch.zeros(768, 3, 16, 16),
              "visual_encoder.blocks.0.mlp.fc1.weight": torch.zeros(3072, 768),
              "vision_proj.weight": torch.zeros(256, 768)}  # fmt: skip
     torch.save({"model": words}, file)
-    assert "30522 rows, those of bert-base-uncased alone: without [DEC]" in refusal(
+    assert "30522 rows, like bert-base-uncased and ALBEF: without [DEC]" in refusal(
         capsys, file, out
     )
 
@@ -185,12 +183,12 @@ def test_what_a_head_can_start_from(
             head_parameters(captioner, head, config)
     with pytest.raises(ValueError, match="is a retrieval checkpoint; vqa starts from one of: pre"):
         head_parameters(matcher, "vqa", config)
-    said = refusal(capsys, matcher, tmp_path / "out.pth", "--head", "nlvr2")
-    assert "give the file as model.checkpoint to recipe finetune_nlvr2" in said
+    message = refusal(capsys, matcher, tmp_path / "out.pth", "--head", "nlvr2")
+    assert "give the file as model.checkpoint to recipe finetune_nlvr2" in message
 
 
 def test_another_tokenizer_is_named(ours: Path, tmp_path: Path, vocabulary: Path) -> None:
-    """Whether the folder says the sizes of its network or not."""
+    """The error names the tokenizer, with and without sizes in the folder."""
     tokens = read_checkpoint(ours).config.text.vocab_size
     config = tiny_blip.config(vocabulary)
     other = replace(config, text=replace(config.text, vocab_size=tokens + 5))
@@ -241,9 +239,9 @@ def test_an_older_folder_with_bin_weights_is_read(captioner: Path) -> None:
     tensors["text_decoder.bert.embeddings.position_ids"] = torch.arange(32)[None]
     torch.save(tensors, captioner / "pytorch_model.bin")
     weights.unlink()
-    found = read_checkpoint(captioner).state
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    state = read_checkpoint(captioner).state
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 def test_training_checkpoints_that_are_not_whole(
@@ -278,25 +276,27 @@ def test_what_exists_is_kept(
     other = tmp_path / "holiday"
     other.mkdir()
     (other / "photo.jpg").write_bytes(b"mine")
-    assert "folder of something else" in refusal(capsys, ours, other, "--overwrite")
+    assert "is not a checkpoint, and is not overwritten" in refusal(
+        capsys, ours, other, "--overwrite"
+    )
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_names_and_heads_that_contradict(ours: Path, tmp_path: Path, capsys: Capture) -> None:
-    for out, arguments, said in (
+    for out, arguments, expected in (
         ("out", ("--to", "salesforce"), "a name that ends in .pth"),
         ("out.pth", ("--to", "hf"), "the name of a folder"),
-        ("out.pth", ("--head", "all"), "--head all makes Hugging Face folders"),
-        ("out", ("--to", "ours", "--head", "vqa"), "our checkpoints hold the whole network"),
+        ("out.pth", ("--head", "all"), "--head all writes Hugging Face folders"),
+        ("out", ("--to", "ours", "--head", "vqa"), "training checkpoints hold the whole net"),
         ("out.pth", ("--head", "nlvr2"), "starts from the pretrain layout"),
         ("out", ("--head", "pretrain"), "transformers has no such class"),
         ("out", ("--tokenizer", str(tmp_path / "none")), "there is no folder"),
     ):
-        assert said in refusal(capsys, ours, tmp_path / out, *arguments), arguments
+        assert expected in refusal(capsys, ours, tmp_path / out, *arguments), arguments
 
 
 @pytest.mark.parametrize(
-    ("vision", "said"),
+    ("vision", "expected"),
     [
         (VisionConfig("deit3_small_patch16_224", 32), "has nothing for ls1.gamma, ls2.gamma"),
         (VisionConfig("vit_small_patch16_224", 32, {"qk_norm": True}), "attn.k_norm.bias"),
@@ -306,10 +306,12 @@ def test_names_and_heads_that_contradict(ours: Path, tmp_path: Path, capsys: Cap
         (VisionConfig("vit_small_patch16_224", 32, {"qkv_bias": False}), "blocks.0.attn.qkv.bias"),
     ],
 )
-def test_vits_that_hugging_face_has_not(vision: VisionConfig, said: str, vocabulary: Path) -> None:
+def test_vits_that_hugging_face_has_not(
+    vision: VisionConfig, expected: str, vocabulary: Path
+) -> None:
     weights = tiny_blip.pretrained(tiny_blip.config(vocabulary, vision))
     weights.head = "captioning"
-    assert said in (inexpressible(weights) or "")
+    assert expected in (inexpressible(weights) or "")
 
 
 def test_answers_need_one_width(vocabulary: Path) -> None:

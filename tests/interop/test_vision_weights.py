@@ -76,7 +76,7 @@ def test_positions_of_a_known_ramp() -> None:
     torch.testing.assert_close(rows, expected, atol=0.06, rtol=0)
     same = torch.randn(1, 10, 4)
     assert interpolate_positions(same, (3, 3)) is same
-    with pytest.raises(ValueError, match="no square grid"):
+    with pytest.raises(ValueError, match="not a square grid"):
         interpolate_positions(torch.zeros(1, 12, 4), (3, 3))
 
 

@@ -40,7 +40,7 @@ def vqa(sizes: MEDConfig) -> VQA:
 
 
 @pytest.fixture(scope="module")
-def theirs(vqa: VQA) -> nn.Module:
+def reference(vqa: VQA) -> nn.Module:
     from transformers import BlipForQuestionAnswering
 
     state = task_to_published(dict(vqa.named_parameters()))
@@ -54,8 +54,8 @@ def images() -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(6))
 
 
-def one(images: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """An image and its question: alone, as theirs ignores the mask of a padded question."""
+def example(images: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """One image and its question, because transformers ignores the mask of padded questions."""
     return images[number : number + 1], torch.tensor([QUESTIONS[number]])
 
 
@@ -67,8 +67,8 @@ def encoded(vqa: VQA, images: Tensor) -> tuple[PackedText, Tensor]:
 
 
 @torch.no_grad()
-def test_states_and_logits(vqa: VQA, theirs: nn.Module, images: Tensor) -> None:
-    """All questions in one packed batch, against one at a time in theirs."""
+def test_states_and_logits(vqa: VQA, reference: nn.Module, images: Tensor) -> None:
+    """All questions in one packed batch agree with one question at a time in transformers."""
     questions, states = encoded(vqa, images)
     order = torch.tensor([2, 0, 1])
     answers = PackedText.from_lists([ANSWERS[i] for i in order])
@@ -76,14 +76,14 @@ def test_states_and_logits(vqa: VQA, theirs: nn.Module, images: Tensor) -> None:
     starts = questions.segments.offsets.tolist()
     rows = answers.segments.offsets.tolist()
     for place, number in enumerate(order.tolist()):
-        pixels, ids = one(images, number)
-        embeds = theirs.vision_model(pixel_values=pixels)[0]
-        state = theirs.text_encoder(
+        pixels, ids = example(images, number)
+        embeds = reference.vision_model(pixel_values=pixels)[0]
+        state = reference.text_encoder(
             input_ids=ids, encoder_hidden_states=embeds, return_dict=True
         ).last_hidden_state
-        mine = states[starts[number] : starts[number + 1]]
-        torch.testing.assert_close(mine, state[0], **CLOSE)
-        expected = theirs.text_decoder(
+        ours = states[starts[number] : starts[number + 1]]
+        torch.testing.assert_close(ours, state[0], **CLOSE)
+        expected = reference.text_decoder(
             input_ids=torch.tensor([ANSWERS[number]]), encoder_hidden_states=state
         ).logits
         torch.testing.assert_close(logits[rows[place] : rows[place + 1]], expected[0], **CLOSE)
@@ -91,28 +91,28 @@ def test_states_and_logits(vqa: VQA, theirs: nn.Module, images: Tensor) -> None:
 
 @pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
-def test_generated_answers(vqa: VQA, theirs: nn.Module, images: Tensor, beams: int) -> None:
-    """Token for token, with the published lengths."""
+def test_generated_answers(vqa: VQA, reference: nn.Module, images: Tensor, beams: int) -> None:
+    """Answers agree token for token, with the published lengths."""
     questions, states = encoded(vqa, images)
     settings = BeamSettings(beams, max_length=10, min_length=1, scoring="huggingface")
-    mine = caption_beam(vqa, states[None], [DEC], settings, questions.segments)
+    ours = caption_beam(vqa, states[None], [DEC], settings, questions.segments)
     for number in range(len(images)):
-        pixels, ids = one(images, number)
-        found = theirs.generate(
+        pixels, ids = example(images, number)
+        sequences = reference.generate(
             input_ids=ids, pixel_values=pixels, num_beams=beams, max_length=10, min_length=1
         )
-        tokens = found[0, 1:].tolist()
+        tokens = sequences[0, 1:].tolist()
         wanted = tokens[: tokens.index(SEP)] if SEP in tokens else tokens
-        assert mine[number] == wanted
-    assert any(mine)
+        assert ours[number] == wanted
+    assert any(ours)
 
 
 def test_names_are_the_whole_published_layout(vqa: VQA) -> None:
     """And come back as they were."""
-    mine = dict(vqa.named_parameters())
-    state = task_to_published(mine)
+    ours = dict(vqa.named_parameters())
+    state = task_to_published(ours)
     wanted = expected_shapes("vqa", vqa.config, None)
     assert {name: tensor.shape for name, tensor in state.items()} == wanted
-    back = task_from_published(state, mine)
-    assert set(back) == set(mine) - {"lm_head.weight"}
-    assert all(torch.equal(back[name], mine[name]) for name in back)
+    back = task_from_published(state, ours)
+    assert set(back) == set(ours) - {"lm_head.weight"}
+    assert all(torch.equal(back[name], ours[name]) for name in back)

@@ -101,7 +101,7 @@ def make_run(
     """The folder of a run that wrote one checkpoint."""
     step = folder / run_folder.CHECKPOINTS / run_folder.step_folder(STEP)
     write_ours(step, wide(vocabulary), vocabulary)
-    for name in ("network.json", "output_settings.json"):  # which runs don't write
+    for name in ("network.json", "output_settings.json"):  # runs do not write it
         (step / name).unlink()
     text = TextRecipe(None, str(vocabulary), 2, 48, 4, 96, max_tokens=8, prompt=prompt)
     vision = VisionRecipe("vit_tiny_patch16_224", 32, dict(SIZES))

@@ -24,7 +24,7 @@ GUIDE_REFERENCES = [
 
 @pytest.fixture
 def plain_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without Java, whose start takes longer than these tests."""
+    """Score without Java, whose start takes longer than these tests."""
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
@@ -45,9 +45,9 @@ def plain_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_bleu_as_papineni_counts_it(
     candidate: str, references: list[str], bleu_1: float, bleu_2: float
 ) -> None:
-    found = caption_scores([candidate], [references], ["bleu_1", "bleu_2"]).values
-    assert found["bleu_1"] == pytest.approx(bleu_1, abs=1e-6)
-    assert found["bleu_2"] == pytest.approx(bleu_2, abs=1e-6)
+    scores = caption_scores([candidate], [references], ["bleu_1", "bleu_2"]).values
+    assert scores["bleu_1"] == pytest.approx(bleu_1, abs=1e-6)
+    assert scores["bleu_2"] == pytest.approx(bleu_2, abs=1e-6)
 
 
 @pytest.mark.usefixtures("plain_words")
@@ -55,9 +55,9 @@ def test_bleu_as_papineni_counts_it(
     ("candidate", "rouge_l"), [("police kill the gunman", 0.75), ("the gunman kill police", 0.5)]
 )
 def test_rouge_as_lin_counts_it(candidate: str, rouge_l: float) -> None:
-    """Lin 2004, section 3; both sides have four words, so precision and recall are one number."""
-    found = caption_scores([candidate], [["police killed the gunman"]], ["rouge_l"]).values
-    assert found["rouge_l"] == pytest.approx(rouge_l)
+    """Expected values are from Lin 2004, section 3. Both sides have four words."""
+    scores = caption_scores([candidate], [["police killed the gunman"]], ["rouge_l"]).values
+    assert scores["rouge_l"] == pytest.approx(rouge_l)
 
 
 def n_grams(text: str, n: int) -> Counter[tuple[str, ...]]:
@@ -66,29 +66,27 @@ def n_grams(text: str, n: int) -> Counter[tuple[str, ...]]:
 
 
 def cider_d(candidates: list[str], references: list[list[str]]) -> float:
-    """Vedantam et al. 2015, equations 2 to 5 with the length penalty and clipping of CIDEr-D."""
+    """Compute CIDEr-D after Vedantam et al. 2015, equations 2 to 5, with length penalty and
+    clipping."""
     total = 0.0
-    for candidate, own in zip(candidates, references, strict=True):
+    for candidate, truths in zip(candidates, references, strict=True):
         for n in range(1, 5):
 
             def weights(text: str, n: int = n) -> dict[tuple[str, ...], float]:
-                seen = {
-                    gram: sum(any(gram in n_grams(r, n) for r in refs) for refs in references)
-                    for gram in n_grams(text, n)
-                }
-                return {
-                    gram: count * math.log(len(references) / max(1, seen[gram]))
-                    for gram, count in n_grams(text, n).items()
-                }
+                result = {}
+                for gram, count in n_grams(text, n).items():
+                    images = sum(any(gram in n_grams(r, n) for r in refs) for refs in references)
+                    result[gram] = count * math.log(len(references) / max(1, images))
+                return result
 
-            mine = weights(candidate)
-            for reference in own:
-                theirs = weights(reference)
-                dot = sum(min(mine[g], theirs[g]) * theirs[g] for g in mine.keys() & theirs.keys())
-                norms = [math.sqrt(sum(w * w for w in side.values())) for side in (mine, theirs)]
+            left = weights(candidate)
+            for reference in truths:
+                right = weights(reference)
+                dot = sum(min(left[g], right[g]) * right[g] for g in left.keys() & right.keys())
+                norms = [math.sqrt(sum(w * w for w in side.values())) for side in (left, right)]
                 gap = len(candidate.split()) - len(reference.split())
                 cosine = dot / (norms[0] * norms[1]) if all(norms) else 0.0
-                total += 10 * cosine * math.exp(-(gap**2) / (2 * 6**2)) / (4 * len(own))
+                total += 10 * cosine * math.exp(-(gap**2) / (2 * 6**2)) / (4 * len(truths))
     return total / len(candidates)
 
 
@@ -106,12 +104,12 @@ def test_cider_against_its_definition() -> None:
         ["a man on a surfboard rides a wave"],
         ["a cat sleeps on a bed", "a plate of food with rice", "a plate of food"],
     ]
-    found = caption_scores(candidates, references, ["cider"]).values["cider"]
-    assert found == pytest.approx(cider_d(candidates, references), rel=1e-6)
-    assert found > 1
+    scores = caption_scores(candidates, references, ["cider"]).values["cider"]
+    assert scores == pytest.approx(cider_d(candidates, references), rel=1e-6)
+    assert scores > 1
 
 
-@needs_java  # METEOR takes seconds to start: once is enough
+@needs_java  # METEOR takes seconds to start, so it is tested once
 def test_meteor_and_what_the_tokenizer_does() -> None:
     same = caption_scores(["A cat, on the mat!"], [["a cat on the mat"]], ["bleu_4", "meteor"])
     assert same.values == {"bleu_4": pytest.approx(1.0), "meteor": pytest.approx(1.0)}
@@ -120,15 +118,15 @@ def test_meteor_and_what_the_tokenizer_does() -> None:
 
 def test_an_empty_caption_shifts_nothing() -> None:
     texts = [["a red disc"], ["a blue bar"], ["a green cross"]]
-    found = caption_scores(["", "a blue bar", "a green cross"], texts, ["rouge_l"]).values
-    assert found["rouge_l"] == pytest.approx(2 / 3)
+    scores = caption_scores(["", "a blue bar", "a green cross"], texts, ["rouge_l"]).values
+    assert scores["rouge_l"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.usefixtures("plain_words")
 def test_what_is_left_out_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    found = caption_scores(["a Red disc."], [["a red disc"]], ["bleu_1", "meteor", "spice"])
-    assert found.values == {"bleu_1": pytest.approx(1.0)}
-    assert set(found.left_out) == {"ptb_tokenizer", "meteor", "spice"}
+    scores = caption_scores(["a Red disc."], [["a red disc"]], ["bleu_1", "meteor", "spice"])
+    assert scores.values == {"bleu_1": pytest.approx(1.0)}
+    assert set(scores.left_out) == {"ptb_tokenizer", "meteor", "spice"}
     assert "without meteor: there is no java" in caplog.text
 
 
@@ -145,7 +143,7 @@ def test_images_without_references_are_refused(
 @needs_java
 @pytest.mark.parametrize("breaking", ["\r", "\n", "\u2028", "\x85", "\x0b", "\x1c"])
 def test_a_line_break_inside_a_reference_moves_no_other(breaking: str) -> None:
-    """The tokenizer reads lines: a break inside a text would shift every text after it."""
+    """A line break inside a text does not shift later texts, although the tokenizer reads lines."""
     captions = ["a red flag on a hill", "two dogs in the snow", "a cup of tea"]
     references = [[f"{caption} today"] for caption in captions]
     plain = caption_scores(captions, references, ["cider"])

@@ -17,8 +17,8 @@ def test_ranks() -> None:
 
 
 def test_figures() -> None:
-    found = ranking_figures(torch.tensor([1, 2, 6, 20]))
-    assert found == {
+    figures = ranking_figures(torch.tensor([1, 2, 6, 20]))
+    assert figures == {
         "mrr": pytest.approx((1 + 1 / 2 + 1 / 6 + 1 / 20) / 4),
         "r1": 0.25, "r5": 0.5, "r10": 0.75, "mean_rank": 7.25,
     }  # fmt: skip

@@ -1,7 +1,6 @@
-"""Seeded mutations of small valid inputs, and what may come of reading them: nothing but an answer,
-or a refusal in one line.
+"""Read seeded mutations of small valid inputs: each must be read, or refused in one line.
 
-`python tests/security/fuzzing.py SECONDS [SEED]` goes on for minutes, and prints what breaks.
+Run `python tests/security/fuzzing.py SECONDS [SEED]` for a longer search. It prints what breaks.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ HOSTILE = (
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
-    """A copy with one to four changes of bytes, tokens or stretches."""
+    """Copy an input with one to four changed bytes, tokens or ranges."""
     content = bytearray(data)
     for _ in range(draw.randint(1, 4)):
         place = draw.randint(0, len(content))
@@ -74,7 +73,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
 
 
 def swap_token(content: bytearray, draw: random.Random) -> None:
-    """Replace a word or number by a hostile one, so that the syntax around it stays whole."""
+    """Replace a word or number by a hostile one, leaving the syntax around it intact."""
     tokens = list(re.finditer(rb'"[^"\n]*"|-?\d+(\.\d+)?|\w+', bytes(content)))
     if tokens:
         token = draw.choice(tokens)
@@ -92,19 +91,19 @@ def picture() -> bytes:
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of input."""
+    """A kind of input to mutate."""
 
     name: str
-    """Of the file that is mutated."""
+    """Name of the mutated file."""
     content: bytes
     read: Callable[[Path], object]
-    """read(file) of a file in a folder that also holds 1.jpg."""
+    """Function that reads a file in a folder, which also holds 1.jpg."""
     refuses: tuple[type[Exception], ...] = (ValueError, OSError)
-    """How it may say no: the commands show these in one line, with exit code 2."""
+    """Exceptions that count as refusals: commands show them in one line, with exit code 2."""
 
 
 def converted(reader: str) -> Callable[[Path], object]:
-    """All pairs that a reader finds, screened as a conversion would."""
+    """Read all pairs that a reader finds, and screen them like a conversion."""
 
     def read(file: Path) -> object:
         source = Source(str(file.parent if reader == "webdataset" else file))
@@ -143,8 +142,8 @@ def manifest() -> bytes:
 
 
 def read_manifest(file: Path) -> object:
-    found = checkpoint_format.read_manifest(file.parent)
-    return checkpoint_format.verify(file.parent, found)
+    loaded = checkpoint_format.read_manifest(file.parent)
+    return checkpoint_format.verify(file.parent, loaded)
 
 
 def safetensors_file() -> bytes:
@@ -269,7 +268,7 @@ TARGETS: dict[str, Target] = {
 
 
 def attempt(target: Target, content: bytes, folder: Path) -> str | None:
-    """Read one input; the traceback of what is no refusal, else None."""
+    """Read one input, and return the traceback of an error that is not a refusal, else None."""
     folder.mkdir(exist_ok=True)
     if not (folder / "1.jpg").exists():
         (folder / "1.jpg").write_bytes(picture())
@@ -288,8 +287,11 @@ def attempt(target: Target, content: bytes, folder: Path) -> str | None:
 
 
 def fuzz(seconds: float, seed: int, names: list[str]) -> tuple[Counter[str], dict[str, Any]]:
-    """Mutate for some seconds; how many inputs of each kind were read, and the first example of
-    each way in which one broke."""
+    """Mutate inputs for some seconds.
+
+    Returns:
+        the number of inputs read of each kind, and the first example of each failure.
+    """
     draw = random.Random(seed)
     done: Counter[str] = Counter()
     broken: dict[str, Any] = {}
@@ -310,7 +312,7 @@ def fuzz(seconds: float, seed: int, names: list[str]) -> tuple[Counter[str], dic
 
 
 def main() -> int:
-    """Print what broke; returns 1 where something did."""
+    """Print the failures, and return 1 if there are any."""
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
     names = sys.argv[3:] or list(TARGETS)
     done, broken = fuzz(float(sys.argv[1]), seed, names)

@@ -1,4 +1,4 @@
-"""A rank that joins the others and says on which addresses it listens."""
+"""A rank that joins the others and prints the addresses on which it listens."""
 
 from __future__ import annotations
 

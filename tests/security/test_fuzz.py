@@ -1,6 +1,6 @@
-"""Damaged and hostile inputs of every kind are read or refused: no traceback, nothing that hangs.
+"""Damaged and hostile inputs of every kind are read or refused, without tracebacks and hangs.
 
-FUZZ_SECONDS=300 makes it minutes in place of seconds.
+Set FUZZ_SECONDS=300 for a search of minutes instead of seconds.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_is_whole_is_read(name: str, tmp_path: Path) -> None:
-    """Else the mutations would be those of an input that is refused anyway."""
+    """The unmutated inputs are read; otherwise the mutations would test nothing."""
     target = TARGETS[name]
-    if name == "manifest":  # its files are not there
+    if name == "manifest":  # its files are missing
         with pytest.raises(FileNotFoundError, match="rank_00000"):
             (tmp_path / target.name).write_bytes(target.content)
             target.read(tmp_path / target.name)
@@ -31,4 +31,4 @@ def test_what_is_whole_is_read(name: str, tmp_path: Path) -> None:
 def test_no_input_breaks_a_reader() -> None:
     done, broken = fuzz(SECONDS, seed=int(os.environ.get("FUZZ_SEED", "18")), names=list(TARGETS))
     assert set(done) == set(TARGETS)
-    assert not broken, "\n".join(f"{title}\n{found}" for title, found in broken.items())
+    assert not broken, "\n".join(f"{title}\n{failure}" for title, failure in broken.items())

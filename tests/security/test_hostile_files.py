@@ -1,4 +1,4 @@
-"""Weights, shards, manifests and sheets from strangers."""
+"""Weights, shards, manifests and capfilt sheets from strangers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_absurd_headers_of_safetensors(name: str, tmp_path: Path) -> None:
 
 
 def test_a_packed_shard_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
-    """A zstd bomb stops where the index says that the shard ends."""
+    """Decompression of a zstd bomb stops at the size that the index states."""
     with Writer(tmp_path / "set", {"id": "str"}, 10_000, "zstd") as writer:
         writer.write({"id": "a" * 500})
     file = tmp_path / "set" / "index.json"
@@ -68,7 +68,7 @@ def test_a_packed_shard_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
     packed["bytes"] = len(bomb)
     file.write_text(json.dumps(index))
     (shard,) = read_index(tmp_path / "set")
-    with pytest.raises(ValueError, match="unpacks to"):
+    with pytest.raises(ValueError, match="decompresses to"):
         shard.decompress(bomb, tmp_path / "unpacked")
     target = tmp_path / "unpacked"
     assert not target.exists() or target.stat().st_size < (8 << 20)
@@ -78,7 +78,7 @@ def test_a_packed_shard_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
     "name", ["../../../home/x", "/etc/x", "a/b", "..", "", "a\\b", "x\n", "file:///etc/x"]
 )
 def test_manifests_name_files_of_their_folder(name: str, tmp_path: Path) -> None:
-    """Every route reads it so: restoring, fetching from a bucket, converting, predicting."""
+    """All readers use this function: restoring, fetching from a bucket, converting, predicting."""
     files = {name: {"bytes": 1, "xxh3": "0" * 16}, "shared.safetensors": {"bytes": 1, "xxh3": "0"}}
     manifest = {
         "step": 1, "world_size": 1, "stage": 3, "optimizer_steps": 1, "parameters": {"a": 1},

@@ -1,4 +1,4 @@
-"""Lists that name paths outside their folder, and files that are no regular files."""
+"""Lists with paths outside their folder, and files that are not regular files."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def write_coco(folder: Path, paths: list[str]) -> Path:
 
 
 def write_visual_genome(folder: Path, paths: list[str]) -> Path:
-    """Paths are the last two parts of a URL there, so only `../name` can be tried."""
+    """A path is the last two parts of a URL in this format, so only `../name` can be tried."""
     ids = range(len(paths))
     regions = [{"id": number, "regions": [{"phrase": "a cat"}]} for number in ids]
     images = [{"image_id": n, "url": f"https://x/{path}"} for n, path in zip(ids, paths)]  # noqa: B905
@@ -115,7 +115,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[str]]]:
-    """An address on the web that serves one image, and the paths that it was asked for."""
+    """Address of a web server with one image, and the paths requested from it."""
     asked: list[str] = []
 
     class Answer(BaseHTTPRequestHandler):
@@ -209,7 +209,7 @@ def test_images_may_be_the_users_link(images: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def odd_files(images: Path) -> Iterator[Path]:
-    """The folder with a FIFO, a link to a device, a socket and a folder that are called .jpg."""
+    """Folder with a FIFO, a link to a device, a socket and a folder, all named *.jpg."""
     os.mkfifo(images / "fifo.jpg")
     (images / "zero.jpg").symlink_to("/dev/zero")
     (images / "folder.jpg").mkdir()
@@ -247,8 +247,8 @@ def test_sets_of_files_hold_regular_files(
     place.parent.mkdir(parents=True)
     os.mkfifo(place)
     assert prepare_data.main([reader, str(tmp_path / "in"), str(tmp_path / "out")]) in (0, 2)
-    said = capsys.readouterr()
-    assert "no regular file" in said.out + said.err
+    output = capsys.readouterr()
+    assert "no regular file" in output.out + output.err
 
 
 @pytest.mark.timeout(60)
@@ -258,8 +258,8 @@ def test_the_input_itself_is_a_regular_file(
     os.mkfifo(tmp_path / "list.json")
     for reader in ("coco", "blip_json", "vqa", "nlvr2", "visdial"):
         assert prepare_data.main([reader, f"{tmp_path}/list.json", f"{tmp_path}/out"]) == 2
-        said = capsys.readouterr().err
-        assert "list.json is a FIFO, no regular file" in said and said.count("\n") == 1
+        output = capsys.readouterr().err
+        assert "list.json is a FIFO, not a regular file" in output and output.count("\n") == 1
 
 
 @pytest.mark.timeout(60)
@@ -276,8 +276,8 @@ def test_held_out_lists_stay_in_their_folder(images: Path, tmp_path: Path) -> No
     def opened(path: str, below: str | None) -> Any:
         file = LISTS["coco"][1](images, ["in.jpg", path])
         source = Source(str(file))
-        found = [one for chunk in READERS["coco"].chunks(source) for one in chunk.read()]
-        return listed_pairs("list", found, 32, images_below=below)
+        pairs = [pair for chunk in READERS["coco"].chunks(source) for pair in chunk.read()]
+        return listed_pairs("list", pairs, 32, images_below=below)
 
     for path in ("../secret.jpg", f"{tmp_path}/secret.jpg", "linked.jpg", "https://host/1.jpg"):
         with pytest.raises(ValueError, match="--allow-outside"):
@@ -313,7 +313,7 @@ def test_clips_stay_in_their_folder(images: Path, tmp_path: Path) -> None:
 
 
 def test_videos_are_no_playlists(images: Path, tmp_path: Path) -> None:
-    """FFmpeg takes a list of files that is called .avi for a video, and opens what it names."""
+    """FFmpeg reads a list of files named *.avi as a video, and would open the files in it."""
     av = pytest.importorskip("av")
     import numpy as np
 
@@ -358,7 +358,7 @@ def test_folders_in_buckets_hold_too(folder: str, location: str) -> None:
      "x" * 256, "a/", "half\ud83d"],
 )  # fmt: skip
 def test_names_of_files(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^the file name .* is no relative path"):
+    with pytest.raises(ValueError, match=r"^the file name .* is not a relative path"):
         relative_name(name)
     assert relative_name("0/shard.00000.mds.zstd") == "0/shard.00000.mds.zstd"
 
@@ -366,7 +366,7 @@ def test_names_of_files(name: str) -> None:
 def test_a_new_reader_is_held_to_it(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check is where images are opened: a reader can't forget it."""
+    """Images are checked where they are opened, so that no reader can forget it."""
     from blip_scale.data.conversion.lists import in_chunks
     from blip_scale.data.sources.readers import SourceReader
 

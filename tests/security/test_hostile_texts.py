@@ -1,4 +1,4 @@
-"""Strings from outside in logs, on terminals and on pages; YAML and JSON that take all memory."""
+"""Strings from outside in logs, on terminals and on pages; YAML and JSON that exhaust memory."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SEQUENCES = "\x1b]0;title\x07 \x1b[2J \x9b31m \u202egnp.exe \u2028 \x08\x08 \ud8
 
 @pytest.fixture
 def log_file(tmp_path: Path) -> Iterator[Path]:
-    """The log of rank 0; the handlers go afterwards."""
+    """Open the log of rank 0, and remove its handlers afterwards."""
     root, before = logging.getLogger(), list(logging.getLogger().handlers)
     level = root.level
     yield logs.set_up(tmp_path, 0)
-    for handler in [one for one in root.handlers if one not in before]:
+    for handler in [added for added in root.handlers if added not in before]:
         root.removeHandler(handler)
         handler.close()
     root.setLevel(level)
@@ -112,8 +112,8 @@ def test_credentials_are_never_logged(
     except ValueError:
         ours.exception("stopped")
     refuse("predict.py", text)
-    for said in (capsys.readouterr().err, log_file.read_text()):
-        assert "hunter22" not in said and "***" in said
+    for output in (capsys.readouterr().err, log_file.read_text()):
+        assert "hunter22" not in output and "***" in output
 
 
 def test_paths_of_key_files_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:

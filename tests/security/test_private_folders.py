@@ -1,4 +1,4 @@
-"""Names in folders that all users of a machine write to, such as /tmp."""
+"""Names in folders that every user of a machine can write to, such as /tmp."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_a_folder_is_this_users_alone(tmp_path: Path) -> None:
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "cache").symlink_to(tmp_path / "theirs")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "others")
     with pytest.raises(OSError, match="is a link or a file"):
         private_folder(tmp_path / "cache")
     (tmp_path / "file").touch()
@@ -48,8 +48,8 @@ def test_capfilt_caches_shards_in_such_a_folder(tmp_path: Path) -> None:
     assert cache.parent == tmp_path and cache.stat().st_mode & 0o777 == 0o700
     assert job._cache("s3://bucket/shards", task) == str(cache), "tasks of a node share it"
     cache.rmdir()
-    (tmp_path / "theirs").mkdir()
-    cache.symlink_to(tmp_path / "theirs")
+    (tmp_path / "others").mkdir()
+    cache.symlink_to(tmp_path / "others")
     with pytest.raises(OSError, match="is a link"):
         job._cache("s3://bucket/shards", task)
 

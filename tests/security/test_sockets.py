@@ -1,4 +1,4 @@
-"""What a run opens on the network."""
+"""Network addresses on which a run listens."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ RANK = Path(__file__).with_name("listening_rank.py")
 
 
 def other_addresses() -> list[str]:
-    """IPv4 addresses of this machine that are not the loopback's."""
+    """IPv4 addresses of this machine other than loopback."""
     listed = [a for addresses in psutil.net_if_addrs().values() for a in addresses]
-    found = [a.address for a in listed if a.family == socket.AF_INET]
-    return [address for address in found if not address.startswith("127.")]
+    ipv4 = [a.address for a in listed if a.family == socket.AF_INET]
+    return [address for address in ipv4 if not address.startswith("127.")]
 
 
 def listened(address: str) -> list[list[str]]:
-    """Addresses on which two ranks listen that meet at `address`."""
+    """Addresses on which two ranks listen whose MASTER_ADDR is `address`."""
     port = str(launcher.free_port())
     ranks = []
     for rank in ("0", "1"):
@@ -42,9 +42,9 @@ def listened(address: str) -> list[list[str]]:
         command = [sys.executable, str(RANK)]
         pipe = subprocess.PIPE
         ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, text=True))
-    said = [rank.communicate(timeout=400)[0] for rank in ranks]
-    found: list[list[str]] = json.loads(said[0].splitlines()[-1])
-    return found
+    outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
+    addresses: list[list[str]] = json.loads(outputs[0].splitlines()[-1])
+    return addresses
 
 
 @pytest.mark.multiprocess
@@ -85,7 +85,7 @@ def test_an_address_of_another_machine_is_said(
 def test_a_name_that_is_the_loopback_here_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """/etc/hosts calls many a machine 127.0.1.1: ranks of other nodes would not be heard."""
+    """/etc/hosts often maps a machine's name to 127.0.1.1, which other nodes cannot reach."""
     name = "this-very-node"
     asked = socket.getaddrinfo
 

@@ -1,4 +1,4 @@
-"""Paths and web addresses read alike; what a web server may do."""
+"""Paths and web addresses are read alike; faults of web servers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BIG = os.urandom(objects.CHUNK_BYTES + 1000)
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Folders, links between them, a link in a circle, one to nowhere, and odd names."""
+    """A tree with links between folders, a cycle, a broken link, and odd names."""
     for name in ("a.txt", "b/c.txt", "b/d/e.txt", "b/ü #?%20.txt", ".hidden"):
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / name).write_text(name)
@@ -63,7 +63,7 @@ def test_a_local_folder_is_listed(tree: Path, scheme: str) -> None:
             assert file_size(entry.location) == entry.size
     with pytest.raises(FileNotFoundError, match="nothing: there is no such file or folder"):
         is_folder(f"{location}/nothing")
-    with pytest.raises(NotADirectoryError, match=r"a\.txt is no folder"):
+    with pytest.raises(NotADirectoryError, match=r"a\.txt is not a folder"):
         list_folder(f"{location}/a.txt")
 
 
@@ -74,7 +74,7 @@ def test_gzip_is_unpacked(tmp_path: Path) -> None:
 
 
 class _Server(BaseHTTPRequestHandler):
-    """Files by path and query; `plain` gives no ranges, `nohead` no sizes."""
+    """Serves files by path and query; `plain` supports no ranges, `nohead` no sizes."""
 
     protocol_version = "HTTP/1.1"
     files = {  # noqa: RUF012
@@ -235,7 +235,7 @@ def test_a_full_disk_is_not_waited_for() -> None:
 def test_without_credentials_the_error_says_what_to_set(
     url: str, advice: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """boto3 is installed here, and finds none."""
+    """boto3 is installed, and finds no credentials."""
     pytest.importorskip("boto3")
     for name in list(os.environ):
         if name.startswith(("AWS_", "S3_", "AZURE_")):

@@ -101,7 +101,7 @@ def test_references_as_they_are_written(tmp_path: Path) -> None:
 
 def test_what_cannot_be_used_is_refused(tmp_path: Path, images: Path) -> None:
     (images / NAMES[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 images aren't there, the first: .*60623.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"1 images are missing, the first: .*60623.jpg"):
         opened(tmp_path / "a.json", karpathy(), images)
     with pytest.raises(ValueError, match=r"1 of 1 items can't be used, the first: b.json:0"):
         opened(tmp_path / "b.json", [{"caption": "x"}], images)

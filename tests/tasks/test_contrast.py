@@ -156,7 +156,7 @@ def test_a_run_with_a_contrast_of_its_own_is_converted_and_not_taken_up_by_anoth
         capsys.readouterr()
         assert convert_checkpoint.main([str(run), str(tmp_path / name), *arguments]) == 0
         said = capsys.readouterr().out
-        assert "note: left out, because the published network doesn't have it" in said
+        assert "note: left out, because the published network lacks it" in said
         assert "contrast.bias.value" in said
     assert convert_checkpoint.main([str(run), str(tmp_path / "ours"), "--to", "ours"]) == 0
     kept = load_file(tmp_path / "ours" / "rank_00000.safetensors")

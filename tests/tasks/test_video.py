@@ -64,7 +64,7 @@ def test_what_is_refused(clips: Path) -> None:
     videos = VideoSet(clips, clips.parent, 32)
     assert (videos.frames(2, 2) == 128).all() and list(videos.unreadable) == ["blue"]
     (clips.parent / "blue.mp4").unlink()
-    with pytest.raises(FileNotFoundError, match="1 of 3 videos aren't in"):
+    with pytest.raises(FileNotFoundError, match="1 of 3 videos are missing in"):
         VideoSet(clips, clips.parent, 32)
     clips.write_text('{"clip_name": "red"}\n')
     with pytest.raises(ValueError, match=r"list\.jsonl:1: not {clip_name, caption}"):
@@ -120,7 +120,7 @@ def test_lists_as_people_write_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("caption", ["null", "3", '""', '["a man", null]'])
 def test_captions_that_are_no_text_are_refused(tmp_path: Path, caption: str) -> None:
     lines = f'{{"clip_name": "v", "caption": "a"}}\n{{"clip_name": "v", "caption": {caption}}}\n'
-    with pytest.raises(ValueError, match=r"list\.jsonl:2: .* is no text"):
+    with pytest.raises(ValueError, match=r"list\.jsonl:2: .* is not text"):
         VideoSet(video_list(tmp_path, lines), tmp_path, 32)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation on the images that an annotation file lists, without making shards of them first."""
+"""Evaluate on images listed in an annotation file, without converting them to shards."""
 
 from __future__ import annotations
 
@@ -21,22 +21,27 @@ from blip_scale.storage.untrusted import RefusedPath, below
 
 def listed_pairs(
     name: str,
-    found: Iterable[Found],
+    items: Iterable[Found],
     image_size: int,
     clean: Callable[[str], str] = clean_caption,
     images_below: str | None = None,
 ) -> HeldoutPairs:
-    """What a reader found as a held-out set; images stay in their files, nothing is screened.
+    """Build a held-out set from the items of a reader. Images stay in their files, unscreened.
 
-    Images that the list names must lie below the folder `images_below`; None: anywhere.
+    Args:
+        name: name of the set.
+        items: pairs and rejects of the reader.
+        image_size: side of the square input in pixels.
+        clean: function that cleans a caption.
+        images_below: folder below which listed images must lie; None: anywhere.
 
     Raises:
-        ValueError: an item that can't be read, or no item at all.
-        FileNotFoundError: images that aren't there; says how many and names the first.
+        ValueError: an item can't be read, or there is none.
+        FileNotFoundError: images are missing. The message gives their number and names the first.
     """
-    listed = list(found)
-    pairs = [one for one in listed if isinstance(one, RawPair)]
-    broken = [f"{one.id}: {one.reason}" for one in listed if isinstance(one, Reject)]
+    listed = list(items)
+    pairs = [item for item in listed if isinstance(item, RawPair)]
+    broken = [f"{item.id}: {item.reason}" for item in listed if isinstance(item, Reject)]
     if broken or not pairs:
         first = f", the first: {broken[0]}" if broken else ""
         raise ValueError(f"{name}: {len(broken)} of {len(listed)} items can't be used{first}")
@@ -47,24 +52,27 @@ def listed_pairs(
     absent = _absent([file for file in files if isinstance(file, str)])
     if absent:
         raise FileNotFoundError(
-            f"{name}: {len(absent)} images aren't there, the first: {absent[0]}; give the folder "
-            "that they lie in (--images), and what is to be cut off their paths (--strip-prefix)"
+            f"{name}: {len(absent)} images are missing, the first: {absent[0]}; give the folder of "
+            "the images (--images), and the prefix to remove from their paths (--strip-prefix)"
         )
 
     def encoded(index: int) -> Sample:
         images = {"image": pairs[index].image, "second_image": pairs[index].second_image}
-        return {
-            column: read_file(place) if isinstance(place, str) else place
-            for column, place in images.items()
-            if place is not None
-        }
+        sample = {}
+        for column, image in images.items():
+            if image is not None:
+                sample[column] = read_file(image) if isinstance(image, str) else image
+        return sample
 
     return HeldoutPairs(name, (_texts(name, pair) for pair in pairs), encoded, image_size, clean)
 
 
 def _absent(places: list[str]) -> list[str]:
-    """Those that aren't there. Folders of object storage are listed once each; web servers are
-    asked when an image is read."""
+    """Locations that do not exist.
+
+    Each folder of object storage is listed once. Images on web servers are not checked before they
+    are read.
+    """
     listed: dict[str, set[str]] = {}
     for folder in {parent(place) for place in places if not is_local(place) and not is_web(place)}:
         try:
@@ -83,20 +91,24 @@ def _absent(places: list[str]) -> list[str]:
 
 
 def _check_place(name: str, pair: RawPair, folder: str) -> None:
-    """Raises ValueError for images outside the folder."""
+    """Refuse images outside a folder.
+
+    Raises:
+        ValueError: an image lies outside.
+    """
     for image in (pair.image, pair.second_image):
         if isinstance(image, str) and not pair.from_folder:
             try:
                 below(folder, image)
             except RefusedPath as error:
                 raise ValueError(
-                    f"{name}: {error}; give the folder that all images lie in (--images), or "
+                    f"{name}: {error}; give the folder of all images (--images), or "
                     "--allow-outside for a list that you trust"
                 ) from error
 
 
 def _texts(name: str, pair: RawPair) -> Sample:
-    """The columns of a sample without its images."""
+    """Columns of a sample without its images."""
     captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
     captions = [caption for caption in captions if caption is not None]
     sample: dict[str, Any] = {"id": pair.id, "source": name, "captions": captions}

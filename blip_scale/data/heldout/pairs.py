@@ -1,4 +1,4 @@
-"""Held-out pairs for evaluation: by index, resized only, never augmented.
+"""Held-out pairs for evaluation, read by index. Images are resized, never augmented.
 
 Legend: H and W the sides of the image.
 """
@@ -23,15 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 Sample = Mapping[str, Any]
-"""Columns of `shards`: `id`, `captions`, `source`, the encoded images, perhaps `annotations`."""
+"""Columns of `shards`: `id`, `captions`, `source`, the encoded images, and maybe `annotations`."""
 
 
 class HeldoutPairs:
-    """Image i is `ids[i]` and `images([i])`, and its texts are `captions[i]`; nothing but captions
-    and their annotations is held in memory. Where captions speak of two images, i is the pair.
+    """A held-out set: image i is `ids[i]` and `images([i])`, with texts `captions[i]`.
 
-    An image that can't be decoded is grey, so that it counts as a miss, and is named in
-    `unreadable` and once in the log; evaluation goes on.
+    Only captions and their annotations are in memory. If captions describe two images, index i is
+    the pair.
+
+    An image that can't be decoded becomes grey, so that it counts as a miss. It is named in
+    `unreadable` and once in the log, and evaluation continues.
     """
 
     def __init__(
@@ -43,18 +45,27 @@ class HeldoutPairs:
         clean: Callable[[str], str],
         max_pixels: int = MAX_PIXELS,
     ):
-        """`samples` are looked at for their texts, `encoded` gives the images of sample i later."""
+        """Read the texts of all samples.
+
+        Args:
+            name: name of the set.
+            samples: all samples, of which only the texts are kept.
+            encoded: function that returns the encoded images of sample i later.
+            image_size: side of the square input in pixels.
+            clean: function that cleans a caption.
+            max_pixels: largest number of pixels in an image.
+        """
         self._encoded = encoded
         self._transform = EvalTransform(image_size)
         self._max_pixels = max_pixels
         self.name = name
         self.unreadable: dict[str, str] = {}
-        """Reason by id."""
+        """Id of an image that can't be decoded -> reason."""
         self.ids: list[str] = []
         self.captions: list[list[str]] = []
-        """All of each image, cleaned."""
+        """Cleaned captions of each image."""
         self.annotations: list[list[dict[str, Any]]] = []
-        """One for each caption; empty where the set has none."""
+        """One annotation per caption of each image; empty if the set has none."""
         self.sources: list[str] = []
         for sample in samples:
             self.ids.append(sample["id"])
@@ -66,7 +77,7 @@ class HeldoutPairs:
         return len(self.ids)
 
     def images(self, indices: Iterable[int]) -> Tensor:
-        """Some images, uint8 [len(indices), 3, H, W]; of pairs [len(indices), 2, 3, H, W]."""
+        """Read images as uint8 [len(indices), 3, H, W], or pairs as [len(indices), 2, 3, H, W]."""
         return torch.stack([self._image(index) for index in indices])
 
     def _image(self, index: int) -> Tensor:
@@ -95,10 +106,11 @@ def heldout_pairs(
     clean: Clean = clean_caption,
     max_words: int = 30,
 ) -> HeldoutPairs:
-    """Open a held-out set; of more than `max_images` images so many are taken, evenly spread.
+    """Open a held-out set, or `max_images` of its images, evenly spaced.
 
-    Raises FileNotFoundError, naming `data.make_with`, where the set is missing, or where its remote
-    does not answer for `data.retry_s`.
+    Raises:
+        FileNotFoundError: the set is missing (the message names `data.make_with`), or its remote
+            does not answer within `data.retry_s`.
     """
     data = data or DataRecipe()
     store = StreamStore(stream, data.make_with, retry_s=data.retry_s)

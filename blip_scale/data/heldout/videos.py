@@ -1,8 +1,8 @@
-"""Videos with their captions, for zero-shot retrieval: MSRVTT's list as BLIP publishes it.
+"""Videos with captions for zero-shot retrieval, in the format of BLIP's MSRVTT list.
 
-A line of msrvtt_test.jsonl is {clip_name, caption}. A video is a folder of frames (image files in
-the order of their names) called as the clip, or a video file with that name, which needs the
-package av.
+A line of msrvtt_test.jsonl is {clip_name, caption}. A video is a folder named like the clip with
+image files of its frames in the order of their names. It may also be a video file of that name,
+which needs the package av.
 """
 
 from __future__ import annotations
@@ -25,26 +25,30 @@ from blip_scale.storage.locations import NotRegularFile, read_file
 from blip_scale.storage.untrusted import RefusedPath, below, parse_json
 
 MAX_WORDS = 40
-"""Of a caption (published)."""
+"""Largest number of words in a caption (published)."""
 _DIGITS = re.compile(r"(\d+)")
 _VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov")
 _FFMPEG = {"format_whitelist": "mov,mp4,avi,matroska,webm", "protocol_whitelist": "file"}
-"""Formats of `_VIDEO_ENDINGS` alone: FFmpeg's playlists read other files and URLs."""
+"""Options that limit FFmpeg to `_VIDEO_ENDINGS`: its playlists read other files and URLs."""
 
 
 class VideoSet:
-    """Video i is `ids[i]` with the cleaned texts `captions[i]`; frames are read when asked for.
+    """A set of videos: video i is `ids[i]` with the cleaned texts `captions[i]`.
 
-    A video that can't be decoded is grey, so that it counts as a miss, and is named in
-    `unreadable`.
+    Frames are read on demand. A video that can't be decoded becomes grey, so that it counts as a
+    miss, and is named in `unreadable`.
     """
 
     def __init__(
         self, annotations: Path, folder: Path, image_size: int, allow_outside: bool = False
     ):
-        """Raises FileNotFoundError for missing files (the list, or videos: says how many), and
-        ValueError for lines that aren't {clip_name, caption}, and for clips outside `folder` unless
-        `allow_outside`."""
+        """Read the list of videos and find their files.
+
+        Raises:
+            FileNotFoundError: the list or videos are missing; the message gives their number.
+            ValueError: a line is not {clip_name, caption}, or a clip lies outside `folder` without
+                `allow_outside`.
+        """
         self.name = annotations.name
         self.unreadable: dict[str, str] = {}
         self._transform = EvalTransform(image_size)
@@ -58,7 +62,7 @@ class VideoSet:
         missing = [name for name, place in zip(self.ids, places, strict=True) if place is None]
         if missing:
             raise FileNotFoundError(
-                f"{self.name}: {len(missing)} of {len(places)} videos aren't in {folder}, the "
+                f"{self.name}: {len(missing)} of {len(places)} videos are missing in {folder}, the "
                 f"first: {missing[0]} (a folder of frames, or a file {', '.join(_VIDEO_ENDINGS)})"
             )
         self._places = [place for place in places if place is not None]
@@ -67,7 +71,7 @@ class VideoSet:
         return len(self.ids)
 
     def frames(self, index: int, count: int) -> Tensor:
-        """Frames evenly over a video, uint8 [count, 3, H, W]."""
+        """Read `count` evenly spaced frames of a video, as uint8 [count, 3, H, W]."""
         try:
             return torch.stack([self._transform(image) for image in self._images(index, count)])
         except CorruptSample as error:
@@ -81,17 +85,18 @@ class VideoSet:
             return _decode(place, count)
         files = _frames_in(place)
         try:
-            return [
-                decode_image(read_file(str(files[i])), upright=True)
-                for i in frame_indices(len(files), count)
-            ]
+            chosen = [files[index] for index in frame_indices(len(files), count)]
+            return [decode_image(read_file(str(file)), upright=True) for file in chosen]
         except NotRegularFile as error:
             raise CorruptSample(str(error)) from error
 
 
 def frame_indices(length: int, count: int) -> list[int]:
-    """Which frames of a video are seen: from the first on in steps of length / count, cut to whole
-    frames (as published); of shorter videos the last one again."""
+    """Indices of the frames that the network sees.
+
+    As published, they start at the first frame with a step of length // count. The last frame of a
+    shorter video repeats.
+    """
     step = max(1, length // count)
     return [min(place * step, length - 1) for place in range(count)]
 
@@ -100,7 +105,7 @@ def _read_list(file: Path) -> dict[str, list[str]]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     texts: dict[str, list[str]] = {}
-    # Only \n ends a line: a caption may hold U+2028, which str.splitlines takes for one.
+    # Only \n ends a line: a caption may hold U+2028, at which str.splitlines would split.
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
@@ -110,22 +115,26 @@ def _read_list(file: Path) -> dict[str, list[str]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}:{number}: not {{clip_name, caption}} ({error})") from error
     if not texts:
-        raise ValueError(f"{file}: there is no video in it")
+        raise ValueError(f"{file}: it lists no videos")
     return texts
 
 
 def _captions(value: object) -> list[str]:
-    """The captions of a line: one text, or a list of them."""
+    """Captions of a line, which has one text or a list of texts."""
     captions: list[str] = []
     for caption in value if isinstance(value, list) else [value]:
         if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"caption {caption!r} is no text")
+            raise ValueError(f"caption {caption!r} is not text")
         captions.append(caption)
     return captions
 
 
 def _check_place(list_name: str, folder: Path, clip: str) -> None:
-    """Raises ValueError for a clip outside the folder."""
+    """Refuse a clip outside the folder.
+
+    Raises:
+        ValueError: the clip lies outside.
+    """
     try:
         below(str(folder), str(folder / clip))
     except RefusedPath as error:
@@ -136,7 +145,7 @@ def _check_place(list_name: str, folder: Path, clip: str) -> None:
 
 
 def _place_of(folder: Path, name: str) -> Path | None:
-    """The folder of frames or file of a clip."""
+    """Folder of frames or video file of a clip, or None."""
     frames = folder / name
     if frames.is_dir():
         return frames if _frames_in(frames) else None
@@ -156,12 +165,12 @@ def _natural(file: Path) -> list[tuple[int, str]]:
 
 
 def _decode(file: Path, count: int) -> list[Image.Image]:
-    """Some frames of a video file."""
+    """Decode `count` evenly spaced frames of a video file."""
     try:
         import av
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{file} is a video file, which the package av decodes: `pip install av`, or give "
+            f"{file} is a video file, which needs the package av: run `pip install av`, or give "
             "folders of frames"
         ) from error
     try:
@@ -170,12 +179,11 @@ def _decode(file: Path, count: int) -> list[Image.Image]:
         if not length:
             raise CorruptSample("no frame")
         wanted = frame_indices(length, count)
+        images = {}
         with av.open(str(file), options=_FFMPEG) as container:
-            found = {
-                number: frame.to_image()
-                for number, frame in enumerate(container.decode(video=0))
-                if number in wanted
-            }
-        return [found[number] for number in wanted]
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in wanted:
+                    images[number] = frame.to_image()
+        return [images[number] for number in wanted]
     except (av.FFmpegError, IndexError, KeyError) as error:
         raise CorruptSample(f"{type(error).__name__}: {error}") from error

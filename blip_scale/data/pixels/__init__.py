@@ -1,1 +1,1 @@
-"""Images: decoded, augmented and turned into tensors."""
+"""Decode and augment images, and turn them into tensors."""

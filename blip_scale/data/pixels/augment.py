@@ -1,6 +1,6 @@
-"""RandAugment as BLIP uses it, with a random generator that the caller owns.
+"""RandAugment as BLIP uses it, with the caller's random generator.
 
-Warps are OpenCV's (as published), contrast and equalisation Pillow's.
+Warps use OpenCV, as published. Contrast and equalisation follow Pillow.
 
 Legend: H and W the sides of the image.
 """
@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 Pixels = np.ndarray
-"""uint8 [H, W, 3]."""
+"""Image as uint8 [H, W, 3]."""
 
-cv2.setNumThreads(0)  # its threads would not outlive the fork of a loader worker
+cv2.setNumThreads(0)  # OpenCV's threads do not survive the fork of a loader worker
 
 _FILL = 128
 _OPERATIONS_PER_IMAGE = 2  # RandAugment's N
@@ -23,18 +23,20 @@ _MAGNITUDE = 5 / 10  # RandAugment's M of 10
 _PROBABILITY = 0.5
 
 ENHANCE_FACTOR = 0.1 + 1.8 * _MAGNITUDE
-"""1.0: at M=5 the published brightness and sharpness change nothing."""
+"""Factor of brightness and sharpness; at M=5 it is 1.0, so both published operations change
+nothing."""
 SHEAR = 0.3 * _MAGNITUDE
 TRANSLATE_PX = round(10 * _MAGNITUDE)
-"""Pixels whatever the image size, as published."""
+"""Shift in pixels, independent of the image size, as published."""
 ROTATE_DEGREES = 30 * _MAGNITUDE
 
 
 def rand_augment(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Two of the ten operations, drawn with replacement, each applied with probability 0.5.
+    """Apply two of the ten operations, drawn with replacement, each with probability 0.5.
 
     Args:
-        image: contiguous; it is not changed.
+        image: contiguous pixels; not modified.
+        rng: generator of the random choices.
     """
     for choice in rng.integers(0, len(OPERATIONS), size=_OPERATIONS_PER_IMAGE):
         applied, sign = rng.random() < _PROBABILITY, 1 if rng.random() < 0.5 else -1
@@ -48,7 +50,7 @@ def _unchanged(image: Pixels, sign: int) -> Pixels:
 
 
 def _auto_contrast(image: Pixels, sign: int) -> Pixels:
-    # PIL's meaning: stretch every channel from its minimum to its maximum. The published numpy
+    # As in PIL: stretch every channel from its minimum to its maximum. The published numpy
     # version negates the minimum in uint8, which wraps and drives most such channels to white.
     levels = np.arange(256)
     tables = []
@@ -110,7 +112,7 @@ def _rotate(image: Pixels, sign: int) -> Pixels:
 
 
 def _warp(image: Pixels, matrix: list[list[float]] | np.ndarray) -> Pixels:
-    """Bilinear affine warp; `matrix` maps pixels of the source to those of the result."""
+    """Warp an image bilinearly; `matrix` maps pixels of the source to pixels of the result."""
     return cv2.warpAffine(
         image,
         np.asarray(matrix, dtype=np.float32),

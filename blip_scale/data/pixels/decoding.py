@@ -1,8 +1,8 @@
-"""Encoded images to pixels: JPEG by simplejpeg (libjpeg-turbo), everything else by Pillow.
+"""Decode images: JPEG with simplejpeg (libjpeg-turbo), everything else with Pillow.
 
-Both decoders give the same pixels, bit for bit. Colour profiles are ignored and, unless asked for,
-EXIF orientation, as in the published code; a truncated file is corrupt. Transparency goes onto
-white, where the published code shows what lies hidden below it.
+Both decoders give the same pixels bit for bit. As in the published code, colour profiles are
+ignored, and so is EXIF orientation unless requested. A truncated file counts as corrupt.
+Transparent pixels become white, where the published code shows the colours hidden below them.
 
 Legend: H and W the height and width of the image.
 """
@@ -24,35 +24,36 @@ _WHITE = 255
 _MAX_16_BITS = 2**16 - 1
 _MAX_32_BITS = 2**31 - 1
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_FAST_COLOURS = ("YCbCr", "RGB", "Gray")  # not CMYK and YCCK: Pillow knows Adobe's inverted inks
+_FAST_COLOURS = ("YCbCr", "RGB", "Gray")  # Pillow decodes CMYK and YCCK, with Adobe's inverted inks
 
 
 def describe(error: Exception) -> str:
-    """Kind and message of a decoder's error, the same whenever the same image fails: Pillow writes
-    the address of an object in memory into some."""
+    """Describe a decoder's error so that the same image always gives the same text.
+
+    Pillow writes addresses of objects into some messages; they are removed.
+    """
     return _ADDRESS.sub("", f"{type(error).__name__}: {error}")
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    """Refuse an image by the size in its header, before it takes any memory.
+    """Refuse an image by the size in its header, before it is decoded.
 
     Raises:
-        CorruptSample: more than `max_pixels`.
+        CorruptSample: the image has more than `max_pixels` pixels.
     """
     if size[0] * size[1] > max_pixels:
         raise CorruptSample(f"{size[0]}x{size[1]} pixels, more than max_pixels ({max_pixels})")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB, as a person sees it on white paper.
+    """Convert an image to RGB, as it looks on white paper.
 
-    Transparent pixels show white, as img2dataset writes them. Integers of more than 8 bits are
-    scaled by the range of their type; 32-bit ones that fit into 16 bits count as 16-bit ones.
-    Floating-point pixels are taken as shares from 0 to 1 or as
-    values from 0 to 255.
+    Transparent pixels become white, as img2dataset writes them. Integers with more than 8 bits are
+    scaled by the range of their type; 32-bit integers that fit into 16 bits count as 16-bit ones.
+    Floating-point pixels are read as shares from 0 to 1, or as values from 0 to 255.
 
     Raises:
-        CorruptSample: floating-point pixels outside both ranges, or not finite.
+        CorruptSample: floating-point pixels are outside both ranges or not finite.
     """
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(image, dtype=np.float32) / _MAX_16_BITS)
@@ -75,12 +76,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def decode_image(
     encoded: bytes, upright: bool = False, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """RGB pixels of an encoded image, by Pillow.
+    """Decode an image to RGB with Pillow.
 
     Args:
-        upright: turn it as EXIF says, as a person sees it. The published code and training on
-            shards do not look at EXIF.
-        max_pixels: largest number of pixels, judged by the header.
+        encoded: the image file.
+        upright: rotate the image as EXIF says. The published code and training ignore EXIF.
+        max_pixels: largest number of pixels, according to the header.
 
     Raises:
         CorruptSample: the image can't be decoded, or is too large.
@@ -92,13 +93,13 @@ def decode_image(
     except (MemoryError, CorruptSample):
         raise
     except UnidentifiedImageError as error:
-        raise CorruptSample(f"no image of a known format ({', '.join(FORMATS)})") from error
+        raise CorruptSample(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # every format's decoder has its own ways to fail
         raise CorruptSample(describe(error)) from error
 
 
 def _shares(values: np.ndarray) -> np.ndarray:
-    """Floating-point pixels as shares of white."""
+    """Scale floating-point pixels to shares of white from 0 to 1."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)) or low < 0 or high > _WHITE:
         raise CorruptSample(
@@ -108,15 +109,15 @@ def _shares(values: np.ndarray) -> np.ndarray:
 
 
 def _grey(shares: np.ndarray) -> Image.Image:
-    """A grey image of shares of white [H, W]."""
+    """Build a grey image from shares of white [H, W]."""
     values = np.clip(np.rint(shares * _WHITE), 0, _WHITE).astype(np.uint8)
     return Image.fromarray(values).convert("RGB")
 
 
 def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG that `decode_jpeg` takes; None for any other image, whole or not.
+    """Width and height of a JPEG that `decode_jpeg` can read; None for any other image.
 
-    Takes microseconds: the header alone is read.
+    Only the header is read, which takes microseconds.
     """
     if not encoded.startswith(b"\xff\xd8\xff"):
         return None
@@ -124,7 +125,7 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
         return None
-    # Pillow refuses what could be a decompression bomb.
+    # Leave possible decompression bombs to Pillow, which refuses them.
     fast = colours in _FAST_COLOURS and width * height <= (Image.MAX_IMAGE_PIXELS or np.inf)
     return (width, height) if fast else None
 
@@ -132,13 +133,14 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 def decode_jpeg(
     encoded: bytes, size: tuple[int, int], divisor: int = 1, buffer: np.ndarray | None = None
 ) -> np.ndarray:
-    """RGB pixels, uint8 [ceil(H / divisor), ceil(W / divisor), 3], of a JPEG of `jpeg_size` `size`.
+    """Decode a JPEG to uint8 RGB pixels [ceil(H / divisor), ceil(W / divisor), 3].
 
     Args:
-        divisor: 1, 2, 4 or 8: how much smaller the image is decoded, in the DCT domain, which costs
-            less time.
-        buffer: uint8, holds the pixels if they fit, until the next image takes it: fresh memory for
-            each of them costs a quarter of the time where images are large.
+        encoded: the JPEG file.
+        size: its size from `jpeg_size`.
+        divisor: 1, 2, 4 or 8, by which the image is reduced in the DCT domain, which saves time.
+        buffer: uint8 memory for the pixels, used if they fit; valid until the next image.
+            Allocating memory for each image costs a quarter of the time if images are large.
 
     Raises:
         CorruptSample: the image can't be decoded.
@@ -148,7 +150,7 @@ def decode_jpeg(
         buffer = None
     try:
         return simplejpeg.decode_jpeg(encoded, min_width=width, min_height=height, buffer=buffer)
-    except ValueError:  # any warning of libjpeg: whether that is fatal is for Pillow to say
+    except ValueError:  # raised on any warning of libjpeg; Pillow decides whether it is fatal
         return np.array(
             decode_image(encoded, max_pixels=width * height * divisor**2).reduce(divisor)
         )

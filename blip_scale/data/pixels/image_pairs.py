@@ -1,4 +1,4 @@
-"""Texts that speak of two images: their order is a matter of chance (NLVR2, as published)."""
+"""Random order of image pairs with a text about both (NLVR2, as published)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ _OTHER_SIDE = {"left": "right", "right": "left"}
 
 
 def maybe_swap(images: Tensor, sentence: str, rng: np.random.Generator) -> tuple[Tensor, str]:
-    """With probability one half both images swapped, and the words left and right of the sentence
-    with them.
+    """Swap both images, and the words left and right in the sentence, with probability 0.5.
 
     Args:
         images: [2, 3, H, W].
+        sentence: text about both images.
+        rng: generator of the random choice.
     """
     if rng.random() < 0.5:
         return images, sentence

@@ -1,6 +1,6 @@
-"""The published image transforms, with a random generator that the caller owns.
+"""The published image transforms, with the caller's random generator.
 
-Results are uint8 [3, H, W]; `normalize_images` comes after, on the device.
+Results are uint8 [3, H, W]. `normalize_images` follows later, on the device.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _ASPECT_RANGE = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
-_DIVISORS = (8, 4, 2)  # libjpeg-turbo has fast code for these; in between it is slower than at 1
-_BUFFER_BYTES = 3 << 22  # for decoded images of up to 4 megapixels
+_DIVISORS = (8, 4, 2)  # libjpeg-turbo is fast at these; others are slower than full size
+_BUFFER_BYTES = 3 << 22  # holds a decoded image of up to 4 megapixels
 
 Box = tuple[int, int, int, int]
-"""Left, top, right, bottom."""
+"""Tuple (left, top, right, bottom) in pixels."""
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize to a square, whatever the aspect ratio, bicubic."""
+    """Bicubic resize to a square, whatever the aspect ratio."""
 
     size: int
 
     def __call__(self, image: Image.Image) -> Tensor:
+        """Resize an RGB image, and convert it to uint8 [3, size, size]."""
         return to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Encoded image -> RandomResizedCrop (bicubic), horizontal flip with probability 0.5,
-    RandAugment.
+    """Decoding, RandomResizedCrop (bicubic), horizontal flip and RandAugment of a training image.
 
-    The path says how the pixels are made; what is drawn from the generator is the same for all.
+    `path` selects the implementation. All draw the same numbers from the generator.
     """
 
     size: int
@@ -69,8 +69,11 @@ class TrainTransform:
     )
 
     def __call__(self, encoded: bytes, rng: np.random.Generator) -> Tensor:
-        """uint8 [3, size, size], contiguous; raises CorruptSample for what can't be decoded, or is
-        too large."""
+        """Transform an encoded image to contiguous uint8 [3, size, size].
+
+        Raises:
+            CorruptSample: the image can't be decoded, or is too large.
+        """
         crop = self._published_crop if self.path == "published" else self._fast_crop
         pixels = crop(encoded, rng)
         if self.flip and rng.random() < 0.5:
@@ -78,7 +81,7 @@ class TrainTransform:
         if self.augment:
             pixels = rand_augment(pixels, rng)
         planes = np.empty((3, self.size, self.size), np.uint8)
-        cv2.split(pixels, list(planes))  # 0.01 ms, numpy's transposition 0.08
+        cv2.split(pixels, list(planes))  # takes 0.01 ms; transposing with NumPy takes 0.08 ms
         return torch.from_numpy(planes)
 
     def _published_crop(self, encoded: bytes, rng: np.random.Generator) -> np.ndarray:
@@ -98,28 +101,28 @@ class TrainTransform:
             divisor = self._divisor(box)
             left, top, right, bottom = (round(side / divisor) for side in box)
             pixels = decode_jpeg(encoded, size, divisor, self._buffer)[top:bottom, left:right]
-        # Contiguous and with the batch axis from the start: then torch sees that the channels come
-        # last and takes its fast way (0.19 ms, else 0.27).
+        # With a contiguous array and the batch axis, torch detects the channels-last layout and
+        # uses its fast kernel (0.19 ms instead of 0.27).
         batch = torch.from_numpy(np.array(pixels[None], order="C")).permute(0, 3, 1, 2)
         resized = F.interpolate(batch, (self.size, self.size), mode="bicubic", antialias=True)
         return resized[0].permute(1, 2, 0).numpy()
 
     def _divisor(self, box: Box) -> int:
-        """How much smaller a JPEG can be decoded with the crop still no smaller than the result."""
+        """Largest factor that reduces the JPEG with the crop no smaller than the result."""
         side = min(box[2] - box[0], box[3] - box[1])
-        fits = (d for d in _DIVISORS if side >= d * (self.size + 1))  # 1: the box is rounded
+        fits = (d for d in _DIVISORS if side >= d * (self.size + 1))  # + 1: the box is rounded
         return next(fits, 1) if self.path == "fast" else 1
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> uint8 [3, H, W]."""
+    """Convert an RGB image to a uint8 tensor [3, H, W]."""
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
-    """Box of area min_scale to 1 and aspect 3/4 to 4/3, as torchvision draws.
+    """Draw a crop with area share min_scale to 1 and aspect 3/4 to 4/3, like torchvision.
 
-    Where ten draws don't fit into the image, the largest centred box of an allowed aspect.
+    If ten draws don't fit into the image, return the largest centred box of an allowed aspect.
     """
     width, height = size
     low, high = (math.log(aspect) for aspect in _ASPECT_RANGE)
@@ -137,15 +140,17 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 
 
 def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels uint8 [B, 3, H, W] to network input of `dtype`: CLIP's mean and deviation, as
-    published."""
+    """Normalize uint8 pixels [B, 3, H, W] by CLIP's mean and deviation, as published."""
     mean, deviation = _statistics(images.device)
     return ((images.float() - mean) / deviation).to(dtype)
 
 
 @lru_cache(maxsize=8)
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of pixels [3, 1, 1] on a device. Kept: a copy to a GPU waits for it."""
+    """Mean and deviation of pixels [3, 1, 1] on a device.
+
+    They are cached, because a copy to a GPU waits for it.
+    """
     with torch.inference_mode(False):
         mean = torch.tensor(IMAGE_MEAN, device=device).view(3, 1, 1) * 255
         deviation = torch.tensor(IMAGE_STD, device=device).view(3, 1, 1) * 255

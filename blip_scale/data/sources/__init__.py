@@ -1,1 +1,1 @@
-"""One small reader per data set; `readers` names them all."""
+"""One small reader per data set; `readers` lists them all."""

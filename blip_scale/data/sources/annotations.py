@@ -1,4 +1,4 @@
-"""What the readers of annotation files share: JSON lists, and images that are named by a path."""
+"""Functions shared by readers of annotation files: JSON lists, and images named by paths."""
 
 from __future__ import annotations
 
@@ -33,19 +33,28 @@ IMAGE_KEYS = (
     "image", "file_name", "filename", "image_path", "path", "file", "image_name", "filepath",
     "file_path",
 )  # fmt: skip
-"""Where the path of an image stands."""
+"""Names of fields that hold the path of an image."""
 
 
 def load_json(location: str) -> Any:
-    """Raises ValueError, with the place, for what is no JSON."""
+    """Load a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON. The message names the place.
+    """
     with open_file(location) as file:
         return _parse(file.read(), location)
 
 
 def load_list(location: str, of: str) -> list[Any]:
-    """The items of a JSON list, or of a file with an object a line.
+    """Load a JSON list, or a file with one object per line.
 
-    Raises ValueError for a file that holds neither; `of` says what it should hold.
+    Args:
+        location: the file.
+        of: description of the expected items, for the error.
+
+    Raises:
+        ValueError: the file holds neither.
     """
     with open_file(location) as file:
         content = file.read()
@@ -57,8 +66,8 @@ def load_list(location: str, of: str) -> list[Any]:
             raise
         return [_parse(line, f"{location}:{n}") for n, line in enumerate(lines, start=1)]
     if not isinstance(items, list):
-        found = note_of(items) if isinstance(items, dict) else type(items).__name__
-        raise ValueError(f"{location} holds no list of {of} ({shortened(found)})")
+        content_kind = note_of(items) if isinstance(items, dict) else type(items).__name__
+        raise ValueError(f"{location} holds no list of {of} ({shortened(content_kind)})")
     return items
 
 
@@ -66,19 +75,19 @@ def _parse(content: bytes, location: str) -> Any:
     try:
         return parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{location} is no JSON: {error}") from error
+        raise ValueError(f"{location} is not JSON: {error}") from error
 
 
 def read_items(
     location: str, items: list[Any], make: Callable[[int, Any], Found]
 ) -> Iterator[Found]:
-    """What `make(number, item)` gives of each item; where it fails, a reject."""
+    """Apply `make(number, item)` to each item; an item on which it fails becomes a reject."""
     for number, item in enumerate(items):
         yield read_item(location, number, item, make)
 
 
 def read_item(location: str, number: int, item: Any, make: Callable[[int, Any], Found]) -> Found:
-    """What `make(number, item)` gives; where it fails, a reject."""
+    """Return `make(number, item)`, or a reject if it fails."""
     try:
         return make(number, item)
     except Exception as error:  # an item may hold anything
@@ -86,7 +95,7 @@ def read_item(location: str, number: int, item: Any, make: Callable[[int, Any], 
 
 
 def json_files(location: str) -> list[str]:
-    """The file, or the .json files of a folder in the order of their names."""
+    """The file itself, or the .json files of a folder in the order of their names."""
     if not is_folder(location):
         return [location]
     files = [e.location for e in list_folder(location) if e.name.endswith((".json", ".json.gz"))]
@@ -96,41 +105,41 @@ def json_files(location: str) -> list[str]:
 
 
 def image_location(source: Source, annotations: str, path: str) -> str:
-    """Where the image lies that `annotations` calls `path`."""
+    """Location of the image that `annotations` names by `path`."""
     return _place(source, annotations, path)[1]
 
 
 def image_id(source: Source, annotations: str, path: str) -> str:
-    """The name of an image: its path without `strip_prefix`."""
+    """Id of an image: its path without `strip_prefix`."""
     return _place(source, annotations, path)[0]
 
 
 def _place(source: Source, annotations: str, path: str) -> tuple[str, str]:
-    """Id and location of the image that `annotations` calls `path`."""
+    """Id and location of the image that `annotations` names by `path`."""
     folder, prefix = source.images or parent(annotations), source.strip_prefix
     name = path.removeprefix(prefix)
     location = join(folder, name)
     if "\\" in path and is_local(location) and not local_path(location).exists():
-        # A list that was made on Windows.
+        # The list was made on Windows.
         name = path.replace("\\", "/").removeprefix(prefix.replace("\\", "/"))
         location = join(folder, name)
     return name.removeprefix("./"), location
 
 
 def pair_of_item(source: Source, annotations: str, number: int, item: Any) -> Found:
-    """The pair of one item of a list: {image or url, caption, ...}.
+    """Build the pair of one item of a list: {image or url, caption, ...}.
 
-    Its id is the image's path or URL as the list has it, without `strip_prefix`.
+    Its id is the image's path or URL in the list, without `strip_prefix`.
     """
     place = f"{basename(annotations)}:{number}"
     if not isinstance(item, Mapping):
-        return Reject(place, Reason.DAMAGED_INPUT, f"no object but {type(item).__name__}")
+        return Reject(place, Reason.DAMAGED_INPUT, f"not an object but {type(item).__name__}")
     path = first_of(item, (source.image_key,) if source.image_key else IMAGE_KEYS) or None
     url = first_of(item, URL_KEYS)
     captions = captions_of(item, source.caption_key)
     if not isinstance(path or url, str):
         count = len(captions) if isinstance(captions, list) else int(captions is not None)
-        wanted = f"none of {', '.join(IMAGE_KEYS)}, url is a text; {note_of(item)}"
+        wanted = f"none of {', '.join(IMAGE_KEYS)}, url is text; {note_of(item)}"
         return Reject(place, Reason.MISSING_KEY, wanted, captions=count)
     if path is None:
         return pair_of(url, url, captions, item)

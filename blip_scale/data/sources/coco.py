@@ -1,9 +1,10 @@
-"""COCO captions: Karpathy's dataset_coco.json (dataset_flickr30k.json has the same form), the lists
-that BLIP publishes for its splits, or COCO's own annotations (captions_val2014.json, and those of
-NoCaps).
+"""Read COCO captions in any of their published forms.
 
-A record is an image with its five captions. `split` train is Karpathy's train and restval together
-(113,287 images), as everywhere in the literature.
+These are Karpathy's dataset_coco.json (dataset_flickr30k.json has the same form), the lists that
+BLIP publishes for its splits, and COCO's own annotations (captions_val2014.json, also for NoCaps).
+
+A record is an image with its five captions. The split train is Karpathy's train and restval
+together (113,287 images), as usual in the literature.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ _SPLITS = {"train": {"train", "restval"}, "val": {"val"}, "test": {"test"}}
 def chunks(source: Source, split: str = "") -> Iterator[Chunk]:
     """Chunks of one annotation file, or of the dataset_coco.json in a folder.
 
-    `split` is a part of dataset_coco.json: train, val or test; "" takes all of it. Raises
-    ValueError for an unknown one.
+    Args:
+        source: the input.
+        split: part of dataset_coco.json: train, val or test; "" for all of it.
+
+    Raises:
+        ValueError: the split or the format is unknown.
     """
     if is_folder(source.location):
         source = replace(source, location=join(source.location, "dataset_coco.json"))
@@ -44,25 +49,25 @@ def chunks(source: Source, split: str = "") -> Iterator[Chunk]:
             raise ValueError(f"{source.location} is the list of one split: leave --split out")
         return blip_json.chunks(source)
     if not isinstance(annotations, dict) or not isinstance(annotations.get("images"), list):
-        found = note_of(annotations) if isinstance(annotations, dict) else "no object"
+        content = note_of(annotations) if isinstance(annotations, dict) else "no object"
         raise ValueError(
-            f"{source.location} is neither dataset_coco.json nor a list of captions ({found})"
+            f"{source.location} is neither dataset_coco.json nor a list of captions ({content})"
         )
     if split and split not in _SPLITS:
         raise ValueError(f"--split {split}: COCO has {', '.join(_SPLITS)}")
     if isinstance(annotations.get("annotations"), list):
         if split:
-            raise ValueError(f"{source.location} is all of one split: leave --split out")
+            raise ValueError(f"{source.location} holds only one split: leave --split out")
         return in_chunks(list(_own_format(source, annotations)), source.pairs_per_chunk)
     images = annotations["images"]
     if not any(isinstance(image, dict) and "sentences" in image for image in images):
-        # A test set whose captions are held back: image_info_test2014.json, nocaps_test_...
+        # A test set without published captions: image_info_test2014.json, nocaps_test_...
         return in_chunks(list(_own_format(source, annotations)), source.pairs_per_chunk)
     return in_chunks(list(_karpathy(source, images, split)), source.pairs_per_chunk)
 
 
 def _own_format(source: Source, content: dict[str, Any]) -> Iterator[Found]:
-    """Captions of an image stand apart from it, and name its id."""
+    """Read COCO's own format, whose captions are stored apart from images and name their ids."""
     annotations = content.get("annotations", [])
     texts = [item for item in annotations if isinstance(item, dict) and "caption" in item]
     if annotations and not texts:
@@ -76,7 +81,7 @@ def _own_format(source: Source, content: dict[str, Any]) -> Iterator[Found]:
         image_id = str(item.get("image_id")) if isinstance(item, dict) else ""
         captions.setdefault(image_id, []).append(caption)
     yield from read_items(source.location, content["images"], partial(_image, source, captions))
-    for image_id, orphans in captions.items():  # those of images were taken out
+    for image_id, orphans in captions.items():  # `_image` has removed the captions of images
         detail = f"no image has the id {image_id} that {len(orphans)} annotations name"
         for _ in orphans:
             place = f"{basename(source.location)}: image_id {image_id}"

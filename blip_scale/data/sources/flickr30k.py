@@ -1,7 +1,7 @@
-"""Flickr30k as distributed: results_20130124.token, or results.csv of its copies on the web.
+"""Read Flickr30k: results_20130124.token, or results.csv of its copies on the web.
 
-A line of the .token file is `IMAGE#NUMBER<tab>caption`, one of results.csv has image, number and
-caption with bars between. A record is an image with its five captions. The images lie in --images,
+A line of the .token file is `IMAGE#NUMBER<tab>caption`. A line of results.csv has image, number and
+caption, separated by bars. A record is an image with its five captions. The images are in --images,
 else beside the list or in its folder flickr30k-images or flickr30k_images.
 """
 
@@ -25,15 +25,17 @@ from blip_scale.storage.locations import (
 )
 
 _TRIED = 20
-"""So many lines without an image and a caption say that the file is another one."""
+"""Number of lines without image and caption after which a file counts as another format."""
 _LISTS = (".token", "results.csv")
 _IMAGES = ("flickr30k-images", "flickr30k_images", "images")
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """Chunks of one list, or of that in a folder.
+    """Chunks of one list, or of the list in a folder.
 
-    Raises FileNotFoundError for a folder without one, ValueError for a file of another form.
+    Raises:
+        FileNotFoundError: the folder has no list.
+        ValueError: the file has another format.
     """
     location = source.location
     if is_folder(location):
@@ -65,7 +67,7 @@ def _pairs(source: Source, location: str, lines: Iterable[str], is_table: bool) 
             read += 1
             continue
         if number > _TRIED and not read:
-            raise ValueError(f"{location}:{number} is no line of Flickr30k: {line[:80]!r}")
+            raise ValueError(f"{location}:{number} is not a line of Flickr30k: {line[:80]!r}")
         place = f"{basename(location)}:{number}"
         yield Reject(
             place, Reason.DAMAGED_INPUT, f"no image and caption: {line.strip()}", captions=1
@@ -78,7 +80,7 @@ def _split_token(line: str) -> tuple[str, str | None]:
 
 
 def _split_table(line: str) -> tuple[str, str | None]:
-    # One row of the copies on the web lacks its second bar.
+    # In the copies on the web, one row lacks its second bar.
     name, bar, rest = line.partition("|")
     number, second, caption = rest.partition("|")
     if not second:

@@ -1,11 +1,10 @@
-"""A plain folder of images: captions in a table (captions.csv, metadata.jsonl, ...), else in a .txt
-beside each image.
+"""Read a folder of images with captions in a table (captions.csv, ...) or in .txt files.
 
-A table has a row an image and caption, with a column `image` (or file_name, path, ...: a path from
-the table's folder on) and `caption` (or text, ...), and perhaps url and similarity; rows of the
-same image become one record. Folders below may have tables of their own, as Hugging Face's
-ImageFolder has. Without a table every image below the folder is taken, and the whole of its .txt is
-its caption.
+A table has a row per image and caption. It has a column `image` (or file_name, path, ...) with a
+path relative to the table's folder, a column `caption` (or text, ...), and optionally url and
+similarity. Rows of the same image become one record. Subfolders may have their own tables, as in
+Hugging Face's ImageFolder. Without a table, every image below the folder is read, and the whole of
+its .txt is its caption.
 """
 
 from __future__ import annotations
@@ -50,14 +49,15 @@ TABLES = (
 
 
 def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Chunk]:
-    """The rows of the tables, or the images of the folder, in chunks.
+    """Chunks of the rows of the tables, or of the images of the folder.
 
-    Raises ValueError for a table that can't be read, FileNotFoundError where there is no image.
+    Raises:
+        ValueError: a table can't be read.
+        FileNotFoundError: there is no image.
     """
     read = partial(read_table, encoding=encoding, columns=columns)
     if not is_folder(source.location):
-        found = group_by_image(read(source, source.location))
-        return in_chunks(found, source.pairs_per_chunk)
+        return in_chunks(group_by_image(read(source, source.location)), source.pairs_per_chunk)
     files = list_folder(source.location, deep=True)
     tables = _tables(files)
     if not tables:
@@ -66,13 +66,13 @@ def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Ch
     for folder, table in tables.items():
         images = join(source.images, folder) if source.images and folder else source.images
         rows = read(replace(source, images=images), table.location)
-        pairs += [in_folder(found, folder) for found in group_by_image(rows)]
+        pairs += [in_folder(item, folder) for item in group_by_image(rows)]
     pairs += _unnamed(files, set(tables.values()), pairs)
     return in_chunks(pairs, source.pairs_per_chunk)
 
 
 def _tables(files: Iterable[Entry]) -> dict[str, Entry]:
-    """The table of each folder that has one, by the folder."""
+    """Folder -> its table, for folders that have one."""
     tables: dict[str, Entry] = {}
     for name in reversed(TABLES):
         for file in files:
@@ -82,38 +82,37 @@ def _tables(files: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def _unnamed(files: Iterable[Entry], tables: set[Entry], pairs: Iterable[Found]) -> list[Unused]:
-    """Files that no table names."""
-    named = {
-        posixpath.normpath(pair.image)
-        for pair in pairs
-        if isinstance(pair, RawPair) and isinstance(pair.image, str)
-    }
-    rest = [
-        file
-        for file in files
-        if file not in tables and posixpath.normpath(file.location) not in named
-    ]
+    """Count the files that no table names."""
+    named = set()
+    for pair in pairs:
+        if isinstance(pair, RawPair) and isinstance(pair.image, str):
+            named.add(posixpath.normpath(pair.image))
+    rest = []
+    for file in files:
+        if file not in tables and posixpath.normpath(file.location) not in named:
+            rest.append(file)
     images = [file for file in rest if extension(file.name) in IMAGE_ENDINGS]
     counts = _by_ending(file for file in rest if extension(file.name) not in IMAGE_ENDINGS)
     return [*([Unused("images that no table names", len(images))] if images else []), *counts]
 
 
 def _by_ending(files: Iterable[Entry]) -> list[Unused]:
-    """How many files of each ending there are."""
+    """Count files by ending."""
     endings = Counter(extension(file.name) for file in files)
-    return [
-        Unused(f"files .{ending}" if ending else "files without an ending", count)
-        for ending, count in sorted(endings.items())
-    ]
+    unused = []
+    for ending, count in sorted(endings.items()):
+        kind = f"files .{ending}" if ending else "files without an ending"
+        unused.append(Unused(kind, count))
+    return unused
 
 
 def _image_chunks(source: Source, files: Sequence[Entry]) -> Iterator[Chunk]:
     images = [file for file in files if extension(file.name) in IMAGE_ENDINGS]
     texts = {file.name: file for file in files if extension(file.name) in TEXT_ENDINGS}
     if not images:
-        found = ", ".join(f"{count.count} {count.kind}" for count in _by_ending(files))
+        listing = ", ".join(f"{count.count} {count.kind}" for count in _by_ending(files))
         raise FileNotFoundError(
-            f"{source.location}: there is no image, but {found or 'nothing'}; the sources laion "
+            f"{source.location}: there is no image, but {listing or 'nothing'}; the sources laion "
             "and webdataset read tars and parquet files"
         )
     by_stem = {_stem(name): file for name, file in reversed(texts.items())}
@@ -152,14 +151,14 @@ def _orphan(text: Entry, stems: Mapping[str, str]) -> Reject:
     other = stems.get(_stem(text.name))
     detail = "a caption without an image"
     if other:
-        detail = f"a caption beside {other}, whose ending is none of an image"
+        detail = f"a caption beside {other}, whose ending is not that of an image"
     return Reject(text.name, Reason.MISSING_IMAGE, detail, captions=1)
 
 
 def read_images(
     images: Iterable[Entry], texts: Mapping[str, Entry], rest: Iterable[Found]
 ) -> Iterator[Found]:
-    """Images with the texts beside them, by the image's name, and what else is there."""
+    """Yield images with the texts beside them, then the items in `rest`."""
     for image in images:
         text: str | bytes | None = None
         if image.name in texts:

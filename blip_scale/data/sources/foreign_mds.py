@@ -1,7 +1,7 @@
-"""MDS sets of other makers, with images and captions under any columns.
+"""Read MDS sets of other makers, with images and captions in any columns.
 
-Shards may be compressed, in folders below the index, and in a bucket. `--image-key` and
-`--caption-key` name the columns where they have unusual names.
+Shards may be compressed, in folders below the index, and in a bucket. `--image-key` and `--caption-
+key` name columns with unusual names.
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ _IMAGE_COLUMNS = (*IMAGE_ENDINGS, "image", "image_bytes", "img", "pixels", *IMAG
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """Every shard is a chunk. Raises ValueError for an index that can't be read, or without a
-    column of images."""
+    """One chunk per shard.
+
+    Raises:
+        ValueError: the index can't be read, or has no column of images.
+    """
     location = join(source.location, INDEX_NAME)
     try:
         index = json.loads(read_file(location))
         entries = index["shards"]
         shards = [parse_shard(Path(), entry) for entry in entries]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{location} is no MDS index that can be read ({error})") from error
+        raise ValueError(f"{location} is not a valid MDS index ({error})") from error
     images = (source.image_key,) if source.image_key else _IMAGE_COLUMNS
     for entry, shard in zip(entries, shards, strict=True):
         columns = shard.columns.names
         if not set(images) & set(columns):
-            there = note_of(columns, "columns")
-            raise ValueError(f"{location}: no column with images ({there}): give --image-key")
+            note = note_of(columns, "columns")
+            raise ValueError(f"{location}: no column with images ({note}): give --image-key")
         packed = shard.zip_data or shard.raw_data
         yield Chunk(
             shard.raw_data.basename,
@@ -57,7 +60,7 @@ def chunks(source: Source) -> Iterator[Chunk]:
 
 
 def read_shard(source: Source, entry: dict[str, Any], images: tuple[str, ...]) -> Iterator[Found]:
-    """Every sample of a shard; one that is damaged is a reject, and so is a damaged shard."""
+    """Read every sample of a shard. Damaged samples and shards become rejects."""
     with tempfile.TemporaryDirectory(prefix="blip_scale_mds_") as made:
         shard = parse_shard(Path(made), entry)
         name = shard.raw_data.basename
@@ -71,12 +74,12 @@ def read_shard(source: Source, entry: dict[str, Any], images: tuple[str, ...]) -
             place = f"{name}[{index}]"
             try:
                 yield _pair(source, place, shard.read(index), images)
-            except Exception as error:  # whatever the decoder makes of damaged bytes
+            except Exception as error:  # from decoding damaged bytes
                 yield Reject(place, Reason.DAMAGED_INPUT, describe(error))
 
 
 def _unpack(source: Source, shard: Shard) -> None:
-    """Write the uncompressed shard into its folder."""
+    """Write the uncompressed shard to its folder."""
     target = shard.folder / shard.raw_data.basename
     target.parent.mkdir(parents=True, exist_ok=True)
     packed = shard.zip_data
@@ -84,7 +87,7 @@ def _unpack(source: Source, shard: Shard) -> None:
         try:
             data = read_file(join(source.location, packed.basename))
         except FileNotFoundError:
-            packed = None  # unpacked where it lies, as MosaicML's reader does
+            packed = None  # the set was decompressed in place, as MosaicML's reader does
     if packed is None:
         data = read_file(join(source.location, shard.raw_data.basename))
     problem = (packed or shard.raw_data).difference(data)

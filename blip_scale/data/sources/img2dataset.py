@@ -1,6 +1,7 @@
-"""The output of img2dataset in its three forms: webdataset tars, parquet with images, and files.
+"""Read the output of img2dataset: webdataset tars, parquet files with images, or files.
 
-Serves every set that is published as a list of URLs: Conceptual Captions, SBU, LAION.
+This serves every set that is published as a list of URLs, such as Conceptual Captions, SBU and
+LAION.
 """
 
 from __future__ import annotations
@@ -37,20 +38,21 @@ _FAILED = "there is no output of img2dataset (NNNNN.tar, NNNNN.parquet with imag
 def chunks(source: Source) -> list[Chunk]:
     """One chunk for each of img2dataset's shards.
 
-    Raises FileNotFoundError where none is found, ValueError for the lists of URLs from which
-    img2dataset starts.
+    Raises:
+        FileNotFoundError: there is no shard.
+        ValueError: the location is a list of URLs, the input of img2dataset.
     """
     tars = partial(webdataset.chunks, id_per_tar=False)
     if not is_folder(source.location):
         ending = extension(source.location)
         if ending in ("tsv", "csv", "json"):
             raise ValueError(
-                f"{source.location} is a list of URLs: fetch the images with img2dataset first "
-                "(docs/data.md has the command) and give the folder that it wrote"
+                f"{source.location} is a list of URLs: download the images with img2dataset first "
+                "(see docs/data.md), and give the folder that it wrote"
             )
         return parquet.chunks(source) if ending == "parquet" else tars(source)
     listed = list_folder(source.location, deep=True)
-    # Beside tars and folders lie parquet files too, with the metadata alone.
+    # img2dataset also writes parquet files with the metadata of tars and folders.
     if any(entry.name.lower().endswith(webdataset.TAR_ENDINGS) for entry in listed):
         return tars(source)
     folders: dict[str, list[Entry]] = {}
@@ -59,23 +61,24 @@ def chunks(source: Source) -> list[Chunk]:
         if posixpath.basename(folder).isdigit():
             folders.setdefault(folder, []).append(entry)
     if folders:
-        return [
-            Chunk(
-                folder,
-                partial(read_folder, entries, source.caption_key, posixpath.dirname(folder)),
-                of_files(entries),
-            )
-            for folder, entries in sorted(folders.items())
-        ]
+        folder_chunks = []
+        for folder, entries in sorted(folders.items()):
+            run = posixpath.dirname(folder)
+            read = partial(read_folder, entries, source.caption_key, run)
+            folder_chunks.append(Chunk(folder, read, of_files(entries)))
+        return folder_chunks
     if any(entry.name.endswith(".parquet") for entry in listed):
         return parquet.chunks(source)
     raise FileNotFoundError(f"{source.location}: {_FAILED}")
 
 
 def read_folder(entries: list[Entry], caption_key: str = "", run: str = "") -> Iterator[Found]:
-    """The form `files`: NNNNN.jpg, NNNNN.txt and NNNNN.json beside each other.
+    """Read img2dataset's form `files`: NNNNN.jpg, NNNNN.txt and NNNNN.json beside each other.
 
-    `run` is the folder above, for the ids.
+    Args:
+        entries: files of the folder.
+        caption_key: field of the JSON with the caption; "" for the .txt or the usual fields.
+        run: folder above, for the ids.
     """
     samples: dict[str, dict[str, str]] = {}
     unused: Counter[str] = Counter()

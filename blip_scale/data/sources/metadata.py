@@ -1,4 +1,4 @@
-"""What the sets call the same things: keys of JSON files, columns of tables, endings of files."""
+"""Names that data sets use: keys of JSON files, columns of tables, endings of files."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ CAPTION_KEYS = (
     "caption", "captions", "text", "txt", "TEXT", "re_caption", "recaption", "alt_text",
     "top_caption", "all_captions", "blip_caption", "sentence", "sentences", "description",
 )  # fmt: skip
-"""Where captions stand; the first that is not empty counts. LAION-COCO has `TEXT`, `top_caption`
+"""Names of captions, of which the first with a value is used. LAION-COCO has `TEXT`, `top_caption`
 and `all_captions`, Recap-DataComp `re_caption`, others `alt_text`."""
 _DATA_URL = re.compile(rb"data:image/[\w.+-]+;base64,")
 _BASE64_STARTS = (b"/9j/", b"iVBORw0KGgo", b"UklGR", b"R0lGOD", b"Qk0", b"SUkqA", b"TU0AK")
-"""How JPEG, PNG, WebP, GIF, BMP and TIFF begin."""
+"""First characters of JPEG, PNG, WebP, GIF, BMP and TIFF files in base64."""
 _SHORTEST_BASE64 = 100  # characters; a path is shorter, and no image is
 _INNER_KEYS = ("raw", "caption", "text", "sentence")
-"""Where a caption that is an object has its text."""
+"""Keys of the text in a caption that is an object."""
 URL_KEYS = ("url", "URL", "image_url")
 ID_KEYS = ("key", "__key__", "id", "image_id", "img_id", "uid")
 SIMILARITY_KEYS = ("similarity", "SIMILARITY", "clip_similarity")
 
 
 def first_of(fields: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    """The value of the first key that is there and not None."""
+    """Value of the first key that exists and is not None."""
     return next((fields[key] for key in keys if fields.get(key) is not None), None)
 
 
 def caption_keys(chosen: str) -> tuple[str, ...]:
-    """Where to look for the caption: where the user says, else at the usual places."""
+    """Keys to search for the caption: the user's key, else the usual ones."""
     return (chosen,) if chosen else CAPTION_KEYS
 
 
 def captions_of(fields: Mapping[str, Any], chosen: str) -> Any:
-    """The captions of a record: one text, a list of texts, None where there is none.
+    """Captions of a record: one text, a list of texts, or None.
 
-    Of the usual keys the first counts that is not empty. Lists of lists are flattened, objects such
-    as {raw: ...} give their text, and bytes are decoded.
+    Of the usual keys, the first with a value is used. Lists of lists are flattened, objects such as
+    {raw: ...} give their text, and bytes are decoded.
     """
     empty: Any = None
     for key in caption_keys(chosen):
@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
 
 
 def id_of(fields: Mapping[str, Any]) -> str:
-    """The id of a record, "" where it has none; 7.0, as tables with gaps have numbers, is 7."""
+    """Id of a record, or "" if it has none. An id of 7.0, as in tables with gaps, becomes 7."""
     value = first_of(fields, ID_KEYS)
     if isinstance(value, float):
         if math.isnan(value):
@@ -82,7 +82,7 @@ def id_of(fields: Mapping[str, Any]) -> str:
 
 
 def embedded_image(data: str | bytes) -> bytes | None:
-    """The image that a text or bytes hold as base64; None where they hold none."""
+    """Decode an image that a text or bytes hold as base64; None if they hold none."""
     text = data if isinstance(data, bytes) else data[:64].encode("utf-8", "replace")
     match = _DATA_URL.match(text)
     start = match.end() if match else 0
@@ -95,7 +95,7 @@ def embedded_image(data: str | bytes) -> bytes | None:
 
 
 def note_of(fields: Iterable[str], kind: str = "keys") -> str:
-    """What a record has instead of what is looked for."""
+    """List the fields of a record, for a message about a missing one."""
     names = ", ".join(map(str, fields))
     return f"{kind}: {names}" if names else f"no {kind}"
 
@@ -103,7 +103,7 @@ def note_of(fields: Iterable[str], kind: str = "keys") -> str:
 def pair_of(
     name: str, image: bytes | str | None, captions: Any, fields: Mapping[str, Any]
 ) -> RawPair:
-    """A pair with url and similarity out of `fields`."""
+    """Build a pair with url and similarity from `fields`."""
     url = first_of(fields, URL_KEYS)
     return RawPair(
         name, image, captions, url if isinstance(url, str) else "", _similarity(fields),
@@ -112,7 +112,7 @@ def pair_of(
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """The object in a JSON file beside an image; {} for anything else."""
+    """Parse the JSON file of an image; {} if it is not an object."""
     try:
         fields = untrusted.parse_json(data)
     except ValueError:
@@ -121,7 +121,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def as_text(data: bytes) -> str | bytes:
-    """Decoded; bytes that are no UTF-8 stay bytes, which are rejected later."""
+    """Decode UTF-8. Other bytes stay bytes, which are rejected later."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -1,8 +1,8 @@
-"""Sentences about two images: nlvr_train.json, nlvr_dev.json and nlvr_test.json as BLIP publishes
-them.
+"""Read NLVR2's sentences about two images: nlvr_train.json, nlvr_dev.json and nlvr_test.json.
 
-JSON lists of {images, sentence, label}: two paths, and "True" or "False". A record is a pair of
-images with all its sentences; the annotation of each holds `label`, true or false.
+The files, as published by BLIP, are JSON lists of {images, sentence, label}: two paths, and "True"
+or "False". A record is a pair of images with all its sentences. The annotation of each sentence
+holds `label`, true or false.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LABELS = {"True": True, "False": False, "true": True, "false": False}
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """All lists that `source` names together, cut into chunks."""
+    """Chunks of all lists that `source` names."""
     return in_chunks(group_by_image(_read_lists(source)), source.pairs_per_chunk)
 
 
@@ -47,7 +47,7 @@ def _read_lists(source: Source) -> Iterator[Found]:
 def _pair(source: Source, annotations: str, number: int, item: Any) -> Found:
     place = f"{basename(annotations)}:{number}"
     if not isinstance(item, dict):
-        return Reject(place, Reason.DAMAGED_INPUT, f"no object but {type(item).__name__}")
+        return Reject(place, Reason.DAMAGED_INPUT, f"not an object but {type(item).__name__}")
     missing = [key for key in ("images", "sentence", "label") if item.get(key) is None]
     if missing:
         note = f"{', '.join(missing)}; {note_of(item)}"

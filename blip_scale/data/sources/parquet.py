@@ -1,8 +1,8 @@
-"""Parquet files with the images in a column, as img2dataset and the Hugging Face hub have.
+"""Read parquet files with images in a column, as from img2dataset and the Hugging Face hub.
 
-The image column is called after a format (`jpg`, `png`, ...) or `image`, and holds bytes, base64, a
-path from --images (or the file's folder) on, or a {bytes, path}; the other columns are named as in
-`metadata`. Rows of the same id and image are one record with all their captions.
+The image column is named after a format (`jpg`, `png`, ...) or `image`. It holds bytes, base64, a
+path relative to --images (or the file's folder), or a {bytes, path}. The other columns are named as
+in `metadata`. Rows with the same id and image become one record with all their captions.
 """
 
 from __future__ import annotations
@@ -54,21 +54,24 @@ Row = dict[str, Any]
 
 
 def chunks(source: Source) -> list[Chunk]:
-    """Every parquet file below the folder, or the one file, is a chunk."""
+    """One chunk per parquet file below the folder, or for the single file."""
     files, others = find_files(source.location, _ENDINGS)
     if not files:
         raise FileNotFoundError(f"{source.location}: there is no .parquet")
-    found = []
+    file_chunks = []
     for file in files:
         name = without_ending(file.name, _ENDINGS)
-        found.append(file_chunk(file, partial(read_parquet, source, file.location, name)))
-    return with_unused(found, others)
+        file_chunks.append(file_chunk(file, partial(read_parquet, source, file.location, name)))
+    return with_unused(file_chunks, others)
 
 
 def read_parquet(source: Source, location: str, name: str) -> Iterator[Found]:
-    """All rows. A damaged file gives what is before the damage, then a reject.
+    """Read all rows. A damaged file gives the rows before the damage, then a reject.
 
-    `name` is the file's path in the set, without its ending.
+    Args:
+        source: the input.
+        location: the file.
+        name: path of the file in the set, without its ending.
     """
     import pyarrow
 
@@ -84,7 +87,7 @@ def read_parquet(source: Source, location: str, name: str) -> Iterator[Found]:
             yield from _read(ParquetFile(file), source, location, name)
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, RemoteError) or (isinstance(error, OSError) and error.errno):
-                raise  # the network's or the disk's fault, not the file's
+                raise  # the network or the disk failed, not the file
             yield Reject(basename(location), Reason.DAMAGED_INPUT, str(error))
 
 
@@ -94,7 +97,7 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
     if not images:
         yield Reject(
             basename(location), Reason.MISSING_KEY,
-            "has no column with images: give --image-key or, if it is a list of URLs, fetch them "
+            "has no column with images: give --image-key or, for a list of URLs, download them "
             f"with img2dataset first (docs/data.md); {note_of(names, 'columns')}",
         )  # fmt: skip
         return
@@ -113,17 +116,17 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
             place = f"{name}/{row}"
             row += 1
             try:
-                found = _pair(source, location, place, fields, images, repeated)
+                item = _pair(source, location, place, fields, images, repeated)
             except Exception as error:  # a row may hold anything
-                found = Reject(place, Reason.DAMAGED_INPUT, describe(error))
-            if isinstance(found, RawPair):
-                found = replace(found, note=note_of(names, "columns"))
-            if found is not None:
-                yield found
+                item = Reject(place, Reason.DAMAGED_INPUT, describe(error))
+            if isinstance(item, RawPair):
+                item = replace(item, note=note_of(names, "columns"))
+            if item is not None:
+                yield item
 
 
 def _image_columns(table: ParquetFile, source: Source) -> tuple[str, ...]:
-    """Columns with images; of unusual names the only one that holds bytes."""
+    """Columns with images. With unusual names, it is the only column that holds bytes."""
     import pyarrow
 
     schema = table.schema_arrow
@@ -149,7 +152,7 @@ def _repeated(
 ) -> dict[tuple[str, str], list[Any]]:
     """Captions of images with several rows, by id and hash of the image.
 
-    Only the ids are read where none comes twice.
+    Only the ids are read if none occurs twice.
     """
     id_columns = [column for column in columns if column in ID_KEYS]
     if not id_columns:
@@ -165,8 +168,8 @@ def _repeated(
             row_id = id_of(fields)
             if row_id and counts[row_id] > 1:
                 texts = captions_of(fields, source.caption_key)
-                own = captions.setdefault((row_id, _image_hash(fields, images)), [])
-                own += texts if isinstance(texts, list) else [texts]
+                image_captions = captions.setdefault((row_id, _image_hash(fields, images)), [])
+                image_captions += texts if isinstance(texts, list) else [texts]
     return captions
 
 
@@ -177,7 +180,7 @@ def _image_hash(fields: Row, images: tuple[str, ...]) -> str:
 
 
 def _plain(image: Any) -> Any:
-    """The bytes or the path of an image, out of a {bytes, path} or a list of one."""
+    """Bytes or path of an image, also from a {bytes, path} or a list with one item."""
     if isinstance(image, list) and len(image) == 1:
         return _plain(image[0])
     if isinstance(image, dict):
@@ -193,7 +196,7 @@ def _pair(
     images: tuple[str, ...],
     repeated: dict[tuple[str, str], list[Any]],
 ) -> Found | None:
-    """The pair of a row; None for a row whose captions an earlier row has taken."""
+    """Build the pair of a row; None if an earlier row has taken its captions."""
     row_id, folder = id_of(fields), posixpath.dirname(place.rpartition("/")[0])
     captions = captions_of(fields, source.caption_key)
     key = (row_id, _image_hash(fields, images))

@@ -1,4 +1,4 @@
-"""The readers that `prepare-data` offers. An entry of `READERS` is all that a new one needs."""
+"""The readers of `prepare-data`. To add a reader, add an entry to `READERS`."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from blip_scale.data.sources.webdataset import chunks as webdataset_chunks
 
 @dataclass(frozen=True)
 class SourceReader:
-    """A reader with everything that `prepare-data` shows and asks for it."""
+    """A reader with its help text and options."""
 
     chunks: Reader
-    """chunks(source, **options) -> the chunks to convert."""
+    """Function chunks(source, **options) that returns the chunks to convert."""
     help: str
-    """What it reads, in one line."""
+    """Description of the input, in one line."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Options that only this reader has: name of the keyword of `chunks` -> help text. `split`
-    becomes `--split`; values are text, "" by default."""
+    """Option of this reader only -> help text. A keyword `split` of `chunks` becomes `--split`.
+    Values are text, "" by default."""
     max_words: int = Rules.max_words
-    """Captions are cut to this many words, unless the user gives --max-words."""
+    """Number of words to which captions are truncated, unless the user sets --max-words."""
 
 
-_IMG2DATASET = "as img2dataset wrote it: tars, parquet or files"
+_IMG2DATASET = "as written by img2dataset: tars, parquet or files"
 
 READERS: dict[str, SourceReader] = {
     "coco": SourceReader(
@@ -57,7 +57,7 @@ READERS: dict[str, SourceReader] = {
         folder_chunks,
         "images with captions.csv, metadata.jsonl or a .txt beside each",
         {
-            "encoding": "encoding of a CSV or TSV that is no UTF-8: latin-1, utf-16, ...",
+            "encoding": "encoding of a CSV or TSV that is not UTF-8: latin-1, utf-16, ...",
             "columns": "names of the columns of a table without a header: image,caption",
         },
     ),
@@ -76,4 +76,4 @@ READERS: dict[str, SourceReader] = {
         max_words=50,
     ),
 }
-"""Name on the command line and, by default, `source` of the records -> its reader."""
+"""Name on the command line, and default `source` of the records -> reader."""

@@ -1,8 +1,8 @@
-"""SBU captions: what img2dataset fetched, or the published pair of lists and a folder of images.
+"""Read SBU captions from the output of img2dataset, or from the published lists and a folder.
 
-Line i of SBU_captioned_photo_dataset_urls.txt and of ..._captions.txt belong together. The images
-lie in --images under the last part of their URL (4385058960_b0f291553e.jpg); without --images they
-are fetched one by one, which --allow-outside permits.
+Line i of SBU_captioned_photo_dataset_urls.txt and line i of ..._captions.txt belong together. An
+image in --images is named by the last part of its URL (4385058960_b0f291553e.jpg). Without
+--images, the images are downloaded one by one, which needs --allow-outside.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ CAPTIONS = "SBU_captioned_photo_dataset_captions.txt"
 
 
 def chunks(source: Source) -> Iterable[Chunk]:
-    """Raises ValueError for two lists that do not have the same number of lines."""
+    """Chunks of img2dataset's output, or of the two lists.
+
+    Raises:
+        ValueError: the two lists differ in their number of lines.
+    """
     folder = source.location
     if not is_folder(folder):
         if basename(folder) not in (URLS, CAPTIONS):
@@ -33,8 +37,8 @@ def chunks(source: Source) -> Iterable[Chunk]:
     urls, captions = map(_lines, places)
     if len(urls) != len(captions):
         raise ValueError(
-            f"{places[0]} has {len(urls)} lines and {places[1]} {len(captions)}: line i of both "
-            "belong together, so one of them is cut"
+            f"{places[0]} has {len(urls)} lines but {places[1]} {len(captions)}: lines with the "
+            "same number belong together, so one file is incomplete"
         )
     pairs: list[Found] = []
     for url, caption in zip(urls, captions, strict=True):

@@ -1,9 +1,9 @@
-"""Tables of images and captions: CSV, TSV and JSON lines, as people and programs write them.
+"""Read tables of images and captions: CSV, TSV and JSON lines, as people and programs write them.
 
-Read are UTF-8 with or without a byte order mark, UTF-16 with one, and what --encoding says; commas,
-semicolons and tabs between the fields of a CSV; lists of captions in a cell. A TSV has no quoting.
-What leaves room for doubt is refused, with the line that was found and the option that decides it;
-a row that can't be read is rejected alone.
+Supported are UTF-8 with or without a byte order mark, UTF-16 with one, and the encoding in
+--encoding. A CSV may have commas, semicolons or tabs between its fields. A cell may hold a list of
+captions. A TSV has no quoting. An ambiguous table is refused; the message shows the line and the
+option that decides. A row that can't be read is rejected alone.
 """
 
 from __future__ import annotations
@@ -34,22 +34,24 @@ _DELIMITERS = ",;\t|"
 _LONGEST_FIELD = 1 << 20  # characters; csv's own limit of 128 kB stops at the first long text
 _LONGEST_ROW = 200  # lines of a quoted field
 _OPEN = "a quote is opened and not closed"
-_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as surrogateescape has them
-_LONGEST_LIST = 100_000  # characters of a cell that is looked at as a list
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, decoded by surrogateescape
+_LONGEST_LIST = 100_000  # characters of a cell that is parsed as a list
 _WITHOUT_COMMA = re.compile(r"""(['"])\s+(['"])""")
 
 
 def read_table(
     source: Source, location: str, encoding: str = "", columns: str = ""
 ) -> Iterator[Found]:
-    """Every row of a table; one that can't be read is a reject.
+    """Read every row of a table. A row that can't be read becomes a reject.
 
     Args:
-        encoding: of a file without a byte order mark; "" for UTF-8.
-        columns: names of the columns, with commas between, of a table without a header.
+        source: the input.
+        location: the table.
+        encoding: encoding of a file without a byte order mark; "" for UTF-8.
+        columns: comma-separated names of the columns of a table without a header.
 
     Raises:
-        ValueError: an unknown kind of file, or a table that can be read in several ways.
+        ValueError: the kind of file is unknown, or the table is ambiguous.
     """
     kind = extension(location.removesuffix(".gz"))
     if kind not in KINDS:
@@ -63,7 +65,7 @@ def read_table(
 
 
 def _lines(file: Any, location: str, encoding: str) -> Iterator[str]:
-    """The lines of a file; only \\n ends a line, as captions hold U+2028."""
+    """Yield the lines of a file. Only line feeds end a line, as captions may hold U+2028."""
     head = file.peek(4)[:4]
     encoding = next((name for mark, name in _MARKS if head.startswith(mark)), encoding)
     errors = "surrogatepass" if encoding.startswith("utf-") else "surrogateescape"
@@ -71,12 +73,14 @@ def _lines(file: Any, location: str, encoding: str) -> Iterator[str]:
         text = io.TextIOWrapper(file, encoding or "utf-8-sig", errors, newline="\n")
         for number, line in enumerate(text):
             if not number and "\0" in line:
-                raise ValueError(f"{location}:1 holds zero bytes: give --encoding, utf-16 perhaps")
+                raise ValueError(
+                    f"{location}:1 holds zero bytes: give --encoding, for example utf-16"
+                )
             yield line
     except LookupError as error:
         raise ValueError(f"--encoding {encoding}: {error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{location} is no {encoding}: {error}; see --encoding") from error
+        raise ValueError(f"{location} is not {encoding}: {error}; see --encoding") from error
 
 
 def _json_lines(source: Source, location: str, lines: Iterable[str]) -> Iterator[Found]:
@@ -114,7 +118,7 @@ def _rows(
             detail = f"{len(fields)} fields, more than the {len(header)} columns; quote the text?"
             yield Reject(place, Reason.DAMAGED_INPUT, detail, captions=1)
         elif any(map(_ESCAPED.search, fields)):
-            detail = "no UTF-8: give --encoding, latin-1 perhaps"
+            detail = "not UTF-8: give --encoding, for example latin-1"
             yield Reject(place, Reason.DAMAGED_INPUT, detail, captions=1)
         else:
             row = dict(zip(header, fields, strict=False))
@@ -132,7 +136,7 @@ def _pair(source: Source, location: str, number: int, row: dict[str, Any]) -> Fo
 
 
 def _list_in(cell: str) -> str | list[str]:
-    """The texts of a cell that holds a list of them, as JSON or as Python writes it."""
+    """Parse a cell that holds a list of texts in JSON's or Python's syntax."""
     text = cell.strip()
     if not (text.startswith("[") and text.endswith("]")) or len(text) > _LONGEST_LIST:
         return cell
@@ -153,7 +157,7 @@ def _image_keys(source: Source) -> tuple[str, ...]:
 
 
 def _delimiter(source: Source, first: str) -> str:
-    """The first of the usual ones with which the header has an image and a caption."""
+    """First usual delimiter with which the header has an image and a caption."""
     for delimiter in _DELIMITERS:
         names = set(_usual_names(_split(first, delimiter)))
         has_image = names & set(_image_keys(source))
@@ -169,29 +173,31 @@ def _split(line: str, delimiter: str) -> list[str]:
 
 
 def _usual_names(header: list[str]) -> list[str]:
-    """`Image` and `CAPTION` are the usual names too."""
+    """Replace variants such as `Image` and `CAPTION` by the usual names."""
     usual = {*IMAGE_KEYS, *URL_KEYS, *caption_keys(""), *SIMILARITY_KEYS}
-    return [
-        name.lower() if name not in usual and name.lower() in usual else name for name in header
-    ]
+    names = []
+    for name in header:
+        is_variant = name not in usual and name.lower() in usual
+        names.append(name.lower() if is_variant else name)
+    return names
 
 
 def _check_header(source: Source, location: str, header: list[str]) -> None:
     shown = shortened(", ".join(header))
-    found = f"{location}:1: the first line is {shown!r}"
+    place = f"{location}:1: the first line is {shown!r}"
     for what, keys, option in (
         ("image", _image_keys(source), "--image-key"),
         ("caption", caption_keys(source.caption_key), "--caption-key"),
     ):
         if not set(keys) & set(header):
             raise ValueError(
-                f"{found}: no column for the {what} ({shortened(', '.join(keys), 80)}): give "
+                f"{place}: no column for the {what} ({shortened(', '.join(keys), 80)}): give "
                 f"{option} NAME, or --columns image,caption for a table without such a line"
             )
         twice = [name for name, count in Counter(header).items() if count > 1 and name in keys]
         if twice:
             raise ValueError(
-                f"{found}: {len(header)} columns, and several are called {twice[0]!r}: rename one, "
+                f"{place}: several of {len(header)} columns are called {twice[0]!r}: rename one, "
                 f"or name another with {option}"
             )
 
@@ -203,9 +209,9 @@ def _tab_records(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(line, its fields) of each row; the problem in place of the fields of a line that is none.
+    """Yield the line number and the fields of each row, or the problem instead of the fields.
 
-    A quote that is not closed costs its own line, not those that follow.
+    A quote that is not closed spoils only its own line, not the following ones.
     """
     row_start = re.compile(
         rf'"?[^"\n{re.escape(delimiter)}]{{1,300}}\.(?:{"|".join(IMAGE_ENDINGS)})"?\s*'
@@ -239,7 +245,7 @@ def _csv_records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, li
 
 
 def _parse(text: str, delimiter: str) -> list[str] | str:
-    """The fields of a row, or what is wrong with it."""
+    """Parse the fields of a row, or return the problem with it."""
     csv.field_size_limit(_LONGEST_FIELD)
     try:
         rows = list(csv.reader([text], delimiter=delimiter, strict=True, skipinitialspace=True))
@@ -248,8 +254,8 @@ def _parse(text: str, delimiter: str) -> list[str] | str:
     return rows[0] if rows else []
 
 
-def in_folder(found: Found, folder: str) -> Found:
-    """What a table in a folder of the set gave, with the folder in its id."""
-    if not folder or isinstance(found, Unused):
-        return found
-    return replace(found, id=f"{folder}/{found.id}")
+def in_folder(item: Found, folder: str) -> Found:
+    """Add the folder of a table to the id of an item."""
+    if not folder or isinstance(item, Unused):
+        return item
+    return replace(item, id=f"{folder}/{item.id}")

@@ -1,13 +1,14 @@
-"""Dialogs about images: visdial_1.0_train.json and visdial_1.0_val.json as published.
+"""Read VisDial's dialogs about images: visdial_1.0_train.json and visdial_1.0_val.json.
 
-`data` holds `questions` and `answers`, lists of texts, and `dialogs`, which name them by number:
-{image_id, caption, dialog: ten rounds of {question, answer, answer_options, gt_index}}. A record is
-an image with the questions of its rounds; the annotation of each holds the image's `caption`, the
-`history` (question and answer of each round before), 100 `candidates`, and `answer`, the number of
-the true one. With --relevance also `relevance`, how well each candidate answers, where people were
-asked (visdial_1.0_val_dense_annotations.json).
+`data` holds `questions` and `answers`, lists of texts, and `dialogs`, which refer to them by
+number: {image_id, caption, dialog: ten rounds of {question, answer, answer_options, gt_index}}.
 
-The images are those files below --images whose name ends in the number `image_id`
+A record is an image with the questions of its rounds. The annotation of each question holds the
+image's `caption`, the `history` (question and answer of each earlier round), 100 `candidates`, and
+`answer`, the index of the true candidate. With --relevance it also holds `relevance`, the quality
+of each candidate as judged by people (visdial_1.0_val_dense_annotations.json).
+
+The file of an image lies below --images, and its name ends in the number `image_id`
 (COCO_train2014_000000378466.jpg, VisualDialog_val2018_000000185565.jpg).
 """
 
@@ -32,49 +33,57 @@ from blip_scale.storage.locations import basename, list_folder, parent, stem
 _LISTS = ("dialogs", "questions", "answers")
 
 Relevance = dict[tuple[int, int], list[float]]
-"""Of each candidate, by image and round (counted from 1)."""
+"""(image id, round counted from 1) -> relevance of each candidate."""
 
 
 def chunks(source: Source, relevance: str = "") -> Iterator[Chunk]:
-    """Chunks of one annotation file. Raises ValueError for another format.
+    """Chunks of one annotation file.
 
-    `relevance` is a file with people's judgement of the candidates; "" without.
+    Args:
+        source: the input.
+        relevance: file with people's judgements of the candidates; "" for none.
+
+    Raises:
+        ValueError: a file has another format.
     """
     content = load_json(source.location)
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, dict) or not all(isinstance(data.get(n), list) for n in _LISTS):
-        raise ValueError(f"{source.location} is no VisDial file: data with {', '.join(_LISTS)}")
+        raise ValueError(
+            f"{source.location} is not a VisDial file: it lacks data with {', '.join(_LISTS)}"
+        )
     judgements = _relevance(relevance) if relevance else {}
     files = _images(source.images or parent(source.location))
     return in_chunks(list(_dialogs(source, data, files, judgements)), source.pairs_per_chunk)
 
 
 def _images(folder: str) -> dict[int, str]:
-    """Files by the number at the end of their name."""
-    found = {}
+    """Number at the end of a file's name -> its location."""
+    files = {}
     for entry in list_folder(folder, deep=True):
         number = re.search(r"\d+$", stem(entry.name))
         if number:
-            found[int(number[0])] = entry.location
-    return found
+            files[int(number[0])] = entry.location
+    return files
 
 
 def _relevance(location: str) -> Relevance:
     try:
-        return {
-            (item["image_id"], item["round_id"]): [float(x) for x in _relevances(item)]
-            for item in load_list(location, "{image_id, round_id, gt_relevance}")
-        }
+        relevance: Relevance = {}
+        for item in load_list(location, "{image_id, round_id, gt_relevance}"):
+            key = (item["image_id"], item["round_id"])
+            relevance[key] = [float(value) for value in _relevances(item)]
+        return relevance
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{location}: no list of relevances ({error})") from error
+        raise ValueError(f"{location}: not a list of relevances ({error})") from error
 
 
 def _relevances(item: dict[str, Any]) -> list[Any]:
-    """The validation set calls them gt_relevance, the training set relevance."""
-    found = item.get("gt_relevance", item.get("relevance"))
-    if not isinstance(found, list):
+    """Relevances of an item: gt_relevance in the validation set, relevance in the training set."""
+    relevances = item.get("gt_relevance", item.get("relevance"))
+    if not isinstance(relevances, list):
         raise TypeError(f"image {item.get('image_id')} has none")
-    return found
+    return relevances
 
 
 def _dialogs(
@@ -87,10 +96,10 @@ def _dialogs(
             texts = [(data["questions"][r["question"]], _candidates(data, r)) for r in rounds]
             annotations = _annotations(caption, texts, rounds)
             for turn, annotation in enumerate(annotations, start=1):
-                known = relevance.get((image_id, turn))
-                if known is not None and len(known) != len(annotation["candidates"]):
-                    raise ValueError(f"round {turn} has {len(known)} relevances")
-                annotation |= {} if known is None else {"relevance": known}
+                judged = relevance.get((image_id, turn))
+                if judged is not None and len(judged) != len(annotation["candidates"]):
+                    raise ValueError(f"round {turn} has {len(judged)} relevances")
+                annotation |= {} if judged is None else {"relevance": judged}
         except (KeyError, TypeError, IndexError, ValueError) as error:
             kind = Reason.MISSING_KEY if isinstance(error, KeyError) else Reason.BAD_ANNOTATION
             yield Reject(place, kind, str(error))
@@ -115,11 +124,11 @@ def _candidates(data: dict[str, Any], turn: dict[str, Any]) -> list[str]:
 def _annotations(
     caption: str, texts: Sequence[tuple[str, list[str]]], rounds: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     history: list[list[str]] = []
     for (question, candidates), turn in zip(texts, rounds, strict=True):
         answer = turn["gt_index"]
-        found.append(
+        annotations.append(
             {
                 "caption": caption,
                 "history": list(history),
@@ -128,4 +137,4 @@ def _annotations(
             }
         )
         history.append([question, candidates[answer]])
-    return found
+    return annotations

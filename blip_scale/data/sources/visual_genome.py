@@ -1,8 +1,8 @@
-"""Visual Genome: the region descriptions as distributed, or vg_caption.json as BLIP uses it.
+"""Read Visual Genome's region descriptions, or vg_caption.json as BLIP uses it.
 
-A record is an image with the phrases of all its regions. Give the folder with
-region_descriptions.json, image_data.json, VG_100K and VG_100K_2, or a JSON list of
-{image, caption}.
+A record is an image with the phrases of all its regions. The input is a folder with
+region_descriptions.json, image_data.json, VG_100K and VG_100K_2, or a JSON list of {image,
+caption}.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _regions(source: Source) -> Iterator[Found]:
 
 def _entry(source: Source, images: dict[Any, dict[str, Any]], number: int, entry: Any) -> Found:
     regions = entry.get("regions")
-    # Newer releases have the image's id beside the regions, older ones in every region alone.
+    # Newer releases store the image's id beside the regions, older ones only in each region.
     image_id = entry.get("id", entry.get("image_id"))
     if image_id is None and regions:
         image_id = regions[0].get("image_id")
@@ -61,6 +61,6 @@ def _entry(source: Source, images: dict[Any, dict[str, Any]], number: int, entry
 
 def _pair(source: Source, image_id: Any, image: dict[str, Any], phrases: list[Any]) -> RawPair:
     url = image.get("url") or ""
-    # .../VG_100K_2/1.jpg: the folders on the disk are called as on the server.
+    # .../VG_100K_2/1.jpg: folders on the disk have the same names as on the server.
     path = "/".join(url.split("/")[-2:]) or f"VG_100K/{image_id}.jpg"
     return RawPair(str(image_id), join(source.images or source.location, path), phrases, url)

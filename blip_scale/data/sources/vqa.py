@@ -1,9 +1,9 @@
-"""Questions about images: the lists that BLIP publishes for VQA v2 and Visual Genome.
+"""Read questions about images: BLIP's lists for VQA v2 and Visual Genome.
 
-JSON lists of {question, answer, image, dataset, question_id}: `answer` is a list with a string of
-each annotator in vqa_train.json and vqa_val.json, one string in vg_qa.json, and missing in
-vqa_test.json, whose items need their `question_id`. A record is an image with all its questions;
-the annotation of each holds `answers`, `dataset` and `question_id`, as far as they are there.
+They are JSON lists of {question, answer, image, dataset, question_id}. `answer` is a list with the
+answer of each annotator in vqa_train.json and vqa_val.json, and one string in vg_qa.json.
+vqa_test.json has no answers; its items need their `question_id`. A record is an image with all its
+questions. The annotation of each question holds `answers`, `dataset` and `question_id`, if present.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from blip_scale.storage.locations import basename
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """All lists that `source` names together, cut into chunks."""
+    """Chunks of all lists that `source` names."""
     if not source.caption_key:
         source = replace(source, caption_key="question")
     return in_chunks(group_by_image(_read_lists(source)), source.pairs_per_chunk)
@@ -41,30 +41,36 @@ def _read_lists(source: Source) -> Iterator[Found]:
 
 
 def _pair(source: Source, location: str, answered: bool, number: int, item: Any) -> Found:
-    found = pair_of_item(source, location, number, item)
-    if isinstance(found, Reject):
-        return found
+    pair = pair_of_item(source, location, number, item)
+    if isinstance(pair, Reject):
+        return pair
     try:
         annotation = _annotation(item, answered)
     except ValueError as error:
         place = f"{basename(location)}:{number}"
         return Reject(place, Reason.BAD_ANNOTATION, str(error), captions=1)
-    assert isinstance(found, RawPair)
-    captions = found.captions if isinstance(found.captions, list) else [found.captions]
-    return replace(found, annotations=[annotation] * len(captions), is_question=True)
+    assert isinstance(pair, RawPair)
+    captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
+    return replace(pair, annotations=[annotation] * len(captions), is_question=True)
 
 
 def _annotation(item: Mapping[str, Any], answered: bool) -> dict[str, Any]:
-    """Raises ValueError for an item that can be neither learned nor answered."""
-    found = {name: item[name] for name in ("dataset", "question_id") if item.get(name) is not None}
+    """Build the annotation of a question.
+
+    Raises:
+        ValueError: the item is usable for neither training nor a submission.
+    """
+    annotation = {
+        name: item[name] for name in ("dataset", "question_id") if item.get(name) is not None
+    }
     if not answered:
-        if "question_id" not in found:
+        if "question_id" not in annotation:
             raise ValueError("neither answer nor question_id")
-        return found
+        return annotation
     answers = item.get("answer")
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not answers:
         raise ValueError("no answer")
-    if not all(isinstance(one, str) and one.strip() for one in answers):
-        raise ValueError("an answer that is no text")
-    return {"answers": answers, **found}
+    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise ValueError("an answer that is not text")
+    return {"answers": answers, **annotation}

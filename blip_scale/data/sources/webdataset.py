@@ -1,8 +1,8 @@
-"""Webdataset tars: consecutive files with the same name up to the first dot are a sample.
+"""Read webdataset tars, in which consecutive files with one name up to the first dot are a sample.
 
-What follows the last dot decides what a file is: s.input.jpg is an image. The caption is in the
-.txt (or .caption), else under a usual key of the .json, which also holds url and similarity. Ids
-begin with the name of the tar, as keys are unique in a tar alone.
+The part after the last dot determines the kind of a file: s.input.jpg is an image. The caption is
+in the .txt (or .caption), else under a usual key of the .json, which also holds url and similarity.
+Ids begin with the name of the tar, because keys are unique only within a tar.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from blip_scale.storage.objects import RemoteError
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _COMPANIONS = (".parquet", ".json", ".idx")
-"""What img2dataset and indexers put beside tars."""
+"""Endings of files that img2dataset and indexers write beside tars."""
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 _IMAGE, _TEXT, _JSON = "image", "text", "json"
 _LARGEST_HEADER_BYTES = 1 << 20
@@ -66,62 +66,68 @@ _LARGEST_SAMPLE = 100  # files with the same name up to the first dot
 
 
 def chunks(source: Source, id_per_tar: bool = True) -> list[Chunk]:
-    """Every tar below the folder, or the one tar, is a chunk.
+    """One chunk per tar below the folder, or for the single tar.
 
-    `id_per_tar`: ids begin with the tar's name; else with its folder below the location, for tars
-    of one run, whose keys differ.
+    Args:
+        source: the input.
+        id_per_tar: ids begin with the name of the tar. If False, they begin with the folder of the
+            tar below the location, for tars of one run, whose keys are unique.
     """
     tars, others = find_files(source.location, TAR_ENDINGS)
     if not tars:
-        found = ", ".join(f"{unused.count} {unused.kind}" for unused in others)
+        listing = ", ".join(f"{unused.count} {unused.kind}" for unused in others)
         raise FileNotFoundError(
             f"{source.location}: there is no tar ({', '.join(TAR_ENDINGS)}), but "
-            f"{found or 'nothing'}"
+            f"{listing or 'nothing'}"
         )
-    found_chunks = []
+    tar_chunks = []
     for tar in tars:
         prefix = without_ending(tar.name, TAR_ENDINGS)
         prefix = prefix if id_per_tar else posixpath.dirname(prefix)
         read = partial(read_tar, tar.location, source.caption_key, f"{prefix}/" if prefix else "")
-        found_chunks.append(file_chunk(tar, read))
-    return with_unused(found_chunks, others)
+        tar_chunks.append(file_chunk(tar, read))
+    return with_unused(tar_chunks, others)
 
 
 def find_files(location: str, endings: tuple[str, ...]) -> tuple[list[Entry], list[Unused]]:
-    """Files below a folder by their endings, and what else is there; a location that is a file is
-    taken as it is."""
+    """Find files below a folder by their endings, and count the other files.
+
+    A location that is a file is returned itself.
+    """
     if not is_folder(location):
         version = "" if is_web(location) else file_version(location)
         size = 0 if is_web(location) else file_size(location)
         return [Entry(basename(location), location, False, size, version)], []
     listed = list_folder(location, deep=True)
     files = [entry for entry in listed if entry.name.lower().endswith(endings)]
-    rest = Counter(
-        posixpath.splitext(entry.name)[1].lower()
-        for entry in listed
-        if not entry.name.lower().endswith((*endings, *_COMPANIONS))
-    )
+    rest: Counter[str] = Counter()
+    for entry in listed:
+        name = entry.name.lower()
+        if not name.endswith((*endings, *_COMPANIONS)):
+            rest[posixpath.splitext(name)[1]] += 1
     return files, [
         Unused(f"files {ending or 'without an ending'}", n) for ending, n in rest.items()
     ]
 
 
 def without_ending(name: str, endings: tuple[str, ...]) -> str:
-    """A file's name without the longest of the endings that it has."""
+    """Remove from a file's name the longest ending that matches."""
     lengths = [len(ending) for ending in endings if name.lower().endswith(ending)]
     return name[: len(name) - max(lengths, default=0)]
 
 
 def file_chunk(entry: Entry, read: partial[Iterator[Found]]) -> Chunk:
-    """A chunk that is a file."""
+    """Build a chunk of one file."""
     return Chunk(entry.name, read, f"{entry.size}-{entry.version}", input_bytes=entry.size)
 
 
-def with_unused(found: list[Chunk], unused: Sequence[Unused]) -> list[Chunk]:
-    """The chunks; the last one tells what else is in the input."""
+def with_unused(file_chunks: list[Chunk], unused: Sequence[Unused]) -> list[Chunk]:
+    """Let the last chunk report the unused files of the input."""
     if unused:
-        found[-1] = replace(found[-1], read=partial(_read_with, found[-1].read, unused))
-    return found
+        file_chunks[-1] = replace(
+            file_chunks[-1], read=partial(_read_with, file_chunks[-1].read, unused)
+        )
+    return file_chunks
 
 
 def _read_with(read: Callable[[], Iterable[Found]], unused: Sequence[Unused]) -> Iterator[Found]:
@@ -130,11 +136,14 @@ def _read_with(read: Callable[[], Iterable[Found]], unused: Sequence[Unused]) ->
 
 
 def read_tar(location: str, caption_key: str = "", prefix: str = "") -> Iterator[Found]:
-    """All samples of a tar. A damaged one gives what is before the damage, then rejects: the sample
-    that the damage may have cut, and the tar."""
+    """Read all samples of a tar.
+
+    A damaged tar gives the samples before the damage, then two rejects: one for the sample that may
+    be cut, and one for the tar.
+    """
     unused: Counter[str] = Counter()
     try:
-        # As a stream: nothing is sought, so that it may come over a network.
+        # Read as a stream without seeking, so that it can come over a network.
         with (
             open_file(location) as file,
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar,
@@ -157,7 +166,10 @@ def read_tar(location: str, caption_key: str = "", prefix: str = "") -> Iterator
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether the tar is at fault, not the disk or the network; bz2 says it by a bare OSError."""
+    """Return True if the tar is damaged, False if disk or network failed.
+
+    bz2 reports damage by an OSError without errno.
+    """
     is_system = isinstance(error, RemoteError) or getattr(error, "errno", None) is not None
     return not is_system
 
@@ -169,8 +181,10 @@ class _CutSample(Exception):
 
 
 class _Member(tarfile.TarInfo):
-    """Takes nothing but the end mark for the end: tarfile also ends, and says nothing, at a damaged
-    header and where a tar was cut off."""
+    """Tar member that accepts only the end mark as the end.
+
+    tarfile silently stops at a damaged header and at the end of a truncated tar.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _Member:
@@ -184,21 +198,21 @@ class _Member(tarfile.TarInfo):
         try:
             return super().fromtarfile(archive)
         except tarfile.HeaderError as error:
-            if type(error).__name__ == "EOFHeaderError":  # the end mark; the class isn't public
+            if type(error).__name__ == "EOFHeaderError":  # the end mark; the class is not public
                 raise
             place = f"byte {archive.offset}"
             raise tarfile.ReadError(f"no end mark but {error or 'nothing'} at {place}") from error
 
 
 class _Links:
-    """Contents of links in a tar, which a stream can't go back to."""
+    """Contents of links in a tar. They need a second pass, as a stream cannot go back."""
 
     def __init__(self, location: str):
         self._location = location
         self._tar: tarfile.TarFile | None = None
 
     def read(self, member: tarfile.TarInfo, largest: int) -> bytes | None:
-        """None where the tar does not hold what the link names."""
+        """Content of a link's target, or None if the tar does not hold it."""
         if self._tar is None:
             self._tar = tarfile.open(fileobj=open_file(self._location), mode="r:*")  # noqa: SIM115
         try:
@@ -209,36 +223,38 @@ class _Links:
 
 @dataclass
 class Sample:
-    """The files of one sample."""
+    """The files of a sample."""
 
     name: str
     parts: dict[str, bytes] = field(default_factory=dict)
-    """Contents by what follows the first dot of the names, in the order of the tar."""
+    """Part of a name after the first dot -> content, in the order of the tar."""
     stored_bytes: int = 0
     problem: str = ""
-    """Why a file of it can't be read."""
+    """Reason why a file of the sample can't be read, or ""."""
     reason: Reason = Reason.MISSING_IMAGE
-    """Reason of the reject where there is a problem."""
+    """Reason of the reject if there is a problem."""
 
     def is_followed_by(self, ending: str) -> bool:
-        """Whether a file with the same name up to the first dot begins another sample: photo.2.jpg
-        after photo.1.jpg and photo.1.txt."""
+        """Return True if a file with the same name up to the first dot begins another sample.
+
+        For example, photo.2.jpg does so after photo.1.jpg and photo.1.txt.
+        """
         if ending in self.parts or len(self.parts) >= _LARGEST_SAMPLE:
             return True
         kinds: dict[str, set[str]] = {}
-        for own in self.parts:
-            kinds.setdefault(_inner(own), set()).add(kind_of(own))
+        for other in self.parts:
+            kinds.setdefault(_inner(other), set()).add(kind_of(other))
         whole = [s for s, k in kinds.items() if s and _IMAGE in k and k & {_TEXT, _JSON}]
         return bool(whole and _inner(ending) and _inner(ending) not in kinds)
 
 
 def _inner(ending: str) -> str:
-    """What stands between the first dot of a name and the last."""
+    """Part of a name between the first and the last dot."""
     return ending.rpartition(".")[0]
 
 
 def kind_of(ending: str) -> str:
-    """Image, text or json; "" for what is not read. The last ending decides."""
+    """Kind of a file by its last ending: image, text or json, or "" for others."""
     last = ending.rpartition(".")[2]
     if last in IMAGE_ENDINGS:
         return _IMAGE
@@ -264,7 +280,7 @@ def _samples(tar: tarfile.TarFile, links: _Links, unused: Counter[str]) -> Itera
                 if sample.parts:
                     yield sample
                 sample = Sample(key)
-            sample.parts[ending] = b""  # the sample is begun, even if its content can't be read
+            sample.parts[ending] = b""  # the sample exists, even if its content can't be read
             sample.stored_bytes += tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE))
             room = LARGEST_FILE_BYTES - sum(map(len, sample.parts.values()))
             try:
@@ -292,17 +308,17 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, largest: int) -> byt
 
 
 def _key(path: str) -> tuple[str, str]:
-    """The sample that a file belongs to ("" for none), and its ending there."""
+    """Sample that a file belongs to ("" for none), and the file's ending in it."""
     folder, slash, file_name = path.removeprefix("./").rpartition("/")
     stem, _, ending = file_name.partition(".")
-    # Without a stem it is a hidden file, such as the ._000.jpg of a Mac.
+    # A file without a stem is hidden, such as ._000.jpg on macOS.
     return (folder + slash + stem if stem else ""), ending.lower()
 
 
 def sample_pairs(
     sample: Sample, caption_key: str, unused: Counter[str]
 ) -> Iterator[RawPair | Reject]:
-    """The pair of a sample's files, or several where its images have texts of their own."""
+    """Yield the pair of a sample, or several pairs if its images have their own texts."""
     endings = list(sample.parts)
     images = [ending for ending in endings if kind_of(ending) == _IMAGE]
     texts = {_inner(ending) for ending in endings if kind_of(ending) in (_TEXT, _JSON)}
@@ -310,9 +326,9 @@ def sample_pairs(
     if sample.problem:
         yield Reject(sample.name, sample.reason, sample.problem, captions=len(texts))
         return
-    of_their_own = [ending for ending in images if _inner(ending) and _inner(ending) in texts]
-    if of_their_own and all(map(_inner, images)):  # photo.1.jpg and photo.1.txt
-        for image in of_their_own:
+    captioned = [ending for ending in images if _inner(ending) and _inner(ending) in texts]
+    if captioned and all(map(_inner, images)):  # photo.1.jpg and photo.1.txt
+        for image in captioned:
             parts = [ending for ending in endings if _inner(ending) == _inner(image)]
             yield _pair(f"{sample.name}.{_inner(image)}", sample, parts, caption_key, used)
     else:
@@ -323,8 +339,8 @@ def sample_pairs(
 def _pair(
     name: str, sample: Sample, endings: Sequence[str], caption_key: str, used: set[str]
 ) -> RawPair:
-    """The pair of some files of a sample; adds those that it takes to `used`."""
-    # Plain endings before others: a.jpg is the image of a.jpg, a.mask.png.
+    """Build a pair from some files of a sample, and add the files used to `used`."""
+    # Plain endings come first: of a.jpg and a.mask.png, a.jpg is the image.
     plain_first = sorted(endings, key=lambda ending: bool(_inner(ending)))
     chosen: dict[str, str] = {}
     for ending in plain_first:
@@ -338,7 +354,7 @@ def _pair(
     pair = pair_of(name, None if image is None else sample.parts[image], captions, fields)
     note = note_of(endings, "files")
     if content and not fields:
-        note += "; the json is damaged or no object"
+        note += "; the json is damaged or not an object"
     elif fields:
         note += f"; {pair.note}"
     elif image is None or text is None:
