@@ -283,14 +283,16 @@ class CheckpointRecipe:
 
 @dataclass(frozen=True, config=_STRICT)
 class LogRecipe:
+    to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Loggers: tensorboard, wandb (Weights & Biases; `pip install wandb`), csv (metrics.csv).
+    metrics.jsonl is always written."""
     every_steps: Positive = 50
-    """Optimizer steps between two points in TensorBoard and metrics.jsonl, each with a line on the
-    terminal."""
+    """Optimizer steps between two logged points, each with a line on the terminal."""
     every_s: Above0 | None = 30.0
-    """Seconds after which a line appears on the terminal between two points, with the means since
-    the last point; null: never."""
+    """Longest time without a line on the terminal, in seconds. Lines between two points hold the
+    means since the last point. null: no such lines."""
     peak_tflops: Above0 | None = None
-    """Matrix-multiply peak of one rank's device for MFU; null: measured at the start."""
+    """Matrix-multiply peak of one rank's device, for MFU; null: measured at the start."""
     sample_ids: bool = False
     """Keep the ids of every step's samples, rank by rank, in samples/rank_N.jsonl."""
 
