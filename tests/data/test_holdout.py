@@ -265,4 +265,4 @@ def test_the_seed_is_fixed() -> None:
     assert chosen.tolist() == CHOSEN
 
 
-CHOSEN = [0, 0, 0, 0, 0]
+CHOSEN = [297, 391, 841, 958, 960]

@@ -30,7 +30,7 @@ from blip_scale.data.shards import CAPTIONS_KEY, Record
 
 SUMMARY_NAME = "summary.json"
 REJECTS_NAME = "rejects.jsonl"
-_OURS = re.compile(r"shard\.\d{6}\.((unique|kept)\.)?(\d{5}\.)?\d{5}\.mds")
+_OURS = re.compile(r"shard\.\d{6}(\.\d{5}\.(unique|kept))*\.\d{5}\.mds")
 """Names of the shards that a conversion writes; `unique` without duplicates, `kept` without
 held-out pairs."""
 _WRITTEN = (INDEX_NAME, REJECTS_NAME, SUMMARY_NAME)
@@ -163,7 +163,8 @@ def _drop(
                 captions.append(counts)
                 continue
             path = out.fetch(name, folder / "fetched")
-            prefix = f"{number:06}.{'kept' if held_out else 'unique'}.{name.split('.')[-2]}"
+            prefix = name.removeprefix("shard.").removesuffix("mds")
+            prefix += "kept" if held_out else "unique"
             kept = records(parse_shard(path.parent, entry))
             entries, kept_counts = write_chunk_shards(folder, kept, prefix, shard_bytes)
             shards += entries
