@@ -178,6 +178,15 @@ def test_a_foreign_heldout_set_is_left_alone(tmp_path: Path) -> None:
         convert(job_of(tmp_path / "out", 10), Part())
 
 
+def test_a_heldout_set_that_was_removed_is_named(tmp_path: Path) -> None:
+    """Another choice from the pairs that are left would hold out pairs twice."""
+    out = tmp_path / "out"
+    convert(job_of(out, 20), Part())
+    (out / "heldout" / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"heldout/index\.json was not there.*--overwrite"):
+        merge(str(out))
+
+
 def test_a_chunk_that_is_converted_again_gives_its_pairs_up_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(job_of(out, 20), Part())

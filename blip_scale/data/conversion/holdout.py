@@ -122,7 +122,7 @@ def write_heldout(
         shard_bytes: largest size of a shard.
 
     Raises:
-        ValueError: see `choose`.
+        ValueError: see `choose`; or the pairs were taken out of chunks, but the set is gone.
     """
     if out.has(_INDEX):
         return {int(number): ids for number, ids in json.loads(out.read(_CHOSEN)).items()}
@@ -196,7 +196,7 @@ def _chosen_positions(
     ids, sizes = [], []
     keys: dict[str, list[np.ndarray]] = defaultdict(list)
     for text in out.read_many([report_name(number) for number in numbers]):
-        report = Report.from_json(text)
+        report = _untouched(out, text)
         ids.append(np.array([_hash(name.encode()) for name in report.ids], np.uint64))
         sizes.append(len(report.ids))
         for key in KEYS:
@@ -211,6 +211,23 @@ def _chosen_positions(
     return positions
 
 
+def _untouched(out: OutputFolder, text: bytes) -> Report:
+    """A chunk's report. In a bucket, two merges may run at the same time: then a chunk may have lost
+    its held-out pairs since this one looked for their set.
+
+    Raises:
+        ValueError: it has lost pairs.
+    """
+    report = Report.from_json(text)
+    if report.held_out:
+        raise ValueError(
+            f"{out.location}: held-out pairs were taken out of chunk {report.number}, but {_INDEX} "
+            "was not there: run --merge when no other merge is under way; if the file was removed, "
+            "convert again with --overwrite"
+        )
+    return report
+
+
 def _records(
     out: OutputFolder,
     positions: Mapping[int, Iterable[int]],
@@ -219,7 +236,7 @@ def _records(
 ) -> Iterator[Record]:
     """The records at some positions of chunks; their ids are noted in `chosen`."""
     for number, wanted in positions.items():
-        report = Report.from_json(out.read(report_name(number)))
+        report = _untouched(out, out.read(report_name(number)))
         remaining = set(wanted)
         chosen[number] = [report.ids[position] for position in sorted(remaining)]
         start = 0
