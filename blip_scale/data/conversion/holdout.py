@@ -52,7 +52,7 @@ def parse_holdout(text: str) -> int | float | None:
 
 
 def image_keys(record: Record) -> dict[str, int]:
-    """What tells that two records show the same image: hashes of content and URL, 0 for none."""
+    """Hashes of content and URL by which records of the same image are recognised; 0: none."""
     return {
         "image": _hash(record.image),
         "second_image": _hash(record.second_image) if record.second_image else 0,
@@ -128,7 +128,7 @@ def write_heldout(
         return {int(number): ids for number, ids in json.loads(out.read(_CHOSEN)).items()}
     positions = _chosen_positions(out, numbers, holdout)
     chosen: dict[int, list[str]] = {}
-    with out.workshop("heldout", own=True) as folder:
+    with out.workshop("heldout", per_process=True) as folder:
         made = folder / HELDOUT
         write_shards(made, _records(out, positions, folder, chosen), shard_bytes)
         shards = sorted(f"{HELDOUT}{path.name}" for path in made.glob("shard.*"))
@@ -212,8 +212,8 @@ def _chosen_positions(
 
 
 def _untouched(out: OutputFolder, text: bytes) -> Report:
-    """A chunk's report. In a bucket, two merges may run at the same time: then a chunk may have lost
-    its held-out pairs since this one looked for their set.
+    """A chunk's report. Two merges may run at the same time in a bucket, so the chunk may have lost
+    its held-out pairs since this merge looked for their set.
 
     Raises:
         ValueError: it has lost pairs.

@@ -198,7 +198,7 @@ def _write_set(
     tallies: Counter[str] = Counter()
     examples: dict[str, str] = {}
     pairs, captions, reencoded = Counts(), Counts(), 0
-    with out.workshop("merge", own=True) as folder:
+    with out.workshop("merge", per_process=True) as folder:
         with (folder / REJECTS_NAME).open("w", encoding="utf-8") as file:
             for report in reports:
                 shards += report.shards

@@ -42,14 +42,14 @@ class OutputFolder:
             self._remote = ObjectFolder(self.location)
 
     @contextmanager
-    def workshop(self, name: str, own: bool = False) -> Iterator[Path]:
+    def workshop(self, name: str, per_process: bool = False) -> Iterator[Path]:
         """An empty folder to make files in; leftovers of a killed run under its name are removed.
 
         Args:
             name: name of the folder, the same for the same work.
-            own: add host and process to the name, for work that several processes may do.
+            per_process: add host and process to the name, for work that several processes may do.
         """
-        if own:
+        if per_process:
             name = f"{name}-{socket.gethostname()}-{os.getpid()}"
         parent = Path(self._scratch or tempfile.gettempdir()) if self.is_remote else self.folder
         stamp = "".join(c if c.isalnum() else "-" for c in self.location) if self.is_remote else ""

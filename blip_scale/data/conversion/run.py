@@ -207,7 +207,7 @@ def _agree_on_plan(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> 
                 "give the same again, another OUT, or --overwrite to begin anew"
             )
         return
-    with out.workshop("plan", own=True) as folder:
+    with out.workshop("plan", per_process=True) as folder:
         (folder / PLAN_NAME).write_text(json.dumps(plan, indent=2) + "\n")
         out.put(folder, [PLAN_NAME])
 
@@ -286,9 +286,9 @@ def _as_finished(running: set[Future[None]]) -> Iterator[int]:
 
 
 def _expected_pairs(chunks: Sequence[Chunk], read: int, finished: int) -> int | None:
-    known = [chunk.pairs for chunk in chunks if chunk.pairs is not None]
-    if len(known) == len(chunks):
-        return sum(known)
+    counts = [chunk.pairs for chunk in chunks if chunk.pairs is not None]
+    if len(counts) == len(chunks):
+        return sum(counts)
     return round(read / finished * len(chunks)) if finished else None
 
 
