@@ -292,15 +292,39 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert any(name.endswith(".table.json") for name in media)
 
 
-def wandb_records(file: Path) -> list[Any]:
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+def test_weights_and_biases_without_a_login_never_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a terminal `wandb.init` would wait for an answer, and the run with it."""
+    wandb = pytest.importorskip("wandb", reason="optional: pip install wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(wandb, "init", lambda **settings: pytest.fail("init was called"))
+    monitor = monitor_of(tmp_path / "run", ["wandb"])
+    monitor.scalars(1, {"loss/itc": 1.0})
+    monitor.close()
+    warnings = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "WANDB_MODE=offline" in warnings[0]
 
-    store = DataStore()
-    store.open_for_scan(str(file))
-    records = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        records.append(record)
+
+def wandb_records(file: Path) -> list[Any]:
+    """Protobuf records of an offline run: a LevelDB log after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = file.read_bytes()
+    records, position, partial = [], 7, b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # the rest of a block is padding
+            position += 32768 - position % 32768
+            continue
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]
+        partial += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(partial)
+            records.append(record)
+            partial = b""
     return records

@@ -16,6 +16,7 @@ from blip_scale.storage import files, run_folder
 
 PROJECT = "blip_scale"
 _STEP = "step"
+_INIT_TIMEOUT_S = 60.0
 
 
 class WandbLogger:
@@ -29,12 +30,15 @@ class WandbLogger:
         """Open the W&B run.
 
         Raises:
-            RuntimeError: W&B refuses (no login, no network). It is not tried again: each attempt
-                takes up to a minute and a half.
+            RuntimeError: there is no login or no network. It is not tried again, since an attempt
+                takes up to a minute.
         """
         import wandb  # an optional dependency: imported by those who choose it
 
         self._wandb = wandb
+        is_online = os.environ.get("WANDB_MODE", "online") in ("online", "shared")
+        if is_online and not wandb.login(prompt=False):  # `init` would wait for an answer
+            raise RuntimeError("no login: run `wandb login` first, or set WANDB_MODE=offline")
         (run.output_dir / run_folder.WANDB).mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
@@ -44,7 +48,7 @@ class WandbLogger:
                 resume="allow",
                 dir=str(run.output_dir),
                 config=dict(run.settings),
-                settings=wandb.Settings(console="off", silent=True, save_code=False),
+                settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_TIMEOUT_S),
             )
             self._run.define_metric(_STEP)
             self._run.define_metric("*", step_metric=_STEP)
