@@ -126,7 +126,7 @@ def _step_rows(way: Way) -> list[str]:
 
 def _way_rows(plan: Plan) -> list[str]:
     """Every way to run the steps, the planned one first."""
-    rows = [f"{'ways to run it (the first is planned)':50}{'ms a step':>14}{'pairs/s':>16}"
+    rows = [f"{'ways to run it (the first is planned)':40}{'ms a step':>16}{'pairs/s':>16}"
             f"{'GiB':>8}  limit"]  # fmt: skip
     batch = plan.sizes.global_batch
     for way in plan.ways:
@@ -135,7 +135,7 @@ def _way_rows(plan: Plan) -> list[str]:
         rate = f"{batch / slow:.0f} to {batch / fast:.0f}"
         held = way.memory.total / GIB
         label = f"{way.execution.name} (--way {way.name})"
-        rows.append(f"  {label:48}{span:>14}{rate:>16}{held:8.1f}  {way.expected.limit}")
+        rows.append(f"  {label:38}{span:>16}{rate:>16}{held:8.1f}  {way.expected.limit}")
     return rows
 
 

@@ -12,7 +12,7 @@ import pytest
 from data_samples import jpeg
 from s3_server import S3Server
 
-from blip_scale.commands import prepare_data
+from blip_scale.commands import prepare_data, show_shards
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.conversion import locks
 from blip_scale.data.conversion.output import OutputFolder
@@ -150,6 +150,11 @@ def test_held_out_pairs_in_a_bucket(
             ids += [store.read(shard, index)["id"] for index in range(count)]
         assert store.shard_samples == beside.shard_samples
     assert len(ids) == len(set(ids)) == 40
+    capsys.readouterr()
+    sheet = tmp_path / "sheet.html"
+    assert show_shards.main([f"{remote}/heldout", "--count", "9", "--sheet", str(sheet)]) == 0
+    assert ": 5 samples in" in capsys.readouterr().out
+    assert sheet.read_text().count("data:image/jpeg;base64,") == 5
     assert convert(str(images), remote, "--merge") == 0
     assert convert(*arguments[:-2], "--overwrite") == 0
     assert not [name for name in s3.names(f"{remote}/") if "chosen" in name]
