@@ -4,6 +4,7 @@ WANDB_MODE=offline, which keeps everything in the run folder for `wandb sync`.""
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from blip_scale.storage import files, run_folder
 PROJECT = "blip_scale"
 _STEP = "step"
 _INIT_TIMEOUT_S = 60.0
+_FINISH_TIMEOUT_S = 120.0
 
 
 class WandbLogger:
@@ -73,8 +75,17 @@ class WandbLogger:
         self._run.config.update({f"{name}_text": text}, allow_val_change=True)
 
     def close(self, finished: bool) -> None:
-        """Send what is left; W&B shows a run that was not finished as failed."""
-        self._run.finish(exit_code=0 if finished else 1)
+        """Send what is left; W&B shows a run that was not finished as failed.
+
+        Raises:
+            RuntimeError: not everything was sent in time. Waiting on would look like a stall.
+        """
+        code = 0 if finished else 1
+        sending = threading.Thread(target=self._run.finish, args=(code,), daemon=True)
+        sending.start()
+        sending.join(_FINISH_TIMEOUT_S)
+        if sending.is_alive():
+            raise RuntimeError("not everything was sent; `wandb sync` sends the rest")
 
 
 def _run_id(run: LoggedRun) -> str:
