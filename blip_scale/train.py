@@ -23,6 +23,7 @@ from blip_scale.commands import dry_run, micro_batch  # noqa: E402
 from blip_scale.commands.chosen_recipe import chosen_recipe  # noqa: E402
 from blip_scale.commands.command_line import Parser, report_error_of_rank  # noqa: E402
 from blip_scale.config import checks, recipe, settings  # noqa: E402
+from blip_scale.engine.watching.loggers import registry  # noqa: E402
 from blip_scale.errors import RefusedInput  # noqa: E402
 from blip_scale.storage import run_folder  # noqa: E402
 
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         if options.dry_run:
             return dry_run.run(chosen, options)
         world_size = launcher.check_variables()
+        registry.check(chosen.log.to)
         checks.check(chosen, world_size)
         ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
         _announce(options.recipe, world_size)

@@ -93,7 +93,7 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
         return None
     statistics = _statistics(summary)
     out = OutputFolder(job.out, task.scratch)
-    with out.workshop("statistics", own=True) as made:
+    with out.workshop("statistics", per_process=True) as made:
         (made / SHEET_NAME).write_text(sample_sheet(store, out, statistics, job.shown, made))
         (made / STATISTICS_NAME).write_text(json.dumps(statistics, indent=2) + "\n")
         out.put(made, [SHEET_NAME, STATISTICS_NAME])

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from blip_scale.capfilt.filtering import SYNTHETIC, WEB
+from blip_scale.data import contact_sheet
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Reason
 from blip_scale.data.conversion.report import Report, report_name
 from blip_scale.data.mds import parse_shard
-from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 
-_SIDE = 224
 _KINDS = {Reason.WEB_UNMATCHED: WEB, Reason.SYNTHETIC_UNMATCHED: SYNTHETIC}
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em;
-  color: #1c2024; background: #f6f7f8; }
-table { border-collapse: collapse; margin: 1em 0; background: #fff; }
-td, th { padding: .35em .9em; border: 1px solid #d9dde1; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
 .bars { display: flex; align-items: flex-end; gap: 2px; height: 90px; width: 420px; }
 .bars i { flex: 1; background: #8aa4bf; } .bars i.low { background: #d5a9a4; }
 .plots { display: flex; gap: 3em; flex-wrap: wrap; } .plots p { margin: .3em 0; color: #59636e; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 1em; }
-.card { background: #fff; border: 1px solid #d9dde1; border-radius: 6px; padding: .8em; }
-.card img { display: block; margin: 0 auto .6em; max-width: 100%; }
-.card small { color: #7a848e; word-break: break-all; }
-.text { margin: .35em 0; padding-left: .6em; border-left: 4px solid #3f8f5b; }
 .text.dropped { border-color: #c2554a; color: #6d3a35; text-decoration: line-through; }
 .tag { font-size: 12px; color: #59636e; display: inline-block; width: 100%; }
 """
@@ -63,12 +48,11 @@ def sample_sheet(
     shown = min(shown, store.samples)
     places = [_place(store, i * store.samples // shown) for i in range(shown)]
     cards = [_card(_looked_up(store, out, place, scratch)) for place in places]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>CapFilt</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>CapFilt</h1>\n{_overview(statistics)}\n"
-        f"<h2>{shown} of {statistics['images']['read']} images</h2>\n"
-        f'<div class="cards">\n{"".join(cards)}</div>\n</body></html>\n'
+    body = (
+        f"{_overview(statistics)}\n<h2>{shown} of {statistics['images']['read']} images</h2>\n"
+        f"{contact_sheet.cards(cards)}"
     )
+    return contact_sheet.page("CapFilt", body, _STYLE)
 
 
 def _place(store: StreamStore, index: int) -> tuple[int, int]:
@@ -124,22 +108,7 @@ def _card(shown: _Shown) -> str:
             f'<span class="tag">{html.escape(kind)} {score:.2f}, {"kept" if kept else "dropped"}'
             "</span></div>"
         )
-    return (
-        f'<div class="card">{_picture(shown.image)}{"".join(texts)}'
-        f"<small>{html.escape(shown.id)}</small></div>\n"
-    )
-
-
-def _picture(image: bytes) -> str:
-    try:
-        picture = decode_image(image)
-    except CorruptSample:
-        return "<p>(can't be decoded)</p>"
-    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=85)
-    data = base64.b64encode(encoded.getvalue()).decode()
-    return f'<img alt="" width="{picture.width}" src="data:image/jpeg;base64,{data}">'
+    return contact_sheet.card(shown.image, "".join(texts), shown.id)
 
 
 def _overview(statistics: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from blip_scale.config import checks
 from blip_scale.config.batch_sizes import is_auto
 from blip_scale.config.recipe import Recipe, StreamRecipe
+from blip_scale.engine.watching.loggers import registry
 from blip_scale.planning.hardware import GPU, find_gpu
 from blip_scale.storage.free_space import free_bytes, parse_bytes
 
@@ -235,6 +236,7 @@ def _launcher(setting: Setting) -> str:
 
 def _settings(setting: Setting) -> str:
     checks.check(setting.recipe, setting.ranks)
+    registry.check(setting.recipe.log.to)
     return "no contradiction"
 
 

@@ -1,8 +1,9 @@
-"""Prepare a data set as MDS shards.
+"""Convert a data set to MDS shards.
 
-python tools/prepare_data.py demo data/demo
-python tools/prepare_data.py laion laion400m-data s3://bucket/laion --shard 0/64
-docs/data.md tells what each SOURCE reads, and goes from a list of URLs to a training run.
+blip-scale prepare-data demo data/demo
+blip-scale prepare-data folder pictures data/pictures --holdout 2%
+blip-scale prepare-data laion laion400m-data s3://bucket/laion --shard 0/64
+docs/data.md lists what each SOURCE reads, and leads from a list of URLs to a training run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from blip_scale import logs
@@ -27,6 +29,7 @@ from blip_scale.commands.command_line import (
     stopped,
 )
 from blip_scale.config import exit_codes
+from blip_scale.data.conversion.holdout import HELDOUT, parse_holdout
 from blip_scale.data.conversion.pairs import Reason, Source
 from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
 from blip_scale.data.conversion.screening import PIXEL_LIMIT, Rules
@@ -43,9 +46,9 @@ class DemoSet:
     """A set that `prepare-data` makes from what Python packages ship."""
 
     help: str
-    """What it is, in one line."""
+    """Description in one line."""
     make: Callable[[argparse.Namespace], str]
-    """Make it in `options.out`; returns the line for the user."""
+    """Makes the set in `options.out` and returns a line for the user."""
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Arguments before OUT: name -> keywords of argparse's `add_argument`."""
 
@@ -75,18 +78,18 @@ def _convert(options: argparse.Namespace) -> int:
     source = _source(options)
     rules = _rules(options, source)
     reader = READERS[options.name]
-    own_options = {name: getattr(options, name) for name in reader.options}
-    chunks = list(reader.chunks(source, **own_options))
+    reader_options = {name: getattr(options, name) for name in reader.options}
+    chunks = list(reader.chunks(source, **reader_options))
     if not chunks:
         raise ValueError(f"{options.input}: there is nothing to convert in it")
     if options.dry_run:
         return _tell_survey(survey(chunks, rules, options.sample, _tokenizer(options)), options)
     if not options.out:
-        raise ValueError("say where the shards go: OUT is a folder or a remote such as s3://b/p")
-    # A client of object storage or of a web server hangs in a process that was forked beside it.
+        raise ValueError("OUT is missing: name a folder or a remote such as s3://b/p")
+    # The client of a bucket or a web server hangs in a process that was forked beside it.
     places = (options.input, options.images, options.out)
     local = all(map(is_local, places)) and not options.allow_outside
-    reading = {"reader": options.name, **asdict(source), **own_options}
+    reading = {"reader": options.name, **asdict(source), **reader_options}
     del reading["location"]
     job = Conversion(
         chunks, options.out, rules, parse_bytes(options.shard_size), options.workers,
@@ -103,7 +106,10 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _rules(options: argparse.Namespace, source: Source) -> Rules:
     if not 0 < options.max_pixels <= PIXEL_LIMIT:
-        raise ValueError(f"--max-pixels: from 1 to {PIXEL_LIMIT}, which is all that Pillow opens")
+        raise ValueError(
+            f"--max-pixels {options.max_pixels}: expected 1 to {PIXEL_LIMIT}, the most that Pillow "
+            "opens"
+        )
     return Rules(
         source=options.label or options.name,
         max_words=options.max_words,
@@ -112,6 +118,7 @@ def _rules(options: argparse.Namespace, source: Source) -> Rules:
         max_pixels=options.max_pixels,
         max_side=options.max_side,
         jpeg_quality=options.jpeg_quality,
+        holdout=parse_holdout(options.holdout),
         images_below=None if options.allow_outside else source.image_root(),
     )
 
@@ -146,17 +153,30 @@ def _tell_summary(
     print(f"{options.out}: {summary['shards']} shards, {_size(summary['bytes'])}{took}")
     for name in ("pairs", "captions"):
         counts = summary[name]
+        held_out = f"{counts['held_out']} held out + " if "held_out" in counts else ""
         print(
-            f"{name}: {counts['read']} read = {counts['written']} written + "
+            f"{name}: {counts['read']} read = {counts['written']} written + {held_out}"
             f"{counts['rejected']} rejected"
         )
     for reason, count in summary["rejects"].items():
         print(f"  {reason}: {count}")
     _tell_rest(summary.get("tallies", {}), summary["text"], options.max_words)
+    if summary["pairs"].get("held_out"):
+        print(_heldout_hint(options.out, options.label or options.name))
     if summary["pairs"]["written"]:
         return exit_codes.DONE
     examples = summary["reject_examples"]
     return _refuse_nothing(options, summary["rejects"], examples, summary.get("tallies", {}))
+
+
+def _heldout_hint(out: str, name: str) -> str:
+    """How a recipe names the held-out set of an output."""
+    location = f"{out.rstrip('/')}/{HELDOUT.rstrip('/')}"
+    stream = {"name": name, "local": location}
+    if not is_local(out):
+        stream |= {"local": f"cache/{name}_heldout", "remote": location}
+    shown = yaml.safe_dump({"data": {"heldout": [stream]}}, sort_keys=False).rstrip()
+    return f"held-out pairs are in {location}; name them in the recipe:\n{shown}"
 
 
 def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
@@ -197,7 +217,7 @@ def _refuse_nothing(
     examples: Mapping[str, str],
     unused: Mapping[str, int],
 ) -> int:
-    """Say what stands in the way of a set without any pair."""
+    """Refuse a set without any pair: name the most frequent reason and how to fix it."""
     if not reasons:
         what = f"nothing to convert is in it, but {_list_of(unused)}" if unused else "it is empty"
         return refuse(options.prog, f"{options.input}: {what}")
@@ -223,7 +243,7 @@ _ADVICE: dict[str, str] = {
     Reason.CAPTION_NO_TEXT: _COLUMNS,
     Reason.MISSING_KEY: _COLUMNS,
 }
-"""What to try where nothing was written, by the most frequent reason."""
+"""Most frequent reason -> advice where nothing was written."""
 
 
 def _tokenizer(options: argparse.Namespace) -> str:
@@ -282,7 +302,7 @@ DEMO_SETS: dict[str, DemoSet] = {
         {"demo": {"type": Path, "metavar": "DEMO", "help": "folder of the demo set: data/demo"}},
     ),
 }
-"""Name on the command line -> how the set is made. An entry is all that a new one needs."""
+"""Name on the command line -> demo set. An entry is all that a new one needs."""
 
 
 def _parser(prog: str) -> Parser:
@@ -325,7 +345,7 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
     add(reading, "--images", "", "folder that relative image paths of annotations start from")
     reading.add_argument(
         "--allow-outside", action="store_true",
-        help="open whatever paths and URLs a list names, not only what is below --images (or IN)",
+        help="open all paths and URLs that a list names, not only those below --images (or IN)",
     )  # fmt: skip
     add(reading, "--strip-prefix", "", "remove this from the front of these paths first")
     add(reading, "--caption-key", "", "key or column of the caption, if it has an unusual name")
@@ -341,6 +361,12 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
         "scale images down to this shorter side; default: keep the bytes")  # fmt: skip
     add(writing, "--jpeg-quality", rules.jpeg_quality, "JPEG quality of scaled images")
     add(writing, "--max-words", reader.max_words, "cut captions to this many words")
+    add(
+        writing,
+        "--holdout",
+        "",
+        "hold out this many pairs (5000), or a share of them (2%%), as a second set in OUT/heldout",
+    )
     add(writing, "--shard-size", "64mb", "largest size of a shard")
     add(running, "--workers", os.cpu_count() or 1, "processes")
     add(running, "--shard", "0/1", "convert only part i of n, from 0/n to n-1/n")
@@ -356,7 +382,7 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
         running,
         "--tokenizer",
         demo.TEXT_CHECKPOINT,
-        "tokenizer that tokens are counted with, for the summary alone",
+        "tokenizer that counts tokens for the summary",
     )
     running.add_argument(
         "--scratch", help="folder where shards for a remote are made (default: the system's)"

@@ -327,6 +327,9 @@ class CheckpointRecipe:
 class LogRecipe:
     """Settings of logging."""
 
+    to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Loggers: tensorboard, wandb (Weights & Biases; `pip install wandb`), csv (metrics.csv).
+    metrics.jsonl is always written."""
     every_steps: Positive = 50
     """Number of optimizer steps between two points in TensorBoard and metrics.jsonl. Each point is
     also a line on the terminal."""

@@ -127,7 +127,7 @@ def shard_writer(
 def write_shards(
     folder: Path,
     records: Iterable[Record],
-    shard_size: str = "64mb",
+    shard_size: str | int = "64mb",
     compression: str | None = None,
 ) -> int:
     """Write records as MDS shards of at most `shard_size`, and return their number.

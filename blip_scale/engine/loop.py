@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -35,6 +36,7 @@ from blip_scale.engine.watching import reporting
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
 from blip_scale.engine.watching.heartbeat import Heartbeat
+from blip_scale.engine.watching.loggers.logger import LoggedRun
 from blip_scale.engine.watching.monitor import Monitor, measure_peak_flops
 from blip_scale.engine.watching.run_manifest import RunManifest, digest, fingerprint, software
 from blip_scale.engine.watching.sample_record import SampleRecord
@@ -162,11 +164,12 @@ def _open(
     leap = warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps)
     if leap:
         logger.warning("%s", leap)
+    shown = json.loads(logs.without_secrets(json.dumps(asdict(recipe))))
     monitor = Monitor(
-        Path(recipe.output_dir),
+        LoggedRun(Path(recipe.output_dir), state.step, shown),
+        recipe.log.to,
         is_main=collectives.rank() == 0,
         total_steps=total_steps,
-        start_step=state.step,
         samples_per_step=recipe.train.global_batch_size,
         alarms=task.alarms,
         streaks=history.alarm_streaks,

@@ -12,7 +12,7 @@ import pytest
 from data_samples import jpeg
 from s3_server import S3Server
 
-from blip_scale.commands import prepare_data
+from blip_scale.commands import prepare_data, show_shards
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.conversion import locks
 from blip_scale.data.conversion.output import OutputFolder
@@ -127,3 +127,35 @@ def test_shards_in_folders_below_the_index(s3: S3Server, tmp_path: Path) -> None
         captions = [store.read(shard, i)["captions"] for shard in range(2) for i in range(3)]
         assert captions == [["number 0"], ["number 1"], ["number 2"]] * 2
     shutil.rmtree(tmp_path / "cache")
+
+
+def test_held_out_pairs_in_a_bucket(
+    s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In two parts, merged again: the set beside the other under the same prefix."""
+    images = make_images(tmp_path / "images", 40)
+    remote = f"s3://{s3.bucket}/{uuid.uuid4().hex[:8]}/set"
+    arguments = [str(images), remote, "--pairs-per-chunk", "10", "--holdout", "5"]
+    assert convert(*arguments, "--shard", "1/2") == 0
+    assert convert(*arguments, "--shard", "0/2") == 0
+    shown = capsys.readouterr().out
+    assert "pairs: 40 read = 35 written + 5 held out + 0 rejected" in shown
+    assert f"remote: {remote}/heldout" in shown
+    local = tmp_path / "local"
+    assert convert(str(images), str(local), *arguments[2:]) == 0
+    ids = []
+    for name, place in (("train", remote), ("heldout", f"{remote}/heldout")):
+        store = StreamStore(StreamRecipe(name, str(tmp_path / name), place))
+        beside = StreamStore(StreamRecipe(name, str(local / place.partition("/set/")[2])))
+        for shard, count in enumerate(store.shard_samples):
+            ids += [store.read(shard, index)["id"] for index in range(count)]
+        assert store.shard_samples == beside.shard_samples
+    assert len(ids) == len(set(ids)) == 40
+    capsys.readouterr()
+    sheet = tmp_path / "sheet.html"
+    assert show_shards.main([f"{remote}/heldout", "--count", "9", "--sheet", str(sheet)]) == 0
+    assert ": 5 samples in" in capsys.readouterr().out
+    assert sheet.read_text().count("data:image/jpeg;base64,") == 5
+    assert convert(str(images), remote, "--merge") == 0
+    assert convert(*arguments[:-2], "--overwrite") == 0
+    assert not [name for name in s3.names(f"{remote}/") if "chosen" in name]

@@ -143,11 +143,11 @@ def test_a_dry_run_writes_nothing(
     ("arguments", "message"),
     [
         (["laion", "/nowhere", "OUT"], "/nowhere: there is no such file or folder"),
-        (["laion", "TARS"], "say where the shards go"),
+        (["laion", "TARS"], "OUT is missing"),
         (["laion", "TARS", "OUT", "--shard", "2/2"], "parts are counted from 0 to 1"),
         (["laion", "TARS", "OUT", "--shard", "two"], "give i/n"),
         (["laion", "TARS", "OUT", "--merge"], "no conversion was begun here"),
-        (["laion", "TARS", "OUT", "--max-pixels", "999999999"], "from 1 to 178956970"),
+        (["laion", "TARS", "OUT", "--max-pixels", "999999999"], "expected 1 to 178956970"),
         (["laion", "TARS", "ftp://host/set"], "ftp://host/set can't be opened: expected a path"),
         (["laion", "TARS", "OUT", "--shard-size", "many"], "many"),
         (["laion", "nosuch://bucket/set", "OUT"], "nosuch://bucket/set can't be opened"),

@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from blip_scale.engine.watching import monitor as module
+from blip_scale.engine.watching.loggers.logger import LoggedRun
+from blip_scale.engine.watching.loggers.tensorboard import tag
 from blip_scale.engine.watching.monitor import (
     Alarm,
     Monitor,
@@ -28,7 +30,7 @@ from blip_scale.engine.watching.monitor import (
 
 def make(folder: Path, start_step: int = 0, **options: Any) -> Monitor:
     settings = {"is_main": True, "total_steps": 100, "samples_per_step": 8} | options
-    return Monitor(folder, start_step=start_step, **settings)
+    return Monitor(LoggedRun(folder, start_step), ["tensorboard"], **settings)
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -36,7 +38,7 @@ def read(folder: Path) -> EventAccumulator:
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    return [(point.step, round(point.value, 5)) for point in read(folder).Scalars(name)]
+    return [(point.step, round(point.value, 5)) for point in read(folder).Scalars(tag(name))]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -58,7 +60,7 @@ def test_scalars_reach_tensorboard_and_the_file(tmp_path: Path) -> None:
     monitor.scalars(2, {"retrieval/r1": 0.5, "loss/itc": math.nan})
     assert curve(tmp_path, "train/learning_rate") == [(1, 3e-4)]  # without waiting for close()
     monitor.close()
-    assert set(read(tmp_path).Tags()["scalars"]) == {*METRICS, "retrieval/r1"}
+    assert set(read(tmp_path).Tags()["scalars"]) == {*map(tag, METRICS), "2_retrieval/r1"}
     assert curve(tmp_path, "retrieval/r1") == [(2, 0.5)]
     first, second = rows(tmp_path)
     assert {name: first[name] for name in METRICS} == METRICS
@@ -178,7 +180,7 @@ def test_text_is_shown_as_it_stands(tmp_path: Path) -> None:
     monitor = make(tmp_path)
     monitor.text("recipe", "train:\n  epochs: 2")
     monitor.close()
-    (event,) = read(tmp_path).Tensors("recipe/text_summary")
+    (event,) = read(tmp_path).Tensors("7_recipe/text_summary")
     assert event.tensor_proto.string_val[0].decode() == "    train:\n      epochs: 2"
 
 
@@ -197,8 +199,8 @@ def test_pictures_show_images_and_captions(tmp_path: Path) -> None:
     monitor.pictures(7, "nothing", [])
     monitor.close()
     events = read(tmp_path)
-    assert events.Tags()["images"] == ["captions"]
-    (event,) = events.Images("captions")
+    assert events.Tags()["images"] == ["2_captions"]
+    (event,) = events.Images("2_captions")
     sheet = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
     found = {colour for _, colour in sheet.getcolors(1 << 20)}
     assert set(colours) <= found
@@ -207,7 +209,7 @@ def test_pictures_show_images_and_captions(tmp_path: Path) -> None:
     assert sheet.getpixel((100, 100 + 2 * row_height)) == colours[4]
     words = sheet.crop((0, 240, 234, row_height))
     assert words.getextrema()[0][0] < 60  # something black is written under the image
-    (table,) = events.Tensors("captions/text_summary")
+    (table,) = events.Tensors("2_captions/text_summary")
     assert r"| a \| b |" in table.tensor_proto.string_val[0].decode()
 
 

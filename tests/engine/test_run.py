@@ -31,6 +31,7 @@ from blip_scale.config import recipe as recipes
 from blip_scale.data.loading.micro_batches import CaptionInput
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.engine.watching.loggers.tensorboard import tag
 from blip_scale.objectives.feature_queue import FeatureQueue
 from blip_scale.tasks import networks
 
@@ -161,44 +162,42 @@ def test_every_curve_is_there(finished: Path) -> None:
     run = finished.parent / "run"
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
     tags = events.Tags()
-    assert set(tags["scalars"]) == CURVES | RECALLS | PAUSES | {
-        "heldout/candidates",
-        "heldout/texts",
-    }
+    expected = CURVES | RECALLS | PAUSES | {"heldout/candidates", "heldout/texts"}
+    assert set(tags["scalars"]) == set(map(tag, expected))
     for name in PAUSES:
-        assert [point.step for point in events.Scalars(name)] == [3, 6]
-        assert all(0 < point.value < 60 for point in events.Scalars(name))
+        assert [point.step for point in events.Scalars(tag(name))] == [3, 6]
+        assert all(0 < point.value < 60 for point in events.Scalars(tag(name)))
     by_step = {row["step"]: row for row in rows(run) if "loss/total" in row}
     for name in CURVES:
-        points = events.Scalars(name)
+        points = events.Scalars(tag(name))
         assert [point.step for point in points] == list(range(1, STEPS + 1)), name
         for point in points:
             assert point.value == pytest.approx(by_step[point.step][name], rel=1e-6), name
             assert point.value >= 0, name
     for name in SHARES:
-        assert all(point.value <= 1 for point in events.Scalars(name)), name
+        assert all(point.value <= 1 for point in events.Scalars(tag(name))), name
     for name in ("speed/samples_per_s", "speed/mfu", "memory/peak_gib", "gradient_norm/text"):
-        assert all(point.value > 0 for point in events.Scalars(name)), name
+        assert all(point.value > 0 for point in events.Scalars(tag(name))), name
     for row in by_step.values():
         parts = row["loss/itc"] + row["loss/itm"] + row["loss/lm"]
         assert row["loss/total"] == pytest.approx(parts, abs=1e-4)
         towers = row["gradient_norm/vision"] ** 2 + row["gradient_norm/text"] ** 2
         assert row["gradient_norm/all"] ** 2 == pytest.approx(towers, rel=1e-5)
         assert row["samples"] == row["step"] * BATCH
-    watched = events.Scalars("heldout/itc_image_to_text_r1")  # also during the training
+    watched = events.Scalars("2_heldout/itc_image_to_text_r1")  # also during the training
     assert [point.step for point in watched] == [3, 6]
 
 
 def test_recipe_and_pictures_are_in_tensorboard(finished: Path) -> None:
     run = finished.parent / "run"
     events = EventAccumulator(str(run / "tensorboard"), {"images": 0, "tensors": 0}).Reload()
-    text = events.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
+    text = events.Tensors("7_recipe/text_summary")[0].tensor_proto.string_val[0].decode()
     shown = "\n".join(line.removeprefix("    ") for line in text.splitlines())
     assert yaml.safe_load(shown) == yaml.safe_load((run / "recipe.yaml").read_text())
-    assert [picture.step for picture in events.Images("heldout")] == [3, 6]
-    panel = Image.open(io.BytesIO(events.Images("heldout")[-1].encoded_image_string))
+    assert [picture.step for picture in events.Images("2_heldout")] == [3, 6]
+    panel = Image.open(io.BytesIO(events.Images("2_heldout")[-1].encoded_image_string))
     assert panel.width > 2 * 224 and panel.height > 224  # two images side by side
-    table = events.Tensors("heldout/text_summary")[-1].tensor_proto.string_val[0].decode()
+    table = events.Tensors("2_heldout/text_summary")[-1].tensor_proto.string_val[0].decode()
     for entry in json.loads((run / "summary.json").read_text())["captions"]:
         assert entry["caption"] in table and entry["truth"] in table
 

@@ -17,6 +17,7 @@ from blip_scale.commands import show_summary
 from blip_scale.commands.command_line import refuse
 from blip_scale.config import settings
 from blip_scale.config.recipe import Recipe
+from blip_scale.engine.watching.loggers.logger import LoggedRun
 from blip_scale.engine.watching.monitor import Monitor, Panel
 from blip_scale.engine.watching.run_manifest import RunManifest
 from blip_scale.storage import run_folder
@@ -128,7 +129,7 @@ def test_credentials_stay_out_of_the_runs_files(tmp_path: Path) -> None:
     manifest.begin({"recipe": {"remote": remote}}, {"command": ["--x", remote]}, {})
     text = (tmp_path / run_folder.RUN_MANIFEST).read_text()
     assert "hunter22" not in text and "https://***@host/shards" in text
-    monitor = Monitor(tmp_path, True, 10, 1, 1)
+    monitor = Monitor(LoggedRun(tmp_path, 1), ["tensorboard"], True, 10, 1)
     monitor.text("recipe", f"remote: {remote}")
     monitor.close()
     events = b"".join(file.read_bytes() for file in tmp_path.rglob("events.*"))
@@ -137,14 +138,14 @@ def test_credentials_stay_out_of_the_runs_files(tmp_path: Path) -> None:
 
 def test_captions_are_no_markup_on_tensorboard(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script> [x](javascript:alert(2)) ![i](//h/i) `c` | b\n| c \x1b[2J"
-    monitor = Monitor(tmp_path, True, 10, 1, 1)
+    monitor = Monitor(LoggedRun(tmp_path, 1), ["tensorboard"], True, 10, 1)
     image = torch.zeros(3, 20, 20, dtype=torch.uint8)
     monitor.pictures(1, "captions", [Panel(image, evil, evil)])
     monitor.close()
     (folder,) = {file.parent for file in tmp_path.rglob("events.*")}
     events = EventAccumulator(str(folder))
     events.Reload()
-    (event,) = events.Tensors("captions/text_summary")
+    (event,) = events.Tensors("2_captions/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     from tensorboard.plugin_util import markdown_to_safe_html
 

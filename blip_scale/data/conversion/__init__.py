@@ -1,5 +1,5 @@
 """Published sets and folders -> MDS shards.
 
-A reader (one a data set, in `blip_scale.data.sources`) gives pairs as it finds them, in chunks;
-everything else is here: screening, shards, restarts, several machines, the merge.
+A reader in `blip_scale.data.sources` yields the pairs of a data set in chunks. Everything else is
+here: screening, shards, restarts, several machines, held-out pairs, the merge.
 """

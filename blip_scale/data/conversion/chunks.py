@@ -1,11 +1,13 @@
-"""One chunk of the input -> its shards and its report."""
+"""Convert one chunk of the input to shards and a report."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from blip_scale.data.conversion.holdout import image_keys
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import (
     Chunk,
@@ -23,7 +25,7 @@ from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.shards import Record, captions_by_shard, shard_writer, with_first
 
 Tick = Callable[[int, int], None]
-"""tick(read, rejected): pairs since the last call."""
+"""tick(read, rejected): reports the pairs since the last call."""
 _TICK_EVERY = 50
 
 
@@ -36,22 +38,34 @@ def convert_chunk(
     tick: Tick,
     tokenizer: str = "",
 ) -> Report:
-    """Read a chunk, screen its pairs, write its shards and then its report to `out`.
+    """Read a chunk, screen its pairs, and write its shards and then its report to `out`.
 
-    `tokenizer` counts what the report says about tokens; without it nothing is said.
+    The same chunk gives the same bytes.
 
-    The same chunk gives the same bytes. Raises OSError when the disk is full or a file can't be
-    read; then nothing of this chunk is left in `out`.
+    Args:
+        number: number of the chunk; it names the shards.
+        chunk: the input.
+        out: where the shards go.
+        rules: how pairs are screened; None where the chunk screens them itself.
+        shard_bytes: largest size of a shard.
+        tick: called with the progress.
+        tokenizer: tokenizer that counts tokens for the report; "" counts none.
+
+    Raises:
+        OSError: the disk is full or a file can't be read. Nothing of the chunk is left in `out`.
     """
     report = Report(number, chunk.name)
 
     def records() -> Iterable[Record]:
         seen: set[str] = set()
         done = Counts()
-        for found in chunk.read() if rules is None else read_safely(chunk):
-            record = _take(found, rules, report, seen, tokenizer)
+        for item in chunk.read() if rules is None else read_safely(chunk):
+            record = _take(item, rules, report, seen, tokenizer)
             if record is not None:
                 report.ids.append(record.id)
+                if rules is not None and rules.holdout is not None:
+                    for key, value in image_keys(record).items():
+                        report.keys.setdefault(key, []).append(value)
                 yield record
             if report.pairs.read % _TICK_EVERY == 0:
                 tick(report.pairs.read - done.read, report.pairs.rejected - done.rejected)
@@ -59,59 +73,62 @@ def convert_chunk(
         tick(report.pairs.read - done.read, report.pairs.rejected - done.rejected)
 
     with out.workshop(f"{number:06}") as folder:
-        write_chunk_shards(report, folder, records(), f"{number:06}", shard_bytes)
+        written = write_chunk_shards(folder, records(), f"{number:06}", shard_bytes)
+        report.shards, report.shard_captions = written
         put_report(out, folder, report)
     return report
 
 
 def _take(
-    found: Found, rules: Rules | None, report: Report, seen: set[str], tokenizer: str
+    item: Found, rules: Rules | None, report: Report, seen: set[str], tokenizer: str
 ) -> Record | None:
-    """Screen one pair and count what becomes of it and of its captions."""
-    if isinstance(found, Unused):
-        _add(report, {found.kind: found.count})
+    """Screen one pair and count the pair and its captions as written or rejected."""
+    if isinstance(item, Unused):
+        _add(report, {item.kind: item.count})
         return None
     report.pairs.read += 1
-    if isinstance(found, Reject):
+    if isinstance(item, Reject):
         report.pairs.rejected += 1
-        report.captions.read += found.captions
-        report.captions.rejected += found.captions
-        report.rejects.append(found)
+        report.captions.read += item.captions
+        report.captions.rejected += item.captions
+        report.rejects.append(item)
         return None
-    captions = _caption_count(found)
+    captions = _caption_count(item)
     report.captions.read += captions
-    if found.id in seen:
-        record, rejects, anew = None, [Reject(found.id, Reason.DUPLICATE_ID)], False
-    elif isinstance(found, Screened):
-        record, rejects, anew = found.record, found.rejects, False
-        _add(report, found.tallies)
+    if item.id in seen:
+        record, rejects, reencoded = None, [Reject(item.id, Reason.DUPLICATE_ID)], False
+    elif isinstance(item, Screened):
+        record, rejects, reencoded = item.record, item.rejects, False
+        _add(report, item.tallies)
     else:
         assert rules is not None
-        record, rejects, anew = screen(found, rules)
+        record, rejects, reencoded = screen(item, rules)
         if record is not None:
-            _add(report, count_text(found, record, rules.max_words, tokenizer))
+            _add(report, count_text(item, record, rules.max_words, tokenizer))
     report.rejects += rejects
     if record is None:
         report.pairs.rejected += 1
         report.captions.rejected += captions
         return None
-    seen.add(found.id)
+    seen.add(item.id)
     report.pairs.written += 1
     report.captions.written += len(record.captions)
     report.captions.rejected += len(rejects)
-    report.reencoded += anew
+    report.reencoded += reencoded
     return record
 
 
 def read_safely(chunk: Chunk) -> Iterator[Found]:
-    """What a chunk holds; where its reader fails, a reject says at which record.
+    """Yield the items of a chunk; if its reader fails, the last one is a reject that names the
+    record.
 
-    Raises OSError where the disk or the network fails: that is no property of a record.
+    Raises:
+        OSError: the disk or the network failed, which is no property of a record.
     """
     count = 0
     try:
-        for found in chunk.read():
-            yield found
+        for item in chunk.read():
+            yield item
             count += 1
     except (OSError, MemoryError):
         raise
@@ -134,12 +151,14 @@ def _caption_count(pair: RawPair | Screened) -> int:
 
 
 def write_chunk_shards(
-    report: Report, folder: Path, records: Iterable[Record], prefix: str, shard_bytes: int
-) -> None:
-    """Shards named shard.PREFIX.NNNNN.mds in `folder`; what the index is to say of them goes into
-    the report.
+    folder: Path, records: Iterable[Record], prefix: str, shard_bytes: int
+) -> tuple[list[dict[str, Any]], list[list[int] | None]]:
+    """Write shards named shard.PREFIX.NNNNN.mds into `folder`.
+
+    Returns:
+        Their entries in the index, and the numbers of captions by shard (see `captions_by_shard`).
     """
-    made = folder / "mds"
+    made = folder / f"mds.{prefix}"
     captions: list[int] = []
     first, records = with_first(records)
     with shard_writer(made, shard_bytes, first=first) as writer:
@@ -150,13 +169,13 @@ def write_chunk_shards(
         name = f"shard.{prefix}.{number:05}.mds"
         (made / shard["raw_data"]["basename"]).rename(folder / name)
         shard["raw_data"]["basename"] = name
-    report.shards = writer.shards
-    report.shard_captions = captions_by_shard(writer.shards, captions)
+    return writer.shards, captions_by_shard(writer.shards, captions)
 
 
 def put_report(out: OutputFolder, folder: Path, report: Report) -> None:
-    """Move the shards and then the report of a chunk out of its workshop."""
+    """Move the shards that a workshop holds, and then the report of their chunk, to `out`."""
     name = report_name(report.number)
     (folder / REPORTS).mkdir()
     (folder / name).write_text(report.to_json())
-    out.put(folder, [*report.shard_names, name])
+    made = [shard for shard in report.shard_names if (folder / shard).exists()]
+    out.put(folder, [*made, name])

@@ -1,7 +1,7 @@
-"""What tells that the input of a conversion is another one than before.
+"""Fingerprints that change when the input of a conversion changes.
 
-Lists and tables count with their content; files with size and time of the last write, in a bucket
-with size and ETag. Images on web servers count with their address alone.
+Lists and tables count by their content, local files by size and time of the last write, objects in
+a bucket by size and ETag, images on web servers by their address alone.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ def of_files(entries: Iterable[Entry]) -> str:
 class PairPrints:
     """Fingerprints of pairs out of a list, with the images that they name.
 
-    Nothing is asked about images outside the folder `images_below`, which are not opened either.
+    Images outside the folder `images_below` are never opened, so they count by their path alone.
     """
 
     def __init__(self, images_below: str | None = None) -> None:
+        """`images_below`: folder that images must lie below; None: anywhere."""
         self._images_below = images_below
         self._folders: dict[str, dict[str, str]] = {}
 
     def of(self, pairs: Iterable[Found]) -> str:
-        """Fingerprint of pairs in this order."""
+        """Fingerprint of pairs in their order."""
         digest = xxhash.xxh3_64()
         for pair in pairs:
             digest.update(_bytes(f"{pair!r}\n"))
@@ -54,13 +55,13 @@ class PairPrints:
         return digest.hexdigest()
 
     def _version(self, location: str) -> str:
-        """The state of an image file; "" for one that is not there or can't be asked for."""
+        """Size and time of an image file; "" where it is missing or lies on a web server."""
         if is_web(location):
             return ""
         if is_local(location):
             try:
                 return file_version(location)
-            except (OSError, ValueError):  # not there, or no name of a file
+            except (OSError, ValueError):  # missing, or not a file name
                 return ""
         folder = parent(location)
         if folder not in self._folders:  # one request for a thousand images

@@ -1,4 +1,4 @@
-"""Pairs that a source lists one by one: gathered by image and cut into chunks."""
+"""Pairs out of a list: grouped by image and cut into chunks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Unused
 
 
-def in_chunks(found: list[Found], size: int) -> Iterator[Chunk]:
-    """Cut a list into chunks of `size`."""
-    for start in range(0, len(found), size):
-        part = found[start : start + size]
+def in_chunks(items: list[Found], size: int) -> Iterator[Chunk]:
+    """Cut a list into chunks of `size` items."""
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
         yield Chunk(
             name=f"{start} to {start + len(part) - 1}",
             read=partial(iter, part),
@@ -23,21 +23,21 @@ def in_chunks(found: list[Found], size: int) -> Iterator[Chunk]:
         )
 
 
-def group_by_image(found: Iterable[Found]) -> list[Found]:
-    """Pairs of the same id become one with all their captions and annotations, in the order of
-    first sight."""
+def group_by_image(items: Iterable[Found]) -> list[Found]:
+    """Join pairs of the same id to one pair with all captions and annotations, in the order in
+    which the ids first appear."""
     grouped: dict[str, RawPair] = {}
     captions: dict[str, list[Any]] = {}
     annotations: dict[str, list[dict[str, Any]]] = {}
     others: list[Found] = []
-    for one in found:
-        if not isinstance(one, RawPair):
-            others.append(one)
+    for item in items:
+        if not isinstance(item, RawPair):
+            others.append(item)
             continue
-        grouped.setdefault(one.id, one)
-        texts = one.captions if isinstance(one.captions, list) else [one.captions]
-        captions.setdefault(one.id, []).extend(texts)
-        annotations.setdefault(one.id, []).extend(one.annotations or [])
+        grouped.setdefault(item.id, item)
+        texts = item.captions if isinstance(item.captions, list) else [item.captions]
+        captions.setdefault(item.id, []).extend(texts)
+        annotations.setdefault(item.id, []).extend(item.annotations or [])
     whole = (
         replace(pair, captions=captions[pair.id], annotations=annotations[pair.id] or None)
         for pair in grouped.values()

@@ -1,8 +1,8 @@
-"""Two conversions never write the same chunks of one output at the same time.
+"""Locks: two conversions never write the same chunks of one output at the same time.
 
-A conversion holds its part of the output: in a folder with an flock, which the kernel releases
-whatever happens to its holder; in a bucket with a small object that is written again every
-`_BEAT_S` seconds and counts for nothing once it is `_STALE_S` old.
+In a folder the lock is an flock, which the kernel releases whatever happens to its holder. In a
+bucket it is a small object that its holder rewrites every `_BEAT_S` seconds; one that is `_STALE_S`
+old counts no more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.storage.objects import MissingFile, ObjectFolder
 
 _NAME = re.compile(r"\.?lock-(\d+)-of-(\d+)(?:-\w+)?")
-_GRACE_S = 5.0  # the workers of a killed conversion end a moment after it
+_GRACE_S = 5.0  # workers of a killed conversion end a moment after it
 _BEAT_S = 20.0
 _STALE_S = 120.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 def held(out: OutputFolder, number: int, of: int) -> Iterator[None]:
     """Hold the chunks of part `number` of `of`.
 
-    Raises ValueError, naming the holder, where another conversion holds some of them.
+    Raises:
+        ValueError: another conversion holds some of them; names it.
     """
     with _held_remote(out, number, of) if out.is_remote else _held_local(out.folder, number, of):
         yield
@@ -47,7 +48,7 @@ def held(out: OutputFolder, number: int, of: int) -> Iterator[None]:
 
 @contextmanager
 def one_at_a_time(out: OutputFolder) -> Iterator[None]:
-    """Wait until no other process is in here; in a bucket nothing is waited for."""
+    """Wait until no other process merges here; a bucket has no such wait."""
     with ExitStack() as held_files:
         if not out.is_remote:
             path = out.folder / ".merging"
@@ -108,7 +109,11 @@ def _held_local(folder: Path, number: int, of: int) -> Iterator[None]:
 
 
 def _claim(path: Path) -> IO[str]:
-    """The lock file, locked. Raises ValueError where another process holds it."""
+    """Lock a file and return it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
     until = time.monotonic() + _GRACE_S
     while True:
         file = path.open("a+")
@@ -135,8 +140,7 @@ def _lock(file: IO[str], wait: bool) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         logger.warning(
-            "%s: this file system has no locks: see to it that one conversion at a time writes "
-            "here",
+            "%s: this file system has no locks: run one conversion at a time in this folder",
             Path(file.name).parent,
         )
     return True
@@ -170,13 +174,14 @@ def _held_remote(out: OutputFolder, number: int, of: int) -> Iterator[None]:
         remote.delete([name])
 
 
-def _refuse_others(remote: ObjectFolder, own: str, part: tuple[int, int]) -> None:
-    """Two that begin in the same moment may both be refused, never both go on."""
+def _refuse_others(remote: ObjectFolder, own_name: str, part: tuple[int, int]) -> None:
+    """Refuse to start beside another holder. Two that begin in the same moment may both be refused,
+    but never both continue."""
     files = remote.entries()[0]
-    now_s = files[own].written_s if own in files else time.time()  # by the remote's clock
+    now_s = files[own_name].written_s if own_name in files else time.time()  # by the remote's clock
     for name, info in files.items():
         other = _part_of(name)
-        if name == own or other is None or not _overlap(other, part):
+        if name == own_name or other is None or not _overlap(other, part):
             continue
         try:
             content = remote.get(name)
@@ -188,7 +193,7 @@ def _refuse_others(remote: ObjectFolder, own: str, part: tuple[int, int]) -> Non
 
 
 def _is_dead(content: bytes) -> bool:
-    """Whether the holder was a process of this machine that is no more."""
+    """Whether the holder was a process of this machine that has ended."""
     try:
         holder = json.loads(content)
         if holder["host"] != socket.gethostname():

@@ -1,4 +1,5 @@
-"""Converted chunks -> one set: duplicates dropped, index, rejects and summary written."""
+"""Merge converted chunks to one set: drop duplicates, hold pairs out, write index, rejects and
+summary."""
 
 from __future__ import annotations
 
@@ -6,14 +7,13 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from blip_scale.data.conversion.chunks import put_report, write_chunk_shards
+from blip_scale.data.conversion.holdout import record_of, remove_heldout, write_heldout
 from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.pairs import Reason, Reject
 from blip_scale.data.conversion.report import (
@@ -25,21 +25,30 @@ from blip_scale.data.conversion.report import (
     report_name,
 )
 from blip_scale.data.conversion.text_counts import text_summary
-from blip_scale.data.mds import INDEX_NAME, parse_shard
+from blip_scale.data.mds import INDEX_NAME, Shard, parse_shard
 from blip_scale.data.shards import CAPTIONS_KEY, Record
 
 SUMMARY_NAME = "summary.json"
 REJECTS_NAME = "rejects.jsonl"
-_OURS = re.compile(r"shard\.\d{6}\.(unique\.)?\d{5}\.mds")  # what a conversion writes
+_OURS = re.compile(r"shard\.\d{6}(\.\d{5}\.(unique|kept))*\.\d{5}\.mds")
+"""Names of the shards that a conversion writes; `unique` without duplicates, `kept` without
+held-out pairs."""
 _WRITTEN = (INDEX_NAME, REJECTS_NAME, SUMMARY_NAME)
 
 
 def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
     """Write index.json, rejects.jsonl and summary.json over all chunks; returns the summary.
 
-    `plan` is the content of conversion.json. Of pairs with the same id the first is kept, by the
-    number of its chunk; the shards with the others are written again without them. Raises
-    ValueError, naming them, where chunks are missing. May be called again at any time.
+    Of pairs with the same id, the one in the first chunk is kept. Shards that hold the others are
+    rewritten without them, and so are shards that hold held-out pairs. May be called again at any
+    time, also after a kill.
+
+    Args:
+        out: output with the chunks.
+        plan: content of conversion.json.
+
+    Raises:
+        ValueError: chunks are missing, or the held-out pairs can't be chosen (`holdout.choose`).
     """
     numbers = range(plan["chunks"])
     there = out.names(REPORTS)
@@ -50,16 +59,30 @@ def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
             f"first is number {missing[0]}): run the parts that are not finished"
         )
     for number, ids in _repeated_ids(out, numbers).items():
-        _drop(out, number, ids, plan["shard_bytes"])
+        _drop(out, number, ids, plan["shard_bytes"], held_out=False)
+    holdout = holdout_of(plan)
+    if holdout is not None and any(report.ids for report in _reports(out, numbers)):
+        # Duplicates are gone from all chunks by now, so no copy of a held-out pair is left behind.
+        chosen = write_heldout(out, numbers, holdout, plan["shard_bytes"])
+        for number, ids in chosen.items():
+            _drop(out, number, ids, plan["shard_bytes"], held_out=True)
     summary, shards = _write_set(out, plan, _reports(out, numbers))
-    # What was written again without duplicates, by this call or by one that was killed.
+    # Shards that were rewritten, by this call or by one that was killed.
     out.discard(name for name in out.names() - shards if _OURS.fullmatch(name))
     return summary
+
+
+def holdout_of(plan: dict[str, Any]) -> int | float | None:
+    """The number (int) or share (float) of pairs that a plan holds out, if any."""
+    rules = plan["rules"] or {}
+    holdout: int | float | None = rules.get("holdout")
+    return holdout
 
 
 def remove_set(out: OutputFolder) -> None:
     """Remove what a conversion has written, all but its plan; the index goes first."""
     out.discard([INDEX_NAME])
+    remove_heldout(out)
     out.discard(sorted(out.names(REPORTS)))
     out.discard(n for n in sorted(out.names()) if _OURS.fullmatch(n) or n in _WRITTEN)
 
@@ -72,12 +95,13 @@ def _reports(out: OutputFolder, numbers: Iterable[int]) -> Iterator[Report]:
 def _repeated_ids(out: OutputFolder, numbers: Sequence[int]) -> dict[int, list[str]]:
     """Ids by chunk that an earlier chunk has too.
 
-    Only 64-bit hashes of all ids are held in memory (16 bytes a pair with the chunk's number).
+    Memory holds 64-bit hashes of all ids: 16 bytes a pair with the number of the chunk.
     """
     hashes, owners = [], []
     for report in _reports(out, numbers):
-        hashes.append(np.array([xxhash.xxh3_64_intdigest(i) for i in report.ids], np.uint64))
-        owners.append(np.full(len(report.ids), report.number, np.int64))
+        names = [*report.held_out, *report.ids]
+        hashes.append(np.array([xxhash.xxh3_64_intdigest(name) for name in names], np.uint64))
+        owners.append(np.full(len(names), report.number, np.int64))
     every, owner = np.concatenate(hashes), np.concatenate(owners)
     order = np.argsort(every, kind="stable")
     same = every[order][1:] == every[order][:-1]
@@ -88,57 +112,93 @@ def _repeated_ids(out: OutputFolder, numbers: Sequence[int]) -> dict[int, list[s
     seen: set[str] = set()
     repeated: dict[int, list[str]] = defaultdict(list)
     for report in _reports(out, concerned):
-        for one in report.ids:
-            if xxhash.xxh3_64_intdigest(one) in suspects:
-                if one in seen:
-                    repeated[report.number].append(one)
-                seen.add(one)
+        seen.update(report.held_out)
+        for name in report.ids:
+            if xxhash.xxh3_64_intdigest(name) in suspects:
+                if name in seen:
+                    repeated[report.number].append(name)
+                seen.add(name)
     return repeated
 
 
-def _drop(out: OutputFolder, number: int, ids: list[str], shard_bytes: int) -> None:
-    """Write the shards of a chunk again without some of its samples, under other names.
+def _drop(
+    out: OutputFolder, number: int, ids: Sequence[str], shard_bytes: int, held_out: bool
+) -> None:
+    """Rewrite the shards of a chunk that hold some samples, without them and under other names.
 
-    The report is what says which shards count, so a kill at any moment does no harm.
+    The report says which shards count, so a kill at any moment does no harm. What was dropped
+    before is passed over.
+
+    Args:
+        out: output that holds the chunk.
+        number: number of the chunk.
+        ids: samples to drop.
+        shard_bytes: largest size of a shard.
+        held_out: whether the samples are in the held-out set; else they are duplicates.
     """
     report = Report.from_json(out.read(report_name(number)))
-    dropped = set(ids)
+    dropped = set(ids) & set(report.ids)
+    if not dropped:
+        return
     lost_captions = 0
 
-    def records(folder: Path) -> Iterator[Record]:
+    def records(shard: Shard) -> Iterator[Record]:
         nonlocal lost_captions
-        for entry in report.shards:
-            path = out.fetch(entry["raw_data"]["basename"], folder / "fetched")
-            shard = parse_shard(path.parent, entry)
-            for index in range(shard.samples):
-                sample = shard.read(index)
-                if sample["id"] in dropped:
-                    lost_captions += len(sample["captions"])
-                else:
-                    yield Record(caption=sample.pop("captions"), **sample)
+        for index in range(shard.samples):
+            sample = shard.read(index)
+            if sample["id"] in dropped:
+                lost_captions += len(sample["captions"])
+            else:
+                yield record_of(sample)
 
+    shards, captions = [], []
+    start = 0
     with out.workshop(f"{number:06}") as folder:
-        # The old shards' entries are read while the new ones are written.
-        write_chunk_shards(report, folder, records(folder), f"{number:06}.unique", shard_bytes)
-        report.ids = [one for one in report.ids if one not in dropped]
-        report.rejects += [Reject(one, Reason.DUPLICATE_ID, "of an earlier chunk") for one in ids]
-        report.pairs += Counts(0, -len(ids), len(ids))
-        report.captions += Counts(0, -lost_captions, lost_captions)
+        for entry, counts in zip(report.shards, report.shard_captions, strict=True):
+            name = entry["raw_data"]["basename"]
+            inside = report.ids[start : start + entry["samples"]]
+            start += entry["samples"]
+            if dropped.isdisjoint(inside):
+                shards.append(entry)
+                captions.append(counts)
+                continue
+            path = out.fetch(name, folder / "fetched")
+            prefix = name.removeprefix("shard.").removesuffix("mds")
+            prefix += "kept" if held_out else "unique"
+            kept = records(parse_shard(path.parent, entry))
+            entries, kept_counts = write_chunk_shards(folder, kept, prefix, shard_bytes)
+            shards += entries
+            captions += kept_counts
+        report.shards, report.shard_captions = shards, captions
+        report.drop(dropped)
+        count = len(dropped)
+        if held_out:
+            report.held_out += sorted(dropped)
+            report.pairs += Counts(written=-count, held_out=count)
+            report.captions += Counts(written=-lost_captions, held_out=lost_captions)
+        else:
+            detail = "of an earlier chunk"
+            report.rejects += [Reject(name, Reason.DUPLICATE_ID, detail) for name in ids]
+            report.pairs += Counts(written=-count, rejected=count)
+            report.captions += Counts(written=-lost_captions, rejected=lost_captions)
         put_report(out, folder, report)
 
 
 def _write_set(
     out: OutputFolder, plan: dict[str, Any], reports: Iterable[Report]
 ) -> tuple[dict[str, Any], set[str]]:
-    """The index comes last: where it is, the set is whole. Returns the summary and the names of the
-    shards."""
+    """Write the files of a whole set, its index last: where that is, the set is whole.
+
+    Returns:
+        The summary, and the names of the shards.
+    """
     shards: list[dict[str, Any]] = []
     shard_captions: list[list[int] | None] = []
     reasons: Counter[str] = Counter()
     tallies: Counter[str] = Counter()
     examples: dict[str, str] = {}
     pairs, captions, reencoded = Counts(), Counts(), 0
-    with out.workshop("merge", own=True) as folder:
+    with out.workshop("merge", per_process=True) as folder:
         with (folder / REJECTS_NAME).open("w", encoding="utf-8") as file:
             for report in reports:
                 shards += report.shards
@@ -152,8 +212,8 @@ def _write_set(
                     file.write(json.dumps(reject_fields(reject)) + "\n")
         text = text_summary(tallies)
         summary = {
-            "pairs": asdict(pairs),
-            "captions": asdict(captions),
+            "pairs": pairs.fields(with_held_out=holdout_of(plan) is not None),
+            "captions": captions.fields(with_held_out=holdout_of(plan) is not None),
             "rejects": dict(sorted(reasons.items())),
             "reject_examples": dict(sorted(examples.items())),
             "reencoded_images": reencoded,

@@ -1,4 +1,4 @@
-"""Where shards go: a local folder, or object storage."""
+"""The output of a conversion: a local folder or object storage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip_scale.storage.locations import is_local, local_path
 from blip_scale.storage.objects import MissingFile, ObjectFolder
 
 _CONNECTIONS = 8
-_AT_HAND = 64  # so many files are held in memory
+_AT_HAND = 64  # files held in memory at a time
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,15 @@ class OutputFolder:
     """Files appear in it whole or not at all; names may have one folder in front."""
 
     def __init__(self, location: str, scratch: str | None = None):
-        """`scratch`: where files are made before they go to a remote (default: the system's
-        temporary folder). Raises ValueError for a remote that can't be opened."""
+        """Open an output.
+
+        Args:
+            location: folder or remote.
+            scratch: folder where files for a remote are made (default: the system's).
+
+        Raises:
+            ValueError: the remote can't be opened.
+        """
         self.location = location.rstrip("/")
         self.is_remote = not is_local(location)
         self.folder = local_path(location)
@@ -35,12 +42,14 @@ class OutputFolder:
             self._remote = ObjectFolder(self.location)
 
     @contextmanager
-    def workshop(self, name: str, own: bool = False) -> Iterator[Path]:
-        """An empty folder to make files in; what a killed run left under that name goes.
+    def workshop(self, name: str, per_process: bool = False) -> Iterator[Path]:
+        """An empty folder to make files in; leftovers of a killed run under its name are removed.
 
-        `own`: no other process takes the same, whatever it makes.
+        Args:
+            name: name of the folder, the same for the same work.
+            per_process: add host and process to the name, for work that several processes may do.
         """
-        if own:
+        if per_process:
             name = f"{name}-{socket.gethostname()}-{os.getpid()}"
         parent = Path(self._scratch or tempfile.gettempdir()) if self.is_remote else self.folder
         stamp = "".join(c if c.isalnum() else "-" for c in self.location) if self.is_remote else ""
@@ -48,14 +57,14 @@ class OutputFolder:
         folder = parent / f".making-{stamp}{name}"
         shutil.rmtree(folder, ignore_errors=True)
         parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700 if self.is_remote else 0o777)  # fails where somebody has the name
+        folder.mkdir(mode=0o700 if self.is_remote else 0o777)  # fails if another user has it
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def put(self, folder: Path, names: Sequence[str]) -> None:
-        """Move files out of a workshop, in this order: the last one says that all are there."""
+        """Move files out of a workshop in this order; the last one marks that all are there."""
         for name in names:
             if self.is_remote:
                 self._remote.put(name, folder / name)
@@ -74,14 +83,14 @@ class OutputFolder:
         return True
 
     def names(self, folder: str = "") -> set[str]:
-        """Names of the files in the folder itself, or in one of its folders."""
+        """Names of the files in the output itself, or in one of its folders, folder included."""
         if self.is_remote:
             return set(self._remote.entries(folder)[0])
         files = (self.folder / folder).glob("*")
         return {path.relative_to(self.folder).as_posix() for path in files}
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """A copy of a file, or the file itself where it is at hand."""
+        """Path of a file; a remote one is copied into `folder` first."""
         if not self.is_remote:
             return self.folder / name
         target = folder / name
@@ -90,10 +99,11 @@ class OutputFolder:
         return target
 
     def read(self, name: str) -> bytes:
+        """Content of a file."""
         return next(self.read_many([name]))
 
     def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
-        """Contents in the order of `names`; from a remote many at once."""
+        """Contents in the order of `names`; a remote is asked for several at a time."""
         if not self.is_remote:
             yield from ((self.folder / name).read_bytes() for name in names)
             return
@@ -102,7 +112,7 @@ class OutputFolder:
                 yield from threads.map(self._remote.get, names[start : start + _AT_HAND])
 
     def discard(self, names: Iterable[str]) -> None:
-        """Remove files. In a remote that does not allow it, they stay, and a warning says so."""
+        """Remove files; a remote that does not allow it keeps them, with a warning."""
         if not self.is_remote:
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a reader gives: pairs as they were found, in chunks that are converted one by one."""
+"""What readers yield: unchecked pairs, rejects and unused files, in chunks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ any size."""
 
 
 class Reason(StrEnum):
-    """Why something that was read is not written."""
+    """Why an input item is not written."""
 
     MISSING_IMAGE = "missing image"
     OUTSIDE = "outside the image folder"
@@ -39,64 +39,63 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class RawPair:
-    """One image with its text as the source has it; nothing is checked yet."""
+    """One image with its text as the source has it, unchecked."""
 
     id: str
     image: bytes | str | None
-    """The encoded file, or where it lies (a path or URL); None: the source has no image."""
+    """The encoded file, or its path or URL; None: the source has no image."""
     captions: Any
     """One text or a list of them; None: the source has no text."""
     url: str = ""
     similarity: float | None = None
     stored_bytes: int = 0
-    """What it takes in the input, where that is much more than its image."""
+    """Size in the input, where that is much more than the size of the image."""
     annotations: list[dict[str, Any]] | None = None
-    """What the task knows of each of the captions, one each."""
+    """Facts of the task, one entry a caption."""
     second_image: bytes | str | None = None
-    """Where the captions speak of two images."""
+    """The other image, where captions are about two."""
     is_question: bool = False
-    """Questions are cleaned in another way than captions."""
+    """Whether the captions are questions, which are cleaned in another way."""
     note: str = ""
-    """What the source has in place of a caption or an image, for the reject: its keys or columns.
-    """
+    """Keys or columns that the source has in place of a caption or an image, for the reject."""
     from_folder: bool = False
-    """The image was seen in a folder, whose links are followed. Otherwise a list names it: then it
-    must lie below the folder of images (see `Source.image_root`)."""
+    """Whether the image was listed from a folder, whose links are followed. Otherwise a list names
+    it, and it must lie below the folder of images (see `Source.image_root`)."""
 
 
 @dataclass(frozen=True)
 class Reject:
-    """What was read and not written, and why."""
+    """An input item that is not written."""
 
     id: str
-    """Of the pair, or the place in the input where there is no pair to read."""
+    """Id of the pair, or the place in the input where no pair can be read."""
     reason: Reason
     detail: str = ""
     caption: int | None = None
-    """Only this caption of the pair is rejected, by its number; None: the whole pair."""
+    """Number of the rejected caption; None: the whole pair is rejected."""
     captions: int = 0
-    """Captions that are rejected with it, where the source gave no pair."""
+    """Number of captions that are rejected with it, where the source gave no pair."""
 
 
 @dataclass(frozen=True)
 class Unused:
-    """Something in the input that is no pair: counted in the summary."""
+    """An input item that is no pair; the summary counts it."""
 
     kind: str
-    """What it is, in the plural: "files .cls"."""
+    """Kind of the item, in the plural: "files .cls"."""
     count: int = 1
 
 
 @dataclass(frozen=True)
 class Screened:
-    """What became of a pair that its reader screened itself."""
+    """A pair that its reader screened itself."""
 
     id: str
     record: Record | None
-    """None: the whole pair is rejected."""
+    """The record to write; None: the whole pair is rejected."""
     rejects: list[Reject]
     captions: int
-    """So many were read, or made."""
+    """Number of captions that were read or made."""
     tallies: dict[str, int] = field(default_factory=dict)
     """Numbers that are added up over the set, for its summary."""
 
@@ -113,37 +112,39 @@ class Chunk:
 
     name: str
     read: Callable[[], Iterable[Found]]
-    """Runs in another process, so it must be picklable (functools.partial of a function)."""
+    """Yields the items. It runs in another process, so it must be picklable (functools.partial of
+    a function)."""
     fingerprint: str
-    """Changes when the input changes (see `fingerprints`); "" where `listed` tells it."""
+    """Text that changes when the input changes (see `fingerprints`); "" where it is made from
+    `listed`."""
     pairs: int | None = None
-    """How many there are, where that is known before reading."""
+    """Number of pairs, where it is known before reading."""
     input_bytes: int = 0
-    """Size of a file that is read as a whole, 0 for a list of images."""
+    """Size of a file that is read as a whole; 0 for a list of images."""
     listed: Sequence[Found] = ()
     """Pairs out of a list, whose content and images are the input."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the user points at, and how it is to be read."""
+    """The user's input, and how to read it."""
 
     location: str
-    """A folder or file; a path or a URL (see `storage.objects`)."""
+    """Folder or file; a path or a URL (see `storage.objects`)."""
     images: str = ""
     """Folder that the image paths of annotations start from; "": where the annotations lie."""
     strip_prefix: str = ""
-    """Removed from the image paths of annotations first: lists hold their makers' absolute paths.
-    """
+    """Prefix to remove from the image paths of annotations: lists hold their makers' absolute
+    paths."""
     caption_key: str = ""
-    """Key or column with the caption, where it is none of the usual ones."""
+    """Key or column with the caption, where it has an unusual name."""
     image_key: str = ""
-    """Column with the image, where it is none of the usual ones."""
+    """Column with the image, where it has an unusual name."""
     pairs_per_chunk: int = 4000
-    """Where the input is a list of images; tars and parquet files are a chunk each."""
+    """Pairs a chunk, of lists and folders; tars and parquet files are a chunk each."""
 
     def image_root(self) -> str:
-        """The folder that images must lie below which a list names.
+        """Folder that must hold the images that a list names.
 
         Raises:
             FileNotFoundError: there is nothing at the location.
@@ -153,4 +154,4 @@ class Source:
 
 
 Reader = Callable[..., Iterable[Chunk]]
-"""reader(source, **options): the options that only this reader has are keywords, text."""
+"""reader(source, **options): options that only this reader has are keywords with text."""

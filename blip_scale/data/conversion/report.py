@@ -1,6 +1,6 @@
-"""What is known of a converted chunk: its shards, ids, counts and rejects, as one JSON file.
+"""The report of a converted chunk: shards, ids, counts and rejects, as one JSON file.
 
-A chunk is converted when its report is there; the report is written after the shards.
+A report is written after the shards of its chunk, so a chunk with a report is converted.
 """
 
 from __future__ import annotations
@@ -14,57 +14,84 @@ from blip_scale.data.conversion.pairs import Reason, Reject
 
 REPORTS = "chunks/"
 LONGEST_CONTENT = 200
-"""Characters of an id or a detail in a reject: bad input may hold whole files there."""
+"""Most characters of an id or a detail in a reject: bad input may hold whole files there."""
 
 
 @dataclass
 class Counts:
-    """read = written + rejected, of pairs and of captions."""
+    """read = written + held_out + rejected, of pairs or of captions."""
 
     read: int = 0
     written: int = 0
     rejected: int = 0
+    held_out: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
-            self.read + other.read, self.written + other.written, self.rejected + other.rejected
+            self.read + other.read,
+            self.written + other.written,
+            self.rejected + other.rejected,
+            self.held_out + other.held_out,
         )
+
+    def fields(self, with_held_out: bool) -> dict[str, int]:
+        """The counts by name, as a summary holds them."""
+        counts = asdict(self)
+        if not with_held_out:
+            del counts["held_out"]
+        return counts
 
 
 @dataclass
 class Report:
-    """Of one chunk."""
+    """What became of one chunk."""
 
     number: int
     name: str
     shards: list[dict[str, Any]] = field(default_factory=list)
     """Entries of the MDS index."""
     shard_captions: list[list[int] | None] = field(default_factory=list)
-    """Captions of every sample, by shard, as the index has them."""
+    """Number of captions of every sample, by shard, as the index has them."""
     ids: list[str] = field(default_factory=list)
-    """Of the samples, in the order of the shards."""
+    """Ids of the samples, in the order of the shards."""
+    keys: dict[str, list[int]] = field(default_factory=dict)
+    """Keys of the samples' images (`holdout.image_keys`), aligned with `ids`; empty where nothing
+    is held out."""
+    held_out: list[str] = field(default_factory=list)
+    """Ids that were moved to the held-out set."""
     rejects: list[Reject] = field(default_factory=list)
     pairs: Counts = field(default_factory=Counts)
     captions: Counts = field(default_factory=Counts)
     reencoded: int = 0
     """Images that were turned or scaled."""
     tallies: dict[str, int] = field(default_factory=dict)
-    """See `Screened`."""
+    """Numbers that are added up over the set (see `Screened`)."""
+
+    def drop(self, ids: set[str]) -> None:
+        """Forget some samples; their shards are the caller's business."""
+        kept = [position for position, name in enumerate(self.ids) if name not in ids]
+        self.ids = [self.ids[position] for position in kept]
+        for key, values in self.keys.items():
+            self.keys[key] = [values[position] for position in kept]
 
     @property
     def reasons(self) -> Counter[str]:
+        """Number of rejects by reason."""
         return Counter(str(reject.reason) for reject in self.rejects)
 
     @property
     def shard_names(self) -> list[str]:
+        """File names of the shards."""
         return [shard["raw_data"]["basename"] for shard in self.shards]
 
     def to_json(self) -> str:
+        """Content of the report's file."""
         rejects = [reject_fields(reject) for reject in self.rejects]
         return json.dumps(asdict(self) | {"rejects": rejects}, ensure_ascii=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Report:
+        """The report that a file holds."""
         fields = json.loads(text)
         rejects = [
             Reject(**(reject | {"reason": Reason(reject["reason"])}))
@@ -75,11 +102,12 @@ class Report:
 
 
 def report_name(number: int) -> str:
+    """File name of a chunk's report."""
     return f"{REPORTS}{number:06}.json"
 
 
 def reject_fields(reject: Reject) -> dict[str, Any]:
-    """As a line of rejects.jsonl; what is empty is left out, what is long is cut."""
+    """Fields of a line of rejects.jsonl; empty ones are left out, long ones are cut."""
     fields = {key: value for key, value in asdict(reject).items() if value not in ("", None)}
     if not reject.captions:
         fields.pop("captions")
@@ -90,10 +118,10 @@ def reject_fields(reject: Reject) -> dict[str, Any]:
 
 
 def example_of(reject: Reject) -> str:
-    """A reject in a line, for people."""
+    """One line about a reject, for people."""
     return shortened(f"{reject.id}: {reject.detail}" if reject.detail else reject.id)
 
 
 def shortened(text: str, longest: int = LONGEST_CONTENT) -> str:
-    """A text that was cut shows it."""
+    """The text, cut with an ellipsis where it is too long."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

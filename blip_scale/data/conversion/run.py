@@ -1,4 +1,4 @@
-"""All chunks of a set, or one machine's part of them, over the processes of this machine."""
+"""Convert all chunks of a set, or one machine's part of them, with this machine's processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from blip_scale.data.conversion.chunks import convert_chunk
 from blip_scale.data.conversion.fingerprints import PairPrints
+from blip_scale.data.conversion.holdout import HELDOUT, has_heldout
 from blip_scale.data.conversion.locks import held, one_at_a_time
 from blip_scale.data.conversion.merge import merge_chunks, remove_set
 from blip_scale.data.conversion.output import OutputFolder
@@ -31,7 +32,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Part:
-    """The chunks `number`, `number + of`, `number + 2 of`, ... are this machine's."""
+    """One machine's part: the chunks `number`, `number + of`, `number + 2 of`, ..."""
 
     number: int = 0
     of: int = 1
@@ -44,7 +45,11 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """`i/n`; raises ValueError for anything else."""
+        """Parse `i/n`.
+
+        Raises:
+            ValueError: anything else.
+        """
         number, slash, of = text.partition("/")
         if not (slash and number.isdigit() and of.isdigit()):
             raise ValueError(f"--shard {text}: give i/n, for example 0/8 to 7/8")
@@ -53,45 +58,45 @@ class Part:
 
 @dataclass(frozen=True)
 class Progress:
-    """Of the part that runs here."""
+    """Progress of the part that runs here."""
 
     read: int
     rejected: int
     chunks_done: int
     chunks: int
     pairs: int | None
-    """To read in all; None: not known yet."""
+    """Pairs to read in all; None: not known yet."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A whole job; all but `workers`, `scratch`, `start_method` and `tokenizer` decides about the
-    shards."""
+    """A whole job. The shards depend on everything but `workers`, `scratch`, `start_method` and
+    `tokenizer`."""
 
     chunks: Sequence[Chunk]
     out: str
     rules: Rules | None
-    """None: the chunks screen their pairs themselves."""
+    """Rules for screening; None: the chunks screen their pairs themselves."""
     shard_bytes: int = 64 << 20
     workers: int = 1
     scratch: str | None = None
     start_method: str = "fork"
-    """Of the workers: spawn where the chunks were listed from a remote, as its client's threads do
-    not outlive a fork. For a remote output it is spawn in any case."""
+    """How workers start: spawn where the chunks were listed from a remote, as the threads of its
+    client do not outlive a fork. A remote output always has spawn."""
     settings: dict[str, Any] | None = None
-    """What decides about the pairs of chunks that screen them themselves."""
+    """Settings of chunks that screen their pairs themselves."""
     reading: dict[str, Any] = field(default_factory=dict)
-    """Options of the source that decide about the pairs, by name."""
+    """Options of the source that the pairs depend on, by name."""
     tokenizer: str = ""
-    """Tokenizer for what the summary says about tokens; "": nothing. Decides about no sample."""
+    """Tokenizer that counts tokens for the summary; "" counts none."""
 
     def plan(self) -> dict[str, Any]:
-        """What conversion.json says: all parts and restarts must agree on it."""
+        """Content of conversion.json, which all parts and restarts must agree on."""
         prints = PairPrints(self.rules.images_below if self.rules else None)
         rules = self.settings
         if self.rules:
             rules = asdict(self.rules)
-            # The folder may be called otherwise on another machine.
+            # The folder may have another name on another machine.
             rules["allow_outside"] = rules.pop("images_below") is None
         return {
             "format": _FORMAT,
@@ -114,23 +119,34 @@ def convert(
 ) -> dict[str, Any] | None:
     """Convert the chunks of a part that are not converted yet, then merge if all parts are done.
 
-    Returns the summary of the whole set, None while other parts are missing. Killed at any time, it
-    goes on where it was with the same call and gives the same bytes. `overwrite` removes first what
-    an earlier conversion left in the output.
+    Killed at any time, the same call continues and gives the same bytes. Finished chunks are kept
+    whatever the error.
 
-    Raises ValueError for an output that was begun with other input or options, or that another
-    process is writing; whatever the error, finished chunks are kept.
+    Args:
+        job: the whole conversion.
+        part: the chunks to convert here.
+        show: called with the progress several times a second.
+        overwrite: first remove what an earlier conversion left in the output.
+
+    Returns:
+        The summary of the whole set, or None while other parts are missing.
+
+    Raises:
+        ValueError: the output was begun with other input or options, another process is writing
+            it, or no pairs can be held out.
     """
     if not job.chunks:
         raise ValueError("there is nothing to convert: the input is empty")
     if overwrite and part.of > 1:
         raise ValueError("--overwrite and --shard: remove OUT yourself, once for all parts")
+    if job.rules and isinstance(job.rules.holdout, int):
+        _refuse_large_holdout(job.chunks, job.rules.holdout)
     out = OutputFolder(job.out, job.scratch)
     with held(out, part.number, part.of):
         _agree_on_plan(out, job.plan(), overwrite)
-        ours = range(part.number, len(job.chunks), part.of)
+        numbers = range(part.number, len(job.chunks), part.of)
         done = out.names(REPORTS)
-        todo = [number for number in ours if report_name(number) not in done]
+        todo = [number for number in numbers if report_name(number) not in done]
         if todo:
             _convert_chunks(job, out, todo, show)
         if len(out.names(REPORTS)) < len(job.chunks):
@@ -139,10 +155,22 @@ def convert(
             return merge_chunks(out, read_plan(out))
 
 
-def merge(location: str, scratch: str | None = None) -> dict[str, Any]:
-    """Merge what all parts have converted; `convert` does it by itself when the last part ends.
+def _refuse_large_holdout(chunks: Sequence[Chunk], holdout: int) -> None:
+    """Refuse, before hours of conversion, to hold out all pairs or more than there are."""
+    counts = [chunk.pairs for chunk in chunks if chunk.pairs is not None]
+    if len(counts) == len(chunks) and holdout >= sum(counts):
+        raise ValueError(
+            f"--holdout {holdout}: the input has {sum(counts)} pairs; hold out fewer, or a share "
+            "such as 2%"
+        )
 
-    Raises FileNotFoundError where nothing was begun, ValueError where chunks are missing.
+
+def merge(location: str, scratch: str | None = None) -> dict[str, Any]:
+    """Merge the chunks of all parts; `convert` does so itself when the last part ends.
+
+    Raises:
+        FileNotFoundError: no conversion was begun at the location.
+        ValueError: chunks are missing.
     """
     out = OutputFolder(location, scratch)
     plan = read_plan(out)
@@ -151,7 +179,11 @@ def merge(location: str, scratch: str | None = None) -> dict[str, Any]:
 
 
 def read_plan(out: OutputFolder) -> dict[str, Any]:
-    """Raises FileNotFoundError where no conversion was begun."""
+    """Content of conversion.json.
+
+    Raises:
+        FileNotFoundError: no conversion was begun in the output.
+    """
     if not out.has(PLAN_NAME):
         raise FileNotFoundError(f"{out.location}: no conversion was begun here ({PLAN_NAME})")
     plan: dict[str, Any] = json.loads(out.read(PLAN_NAME))
@@ -161,6 +193,8 @@ def read_plan(out: OutputFolder) -> dict[str, Any]:
 def _agree_on_plan(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> None:
     if not out.has(PLAN_NAME):
         others = [name for name in out.names() if name.startswith(("shard.", INDEX_NAME))]
+        if has_heldout(out):
+            others.append(HELDOUT)
         if others:
             raise ValueError(f"{out.location} holds another set ({min(others)}): choose another")
     elif overwrite:
@@ -173,13 +207,13 @@ def _agree_on_plan(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> 
                 "give the same again, another OUT, or --overwrite to begin anew"
             )
         return
-    with out.workshop("plan", own=True) as folder:
+    with out.workshop("plan", per_process=True) as folder:
         (folder / PLAN_NAME).write_text(json.dumps(plan, indent=2) + "\n")
         out.put(folder, [PLAN_NAME])
 
 
 def _differences(begun: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """What the plan in an output says otherwise, by name."""
+    """What differs between the plan in an output and this one, by name."""
     if begun.get("format") != plan["format"]:
         return [f"by a release whose format is {begun.get('format')}, not {plan['format']}"]
     changed: list[str] = []
@@ -242,7 +276,7 @@ def _convert_chunks(
 
 
 def _as_finished(running: set[Future[None]]) -> Iterator[int]:
-    """The number of finished chunks, several times a second; raises what a chunk raised."""
+    """Yield the number of finished chunks several times a second; raise what a chunk raised."""
     count = len(running)
     while running:
         finished, running = wait(running, _POLL_S, FIRST_COMPLETED)
@@ -252,9 +286,9 @@ def _as_finished(running: set[Future[None]]) -> Iterator[int]:
 
 
 def _expected_pairs(chunks: Sequence[Chunk], read: int, finished: int) -> int | None:
-    known = [chunk.pairs for chunk in chunks if chunk.pairs is not None]
-    if len(known) == len(chunks):
-        return sum(known)
+    counts = [chunk.pairs for chunk in chunks if chunk.pairs is not None]
+    if len(counts) == len(chunks):
+        return sum(counts)
     return round(read / finished * len(chunks)) if finished else None
 
 
@@ -262,7 +296,7 @@ _counters: list[Synchronized[int]] = []
 
 
 def _enter_worker(*counters: Synchronized[int]) -> None:
-    """Count for the parent; Ctrl-C is the parent's business; end when the parent is killed."""
+    """Set up a worker: it counts for its parent, leaves Ctrl-C to it and ends with it."""
     _counters[:] = counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

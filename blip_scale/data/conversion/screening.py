@@ -1,4 +1,4 @@
-"""From a pair as found to the record that is written, or the reason why it is not."""
+"""Screen a pair: check its image and captions, and make the record to write or a reject."""
 
 from __future__ import annotations
 
@@ -27,32 +27,34 @@ _OF_ONE_FILE = (
     errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
     errno.ENOTDIR, errno.ENXIO, errno.EPERM,
 )  # fmt: skip
-"""Errors that name a file, not a disk: the file is missing, forbidden or none."""
+"""Errors about one file, not about the disk: it is missing, forbidden or not a file."""
 _ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-"""Pillow opens nothing larger (178,956,970 pixels), here or in training."""
+"""Largest image that Pillow opens (178,956,970 pixels), here and in training."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is accepted, and how it is written."""
+    """Which pairs are accepted, and how they are written."""
 
     source: str
-    """Goes into every record."""
+    """Name of the set in every record."""
     max_words: int = 30
-    """Of a cleaned caption; longer ones are cut, as published."""
+    """Most words of a cleaned caption; longer captions are cut, as published."""
     min_side: int = 32
-    """Pixels of the shorter side."""
+    """Smallest shorter side, in pixels."""
     max_aspect: float = 10.0
-    """Longer side over shorter side."""
+    """Largest ratio of the longer to the shorter side."""
     max_pixels: int = MAX_PIXELS
-    """Larger images are rejected before they are decoded."""
+    """Most pixels; larger images are rejected before they are decoded."""
     max_side: int | None = None
-    """Images whose shorter side has more pixels are scaled down to it; None: bytes are kept."""
+    """Largest shorter side, in pixels; larger images are scaled down. None keeps all bytes."""
     jpeg_quality: int = 95
-    """Of images that are scaled down or turned upright."""
+    """JPEG quality of images that are scaled down or turned upright."""
+    holdout: int | float | None = None
+    """Pairs to hold out: an int is their number, a float their share; None: none."""
     images_below: str | None = None
-    """Folder that images must lie below which a list names; None: anywhere, on the web too."""
+    """Folder that must hold the images that a list names; None: anywhere, also on the web."""
 
 
 class _Refused(Exception):
@@ -64,20 +66,25 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that was decoded without a fault."""
+    """An image that was decoded without an error."""
 
     data: bytes
+    """Encoded file."""
     width: int
     height: int
     reencoded: bool
+    """Whether `data` differs from the source, because the image was turned or scaled."""
 
 
 def screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bool]:
-    """The record of a pair (None: it is rejected), what is rejected of it, and whether its image
-    was encoded anew.
+    """Check a pair. Whatever is wrong with it rejects this pair alone.
 
-    Single captions may be rejected while the pair stays. Whatever is wrong with a pair rejects this
-    pair alone. Raises OSError where the disk or the network fails: that is no property of the pair.
+    Returns:
+        The record to write (None: the pair is rejected), the rejects of the pair or of some of its
+        captions, and whether its image was encoded again.
+
+    Raises:
+        OSError: the disk or the network failed, which is no property of the pair.
     """
     try:
         return _screen(pair, rules)
@@ -116,20 +123,20 @@ def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], b
 
 
 def _annotations(pair: RawPair, rejects: list[Reject]) -> list[dict[str, Any]] | None:
-    """Those of the captions that are kept."""
+    """Annotations of the captions that are kept."""
     if pair.annotations is None:
         return None
     dropped = {reject.caption for reject in rejects}
-    return [one for number, one in enumerate(pair.annotations) if number not in dropped]
+    return [entry for number, entry in enumerate(pair.annotations) if number not in dropped]
 
 
 def _captions(pair: RawPair, max_words: int) -> tuple[list[str], list[Reject]]:
-    """The cleaned captions; refused where none is left."""
+    """The cleaned captions, and rejects of the others; the pair is refused if none is left."""
     clean = clean_question if pair.is_question else clean_to_a_sentence
-    found = pair.captions if isinstance(pair.captions, list) else [pair.captions]
+    captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
     cleaned: list[str] = []
     rejects: list[Reject] = []
-    for number, caption in enumerate(found):
+    for number, caption in enumerate(captions):
         try:
             cleaned.append(_clean(caption, max_words, clean))
         except _Refused as refused:
@@ -156,7 +163,7 @@ def _clean(caption: object, max_words: int, clean: Clean) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be written; bytes that are no UTF-8 become halves of surrogate pairs."""
+    """Whether a text can be encoded; invalid UTF-8 was read as halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -165,7 +172,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _image_bytes(image: bytes | str | None, root: str | None, note: str = "") -> bytes:
-    """The encoded image; where `root` is a folder, only from below it."""
+    """The encoded image; `root` is the folder that must hold its file, None: anywhere."""
     if image is None:
         raise _Refused(Reason.MISSING_IMAGE, note)
     if isinstance(image, bytes):
@@ -189,14 +196,14 @@ def _image_bytes(image: bytes | str | None, root: str | None, note: str = "") ->
 
 
 def check_image(data: bytes, rules: Rules) -> Picture:
-    """Decode an image wholly; raises an exception with the reason where it is refused.
+    """Decode a whole image; an exception gives the reason why it is refused.
 
-    The bytes are kept unless EXIF says that the image lies on its side (then it is turned, as
-    nothing that reads shards looks at EXIF) or `rules.max_side` says that it is too large.
+    The bytes are kept, with two exceptions. An image that EXIF says lies on its side is turned, as
+    training does not look at EXIF. An image above `rules.max_side` is scaled down.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about size and odd metadata
+            warnings.simplefilter("ignore")  # Pillow warns of size and odd metadata
             with open_image(data) as image:
                 _check_size(image.size, rules)
                 image.load()
@@ -221,7 +228,7 @@ def check_image(data: bytes, rules: Rules) -> Picture:
 
 
 def _check_size(size: tuple[int, int], rules: Rules) -> None:
-    """By the header alone, so that a small file can't claim all memory."""
+    """Check the size in the header, before a small file can claim all memory."""
     detail = f"{size[0]}x{size[1]}"
     if size[0] * size[1] > rules.max_pixels:
         raise _Refused(Reason.TOO_MANY_PIXELS, detail)

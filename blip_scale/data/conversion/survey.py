@@ -1,6 +1,4 @@
-"""A look at a sample before the whole is converted: what it holds, what would be rejected, and what
-it will take.
-"""
+"""Dry run of a conversion: a sample shows the content, the rejects to expect, size and time."""
 
 from __future__ import annotations
 
@@ -19,13 +17,13 @@ from blip_scale.data.conversion.screening import Rules, screen
 from blip_scale.data.conversion.text_counts import count_text, tokenizer_of
 from blip_scale.data.reading.probe import count_tokens
 
-_SPREAD = 16  # chunks that are looked into
+_SPREAD = 16  # chunks that the sample is taken from
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
 @dataclass
 class Survey:
-    """Of the sample."""
+    """What a sample of the input holds."""
 
     read: int = 0
     written: int = 0
@@ -33,35 +31,35 @@ class Survey:
     examples: dict[str, str] = field(default_factory=dict)
     """The first reject of each reason."""
     unused: Counter[str] = field(default_factory=Counter)
-    """What is there and is no pair, by kind."""
+    """Number of items that are no pairs, by kind."""
     text: Counter[str] = field(default_factory=Counter)
-    """See `count_text`."""
+    """Counts of `count_text`."""
     captions: list[str] = field(default_factory=list)
-    """As they would be written."""
+    """Captions as they would be written."""
     figures: dict[str, list[int]] = field(default_factory=dict)
-    """By name: one value for each image (`width`, ...) or caption (`words`, ...)."""
+    """Values by name, one for each image (`width`, ...) or caption (`words`, ...)."""
     image_bytes: int = 0
     seconds: float = 0.0
-    """Of one process."""
+    """Time that one process took for the sample, in seconds."""
     whole_pairs: int = 0
     """Estimated number of pairs in the whole input, exact where the input is a list."""
 
     @property
     def whole_bytes(self) -> int:
-        """Of all shards, estimated."""
+        """Estimated size of all shards."""
         return round(self.image_bytes / max(1, self.read) * self.whole_pairs)
 
     def whole_seconds(self, processes: int) -> float:
-        """Of the whole conversion, estimated."""
+        """Estimated time of the whole conversion."""
         return self.seconds / max(1, self.read) * self.whole_pairs / processes
 
     def shown_captions(self, count: int = 5) -> list[str]:
-        """Some captions, evenly over the sample."""
+        """Some captions, spread evenly over the sample."""
         shown = min(count, len(self.captions))
         return [self.captions[i * len(self.captions) // shown] for i in range(shown)]
 
     def quantiles(self) -> dict[str, list[int]]:
-        """By figure, its QUANTILES."""
+        """The QUANTILES of every figure."""
         return {
             name: [round(value) for value in np.quantile(values, QUANTILES)]
             for name, values in self.figures.items()
@@ -70,9 +68,16 @@ class Survey:
 
 
 def survey(chunks: Sequence[Chunk], rules: Rules, sample: int, tokenizer: str = "") -> Survey:
-    """Read about `sample` pairs from chunks all over the input and screen them; nothing is written.
+    """Read and screen pairs from chunks all over the input; write nothing.
 
-    `tokenizer` adds the captions' lengths in tokens, and how much of them it does not know.
+    Args:
+        chunks: the input.
+        rules: how pairs are screened.
+        sample: about how many pairs are read.
+        tokenizer: tokenizer that counts tokens and unknown tokens; "" counts none.
+
+    Raises:
+        ValueError: the input is empty.
     """
     if not chunks:
         raise ValueError("there is nothing to convert: the input is empty")
@@ -82,32 +87,32 @@ def survey(chunks: Sequence[Chunk], rules: Rules, sample: int, tokenizer: str = 
     seen_bytes = 0
     start_s = time.perf_counter()
     for chunk in chosen:
-        for found in islice(read_safely(chunk), -(-sample // len(chosen))):
-            if isinstance(found, RawPair):
-                seen_bytes += found.stored_bytes or _image_bytes(found)
-            _look_at(seen, found, rules, tokenizer)
+        for item in islice(read_safely(chunk), -(-sample // len(chosen))):
+            if isinstance(item, RawPair):
+                seen_bytes += item.stored_bytes or _image_bytes(item)
+            _add_item(seen, item, rules, tokenizer)
     seen.seconds = time.perf_counter() - start_s
     seen.whole_pairs = _whole_pairs(chunks, seen.read, seen_bytes)
     return seen
 
 
-def _look_at(seen: Survey, found: Found, rules: Rules, tokenizer: str) -> None:
-    assert not isinstance(found, Screened), "sources don't screen their pairs themselves"
-    if isinstance(found, Unused):
-        seen.unused[found.kind] += found.count
+def _add_item(seen: Survey, item: Found, rules: Rules, tokenizer: str) -> None:
+    assert not isinstance(item, Screened), "sources don't screen their pairs themselves"
+    if isinstance(item, Unused):
+        seen.unused[item.kind] += item.count
         return
     seen.read += 1
-    if isinstance(found, Reject):
-        _count_rejects(seen, [found])
+    if isinstance(item, Reject):
+        _count_rejects(seen, [item])
         return
-    record, rejects, _ = screen(found, rules)
+    record, rejects, _ = screen(item, rules)
     _count_rejects(seen, rejects)
     if record is None:
         return
     seen.written += 1
     seen.captions += record.captions
     seen.image_bytes += len(record.image)
-    seen.text += count_text(found, record, rules.max_words, tokenizer)
+    seen.text += count_text(item, record, rules.max_words, tokenizer)
     figures = {
         "width": record.width,
         "height": record.height,
@@ -137,7 +142,7 @@ def _add(seen: Survey, name: str, value: int) -> None:
 
 
 def _whole_pairs(chunks: Sequence[Chunk], read: int, seen_bytes: int) -> int:
-    """Counted where chunks know it, else by the size of the input and of the images seen."""
+    """Number of pairs: counted for lists, else estimated from the sizes of input and images."""
     listed = sum(chunk.pairs or 0 for chunk in chunks)
     input_bytes = sum(chunk.input_bytes for chunk in chunks)
     return listed + (round(input_bytes * read / seen_bytes) if seen_bytes else 0)

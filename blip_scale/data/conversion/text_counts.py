@@ -1,4 +1,4 @@
-"""What a tokenizer makes of captions: how many are cut, and how much of them it does not know."""
+"""Counts of captions that are cut and of tokens that a tokenizer does not know."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ UNKNOWN = "unknown_tokens"
 
 @lru_cache(maxsize=2)
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """Raises OSError or ValueError where it can't be loaded."""
+    """Load a tokenizer, once a process.
+
+    Raises:
+        OSError, ValueError: it can't be loaded.
+    """
     return load_tokenizer(TextRecipe(checkpoint=None, tokenizer=name))
 
 
 def count_text(pair: RawPair, record: Record, max_words: int, tokenizer: str) -> Counter[str]:
-    """What is to be said about the captions of a written pair; `tokenizer` "" counts no tokens."""
+    """Counts about the captions of a written pair, by name; `tokenizer` "" counts no tokens."""
     counts: Counter[str] = Counter()
-    found = pair.captions if isinstance(pair.captions, list) else [pair.captions]
-    for caption in found:
+    captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
+    for caption in captions:
         if isinstance(caption, str) and not pair.is_question and is_long(caption, max_words):
             counts[CUT] += 1
             counts[CUT_AT_A_SENTENCE] += clean_caption(caption, max_words) not in record.captions
@@ -47,14 +51,14 @@ def count_text(pair: RawPair, record: Record, max_words: int, tokenizer: str) ->
 
 
 def text_summary(tallies: Counter[str]) -> dict[str, int]:
-    """The entry `text` of a summary; takes what it tells out of `tallies`."""
+    """The entry `text` of a summary, moved out of `tallies`."""
     names = (CUT, CUT_AT_A_SENTENCE, LONG, TOKENS, UNKNOWN)
     counts = {name: tallies.pop(name, 0) for name in names}
     return {name: count for name, count in counts.items() if counts[TOKENS] or name in names[:2]}
 
 
 def text_lines(counts: Mapping[str, int], max_words: int) -> list[str]:
-    """What `text_summary` holds, for people."""
+    """The content of `text_summary` in sentences."""
     lines = []
     if counts.get(CUT):
         lines.append(

@@ -1,4 +1,4 @@
-"""What a logged point is held against: the losses before it, and the times of the other ranks."""
+"""Anomalies at a logged point: a loss far above those before it, a rank slower than the others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 logger = logging.getLogger(__name__)
 
 SPIKE_POINTS = 100
-"""Logged points that say what is usual."""
+"""Number of last logged points that a loss is compared with."""
 _SPIKE_MIN_POINTS = 20
 _SPIKE_DEVIATIONS = 8.0
-_SPIKE_FLOOR = 0.01  # of the median: a flat curve is no reason for alarm at its first ripple
+_SPIKE_FLOOR = 0.01
+"""Smallest deviation as a share of the median, so that a flat curve may ripple."""
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 
 SLOW_RATIO = 1.3
@@ -23,25 +24,28 @@ _SLOW_POINTS = 5
 
 @dataclass(frozen=True)
 class LossLevel:
-    """How a loss stands to those before it."""
+    """A loss in relation to those before it."""
 
     ratio: float
-    """(loss - median) / deviation: how many usual deviations it lies above the usual."""
+    """(loss - median) / deviation."""
     low: float
-    """Usual range, within three deviations of the median."""
+    """Lower end of the usual range, three deviations below the median."""
     high: float
+    """Upper end of the usual range."""
 
     @property
     def is_spike(self) -> bool:
-        """Whether it is far outside of what is usual."""
+        """Whether the loss is far above the usual range."""
         return self.ratio > _SPIKE_DEVIATIONS
 
 
 def loss_level(loss: float, before: Sequence[float]) -> LossLevel | None:
-    """Hold a loss against the median of those before it and their median deviation from it.
+    """Compare a loss with the median of those before it, in median absolute deviations.
 
-    Median and MAD do not move with the outliers that they are to find. None when the loss is not
-    finite or there are too few points before it.
+    Median and MAD are not moved by the outliers that they are to find.
+
+    Returns:
+        None when the loss is not finite or there are fewer than 20 points before it.
     """
     if not math.isfinite(loss) or len(before) < _SPIKE_MIN_POINTS:
         return None
@@ -55,22 +59,21 @@ class Stragglers:
     """Watches for a rank that is slow in its own work, so that the others wait for it."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        """`hosts`: the machine of every rank."""
+        """`hosts`: host name of every rank."""
         self._hosts = hosts
         self._rank = -1
         self._streak = 0
 
     def look(self, step: int, own_s: Sequence[float]) -> float:
-        """Hold the slowest rank against the median; a warning when the same one stays slow.
+        """Compare the slowest rank with the median; warn when the same rank stays slow.
 
         Args:
             step: optimizer steps done.
-            own_s: seconds a step that every rank did not spend waiting for the others. (Wall times
-                tell nothing: each rank waits for the slowest in every exchange.)
+            own_s: seconds a step that each rank did not wait for the others. Wall times do not
+                differ, since each rank waits for the slowest in every exchange.
 
         Returns:
-            Own time of the slowest rank over the median; of an even number of ranks the lower
-            median, so that one of two can be slow.
+            Own time of the slowest rank over the lower median, so that one of two can be slow.
         """
         slowest = max(range(len(own_s)), key=own_s.__getitem__)
         median = statistics.median_low(own_s)

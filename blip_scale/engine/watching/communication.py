@@ -1,5 +1,8 @@
-"""What the exchanges between ranks cost: calls, bytes, and the time that this rank was blocked in
-them."""
+"""Cost of the exchanges between ranks: calls, bytes, and the time that this rank was blocked.
+
+Monkey patches functions of torch.distributed (`KINDS`); tests/engine/test_communication.py guards
+them.
+"""
 
 from __future__ import annotations
 
@@ -23,45 +26,46 @@ KINDS = {
     "broadcast": "other",
     "reduce": "other",
 }
-"""Function of torch.distributed -> the name under which it is counted."""
+"""Function of torch.distributed -> kind that it is counted as."""
 
 
 @dataclass
 class Cost:
-    """Of the calls of one kind."""
+    """Cost of the calls of one kind."""
 
     calls: int = 0
     bytes: int = 0
-    """Of the whole tensors that were put together or summed; a rank sends and receives about as
-    many in a gather or a scatter, twice as many in a sum."""
+    """Size of the whole tensors that were gathered or summed. A rank sends and receives about as
+    many bytes in a gather or a scatter, twice as many in a sum."""
     blocked_s: float = 0.0
-    """Time in which this rank's main thread did nothing but wait for other ranks and the wire."""
+    """Time that this rank's main thread waited for other ranks and the network."""
 
 
 class CommunicationMeter:
     """Counts every exchange that this rank takes part in, DeepSpeed's and ours.
 
-    It stands in front of the functions of torch.distributed, so `install` must come before
-    DeepSpeed takes hold of them. A call costs a microsecond or two more.
+    It wraps functions of torch.distributed, so `install` must come before DeepSpeed imports them. A
+    call takes one or two microseconds more.
 
-    On the CPU an exchange blocks the caller, in the call or in the `wait` of the handle that it
-    gives, and `blocked_s` is all of it. On a GPU exchanges are kernels on streams of their own: the
-    host goes on, and `blocked_s` is the small part in which it does not. Never run on a GPU.
+    On the CPU an exchange blocks the caller, in the call or in the `wait` of its handle, and
+    `blocked_s` is all of it. On a GPU exchanges are kernels on streams of their own, and
+    `blocked_s` is the small part in which the host waits.
     """
 
     def __init__(self) -> None:
+        """Count nothing until `install`."""
         self.costs: dict[str, Cost] = {kind: Cost() for kind in dict.fromkeys(KINDS.values())}
-        """By kind, since the last `reset`."""
+        """Cost since the last `reset`, by kind."""
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def install(self) -> None:
-        """Begin to count."""
+        """Wrap the functions and begin to count."""
         for name, kind in KINDS.items():
             self._originals[name] = getattr(dist, name)
             setattr(dist, name, self._counted(self._originals[name], kind))
 
     def remove(self) -> None:
-        """Give torch.distributed its own functions back."""
+        """Restore the functions of torch.distributed."""
         for name, original in self._originals.items():
             setattr(dist, name, original)
         self._originals = {}
@@ -72,11 +76,10 @@ class CommunicationMeter:
             cost.calls, cost.bytes, cost.blocked_s = 0, 0, 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Since the last `reset`: `blocked_s` in all, and for the curves the seconds by kind, calls
-        and gigabytes."""
+        """Totals since the last `reset`: seconds by kind and in all, calls and gigabytes."""
         costs = self.costs.values()
-        found = {f"communication/{kind}_s": cost.blocked_s for kind, cost in self.costs.items()}
-        return found | {
+        seconds = {f"communication/{kind}_s": cost.blocked_s for kind, cost in self.costs.items()}
+        return seconds | {
             "communication/calls_per_step": float(sum(cost.calls for cost in costs)),
             "communication/gigabytes_per_step": sum(cost.bytes for cost in costs) / 1e9,
             "blocked_s": sum(cost.blocked_s for cost in costs),
@@ -98,13 +101,13 @@ class CommunicationMeter:
 
 
 class _TimedWork:
-    """The handle of an exchange under way, with a clock at its `wait`."""
+    """Handle of an exchange under way that times its `wait`."""
 
     def __init__(self, work: Any, cost: Cost) -> None:
         self._work, self._cost = work, cost
 
     def wait(self, *arguments: Any, **named: Any) -> Any:
-        """That of torch's handle."""
+        """Wait as torch's handle does."""
         began = time.perf_counter()
         try:
             return self._work.wait(*arguments, **named)
@@ -116,7 +119,7 @@ class _TimedWork:
 
 
 def _size(argument: Any) -> int:
-    """Bytes of a tensor or of a list of them."""
+    """Size of a tensor or a list of tensors, in bytes."""
     if isinstance(argument, Tensor):
         return argument.numel() * argument.element_size()
     if isinstance(argument, list):

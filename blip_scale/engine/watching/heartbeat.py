@@ -1,5 +1,4 @@
-"""Signs of life: a small file for those who watch a run from outside, and a timer that ends a
-process which gives none."""
+"""Heartbeat of a run: a small file for watchers, and a timer that ends a stalled process."""
 
 from __future__ import annotations
 
@@ -23,32 +22,32 @@ Phase = Literal["starting", "training", "evaluating", "saving", "stopped", "done
 
 _COUNTS = ("step", "total_steps", "checkpoint_step", "restarts")
 _EVERY_S = 1.0
-_SPOKEN_S = 0.5
-"""Time in which a stall is named on the terminal before the process ends."""
+_MESSAGE_S = 0.5
+"""Time for the message about a stall before the process ends."""
 _POLL_S = 10.0
 _GRACE_S = 30.0
-"""After it the kernel ends a process whose stacks could not be written (a dead disk)."""
+"""Time after which the kernel ends a process whose stacks can't be written (a dead disk)."""
 
 
 class Heartbeat:
-    """Says where a run stands, and ends this process when it says nothing for too long.
+    """Writes the state of a run, and ends this process when no beat comes for too long.
 
-    Rank 0 keeps heartbeat.json: step, total_steps, time (unix), samples_per_s, checkpoint_step (the
-    newest that is committed, 0 without), phase, job_id (of SLURM, null elsewhere) and restarts
-    (starts of this run before this one). A start goes on from what the one before left there.
+    Rank 0 writes heartbeat.json: step, total_steps, time (Unix), samples_per_s, checkpoint_step
+    (the newest committed one, 0 without any), phase, job_id (SLURM's, else null) and restarts
+    (earlier starts of this run). A start continues the counts of the start before it.
 
-    Every rank has the timer. It runs in a thread of C and needs neither the interpreter nor the
-    main thread, so it goes off inside a collective and inside a hung file system; then the stacks
-    of all Python threads are in the rank's log and the process ends with exit code 1.
+    Every rank has the timer. It is a C thread that needs neither the interpreter nor the main
+    thread, so it also fires inside a collective or a hung file system. It writes the stacks of all
+    Python threads to the rank's log and ends the process with exit code 1.
     """
 
     def __init__(self, output_dir: Path, rank: int, stall_timeout_s: float) -> None:
-        """Begin with phase `starting`.
+        """Start the timer and write phase `starting`.
 
         Args:
-            output_dir: folder of the run, there already with its logs.
+            output_dir: folder of the run; it exists and has the logs.
             rank: rank of this process among all.
-            stall_timeout_s: longest time between two beats; 0: for ever.
+            stall_timeout_s: longest time between two beats, in seconds; 0: no limit.
         """
         self._file = output_dir / run_folder.HEARTBEAT
         self._is_main = rank == 0
@@ -61,24 +60,24 @@ class Heartbeat:
         self._closed = threading.Event()
         self._disk = files.Spared(f"heartbeat in {self._file}")
         self._written = 0.0
-        self.before = self._left_by_the_start_before() if self._is_main else {}
-        """What the start before this one said last, empty without one."""
+        self.before = self._earlier_counts() if self._is_main else {}
+        """Counts that the start before this one left; empty without one."""
         self._state: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | self.before
         self._state["restarts"] += bool(self.before)
         self._state["job_id"] = os.environ.get("SLURM_JOB_ID")
         self.beat("starting", samples_per_s=0.0)
         if self._log is not None:
-            threading.Thread(target=self._speak, name="stall", daemon=True).start()
+            threading.Thread(target=self._report_stall, name="stall", daemon=True).start()
 
     def beat(self, phase: Phase, **figures: float) -> None:
-        """Wind up the timer; write the file at a change of phase, else about once a second.
+        """Reset the timer; write the file when the phase changes, else about once a second.
 
         Args:
-            phase: what begins now or goes on.
-            figures: step, total_steps, checkpoint_step, samples_per_s: those that changed.
+            phase: current phase.
+            figures: those of step, total_steps, checkpoint_step, samples_per_s that changed.
         """
         self._phase = phase
-        self._wind_up()
+        self._reset_timer()
         if not self._is_main:
             return
         now = time.time()
@@ -98,19 +97,19 @@ class Heartbeat:
             self._log.close()
             self._log = None
 
-    def _wind_up(self) -> None:
+    def _reset_timer(self) -> None:
         if self._log is None:
             return
         self._deadline = time.monotonic() + self._stall_timeout_s
-        after_s = self._stall_timeout_s + _SPOKEN_S
+        after_s = self._stall_timeout_s + _MESSAGE_S
         faulthandler.dump_traceback_later(after_s, file=self._log, exit=True)
         signal.setitimer(signal.ITIMER_REAL, self._stall_timeout_s + _GRACE_S)  # SIGALRM kills
 
-    def _speak(self) -> None:
-        """Name the phase that stalled on the terminal, just before the timer ends the process.
+    def _report_stall(self) -> None:
+        """Name the stalled phase on the terminal, just before the timer ends the process.
 
-        The timer's own thread knows no Python. This one can't speak where the interpreter's lock is
-        held, and then the log has the stacks alone.
+        The timer's C thread can't. This thread needs the interpreter's lock: where that is held,
+        the log has the stacks alone.
         """
         while not self._closed.wait(min(_POLL_S, max(0.0, self._deadline - time.monotonic()))):
             if time.monotonic() < self._deadline:
@@ -123,16 +122,16 @@ class Heartbeat:
             sys.stderr.flush()
             return
 
-    def _left_by_the_start_before(self) -> dict[str, Any]:
+    def _earlier_counts(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._file.read_text(encoding="utf-8"))
-            return {name: int(found[name]) for name in _COUNTS}
+            content = json.loads(self._file.read_text(encoding="utf-8"))
+            return {name: int(content[name]) for name in _COUNTS}
         except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
             return {}
 
 
 def _opened(log_file: Path) -> TextIO:
-    """The log for the stacks of a process that stalls; stderr where it can't be opened."""
+    """The rank's log, for the stacks of a stall; stderr where it can't be opened."""
     try:
         return log_file.open("a")
     except OSError as error:

@@ -1,27 +1,25 @@
-"""What a run shows of itself: TensorBoard, metrics.jsonl, progress on the terminal, alarms."""
+"""Shows a run: loggers, metrics.jsonl, progress on the terminal, alarms, summary.json."""
 
 from __future__ import annotations
 
 import datetime
-import html
 import json
 import logging
 import math
-import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from blip_scale import logs
 from blip_scale.engine import collectives
+from blip_scale.engine.watching.loggers.logger import LoggedRun
+from blip_scale.engine.watching.loggers.registry import LoggerGroup
 from blip_scale.engine.watching.pictures import Panel, draw_grid
 from blip_scale.storage import files, run_folder
 
@@ -29,7 +27,6 @@ __all__ = ["Alarm", "Monitor", "Panel", "measure_peak_flops", "peak_memory_gib"]
 
 logger = logging.getLogger(__name__)
 
-_MARKDOWN = re.compile(r"[\\`*_\[\]|!]")
 _LINE = (  # metric, its short name on the terminal, format
     ("train/learning_rate", "lr", "{:.2e}"),
     ("gradient_norm/all", "grad", "{:7.3f}"),
@@ -37,76 +34,74 @@ _LINE = (  # metric, its short name on the terminal, format
     ("speed/mfu", "mfu", "{:4.0%}"),
     ("speed/data_wait_share", "wait", "{:4.0%}"),
 )
-
-
 _REPEATED_EVERY = 20
 """Logged points between two warnings of an alarm that lasts."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A curve, and a warning, while a condition holds over several logged points in a row."""
+    """A warning, and a curve, while a condition holds at several logged points in a row."""
 
     name: str
-    """Its curve is `alarm/NAME`: 1 while it lasts, else 0."""
+    """Name of its curve, `alarm/NAME`: 1 while the alarm lasts, else 0."""
     condition: Callable[[Mapping[str, float]], bool]
-    """Looks at the metrics of a logged point."""
+    """Tells from the metrics of a logged point whether something is wrong."""
     message: str
-    """What is wrong and what to do."""
+    """What is wrong and how to fix it."""
     points: int = 5
-    """So many logged points in a row make an episode."""
+    """Logged points in a row after which the alarm begins."""
 
 
 class Monitor:
     """Shows a run; on ranks other than the main one every call does nothing.
 
-    A disk that takes nothing more costs points of the curves, and a warning, but not the run.
+    A full disk or a failing logger costs points of the curves, and a warning, but not the run.
     """
 
     def __init__(
         self,
-        output_dir: Path,
+        run: LoggedRun,
+        loggers: Sequence[str],
         is_main: bool,
         total_steps: int,
-        start_step: int,
         samples_per_step: int,
         alarms: Sequence[Alarm] = (),
         streaks: dict[str, int] | None = None,
     ) -> None:
-        """Open the curves; points past `start_step`, from a run that was killed, are taken back.
+        """Open the loggers; points after the step that the run resumes from are dropped.
 
         Args:
-            output_dir: folder of the run: event files in tensorboard/, metrics.jsonl, summary.json.
+            run: folder, first step and settings of the run.
+            loggers: names in `loggers.registry.LOGGERS`.
             is_main: whether this rank shows anything.
             total_steps: optimizer steps of the whole run.
-            start_step: steps done when the run starts or resumes.
             samples_per_step: pairs an optimizer step, over all ranks.
-            alarms: conditions that are watched.
+            alarms: conditions to watch.
             streaks: logged points in a row that each condition has held, by name; kept up to date.
         """
-        self._output_dir = output_dir
+        self._output_dir = run.output_dir
         self._is_main = is_main
         self._total_steps = total_steps
-        self.start_step = start_step
+        self.start_step = run.start_step
         self._samples_per_step = samples_per_step
         self._alarms = alarms
         self._streaks = {} if streaks is None else streaks
-        self._step = start_step
+        self._step = run.start_step
         self._began = time.monotonic()
-        self._writer: SummaryWriter | None = None
-        self._disk = files.Spared(f"more points of the curves in {output_dir}", self._drop_writer)
+        self._finished = False
+        self._disk = files.Spared(f"more points of the curves in {run.output_dir}")
         self._bar: Any = None
-        self._spoke = time.monotonic()
+        self._last_line = time.monotonic()
         if not is_main:
             return
-        output_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics_file = output_dir / run_folder.METRICS
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics_file = run.output_dir / run_folder.METRICS
         with self._disk:
-            files.take_back(self._metrics_file, start_step)
-            self._open_writer(purge_step=start_step + 1)
+            files.take_back(self._metrics_file, run.start_step)
+        self._loggers = LoggerGroup(loggers, run)
         if sys.stderr.isatty():
             self._bar = tqdm(
-                total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+                total=total_steps, initial=run.start_step, unit="step", dynamic_ncols=True,
                 mininterval=0.5, smoothing=0.05, file=sys.stderr,
             )  # fmt: skip
 
@@ -117,23 +112,23 @@ class Monitor:
             self._bar.update(step - self._bar.n)
 
     def is_silent(self, seconds: float | None) -> bool:
-        """Whether the terminal has had no line of figures for so long; None: never.
+        """Whether the terminal has had no line of figures for `seconds`; None: never.
 
         Only the main rank has a terminal, so ranks need not agree.
         """
-        waited = time.monotonic() - self._spoke
+        waited = time.monotonic() - self._last_line
         return self._is_main and seconds is not None and waited >= seconds
 
     def line(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line on the terminal, without a point in the curves.
+        """Write one line to the terminal and no point to the curves.
 
         Args:
             step: optimizer steps done.
-            metrics: values by their name in TensorBoard, as far as the line shows them.
+            metrics: values by name; the line shows losses, speed and the learning rate.
         """
         if not self._is_main:
             return
-        self._spoke = time.monotonic()
+        self._last_line = time.monotonic()
         if self._bar is not None:
             shown = {_short(name): f"{value:.3f}" for name, value in _losses(metrics).items()}
             if "speed/samples_per_s" in metrics:
@@ -142,17 +137,16 @@ class Monitor:
         logger.info("%s", self._line(step, metrics))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One point in every curve, one line on the terminal, and a look at the alarms.
+        """Add a point to every curve, write a line to the terminal, and check the alarms.
 
         Args:
             step: optimizer steps done.
-            metrics: values by their name in TensorBoard (`loss/itc`, ...); what has no place on the
-                terminal's line is in the curves only.
+            metrics: values by name (`loss/itc`, ...); the terminal shows some of them.
         """
         if not self._is_main:
             return
         curves = {
-            f"alarm/{alarm.name}": float(self._sounds(alarm, metrics)) for alarm in self._alarms
+            f"alarm/{alarm.name}": float(self._lasts(alarm, metrics)) for alarm in self._alarms
         }
         self.scalars(step, {**metrics, **curves})
         self.line(step, metrics)
@@ -162,14 +156,14 @@ class Monitor:
                 since = "" if streak == alarm.points else f" (for {streak} logged points)"
                 logger.warning("step %d: %s%s", step, alarm.message, since)
 
-    def _sounds(self, alarm: Alarm, metrics: Mapping[str, float]) -> bool:
-        """Count a logged point; whether the alarm lasts."""
+    def _lasts(self, alarm: Alarm, metrics: Mapping[str, float]) -> bool:
+        """Count a logged point and tell whether the alarm lasts."""
         streak = self._streaks.get(alarm.name, 0) + 1 if alarm.condition(metrics) else 0
         self._streaks[alarm.name] = streak
         return streak >= alarm.points
 
     def lasting_alarms(self) -> dict[str, dict[str, Any]]:
-        """Alarms that sound at the last logged point: name -> message and logged points so far."""
+        """Alarms that last at the last logged point: name -> message and logged points so far."""
         return {
             alarm.name: {"message": alarm.message, "points": self._streaks[alarm.name]}
             for alarm in self._alarms
@@ -177,41 +171,26 @@ class Monitor:
         }
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One point in every curve and a line in metrics.jsonl, without a word on the terminal."""
+        """Add a point to every curve and a line to metrics.jsonl, none to the terminal."""
         if not self._is_main:
             return
-        finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         head = {"samples": step * self._samples_per_step, "time": time.time()}
         with self._disk:
-            files.add_line(self._metrics_file, step, {**head, **finite})
-            writer = self._open_writer()
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()  # a killed run must not leave a gap before its checkpoint
+            files.add_line(self._metrics_file, step, {**head, **_strict(metrics)})
+        self._loggers.scalars(step, {**head, **metrics})
 
     def pictures(self, step: int, name: str, panels: list[Panel]) -> None:
-        """Show images with the generated and the true caption under each, and both as a table."""
-        if not self._is_main or not panels:
-            return
-        rows = [f"| {_cell(panel.caption)} | {_cell(panel.truth)} |" for panel in panels]
-        table = "\n".join(["| generated | true |", "|---|---|", *rows])
-        with self._disk:
-            writer = self._open_writer()
-            writer.add_image(name, draw_grid(panels), step)
-            writer.add_text(name, table, step)
-            writer.flush()
+        """Show images of a held-out set with the generated and the true caption under each."""
+        if self._is_main and panels:
+            self._loggers.pictures(step, name, draw_grid(panels), panels)
 
     def text(self, name: str, text: str) -> None:
-        """Show a text as it stands (the recipe, say)."""
-        if not self._is_main:
-            return
-        with self._disk:
-            lines = logs.without_secrets(text).splitlines()
-            verbatim = "\n".join(f"    {logs.printable(line)}" for line in lines)
-            self._open_writer().add_text(name, verbatim, self.start_step)
+        """Show a text verbatim (the recipe), without credentials."""
+        if self._is_main:
+            self._loggers.text(self.start_step, name, logs.without_secrets(text))
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        """Write summary.json whole or not at all.
+        """Write summary.json whole or not at all: the run has reached the end of its recipe.
 
         Raises:
             OSError: the disk does not take it.
@@ -220,28 +199,18 @@ class Monitor:
             return
         file = self._output_dir / run_folder.SUMMARY
         files.write_whole(file, json.dumps(_strict(figures), indent=2, ensure_ascii=False) + "\n")
+        self._finished = True
 
     def close(self) -> None:
-        """End the bar and the event file."""
+        """Close the progress bar and the loggers."""
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            with self._disk:
-                self._writer.close()
-        self._bar = self._writer = None
-
-    def _open_writer(self, purge_step: int | None = None) -> SummaryWriter:
-        if self._writer is None:
-            folder = self._output_dir / run_folder.TENSORBOARD
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
-        return self._writer
-
-    def _drop_writer(self) -> None:
-        """After an error: the next write opens a new event file."""
-        self._writer = None
+            self._bar = None
+        if self._is_main:
+            self._loggers.close(self._finished)
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """Aligned, whatever the step: `step   50/9000  itc 8.1234  ...  eta 0:12:34`."""
+        """An aligned line: `step   50/9000  itc 8.1234  ...  eta 0:12:34`."""
         width = len(str(self._total_steps))
         parts = [f"step {step:{width}d}/{self._total_steps}"]
         parts += [f"{_short(name)} {value:7.4f}" for name, value in _losses(metrics).items()]
@@ -298,13 +267,8 @@ def _short(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _cell(text: str) -> str:
-    """A text for a cell of a Markdown table, shown as it is: neither a link nor HTML."""
-    return _MARKDOWN.sub(r"\\\g<0>", html.escape(logs.printable(text), quote=False))
-
-
 def _strict(value: Any) -> Any:
-    """The same value with null for what JSON has no number for."""
+    """The value with None in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

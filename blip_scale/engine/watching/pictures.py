@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,29 +15,34 @@ _MARGIN = 10
 _FONT_SIZE = 19
 _LINE_HEIGHT = 23
 _LINES = 3
-# A card of TensorBoard is some 300 pixels wide: with more columns nobody could read the captions.
 _COLUMNS = 2
+"""Panels a row: a card of TensorBoard is about 300 pixels wide, so captions in more columns would
+be too small to read."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """An image with what the model says of it and what people said."""
+    """An image with two texts."""
 
     image: Tensor
-    """uint8 [3, H, W]."""
+    """Pixels, uint8 [3, H, W]."""
     caption: str
-    """Generated."""
+    """Text that is drawn in black: the generated caption."""
     truth: str
-    """The caption in the data."""
+    """Text that is drawn in grey: the caption in the data."""
 
 
-def draw_grid(panels: list[Panel]) -> Tensor:
-    """Draw two panels a row: image, generated caption in black, the true one in grey.
+def draw_grid(panels: Sequence[Panel], columns: int = _COLUMNS) -> Tensor:
+    """Draw panels in rows: the image, its caption in black, its truth in grey.
+
+    Args:
+        panels: what to draw.
+        columns: panels a row.
 
     Returns:
         uint8 [3, height, width].
     """
-    columns = max(1, min(_COLUMNS, len(panels)))
+    columns = max(1, min(columns, len(panels)))
     rows = -(-len(panels) // columns)
     cell_width = _SIDE + _MARGIN
     cell_height = _SIDE + 2 * _LINES * _LINE_HEIGHT + 2 * _MARGIN
@@ -59,7 +65,7 @@ def draw_grid(panels: list[Panel]) -> Tensor:
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu, which knows most alphabets, where the machine has it; Pillow's own is ASCII."""
+    """DejaVu, which has most alphabets, or Pillow's own ASCII font where DejaVu is missing."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", _FONT_SIZE)
     except OSError:
@@ -67,7 +73,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines of at most an image's width, at most three; what does not fit ends in an ellipsis."""
+    """Break a text into at most three lines of an image's width; the rest becomes an ellipsis."""
     lines: list[str] = []
     for word in text.split() or ["-"]:
         joined = f"{lines[-1]} {word}" if lines else word

@@ -1,11 +1,11 @@
-"""What the loop says of its steps: trouble at once, figures on their interval, a summary at the
-end."""
+"""Reports of the loop: trouble at once, figures at their interval, a summary at the end."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,15 +22,16 @@ logger = logging.getLogger(__name__)
 def note_trouble(
     run: Run, finite: bool, skipped: float, ids: list[str], reasons: list[str]
 ) -> None:
-    """Count and name what went wrong in a step; every rank takes the same branches."""
+    """Count and report what went wrong in a step; every rank takes the same branches."""
     history = run.history
     history.skipped_in_a_row = 0 if finite else history.skipped_in_a_row + 1
     history.skipped_steps += not finite
     if skipped:
         history.skipped_samples += round(skipped)
-        everywhere = {r: None for part in collectives.all_gather_objects(reasons) for r in part}
-        for reason in (r for r in everywhere if r not in run.named):
-            logger.warning("skipped a sample that could not be read: %s", reason)
+        everywhere = dict.fromkeys(chain.from_iterable(collectives.all_gather_objects(reasons)))
+        for reason in everywhere:
+            if reason not in run.named:
+                logger.warning("skipped a sample that could not be read: %s", reason)
         run.named.update(everywhere)
     if not finite:
         shown = _of_all_ranks(ids)
@@ -39,12 +40,12 @@ def note_trouble(
 
 def _of_all_ranks(ids: Sequence[str]) -> str:
     """The first few ids of a global batch."""
-    everyone = [name for part in collectives.all_gather_objects(ids) for name in part]
+    everyone = list(chain.from_iterable(collectives.all_gather_objects(ids)))
     return ", ".join(everyone[:8]) + (", ..." if len(everyone) > 8 else "")
 
 
 def sign_of_life(run: Run) -> None:
-    """One line of means since the last point, from what this rank knows: no exchange, no point.
+    """Write one line with means since the last point, without an exchange between ranks.
 
     Losses and gradient norms are those of all ranks already; times are this rank's.
     """
@@ -60,8 +61,8 @@ def sign_of_life(run: Run) -> None:
 def _means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of every metric over the steps in which it is finite; NaN where it never is.
 
-    So a single skipped step doesn't take a whole point out of the curves: `train/skipped_steps`
-    says that there was one.
+    A single skipped step does not remove a whole point from the curves; `train/skipped_steps`
+    counts it.
     """
     means = {}
     for name in window[-1]:
@@ -71,7 +72,7 @@ def _means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def log(run: Run) -> None:
-    """One line, one point in every curve: means over the steps since the last one."""
+    """Log a point: means over the steps since the last one."""
     window, recipe = run.history.window, run.recipe
     means = _means(window)
     step_s = means.pop("step_s")
@@ -81,7 +82,7 @@ def log(run: Run) -> None:
     ranks = collectives.all_gather(
         torch.tensor([here], dtype=torch.float64, device=run.engine.device)
     )
-    # Of the rank that has it worst: the others wait for it in the next collective.
+    # The worst rank counts: the others wait for it in the next collective.
     data_wait_s, memory_gib, _ = ranks.amax(dim=0).tolist()
     own_times = ranks[:, 2].tolist()
     means |= run.task.metrics(run.engine, run.momentum)
@@ -106,7 +107,7 @@ def log(run: Run) -> None:
 def _communication(
     waits: dict[str, float], step_s: float, own_times: Sequence[float]
 ) -> dict[str, float]:
-    """Seconds by kind as shares of a step; the share of all kinds is the mean over the ranks."""
+    """Waits by kind as shares of a step; the share of all kinds is the mean over the ranks."""
     shares = {
         f"{name.removesuffix('_s')}_share": waits.pop(name) / step_s
         for name in list(waits)
@@ -117,8 +118,8 @@ def _communication(
 
 
 def _loss_level(run: Run, means: Mapping[str, float]) -> dict[str, float]:
-    """How the loss stands to those before it; a spike is said once, with the samples of its worst
-    step. Losses are the same on all ranks, so all take the same branches."""
+    """Compare the loss with those before it; warn once of a spike, with the samples of its worst
+    step. Losses are equal on all ranks, so all ranks take the same branches."""
     history, loss = run.history, means["loss/total"]
     level = loss_level(loss, history.usual)
     spikes = level is not None and level.is_spike
@@ -137,7 +138,7 @@ def _loss_level(run: Run, means: Mapping[str, float]) -> dict[str, float]:
 
 
 def finish(run: Run) -> None:
-    """summary.json, and where to look; a run that was at its end before keeps its own."""
+    """Write summary.json and say where to look; a run that had ended before keeps its summary."""
     history = run.history
     if (
         run.step == run.monitor.start_step

@@ -1,4 +1,4 @@
-"""manifest.json of a run: what it was made from, every start of it, and its checkpoints."""
+"""manifest.json of a run: its inputs, its starts and its checkpoints."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ _WARN_OF = ("code", "packages", "data")
 
 
 class RunManifest:
-    """Ties a run together; only rank 0 has one that writes.
+    """Record of a run over all its starts; only rank 0 writes it.
 
-    `state` is that of the newest start: recipe, deepspeed, code, packages and data (the shards are
-    listed in data_shards.json). `attempts` has an object for every start, with what it found
-    `changed` since the one before, and how it ended where that is known. `checkpoints` is the chain
-    of all that were committed, also of those that are deleted by now: step, time, attempt and the
-    hash of their manifest.
+    `state` belongs to the newest start: recipe, deepspeed, code, packages and data (the shards are
+    listed in data_shards.json). `attempts` has an object for every start, with what `changed` since
+    the start before, and how it ended where that is known. `checkpoints` lists all that were
+    committed, also those that are deleted by now: step, time, attempt and hash of their manifest.
     """
 
     def __init__(self, output_dir: Path, is_main: bool) -> None:
@@ -55,16 +54,16 @@ class RunManifest:
     def begin(
         self, state: dict[str, Any], attempt: dict[str, Any], left: Mapping[str, Any]
     ) -> None:
-        """Note a start, and warn of code, packages or data that are not those of the start before.
+        """Record a start; warn of code, packages or data that differ from the start before.
 
         Args:
             state: sections of settings, JSON-able; a stream of `data` may list its `files`.
-            attempt: what is particular to this start.
-            left: the heartbeat of the start before, its last word if it could not say how it ended.
+            attempt: facts about this start alone.
+            left: heartbeat of the start before, which tells its last step if it was killed.
         """
         if not self._is_main:
             return
-        shards = {one["name"]: one.pop("files", []) for one in state.get("data", [])}
+        shards = {entry["name"]: entry.pop("files", []) for entry in state.get("data", [])}
         state, attempt = json.loads(logs.without_secrets(json.dumps([state, attempt])))
         attempts, before = self._content["attempts"], self._content["state"]
         changed = list(_differences(before, state)) if before else []
@@ -82,14 +81,14 @@ class RunManifest:
         self._write()
 
     def saved(self, step: int, checkpoint: Path) -> None:
-        """Note a committed checkpoint."""
+        """Record a committed checkpoint."""
         if self._is_main:
             entry = {"step": step, "time": _now(), "attempt": len(self._content["attempts"]) - 1}
             self._content["checkpoints"].append(entry | fingerprint(checkpoint))
             self._write()
 
     def ended(self, step: int, why: str) -> None:
-        """Note how this start ended."""
+        """Record how this start ended."""
         if self._is_main:
             self._content["attempts"][-1]["ended"] = {"why": why, "step": step, "time": _now()}
             self._write()
@@ -100,11 +99,11 @@ class RunManifest:
 
 
 def _content_of(file: Path) -> dict[str, Any]:
-    """What a manifest says.
+    """Content of a manifest.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, RecursionError: it can't be read, or holds
-            something else.
+        OSError, ValueError, KeyError, TypeError, RecursionError: it can't be read, or is not a
+            manifest.
     """
     content = json.loads(file.read_text(encoding="utf-8"))
     for name, kind in {"state": dict, "attempts": list, "checkpoints": list}.items():
@@ -118,10 +117,10 @@ def _content_of(file: Path) -> dict[str, Any]:
 def fingerprint(checkpoint: Path) -> dict[str, str | None]:
     """Name of a checkpoint and hash of its manifest, which holds the checksums of its files."""
     try:
-        found = digest((checkpoint / checkpoint_format.MANIFEST).read_bytes())
+        manifest_hash = digest((checkpoint / checkpoint_format.MANIFEST).read_bytes())
     except OSError:
-        found = None
-    return {"checkpoint": str(checkpoint), "manifest_xxh64": found}
+        manifest_hash = None
+    return {"checkpoint": str(checkpoint), "manifest_xxh64": manifest_hash}
 
 
 def digest(content: bytes) -> str:
@@ -130,8 +129,12 @@ def digest(content: bytes) -> str:
 
 
 def software() -> dict[str, dict[str, Any]]:
-    """`code`: version of this package, git commit and whether files differ from it (null where it
-    is no clone); `packages`: versions of those that compute (null where one is missing)."""
+    """Versions in use.
+
+    Returns:
+        `code`: version of this package, git commit and whether files differ from it (None outside a
+        clone). `packages`: versions of Python and of the packages that compute (None: missing).
+    """
     folder = Path(blip_scale.__file__).resolve().parent.parent
     commit = _git(folder, "rev-parse", "HEAD") if (folder / ".git").exists() else None
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no") if commit else None
@@ -161,9 +164,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """`section.setting: old -> new` of every leaf that differs; streams go by their names."""
+    """Yield `section.setting: old -> new` for every leaf that differs; streams match by name."""
     if isinstance(before, list) and isinstance(now, list) and _named(before) and _named(now):
-        before, now = ({one["name"]: one for one in value} for value in (before, now))
+        before = {entry["name"]: entry for entry in before}
+        now = {entry["name"]: entry for entry in now}
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
             inner = f"{name}.{key}" if name else key
@@ -173,7 +177,7 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def _named(value: list[Any]) -> bool:
-    return all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in value)
+    return all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value)
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""Which samples were used, step by step: samples/rank_N.jsonl."""
+"""Record of the samples of every step: samples/rank_N.jsonl."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from blip_scale.storage import files, run_folder
 
 
 class SampleRecord:
-    """The ids of every step in the order in which this rank read them, one line a step.
+    """Ids of every step in the order in which this rank read them, one line a step.
 
-    What lies past the step that the run goes on from is taken back, in the files of more ranks than
-    there are now as well: what remains was trained on, each sample as often as it is there.
+    Lines after the step that the run resumes from are cut, also in files of ranks that the run has
+    no longer. So the files list each sample as often as it was trained on.
     """
 
     def __init__(self, output_dir: Path, start_step: int, enabled: bool) -> None:
-        """Args:
-        output_dir: folder of the run.
-        start_step: steps done when the run starts or resumes.
-        enabled: without it nothing is written.
+        """Cut old lines.
+
+        Args:
+            output_dir: folder of the run.
+            start_step: steps done when the run starts or resumes.
+            enabled: whether ids are written from now on.
         """
         folder = output_dir / run_folder.SAMPLES
         rank, world_size = collectives.rank(), collectives.world_size()
@@ -35,7 +37,7 @@ class SampleRecord:
                 folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, step: int, ids: list[str]) -> None:
-        """Note the samples of a step, counted from 1."""
+        """Write the ids of a step, which are counted from 1."""
         if self._enabled:
             with self._disk:
                 files.add_line(self._file, step, {"ids": ids})

@@ -1,0 +1,211 @@
+"""Show samples of MDS shards: a table on the terminal, and a contact sheet.
+
+blip-scale show data/coco
+blip-scale show s3://bucket/coco --count 100 --seed 1 --sheet coco.html
+blip-scale show data/coco --ids 42 57
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import random
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from PIL import Image
+
+from blip_scale import logs
+from blip_scale.commands.command_line import Parser, refuse, report_error
+from blip_scale.config import exit_codes
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data import contact_sheet
+from blip_scale.data.conversion.report import shortened
+from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.reading.cache import ShardCache
+from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
+from blip_scale.data.shards import read_caption_counts
+from blip_scale.storage.locations import is_local
+
+_RETRY_S = 30.0
+_CACHE_BYTES = 2 << 30
+_LONGEST_TEXT = 200
+"""Characters of a sample's captions on the terminal."""
+_LONGEST_ID = 60
+_COLUMNS = 5
+"""Pictures in a row of a PNG sheet."""
+SHEETS = (".html", ".png")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample, or why it can't be read."""
+
+    id: str
+    size: str
+    """Width x height in pixels."""
+    source: str
+    captions: Sequence[str]
+    image: bytes = b""
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "show_shards.py") -> int:
+    """Returns the exit code: 0, or 2 for refused input and for ids that are not in the set."""
+    options = _parser(prog).parse_args(arguments)
+    try:
+        _check(options)
+        with tempfile.TemporaryDirectory(prefix="blip_scale_show_") as cache:
+            return _show(options, _open(options.input, cache), prog)
+    except (OSError, ValueError) as error:
+        return report_error(prog, error)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.count < 1:
+        raise ValueError(f"--count {options.count}: expected at least 1")
+    if options.sheet and options.sheet.suffix not in SHEETS:
+        raise ValueError(f"--sheet {options.sheet}: expected a name in {' or '.join(SHEETS)}")
+
+
+def _open(location: str, cache: str) -> StreamStore:
+    """The set at a location; shards of a remote are fetched into `cache`."""
+    is_folder = is_local(location)
+    folder, remote = (location, None) if is_folder else (cache, location)
+    shards = ShardCache([Path(cache)], _CACHE_BYTES)
+    return StreamStore(StreamRecipe(location, folder, remote), "", shards, _RETRY_S)
+
+
+def _show(options: argparse.Namespace, store: StreamStore, prog: str) -> int:
+    if options.ids:
+        samples = _with_ids(store, options.ids)
+    else:
+        samples = list(_read(store, _drawn(store.samples, options.count, options.seed)))
+    for line in _table(samples):
+        print(logs.printable(line))
+    print(logs.printable(f"{options.input}: {_totals(store)}"))
+    if options.sheet:
+        _write_sheet(options.sheet, f"{options.input}: {_totals(store)}", samples)
+        print(f"sheet: {options.sheet}")
+    missing = sorted(set(options.ids) - {sample.id for sample in samples})
+    if missing:
+        return refuse(prog, f"{options.input}: no sample has the id {', '.join(missing)}")
+    return exit_codes.DONE
+
+
+def _drawn(samples: int, count: int, seed: int) -> list[int]:
+    """Ascending indices of a random sample of the set."""
+    return sorted(random.Random(seed).sample(range(samples), min(count, samples)))
+
+
+def _with_ids(store: StreamStore, ids: Sequence[str]) -> list[Shown]:
+    """The samples with some ids. Shards have no table of ids, so they are read one by one."""
+    remaining = set(ids)
+    samples = []
+    for sample in _read(store, range(store.samples)):
+        if sample.id in remaining:
+            samples.append(sample)
+            remaining.remove(sample.id)
+            if not remaining:
+                break
+    return samples
+
+
+def _read(store: StreamStore, indices: Iterable[int]) -> Iterator[Shown]:
+    """The samples at some indices of the set."""
+    ends = list(accumulate(store.shard_samples))
+    for index in indices:
+        shard = bisect_right(ends, index)
+        place = index - (ends[shard - 1] if shard else 0)
+        try:
+            sample = store.read(shard, place)
+        except CorruptSample as error:
+            name = f"{store.shard_name(shard)}[{place}]"
+            yield Shown(name, "?", "?", [f"can't be read: {error}"])
+            continue
+        captions = sample["captions"] if isinstance(sample["captions"], list) else []
+        yield Shown(
+            sample["id"], f"{sample['width']}x{sample['height']}", sample["source"],
+            [str(caption) for caption in captions], sample["image"],
+        )  # fmt: skip
+
+
+def _table(samples: Sequence[Shown]) -> Iterator[str]:
+    """One line a sample, its captions separated by bars; long texts are cut."""
+    rows = [("id", "size", "source", "captions")]
+    for sample in samples:
+        captions = shortened(" | ".join(sample.captions), _LONGEST_TEXT)
+        rows.append((shortened(sample.id, _LONGEST_ID), sample.size, sample.source, captions))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        yield "  ".join([*cells, row[3]])
+
+
+def _totals(store: StreamStore) -> str:
+    """Size of the set; captions where the index counts them."""
+    size = sum(store.shard_bytes(shard) for shard in range(len(store.shards)))
+    totals = f"{store.samples:,} samples in {len(store.shards):,} shards, {size / 1e6:,.1f} MB"
+    try:
+        counts = read_caption_counts(store.folder)
+    except ValueError:
+        return totals
+    captions = 0
+    for part, samples in zip(counts, store.shard_samples, strict=True):
+        captions += samples if part is None else sum(part)
+    return f"{totals}, {captions:,} captions"
+
+
+def _write_sheet(file: Path, title: str, samples: Sequence[Shown]) -> None:
+    if file.suffix == ".png":
+        _draw(samples).save(file)
+        return
+    cards = []
+    for sample in samples:
+        texts = [f'<div class="text">{html.escape(caption)}</div>' for caption in sample.captions]
+        name = f"{sample.id}, {sample.size}, {sample.source}"
+        cards.append(contact_sheet.card(sample.image, "".join(texts), name))
+    file.write_text(contact_sheet.page(title, contact_sheet.cards(cards)), encoding="utf-8")
+
+
+def _draw(samples: Sequence[Shown]) -> Image.Image:
+    """All samples on one picture, captions in black and ids in grey."""
+    # Imported here: the table and the page need no torch.
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+    from blip_scale.engine.watching.pictures import Panel, draw_grid
+
+    panels = []
+    for sample in samples:
+        tile = Image.new("RGB", (contact_sheet.SIDE, contact_sheet.SIDE), "white")
+        try:
+            picture = decode_image(sample.image)
+            picture.thumbnail(tile.size, Image.Resampling.BICUBIC)
+            tile.paste(picture, ((tile.width - picture.width) // 2, 0))
+        except CorruptSample:
+            pass  # an empty tile
+        texts = logs.printable(" | ".join(sample.captions)), logs.printable(sample.id)
+        panels.append(Panel(pil_to_tensor(tile), *texts))
+    return to_pil_image(draw_grid(panels, _COLUMNS))
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("input", metavar="MDS", help="folder of shards, or a remote: s3://b/p")
+    add("--count", type=int, default=12, help="samples to show (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the random sample (%(default)s)")
+    add(
+        "--ids", nargs="+", default=[], metavar="ID",
+        help="show these samples instead; shards are read until all are there",
+    )  # fmt: skip
+    add(
+        "--sheet", type=Path, metavar="FILE",
+        help="write a contact sheet with images and captions: FILE.html or FILE.png",
+    )  # fmt: skip
+    return parser

@@ -1,0 +1,10 @@
+"""Show samples of MDS shards, from a clone: the same as `blip-scale show`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from blip_scale.commands.show_shards import main
+
+if __name__ == "__main__":
+    sys.exit(main())
