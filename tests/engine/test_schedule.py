@@ -82,7 +82,7 @@ def test_a_warm_up_that_is_cut_is_said_with_its_numbers() -> None:
     said = warmup_leap(PUBLISHED, 104, 2000)
     assert said is not None
     assert "3000 are more than the 104 steps of the first epoch" in said
-    assert "leaps from 1.1e-05 to 0.00027" in said
+    assert "jumps from 1.1e-05 to 0.00027" in said
     assert "optimizer.warmup_steps=104" in said
     assert warmup_leap(PUBLISHED, 3000, 9000) is None
     assert warmup_leap(PUBLISHED, 104, 104) is None  # the run ends before

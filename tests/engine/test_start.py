@@ -25,7 +25,7 @@ start(300)
 print(os.environ["TORCH_EXTENSIONS_DIR"], flush=True)
 launcher.end_process(0)
 """
-LINE = "building DeepSpeed's shared-memory operation, once per environment, about a minute"
+LINE = "building DeepSpeed's shared-memory operation, once per environment: about a minute"
 
 
 def started(folder: Path, ranks: int, **more: str) -> list[tuple[str, str]]:
