@@ -60,7 +60,7 @@ def test_the_largest_that_fits_with_headroom(tmp_path: Path) -> None:
         limit = memory(load, size).total / (1 - HEADROOM)
         assert roomy_micro_batch(load, possible, limit * 1.0001) == size
         assert roomy_micro_batch(load, possible, limit * 0.9999) < size
-    with pytest.raises(ValueError, match="auto was not settled"):
+    with pytest.raises(ValueError, match="auto was not resolved"):
         Pretrain(chosen, torch.device("cpu"))
 
 
