@@ -133,12 +133,12 @@ def faster(steps: dict[str, list[dict[str, Any]]], tolerance: float) -> list[str
     for name, entries in steps.items():
         for entry in entries:
             for term, (_, _, paper) in TERMS.items():
-                growth_of_term = entry[term]
-                if growth_of_term["factor"] > growth_of_term["due"] * (1 + tolerance):
+                grown = entry[term]
+                if grown["factor"] > grown["due"] * (1 + tolerance):
                     lines.append(
                         f"{name} {entry['from']:g} to {entry['to']:g}: {term} grows "
-                        f"{growth_of_term['factor']:.2f} times (exponent {growth_of_term['exponent']:.2f}), "
-                        f"{paper} {growth_of_term['due']:.2f} times ({growth_of_term['due_exponent']:.2f})"
+                        f"{grown['factor']:.2f} times (exponent {grown['exponent']:.2f}), "
+                        f"{paper} {grown['due']:.2f} times ({grown['due_exponent']:.2f})"
                     )
     return lines
 
