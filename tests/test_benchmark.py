@@ -128,7 +128,7 @@ def test_what_grows_faster_than_its_mathematics_is_named() -> None:
 
 @pytest.mark.multiprocess
 def test_the_growth_benchmark_runs(tmp_path: Path) -> None:
-    """At a tiny size, two ranks among it: FLOPs grow as on paper, and the plot is a picture."""
+    """At a tiny size, on one and two ranks, FLOPs grow by formula, and the plot is an SVG."""
     command = [sys.executable, REPO / "tools" / "benchmark.py", "growth", "--json", *TINY]
     command += ["--batch", "2", "4", "--image", "64", "--tokens", "8", "--queue", "64"]
     command += ["--rounds", "1", "--threads", "1", "--ranks", "1", "2"]
@@ -140,7 +140,7 @@ def test_the_growth_benchmark_runs(tmp_path: Path) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     (step,) = result["growth"]["batch"]
     assert step["FLOPs"]["factor"] == pytest.approx(step["FLOPs"]["due"], rel=0.02)
-    one, two = result["axes"]["ranks"]
-    assert one["exchange_gb"] < 0.1 * two["exchange_gb"]  # a single rank sums nothing
+    single, double = result["axes"]["ranks"]
+    assert single["exchange_gb"] < 0.1 * double["exchange_gb"]  # a single rank sums nothing
     assert "exponents over the quantity" in growth.growth_table(result).lower()
     assert "<svg" in picture.read_text()

@@ -41,13 +41,13 @@ def test_a_trace_is_counted() -> None:
         call("Memcpy HtoD", 500, 100, "gpu_memcpy"),
         call("aten::mm", 0, 9000, "cpu_op"),
     ]
-    found = summary(events, seconds=0.005, profilers_waits=1)
-    assert found["kernel_s"] == pytest.approx(400e-6)
-    assert found["busy_s"] == pytest.approx(450e-6)
-    assert found["host_s"] == pytest.approx(0.005 - 1200e-6 - 500e-6)
-    assert found["waits"] == {"cudaStreamSynchronize": 1, "cudaEventSynchronize": 1}
+    figures = summary(events, seconds=0.005, profilers_waits=1)
+    assert figures["kernel_s"] == pytest.approx(400e-6)
+    assert figures["busy_s"] == pytest.approx(450e-6)
+    assert figures["host_s"] == pytest.approx(0.005 - 1200e-6 - 500e-6)
+    assert figures["waits"] == {"cudaStreamSynchronize": 1, "cudaEventSynchronize": 1}
     counts = ("launches", "graph_launches", "kernels", "copies", "allocations")
-    assert [found[name] for name in counts] == [3, 1, 2, 1, {"cudaMalloc": 1}]
+    assert [figures[name] for name in counts] == [3, 1, 2, 1, {"cudaMalloc": 1}]
 
 
 def test_tables_hold_what_was_measured() -> None:

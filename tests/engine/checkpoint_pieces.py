@@ -86,11 +86,11 @@ class Pieces:
 
     def tensors(self) -> list[tuple[str, ParameterSlice, Tensor]]:
         """Everything that a checkpoint must keep, as live views."""
-        found = [("weight", piece, piece.weight) for piece in self.all_slices]
+        views = [("weight", piece, piece.weight) for piece in self.all_slices]
         for key in KINDS[1:3]:
-            found += [(key, one, one.state(self.optimizer, key)) for one in self.all_slices]
+            views += [(key, piece, piece.state(self.optimizer, key)) for piece in self.all_slices]
         pairs = zip(self.momentum.slices, self.momentum.averages, strict=True)
-        return found + [("momentum", piece, average) for piece, average in pairs]
+        return views + [("momentum", piece, average) for piece, average in pairs]
 
     def saver(self, place: Place, start_step: int = 0, **settings: Any) -> Saver:
         """One that keeps what it reports in `self.curves`."""

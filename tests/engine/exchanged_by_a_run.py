@@ -48,9 +48,9 @@ class Gathers:
             return None
         begun, wait = self.calls, work.wait
 
-        def noted_wait(*given: Any) -> Any:
+        def noted_wait(*arguments_of_wait: Any) -> Any:
             self.bytes["ahead" if self.calls > begun else "at once"] += size
-            return wait(*given)
+            return wait(*arguments_of_wait)
 
         work.wait = noted_wait
         return work
@@ -77,10 +77,10 @@ def main() -> None:
     engine.fill(task.initial_weights())
     momentum = ShardedMomentum(engine, task.momentum_pairs)
     batches = task.batches()
-    found: dict[str, Any] = {}
+    costs: dict[str, Any] = {}
 
     def note(part: str) -> None:
-        found[part] = {kind: asdict(cost) for kind, cost in meter.costs.items()}
+        costs[part] = {kind: asdict(cost) for kind, cost in meter.costs.items()}
         meter.reset()
 
     for step in range(STEPS):
@@ -91,7 +91,7 @@ def main() -> None:
         losses = engine.forward(*task.inputs(batch, progress))
         task.collect(losses, progress)
         note("forward")
-        found["prefetch"] = dict(gathers.bytes)
+        costs["prefetch"] = dict(gathers.bytes)
         engine.backward(losses["loss/total"], is_last=True)
         note("backward")
         engine.step(
@@ -101,7 +101,7 @@ def main() -> None:
         task.after_step(engine, momentum, applied=True)
         note("momentum")
     rank = collectives.rank()
-    Path(options["--recipe"]).with_name(f"exchanged_{rank}.json").write_text(json.dumps(found))
+    Path(options["--recipe"]).with_name(f"exchanged_{rank}.json").write_text(json.dumps(costs))
 
 
 if __name__ == "__main__":

@@ -61,22 +61,22 @@ def main() -> None:
     momentum = ShardedMomentum(engine, task.momentum_pairs)
     batches = task.batches()
     accumulation = ds_config["gradient_accumulation_steps"]
-    found = {}
+    sizes = {}
     for step in range(2):
         for index in range(accumulation):
             progress = Progress(step, step * accumulation + index, task.steps_per_epoch)
             outputs = engine.forward(*task.inputs(next(batches), progress))
             task.collect(outputs, progress)
-            found["gathered"] = gathered(engine)
+            sizes["gathered"] = gathered(engine)
             engine.backward(outputs["loss/total"], is_last=index == accumulation - 1)
-        found["backward"] = held() - before
+        sizes["backward"] = held() - before
         engine.step(
             1e-3, apply=True, norm=collectives.all_reduce_sum(engine.squared_norms())[0].sqrt()
         )
         task.after_step(engine, momentum, applied=True)
-        found["update"] = held() - before
+        sizes["update"] = held() - before
     rank = collectives.rank()
-    Path(options["--recipe"]).with_name(f"held_{rank}.json").write_text(json.dumps(found))
+    Path(options["--recipe"]).with_name(f"held_{rank}.json").write_text(json.dumps(sizes))
 
 
 if __name__ == "__main__":

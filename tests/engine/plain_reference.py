@@ -83,12 +83,12 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
                 return network(images, text, MomentumInputs(queue, weights), generator)
 
             everyone = _on_all_ranks(forward, ranks, together=objective.negatives == "global")
-            total = torch.stack([found["loss/total"] for found in everyone]).sum()
+            total = torch.stack([outputs["loss/total"] for outputs in everyone]).sum()
             (total / (ranks * accumulation)).backward()
-            for found in everyone:
-                entering.append(FeaturePair(found["image_keys"], found["text_keys"]))
+            for outputs in everyone:
+                entering.append(FeaturePair(outputs["image_keys"], outputs["text_keys"]))
                 for name in ("loss/itc", "loss/itm", "loss/lm", "loss/total"):
-                    share = found[name].item() / (ranks * accumulation)
+                    share = outputs[name].item() / (ranks * accumulation)
                     means[name] = means.get(name, 0.0) + share
         losses[step + 1] = means
         for group in optimizer.param_groups:

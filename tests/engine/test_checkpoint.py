@@ -54,10 +54,10 @@ def test_ranks_and_stage_may_change(
     assert len(manifest["files"]) == before + 1
 
     def load(rank: int) -> tuple[Pieces, RunState]:
-        found = newest_whole(tmp_path)
-        assert found is not None
+        newest = newest_whole(tmp_path)
+        assert newest is not None
         pieces = Pieces(loaded_as(rank, after), filled=False)
-        return pieces, restore.load(found, pieces.engine, pieces.momentum)
+        return pieces, restore.load(newest, pieces.engine, pieces.momentum)
 
     covered = {kind: dict.fromkeys(SIZES, 0) for kind in KINDS}
     for pieces, state in FakeRanks(after, monkeypatch).run(load):
@@ -152,11 +152,11 @@ def test_damage_is_found_and_the_one_before_taken(
     """Whichever rank checks the damaged file, all ranks go back together."""
     alone().save(tmp_path, 4)
     alone().save(tmp_path, 5)
-    spoil, said = DAMAGES[damage]
+    spoil, reason = DAMAGES[damage]
     spoil(tmp_path / "step_00000005")
-    found = FakeRanks(ranks, monkeypatch).run(lambda rank: newest_whole(tmp_path))
-    assert found == [tmp_path / "step_00000004"] * ranks
-    assert said in caplog.text
+    newest = FakeRanks(ranks, monkeypatch).run(lambda rank: newest_whole(tmp_path))
+    assert newest == [tmp_path / "step_00000004"] * ranks
+    assert reason in caplog.text
     assert "step_00000005" in caplog.text
 
 
@@ -219,15 +219,15 @@ def test_a_rank_that_cannot_write_is_said_by_name(
 def test_another_network_is_refused(
     tmp_path: Path, name: str, saved: int, here: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A smaller network would fit into what is there: it is refused all the same."""
+    """A smaller network is refused, too, though its tensors would fit into the checkpoint's."""
     alone().save(tmp_path)
     if here:
         monkeypatch.setitem(SIZES, name, here)
     else:
         monkeypatch.delitem(SIZES, name)
     other = alone(filled=False)
-    said = f"holds {saved} elements of {name}, the recipe's network {here}: it is of another"
-    with pytest.raises(ValueError, match=said):
+    message = f"holds {saved} elements of {name}, the recipe's network {here}: it is of another"
+    with pytest.raises(ValueError, match=message):
         restore.load(tmp_path / "step_00000005", other.engine, other.momentum)
     assert not any(piece.weight.any() for piece in other.all_slices)  # nothing was loaded
 
@@ -269,11 +269,11 @@ def test_training_goes_on_while_a_copy_is_written(
     may_write.set()
     assert saver.finish() and saver.newest == 5
     fresh = alone(filled=False)
-    found = restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
+    restored = restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
     for kind, piece, tensor in fresh.tensors():
         assert torch.equal(tensor, values(kind, piece.name)), f"{kind} {piece.name}"
-    assert (found.position, found.task) == (state_of(5).position, state_of(5).task)
-    assert torch.equal(found.shared["queue/image"], torch.eye(3))
+    assert (restored.position, restored.task) == (state_of(5).position, state_of(5).task)
+    assert torch.equal(restored.shared["queue/image"], torch.eye(3))
     assert pieces.curves[5].keys() == {"checkpoint/pause_s", "checkpoint/write_s"}
 
 
@@ -315,10 +315,10 @@ def test_every_node_has_a_disk_of_its_own(
         assert names == {f"rank_{rank:05d}.safetensors", "shared.safetensors", "manifest.json"}
 
     def go_on(rank: int) -> None:
-        found = restore.newest_whole(place(rank), stage=3)
-        assert found is not None
+        newest = restore.newest_whole(place(rank), stage=3)
+        assert newest is not None
         pieces = Pieces(even_slices(rank, ranks), filled=False)
-        restore.load(found, pieces.engine, pieces.momentum)
+        restore.load(newest, pieces.engine, pieces.momentum)
         for kind, piece, tensor in pieces.tensors():
             expected = values(kind, piece.name)[piece.start : piece.start + piece.numel]
             assert torch.equal(tensor, expected)

@@ -68,9 +68,9 @@ def test_they_train_and_resume(trained: Path, tmp_path: Path) -> None:
     assert "resuming at step 1" in tiny_runs.said(recipe)
     for kind in KINDS:
         expected = tiny_runs.whole_tensors(checkpoint(trained, 2), kind)
-        found = tiny_runs.whole_tensors(checkpoint(tmp_path / "run", 2), kind)
-        assert found.keys() == expected.keys() and len(found) > 20
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), kind
+        resumed = tiny_runs.whole_tensors(checkpoint(tmp_path / "run", 2), kind)
+        assert resumed.keys() == expected.keys() and len(resumed) > 20
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items()), kind
 
 
 def test_they_start_from_the_seed(trained: Path, with_new_parameters: None) -> None:

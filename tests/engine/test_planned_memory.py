@@ -53,13 +53,13 @@ def test_states_are_what_deepspeed_holds(
     script = Path(__file__).with_name("held_by_a_run.py")
     codes = finish(launch(file, ranks, "--deepspeed", str(config), stage=stage, script=script))
     assert codes == [0] * ranks, said(file)
-    found = [json.loads((tmp_path / f"held_{rank}.json").read_text()) for rank in range(ranks)]
+    measured = [json.loads((tmp_path / f"held_{rank}.json").read_text()) for rank in range(ranks)]
 
     chosen = recipe.load(str(file))
     sharding = Sharding.of(json.loads(config.read_text()), ranks, 4 if precision == "fp32" else 2)
     planned = states(network_of(chosen, contrast_of), sharding)
     resting = sum(planned.resting.values()) + planned.host.get("frozen_masters", 0)
-    most = {moment: max(rank[moment] for rank in found) for moment in found[0]}
+    most = {moment: max(rank[moment] for rank in measured) for moment in measured[0]}
     assert resting == pytest.approx(most["update"], rel=0.1)
     gradients = planned.backward.get("gradients", 0)
     assert resting + gradients == pytest.approx(most["backward"], rel=0.1)

@@ -51,12 +51,12 @@ def wait_for(moment: Callable[[], bool], process: subprocess.Popen) -> None:
 
 def ranks_below(launcher: subprocess.Popen) -> list[psutil.Process]:
     """The processes of the ranks that the `deepspeed` command started, rank 0 first."""
-    found = {}
+    processes = {}
     for process in psutil.Process(launcher.pid).children(recursive=True):
         rank = [part for part in process.cmdline() if part.startswith("--local_rank=")]
         if rank:
-            found[rank[0]] = process
-    return [found[rank] for rank in sorted(found)]
+            processes[rank[0]] = process
+    return [processes[rank] for rank in sorted(processes)]
 
 
 def phase(run: Path) -> str:
@@ -263,7 +263,7 @@ def test_resume_with_everything_on(tmp_path: Path) -> None:
 
 
 def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
-    """A checkpoint that does not fit is said, the earlier one stays whole, and the run goes on."""
+    """A checkpoint that does not fit is logged, the earlier one stays whole, the run continues."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
@@ -279,12 +279,12 @@ def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str,
         room = sum(map(len, before.values())) // 2  # too little for another one
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - room))
         codes = tiny_runs.finish(tiny_runs.launch(recipe, 2, folder))
-        said = tiny_runs.said(recipe)
-        assert set(codes) == {1}, said  # the last checkpoint is missing, so it is no success
-        assert "resuming at step 3" in said
-        assert said.count("was NOT saved") == (STEPS - 3) // 3
-        assert "No space left" in said
-        assert "Earlier checkpoints are intact" in said
+        output = tiny_runs.said(recipe)
+        assert set(codes) == {1}, output  # the last checkpoint is missing, so it is no success
+        assert "resuming at step 3" in output
+        assert output.count("was NOT saved") == (STEPS - 3) // 3
+        assert "No space left" in output
+        assert "Earlier checkpoints are intact" in output
         assert tiny_runs.losses(tmp_path / "run") == undisturbed
         assert [path.name for path in (disk / "checkpoints").iterdir()] == [earlier.name]
         assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before

@@ -43,7 +43,7 @@ def leave(folder: Path) -> None:
 
 
 def change(folder: Path, age_s: float = 0.0, **fields: Any) -> None:
-    """Let the lock be of another holder, whose last sign of life is so old."""
+    """Replace the lock by another holder's, whose last sign of life has this age."""
     file = folder / "lock.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     os.utime(file, (time.time() - age_s, time.time() - age_s))
@@ -53,8 +53,10 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_is_not_in_the_way(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = hold(tmp_path)
-    said = rf"{tmp_path} belongs to a run that is under way \(process {process.pid} on .*\): give"
-    with pytest.raises(RefusedInput, match=said):
+    message = (
+        rf"{tmp_path} belongs to a run that is under way \(process {process.pid} on .*\): give"
+    )
+    with pytest.raises(RefusedInput, match=message):
         RunLock(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
     process.send_signal(signal.SIGKILL)

@@ -68,7 +68,7 @@ def test_a_short_first_epoch_cuts_the_warm_up() -> None:
 
 
 def test_a_warm_up_may_span_epochs() -> None:
-    """It rises without a leap and joins the decayed rate."""
+    """The rate rises without a jump and joins the decayed rate."""
     settings = OptimizerRecipe(warmup_spans_epochs=True)
     rates = [learning_rate(settings, step, 104) for step in range(6000)]
     for step in range(0, 3000, 500):
@@ -79,11 +79,11 @@ def test_a_warm_up_may_span_epochs() -> None:
 
 
 def test_a_warm_up_that_is_cut_is_said_with_its_numbers() -> None:
-    said = warmup_leap(PUBLISHED, 104, 2000)
-    assert said is not None
-    assert "3000 are more than the 104 steps of the first epoch" in said
-    assert "jumps from 1.1e-05 to 0.00027" in said
-    assert "optimizer.warmup_steps=104" in said
+    warning = warmup_leap(PUBLISHED, 104, 2000)
+    assert warning is not None
+    assert "3000 are more than the 104 steps of the first epoch" in warning
+    assert "jumps from 1.1e-05 to 0.00027" in warning
+    assert "optimizer.warmup_steps=104" in warning
     assert warmup_leap(PUBLISHED, 3000, 9000) is None
     assert warmup_leap(PUBLISHED, 104, 104) is None  # the run ends before
     assert warmup_leap(OptimizerRecipe(warmup_spans_epochs=True), 104, 2000) is None
@@ -92,11 +92,11 @@ def test_a_warm_up_that_is_cut_is_said_with_its_numbers() -> None:
 
 @pytest.mark.parametrize("steps", [7, 40])
 def test_equals_the_published_loop(steps: int) -> None:
-    """With a warm-up that ends inside the first epoch, and with one that does not."""
+    """Tried with a warm-up that ends inside the first epoch, and with one that does not."""
     settings = OptimizerRecipe(peak_lr=1e-3, min_lr=2e-4, warmup_steps=20, lr_decay=0.5)
-    found = [learning_rate(settings, step, steps) for step in range(5 * steps)]
-    assert found == pytest.approx(published_loop(settings, 5, steps), rel=1e-12)
-    assert found[-1] == 2e-4  # the floor
+    rates = [learning_rate(settings, step, steps) for step in range(5 * steps)]
+    assert rates == pytest.approx(published_loop(settings, 5, steps), rel=1e-12)
+    assert rates[-1] == 2e-4  # the floor
 
 
 def test_without_a_warm_up_the_first_step_has_its_rate_and_then_the_peak() -> None:

@@ -148,9 +148,9 @@ def test_replaced_names_are_there() -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_split_backward_passes_give_the_same_bits(tmp_path: Path, ranks: int) -> None:
-    """With two micro-steps; gradients that a graph could hold, and those that overlap."""
+    """Two micro-steps give equal results with overlapped exchanges and with split backwards."""
     changes: dict[str, Any] = {"train": {"micro_batch_size": 8 // ranks, "max_steps": 4}}
-    found = []
+    results = []
     for name, script in (
         ("overlapping", tiny_runs.TRAIN),
         ("split", Path(__file__).with_name("train_by_split_backward.py")),
@@ -160,16 +160,16 @@ def test_split_backward_passes_give_the_same_bits(tmp_path: Path, ranks: int) ->
         assert tiny_runs.finish(tiny_runs.launch(file, ranks, script=script)) == [0] * ranks
         checkpoint = tmp_path / name / "run" / "checkpoints" / "step_00000004"
         weights = tiny_runs.whole_tensors(checkpoint, "weight")
-        found.append((tiny_runs.losses(tmp_path / name / "run"), weights))
-    (losses, weights), (losses_split, weights_split) = found
+        results.append((tiny_runs.losses(tmp_path / name / "run"), weights))
+    (losses, weights), (losses_split, weights_split) = results
     assert losses == losses_split
     assert all(torch.equal(weights[name], weights_split[name]) for name in weights)
 
 
 @pytest.mark.multiprocess
 def test_another_deepspeed_goes_its_own_way(tmp_path: Path) -> None:
-    """Without any patch, and the log says so in a line; the losses are the same."""
-    found = []
+    """No patch is applied, the log says so in a line, and the losses are equal."""
+    losses_of_runs = []
     for name, script in (
         ("checked", tiny_runs.TRAIN),
         ("another", Path(__file__).with_name("train_on_another_deepspeed.py")),
@@ -177,12 +177,12 @@ def test_another_deepspeed_goes_its_own_way(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         file = tiny_runs.make_recipe(tmp_path / name, train={"max_steps": 4})
         assert tiny_runs.finish(tiny_runs.launch(file, 2, script=script)) == [0, 0]
-        found.append(tiny_runs.losses(tmp_path / name / "run"))
+        losses_of_runs.append(tiny_runs.losses(tmp_path / name / "run"))
         text = tiny_runs.said(file)
         assert ("weights are whole" in text) == (name == "checked")
-        assert ("DeepSpeed 0.19.999 is not among" in text) == (name == "another")
-    for step, losses in found[0].items():
-        assert found[1][step] == pytest.approx(losses, abs=2e-5), step
+        assert ("not for 0.19.999, so they are not applied" in text) == (name == "another")
+    for step, losses in losses_of_runs[0].items():
+        assert losses_of_runs[1][step] == pytest.approx(losses, abs=2e-5), step
 
 
 def test_whole_weights_beside_offload_are_refused() -> None:

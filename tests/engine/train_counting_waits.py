@@ -37,16 +37,15 @@ _ON_THE_HOST = "loading/micro_batches.py"
 
 
 def note(kind: str) -> None:
-    """Add the place that called to the step under way."""
+    """Add the place of the caller to the present step."""
     if not _counting or threading.current_thread() is not _main:
         return
-    frames = [
-        f"{frame.filename}:{frame.lineno}"
-        for frame in traceback.extract_stack()
-        if not any(part in frame.filename for part in _QUIET)
-    ]
-    if _ON_THE_HOST not in frames[-1]:
-        _steps[-1].setdefault(kind, []).append(frames[-1])
+    place = ""
+    for frame in traceback.extract_stack():
+        if not any(part in frame.filename for part in _QUIET):
+            place = f"{frame.filename}:{frame.lineno}"
+    if _ON_THE_HOST not in place:
+        _steps[-1].setdefault(kind, []).append(place)
 
 
 class Reads(TorchDispatchMode):

@@ -25,7 +25,7 @@ def kill_in(moment: str) -> None:
     original = getattr(checkpoint_format, MOMENTS[moment])
 
     def dying(*arguments: Any) -> Any:
-        (path, *_) = (one for one in arguments if isinstance(one, Path))
+        path = next(argument for argument in arguments if isinstance(argument, Path))
         if _DOOMED not in str(path) or os.environ["RANK"] != "0":
             return original(*arguments)
         if moment == "writing":  # half a file is there, and the training is at the next step

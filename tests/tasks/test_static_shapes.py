@@ -127,11 +127,11 @@ def step(network: ContrastiveNetwork, inputs: tuple[Any, ...]) -> dict[str, Tens
     return outputs | {n: p.grad for n, p in named if p.grad is not None}
 
 
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    found.pop("retry")
-    assert found.keys() == expected.keys() and len(expected) > 40
+def compare(outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    outputs.pop("retry")
+    assert outputs.keys() == expected.keys() and len(expected) > 40
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=2e-6, rtol=2e-5, msg=name)
+        torch.testing.assert_close(outputs[name], value, atol=2e-6, rtol=2e-5, msg=name)
 
 
 KINDS = pytest.mark.parametrize("kind", [PretrainNetwork, RetrievalNetwork])
@@ -145,9 +145,9 @@ def test_filling_up_changes_no_loss_and_no_gradient(tokenizer: Any, kind: Kind, 
     batch = batch_of(tokenizer, FIRST, BUCKET)
     sizes = text_sizes(batch, MAX_TOKENS, full)
     assert batch.padding.fillers > 0 and sizes.room is not None and sizes.room.fillers > 0
-    found = step(network, arguments(batch, sizes))
-    assert found["retry"] == 0.0
-    compare(found, expected)
+    outputs = step(network, arguments(batch, sizes))
+    assert outputs["retry"] == 0.0
+    compare(outputs, expected)
 
 
 @KINDS
@@ -179,7 +179,7 @@ def test_a_draw_that_does_not_fit_asks_for_a_repetition(
 def test_filling_up_changes_nothing_for_global_negatives(
     tokenizer: Any, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks with other captions each."""
+    """Two ranks have different captions."""
     lengths = (FIRST, SECOND)
     network = network_of(tokenizer, kind, "global")
 
@@ -192,10 +192,10 @@ def test_filling_up_changes_nothing_for_global_negatives(
     ranks = FakeRanks(2, monkeypatch)
     plain = ranks.run(lambda rank: outputs(rank, 1))
     filled = ranks.run(lambda rank: outputs(rank, BUCKET))
-    for found, expected in zip(filled, plain, strict=True):
-        assert found.pop("retry") == 0.0
+    for outputs_of_rank, expected in zip(filled, plain, strict=True):
+        assert outputs_of_rank.pop("retry") == 0.0
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, atol=2e-6, rtol=2e-5, msg=name)
+            torch.testing.assert_close(outputs_of_rank[name], value, atol=2e-6, rtol=2e-5, msg=name)
     assert not torch.equal(plain[0]["loss/itm"], plain[1]["loss/itm"])
 
 

@@ -173,8 +173,9 @@ def drop_idle_hooks(zero: Any) -> None:
     network: nn.Module = offload.module
     idle_hooks: set[int] = set()
     for module in network.modules():
-        is_idle = all(parameter.ds_persist for parameter in iter_params(module))
-        if module is not network and is_idle:
+        if module is network:  # the root keeps its hooks
+            continue
+        if all(parameter.ds_persist for parameter in iter_params(module)):
             idle_hooks |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
         if id(hook.hooks_dict_ref()) in idle_hooks:
