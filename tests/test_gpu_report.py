@@ -1,4 +1,4 @@
-"""tools/benchmarks/gpu_report.py: every part on the CPU, and what a failure or a kill leaves."""
+"""tools/benchmarks/gpu_report.py: every part on the CPU, and the files after a failure or kill."""
 
 from __future__ import annotations
 
@@ -133,7 +133,10 @@ def test_a_kill_loses_no_row_and_leaves_no_process(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.timeout(600)
 def test_every_part_on_the_cpu(tmp_path: Path) -> None:
-    """At a tiny size. Parts of the step differ in their sizes alone, so one stands for all."""
+    """Parts run at a tiny size.
+
+    Parts of the step differ only in their sizes, so one stands for all.
+    """
     parts = ["environment", "step bf16 64", "attention", "demo"]
     arguments = ["--device", "cpu", "--tiny", "--minutes", "9", "--parts", *parts]
     done = subprocess.run([*COMMAND, tmp_path, *arguments], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Activations on paper against autograd's; what plan.py says."""
+"""Activations by formula against autograd's, and the output of plan.py."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_attention_on_a_cpu_keeps_its_probabilities(dtype: torch.dtype, dropout:
 
 
 def plan(*arguments: str, code: int = 0) -> str:
-    """What `plan` says, on stdout or, where it refuses, on stderr."""
+    """Output of `plan` on stdout or, if it refuses, on stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert plan_command.main(arguments, "plan.py") == code, err.getvalue()
@@ -166,7 +166,8 @@ MEASURED = {
 
 
 def test_the_plan_says_what_an_h200_measured() -> None:
-    """Within 30 %, and the estimate for today's engine (0.22 to 0.30 s) is in its range."""
+    """Estimates are within 30 %, and their range covers the expected 0.22 to 0.30 s of today's
+    engine."""
     planned = h200()
     fast, slow = planned["step_seconds_range"]
     assert fast == pytest.approx(MEASURED["ours, plain PyTorch"], rel=0.3)
@@ -315,7 +316,7 @@ def test_refuses_in_one_line() -> None:
 
 
 def test_the_tables_of_the_docs_are_the_commands_output() -> None:
-    """On a difference: python tools/benchmarks/scaling_tables.py."""
+    """If they differ, run tools/benchmarks/scaling_tables.py."""
     text = scaling_tables.DOCS.read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if scaling_tables.ROW.match(line)]
     assert len(rows) > 15

@@ -1,4 +1,4 @@
-"""The plain form that speed is measured against computes the same losses as ours."""
+"""The published form, the baseline of the benchmarks, computes the same losses as ours."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fixed_negatives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_losses_are_equal_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three optimizer steps without dropout: losses, momentum and queue agree all along."""
+    """In three optimizer steps without dropout, losses, momentum and queue agree."""
     torch.manual_seed(0)
     text = TextConfig(SPECIAL, 60, 48, 2, 4, 96, 16, dropout=0.0)
     config = MEDConfig(VisionConfig("vit_tiny_patch16_224", 32, SIZES), text, 16)

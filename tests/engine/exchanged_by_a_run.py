@@ -27,7 +27,7 @@ STEPS = 3  # in the first two DeepSpeed learns the order of the modules
 
 
 class Gathers:
-    """Notes at which module call a gather is begun, and at which one it is waited for."""
+    """Records at which module call a gather is started, and at which it is waited for."""
 
     def __init__(self) -> None:
         self.calls = 0

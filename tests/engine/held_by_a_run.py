@@ -27,8 +27,10 @@ from blip_scale.tasks.pretrain import Pretrain
 
 
 def held() -> int:
-    """Bytes of the tensors that Python sees; what autograd alone keeps (activations) is not
-    among them."""
+    """Bytes of the tensors that Python sees.
+
+    Activations that only autograd keeps are not included.
+    """
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -39,7 +41,7 @@ def held() -> int:
 
 
 def gathered(engine: ZeroEngine) -> int:
-    """Bytes of the weights that are whole though they are parted, those that stay so left out."""
+    """Bytes of partitioned weights that are gathered now. Persistent weights are left out."""
     if engine.stage != 3 or collectives.world_size() == 1:
         return 0
     return sum(

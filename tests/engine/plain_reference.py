@@ -34,7 +34,7 @@ from blip_scale.tasks.pretrain import PretrainNetwork
 
 @dataclass
 class Reference:
-    """What came out."""
+    """Results of the reference run."""
 
     losses: dict[int, dict[str, float]]
     weights: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Reference:
 
 
 def run(file: Path, ranks: int, steps: int) -> Reference:
-    """The first `steps` steps of a recipe, as `ranks` ranks would take them."""
+    """Run the first `steps` steps of a recipe like `ranks` ranks would."""
     chosen = recipe.load(str(file), [])
     tokenizer = load_tokenizer(chosen.model.text)
     config = med_config(chosen, tokenizer)
@@ -121,7 +121,7 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
 def _on_all_ranks(
     forward: Callable[[int], dict[str, Tensor]], ranks: int, together: bool
 ) -> list[dict[str, Tensor]]:
-    """What the ranks found: one after another, or as threads that exchange what they gather."""
+    """Results of all ranks, which run one after another, or as threads that exchange tensors."""
     if not together:
         return [forward(rank) for rank in range(ranks)]
     with pytest.MonkeyPatch.context() as patches:

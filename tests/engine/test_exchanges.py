@@ -1,4 +1,4 @@
-"""What ZeRO-3 sends in a step, counted: as many bytes as the network's uses of its weights need."""
+"""Exchanges of ZeRO-3 in a step: as many bytes as the network's uses of its weights need."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEEPS, RELEASES = 1e9, 0
 
 @dataclass(frozen=True)
 class Use:
-    """A call of a module with weights of its own."""
+    """A module that holds weights, which the network calls."""
 
     module: str
     numels: tuple[int, ...]
@@ -40,7 +40,7 @@ class Use:
 
 
 def uses_of(chosen: Recipe) -> Counter[Use]:
-    """How often a step calls each module, by a plain network in this process."""
+    """Number of calls of each module in a step, counted with a plain network in this process."""
     task = Pretrain(chosen, engine.start(60.0))
     network, uses = task.build_network(), Counter[Use]()
     for name, module in network.named_modules():
@@ -69,7 +69,7 @@ def partitioned(live: float, prefetch: float) -> dict[str, Any]:
 
 
 def exchanged(folder: Path, ranks: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each rank counted."""
+    """Costs that each rank counted."""
     config = json.loads((REPO / "ds_configs" / "zero3.json").read_text())
     config["zero_optimization"] |= settings
     file, ds_config = folder / "recipe.yaml", folder / "ds_config.json"
@@ -94,7 +94,7 @@ def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path, ranks: i
     assert any("layers" in use.module for use in again) and max(uses.values()) == 2
 
     def whole(numels: Iterable[int]) -> int:
-        """Bytes, made to divide by the ranks."""
+        """Bytes of large parameters, padded to a multiple of the ranks."""
         return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel > PERSISTENT)
 
     forward = sum(count * whole(use.numels) for use, count in uses.items())
@@ -146,12 +146,12 @@ def test_whole_weights_are_gathered_at_once_and_gradients_go_in_buckets(tmp_path
 
 
 def whole_bytes(numels: Iterable[int], ranks: int) -> int:
-    """Bytes of whole fp32 parameters, made to divide by the ranks."""
+    """Bytes of whole fp32 parameters, padded to a multiple of the ranks."""
     return 4 * sum(-(-numel // ranks) * ranks for numel in numels)
 
 
 def small(numels: Iterable[int], ranks: int) -> int:
-    """Bytes of what stays whole, made to divide by the ranks."""
+    """Bytes of parameters that stay whole, padded to a multiple of the ranks."""
     return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel <= PERSISTENT)
 
 

@@ -1,4 +1,4 @@
-"""`model.vision.frozen_layers` in whole runs: what is frozen stays, and is in every checkpoint."""
+"""`model.vision.frozen_layers` in whole runs: frozen weights stay and are in every checkpoint."""
 
 from __future__ import annotations
 

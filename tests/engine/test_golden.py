@@ -40,7 +40,7 @@ PACKAGES = ("torch", "deepspeed", "timm", "transformers", "numpy", "pillow", "to
 
 
 def kind(ranks: int) -> dict[str, Any]:
-    """What the last bits depend on: processor, threads of a rank, versions."""
+    """Properties that the last bits depend on: processor, threads of a rank, versions."""
     processor = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""A machine whose GPUs torch does not see is no place to train on the CPU by accident."""
+"""Runs are refused on machines whose GPUs torch doesn't see, unless the user chose the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of this machine decides."""
+    """Remove the variables of this machine that would decide."""
     for name in (
         "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS",
         "SLURM_GPUS_ON_NODE", "PBS_GPUFILE",
@@ -27,7 +27,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def node(root: Path, driver: str | None = "550.54.15", devices: int = 1) -> Path:
-    """What the driver of a node with GPUs leaves in its file system."""
+    """File system of a node with GPUs: the files that the driver makes."""
     (root / "dev").mkdir()
     for index in range(devices):
         (root / "dev" / f"nvidia{index}").touch()

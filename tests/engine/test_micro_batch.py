@@ -1,4 +1,4 @@
-"""`train.max_micro_batch_size: auto` in whole runs: settled once, by all ranks alike, and kept."""
+"""`train.max_micro_batch_size: auto` in whole runs: resolved once, alike on all ranks, and kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AUTO = {"train": {"max_micro_batch_size": "auto", "max_steps": 1}}
 
 
 def settings_of_the_run(file: Path) -> dict[str, object]:
-    """The section `train` of the recipe that the run kept."""
+    """Section `train` of the recipe that the run wrote."""
     kept = yaml.safe_load((file.parent / "run" / "recipe.yaml").read_text())
     return dict(kept["train"])
 

@@ -1,4 +1,4 @@
-"""The plan's memory against what DeepSpeed's engine really holds, on 1, 2 and 4 ranks."""
+"""The plan's memory against the memory of DeepSpeed's engine, on 1, 2 and 4 ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "allgather_bucke
 
 
 def ds_config(folder: Path, stage: int) -> Path:
-    """The one of the repository, with buckets and thresholds of the tiny network's size."""
+    """The repository's JSON, with buckets and thresholds of the tiny network's size."""
     config = json.loads((REPO / f"ds_configs/zero{stage}.json").read_text())
     zero = config["zero_optimization"]
     zero |= {name: 40_000 for name in BUCKETS if name in zero}

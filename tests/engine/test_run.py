@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them, and what they do when something goes wrong."""
+"""Whole runs as a user starts them, and their behaviour when something goes wrong."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run_command(recipe: Path, ranks: int | None = None) -> int:
 
 
 def terminal(recipe: Path) -> str:
-    """What the command that was started last said, stdout first."""
+    """Output of the command that was started last, stdout first."""
     return (recipe.parent / "stdout").read_text() + (recipe.parent / "stderr").read_text()
 
 
@@ -88,7 +88,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recipe of a run that `deepspeed` took to its end on two ranks, ZeRO-3."""
+    """Recipe of a run that ended, started by `deepspeed` on two ranks with ZeRO-3."""
     recipe = tiny_runs.make_recipe(
         tmp_path_factory.mktemp("finished"),
         checkpoint={"every_steps": 3},
@@ -100,7 +100,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_terminal_shows_our_lines_alone(finished: Path) -> None:
-    """And nothing of DeepSpeed, torch and transformers, on neither stream, of neither rank."""
+    """Nothing of DeepSpeed, torch or transformers is on either stream of either rank."""
     assert (finished.parent / "stdout").read_text() == ""
     ours = re.compile(
         r"\d\d:\d\d:\d\d (an epoch|pretrain on 2 rank|weights are |step |saved |done: )"
@@ -154,7 +154,7 @@ def test_the_summary(finished: Path) -> None:
 
 
 def test_every_curve_is_there(finished: Path) -> None:
-    """In TensorBoard and, with the same values, in metrics.jsonl."""
+    """TensorBoard and metrics.jsonl have all curves, with equal values."""
     run = finished.parent / "run"
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
     tags = events.Tags()
@@ -203,7 +203,10 @@ def test_recipe_and_pictures_are_in_tensorboard(finished: Path) -> None:
 def test_the_queue_holds_what_all_ranks_gathered(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One file for all ranks, in the order of the global batch; the ring of 40 wrapped twice."""
+    """One file holds the queue of all ranks in the order of the global batch.
+
+    The ring of 40 wraps twice.
+    """
     queues: list[FeatureQueue] = []
 
     class Kept(FeatureQueue):
@@ -246,7 +249,7 @@ def test_a_finished_run_has_nothing_left_to_do(finished: Path) -> None:
 
 
 def assert_same_checkpoint(written: Path, loaded: Path) -> None:
-    """Every number and all state are the same, whoever wrote it."""
+    """Compare all tensors and all state, whichever ranks wrote them."""
     for kind in KINDS:
         before, after = (tiny_runs.whole_tensors(folder, kind) for folder in (written, loaded))
         assert before.keys() == after.keys() and len(before) > 20
@@ -261,7 +264,7 @@ def assert_same_checkpoint(written: Path, loaded: Path) -> None:
 
 
 def resume_a_copy(recipe: Path, step: int, ranks: int, stage: int, *arguments: str) -> None:
-    """Go on from the checkpoint of `step`, and compare what was loaded with what was written."""
+    """Resume from the checkpoint of `step`, and compare the loaded state with the written one."""
     script = Path(__file__).parent / "train_from_a_copy.py"
     codes = tiny_runs.finish(
         tiny_runs.launch(recipe, ranks, *arguments, stage=stage, script=script)
@@ -276,7 +279,7 @@ def resume_a_copy(recipe: Path, step: int, ranks: int, stage: int, *arguments: s
 
 
 def copy_of_step_3(finished: Path, folder: Path) -> None:
-    """As saved by two ranks of ZeRO-3."""
+    """Copy the checkpoint of step 3, saved by two ranks of ZeRO-3."""
     written = finished.parent / "run" / "checkpoints" / "step_00000003"
     shutil.copytree(written, folder / "run" / "checkpoints" / written.name)
 
@@ -312,7 +315,10 @@ def test_other_numbers_of_ranks_take_the_same_samples(tmp_path: Path, finished: 
 
 
 def test_a_slow_rank_and_a_jump_of_the_loss_are_seen(tmp_path: Path) -> None:
-    """The rank is named, though all take equally long for a step; the jump with its samples."""
+    """The slow rank is named, though all ranks take equally long for a step.
+
+    The jump is logged with its samples.
+    """
     slow = train_with_a_slow_rank
     recipe = tiny_runs.make_recipe(tmp_path, train={"max_steps": slow.SPIKE_STEP + 1})
     script = Path(slow.__file__)
@@ -364,7 +370,7 @@ def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
 
 
 def test_lines_come_by_time_as_well(tmp_path: Path) -> None:
-    """They change no number, and points stay where they were."""
+    """Extra lines by time change no number and no logged point."""
     told = {}
     for name, every_s in (("quiet", None), ("talking", 0.001)):
         recipe = tiny_runs.make_recipe(

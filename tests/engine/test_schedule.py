@@ -1,4 +1,4 @@
-"""The learning rate against the published figures, and against the published loop."""
+"""The learning rate against published figures and against the published loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PUBLISHED = OptimizerRecipe(
 
 
 def published_loop(settings: OptimizerRecipe, epochs: int, steps: int) -> list[float]:
-    """BLIP's train loop: the epoch sets the rate, in epoch 0 the warm-up overwrites it."""
+    """Rates of BLIP's train loop: the epoch sets the rate, and in epoch 0 the warm-up overwrites
+    it."""
     rates = []
     for epoch in range(epochs):
         by_epoch = max(settings.min_lr, settings.peak_lr * settings.lr_decay**epoch)
@@ -37,7 +38,7 @@ def published_loop(settings: OptimizerRecipe, epochs: int, steps: int) -> list[f
     ],
 )  # fmt: skip
 def test_published_rates(decay: float, epoch: int, published: float) -> None:
-    """The code's 0.9 and the paper's 0.85, constant through an epoch."""
+    """The rates decay by the code's 0.9 or the paper's 0.85, and are constant within an epoch."""
     settings = OptimizerRecipe(lr_decay=decay)
     for step in (epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH - 1):
         assert learning_rate(settings, step, STEPS_PER_EPOCH) == pytest.approx(published, rel=5e-3)
@@ -52,7 +53,7 @@ def test_the_base_recipes_follow_it(name: str) -> None:
 
 
 def test_warm_up() -> None:
-    """From 1e-6 in a straight line to the peak at step 3000, and then flat to the epoch's end."""
+    """The rate rises linearly from 1e-6 to the peak at step 3000, and stays to the epoch's end."""
     rates = {step: learning_rate(PUBLISHED, step, STEPS_PER_EPOCH) for step in range(5000)}
     assert rates[0] == 1e-6
     assert rates[1500] == pytest.approx((1e-6 + 3e-4) / 2)
@@ -61,7 +62,7 @@ def test_warm_up() -> None:
 
 
 def test_a_short_first_epoch_cuts_the_warm_up() -> None:
-    """The rate jumps from where it was to that of epoch 1, as in the published code."""
+    """The rate jumps to that of epoch 1, as in the published code."""
     cut = learning_rate(PUBLISHED, 999, 1000)
     assert cut == pytest.approx(1e-6 + 299e-6 * 999 / 3000)
     assert learning_rate(PUBLISHED, 1000, 1000) == pytest.approx(2.7e-4)

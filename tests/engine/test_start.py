@@ -1,5 +1,5 @@
-"""What ranks compile when they start on a CPU: with several of them once and announced, else
-nothing."""
+"""Operations that ranks compile on a CPU: several ranks compile once and announce it, one rank
+compiles nothing."""
 
 from __future__ import annotations
 

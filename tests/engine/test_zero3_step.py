@@ -1,4 +1,4 @@
-"""The shorter ways through DeepSpeed's ZeRO-3 step."""
+"""The patches of DeepSpeed's ZeRO-3 step."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def note(kind: str) -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Notes reads of values."""
+    """Dispatch mode that records reads of values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in READS:
@@ -58,7 +58,7 @@ class Reads(TorchDispatchMode):
 
 
 class Stream:
-    """Stands in for a CUDA stream."""
+    """Stand-in for a CUDA stream."""
 
     def synchronize(self) -> None:
         note("synchronize")
@@ -74,7 +74,7 @@ class Stream:
 
 
 class Event:
-    """Stands in for a CUDA event."""
+    """Stand-in for a CUDA event."""
 
     def __init__(self, **settings: Any) -> None: ...
 
@@ -108,7 +108,7 @@ def _is_blocking_move(tensor: Any, *arguments: Any, **named: Any) -> bool:
 
 
 def take_branches_for_cuda() -> None:
-    """Let DeepSpeed on a CPU go through streams and events."""
+    """Make DeepSpeed on a CPU go through streams and events."""
     packing.reads_are_free = lambda device: False
     accelerator: Any = CPU_Accelerator
     accelerator.is_synchronized_device = lambda self: False
@@ -129,7 +129,7 @@ def take_branches_for_cuda() -> None:
 
 
 def counted_step(run: loop.Run, batches: Iterator[Any]) -> bool:
-    """An optimizer step whose waits are counted; the loader's own work is not."""
+    """An optimizer step whose waits are counted, without those of the loader."""
     global _counting
 
     def uncounted() -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""train.py in which rank 0 is killed inside the save of step 6: `--moment=NAME` says where."""
+"""train.py in which rank 0 is killed inside the save of step 6, at the moment `--moment=NAME`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DOOMED = "step_00000006.partial"
 
 
 def kill_in(moment: str) -> None:
-    """Replace a function by one that dies when it is called for the doomed checkpoint."""
+    """Replace a function by one that kills the process when it is called for that checkpoint."""
     original = getattr(checkpoint_format, MOMENTS[moment])
 
     def dying(*arguments: Any) -> Any:

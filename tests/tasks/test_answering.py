@@ -27,7 +27,7 @@ ANSWERS = [[DEC, 20, SEP], [DEC, 20, 21, SEP], [DEC, 22, 23, 24, SEP], [DEC, 25,
 
 @pytest.fixture(scope="module")
 def vqa() -> VQA:
-    """With weights that are far from uniform answers."""
+    """A VQA network whose weights give distinct answers."""
     text = TextConfig(SpecialTokens(PAD, CLS, SEP, ENC, DEC), 40, 24, 2, 2, 48, 16, dropout=0.0)
     sizes = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     config = MEDConfig(VisionConfig("vit_tiny_patch16_224", 16, sizes), text, 8)
@@ -48,7 +48,7 @@ def images() -> torch.Tensor:
 
 
 def loss_of(vqa: VQA, images: torch.Tensor, question: int, answer: list[int]) -> float:
-    """Of one answer to one question, token after token."""
+    """Loss of one answer to one question, token by token."""
     text = PackedText.from_lists([QUESTIONS[question]])
     zero = torch.zeros(1, dtype=torch.int64)
     embeds = vqa.encode_image(images[question : question + 1])

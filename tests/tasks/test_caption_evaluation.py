@@ -1,4 +1,4 @@
-"""Captions measured on what published annotation files list."""
+"""Metrics of captions on the images of published annotation files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A second contrastive loss: one class and one dict entry, for pretraining and retrieval, under the
-real engine."""
+"""A second contrastive loss in the real engine: one class and one dict entry serve pretraining and
+retrieval."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).with_name("train_with_another_contrast.py")
 
 
 def recipe_of(folder: Path, task: str, contrast: str) -> Path:
-    """Without dropout; a queue would have no room for the global batch."""
+    """Recipe without dropout, and with a queue that is too small for the global batch."""
     return tiny_runs.make_recipe(
         folder,
         task=task,
@@ -121,8 +121,7 @@ def test_a_contrast_without_momentum_encoders_and_queue_trains(
 
 @pytest.mark.multiprocess
 def test_the_ranks_share_a_contrasts_own_weights(tmp_path: Path) -> None:
-    """Stopped and started again, with negatives of all ranks: the bias goes on from its
-    checkpoint."""
+    """A resumed run with negatives of all ranks has the bias of its checkpoint."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for folder in (whole, halves):
         folder.mkdir()
@@ -177,7 +176,7 @@ _ADDED = ("format_version", "checksum")
 
 @pytest.mark.multiprocess
 def test_a_run_without_averages_is_not_taken_up_with_momentum(tmp_path: Path) -> None:
-    """A contrast without weights of its own leaves a checkpoint that lacks the averages alone."""
+    """A checkpoint of a contrast without weights lacks only the momentum averages."""
     file = recipe_of(tmp_path, "pretrain", "momentum")
     room = "objective.queue_size=40"
     assert tiny_runs.finish(tiny_runs.launch(file, 1, "train.max_steps=1", room)) == [0]

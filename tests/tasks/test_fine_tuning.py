@@ -1,5 +1,4 @@
-"""Fine-tuning runs: what they compute, whole and on several ranks; what they save, and where it can
-go."""
+"""Fine-tuning runs on one and several ranks: losses, checkpoints, and exports."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ FILE = "rank_00000.safetensors"
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of pretraining for the network of the tiny runs; weights far from zero."""
+    """A checkpoint of pretraining for the network of the tiny runs, with weights far from zero."""
     folder = tmp_path_factory.mktemp("pretrained")
     recipe = recipes.load(str(tiny_runs.make_recipe(folder)))
     config = med_config(recipe, load_tokenizer(recipe.model.text))
@@ -56,7 +55,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(folder: Path, task: str, pretrained: Path, **changes: Any) -> Path:
-    """The tiny run's, for fine-tuning."""
+    """Recipe of the tiny run, for fine-tuning."""
     prompt = "a big " if task == "captioning" else ""
     return tiny_runs.make_recipe(
         folder,
@@ -177,7 +176,7 @@ def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
 
 
 def rank(arguments: list[str], folder: Path, number: int, ranks: int, port: int) -> tiny_runs.Rank:
-    """tools/evaluate.py as one of some ranks."""
+    """Start tools/evaluate.py as one of several ranks."""
     environment = os.environ | {
         "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu",
@@ -206,8 +205,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("task", ["captioning", "retrieval"])
 def test_a_run_resumes_and_is_exported(pretrained: Path, tmp_path: Path, task: str) -> None:
-    """Two ranks of ZeRO-3; killed after half of the steps it ends with the same bits. The head it
-    trained is exported, and is worth the same there, on one rank and on two."""
+    """A run on two ranks of ZeRO-3 that is killed half-way ends with equal bits.
+
+    Its head is exported, and evaluates equally on one rank and on two.
+    """
     recipe = recipe_of(tmp_path / "a", task, pretrained)
     tiny_runs.train(recipe, 2)
     run = tmp_path / "a" / "run"
@@ -253,7 +254,7 @@ def test_a_run_resumes_and_is_exported(pretrained: Path, tmp_path: Path, task: s
 
 @pytest.fixture(scope="session")
 def exported(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders captioning and retrieval for transformers."""
+    """Folders `captioning` and `retrieval` for transformers."""
     out = tmp_path_factory.mktemp("exported") / "hf"
     vocabulary = ["--tokenizer", str(pretrained.parent / "vocabulary"), "--head", "all"]
     assert convert_checkpoint.main([str(pretrained), str(out), *vocabulary]) == 0

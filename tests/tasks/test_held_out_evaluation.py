@@ -32,7 +32,7 @@ COUNTS = ("candidates", "texts")
 
 @pytest.fixture(scope="module")
 def med(recipe: Recipe) -> MED:
-    """Weights far enough from their initial values that images and texts differ."""
+    """A MED whose weights give distinct features of images and texts."""
     config = med_config(recipe, load_tokenizer(recipe.model.text))
     med = networks.initialized_med(recipe, config)
     generator = torch.Generator().manual_seed(5)

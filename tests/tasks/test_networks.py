@@ -1,4 +1,4 @@
-"""What networks and their input are made from."""
+"""Networks, initial weights and model input from a recipe."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_pixels_are_normalised_as_published() -> None:
 
 @pytest.fixture
 def bert(recipe: Recipe, tmp_path: Path) -> Path:
-    """A folder with tokenizer and the config.json of a BERT, to be changed by the tests."""
+    """A folder with a tokenizer and the config.json of a BERT, which tests may change."""
     from transformers import BertConfig
 
     folder = tmp_path / "bert"
@@ -94,7 +94,7 @@ def test_a_checkpoint_without_its_sizes_is_refused(bert: Path, recipe: Recipe) -
 
 
 def test_more_layers_than_the_checkpoint_has_are_refused(bert: Path, recipe: Recipe) -> None:
-    """They would stay random without a word."""
+    """They would silently stay random."""
     from transformers import BertConfig, BertModel
 
     BertModel(BertConfig.from_pretrained(bert)).save_pretrained(bert)

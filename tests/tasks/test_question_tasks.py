@@ -70,7 +70,7 @@ RECORDS = {"vqa": vqa_records, "nlvr2": nlvr2_records, "visdial": visdial_record
 
 
 def make_recipe(folder: Path, task: str, steps: int = STEPS) -> Path:
-    """A recipe of a task on its set, of which a quarter is held out (and trained on)."""
+    """Recipe of a task on its set. A quarter of the set is held out, too."""
     records = RECORDS[task]()
     write_shards(folder / task, records, shard_size="8kb")
     write_shards(folder / "few", records[::4])

@@ -1,4 +1,4 @@
-"""Retrieval figures and re-ranking against the plainest way to compute them."""
+"""Retrieval metrics and re-ranking against plain computations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECALLS = [f"{direction}_r{k}" for direction in _DIRECTIONS for k in (1, 5, 10)]
 
 
 def recalls(scores: Tensor) -> dict[str, float]:
-    """Where text i belongs to image i."""
+    """Recalls if text i belongs to image i."""
     return retrieval.recalls(scores, torch.arange(len(scores)))
 
 
@@ -151,7 +151,7 @@ def med() -> MED:
 
 
 def sentence(index: int) -> list[int]:
-    """A caption of its own length."""
+    """A caption with its own length."""
     return [CLS, *range(5 + index, 9 + index + index % 3), SEP]
 
 
@@ -172,7 +172,7 @@ def features(med: MED) -> PairFeatures:
 
 @torch.no_grad()
 def brute_force(med: MED, features: PairFeatures, top_k: int) -> Tensor:
-    """Pair by pair, one forward each."""
+    """Re-ranked scores by one forward for each pair."""
     cosine = features.image_features @ features.text_features.T
     scores = torch.full((2, IMAGES, TEXTS), NOT_RERANKED)
     for image in range(IMAGES):
@@ -189,7 +189,7 @@ def brute_force(med: MED, features: PairFeatures, top_k: int) -> Tensor:
 
 
 def of_rank(features: PairFeatures) -> PairFeatures:
-    """What a rank holds: image tokens of its share alone."""
+    """Features of a rank, with the image tokens of its share alone."""
     return replace(features, image_embeds=features.image_embeds[share(IMAGES)])
 
 

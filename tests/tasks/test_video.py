@@ -1,4 +1,4 @@
-"""Zero-shot video retrieval: frames, features and figures, against plain loops."""
+"""Zero-shot video retrieval (frames, features and metrics) against plain loops."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def video_list(folder: Path, text: str) -> Path:
 
 
 def test_lists_as_people_write_them(tmp_path: Path) -> None:
-    """A byte order mark, empty lines, several captions, and a line separator inside of one."""
+    """The list has a byte order mark, empty lines, several captions, and a line separator inside
+    one."""
     lines = (
         '\ufeff{"clip_name": "v", "caption": ["a man", "a cook"]}\r\n\n'
         '{"clip_name": "v", "caption": "a man\u2028walks"}\n'
