@@ -142,9 +142,11 @@ def test_published_recipe() -> None:
     assert planned["gpu_hours"] == pytest.approx(planned["days"] * 24 * 32)
     assert planned["memory_per_gpu_gib"] == pytest.approx(sum(planned["memory_terms_gib"].values()))
     assert planned["fits"] and planned["max_micro_batch_size"] == 90 and planned["way"] == "whole"
-    parted = json.loads(plan("base_129M", "--nodes", "4", "train.whole_weights=false", "--json"))
-    assert parted["way"] == "partitioned"
-    assert parted["memory_per_gpu_gib"] < planned["memory_per_gpu_gib"] - 1
+    partitioned = json.loads(
+        plan("base_129M", "--nodes", "4", "train.whole_weights=false", "--json")
+    )
+    assert partitioned["way"] == "partitioned"
+    assert partitioned["memory_per_gpu_gib"] < planned["memory_per_gpu_gib"] - 1
     assert planned["step"]["useful_flops"] == pytest.approx(90 * 194e9, rel=0.02)
     masters = planned["memory_terms_gib"]["masters"] * 2**30
     assert masters == pytest.approx(4 * 252.4e6 / 32, rel=1e-3)

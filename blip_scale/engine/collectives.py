@@ -36,7 +36,7 @@ def local_world_size() -> int:
             return int(os.environ[variable])
     if world_size() == 1:
         return 1
-    raise KeyError("LOCAL_WORLD_SIZE is not set: set it to the number of ranks on each machine")
+    raise KeyError("LOCAL_WORLD_SIZE is not set: set it to the number of ranks of each machine")
 
 
 def barrier() -> None:

@@ -95,7 +95,7 @@ def read_class_token_alone(vision: VisionTransformer) -> None:
     """Make a ViT of `build_vision` return its class token alone, [B, 1, D].
 
     The last block then skips the other tokens. A last block that isn't timm's plain `Block` is left
-    unchanged, and the ViT goes on returning all tokens.
+    unchanged, and the ViT still returns all tokens.
     """
     last = vision.blocks[-1]
     if type(last) is Block:
@@ -120,7 +120,7 @@ def build_vision(
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
         raise ValueError(
             f"model.vision.name: timm has no model {config.name!r}"
-            + (f"; near: {', '.join(near)}" if near else "")
+            + (f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()")
         )
     try:
         vision = timm.create_model(

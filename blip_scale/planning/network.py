@@ -159,10 +159,10 @@ def _text_sizes(text: TextRecipe, notes: list[str]) -> dict[str, Any] | None:
         return checkpoint_sizes(text.checkpoint)
     if where not in _PUBLISHED_SIZES:
         raise ValueError(
-            f"model.text.checkpoint {text.checkpoint}: its sizes are known only where it is a "
-            f"folder or one of {', '.join(_PUBLISHED_SIZES)}; fetch it and give the folder"
+            f"model.text.checkpoint {text.checkpoint}: its sizes are unknown, as it is neither a "
+            f"folder nor one of {', '.join(_PUBLISHED_SIZES)}; fetch it and give the folder"
         )
-    notes.append(f"text sizes are those published of {where}")
+    notes.append(f"text sizes are the published ones of {where}")
     return _PUBLISHED_SIZES[where]
 
 

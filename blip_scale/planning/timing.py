@@ -213,9 +213,9 @@ def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[
     reductions = 1 if once else micro_steps
     listed = [exchange("reductions", buckets * reductions, trained * reductions, hidden=True)]
     if sharding.partitions:
-        parted = sum(numel > sharding.persistent for numel in network.module_parameters)
+        modules = sum(numel > sharding.persistent for numel in network.module_parameters)
         elements = (trained + still + copied) * micro_steps
-        listed.insert(0, exchange("gathers", parted * micro_steps, elements, hidden=True))
+        listed.insert(0, exchange("gathers", modules * micro_steps, elements, hidden=True))
     else:
         moved = max(copied - still, 0)
         calls = 2 if moved else 1
@@ -269,10 +269,12 @@ def step_time(
     listed = exchanges(work, cluster, level)
     hidden = sum(item.seconds for item in listed if item.hidden) / micro_steps
     owned = sum(network.trainable) / sizes.world_size
-    update = owned * (9 * 4 + 3 * 4) / (cluster.gpu.memory_gb_s * 1e9)  # moments, masters, averages
+    # AdamW moves 9 fp32 values of each element through memory, and the momentum averages 3.
+    update = owned * (9 * 4 + 3 * 4) / (cluster.gpu.memory_gb_s * 1e9)
     update += sum(item.seconds for item in listed if not item.hidden)
     if sharding.offload:
-        # Gradients go to the host and weights return over PCIe. AdamW runs on the host's cores.
+        # Gradients go to the host and weights return over PCIe (25 GB/s). AdamW moves 7 fp32 values
+        # of each element through the host's memory (20 GB/s).
         update += owned * (4 + size) / 25e9 + owned * 28 / 20e9
     parts = {"kernels": kernels, "host": host, "exchanges": hidden}
     micro = max(parts.values()) if sharding.overlap else max(kernels, host) + hidden

@@ -1,8 +1,7 @@
-"""What the ranks of a run exchange: a stand-in for train.py that takes three optimizer steps and
-counts in the last one.
+"""Stand-in for train.py that takes three optimizer steps and counts the exchanges of the last one.
 
-Writes exchanged_RANK.json beside the recipe: for each part of the step and each kind of exchange
-its calls and bytes, and of the forward pass the bytes of the gathers that were under way before the
+Writes exchanged_RANK.json beside the recipe: calls and bytes for each part of the step and each
+kind of exchange. For the forward pass it also has the bytes of gathers that started before the
 module that needed them was called.
 """
 

@@ -1,8 +1,7 @@
-"""What the ranks of a run hold: a stand-in for train.py that takes two optimizer steps and counts
-bytes.
+"""Stand-in for train.py that takes two optimizer steps and counts the bytes that ranks hold.
 
-Writes held_RANK.json beside the recipe: bytes of all tensors alive after the backward passes
-(before the update) and after the update, each storage once, and of the gathered weights after a
+Writes held_RANK.json beside the recipe: bytes of all live tensors after the backward passes (before
+the update) and after the update, each storage once, and bytes of the gathered weights after a
 forward pass.
 """
 

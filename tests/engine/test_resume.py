@@ -74,7 +74,7 @@ def reached(run: Path, step: int) -> bool:
 
 
 def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
-    """One rank is killed under the launcher, which must end the other.
+    """The launcher ends the second rank when the first is killed.
 
     Then all ranks are killed at once.
     """
@@ -105,8 +105,10 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[st
 def test_a_rank_that_stalls_or_dies_ends_the_others(
     tmp_path: Path, undisturbed: dict[int, dict[str, float]]
 ) -> None:
-    """Without a launcher that would do it: within the time that the recipe gives, with stacks in
-    the log. Then the run goes on, and its record says that every sample was used once."""
+    """Without a launcher, ranks end within the time that the recipe gives, with stacks in the log.
+
+    The run then resumes, and its record shows that every sample was used once.
+    """
     stall_s = 40  # the start must fit in, on a busy machine too
     recipe = tiny_runs.make_recipe(
         tmp_path,

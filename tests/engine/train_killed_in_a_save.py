@@ -15,8 +15,8 @@ from blip_scale import train
 from blip_scale.storage import checkpoint_format
 
 MOMENTS = {"writing": "save_file", "committing": "commit"}
-"""Name of the moment -> what of `storage.checkpoint_format` does not come to its end: in the
-thread that writes while training goes on, or in the main thread."""
+"""Name of the moment -> function of `storage.checkpoint_format` in which rank 0 is killed: in the
+writing thread, during the training, or in the main thread."""
 _DOOMED = "step_00000006.partial"
 
 

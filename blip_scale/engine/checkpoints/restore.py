@@ -63,8 +63,8 @@ def newest_whole(place: Place, stage: int) -> Path | None:
     if local | remote:
         where = f"{place.folder}" + (f" and {place.remote.url}" if place.remote else "")
         raise ValueError(
-            f"none of the {len(local | remote)} checkpoints in {where} is whole (the log says why "
-            "of each). Restore one, or move them away to begin anew."
+            f"none of the {len(local | remote)} checkpoints in {where} is whole (the log gives the "
+            "reasons). Restore one, or move them away to start a new run."
         )
     return None
 
@@ -85,8 +85,8 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
     if absent:
         raise ValueError(
             f"{path} holds no momentum averages of {min(absent)} and {len(absent) - 1} more "
-            "parameters: it was trained with another objective.itc. Give that one, or begin a run "
-            "from it with model.checkpoint and another output_dir."
+            "parameters: it was trained with another objective.itc. Set objective.itc to that, or "
+            "begin a run from it with model.checkpoint and another output_dir."
         )
     trained = [piece for piece in engine.slices if piece.trains]
     for flat in {id(piece.flat): piece.flat for piece in trained}.values():
@@ -238,15 +238,15 @@ def _check_network(folder: Path, manifest: Manifest, engine: ZeroEngine) -> None
     for name in [*sizes, *saved]:
         if saved.get(name, 0) != sizes.get(name, 0):
             raise ValueError(
-                f"the checkpoint holds {saved.get(name, 0)} elements of {name}, the recipe's "
+                f"{folder} holds {saved.get(name, 0)} elements of {name}, the recipe's "
                 f"network {sizes.get(name, 0)}: it is of another network. Give the recipe that "
                 "it was made with, or another output_dir."
             )
     differing = sorted(set(manifest.frozen) ^ set(engine.frozen))
     if differing:
         raise ValueError(
-            f"{differing[0]} and {len(differing) - 1} more parameters were frozen when the "
-            "checkpoint was made and train now, or the other way round: give the "
+            f"{folder} was made with other frozen layers ({differing[0]} and "
+            f"{len(differing) - 1} more parameters): give the "
             "model.vision.frozen_layers that it was made with, or begin a run from it with "
             "model.checkpoint and another output_dir."
         )

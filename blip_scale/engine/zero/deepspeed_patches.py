@@ -84,6 +84,7 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     )  # fmt: skip
 
     def prepare(sub_group: int) -> None:
+        # Gradients that lie end to end become the master's gradient without a copy.
         master = zero.fp32_partitioned_groups_flat[sub_group]
         whole = joined(zero.averaged_gradients[sub_group])
         if whole is None or whole.dtype != master.dtype or whole.numel() != master.numel():

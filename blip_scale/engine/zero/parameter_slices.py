@@ -73,6 +73,7 @@ def trainable_slice(
         numel = max(0, min(size, parameter.ds_numel - begin))
         flat = zero.fp32_partitioned_groups_flat[group]
     else:
+        # DeepSpeed calls compute weights lp (low precision) and fp32 masters hp (high precision).
         mapping = parameter._hp_mapping
         if mapping is None:
             return []
