@@ -1,4 +1,5 @@
-"""Measure the framework's speed: `python tools/benchmark.py data`, `step`, `host` or `growth`."""
+"""Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step`, `host`
+or `growth`."""
 
 from __future__ import annotations
 
