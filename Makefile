@@ -62,7 +62,7 @@ $(OLDEST)/.installed: requirements-oldest.txt $(VENV)/.installed-dev
 		--disable-pip-version-check --no-warn-conflicts -r requirements-oldest.txt
 	@touch $@
 
-# One rank for each GPU (the largest number that divides the demo's batch of 64), or two on the CPU.
+# As many ranks as GPUs (the largest number that divides the demo's batch of 64), or two on the CPU.
 demo: install
 	@$(RUN) python tools/prepare_data.py demo data/demo
 	@gpus=$$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true); \
