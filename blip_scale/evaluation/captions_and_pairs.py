@@ -30,21 +30,23 @@ from blip_scale.model.packing import PackedText
 def evaluate(
     med: MED, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, final: bool
 ) -> Evaluation:
-    """Zero-shot retrieval on every held-out set, and captions of the first images of each.
+    """Zero-shot retrieval on all held-out sets, and captions of some images of each.
 
     Args:
-        med: whole network on this rank's device, in evaluation mode; the same on all ranks.
-        final: re-rank with image-text matching too, which costs top_k forwards for each image
-            and each text.
+        med: whole network on this rank's device, in evaluation mode; equal on all ranks.
+        recipe: the recipe, for held-out sets and settings.
+        tokenizer: the network's tokenizer.
+        final: whether to re-rank with image-text matching, too. It takes top_k forwards for each
+            image and each text.
     """
-    found = Evaluation()
+    evaluation = Evaluation()
     for name, pairs in heldout_sets(recipe):
         figures = retrieval_on(med, pairs, recipe, tokenizer, with_matching=final)
         shown = shown_images(len(pairs), recipe)
-        said = captions_of(med, pairs, shown, recipe, tokenizer)
-        panels, entries = panels_of(name, pairs, shown, said)
-        found = found.with_set(name, figures, panels=panels, captions=entries)
-    return found
+        captions = captions_of(med, pairs, shown, recipe, tokenizer)
+        panels, entries = panels_of(name, pairs, shown, captions)
+        evaluation = evaluation.with_set(name, figures, panels=panels, captions=entries)
+    return evaluation
 
 
 def heldout_sets(
