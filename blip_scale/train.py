@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 _PACKAGE = Path(__file__).resolve().parent
-if not __package__:  # run as a script: Python put this folder on its path, the package lies above
+if not __package__:  # run as a script: put the package's parent on the path instead of this folder
     others = [folder for folder in sys.path if os.path.realpath(folder) != str(_PACKAGE)]
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
@@ -37,7 +37,7 @@ def command(arguments: Sequence[str] | None = None, prog: str = "train.py") -> N
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     logs = None
     try:
         launcher.adopt()
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         checks.check(chosen, world_size)
         ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
         _announce(options.recipe, world_size)
-        # Imported here, so that a refusal does not wait for torch and DeepSpeed.
+        # Imported here, so that refused input is reported before torch and DeepSpeed are loaded.
         from blip_scale.engine.loop import run
         from blip_scale.tasks.by_name import TASKS
 
@@ -65,13 +65,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         return report_error_of_rank(prog, RefusedInput(str(error)), logs)
     except (ValueError, OSError) as error:
         return report_error_of_rank(prog, error, logs)
-    except Exception:  # not foreseen: traceback on the terminal and in the log file
+    except Exception:  # unexpected: a traceback on the terminal and in the log file
         logger.debug("stopped by", exc_info=True)
         raise
 
 
 def _announce(name: str, world_size: int) -> None:
-    """The first line of a start: the imports that follow take up to half a minute."""
+    """Write the first line of a start. The imports that follow take up to half a minute."""
     if launcher.rank() == 0:
         start = f"recipe {name}, {world_size} rank{'s' * (world_size > 1)}"
         sys.stderr.write(f"blip_scale {__version__}: {start}; loading torch and DeepSpeed ...\n")
@@ -81,10 +81,10 @@ def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         usage="deepspeed blip_scale/train.py [--recipe NAME] [--deepspeed PATH] [SETTING=VALUE]",
-        description="Pretrain BLIP with DeepSpeed; without a launcher, on one rank. Started again, "
-        "a run goes on.",
-        epilog="Settings with their defaults; train.epochs=2 or --train.epochs 2, in YAML.\n\n"
-        + settings.help_text(recipe.Recipe),
+        description="Pretrain or fine-tune BLIP with DeepSpeed. Without a launcher, one rank "
+        "trains. The same command resumes an interrupted run.",
+        epilog="Settings with their defaults. Change one with train.epochs=2 or --train.epochs 2; "
+        "values are YAML.\n\n" + settings.help_text(recipe.Recipe),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
@@ -99,7 +99,7 @@ def _parser(prog: str) -> Parser:
     )  # fmt: skip
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
     dry_run.add_options(parser)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # set by DeepSpeed's launcher
     return parser
 
 

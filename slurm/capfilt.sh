@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # CapFilt of a set of shards with an array job: each task takes one part of the shards on one GPU, and
-# the task that ends last merges. Where a task was killed, requeued or ran out of time, submit the same
-# line again: finished shards are kept.
+# the last task merges. If a task was killed or ran out of time, submit the same line again: finished
+# shards are kept.
 #
 #   sbatch --array=0-63 slurm/capfilt.sh s3://bucket/laion s3://bucket/laion_capfilt \
 #       --captioner runs/captioner --filter runs/filter
 #
-# What a site changes is here, or on sbatch's command line:
+# Settings of a site, to be changed here or on sbatch's command line:
 #SBATCH --job-name=capfilt
 #SBATCH --array=0-15
 #SBATCH --nodes=1
@@ -22,7 +22,7 @@ set -euo pipefail
 # ... or in the environment:
 REPO=${REPO:-${SLURM_SUBMIT_DIR:-.}}          # clone of blip_scale
 PYTHON=${PYTHON:-$REPO/.venv/bin/python}
-SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}}           # shards of a bucket lie here on their way
+SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}}           # temporary copies of a bucket's shards
 # For a bucket: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if it isn't Amazon's, S3_ENDPOINT_URL.
 
 if [ "$#" -lt 6 ]; then
@@ -33,7 +33,7 @@ first=${SLURM_ARRAY_TASK_MIN:-0}
 part=$((${SLURM_ARRAY_TASK_ID:-0} - first))
 parts=${SLURM_ARRAY_TASK_COUNT:-1}
 
-# Images are decoded by threads of one process; threads inside of them would only get in the way.
+# Threads of one process decode images. OpenMP threads inside them would only compete for cores.
 export OMP_NUM_THREADS=1
 exec "$PYTHON" "$REPO/tools/capfilt.py" "$@" --shard "$part/$parts" \
     --threads "${SLURM_CPUS_PER_TASK:-4}" --scratch "$SCRATCH"

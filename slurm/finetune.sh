@@ -5,7 +5,7 @@
 #   RECIPE=finetune_retrieval_coco INIT=runs/pretrain_129M sbatch slurm/finetune.sh
 #   RECIPE=finetune_captioning_coco INIT=model_base_capfilt_large.pth sbatch slurm/finetune.sh
 #
-# What a site changes is here, or on sbatch's command line (--partition, --account, --nodes ...):
+# Settings of a site, to be changed here or on sbatch's command line (--partition, --nodes ...):
 #SBATCH --job-name=finetune
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -17,7 +17,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
-# ... or in the environment: slurm/train.sh says what (REPO, PYTHON, OUTPUT_DIR, the bucket's keys).
+# ... or in the environment: slurm/train.sh lists them (REPO, PYTHON, OUTPUT_DIR, a bucket's keys).
 set -euo pipefail
 
 : "${RECIPE:?a recipe of the package or a YAML file}" "${INIT:?the checkpoint to start from}"

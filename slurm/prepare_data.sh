@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Convert a published set to shards with an array job: each task takes one part of the input on one
-# node with all its cores, and the task that ends last merges. Where a task was killed or requeued,
-# submit the same line again: what is finished is kept.
+# node with all its cores, and the last task merges. If a task was killed, submit the same line again:
+# finished work is kept.
 #
 #   sbatch --array=0-63 slurm/prepare_data.sh laion /data/laion400m s3://bucket/laion --min-side 200
 #
-# What a site changes is here, or on sbatch's command line:
+# Settings of a site, to be changed here or on sbatch's command line:
 #SBATCH --job-name=prepare_data
 #SBATCH --array=0-15
 #SBATCH --nodes=1
@@ -31,7 +31,7 @@ first=${SLURM_ARRAY_TASK_MIN:-0}
 part=$((${SLURM_ARRAY_TASK_ID:-0} - first))
 parts=${SLURM_ARRAY_TASK_COUNT:-1}
 
-# Each process decodes alone; threads inside of it would only get in each other's way.
+# Each process decodes on one core. OpenMP threads inside it would only compete for cores.
 export OMP_NUM_THREADS=1
 exec "$PYTHON" "$REPO/tools/prepare_data.py" "$@" \
     --shard "$part/$parts" --workers "${SLURM_CPUS_PER_TASK:-$(nproc)}" --scratch "$SCRATCH"

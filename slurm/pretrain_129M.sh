@@ -3,7 +3,7 @@
 #
 #   sbatch slurm/pretrain_129M.sh train.epochs=10
 #
-# What a site changes is here, or on sbatch's command line (--partition, --account, --nodes ...):
+# Settings of a site, to be changed here or on sbatch's command line (--partition, --nodes ...):
 #SBATCH --job-name=pretrain_129M
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -15,7 +15,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
-# ... or in the environment: slurm/train.sh says what (REPO, PYTHON, OUTPUT_DIR, the bucket's keys).
+# ... or in the environment: slurm/train.sh lists them (REPO, PYTHON, OUTPUT_DIR, a bucket's keys).
 set -euo pipefail
 
 export RECIPE=${RECIPE:-base_129M}

@@ -1,9 +1,13 @@
-"""Decide what becomes of a SLURM job whose srun has ended: done, back into the queue, or enough.
+"""Requeue a SLURM job whose srun has ended, or stop it: `requeue.py EXIT_CODE OUTPUT_DIR`.
 
-python slurm/requeue.py EXIT_CODE OUTPUT_DIR, inside the batch script (slurm/train.sh calls it).
-0 is the end of the run. 75, a stop on request, goes back into the queue, and so does a failure; but
-after MAX_FAILURES (environment, 3) failures of a job without a newer checkpoint in between, it
-stops with OUTPUT_DIR/failure_report.txt. 2, refused input, stops at once.
+slurm/train.sh calls it at the end of the batch script. Exit codes of srun:
+
+- 0: the run is done.
+- 75: the run stopped on request. The job is requeued.
+- 2: the input was refused. The job stops.
+- Others: a failure. The job is requeued. But after MAX_FAILURES failures (environment variable,
+  default 3) without a newer checkpoint in between, the job stops and writes
+  OUTPUT_DIR/failure_report.txt.
 """
 
 from __future__ import annotations
@@ -34,15 +38,15 @@ _TROUBLE = re.compile(
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job, from its srun to the end of it."""
+    """One start of a job, from the start of its srun to the end."""
 
     job: str
     restart: int
-    """Starts of the job before this one."""
+    """Number of earlier starts of the job."""
     exit_code: int
     failed: bool
     checkpoint_step: int
-    """Newest committed checkpoint when it ended; 0 without one."""
+    """Step of the newest committed checkpoint at the end; 0 without a checkpoint."""
     nodes: str
     ended: float
     """Unix time."""
@@ -50,7 +54,7 @@ class Attempt:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code of the batch script."""
+    """Run the command and return the exit code of the batch script."""
     options = _parser().parse_args(arguments)
     if options.exit_code == exit_codes.DONE:
         (options.output_dir / run_folder.FAILURE_REPORT).unlink(missing_ok=True)
@@ -58,13 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_codes.DONE
     job = _job(os.environ["SLURM_JOB_ID"])
     if job.get("JobState") != "RUNNING" and job.get("Reason") != "TimeLimit":
-        # Cancelled, or put back into the queue by SLURM itself: a node failed, preemption.
+        # The job was cancelled, or SLURM requeued it after preemption or the failure of a node.
         print(f"not requeued here: SLURM has the job as {job.get('JobState', 'unknown')}")
         return options.exit_code
     try:
         attempts = note_attempt(options.output_dir, options.exit_code, options.seconds)
-    except OSError as error:  # who cannot count failures must not start for ever
-        print(f"not requeued: {options.output_dir} takes no record of this failure: {error}")
+    except OSError as error:  # without a count of failures the job might be requeued forever
+        print(f"not requeued: can't record this failure in {options.output_dir}: {error}")
         return options.exit_code
     last, limit = attempts[-1], int(os.environ.get("MAX_FAILURES", "3"))
     failures = failures_without_progress(attempts)
@@ -73,27 +77,26 @@ def main(arguments: list[str] | None = None) -> int:
         f"newest checkpoint: step {last.checkpoint_step}"
     )
     if last.exit_code == exit_codes.REFUSED and not last.failed:
-        print("not requeued: the input was refused (see above); mend it and submit again")
+        print("not requeued: the input was refused (see above); fix it and submit again")
     elif last.failed and failures >= limit:
         report = options.output_dir / run_folder.FAILURE_REPORT
         report.write_text(_report(attempts, failures, options.output_dir, job), encoding="utf-8")
         print(f"not requeued: failed {failures} times without a newer checkpoint; see {report}")
     elif job.get("Requeue") == "0":
-        print("not requeued: the job has Requeue=0; submit again to go on")
+        print("not requeued: the job has Requeue=0; submit again to resume")
     else:
         return _requeue(last)
     return options.exit_code
 
 
 def note_attempt(output_dir: Path, exit_code: int, seconds: int) -> list[Attempt]:
-    """Add this attempt to OUTPUT_DIR/attempts.json; gives those of this job, this one last."""
+    """Add this attempt to OUTPUT_DIR/attempts.json. Returns this job's attempts, oldest first."""
     file = output_dir / run_folder.ATTEMPTS
     heartbeat = _heartbeat(output_dir)
     now = time.time()
     began = heartbeat["time"] >= now - seconds and heartbeat["phase"] != "starting"
-    refused = (
-        exit_code == exit_codes.REFUSED and not began
-    )  # in the middle of a run it is a failure
+    # After the start of the training, code 2 is a failure.
+    refused = exit_code == exit_codes.REFUSED and not began
     attempt = Attempt(
         job=os.environ["SLURM_JOB_ID"],
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -112,9 +115,10 @@ def note_attempt(output_dir: Path, exit_code: int, seconds: int) -> list[Attempt
 
 
 def newest_checkpoint(output_dir: Path) -> int:
-    """Step of the newest committed checkpoint, 0 without one.
+    """Step of the newest committed checkpoint; 0 without a checkpoint.
 
-    By the folders in OUTPUT_DIR and, as checkpoints may lie elsewhere, by the heartbeat.
+    It is read from the folders in OUTPUT_DIR and, as checkpoints may lie elsewhere, from the
+    heartbeat.
     """
     folders = (output_dir / run_folder.CHECKPOINTS).glob("*")
     steps = run_folder.steps(path.name for path in folders)
@@ -122,7 +126,7 @@ def newest_checkpoint(output_dir: Path) -> int:
 
 
 def failures_without_progress(attempts: list[Attempt]) -> int:
-    """Failures at the end of `attempts` since the newest checkpoint last rose."""
+    """Number of failures since the last attempt that made a newer checkpoint."""
     newest, count = -1, 0
     for attempt in attempts:
         if attempt.checkpoint_step > newest:
@@ -132,38 +136,38 @@ def failures_without_progress(attempts: list[Attempt]) -> int:
 
 
 def _requeue(last: Attempt) -> int:
-    """Put the job back; SLURM ends this script while it does."""
-    print(f"requeued: goes on at step {last.checkpoint_step}", flush=True)
+    """Requeue the job. SLURM ends this script meanwhile."""
+    print(f"requeued: resumes at step {last.checkpoint_step}", flush=True)
     done = subprocess.run(["scontrol", "requeue", last.job], check=False)
     if done.returncode:
-        print("scontrol could not requeue the job; submit again to go on")
+        print("scontrol could not requeue the job; submit again to resume")
         return last.exit_code
     time.sleep(60)
     return exit_codes.DONE
 
 
 def _job(job_id: str) -> dict[str, str]:
-    """What SLURM knows of the job: JobState, Reason, Requeue, StdOut ..."""
+    """SLURM's fields of the job: JobState, Reason, Requeue, StdOut ..."""
     command = ["scontrol", "show", "job", "--oneliner", job_id]
     shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return dict(re.findall(r"(\w+)=(\S+)", shown))
 
 
 def _report(attempts: list[Attempt], failures: int, output_dir: Path, job: dict[str, str]) -> str:
-    """What a person needs to find the cause."""
+    """Text of the failure report, for the search of the cause."""
     last = attempts[-1]
     lines = [
         f"Job {last.job} ({job.get('JobName', '?')}) was stopped: it failed {failures} times "
         f"without a checkpoint newer than step {last.checkpoint_step}.",
-        "Mend the cause and submit again: the run goes on at that step.",
+        "Fix the cause and submit again: the run resumes at that step.",
         "",
         f"{'attempt':>7}  {'ended':19}  {'seconds':>7}  {'code':>4}  {'checkpoint':>10}  nodes",
     ]
-    for one in attempts:
-        ended = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.ended))
+    for attempt in attempts:
+        ended = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt.ended))
         lines.append(
-            f"{one.restart:7}  {ended}  {one.seconds:7}  {one.exit_code:4}  "
-            f"{one.checkpoint_step:10}  {one.nodes}"
+            f"{attempt.restart:7}  {ended}  {attempt.seconds:7}  {attempt.exit_code:4}  "
+            f"{attempt.checkpoint_step:10}  {attempt.nodes}"
         )
     heartbeat = _json(output_dir / run_folder.HEARTBEAT)
     lines += ["", f"Last heartbeat: {json.dumps(heartbeat)}"] if heartbeat else []
@@ -174,8 +178,10 @@ def _report(attempts: list[Attempt], failures: int, output_dir: Path, job: dict[
 
 
 def _last_words(logs: Path, since: float) -> Iterator[str]:
-    """The ends of the logs that hold an error; those that stopped first, and are nearest to the
-    cause, first."""
+    """Last lines of the logs that hold an error.
+
+    Logs that stopped first come first, as they are nearest to the cause.
+    """
     written = {file: file.stat().st_mtime for file in logs.glob(run_folder.LOG_PATTERN)}
     shown = 0
     for file in sorted(written, key=lambda file: written[file]):
@@ -192,29 +198,29 @@ def _last_words(logs: Path, since: float) -> Iterator[str]:
 
 
 def _heartbeat(output_dir: Path) -> dict[str, Any]:
-    """What heartbeat.json says; a value that it lacks, or that is of another type, has its default.
+    """Values of heartbeat.json. Values that are missing or of another type get their defaults.
 
-    A damaged file must not keep a job from going on.
+    A damaged file must not keep a job from being requeued.
     """
     defaults: dict[str, Any] = {"time": 0.0, "phase": "starting", "checkpoint_step": 0}
-    found = _json(output_dir / run_folder.HEARTBEAT)
-    if not isinstance(found, dict):
+    content = _json(output_dir / run_folder.HEARTBEAT)
+    if not isinstance(content, dict):
         return defaults
     kinds: dict[str, Any] = {"time": (int, float), "phase": str, "checkpoint_step": int}
-    usable = {name: found[name] for name in kinds if isinstance(found.get(name), kinds[name])}
+    usable = {name: content[name] for name in kinds if isinstance(content.get(name), kinds[name])}
     return defaults | usable
 
 
 def _earlier(file: Path) -> list[dict[str, Any]]:
-    """Attempts that were noted before; what isn't one is left out."""
+    """Attempts that the file holds. Other entries are ignored."""
     entries = _json(file)
-    names = {one.name for one in fields(Attempt)}
+    names = {field.name for field in fields(Attempt)}
     entries = entries if isinstance(entries, list) else []
-    return [one for one in entries if isinstance(one, dict) and one.keys() == names]
+    return [entry for entry in entries if isinstance(entry, dict) and entry.keys() == names]
 
 
 def _json(file: Path) -> Any:
-    """Content of a JSON file; None where it is missing or torn."""
+    """Content of a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -223,9 +229,9 @@ def _json(file: Path) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Requeue a job, or stop it with a report.")
-    parser.add_argument("exit_code", type=int, help="what srun ended with")
+    parser.add_argument("exit_code", type=int, help="exit code of srun")
     parser.add_argument("output_dir", type=Path, help="folder of the run")
-    parser.add_argument("--seconds", type=int, default=0, help="how long the attempt took")
+    parser.add_argument("--seconds", type=int, default=0, help="duration of the attempt")
     return parser
 
 

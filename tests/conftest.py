@@ -1,4 +1,4 @@
-"""What all tests share: quiet, offline, one thread a process; and a way to run the command."""
+"""Environment of all tests (quiet, offline, one thread per process), and the train command."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A run of one rank takes all cores. Two at once, each with threads that spin while they wait, take
-# 13 times as long as two whose threads sleep.
+# A run of one rank takes all cores. If threads spin while they wait, two runs at once take 13 times
+# as long as with threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Where pandas is installed (gradio brings it), transformers imports it and with it Arrow, whose
+# If pandas is installed (gradio needs it), transformers imports it and with it Arrow. Arrow's
 # allocator would start a thread, which the fork server must not have.
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 
@@ -27,8 +27,11 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(autouse=True)
 def _environment_as_before() -> Iterator[None]:
-    """A tool that a test runs in this process joins a process group, and leaves its address in the
-    environment: a run that a later test starts would take it for its own."""
+    """Restore the environment after each test.
+
+    A tool that runs in this process joins a process group and leaves its address in the
+    environment. A later run would join that group.
+    """
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -43,11 +46,9 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def train() -> Command:
-    """Runs `python blip_scale/train.py ARGUMENTS...` to its end and gives what it said.
+    """Function that runs `python blip_scale/train.py ARGUMENTS...` and returns the ended process.
 
-    Keywords: `cwd` (the repository), `script` (train.py of the repository), `timeout_s` (60), and
-        environment
-    variables by name (None removes one).
+    Keywords are `cwd`, `script`, `timeout_s`, and environment variables by name (None removes one).
     """
 
     def run(

@@ -1,5 +1,7 @@
-"""Several ranks as threads of one process: collectives without a process group, for tests of a
-second."""
+"""Several ranks as threads of one process, for fast tests of collectives.
+
+No process group is needed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ T = TypeVar("T")
 class FakeRanks:
     """`world_size` threads that meet in `blip_scale.engine.collectives`.
 
-    A rank that fails breaks the meeting, so that the others fail too and nobody waits for ever.
+    A rank that fails breaks the barrier, so that the others fail, too, instead of waiting forever.
     """
 
     def __init__(self, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +47,7 @@ class FakeRanks:
         """`function(rank)` on every rank; the results in rank order."""
         with ThreadPoolExecutor(self._world_size) as threads:
             running = [threads.submit(self._as_rank, function, r) for r in range(self._world_size)]
-            return [one.result() for one in running]
+            return [future.result() for future in running]
 
     def _as_rank(self, function: Callable[[int], T], rank: int) -> T:
         self._here.rank = rank

@@ -1,4 +1,4 @@
-"""tools/benchmark.py: its output, and that it runs."""
+"""tools/benchmark.py: that it runs, and its output."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_data_benchmark_runs() -> None:
 
 @pytest.mark.multiprocess
 def test_the_step_benchmark_runs(tmp_path: Path) -> None:
-    """At a tiny size: every figure is there, and the parts of a step make the whole."""
+    """At a tiny size, all figures are there, and the parts of a step add up."""
     command = [sys.executable, REPO / "tools" / "benchmark.py", "step", "--json"]
     command += ["--batch-size", "4", "--rounds", "1", "--trace", tmp_path / "trace.json"]
     command += ["--against", "published", "--against", "plain", *TINY, "--at-least", "1000"]
@@ -79,7 +79,8 @@ def test_a_ratio_needs_the_published_form(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.multiprocess
 def test_the_host_benchmark_runs() -> None:
-    """At two layers: ours starts fewer operations, and the engine runs more Python."""
+    """With two layers, our step has fewer operations than the published one, and the engine runs
+    more Python."""
     command = [sys.executable, REPO / "tools" / "benchmark.py", "host", "--json", "--rounds", "2"]
     command += ["--batch-size", "2", "model.text.layers=2", "model.text.heads=4"]
     command += ["model.vision.overrides={embed_dim: 48, depth: 2, num_heads: 4}"]
@@ -99,7 +100,7 @@ AXES = {"batch": [2, 4, 8], "image": [32], "tokens": [8], "queue": [64], "ranks"
 
 
 def figures_at(point: growth.Point) -> dict[str, float]:
-    """Those of a step that costs twice its mathematics where the batch is 8."""
+    """Figures of a step that costs twice its due at batch 8."""
     work = point.batch * (2 if point.batch == 8 else 1)
     memory = {"held_gib": 1.0 + point.batch, "paper_gib": 1.0 + point.batch}
     return {"compute_s": 0.1 * work, "gflop": point.batch, "paper_gflop": point.batch, **memory}
@@ -128,7 +129,7 @@ def test_what_grows_faster_than_its_mathematics_is_named() -> None:
 
 @pytest.mark.multiprocess
 def test_the_growth_benchmark_runs(tmp_path: Path) -> None:
-    """At a tiny size, two ranks among it: FLOPs grow as on paper, and the plot is a picture."""
+    """At a tiny size, on one and two ranks, FLOPs grow by formula, and the plot is an SVG."""
     command = [sys.executable, REPO / "tools" / "benchmark.py", "growth", "--json", *TINY]
     command += ["--batch", "2", "4", "--image", "64", "--tokens", "8", "--queue", "64"]
     command += ["--rounds", "1", "--threads", "1", "--ranks", "1", "2"]
@@ -140,7 +141,7 @@ def test_the_growth_benchmark_runs(tmp_path: Path) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     (step,) = result["growth"]["batch"]
     assert step["FLOPs"]["factor"] == pytest.approx(step["FLOPs"]["due"], rel=0.02)
-    one, two = result["axes"]["ranks"]
-    assert one["exchange_gb"] < 0.1 * two["exchange_gb"]  # a single rank sums nothing
+    single, double = result["axes"]["ranks"]
+    assert single["exchange_gb"] < 0.1 * double["exchange_gb"]  # a single rank sums nothing
     assert "exponents over the quantity" in growth.growth_table(result).lower()
     assert "<svg" in picture.read_text()

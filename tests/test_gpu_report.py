@@ -1,4 +1,4 @@
-"""tools/benchmarks/gpu_report.py: every part on the CPU, and what a failure or a kill leaves."""
+"""tools/benchmarks/gpu_report.py: every part on the CPU, and the files after a failure or kill."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_trace_is_counted() -> None:
         call("Memcpy HtoD", 500, 100, "gpu_memcpy"),
         call("aten::mm", 0, 9000, "cpu_op"),
     ]
-    found = summary(events, seconds=0.005, profilers_waits=1)
-    assert found["kernel_s"] == pytest.approx(400e-6)
-    assert found["busy_s"] == pytest.approx(450e-6)
-    assert found["host_s"] == pytest.approx(0.005 - 1200e-6 - 500e-6)
-    assert found["waits"] == {"cudaStreamSynchronize": 1, "cudaEventSynchronize": 1}
+    figures = summary(events, seconds=0.005, profilers_waits=1)
+    assert figures["kernel_s"] == pytest.approx(400e-6)
+    assert figures["busy_s"] == pytest.approx(450e-6)
+    assert figures["host_s"] == pytest.approx(0.005 - 1200e-6 - 500e-6)
+    assert figures["waits"] == {"cudaStreamSynchronize": 1, "cudaEventSynchronize": 1}
     counts = ("launches", "graph_launches", "kernels", "copies", "allocations")
-    assert [found[name] for name in counts] == [3, 1, 2, 1, {"cudaMalloc": 1}]
+    assert [figures[name] for name in counts] == [3, 1, 2, 1, {"cudaMalloc": 1}]
 
 
 def test_tables_hold_what_was_measured() -> None:
@@ -133,7 +133,10 @@ def test_a_kill_loses_no_row_and_leaves_no_process(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.timeout(600)
 def test_every_part_on_the_cpu(tmp_path: Path) -> None:
-    """At a tiny size. Parts of the step differ in their sizes alone, so one stands for all."""
+    """Parts run at a tiny size.
+
+    Parts of the step differ only in their sizes, so one stands for all.
+    """
     parts = ["environment", "step bf16 64", "attention", "demo"]
     arguments = ["--device", "cpu", "--tiny", "--minutes", "9", "--parts", *parts]
     done = subprocess.run([*COMMAND, tmp_path, *arguments], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Activations on paper against autograd's; what plan.py says."""
+"""Activations by formula against autograd's, and the output of plan.py."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def network(checkpointing: bool, dropout: float = 0.0, **options: float) -> Pret
 
 
 def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
-    """Bytes that a forward pass leaves alive: what autograd saved, and what checkpointing holds."""
+    """Bytes that a forward pass keeps: tensors that autograd saved, and those of checkpointing."""
 
     def alive() -> dict[int, int]:
         gc.collect()
@@ -88,11 +88,11 @@ def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
             MomentumInputs(keys, torch.tensor([0.4, 0.6], dtype=torch.float64)),
             generator,
         )
-    # What the checkpoint of a frozen block noted is gone already.
+    # Tensors noted for the checkpoint of a frozen block are freed already.
     kept = {pointer: size for pointer, (ref, size) in saved.items() if not ref.expired()}
-    found = {**alive(), **kept}
+    sizes = {**alive(), **kept}
     assert out["loss/total"].requires_grad
-    return sum(size for pointer, size in found.items() if pointer not in before)
+    return sum(size for pointer, size in sizes.items() if pointer not in before)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -122,7 +122,7 @@ def test_attention_on_a_cpu_keeps_its_probabilities(dtype: torch.dtype, dropout:
 
 
 def plan(*arguments: str, code: int = 0) -> str:
-    """What `plan` says, on stdout or, where it refuses, on stderr."""
+    """Output of `plan` on stdout or, if it refuses, on stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert plan_command.main(arguments, "plan.py") == code, err.getvalue()
@@ -130,23 +130,25 @@ def plan(*arguments: str, code: int = 0) -> str:
 
 
 def test_published_recipe() -> None:
-    """Arithmetic of the base recipe that can be done by hand."""
-    found: dict[str, Any] = json.loads(plan("base_129M", "--nodes", "4", "--json"))
-    assert found["parameters"]["trainable"] == pytest.approx(252.4e6, rel=1e-3)
-    assert found["batch"] == {
+    """Figures of the base recipe that can be computed by hand."""
+    planned: dict[str, Any] = json.loads(plan("base_129M", "--nodes", "4", "--json"))
+    assert planned["parameters"]["trainable"] == pytest.approx(252.4e6, rel=1e-3)
+    assert planned["batch"] == {
         "global_batch": 2880, "micro_batch": 90, "accumulation": 1, "world_size": 32,
     }  # fmt: skip
     epoch = 5 * 113_000 + 821_000 + 860_000 + 3e6 + 10e6 + 23e6
-    assert found["steps"] == 20 * (epoch // 2880)
-    assert found["days"] == pytest.approx(found["steps"] * found["step_seconds"] / 86_400)
-    assert found["gpu_hours"] == pytest.approx(found["days"] * 24 * 32)
-    assert found["memory_per_gpu_gib"] == pytest.approx(sum(found["memory_terms_gib"].values()))
-    assert found["fits"] and found["max_micro_batch_size"] == 90 and found["way"] == "whole"
-    parted = json.loads(plan("base_129M", "--nodes", "4", "train.whole_weights=false", "--json"))
-    assert parted["way"] == "partitioned"
-    assert parted["memory_per_gpu_gib"] < found["memory_per_gpu_gib"] - 1
-    assert found["step"]["useful_flops"] == pytest.approx(90 * 194e9, rel=0.02)
-    masters = found["memory_terms_gib"]["masters"] * 2**30
+    assert planned["steps"] == 20 * (epoch // 2880)
+    assert planned["days"] == pytest.approx(planned["steps"] * planned["step_seconds"] / 86_400)
+    assert planned["gpu_hours"] == pytest.approx(planned["days"] * 24 * 32)
+    assert planned["memory_per_gpu_gib"] == pytest.approx(sum(planned["memory_terms_gib"].values()))
+    assert planned["fits"] and planned["max_micro_batch_size"] == 90 and planned["way"] == "whole"
+    partitioned = json.loads(
+        plan("base_129M", "--nodes", "4", "train.whole_weights=false", "--json")
+    )
+    assert partitioned["way"] == "partitioned"
+    assert partitioned["memory_per_gpu_gib"] < planned["memory_per_gpu_gib"] - 1
+    assert planned["step"]["useful_flops"] == pytest.approx(90 * 194e9, rel=0.02)
+    masters = planned["memory_terms_gib"]["masters"] * 2**30
     assert masters == pytest.approx(4 * 252.4e6 / 32, rel=1e-3)
 
 
@@ -166,16 +168,17 @@ MEASURED = {
 
 
 def test_the_plan_says_what_an_h200_measured() -> None:
-    """Within 30 %, and the estimate for today's engine (0.22 to 0.30 s) is in its range."""
-    found = h200()
-    fast, slow = found["step_seconds_range"]
+    """Estimates are within 30 %, and their range covers the expected 0.22 to 0.30 s of today's
+    engine."""
+    planned = h200()
+    fast, slow = planned["step_seconds_range"]
     assert fast == pytest.approx(MEASURED["ours, plain PyTorch"], rel=0.3)
-    assert 0.22 < found["step_seconds"] < 0.30 < slow < 0.32
-    assert found["step"]["limit"] == "host"
+    assert 0.22 < planned["step_seconds"] < 0.30 < slow < 0.32
+    assert planned["step"]["limit"] == "host"
     before = 2 * 393 * EXECUTIONS["partitioned"].module_s.slow  # hooks around each weight
     name = "ours, ZeRO-3 one rank, before its detours were removed"
     assert before == pytest.approx(MEASURED[name], rel=0.3)
-    assert found["step"]["kernels_s"] == pytest.approx(MEASURED["kernels alone"], rel=0.3)
+    assert planned["step"]["kernels_s"] == pytest.approx(MEASURED["kernels alone"], rel=0.3)
     graph = h200(way="graph")
     assert graph["step"]["limit"] == "kernels"
     assert graph["step_seconds"] == pytest.approx(MEASURED["kernels alone"], rel=0.3)
@@ -197,32 +200,32 @@ def test_the_plan_says_what_it_was_not_fitted_to() -> None:
 
 
 def test_every_figure_has_a_range() -> None:
-    """Slow, expected and fast in this order, for every way and GPU, and the text names them."""
+    """For every way and GPU, fast, expected and slow values are in order, and the text has them."""
     for gpu in GPUS:
-        found = json.loads(plan("base_129M", "--nodes", "4", "--gpu", gpu, "--json"))
-        assert list(found["ways"]) == ["whole", "partitioned", "graph"]
-        for way in found["ways"].values():
+        planned = json.loads(plan("base_129M", "--nodes", "4", "--gpu", gpu, "--json"))
+        assert list(planned["ways"]) == ["whole", "partitioned", "graph"]
+        for way in planned["ways"].values():
             fast, slow = way["step_seconds_range"]
             assert fast < way["step_seconds"] < slow, (gpu, way["name"])
-    said = plan("base_129M", "--nodes", "4")
+    text = plan("base_129M", "--nodes", "4")
     for words in ("kernels: 13% of the peak", "host: 320 us (250 to 380)", "CUDA graph", "guesses"):
-        assert words in said
-    given = ["--efficiency", "0.3", "--module-us", "100"]
-    said = plan("base_129M", "--gpus-per-node", "1", *given)
-    assert "30% of the peak, as given" in said and "100 us for each call" in said
+        assert words in text
+    assumed = ["--efficiency", "0.3", "--module-us", "100"]
+    text = plan("base_129M", "--gpus-per-node", "1", *assumed)
+    assert "30% of the peak, as given" in text and "100 us for each call" in text
     alone = ["--gpus-per-node", "1", "--json"]
-    fast, slow = json.loads(plan("base_129M", *given, *alone))["step_seconds_range"]
+    fast, slow = json.loads(plan("base_129M", *assumed, *alone))["step_seconds_range"]
     assert fast == slow, "nothing is left to assume on one GPU"
 
 
 def test_exchanges_of_whole_weights_are_few() -> None:
-    found = json.loads(plan("base_129M", "--nodes", "4", "--json"))["ways"]
-    calls = {
-        name: {item["name"]: item["calls"] for item in found[name]["exchanges"]} for name in found
-    }
+    ways = json.loads(plan("base_129M", "--nodes", "4", "--json"))["ways"]
+    calls: dict[str, dict[str, int]] = {}
+    for name, way in ways.items():
+        calls[name] = {item["name"]: item["calls"] for item in way["exchanges"]}
     assert calls["whole"]["gathers"] == 2 and 1 < calls["whole"]["reductions"] <= 12
     assert calls["partitioned"]["gathers"] > 200
-    gathers, reductions, _ = found["whole"]["exchanges"]
+    gathers, reductions, _ = ways["whole"]["exchanges"]
     assert gathers["data_bytes"] == 2 * (252_441_919 + 195_084_032)
     assert reductions["data_bytes"] == 2 * 252_441_919
     link = 400e9 * 0.7  # 3200 Gbit/s
@@ -235,30 +238,30 @@ def test_exchanges_of_whole_weights_are_few() -> None:
 
 def test_says_what_to_change() -> None:
     any_size = "train.max_micro_batch_size=null"
-    said = plan("base_129M", any_size, "--nodes", "1", "--gpu", "rtx4090")
-    mend = re.match(r"does not fit.*give (train.micro_batch_size=\d+)", said)
-    assert mend, said
-    # The mend does what it says.
-    assert plan("base_129M", mend[1], "--gpu", "rtx4090").startswith("fits")
-    found = json.loads(plan("large_129M", "--nodes", "4", "--offload", "--json"))
-    assert found["host_memory_per_node_gib"] > 0 and "masters" not in found["memory_terms_gib"]
-    said = plan("base_129M", "--gpu", "v100-32", "--zero", "1", "train.micro_batch_size=36")
-    assert "no bf16" in said and "ZeRO-1 is shown for comparison" in said
+    text = plan("base_129M", any_size, "--nodes", "1", "--gpu", "rtx4090")
+    fix = re.match(r"does not fit.*give (train.micro_batch_size=\d+)", text)
+    assert fix, text
+    # The fix does what it says.
+    assert plan("base_129M", fix[1], "--gpu", "rtx4090").startswith("fits")
+    planned = json.loads(plan("large_129M", "--nodes", "4", "--offload", "--json"))
+    assert planned["host_memory_per_node_gib"] > 0 and "masters" not in planned["memory_terms_gib"]
+    text = plan("base_129M", "--gpu", "v100-32", "--zero", "1", "train.micro_batch_size=36")
+    assert "no bf16" in text and "ZeRO-1 is shown for comparison" in text
     refused = plan("base_129M", "--zero", "2", "--way", "partitioned", code=2)
     assert "--way partitioned: weights are whole under ZeRO-2" in refused
     assert "captioning is not modelled" in plan("finetune_captioning_coco")
 
 
 def test_a_larger_micro_batch_is_proposed_where_it_is_faster() -> None:
-    found = json.loads(plan("base_129M", "--nodes", "1", "--json"))
-    larger = found["larger_micro_batch"]
-    assert larger["micro_batch"] == 180 and found["max_micro_batch_size"] == 360
+    planned = json.loads(plan("base_129M", "--nodes", "1", "--json"))
+    larger = planned["larger_micro_batch"]
+    assert larger["micro_batch"] == 180 and planned["max_micro_batch_size"] == 360
     assert larger["gain"] > 1.5
-    said = plan("base_129M", "--nodes", "1")
-    assert re.search(r"\nfaster: train.max_micro_batch_size=180 takes \d+ ms a step, \d", said)
-    assert "(auto takes 360)" in said and "negatives then come from 180 pairs, not 90" in said
-    one = json.loads(plan("base_129M", "--gpus-per-node", "1", "--gpu", "h200", "--json"))
-    assert one["larger_micro_batch"]["micro_batch"] < one["max_micro_batch_size"], (
+    text = plan("base_129M", "--nodes", "1")
+    assert re.search(r"\nfaster: train.max_micro_batch_size=180 takes \d+ ms a step, \d", text)
+    assert "(auto takes 360)" in text and "negatives then come from 180 pairs, not 90" in text
+    on_one_gpu = json.loads(plan("base_129M", "--gpus-per-node", "1", "--gpu", "h200", "--json"))
+    assert on_one_gpu["larger_micro_batch"]["micro_batch"] < on_one_gpu["max_micro_batch_size"], (
         "enough is enough"
     )
     assert "negatives then" not in plan("base_129M", "objective.negatives=global")
@@ -272,20 +275,20 @@ def test_a_larger_micro_batch_is_proposed_where_it_is_faster() -> None:
 
 
 def test_the_contrast_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One entry in CONTRASTS and the plan counts its parameters, state, keys and FLOPs."""
+    """With an entry in CONTRASTS, the plan counts its parameters, state, keys and FLOPs."""
     monkeypatch.setitem(CONTRASTS, "in_batch", InBatch)
     published = json.loads(plan("base_129M", "--nodes", "4", "--json"))
-    found = json.loads(plan("base_129M", "objective.itc=in_batch", "--nodes", "4", "--json"))
-    assert found["parameters"]["momentum"] == 0
-    assert found["parameters"]["trainable"] == published["parameters"]["trainable"] + 1
+    planned = json.loads(plan("base_129M", "objective.itc=in_batch", "--nodes", "4", "--json"))
+    assert planned["parameters"]["momentum"] == 0
+    assert planned["parameters"]["trainable"] == published["parameters"]["trainable"] + 1
     for name in ("momentum_weights", "momentum_averages", "contrast_state"):
-        assert name in published["memory_terms_gib"] and name not in found["memory_terms_gib"]
-    terms = [plan_["memory_terms_gib"]["activations_contrastive"] for plan_ in (published, found)]
+        assert name in published["memory_terms_gib"] and name not in planned["memory_terms_gib"]
+    terms = [plan_["memory_terms_gib"]["activations_contrastive"] for plan_ in (published, planned)]
     assert terms[0] / terms[1] == pytest.approx((90 + 57_600) / 90)
-    flops = [plan_["step"]["useful_flops"] for plan_ in (published, found)]
+    flops = [plan_["step"]["useful_flops"] for plan_ in (published, planned)]
     assert flops[0] - flops[1] > 90 * 30e9, "no momentum encoders"
-    listed = [item["name"] for item in found["ways"]["whole"]["exchanges"]]
-    assert listed == ["gathers", "reductions"] and found["data"]["checkpoint_gib"] < 3
+    listed = [item["name"] for item in planned["ways"]["whole"]["exchanges"]]
+    assert listed == ["gathers", "reductions"] and planned["data"]["checkpoint_gib"] < 3
     refused = plan("base_129M", "objective.itc=nce", code=2)
     assert "objective.itc: 'nce' is no contrast; give momentum or in_batch" in refused
 
@@ -302,8 +305,12 @@ def test_gpus_are_taken_by_a_clear_name_alone() -> None:
 
 
 def test_refuses_in_one_line() -> None:
-    said = plan("base_129M", "--nodes", "64", code=2)
-    assert said.count("\n") == 1 and "2560 or 3072" in said and "--nodes 45 or 60 or 72" in said
+    refused = plan("base_129M", "--nodes", "64", code=2)
+    assert (
+        refused.count("\n") == 1
+        and "2560 or 3072" in refused
+        and "--nodes 45 or 60 or 72" in refused
+    )
     refused = plan("base_129M", "--gpu", "a100", code=2)
     assert refused.startswith("plan.py: --gpu a100: which one, a100-40 or a100-80? give one of")
     stream = "data.streams=[{name: mine, local: /nowhere}]"
@@ -311,7 +318,7 @@ def test_refuses_in_one_line() -> None:
 
 
 def test_the_tables_of_the_docs_are_the_commands_output() -> None:
-    """On a difference: python tools/benchmarks/scaling_tables.py."""
+    """If they differ, run tools/benchmarks/scaling_tables.py."""
     text = scaling_tables.DOCS.read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if scaling_tables.ROW.match(line)]
     assert len(rows) > 15
@@ -365,8 +372,8 @@ def test_the_planned_network_is_that_of_the_run(
 def test_a_plan_fetches_no_tokenizer() -> None:
     """A published tokenizer's vocabulary is known; another hub name is refused."""
     own_sizes = ["model.text.checkpoint=null", "model.text.layers=2"]
-    known = recipes.load("base_129M", [*own_sizes, "model.text.tokenizer=bert-large-uncased"])
-    assert network_of(known, contrast_of).config.text.vocab_size == 30524
+    published = recipes.load("base_129M", [*own_sizes, "model.text.tokenizer=bert-large-uncased"])
+    assert network_of(published, contrast_of).config.text.vocab_size == 30524
     other = recipes.load("base_129M", [*own_sizes, "model.text.tokenizer=some/tokenizer"])
     with pytest.raises(ValueError, match=r"model.text.tokenizer some/tokenizer.*give a folder"):
         network_of(other, contrast_of)

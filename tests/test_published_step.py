@@ -1,4 +1,4 @@
-"""The plain form that speed is measured against computes the same losses as ours."""
+"""The published form, the baseline of the benchmarks, computes the same losses as ours."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fixed_negatives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_losses_are_equal_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three optimizer steps without dropout: losses, momentum and queue agree all along."""
+    """In three optimizer steps without dropout, losses, momentum and queue agree."""
     torch.manual_seed(0)
     text = TextConfig(SPECIAL, 60, 48, 2, 4, 96, 16, dropout=0.0)
     config = MEDConfig(VisionConfig("vit_tiny_patch16_224", 32, SIZES), text, 16)
@@ -63,23 +63,23 @@ def test_losses_are_equal_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         with fixed_negatives(monkeypatch):
             weights = torch.tensor([ALPHA, 1 - ALPHA], dtype=torch.float64)
             inputs = MomentumInputs(queue.features, weights)
-            found = network(images, captions, inputs, torch.Generator())
-        found["loss/total"].backward()
+            outputs = network(images, captions, inputs, torch.Generator())
+        outputs["loss/total"].backward()
         optimizer.step()
         pairs = list(momentum.pairs(med))
         momentum_update_([m for _, m, _ in pairs], [p for *_, p in pairs], 0.995)
-        queue.enqueue(FeaturePair(found["image_keys"], found["text_keys"]), step)
-        theirs = published.step(images, published.padded(captions), ALPHA, NEGATIVES)
-        for name, loss in theirs.items():
-            assert loss == pytest.approx(found[f"loss/{name}"].item(), rel=1e-4), (step, name)
+        queue.enqueue(FeaturePair(outputs["image_keys"], outputs["text_keys"]), step)
+        published_losses = published.step(images, published.padded(captions), ALPHA, NEGATIVES)
+        for name, loss in published_losses.items():
+            assert loss == pytest.approx(outputs[f"loss/{name}"].item(), rel=1e-4), (step, name)
         close(published.image_queue, queue.features.image)
         close(published.text_queue, queue.features.text)
     weight = published.text_encoder.encoder.layer[0].crossattention.self.key.weight
     close(weight, med.text.layers[0].cross_attention.key_value.weight.chunk(2)[0])
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+def close(value: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_negatives_are_never_the_positive() -> None:

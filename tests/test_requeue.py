@@ -1,4 +1,4 @@
-"""The judgement of slurm/requeue.py, on real folders; that it requeues is seen on a real SLURM."""
+"""Decisions of slurm/requeue.py on real folders. tests/cluster covers a real SLURM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from blip_scale.config import exit_codes
 
 @pytest.fixture
 def requeue(repo: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The tool as a module, in the environment of a job."""
+    """The script as a module, in the environment of a job."""
     spec = importlib.util.spec_from_file_location("requeue", repo / "slurm" / "requeue.py")
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)

@@ -1,9 +1,11 @@
-"""The house rules, read from the source: who may import whom, and how large things may get."""
+"""The house rules, read from the source: who may import whom, how large things may get, and the
+rules of style that a program can check."""
 
 from __future__ import annotations
 
 import ast
 import importlib.metadata
+import itertools
 import re
 import sys
 import tomllib
@@ -66,6 +68,14 @@ SOURCES = [
     *sorted((REPO / "tools").rglob("*.py")),
     *sorted((REPO / "slurm").glob("*.py")),
 ]
+EVERYTHING = [*SOURCES, *sorted((REPO / "tests").rglob("*.py"))]
+
+FILLER_NAMES = {"found", "one", "own", "said", "mine", "theirs", "known", "given"}
+"""Variable names that do not tell what the variable holds."""
+UNFINISHED = re.compile(r"(Of|As|So|What|The same)\b")
+"""Beginnings of an attribute doc that needs its neighbours to be understood."""
+COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+MAX_NESTED_COMPREHENSION_LINES = 2
 
 
 def relative(path: Path) -> str:
@@ -103,27 +113,27 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 def arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
     """Arguments of a function, `self` and `cls` left out."""
-    given = function.args
-    named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
-    stars = [star for star in (given.vararg, given.kwarg) if star is not None]
+    signature = function.args
+    named = [*signature.posonlyargs, *signature.args, *signature.kwonlyargs]
+    stars = [star for star in (signature.vararg, signature.kwarg) if star is not None]
     return [argument for argument in named + stars if argument.arg not in ("self", "cls")]
 
 
 def test_there_is_a_rule_for_every_room() -> None:
-    found = {room(path) for path in MODULES} - {"__init__"}
-    assert found <= set(MAY_IMPORT), "add the new room or module to MAY_IMPORT"
+    rooms = {room(path) for path in MODULES} - {"__init__"}
+    assert rooms <= set(MAY_IMPORT), "add the new room or module to MAY_IMPORT"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_imports_go_one_way(path: Path) -> None:
-    own = room(path)
-    allowed = MAY_IMPORT.get(own, set()) | {own}
+    importer = room(path)
+    allowed = MAY_IMPORT.get(importer, set()) | {importer}
     for name in imported(path):
         parts = name.split(".")
         if parts[0] != "blip_scale" or len(parts) == 1:
             continue
         if parts[1] in MAY_IMPORT:
-            assert parts[1] in allowed, f"{own} must not import {name}"
+            assert parts[1] in allowed, f"{importer} must not import {name}"
         assert not parts[-1].startswith("_") or parts[-1].startswith("__"), f"{name} is private"
 
 
@@ -252,6 +262,67 @@ def test_every_function_is_annotated(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(tree(path)), f"{relative(path)} has no docstring"
+
+
+def bound_names(node: ast.AST) -> Iterator[str]:
+    """Names that one node of a syntax tree binds: variables, loop targets, parameters, fields."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        yield node.attr
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.alias) and node.asname:
+        yield node.asname
+    elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+        yield node.name
+
+
+def attribute_docs(node: ast.AST) -> Iterator[ast.Constant]:
+    """Strings that stand below an assignment in the body of a module or a class."""
+    if not isinstance(node, ast.Module | ast.ClassDef):
+        return
+    for statement, below in itertools.pairwise(node.body):
+        if not isinstance(statement, ast.Assign | ast.AnnAssign) or not isinstance(below, ast.Expr):
+            continue
+        if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+            yield below.value
+
+
+def is_nested(comprehension: ast.AST) -> bool:
+    """Whether a comprehension has a second `for`, in itself or in a comprehension inside it."""
+    return sum(isinstance(node, ast.comprehension) for node in ast.walk(comprehension)) > 1
+
+
+def test_variables_are_named_for_what_they_hold() -> None:
+    fillers = []
+    for path in EVERYTHING:
+        for node in ast.walk(tree(path)):
+            for name in FILLER_NAMES.intersection(bound_names(node)):
+                fillers.append(f"{relative(path)}:{getattr(node, 'lineno', 0)}: {name}")
+    assert not fillers, "name the variable for what it holds:\n" + "\n".join(fillers)
+
+
+def test_attribute_docs_stand_by_themselves() -> None:
+    unfinished = []
+    for path in EVERYTHING:
+        for node in ast.walk(tree(path)):
+            for doc in attribute_docs(node):
+                if UNFINISHED.match(doc.value.strip()):
+                    unfinished.append(f"{relative(path)}:{doc.lineno}: {doc.value[:40]}")
+    assert not unfinished, "begin with a noun or a verb:\n" + "\n".join(unfinished)
+
+
+def test_nested_comprehensions_are_short() -> None:
+    long = []
+    for path in EVERYTHING:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, COMPREHENSIONS) and is_nested(node):
+                assert node.end_lineno is not None
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_NESTED_COMPREHENSION_LINES:
+                    long.append(f"{relative(path)}:{node.lineno}: {lines} lines")
+    assert not long, "make it a loop or a named helper:\n" + "\n".join(long)
 
 
 def test_every_folder_is_installed() -> None:

@@ -22,6 +22,7 @@ SIZES = ("500x375", "640x480", "1280x960")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     options = _parser().parse_args(arguments)
     if getattr(options, "at_least", None) is not None and "published" not in options.against:
         print("error: --at-least: needs --against published", file=sys.stderr)
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def data(options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of every contender at every size, and the waiting share of a run."""
+    """Images per second of every contender at every size, and a run's share of waiting."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything is counted per core
     from tools.benchmarks.data_contenders import DataContest, Trial
 
@@ -62,10 +63,10 @@ def data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _summary(rates: dict[str, list[float]]) -> dict[str, float]:
-    """Medians; ratios are medians over the rounds, in which all contenders took turns."""
+    """Median rates, and median ratios over the rounds, in which contenders take turns."""
 
-    def ratio(ours: str, theirs: str) -> float:
-        pairs = zip(rates[ours], rates[theirs], strict=True)
+    def ratio(ours: str, other: str) -> float:
+        pairs = zip(rates[ours], rates[other], strict=True)
         return round(statistics.median(a / b for a, b in pairs), 2)
 
     return {
@@ -93,14 +94,16 @@ def _median(rates: list[float]) -> float:
 
 
 def _rest(whole: list[float], part: list[float]) -> float:
-    """Rate of what is done besides `part`."""
+    """Rate of the work besides `part`."""
     return _median([1 / (1 / a - 1 / b) for a, b in zip(whole, part, strict=True)])
 
 
 def data_wait_share(run: Path) -> float:
-    """Mean share of its steps that a run waited for data, without the first logged point.
+    """Mean share of a step that a run waited for data, without the first logged point.
 
-    Raises FileNotFoundError or ValueError where the run logged no such thing.
+    Raises:
+        FileNotFoundError: the run logged no metrics.
+        ValueError: the metrics hold fewer than two points.
     """
     path = run / run_folder.METRICS
     points = [json.loads(line) for line in path.read_text().splitlines()]
@@ -130,24 +133,28 @@ def table(result: dict[str, Any]) -> str:
     heads = [f"{name} ({size['kb_per_image']} kB)" for name, size in sizes.items()]
     lines = [f"{'images/s':26}" + "".join(f"{head:>24}" for head in heads)]
     for title, rate, ratio in rows:
-        cells = [
-            f"{size[rate]:.0f}" + (f"  ({size[ratio]:.2f}x)" if ratio else "         ")
-            for size in sizes.values()
-        ]
-        lines.append(f"{title:26}" + "".join(f"{cell:>24}" for cell in cells))
-    lines.append("a core; with workers: in all. (x): median over rounds against the published way.")
+        line = f"{title:26}"
+        for size in sizes.values():
+            times = f"  ({size[ratio]:.2f}x)" if ratio else "         "
+            cell = f"{size[rate]:.0f}{times}"
+            line += f"{cell:>24}"
+        lines.append(line)
+    lines.append(
+        "Per core; with workers, of all cores. (x): median ratio to the published transform or "
+        "loader."
+    )
     if "data_wait_share" in result:
         lines.append(f"share of a step that waits for data: {result['data_wait_share']:.2%}")
     return "\n".join(lines)
 
 
 def step(options: argparse.Namespace) -> dict[str, Any]:
-    """Time, operations and memory of a pretraining step, beside the published form's."""
+    """Time, operations and memory of a pretraining step, and of the published step."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from tools.benchmarks.step_contenders import ALLOCATOR, Contender, StepContest, make_match
 
     if options.allocator == "tuned":
-        os.environ.update(ALLOCATOR)  # for every contender alike; read when a process starts
+        os.environ.update(ALLOCATOR)  # for all contenders; processes read it when they start
     chosen = recipe.load(options.recipe, [*_step_settings(options), *options.settings])
     names = ["ours", *options.against]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -167,28 +174,28 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
             if options.trace:
                 contest.ask("ours", "trace", options.trace)
     batch = chosen.train.global_batch_size
-    own = statistics.median(seconds["ours"])
+    own_s = statistics.median(seconds["ours"])
     result = {
         "precision": chosen.train.precision,
         "batch_size": batch,
         "threads": options.threads,
         "allocator": options.allocator,
         **described,
-        "step_seconds": own,
-        "samples_per_s": batch / own,
+        "step_seconds": own_s,
+        "samples_per_s": batch / own_s,
         "gflop_per_sample": flops / batch / 1e9,
         "peak_gflops": max(peaks) / 1e9,
-        "mfu": flops / own / max(peaks),
+        "mfu": flops / own_s / max(peaks),
         "peak_memory_gib": memory["ours"],
         **host["ours"],
         "split_seconds": split,
     }
     for name in options.against:
         pairs = zip(seconds[name], seconds["ours"], strict=True)
-        theirs = statistics.median(seconds[name])
+        other_s = statistics.median(seconds[name])
         result |= {
-            f"{name}_step_seconds": theirs,
-            f"{name}_samples_per_s": batch / theirs,
+            f"{name}_step_seconds": other_s,
+            f"{name}_samples_per_s": batch / other_s,
             f"{name}_peak_memory_gib": memory[name],
             _ratio(name): statistics.median(a / b for a, b in pairs),
             **{f"{name}_{what}": number for what, number in host[name].items()},
@@ -197,18 +204,18 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ratio(against: str) -> str:
-    """Name of how many times as fast ours is: `ratio` is that against the published form."""
+    """Name of the ratio of the speeds; `ratio` compares with the published step."""
     return "ratio" if against == "published" else f"{against}_ratio"
 
 
 def _step_settings(options: argparse.Namespace) -> list[str]:
-    """One rank."""
+    """Settings of the recipe for one rank."""
     from tools.benchmarks.growth import OFFLINE
 
     return [
         f"train.precision={options.precision}",
         f"train.global_batch_size={options.batch_size}",
-        f"train.micro_batch_size={options.batch_size}",  # every contender: all of it at once
+        f"train.micro_batch_size={options.batch_size}",  # no contender accumulates
         *OFFLINE,
     ]
 

@@ -1,4 +1,4 @@
-"""Show what came out of a run, from a clone: the same as `blip-scale summary`."""
+"""Show the results of a run, from a clone: the same as `blip-scale summary`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""All that knows about ranks and processes; nothing else imports torch.distributed or DeepSpeed."""
+"""Ranks and processes. No other room imports torch.distributed or DeepSpeed."""
 
 from blip_scale import logs
 

@@ -1,4 +1,4 @@
-"""The few exchanges between ranks that tasks and the loop need.
+"""Collective operations that tasks and the loop need.
 
 Legend: B batch of one rank, W ranks.
 """
@@ -26,28 +26,27 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Number of ranks on this machine, as the launcher says it.
+    """Number of ranks on this machine, from the launcher's variables.
 
     Raises:
-        KeyError: several ranks run and no launcher said how many of them are here.
+        KeyError: several ranks run, and the launcher set no variable.
     """
     for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     if world_size() == 1:
         return 1
-    raise KeyError("LOCAL_WORLD_SIZE is not set: say how many ranks run on each machine")
+    raise KeyError("LOCAL_WORLD_SIZE is not set: set it to the number of ranks of each machine")
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if world_size() > 1:
         dist.barrier()
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """[B, ...] of every rank -> [W * B, ...] in rank order, without gradient; B equal on all
-    ranks."""
+    """[B, ...] of every rank -> [W * B, ...] in rank order, without gradient. B is equal on all."""
     if world_size() == 1:
         return tensor.detach()
     everyone = tensor.new_empty((world_size() * len(tensor), *tensor.shape[1:]))
@@ -56,14 +55,14 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def all_gather_with_gradient(tensor: Tensor) -> Tensor:
-    """[B, ...] -> [W * B, ...] in rank order; the backward sums what all ranks send back."""
+    """[B, ...] -> [W * B, ...] in rank order. The backward sums the gradients of all ranks."""
     if world_size() == 1:
         return tensor
     return torch.cat(dist_nn.all_gather(tensor.contiguous()))
 
 
 def all_gather_ragged(tensor: Tensor) -> list[Tensor]:
-    """[B_r, ...] of every rank, B_r free -> the tensors in rank order, without gradient."""
+    """[B_r, ...] of every rank -> the tensors in rank order, without gradient. B_r may differ."""
     if world_size() == 1:
         return [tensor.detach()]
     sizes = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
@@ -74,7 +73,7 @@ def all_gather_ragged(tensor: Tensor) -> list[Tensor]:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """A picklable object of every rank, in rank order."""
+    """The `value` of every rank, in rank order. Values must be picklable."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -83,20 +82,22 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over the ranks, in place; returns the tensor."""
+    """Sum a tensor over the ranks, in place. Returns the tensor."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on all ranks when it is true on one of them: the way to take a branch together."""
+    """Whether `flag` is True on any rank, so that all ranks take the same branch."""
     return bool(all_reduce_sum(torch.tensor([float(flag)], device=device)).item() > 0)
 
 
 def time_all_reduce(size_bytes: int, device: torch.device) -> float:
-    """Seconds that an exchange of so many bytes takes, the best of three after a first one; all
-    ranks take part."""
+    """Seconds that an all-reduce of `size_bytes` takes: the best of three after a warm-up.
+
+    Call it on all ranks.
+    """
     values = torch.ones(size_bytes // 4, device=device)
     seconds = []
     for _ in range(4):

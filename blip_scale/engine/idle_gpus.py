@@ -1,4 +1,4 @@
-"""GPUs that a machine has and torch doesn't see: a run there would train on the CPU, days long."""
+"""Refusal of machines whose GPUs torch doesn't see: a run would train on the CPU for days."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ import torch
 from blip_scale.errors import RefusedInput
 
 _ALLOCATION = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "PBS_GPUFILE")
-"""Variables by which a scheduler says that it gave this job GPUs."""
+"""Variables that a scheduler sets for a job with GPUs."""
 _HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide every GPU on purpose."""
 _WHEELS = ((580, "cu130"), (525, "cu126"))
-"""Major version of the driver from which on a wheel of torch runs."""
+"""Lowest major version of the driver -> wheel of torch that runs with it."""
 
 
 def refuse_idle_gpus(root: Path = Path("/")) -> None:
     """Refuse to train on the CPU of a machine with GPUs.
 
-    Nothing is refused where torch sees a GPU, where the user chose the CPU (`DS_ACCELERATOR=cpu`)
-    or hid the GPUs (`CUDA_VISIBLE_DEVICES=`).
+    Nothing is refused if torch sees a GPU, if the user chose the CPU (`DS_ACCELERATOR=cpu`), or if
+    the user hid the GPUs (`CUDA_VISIBLE_DEVICES=`).
 
     Args:
-        root: of the file system in which the driver is looked for.
+        root: root of the file system in which the driver is looked for.
 
     Raises:
-        RefusedInput: names torch's CUDA, the driver, and the wheel to install.
+        RefusedInput: the machine has GPUs that torch can't use. The message names torch's CUDA
+            version, the driver, and the wheel to install.
     """
     is_chosen = os.environ.get("DS_ACCELERATOR") == "cpu"
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in _HIDDEN
@@ -44,13 +45,13 @@ def refuse_idle_gpus(root: Path = Path("/")) -> None:
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     raise RefusedInput(
         f"this machine has GPUs ({', '.join(signs)}), but torch {torch.__version__}, {built}, sees "
-        f"none; the driver is {driver or 'not loaded'}: {_advice(driver)}. To train on the CPU all "
-        "the same, set DS_ACCELERATOR=cpu"
+        f"none; the driver is {driver or 'not loaded'}: {_advice(driver)}. To train on the CPU "
+        "anyway, set DS_ACCELERATOR=cpu"
     )
 
 
 def _signs(root: Path) -> Iterator[str]:
-    """Where GPUs show: scheduler, device files, driver, nvidia-smi."""
+    """Signs of GPUs in the scheduler's variables, device files, the driver and nvidia-smi."""
     for name in _ALLOCATION:
         value = os.environ.get(name, "")
         if value not in ("", "0"):
@@ -67,7 +68,7 @@ def _signs(root: Path) -> Iterator[str]:
 
 
 def _driver(root: Path) -> str | None:
-    """Version of NVIDIA's driver; None where none is loaded."""
+    """Version of NVIDIA's driver; None if none is loaded."""
     try:
         text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:

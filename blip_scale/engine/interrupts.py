@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C -> a clean stop at a step boundary, agreed by all ranks."""
+"""Clean stops: SIGTERM, SIGUSR1 and Ctrl-C end a run at a step boundary, on all ranks alike."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequested(Exception):
-    """A signal came where nothing would be lost by stopping at once."""
+    """A signal arrived while everything was saved, so the run can stop at once."""
 
 
 class Interrupts:
-    """Remembers that a signal came; a second Ctrl-C stops at once."""
+    """Signal handlers that remember the signal. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -38,15 +38,16 @@ class Interrupts:
         return self.received is not None
 
     def announce(self) -> None:
-        """Log that the run stops, on every rank once any of them received a signal."""
+        """Log that the run stops. Every rank logs it once any rank has received a signal."""
         logger.info("%s: stopping after this step", self.received or "a signal on another rank")
 
     @contextmanager
     def stopping_at_once(self) -> Iterator[None]:
-        """Inside, everything is saved: a signal raises `StopRequested`, also one from before.
+        """Context manager in which a signal raises `StopRequested`, also one that came earlier.
 
-        Ranks need not agree: what another rank makes of the exchange that this one left, an error,
-        is taken for the same where this rank was to stop too.
+        Use it only while everything is saved. Ranks don't agree on the moment: one that stops
+        leaves an exchange, which then fails on the others. So an error on a rank that has received
+        a signal, too, is raised as `StopRequested`.
         """
         self._at_once = True
         try:
@@ -61,6 +62,6 @@ class Interrupts:
             self._at_once = False
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Put the previous signal handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The train loop, and around it what a run needs to be watched, stopped and started again."""
+"""The train loop, with logging, evaluation, checkpoints, stops and resumption around it."""
 
 from __future__ import annotations
 
@@ -60,18 +60,21 @@ def run(
     ds_config: dict[str, Any],
     settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None = None,
 ) -> int:
-    """Train, or go on training, to the end of the recipe.
+    """Train to the end of the recipe, resuming from the newest whole checkpoint if there is one.
 
     Args:
-        settle: gives recipe and DeepSpeed's settings anew once the ranks have met, where something
-            of them depends on the devices.
+        build_task: makes the task on this rank's device.
+        recipe: the recipe.
+        ds_config: DeepSpeed's settings.
+        settle: returns recipe and DeepSpeed's settings that depend on the devices. Called once the
+            process group is up. None: both are final already.
 
     Returns:
-        Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 when it had to
-        give up.
+        Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 after too many
+        steps that were not finite.
 
     Raises:
-        RefusedInput: input that cannot be used, or an output folder of a run that is under way.
+        RefusedInput: input can't be used, or another run owns the output folder.
     """
     is_main = os.environ.get("RANK", "0") == "0"
     lock = RunLock(Path(recipe.output_dir)) if is_main else None
@@ -88,7 +91,7 @@ def _run(
     ds_config: dict[str, Any],
     settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None,
 ) -> int:
-    """`run`, in a folder that is this run's."""
+    """`run`, once the output folder is locked."""
     rank = int(os.environ.get("RANK", "0"))
     refuse_idle_gpus()
     logs.set_up(Path(recipe.output_dir), rank)
@@ -105,8 +108,8 @@ def _run(
             max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size())
         )
     if device.type == "cuda":
-        # Gradient accumulation keeps the stream of its first use. A capture cannot join work of the
-        # default stream, so all work goes to another one from the start.
+        # Autograd accumulates gradients on the stream of their first use, and a CUDA graph can't
+        # capture the default stream. So all work runs on another stream from the start.
         torch.cuda.set_stream(torch.cuda.Stream(device))
     interrupts = Interrupts()
     with refusing():
@@ -124,12 +127,12 @@ def _run(
     finally:
         task.close()
         interrupts.restore()
-    heartbeat.close()  # not after an error: it guards the way out as well
+    heartbeat.close()  # not after an error: it also watches that the process ends
     return code
 
 
 def _user_chose_threads() -> bool:
-    """Whether OMP_NUM_THREADS is the user's; torchrun sets it to 1 for several ranks by itself."""
+    """Whether the user set OMP_NUM_THREADS. With several ranks torchrun sets it to 1 itself."""
     threads = os.environ.get("OMP_NUM_THREADS")
     return threads is not None and not (threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
 
@@ -142,7 +145,7 @@ def _open(
     meter: CommunicationMeter,
     interrupts: Interrupts,
 ) -> Run:
-    """Wrap the network, and take up the newest whole checkpoint if there is one."""
+    """Wrap the network, and load the newest whole checkpoint if there is one."""
     engine = initialize(task.build_network, recipe, ds_config)
     with refusing():
         weights = task.initial_weights()
@@ -152,11 +155,11 @@ def _open(
     place = open_place(recipe)
     state = RunState(0)
     with refusing():
-        found = restore.newest_whole(place, engine.stage)
-        if found is not None:
-            state = restore.load(found, engine, momentum)
+        checkpoint = restore.newest_whole(place, engine.stage)
+        if checkpoint is not None:
+            state = restore.load(checkpoint, engine, momentum)
             task.load_state_dict(state.task, state.shared)
-            logger.info("resuming at step %d from %s", state.step, found)
+            logger.info("resuming at step %d from %s", state.step, checkpoint)
         history = History.from_checkpoint(state.position)
     total_steps = recipe.train.epochs * task.steps_per_epoch
     if recipe.train.max_steps is not None:
@@ -175,7 +178,7 @@ def _open(
         streaks=history.alarm_streaks,
     )
     _keep_recipe(recipe, task, monitor)
-    manifest = _begin_manifest(task, recipe, ds_config, heartbeat, found)
+    manifest = _begin_manifest(task, recipe, ds_config, heartbeat, checkpoint)
     logger.info(
         "%s on %d rank(s) of %s, ZeRO-%d, %s, attention by %s: %.1fM trainable parameters, "
         "%d steps of %d pairs",
@@ -218,23 +221,25 @@ def _open(
 
 
 def _refuse_nonfinite(weights: Mapping[str, Tensor]) -> None:
-    """Initial weights that no step could train; the log would blame the samples.
+    """Refuse initial weights that can't be trained, before the log blames the samples.
 
     Raises:
-        RefusedInput: names parameters that hold NaN or infinity.
+        RefusedInput: some parameters hold NaN or infinity.
     """
-    spoilt = [name for name, weight in weights.items() if not weight.isfinite().all()]
-    if spoilt:
-        more = f" and {len(spoilt) - 3} more parameters" if len(spoilt) > 3 else ""
+    nonfinite = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if nonfinite:
+        more = f" and {len(nonfinite) - 3} more parameters" if len(nonfinite) > 3 else ""
         raise RefusedInput(
-            f"the initial weights hold NaN or infinity in {', '.join(spoilt[:3])}{more}: give "
+            f"the initial weights hold NaN or infinity in {', '.join(nonfinite[:3])}{more}: give "
             "other files as model.checkpoint, model.vision.checkpoint or model.text.checkpoint"
         )
 
 
 def _keep_recipe(recipe: Recipe, task: Task, monitor: Monitor) -> None:
-    """The resolved recipe: in the log, beside the checkpoints, in TensorBoard; and tokenizer and
-    sizes of the text stack beside the checkpoints."""
+    """Write the resolved recipe to the log, to TensorBoard and beside the checkpoints.
+
+    Tokenizer and sizes of the text stack go beside the checkpoints, too.
+    """
     text = to_yaml(recipe)
     logger.debug("recipe:\n%s", text)
     monitor.text("recipe", text)
@@ -250,9 +255,9 @@ def _begin_manifest(
     recipe: Recipe,
     ds_config: dict[str, Any],
     heartbeat: Heartbeat,
-    found: Path | None,
+    checkpoint: Path | None,
 ) -> RunManifest:
-    """Note this start: from what, on which machines, and from which checkpoint."""
+    """Record this start in the manifest: recipe, data, software, machines and checkpoint."""
     nodes: dict[str, list[int]] = {}
     for rank, host in enumerate(collectives.all_gather_objects(socket.gethostname())):
         nodes.setdefault(host, []).append(rank)
@@ -265,7 +270,7 @@ def _begin_manifest(
             "nodes": nodes,
             "recipe_xxh64": digest(to_yaml(recipe).encode()),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "from": fingerprint(found) if found is not None else None,
+            "from": fingerprint(checkpoint) if checkpoint is not None else None,
         },
         heartbeat.before,
     )
@@ -273,7 +278,11 @@ def _begin_manifest(
 
 
 def _train(run: Run) -> int:
-    """Optimizer steps to the end, with logging, evaluation and checkpoints on their intervals."""
+    """Run optimizer steps to the end, with logging, evaluation and checkpoints at their intervals.
+
+    Returns:
+        The exit code; see `run`.
+    """
     recipe, history, heartbeat = run.recipe, run.history, run.heartbeat
     heartbeat.beat("training", step=run.step, total_steps=run.total_steps, checkpoint_step=run.step)
     if _is_evaluation_left(run) and not _evaluate(run):
@@ -288,7 +297,7 @@ def _train(run: Run) -> int:
         if history.skipped_in_a_row >= recipe.train.max_nonfinite_steps:
             logger.error(
                 "giving up at step %d: loss or gradient was not finite in %d steps in a row. "
-                "The last checkpoint is from before them.", run.step, history.skipped_in_a_row,
+                "The last checkpoint precedes them.", run.step, history.skipped_in_a_row,
             )  # fmt: skip
             run.saver.finish()
             return exit_codes.FAILED
@@ -303,12 +312,12 @@ def _train(run: Run) -> int:
             reporting.sign_of_life(run)
         every = recipe.evaluation.every_steps
         every = run.task.steps_per_epoch if every == "epoch" else every
-        # Weights that give no finite loss must not push out the checkpoints from before them.
+        # Weights without a finite loss must not replace the last good checkpoints.
         is_skipping = history.skipped_in_a_row > 0 and not at_end
         history.evaluation_due = at_end or not (run.step % every or stop or is_skipping)
         is_due = history.evaluation_due or stop or run.step % recipe.checkpoint.every_steps == 0
         if is_due and is_skipping:
-            logger.warning("step %d: not saved, its update was skipped", run.step)
+            logger.warning("step %d: no checkpoint, as its update was skipped", run.step)
         elif is_due:
             _save(run)
         if history.evaluation_due and not _evaluate(run):
@@ -325,15 +334,17 @@ def _train(run: Run) -> int:
 
 
 def _is_evaluation_left(run: Run) -> bool:
-    """Whether the run goes on from a checkpoint whose evaluation didn't come to its end, for all
-    this checkpoint knows; the summary of a finished run tells more."""
+    """Whether the run resumed from a checkpoint that was saved before its evaluation was done.
+
+    A checkpoint can't tell whether the evaluation ended later. The summary of a finished run can.
+    """
     summary = Path(run.recipe.output_dir) / run_folder.SUMMARY
     is_finished = run.step == run.total_steps and summary.exists()
     return run.history.evaluation_due and not collectives.all_gather_objects(is_finished)[0]
 
 
 def _save(run: Run) -> None:
-    """Begin to write a checkpoint of this step."""
+    """Start writing a checkpoint of this step."""
     run.heartbeat.beat("saving")
     state, shared = run.task.state_dict()
     run.saver.begin(RunState(run.step, vars(run.history), state, shared))
@@ -341,15 +352,15 @@ def _save(run: Run) -> None:
 
 
 def _evaluate(run: Run) -> bool:
-    """Held-out figures and pictures, once the checkpoint of this step is on the disk.
+    """Evaluate once the checkpoint of this step is on the disk.
 
     Returns:
-        False: a signal came, and the evaluation is left to the next start.
+        False if a signal came. The next start then makes up for the evaluation.
     """
     run.heartbeat.beat("saving")
     run.saver.settle()
     run.heartbeat.beat("evaluating")
-    # Uploads need all ranks, so where there are some a signal waits for the end of the evaluation.
+    # Uploads need all ranks. With uploads a signal waits for the end of the evaluation.
     at_once = nullcontext() if run.saver.uploads else run.interrupts.stopping_at_once()
     try:
         with at_once:
@@ -364,20 +375,20 @@ def _evaluate(run: Run) -> bool:
 
 
 def _note_evaluation(run: Run) -> None:
-    """Evaluate; log the figures, and mark this step's checkpoint where it is the best so far."""
+    """Evaluate, log the results, and mark this step's checkpoint if it is the best so far."""
     began = time.perf_counter()
-    found = run.task.evaluate(run.engine, final=run.step == run.total_steps)
-    run.monitor.scalars(run.step, found.scalars)
-    for name, panels in found.panels.items():
+    evaluation = run.task.evaluate(run.engine, final=run.step == run.total_steps)
+    run.monitor.scalars(run.step, evaluation.scalars)
+    for name, panels in evaluation.panels.items():
         run.monitor.pictures(run.step, name, panels)
-    run.history.evaluation, run.history.captions = found.scalars, found.captions
+    run.history.evaluation, run.history.captions = evaluation.scalars, evaluation.captions
     seconds = time.perf_counter() - began
     run.history.seconds += seconds
-    figures = "  ".join(f"{name} {value:.3g}" for name, value in found.scalars.items())
+    figures = "  ".join(f"{name} {value:.3g}" for name, value in evaluation.scalars.items())
     logger.info("step %d, evaluated in %.1f s: %s", run.step, seconds, figures)
     best = run.history.best
-    if found.score is None or not math.isfinite(found.score):
+    if evaluation.score is None or not math.isfinite(evaluation.score):
         return
-    if not best or found.score > best["score"]:
-        run.history.best = {"step": run.step, "score": found.score}
+    if not best or evaluation.score > best["score"]:
+        run.history.best = {"step": run.step, "score": evaluation.score}
         run.saver.best = run.step

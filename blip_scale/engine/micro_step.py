@@ -1,9 +1,9 @@
 """Forward and backward of one micro-batch, eager or as a replayed CUDA graph.
 
-A captured graph replays a few thousand kernels with one launch, which takes the host's work out of
-the step. It reads and writes fixed memory: inputs are copied into static tensors, and gradients
-land in others. Exchanges between ranks and fp32 sums of gradients come after the replay.
-(Megatron-LM captures forward and backward in the same way.)
+A captured graph replays a few thousand kernels with one launch, so the host no longer slows the
+step down. A graph reads and writes fixed memory. Inputs are copied into static tensors, and
+gradients are written to static tensors. Exchanges between ranks and fp32 sums of gradients follow
+the replay. Megatron-LM captures forward and backward in the same way.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from blip_scale.engine.zero.engine import ZeroEngine
 logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3
-"""Eager micro-steps before the first capture: they load kernels, pick matrix-multiply algorithms
-and compile."""
+"""Number of eager micro-steps before the first capture. They load kernels, choose algorithms for
+matrix products and compile."""
 MAX_GRAPHS = 16
-"""Sets of input shapes that get a graph of their own; later ones run eager."""
+"""Maximum number of graphs, one for each set of input shapes. Further shapes run eager."""
 
 Replay = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class MicroStepOutputs:
-    """What a network returns in a training step, detached."""
+    """Outputs of a network in a training step, detached."""
 
     names: tuple[str, ...]
     scalars: Tensor
@@ -41,7 +41,7 @@ class MicroStepOutputs:
 
     @classmethod
     def of(cls, outputs: dict[str, Tensor]) -> MicroStepOutputs:
-        """Stack the scalars, so that they are read together."""
+        """Separate scalars from tensors, and stack the scalars so that one read gets them all."""
         scalars = {name: value for name, value in outputs.items() if value.dim() == 0}
         tensors = {n: value.detach() for n, value in outputs.items() if n not in scalars}
         stacked = torch.stack([value.detach().float() for value in scalars.values()])
@@ -58,16 +58,16 @@ class Capturable(NamedTuple):
 
     outputs: MicroStepOutputs
     gradients: list[Tensor]
-    """From `ZeroEngine.compute_gradients`."""
+    """Gradients from `ZeroEngine.compute_gradients`."""
 
 
 Capture = Callable[[Callable[[], Capturable], Sequence[torch.Generator]], tuple[Replay, Capturable]]
-"""Captures a function without arguments that draws from the generators and torch's own; gives the
-replay and the results that it rewrites."""
+"""Function that captures another one, which takes no arguments and draws from the given generators
+and torch's default ones. Returns the replay, and the results that every replay overwrites."""
 
 
 class EagerMicroStep:
-    """Forward and backward, kernel by kernel."""
+    """Forward and backward without a graph: the host launches each kernel."""
 
     def __init__(self, engine: ZeroEngine) -> None:
         self._engine = engine
@@ -90,36 +90,38 @@ class _Captured:
 
     inputs: list[Tensor]
     is_state: list[bool]
-    """Inputs that live on the device from step to step; the graph reads them where they are."""
+    """Whether each input stays on the device from step to step. The graph reads such inputs in
+    place."""
     results: Capturable
     replay: Replay
 
     def holds_state_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the state tensors are those of the capture."""
+        """Whether the inputs that are state are the tensors that were captured."""
         pairs = zip(self.inputs, tensors, self.is_state, strict=True)
         return all(static is new for static, new, is_state in pairs if is_state)
 
     def copy_inputs(self, tensors: Sequence[Tensor]) -> None:
-        """Bring new inputs to where the graph reads them."""
-        pairs = zip(self.inputs, tensors, self.is_state, strict=True)
-        moved = [(static, new) for static, new, is_state in pairs if not is_state]
-        for static, new in moved:
-            static.copy_(new, non_blocking=True)
+        """Copy new inputs to the static tensors that the graph reads."""
+        for static, new, is_state in zip(self.inputs, tensors, self.is_state, strict=True):
+            if not is_state:
+                static.copy_(new, non_blocking=True)
 
 
 class CapturedMicroStep:
     """Forward and backward as one CUDA graph for each set of input shapes.
 
-    The first steps, shapes that come for the first time and shapes beyond `MAX_GRAPHS` run eager.
-    Numbers are those of the eager step: a replay draws from the same seeds.
+    The first steps, shapes seen for the first time, and shapes beyond `MAX_GRAPHS` run eager. The
+    results equal those of the eager step, as a replay draws from the same seeds.
     """
 
     def __init__(self, engine: ZeroEngine, capture: Capture, must_capture: bool = False) -> None:
-        """
+        """Prepare to capture; nothing is captured yet.
+
         Args:
-            engine: its `capture_obstacle` is None.
-            capture: `cuda_graph`, or another with the same interface.
-            must_capture: raise where a capture fails; otherwise warn and go on with eager steps.
+            engine: an engine whose `capture_obstacle` is None.
+            capture: result of `cuda_graph`, or another function with its interface.
+            must_capture: whether a failed capture raises. Otherwise it is logged as a warning, and
+                the run goes on with eager steps.
         """
         self._engine, self._capture, self._must_capture = engine, capture, must_capture
         self._is_off = False
@@ -127,9 +129,9 @@ class CapturedMicroStep:
         self._graphs: dict[Any, _Captured] = {}
         self._steps = 0
         self._seen: list[Tensor] = []
-        """Input tensors of the step before: those that come again are state."""
+        """Input tensors of the previous step. Tensors that come again are state."""
         self._once: set[Any] = set()
-        """Signatures of inputs that were seen."""
+        """Signatures of inputs that were seen before."""
 
     def __call__(self, inputs: tuple[Any, ...], is_last: bool) -> MicroStepOutputs:
         """See `EagerMicroStep`."""
@@ -162,18 +164,15 @@ class CapturedMicroStep:
         return graph.results.outputs.clone()
 
     def _is_worth_a_graph(self, key: Any) -> bool:
-        """Whether inputs of this signature came before, and there is room for a graph."""
+        """Whether inputs of this signature were seen before and there is room for a graph."""
         if key in self._once:
             return key in self._graphs or len(self._graphs) < MAX_GRAPHS
         self._once.add(key)
         return False
 
     def _captured(self, inputs: tuple[Any, ...], is_state: list[bool]) -> _Captured:
-        statics = iter(
-            tensor if state else tensor.clone()
-            for tensor, state in zip(tensors_in(inputs), is_state, strict=True)
-        )
-        static_inputs = map_tensors(inputs, lambda tensor: next(statics))
+        state = iter(is_state)
+        static_inputs = map_tensors(inputs, lambda x: x if next(state) else x.clone())
 
         def micro_step() -> Capturable:
             outputs = self._engine.forward(*static_inputs)
@@ -189,10 +188,10 @@ class CapturedMicroStep:
 def choose_micro_step(
     engine: ZeroEngine, setting: bool | Literal["auto"], task_obstacle: str | None
 ) -> EagerMicroStep | CapturedMicroStep:
-    """Follow `model.cuda_graph`, and log what is taken and why.
+    """Choose eager or captured micro-steps by `model.cuda_graph`, and log the choice.
 
     Raises:
-        ValueError: graphs are asked for and cannot be had.
+        ValueError: the setting demands graphs, but they can't be captured.
     """
     obstacle = engine.capture_obstacle or task_obstacle
     if engine.device.type != "cuda":
@@ -211,7 +210,7 @@ def choose_micro_step(
 
 
 def cuda_graph() -> Capture:
-    """A capture whose graphs share one memory pool: only one of them runs at a time."""
+    """A capture whose graphs share one memory pool, as only one of them runs at a time."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(
@@ -220,7 +219,7 @@ def cuda_graph() -> Capture:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        # Threads of the loader pin memory meanwhile: thread_local lets them.
+        # thread_local allows the loader's threads to pin memory during the capture.
         with torch.cuda.graph(
             graph,
             pool=pool,
@@ -234,7 +233,10 @@ def cuda_graph() -> Capture:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure of tuples and dataclasses with every tensor replaced, in a fixed order."""
+    """A copy of a structure of tuples and dataclasses, with `function` applied to every tensor.
+
+    The order of the calls is fixed.
+    """
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
@@ -260,7 +262,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def signature(value: Any) -> Any:
-    """Shapes, dtypes and host values of a structure: one graph serves equal ones."""
+    """Shapes, dtypes and host values of a structure. Equal signatures can share a graph."""
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype)
     if isinstance(value, tuple):

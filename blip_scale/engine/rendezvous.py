@@ -1,8 +1,8 @@
-"""Where ranks meet, and on which addresses a run listens.
+"""Rendezvous of the ranks, and the addresses on which a run listens.
 
-PyTorch's store listens on every address of rank 0's machine, and gloo and NCCL on an interface that
-they choose. Whoever reaches such a port can write into the run. Here the store listens on
-MASTER_ADDR alone, and each rank exchanges on the interface that leads there.
+By default PyTorch's store listens on every address of rank 0's machine, and gloo and NCCL listen on
+an interface that they choose. Anyone who reaches such a port can write into the run. Here the store
+listens on MASTER_ADDR alone, and each rank uses the interface that leads there.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from torch.distributed import Store, TCPStore, register_rendezvous_handler
 logger = logging.getLogger(__name__)
 
 SCHEME = "bound"
-"""Of `init_method` (`bound://`): this module's rendezvous."""
+"""Scheme of `init_method` (`bound://`) that selects this module's rendezvous."""
 _BACKLOG = 2048
 _AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def exchange_on_the_rendezvous_interface() -> None:
-    """Have gloo and NCCL listen on the interface through which this rank reaches MASTER_ADDR.
+    """Make gloo and NCCL listen on the interface through which this rank reaches MASTER_ADDR.
 
-    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME that are set stay. NCCL keeps its choice between
-    machines without RDMA: its sockets carry the gradients there, and it knows the fastest network.
+    GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are left alone if set. Between machines without RDMA,
+    NCCL chooses its interface itself: its sockets carry the gradients, and it knows the fastest
+    network.
     """
     host = os.environ["MASTER_ADDR"]
     interface = interface_to(host, int(os.environ["MASTER_PORT"]))
@@ -48,25 +49,30 @@ def exchange_on_the_rendezvous_interface() -> None:
 
 
 def interface_to(host: str, port: int) -> tuple[str, bool] | None:
-    """Name of the interface on the way to a host, and whether it is the loopback; None where there
-    is no way."""
+    """Name of the interface that leads to a host, and whether it is the loopback.
+
+    None if no interface leads there.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(address)  # of a datagram socket: nothing is sent
+            probe.connect(address)  # connecting a datagram socket sends nothing
             here = probe.getsockname()[0]
     except OSError:
         return None
     for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address.partition("%")[0] == here for one in addresses):
+        if any(address.address.partition("%")[0] == here for address in addresses):
             return name, here == "::1" or here.startswith("127.")
-    # The whole of 127.0.0.0/8 is the loopback's, though only 127.0.0.1 is listed.
+    # All of 127.0.0.0/8 is the loopback, but only 127.0.0.1 is listed.
     return ("lo", True) if here.startswith("127.") else None
 
 
 def _others_may_mean_another_address(host: str) -> bool:
-    """Whether a name that is the loopback's here leads other nodes to this machine's network:
-    Debian's /etc/hosts has the machine's own name as 127.0.1.1."""
+    """Whether other nodes may resolve a host name to another address than this node does.
+
+    Debian's /etc/hosts maps the machine's own name to 127.0.1.1, which means something else on
+    every node.
+    """
     if host in ("localhost", "::1") or host.startswith("127."):
         return False
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
@@ -75,7 +81,7 @@ def _others_may_mean_another_address(host: str) -> bool:
 
 
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
-    """As torch's `env://`, with a listening socket of our own on rank 0."""
+    """Rendezvous handler like torch's `env://`, but rank 0 listens on the socket of `_listen`."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     listens = rank == 0 and os.environ.get(_AGENTS_STORE) != "True"
@@ -92,14 +98,15 @@ register_rendezvous_handler(SCHEME, _meet)
 def _listen(host: str, port: int) -> int | None:
     """A listening socket on an address of this machine, as a file descriptor that the caller owns.
 
-    None where the port is taken: by this process, whose store is shared, or by another, which torch
-    reports. None, too, where the address is none of this machine's (a forwarded one), or other
-    nodes don't reach it: then the store listens on all, and the log says so.
+    None if the port is taken: by this process, whose store is then shared, or by another process,
+    which torch reports. Also None if `host` is no address of this machine (a forwarded one) or
+    other nodes can't reach it. The store then listens on all addresses, with a warning.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    if _others_may_mean_another_address(host):
-        found = [one for one in found if not str(one[4][0]).startswith(("127.", "::1"))]
-    for family, kind, _, _, address in found:
+    sockets = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    may_mislead = _others_may_mean_another_address(host)
+    for family, kind, _, _, address in sockets:
+        if may_mislead and str(address[0]).startswith(("127.", "::1")):
+            continue
         with contextlib.ExitStack() as stack:
             listening = stack.enter_context(socket.socket(family, kind))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""The parts of a run, and what a restarted one must know of its past."""
+"""The parts of a run, and the history that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from blip_scale.engine.zero.momentum import ShardedMomentum
 
 @dataclass
 class History:
-    """What a restarted run must know of its past; saved in every checkpoint.
+    """History that a resumed run needs; saved in every checkpoint.
 
-    A field that is added needs a default: checkpoints from before lack it. A field that is renamed
-    needs an entry in `_RENAMED`.
+    A new field needs a default, as older checkpoints lack it. A renamed field needs an entry in
+    `_RENAMED`.
     """
 
     seconds: float = 0.0
@@ -37,7 +37,7 @@ class History:
     window: list[dict[str, float]] = field(default_factory=list)
     """Metrics of the steps since the last logged line."""
     usual: list[float] = field(default_factory=list)
-    """loss/total of the last logged points."""
+    """Values of loss/total at the last logged points."""
     is_spiking: bool = False
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
@@ -46,19 +46,19 @@ class History:
     best: dict[str, float] = field(default_factory=dict)
     """`step` and `score` of the best evaluation, where the task gives a score."""
     evaluation_due: bool = False
-    """Whether the evaluation of this step comes after the checkpoint: a resumed run makes it up."""
+    """Whether this step is evaluated after its checkpoint. A resumed run then evaluates first."""
     alarm_streaks: dict[str, int] = field(default_factory=dict)
-    """Alarm -> logged points in a row that its condition has held."""
+    """Alarm -> number of logged points in a row at which its condition held."""
 
     @classmethod
     def from_checkpoint(cls, position: dict[str, Any]) -> History:
-        """The history that a checkpoint holds. A field that it lacks has its default.
+        """The history that a checkpoint holds. Fields that it lacks get their defaults.
 
         Raises:
-            ValueError: it has a field that this code doesn't know; names it.
+            ValueError: the checkpoint has fields that this code doesn't know.
         """
         values = {_RENAMED.get(name, name): value for name, value in position.items()}
-        unknown = sorted(values.keys() - {one.name for one in fields(cls)})
+        unknown = sorted(values.keys() - {history_field.name for history_field in fields(cls)})
         if unknown:
             raise ValueError(
                 f"the checkpoint's history has {', '.join(unknown)}, which this blip_scale doesn't "
@@ -69,7 +69,7 @@ class History:
 
 
 _RENAMED: dict[str, str] = {}
-"""Name of a field of `History` in older checkpoints -> its name now."""
+"""Name of a field of `History` in older checkpoints -> its present name."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class WorstStep:
     loss: float = -math.inf
     step: int = 0
     ids: Sequence[str] = ()
-    """Of this rank's samples."""
+    """Ids of this rank's samples in that step."""
 
 
 @dataclass
 class Run:
-    """The parts of a run."""
+    """Everything that a run consists of."""
 
     recipe: Recipe
     task: Task
@@ -103,7 +103,7 @@ class Run:
     accumulation: int
     peak_flops: float
     named: set[str] = field(default_factory=set)
-    """What was said of samples that could not be read: once is enough."""
+    """Warnings about unreadable samples that were logged before. Each is logged once."""
     worst: WorstStep = WorstStep()
     step: int = 0
     history: History = field(default_factory=History)

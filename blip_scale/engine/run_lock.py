@@ -1,4 +1,4 @@
-"""One run owns an output folder: the lock that a second one is refused by."""
+"""Lock of an output folder: one run owns it, and a second run is refused."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ from blip_scale.storage import files, run_folder
 logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0
-"""Seconds between two signs of life of a lock."""
+"""Seconds between two renewals of a lock's time stamp."""
 STALE_S = 60.0
-"""A lock of another machine without a sign of life for so long is that of a dead run."""
+"""Seconds without a renewal after which a lock of another machine is stale."""
 
 
 class RunLock:
     """A file in the output folder that names the run's host, process and job.
 
-    A thread renews its time stamp, whatever the run does. A lock is stale, and taken over, when
+    A thread renews the file's time stamp, whatever the run does. A lock is stale, and taken over,
+    if
 
     * its process ran on this machine and is gone,
-    * it is of this job of SLURM, which has started the job again since, or
-    * it had no sign of life for `STALE_S` seconds. Time stamps of the folder's own file system are
-      compared, so clocks may differ.
+    * it belongs to this SLURM job, and SLURM has restarted the job since, or
+    * it was not renewed for `STALE_S` seconds. Only time stamps of the folder's file system are
+      compared, so clocks of machines may differ.
 
-    Only rank 0 holds one. Where several processes each take themselves for rank 0, because a
-    launcher told them nothing, all but the first are refused.
+    Only rank 0 holds a lock. If the launcher sets no ranks, every process believes that it is rank
+    0, and all but the first are refused.
     """
 
     def __init__(self, output_dir: Path) -> None:
         """Take the lock.
 
         Raises:
-            RefusedInput: another run holds it; names host, process and job.
+            RefusedInput: another run holds it. The message names host, process and job.
         """
         self._file = output_dir / run_folder.LOCK
         self._draft = output_dir / f".{run_folder.LOCK}.{uuid.uuid4().hex}"
@@ -62,7 +63,7 @@ class RunLock:
         threading.Thread(target=self._renew, name="lock", daemon=True).start()
 
     def release(self) -> None:
-        """Give the folder to others."""
+        """Remove the lock, unless another run has taken it over."""
         if not self._ended.is_set():
             self._ended.set()
             with self._disk:
@@ -70,7 +71,7 @@ class RunLock:
                     self._file.unlink()
 
     def _take(self) -> bool:
-        """Give the draft the name of the lock, unless there is one: atomic, on NFS too."""
+        """Link the draft to the lock's name, unless there is a lock. Atomic, also on NFS."""
         try:
             os.link(self._draft, self._file)
         except FileExistsError:
@@ -84,10 +85,10 @@ class RunLock:
         return True
 
     def _remove_if_stale(self) -> None:
-        """Remove the lock that is there.
+        """Remove the present lock if it is stale.
 
         Raises:
-            RefusedInput: it is of a run that lives.
+            RefusedInput: the lock belongs to a live run.
         """
         text = self._read()
         if text is None:
@@ -105,7 +106,7 @@ class RunLock:
         with contextlib.suppress(FileNotFoundError):
             self._file.rename(aside)
             if aside.read_text(encoding="utf-8", errors="replace") != text:
-                # Another start was faster, and this is its lock: put it back.
+                # Another start took over first, and this is its lock: put it back.
                 with contextlib.suppress(FileExistsError):
                     os.link(aside, self._file)
             else:
@@ -113,7 +114,7 @@ class RunLock:
             aside.unlink()
 
     def _falls_silent(self, text: str, holder: dict[str, Any]) -> bool:
-        """Wait until the lock is old enough, or renewed."""
+        """Wait until the lock is stale or renewed. Returns whether it is stale or gone."""
         before_s: float | None = None
         while self._read() == text:
             age_s = self._age_s()
@@ -131,7 +132,7 @@ class RunLock:
         return self._read() is None
 
     def _age_s(self) -> float | None:
-        """Seconds since the lock's last sign of life, by the clock of its file system."""
+        """Seconds since the lock's last renewal, by the clock of its file system."""
         with contextlib.suppress(FileNotFoundError):
             os.utime(self._draft)
             return self._draft.stat().st_mtime - self._file.stat().st_mtime
@@ -141,11 +142,11 @@ class RunLock:
         while not self._ended.wait(BEAT_S):
             with self._disk:
                 text = self._read()
-                if text is None:  # removed by hand, or being taken over: the next look tells
+                if text is None:  # removed by hand, or being taken over: look again later
                     continue
                 if text != self._text:
                     logger.error(
-                        "%s is another run's by now: this one was silent for too long and ends",
+                        "%s was taken over by another run: this one gave no sign of life and ends",
                         self._file,
                     )
                     logging.shutdown()
@@ -163,7 +164,7 @@ class RunLock:
 
 
 def _identity() -> dict[str, Any]:
-    """Who holds a lock."""
+    """Host, process and job of this run, as a lock names them."""
     process = psutil.Process()
     return {
         "host": socket.gethostname(),
@@ -189,7 +190,7 @@ def _described(holder: dict[str, Any]) -> str:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool | None:
-    """Whether the holder runs; None where that can't be seen from here."""
+    """Whether the holder runs; None if this machine can't tell."""
     here = _identity()
     is_same_job = holder.get("job_id") is not None and holder["job_id"] == here["job_id"]
     if is_same_job and holder.get("restart") != here["restart"]:
@@ -207,7 +208,7 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
 
 
 def _namespace() -> str:
-    """The namespace of process ids, which containers of one host name have of their own."""
+    """Namespace of process ids. Containers may share a host name, but not this namespace."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:

@@ -12,14 +12,15 @@ def learning_rate(
 ) -> float:
     """Learning rate of optimizer step `step` (0-based).
 
-    Pretraining: in the first epoch it rises linearly from warmup_lr to peak_lr over warmup_steps
-    and then stays; the later epochs take max(min_lr, peak_lr * lr_decay ** epoch). A first epoch
-    shorter than the warm-up cuts it, as in the published code (BLIP's train_epoch and step
-    schedule; the paper's appendix gives the rates). With `warmup_spans_epochs` it goes on in the
-    epochs that follow, below their decayed rate.
+    In pretraining, the rate rises linearly from warmup_lr to peak_lr over the first warmup_steps.
+    Then it stays until the end of the first epoch. Later epochs take
+    max(min_lr, peak_lr * lr_decay ** epoch). If the first epoch is shorter than the warm-up, its
+    end cuts the warm-up, as in the published code (BLIP's train_epoch and step schedule; the
+    paper's appendix gives the rates). With `warmup_spans_epochs` the warm-up instead goes on in the
+    next epochs, capped by their decayed rate.
 
-    Fine-tuning (`schedule: cosine`): half a cosine over the `epochs` of the recipe, constant
-    through an epoch, without warm-up.
+    In fine-tuning (`schedule: cosine`), the rate follows half a cosine over the `epochs` of the
+    recipe, without warm-up. It is constant within an epoch.
     """
     epoch = step // steps_per_epoch
     if optimizer.schedule == "cosine":
@@ -34,17 +35,15 @@ def learning_rate(
 
 
 def warmup_leap(optimizer: OptimizerRecipe, steps_per_epoch: int, total_steps: int) -> str | None:
-    """What to say of a warm-up that the end of the first epoch cuts; None where it isn't cut."""
+    """Warning about a warm-up that the end of the first epoch cuts; None if it isn't cut."""
     is_cut = steps_per_epoch < min(optimizer.warmup_steps, total_steps)
     if optimizer.schedule == "cosine" or optimizer.warmup_spans_epochs or not is_cut:
         return None
-    before, after = (
-        learning_rate(optimizer, step, steps_per_epoch)
-        for step in (steps_per_epoch - 1, steps_per_epoch)
-    )
+    before = learning_rate(optimizer, steps_per_epoch - 1, steps_per_epoch)
+    after = learning_rate(optimizer, steps_per_epoch, steps_per_epoch)
     return (
         f"optimizer.warmup_steps: {optimizer.warmup_steps} are more than the {steps_per_epoch} "
-        f"steps of the first epoch, at whose end the learning rate leaps from {before:.2g} to "
-        f"{after:.2g}: give optimizer.warmup_steps={steps_per_epoch} or fewer, or "
+        f"steps of the first epoch, at whose end the learning rate jumps from {before:.2g} to "
+        f"{after:.2g}: set optimizer.warmup_steps={steps_per_epoch} or fewer, or "
         "optimizer.warmup_spans_epochs=true"
     )

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-steps, one read of the device, the update."""
+"""One optimizer step: micro-steps, one read of the device, one update."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from blip_scale.engine.watching import reporting
 
 @dataclass
 class _StepBatches:
-    """The micro-batches of one optimizer step, and what the host knows of them."""
+    """Micro-batches of one optimizer step, and the host's metrics of them."""
 
     batches: list[Any] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
-    """Metrics of the host, summed over the micro-batches."""
+    """Metrics that the host knows, summed over the micro-batches."""
     wait_s: float = 0.0
-    """Time in which the loader had no micro-batch ready."""
+    """Seconds in which the loader had no micro-batch ready."""
 
     def load(self, run: Run, batches: Iterator[Any]) -> Iterator[Any]:
-        """The next micro-batches of the loader; each is kept for a repetition."""
+        """The loader's next micro-batches. Each is kept, as the step may have to be repeated."""
         for _ in range(run.accumulation):
             began = time.perf_counter()
             batch = next(batches)
@@ -42,37 +42,37 @@ class _StepBatches:
 
     @property
     def ids(self) -> list[str]:
-        """Ids of the samples."""
+        """Ids of all samples."""
         return [name for batch in self.batches for name in batch.ids]
 
     @property
     def skipped(self) -> list[str]:
-        """Corrupt samples that were replaced."""
+        """Messages about corrupt samples that were replaced."""
         return [name for batch in self.batches for name in batch.skipped]
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Values that the host reads in a step, the same on all ranks."""
+    """Values that the host reads from the device in a step; equal on all ranks."""
 
     means: dict[str, float]
     """Metrics, means over micro-steps and ranks."""
     norms: dict[str, float]
-    """L2 norms of the averaged gradient: `all`, and one a tower."""
+    """L2 norms of the averaged gradient: `all`, and one for each tower."""
     norm: Tensor
-    """The first of them on the device."""
+    """Norm of the whole gradient (`all`), on the device."""
     skipped: float
-    """Corrupt samples of all ranks."""
+    """Number of corrupt samples of all ranks."""
     stop: bool
     """Whether a rank received a signal."""
 
 
 def optimizer_step(run: Run, batches: Iterator[Any]) -> bool:
-    """Accumulate micro-batches, update unless something is not finite, and note the metrics.
+    """Accumulate micro-batches, update unless loss or gradient is not finite, and note the metrics.
 
-    The host waits for the device once, to read metrics, gradient norms and flags together. A draw
-    of negatives that did not fit its static capacity is among them: the step is then repeated with
-    room for the longest draw, from the same random state, so its result is exact.
+    The host waits for the device once, to read metrics, gradient norms and flags together. One flag
+    says whether the drawn negatives overflowed their static capacity. The step is then repeated
+    with room for the longest draw, from the same random state, so its result is exact.
 
     Returns:
         Whether the run should stop because a rank received a signal.
@@ -109,18 +109,17 @@ def optimizer_step(run: Run, batches: Iterator[Any]) -> bool:
 
 
 def micro_step_seed(seed: int, micro_step: int, rank: int) -> int:
-    """Seed of all that is random in one micro-step on one rank: no generator state has to be
-    saved."""
+    """Seed of one micro-step on one rank. So checkpoints need no generator state."""
     return ((seed * 1_000_003 + micro_step) * 65_537 + rank) % 2**63  # torch takes 63 bits
 
 
 def _micro_steps(
     run: Run, batches: Iterable[Any], full_capacity: bool = False
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Forward and backward of the step's micro-batches.
+    """Run forward and backward of the step's micro-batches.
 
     Returns:
-        names of the network's scalars, and their sums over the micro-batches, fp32 on the device.
+        Names of the network's scalars, and their sums over the micro-batches, fp32 on the device.
     """
     names: tuple[str, ...] = ()
     sums = torch.zeros(())
@@ -137,7 +136,7 @@ def _micro_steps(
 
 
 def _read(run: Run, loaded: _StepBatches, names: tuple[str, ...], sums: Tensor) -> _Reading:
-    """One sum over the ranks, one wait for the device."""
+    """Read all values of the step with one sum over the ranks and one wait for the device."""
     device, ranks = run.engine.device, collectives.world_size()
     host_sums = [*loaded.figures.values()]
     flags = [float(len(loaded.skipped)), float(run.interrupts.is_pending)]

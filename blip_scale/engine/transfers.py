@@ -1,7 +1,7 @@
 """Copies between host and device. Only `to_host` waits for the device.
 
-`torch.tensor(values, device="cuda")` copies from pageable memory and makes the host wait, as
-`item()` and `tolist()` do. A training step reads the device once, by `to_host`.
+`torch.tensor(values, device="cuda")` copies from pageable memory and makes the host wait, like
+`item()` and `tolist()`. A training step reads the device once, with `to_host`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 def to_device(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Numbers of the host as a tensor [len(values)] on the device, without a wait."""
+    """Copy numbers to a tensor [len(values)] on the device. The host does not wait."""
     pinned = device.type == "cuda"
     host = torch.tensor(values, dtype=dtype, pin_memory=pinned)
     return host.to(device, non_blocking=True)
 
 
 def to_host(values: Tensor) -> list[float]:
-    """The numbers of a tensor [N]. Waits until the device has computed them."""
+    """Copy a tensor [N] to a list. Waits until the device has computed it."""
     if values.device.type != "cuda":
         return values.tolist()
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -1,6 +1,6 @@
 """Answers to questions about held-out images: written by beam search, or chosen from a list.
 
-Legend: Q questions, C candidates, K of them scored whole, V vocabulary.
+Legend: Q questions, C candidates, K candidates scored whole, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from blip_scale.objectives.answers import sequence_losses
 from blip_scale.storage.untrusted import parse_json
 
 MAX_WORDS = 50
-"""Of a question (published)."""
+"""Maximum number of words of a question (published)."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The answers to choose from."""
+    """Answers to choose from."""
 
     texts: list[str]
     tokens: PackedText
-    """First token [DEC]."""
+    """Tokens of the answers, with first token [DEC]."""
 
 
 def read_answer_list(file: Path) -> list[str]:
     """The list of answers in a JSON file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it isn't a list of texts.
+        FileNotFoundError: the file doesn't exist.
+        ValueError: it holds no list of texts.
     """
     if not file.is_file():
         raise FileNotFoundError(f"evaluation.answer_list: {file}: no such file")
@@ -67,18 +67,17 @@ def read_answer_list(file: Path) -> list[str]:
 def answers_of(
     vqa: VQA, pairs: HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> list[list[str]]:
-    """An answer to each question of each image; the ranks share the work."""
+    """An answer to each question of each image. The ranks share the work."""
     candidates = None
     if recipe.evaluation.answer_list is not None:
         file = Path(expand(recipe.evaluation.answer_list, "evaluation.answer_list"))
         candidates = tokenized(read_answer_list(file), vqa, tokenizer)
-    mine: list[list[str]] = []
+    answers: list[list[str]] = []
     for indices in my_batches(len(pairs), recipe.evaluation.batch_size):
         questions = [pairs.captions[index] for index in indices]
         pixels = to_pixels(pairs.images(indices), vqa)
-        said = answer(vqa, pixels, questions, recipe, tokenizer, candidates)
-        mine += said
-    return list(chain.from_iterable(collectives.all_gather_objects(mine)))
+        answers += answer(vqa, pixels, questions, recipe, tokenizer, candidates)
+    return list(chain.from_iterable(collectives.all_gather_objects(answers)))
 
 
 def tokenized(answers: list[str], vqa: VQA, tokenizer: PreTrainedTokenizerFast) -> Candidates:
@@ -97,12 +96,15 @@ def answer(
     tokenizer: PreTrainedTokenizerFast,
     candidates: Candidates | None = None,
 ) -> list[list[str]]:
-    """Answers to some cleaned questions about each image.
+    """Answers to some questions about each image.
 
     Args:
-        vqa: in evaluation mode.
+        vqa: network in evaluation mode.
         images: [I, 3, H, W] normalised.
-        candidates: None: beam search writes the answers.
+        questions: cleaned questions about each image.
+        recipe: the recipe, for the settings of the beam search or the ranking.
+        tokenizer: the network's tokenizer.
+        candidates: answers to choose from. None: beam search writes the answers.
     """
     special, device = vqa.config.text.special, images.device
     flat = list(chain.from_iterable(questions))
@@ -119,12 +121,12 @@ def answer(
             scoring=recipe.evaluation.scoring,
         )
         written = caption_beam(vqa, states[None], [special.dec], beam, text.segments)
-        said = tokenizer.batch_decode(written, skip_special_tokens=True)
+        answers = tokenizer.batch_decode(written, skip_special_tokens=True)
     else:
         top_k, smoothing = recipe.evaluation.rerank_top_k, recipe.objective.label_smoothing
         best_Q = rank(vqa, states, text.segments, candidates.tokens, top_k, smoothing)
-        said = [candidates.texts[number] for number in best_Q.tolist()]
-    each = iter(said)
+        answers = [candidates.texts[number] for number in best_Q.tolist()]
+    each = iter(answers)
     return [[next(each) for _ in asked] for asked in questions]
 
 
@@ -136,15 +138,18 @@ def rank(
     top_k: int,
     label_smoothing: float,
 ) -> Tensor:
-    """The best candidate of each question, [Q] int64.
+    """Number of the best candidate for each question, [Q] int64.
 
-    The `top_k` candidates with the likeliest first word piece are scored by the sum over their
-    tokens of the label-smoothed log-likelihood, which is not divided by their length (as
-    published).
+    Only the `top_k` candidates with the likeliest first word piece are scored whole. As published,
+    a score is the sum of the tokens' label-smoothed log-likelihoods, not divided by the length.
 
     Args:
-        states: of the questions' tokens, which `questions` parts.
+        vqa: network in evaluation mode.
+        states: states of the questions' tokens.
+        questions: where the states of each question lie.
         candidates: C answers, first token [DEC].
+        top_k: number of candidates scored whole.
+        label_smoothing: label smoothing of the likelihoods.
     """
     count, device = questions.count, states.device
     every_Q = torch.arange(count, device=device)
@@ -167,40 +172,35 @@ def rank(
 
 
 def panels_of(
-    name: str, pairs: HeldoutPairs, images: Sequence[int], said: Sequence[Sequence[str]]
+    name: str, pairs: HeldoutPairs, images: Sequence[int], answers: Sequence[Sequence[str]]
 ) -> tuple[list[Panel], list[dict[str, str]]]:
-    """Pictures with their first question and what was answered, and the same as entries of
-    summary.json."""
-    questions = [pairs.captions[index][0] for index in images]
-    answers = [f"{question} {said[i][0]}" for i, question in zip(images, questions, strict=True)]
+    """Pictures with their first question and its answer, also as entries of summary.json."""
+    texts = [f"{pairs.captions[index][0]} {answers[index][0]}" for index in images]
     truths = [_usual(pairs.annotations[index][0]) for index in images]
-    return panels_with(name, pairs, images, answers, truths)
+    return panels_with(name, pairs, images, texts, truths)
 
 
 def _usual(annotation: dict[str, Any]) -> str:
-    """The answer that most people gave, "" where there is none."""
+    """The answer that most people gave; "" if there is none."""
     answers = annotation.get("answers") or [""]
     return max(answers, key=answers.count)
 
 
-def submission(pairs: HeldoutPairs, said: Sequence[Sequence[str]]) -> list[dict[str, int | str]]:
-    """What the VQA server takes: question_id and answer of every question.
+def submission(pairs: HeldoutPairs, answers: Sequence[Sequence[str]]) -> list[dict[str, int | str]]:
+    """Entries for the VQA server: question_id and answer of every question.
 
     Raises:
-        ValueError: as `question_ids`.
+        ValueError: see `question_ids`.
     """
-    ids = question_ids(pairs)
-    return [
-        {"question_id": number, "answer": text}
-        for number, text in zip(ids, chain.from_iterable(said), strict=True)
-    ]
+    ids, texts = question_ids(pairs), chain.from_iterable(answers)
+    return [{"question_id": id_, "answer": text} for id_, text in zip(ids, texts, strict=True)]
 
 
 def question_ids(pairs: HeldoutPairs) -> list[int | str]:
     """The id of every question of every image.
 
     Raises:
-        ValueError: a question without an id, or two with the same.
+        ValueError: a question has no id, or two questions have the same id.
     """
     ids: dict[str, int | str] = {}
     for name, asked in zip(pairs.ids, pairs.annotations, strict=True):

@@ -1,4 +1,4 @@
-"""Held-out pairs through a MED: retrieval figures, and captions to look at.
+"""Evaluation of a MED on held-out pairs: retrieval metrics, and captions to look at.
 
 Legend: I images, S texts, N image tokens, D width.
 """
@@ -30,21 +30,23 @@ from blip_scale.model.packing import PackedText
 def evaluate(
     med: MED, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, final: bool
 ) -> Evaluation:
-    """Zero-shot retrieval on every held-out set, and captions of the first images of each.
+    """Zero-shot retrieval on all held-out sets, and captions of some images of each.
 
     Args:
-        med: whole network on this rank's device, in evaluation mode; the same on all ranks.
-        final: re-rank with image-text matching too, which costs top_k forwards for each image
-            and each text.
+        med: whole network on this rank's device, in evaluation mode; equal on all ranks.
+        recipe: the recipe, for held-out sets and settings.
+        tokenizer: the network's tokenizer.
+        final: whether to re-rank with image-text matching, too. It takes top_k forwards for each
+            image and each text.
     """
-    found = Evaluation()
+    evaluation = Evaluation()
     for name, pairs in heldout_sets(recipe):
         figures = retrieval_on(med, pairs, recipe, tokenizer, with_matching=final)
         shown = shown_images(len(pairs), recipe)
-        said = captions_of(med, pairs, shown, recipe, tokenizer)
-        panels, entries = panels_of(name, pairs, shown, said)
-        found = found.with_set(name, figures, panels=panels, captions=entries)
-    return found
+        captions = captions_of(med, pairs, shown, recipe, tokenizer)
+        panels, entries = panels_of(name, pairs, shown, captions)
+        evaluation = evaluation.with_set(name, figures, panels=panels, captions=entries)
+    return evaluation
 
 
 def heldout_sets(
@@ -64,8 +66,10 @@ def retrieval_on(
     tokenizer: PreTrainedTokenizerFast,
     with_matching: bool,
 ) -> dict[str, float]:
-    """Recalls on a set (`retrieval.retrieval_figures`), all ranks together; `with_matching`: of
-    the candidates re-ranked too."""
+    """Recalls on a set (`retrieval.retrieval_figures`), with all ranks together.
+
+    `with_matching` adds the recalls of re-ranked candidates.
+    """
     similarity, reranked = scores_on(med, pairs, recipe, tokenizer, with_matching)
     return retrieval.retrieval_figures(similarity, reranked, owners_of(pairs.captions))
 
@@ -78,8 +82,10 @@ def scores_on(
     tokenizer: PreTrainedTokenizerFast,
     with_matching: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cosines [I, S] of all images and texts of a set, and what `retrieval.rerank` makes of them;
-    the same on all ranks."""
+    """Cosines [I, S] of all images and texts of a set, and the scores of `retrieval.rerank`.
+
+    Both are equal on all ranks.
+    """
     settings = recipe.evaluation
     texts = Texts(list(chain.from_iterable(pairs.captions)), recipe, tokenizer, med)
     features = _encode(med, pairs, texts, settings.batch_size)
@@ -93,7 +99,7 @@ def scores_on(
 
 
 def owners_of(captions: Sequence[Sequence[str]]) -> Tensor:
-    """[S] int64: the image that each text belongs to, of the captions of every image."""
+    """[S] int64: the image that each text belongs to, from the captions of every image."""
     return torch.arange(len(captions)).repeat_interleave(torch.tensor([*map(len, captions)]))
 
 
@@ -110,17 +116,19 @@ class Texts:
         self._enc = med.config.text.special.enc
 
     def plain(self, indices: Sequence[int]) -> PackedText:
-        """[CLS] first, for the unimodal encoder."""
+        """Texts with first token [CLS], for the unimodal encoder."""
         return PackedText.from_lists([self._token_ids[i] for i in indices], self._device)
 
     def matching(self, indices: Sequence[int]) -> PackedText:
-        """[ENC] first, for image-text matching."""
+        """Texts with first token [ENC], for image-text matching."""
         return self.plain(indices).with_first_token(self._enc)
 
 
 def _encode(med: MED, pairs: HeldoutPairs, texts: Texts, batch_size: int) -> retrieval.PairFeatures:
-    """Features of all images and texts on every rank, and the image tokens of its share; each rank
-    encodes its share."""
+    """Features of all images and texts, and the image tokens of this rank's share.
+
+    Each rank encodes its share.
+    """
     embeds, images, sentences = [], [], []
     for indices in my_batches(len(pairs), batch_size):
         image_embeds = med.encode_image(to_pixels(pairs.images(indices), med))
@@ -134,8 +142,10 @@ def _encode(med: MED, pairs: HeldoutPairs, texts: Texts, batch_size: int) -> ret
 def gathered_features(
     med: MED, embeds: list[Tensor], images: list[Tensor], sentences: list[Tensor]
 ) -> retrieval.PairFeatures:
-    """Features of all ranks, from the batches that this rank encoded. A rank may have no batch:
-    there are fewer images than ranks."""
+    """Features of all ranks, from the batches that each rank encoded.
+
+    A rank has no batch if there are fewer images than ranks.
+    """
     no_features = torch.empty(0, med.config.embed_dim, device=next(med.parameters()).device)
     image_features = torch.cat([no_features, *images])
     text_features = torch.cat([no_features, *sentences])
@@ -148,13 +158,13 @@ def gathered_features(
 
 def my_batches(count: int, batch_size: int) -> Iterator[range]:
     """This rank's share of `count` items, in batches."""
-    mine = range(*retrieval.share(count).indices(count))
-    for begin in range(0, len(mine), batch_size):
-        yield mine[begin : begin + batch_size]
+    items = range(*retrieval.share(count).indices(count))
+    for begin in range(0, len(items), batch_size):
+        yield items[begin : begin + batch_size]
 
 
 def shown_images(count: int, recipe: Recipe) -> list[int]:
-    """Images of the panel, evenly over the set."""
+    """Images to show, spread evenly over the set."""
     shown = min(recipe.evaluation.captions, count)
     return [index * count // shown for index in range(shown)]
 
@@ -167,7 +177,7 @@ def captions_of(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
 ) -> list[str]:
-    """Beam-search captions of some images, without the prompt; the ranks share the work."""
+    """Beam-search captions of some images, without the prompt. The ranks share the work."""
     settings = recipe.evaluation
     beam = BeamSettings(
         num_beams=settings.num_beams,
@@ -177,35 +187,36 @@ def captions_of(
         scoring=settings.scoring,
     )
     prompt = prompt_ids(recipe.model.text.prompt, tokenizer)
-    mine: list[str] = []
+    captions: list[str] = []
     for places in my_batches(len(images), settings.batch_size):
         pixels = pairs.images(images[place] for place in places)
         embeds = med.encode_image(to_pixels(pixels, med))
         sequences = caption_beam(med, embeds, prompt, beam)
-        mine += tokenizer.batch_decode(sequences, skip_special_tokens=True)
-    return list(chain.from_iterable(collectives.all_gather_objects(mine)))
+        captions += tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    return list(chain.from_iterable(collectives.all_gather_objects(captions)))
 
 
 def panels_of(
     name: str,
     pairs: HeldoutPairs,
     images: Sequence[int],
-    said: Sequence[str],
+    texts: Sequence[str],
     truths: Sequence[str] | None = None,
 ) -> tuple[list[Panel], list[dict[str, str]]]:
-    """Pictures with what was said of them, and the same as entries of summary.json.
+    """Pictures with generated texts, also as entries of summary.json.
 
     Args:
-        truths: what would have been right; None: the first caption of each.
+        name: name of the held-out set.
+        pairs: the held-out set.
+        images: numbers of the images to show.
+        texts: generated text of each image.
+        truths: right text of each image. None: its first caption.
     """
     if truths is None:
         truths = [pairs.captions[index][0] for index in images]
-    panels = [
-        Panel(image, caption, truth)
-        for image, caption, truth in zip(pairs.images(images), said, truths, strict=True)
-    ] if images else []  # fmt: skip
-    entries = [
-        {"set": name, "id": pairs.ids[index], "caption": caption, "truth": truth}
-        for index, caption, truth in zip(images, said, truths, strict=True)
-    ]
+    panels, entries = [], []
+    pictures = pairs.images(images) if images else ()
+    for index, image, text, truth in zip(images, pictures, texts, truths, strict=True):
+        panels.append(Panel(image, text, truth))
+        entries.append({"set": name, "id": pairs.ids[index], "caption": text, "truth": truth})
     return panels, entries

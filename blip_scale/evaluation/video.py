@@ -1,7 +1,7 @@
 """Zero-shot retrieval of videos by text (MSRVTT): a retrieval network sees some frames as images.
 
-A video's feature is the mean of its frames' projected class tokens, normalised after the mean; for
-re-ranking the tokens of all frames stand in one row (as published).
+As published, a video's feature is the normalised mean of its frames' projected class tokens. For
+re-ranking, the tokens of all frames form one sequence.
 
 Legend: I videos, F frames of each, S texts, N image tokens, D width.
 """
@@ -29,8 +29,10 @@ def video_retrieval(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Recalls of `retrieval.retrieval_figures` and median ranks of the re-ranked videos
-    (`text_to_video_median_rank`); the ranks share the work."""
+    """Recalls of `retrieval.retrieval_figures`, and the median rank of re-ranked videos.
+
+    The latter is named `text_to_video_median_rank`. The ranks of the run share the work.
+    """
     texts = captions_and_pairs.Texts(
         list(chain.from_iterable(videos.captions)), recipe, tokenizer, med
     )
@@ -43,13 +45,13 @@ def video_retrieval(
         features.append(F.normalize(mean, dim=-1))
     for indices in captions_and_pairs.my_batches(texts.count, recipe.evaluation.batch_size):
         sentences.append(med.project_text(med.encode_text(texts.plain(indices))))
-    found = captions_and_pairs.gathered_features(med, embeds, features, sentences)
+    gathered = captions_and_pairs.gathered_features(med, embeds, features, sentences)
     settings = recipe.evaluation
     reranked_2IS = retrieval.rerank(
-        med, found, texts.matching, settings.rerank_top_k, settings.batch_size
+        med, gathered, texts.matching, settings.rerank_top_k, settings.batch_size
     )
     owners_S = captions_and_pairs.owners_of(videos.captions)
-    cosines_IS = found.image_features @ found.text_features.T
+    cosines_IS = gathered.image_features @ gathered.text_features.T
     figures = retrieval.retrieval_figures(cosines_IS, reranked_2IS, owners_S)
     owners_S = owners_S.to(cosines_IS.device)
     own_1S = reranked_2IS[1].gather(0, owners_S[None])

@@ -1,8 +1,7 @@
-"""Attention over packed sequences: one function over the kernels of `kernels`, and the layouts.
+"""Attention over packed sequences: layouts, and one function for all kernels of `kernels`.
 
 Sequences of different lengths lie one after another in one tensor, so no linear layer ever computes
-on a pad. Only SDPA, which knows no packed layout, gets its inputs padded, and its output is packed
-again at once.
+on a pad. SDPA takes no packed layout: its inputs are padded here, and its output is packed again.
 
 Shapes: T packed tokens, S sequences, L longest sequence, H heads, C channels of a head.
 """
@@ -25,8 +24,8 @@ from blip_scale.model.kernels import (
     packed_attention,
 )
 
-# SDPA would take cuDNN's kernel on new GPUs, which is compiled for every new shape: 0.17 s on an
-# H200, and captions have other lengths in every batch. The others take as long as it does after.
+# On new GPUs SDPA would choose cuDNN's kernel, which is compiled for every new shape (0.17 s on an
+# H200). Captions have new lengths in every batch. Once compiled, it is no faster than the others.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -72,7 +71,7 @@ class Segments:
         return in_order and tokens == self.count * self.max_length
 
     def sequence_of(self, tokens: int) -> Tensor:
-        """[T] int64: the sequence of each place. The caller knows T (`tokens`) without a sync."""
+        """[T] int64: the sequence of each place. `tokens` is T, which the host can't read here."""
         sequences = torch.arange(self.count, device=self.offsets.device)
         return sequences.repeat_interleave(self.lengths, output_size=tokens)
 
@@ -105,7 +104,7 @@ class Segments:
         return padded.unflatten(0, (self.count, self.max_length))
 
     def unpad(self, x_SLHC: Tensor, tokens: int) -> Tensor:
-        """The way back: [S, L, H, C] to [T, H, C]."""
+        """[S, L, H, C] to [T, H, C]; the inverse of `pad`."""
         flat = x_SLHC.flatten(0, 1)
         return flat if self.is_dense(tokens) else flat.index_select(0, self.padded_rows(tokens))
 
@@ -130,15 +129,15 @@ def dense_segments(count: int, length: int, device: torch.device) -> Segments:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Which tokens may see which: query sequence s sees key sequence s, wholly or causally."""
+    """Which tokens see which: query sequence s sees key sequence s, wholly or causally."""
 
     queries: Segments
     keys: Segments
     causal: bool = False
     """Each token sees itself and those before it; queries and keys must be the same segments."""
     contexts: Tensor | None = None
-    """[S] int64, for SDPA alone: the key sequence that each query sequence sees. None: the one of
-    its own number."""
+    """[S] int64, for SDPA alone: the key sequence that each query sequence sees. None: key sequence
+    s for query sequence s."""
     key_mask: Tensor | None = None
     """[S, 1, 1, L] bool, for SDPA alone: False at the pads of the keys that each query sequence
     sees. None: computed by each call where keys have pads; see `padded`."""
@@ -154,8 +153,10 @@ class AttentionLayout:
         return replace(self, queries=queries, keys=keys, key_mask=self.mask(key_tokens))
 
     def mask(self, key_tokens: int) -> Tensor | None:
-        """[S, 1, 1, L] bool: see `key_mask`. None: there is nothing to mask. Pads come last, so a
-        causal token never sees one."""
+        """[S, 1, 1, L] bool; see `key_mask`. None: no key needs a mask.
+
+        Causal attention needs none: pads come last, so no token sees one.
+        """
         if self.key_mask is not None or self.causal or self.keys.is_dense(key_tokens):
             return self.key_mask
         valid = self.keys.valid
@@ -176,9 +177,10 @@ def attention(
 
     Args:
         q_THC: [T of the queries, H, C], any floating type; the last dimension contiguous.
-        k_THC, v_THC: [T of the keys, H, C]. Strided views (of a fused projection) are welcome.
-        layout: who sees whom. Every key sequence holds at least one token.
-        dropout_p: its probability; give 0 in evaluation.
+        k_THC: [T of the keys, H, C]. Strided views of a fused projection are accepted.
+        v_THC: like k_THC.
+        layout: which tokens see which. Every key sequence holds at least one token.
+        dropout_p: probability of dropping a weight; 0 in evaluation.
         kernel: see `choose_kernel`.
 
     Returns:
@@ -235,6 +237,9 @@ def _seen(layout: AttentionLayout, x_THC: Tensor) -> Tensor:
 
 
 def _is_slow(q: Tensor, p: float) -> bool:
-    """Whether SDPA is slower than plain products: on a CPU in bf16, forward and backward, 2 to 4
-    times, and with dropout, for which it takes products itself, in fp32, and torch's dropout."""
+    """Whether SDPA is slower than plain products.
+
+    On a CPU it is 2 to 4 times slower in bf16, forward and backward. With dropout SDPA computes
+    plain products itself, in fp32 and with torch's slow dropout.
+    """
     return q.device.type == "cpu" and (q.dtype == torch.bfloat16 or p > 0)

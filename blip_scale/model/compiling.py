@@ -1,4 +1,4 @@
-"""torch.compile for the blocks of a network: those of the ViT, and the text layers.
+"""torch.compile for the ViT blocks and text layers of a network.
 
 Compiled code fuses norms, GELU, dropout and biases with their neighbours. Attention and matrix
 products stay calls of their kernels.
@@ -16,20 +16,21 @@ from torch import nn
 from blip_scale.model.text import TextLayer
 
 _GRAPHS = 64
-"""Graphs of one kind of block before torch gives up; text layers have six, for each set of shapes
-at most: the last layer and the others, of ITC with and without gradient, and of ITM with LM."""
+"""Graphs that torch may compile for one kind of block before it gives up. Text layers have at most
+six for each set of shapes. The last layer differs from the others, and three passes use them: ITC
+with gradient, ITC without, and ITM with LM."""
 
 
 def compile_blocks(network: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile each ViT block and text layer as one graph, at its first call.
 
-    All blocks of a kind share their graphs. Text is compiled for the first sizes that it comes in;
-    where other sizes follow, once more for all sizes.
+    All blocks of a kind share their graphs. Text layers are compiled for the first sizes that they
+    see. When other sizes follow, they are compiled once more for all sizes.
 
     Args:
         network: online and momentum towers; changed in place. Weights must be whole when a block
-            is called: a hook that gathers them does not compile.
-        backend: of torch.compile.
+            is called: a hook that gathers them cannot be compiled.
+        backend: backend of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     for module in network.modules():

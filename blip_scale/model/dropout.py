@@ -12,13 +12,14 @@ _LEVELS = 2**16
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero each element with probability p and divide the others by 1 - p, as in training.
 
-    On a GPU this is torch's. On a CPU torch draws a floating-point number for each element, which
-    takes 3 to 4 times as long as all of this; here four elements share the 64 bits of one draw, so
-    p is rounded to a multiple of 2^-16. Compiled code fuses torch's, which draws other numbers.
+    On a GPU this is torch's dropout. On a CPU torch draws a floating-point number for each element,
+    which takes 3 to 4 times as long as this function. Here four elements share the 64 bits of one
+    draw, so p is rounded to a multiple of 2^-16. Compiled code takes torch's dropout, which can be
+    fused and draws other numbers.
 
     Args:
         x: any shape and floating type.
-        p: 0 <= p < 1; 0 gives x itself.
+        p: 0 <= p < 1; 0 returns x itself.
     """
     dropped = min(round(p * _LEVELS), _LEVELS - 1)
     if x.device.type != "cpu" or not dropped or torch.compiler.is_compiling():
@@ -30,8 +31,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """The same as a module: off in evaluation."""
+    """`dropout` as a module; off in evaluation."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Any shape."""
+        """Any shape to the same shape."""
         return dropout(input, self.p) if self.training else input

@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step, counted on paper (2 for a multiply-add).
+"""Floating-point operations of a training step, by formula (2 for a multiply-add).
 
-Matrix multiplications and attention products alone, as usual for MFU. It is what the mathematics
-needs: recomputation by gradient checkpointing is not counted, nor are patches that are dropped and
-the backward of frozen layers. A causal product counts whole.
+As usual for MFU, only matrix multiplications and attention products are counted, and only those
+that the mathematics needs. Recomputation by gradient checkpointing, dropped patches and the
+backward of frozen layers are not counted. A causal product counts whole.
 
 Letters: B batch, N image tokens, D width, E embed_dim, Q queue, T text tokens, V vocabulary.
 """
@@ -26,23 +26,25 @@ from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 
 @dataclass(frozen=True)
 class _Vision:
-    """One image through the ViT, forward, with the tokens that it has in training."""
+    """Forward FLOPs of one image through the ViT, after patch dropout."""
 
     patches: float
+    """Patch embedding."""
     blocks: float
+    """All blocks."""
     frozen: float
-    """Of `blocks`, those without a backward; the patches have none either then."""
+    """Blocks without a backward. If there are any, the patches have no backward either."""
     last_products: float
-    """Of the blocks with a backward, what the last linear layer of each takes."""
+    """Last linear layers of the blocks that have a backward."""
     momentum: float
-    """As `blocks`, in the momentum encoder, where no patch is dropped and the last block gives the
-    class token alone."""
+    """All blocks of the momentum encoder. It drops no patches, and its last block computes only the
+    class token."""
     tokens: int
     width: int
 
     @property
     def forward_and_backward(self) -> float:
-        """Backward: twice the forward, but once where a factor has no gradient (pixels)."""
+        """A backward takes twice the forward, but once for the patches: pixels have no gradient."""
         patches = self.patches if self.frozen else 2 * self.patches
         return 3 * self.blocks - 2 * self.frozen + patches
 
@@ -50,15 +52,16 @@ class _Vision:
 def pretraining_flops(
     config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int
 ) -> float:
-    """FLOPs of forward and backward of one pretraining micro-step on one rank, with BLIP's momentum
-    contrast.
+    """FLOPs of one pretraining micro-step on one rank, with BLIP's momentum contrast.
+
+    Forward and backward are counted.
 
     Args:
         config: the network.
-        batch_size: pairs B.
-        text_tokens: tokens T of the B captions together, [CLS] and [SEP] included. Their lengths
-            are taken as equal, and the hard-negative captions as long as the others.
-        queue_size: columns Q of the queue.
+        batch_size: number of pairs B.
+        text_tokens: tokens T of the B captions together, [CLS] and [SEP] included. All captions,
+            hard negatives too, are assumed to be equally long.
+        queue_size: number of columns Q of the queue.
     """
     med = med_flops(config, batch_size, text_tokens)
     return med + momentum_contrast_flops(config, batch_size, text_tokens, queue_size)
@@ -67,14 +70,15 @@ def pretraining_flops(
 def padded_pretraining_flops(
     config: MEDConfig, text: PackedText, room: Room, queue_size: int
 ) -> float:
-    """As `pretraining_flops`, with all that fillers add: what a GPU computes where captions are
-    filled up to static sizes.
+    """FLOPs of `pretraining_flops` and of all fillers.
+
+    They are what a GPU computes when captions are filled up to static sizes.
 
     Args:
         config: the network.
-        text: captions of a micro-step with fillers.
+        text: captions of a micro-step, with fillers.
         room: size of the texts of ITM.
-        queue_size: columns Q of the queue.
+        queue_size: number of columns Q of the queue.
     """
     pairs, tokens = text.count, len(text.token_ids)
     texts = _Texts(pairs, tokens, text.segments.count, room.tokens)
@@ -82,8 +86,10 @@ def padded_pretraining_flops(
 
 
 def med_flops(config: MEDConfig, batch_size: int, text_tokens: int, decodes: bool = True) -> float:
-    """FLOPs of forward and backward of towers, projections and ITM, and of LM where the MED
-    `decodes`; the contrast of the features is not counted. Arguments as of `pretraining_flops`."""
+    """FLOPs of forward and backward of towers, projections, ITM and, if it `decodes`, LM.
+
+    The contrast of the features is not counted. See `pretraining_flops` for the other arguments.
+    """
     return _med_flops(config, _Texts.unpadded(batch_size, text_tokens), decodes)
 
 
@@ -96,8 +102,10 @@ def _med_flops(config: MEDConfig, texts: _Texts, decodes: bool = True) -> float:
 def momentum_contrast_flops(
     config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int
 ) -> float:
-    """FLOPs of the momentum encoders, and of the similarities to B + Q keys; arguments as of
-    `pretraining_flops`."""
+    """FLOPs of the momentum encoders and of the similarities to B + Q keys.
+
+    See `pretraining_flops` for the arguments.
+    """
     return _momentum_flops(config, _Texts.unpadded(batch_size, text_tokens), queue_size)
 
 
@@ -106,7 +114,7 @@ def _momentum_flops(config: MEDConfig, texts: _Texts, queue_size: int) -> float:
     similarity = 2 * 2 * pairs * (pairs + queue_size) * config.embed_dim
     vision = pairs * (part.vision.patches + part.vision.momentum)
     momentum = vision + part.encode + _projections(config, part, pairs)
-    # Two forward products (online features and targets), and one backward: keys have no gradient.
+    # Two forward products (online features, targets) and one backward, as keys have no gradient.
     return float(momentum + 3 * similarity)
 
 
@@ -115,7 +123,7 @@ def _projections(config: MEDConfig, part: _Parts, pairs: int) -> float:
 
 
 def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
-    """FLOPs of forward and backward of LM alone; arguments as of `pretraining_flops`."""
+    """FLOPs of forward and backward of ViT and LM; arguments of `pretraining_flops`."""
     part = _parts(config, _Texts.unpadded(batch_size, text_tokens), matches=False)
     vision = batch_size * part.vision.forward_and_backward
     return float(3 * (part.sweep + part.heads) + vision)
@@ -123,22 +131,24 @@ def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> fl
 
 @dataclass(frozen=True)
 class TextWork:
-    """Packed text that goes through all layers of a stack, and what its cross-attention reads."""
+    """Packed text that goes through all layers of a stack, and the contexts that it attends to."""
 
     sequences: int
     tokens: int
     contexts: int
-    """Images or other contexts, one key and value projection each."""
+    """Number of images or other contexts. Each is projected to keys and values once."""
     context_tokens: int
-    """Of all contexts together."""
+    """Number of tokens of all contexts together."""
     context_width: int
     cross_attentions: int = 1
-    """In every layer (NLVR2 has two)."""
+    """Number of cross-attentions in every layer (NLVR2 has two)."""
 
 
 def fine_tuning_flops(config: MEDConfig, images: int, works: Sequence[TextWork]) -> float:
-    """FLOPs of forward and backward of `images` through the ViT and of texts through stacks of
-    their own. Heads that aren't one a token are left out."""
+    """FLOPs of forward and backward of `images` through the ViT and of texts through their stacks.
+
+    Heads that read one token of a text are not counted.
+    """
     vision = _vision_flops(config.vision)
     text = sum(_text_work(config.text, work) for work in works)
     return float(3 * text + images * vision.forward_and_backward)
@@ -154,16 +164,18 @@ def _text_work(text: TextConfig, work: TextWork) -> float:
     seen = work.context_tokens / work.contexts
     project = 2 * work.context_tokens * work.context_width * 2 * text.width
     cross = project + _cross_attention(text, work.tokens, seen)
-    own = _self_attention(text, work.tokens, work.tokens / work.sequences) + _mlp(text, work.tokens)
-    return text.layers * (own + work.cross_attentions * cross)
+    alone = _self_attention(text, work.tokens, work.tokens / work.sequences)
+    alone += _mlp(text, work.tokens)
+    return text.layers * (alone + work.cross_attentions * cross)
 
 
 def recomputation_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
-    """FLOPs that gradient checkpointing adds to a micro-step: a forward of the ViT blocks that
-    train and of the text layers; arguments as above.
+    """FLOPs that gradient checkpointing adds to a micro-step.
 
-    Recomputing stops at the last tensor that the backward pass needs, so the last product of each
-    ViT block is spared; a text layer ends in a norm, which needs it.
+    They are a forward of the ViT blocks that train and of the text layers. Recomputation stops at
+    the last tensor that the backward needs, so it leaves out the last product of each ViT block. A
+    text layer ends in a norm, whose backward needs that product. See `pretraining_flops` for the
+    arguments.
     """
     part = _parts(config, _Texts.unpadded(batch_size, text_tokens))
     vision = part.vision
@@ -173,25 +185,26 @@ def recomputation_flops(config: MEDConfig, batch_size: int, text_tokens: int) ->
 
 @dataclass(frozen=True)
 class _Texts:
-    """Captions of a micro-batch, and the texts of ITM."""
+    """Sizes of the captions of a micro-batch and of the texts of ITM."""
 
     pairs: int
+    """Number of captions without fillers."""
     tokens: int
-    """Of all captions and fillers."""
+    """Number of tokens of captions and fillers."""
     sequences: int
-    """Captions and fillers."""
+    """Number of captions and fillers."""
     matched: int
-    """Tokens of ITM, fillers included."""
+    """Number of tokens of ITM, fillers included."""
 
     @staticmethod
     def unpadded(pairs: int, tokens: int) -> _Texts:
-        """Without fillers."""
+        """Sizes without fillers."""
         return _Texts(pairs, tokens, pairs, 3 * tokens)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Forward FLOPs of what has weights: of an image, and of a micro-batch's texts."""
+    """Forward FLOPs of the modules that have weights: for one image, and for all texts."""
 
     vision: _Vision
     encode: float
@@ -200,7 +213,7 @@ class _Parts:
 
 
 def _parts(config: MEDConfig, texts: _Texts, matches: bool = True, decodes: bool = True) -> _Parts:
-    """`matches`, `decodes`: whether the sweep holds the pairs of ITM, and the captions of LM."""
+    """`matches` and `decodes`: whether the sweep holds the pairs of ITM and the captions of LM."""
     text, vision = config.text, _vision_flops(config.vision)
     pairs, tokens, sequences = texts.pairs, texts.tokens, texts.sequences
     matched, firsts = (texts.matched, 3 * pairs) if matches else (0, 0)
@@ -224,7 +237,7 @@ def _self_attention(text: TextConfig, tokens: float, length: float) -> float:
 
 
 def _cross_attention(text: TextConfig, tokens: float, image_tokens: float) -> float:
-    """Keys and values of the image tokens not included."""
+    """FLOPs of a cross-attention without the projection of image tokens to keys and values."""
     return 2 * tokens * 2 * text.width**2 + 4 * tokens * image_tokens * text.width
 
 
@@ -239,7 +252,7 @@ def _vision_flops(config: VisionConfig) -> _Vision:
 @lru_cache(maxsize=8)
 def _cached_vision_flops(settings: str) -> _Vision:
     config = VisionConfig(**json.loads(settings))
-    with torch.device("meta"):  # sizes alone
+    with torch.device("meta"):  # parameters have sizes, but no memory
         vision = build_vision(config)
     tokens, patches = training_tokens(vision), vision.patch_embed.num_patches
     frozen = last_products = 0.0
@@ -261,13 +274,13 @@ def _cached_vision_flops(settings: str) -> _Vision:
 
 
 def _class_token_flops(vision: VisionTransformer, tokens: int) -> float:
-    found = sum(_block_flops(block, tokens) for block in vision.blocks)
+    flops = sum(_block_flops(block, tokens) for block in vision.blocks)
     last = vision.blocks[-1]
     if type(last) is Block:
         unread = tokens - 1
-        found -= 2 * unread * (_linear_weights(last) - last.attn.qkv.weight.numel())
-        found -= 4 * unread * tokens * last.attn.attn_dim
-    return found
+        flops -= 2 * unread * (_linear_weights(last) - last.attn.qkv.weight.numel())
+        flops -= 4 * unread * tokens * last.attn.attn_dim
+    return flops
 
 
 def _block_flops(block: Block, tokens: int) -> float:

@@ -1,10 +1,9 @@
 """Captions from images: greedy, beam search and nucleus sampling with cached keys and values.
 
-The rules are those of Hugging Face's `generate`, through which BLIP generates: lengths count the
-prompt and the closing [SEP], and the repetition penalty sees the prompt too. Beam search divides
-the summed log-probability of a hypothesis by its length ** length_penalty. What counts as its
-length changed between the transformers that BLIP pins (4.15) and today's: see
-`BeamSettings.scoring`.
+The rules are those of Hugging Face's `generate`, which BLIP uses. Lengths count the prompt and the
+closing [SEP]. The repetition penalty applies to the prompt's tokens, too. Beam search divides the
+summed log-probability of a hypothesis by its length ** length_penalty. The definition of that
+length changed between transformers 4.15, which BLIP pins, and today's; see `BeamSettings.scoring`.
 
 Shapes: I images, K beams, R = I * K rows (the beams of an image side by side), L tokens so far, V
 vocabulary, H heads, C channels of a head.
@@ -25,14 +24,13 @@ from blip_scale.model.med import LMHead, MEDConfig
 from blip_scale.model.text import TextLayer, TextStack
 
 NEVER = -1.0e9
-"""Score of what must not be chosen."""
-
+"""Score of candidates that must not be chosen."""
 
 Scoring = Literal["published", "huggingface"]
 
 
 class Writer(Protocol):
-    """What writes: a MED, or another network with a decoder."""
+    """Network that writes captions: a MED, or another one with a decoder."""
 
     config: MEDConfig
     lm_head: LMHead
@@ -50,38 +48,39 @@ class BeamSettings:
     num_beams: int = 3
     """1 is greedy search."""
     max_length: int = 20
-    """Most tokens, prompt and [SEP] included."""
+    """Maximum number of tokens, prompt and [SEP] included."""
     min_length: int = 5
-    """No [SEP] before so many tokens, prompt included."""
+    """Number of tokens, prompt included, before which no [SEP] is written."""
     length_penalty: float = 1.0
     """Above 0 favours long captions, below 0 short ones."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that are there already less likely (Keskar et al. 2019)."""
+    """Penalty of tokens that were written before (Keskar et al. 2019). Above 1 makes them less
+    likely."""
     captions: int = 1
-    """Captions of each image that are returned, best first; at most num_beams."""
+    """Number of captions returned for each image, best first; at most num_beams."""
     scoring: Scoring = "published"
-    """Length that divides a hypothesis' score. `published` (transformers 4.15, of BLIP's figures):
-    the prompt counts and [SEP] does not. `huggingface` (today's): the tokens after the prompt,
-    [SEP] included. Greedy search is the same under both."""
+    """Length that divides a hypothesis' score. `published` is the rule of transformers 4.15, which
+    made BLIP's figures: the prompt counts, [SEP] does not. `huggingface` is today's rule: the
+    prompt does not count, [SEP] does. Greedy search is the same under both."""
 
 
 @dataclass(frozen=True)
 class NucleusSettings:
-    """Nucleus sampling (Holtzman et al. 2020) with what BLIP had switched on beside it."""
+    """Nucleus sampling (Holtzman et al. 2020). The defaults are BLIP's."""
 
     top_p: float = 0.9
-    """Sample from the fewest tokens that hold this share of the probability ..."""
+    """Share of the probability that the sampled tokens hold. The fewest that hold it are kept."""
     top_k: int = 50
-    """... among the so many likeliest."""
+    """Number of likeliest tokens among which top_p chooses."""
     temperature: float = 1.0
     max_length: int = 30
-    """Most tokens, prompt and [SEP] included."""
+    """Maximum number of tokens, prompt and [SEP] included."""
     min_length: int = 10
-    """No [SEP] before so many tokens, prompt included."""
+    """Number of tokens, prompt included, before which no [SEP] is written."""
     repetition_penalty: float = 1.1
 
     def __post_init__(self) -> None:
-        """Raises ValueError for values that nothing can be drawn with."""
+        """Refuse values that no token can be sampled with."""
         limits = {
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 1, "at least 1"),
@@ -106,14 +105,18 @@ def caption_beam(
     Args:
         med: a plain MED in eval mode.
         image_embeds: [I, N, D] from `med.encode_image`.
-        prompt_ids: how every caption starts: [DEC] and the tokens of the prompt, no [SEP].
-        settings: None takes the defaults.
-        contexts: for a decoder that reads contexts of different lengths (VQA): where each lies in
-            image_embeds, which then is [1, T, D]. None: each image is one.
+        prompt_ids: the start of every caption: [DEC] and the tokens of the prompt, no [SEP].
+        settings: None: the defaults.
+        contexts: for a decoder whose contexts differ in length (VQA): where each context lies in
+            image_embeds, which is then [1, T, D]. None: each image is a context.
 
     Returns:
-        For each image (context) the token ids after the prompt, without [SEP]; of an image its
-        `settings.captions` captions one after the other.
+        Token ids after the prompt, without [SEP]. Each image or context has `settings.captions`
+        captions, one after the other.
+
+    Raises:
+        ValueError: `settings.captions` is above the number of beams, `settings.max_length` doesn't
+            fit, or `med` is in training mode.
     """
     settings = settings or BeamSettings()
     if not 1 <= settings.captions <= settings.num_beams:
@@ -135,12 +138,19 @@ def caption_nucleus(
     settings: NucleusSettings | None = None,
     draws_IL: Tensor | None = None,
 ) -> list[list[int]]:
-    """One caption of each image by nucleus sampling; arguments and result as in `caption_beam`.
+    """One caption of each image by nucleus sampling.
 
     Args:
-        draws_IL: fp32 [I, max_length] in [0, 1): the number that chooses each token, so that a
-            caption depends on its own row alone, whatever else is in the batch. None draws from the
-            global generator.
+        med: see `caption_beam`.
+        image_embeds: see `caption_beam`.
+        prompt_ids: see `caption_beam`.
+        settings: None: the defaults.
+        draws_IL: fp32 [I, max_length] in [0, 1): the number that chooses each token. A caption then
+            depends on its row alone, whatever else is in the batch. None: draw from the global
+            generator.
+
+    Returns:
+        Token ids of each image's caption after the prompt, without [SEP].
     """
     settings = settings or NucleusSettings()
     decoder = _begin(med, (image_embeds, None), prompt_ids, settings)
@@ -151,7 +161,7 @@ def caption_nucleus(
             return torch.multinomial(probabilities, 1).squeeze(-1)
         place = decoder.sequences_RL.shape[1]
         shares = probabilities.cumsum(-1)
-        shares = shares / shares[:, -1:]  # ends at 1 exactly, above every draw
+        shares = shares / shares[:, -1:]  # rows end at exactly 1, above every draw
         drawn = draws_IL[:, place, None].to(shares).contiguous()
         return torch.searchsorted(shares, drawn, right=True).squeeze(-1)
 
@@ -159,21 +169,21 @@ def caption_nucleus(
 
 
 def nucleus(logits_RV: Tensor, settings: NucleusSettings) -> Tensor:
-    """Logits [R, V] with -inf outside the top_k and the nucleus; the likeliest always stays."""
+    """Logits [R, V] with -inf outside top_k and nucleus. The likeliest token always stays."""
     logits_RV = logits_RV / settings.temperature
     kept, tokens = logits_RV.topk(min(settings.top_k, logits_RV.shape[-1]))
-    # The share held by the likelier ones decides, so the likeliest is always kept.
+    # A token is dropped if likelier tokens hold top_p already. None is likelier than the first.
     shares = kept.softmax(-1)
     kept = kept.masked_fill(shares.cumsum(-1) - shares >= settings.top_p, -torch.inf)
     return torch.full_like(logits_RV, -torch.inf).scatter(-1, tokens, kept)
 
 
 _Seen = tuple[Tensor, Segments | None]
-"""What is looked at: image_embeds, and where contexts lie in them."""
+"""image_embeds, and where the contexts lie in them (None: each image is a context)."""
 
 
 class _Decoder:
-    """The rows being written, with their keys and values in every layer."""
+    """Rows being written, with the cached keys and values of every layer."""
 
     def __init__(self, med: Writer, seen: _Seen, prompt_ids: Sequence[int], beams: int) -> None:
         image_embeds, contexts = seen
@@ -187,13 +197,11 @@ class _Decoder:
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=image_embeds.device)
         self.sequences_RL = prompt.repeat(self.images * beams, 1)
         self._layers = [layer for layer in med.text.layers if isinstance(layer, TextLayer)]
-        self._image_kv = [
-            layer.cross_attention.project_images(image_embeds) for layer in self._layers
-        ]
+        self._image_kv = [x.cross_attention.project_images(image_embeds) for x in self._layers]
         self._kv: list[tuple[Tensor, Tensor]] = []
 
     def logits(self) -> Tensor:
-        """Next-token logits [R, V] fp32 of the rows; reads what was added since the last call."""
+        """Next-token logits [R, V] fp32. Only tokens added since the last call are computed."""
         rows, length = self.sequences_RL.shape
         seen = self._kv[0][0].shape[1] if self._kv else 0
         new_ids = self.sequences_RL[:, seen:]
@@ -226,7 +234,7 @@ class _Decoder:
         return self._kv[number]
 
     def extend(self, tokens_R: Tensor, rows_R: Tensor | None = None) -> None:
-        """Row r becomes row rows_R[r] (None: stays itself) followed by tokens_R[r]."""
+        """Replace row r by row rows_R[r] followed by tokens_R[r]. None: row r keeps its place."""
         if rows_R is not None:
             self.sequences_RL = self.sequences_RL.index_select(0, rows_R)
             self._kv = [(k.index_select(0, rows_R), v.index_select(0, rows_R)) for k, v in self._kv]
@@ -257,7 +265,7 @@ def _begin(
 def _restrain(
     scores_RV: Tensor, decoder: _Decoder, settings: BeamSettings | NucleusSettings
 ) -> Tensor:
-    """Scores after the repetition penalty and the ban of [SEP] before min_length."""
+    """Scores with the repetition penalty, and with [SEP] excluded before min_length."""
     if settings.repetition_penalty != 1.0:
         there = scores_RV.gather(1, decoder.sequences_RL)
         penalty = settings.repetition_penalty
@@ -293,12 +301,12 @@ class _Hypotheses:
     """The K best finished captions of each image, best first."""
 
     sequences_IKL: Tensor
-    """Padded with [SEP] to the length of the longest row so far."""
+    """Token ids, padded with [SEP] to the length of the longest row so far."""
     scores_IK: Tensor
     finished_IK: Tensor
 
     def add(self, sequences_IKL: Tensor, scores_IK: Tensor, finished_IK: Tensor, sep: int) -> None:
-        """Merges candidates in; those that aren't finished have the score NEVER."""
+        """Merge candidates in. Unfinished candidates have the score NEVER."""
         missing = sequences_IKL.shape[-1] - self.sequences_IKL.shape[-1]
         old = F.pad(self.sequences_IKL, (0, missing), value=sep)
         sequences = torch.cat([old, sequences_IKL], 1)
@@ -309,7 +317,7 @@ class _Hypotheses:
         self.finished_IK = finished.gather(1, best)
 
     def worst(self) -> Tensor:
-        """[I, K]: the worst kept score, NEVER in places that are still free."""
+        """[I, K]: the lowest kept score, and NEVER in places that are still free."""
         lowest = self.scores_IK.min(1, keepdim=True).values
         return torch.where(self.finished_IK, lowest, NEVER)
 
@@ -330,14 +338,14 @@ def _beam_search(decoder: _Decoder, settings: BeamSettings) -> list[list[int]]:
     free = torch.full((images, beams), NEVER, device=start_IKL.device)
     best = _Hypotheses(start_IKL, free, torch.zeros_like(free, dtype=torch.bool))
     running_IK = free.clone()
-    running_IK[:, 0] = 0.0  # all beams begin alike: only the first may branch
+    running_IK[:, 0] = 0.0  # all beams begin alike, so only the first may branch
     improvable_I1 = torch.ones_like(free[:, :1], dtype=torch.bool)
     first_row_I1 = torch.arange(0, images * beams, beams, device=start_IKL.device)[:, None]
     while True:
         log_probs_RV = _restrain(decoder.logits().log_softmax(-1), decoder, settings)
         vocabulary = log_probs_RV.shape[1]
         totals = running_IK[:, :, None] + log_probs_RV.unflatten(0, (images, beams))
-        # Twice the beams: even if the best K all end here, K remain to go on with.
+        # Twice the beams: if the best K all end here, K others remain to be continued.
         scores_IJ, chosen_IJ = totals.flatten(1).topk(2 * beams)
         parents_IJ, tokens_IJ = chosen_IJ // vocabulary, chosen_IJ % vocabulary
         length = decoder.sequences_RL.shape[1]
@@ -362,7 +370,7 @@ def _beam_search(decoder: _Decoder, settings: BeamSettings) -> list[list[int]]:
             break
         rows = (first_row_I1 + parents_IJ.gather(1, next_IK)).flatten()
         decoder.extend(tokens_IJ.gather(1, next_IK).flatten(), rows)
-    if is_published and at_limit:  # what is not finished counts as it is
+    if is_published and at_limit:  # unfinished captions count as they are
         open_IK = improvable_I1.expand(-1, beams)
         final_IK = torch.where(open_IK, running_IK / (length + 1) ** settings.length_penalty, NEVER)
         best.add(_take(sequences, next_IK), final_IK, open_IK, sep)

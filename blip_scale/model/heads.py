@@ -1,7 +1,7 @@
-"""The network that each head trains: MED, a part of it, or a network of its own.
+"""The network that each head trains: MED, a part of it, or a separate network.
 
-A head's network holds what the head needs and nothing else, so nothing that it lacks is decayed,
-saved or exchanged between ranks.
+A head's network holds only the modules that the head trains. So no unused weight is decayed, saved
+or exchanged between ranks.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ LEFT_OUT: dict[Head, tuple[str, ...]] = {
     ),
     "retrieval": ("text.layers.*.self_attention_decoder", "lm_head"),
 }
-"""Modules of MED that a head does without, as patterns of their paths. A module that is added to
-MED is in the network of every other head until it is listed here."""
+"""Modules of MED that a head doesn't need, as patterns of their paths. A module that is added to
+MED belongs to every head until it is listed here."""
 
 
 def cut_down(med: MED, head: Head) -> MED:
-    """Delete the modules that a head does without from a MED; returns the same MED."""
+    """Delete from a MED the modules that a head doesn't need. Returns the same MED."""
     for pattern in LEFT_OUT.get(head, ()):
         paths = [path for path, _ in med.named_modules()]
         for path in fnmatch.filter(paths, pattern):
@@ -50,6 +50,6 @@ def cut_down(med: MED, head: Head) -> MED:
 
 
 def build_network(head: Head, config: MEDConfig) -> nn.Module:
-    """The network of a head, weights not filled: a MED with its parts alone, or one of its own."""
+    """The network of a head, with its weights unset: a MED cut down, or a separate network."""
     network = OWN_NETWORKS.get(head)
     return cut_down(MED(config), head) if network is None else network(config)

@@ -18,7 +18,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def seeded(build: Callable[[], N], seed: int) -> N:
-    """Build a network on the CPU whose constructors draw from `seed`.
+    """Build a network on the CPU with torch's generator seeded, and restore the generator.
 
     A parameter without a rule in `init_weights` or `fill_from_med` keeps the value that its
     constructor gave it. With the seed that value is the same on all ranks and in every start.
@@ -32,13 +32,15 @@ def seeded(build: Callable[[], N], seed: int) -> N:
 def init_weights(
     med: MED, seed: int, vision_std: float = INIT_STD, text_std: float = INIT_STD
 ) -> None:
-    """Fill a plain (not partitioned) MED, a pure function of `seed`.
+    """Fill the parameters of a plain (not partitioned) MED. The result depends on `seed` alone.
 
-    ViT: truncated normal of std `vision_std` for linear layers, of std 0.02 for class token and
-    position embeddings, PyTorch's default for the patch convolution. Text: normal, of std
-    `text_std` for linear layers, of 0.02 for embeddings and LM head. Contrastive projections and
-    matching head: PyTorch's default for linear layers. Biases 0 (but PyTorch's default where that
-    is taken), norms 1 and 0. Parameters of other modules stay as they are (`seeded`).
+    - ViT: linear layers truncated normal of std `vision_std`, class token and position embeddings
+      truncated normal of std 0.02, patch convolution PyTorch's default.
+    - Text: linear layers normal of std `text_std`, embeddings and LM head normal of std 0.02.
+    - Contrastive projections and matching head: PyTorch's default for linear layers.
+    - Biases 0, except where PyTorch's default is taken. Norms: weight 1, bias 0.
+
+    Parameters of other modules stay as they are; see `seeded`.
     """
     generator = torch.Generator(device=next(med.parameters()).device).manual_seed(seed)
     vision = med.vision
@@ -73,20 +75,22 @@ def init_weights(
 def fill_from_med(
     network: nn.Module, med: Mapping[str, Tensor], seed: int, text_std: float = INIT_STD
 ) -> list[str]:
-    """Fills a VQA, NLVR2 or VisDial network from a MED, as the published fine-tuning starts.
+    """Fill a VQA, NLVR2 or VisDial network from a MED, as the published fine-tuning starts.
 
-    Encoder and decoder get what MED shares between them, both cross-attentions of NLVR2 the same.
-    What MED doesn't have, or has in another shape, is random from `seed`: linear layers of the text
-    stacks (a decoder that reads states of another width than the image tokens', merge layers)
-    normal of std `text_std` with biases 0, other heads PyTorch's default. What isn't part of a
-    linear layer keeps the value of its constructor (`seeded`).
+    Encoder and decoder both get the weights that they share in MED. The two cross-attentions of
+    NLVR2 both get MED's. Parameters that MED lacks, or has in another shape, are drawn from `seed`:
+    linear layers of the text stacks normal of std `text_std` with biases 0, other heads by
+    PyTorch's default. Parameters outside linear layers keep the value of their constructor; see
+    `seeded`.
 
     Args:
         network: not partitioned.
-        med: parameters of a MED by name; a prefix `med.` is passed over.
+        med: parameters of a MED by name, with or without the prefix `med.`.
+        seed: seed of the drawn parameters.
+        text_std: standard deviation of drawn linear layers of the text stacks.
 
     Returns:
-        The names of those that MED doesn't have.
+        Names of the parameters that were not taken from MED.
     """
     generator = torch.Generator().manual_seed(seed)
     there = {name.removeprefix("med."): tensor for name, tensor in med.items()}
@@ -113,13 +117,13 @@ def fill_from_med(
 
 
 def name_in_med(name: str) -> str:
-    """What a parameter of a VQA, NLVR2 or VisDial network is called in MED."""
+    """Name in MED of a parameter of a VQA, NLVR2 or VisDial network."""
     name = re.sub(r"^text_(encoder|decoder)\.", "text.", name)
     return re.sub(r"\.cross_attention\.images\.[01]\.", ".cross_attention.", name)
 
 
 def _reset_simple(module: nn.Module) -> None:
-    """Norms and layer scales, which need no draw."""
+    """Reset a norm or layer scale. Both have constant initial values."""
     if isinstance(module, nn.LayerNorm):
         module.reset_parameters()
     elif isinstance(module, LayerScale):
@@ -127,7 +131,7 @@ def _reset_simple(module: nn.Module) -> None:
 
 
 def _torch_default(module: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None:
-    """What PyTorch's own reset_parameters does, from a given generator."""
+    """Do what PyTorch's reset_parameters does, but draw from `generator`."""
     nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
     if module.bias is not None:
         bound = 1 / math.sqrt(module.weight[0].numel())

@@ -1,10 +1,11 @@
-"""Attention kernels for packed sequences, and which of them a run takes.
+"""Attention kernels for packed sequences, and the choice between them.
 
-Three kernels take packed sequences; all need a CUDA device of compute capability 8.0 (A100):
+Three kernels take packed sequences. All need a CUDA device of compute capability 8.0 (A100) or
+newer:
 
 - `torch_flash`: FlashAttention-2 inside the torch wheel, with dropout and autograd. The operation
-  is private (`aten::_flash_attention_forward`), so its schema is checked before it is taken. It was
-  checked on torch 2.14.1; tests/model/test_kernels.py guards it.
+  `aten::_flash_attention_forward` is private, so its schema is compared before it is used. It was
+  tested with torch 2.14.1; tests/model/test_kernels.py guards it.
 - `flash_attn_4`: the package flash-attn-4, a pure wheel without dropout.
 - `flash_attn_2`: the package flash-attn, built from source against a CUDA toolkit.
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 Kernel = Literal["auto", "flash", "sdpa"]
-"""`model.attention` of a recipe."""
+"""Values of the setting `model.attention`."""
 Backend = Literal["torch_flash", "flash_attn_4", "flash_attn_2", "sdpa"]
 
 _NAMES: dict[Backend, str] = {
@@ -46,23 +47,23 @@ _FORWARD_ARGUMENTS = (
     ("is_causal", "bool"),
     ("return_debug_mask", "bool"),
 )
-"""Name and type of the arguments of `aten::_flash_attention_forward` that are passed here."""
+"""Names and types of the arguments that are passed to `aten::_flash_attention_forward`."""
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The kernels that a run takes."""
+    """Kernels that a run uses."""
 
     training: Backend
     """Kernel with dropout on the probabilities."""
     evaluation: Backend
     """Kernel without dropout."""
     reason: str
-    """Why no packed kernel is taken; empty where one is."""
+    """Why no packed kernel is used; empty where one is."""
 
     @property
     def takes_packed(self) -> bool:
-        """Whether the kernels read packed sequences, and need only a bound of their length."""
+        """Whether the kernels read packed sequences and need only a bound of their length."""
         return self.training != "sdpa"
 
     def backend(self, dropout_p: float) -> Backend:
@@ -81,10 +82,10 @@ class KernelChoice:
 def choose_kernel(
     choice: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int = 64
 ) -> KernelChoice:
-    """The kernels that `choice` means for tensors of this device, dtype and number of channels.
+    """The kernels that `choice` selects for tensors of this device, dtype and head size.
 
     Raises:
-        ValueError: `choice` is unknown, or flash and no packed kernel can run here.
+        ValueError: `choice` is unknown, or it is flash and no packed kernel can run here.
     """
     if choice not in ("auto", "flash", "sdpa"):
         raise ValueError(f"model.attention: {choice!r} is unknown; expected auto, flash or sdpa")
@@ -107,13 +108,13 @@ def choose_kernel(
 def chosen_backend(
     choice: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, has_dropout: bool
 ) -> Backend:
-    """The kernel of `choose_kernel`; a constant to compiled code, which cannot trace the choice."""
+    """The kernel of `choose_kernel`, as a constant: compiled code can't trace the choice."""
     kernels = choose_kernel(choice, device, dtype, head_dim)
     return kernels.training if has_dropout else kernels.evaluation
 
 
 def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why no packed kernel takes such tensors, or None."""
+    """Why no packed kernel takes such tensors; None if one might."""
     if device.type != "cuda":
         return f"FlashAttention runs on CUDA devices, not on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -132,7 +133,7 @@ def _first_present(names: tuple[Backend, ...]) -> Backend | None:
 
 
 def _missing(name: Backend) -> str | None:
-    """Why a kernel cannot be called, or None. Asked by importing the function that is used."""
+    """Why a kernel cannot be called; None if it can. Imports the kernel to find out."""
     try:
         _PACKED[name]()
     except (ImportError, AttributeError, RuntimeError) as error:
@@ -142,10 +143,10 @@ def _missing(name: Backend) -> str | None:
 
 @lru_cache(maxsize=1)
 def _torch_flash() -> Callable[..., Any]:
-    """torch's own operation.
+    """FlashAttention inside the torch wheel.
 
     Raises:
-        AttributeError: this torch does not have it, or has it with another schema.
+        AttributeError: this torch lacks the operation, or has it with another schema.
     """
     operation = torch.ops.aten._flash_attention_forward.default
     schema = operation._schema
@@ -177,7 +178,7 @@ _PACKED: dict[Backend, Callable[[], Callable[..., Any]]] = {
     "flash_attn_4": _flash_attn_4,
     "flash_attn_2": _flash_attn_2,
 }
-"""Kernel for packed sequences -> function that imports it."""
+"""Functions that import the kernels for packed sequences."""
 
 
 class PackedLengths(NamedTuple):
@@ -206,14 +207,17 @@ def packed_attention(
 
     Args:
         backend: one of the packed kernels.
-        q_THC, k_THC, v_THC: [T of queries or keys, H, C] in bf16 or fp16, sequences in order.
-        lengths: query sequence s attends to key sequence s.
+        q_THC: [T of the queries, H, C] in bf16 or fp16, sequences in order.
+        k_THC: [T of the keys, H, C], like q_THC.
+        v_THC: [T of the keys, H, C], like q_THC.
+        lengths: where the sequences lie. Query sequence s attends to key sequence s.
         dropout_p: probability of dropping a weight; 0 for flash_attn_4.
+        causal: each token sees itself and the tokens before it.
 
     Returns:
         [T of the queries, H, C].
     """
-    if backend == "torch_flash":  # named here, not imported: so compiled code can trace it
+    if backend == "torch_flash":  # not through _torch_flash: compiled code must be able to trace it
         operation = torch.ops.aten._flash_attention_forward.default
         out: Tensor = operation(q_THC, k_THC, v_THC, *lengths, dropout_p, causal, False)[0]
         return out

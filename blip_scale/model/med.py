@@ -3,8 +3,8 @@
 One ViT and one text stack serve three uses: unimodal text encoder (contrastive), image-grounded
 text encoder (matching) and image-grounded decoder (language modelling); Li et al. 2022, section 3.
 
-Every parameter is read inside the forward of the module that holds it, and nothing reads a weight
-while building: so MED works under DeepSpeed ZeRO-3, built inside deepspeed.zero.Init.
+Every parameter is read inside the forward of the module that holds it, and no constructor reads a
+weight. So MED can be built inside deepspeed.zero.Init and trained under ZeRO-3.
 
 Shapes: B batch, I images, N image tokens, D width, E embed_dim, S sequences, T packed tokens,
 P predicted tokens, V vocabulary.
@@ -27,7 +27,7 @@ from blip_scale.model.vision import VisionConfig, build_vision, read_class_token
 
 @dataclass(frozen=True)
 class MEDConfig:
-    """All that fixes the network."""
+    """Settings that determine the network's architecture."""
 
     vision: VisionConfig
     text: TextConfig
@@ -36,18 +36,18 @@ class MEDConfig:
     temperature: float = 0.07
     """Initial contrastive temperature, a divisor of the similarities."""
     kernel: Kernel = "auto"
-    """Attention kernel, see `choose_kernel`."""
+    """Attention kernel; see `choose_kernel`."""
     gradient_checkpointing: bool = False
     """Recompute each ViT block and text layer in the backward pass."""
 
     def takes_packed(self, tensor: Tensor) -> bool:
-        """Whether the text layers run a kernel for packed sequences on such a tensor."""
+        """Whether the text layers run a packed kernel on tensors of this device and dtype."""
         head_dim = self.text.width // self.text.heads
         return choose_kernel(self.kernel, tensor.device, tensor.dtype, head_dim).takes_packed
 
 
 class Temperature(nn.Module):
-    """The learned contrastive temperature; a module of its own, so that ZeRO-3 can gather it."""
+    """The learned contrastive temperature. ZeRO-3 gathers by module, so it is one."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -55,12 +55,12 @@ class Temperature(nn.Module):
         self.value = nn.Parameter(torch.full((1,), value))
 
     def forward(self) -> Tensor:
-        """The temperature, a fp32 scalar with gradient; a copy: ZeRO-3 releases the parameter."""
+        """A copy of the temperature, fp32 scalar with gradient. ZeRO-3 releases the parameter."""
         return self.value.to(torch.float32, copy=True).squeeze(0)
 
 
 class LMHead(nn.Module):
-    """BERT's prediction head; its matrix is the word embedding itself, registered here as well."""
+    """BERT's prediction head. Its matrix is the word embedding, registered here as well."""
 
     def __init__(self, config: TextConfig, word_weight: Tensor) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class LMHead(nn.Module):
 
 
 class UnimodalEncoder(nn.Module):
-    """What MED and its momentum copy have in common: both towers and their projections."""
+    """Both towers and their projections: the part that MED and its momentum copy share."""
 
     def __init__(self, config: MEDConfig, multimodal: bool) -> None:
         super().__init__()
@@ -100,8 +100,8 @@ class UnimodalEncoder(nn.Module):
         return F.normalize(self.vision_proj(image_embeds[:, 0]).float(), dim=-1)
 
     def encode_text(self, text: PackedText) -> Tensor:
-        """Text alone, [CLS] first, to the hidden states [S, D] of the first tokens."""
-        # By `parameters`: under ZeRO-3 an access by name would gather the weight.
+        """Text that begins with [CLS], without images, to the first tokens' states [S, D]."""
+        # `parameters` instead of `weight`: under ZeRO-3 an access by name would gather the weight.
         takes_packed = self.config.takes_packed(next(self.text_proj.parameters()))
         return self.text(plan_pass(text, None, None, takes_packed))
 
@@ -150,9 +150,9 @@ class MED(UnimodalEncoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Matching and captioning in one pass through the layers.
 
-        The same mathematics as `match` on match_text and `decode` on decode_text (without each
-        caption's last token, which predicts nothing), but each layer projects the image tokens to
-        keys and values once and runs its cross-attention and MLP once.
+        Equals `match` on match_text and `decode` on decode_text without each caption's last token,
+        which predicts nothing. But each layer projects the image tokens to keys and values once and
+        runs its cross-attention and MLP once.
 
         Args:
             match_text: Sm sequences beginning with [ENC].
@@ -162,8 +162,8 @@ class MED(UnimodalEncoder):
             decode_image_index: [Sd] int64.
 
         Returns:
-            itm_logits [Sm, 2], lm_logits [P, V], lm_targets [P] int64; P is the tokens of
-            decode_text less its sequences. Fillers have no ITM logits, and targets to be ignored.
+            itm_logits [Sm, 2], lm_logits [P, V], lm_targets [P] int64, where P is the tokens of
+            decode_text less its sequences. Fillers have no ITM logits, and `IGNORED` as targets.
         """
         inputs, lm_targets = decode_text.split_targets()
         count, tokens, _ = image_embeds.shape
@@ -177,17 +177,17 @@ class MED(UnimodalEncoder):
 class MomentumEncoder(UnimodalEncoder):
     """The momentum copy: ViT, unimodal text (no cross-attention, no decoder) and projections.
 
-    It never needs gradients; its parameters are named as in MED and filled from it. Its
-    image_embeds are the class token alone, [B, 1, D].
+    It has no gradients. Its parameters are named as in MED and filled from MED. Its image_embeds
+    are the class token alone, [B, 1, D].
     """
 
     def __init__(self, config: MEDConfig) -> None:
-        # All patches: what soft targets and queue say of an image should not depend on a draw.
+        # No patch dropout: an image's soft targets and queued features must not depend on a draw.
         vision = replace(config.vision, patch_dropout=0.0)
         super().__init__(
             replace(config, vision=vision, gradient_checkpointing=False), multimodal=False
         )
-        read_class_token_alone(self.vision)  # as its features do
+        read_class_token_alone(self.vision)  # project_image reads no other token
         self.requires_grad_(False)
 
     def pairs(self, med: MED) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

@@ -35,13 +35,19 @@ class PairCrossAttention(nn.Module):
     def forward(self, hidden_TD: Tensor, image_embeds: Tensor, layout: AttentionLayout) -> Tensor:
         """[T, D] and [2B, N, image width], all first images before all second ones, to [T, D]."""
         halves = image_embeds.chunk(2)
-        seen = [one(hidden_TD, half, layout) for one, half in zip(self.images, halves, strict=True)]
-        merged = self.merge_layer(torch.cat(seen, -1)) if self.merge else (seen[0] + seen[1]) / 2
+        first, second = (
+            attend(hidden_TD, half, layout)
+            for attend, half in zip(self.images, halves, strict=True)
+        )
+        if self.merge:
+            merged = self.merge_layer(torch.cat([first, second], -1))
+        else:
+            merged = (first + second) / 2
         return self.norm(hidden_TD + self.dropout(merged))
 
 
 class NLVR2(nn.Module):
-    """The whole network."""
+    """Network of NLVR2: a ViT, a text encoder that looks at both images, and a classifier."""
 
     def __init__(self, config: MEDConfig) -> None:
         super().__init__()
@@ -69,6 +75,6 @@ class NLVR2(nn.Module):
         image_embeds = self.vision(images)
         pairs, tokens = len(images) // 2, image_embeds.shape[1]
         packed = self.config.takes_packed(image_embeds)
-        own = torch.arange(pairs, device=images.device)
-        plan = plan_pass(sentences, None, ImageIndex(pairs, tokens, encoder=own), packed)
+        pair_numbers = torch.arange(pairs, device=images.device)
+        plan = plan_pass(sentences, None, ImageIndex(pairs, tokens, encoder=pair_numbers), packed)
         return self.cls_head(self.text_encoder(plan, image_embeds))

@@ -1,8 +1,8 @@
 """Packed text, and the plan of a pass through the text stack: all index tensors, made once.
 
-Static shapes: a text can be filled up to a size that is fixed beforehand. Its last sequences are
-fillers then. They go through the layers, look at image 0, and nothing reads what comes out of them,
-so losses and gradients are those of the text without them.
+Static shapes: a text can be filled up to a fixed size. Its last sequences are then fillers. They go
+through the layers and look at image 0, but nothing reads their output. Losses and gradients are
+those of the text without them.
 
 Shapes: T packed tokens, S sequences, I images, N image tokens, R rows that are read at the end.
 """
@@ -21,14 +21,14 @@ from torch import Tensor
 from blip_scale.model.attention import AttentionLayout, Segments, dense_segments
 
 IGNORED = -100
-"""Target that the LM loss passes over: tokens of a prompt, fillers."""
+"""Target that the LM loss ignores: tokens of a prompt, fillers."""
 _ALIGNMENT = 8
-"""Rows that a matrix product on a GPU takes at once; sizes are multiples of it."""
+"""Number of rows that sizes are multiples of: a matrix product on a GPU takes so many at once."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """A size that texts are filled up to."""
+    """Static size that texts are filled up to."""
 
     tokens: int
     """Tokens of text and fillers together."""
@@ -43,14 +43,18 @@ class Room:
         return Room(tokens, fillers)
 
     def fits(self, tokens: Tensor, max_length: int) -> Tensor:
-        """Whether a text of so many tokens (integer scalar) leaves each filler 2 to `max_length`
-        tokens, a bool scalar on the device."""
+        """Whether a text of `tokens` tokens leaves each filler 2 to `max_length` tokens.
+
+        `tokens` is an integer scalar; the result is a bool scalar on its device.
+        """
         rest = self.tokens - tokens
         return (rest >= 2 * self.fillers) & (rest <= max_length * self.fillers)
 
     def filler_ends(self, tokens: Tensor) -> Tensor:
-        """[fillers] int32, the offsets that end the fillers after a text of so many tokens (int32
-        scalar); they share the rest evenly."""
+        """[fillers] int32: the offsets at which the fillers after a text of `tokens` tokens end.
+
+        `tokens` is an int32 scalar. The fillers share the remaining tokens evenly.
+        """
         steps = torch.arange(1, self.fillers + 1, dtype=torch.int32, device=tokens.device)
         return tokens + (self.tokens - tokens) * steps // self.fillers
 
@@ -62,7 +66,7 @@ class PackedText:
     token_ids: Tensor
     """[T] int64."""
     segments: Segments
-    """Of all sequences, fillers included."""
+    """Where the sequences lie in `token_ids`, fillers included."""
     fillers: int = 0
     """Number of last sequences that only fill the tensor up to a static size."""
 
@@ -70,7 +74,7 @@ class PackedText:
     def from_lists(
         sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> PackedText:
-        """Packs lists of token ids; each needs at least one."""
+        """Pack lists of token ids. Each list holds at least one."""
         ids = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
         lengths = [len(ids) for ids in sequences]
         return PackedText(ids.to(device), Segments.from_lengths(lengths, device))
@@ -96,21 +100,21 @@ class PackedText:
         return replace(self, token_ids=ids)
 
     def select(self, index: Tensor, room: Room | None = None) -> PackedText:
-        """The sequences index [S'], repeats allowed.
+        """The sequences with these numbers, in this order.
 
         Args:
-            index: int64.
-            room: the size to fill up to; `Room.fits` must hold of the chosen sequences. None: no
-                fillers, and the host waits for the device once (the new length).
+            index: [S'] int64; repeats are allowed.
+            room: size to fill up to; `Room.fits` must hold for the chosen sequences. None: no
+                fillers, and the host waits for the device once, to learn the new length.
         """
         lengths = self.lengths.index_select(0, index)
         starts = self.first_rows.index_select(0, index)
         return _gather(self.token_ids, starts, lengths, self.segments.max_length, room)
 
     def table(self, width: int) -> Tensor:
-        """[S, width + 1] int64: row s is sequence s, zeros after it, and its length at the end.
+        """[S, width + 1] int64: row s holds sequence s, then zeros, and at its end the length.
 
-        `width`: at least the longest sequence.
+        `width` is the length of the longest sequence, or more.
         """
         lengths = self.lengths
         places = torch.arange(width, device=lengths.device)
@@ -119,10 +123,10 @@ class PackedText:
         return torch.cat([ids, lengths[:, None].long()], dim=1)
 
     def split_targets(self) -> tuple[PackedText, Tensor]:
-        """Input and target of next-token prediction.
+        """Inputs and targets of next-token prediction.
 
-        All tokens but each sequence's last, and for each of them the token that follows, `IGNORED`
-        in fillers, [T - S] int64. Sequences hold at least two tokens.
+        Inputs are all tokens but each sequence's last. Targets [T - S] int64 are the tokens that
+        follow them, and `IGNORED` in fillers. Every sequence holds at least two tokens.
         """
         old = self.segments
         steps = torch.arange(old.count + 1, dtype=torch.int32, device=old.offsets.device)
@@ -143,7 +147,7 @@ class PackedText:
 
 
 def select_from_table(table: Tensor, index: Tensor, room: Room | None) -> PackedText:
-    """As `PackedText.select`, out of a table of `PackedText.table`."""
+    """Like `PackedText.select`, from a table that `PackedText.table` made."""
     width = table.shape[1] - 1
     lengths = table[:, -1].index_select(0, index).int()
     return _gather(table.flatten(), index * (width + 1), lengths, width, room)
@@ -152,14 +156,14 @@ def select_from_table(table: Tensor, index: Tensor, room: Room | None) -> Packed
 def _gather(
     token_ids: Tensor, starts: Tensor, lengths: Tensor, max_length: int, room: Room | None
 ) -> PackedText:
-    """Packs sequences of these lengths [S] int32 that start at these places [S] int64."""
+    """Pack the sequences that start at `starts` [S] int64 and are `lengths` [S] int32 long."""
     offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     if room is None:
         total, fillers = int(offsets[-1]), 0
     else:
         total, fillers = room.tokens, room.fillers
         offsets = torch.cat([offsets, room.filler_ends(offsets[-1])])
-        starts = F.pad(starts, (0, fillers))  # any tokens will do in a filler
+        starts = F.pad(starts, (0, fillers))  # fillers may hold any tokens
     segments = Segments(offsets, max_length)
     sequences = segments.sequence_of(total)
     rows = starts.index_select(0, sequences) + segments.positions(sequences)
@@ -170,14 +174,15 @@ def _gather(
 
 @dataclass(frozen=True)
 class TextPass:
-    """All that one pass through the layers needs to know, computed once before the first layer."""
+    """Index tensors of one pass through the layers, computed once before the first layer."""
 
     token_ids: Tensor
     """[T] int64: the tokens of the encoder rows, then those of the decoder rows."""
     positions: Tensor
     """[T] int64."""
     encoder_tokens: int
-    """So many first rows take the bidirectional self-attention; the others take the causal one."""
+    """Number of first rows, which take the bidirectional self-attention. The rest take the causal
+    one."""
     encoder: AttentionLayout | None
     decoder: AttentionLayout | None
     cross: AttentionLayout | None
@@ -185,7 +190,7 @@ class TextPass:
     read_rows: Tensor | None
     """[R] int64: rows whose output is read; the last layer computes no others. None: all."""
     read_cross: AttentionLayout | None
-    """As `cross`, for the rows that are read."""
+    """Layout of the cross-attention of the last layer, over the rows that are read."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +206,8 @@ class ImageIndex:
     decoder: Tensor | None = None
     """[S] int64 for the sequences of the decoder text, without fillers."""
     keys: Segments | None = None
-    """Where the tokens of each context lie, if it isn't an image of `tokens` tokens: the states of
-    a question, an image with its caption."""
+    """Where the tokens of each context lie, for contexts that aren't images of `tokens` tokens: the
+    states of a question, or an image with its caption."""
 
 
 def plan_pass(
@@ -211,14 +216,18 @@ def plan_pass(
     images: ImageIndex | None,
     takes_packed: bool,
 ) -> TextPass:
-    """Plans a pass of encoder text (its first tokens are read) and decoder text (all are read).
+    """Plan a pass of encoder text and decoder text through the layers.
 
-    Queries of one image don't interact in cross-attention, so the rows of all sequences that look
-    at an image form one query segment: each image's keys and values are made and read once.
+    Only the first tokens of encoder text are read, and all tokens of decoder text. Queries of one
+    image don't interact in cross-attention. So the rows of all sequences that look at an image form
+    one query segment, and each image's keys and values are made and read once.
 
     Args:
-        takes_packed: whether the kernel reads packed sequences. It needs only a bound of their
-            length then; SDPA needs the index tensors of the padded layout.
+        encoder: sequences that take the bidirectional self-attention.
+        decoder: sequences that take the causal self-attention.
+        images: which image each sequence looks at. None: cross-attention is skipped.
+        takes_packed: whether the kernel reads packed sequences and needs only a bound of their
+            length. SDPA needs the index tensors of the padded layout.
     """
     texts = [text for text in (encoder, decoder) if text is not None]
     counts = [len(text.token_ids) for text in texts]
@@ -232,18 +241,13 @@ def plan_pass(
     positions = [text.segments.positions(s) for text, s in zip(texts, sequences, strict=True)]
     cross = read_cross = None
     if images is not None:
-        row_images = torch.cat(
-            [
-                F.pad(index, (0, text.fillers)).index_select(0, rows)
-                for index, text, rows in zip(
-                    [i for i in (images.encoder, images.decoder) if i is not None],
-                    texts,
-                    sequences,
-                    strict=True,
-                )
-            ]
-        )
-        # On a CPU the largest group costs no wait, and its size saves half of the products.
+        indices = [index for index in (images.encoder, images.decoder) if index is not None]
+        images_of_rows = []
+        for index, text, rows in zip(indices, texts, sequences, strict=True):
+            with_fillers = F.pad(index, (0, text.fillers))
+            images_of_rows.append(with_fillers.index_select(0, rows))
+        row_images = torch.cat(images_of_rows)
+        # Reading the largest group's size costs no wait on a CPU and saves half of the products.
         is_static = not reads_are_free(device) or any(text.fillers for text in texts)
         kind: _Grouping = "bounded" if takes_packed else "chunks" if is_static else "largest"
         cross = read_cross = _group_by_image(row_images, images, kind)
@@ -273,8 +277,8 @@ def _self_layout(
 
 
 _Grouping = Literal["bounded", "chunks", "largest"]
-"""Length of the query segments: a bound for a packed kernel; SDPA pads to chunks of a static size,
-or to the largest group, which is read from the device."""
+"""Length of the query segments. A packed kernel takes a bound. SDPA pads to chunks of a static
+size, or to the largest group, whose size is read from the device."""
 
 
 def _group_by_image(row_images_T: Tensor, images: ImageIndex, kind: _Grouping) -> AttentionLayout:
@@ -294,16 +298,17 @@ def _group_by_image(row_images_T: Tensor, images: ImageIndex, kind: _Grouping) -
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Whether the host reads a tensor of this device without waiting for it."""
+    """Whether the host can read a tensor of this device without waiting for the device."""
     return device.type == "cpu"
 
 
 def cut_into_chunks(counts_I: Tensor, order_T: Tensor, keys: Segments) -> AttentionLayout:
-    """Groups of query rows cut into chunks of one static length, for SDPA on a GPU.
+    """Cut groups of query rows into chunks of one static length, for SDPA on a GPU.
 
-    The largest group is not known without a wait. A group of n rows makes ceil(n / length) chunks,
-    all groups at most rows / length + I, and with the mean size of a group as length no more than
-    2 I: keys and values are copied twice at most.
+    Without waiting for the device, the host can't know the largest group. A group of n rows makes
+    ceil(n / length) chunks, and all groups together make at most rows / length + I. The length is
+    the mean size of a group, so there are at most 2 I chunks: keys and values are copied at most
+    twice.
 
     Args:
         counts_I: [I] int32, rows of each group.
@@ -317,8 +322,8 @@ def cut_into_chunks(counts_I: Tensor, order_T: Tensor, keys: Segments) -> Attent
     numbers_S = torch.arange(rows // length + groups, device=device)
     contexts_S = torch.searchsorted(chunk_ends_I, numbers_S, right=True).clamp_(max=groups - 1)
     group_ends_S = ends_I.index_select(0, contexts_S)
-    left_S = chunk_ends_I.index_select(0, contexts_S) - numbers_S  # chunks of the group from here
-    sizes_I = (counts_I + length - 1) // length * length  # of whole chunks
+    left_S = chunk_ends_I.index_select(0, contexts_S) - numbers_S  # chunks left in the group
+    sizes_I = (counts_I + length - 1) // length * length  # rows of its chunks, slack included
     slack_S = (sizes_I - counts_I).index_select(0, contexts_S)
     starts_S = (group_ends_S + slack_S - left_S * length).clamp_(max=rows)
     queries = Segments(F.pad(starts_S, (0, 1), value=rows).int(), length, order_T)

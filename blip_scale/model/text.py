@@ -1,8 +1,9 @@
 """The text stack: a layer has two self-attentions, one cross-attention, one MLP.
 
 BLIP's text encoder and text decoder share everything but self-attention (Li et al. 2022, section
-3.1). Here they are one stack whose layers hold both self-attentions: nothing is tied, and encoder
-and decoder tokens can go through it in one pass. Post-norm layers as in BERT, no token types.
+3.1). Here they are one stack whose layers hold both self-attentions. Nothing is tied, and encoder
+and decoder tokens can go through the stack in one pass. As in BERT, norms follow the residuals.
+There are no token types.
 
 Shapes: T packed tokens, I images, N image tokens, D width, H heads, C channels of a head, R rows
 that are read after the last layer.
@@ -24,13 +25,13 @@ from blip_scale.model.kernels import Kernel
 from blip_scale.model.packing import TextPass
 
 Role = Literal["both", "encoder", "decoder"]
-"""Which self-attentions the layers of a stack have: BLIP's fine-tuned models tie nothing, and an
-encoder or a decoder of its own needs one."""
+"""Self-attentions that the layers of a stack have. BLIP's fine-tuned models have separate encoders
+and decoders, which need one each."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens with a role. [DEC] opens a caption, [ENC] an image-grounded text."""
+    """Ids of the special tokens. [DEC] opens a caption, [ENC] an image-grounded text."""
 
     pad: int
     cls: int
@@ -51,7 +52,7 @@ class TextConfig:
     mlp_width: int = 3072
     max_positions: int = 512
     dropout: float = 0.1
-    """On hidden states and on attention probabilities."""
+    """Dropout probability of hidden states and attention probabilities."""
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
@@ -76,7 +77,7 @@ class TextEmbeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """[...] int64 twice to [..., D]."""
+        """Token ids and positions, both [...] int64, to [..., D]."""
         return self.dropout(self.norm(self.word(token_ids) + self.position(positions)))
 
 
@@ -103,7 +104,7 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def finish(self, hidden_TD: Tensor, context_THC: Tensor) -> Tensor:
-        """Output projection, residual, norm."""
+        """Apply output projection, residual and norm to attended values [T, H, C]."""
         return self.norm(hidden_TD + self.dropout(self.output(context_THC.flatten(1))))
 
 
@@ -130,7 +131,7 @@ class ImageAttention(nn.Module):
         return k, v
 
     def attend(self, hidden_TD: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-        """The rest of it, for keys and values that are there."""
+        """Attend with keys and values from `project_images`."""
         q_THC = self.query(hidden_TD).unflatten(-1, (self.heads, -1))
         dropout = self.probability if self.training else 0.0
         return self.output(attention(q_THC, k, v, layout, dropout, self.kernel).flatten(1))
@@ -145,7 +146,7 @@ class CrossAttention(ImageAttention):
         self.dropout = Dropout(config.dropout)
 
     def attend(self, hidden_TD: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-        """With residual and norm."""
+        """Attend with keys and values from `project_images`, add the residual and normalise."""
         return self.norm(hidden_TD + self.dropout(super().attend(hidden_TD, k, v, layout)))
 
 
@@ -165,7 +166,7 @@ class TextMLP(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """One layer; without an image width the bidirectional self-attention and the MLP alone."""
+    """One layer. Without an image width it has only bidirectional self-attention and MLP."""
 
     def __init__(
         self, config: TextConfig, image_width: int | None, kernel: Kernel, role: Role = "both"
@@ -224,8 +225,8 @@ class TextStack(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             arguments = (hidden_TD, image_embeds_IND, plan, number == len(self.layers))
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # With its early stop: run to the end, the recomputation would let ZeRO-3 release
-                # the weights of the layer's last module just before its backward needs them.
+                # Keep torch's early stop. If the recomputation ran to the end, ZeRO-3 would release
+                # the weights of the layer's last module just before the backward needs them.
                 hidden_TD = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 hidden_TD = layer(*arguments)

@@ -1,10 +1,10 @@
 """BLIP for visual dialog: does an answer belong to a question, given image, caption and history?
 
-A text encoder reads the caption; its states and the image tokens together are what the dialog
-encoder's cross-attention looks at (Li et al. 2022, figure 5c; no code was published). Here one
-stack is both encoders, as MED's text encoder is: the caption goes through it without
-cross-attention. Where image and text have different widths (ViT-L), a matrix brings the caption's
-states to the width of the image tokens.
+A caption encoder reads the caption. The dialog encoder's cross-attention looks at the caption's
+states and the image tokens together (Li et al. 2022, figure 5c; no code was published). Here one
+stack serves as both encoders, like MED's text encoder: the caption goes through it without
+cross-attention. Where image and text differ in width (ViT-L), a matrix brings the caption's states
+to the width of the image tokens.
 
 Shapes: I images and captions, N image tokens, D width, T packed tokens, S dialogs.
 """
@@ -25,7 +25,7 @@ from blip_scale.model.vision import build_vision
 
 
 class VisDial(nn.Module):
-    """The whole network."""
+    """Network of VisDial: a ViT, a text encoder for captions and dialogs, and a matching head."""
 
     def __init__(self, config: MEDConfig) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class VisDial(nn.Module):
         self.itm_head = nn.Linear(width, 2)
 
     def encode_context(self, images: Tensor, captions: PackedText) -> tuple[Tensor, Segments]:
-        """Image tokens and caption states [1, T, image width], and where those of each image lie.
+        """Image tokens and caption states [1, T, image width], and the segment of each image.
 
         Args:
             images: [I, 3, H, W] normalised.
@@ -72,13 +72,14 @@ class VisDial(nn.Module):
 
 
 def beside(image_tokens: int, captions: Segments, caption_tokens: int) -> Segments:
-    """Segments over the tokens of all images, followed by those of all captions: an image's tokens
-    and its caption's are one sequence.
+    """Segments that join each image's tokens with its caption's into one sequence.
+
+    In the tensor, the tokens of all images come first, then those of all captions.
 
     Args:
-        image_tokens: N of every image.
-        captions: one for each image.
-        caption_tokens: of all captions together.
+        image_tokens: number of tokens N of every image.
+        captions: segments of the captions, one for each image.
+        caption_tokens: number of tokens of all captions together.
     """
     count, device = captions.count, captions.offsets.device
     offsets = F.pad((captions.lengths + image_tokens).cumsum(0, dtype=torch.int32), (1, 0))

@@ -19,7 +19,7 @@ from blip_scale.model.attention import AttentionLayout, attention, dense_segment
 from blip_scale.model.kernels import Kernel
 
 NORM_EPS = 1e-6
-"""Of every norm in BLIP's ViT (Hugging Face's BLIP config says 1e-5)."""
+"""Epsilon of every norm in BLIP's ViT (Hugging Face's BLIP config says 1e-5)."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,26 @@ class VisionConfig:
     patch_dropout: float = 0.0
     """Share of the patches that a forward in training leaves out, drawn anew for each image."""
     frozen_layers: int = 0
-    """So many first blocks don't train, nor does what lies before them."""
+    """Number of first blocks that don't train. What lies before them doesn't either."""
 
 
 class VisionAttention(TimmAttention):
-    """timm's self-attention (same parameters, same names) computed by `attention`."""
+    """timm's self-attention with the same parameters and names, computed by `attention`."""
 
     kernel: Kernel = "auto"
     queries: int | None = None
-    """So many first tokens look at all tokens, and are given; all of them by default."""
+    """Number of first tokens that attend to all tokens and are returned. None: all tokens."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """[B, N, D] to [B, N or `queries`, D]. Masks are refused: image tokens all see each
-        other."""
+        """[B, N, D] to [B, N or `queries`, D]. Image tokens all see each other.
+
+        Raises:
+            ValueError: a mask is passed.
+        """
         if attn_mask is not None or is_causal:
-            raise ValueError("vision attention takes no mask")
+            raise ValueError("vision attention takes no mask: image tokens all see each other")
         batch, tokens, _ = x.shape
         looking = self.queries or tokens
         gate = None if self.gate is None else self.gate(x[:, :looking]).sigmoid()
@@ -77,8 +80,7 @@ class VisionAttention(TimmAttention):
 
 
 class ClassTokenBlock(Block):
-    """A block of which the class token alone is read: it sees all tokens, the others' output is
-    not computed."""
+    """Block that computes only the class token. The class token still sees all tokens."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -90,8 +92,11 @@ class ClassTokenBlock(Block):
 
 
 def read_class_token_alone(vision: VisionTransformer) -> None:
-    """Let a ViT of `build_vision` give its class token [B, 1, D] alone, with less work in the last
-    block, where that is timm's plain one; another kind gives all tokens as before."""
+    """Make a ViT of `build_vision` return its class token alone, [B, 1, D].
+
+    The last block then skips the other tokens. A last block that isn't timm's plain `Block` is left
+    unchanged, and the ViT still returns all tokens.
+    """
     last = vision.blocks[-1]
     if type(last) is Block:
         last.__class__ = ClassTokenBlock
@@ -101,20 +106,21 @@ def read_class_token_alone(vision: VisionTransformer) -> None:
 def build_vision(
     config: VisionConfig, kernel: Kernel = "auto", gradient_checkpointing: bool = False
 ) -> VisionTransformer:
-    """A ViT whose forward gives all normalised tokens [B, N, D] of images [B, 3, H, W], CLS first.
+    """A ViT whose forward maps images [B, 3, H, W] to all normalised tokens [B, N, D], CLS first.
 
-    Parameters are left unset (no weight is read or drawn, so it builds inside deepspeed.zero.Init);
-    `init_weights` or a checkpoint fills them.
+    Parameters are left unset: `init_weights` or a checkpoint fills them. No weight is read or drawn
+    here, so the ViT can be built inside deepspeed.zero.Init.
 
     Raises:
-        ValueError: unknown name, not a VisionTransformer, bad overrides, image size and patch size
-            that don't fit, more frozen blocks than there are.
+        ValueError: the name is unknown or not a VisionTransformer, timm refuses the overrides, the
+            image size is no multiple of the patch size, or the ViT has fewer blocks than
+            `frozen_layers`.
     """
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
         raise ValueError(
             f"model.vision.name: timm has no model {config.name!r}"
-            + (f"; near: {', '.join(near)}" if near else "")
+            + (f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()")
         )
     try:
         vision = timm.create_model(
@@ -152,16 +158,18 @@ def build_vision(
 
 
 def training_tokens(vision: VisionTransformer) -> int:
-    """Tokens of an image that go through the blocks in training: what patch dropout keeps."""
+    """Number of tokens of an image that go through the blocks in training, after patch dropout."""
     patches: int = vision.patch_embed.num_patches
-    if isinstance(vision.patch_drop, PatchDropout):  # in timm's own arithmetic
+    if isinstance(vision.patch_drop, PatchDropout):  # rounded as timm rounds
         patches = max(1, int(patches * (1.0 - vision.patch_drop.prob)))
     return patches + vision.num_prefix_tokens
 
 
 def _freeze(vision: VisionTransformer, layers: int) -> None:
-    """No gradient for the first blocks and all that comes before them: where nothing before a block
-    trains, autograd stops there, and its backward is saved altogether."""
+    """Turn gradients off for the first blocks and all that comes before them.
+
+    Autograd stops at the first block that trains, so frozen blocks have no backward at all.
+    """
     depth = len(vision.blocks)
     if layers > depth:
         raise ValueError(

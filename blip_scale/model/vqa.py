@@ -1,7 +1,7 @@
 """BLIP for visual question answering: an encoder of questions, and a decoder that writes answers.
 
-The encoder is MED's image-grounded text encoder, all of whose states the decoder's cross-attention
-reads; the decoder never sees the image itself. The two are not tied (Li et al. 2022, figure 5a).
+The encoder is MED's image-grounded text encoder. The decoder's cross-attention reads the states of
+all question tokens and never sees the image. The two are not tied (Li et al. 2022, figure 5a).
 
 Shapes: B images and questions, N image tokens, D width, T packed tokens, A answers, V vocabulary.
 """
@@ -20,7 +20,7 @@ from blip_scale.model.vision import build_vision
 
 
 class VQA(nn.Module):
-    """The whole network."""
+    """Network of VQA: a ViT, an encoder of questions, and a decoder that writes answers."""
 
     def __init__(self, config: MEDConfig) -> None:
         super().__init__()
@@ -47,9 +47,10 @@ class VQA(nn.Module):
     def encode_questions(
         self, questions: PackedText, image_embeds: Tensor, image_index: Tensor
     ) -> Tensor:
-        """States [T, D] of all tokens of questions, first token [ENC].
+        """States [T, D] of all tokens of the questions.
 
         Args:
+            questions: sequences whose first token is [ENC].
             image_embeds: [B, N, image width].
             image_index: int64, the image of each question.
         """
@@ -57,15 +58,16 @@ class VQA(nn.Module):
         packed = self.config.takes_packed(image_embeds)
         index = ImageIndex(images, tokens, encoder=image_index)
         plan = plan_pass(questions, None, index, packed)
-        plan = replace(plan, read_rows=None, read_cross=plan.cross)  # all states, not the first
+        plan = replace(plan, read_rows=None, read_cross=plan.cross)  # read the states of all tokens
         return self.text_encoder(plan, image_embeds)
 
     def decode(
         self, answers: PackedText, states_TD: Tensor, questions: Segments, question_index: Tensor
     ) -> Tensor:
-        """Next-token logits [T of the answers, V] at every token of answers beginning with [DEC].
+        """Next-token logits [T of the answers, V] at every token of the answers.
 
         Args:
+            answers: A sequences whose first token is [DEC].
             states_TD: from `encode_questions`.
             questions: where the states of each question lie.
             question_index: [A] int64, the question of each answer.

@@ -15,8 +15,11 @@ def sequence_losses(
     """Cross entropy with label smoothing summed over the tokens of each sequence, [A] fp32.
 
     Args:
+        logits_PV: any floating type.
+        targets_P: int64.
         sequences_P: int64, the sequence of each token.
-        count: A.
+        count: number of sequences A.
+        label_smoothing: share of the target that is spread over the vocabulary.
     """
     losses_P = F.cross_entropy(
         logits_PV.float(), targets_P, label_smoothing=label_smoothing, reduction="none"
@@ -25,9 +28,9 @@ def sequence_losses(
 
 
 def answer_loss(losses_A: Tensor, weights_A: Tensor, questions: int) -> Tensor:
-    """The answers' losses by the share of people who gave each, a question; fp32 scalar.
+    """Sum of the answers' losses, weighted, divided by the number of questions; fp32 scalar.
 
-    As published: unique answers are weighted, and the sum is divided by the questions, not by the
-    answers or their weights.
+    The weight of a unique answer is the share of people who gave it. As published, the sum is not
+    divided by the answers or their weights.
     """
     return (losses_A * weights_A).sum() / questions

@@ -1,8 +1,8 @@
 """Image-text contrastive loss (ITC) against momentum keys and queues, with soft targets.
 
-Legend: B batch of this rank, E embed_dim, Q queue, K = B + Q keys: first this rank's momentum
-features of the step, then the queue. Everything is computed in fp32: similarities divided by a
-temperature of 0.001 reach 1000, where bf16 tells apart steps of 4.
+Legend: B batch of this rank, E embed_dim, Q queue, K = B + Q keys (this rank's momentum features of
+the step, then the queue). Everything is computed in fp32. Similarities divided by a temperature of
+0.001 reach 1000, where the spacing of bf16 is 4.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def similarities(
 ) -> Similarities:
     """Similarities of queries to momentum keys and to the queue, divided by the temperature.
 
-    Called once with online features as queries (gradient flows to them and to the temperature) and
-    once, under `no_grad`, with the momentum features themselves as queries: their softmax gives the
-    soft targets.
+    A step calls this twice. With online features as queries, gradient flows to them and to the
+    temperature. With momentum features as queries, under `no_grad`, the softmax of the result gives
+    the soft targets.
 
     Args:
         queries: normalised features [B, E].
@@ -54,8 +54,8 @@ def similarities(
 
 
 def _scaled(queries_BE: Tensor, keys_BE: Tensor, queue_EQ: Tensor, temperature: Tensor) -> Tensor:
-    # Divide the B x E queries, not the B x K products; and take two products rather than one over
-    # a copy of the queue, which would move 59 MB a direction and step at the published sizes.
+    # Divide the B x E queries rather than the B x K products. Take two products rather than one
+    # over a copy of the queue: it would move 59 MB per direction and step at the published sizes.
     scaled_BE = queries_BE.float() / temperature.float()
     in_batch_BB = scaled_BE @ keys_BE.detach().float().T
     return torch.cat([in_batch_BB, scaled_BE @ queue_EQ.detach()], dim=1)
@@ -65,10 +65,10 @@ def _scaled(queries_BE: Tensor, keys_BE: Tensor, queue_EQ: Tensor, temperature: 
 def soft_targets(
     momentum_BK: Tensor, alpha: float | Tensor, positives_BK: Tensor | None = None
 ) -> Tensor:
-    """Targets [B, K]: alpha times the momentum softmax, the rest on the positive (ALBEF, 3.2), or
-    shared out evenly among the keys that `positives_BK` (bool) says are right.
+    """Targets [B, K]: alpha times the momentum softmax, and the rest on the positive (ALBEF, 3.2).
 
-    `alpha`: see `itc_loss`.
+    With several positives in a row of `positives_BK` (bool), the rest is spread evenly over them.
+    See `itc_loss` for `alpha`.
     """
     soft, hard = alpha if isinstance(alpha, Tensor) else (alpha, 1.0 - alpha)
     targets_BK = momentum_BK.softmax(dim=1).mul_(soft)
@@ -91,8 +91,8 @@ def itc_loss(
     Args:
         online: similarities of the online features, with gradient.
         momentum: similarities of the momentum features, same shape.
-        alpha: weight of the soft targets, from `alpha_at`; or [2] fp64, it and 1 - alpha, on the
-            device, so that the host sends no number in the middle of a step.
+        alpha: weight of the soft targets, from `alpha_at`. Or alpha and 1 - alpha as [2] fp64 on
+            the device, so that the host sends no number in the middle of a step.
         positives_BK: [B, K] bool, keys of the same image; None: the row's own pair alone.
     """
     image_to_text = F.cross_entropy(
@@ -112,15 +112,15 @@ def alpha_at(step: int, steps_per_epoch: int, alpha: float, ramp_epochs: float) 
 
 @torch.no_grad()
 def retrieval_accuracy(online: Similarities) -> tuple[Tensor, Tensor]:
-    """Share of images whose best text of this rank's batch is their own, and the reverse.
+    """Top-1 accuracy of retrieval within this rank's batch.
 
     Returns:
-        image-to-text and text-to-image top-1, fp32 scalars on the device; chance is 1 / B.
+        Image-to-text and text-to-image accuracy, fp32 scalars on the device. Chance is 1 / B.
     """
     batch = len(online.image_to_text)
-    own_B = torch.arange(batch, device=online.image_to_text.device)
-    found = [
-        (scores_BK[:, :batch].argmax(dim=1) == own_B).float().mean()
-        for scores_BK in (online.image_to_text, online.text_to_image)
-    ]
-    return found[0], found[1]
+    positives_B = torch.arange(batch, device=online.image_to_text.device)
+
+    def top1(scores_BK: Tensor) -> Tensor:
+        return (scores_BK[:, :batch].argmax(dim=1) == positives_B).float().mean()
+
+    return top1(online.image_to_text), top1(online.text_to_image)

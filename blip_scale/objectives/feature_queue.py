@@ -1,6 +1,6 @@
-"""The ring buffers of momentum features that ITC contrasts against.
+"""Ring buffers of the momentum features that ITC contrasts against.
 
-Legend: E embed_dim, Q queue, G features that enter at once (all ranks, rank order).
+Legend: E embed_dim, Q queue, G features that enter in one step (all ranks, in rank order).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _NO_IMAGE = -100  # as published
 
 
 class FeatureQueue:
-    """Momentum features of past steps, one buffer a modality; column j of both belongs to one pair.
+    """Momentum features of past steps: one buffer for images, one for texts, paired by column.
 
-    A plain object and no nn.Module: a module's buffers would follow its casts to bf16, and
-    DeepSpeed's broadcast at the start leaves buffers out. The seed alone makes the random first
-    content the same on all ranks, and the same gathered features on all ranks keep it so. Nothing
-    here waits for the device.
+    It is not an nn.Module: a module's buffers would be cast to bf16, and DeepSpeed's broadcast at
+    the start leaves buffers out. Instead, the random first content depends on the seed alone, and
+    every rank enqueues the same gathered features, so all ranks hold equal queues. Nothing here
+    waits for the device.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class FeatureQueue:
         """Fill both buffers with random unit columns.
 
         Args:
-            embed_dim: E.
-            size: Q, pairs kept.
-            seed: the same on all ranks.
-            device: where the buffers live.
-            with_image_ids: keep which image each pair is of.
+            embed_dim: width of a feature E.
+            size: number of pairs Q.
+            seed: must be equal on all ranks.
+            device: device of the buffers.
+            with_image_ids: whether to keep the image id of each pair.
         """
         generator = torch.Generator().manual_seed(seed)
         self._image_EQ, self._text_EQ = (
@@ -48,19 +48,19 @@ class FeatureQueue:
             for _ in range(2)
         )
         self.image_ids: torch.Tensor | None = None
-        """[Q] int64, which image each column is of; -100 where nothing entered yet."""
+        """[Q] int64, the image id of each column; -100 where nothing entered yet."""
         if with_image_ids:
             self.image_ids = torch.full((size,), _NO_IMAGE, dtype=torch.int64, device=device)
-        # On the host: only ages are taken from it.
+        # On the host, as only `age` reads it.
         self._entered_at_Q = torch.full((size,), _NEVER, dtype=torch.int64)
         self.pointer = 0
-        """Column that the next feature takes."""
+        """Column that the next feature overwrites."""
         self.enqueued = 0
-        """Pairs that ever entered."""
+        """Number of pairs that ever entered."""
 
     @property
     def size(self) -> int:
-        """Q, the pairs that it holds."""
+        """Number of pairs Q."""
         return self._image_EQ.shape[1]
 
     @property
@@ -72,14 +72,14 @@ class FeatureQueue:
     def enqueue(
         self, features: FeaturePair, step: int, image_ids: torch.Tensor | None = None
     ) -> None:
-        """Overwrite the oldest columns; the ring wraps, so any G up to Q will do.
+        """Overwrite the oldest columns. The ring wraps, so any G up to Q is allowed.
 
-        In place: the backward passes that used `features` of this queue must be done before.
+        The buffers change in place. Backward passes that need `features` must be finished.
 
         Args:
             features: momentum features of all ranks [G, E], the same tensors on every rank.
             step: optimizer step, for `age`.
-            image_ids: [G] int64, for a queue that keeps them.
+            image_ids: [G] int64, for a queue with image ids.
 
         Raises:
             ValueError: G is larger than Q, or the shapes do not fit.
@@ -109,12 +109,12 @@ class FeatureQueue:
         self.enqueued += incoming
 
     def age(self, step: int) -> float:
-        """Mean age in optimizer steps of the columns written so far; 0 while there is none."""
+        """Mean age in optimizer steps of the columns written so far; 0 before the first."""
         entered = self._entered_at_Q[self._entered_at_Q != _NEVER]
         return step - entered.double().mean().item() if len(entered) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All state; the tensors are the live ones: save or copy them before the next `enqueue`."""
+        """All state. Tensors are not copied: save or clone them before the next `enqueue`."""
         state = {
             "image": self._image_EQ,
             "text": self._text_EQ,
@@ -126,17 +126,17 @@ class FeatureQueue:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state that `state_dict` gave, on whatever device.
+        """Restore the state that `state_dict` returned. It may lie on any device.
 
         Raises:
-            ValueError: the state is of a queue of another size or embed_dim.
+            ValueError: size or embed_dim of the state differ from this queue's.
         """
         saved, here = tuple(state["image"].shape), tuple(self._image_EQ.shape)
         if saved != here:
             raise ValueError(
                 f"feature queue: the checkpoint holds [embed_dim, size] = {list(saved)}, the "
-                f"recipe asks for {list(here)}; set model.embed_dim and objective.queue_size as "
-                "they were"
+                f"recipe asks for {list(here)}; set model.embed_dim and objective.queue_size to "
+                "the checkpoint's"
             )
         self._image_EQ.copy_(state["image"])
         self._text_EQ.copy_(state["text"])

@@ -1,7 +1,7 @@
 """Language modelling loss (LM) of the image-grounded decoder.
 
-Legend: P predicted positions (every real token but the last of a sequence predicts the next),
-V vocabulary.
+Legend: P predicted positions, V vocabulary. Every real token but the last of a sequence predicts
+the next.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from blip_scale.model.packing import IGNORED
 def lm_loss(logits_PV: Tensor, targets_P: Tensor, label_smoothing: float = 0.1) -> Tensor:
     """Cross entropy with label smoothing, mean over the predicted tokens of this rank; fp32 scalar.
 
-    A token costs (1 - s) * -log p(target) + s * mean over the vocabulary of -log p: with s = 0.1
-    the loss cannot reach 0 (paper, section 3.2; s as published).
+    The loss of a token is (1 - s) * -log p(target) + s * mean over the vocabulary of -log p. With
+    s = 0.1, as published (paper, section 3.2), it cannot reach 0.
 
     Args:
         logits_PV: any floating type; the softmax is taken in fp32.

@@ -1,7 +1,7 @@
 """Image-text matching (ITM): hard negatives drawn from the contrastive similarities, labels, loss.
 
-Legend: B batch of this rank, P pool that negatives are drawn from: the rank's own batch (P = B, as
-published) or the batches of all ranks in rank order (P = B x ranks).
+Legend: B batch of this rank, P pool that negatives are drawn from. The pool is the rank's batch
+(P = B, as published) or the batches of all ranks in rank order (P = B x ranks).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WEIGHT_FLOOR = 1e-4
-"""Added to every softmax weight: a peaked row can be drawn from even without its positive."""
+"""Constant added to every softmax weight, so that a peaked row has negatives to draw."""
 
 CONSTANT_PREDICTION_LOSS = math.log(3) - 2 / 3 * math.log(2)
-"""0.6365: the loss of a head that learned only that one pair in three matches."""
+"""Loss (0.6365) of a head that learned only that one pair in three matches."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class HardNegatives:
     """Rows of the pool, int64 [B] each."""
 
     image: Tensor
-    """For each text of the batch the image that it is wrongly paired with."""
+    """Image that each text of the batch is wrongly paired with."""
     text: Tensor
-    """For each image of the batch the text that it is wrongly paired with."""
+    """Text that each image of the batch is wrongly paired with."""
 
 
 def check_pool(pool_size: int) -> None:
@@ -47,15 +47,16 @@ def check_pool(pool_size: int) -> None:
 def negative_weights(
     similarities_BP: Tensor, first_positive: int = 0, same_image_BP: Tensor | None = None
 ) -> Tensor:
-    """Weights to draw by [B, P], fp32: softmax over the pool plus 1e-4, 0 for the positive.
+    """Sampling weights of the negatives, fp32 [B, P].
 
-    With `same_image_BP`, as in retrieval fine-tuning: softmax over the others, 0 for all pairs of
-    the same image (the published softmax over all with these set to 0, but for a factor a row, and
-    without its rows of zeros).
+    In pretraining they are the softmax over the pool plus `WEIGHT_FLOOR`, and 0 for the positive.
+    With `same_image_BP`, as in retrieval fine-tuning, they are the softmax over the pairs of other
+    images, and 0 for all pairs of the same image. Up to a factor per row that is the published
+    softmax over all pairs, but no row becomes all zeros.
 
     Args:
         similarities_BP: similarities of the batch to the pool, already divided by the temperature.
-        first_positive: row of the pool that is the positive of query 0; the next follow it.
+        first_positive: row of the pool that is the positive of query 0. The others follow it.
         same_image_BP: [B, P] bool.
     """
     if same_image_BP is not None:
@@ -74,18 +75,19 @@ def draw_negatives(
     first_positive: int = 0,
     same_image_BP: Tensor | None = None,
 ) -> HardNegatives:
-    """One negative image a text and one negative text an image, likelier the more similar they are.
+    """Draw one negative image for each text and one negative text for each image.
 
-    Text-to-image draws come first, as published.
+    The more similar a negative is, the likelier it is drawn. Negative images are drawn first, as
+    published.
 
     Args:
-        text_to_image_BP: similarities of the batch's texts to the pool's images: for the local pool
-            the first B columns of `Similarities.text_to_image`.
-        image_to_text_BP: the same of the batch's images to the pool's texts.
-        generator: on the device of the similarities.
+        text_to_image_BP: similarities of the batch's texts to the pool's images. For the local pool
+            they are the first B columns of `Similarities.text_to_image`.
+        image_to_text_BP: similarities of the batch's images to the pool's texts.
+        generator: generator on the device of the similarities.
         first_positive: 0 for the local pool, rank * B for the global one.
-        same_image_BP: see `negative_weights`; where a row has no other image, one of the same is
-            drawn (so `pair_labels`).
+        same_image_BP: see `negative_weights`. In a row without another image, a pair of the same
+            image is drawn; `pair_labels` labels it as a match.
 
     Raises:
         ValueError: the pool is a single pair.
@@ -99,9 +101,9 @@ def draw_negatives(
 
 
 def _draw(weights_BP: Tensor, generator: torch.Generator) -> Tensor:
-    # The exponential race, which torch.multinomial runs as well for one draw a row: same draws from
-    # the same generator, but without its check of the weights, which makes the host wait for the
-    # device and turns a step of non-finite similarities, which the loop skips, into an exception.
+    # This exponential race is what torch.multinomial runs for one draw per row, with equal draws.
+    # torch.multinomial also checks the weights. The check makes the host wait for the device, and
+    # raises at non-finite similarities, whose step the loop would skip.
     race_BP = torch.empty_like(weights_BP).exponential_(generator=generator)
     return (weights_BP / race_BP).argmax(dim=1)
 
@@ -114,8 +116,7 @@ def match_labels(batch: int, device: torch.device | str) -> Tensor:
 
 
 def pair_labels(negatives: HardNegatives, same_image_BP: Tensor) -> Tensor:
-    """`match_labels` where a pool may hold an image again: a drawn pair of the same image is a
-    match."""
+    """`match_labels` for a pool that may repeat images: a drawn pair of the same image matches."""
     labels = match_labels(len(same_image_BP), same_image_BP.device)
     drawn_B2 = torch.stack([negatives.image, negatives.text], dim=1)
     labels[len(same_image_BP) :] = same_image_BP.gather(1, drawn_B2).T.flatten()
@@ -129,14 +130,14 @@ def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match_accuracy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of the matches that were called one, and of the mismatches that were not.
+    """Accuracy of the matching head on matches and on mismatches.
 
     Args:
         logits: [3B, 2].
         labels: [3B], from `match_labels`.
 
     Returns:
-        two fp32 scalars on the device: (1, 0) or (0, 1) is a head that knows one answer only.
+        Two fp32 scalars on the device. (1, 0) and (0, 1) mean that the head predicts one class.
     """
     right = (logits.argmax(dim=1) == labels).float()
     matched = labels.float()
@@ -146,10 +147,10 @@ def match_accuracy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def predicts_one_class(loss: float, accuracy_match: float, accuracy_mismatch: float) -> bool:
-    """Whether these figures are those of a head that gives every pair the same answer.
+    """Whether the head predicts the same class for every pair.
 
-    Either the loss lies within 0.02 of the constant prediction's 0.6365, or one class is (nearly)
-    always right and the other (nearly) always wrong.
+    It does if the loss is within 0.02 of `CONSTANT_PREDICTION_LOSS`, or if one class is nearly
+    always right (above 0.99) and the other nearly always wrong (below 0.01).
     """
     one_sided = max(accuracy_match, accuracy_mismatch) > 0.99
     one_sided = one_sided and min(accuracy_match, accuracy_mismatch) < 0.01

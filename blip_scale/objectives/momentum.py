@@ -1,4 +1,4 @@
-"""The update of momentum copies, element by element on whatever shards it is given."""
+"""Update of the momentum encoders: an exponential moving average, on any slices of parameters."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 def momentum_update_(
     averages: Sequence[Tensor], weights: Sequence[Tensor], momentum: float
 ) -> None:
-    """average <- momentum * average + (1 - momentum) * weight, in place, once an optimizer step.
+    """Set average to momentum * average + (1 - momentum) * weight, in place.
 
-    Published order: before the momentum forward of a step, with the weights as the last optimizer
-    step left them.
+    Call it once per optimizer step. As published, it precedes the momentum forward of a step and
+    takes the weights that the last optimizer step left.
 
     Args:
-        averages: fp32, any shapes; this rank's shards, or whole parameters.
-        weights: fp32, the same shapes; the optimizer's masters, not their bf16 copies.
+        averages: fp32, any shapes: this rank's slices, or whole parameters.
+        weights: fp32, the same shapes: the optimizer's master weights, not their bf16 copies.
         momentum: 0.995 as published.
 
     Raises:
-        ValueError: an average or a weight is not fp32. At 0.995 a bf16 average never moves: the
-            increment is lost to rounding.
+        ValueError: an average or a weight is not fp32. At 0.995 a bf16 average never moves, as
+            rounding loses the increment.
     """
     for index, tensor in enumerate((*averages, *weights)):
         if tensor.dtype != torch.float32:

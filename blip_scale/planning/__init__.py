@@ -1,1 +1,1 @@
-"""What a run will need, on paper: memory, time, data and storage of a recipe on a cluster."""
+"""Estimates of memory, time, data and storage that a recipe needs on a cluster."""

@@ -1,9 +1,8 @@
-"""Bytes that a micro-step keeps for its backward pass, layer by layer, on paper.
+"""Bytes that a micro-step keeps for its backward pass, by formula, layer by layer.
 
 On a GPU attention is fused (FlashAttention, or SDPA's fused kernels) and keeps no matrix of
-probabilities. On a CPU `model.attention` takes plain products in bf16 and wherever there is
-dropout, and keeps them. Letters: B batch, N image tokens, D width, T text tokens, V vocabulary, K
-keys of ITC.
+probabilities. On a CPU `model.attention` takes plain products in bf16 and with dropout, and keeps
+them. Letters: B batch, N image tokens, D width, T text tokens, V vocabulary, K keys of ITC.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Micro:
-    """One micro-step of one rank."""
+    """Sizes of one micro-step of one rank."""
 
     batch: int
     text_tokens: int
-    """Of all its captions, [CLS] and [SEP] included."""
+    """Number of tokens of all captions, [CLS] and [SEP] included."""
     compute_bytes: int
     """Bytes of an element of weights and activations."""
     keys: int
-    """Features that ITC compares each pair with, those of the micro-batch included."""
+    """Number of features that ITC compares each pair with, those of the micro-batch included."""
     on_cpu: bool = False
-    """Whether it runs on a CPU: dropout masks have the type of the activations there (1 byte on a
-    GPU), and attention is not fused in bf16 and with dropout."""
+    """Whether it runs on a CPU. There dropout masks have the dtype of the activations (on a GPU 1
+    byte), and attention is not fused in bf16 or with dropout."""
 
     @property
     def dropout_bytes(self) -> int:
@@ -40,22 +39,22 @@ class Micro:
 
     @property
     def length(self) -> float:
-        """Mean tokens of a caption."""
+        """Mean number of tokens of a caption."""
         return self.text_tokens / self.batch
 
 
 def packed_tokens(batch: int, tokens_each: float, multiple: int = 1) -> int:
-    """Tokens of a micro-batch's captions together, padded to a multiple of `multiple`."""
+    """Number of tokens of a micro-batch's captions, padded to a multiple of `multiple`."""
     return math.ceil(math.ceil(batch * tokens_each) / multiple) * multiple
 
 
 def saved_activations(
     config: MEDConfig, vision: VisionShape, micro: Micro, checkpointing: bool
 ) -> dict[str, float]:
-    """Bytes that are alive between forward and backward, by part of the network.
+    """Bytes kept between forward and backward, by part of the network.
 
-    With checkpointing a block keeps its input alone; `recomputed` is then the largest block, which
-    comes back whole in the backward pass.
+    With checkpointing, a block keeps only its input. `recomputed` is then the largest block, whose
+    activations are recomputed in the backward pass.
     """
     text, size = config.text, micro.compute_bytes
     block = _vision_block(vision, micro)
@@ -78,7 +77,7 @@ def saved_activations(
     patches_train = vision.trained_depth == vision.depth
     pixels = micro.batch * 3 * vision.image_size**2 * size if patches_train else 0
     saved = {
-        "vision": pixels + blocks + 2 * image_tokens,  # with the last norm's input and output
+        "vision": pixels + blocks + 2 * image_tokens,  # 2: input and output of the last norm
         "text": encoder + micro.text_tokens * embedding,
         "sweep": sweep + (rows + decoded) * embedding,
         "language_head": decoded * (4 * text.width * size + text.vocab_size * _FP32),
@@ -90,8 +89,10 @@ def saved_activations(
 
 
 def temporaries(config: MEDConfig, vision: VisionShape, micro: Micro) -> dict[str, float]:
-    """Bytes that come and go at the peak, which is where the forward pass ends and the backward
-    pass begins: logits and their gradients, similarities, one block's gradients."""
+    """Bytes of temporary tensors at the peak, between forward and backward pass.
+
+    They are logits and their gradients, similarities, and one block's gradients.
+    """
     text, size = config.text, micro.compute_bytes
     decoded = micro.text_tokens - micro.batch
     rows = 3 * micro.text_tokens + decoded
@@ -110,7 +111,7 @@ def _mask(text: TextConfig, micro: Micro) -> float:
 
 
 def _vision_block(vision: VisionShape, micro: Micro) -> float:
-    """Residual stream twice, both norms' outputs, q k v, context, and the MLP's inside twice."""
+    """Bytes of a ViT block: residual stream twice, norms' outputs, q k v, context, MLP twice."""
     rows = micro.batch * vision.tokens
     elements = 8 * vision.width + 2 * vision.mlp_width
     statistics = (4 + vision.heads) * _FP32
@@ -119,8 +120,10 @@ def _vision_block(vision: VisionShape, micro: Micro) -> float:
 
 
 def _probabilities(elements: float, dropout: float, micro: Micro) -> float:
-    """Bytes of attention probabilities that plain products keep of `elements`: the softmax, and
-    with dropout its mask and the product of both."""
+    """Bytes of attention probabilities that plain products keep.
+
+    They are the softmax with `elements` elements and, with dropout, its mask and their product.
+    """
     if not micro.on_cpu or (micro.compute_bytes == _FP32 and not dropout):
         return 0.0
     return elements * micro.compute_bytes * (3 if dropout else 1)
@@ -129,8 +132,10 @@ def _probabilities(elements: float, dropout: float, micro: Micro) -> float:
 def _text_layer(
     text: TextConfig, micro: Micro, rows: int, read_rows: int, image_tokens: int
 ) -> float:
-    """Self-attention on `rows`; cross-attention, where there are image tokens, and MLP on the rows
-    that are read."""
+    """Bytes of a text layer: self-attention on `rows`, cross-attention and MLP on `read_rows`.
+
+    Without image tokens there is no cross-attention.
+    """
     size, mask = micro.compute_bytes, _mask(text, micro)
     statistics = (2 + text.heads) * _FP32
     attention = 6 * text.width * size + mask * text.width + statistics
@@ -138,7 +143,7 @@ def _text_layer(
     mlp = (2 * text.width + 2 * text.mlp_width) * size + mask * text.width + 2 * _FP32
     kept = rows * attention + read_rows * mlp
     if image_tokens:
-        # The rows are sorted by image and back again: two copies more than in self-attention.
+        # Rows are sorted by image and back, which takes two copies more than self-attention.
         cross = 6 * text.width * size + mask * text.width + statistics
         cross += _probabilities(text.heads * image_tokens, text.dropout, micro)
         keys_and_values = micro.batch * image_tokens * 2 * text.width * size

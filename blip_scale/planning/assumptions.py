@@ -1,4 +1,4 @@
-"""What a plan takes for granted, as figures and in words."""
+"""Assumptions of a plan, as numbers and in words."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from blip_scale.planning.timing import (
 
 GIB = 2**30
 TOKENS_A_CAPTION = 12.5
-"""Mean of web captions, [CLS] and [SEP] included."""
+"""Mean number of tokens of a web caption, [CLS] and [SEP] included."""
 IMAGES_A_CORE = 800.0
-"""Decoded and cropped a second by one core, measured with JPEGs of 500x375 (560 at 640x480)."""
+"""Number of JPEGs of 500x375 pixels that one core decodes and crops per second, measured. At
+640x480 pixels it is 560."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes for granted of data and captions."""
+    """Assumptions about data and captions."""
 
     tokens_each: float = TOKENS_A_CAPTION
     sample_bytes: float | None = None
     images_a_core: float = IMAGES_A_CORE
     unknown_samples: int | None = None
-    """Of a stream that is neither here nor published; None refuses it."""
+    """Number of images of a stream that is neither local nor published. None refuses such
+    streams."""
 
 
 def statements(
     cluster: Cluster, load: Load, execution: Execution, assumed: Assumptions, notes: list[str]
 ) -> tuple[str, ...]:
-    """Every assumption of a plan in words."""
+    """All assumptions of a plan, in words."""
     gpu, sharding = cluster.gpu, load.sharding
     share, start = LINK_EFFICIENCY, COLLECTIVE_LATENCY_S
     overlap = "beside" if sharding.overlap else "after"
@@ -90,7 +92,7 @@ def _host(cluster: Cluster, execution: Execution, modules: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in words: days, hours or minutes."""
+    """A time in days, hours or minutes, as text."""
     if seconds >= 86_400:
         return f"{seconds / 86_400:.1f} days"
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"

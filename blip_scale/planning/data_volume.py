@@ -1,4 +1,4 @@
-"""How many samples the recipe's streams hold: counted where they lie here, published otherwise."""
+"""Number of samples of the recipe's streams: counted if they are local, published otherwise."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ PUBLISHED = {
     "conceptual_captions_12m": 10_000_000,
     "laion": 115_000_000,
 }
-"""Images of the published sets by stream name (Li et al. 2022, table 15)."""
+"""Number of images of the published sets, by stream name (Li et al. 2022, table 15)."""
 PUBLISHED_CAPTIONS = {"coco": 5 * 113_000, "visual_genome": 821_000}
-"""Their captions, where an image has several; Visual Genome's as in BLIP's list."""
+"""Number of captions of published sets with several per image (Visual Genome: BLIP's list)."""
 
 SAMPLE_BYTES = 30_000
-"""A sample in its shard, where nothing is there to be measured: a JPEG of web size with caption."""
+"""Assumed bytes of a sample of streams that are not local: a JPEG of web size and a caption."""
 
 
 @dataclass(frozen=True)
 class Volume:
-    """What an epoch reads and what has to be stored."""
+    """Sizes of the data: samples of an epoch, and bytes to store."""
 
     samples: int
-    """Images of all streams together."""
+    """Number of images of all streams together."""
     stored_bytes: float
     samples_per_epoch: int
     sample_bytes: float
@@ -45,20 +45,23 @@ def volume_of(
     """Samples and bytes of the training streams.
 
     Args:
-        sample_bytes: of a sample of those that are not here; None takes SAMPLE_BYTES.
-        unknown: images of a stream that is neither here nor published; None refuses it.
+        recipe: the recipe.
+        sample_bytes: bytes of a sample of streams that are not local. None: SAMPLE_BYTES.
+        unknown: number of images of a stream that is neither local nor published. None refuses such
+            streams.
 
     Raises:
-        ValueError: a stream is neither here nor one of the published sets.
+        ValueError: a stream is neither local nor one of the published sets.
     """
     samples, items, stored, notes, published = 0, [], 0.0, [], []
     each = sample_bytes or SAMPLE_BYTES
     for index, stream in enumerate(recipe.data.streams):
-        places = [place for place in (stream.remote, stream.local) if place]  # or its cache
-        folders = (Path(os.path.expandvars(place)).expanduser() for place in places)
         by_caption = stream.repeat == "captions"
-        found = next(filter(None, (_count(folder, by_caption) for folder in folders)), None)
-        if found is None:
+        counts = None
+        for place in filter(None, (stream.remote, stream.local)):  # local may be a cache
+            folder = Path(os.path.expandvars(place)).expanduser()
+            counts = counts or _count(folder, by_caption)
+        if counts is None:
             if stream.name not in PUBLISHED and unknown is None:
                 raise ValueError(
                     f"data.streams.{index} ({stream.name}): no index.json at "
@@ -68,22 +71,24 @@ def volume_of(
             published.append(stream.name)
             images = PUBLISHED.get(stream.name, unknown or 0)
             captions = PUBLISHED_CAPTIONS.get(stream.name, images)
-            found = images, captions if by_caption else images, images * each
-        samples += found[0]
-        items.append(found[1])
-        stored += found[2]
+            counts = images, captions if by_caption else images, images * each
+        samples += counts[0]
+        items.append(counts[1])
+        stored += counts[2]
     if published:
         notes.append(
             f"published numbers of images, {each / 1e3:.0f} kB each, for what is not here: "
             + ", ".join(published)
         )
-    counts = samples_per_epoch(recipe.data, items)
-    return Volume(samples, stored, sum(counts), stored / samples if samples else each, notes)
+    per_epoch = sum(samples_per_epoch(recipe.data, items))
+    return Volume(samples, stored, per_epoch, stored / samples if samples else each, notes)
 
 
 def _count(folder: Path, by_caption: bool) -> tuple[int, int, float] | None:
-    """Samples, what an epoch takes of them (captions, if it goes by them) and bytes, as the index
-    in a folder says."""
+    """Samples, items of an epoch (samples or captions) and bytes, from the index of a folder.
+
+    None if the folder has no index.
+    """
     file = folder / "index.json"
     if not file.is_file():
         return None

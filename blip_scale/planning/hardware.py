@@ -1,5 +1,7 @@
-"""GPUs by name: what a plan needs to know of them. Makers' figures, dense, of the SXM form where
-there are several."""
+"""GPUs by name, with the figures that a plan needs.
+
+They are the makers' figures for dense products, and for the SXM form if there are several.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,16 @@ class GPU:
     """One device, and the links of the node that it is usually sold in."""
 
     memory_gib: float
-    """What a program finds, a little below the name's figure."""
+    """Memory that a program can use, a little less than the name says."""
     bf16_tflops: float | None
-    """Dense matrix products; None: no bf16 matrix units."""
+    """Peak of dense matrix products in bf16. None: no bf16 matrix units."""
     fp32_tflops: float
-    """True fp32, as torch computes by default."""
+    """Peak in true fp32, torch's default."""
     memory_gb_s: float
     link_gb_s: float
-    """To the other GPUs of the node, one direction: NVLink, or PCIe where there is none."""
+    """Bandwidth to the other GPUs of the node in one direction: NVLink, or PCIe without it."""
     network_gbit: float
-    """All network cards of a node together."""
+    """Bandwidth of all network cards of a node together."""
 
 
 GPUS = {
@@ -37,12 +39,12 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU that a user means: by its name here, or by the only one of its family (`v100`).
+    """The GPU with a name of `GPUS`, or the only one of a family (`v100`).
 
-    Case, `gb` and punctuation do not matter: `A100-80GB` and `RTX 4090` are names as well.
+    Case, `gb` and punctuation do not matter: `A100-80GB` and `RTX 4090` are names, too.
 
     Raises:
-        ValueError: no GPU, or several, have that name; the message lists all.
+        ValueError: no GPU or several have that name. The message lists all names.
     """
     wanted = _plain(name)
     exact = [gpu for listed, gpu in GPUS.items() if _plain(listed) == wanted]
@@ -56,5 +58,5 @@ def find_gpu(name: str) -> GPU:
 
 
 def _plain(name: str) -> str:
-    """Letters and digits alone, without the maker and the unit of the memory."""
+    """Letters and digits of a name, without the maker and the unit of the memory."""
     return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removesuffix("gb")

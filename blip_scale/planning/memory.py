@@ -1,4 +1,4 @@
-"""Memory of a GPU, term by term, and the largest micro-batch that it takes."""
+"""Memory of a GPU, term by term, and the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from blip_scale.planning.network import Network
 from blip_scale.planning.states import Sharding, states
 
 RESERVE_BYTES = 1.5 * 2**30
-"""CUDA's context, NCCL's and cuBLAS's buffers."""
+"""Bytes of CUDA's context and of NCCL's and cuBLAS's buffers."""
 FRAGMENTATION = 0.05
-"""Part of the tensors' memory that the allocator holds beside it."""
+"""Memory that the allocator holds besides the tensors, as a share of theirs."""
 HEADROOM = 0.1
-"""Part of the memory that a chosen micro-batch leaves free: the tests hold states and activations
-within so much of what a run keeps."""
-_LARGEST = 2**16  # nobody asks for more; and a device of unknown memory takes any
+"""Share of the memory that a proposed micro-batch leaves free. The tests show that estimates of
+states and activations are off by less."""
+_LARGEST = 2**16  # a device of unknown memory would take any micro-batch
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU at the fullest moment of a step, and of the host a rank."""
+    """Bytes of one GPU at the peak of a step, and bytes of the host for each rank."""
 
     terms: dict[str, float]
     total: float
@@ -37,14 +37,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Load:
-    """What decides about the memory of a micro-batch besides its size."""
+    """All that determines the memory of a micro-batch, besides its size."""
 
     network: Network
     sharding: Sharding
     tokens_each: float
-    """Mean tokens of a caption."""
+    """Mean number of tokens of a caption."""
     share: int
-    """Pairs of a rank in an optimizer step."""
+    """Number of pairs of a rank in an optimizer step."""
     bucket: Callable[[int], int]
     """Multiple that the tokens of a micro-batch are padded to, by its size."""
     on_cpu: bool = False
@@ -66,7 +66,7 @@ class Load:
         return Load(network, sharding, tokens_each, share, bucket, on_cpu)
 
     def tokens(self, batch: int) -> int:
-        """Tokens of the captions of a micro-batch together, padding included."""
+        """Number of tokens of a micro-batch's captions, padding included."""
         return packed_tokens(batch, self.tokens_each, self.bucket(batch))
 
 
@@ -84,7 +84,7 @@ def memory(load: Load, batch: int) -> Memory:
         **{f"activations_{name}": value for name, value in saved.items()},
         **{f"temporary_{name}": value for name, value in passing.items()},
     }
-    if sum(held.update.values()) > sum(running.values()):  # the update is the fullest moment
+    if sum(held.update.values()) > sum(running.values()):  # the peak is in the update
         running = {f"update_{name}": value for name, value in held.update.items()}
     terms = {**held.resting, **running}
     tensors = sum(terms.values())
@@ -94,8 +94,7 @@ def memory(load: Load, batch: int) -> Memory:
 
 
 def largest_micro_batch(load: Load, limit: float) -> int:
-    """The largest micro-batch whose memory stays below `limit` bytes; 0 when not even one pair
-    fits."""
+    """The largest micro-batch whose memory is at most `limit` bytes; 0 if no pair fits."""
 
     def fits(batch: int) -> bool:
         return memory(load, batch).total <= limit
@@ -114,7 +113,6 @@ def largest_micro_batch(load: Load, limit: float) -> int:
 
 
 def roomy_micro_batch(load: Load, possible: Sequence[int], limit: float) -> int:
-    """The largest of the `possible` micro-batches that leaves HEADROOM of `limit` bytes free; 0
-    when none does."""
+    """The largest `possible` micro-batch that leaves HEADROOM of `limit` bytes free; 0 if none."""
     fitting = [n for n in possible if memory(load, n).total <= (1 - HEADROOM) * limit]
     return max(fitting, default=0)

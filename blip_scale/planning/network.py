@@ -1,4 +1,4 @@
-"""The recipe's network in sizes alone: nothing is allocated, nothing is fetched from a hub."""
+"""Sizes of a recipe's network, without allocating it and without fetching from a hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
     "bert-base-uncased": {},
     "bert-large-uncased": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096},
 }
-"""Sizes of text checkpoints that need not be here for a plan; TextConfig's defaults are base."""
+"""Sizes of text checkpoints that a plan need not read. TextConfig's defaults are BERT-base's."""
 _PUBLISHED_VOCABULARY = Vocabulary(
     SpecialTokens(pad=0, cls=101, sep=102, enc=30523, dec=30522), size=30524
 )
@@ -34,63 +34,65 @@ class VisionShape:
 
     image_size: int
     tokens: int
-    """In training, as patch dropout leaves them."""
+    """Number of tokens in training, after patch dropout."""
     width: int
     depth: int
     trained_depth: int
-    """Blocks that aren't frozen."""
+    """Number of blocks that aren't frozen."""
     heads: int
     mlp_width: int
 
 
 class PlannedContrast(Protocol):
-    """What a plan asks of the contrast that `objective.itc` names; `tasks.contrast.Contrast` has
-    it. Rooms below the tasks do not import them, so callers hand it in."""
+    """Interface of a contrast for a plan; `tasks.contrast.Contrast` implements it.
+
+    This room may not import tasks, so callers pass the contrast in.
+    """
 
     def build_network(self) -> nn.Module:
-        """Its part of the network, weights not filled."""
+        """The contrast's network, with unset weights."""
 
     def flops(self, batch_size: int, text_tokens: int) -> float:
-        """Floating-point operations that it adds to a micro-step, forward and backward."""
+        """FLOPs that the contrast adds to a micro-step, forward and backward."""
 
     def key_count(self, batch_size: int) -> int:
-        """Features that each pair of a micro-batch is compared with."""
+        """Number of features that each pair of a micro-batch is compared with."""
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-able state, and tensors."""
 
 
 ContrastOf: TypeAlias = Callable[[Recipe, MEDConfig], PlannedContrast]
-"""Makes a recipe's contrast on the meta device, where its state takes no memory."""
+"""Function that makes a recipe's contrast on the meta device, where its state takes no memory."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """Configuration and parameter sizes, the contrast's part included."""
+    """Configuration and parameter sizes, those of the contrast included."""
 
     config: MEDConfig
     vision: VisionShape
     contrast: PlannedContrast
     trainable: list[int]
-    """Elements of each trainable parameter."""
+    """Number of elements of each trainable parameter."""
     frozen: list[int]
-    """Elements of each parameter of the MED that doesn't train; each has a momentum copy."""
+    """Number of elements of each frozen parameter of the MED. Each has a momentum copy."""
     momentum: list[int]
-    """Elements of each parameter of the momentum copies; empty for a contrast without them."""
+    """Number of elements of each momentum parameter; empty for a contrast without them."""
     largest_module: int
-    """Elements of the parameters of the largest module that is gathered at once."""
+    """Number of elements of the largest module that is gathered at once."""
     module_parameters: list[int]
-    """Elements of the largest parameter of each module with parameters of its own."""
+    """Number of elements of the largest parameter of each module that holds parameters."""
     notes: list[str]
 
     @property
     def modules(self) -> int:
-        """Modules with parameters of their own, the momentum copies' among them."""
+        """Number of modules that hold parameters, momentum copies included."""
         return len(self.module_parameters)
 
     @property
     def contrast_bytes(self) -> float:
-        """Bytes of the contrast's state: for BLIP the queues."""
+        """Bytes of the contrast's state, for BLIP the queues."""
         return float(sum(tensor.nbytes for tensor in self.contrast.state_dict()[1].values()))
 
 
@@ -98,12 +100,13 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
     """Sizes of a recipe's network.
 
     Args:
+        recipe: the recipe.
         contrast_of: makes the contrast that the recipe names.
 
     Raises:
-        ValueError: a ViT that timm does not know, a contrast that there is not, or a text
-            checkpoint or tokenizer whose sizes are not known.
-        FileNotFoundError: a checkpoint folder or package that is not there.
+        ValueError: timm doesn't know the ViT, the contrast doesn't exist, or the sizes of text
+            checkpoint or tokenizer are unknown.
+        FileNotFoundError: a checkpoint folder or package doesn't exist.
     """
     notes: list[str] = []
     text = recipe.model.text
@@ -111,7 +114,7 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
     contrast = contrast_of(recipe, config)
     with torch.device("meta"):
         med, beside = MED(config), contrast.build_network()
-    owners = [module for module in [*med.modules(), *beside.modules()] if _own(module)]
+    owners = [module for module in [*med.modules(), *beside.modules()] if _elements(module)]
     trainable = [p.numel() for p in med.parameters() if p.requires_grad]
     return Network(
         config,
@@ -120,7 +123,7 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
         trainable + [p.numel() for p in beside.parameters() if p.requires_grad],
         [p.numel() for p in med.parameters() if not p.requires_grad],
         [p.numel() for p in beside.parameters() if not p.requires_grad],
-        max(map(_own, owners)),
+        max(map(_elements, owners)),
         [max(p.numel() for p in module.parameters(recurse=False)) for module in owners],
         notes,
     )
@@ -142,12 +145,13 @@ def vision_shape(config: VisionConfig) -> VisionShape:
     )
 
 
-def _own(module: nn.Module) -> int:
+def _elements(module: nn.Module) -> int:
+    """Number of elements of the parameters that a module holds itself."""
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 def _text_sizes(text: TextRecipe, notes: list[str]) -> dict[str, Any] | None:
-    """Sizes of the text checkpoint, from its folder or as published; None without one."""
+    """Sizes of the text checkpoint, from its folder or published; None without a checkpoint."""
     if text.checkpoint is None:
         return None
     where = resolve_checkpoint(text.checkpoint)
@@ -155,15 +159,15 @@ def _text_sizes(text: TextRecipe, notes: list[str]) -> dict[str, Any] | None:
         return checkpoint_sizes(text.checkpoint)
     if where not in _PUBLISHED_SIZES:
         raise ValueError(
-            f"model.text.checkpoint {text.checkpoint}: its sizes are known only where it is a "
-            f"folder or one of {', '.join(_PUBLISHED_SIZES)}; fetch it and give the folder"
+            f"model.text.checkpoint {text.checkpoint}: its sizes are unknown, as it is neither a "
+            f"folder nor one of {', '.join(_PUBLISHED_SIZES)}; fetch it and give the folder"
         )
-    notes.append(f"text sizes are those published of {where}")
+    notes.append(f"text sizes are the published ones of {where}")
     return _PUBLISHED_SIZES[where]
 
 
 def _vocabulary(text: TextRecipe) -> Vocabulary:
-    """Vocabulary of the recipe's tokenizer, from its folder or as published."""
+    """Vocabulary of the recipe's tokenizer, from its folder or published."""
     name = text.tokenizer or text.checkpoint
     where = resolve_checkpoint(name) if name else None
     if where in _PUBLISHED_SIZES:
@@ -173,4 +177,4 @@ def _vocabulary(text: TextRecipe) -> Vocabulary:
             f"model.text.tokenizer {name}: a plan fetches nothing; give a folder, or one of "
             f"{', '.join(_PUBLISHED_SIZES)}"
         )
-    return Vocabulary.of(load_tokenizer(text))  # refuses a recipe that names none
+    return Vocabulary.of(load_tokenizer(text))  # refuses a recipe without a tokenizer

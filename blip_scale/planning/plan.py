@@ -1,4 +1,4 @@
-"""A recipe on a cluster: memory, time, data and storage put together, and a verdict."""
+"""Plan of a recipe on a cluster: memory, time, data, storage, and a verdict."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from blip_scale.planning.timing import (
 
 TIB = 2**40
 _WORTH_A_LINE = 0.05
-"""Part of a step that is worth another micro-batch."""
+"""Share of a step's time that must be gained for another micro-batch to be proposed."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run the steps, with what it needs."""
+    """A way to run the steps, with its memory and time."""
 
     name: str
     execution: Execution
@@ -57,39 +57,41 @@ class Way:
 
     @property
     def seconds(self) -> tuple[float, float, float]:
-        """Of an optimizer step: fast, expected, slow."""
+        """Fast, expected and slow seconds of an optimizer step."""
         return self.fast.total_s, self.expected.total_s, self.slow.total_s
 
 
 @dataclass(frozen=True)
 class Larger:
-    """The smallest micro-batch that is about as fast as any that fits with headroom, where it is
-    faster than the planned one."""
+    """A larger micro-batch that is faster than the planned one.
+
+    It is the smallest one that is about as fast as any that fits with headroom.
+    """
 
     micro_batch: int
     step_s: float
-    """Expected seconds of a step with it."""
+    """Expected seconds of a step."""
     gain: float
-    """How many times as fast."""
+    """Ratio of the planned micro-batch's seconds to `step_s`."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need. Memory of the rank that holds most, times of every rank."""
+    """Needs of a run: memory of the rank that holds most, and times of every rank."""
 
     sizes: BatchSizes
     stage: int
     offload: bool
     ways: tuple[Way, ...]
-    """All that the settings allow; the first is the one that the other figures are of."""
+    """All ways that the settings allow. The other fields refer to the first."""
     limit_bytes: float
     largest_micro_batch: int
-    """The largest that fits at all, of any size."""
+    """Largest micro-batch that fits without headroom, of any size."""
     max_micro_batch: int
-    """The largest that fits with headroom and divides global batch by ranks; 0 when none does."""
+    """Largest micro-batch that fits with headroom and divides the global batch; 0 if none does."""
     larger: Larger | None
     negatives: str
-    """`objective.negatives`: where ITM draws from."""
+    """Value of `objective.negatives`: the pool of ITM's hard negatives."""
     steps: int
     volume: Volume
     checkpoint_bytes: float
@@ -102,12 +104,12 @@ class Plan:
 
     @property
     def way(self) -> Way:
-        """The way that the figures are of."""
+        """The way that the other properties refer to."""
         return self.ways[0]
 
     @property
     def memory(self) -> Memory:
-        """Memory of that way."""
+        """Memory of a GPU."""
         return self.way.memory
 
     @property
@@ -122,17 +124,17 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all steps, without evaluations, saves and restarts."""
+        """Seconds of all steps, without evaluations, saves and restarts."""
         return self.steps * self.step.total_s
 
     @property
     def samples_per_s(self) -> float:
-        """Pairs of all ranks together."""
+        """Pairs per second of all ranks together."""
         return self.sizes.global_batch / self.step.total_s
 
     @property
     def verdict(self) -> str:
-        """One line: whether it fits, how long it takes, and what to change where it does not."""
+        """One line: whether the run fits, how long it takes, or what to change."""
         if not self.fits:
             return self.memory_verdict
         fast, _, slow = (self.steps * seconds for seconds in self.way.seconds)
@@ -143,7 +145,7 @@ class Plan:
 
     @property
     def advice(self) -> str | None:
-        """One line on a larger micro-batch, where it is faster."""
+        """One line that proposes a larger micro-batch; None if none is faster."""
         if self.larger is None:
             return None
         pool = ""
@@ -167,20 +169,20 @@ class Plan:
             room = "" if best == micro else f", {best} would fit as well"
             return f"fits: {used:.1f} of {there:.1f} GiB a GPU with a micro-batch of {micro}{room}"
         if best:
-            mend = f"give train.micro_batch_size={best}"
+            fix = f"give train.micro_batch_size={best}"
         elif not self.network.config.gradient_checkpointing:
-            mend = "give model.gradient_checkpointing=true"
+            fix = "give model.gradient_checkpointing=true"
         elif not self.offload:
-            mend = "give --offload (ds_configs/zero3_offload.json)"
+            fix = "give --offload (ds_configs/zero3_offload.json)"
         else:
-            mend = "take GPUs with more memory"
+            fix = "take GPUs with more memory"
         return (
             f"does not fit: {used:.1f} of {there:.1f} GiB a GPU with a micro-batch of {micro}; "
-            f"{mend}"
+            f"{fix}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """One object of numbers; the units stand in the names."""
+        """The plan as a JSON object, with units in the names."""
         step = {k: v for k, v in dataclasses.asdict(self.step).items() if k != "total_s"}
         fast, expected, slow = self.way.seconds
         return {
@@ -227,12 +229,12 @@ class Plan:
 
     @property
     def checkpoints_bytes(self) -> float:
-        """All that are kept, and one that is being written."""
+        """Bytes of all kept checkpoints, and of one that is being written."""
         return self.checkpoint_bytes * (self.kept_checkpoints + 1)
 
     @property
     def data_mb_s(self) -> float:
-        """Megabytes a second that each node reads."""
+        """Megabytes per second that each node reads."""
         return self.samples_per_s / self.cluster.nodes * self.volume.sample_bytes / 1e6
 
 
@@ -247,19 +249,21 @@ def make_plan(
     """Plan a recipe.
 
     Args:
-        zero: DeepSpeed's settings; of them `zero_optimization` counts.
+        recipe: the recipe.
+        zero: DeepSpeed's settings, of which only `zero_optimization` is read.
         cluster: the machines.
         contrast_of: makes the contrast that the recipe names.
-        way: a name of EXECUTIONS; None: eager, with the weights as a run keeps them.
+        assumed: assumptions about data and captions. None: the defaults.
+        way: a name of EXECUTIONS. None: eager, with weights placed as in a run.
 
     Raises:
-        ValueError: a batch that does not divide over the GPUs, a way that the settings rule out,
-            sizes that are not known.
-        FileNotFoundError: a text checkpoint that is not there.
+        ValueError: the batch can't be divided among the GPUs, the settings rule the way out, or
+            sizes are unknown.
+        FileNotFoundError: a text checkpoint doesn't exist.
     """
     assumed = assumed or Assumptions()
     ranks = cluster.ranks
-    _sizes(recipe, cluster)  # refuses before anything is built
+    _sizes(recipe, cluster)  # refuse impossible batches before building the network
     size = 2 if recipe.train.precision == "bf16" else 4
     network = network_of(recipe, contrast_of)
     base = Sharding.of(zero, ranks, size)
@@ -270,7 +274,7 @@ def make_plan(
     loads = {name: Load.of(recipe, network, _sharding(base, name), each) for name in names}
     load = loads[names[0]]
     possible = possible_micro_batches(recipe, ranks)
-    # A run settles `auto` for its longest captions.
+    # A run resolves `auto` for its longest captions.
     longest = dataclasses.replace(load, tokens_each=recipe.model.text.max_tokens)
     roomy = roomy_micro_batch(longest, possible, limit)
     if is_auto(recipe):
@@ -306,7 +310,7 @@ def make_plan(
 
 
 def _larger(seconds: dict[int, float], planned: int, planned_s: float) -> Larger | None:
-    """What to propose in place of the planned micro-batch, by the seconds of those that fit."""
+    """A larger micro-batch to propose, from the seconds of those that fit; None if none is."""
     best = min(seconds.values(), default=planned_s)
     fast = [n for n in seconds if n > planned and seconds[n] <= (1 + _WORTH_A_LINE) * best]
     if not fast or seconds[min(fast)] > (1 - _WORTH_A_LINE) * planned_s:
@@ -316,7 +320,7 @@ def _larger(seconds: dict[int, float], planned: int, planned_s: float) -> Larger
 
 
 def _ways(sharding: Sharding, chosen: str | None) -> list[str]:
-    """Names of the ways to run that DeepSpeed's settings allow, the chosen one first."""
+    """Names of the ways that DeepSpeed's settings allow, the chosen one first."""
     names = ["partitioned", "whole", "graph"] if sharding.partitions else ["whole", "graph"]
     if chosen is None:
         return names
@@ -329,7 +333,7 @@ def _ways(sharding: Sharding, chosen: str | None) -> list[str]:
 
 
 def _sharding(base: Sharding, name: str) -> Sharding:
-    """How a way holds the states."""
+    """The sharding of a way."""
     if base.stage == 3 and EXECUTIONS[name].whole:
         return dataclasses.replace(base, whole=True)
     return base
@@ -365,7 +369,7 @@ def _warnings(recipe: Recipe, sharding: Sharding, cluster: Cluster) -> tuple[str
 
 
 def _sizes(recipe: Recipe, cluster: Cluster) -> BatchSizes:
-    """Batch arithmetic; a refusal also names numbers of nodes that would do."""
+    """The batch sizes. A refusal also names numbers of nodes that would fit."""
     try:
         return batch_sizes(recipe, cluster.ranks)
     except ValueError as error:
@@ -378,6 +382,6 @@ def _sizes(recipe: Recipe, cluster: Cluster) -> BatchSizes:
 
 
 def _kept(recipe: Recipe, steps: int) -> int:
-    """Checkpoints that lie on the disk at the end."""
-    for_ever = recipe.checkpoint.keep_every
-    return recipe.checkpoint.keep_last + (steps // for_ever if for_ever else 0)
+    """Number of checkpoints on the disk at the end."""
+    keep_every = recipe.checkpoint.keep_every
+    return recipe.checkpoint.keep_last + (steps // keep_every if keep_every else 0)

@@ -1,6 +1,6 @@
 """Bytes of weights, gradients, optimizer and momentum copies that a rank holds under ZeRO.
 
-What DeepSpeed 0.19.8 does with the engine of a run: read in its source and measured by the tests.
+The formulas follow the source of DeepSpeed 0.19.8. The tests compare them with measurements.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _DEFAULT_PERSISTENT = 1e5
 
 @dataclass(frozen=True)
 class Sharding:
-    """How states lie on ranks: the part of DeepSpeed's settings that memory depends on."""
+    """DeepSpeed's settings that determine how states are sharded, and so the memory."""
 
     stage: int
     ranks: int
     offload: bool
     compute_bytes: int
-    """Of an element of the weights that compute."""
+    """Bytes of an element of the compute weights."""
     reduce_bucket: float = _DEFAULT_BUCKET
     has_bucket: bool = True
-    """Under ZeRO-3: whether gradients lie in the bucket until they are reduced."""
+    """Whether ZeRO-3 keeps gradients in the bucket until they are reduced."""
     overlap: bool = False
     prefetch: float = _DEFAULT_PREFETCH
     persistent: float = _DEFAULT_PERSISTENT
-    """ZeRO-3 keeps parameters up to this size whole."""
+    """Number of elements up to which ZeRO-3 keeps a parameter whole."""
     live: float = _DEFAULT_LIVE
-    """ZeRO-3 keeps gathered what it will use again within so many elements."""
+    """Number of elements that ZeRO-3 keeps gathered if it will use them again."""
     whole: bool = False
     """Whether ZeRO-3 on several ranks keeps weights whole between the passes."""
 
@@ -49,8 +49,7 @@ class Sharding:
 
     @staticmethod
     def of(ds_config: Mapping[str, Any], ranks: int, compute_bytes: int) -> Sharding:
-        """From DeepSpeed's settings, "auto" resolved or not; DeepSpeed's defaults where they are
-        silent."""
+        """Sharding by DeepSpeed's settings. Missing and "auto" values get DeepSpeed's defaults."""
         zero = ds_config["zero_optimization"]
 
         def number(name: str, default: float) -> float:
@@ -82,7 +81,7 @@ class Sharding:
 def placed(
     sharding: Sharding, recipe: Recipe, zero: Mapping[str, Any], network: Network, limit: float
 ) -> Sharding:
-    """The sharding as a run decides it (`train.whole_weights`) on devices of `limit` bytes."""
+    """The sharding with `train.whole_weights` resolved, for devices of `limit` bytes."""
     wanted, obstacle = recipe.train.whole_weights, weight_placement.obstacle(zero)
     if sharding.stage != 3 or wanted is False or obstacle:
         return sharding
@@ -91,7 +90,7 @@ def placed(
             return sharding
         trained = sum(network.trainable)
         other = sum(network.frozen) + sum(network.momentum)
-        accumulation = 2  # the larger need; the micro-batch may not be settled yet
+        accumulation = 2  # accumulation needs more memory, and the micro-batch may be unresolved
         sizes = weight_placement.Sizes(
             trained, other, sharding.ranks, accumulation, sharding.compute_bytes
         )
@@ -105,62 +104,63 @@ class States:
     """Bytes of one rank."""
 
     resting: dict[str, float]
-    """On the GPU for the whole run."""
+    """Bytes on the GPU during the whole run."""
     backward: dict[str, float]
-    """On the GPU while micro-steps run."""
+    """Bytes on the GPU during micro-steps."""
     update: dict[str, float]
-    """On the GPU in the optimizer step, when no activation is left."""
+    """Bytes on the GPU in the optimizer step, when there are no activations."""
     host: dict[str, float]
-    """In the memory of the node, a rank."""
+    """Bytes in the memory of the node."""
 
 
 def states(network: Network, sharding: Sharding, accumulation: int = 1) -> States:
     """Bytes of the rank that holds most.
 
-    Below ZeRO-3 a rank owns a stretch of all parameters laid end to end, and some stretches have
-    momentum copies throughout: that rank holds an average for each of its masters. Frozen
-    parameters have neither moments nor averages; their masters lie on the host.
+    Under ZeRO-1/2 a rank owns a stretch of all parameters laid end to end. In some stretches every
+    parameter has a momentum copy, so that rank holds an average for each of its masters. Frozen
+    parameters have neither moments nor averages, and their masters lie on the host.
     """
     if sharding.stage == 3 and sharding.whole:
         return _whole_states(network, sharding, accumulation)
     size, ranks = sharding.compute_bytes, sharding.ranks
     trained, copied = sum(network.trainable), sum(network.momentum)
-    still, own_still = sum(network.frozen), _shares(network.frozen, ranks)
+    still, owned_still = sum(network.frozen), _shares(network.frozen, ranks)
     if sharding.stage == 3:
-        own = _shares(network.trainable, ranks)
+        owned = _shares(network.trainable, ranks)
         copies = _shares(network.momentum, ranks)
-        averaged = max(copies - own_still, 0)
+        averaged = max(copies - owned_still, 0)
         sizes = [*network.trainable, *network.frozen, *network.momentum]
         kept = [numel for numel in sizes if numel <= sharding.persistent]
         resting = {
-            "weights": size * (own + own_still),
+            "weights": size * (owned + owned_still),
             "momentum_weights": size * copies,
             "persistent_weights": size * sum(kept) if ranks > 1 else 0,
             "reduce_bucket": size * sharding.reduce_bucket if sharding.has_bucket else 0,
         }
-        # Frozen and momentum weights are released after their use, which comes before the sweep's.
+        # Frozen and momentum weights are used and released before the sweep.
         live = min(trained, max(sharding.live, network.largest_module + sharding.prefetch))
         backward = {"gathered_weights": size * live if ranks > 1 else 0}
-        update = {"gradient_copy": _FP32 * own}
-        gradients = _FP32 * own
+        update = {"gradient_copy": _FP32 * owned}
+        gradients = _FP32 * owned
     else:
-        own = -(-trained // ranks)
-        averaged = max(min(copied - still, own), 0)
+        owned = -(-trained // ranks)
+        averaged = max(min(copied - still, owned), 0)
         resting = {"weights": size * (trained + still), "momentum_weights": size * copied}
         buckets = (2 if sharding.overlap else 1) * sharding.reduce_bucket
-        reduced = trained if sharding.stage == 1 else own
+        reduced = trained if sharding.stage == 1 else owned
         backward = {"reduce_bucket": size * buckets, "fresh_gradients": size * reduced}
-        update = {"gradient_copy": _FP32 * own, "momentum_refresh": size * max(copied - still, 0)}
+        update = {"gradient_copy": _FP32 * owned, "momentum_refresh": size * max(copied - still, 0)}
         gradients = _FP32 * reduced
         backward["gradients"] = gradients
-    shared = sharding.stage == 3 and size == _FP32 and not sharding.offload  # with the weights
-    masters, averaged = (0, 0) if shared else (own, averaged)
+    # In fp32, masters and averages share memory with the weights.
+    shared = sharding.stage == 3 and size == _FP32 and not sharding.offload
+    masters, averaged = (0, 0) if shared else (owned, averaged)
     optimizer = {
         "masters": _FP32 * masters,
-        "moments": 2 * _FP32 * own,
+        "moments": 2 * _FP32 * owned,
         "momentum_averages": _FP32 * averaged,
     }
-    host: dict[str, float] = {"frozen_masters": _FP32 * own_still} if still else {}
+    host: dict[str, float] = {"frozen_masters": _FP32 * owned_still} if still else {}
     if sharding.offload:
         host |= {**optimizer, "gradients": gradients}
         backward.pop("gradients", None)
@@ -174,28 +174,28 @@ def states(network: Network, sharding: Sharding, accumulation: int = 1) -> State
 
 
 def _whole_states(network: Network, sharding: Sharding, accumulation: int) -> States:
-    """ZeRO-3 on several ranks that keeps weights and gradients whole in flat memory; masters,
-    moments and averages are partitioned. An estimate: no test holds it against a run.
+    """States under ZeRO-3 if weights and gradients stay whole in flat memory.
 
-    One flat gather and the reductions need buffers: a rank's part of the weights, and the larger of
-    both networks whole. Micro-steps are summed in fp32 before gradients are reduced.
+    Masters, moments and averages are partitioned. The flat gather and the reductions need buffers:
+    a rank's part of the weights, and the larger of both networks whole. Micro-steps are summed in
+    fp32 before gradients are reduced. No test compares this estimate with a run.
     """
     size, ranks = sharding.compute_bytes, sharding.ranks
-    trained, own = sum(network.trainable), -(-sum(network.trainable) // ranks)
+    trained, owned = sum(network.trainable), -(-sum(network.trainable) // ranks)
     other = sum(network.momentum) + sum(network.frozen)
     weights = size * (trained + other)
     buffers = weights // ranks + size * max(trained, other) if ranks > 1 else 0
-    is_fp32 = size == _FP32  # masters and averages are the weights themselves on one rank alone
+    is_fp32 = size == _FP32  # on a single rank, masters and averages are then the weights
     averaged = max(sum(network.momentum) - sum(network.frozen), 0)
     resting = {
         "weights": size * (trained + sum(network.frozen)),
         "momentum_weights": size * sum(network.momentum),
         "gradients": size * trained,
-        "averaged_gradients": _FP32 * own,
+        "averaged_gradients": _FP32 * owned,
         "exchange_buffers": buffers,
         "summed_gradients": _FP32 * trained if accumulation > 1 and ranks > 1 else 0,
-        "masters": 0 if is_fp32 and ranks == 1 else _FP32 * own,
-        "moments": 2 * _FP32 * own,
+        "masters": 0 if is_fp32 and ranks == 1 else _FP32 * owned,
+        "moments": 2 * _FP32 * owned,
         "momentum_averages": 0 if is_fp32 and ranks == 1 else _FP32 * -(-averaged // ranks),
         "contrast_state": network.contrast_bytes,
     }
@@ -207,13 +207,12 @@ def _states(*parts: Mapping[str, float]) -> States:
 
 
 def _shares(numels: list[int], ranks: int) -> int:
-    """Elements of a rank where each parameter is cut evenly."""
+    """Number of elements of a rank if each parameter is cut evenly."""
     return sum(-(-numel // ranks) for numel in numels)
 
 
 def checkpoint_bytes(network: Network) -> float:
-    """A checkpoint on the disk: masters, moments, momentum averages, the contrast's state; of all
-    ranks."""
+    """Bytes of a checkpoint on the disk: masters, moments, averages and the contrast's state."""
     trained, still = sum(network.trainable), sum(network.frozen)
     averaged = max(sum(network.momentum) - still, 0)
     return float(_FP32 * (3 * trained + still + averaged) + network.contrast_bytes)

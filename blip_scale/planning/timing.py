@@ -1,16 +1,16 @@
 """Seconds of an optimizer step: kernels, host, exchanges and update, from stated assumptions.
 
-A micro-step takes as long as the slowest of kernels, host and the exchanges that hide behind both;
-what nothing hides comes on top. Each assumption has a slow, an expected and a fast value, so a plan
+A micro-step takes as long as the slowest of kernels, host and overlapped exchanges. Exchanges that
+nothing overlaps are added. Each assumption has a slow, an expected and a fast value, so a plan
 gives a range. The figures come from one H200 (docs/performance.md, "On a GPU"; 2026-11-29, bf16,
-micro-batch 64, before the engine's detours were removed):
+micro-batch 64, before the engine's redundant work was removed):
 
     plain PyTorch               0.198 s a step
     ZeRO-3 on one rank          0.405 s a step
     kernels alone (profiler)    0.067 s a step: 189 TFLOP/s, 19 % of the 989 of the card
 
-A step calls 393 modules that have weights, forward and backward, so the host took 250 us a call in
-plain PyTorch and 515 us under ZeRO-3.
+A step calls 393 modules that have weights, forward and backward. So the host took 250 us per call
+in plain PyTorch and 515 us under ZeRO-3.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from blip_scale.planning.network import Network
 from blip_scale.planning.states import Sharding
 
 MOST_REDUCTIONS = 12
-"""Largest number of gradient reductions of a backward pass where weights stay whole."""
+"""Maximum number of gradient reductions of a backward pass if weights stay whole."""
 
 Level = Literal["slow", "expected", "fast"]
 LEVELS: tuple[Level, ...] = ("fast", "expected", "slow")
@@ -34,7 +34,7 @@ LEVELS: tuple[Level, ...] = ("fast", "expected", "slow")
 
 @dataclass(frozen=True)
 class Assumed:
-    """A quantity with the bounds of what is believed of it."""
+    """An assumed quantity with its bounds."""
 
     slow: float
     expected: float
@@ -51,14 +51,15 @@ class Execution:
 
     name: str
     whole: bool
-    """Whether each rank holds all weights through the passes."""
+    """Whether each rank holds all weights during the passes."""
     module_s: Assumed
-    """Host seconds to call a module with weights of its own, once a pass: Python, hooks, kernel
+    """Host seconds for a call of a module with weights in one pass: Python, hooks and kernel
     launches."""
     micro_step_s: Assumed
-    """Host seconds of a micro-step besides."""
+    """Further host seconds of a micro-step."""
     fused: Assumed
-    """Speed of the bf16 kernels, relative to eager ones; in fp32 products take the time."""
+    """Speed of the bf16 kernels relative to eager ones. It does not apply in fp32, where products
+    take the time."""
     evidence: str
 
 
@@ -66,61 +67,62 @@ _NOTHING = Assumed(0.0, 0.0, 0.0)
 _EAGER = Assumed(1.0, 1.0, 1.0)
 
 EXECUTIONS = {
-    # Fast: plain PyTorch, measured. Expected and slow: 0.25 and 0.30 s a step on one rank, the
-    # estimate for the engine without its detours (0.22 to 0.30 s).
+    # Fast: plain PyTorch, measured. Expected and slow: 0.25 and 0.30 s per step on one rank, the
+    # estimate for the engine without redundant work (0.22 to 0.30 s).
     "whole": Execution(
         "eager, weights whole", True, Assumed(380e-6, 320e-6, 250e-6), _NOTHING, _EAGER,
         "estimated between plain PyTorch and ZeRO-3 as measured",
     ),
-    # Slow: DeepSpeed's hooks around each weight, measured under ZeRO-3 on one rank. Fast: as above.
+    # Slow: DeepSpeed's hooks around each weight, measured under ZeRO-3 on one rank. Fast: the
+    # expected value of whole weights.
     "partitioned": Execution(
         "eager, weights partitioned", False, Assumed(515e-6, 415e-6, 320e-6), _NOTHING, _EAGER,
         "slow value measured on one rank, never run on several GPUs",
     ),
-    # A replayed graph costs the host next to nothing: loader, metrics and optimizer remain. Fused
-    # kernels: 30 % of the peak is the most that a ViT-B/16 reaches in the field (JAX, A100), and
-    # eager ones were measured at 19 %.
+    # A replayed graph costs the host almost nothing. Loader, metrics and optimizer remain. Fused
+    # kernels reach at most 30 % of the peak in published ViT-B/16 (JAX, A100); eager ones were
+    # measured at 19 %.
     "graph": Execution(
         "CUDA graph, weights whole", True, _NOTHING, Assumed(20e-3, 10e-3, 2e-3),
         Assumed(1.0, 1.0, 1.6), "estimated from the kernels alone",
     ),
 }  # fmt: skip
-"""Name of `--way` -> how the step is run."""
+"""Name of `--way` -> execution of the step."""
 
 LINK_EFFICIENCY = Assumed(0.5, 0.7, 0.85)
 """Share of a link's bandwidth that collectives reach. A guess."""
 COLLECTIVE_LATENCY_S = Assumed(50e-6, 25e-6, 10e-6)
-"""Start of an exchange between two nodes; a ring or tree takes it log2(ranks) times. A guess."""
+"""Latency of an exchange between two ranks. A ring or tree takes it log2(ranks) times. A guess."""
 BF16_EFFICIENCY = 0.19
 """Share of the peak that the eager kernels of a step reached on the H200."""
 _ONE_MEASUREMENT = 0.25
-"""How far kernel speed may be off either way: one card and one micro-batch were measured."""
+"""Uncertainty of the kernels' speed either way: one card and one micro-batch were measured."""
 FP32_EFFICIENCY = Assumed(0.40, 0.45, 0.50)
-"""Share of the fp32 peak: the published code's step on the H200 (43 % at micro-batch 32), and its
-author's 30 pairs/s an A100 (47 %)."""
+"""Share of the fp32 peak that kernels reach. The published code reached 43 % on the H200 at
+micro-batch 32, and its author's 30 pairs/s per A100 are 47 %."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines and what they are assumed to reach."""
+    """Machines, and overrides of their assumed speed."""
 
     nodes: int
     gpus_per_node: int
     gpu: GPU
     efficiency: float | None = None
-    """Share of the peak of matrix products that the kernels reach; None: as measured."""
+    """Share of the peak of matrix products that kernels reach. None: as measured."""
     module_call_s: float | None = None
-    """Host seconds of a call of a module, in eager execution; None: as measured."""
+    """Host seconds for a call of a module in eager execution. None: as measured."""
 
     @property
     def ranks(self) -> int:
-        """GPUs of all nodes."""
+        """Number of GPUs of all nodes."""
         return self.nodes * self.gpus_per_node
 
     def exchange_s(self, data_bytes: float, collectives: float, level: Level) -> float:
-        """Seconds in which every rank has gathered, or reduced and scattered, so many bytes.
+        """Seconds to all-gather or reduce-scatter `data_bytes` in `collectives` calls.
 
-        A ring over all ranks crosses a node's network once; all its cards carry a part.
+        A ring over all ranks crosses a node's network once, on all its cards together.
         """
         if self.ranks == 1:
             return 0.0
@@ -132,8 +134,7 @@ class Cluster:
 
 
 def peak_flops(gpu: GPU, compute_bytes: int) -> float:
-    """Peak of matrix products of a type, in FLOP/s; a GPU without bf16 units computes it as
-    fp32."""
+    """Peak of matrix products in FLOP/s. A GPU without bf16 units computes bf16 as fp32."""
     peak = gpu.bf16_tflops if compute_bytes == 2 else None
     return (peak or gpu.fp32_tflops) * 1e12
 
@@ -141,9 +142,9 @@ def peak_flops(gpu: GPU, compute_bytes: int) -> float:
 def kernel_flops(cluster: Cluster, compute_bytes: int) -> Assumed:
     """FLOP/s that the eager kernels of a step reach.
 
-    In bf16 they wait for memory more than for the matrix units: the share of the peak that ViT-B/16
-    reaches in the field goes with memory bandwidth (A100 29 %, H100 16 %). So the H200's figure is
-    scaled by bandwidth; scaling it by the peak gives another bound.
+    In bf16 they wait for memory rather than for the matrix units: the published shares of ViT-B/16
+    follow memory bandwidth (A100 29 % of the peak, H100 16 %). So the H200's figure is scaled by
+    bandwidth. Scaling it by the peak gives the other bound.
     """
     gpu, peak = cluster.gpu, peak_flops(cluster.gpu, compute_bytes)
     if cluster.efficiency is not None:
@@ -164,13 +165,13 @@ def kernel_flops(cluster: Cluster, compute_bytes: int) -> Assumed:
 
 @dataclass(frozen=True)
 class Work:
-    """A step to be timed."""
+    """An optimizer step whose time is estimated."""
 
     network: Network
     sharding: Sharding
     sizes: BatchSizes
     tokens: int
-    """Of the captions of a micro-batch together."""
+    """Number of tokens of a micro-batch's captions together."""
 
 
 @dataclass(frozen=True)
@@ -180,19 +181,19 @@ class Exchange:
     name: str
     calls: int
     data_bytes: float
-    """Of the whole tensors that are gathered or reduced."""
+    """Bytes of the whole tensors that are gathered or reduced."""
     seconds: float
     hidden: bool
-    """Whether they run beside the computation, where DeepSpeed's settings overlap them."""
+    """Whether the exchanges can overlap the computation, if DeepSpeed's settings allow it."""
 
 
 def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[Exchange, ...]:
-    """What ranks exchange in an optimizer step; nothing on one rank.
+    """Exchanges between ranks in an optimizer step; none on one rank.
 
-    Whole weights are gathered in one exchange after the update, the momentum copies in another, and
-    gradients are reduced in buckets, under ZeRO-3 once a step. Partitioned weights are gathered
-    once a micro-step, an exchange for each module whose weights are above the threshold;
-    prefetching merges some.
+    Whole weights are gathered in one exchange after the update, and momentum copies in another.
+    Gradients are reduced in buckets, under ZeRO-3 once per step. Partitioned weights are gathered
+    in every micro-step, with an exchange for each module whose weights are above the threshold.
+    Prefetching merges some of these.
     """
     if cluster.ranks == 1:
         return ()
@@ -212,15 +213,15 @@ def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[
     reductions = 1 if once else micro_steps
     listed = [exchange("reductions", buckets * reductions, trained * reductions, hidden=True)]
     if sharding.partitions:
-        parted = sum(numel > sharding.persistent for numel in network.module_parameters)
+        modules = sum(numel > sharding.persistent for numel in network.module_parameters)
         elements = (trained + still + copied) * micro_steps
-        listed.insert(0, exchange("gathers", parted * micro_steps, elements, hidden=True))
+        listed.insert(0, exchange("gathers", modules * micro_steps, elements, hidden=True))
     else:
         moved = max(copied - still, 0)
         calls = 2 if moved else 1
         listed.insert(0, exchange("gathers", calls, trained + moved, hidden=False))
     if network.contrast_bytes:
-        # Keys of both modalities, fp32, of all ranks.
+        # fp32 keys of both modalities of all ranks.
         features = 2 * 4 * network.config.embed_dim * sizes.global_batch / size
         listed.append(exchange("features", 2 * micro_steps, features, hidden=False))
     return tuple(listed)
@@ -233,18 +234,18 @@ class StepTime:
     kernels_s: float
     host_s: float
     exchanges_s: float
-    """Of weights and gradients, hidden behind kernels and host where ZeRO overlaps them."""
+    """Seconds of exchanges of weights and gradients, which kernels and host can hide."""
     update_s: float
-    """Optimizer, momentum copies, and the exchanges that nothing hides."""
+    """Seconds of optimizer, momentum copies, and exchanges that nothing hides."""
     total_s: float
     flops: float
-    """Of one rank, recomputation included."""
+    """FLOPs of one rank, recomputation included."""
     useful_flops: float
-    """Without it."""
+    """FLOPs of one rank without recomputation."""
     mfu: float
-    """Share of the peak of matrix products that `useful_flops` take of the whole step."""
+    """Model FLOPs utilisation: `useful_flops` per second, as a share of the peak."""
     limit: str
-    """What takes the time: kernels, host or exchanges."""
+    """Slowest part: kernels, host or exchanges."""
 
 
 def step_time(
@@ -267,12 +268,14 @@ def step_time(
     host = network.modules * passes * call + execution.micro_step_s.at(level)
     listed = exchanges(work, cluster, level)
     hidden = sum(item.seconds for item in listed if item.hidden) / micro_steps
-    own = sum(network.trainable) / sizes.world_size
-    update = own * (9 * 4 + 3 * 4) / (cluster.gpu.memory_gb_s * 1e9)  # moments, masters, averages
+    owned = sum(network.trainable) / sizes.world_size
+    # AdamW moves 9 fp32 values of each element through memory, and the momentum averages 3.
+    update = owned * (9 * 4 + 3 * 4) / (cluster.gpu.memory_gb_s * 1e9)
     update += sum(item.seconds for item in listed if not item.hidden)
     if sharding.offload:
-        # Gradients go to the host and weights come back over PCIe, AdamW runs on its cores.
-        update += own * (4 + size) / 25e9 + own * 28 / 20e9
+        # Gradients go to the host and weights return over PCIe (25 GB/s). AdamW moves 7 fp32 values
+        # of each element through the host's memory (20 GB/s).
+        update += owned * (4 + size) / 25e9 + owned * 28 / 20e9
     parts = {"kernels": kernels, "host": host, "exchanges": hidden}
     micro = max(parts.values()) if sharding.overlap else max(kernels, host) + hidden
     total = micro * micro_steps + update

@@ -1,1 +1,1 @@
-"""What can be trained; one module a task."""
+"""Training tasks: one module for each."""

@@ -1,4 +1,4 @@
-"""What the tasks have in common: tokenizer, sizes of the network, loader, initial weights."""
+"""Base class of the tasks: tokenizer, sizes of the network, loader and initial weights."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class TrainingTask(ABC):
-    """The calls of `engine.task.Task` that most tasks answer alike, and those that each answers in
-    its own way. Its network holds the network of `head` (`model.heads`) as `med`.
+    """Implementation of `engine.task.Task` for most tasks; subclasses add the abstract methods.
+
+    The task's network holds the network of `head` (`model.heads`) as its attribute `med`.
     """
 
     head: ClassVar[Head]
@@ -47,7 +48,7 @@ class TrainingTask(ABC):
         self.tokenizer = load_tokenizer(recipe.model.text)
         self.config = med_config(recipe, self.tokenizer)
         if is_auto(recipe):
-            raise ValueError("train.max_micro_batch_size: auto was not settled; give a number")
+            raise ValueError("train.max_micro_batch_size: auto was not resolved; give a number")
         sizes = batch_sizes(recipe, collectives.world_size())
         self.batch_size, self.accumulation = sizes.micro_batch, sizes.accumulation
         self.loader = networks.train_loader(recipe, self.text_input(), self.batch_size)
@@ -59,7 +60,7 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def build_network(self) -> nn.Module:
-        """The network, weights not filled."""
+        """The network, with unset weights."""
 
     @abstractmethod
     def inputs(self, batch: Any, progress: Progress) -> tuple[Any, ...]:
@@ -67,44 +68,44 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Held-out figures."""
+        """Held-out metrics and pictures."""
 
     @abstractmethod
     def flops_per_step(self) -> float:
-        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """Dtype of weights and activations."""
         return torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
 
     def text_input(self) -> CaptionInput:
-        """How the texts of the training sets become tokens."""
+        """Settings that turn the texts of the training sets into tokens."""
         text = self.recipe.model.text
         return CaptionInput(self.tokenizer, text.max_tokens, prompt=text.prompt)
 
     def heldout_sets(self) -> Iterator[tuple[str, HeldoutPairs]]:
-        """The recipe's held-out sets by name, their texts cleaned as those of the training sets."""
+        """The recipe's held-out sets by name. Texts are cleaned like those of the training sets."""
         text = self.text_input()
         return captions_and_pairs.heldout_sets(self.recipe, text.clean, text.max_words)
 
     def generator(self) -> torch.Generator:
-        """The generator of the task's own draws on its device, seeded for this micro-step.
+        """The task's generator on its device, seeded for this micro-step.
 
-        Its numbers follow from torch's seed, which the loop sets anew for each micro-step. It is
-        one object, because a captured CUDA graph registers it.
+        The seed follows from torch's, which the loop sets for each micro-step. The object is always
+        the same one, as a captured CUDA graph registers it.
         """
         return self._generator.manual_seed(own_seed())
 
     def build_med(self) -> MED:
-        """The MED with the parts of the head, weights not filled."""
+        """A MED cut down to the modules of the head, with unset weights."""
         return cut_down(MED(self.config), self.head)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """Weights of the recipe's checkpoints, random from the seed where there are none.
+        """Weights of the recipe's checkpoints; weights without one are drawn from the seed.
 
-        What trains outside `med` (a parameter of a loss) and isn't in `model.checkpoint` keeps the
-        value that its constructor draws from the seed.
+        Trainable parameters outside `med`, such as those of a loss, may be missing from
+        `model.checkpoint`. They keep the value that their constructor draws from the seed.
         """
         weights = networks.initial_parameters(self.recipe, self.config, self.head)
         with torch.device("meta"):
@@ -117,7 +118,7 @@ class TrainingTask(ABC):
         return weights
 
     def keep_text(self, folder: Path) -> None:
-        """Write the tokenizer, and the sizes of the text stack as those of a BERT."""
+        """Write the tokenizer, and the sizes of the text stack as a BERT's config.json."""
         self.tokenizer.save_pretrained(folder)
         text = self.config.text
         sizes = {
@@ -143,34 +144,34 @@ class TrainingTask(ABC):
 
     @property
     def capture_obstacle(self) -> str | None:
-        """Why the forward cannot be captured in a CUDA graph."""
+        """Why the forward can't be captured in a CUDA graph."""
         return f"the shapes of {self.recipe.task} depend on its data"
 
     def collect(  # noqa: B027  most tasks collect nothing
         self, outputs: dict[str, Tensor], progress: Progress
     ) -> None:
-        """Nothing is kept for `after_step`."""
+        """Keep nothing."""
 
     def figures(self, batch: Batch) -> dict[str, float]:
-        """Share of every stream in a batch."""
+        """Share of each stream in a batch."""
         names = [f"data/share_{name}" for name in self.loader.stream_names]
         return dict(zip(names, self.loader.shares(batch), strict=True))
 
     def after_step(  # noqa: B027  most tasks do nothing here
         self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool
     ) -> None:
-        """Nothing follows a step."""
+        """Update nothing."""
 
     def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
-        """No figures but those of the steps."""
+        """No metrics besides those of the steps."""
         return {}
 
     def whole_med(self, engine: ZeroEngine) -> MED:
-        """A copy of the network's MED on this rank's device in evaluation mode; all ranks call."""
+        """A copy of the MED on this rank's device, in evaluation mode. Call it on all ranks."""
         return self.whole(engine, self.build_med)
 
     def whole(self, engine: ZeroEngine, build: Callable[[], M]) -> M:
-        """As `whole_med`, for a task whose `med` is another network, which `build` makes."""
+        """Like `whole_med`, for a task whose `med` is another network, which `build` makes."""
         with torch.device(self.device):
             med = build().to(engine.dtype)
         source = engine.module.get_submodule("med")
@@ -178,18 +179,18 @@ class TrainingTask(ABC):
         return med.eval()
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Loader position."""
+        """Position of the loader."""
         return {"loader": self.loader.state_dict()}, {}
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Loader position."""
+        """Restore the position of the loader."""
         self.loader.load_state_dict(state["loader"])
 
     def close(self) -> None:
-        """End the loader's processes."""
+        """Stop the loader's processes."""
         self.loader.close()
 
 
 def own_seed() -> int:
-    """Seed of a task's own draws in a micro-step, other than torch's."""
+    """Seed of the task's draws in a micro-step; differs from torch's seed."""
     return torch.initial_seed() ^ 0x5EED

@@ -1,4 +1,4 @@
-"""The tasks that a recipe can name."""
+"""Tasks by the name that a recipe gives."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ TASKS: dict[str, type[TrainingTask]] = {
 
 
 def contrast_of(recipe: Recipe, config: MEDConfig) -> Contrast:
-    """A recipe's contrast on the meta device, for a plan. Tasks without a contrast are planned with
-    pretraining's.
+    """A recipe's contrast on the meta device, for a plan.
+
+    Tasks without a contrast are planned with pretraining's.
 
     Raises:
-        ValueError: `objective.itc` names none.
+        ValueError: `objective.itc` names no contrast.
     """
     knows_images = getattr(TASKS[recipe.task], "knows_images", False)
     kind = contrast_named(recipe.objective.itc)

@@ -1,4 +1,4 @@
-"""Fine-tuning of the image-grounded decoder for captions, and captions measured.
+"""Fine-tuning of the image-grounded decoder for captions, and the metrics of captions.
 
 Legend: B micro-batch of this rank, P predicted tokens, V vocabulary.
 """
@@ -30,11 +30,11 @@ from blip_scale.objectives.language import lm_loss
 from blip_scale.tasks.base import TrainingTask
 
 SELECTION = ("bleu_4", "cider")
-"""Their sum chooses the checkpoint (published)."""
+"""Metrics whose sum chooses the best checkpoint (published)."""
 
 
 class CaptioningNetwork(nn.Module):
-    """The decoder with its ViT; one forward is one micro-step, without any side effect."""
+    """The decoder with its ViT. A forward is one micro-step, without side effects."""
 
     def __init__(self, med: MED, prompt_tokens: int, label_smoothing: float) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class CaptioningNetwork(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, images: Tensor, text: PackedText) -> dict[str, Tensor]:
-        """The loss: next-token prediction of everything but the prompt.
+        """Loss of next-token prediction on all tokens but the prompt's.
 
         Args:
             images: [B, 3, H, W] normalised, in the type of the weights.
@@ -63,7 +63,7 @@ class CaptioningNetwork(nn.Module):
 
 
 class Captioning(TrainingTask):
-    """The captioning task: what `engine.task.Task` asks for."""
+    """The captioning task; implements `engine.task.Task`."""
 
     head = "captioning"
 
@@ -73,7 +73,7 @@ class Captioning(TrainingTask):
         self._prompt_tokens = len(prompt) - 1
 
     def build_network(self) -> CaptioningNetwork:
-        """The decoder's part of the MED, weights not filled."""
+        """ViT and decoder of the MED, with unset weights."""
         smoothing = self.recipe.objective.label_smoothing
         return CaptioningNetwork(self.build_med(), self._prompt_tokens, smoothing)
 
@@ -83,96 +83,103 @@ class Captioning(TrainingTask):
         return to_model_input(batch, self.device, self.dtype)
 
     def flops_per_step(self) -> float:
-        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
         return self.accumulation * captioning_flops(self.config, self.batch_size, self._tokens)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Captions of all held-out images; BLEU-4 and CIDEr of the first set give the score."""
+        """Captions of all held-out images. The score is BLEU-4 plus CIDEr of the first set."""
         med = self.whole_med(engine)
-        found = Evaluation()
+        evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
             every = range(len(pairs))
-            said = captions_and_pairs.captions_of(med, pairs, every, self.recipe, self.tokenizer)
-            scores = _scores(said, pairs.captions, SELECTION).values
+            captions = captions_and_pairs.captions_of(
+                med, pairs, every, self.recipe, self.tokenizer
+            )
+            scores = _scores(captions, pairs.captions, SELECTION).values
             shown = captions_and_pairs.shown_images(len(pairs), self.recipe)
             panels, entries = captions_and_pairs.panels_of(
-                name, pairs, shown, [said[i] for i in shown]
+                name, pairs, shown, [captions[i] for i in shown]
             )
-            found = found.with_set(name, scores, sum(scores.values()), panels, entries)
-        return found
+            evaluation = evaluation.with_set(name, scores, sum(scores.values()), panels, entries)
+        return evaluation
 
 
 def _scores(
-    said: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
+    captions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
 ) -> CaptionScores:
-    """Measured on rank 0, known on all: Java programs need not run on each."""
-    mine = caption_scores(said, references, metrics) if collectives.rank() == 0 else None
-    found = collectives.all_gather_objects(mine)[0]
-    assert isinstance(found, CaptionScores)
-    return found
+    """Scores on all ranks, computed on rank 0 alone, as metrics start Java programs."""
+    local = caption_scores(captions, references, metrics) if collectives.rank() == 0 else None
+    scores = collectives.all_gather_objects(local)[0]
+    assert isinstance(scores, CaptionScores)
+    return scores
 
 
 def figures(
-    said: Sequence[str],
+    captions: Sequence[str],
     references: Sequence[Sequence[str]],
     annotations: Sequence[Sequence[dict[str, Any]]] = (),
 ) -> dict[str, Any]:
-    """All caption metrics, what was left out and why, and for NoCaps the same of each domain.
+    """All caption metrics, also by domain for NoCaps, and the reasons of missing metrics.
 
     Args:
-        said: a caption an image.
-        references: of each image.
-        annotations: of each image's references; their `domain` counts.
+        captions: one caption for each image.
+        references: reference captions of each image.
+        annotations: annotations of each image's references. The `domain` of the first counts.
 
     Raises:
-        ValueError: images without references.
+        ValueError: some images have no references.
     """
-    without = sum(not own for own in references)
+    without = sum(not texts for texts in references)
     if without:
         raise ValueError(f"{without} of {len(references)} images have no reference caption")
-    scores = _scores(said, references, CAPTION_METRICS)
-    found: dict[str, Any] = dict(scores.values)
-    domains = [own[0].get("domain") if own else None for own in annotations]
+    scores = _scores(captions, references, CAPTION_METRICS)
+    metrics: dict[str, Any] = dict(scores.values)
+    domains = [notes[0].get("domain") if notes else None for notes in annotations]
     for domain in sorted({name for name in domains if name}):
-        mine = [i for i, name in enumerate(domains) if name == domain]
-        part = _scores([said[i] for i in mine], [references[i] for i in mine], CAPTION_METRICS)
-        found |= {f"{domain}/{name}": value for name, value in part.values.items()}
-    return found | {f"without {name}": reason for name, reason in scores.left_out.items()}
+        images = [i for i, name in enumerate(domains) if name == domain]
+        of_domain = _scores(
+            [captions[i] for i in images], [references[i] for i in images], CAPTION_METRICS
+        )
+        metrics |= {f"{domain}/{name}": value for name, value in of_domain.values.items()}
+    return metrics | {f"without {name}": reason for name, reason in scores.left_out.items()}
 
 
 def image_ids(pairs: HeldoutPairs, location: str, strip_prefix: str = "") -> list[int | str]:
-    """The ids that COCO and NoCaps know the images by: those of the annotation file at `location`,
-    else the digits that end the file name (COCO_val2014_000000391895.jpg), else the record's id."""
-    known: dict[str, int | str] = {}
+    """Ids of the images in COCO or NoCaps.
+
+    They come from the annotation file at `location`, or else from the digits that end the file name
+    (COCO_val2014_000000391895.jpg), or else from the record.
+    """
+    ids_of_files: dict[str, int | str] = {}
     items = load_json(location) if location.endswith(".json") else []
     for item in items if isinstance(items, list) else []:
         if "img_id" in item:
-            known[item["image"].removeprefix(strip_prefix)] = item["img_id"]
+            ids_of_files[item["image"].removeprefix(strip_prefix)] = item["img_id"]
     images = items.get("images", []) if isinstance(items, dict) else []
     for image in images:  # a test set without captions: nocaps_test_image_info.json
         if "file_name" in image and "id" in image:
-            known[image["file_name"]] = image["id"]
-    found: list[int | str] = []
-    for name, own in zip(pairs.ids, pairs.annotations, strict=True):
+            ids_of_files[image["file_name"]] = image["id"]
+    ids: list[int | str] = []
+    for name, notes in zip(pairs.ids, pairs.annotations, strict=True):
         digits = re.search(r"(?:^|[_/])(\d{6,})\.\w+$", name)
         by_name = int(digits[1]) if digits else name
-        annotated = own[0].get("id") if own else None
-        found.append(known.get(name, by_name if annotated is None else annotated))
-    return found
+        annotated = notes[0].get("id") if notes else None
+        ids.append(ids_of_files.get(name, by_name if annotated is None else annotated))
+    return ids
 
 
 def references_of(location: str, ids: Sequence[int | str]) -> list[list[str]]:
-    """Captions of some images out of COCO's own annotations, as they are written there.
+    """Captions of some images from COCO's annotation file, unchanged.
 
     Raises:
-        ValueError: not such a file, or it lacks some of the images.
+        ValueError: it is no annotation file of COCO, or it lacks some of the images.
     """
     annotations = load_json(location)
     if not isinstance(annotations, dict) or "annotations" not in annotations:
         raise ValueError(f"{location} holds no COCO annotations ({{images, annotations}})")
     captions: dict[int | str, list[str]] = {}
-    for one in annotations["annotations"]:
-        captions.setdefault(one["image_id"], []).append(one["caption"])
+    for annotation in annotations["annotations"]:
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     absent = [name for name in ids if name not in captions]
     if absent:
         raise ValueError(

@@ -1,7 +1,6 @@
-"""What a contrastive loss is to the tasks that hold one: `Contrast`, and what goes into and out of
-its part of the network.
+"""Interface of contrastive losses: `Contrast`, and the input and output of its network.
 
-A second loss is a subclass in a file of its own and an entry in `contrastive_task.CONTRASTS`.
+To add a loss, write a subclass in a new file and add an entry to `contrastive_task.CONTRASTS`.
 
 Legend: B micro-batch of this rank, E embed_dim.
 """
@@ -27,52 +26,52 @@ from blip_scale.objectives.contrastive import FeaturePair, Similarities
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """B image-text pairs and what the MED makes of them."""
+    """B image-text pairs and their features."""
 
     images: Tensor
     """[B, 3, H, W] normalised, in the type of the weights."""
     text: PackedText
     """B captions, first token [CLS]."""
     features: FeaturePair
-    """[B, E] each, fp32, of norm 1, with gradient."""
+    """Features [B, E] each, fp32, of norm 1, with gradient."""
     temperature: Tensor
-    """Learned divisor of the similarities, a fp32 scalar with gradient."""
+    """Learned divisor of the similarities, an fp32 scalar with gradient."""
     image_ids: Tensor | None = None
-    """[B] int64, equal where the image is the same; None: every pair counts as another image."""
+    """[B] int64, equal for equal images. None: every pair counts as another image."""
 
 
 @dataclass(frozen=True)
 class Contrasted:
-    """Output of a contrast's part of the network."""
+    """Output of a contrast's network."""
 
     loss: Tensor
     similarities: Similarities
-    """Their first B columns are this rank's own pairs."""
+    """Similarities whose first B columns are this rank's pairs."""
     keys: FeaturePair
-    """Features [B, E] that the pairs' features are compared with; pretraining draws the hard
-    negatives of all ranks by them, and `Contrast.collect` receives them."""
+    """Features [B, E] that the pairs' features are compared with. Pretraining uses them to draw
+    hard negatives from all ranks, and `Contrast.collect` receives them."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Scalars for the log, by name."""
 
 
 def of_all_ranks(features: FeaturePair) -> FeaturePair:
-    """[B, E] each to [B x ranks, E], in rank order and without gradient; all ranks call."""
+    """[B, E] each to [B x ranks, E], in rank order, without gradient. Call it on all ranks."""
     return FeaturePair(
         collectives.all_gather(features.image), collectives.all_gather(features.text)
     )
 
 
 class Contrast(ABC):
-    """A contrastive loss with all that belongs to it: its part of the network, its state, and its
-    update after each optimizer step.
+    """A contrastive loss with its network, its state, and its update after each optimizer step.
 
-    The state lives outside of the network: buffers would follow its casts to bf16. A parameter that
-    trains needs an entry in `initial_weights`, and a module of its own whose forward returns
-    tensors, so that ZeRO-3 gathers it (see `model.med.Temperature`).
+    The state is kept outside the network, whose casts to bf16 would apply to buffers. A trainable
+    parameter needs an entry in `initial_weights`, and a module whose forward returns tensors, so
+    that ZeRO-3 gathers it (see `model.med.Temperature`).
     """
 
     momentum_pairs: dict[str, str]
-    """Parameter of the contrast's network -> parameter of the MED that it follows."""
+    """Name of a parameter of the contrast's network -> name of the MED's parameter that it
+    follows."""
 
     def __init__(
         self, recipe: Recipe, config: MEDConfig, device: torch.device, knows_images: bool
@@ -80,53 +79,57 @@ class Contrast(ABC):
         """Make the state.
 
         Args:
-            recipe: its `objective` holds the settings.
+            recipe: the recipe, whose `objective` holds the settings.
             config: sizes of the MED.
-            device: of this rank.
-            knows_images: whether pairs come with `image_ids`.
+            device: device of this rank.
+            knows_images: whether pairs have `image_ids`.
         """
         self.recipe, self.config = recipe, config
         self.momentum_pairs = {}
 
     @abstractmethod
     def build_network(self) -> nn.Module:
-        """Its part of the network, weights not filled: a module that maps `EncodedPairs` and
-        `inputs` to `Contrasted`, without any side effect."""
+        """The contrast's network, with unset weights.
+
+        It is a module that maps `EncodedPairs` and the result of `inputs` to `Contrasted`, without
+        side effects.
+        """
 
     @abstractmethod
     def flops(self, batch_size: int, text_tokens: int) -> float:
-        """Floating-point operations that it adds to a micro-step, forward and backward."""
+        """FLOPs that the contrast adds to a micro-step, forward and backward."""
 
     def key_count(self, batch_size: int) -> int:
-        """Features that each pair of a micro-batch of this rank is compared with; a plan counts
-        memory by it."""
+        """Number of keys that each pair of a micro-batch is compared with, for plans of memory."""
         return batch_size
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """Every trainable parameter of its network by name, in fp32 on the CPU, equal on all
-        ranks."""
+        """All trainable parameters of the contrast's network by name, in fp32 on the CPU.
+
+        They must be equal on all ranks.
+        """
         return {}
 
     def inputs(self, progress: Progress) -> Any:
-        """What its network reads of state and schedule in a micro-step."""
+        """State and scheduled values that the contrast's network reads in a micro-step."""
         return None
 
     # A contrast without state leaves these three as they are.
     def collect(  # noqa: B027
         self, keys: FeaturePair, image_ids: Tensor | None, step: int
     ) -> None:
-        """Take the keys of a micro-step of optimizer step `step`, for `after_step`."""
+        """Keep the keys of a micro-step of optimizer step `step`, for `after_step`."""
 
     def after_step(  # noqa: B027
         self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool
     ) -> None:
-        """Update the state after an optimizer step; all ranks call.
+        """Update the state after an optimizer step. Called on all ranks.
 
-        `applied` is False when the update was skipped; then only what was collected is dropped.
+        If the update was skipped, `applied` is False, and only the collected keys are dropped.
         """
 
     def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
-        """Figures for a line of the log; all ranks call."""
+        """Metrics for a line of the log. Called on all ranks."""
         return {}
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -136,4 +139,4 @@ class Contrast(ABC):
     def load_state_dict(  # noqa: B027
         self, state: dict[str, Any], tensors: dict[str, Tensor]
     ) -> None:
-        """Restore the state from what `state_dict` gave; other entries are ignored."""
+        """Restore the state that `state_dict` returned. Other entries are ignored."""

@@ -1,4 +1,4 @@
-"""What pretraining and retrieval have in common: a contrast, and ITM on hard negatives.
+"""Base of pretraining and retrieval: a contrast, and ITM on hard negatives.
 
 Legend: B micro-batch of this rank.
 """
@@ -34,7 +34,7 @@ from blip_scale.tasks.hard_pairs import text_sizes
 from blip_scale.tasks.momentum_contrast import MomentumContrast
 
 CONTRASTS: dict[str, type[Contrast]] = {"momentum": MomentumContrast}
-"""`objective.itc` in the recipe -> class of the contrast."""
+"""Value of `objective.itc` -> class of the contrast."""
 
 TEMPERATURE = "med.temperature.value"
 TEMPERATURE_RANGE = (0.001, 0.5)
@@ -44,15 +44,15 @@ ONE_CLASS_ALARM = Alarm(
     lambda logged: predicts_one_class(
         logged["loss/itm"], logged["itm/accuracy_match"], logged["itm/accuracy_mismatch"]
     ),
-    "ITM gives every pair the same answer (its loss sits at 0.6365 then). Usual at the very start; "
-    "if it lasts, look whether captions fit their images, whether ITC falls (its similarities "
+    "ITM predicts one class for every pair, usually with a loss of 0.6365. This is normal at the "
+    "start. If it lasts, check that captions fit their images and that ITC falls (its similarities "
     "choose the hard negatives), and try a lower optimizer.peak_lr or a longer warm-up.",
     points=10,
 )
 
 
 class ContrastiveNetwork(nn.Module):
-    """A MED and a contrast's part; a forward is one micro-step, without any side effect."""
+    """A MED and a contrast's network. A forward is one micro-step, without side effects."""
 
     def __init__(self, med: MED, contrast: nn.Module, settings: ObjectiveRecipe) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class ContrastiveNetwork(nn.Module):
     def contrasted(
         self, images: Tensor, text: PackedText, inputs: Any, image_ids: Tensor | None
     ) -> tuple[Tensor, EncodedPairs, Contrasted]:
-        """Image tokens [B, N, D], the encoded pairs, and what the contrast makes of them."""
+        """Image tokens [B, N, D], the encoded pairs, and the contrast's output."""
         med = self.med
         image_embeds = med.encode_image(images)
         image_features = med.project_image(image_embeds)
@@ -75,8 +75,11 @@ class ContrastiveNetwork(nn.Module):
     def figures(
         pairs: EncodedPairs, contrasted: Contrasted, itm_logits: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Accuracies, temperature and the contrast's metrics, its keys [B, E] as `image_keys` and
-        `text_keys`, and `image_ids` [B] where pairs have them."""
+        """Outputs of the network besides the losses.
+
+        They are accuracies, temperature, the contrast's metrics, its keys [B, E] as `image_keys`
+        and `text_keys`, and `image_ids` [B] if pairs have them.
+        """
         i2t, t2i = retrieval_accuracy(contrasted.similarities)
         on_match, on_mismatch = match_accuracy(itm_logits, labels)
         return {
@@ -93,13 +96,13 @@ class ContrastiveNetwork(nn.Module):
 
 
 class ContrastiveTask(TrainingTask):
-    """A task whose network is a `ContrastiveNetwork`; `objective.itc` names its contrast."""
+    """Task whose network is a `ContrastiveNetwork`. `objective.itc` names its contrast."""
 
     alarms: tuple[Alarm, ...] = (ONE_CLASS_ALARM,)
     knows_images: ClassVar[bool] = False
-    """Whether pairs of one image are told apart from pairs of others."""
+    """Whether pairs have image ids, so that pairs of the same image are recognised."""
     decodes: ClassVar[bool] = True
-    """Whether captions go through the decoder too."""
+    """Whether captions go through the decoder, too."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         kind = contrast_named(recipe.objective.itc)
@@ -112,32 +115,32 @@ class ContrastiveTask(TrainingTask):
 
     @abstractmethod
     def build_network(self) -> ContrastiveNetwork:
-        """MED and the contrast's part, weights not filled."""
+        """MED and the contrast's network, with unset weights."""
 
     def text_input(self) -> CaptionInput:
-        """As of every task, filled up to static sizes where the recipe says so."""
+        """Like other tasks, but with texts filled up to static sizes if the recipe says so."""
         bucket = token_bucket(self.recipe, self.batch_size, self.device.type == "cuda")
         return replace(super().text_input(), pad_tokens_to=bucket)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """Weights of the MED as in every task, and those that the contrast brings."""
-        own = self.contrast.initial_weights()
-        return super().initial_weights() | {f"contrast.{name}": own[name] for name in own}
+        """Weights of the MED, and those of the contrast."""
+        weights = self.contrast.initial_weights()
+        prefixed = {f"contrast.{name}": weight for name, weight in weights.items()}
+        return super().initial_weights() | prefixed
 
     @property
     def capture_obstacle(self) -> str | None:
-        """Exchanges and random states in the forward, or shapes that follow the captions."""
+        """Why the forward can't be captured: random states, changing shapes, or exchanges."""
         if self.recipe.model.gradient_checkpointing:
-            return "model.gradient_checkpointing reads random states, which a capture cannot"
+            return "model.gradient_checkpointing reads random states, which a capture can't"
         if token_bucket(self.recipe, self.batch_size, self.device.type == "cuda") == 1:
-            return "train.pad_tokens_to: 1 gives every batch other shapes"
+            return "with train.pad_tokens_to: 1 every batch has other shapes"
         if self.recipe.objective.negatives == "global" and collectives.world_size() > 1:
             return "objective.negatives: global exchanges between ranks in the forward pass"
         return None
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
-        """Images, captions, the contrast's state, the generator of the draws, image ids, and the
-        sizes of what is drawn."""
+        """Images, captions, the contrast's inputs, generator, image ids, sizes of ITM's texts."""
         self._tokens = batch.caption_tokens
         images, text = to_model_input(batch, self.device, self.dtype)
         image_ids = None
@@ -148,12 +151,12 @@ class ContrastiveTask(TrainingTask):
         return images, text, contrast, self.generator(), image_ids, sizes
 
     def collect(self, outputs: dict[str, Tensor], progress: Progress) -> None:
-        """The keys go to the contrast."""
+        """Give the keys to the contrast."""
         keys = FeaturePair(outputs["image_keys"], outputs["text_keys"])
         self.contrast.collect(keys, outputs.get("image_ids"), progress.step)
 
     def flops_per_step(self) -> float:
-        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
         med = med_flops(self.config, self.batch_size, self._tokens, self.decodes)
         return self.accumulation * (med + self.contrast.flops(self.batch_size, self._tokens))
 
@@ -162,32 +165,32 @@ class ContrastiveTask(TrainingTask):
         if applied:
             for piece in engine.slices:
                 if piece.name == TEMPERATURE:
-                    # The fp32 master: a clamp of the bf16 copy would be undone by it.
+                    # The fp32 master, which would undo a clamp of the bf16 copy.
                     piece.weight.clamp_(*TEMPERATURE_RANGE)
             engine.refresh([TEMPERATURE])
         self.contrast.after_step(engine, momentum, applied)
 
     def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
-        """Figures of the contrast."""
+        """Metrics of the contrast."""
         return self.contrast.metrics(engine, momentum)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Loader position and the contrast's state."""
+        """Position of the loader, and the contrast's state."""
         state, tensors = super().state_dict()
         contrast_state, contrast_tensors = self.contrast.state_dict()
         return state | contrast_state, tensors | contrast_tensors
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Loader position and the contrast's state."""
+        """Restore the position of the loader, and the contrast's state."""
         super().load_state_dict(state, tensors)
         self.contrast.load_state_dict(state, tensors)
 
 
 def contrast_named(name: str) -> type[Contrast]:
-    """The contrast that a recipe asks for.
+    """The contrast with a name of `CONTRASTS`.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no contrast has this name.
     """
     if name not in CONTRASTS:
         raise ValueError(f"objective.itc: {name!r} is no contrast; give {' or '.join(CONTRASTS)}")
@@ -195,10 +198,10 @@ def contrast_named(name: str) -> type[Contrast]:
 
 
 def image_hashes(batch: Batch) -> list[int]:
-    """A 63-bit number for each pair, equal for pairs of one image in whatever batch.
+    """A 63-bit number for each pair. Pairs of the same image have equal numbers in all batches.
 
-    They are hashes of stream and id: among 10^6 images, two have the same one with a probability of
-    10^-7.
+    The numbers are hashes of stream and id. The probability that two of 10^6 images share a number
+    is 10^-7.
     """
     names = zip(batch.streams, batch.ids, strict=True)
     return [xxhash.xxh3_64_intdigest(f"{stream}/{name}") >> 1 for stream, name in names]

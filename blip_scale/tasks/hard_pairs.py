@@ -1,4 +1,4 @@
-"""The image-text pairs of ITM: matched, and hard negatives out of this rank's batch or of all.
+"""The image-text pairs of ITM: matched pairs, and hard negatives of this rank or of all ranks.
 
 Legend: B micro-batch of this rank, P pool of captions that negatives are drawn from.
 """
@@ -22,26 +22,26 @@ class TextSizes:
     """Static sizes of the texts of ITM, fixed before negatives are drawn."""
 
     max_tokens: int
-    """Longest caption on any rank."""
+    """Number of tokens of the longest caption on any rank."""
     room: Room | None = None
-    """Size that the texts of all pairs are filled up to; None: no fillers, and the host waits for
-    the device once to read how many tokens were drawn."""
+    """Size that the texts of all pairs are filled up to. None: no fillers, and the host waits for
+    the device once, to read how many tokens were drawn."""
 
 
 def text_sizes(batch: Batch, max_tokens: int, full_capacity: bool) -> TextSizes:
-    """Sizes for a micro-batch on the host.
+    """Sizes for a micro-batch, computed on the host.
 
     Args:
-        batch: with its padding; without one there is no room either.
-        max_tokens: longest caption of the recipe.
-        full_capacity: make room for any draw; otherwise for draws that stay within
-            `Padding.spread`, which fail once in thousands of steps.
+        batch: the micro-batch. Without padding there is no room.
+        max_tokens: number of tokens of the recipe's longest caption.
+        full_capacity: whether to make room for any draw. Otherwise there is room for draws within
+            `Padding.spread`, which overflow once in thousands of steps.
     """
     padding = batch.padding
     if padding.bucket == 1:
         return TextSizes(max_tokens)
     count = len(batch.ids)
-    # What every batch of this bucket may hold, not what this one holds: the sizes are static.
+    # Bounds for every batch of this bucket rather than for this batch, as sizes are static.
     most = len(batch.token_ids) - 2 * padding.fillers
     fewest = max(2 * count, most - padding.bucket + 1)
     fewest_drawn, most_drawn = 2 * count, max_tokens * count
@@ -59,14 +59,14 @@ class Pairs(NamedTuple):
     image_embeds: Tensor
     image_index: Tensor
     retry: dict[str, Tensor]
-    """`retry`, a fp32 scalar: 1 where the drawn texts did not fit into the room, so that the step
-    has to be repeated with full capacity; empty without a room."""
+    """Entry `retry`, an fp32 scalar. It is 1 if the drawn texts overflowed the room, so that the
+    step must be repeated with full capacity. Empty without a room."""
 
 
 def local_pairs(
     image_embeds: Tensor, text: PackedText, negatives: HardNegatives, sizes: TextSizes
 ) -> Pairs:
-    """Negatives out of this rank's own batch."""
+    """Pairs with negatives from this rank's batch."""
     own_B = torch.arange(len(image_embeds), device=image_embeds.device)
     index, retry = _chosen(text.lengths, own_B, negatives.text, sizes)
     texts = text.select(index, sizes.room)
@@ -76,11 +76,12 @@ def local_pairs(
 def global_pairs(
     image_embeds: Tensor, text: PackedText, negatives: HardNegatives, sizes: TextSizes
 ) -> Pairs:
-    """Negatives out of the batches of all ranks; gradients go back to the rank that owns an image.
+    """Pairs with negatives from the batches of all ranks. Gradients go to the rank of an image.
 
-    The loss of a rank reaches image tokens of others, and the backward of the gather sums what all
-    ranks send: with the mean over ranks that data parallelism takes, that is the gradient of the
-    mean loss. Captions travel as a table of one width, because their lengths are not known here.
+    A rank's loss depends on image tokens of other ranks, and the backward of the gather sums the
+    gradients of all ranks. Data parallelism then takes the mean over ranks. The result is the
+    gradient of the mean loss. Captions are exchanged as a table of one width, as their lengths are
+    not known here.
     """
     batch = len(image_embeds)
     all_embeds = collectives.all_gather_with_gradient(image_embeds)
@@ -99,10 +100,10 @@ def global_pairs(
 def _chosen(
     lengths_P: Tensor, own_B: Tensor, negatives_B: Tensor, sizes: TextSizes
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The captions of all pairs [3B], and `Pairs.retry`.
+    """Indices [3B] of the captions of all pairs, and `Pairs.retry`.
 
-    Where those drawn do not fit, each pair takes its own caption: they always fit, so that every
-    index of the step that is to be repeated stays valid.
+    If the drawn captions overflow the room, each pair takes its matching caption instead. Those
+    always fit, so all indices stay valid in the step that will be repeated.
     """
     index = torch.cat([own_B, own_B, negatives_B])
     if sizes.room is None:

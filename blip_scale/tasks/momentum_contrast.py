@@ -27,14 +27,14 @@ from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs, of_all
 
 @dataclass(frozen=True)
 class MomentumInputs:
-    """What a micro-step reads of the queue and the schedule."""
+    """Queue and scheduled weights that a micro-step reads."""
 
     queue: FeaturePair
     """Momentum features of earlier steps, [E, Q] each."""
     alpha: Tensor
-    """[2] fp64: weight of the soft targets, and of the positive."""
+    """[2] fp64: weight of the soft targets, and weight of the positive."""
     queue_ids: Tensor | None = None
-    """[Q] int64, the image of each column; needed where pairs have `image_ids`."""
+    """[Q] int64, the image of each column. Needed if pairs have `image_ids`."""
 
 
 class MomentumContrastNetwork(nn.Module):
@@ -45,7 +45,7 @@ class MomentumContrastNetwork(nn.Module):
         self.momentum = momentum.requires_grad_(False)
 
     def forward(self, pairs: EncodedPairs, inputs: MomentumInputs) -> Contrasted:
-        """ITC with soft targets. Pairs of one image are no negatives of each other."""
+        """ITC with soft targets. Pairs of the same image are not negatives of each other."""
         momentum, queue = self.momentum, inputs.queue
         with torch.no_grad():
             keys = FeaturePair(
@@ -64,7 +64,7 @@ class MomentumContrastNetwork(nn.Module):
 
 
 class MomentumContrast(Contrast):
-    """The queue, and the update of queue and momentum encoders."""
+    """The feature queue, and the updates of queue and momentum encoders."""
 
     def __init__(
         self, recipe: Recipe, config: MEDConfig, device: torch.device, knows_images: bool
@@ -82,21 +82,21 @@ class MomentumContrast(Contrast):
         self.momentum_pairs = {f"momentum.{name}": name for name in names}
 
     def build_network(self) -> MomentumContrastNetwork:
-        """Momentum encoders, weights not filled."""
+        """Momentum encoders, with unset weights."""
         return MomentumContrastNetwork(MomentumEncoder(self.config))
 
     def flops(self, batch_size: int, text_tokens: int) -> float:
-        """Of the momentum encoders' forward pass and of the products with the keys."""
+        """FLOPs of the momentum encoders' forward and of the similarities to the keys."""
         return momentum_contrast_flops(
             self.config, batch_size, text_tokens, self.settings.queue_size
         )
 
     def key_count(self, batch_size: int) -> int:
-        """The micro-batch and the queue."""
+        """Number of keys: the micro-batch and the queue."""
         return batch_size + self.settings.queue_size
 
     def inputs(self, progress: Progress) -> MomentumInputs:
-        """The queue as it stands, and alpha."""
+        """The present queue, and alpha of this step."""
         alpha = alpha_at(
             progress.step,
             progress.steps_per_epoch,
@@ -132,7 +132,7 @@ class MomentumContrast(Contrast):
         return {"queue/age_steps": self.queue.age(self.step), "momentum/gap": momentum.gap()}
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The queue."""
+        """State of the queue."""
         queue = self.queue.state_dict()
         tensors = {name: queue.pop(name) for name in list(queue) if torch.is_tensor(queue[name])}
         return {"queue": queue}, {f"queue/{name}": t for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""From a recipe to networks, loaders and model input: what all tasks share."""
+"""Networks, initial weights and loaders from a recipe, for all tasks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from blip_scale.model.vision import build_vision, training_tokens
 
 
 def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
-    """A MED on the CPU in fp32: all of it from `model.checkpoint`, else random from the seed with
-    the checkpoints of ViT and text over it.
+    """A MED on the CPU in fp32, from `model.checkpoint` or from the seed.
 
-    Every rank makes the same and keeps its shards, so the start of a run does not depend on the
-    ranks.
+    Without `model.checkpoint`, weights are drawn from the seed, and those with a checkpoint of ViT
+    or text are loaded. Every rank makes equal weights and keeps its slices, so the start of a run
+    does not depend on the number of ranks.
     """
     med = seeded(lambda: MED(config), recipe.seed)
     vision, text = recipe.model.vision, recipe.model.text
@@ -46,9 +46,11 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
 
 
 def initial_parameters(recipe: Recipe, config: MEDConfig, head: Head) -> dict[str, Tensor]:
-    """All parameters of a head's network (`model.heads`) by full name, whole, in fp32 on the CPU:
-    from `model.checkpoint`, of this head or of pretraining, else as `initialized_med` makes
-    them."""
+    """All parameters of a head's network (`model.heads`) by full name, whole, in fp32 on the CPU.
+
+    They come from `model.checkpoint`, of this head or of pretraining, or else from
+    `initialized_med`.
+    """
     std = recipe.model.text.init_std
     if recipe.model.checkpoint is not None:
         return head_parameters(_whole_checkpoint(recipe), head, config, recipe.seed, std)
@@ -65,7 +67,7 @@ def _whole_checkpoint(recipe: Recipe) -> Path:
 
 
 def train_loader(recipe: Recipe, text: CaptionInput, micro_batch_size: int) -> TrainLoader:
-    """This rank's loader."""
+    """This rank's loader of training batches."""
     position = LoaderPosition(
         collectives.rank(),
         collectives.world_size(),
@@ -83,7 +85,7 @@ def train_loader(recipe: Recipe, text: CaptionInput, micro_batch_size: int) -> T
 
 
 def image_shape(config: MEDConfig) -> tuple[int, int]:
-    """Tokens of an image in training, and their width."""
+    """Number of tokens of an image in training, and their width."""
     with torch.device("meta"):
         vision = build_vision(config.vision)
     return training_tokens(vision), vision.embed_dim

@@ -32,11 +32,11 @@ from blip_scale.tasks import networks
 from blip_scale.tasks.base import TrainingTask
 
 MAX_WORDS = 40
-"""Of a sentence (published)."""
+"""Maximum number of words of a sentence (published)."""
 
 
 class NLVR2Network(nn.Module):
-    """One forward is one micro-step, without any side effect."""
+    """The NLVR2 network and its loss. A forward is one micro-step, without side effects."""
 
     def __init__(self, med: NLVR2) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class NLVR2Network(nn.Module):
         Args:
             images: [2B, 3, H, W] normalised, all first images before all second ones.
             sentences: B texts, first token [CLS].
-            labels: [B] int64, 1 where the sentence is true.
+            labels: [B] int64, 1 if the sentence is true.
         """
         enc = self.med.config.text.special.enc
         logits = self.med(images, sentences.with_first_token(enc)).float()
@@ -58,25 +58,26 @@ class NLVR2Network(nn.Module):
 
 
 class ImagePairs(TrainingTask):
-    """The NLVR2 task: what `engine.task.Task` asks for."""
+    """The NLVR2 task; implements `engine.task.Task`."""
 
     head = "nlvr2"
 
     def text_input(self) -> CaptionInput:
-        """Sentences."""
+        """Settings that turn sentences into tokens."""
         return CaptionInput(self.tokenizer, self.recipe.model.text.max_tokens, MAX_WORDS)
 
     def build_network(self) -> NLVR2Network:
-        """Encoder of sentences and pairs, weights not filled."""
+        """Encoder of sentences and pairs, with unset weights."""
         return NLVR2Network(NLVR2(self.config))
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
         """Pairs of images, sentences and labels.
 
         Raises:
-            RefusedInput: a sample that isn't a pair of images with a label.
+            RefusedInput: a sample is no pair of images with a label.
         """
-        if batch.images.dim() != 5 or not all("label" in one for one in batch.annotations):
+        has_labels = all("label" in annotation for annotation in batch.annotations)
+        if batch.images.dim() != 5 or not has_labels:
             raise RefusedInput(
                 f"stream {batch.streams[0]!r}: {batch.ids[0]} is no pair of images with a label: "
                 "make the set with `python tools/prepare_data.py nlvr2`"
@@ -87,23 +88,23 @@ class ImagePairs(TrainingTask):
         return first_then_second(images), sentences, to_device(labels, self.device, torch.int64)
 
     def flops_per_step(self) -> float:
-        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
         pairs = self.batch_size
         tokens, width = networks.image_shape(self.config)
         work = TextWork(pairs, self._tokens, pairs, pairs * tokens, width, cross_attentions=2)
         return self.accumulation * fine_tuning_flops(self.config, 2 * pairs, [work])
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Accuracy on every held-out set; that of the first is the score."""
+        """Accuracy on all held-out sets. The score is that of the first."""
         network = self.whole(engine, lambda: NLVR2(self.config))
-        found = Evaluation()
+        evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
-            said = judgements_of(network, pairs, self.recipe, self.tokenizer)
-            scalars = accuracy(said, pairs)
+            judgements = judgements_of(network, pairs, self.recipe, self.tokenizer)
+            scalars = accuracy(judgements, pairs)
             shown = captions_and_pairs.shown_images(len(pairs), self.recipe)
-            panels = panels_of(pairs, shown, said)
-            found = found.with_set(name, scalars, scalars["accuracy"], panels)
-        return found
+            panels = panels_of(pairs, shown, judgements)
+            evaluation = evaluation.with_set(name, scalars, scalars["accuracy"], panels)
+        return evaluation
 
 
 def first_then_second(images: Tensor) -> Tensor:
@@ -115,36 +116,35 @@ def first_then_second(images: Tensor) -> Tensor:
 def judgements_of(
     network: NLVR2, pairs: HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> list[list[bool]]:
-    """Whether each sentence of each pair is held to be true; the ranks share the work.
+    """Whether the network judges each sentence of each pair to be true. The ranks share the work.
 
-    The images are as the set has them; the published code swaps them at random here too.
+    The images keep their order. The published code swaps them at random here, too.
     """
     device, enc = next(network.parameters()).device, network.config.text.special.enc
-    mine: list[list[bool]] = []
+    judgements: list[list[bool]] = []
     for indices in captions_and_pairs.my_batches(len(pairs), recipe.evaluation.batch_size):
         sentences = [pairs.captions[index] for index in indices]
-        owners = [place for place, said in enumerate(sentences) for _ in said]
+        owners = [place for place, texts in enumerate(sentences) for _ in texts]
         flat = list(chain.from_iterable(sentences))
         packed = pack_captions(tokenizer, flat, recipe.model.text.max_tokens)
         text = packed_text(packed, device).with_first_token(enc)
         images = to_pixels(pairs.images(indices)[owners], network)
         answers = iter(network(first_then_second(images), text).argmax(-1).tolist())
-        mine += [[bool(next(answers)) for _ in said] for said in sentences]
-    return list(chain.from_iterable(collectives.all_gather_objects(mine)))
+        judgements += [[bool(next(answers)) for _ in texts] for texts in sentences]
+    return list(chain.from_iterable(collectives.all_gather_objects(judgements)))
 
 
-def accuracy(said: list[list[bool]], pairs: HeldoutPairs) -> dict[str, float]:
-    """Share of right judgements, how many there are, and the share of the commoner label, which
-    is right without looking.
+def accuracy(judgements: list[list[bool]], pairs: HeldoutPairs) -> dict[str, float]:
+    """Share of right judgements, share of the more frequent label, and number of sentences.
 
     Raises:
-        ValueError: a sentence without a label.
+        ValueError: a sentence has no label.
     """
-    known = list(chain.from_iterable(pairs.annotations))
-    if not all("label" in annotation for annotation in known):
+    annotations = list(chain.from_iterable(pairs.annotations))
+    if not all("label" in annotation for annotation in annotations):
         raise ValueError(f"{pairs.name}: a sentence without a label; is it an NLVR2 set?")
-    labels = [bool(annotation["label"]) for annotation in known]
-    flat = list(chain.from_iterable(said))
+    labels = [bool(annotation["label"]) for annotation in annotations]
+    flat = list(chain.from_iterable(judgements))
     right = sum(map(bool.__eq__, flat, labels))
     true = sum(labels) / len(labels)
     return {
@@ -154,13 +154,11 @@ def accuracy(said: list[list[bool]], pairs: HeldoutPairs) -> dict[str, float]:
     }
 
 
-def panels_of(pairs: HeldoutPairs, shown: list[int], said: list[list[bool]]) -> list[Panel]:
-    """Both images side by side with their first sentence."""
-    return [
-        Panel(
-            torch.cat(pairs.images([index])[0].unbind(0), dim=-1),
-            f"{pairs.captions[index][0]}: {said[index][0]}",
-            str(pairs.annotations[index][0]["label"]),
-        )
-        for index in shown
-    ]
+def panels_of(pairs: HeldoutPairs, shown: list[int], judgements: list[list[bool]]) -> list[Panel]:
+    """Pictures of both images side by side, with their first sentence."""
+    panels = []
+    for index in shown:
+        side_by_side = torch.cat(pairs.images([index])[0].unbind(0), dim=-1)
+        text = f"{pairs.captions[index][0]}: {judgements[index][0]}"
+        panels.append(Panel(side_by_side, text, str(pairs.annotations[index][0]["label"])))
+    return panels

@@ -24,7 +24,7 @@ from blip_scale.tasks.hard_pairs import TextSizes, global_pairs, local_pairs
 
 
 class PretrainNetwork(ContrastiveNetwork):
-    """The MED and its contrast; one forward is one micro-step, without any side effect."""
+    """The MED and its contrast. A forward is one micro-step, without side effects."""
 
     def forward(
         self,
@@ -41,10 +41,10 @@ class PretrainNetwork(ContrastiveNetwork):
             images: [B, 3, H, W] normalised, in the type of the weights.
             text: B captions, first token [CLS].
             inputs: from `Contrast.inputs`.
-            generator: draws the hard negatives; on the device of the images.
+            generator: generator of the hard negatives, on the device of the images.
             image_ids: see `EncodedPairs`.
-            sizes: static sizes of the texts of ITM; needed where negatives of several ranks are
-                drawn. None: as long as they are.
+            sizes: static sizes of the texts of ITM. Needed if negatives are drawn from several
+                ranks. None: texts are not filled up.
         """
         med, settings = self.med, self.settings
         image_embeds, encoded, contrasted = self.contrasted(images, text, inputs, image_ids)
@@ -86,7 +86,7 @@ class PretrainNetwork(ContrastiveNetwork):
 def _global_negatives(
     encoded: EncodedPairs, keys: FeaturePair, generator: torch.Generator
 ) -> HardNegatives:
-    """Negatives drawn by the keys of all ranks."""
+    """Negatives of all ranks, drawn by their similarity to this rank's pairs."""
     online, temperature = encoded.features, encoded.temperature
     pool = of_all_ranks(keys)
     return draw_negatives(
@@ -98,12 +98,12 @@ def _global_negatives(
 
 
 class Pretrain(ContrastiveTask):
-    """The pretraining task: what `engine.task.Task` asks for."""
+    """The pretraining task; implements `engine.task.Task`."""
 
     head = "pretrain"
 
     def build_network(self) -> PretrainNetwork:
-        """MED and the contrast's part, weights not filled."""
+        """MED and the contrast's network, with unset weights."""
         med = self.build_med()
         return PretrainNetwork(med, self.contrast.build_network(), self.recipe.objective)
 

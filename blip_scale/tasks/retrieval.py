@@ -1,5 +1,6 @@
-"""Fine-tuning for image-text retrieval: ITC and ITM, where texts of one image are no negatives of
-each other.
+"""Fine-tuning for image-text retrieval: ITC and ITM.
+
+Texts of the same image are not negatives of each other.
 
 Legend: B micro-batch of this rank, P pool of the hard negatives.
 """
@@ -24,7 +25,7 @@ from blip_scale.tasks.hard_pairs import TextSizes, global_pairs, local_pairs
 
 
 class RetrievalNetwork(ContrastiveNetwork):
-    """The encoders and their contrast; one forward is one micro-step, without any side effect."""
+    """The encoders and their contrast. A forward is one micro-step, without side effects."""
 
     def forward(
         self,
@@ -35,8 +36,10 @@ class RetrievalNetwork(ContrastiveNetwork):
         image_ids: Tensor,
         sizes: TextSizes | None = None,
     ) -> dict[str, Tensor]:
-        """Losses, metrics, and the contrast's keys (see `figures`); arguments as of
-        `PretrainNetwork`."""
+        """Losses, metrics, and the contrast's keys (see `figures`).
+
+        See `PretrainNetwork` for the arguments.
+        """
         med = self.med
         sizes = sizes or TextSizes(text.segments.max_length)
         image_embeds, encoded, contrasted = self.contrasted(images, text, inputs, image_ids)
@@ -69,19 +72,19 @@ class RetrievalNetwork(ContrastiveNetwork):
 
 
 class Retrieval(ContrastiveTask):
-    """The retrieval task: what `engine.task.Task` asks for."""
+    """The retrieval task; implements `engine.task.Task`."""
 
     head = "retrieval"
     knows_images = True
     decodes = False
 
     def build_network(self) -> RetrievalNetwork:
-        """The encoders' part of the MED and the contrast's, weights not filled."""
+        """The MED's encoders and the contrast's network, with unset weights."""
         contrast = self.contrast.build_network()
         return RetrievalNetwork(self.build_med(), contrast, self.recipe.objective)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Recalls on the held-out sets, re-ranked; their mean on the first set is the score."""
+        """Re-ranked recalls on the held-out sets. The score is their mean on the first set."""
         med = self.whole_med(engine)
         evaluation = Evaluation()
         for name, pairs in self.heldout_sets():

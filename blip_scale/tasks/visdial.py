@@ -1,8 +1,8 @@
 """Fine-tuning for visual dialog: the true answer among the candidates.
 
-No code was published; the paper says that the dialog encoder learns by image-text matching whether
+No code was published. The paper says that the dialog encoder learns by image-text matching whether
 an answer is true, given image, caption and history. Here each question is seen with its true answer
-and as many others of its candidates as `objective.false_answers` says.
+and with `objective.false_answers` other candidates.
 
 Legend: B questions, S dialogs (each a question with one answer), C candidates of a question.
 """
@@ -37,11 +37,11 @@ from blip_scale.tasks import networks
 from blip_scale.tasks.base import TrainingTask, own_seed
 
 MAX_WORDS = 50
-"""Of a question."""
+"""Maximum number of words of a question."""
 
 
 class VisDialNetwork(nn.Module):
-    """One forward is one micro-step, without any side effect."""
+    """The VisDial network and its loss. A forward is one micro-step, without side effects."""
 
     def __init__(self, med: VisDial) -> None:
         super().__init__()
@@ -55,14 +55,14 @@ class VisDialNetwork(nn.Module):
         owners_S: Tensor,
         labels_S: Tensor,
     ) -> dict[str, Tensor]:
-        """Matching loss: is the last answer of the dialog true?
+        """Matching loss of whether the last answer of each dialog is true.
 
         Args:
             images: [B, 3, H, W] normalised, in the type of the weights.
             captions: B texts, first token [CLS].
             dialogs: S texts, first token [CLS].
             owners_S: int64, the image of each dialog.
-            labels_S: int64, 1 where the answer is true.
+            labels_S: int64, 1 if the answer is true.
         """
         context = self.med.encode_context(images, captions)
         text = dialogs.with_first_token(self.med.config.text.special.enc)
@@ -74,26 +74,26 @@ class VisDialNetwork(nn.Module):
 
 
 class VisualDialog(TrainingTask):
-    """The VisDial task: what `engine.task.Task` asks for."""
+    """The VisDial task; implements `engine.task.Task`."""
 
     head = "visdial"
     _sizes = (1, 1)
-    """Tokens of the last micro-batch's captions and dialogs."""
+    """Number of tokens of the last micro-batch's captions and dialogs."""
 
     def text_input(self) -> CaptionInput:
-        """Questions; the network reads the dialogs that `losses` makes of them."""
+        """Settings that turn questions into tokens. `inputs` makes dialogs of the questions."""
         limit = self.recipe.model.text.max_tokens
         return CaptionInput(self.tokenizer, limit, MAX_WORDS, clean=clean_question)
 
     def build_network(self) -> VisDialNetwork:
-        """Encoder of image, caption and dialog, weights not filled."""
+        """Encoder of image, caption and dialog, with unset weights."""
         return VisDialNetwork(VisDial(self.config))
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
-        """Images, captions, dialogs with candidate answers, their images and labels.
+        """Images, captions, dialogs with candidate answers, and the dialogs' images and labels.
 
         Raises:
-            RefusedInput: a sample that isn't a round of a dialog.
+            RefusedInput: a sample is no round of a dialog.
         """
         if not batch.annotations or "candidates" not in batch.annotations[0]:
             raise RefusedInput(
@@ -101,10 +101,8 @@ class VisualDialog(TrainingTask):
                 "the set with `python tools/prepare_data.py visdial`"
             )
         generator = torch.Generator().manual_seed(own_seed())
-        chosen = [
-            some_candidates(annotation, self.recipe.objective.false_answers, generator)
-            for annotation in batch.annotations
-        ]
+        false_answers = self.recipe.objective.false_answers
+        chosen = [some_candidates(x, false_answers, generator) for x in batch.annotations]
         rounds = list(zip(batch.captions, batch.annotations, strict=True))
         text = Dialogs(self.tokenizer, self.recipe.model.text.max_tokens, self.device)
         dialogs = text.of(rounds, chosen)
@@ -118,8 +116,10 @@ class VisualDialog(TrainingTask):
         return images, captions, dialogs, owners, labels.flatten()
 
     def flops_per_step(self) -> float:
-        """Of the micro-batches of one optimizer step on this rank, counted from the last one; the
-        captions' pass is taken as one with cross-attention to nothing."""
+        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch.
+
+        The captions' pass has no cross-attention.
+        """
         pairs, dialogs = self.batch_size, 1 + self.recipe.objective.false_answers
         words, tokens = self._sizes
         image_tokens, width = networks.image_shape(self.config)
@@ -131,14 +131,14 @@ class VisualDialog(TrainingTask):
         return self.accumulation * fine_tuning_flops(self.config, pairs, works)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Ranks of the true answers on every held-out set; MRR of the first is the score."""
+        """Ranks of the true answers on all held-out sets. The score is the first set's MRR."""
         network = self.whole(engine, lambda: VisDial(self.config))
-        found = Evaluation()
+        evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
             scores = scores_of(network, pairs, self.recipe, self.tokenizer)
             figures = dialog_figures(scores, pairs)
-            found = found.with_set(name, figures, figures["mrr"])
-        return found
+            evaluation = evaluation.with_set(name, figures, figures["mrr"])
+        return evaluation
 
 
 Round = tuple[str, dict[str, Any]]
@@ -146,8 +146,10 @@ Round = tuple[str, dict[str, Any]]
 
 
 class Dialogs:
-    """How rounds become tokens: history, question and an answer, the history cut from its start
-    where all of it is too long."""
+    """Tokenizer of rounds: history, question and an answer.
+
+    If a round is too long, the start of its history is cut off.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, max_tokens: int, device: torch.device
@@ -155,12 +157,12 @@ class Dialogs:
         self._tokenizer, self._max_tokens, self._device = tokenizer, max_tokens, device
 
     def captions(self, captions: Sequence[str]) -> PackedText:
-        """First token [CLS]."""
+        """Captions whose first token is [CLS]."""
         texts = [clean_caption(caption) for caption in captions]
         return packed_text(pack_captions(self._tokenizer, texts, self._max_tokens), self._device)
 
     def of(self, rounds: Sequence[Round], chosen: Sequence[Sequence[int]]) -> PackedText:
-        """The chosen candidates of each round, one text each, first token [CLS]."""
+        """One text for each chosen candidate of each round, whose first token is [CLS]."""
         rows = []
         for (question, annotation), numbers in zip(rounds, chosen, strict=True):
             spoken = [text for turn in annotation["history"] for text in turn]
@@ -168,8 +170,8 @@ class Dialogs:
             asked = self._ids(question)
             for number in numbers:
                 answer = self._ids(clean_question(annotation["candidates"][number]))
-                said = (before + asked + answer)[-(self._max_tokens - 2) :]
-                rows.append([self._tokenizer.cls_token_id, *said, self._tokenizer.sep_token_id])
+                words = (before + asked + answer)[-(self._max_tokens - 2) :]
+                rows.append([self._tokenizer.cls_token_id, *words, self._tokenizer.sep_token_id])
         return PackedText.from_lists(rows, self._device)
 
     def _ids(self, text: str) -> list[int]:
@@ -179,8 +181,13 @@ class Dialogs:
 def some_candidates(
     annotation: dict[str, Any], false_answers: int, generator: torch.Generator
 ) -> list[int]:
-    """The true candidate and so many others, drawn without replacement as long as there are
-    enough."""
+    """Number of the true candidate, followed by `false_answers` drawn others.
+
+    They repeat only if the round has fewer candidates.
+
+    Raises:
+        ValueError: the round has no other candidate.
+    """
     others = [n for n in range(len(annotation["candidates"])) if n != annotation["answer"]]
     if not others:
         raise ValueError("a round of a dialog has no candidate but the true one")
@@ -193,11 +200,13 @@ def some_candidates(
 def scores_of(
     network: VisDial, pairs: HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> list[list[list[float]]]:
-    """The matching logit (true less false) of each candidate of each round of each image; the
-    ranks share the images."""
+    """Matching logits (true less false) of each image's rounds' candidates.
+
+    The ranks share the images.
+    """
     special, device = network.config.text.special, next(network.parameters()).device
     text = Dialogs(tokenizer, recipe.model.text.max_tokens, device)
-    mine: list[list[list[float]]] = []
+    scores: list[list[list[float]]] = []
     for indices in captions_and_pairs.my_batches(len(pairs), 1):
         (index,) = indices
         rounds = list(zip(pairs.captions[index], pairs.annotations[index], strict=True))
@@ -206,32 +215,32 @@ def scores_of(
         captions = text.captions([rounds[0][1]["caption"]])
         pixels = to_pixels(pairs.images(indices), network)
         context = network.encode_context(pixels, captions)
-        found: list[list[float]] = []
-        for one in rounds:
-            count = len(one[1]["candidates"])
-            scores: list[float] = []
+        scores_of_rounds: list[list[float]] = []
+        for dialog_round in rounds:
+            count = len(dialog_round[1]["candidates"])
+            scores_of_round: list[float] = []
             for begin in range(0, count, recipe.evaluation.batch_size):
                 some = list(range(begin, min(count, begin + recipe.evaluation.batch_size)))
-                dialogs = text.of([one], [some]).with_first_token(special.enc)
+                dialogs = text.of([dialog_round], [some]).with_first_token(special.enc)
                 owner = torch.zeros(len(some), dtype=torch.int64, device=device)
                 logits = network.match(dialogs, context, owner).float()
-                scores += (logits[:, 1] - logits[:, 0]).tolist()
-            found.append(scores)
-        mine.append(found)
-    return list(chain.from_iterable(collectives.all_gather_objects(mine)))
+                scores_of_round += (logits[:, 1] - logits[:, 0]).tolist()
+            scores_of_rounds.append(scores_of_round)
+        scores.append(scores_of_rounds)
+    return list(chain.from_iterable(collectives.all_gather_objects(scores)))
 
 
 def dialog_figures(
     scores: Sequence[Sequence[Sequence[float]]], pairs: HeldoutPairs
 ) -> dict[str, float]:
-    """MRR, recalls and mean rank of all rounds; NDCG of those that people judged (`relevance`)."""
+    """MRR, recalls and mean rank of all rounds, and NDCG of rounds with human `relevance`."""
     ranks, gains = [], []
-    for known, rounds in zip(pairs.annotations, scores, strict=True):
-        for annotation, row in zip(known, rounds, strict=True):
+    for notes, rounds in zip(pairs.annotations, scores, strict=True):
+        for annotation, row in zip(notes, rounds, strict=True):
             ranks.append(ranks_of(torch.tensor([row]), torch.tensor([annotation["answer"]])))
             if any(annotation.get("relevance", [])):
                 gains.append(ndcg(row, annotation["relevance"]))
-    found = ranking_figures(torch.cat(ranks))
+    figures = ranking_figures(torch.cat(ranks))
     if gains:
-        found |= {"ndcg": sum(gains) / len(gains)}
-    return found | {"questions": float(len(ranks))}
+        figures |= {"ndcg": sum(gains) / len(gains)}
+    return figures | {"questions": float(len(ranks))}

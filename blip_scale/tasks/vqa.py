@@ -1,6 +1,6 @@
 """Fine-tuning for visual question answering.
 
-Legend: B questions with an image each, A unique answers of them, P predicted tokens.
+Legend: B questions with an image each, A unique answers to them, P predicted tokens.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from blip_scale.tasks import networks
 from blip_scale.tasks.base import TrainingTask
 
 VISUAL_GENOME_WEIGHT = 0.2
-"""Of a question of Visual Genome, which one person answered (published)."""
+"""Weight of a question of Visual Genome, which one person answered (published)."""
 
 
 class VQANetwork(nn.Module):
-    """One forward is one micro-step, without any side effect."""
+    """The VQA network and its loss. A forward is one micro-step, without side effects."""
 
     def __init__(self, med: VQA, label_smoothing: float) -> None:
         super().__init__()
@@ -50,14 +50,14 @@ class VQANetwork(nn.Module):
         owners_A: Tensor,
         weights_A: Tensor,
     ) -> dict[str, Tensor]:
-        """The loss of all answers, by their weights.
+        """Loss of all answers, weighted.
 
         Args:
             images: [B, 3, H, W] normalised, in the type of the weights.
             questions: B texts, first token [CLS].
             answers: A texts, first token [CLS].
             owners_A: int64, the question of each answer.
-            weights_A: fp32.
+            weights_A: fp32, the weight of each answer.
         """
         med = self.med
         special = med.config.text.special
@@ -79,33 +79,33 @@ class VQANetwork(nn.Module):
 
 
 def answer_weights(annotation: dict[str, Any]) -> dict[str, float]:
-    """The share of the people who gave each answer; of Visual Genome's one answer 0.2."""
+    """Weight of each answer: the share of people who gave it, and 0.2 in Visual Genome."""
     answers = annotation["answers"]
     whole = VISUAL_GENOME_WEIGHT if annotation.get("dataset") == "vg" else 1.0
     return {answer: whole * n / len(answers) for answer, n in Counter(answers).items()}
 
 
 class VisualQuestionAnswering(TrainingTask):
-    """The VQA task: what `engine.task.Task` asks for."""
+    """The VQA task; implements `engine.task.Task`."""
 
     head = "vqa"
     _sizes = (1, 1, 1)
-    """Tokens of the last micro-batch's questions and answers, and the number of answers."""
+    """Number of tokens of the last micro-batch's questions and answers, and number of answers."""
 
     def text_input(self) -> CaptionInput:
-        """Questions."""
+        """Settings that turn questions into tokens."""
         limit = self.recipe.model.text.max_tokens
         return CaptionInput(self.tokenizer, limit, MAX_WORDS, clean=clean_question)
 
     def build_network(self) -> VQANetwork:
-        """Encoder and decoder, weights not filled."""
+        """Encoder and decoder, with unset weights."""
         return VQANetwork(VQA(self.config), self.recipe.objective.label_smoothing)
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
         """Images, questions, answers, and each answer's question and weight.
 
         Raises:
-            RefusedInput: a question without answers.
+            RefusedInput: a question has no answers.
         """
         for number, name in enumerate(batch.ids):
             if not batch.annotations or "answers" not in batch.annotations[number]:
@@ -114,11 +114,11 @@ class VisualQuestionAnswering(TrainingTask):
                     f"{batch.captions[number]!r}: train on a set made of a list with answers"
                 )
         weights = [answer_weights(annotation) for annotation in batch.annotations]
-        texts = [answer for found in weights for answer in found]
+        texts = [answer for shares_of in weights for answer in shares_of]
         packed = pack_captions(self.tokenizer, texts, self.config.text.max_positions)
         answers = packed_text(packed, self.device)
-        owners = [number for number, found in enumerate(weights) for _ in found]
-        shares = [share for found in weights for share in found.values()]
+        owners = [number for number, shares_of in enumerate(weights) for _ in shares_of]
+        shares = [share for shares_of in weights for share in shares_of.values()]
         images, questions = to_model_input(batch, self.device, self.dtype)
         answered = len(packed.token_ids) - len(texts)
         self._sizes = len(batch.token_ids), answered, len(texts)
@@ -131,7 +131,7 @@ class VisualQuestionAnswering(TrainingTask):
         )
 
     def flops_per_step(self) -> float:
-        """Of the micro-batches of one optimizer step on this rank, counted from the last one."""
+        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
         pairs, width = self.batch_size, self.config.text.width
         asked, answered, answers = self._sizes
         image_tokens, image_width = networks.image_shape(self.config)
@@ -143,27 +143,31 @@ class VisualQuestionAnswering(TrainingTask):
         return self.accumulation * flops
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Accuracy on every held-out set that has answers."""
+        """Accuracy on all held-out sets with answers. The score is that of the first."""
         vqa = self.whole(engine, lambda: VQA(self.config))
-        found = Evaluation()
+        evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
-            said = answers_of(vqa, pairs, self.recipe, self.tokenizer)
-            scalars = accuracy(said, pairs)
+            answers = answers_of(vqa, pairs, self.recipe, self.tokenizer)
+            scalars = accuracy(answers, pairs)
             shown = captions_and_pairs.shown_images(len(pairs), self.recipe)
-            panels, entries = panels_of(name, pairs, shown, said)
-            found = found.with_set(name, scalars, scalars.get("accuracy"), panels, entries)
-        return found
+            panels, entries = panels_of(name, pairs, shown, answers)
+            score = scalars.get("accuracy")
+            evaluation = evaluation.with_set(name, scalars, score, panels, entries)
+        return evaluation
 
 
-def accuracy(said: list[list[str]], pairs: HeldoutPairs) -> dict[str, float]:
-    """Official VQA accuracy over all questions with answers, and how many they are; empty without
-    any."""
-    scores = [
-        vqa_accuracy(answer, annotation["answers"])
-        for answers, annotations in zip(said, pairs.annotations, strict=True)
-        for answer, annotation in zip(answers, annotations, strict=True)
-        if "answers" in annotation
-    ]
+def accuracy(answers: list[list[str]], pairs: HeldoutPairs) -> dict[str, float]:
+    """Official VQA accuracy over all questions with answers, and their number; empty if none has.
+
+    Args:
+        answers: an answer to each question of each image.
+        pairs: the held-out set.
+    """
+    scores = []
+    for answers_of_image, notes in zip(answers, pairs.annotations, strict=True):
+        for answer, annotation in zip(answers_of_image, notes, strict=True):
+            if "answers" in annotation:
+                scores.append(vqa_accuracy(answer, annotation["answers"]))
     if not scores:
         return {}
     return {"accuracy": sum(scores) / len(scores), "questions": float(len(scores))}

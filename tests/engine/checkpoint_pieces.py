@@ -1,4 +1,4 @@
-"""Ranks without any training: a few parameters cut in pieces, that can be saved and loaded."""
+"""Ranks without any training: a few parameters, cut in slices, that can be saved and loaded."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "momentum")
 
 
 def values(kind: str, name: str) -> Tensor:
-    """Numbers that occur nowhere else."""
+    """Distinct numbers for each tensor, which occur nowhere else."""
     start = 1000 * KINDS.index(kind) + 100 * list(SIZES).index(name)
     return torch.arange(start, start + SIZES[name], dtype=torch.float32)
 
 
 def even_slices(rank: int, ranks: int) -> dict[str, range]:
-    """As ZeRO-3 cuts: an equal slice of every parameter."""
+    """Slices of ZeRO-3: an equal slice of every parameter."""
     cut = {}
     for name, size in SIZES.items():
         each = -(-size // ranks)
@@ -40,7 +40,7 @@ def even_slices(rank: int, ranks: int) -> dict[str, range]:
 
 
 def one_stretch(rank: int, ranks: int) -> dict[str, range]:
-    """As ZeRO-2 cuts: a stretch of all parameters laid end to end."""
+    """Slices of ZeRO-2: a stretch of all parameters laid end to end."""
     each = -(-sum(SIZES.values()) // ranks)
     cut, begin = {}, 0
     for name, size in SIZES.items():
@@ -50,7 +50,7 @@ def one_stretch(rank: int, ranks: int) -> dict[str, range]:
 
 
 class Pieces:
-    """Stands for a rank's ZeroEngine and its ShardedMomentum."""
+    """Stand-in for a rank's ZeroEngine and its ShardedMomentum."""
 
     def __init__(self, cut: dict[str, range], filled: bool = True) -> None:
         owned = {name: part for name, part in cut.items() if len(part)}
@@ -86,21 +86,21 @@ class Pieces:
 
     def tensors(self) -> list[tuple[str, ParameterSlice, Tensor]]:
         """Everything that a checkpoint must keep, as live views."""
-        found = [("weight", piece, piece.weight) for piece in self.all_slices]
+        views = [("weight", piece, piece.weight) for piece in self.all_slices]
         for key in KINDS[1:3]:
-            found += [(key, one, one.state(self.optimizer, key)) for one in self.all_slices]
+            views += [(key, piece, piece.state(self.optimizer, key)) for piece in self.all_slices]
         pairs = zip(self.momentum.slices, self.momentum.averages, strict=True)
-        return found + [("momentum", piece, average) for piece, average in pairs]
+        return views + [("momentum", piece, average) for piece, average in pairs]
 
     def saver(self, place: Place, start_step: int = 0, **settings: Any) -> Saver:
-        """One that keeps what it reports in `self.curves`."""
+        """A saver whose reports are kept in `self.curves`."""
         self.curves: dict[int, dict[str, float]] = {}
         recipe = CheckpointRecipe(**settings)
         report = self.curves.__setitem__
         return Saver(place, recipe, self.engine, self.momentum, report, lambda *_: None, start_step)
 
     def save(self, folder: Path, step: int = 5, **settings: Any) -> Path | None:
-        """One checkpoint, written at once, of a run that goes on from those of earlier steps."""
+        """Write one checkpoint at once, for a run that resumed from earlier steps."""
         settings = {"background": False, "keep_last": 100} | settings
         saver = self.saver(place_of(folder), step - 1, **settings)
         saver.begin(state_of(step))
@@ -113,7 +113,7 @@ def state_of(step: int) -> RunState:
 
 
 def place_of(folder: Path, remote: ObjectFolder | None = None, is_shared: bool = True) -> Place:
-    """A folder that all ranks see, or this rank alone."""
+    """Location in a folder that all ranks see, or this rank alone."""
     rank, world_size = collectives.rank(), collectives.world_size()
     sharers = tuple(range(world_size)) if is_shared else (rank,)
     return Place(folder, remote, rank, sharers, world_size)

@@ -1,8 +1,7 @@
-"""What the ranks of a run exchange: a stand-in for train.py that takes three optimizer steps and
-counts in the last one.
+"""Stand-in for train.py that takes three optimizer steps and counts the exchanges of the last one.
 
-Writes exchanged_RANK.json beside the recipe: for each part of the step and each kind of exchange
-its calls and bytes, and of the forward pass the bytes of the gathers that were under way before the
+Writes exchanged_RANK.json beside the recipe: calls and bytes for each part of the step and each
+kind of exchange. For the forward pass it also has the bytes of gathers that started before the
 module that needed them was called.
 """
 
@@ -27,7 +26,7 @@ STEPS = 3  # in the first two DeepSpeed learns the order of the modules
 
 
 class Gathers:
-    """Notes at which module call a gather is begun, and at which one it is waited for."""
+    """Records at which module call a gather is started, and at which it is waited for."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -48,9 +47,9 @@ class Gathers:
             return None
         begun, wait = self.calls, work.wait
 
-        def noted_wait(*given: Any) -> Any:
+        def noted_wait(*arguments_of_wait: Any) -> Any:
             self.bytes["ahead" if self.calls > begun else "at once"] += size
-            return wait(*given)
+            return wait(*arguments_of_wait)
 
         work.wait = noted_wait
         return work
@@ -77,10 +76,10 @@ def main() -> None:
     engine.fill(task.initial_weights())
     momentum = ShardedMomentum(engine, task.momentum_pairs)
     batches = task.batches()
-    found: dict[str, Any] = {}
+    costs: dict[str, Any] = {}
 
     def note(part: str) -> None:
-        found[part] = {kind: asdict(cost) for kind, cost in meter.costs.items()}
+        costs[part] = {kind: asdict(cost) for kind, cost in meter.costs.items()}
         meter.reset()
 
     for step in range(STEPS):
@@ -91,7 +90,7 @@ def main() -> None:
         losses = engine.forward(*task.inputs(batch, progress))
         task.collect(losses, progress)
         note("forward")
-        found["prefetch"] = dict(gathers.bytes)
+        costs["prefetch"] = dict(gathers.bytes)
         engine.backward(losses["loss/total"], is_last=True)
         note("backward")
         engine.step(
@@ -101,7 +100,7 @@ def main() -> None:
         task.after_step(engine, momentum, applied=True)
         note("momentum")
     rank = collectives.rank()
-    Path(options["--recipe"]).with_name(f"exchanged_{rank}.json").write_text(json.dumps(found))
+    Path(options["--recipe"]).with_name(f"exchanged_{rank}.json").write_text(json.dumps(costs))
 
 
 if __name__ == "__main__":

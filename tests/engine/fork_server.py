@@ -1,16 +1,16 @@
-"""Ranks of the tiny runs that begin with everything imported: forked from a warm process.
+"""Ranks of the tiny runs, forked from a process that has imported everything.
 
-A rank is a process of its own that runs the script as `__main__`, with its own arguments,
-environment, output, signals and exit code; only the imports were done before, by the server. What a
-fork leaves alike in all ranks is the seed of Python's hashes: the runs that tests start by the
-`deepspeed` command begin as fresh interpreters and keep that covered.
+A rank is a separate process that runs the script as `__main__`, with its own arguments,
+environment, output, signals and exit code. Only its imports were done before, by the server. All
+forked ranks share the seed of Python's hashes. Runs that tests start with the `deepspeed` command
+begin as new interpreters, which covers different seeds.
 
-There is one server to a test process, from the first start to the end:
+There is one server for each test process, from the first start to the end:
 
     test process -- server -- keeper -- rank
 
-The keeper waits for its rank and tells the test process how it ended. Each goes with the one before
-it, so that no rank outlives the tests, whatever kills them.
+The keeper waits for its rank and tells the test process how it ended. Each process ends when its
+parent ends, so no rank outlives the tests, whatever kills them.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ WARM = (
 READ_LATE = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "AWS_", "S3_", "PYTEST_",
 )  # fmt: skip
-"""Beginnings of the names of variables that no import reads: they may differ from rank to rank."""
+"""Prefixes of the names of variables that no import reads. They may differ between ranks."""
 _PR_SET_PDEATHSIG = 1
 _LONGEST_REQUEST = 1 << 20
 
 
 class ForkedProcess:
-    """A rank, with what tests use of `subprocess.Popen`."""
+    """A rank, with the methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, reports: IO[bytes]) -> None:
         self._reports = reports  # unbuffered: select() asks the pipe
@@ -54,16 +54,17 @@ class ForkedProcess:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code, that of a signal negative; None while it runs."""
+        """The exit code (negative for a signal); None while the rank runs."""
         try:
             return self.wait(0)
         except subprocess.TimeoutExpired:
             return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code, once it has ended.
+        """Wait for the end of the rank and return its exit code.
 
-        Raises subprocess.TimeoutExpired when it has not within `timeout` seconds.
+        Raises:
+            subprocess.TimeoutExpired: it did not end within `timeout` seconds.
         """
         if self.returncode is None:
             if not select.select([self._reports], [], [], timeout)[0]:
@@ -106,15 +107,15 @@ class ForkServer:
     def start(
         self, command: list[str], environment: dict[str, str], folder: Path, output: IO[Any]
     ) -> ForkedProcess | subprocess.Popen[bytes]:
-        """Run a Python script as `subprocess.Popen` would.
+        """Run a Python script like `subprocess.Popen`.
 
-        It is a fresh interpreter where a variable that imports may read is not as in the server.
+        If a variable that imports may read differs from the server's, a new interpreter is started.
 
         Args:
             command: script and arguments, without the interpreter.
-            environment: all its variables.
-            folder: its working folder.
-            output: takes its stdout and stderr.
+            environment: all variables of the process.
+            folder: working folder of the process.
+            output: file for its stdout and stderr.
         """
         if _without_late(environment) != self._environment:
             command = [sys.executable, *command]
@@ -134,15 +135,15 @@ def _without_late(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _serve(requests: socket.socket) -> str:
-    """Fork a keeper for every request; comes back in the rank alone, with the script to run."""
-    own = os.getpid()
+    """Fork a keeper for every request. Returns only in the rank, with the script to run."""
+    server = os.getpid()
     while True:
         message, files, *_ = socket.recv_fds(requests, _LONGEST_REQUEST, 2)
         if not message:  # the test process is gone
             os._exit(0)
         if os.fork() == 0:
             requests.close()
-            _die_with(own)
+            _die_with(server)
             return _keep(json.loads(message), *files)
         for file in files:
             os.close(file)
@@ -152,12 +153,12 @@ def _serve(requests: socket.socket) -> str:
 
 
 def _keep(request: dict[str, Any], output: int, reports: int) -> str:
-    """Fork the rank, say its pid and how it ended; comes back in the rank alone."""
-    own = os.getpid()
+    """Fork the rank, report its pid and its end. Returns only in the rank."""
+    keeper = os.getpid()
     rank = os.fork()
     if rank == 0:
         os.close(reports)
-        _die_with(own)
+        _die_with(keeper)
         return _become(request, output)
     os.write(reports, b"%d\n" % rank)
     os.write(reports, b"%d\n" % os.waitpid(rank, 0)[1])
@@ -165,7 +166,7 @@ def _keep(request: dict[str, Any], output: int, reports: int) -> str:
 
 
 def _become(request: dict[str, Any], output: int) -> str:
-    """Be what a fresh interpreter would be; gives the script."""
+    """Set up this process like a new interpreter. Returns the script."""
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
@@ -179,7 +180,7 @@ def _become(request: dict[str, Any], output: int) -> str:
 
 
 def _die_with(parent: int) -> None:
-    """Be killed when the parent ends."""
+    """Have this process killed when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -1,8 +1,7 @@
-"""What the ranks of a run hold: a stand-in for train.py that takes two optimizer steps and counts
-bytes.
+"""Stand-in for train.py that takes two optimizer steps and counts the bytes that ranks hold.
 
-Writes held_RANK.json beside the recipe: bytes of all tensors alive after the backward passes
-(before the update) and after the update, each storage once, and of the gathered weights after a
+Writes held_RANK.json beside the recipe: bytes of all live tensors after the backward passes (before
+the update) and after the update, each storage once, and bytes of the gathered weights after a
 forward pass.
 """
 
@@ -27,8 +26,10 @@ from blip_scale.tasks.pretrain import Pretrain
 
 
 def held() -> int:
-    """Bytes of the tensors that Python sees; what autograd alone keeps (activations) is not
-    among them."""
+    """Bytes of the tensors that Python sees.
+
+    Activations that only autograd keeps are not included.
+    """
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -39,7 +40,7 @@ def held() -> int:
 
 
 def gathered(engine: ZeroEngine) -> int:
-    """Bytes of the weights that are whole though they are parted, those that stay so left out."""
+    """Bytes of partitioned weights that are gathered now. Persistent weights are left out."""
     if engine.stage != 3 or collectives.world_size() == 1:
         return 0
     return sum(
@@ -61,22 +62,22 @@ def main() -> None:
     momentum = ShardedMomentum(engine, task.momentum_pairs)
     batches = task.batches()
     accumulation = ds_config["gradient_accumulation_steps"]
-    found = {}
+    sizes = {}
     for step in range(2):
         for index in range(accumulation):
             progress = Progress(step, step * accumulation + index, task.steps_per_epoch)
             outputs = engine.forward(*task.inputs(next(batches), progress))
             task.collect(outputs, progress)
-            found["gathered"] = gathered(engine)
+            sizes["gathered"] = gathered(engine)
             engine.backward(outputs["loss/total"], is_last=index == accumulation - 1)
-        found["backward"] = held() - before
+        sizes["backward"] = held() - before
         engine.step(
             1e-3, apply=True, norm=collectives.all_reduce_sum(engine.squared_norms())[0].sqrt()
         )
         task.after_step(engine, momentum, applied=True)
-        found["update"] = held() - before
+        sizes["update"] = held() - before
     rank = collectives.rank()
-    Path(options["--recipe"]).with_name(f"held_{rank}.json").write_text(json.dumps(found))
+    Path(options["--recipe"]).with_name(f"held_{rank}.json").write_text(json.dumps(sizes))
 
 
 if __name__ == "__main__":

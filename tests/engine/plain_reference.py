@@ -34,7 +34,7 @@ from blip_scale.tasks.pretrain import PretrainNetwork
 
 @dataclass
 class Reference:
-    """What came out."""
+    """Results of the reference run."""
 
     losses: dict[int, dict[str, float]]
     weights: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Reference:
 
 
 def run(file: Path, ranks: int, steps: int) -> Reference:
-    """The first `steps` steps of a recipe, as `ranks` ranks would take them."""
+    """Run the first `steps` steps of a recipe like `ranks` ranks would."""
     chosen = recipe.load(str(file), [])
     tokenizer = load_tokenizer(chosen.model.text)
     config = med_config(chosen, tokenizer)
@@ -83,12 +83,12 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
                 return network(images, text, MomentumInputs(queue, weights), generator)
 
             everyone = _on_all_ranks(forward, ranks, together=objective.negatives == "global")
-            total = torch.stack([found["loss/total"] for found in everyone]).sum()
+            total = torch.stack([outputs["loss/total"] for outputs in everyone]).sum()
             (total / (ranks * accumulation)).backward()
-            for found in everyone:
-                entering.append(FeaturePair(found["image_keys"], found["text_keys"]))
+            for outputs in everyone:
+                entering.append(FeaturePair(outputs["image_keys"], outputs["text_keys"]))
                 for name in ("loss/itc", "loss/itm", "loss/lm", "loss/total"):
-                    share = found[name].item() / (ranks * accumulation)
+                    share = outputs[name].item() / (ranks * accumulation)
                     means[name] = means.get(name, 0.0) + share
         losses[step + 1] = means
         for group in optimizer.param_groups:
@@ -121,7 +121,7 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
 def _on_all_ranks(
     forward: Callable[[int], dict[str, Tensor]], ranks: int, together: bool
 ) -> list[dict[str, Tensor]]:
-    """What the ranks found: one after another, or as threads that exchange what they gather."""
+    """Results of all ranks, which run one after another, or as threads that exchange tensors."""
     if not together:
         return [forward(rank) for rank in range(ranks)]
     with pytest.MonkeyPatch.context() as patches:

@@ -1,4 +1,4 @@
-"""Checkpoints without any training: several ranks as threads, a few parameters cut in pieces."""
+"""Checkpoints without any training: several ranks as threads, a few parameters cut in slices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_ranks_and_stage_may_change(
     after: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every element finds its owner, whoever wrote it."""
+    """Every element is read back, whichever rank wrote it."""
     paths = FakeRanks(before, monkeypatch).run(
         lambda rank: Pieces(saved_as(rank, before)).save(tmp_path)
     )
@@ -54,10 +54,10 @@ def test_ranks_and_stage_may_change(
     assert len(manifest["files"]) == before + 1
 
     def load(rank: int) -> tuple[Pieces, RunState]:
-        found = newest_whole(tmp_path)
-        assert found is not None
+        newest = newest_whole(tmp_path)
+        assert newest is not None
         pieces = Pieces(loaded_as(rank, after), filled=False)
-        return pieces, restore.load(found, pieces.engine, pieces.momentum)
+        return pieces, restore.load(newest, pieces.engine, pieces.momentum)
 
     covered = {kind: dict.fromkeys(SIZES, 0) for kind in KINDS}
     for pieces, state in FakeRanks(after, monkeypatch).run(load):
@@ -88,7 +88,7 @@ def test_a_run_without_an_update_has_no_moments(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    """And, for ever, those of the steps asked for; what is no checkpoint is left alone."""
+    """Checkpoints of `keep_every` are kept forever. Other folders are left alone."""
     for step in (1, 2, 10, 99):
         alone().save(tmp_path, step)
     (tmp_path / "step_00000200.partial").mkdir()
@@ -101,7 +101,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_one_of_a_later_step_costs_no_good_one(tmp_path: Path) -> None:
-    """The run fell back behind it and goes on saving: what it keeps are its own."""
+    """The run resumed before the damaged checkpoint, and keeps those that it saves."""
     for step in (50, 87):
         alone().save(tmp_path, step)
     flip_a_byte(tmp_path / "step_00000087" / "rank_00000.safetensors")
@@ -149,14 +149,14 @@ def test_damage_is_found_and_the_one_before_taken(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whichever rank checks the damaged file, all ranks go back together."""
+    """All ranks fall back together, whichever rank checks the damaged file."""
     alone().save(tmp_path, 4)
     alone().save(tmp_path, 5)
-    spoil, said = DAMAGES[damage]
+    spoil, reason = DAMAGES[damage]
     spoil(tmp_path / "step_00000005")
-    found = FakeRanks(ranks, monkeypatch).run(lambda rank: newest_whole(tmp_path))
-    assert found == [tmp_path / "step_00000004"] * ranks
-    assert said in caplog.text
+    newest = FakeRanks(ranks, monkeypatch).run(lambda rank: newest_whole(tmp_path))
+    assert newest == [tmp_path / "step_00000004"] * ranks
+    assert reason in caplog.text
     assert "step_00000005" in caplog.text
 
 
@@ -173,7 +173,7 @@ def test_what_a_killed_save_left_is_removed(
 
 
 def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
-    """A run that went back to an earlier checkpoint writes the same steps once more."""
+    """A run that resumed from an earlier checkpoint writes the same steps again."""
     alone().save(tmp_path)
     pieces = alone()
     pieces.all_slices[0].weight.fill_(-1.0)
@@ -219,15 +219,15 @@ def test_a_rank_that_cannot_write_is_said_by_name(
 def test_another_network_is_refused(
     tmp_path: Path, name: str, saved: int, here: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A smaller network would fit into what is there: it is refused all the same."""
+    """A smaller network is refused, too, though its tensors would fit into the checkpoint's."""
     alone().save(tmp_path)
     if here:
         monkeypatch.setitem(SIZES, name, here)
     else:
         monkeypatch.delitem(SIZES, name)
     other = alone(filled=False)
-    said = f"holds {saved} elements of {name}, the recipe's network {here}: it is of another"
-    with pytest.raises(ValueError, match=said):
+    message = f"holds {saved} elements of {name}, the recipe's network {here}: it is of another"
+    with pytest.raises(ValueError, match=message):
         restore.load(tmp_path / "step_00000005", other.engine, other.momentum)
     assert not any(piece.weight.any() for piece in other.all_slices)  # nothing was loaded
 
@@ -245,7 +245,7 @@ def test_another_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_training_goes_on_while_a_copy_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a later step writes into weights, queue and history is not in the checkpoint."""
+    """Changes of weights, queue and history by later steps are not in the checkpoint."""
     begun, may_write = threading.Event(), threading.Event()
     write = checkpoint_format.save_file
 
@@ -269,16 +269,19 @@ def test_training_goes_on_while_a_copy_is_written(
     may_write.set()
     assert saver.finish() and saver.newest == 5
     fresh = alone(filled=False)
-    found = restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
+    restored = restore.load(tmp_path / "step_00000005", fresh.engine, fresh.momentum)
     for kind, piece, tensor in fresh.tensors():
         assert torch.equal(tensor, values(kind, piece.name)), f"{kind} {piece.name}"
-    assert (found.position, found.task) == (state_of(5).position, state_of(5).task)
-    assert torch.equal(found.shared["queue/image"], torch.eye(3))
+    assert (restored.position, restored.task) == (state_of(5).position, state_of(5).task)
+    assert torch.equal(restored.shared["queue/image"], torch.eye(3))
     assert pieces.curves[5].keys() == {"checkpoint/pause_s", "checkpoint/write_s"}
 
 
 def test_one_save_follows_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Polls commit what all ranks have written; a save that comes too early waits for it."""
+    """Polls commit a checkpoint that all ranks have written.
+
+    A save that comes too early waits for it.
+    """
 
     def run(rank: int) -> list[int]:
         saver = Pieces(even_slices(rank, 2)).saver(place_of(tmp_path))
@@ -299,7 +302,10 @@ def test_one_save_follows_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_node_has_a_disk_of_its_own(
     tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each commits its part, and goes on from it; another number of ranks would need all parts."""
+    """Each node commits its part and resumes from it.
+
+    Another number of ranks would need all parts.
+    """
 
     def place(rank: int) -> Place:
         return place_of(tmp_path / str(rank), is_shared=False)
@@ -315,10 +321,10 @@ def test_every_node_has_a_disk_of_its_own(
         assert names == {f"rank_{rank:05d}.safetensors", "shared.safetensors", "manifest.json"}
 
     def go_on(rank: int) -> None:
-        found = restore.newest_whole(place(rank), stage=3)
-        assert found is not None
+        newest = restore.newest_whole(place(rank), stage=3)
+        assert newest is not None
         pieces = Pieces(even_slices(rank, ranks), filled=False)
-        restore.load(found, pieces.engine, pieces.momentum)
+        restore.load(newest, pieces.engine, pieces.momentum)
         for kind, piece, tensor in pieces.tensors():
             expected = values(kind, piece.name)[piece.start : piece.start + piece.numel]
             assert torch.equal(tensor, expected)

@@ -73,8 +73,8 @@ def test_a_run_takes_every_setting(tmp_path: Path, stage: int) -> None:
     expected = losses(tmp_path, "shipped", {}, stage)
     for name in (f"{stage}", f"{stage} offloaded"):
         changes = TALKATIVE | {"zero_optimization": ZERO[name]}
-        found = losses(tmp_path, name.replace(" ", "_"), changes, stage)
-        assert found == pytest.approx(expected, rel=1e-4), name
+        measured = losses(tmp_path, name.replace(" ", "_"), changes, stage)
+        assert measured == pytest.approx(expected, rel=1e-4), name
 
 
 def test_nothing_on_the_list_is_left_out() -> None:

@@ -1,4 +1,4 @@
-"""What ZeRO-3 sends in a step, counted: as many bytes as the network's uses of its weights need."""
+"""Exchanges of ZeRO-3 in a step: as many bytes as the network's uses of its weights need."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ KEEPS, RELEASES = 1e9, 0
 
 @dataclass(frozen=True)
 class Use:
-    """A call of a module with weights of its own."""
+    """A module that holds weights, which the network calls."""
 
     module: str
     numels: tuple[int, ...]
-    """Of its weights that lie on several ranks."""
+    """Numbers of elements of its weights that lie on several ranks."""
     trains: bool
 
 
 def uses_of(chosen: Recipe) -> Counter[Use]:
-    """How often a step calls each module, by a plain network in this process."""
+    """Number of calls of each module in a step, counted with a plain network in this process."""
     task = Pretrain(chosen, engine.start(60.0))
     network, uses = task.build_network(), Counter[Use]()
     for name, module in network.named_modules():
-        own = [*module.parameters(recurse=False)]
-        large = tuple(p.numel() for p in own if p.numel() > PERSISTENT)
+        parameters = [*module.parameters(recurse=False)]
+        large = tuple(p.numel() for p in parameters if p.numel() > PERSISTENT)
         if large:
-            use = Use(name, large, own[0].requires_grad)
+            use = Use(name, large, parameters[0].requires_grad)
             module.register_forward_pre_hook(lambda *_, use=use: uses.update([use]))
     weights = task.initial_weights()
     for name, parameter in network.named_parameters():
@@ -69,7 +69,7 @@ def partitioned(live: float, prefetch: float) -> dict[str, Any]:
 
 
 def exchanged(folder: Path, ranks: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each rank counted."""
+    """Costs that each rank counted."""
     config = json.loads((REPO / "ds_configs" / "zero3.json").read_text())
     config["zero_optimization"] |= settings
     file, ds_config = folder / "recipe.yaml", folder / "ds_config.json"
@@ -83,81 +83,83 @@ def exchanged(folder: Path, ranks: int, settings: dict[str, Any]) -> list[dict[s
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path, ranks: int) -> None:
-    """Where nothing is kept, each weight once for every use in the forward pass and once for it in
-    the backward pass (embeddings once for all: they are let go at its end); where all is kept, each
-    weight once. Gradients once in any case."""
+    """If all weights are released, each is gathered for every use, forward and backward.
+
+    Embeddings are released at the end of the backward pass and gathered once there. If all weights
+    are kept, each is gathered once. Gradients are reduced once in either case.
+    """
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
     network, uses = network_of(chosen, contrast_of), uses_of(chosen)
     again = {use for use, count in uses.items() if count == 2}
     assert any("layers" in use.module for use in again) and max(uses.values()) == 2
 
     def whole(numels: Iterable[int]) -> int:
-        """Bytes, made to divide by the ranks."""
+        """Bytes of large parameters, padded to a multiple of the ranks."""
         return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel > PERSISTENT)
 
     forward = sum(count * whole(use.numels) for use, count in uses.items())
-    backward = sum(
-        whole(use.numels) * (1 if "embeddings" in use.module else count)
-        for use, count in uses.items()
-        if use.trains
-    )
+    backward = 0
+    for use, count in uses.items():
+        if use.trains:
+            backward += whole(use.numels) * (1 if "embeddings" in use.module else count)
     trained = whole(network.trainable)
     staying = small([*network.trainable, *network.momentum], ranks)
     for live, gathered in (
         (RELEASES, (forward, backward)),
         (KEEPS, (trained + whole(network.momentum), 0)),
     ):
-        for found in exchanged(tmp_path, ranks, partitioned(live, prefetch=0)):
-            assert found["forward"]["all_gather"]["bytes"] == gathered[0] + staying
-            assert found["backward"]["all_gather"]["bytes"] == gathered[1]
-            reduced = found["backward"]["reduce_scatter"]["bytes"]
+        for costs in exchanged(tmp_path, ranks, partitioned(live, prefetch=0)):
+            assert costs["forward"]["all_gather"]["bytes"] == gathered[0] + staying
+            assert costs["backward"]["all_gather"]["bytes"] == gathered[1]
+            reduced = costs["backward"]["reduce_scatter"]["bytes"]
             assert reduced == trained + small(network.trainable, ranks)
-            assert found["update"]["all_gather"]["calls"] == 0
-            assert found["update"]["all_reduce"]["calls"] == 1  # the norms of the gradients
-            assert found["momentum"]["all_gather"]["calls"] == 2  # features
+            assert costs["update"]["all_gather"]["calls"] == 0
+            assert costs["update"]["all_reduce"]["calls"] == 1  # the norms of the gradients
+            assert costs["momentum"]["all_gather"]["calls"] == 2  # features
             for part in ("update", "momentum"):
-                assert found[part]["reduce_scatter"]["calls"] == 0
-            assert found["prefetch"]["ahead"] == 0
+                assert costs[part]["reduce_scatter"]["calls"] == 0
+            assert costs["prefetch"]["ahead"] == 0
 
 
 def test_whole_weights_are_gathered_at_once_and_gradients_go_in_buckets(tmp_path: Path) -> None:
-    """On two ranks: one gather for what trains, one for the momentum copies, one reduction a
-    bucket, of which two fit here."""
+    """On two ranks: a gather for trainable weights, one for momentum copies, and two reductions.
+
+    The gradients fit into two buckets, with a reduction for each.
+    """
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
     network = network_of(chosen, contrast_of)
     limit = sum(network.trainable) // 2 + max(network.trainable)
     buckets = bucket_ranges(network.trainable, limit)
     assert len(buckets) == 2
     trained, copied = whole_bytes(network.trainable, 2), whole_bytes(network.momentum, 2)
-    for found in exchanged(tmp_path, 2, {"reduce_bucket_size": limit}):
-        assert found["forward"]["all_gather"]["calls"] == 2
-        assert found["forward"]["all_gather"]["bytes"] == trained + copied
-        assert found["backward"]["reduce_scatter"]["calls"] == 2
-        assert found["backward"]["reduce_scatter"]["bytes"] == trained
-        assert found["backward"]["all_gather"]["calls"] == 0
-        assert found["update"]["all_reduce"]["calls"] == 1  # the norm of the gradient
-        assert found["momentum"]["all_gather"]["calls"] == 2  # features
+    for costs in exchanged(tmp_path, 2, {"reduce_bucket_size": limit}):
+        assert costs["forward"]["all_gather"]["calls"] == 2
+        assert costs["forward"]["all_gather"]["bytes"] == trained + copied
+        assert costs["backward"]["reduce_scatter"]["calls"] == 2
+        assert costs["backward"]["reduce_scatter"]["bytes"] == trained
+        assert costs["backward"]["all_gather"]["calls"] == 0
+        assert costs["update"]["all_reduce"]["calls"] == 1  # the norm of the gradient
+        assert costs["momentum"]["all_gather"]["calls"] == 2  # features
         for part in ("update", "momentum"):
-            assert found[part]["reduce_scatter"]["calls"] == 0
-        assert found["update"]["all_gather"]["calls"] == 0
+            assert costs[part]["reduce_scatter"]["calls"] == 0
+        assert costs["update"]["all_gather"]["calls"] == 0
 
 
 def whole_bytes(numels: Iterable[int], ranks: int) -> int:
-    """Bytes of whole fp32 parameters, made to divide by the ranks."""
+    """Bytes of whole fp32 parameters, padded to a multiple of the ranks."""
     return 4 * sum(-(-numel // ranks) * ranks for numel in numels)
 
 
 def small(numels: Iterable[int], ranks: int) -> int:
-    """Bytes of what stays whole, made to divide by the ranks."""
+    """Bytes of parameters that stay whole, padded to a multiple of the ranks."""
     return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel <= PERSISTENT)
 
 
 def test_prefetching_begins_every_gather_before_its_module(tmp_path: Path) -> None:
-    """All but what stays whole can be hidden behind the modules before, once the order of modules
-    is known."""
+    """Once the order of modules is known, all gathers but that of whole weights can be hidden."""
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
     network = network_of(chosen, contrast_of)
     staying = small([*network.trainable, *network.momentum], 2)
-    for found in exchanged(tmp_path, 2, partitioned(KEEPS, prefetch=40_000)):
-        gathered = found["forward"]["all_gather"]["bytes"]
-        assert found["prefetch"] == {"ahead": gathered - staying, "at once": staying}
+    for costs in exchanged(tmp_path, 2, partitioned(KEEPS, prefetch=40_000)):
+        gathered = costs["forward"]["all_gather"]["bytes"]
+        assert costs["prefetch"] == {"ahead": gathered - staying, "at once": staying}

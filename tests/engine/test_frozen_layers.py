@@ -1,4 +1,4 @@
-"""`model.vision.frozen_layers` in whole runs: what is frozen stays, and is in every checkpoint."""
+"""`model.vision.frozen_layers` in whole runs: frozen weights stay and are in every checkpoint."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tensors(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
 def test_frozen_weights_stay_and_a_resumed_run_has_the_same_bits(
     tmp_path: Path, stage: int, ranks: int, precision: str
 ) -> None:
-    """The fp32 initial weights, also of a bf16 run; all others move, and their momentum copies."""
+    """Frozen weights keep their fp32 initial values, also in bf16. All others move."""
     file = make_recipe(tmp_path, precision)
     chosen = recipe.load(str(file))
     tokenizer = load_tokenizer(chosen.model.text)
@@ -61,8 +61,8 @@ def test_frozen_weights_stay_and_a_resumed_run_has_the_same_bits(
             assert torch.equal(tensor, again[kind][name]), f"{kind} {name}"
             assert kind == "weight" or not name.startswith(FROZEN)
     for name, parameter in med.named_parameters():
-        found = first["weight"][f"med.{name}"]
-        stays = torch.equal(found, parameter.detach().flatten())
+        weight = first["weight"][f"med.{name}"]
+        stays = torch.equal(weight, parameter.detach().flatten())
         assert stays == f"med.{name}".startswith(FROZEN), name
 
     network = med_config(chosen, tokenizer)
@@ -73,7 +73,7 @@ def test_frozen_weights_stay_and_a_resumed_run_has_the_same_bits(
 
 
 def test_another_number_of_ranks_and_other_frozen_layers(tmp_path: Path) -> None:
-    """The first go on with the same weights; the second are refused, and the mend is named."""
+    """Other ranks resume with the same weights. Other frozen layers are refused, with the fix."""
     file = make_recipe(tmp_path)
     tiny_runs.train(file, 2, "train.max_steps=3")
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -82,8 +82,8 @@ def test_another_number_of_ranks_and_other_frozen_layers(tmp_path: Path) -> None
     for name, weight in before.items():
         assert torch.equal(weight, after[name]) == name.startswith(FROZEN), name
     codes = tiny_runs.finish(tiny_runs.launch(file, 1, "model.vision.frozen_layers=2"))
-    said = tiny_runs.said(file)
-    assert codes == [2] and "give the model.vision.frozen_layers that it was made with" in said
+    output = tiny_runs.said(file)
+    assert codes == [2] and "give the model.vision.frozen_layers that it was made with" in output
 
     begun = ("model.vision.frozen_layers=0", f"model.checkpoint={checkpoints.parent}")
     tiny_runs.train(file, 1, *begun, f"output_dir={tmp_path}/thawed", "train.max_steps=1")

@@ -36,11 +36,11 @@ the last place, what another order of summation makes of a number) end 20 steps 
 differ by up to 5e-5 on this run; a mistake worth the name shows from the first steps on by far more
 than 1e-3 (a dropout mask or a hard negative drawn otherwise: 1e-2 and more)."""
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "numpy", "pillow", "torchvision")
-"""What computes: pixels, augmentation, network, optimizer."""
+"""Packages that determine the numbers: pixels, augmentation, network, optimizer."""
 
 
 def kind(ranks: int) -> dict[str, Any]:
-    """What the last bits depend on: processor, threads of a rank, versions."""
+    """Properties that the last bits depend on: processor, threads of a rank, versions."""
     processor = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -83,9 +83,9 @@ def write() -> None:
                 runs.append(measure(Path(folder), ranks))
         if runs[0] != runs[1]:
             raise SystemExit(f"{ranks} rank(s): two runs differ, there is nothing to write down")
-        found = {"kind": kind(ranks), "draws": draws(), "losses": runs[0]}
+        golden = {"kind": kind(ranks), "draws": draws(), "losses": runs[0]}
         GOLDEN.mkdir(exist_ok=True)
-        (GOLDEN / name).write_text(json.dumps(found, indent=1) + "\n")
+        (GOLDEN / name).write_text(json.dumps(golden, indent=1) + "\n")
         print(f"wrote {GOLDEN / name}")
 
 
@@ -95,12 +95,12 @@ def test_losses_are_those_that_were_written_down(tmp_path: Path, ranks: int) -> 
     if golden["draws"] != draws():
         pytest.skip("torch draws other random numbers from the same seed on this processor")
     expected = {int(step): losses for step, losses in golden["losses"].items()}
-    found = measure(tmp_path, ranks)
-    assert list(found) == list(expected) == list(range(1, STEPS + 1))
+    measured = measure(tmp_path, ranks)
+    assert list(measured) == list(expected) == list(range(1, STEPS + 1))
     if golden["kind"] == kind(ranks):
-        assert found == expected
+        assert measured == expected
     for step in expected:
-        assert found[step] == pytest.approx(expected[step], rel=0, abs=TOLERANCE), step
+        assert measured[step] == pytest.approx(expected[step], rel=0, abs=TOLERANCE), step
 
 
 def test_the_curves_are_worth_keeping() -> None:

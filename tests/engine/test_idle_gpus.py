@@ -1,4 +1,4 @@
-"""A machine whose GPUs torch does not see is no place to train on the CPU by accident."""
+"""Runs are refused on machines whose GPUs torch doesn't see, unless the user chose the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of this machine decides."""
+    """Remove the variables of this machine that would decide."""
     for name in (
         "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS",
         "SLURM_GPUS_ON_NODE", "PBS_GPUFILE",
@@ -27,7 +27,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def node(root: Path, driver: str | None = "550.54.15", devices: int = 1) -> Path:
-    """What the driver of a node with GPUs leaves in its file system."""
+    """File system of a node with GPUs: the files that the driver makes."""
     (root / "dev").mkdir()
     for index in range(devices):
         (root / "dev" / f"nvidia{index}").touch()
@@ -51,11 +51,11 @@ def node(root: Path, driver: str | None = "550.54.15", devices: int = 1) -> Path
 def test_the_driver_gives_them_away(tmp_path: Path, driver: str | None, advice: str) -> None:
     with pytest.raises(RefusedInput, match=r"this machine has GPUs \(/dev/nvidia0") as refused:
         refuse_idle_gpus(node(tmp_path, driver))
-    said = str(refused.value)
-    assert advice in said
-    assert f"torch {torch.__version__}" in said
-    assert (torch.version.cuda or "without CUDA") in said
-    assert driver is None or f"the driver is {driver}" in said
+    message = str(refused.value)
+    assert advice in message
+    assert f"torch {torch.__version__}" in message
+    assert (torch.version.cuda or "without CUDA") in message
+    assert driver is None or f"the driver is {driver}" in message
 
 
 @pytest.mark.parametrize("name", ["SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE"])
@@ -75,8 +75,8 @@ def test_nvidia_smi_gives_them_away(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    said = r"\(nvidia-smi -L\).* the driver is 570.86.15: .*cu126"
-    with pytest.raises(RefusedInput, match=said):
+    message = r"\(nvidia-smi -L\).* the driver is 570.86.15: .*cu126"
+    with pytest.raises(RefusedInput, match=message):
         refuse_idle_gpus(tmp_path)
 
 

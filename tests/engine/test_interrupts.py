@@ -1,4 +1,4 @@
-"""Signals: noted, not obeyed at once; agreed by all ranks; a second Ctrl-C stops at once."""
+"""Signals are remembered and agreed on by all ranks. A second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_signal_from_before_stops_there_too(interrupts: Interrupts) -> None:
 
 
 def test_only_with_a_signal_an_error_is_a_stop(interrupts: Interrupts) -> None:
-    """What a rank gets from an exchange that another rank left because of its signal."""
+    """An exchange fails if another rank left it because of its signal."""
     with pytest.raises(RuntimeError, match="closed"), interrupts.stopping_at_once():
         raise RuntimeError("connection closed")
     with pytest.raises(StopRequested), interrupts.stopping_at_once():

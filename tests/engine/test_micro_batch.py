@@ -1,4 +1,4 @@
-"""`train.max_micro_batch_size: auto` in whole runs: settled once, by all ranks alike, and kept."""
+"""`train.max_micro_batch_size: auto` in whole runs: resolved once, alike on all ranks, and kept."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ AUTO = {"train": {"max_micro_batch_size": "auto", "max_steps": 1}}
 
 
 def settings_of_the_run(file: Path) -> dict[str, object]:
-    """The section `train` of the recipe that the run kept."""
+    """Section `train` of the recipe that the run wrote."""
     kept = yaml.safe_load((file.parent / "run" / "recipe.yaml").read_text())
     return dict(kept["train"])
 
 
 @pytest.mark.multiprocess
 def test_a_run_settles_its_micro_batch_once(tmp_path: Path) -> None:
-    """With room for all, a rank's whole share; started again, the number that the run began with,
-    and on another number of ranks what divides there."""
+    """With enough memory, a micro-batch is a rank's whole share.
+
+    A resumed run keeps its micro-batch, or takes one that divides on another number of ranks.
+    """
     file = tiny_runs.make_recipe(tmp_path, **AUTO)
     assert tiny_runs.finish(tiny_runs.launch(file, 2)) == [0, 0], tiny_runs.said(file)
-    said = tiny_runs.said(file)
-    assert said.count("auto takes 8 pairs a micro-batch, 1 micro-steps: the largest that") == 1
+    output = tiny_runs.said(file)
+    assert output.count("auto takes 8 pairs a micro-batch, 1 micro-steps: the largest that") == 1
     assert settings_of_the_run(file)["max_micro_batch_size"] == 8
     again = tiny_runs.launch(file, 1, "train.max_steps=2")
     assert tiny_runs.finish(again) == [0], tiny_runs.said(file)
@@ -60,7 +62,7 @@ def test_the_largest_that_fits_with_headroom(tmp_path: Path) -> None:
         limit = memory(load, size).total / (1 - HEADROOM)
         assert roomy_micro_batch(load, possible, limit * 1.0001) == size
         assert roomy_micro_batch(load, possible, limit * 0.9999) < size
-    with pytest.raises(ValueError, match="auto was not settled"):
+    with pytest.raises(ValueError, match="auto was not resolved"):
         Pretrain(chosen, torch.device("cpu"))
 
 

@@ -31,7 +31,7 @@ WIDTH = 8
 
 @dataclass(frozen=True)
 class Keys:
-    """Inputs in a dataclass, as packed texts and the contrast's are."""
+    """Inputs in a dataclass, like packed texts and the contrast's inputs."""
 
     queue: Tensor
     weight: Tensor
@@ -39,7 +39,7 @@ class Keys:
 
 
 class Network(nn.Module):
-    """Reads a batch, a queue, a weight and random numbers."""
+    """Network that reads a batch, a queue, a weight and random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Network(nn.Module):
 
 
 class Engine:
-    """The calls of `ZeroEngine` that a micro-step makes."""
+    """Stand-in with the calls of `ZeroEngine` that a micro-step makes."""
 
     capture_obstacle: str | None = None
 
@@ -67,7 +67,7 @@ class Engine:
         self._network = network
 
     def gather_weights(self) -> None:
-        """Nothing is partitioned."""
+        """Do nothing, as nothing is partitioned."""
 
     def compute_gradients(self, loss: Tensor) -> list[Tensor]:
         return [*torch.autograd.grad(loss, list(self._network.parameters()))]

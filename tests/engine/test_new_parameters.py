@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def with_new_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process as well."""
+    """Add the new parameters in this process, too."""
     train_with_new_parameters.add(monkeypatch.setattr)
 
 
@@ -68,13 +68,13 @@ def test_they_train_and_resume(trained: Path, tmp_path: Path) -> None:
     assert "resuming at step 1" in tiny_runs.said(recipe)
     for kind in KINDS:
         expected = tiny_runs.whole_tensors(checkpoint(trained, 2), kind)
-        found = tiny_runs.whole_tensors(checkpoint(tmp_path / "run", 2), kind)
-        assert found.keys() == expected.keys() and len(found) > 20
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), kind
+        resumed = tiny_runs.whole_tensors(checkpoint(tmp_path / "run", 2), kind)
+        assert resumed.keys() == expected.keys() and len(resumed) > 20
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items()), kind
 
 
 def test_they_start_from_the_seed(trained: Path, with_new_parameters: None) -> None:
-    """As their constructors draw, whatever was drawn before."""
+    """Their constructors draw from the seed, whatever was drawn before."""
     recipe = recipes.load(str(trained / "recipe.yaml"))
     task = Pretrain(replace(recipe, seed=7), torch.device("cpu"))
     starts = []
@@ -136,8 +136,10 @@ def test_writers_refuse_what_they_would_drop(
 def test_fine_tuning_starts_with_them(
     trained: Path, tmp_path: Path, with_new_parameters: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From our checkpoint with what was trained; from a file without them as initialised, which a
-    warning says."""
+    """Our checkpoint has their trained values.
+
+    With a file without them they are initialised, and a warning says so.
+    """
     config = weights_of(trained).config
     saved = tiny_runs.whole_tensors(checkpoint(trained, 2), "weight")
     state = head_parameters(checkpoint(trained, 2), "retrieval", config)

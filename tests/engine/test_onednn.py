@@ -24,20 +24,20 @@ def test_values_gradients_and_operations_are_torchs(
 ) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bf16 in oneDNN")
-    theirs = nn.Linear(24, 40, bias, dtype=dtype)
-    ours = copy.deepcopy(theirs)
+    torchs = nn.Linear(24, 40, bias, dtype=dtype)
+    ours = copy.deepcopy(torchs)
     take_onednn(ours)
     assert type(ours) is OneDNNLinear
     seed = torch.randn(*shape, dtype=dtype)
-    found = []
-    for layer in (theirs, ours):
+    results = []
+    for layer in (torchs, ours):
         x = seed.clone().requires_grad_()
         with FlopCounterMode(display=False) as counter:
             y = layer(x)
             y.square().sum().backward()
         gradients = [parameter.grad for parameter in layer.parameters()]
-        found.append([y, x.grad, *gradients, torch.tensor(counter.get_total_flops())])
-    for expected, value in zip(*found, strict=True):
+        results.append([y, x.grad, *gradients, torch.tensor(counter.get_total_flops())])
+    for expected, value in zip(*results, strict=True):
         if dtype == torch.float32:
             torch.testing.assert_close(value, expected)
         elif value.numel():  # sums of rounded terms may cancel

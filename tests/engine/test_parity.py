@@ -65,8 +65,10 @@ PARTITIONED_AND_MORE: dict[str, Any] = {
 def test_equals_a_plain_process(
     tmp_path: Path, stage: int, ranks: int, settings: dict[str, Any]
 ) -> None:
-    """fp32, dropout on, the queue of 40 wraps in a batch of 16. Under ZeRO-3 weights stay whole
-    unless a case says otherwise."""
+    """The run is fp32 with dropout, and its queue of 40 wraps within a batch of 16.
+
+    Under ZeRO-3 weights stay whole unless a case says otherwise.
+    """
     recipe = tiny_runs.make_recipe(tmp_path, **settings)
     tiny_runs.train(recipe, ranks, f"train.max_steps={STEPS}", stage=stage)
     expected = plain_reference.run(recipe, ranks, STEPS)
@@ -75,16 +77,15 @@ def test_equals_a_plain_process(
         assert losses[step] == pytest.approx(expected.losses[step], abs=2e-5), step
     checkpoint = tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}"
     for kind, wanted in (("weight", expected.weights), ("momentum", expected.momentum)):
-        found = tiny_runs.whole_tensors(checkpoint, kind)
-        assert found.keys() == wanted.keys()
+        measured = tiny_runs.whole_tensors(checkpoint, kind)
+        assert measured.keys() == wanted.keys()
         for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+            torch.testing.assert_close(measured[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_momentum_in_bf16_keeps_fp32_averages(tmp_path: Path, stage: int) -> None:
-    """The averages of a bf16 run follow the gathered formula; averages kept in bf16 would not
-    move."""
+    """The averages of a bf16 run follow the formula in fp32. In bf16 they would not move."""
     recipe = tiny_runs.make_recipe(
         tmp_path,
         train={"precision": "bf16"},
@@ -97,20 +98,22 @@ def test_momentum_in_bf16_keeps_fp32_averages(tmp_path: Path, stage: int) -> Non
         tiny_runs.whole_tensors(folder / f"step_{step:08d}", "weight")
         for step in range(1, STEPS + 1)
     ]
-    found = [
+    averages = [
         tiny_runs.whole_tensors(folder / f"step_{step:08d}", "momentum")
         for step in range(1, STEPS + 1)
     ]
     moved_in_bf16 = changed = elements = 0
-    for name in found[0]:
-        average = found[0][name]
+    for name in averages[0]:
+        average = averages[0][name]
         naive = average.bfloat16()
         for step in range(1, STEPS):
             average = average + 0.005 * (weights[step][name] - average)
             naive = naive + 0.005 * (weights[step][name].bfloat16() - naive)
-            torch.testing.assert_close(found[step][name], average, rtol=1e-6, atol=1e-8, msg=name)
-        changed += int((average != found[0][name]).sum())
-        moved_in_bf16 += int((naive != found[0][name].bfloat16()).sum())
+            torch.testing.assert_close(
+                averages[step][name], average, rtol=1e-6, atol=1e-8, msg=name
+            )
+        changed += int((average != averages[0][name]).sum())
+        moved_in_bf16 += int((naive != averages[0][name].bfloat16()).sum())
         elements += average.numel()
     assert changed > 0.9 * elements  # in fp32 nearly every element moves with every step
     assert moved_in_bf16 < 0.2 * elements  # in bf16 most of them never do

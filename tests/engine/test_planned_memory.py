@@ -1,4 +1,4 @@
-"""The plan's memory against what DeepSpeed's engine really holds, on 1, 2 and 4 ranks."""
+"""The plan's memory against the memory of DeepSpeed's engine, on 1, 2 and 4 ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "allgather_bucke
 
 
 def ds_config(folder: Path, stage: int) -> Path:
-    """The one of the repository, with buckets and thresholds of the tiny network's size."""
+    """The repository's JSON, with buckets and thresholds of the tiny network's size."""
     config = json.loads((REPO / f"ds_configs/zero{stage}.json").read_text())
     zero = config["zero_optimization"]
     zero |= {name: 40_000 for name in BUCKETS if name in zero}
@@ -53,13 +53,13 @@ def test_states_are_what_deepspeed_holds(
     script = Path(__file__).with_name("held_by_a_run.py")
     codes = finish(launch(file, ranks, "--deepspeed", str(config), stage=stage, script=script))
     assert codes == [0] * ranks, said(file)
-    found = [json.loads((tmp_path / f"held_{rank}.json").read_text()) for rank in range(ranks)]
+    measured = [json.loads((tmp_path / f"held_{rank}.json").read_text()) for rank in range(ranks)]
 
     chosen = recipe.load(str(file))
     sharding = Sharding.of(json.loads(config.read_text()), ranks, 4 if precision == "fp32" else 2)
     planned = states(network_of(chosen, contrast_of), sharding)
     resting = sum(planned.resting.values()) + planned.host.get("frozen_masters", 0)
-    most = {moment: max(rank[moment] for rank in found) for moment in found[0]}
+    most = {moment: max(rank[moment] for rank in measured) for moment in measured[0]}
     assert resting == pytest.approx(most["update"], rel=0.1)
     gradients = planned.backward.get("gradients", 0)
     assert resting + gradients == pytest.approx(most["backward"], rel=0.1)

@@ -1,5 +1,7 @@
-"""Killed at any moment, a run goes on with the same losses, bit for bit; a bad disk costs nothing
-saved."""
+"""A run that is killed at any moment resumes with equal losses, bit for bit.
+
+A bad disk loses nothing saved.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,14 @@ OFTEN = {"checkpoint": {"every_steps": 3}, "train": {"max_steps": STEPS}}
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, float]]:
-    """Losses of the run that nobody killed, on two ranks."""
+    """Losses of a run on two ranks that was not killed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     tiny_runs.train(tiny_runs.make_recipe(folder, **OFTEN), 2)
     return tiny_runs.losses(folder / "run")
 
 
 def wait_for(moment: Callable[[], bool], process: subprocess.Popen) -> None:
-    """Until `moment()` comes true, while the process runs."""
+    """Wait until `moment()` is true, while the process runs."""
     deadline = time.monotonic() + 240
     while not moment():
         assert time.monotonic() < deadline, "the moment never came"
@@ -51,28 +53,31 @@ def wait_for(moment: Callable[[], bool], process: subprocess.Popen) -> None:
 
 def ranks_below(launcher: subprocess.Popen) -> list[psutil.Process]:
     """The processes of the ranks that the `deepspeed` command started, rank 0 first."""
-    found = {}
+    processes = {}
     for process in psutil.Process(launcher.pid).children(recursive=True):
         rank = [part for part in process.cmdline() if part.startswith("--local_rank=")]
         if rank:
-            found[rank[0]] = process
-    return [found[rank] for rank in sorted(found)]
+            processes[rank[0]] = process
+    return [processes[rank] for rank in sorted(processes)]
 
 
 def phase(run: Path) -> str:
-    """What the heartbeat says that the run does."""
+    """Phase of the run, from its heartbeat."""
     file = run / "heartbeat.json"
     return str(json.loads(file.read_text())["phase"]) if file.exists() else ""
 
 
 def reached(run: Path, step: int) -> bool:
-    """Whether the log says that `step` was done."""
+    """Whether the log has the line of `step`."""
     file = run / "metrics.jsonl"
     return file.exists() and f'"step": {step},' in file.read_text()
 
 
 def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
-    """One rank under the launcher, which must end the other; then all ranks at once."""
+    """The launcher ends the second rank when the first is killed.
+
+    Then all ranks are killed at once.
+    """
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     dice = random.Random(time.time_ns())
@@ -100,8 +105,10 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[st
 def test_a_rank_that_stalls_or_dies_ends_the_others(
     tmp_path: Path, undisturbed: dict[int, dict[str, float]]
 ) -> None:
-    """Without a launcher that would do it: within the time that the recipe gives, with stacks in
-    the log. Then the run goes on, and its record says that every sample was used once."""
+    """Without a launcher, ranks end within the time that the recipe gives, with stacks in the log.
+
+    The run then resumes, and its record shows that every sample was used once.
+    """
     stall_s = 40  # the start must fit in, on a busy machine too
     recipe = tiny_runs.make_recipe(
         tmp_path,
@@ -142,7 +149,7 @@ def test_a_rank_that_stalls_or_dies_ends_the_others(
 
 
 def _assert_every_sample_once(recipe: Path) -> None:
-    """The record of each rank is what a loader gives that nobody disturbed."""
+    """Compare the record of each rank with the samples of an undisturbed loader."""
     chosen = recipes.load(str(recipe))
     text = CaptionInput(load_tokenizer(chosen.model.text), chosen.model.text.max_tokens)
     for rank in range(2):
@@ -162,7 +169,7 @@ def _assert_every_sample_once(recipe: Path) -> None:
 def test_killed_inside_a_save(
     tmp_path: Path, undisturbed: dict[int, dict[str, float]], moment: str
 ) -> None:
-    """The half-written checkpoint is ignored, named, and the one before is taken."""
+    """The half-written checkpoint is named and ignored, and the previous one is loaded."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     script = Path(train_killed_in_a_save.__file__)
@@ -196,7 +203,7 @@ def test_damaged_checkpoint_falls_back(
 
 
 def test_signal_stops_cleanly(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
-    """SIGUSR1 to one rank: both finish the step, save, and ask to be started again."""
+    """SIGUSR1 to one rank makes both finish the step, save, and exit with code 75."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     processes = tiny_runs.launch(recipe, 2)
@@ -263,7 +270,7 @@ def test_resume_with_everything_on(tmp_path: Path) -> None:
 
 
 def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
-    """A checkpoint that does not fit is said, the earlier one stays whole, and the run goes on."""
+    """A checkpoint that does not fit is logged, the earlier one stays whole, the run continues."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
@@ -279,12 +286,12 @@ def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str,
         room = sum(map(len, before.values())) // 2  # too little for another one
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - room))
         codes = tiny_runs.finish(tiny_runs.launch(recipe, 2, folder))
-        said = tiny_runs.said(recipe)
-        assert set(codes) == {1}, said  # the last checkpoint is missing, so it is no success
-        assert "resuming at step 3" in said
-        assert said.count("was NOT saved") == (STEPS - 3) // 3
-        assert "No space left" in said
-        assert "Earlier checkpoints are intact" in said
+        output = tiny_runs.said(recipe)
+        assert set(codes) == {1}, output  # the last checkpoint is missing, so it is no success
+        assert "resuming at step 3" in output
+        assert output.count("was NOT saved") == (STEPS - 3) // 3
+        assert "No space left" in output
+        assert "Earlier checkpoints are intact" in output
         assert tiny_runs.losses(tmp_path / "run") == undisturbed
         assert [path.name for path in (disk / "checkpoints").iterdir()] == [earlier.name]
         assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
@@ -294,7 +301,7 @@ def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str,
 
 
 def test_other_network_is_refused(tmp_path: Path) -> None:
-    """A checkpoint of another network is named, nothing is loaded half."""
+    """A checkpoint of another network is named, and nothing of it is loaded."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     tiny_runs.train(recipe, 1, "train.max_steps=3")
     codes = tiny_runs.finish(tiny_runs.launch(recipe, 1, "model.text.mlp_width=128"))

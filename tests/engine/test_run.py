@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them, and what they do when something goes wrong."""
+"""Whole runs as a user starts them, and their behaviour when something goes wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import socket
 import statistics
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import blip_scale
 from blip_scale.config import recipe as recipes
 from blip_scale.data.loading.micro_batches import CaptionInput
-from blip_scale.data.shards import Record, write_shards
+from blip_scale.data.shards import write_shards
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.engine.watching.loggers.tensorboard import tag
 from blip_scale.objectives.feature_queue import FeatureQueue
@@ -58,12 +59,8 @@ SHARES = (
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
     "train/alpha", "speed/data_wait_share", "communication/blocked_share",
 )  # fmt: skip
-RECALLS = {
-    f"heldout/{kind}_{direction}_r{k}"
-    for kind in ("itc", "itm")
-    for direction in ("image_to_text", "text_to_image")
-    for k in (1, 5, 10)
-}
+_DIRECTIONS = ("itc_image_to_text", "itc_text_to_image", "itm_image_to_text", "itm_text_to_image")
+RECALLS = {f"heldout/{direction}_r{k}" for direction in _DIRECTIONS for k in (1, 5, 10)}
 
 PAUSES = {"checkpoint/pause_s", "checkpoint/write_s"}
 
@@ -73,7 +70,7 @@ def run_command(recipe: Path, ranks: int | None = None) -> int:
 
 
 def terminal(recipe: Path) -> str:
-    """What the command that was started last said, stdout first."""
+    """Output of the command that was started last, stdout first."""
     return (recipe.parent / "stdout").read_text() + (recipe.parent / "stderr").read_text()
 
 
@@ -92,7 +89,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recipe of a run that `deepspeed` took to its end on two ranks, ZeRO-3."""
+    """Recipe of a run that ended, started by `deepspeed` on two ranks with ZeRO-3."""
     recipe = tiny_runs.make_recipe(
         tmp_path_factory.mktemp("finished"),
         checkpoint={"every_steps": 3},
@@ -104,7 +101,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_terminal_shows_our_lines_alone(finished: Path) -> None:
-    """And nothing of DeepSpeed, torch and transformers, on neither stream, of neither rank."""
+    """Nothing of DeepSpeed, torch or transformers is on either stream of either rank."""
     assert (finished.parent / "stdout").read_text() == ""
     ours = re.compile(
         r"\d\d:\d\d:\d\d (an epoch|pretrain on 2 rank|weights are |step |saved |done: )"
@@ -154,11 +151,11 @@ def test_the_summary(finished: Path) -> None:
     assert summary["evaluation"].pop("heldout/candidates") == 16
     assert summary["evaluation"].pop("heldout/texts") == 16
     assert all(0 <= value <= 1 for value in summary["evaluation"].values())
-    assert [set(one) for one in summary["captions"]] == [{"set", "id", "caption", "truth"}] * 2
+    assert [set(entry) for entry in summary["captions"]] == [{"set", "id", "caption", "truth"}] * 2
 
 
 def test_every_curve_is_there(finished: Path) -> None:
-    """In TensorBoard and, with the same values, in metrics.jsonl."""
+    """TensorBoard and metrics.jsonl have all curves, with equal values."""
     run = finished.parent / "run"
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
     tags = events.Tags()
@@ -205,7 +202,10 @@ def test_recipe_and_pictures_are_in_tensorboard(finished: Path) -> None:
 def test_the_queue_holds_what_all_ranks_gathered(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One file for all ranks, in the order of the global batch; the ring of 40 wrapped twice."""
+    """One file holds the queue of all ranks in the order of the global batch.
+
+    The ring of 40 wraps twice.
+    """
     queues: list[FeatureQueue] = []
 
     class Kept(FeatureQueue):
@@ -233,22 +233,22 @@ def test_the_queue_holds_what_all_ranks_gathered(
 
 
 def test_a_finished_run_has_nothing_left_to_do(finished: Path) -> None:
-    """Started again, it ends well and quickly, and leaves everything as it was."""
+    """A restart ends successfully and quickly, and changes nothing."""
     run = finished.parent / "run"
     kept = snapshot(run / "checkpoints")
     metrics = (run / "metrics.jsonl").read_bytes()
     summary = json.loads((run / "summary.json").read_text())
     tiny_runs.train(finished, RANKS)
-    said = tiny_runs.said(finished)
-    assert "resuming at step 6" in said
-    assert "step 6/6" not in said and "evaluated" not in said
+    output = tiny_runs.said(finished)
+    assert "resuming at step 6" in output
+    assert "step 6/6" not in output and "evaluated" not in output
     assert snapshot(run / "checkpoints") == kept
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert json.loads((run / "summary.json").read_text()) == summary
 
 
 def assert_same_checkpoint(written: Path, loaded: Path) -> None:
-    """Every number and all state are the same, whoever wrote it."""
+    """Compare all tensors and all state, whichever ranks wrote them."""
     for kind in KINDS:
         before, after = (tiny_runs.whole_tensors(folder, kind) for folder in (written, loaded))
         assert before.keys() == after.keys() and len(before) > 20
@@ -263,7 +263,7 @@ def assert_same_checkpoint(written: Path, loaded: Path) -> None:
 
 
 def resume_a_copy(recipe: Path, step: int, ranks: int, stage: int, *arguments: str) -> None:
-    """Go on from the checkpoint of `step`, and compare what was loaded with what was written."""
+    """Resume from the checkpoint of `step`, and compare the loaded state with the written one."""
     script = Path(__file__).parent / "train_from_a_copy.py"
     codes = tiny_runs.finish(
         tiny_runs.launch(recipe, ranks, *arguments, stage=stage, script=script)
@@ -278,7 +278,7 @@ def resume_a_copy(recipe: Path, step: int, ranks: int, stage: int, *arguments: s
 
 
 def copy_of_step_3(finished: Path, folder: Path) -> None:
-    """As saved by two ranks of ZeRO-3."""
+    """Copy the checkpoint of step 3, saved by two ranks of ZeRO-3."""
     written = finished.parent / "run" / "checkpoints" / "step_00000003"
     shutil.copytree(written, folder / "run" / "checkpoints" / written.name)
 
@@ -289,9 +289,9 @@ def test_another_stage_goes_on_with_the_same_losses(tmp_path: Path, finished: Pa
     )
     copy_of_step_3(finished, tmp_path)
     resume_a_copy(recipe, 3, RANKS, 2)
-    expected, found = (tiny_runs.losses(path.parent / "run") for path in (finished, recipe))
+    expected, measured = (tiny_runs.losses(path.parent / "run") for path in (finished, recipe))
     for step in range(4, STEPS + 1):
-        assert found[step] == pytest.approx(expected[step], abs=2e-5), step
+        assert measured[step] == pytest.approx(expected[step], abs=2e-5), step
 
 
 def test_other_numbers_of_ranks_take_the_same_samples(tmp_path: Path, finished: Path) -> None:
@@ -314,43 +314,46 @@ def test_other_numbers_of_ranks_take_the_same_samples(tmp_path: Path, finished: 
 
 
 def test_a_slow_rank_and_a_jump_of_the_loss_are_seen(tmp_path: Path) -> None:
-    """The rank is named, though all take equally long for a step; the jump with its samples."""
+    """The slow rank is named, though all ranks take equally long for a step.
+
+    The jump is logged with its samples.
+    """
     slow = train_with_a_slow_rank
     recipe = tiny_runs.make_recipe(tmp_path, train={"max_steps": slow.SPIKE_STEP + 1})
     script = Path(slow.__file__)
     codes = tiny_runs.finish(tiny_runs.launch(recipe, RANKS, script=script))
-    said = tiny_runs.said(recipe)
-    assert codes == [0, 0], said
+    output = tiny_runs.said(recipe)
+    assert codes == [0, 0], output
     by_step = {row["step"]: row for row in rows(tmp_path / "run") if "loss/total" in row}
     ratios = [by_step[step]["speed/slowest_rank_ratio"] for step in by_step]
     before, after = ratios[2 : slow.SLOW_FROM_STEP - 1], ratios[slow.SLOW_FROM_STEP :]
     assert 1 <= statistics.median(before) < 1.3 < 1.8 < statistics.median(after)
-    named = re.findall(r"step \d+: rank (\d) on (\S+) is slow", said)
+    named = re.findall(r"step \d+: rank (\d) on (\S+) is slow", output)
     assert ("1", socket.gethostname()) in named
     jumps = [step for step, row in by_step.items() if row["alarm/loss_spike"]]
     assert jumps == [slow.SPIKE_STEP]
     assert by_step[slow.SPIKE_STEP]["alarm/loss_spike_ratio"] > 20
     loss = by_step[slow.SPIKE_STEP]["loss/total"]
-    (line,) = re.findall(r"step 25: loss/total (\S+), usual is .* worst in step 25 \((.*)\)", said)
+    (line,) = re.findall(
+        r"step 25: loss/total (\S+), usual is .* worst in step 25 \((.*)\)", output
+    )
     assert float(line[0]) == pytest.approx(loss, rel=1e-3)
     assert len(re.findall(r"shapes-\w", line[1])) == 8
 
 
 def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
-    """One rank without a launcher, ZeRO-2: the sample that cannot be read is named and counted."""
-    spoiled = [
-        Record(one.id, b"no image" if number == 5 else one.image, one.caption, one.source)
-        for number, one in enumerate(tiny_runs.records("spoiled")[:BATCH])
-    ]
+    """One rank without a launcher, under ZeRO-2, names and counts a sample that can't be read."""
+    spoiled = tiny_runs.records("spoiled")[:BATCH]
+    spoiled[5] = replace(spoiled[5], image=b"no image")
     write_shards(tmp_path / "spoiled", spoiled)
     stream = {"name": "spoiled", "local": str(tmp_path / "spoiled")}
     recipe = tiny_runs.make_recipe(
         tmp_path, data={"streams": [stream]}, train={"max_steps": 3}, log={"every_steps": 3}
     )
     assert run_command(recipe) == 0, terminal(recipe)
-    run, said = tmp_path / "run", terminal(recipe)
-    assert "pretrain on 1 rank(s) of cpu, ZeRO-2" in said
-    named = [line for line in said.splitlines() if "could not be read" in line]
+    run, output = tmp_path / "run", terminal(recipe)
+    assert "pretrain on 1 rank(s) of cpu, ZeRO-2" in output
+    named = [line for line in output.splitlines() if "could not be read" in line]
     assert len(named) == 1  # though it is met in each of the three epochs, a step each
     for line in named:
         assert "WARNING skipped a sample" in line
@@ -362,11 +365,11 @@ def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
     ours = re.compile(
         rf"\d\d:\d\d:\d\d (an epoch|pretrain on|weights are|step|saved|done|{warned})"
     )
-    assert [line for line in said.splitlines()[1:] if not ours.match(line)] == []
+    assert [line for line in output.splitlines()[1:] if not ours.match(line)] == []
 
 
 def test_lines_come_by_time_as_well(tmp_path: Path) -> None:
-    """They change no number, and points stay where they were."""
+    """Extra lines by time change no number and no logged point."""
     told = {}
     for name, every_s in (("quiet", None), ("talking", 0.001)):
         recipe = tiny_runs.make_recipe(
@@ -400,10 +403,10 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:
     except subprocess.TimeoutExpired:
         launcher.terminate()
         raise
-    said = terminal(recipe)
-    assert code != 0, said
-    assert f"stream 'shapes': shard {shard} is missing" in said
-    assert "traceback in" in said
+    output = terminal(recipe)
+    assert code != 0, output
+    assert f"stream 'shapes': shard {shard} is missing" in output
+    assert "traceback in" in output
     for path in checkpoints.glob("step_*.partial"):  # of a save that the launcher cut short
         shutil.rmtree(path)
     saved = sorted(checkpoints.iterdir())
@@ -413,8 +416,10 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stage", "micro_batch"), [(3, 8), (2, 4)], ids=["zero3", "zero2-twice"])
 def test_numbers_that_go_wrong(tmp_path: Path, stage: int, micro_batch: int) -> None:
-    """Steps that are not finite change nothing on any rank and are not saved; a row of them ends
-    the run."""
+    """Steps that are not finite change nothing on any rank and are not saved.
+
+    Several in a row end the run.
+    """
     recipe = tiny_runs.make_recipe(
         tmp_path,
         train={"max_steps": 100, "max_nonfinite_steps": 3, "micro_batch_size": micro_batch},
@@ -423,28 +428,26 @@ def test_numbers_that_go_wrong(tmp_path: Path, stage: int, micro_batch: int) -> 
     script = Path(train_with_accidents.__file__)
     processes = tiny_runs.launch(recipe, RANKS, stage=stage, script=script)
     codes = [process.wait(300) for process in processes]
-    said = tiny_runs.said(recipe)
-    assert codes == [1, 1], said
+    output = tiny_runs.said(recipe)
+    assert codes == [1, 1], output
     burst, bad = train_with_accidents.BURST_STEP, train_with_accidents.BAD_LOSS_STEP
-    assert f"giving up at step {burst + 3}: loss or gradient was not finite in 3 steps" in said
+    assert f"giving up at step {burst + 3}: loss or gradient was not finite in 3 steps" in output
     skipped = r"step (\d+): loss or gradient not finite, update skipped \((shapes-.*), \.\.\.\)"
     expected = [bad, burst + 1, burst + 2, burst + 3]
     for rank in range(RANKS):  # the same decisions, with samples of both ranks named
         log = (tmp_path / "run" / "logs" / f"rank_{rank}.log").read_text()
-        found = re.findall(skipped, log)
-        assert [int(step) for step, _ in found] == expected
-        assert all(len(ids.split(", ")) == 8 for _, ids in found)
-    assert said.count("update skipped") == len(expected)  # once on the terminal
+        matches = re.findall(skipped, log)
+        assert [int(step) for step, _ in matches] == expected
+        assert all(len(ids.split(", ")) == 8 for _, ids in matches)
+    assert output.count("update skipped") == len(expected)  # once on the terminal
 
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     skipped_steps = {bad, burst + 1, burst + 2, burst + 3}
     taken = [step for step in range(1, burst + 4) if step not in skipped_steps]
     assert [int(path.name[5:]) for path in saved] == taken
-    assert all(
-        tensor.isfinite().all()
-        for kind in KINDS
-        for tensor in tiny_runs.whole_tensors(saved[-1], kind).values()
-    )
+    for kind in KINDS:
+        tensors = tiny_runs.whole_tensors(saved[-1], kind).values()
+        assert all(tensor.isfinite().all() for tensor in tensors)
     for rank in range(RANKS):  # weights, moments, averages and queue stand still
         states = json.loads((tmp_path / "run" / f"states_{rank}.json").read_text())
         for step in range(2, burst + 4):

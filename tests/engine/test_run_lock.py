@@ -1,4 +1,7 @@
-"""One run owns an output folder: a second one is refused, a dead one's lock is taken over."""
+"""One run owns an output folder.
+
+A second one is refused, and the lock of a dead run is taken over.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ time.sleep(600)
 
 
 def hold(folder: Path) -> subprocess.Popen[str]:
-    """A process that holds the lock."""
+    """Start a process that holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
     )
@@ -38,12 +41,12 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 
 
 def leave(folder: Path) -> None:
-    """A lock of this process that nobody renews any more."""
+    """Leave a lock of this process that is no longer renewed."""
     RunLock(folder)._ended.set()
 
 
 def change(folder: Path, age_s: float = 0.0, **fields: Any) -> None:
-    """Let the lock be of another holder, whose last sign of life is so old."""
+    """Replace the lock by another holder's, whose last sign of life has this age."""
     file = folder / "lock.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     os.utime(file, (time.time() - age_s, time.time() - age_s))
@@ -53,8 +56,10 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_is_not_in_the_way(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = hold(tmp_path)
-    said = rf"{tmp_path} belongs to a run that is under way \(process {process.pid} on .*\): give"
-    with pytest.raises(RefusedInput, match=said):
+    message = (
+        rf"{tmp_path} belongs to a run that is under way \(process {process.pid} on .*\): give"
+    )
+    with pytest.raises(RefusedInput, match=message):
         RunLock(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
     process.send_signal(signal.SIGKILL)
@@ -93,7 +98,7 @@ def test_a_container_of_the_same_host_name_is_another_machine(tmp_path: Path) ->
 def test_signs_of_life_of_another_machine_are_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within the time in which a live run would have renewed its lock."""
+    """The wait is as long as a live run would take to renew its lock."""
     monkeypatch.setattr(run_lock, "STALE_S", 3.0)
     monkeypatch.setattr(run_lock, "BEAT_S", 0.5)
     alive = RunLock(tmp_path)
@@ -119,7 +124,7 @@ def test_a_lock_that_falls_silent_is_taken_after_a_while(
 def test_a_restart_of_the_same_job_takes_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SLURM ends a job's processes before it starts the job again, on whatever node."""
+    """SLURM ends a job's processes before it restarts the job, on any node."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     leave(tmp_path)
     change(tmp_path, host="elsewhere")
@@ -136,7 +141,7 @@ def test_a_damaged_lock_is_judged_by_its_age(tmp_path: Path, text: str) -> None:
 
 
 def test_who_lost_its_lock_ends(tmp_path: Path) -> None:
-    """A run that was suspended for long must not write beside the one that took over."""
+    """A run that was suspended for long must not write beside the run that took over."""
     process = hold(tmp_path)
     change(tmp_path, pid=1)
     assert process.wait(3 * run_lock.BEAT_S) == 1

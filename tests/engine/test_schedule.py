@@ -1,4 +1,4 @@
-"""The learning rate against the published figures, and against the published loop."""
+"""The learning rate against published figures and against the published loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PUBLISHED = OptimizerRecipe(
 
 
 def published_loop(settings: OptimizerRecipe, epochs: int, steps: int) -> list[float]:
-    """BLIP's train loop: the epoch sets the rate, in epoch 0 the warm-up overwrites it."""
+    """Rates of BLIP's train loop: the epoch sets the rate, and in epoch 0 the warm-up overwrites
+    it."""
     rates = []
     for epoch in range(epochs):
         by_epoch = max(settings.min_lr, settings.peak_lr * settings.lr_decay**epoch)
@@ -37,7 +38,7 @@ def published_loop(settings: OptimizerRecipe, epochs: int, steps: int) -> list[f
     ],
 )  # fmt: skip
 def test_published_rates(decay: float, epoch: int, published: float) -> None:
-    """The code's 0.9 and the paper's 0.85, constant through an epoch."""
+    """The rates decay by the code's 0.9 or the paper's 0.85, and are constant within an epoch."""
     settings = OptimizerRecipe(lr_decay=decay)
     for step in (epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH - 1):
         assert learning_rate(settings, step, STEPS_PER_EPOCH) == pytest.approx(published, rel=5e-3)
@@ -52,7 +53,7 @@ def test_the_base_recipes_follow_it(name: str) -> None:
 
 
 def test_warm_up() -> None:
-    """From 1e-6 in a straight line to the peak at step 3000, and then flat to the epoch's end."""
+    """The rate rises linearly from 1e-6 to the peak at step 3000, and stays to the epoch's end."""
     rates = {step: learning_rate(PUBLISHED, step, STEPS_PER_EPOCH) for step in range(5000)}
     assert rates[0] == 1e-6
     assert rates[1500] == pytest.approx((1e-6 + 3e-4) / 2)
@@ -61,14 +62,14 @@ def test_warm_up() -> None:
 
 
 def test_a_short_first_epoch_cuts_the_warm_up() -> None:
-    """The rate jumps from where it was to that of epoch 1, as in the published code."""
+    """The rate jumps to that of epoch 1, as in the published code."""
     cut = learning_rate(PUBLISHED, 999, 1000)
     assert cut == pytest.approx(1e-6 + 299e-6 * 999 / 3000)
     assert learning_rate(PUBLISHED, 1000, 1000) == pytest.approx(2.7e-4)
 
 
 def test_a_warm_up_may_span_epochs() -> None:
-    """It rises without a leap and joins the decayed rate."""
+    """The rate rises without a jump and joins the decayed rate."""
     settings = OptimizerRecipe(warmup_spans_epochs=True)
     rates = [learning_rate(settings, step, 104) for step in range(6000)]
     for step in range(0, 3000, 500):
@@ -79,11 +80,11 @@ def test_a_warm_up_may_span_epochs() -> None:
 
 
 def test_a_warm_up_that_is_cut_is_said_with_its_numbers() -> None:
-    said = warmup_leap(PUBLISHED, 104, 2000)
-    assert said is not None
-    assert "3000 are more than the 104 steps of the first epoch" in said
-    assert "leaps from 1.1e-05 to 0.00027" in said
-    assert "optimizer.warmup_steps=104" in said
+    warning = warmup_leap(PUBLISHED, 104, 2000)
+    assert warning is not None
+    assert "3000 are more than the 104 steps of the first epoch" in warning
+    assert "jumps from 1.1e-05 to 0.00027" in warning
+    assert "optimizer.warmup_steps=104" in warning
     assert warmup_leap(PUBLISHED, 3000, 9000) is None
     assert warmup_leap(PUBLISHED, 104, 104) is None  # the run ends before
     assert warmup_leap(OptimizerRecipe(warmup_spans_epochs=True), 104, 2000) is None
@@ -92,11 +93,11 @@ def test_a_warm_up_that_is_cut_is_said_with_its_numbers() -> None:
 
 @pytest.mark.parametrize("steps", [7, 40])
 def test_equals_the_published_loop(steps: int) -> None:
-    """With a warm-up that ends inside the first epoch, and with one that does not."""
+    """Tried with a warm-up that ends inside the first epoch, and with one that does not."""
     settings = OptimizerRecipe(peak_lr=1e-3, min_lr=2e-4, warmup_steps=20, lr_decay=0.5)
-    found = [learning_rate(settings, step, steps) for step in range(5 * steps)]
-    assert found == pytest.approx(published_loop(settings, 5, steps), rel=1e-12)
-    assert found[-1] == 2e-4  # the floor
+    rates = [learning_rate(settings, step, steps) for step in range(5 * steps)]
+    assert rates == pytest.approx(published_loop(settings, 5, steps), rel=1e-12)
+    assert rates[-1] == 2e-4  # the floor
 
 
 def test_without_a_warm_up_the_first_step_has_its_rate_and_then_the_peak() -> None:

@@ -1,5 +1,5 @@
-"""What ranks compile when they start on a CPU: with several of them once and announced, else
-nothing."""
+"""Operations that ranks compile on a CPU: several ranks compile once and announce it, one rank
+compiles nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ start(300)
 print(os.environ["TORCH_EXTENSIONS_DIR"], flush=True)
 launcher.end_process(0)
 """
-LINE = "building DeepSpeed's shared-memory operation, once per environment, about a minute"
+LINE = "building DeepSpeed's shared-memory operation, once per environment: about a minute"
 
 
 def started(folder: Path, ranks: int, **more: str) -> list[tuple[str, str]]:
@@ -45,9 +45,9 @@ def started(folder: Path, ranks: int, **more: str) -> list[tuple[str, str]]:
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
-    said = [process.communicate(timeout=280) for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, said
-    return said
+    outputs = [process.communicate(timeout=280) for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, outputs
+    return outputs
 
 
 @pytest.mark.timeout(600)
@@ -65,9 +65,9 @@ def test_two_ranks_compile_once_and_say_so(tmp_path: Path) -> None:
 
 
 def test_one_rank_compiles_nothing(tmp_path: Path) -> None:
-    """In the folder that is taken by default, one for each environment."""
-    ((out, said),) = started(tmp_path, 1, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    """The default folder of compiled operations, one for each environment, stays empty."""
+    ((out, errors),) = started(tmp_path, 1, XDG_CACHE_HOME=str(tmp_path / "cache"))
     place = Path(out.strip())
     assert place.parent == tmp_path / "cache" / "blip_scale" / "compiled"
-    assert LINE not in said
+    assert LINE not in errors
     assert not list((tmp_path / "cache").rglob("*.so"))

@@ -1,4 +1,4 @@
-"""An optimizer step waits for the device once, and repeats a draw that did not fit exactly."""
+"""An optimizer step waits for the device once, and repeats an overflowed draw exactly."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ pytestmark = pytest.mark.multiprocess
 
 
 def test_a_repeated_step_leaves_no_trace(tmp_path: Path) -> None:
-    """Two micro-steps on two ranks, of which one overflows on one rank: losses, gradients, queue
-    and weights are those of a run without overflow, to the bit."""
+    """Of two micro-steps on two ranks, one overflows on one rank.
+
+    Losses, gradients, queue and weights equal those of a run without overflow, bit for bit.
+    """
     runs = {}
     for name, script in (("plain", tiny_runs.TRAIN), ("retried", Path("train_with_retries.py"))):
         folder = tmp_path / name
@@ -32,7 +34,7 @@ def test_a_repeated_step_leaves_no_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("negatives", ["local", "global"])
 def test_a_step_waits_once(tmp_path: Path, ranks: int, negatives: str) -> None:
-    """The real loop, with the branches that DeepSpeed takes on CUDA."""
+    """The real loop takes the branches that DeepSpeed has for CUDA."""
     recipe = make_recipe(
         tmp_path,
         objective={"negatives": negatives},

@@ -1,5 +1,4 @@
-"""ZeRO-3 with weights that stay whole: what is exchanged together, when it is chosen, and that it
-trains as it should."""
+"""ZeRO-3 with weights that stay whole: their exchanges, their choice, and equal training."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def test_buckets_hold_all_parameters_last_ones_first() -> None:
 
 @pytest.mark.parametrize("name", ["base_129M", "large_129M"])
 def test_few_reductions_at_full_size(name: str) -> None:
-    """With the bucket of ds_configs/zero3.json."""
+    """ds_configs/zero3.json sets the bucket."""
     network = network_of(recipe.load(name, OWN_SIZES), contrast_of)
     ranges = bucket_ranges(network.trainable, limit=50_000_000)
     assert sum(network.trainable) > 200e6
@@ -50,8 +49,10 @@ def test_few_reductions_at_full_size(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("overlapping", [True, False])
 def test_micro_batches_are_summed_in_fp32(dtype: torch.dtype, overlapping: bool) -> None:
-    """Three micro-steps on one rank; a parameter that gets no gradient counts as zero, whatever the
-    step before left."""
+    """Three micro-steps on one rank.
+
+    A parameter without a gradient counts as zero, whatever the previous step left.
+    """
     shapes = ((2, 3), (), (4,), (5, 2))
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
     for parameter in parameters:
@@ -82,7 +83,7 @@ def test_micro_batches_are_summed_in_fp32(dtype: torch.dtype, overlapping: bool)
 
 
 def test_parts_of_three_ranks_make_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of 1, 2 and 15 elements; parts of an odd size are filled up."""
+    """Weights of 1, 2 and 15 elements, with parts filled up to equal sizes."""
     weights = [torch.randn(shape) for shape in ((), (2,), (3, 5))]
     parts = [nn.functional.pad(w.flatten(), (0, -w.numel() % 3)).view(3, -1) for w in weights]
     parameters = [nn.Parameter(torch.empty(0)) for _ in weights]
@@ -107,7 +108,7 @@ def test_parts_of_three_ranks_make_whole_weights(monkeypatch: pytest.MonkeyPatch
 
 
 def test_whole_weights_are_chosen_by_memory() -> None:
-    """ViT-B's sizes in bf16: 223M that train, 165M momentum copies."""
+    """Sizes are ViT-B's in bf16: 223M trainable parameters, 165M momentum copies."""
     alone = Sizes(223_000_000, 165_000_000, ranks=1, accumulation=1, compute_bytes=2)
     many = Sizes(223_000_000, 165_000_000, ranks=64, accumulation=4, compute_bytes=2)
     gib = 2**30
@@ -126,7 +127,7 @@ def test_settings_that_whole_weights_contradict_are_named() -> None:
 
 
 def test_replaced_names_are_there() -> None:
-    """Every private name of the table, in the DeepSpeed that is installed."""
+    """The installed DeepSpeed has every private name of the table."""
     from deepspeed.runtime import engine
     from deepspeed.runtime.zero import (
         parameter_offload,
@@ -148,9 +149,9 @@ def test_replaced_names_are_there() -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_split_backward_passes_give_the_same_bits(tmp_path: Path, ranks: int) -> None:
-    """With two micro-steps; gradients that a graph could hold, and those that overlap."""
+    """Two micro-steps give equal results with overlapped exchanges and with split backwards."""
     changes: dict[str, Any] = {"train": {"micro_batch_size": 8 // ranks, "max_steps": 4}}
-    found = []
+    results = []
     for name, script in (
         ("overlapping", tiny_runs.TRAIN),
         ("split", Path(__file__).with_name("train_by_split_backward.py")),
@@ -160,16 +161,16 @@ def test_split_backward_passes_give_the_same_bits(tmp_path: Path, ranks: int) ->
         assert tiny_runs.finish(tiny_runs.launch(file, ranks, script=script)) == [0] * ranks
         checkpoint = tmp_path / name / "run" / "checkpoints" / "step_00000004"
         weights = tiny_runs.whole_tensors(checkpoint, "weight")
-        found.append((tiny_runs.losses(tmp_path / name / "run"), weights))
-    (losses, weights), (losses_split, weights_split) = found
+        results.append((tiny_runs.losses(tmp_path / name / "run"), weights))
+    (losses, weights), (losses_split, weights_split) = results
     assert losses == losses_split
     assert all(torch.equal(weights[name], weights_split[name]) for name in weights)
 
 
 @pytest.mark.multiprocess
 def test_another_deepspeed_goes_its_own_way(tmp_path: Path) -> None:
-    """Without any patch, and the log says so in a line; the losses are the same."""
-    found = []
+    """No patch is applied, the log says so in a line, and the losses are equal."""
+    losses_of_runs = []
     for name, script in (
         ("checked", tiny_runs.TRAIN),
         ("another", Path(__file__).with_name("train_on_another_deepspeed.py")),
@@ -177,12 +178,12 @@ def test_another_deepspeed_goes_its_own_way(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         file = tiny_runs.make_recipe(tmp_path / name, train={"max_steps": 4})
         assert tiny_runs.finish(tiny_runs.launch(file, 2, script=script)) == [0, 0]
-        found.append(tiny_runs.losses(tmp_path / name / "run"))
+        losses_of_runs.append(tiny_runs.losses(tmp_path / name / "run"))
         text = tiny_runs.said(file)
         assert ("weights are whole" in text) == (name == "checked")
-        assert ("DeepSpeed 0.19.999 is not among" in text) == (name == "another")
-    for step, losses in found[0].items():
-        assert found[1][step] == pytest.approx(losses, abs=2e-5), step
+        assert ("not for 0.19.999, so they are not applied" in text) == (name == "another")
+    for step, losses in losses_of_runs[0].items():
+        assert losses_of_runs[1][step] == pytest.approx(losses, abs=2e-5), step
 
 
 def test_whole_weights_beside_offload_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The shorter ways through DeepSpeed's ZeRO-3 step."""
+"""The patches of DeepSpeed's ZeRO-3 step."""
 
 from __future__ import annotations
 
@@ -76,27 +76,27 @@ def test_only_modules_with_something_to_gather_keep_their_hooks(
 def test_small_weights_are_gathered_in_one_exchange(
     monkeypatch: pytest.MonkeyPatch, quantized: bool
 ) -> None:
-    """Weights of 1, 2 and 15 elements on three ranks; parts of an odd size are filled up."""
+    """Weights of 1, 2 and 15 elements on three ranks, with parts filled up to equal sizes."""
     weights = [torch.randn(shape) for shape in ((1,), (2,), (3, 5))]
     parts = [nn.functional.pad(w.flatten(), (0, -w.numel() % 3)).view(3, -1) for w in weights]
     parameters = [nn.Parameter(torch.empty(0)) for _ in weights]
-    theirs: list[Any] = []
+    gathered_by_deepspeed: list[Any] = []
     for parameter, weight, part in zip(parameters, weights, parts, strict=True):
         parameter.ds_tensor = part[1].to(torch.int8) if quantized else part[1]  # type: ignore[attr-defined]
         parameter.ds_numel, parameter.ds_shape = weight.numel(), weight.shape  # type: ignore[attr-defined]
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
-        parameter.all_gather = theirs.append  # type: ignore[attr-defined]
+        parameter.all_gather = gathered_by_deepspeed.append  # type: ignore[attr-defined]
     sent: list[torch.Tensor] = []
 
-    def all_gather(own: torch.Tensor) -> torch.Tensor:
-        sent.append(own)
+    def all_gather(parts_of_rank: torch.Tensor) -> torch.Tensor:
+        sent.append(parts_of_rank)
         return torch.cat(parts, dim=1)
 
     monkeypatch.setattr(collectives, "world_size", lambda: 3)
     monkeypatch.setattr(collectives, "all_gather", all_gather)
     gather_together(parameters)
     if quantized:
-        assert theirs == [parameters] and not sent
+        assert gathered_by_deepspeed == [parameters] and not sent
         return
     assert len(sent) == 1 and torch.equal(sent[0], torch.cat(parts, dim=1)[1:2])
     for parameter, weight in zip(parameters, weights, strict=True):
@@ -124,10 +124,10 @@ print("found", torch.get_num_threads(), sum(name.startswith("pt_gloo_runloop") f
 
 @pytest.mark.multiprocess
 def test_exchanging_threads_have_no_helpers_of_their_own() -> None:
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", INITIALIZED],
         cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True,
         timeout=200, check=False,
     )  # fmt: skip
     groups, threads_of_a_group = 2, 2  # torch's own group and DeepSpeed's
-    assert f"found 2 {groups * threads_of_a_group}\n" in said.stdout, said.stderr
+    assert f"found 2 {groups * threads_of_a_group}\n" in done.stdout, done.stderr

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny BLIP on tiny data, and what their files say."""
+"""Whole runs of a tiny BLIP on tiny data, and readers of their files."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ WIDER: dict[str, Any] = {
     "vision": {"overrides": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}},
     "text": {"width": 96, "mlp_width": 384},
 }
-"""Sizes of a network whose weights weigh more than what is rounded up when they are parted."""
+"""Sizes of a network whose weights are large compared with the padding of their partitions."""
 
 
 def picture(colour: str, shape: str, big: bool) -> bytes:
-    """A drawing of what the caption says, as PNG."""
+    """A PNG of the drawing that the caption describes."""
     image = Image.new("RGB", (40, 40), "grey")
     draw, r = ImageDraw.Draw(image), 17 if big else 8
     box = (20 - r, 20 - r, 20 + r, 20 + r)
@@ -52,20 +52,20 @@ def picture(colour: str, shape: str, big: bool) -> bytes:
 
 
 def records(name: str) -> list[Record]:
-    """All 64 drawings; captions of different lengths."""
-    found = []
+    """All 64 drawings, with captions of different lengths."""
+    drawings = []
     for colour in COLOURS:
         for shape in SHAPES:
             for big in (True, False):
                 size = "big" if big else "small"
                 caption = f"a {size} {colour} {shape}" + (" on grey" if big else "")
                 key = f"{name}-{colour}-{shape}-{size}"
-                found.append(Record(key, picture(colour, shape, big), caption, name))
-    return found
+                drawings.append(Record(key, picture(colour, shape, big), caption, name))
+    return drawings
 
 
 def make_recipe(folder: Path, **changes: Any) -> Path:
-    """Data, vocabulary and recipe of a run in `folder`; `changes` are merged into it."""
+    """Write data, vocabulary and recipe of a run to `folder`. `changes` are merged into it."""
     from transformers import BertTokenizerFast
 
     if not (folder / "shapes").exists():
@@ -95,7 +95,7 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
             "heldout": [{"name": "heldout", "local": str(folder / "heldout")}],
             "workers": 0,
         },
-        # eps: gradients that are zero but for rounding must not become whole steps of Adam.
+        # eps: gradients that are zero except for rounding must not become full steps of Adam.
         "optimizer": {"peak_lr": 3e-3, "warmup_steps": 4, "eps": 1e-3},
         "train": {"global_batch_size": 16, "max_steps": 6, "epochs": 100, "precision": "fp32"},
         "checkpoint": {"every_steps": 1000, "keep_last": 100},
@@ -126,10 +126,10 @@ _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "
 def launch(
     recipe: Path, ranks: int = 1, *arguments: str, stage: int = 3, script: Path = TRAIN
 ) -> list[Rank]:
-    """Start the train command on some ranks, as a launcher does; stderr goes to rank files.
+    """Start the train command on some ranks, like a launcher. stderr goes to a file of each rank.
 
-    `script` stands in for train.py and takes its arguments. The ranks are forked with everything
-    imported; `launch_by_command` starts fresh interpreters.
+    `script` replaces train.py and takes its arguments. The ranks are forked with everything
+    imported; `launch_by_command` starts new interpreters.
     """
     port = launcher.free_port()
     processes = []
@@ -152,9 +152,9 @@ def fork_server() -> ForkServer:
 
 
 def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Popen:
-    """Start what a user would type: the `deepspeed` launcher, or without `ranks` plain Python.
+    """Start a user's command: the `deepspeed` launcher or, without `ranks`, plain Python.
 
-    stdout and stderr go to files of that name beside the recipe. Plain Python takes ZeRO-2.
+    stdout and stderr go to files of these names beside the recipe. Plain Python uses ZeRO-2.
     """
     tools = Path(sys.executable).parent
     environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
@@ -173,7 +173,7 @@ def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Pope
 
 
 def finish(processes: list[Rank], timeout_s: float = 300) -> list[int]:
-    """Exit codes; once a rank failed, the others are ended, as a launcher does."""
+    """Wait for all ranks and return their exit codes. If a rank fails, the others are killed."""
     codes = []
     for process in processes:
         codes.append(process.wait(timeout_s))
@@ -184,29 +184,29 @@ def finish(processes: list[Rank], timeout_s: float = 300) -> list[int]:
 
 
 def train(recipe: Path, ranks: int = 1, *arguments: str, stage: int = 3) -> None:
-    """Run to the end; fails with what the ranks said."""
+    """Train to the end. Fails with the output of the ranks."""
     codes = finish(launch(recipe, ranks, *arguments, stage=stage))
     assert codes == [0] * ranks, said(recipe)
 
 
 def said(recipe: Path) -> str:
-    """What all ranks wrote to the terminal."""
+    """Terminal output of all ranks."""
     return "\n".join(file.read_text() for file in sorted(recipe.parent.glob("stderr_*.txt")))
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
-    """Losses by step, out of metrics.jsonl."""
-    found = {}
+    """Losses by step, from metrics.jsonl."""
+    by_step = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
         if "loss/total" in entry:
-            found[entry["step"]] = {name: entry[name] for name in entry if name.startswith("loss/")}
-    return found
+            values = {name: entry[name] for name in entry if name.startswith("loss/")}
+            by_step[entry["step"]] = values
+    return by_step
 
 
 def whole_tensors(checkpoint: Path, kind: str) -> dict[str, Tensor]:
-    """`weight`, `momentum`, `exp_avg` or `exp_avg_sq` of every parameter, flattened and put
-    together."""
+    """All flattened tensors of one kind: `weight`, `momentum`, `exp_avg` or `exp_avg_sq`."""
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for path in sorted(checkpoint.glob("rank_*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -214,7 +214,8 @@ def whole_tensors(checkpoint: Path, kind: str) -> dict[str, Tensor]:
                 if f"{kind}/{name}" in file.keys():  # noqa: SIM118
                     piece = file.get_tensor(f"{kind}/{name}")
                     pieces.setdefault(name, []).append((int(start), piece))
-    return {
-        name: torch.cat([piece for _, piece in sorted(parts, key=lambda part: part[0])])
-        for name, parts in pieces.items()
-    }
+    wholes = {}
+    for name, parts in pieces.items():
+        in_order = sorted(parts, key=lambda part: part[0])
+        wholes[name] = torch.cat([piece for _, piece in in_order])
+    return wholes

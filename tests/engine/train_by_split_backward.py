@@ -1,5 +1,5 @@
-"""train.py whose backward passes take the two halves that a CUDA graph needs: gradients first, then
-their sums and exchanges."""
+"""train.py whose backward is split like for a CUDA graph: gradients first, then their sums and
+exchanges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip_scale.engine.zero.engine import ZeroEngine
 
 
 def backward(self: ZeroEngine, loss: Tensor, is_last: bool) -> None:
-    """As that of the engine."""
+    """Backward of the engine, in two halves."""
     assert self.capture_obstacle is None
     self.add_gradients(self.compute_gradients(loss), is_last)
 

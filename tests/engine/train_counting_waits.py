@@ -37,20 +37,19 @@ _ON_THE_HOST = "loading/micro_batches.py"
 
 
 def note(kind: str) -> None:
-    """Add the place that called to the step under way."""
+    """Add the place of the caller to the present step."""
     if not _counting or threading.current_thread() is not _main:
         return
-    frames = [
-        f"{frame.filename}:{frame.lineno}"
-        for frame in traceback.extract_stack()
-        if not any(part in frame.filename for part in _QUIET)
-    ]
-    if _ON_THE_HOST not in frames[-1]:
-        _steps[-1].setdefault(kind, []).append(frames[-1])
+    place = ""
+    for frame in traceback.extract_stack():
+        if not any(part in frame.filename for part in _QUIET):
+            place = f"{frame.filename}:{frame.lineno}"
+    if _ON_THE_HOST not in place:
+        _steps[-1].setdefault(kind, []).append(place)
 
 
 class Reads(TorchDispatchMode):
-    """Notes reads of values."""
+    """Dispatch mode that records reads of values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in READS:
@@ -59,7 +58,7 @@ class Reads(TorchDispatchMode):
 
 
 class Stream:
-    """Stands in for a CUDA stream."""
+    """Stand-in for a CUDA stream."""
 
     def synchronize(self) -> None:
         note("synchronize")
@@ -75,7 +74,7 @@ class Stream:
 
 
 class Event:
-    """Stands in for a CUDA event."""
+    """Stand-in for a CUDA event."""
 
     def __init__(self, **settings: Any) -> None: ...
 
@@ -109,7 +108,7 @@ def _is_blocking_move(tensor: Any, *arguments: Any, **named: Any) -> bool:
 
 
 def take_branches_for_cuda() -> None:
-    """Let DeepSpeed on a CPU go through streams and events."""
+    """Make DeepSpeed on a CPU go through streams and events."""
     packing.reads_are_free = lambda device: False
     accelerator: Any = CPU_Accelerator
     accelerator.is_synchronized_device = lambda self: False
@@ -130,7 +129,7 @@ def take_branches_for_cuda() -> None:
 
 
 def counted_step(run: loop.Run, batches: Iterator[Any]) -> bool:
-    """An optimizer step whose waits are counted; the loader's own work is not."""
+    """An optimizer step whose waits are counted, without those of the loader."""
     global _counting
 
     def uncounted() -> Iterator[Any]:

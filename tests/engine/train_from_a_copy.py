@@ -1,5 +1,5 @@
-"""train.py that first saves what it has just loaded, as `reloaded` beside the checkpoints, and then
-notes which samples each rank takes."""
+"""train.py that first saves the loaded state as `reloaded` beside the checkpoints, and then records
+the samples of each rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _train, _inputs = loop._train, Pretrain.inputs
 
 
 def train_after_a_copy(run: loop.Run) -> int:
-    """Save, before any step, all that the checkpoint gave."""
+    """Save all loaded state before any step, then train."""
     (group,) = run.engine.optimizer.param_groups  # one: no group can lose its weight decay
     assert group["weight_decay"] == run.recipe.optimizer.weight_decay
     state, shared = run.task.state_dict()
@@ -38,7 +38,7 @@ def train_after_a_copy(run: loop.Run) -> int:
 
 
 def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
-    """Those of the task; the ids of the batch go to a file."""
+    """Inputs of the task. The ids of the batch go to a file."""
     file = Path(self.recipe.output_dir) / "ids.jsonl"
     line = json.dumps([progress.step, progress.micro_step, collectives.rank(), batch.ids])
     with file.open("a") as stream:

@@ -1,4 +1,4 @@
-"""train.py in which rank 0 is killed inside the save of step 6: `--moment=NAME` says where."""
+"""train.py in which rank 0 is killed inside the save of step 6, at the moment `--moment=NAME`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from blip_scale import train
 from blip_scale.storage import checkpoint_format
 
 MOMENTS = {"writing": "save_file", "committing": "commit"}
-"""Name of the moment -> what of `storage.checkpoint_format` does not come to its end: in the
-thread that writes while training goes on, or in the main thread."""
+"""Name of the moment -> function of `storage.checkpoint_format` in which rank 0 is killed: in the
+writing thread, during the training, or in the main thread."""
 _DOOMED = "step_00000006.partial"
 
 
 def kill_in(moment: str) -> None:
-    """Replace a function by one that dies when it is called for the doomed checkpoint."""
+    """Replace a function by one that kills the process when it is called for that checkpoint."""
     original = getattr(checkpoint_format, MOMENTS[moment])
 
     def dying(*arguments: Any) -> Any:
-        (path, *_) = (one for one in arguments if isinstance(one, Path))
+        path = next(argument for argument in arguments if isinstance(argument, Path))
         if _DOOMED not in str(path) or os.environ["RANK"] != "0":
             return original(*arguments)
         if moment == "writing":  # half a file is there, and the training is at the next step

@@ -1,4 +1,4 @@
-"""train.py on a DeepSpeed whose version nobody has tried the patches on."""
+"""train.py with a DeepSpeed version for which the patches were not checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""train.py on ranks that share no disk: `--nodes=FOLDER` gives each an output_dir in it."""
+"""train.py on ranks that share no disk: `--nodes=FOLDER` gives each rank an output_dir in the
+folder."""
 
 from __future__ import annotations
 

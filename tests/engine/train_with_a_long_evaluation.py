@@ -1,4 +1,4 @@
-"""train.py whose evaluations take a minute, as long as a file beside the output folder says so."""
+"""train.py whose evaluations take a minute while a file beside the output folder says so."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _evaluate = Pretrain.evaluate
 
 
 def evaluate(self: Pretrain, *arguments: Any, **named: Any) -> Any:
-    """That of the task, after a minute."""
+    """Evaluation of the task, after a minute."""
     if (Path(self.recipe.output_dir).parent / SLOW).exists():
         time.sleep(SECONDS)
     return _evaluate(self, *arguments, **named)

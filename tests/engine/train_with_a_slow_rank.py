@@ -24,7 +24,7 @@ _inputs, _forward = Pretrain.inputs, PretrainNetwork.forward
 
 
 def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
-    """Those of the task, late on one rank; the step is noted."""
+    """Inputs of the task, late on one rank. The step is recorded."""
     global _step
     _step = progress.step
     if _step + 1 >= SLOW_FROM_STEP and os.environ["RANK"] == "1":
@@ -33,7 +33,7 @@ def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
 
 
 def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
-    """The network's, with a large loss in one step."""
+    """Outputs of the network, with a large loss in one step."""
     outputs = _forward(self, *arguments)
     if _step + 1 == SPIKE_STEP:
         outputs["loss/total"] = outputs["loss/total"] * 100

@@ -1,4 +1,4 @@
-"""train.py in which numbers go wrong at fixed steps: a loss of one rank, then all weights."""
+"""train.py with NaN at fixed steps: first in the loss of one rank, then in all weights."""
 
 from __future__ import annotations
 
@@ -33,15 +33,14 @@ _inputs, _forward, _learning_rate = Pretrain.inputs, PretrainNetwork.forward, st
 
 
 def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
-    """Those of the task; the step is noted."""
+    """Inputs of the task. The step is recorded."""
     global _step
     _step = progress.step
     return _inputs(self, batch, progress)
 
 
 def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
-    """The network's, with a loss that is no number in one step on rank 1, in the first of its
-    micro-steps."""
+    """Outputs of the network. In one step the loss is NaN on rank 1, in the first micro-step."""
     outputs = _forward(self, *arguments)
     bad = _step + 1 == BAD_LOSS_STEP and os.environ["RANK"] == "1"
     if bad and _step not in _spoilt:
@@ -51,12 +50,12 @@ def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
 
 
 def learning_rate(optimizer: OptimizerRecipe, done: int, *epochs: int) -> float:
-    """That of the schedule, but for one step."""
+    """Rate of the schedule, except for one step."""
     return 1e37 if done + 1 == BURST_STEP else _learning_rate(optimizer, done, *epochs)
 
 
 def noting_step(run: Run, batches: Any) -> bool:
-    """The loop's step; a hash of all that a step may change goes to states_RANK.json."""
+    """Run the loop's step. A hash of all that a step may change goes to states_RANK.json."""
     stop = _optimizer_step(run, batches)
     state: list[torch.Tensor] = [*run.momentum.averages, *run.task.state_dict()[1].values()]
     for piece in run.engine.slices:

@@ -21,14 +21,14 @@ SCALE, OFFSET = "med.itm_scale.value", "offset.value"
 
 
 class Drawn(nn.Module):
-    """A parameter whose constructor draws its value."""
+    """Parameter whose constructor draws its value."""
 
     def __init__(self, size: int, mean: float) -> None:
         super().__init__()
         self.value = nn.Parameter(mean + 0.1 * torch.randn(size))
 
     def forward(self) -> Tensor:
-        """A copy: ZeRO-3 releases the parameter."""
+        """A copy of the parameter, as ZeRO-3 releases the original."""
         return self.value.clone()
 
 

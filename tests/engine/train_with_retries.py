@@ -1,4 +1,4 @@
-"""train.py in which the draws of rank 1 do not fit their capacity in some steps."""
+"""train.py in which the draws of rank 1 overflow their capacity in some steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _inputs, _forward = Pretrain.inputs, PretrainNetwork.forward
 
 
 def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
-    """Those of the task."""
+    """Inputs of the task."""
     global _overflows
     is_second = progress.micro_step % self.accumulation == 1
     due = progress.step + 1 in RETRIED_STEPS and is_second and os.environ["RANK"] == "1"
@@ -31,7 +31,7 @@ def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
 
 
 def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
-    """The network's; what it draws in an overflow is wrong."""
+    """Outputs of the network. In an overflow its draws are wrong."""
     outputs = _forward(self, *arguments)
     if _overflows:
         outputs["loss/total"] = outputs["loss/total"] * 3

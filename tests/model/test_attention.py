@@ -21,7 +21,7 @@ FORMS = ["encoder", "equal", "causal", "cross", "cross_ragged", "cross_grouped"]
 
 
 def layout_of(form: str, device: str = "cpu") -> tuple[AttentionLayout, Tensor]:
-    """The layout, and the same as one dense mask [Tq, Tk] over all packed tokens."""
+    """A layout, and its dense mask [Tq, Tk] over all packed tokens."""
     queries = Segments.from_lengths([4] * 4 if form == "equal" else TEXT, device)
     keys = queries
     if form == "cross":
@@ -61,34 +61,34 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_equals_dense_masked(form: str) -> None:
     layout, mask = layout_of(form)
-    ours, theirs = inputs(mask, torch.float32, "cpu"), inputs(mask, torch.float32, "cpu")
-    out, expected = attention(*ours, layout), dense(*theirs, mask)
+    ours, reference = inputs(mask, torch.float32, "cpu"), inputs(mask, torch.float32, "cpu")
+    out, expected = attention(*ours, layout), dense(*reference, mask)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
-    for x, y in zip(ours, theirs, strict=True):
+    for x, y in zip(ours, reference, strict=True):
         torch.testing.assert_close(x.grad, y.grad, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bf16_equals_dense_masked_but_for_rounding(form: str) -> None:
     layout, mask = layout_of(form)
-    ours, theirs = inputs(mask, torch.bfloat16, "cpu"), inputs(mask, torch.bfloat16, "cpu")
+    ours, reference = inputs(mask, torch.bfloat16, "cpu"), inputs(mask, torch.bfloat16, "cpu")
     out = attention(*ours, layout)
-    expected = dense(*(x.float() for x in theirs), mask)
+    expected = dense(*(x.float() for x in reference), mask)
     torch.testing.assert_close(out.float(), expected, atol=0.03, rtol=0.02)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
-    for x, y in zip(ours, theirs, strict=True):
+    for x, y in zip(ours, reference, strict=True):
         torch.testing.assert_close(x.grad, y.grad, atol=0.06, rtol=0.03)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("groups", [[2, 0, 2, 1, 1, 0, 2, 2, 0, 1, 2, 0, 0, 1], [0] * 9, [3, 2, 1]])
 def test_chunks_of_groups_equal_dense_masked(groups: list[int], ragged: bool) -> None:
-    """The form of SDPA on a GPU: the longest group is unknown, image 3 may have no row at all."""
+    """Layouts of SDPA on a GPU. The longest group is unknown, and image 3 may have no row."""
     keys = Segments.from_lengths([2, 9, 1, 4]) if ragged else dense_segments(4, 6, CPU)
     row_images = torch.tensor(groups)
     layout = cut_into_chunks(
@@ -96,14 +96,17 @@ def test_chunks_of_groups_equal_dense_masked(groups: list[int], ragged: bool) ->
     )
     key_tokens = int(keys.offsets[-1])
     mask = row_images[:, None] == keys.sequence_of(key_tokens)[None, :]
-    ours, theirs = inputs(mask, torch.float32, "cpu"), inputs(mask, torch.float32, "cpu")
-    out, expected = attention(*ours, layout.padded(len(groups), key_tokens)), dense(*theirs, mask)
+    ours, reference = inputs(mask, torch.float32, "cpu"), inputs(mask, torch.float32, "cpu")
+    out, expected = (
+        attention(*ours, layout.padded(len(groups), key_tokens)),
+        dense(*reference, mask),
+    )
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(attention(*ours, layout), expected, atol=1e-6, rtol=1e-5)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
-    for x, y in zip(ours, theirs, strict=True):
+    for x, y in zip(ours, reference, strict=True):
         torch.testing.assert_close(x.grad, y.grad, atol=1e-6, rtol=1e-5)
 
 
@@ -133,9 +136,9 @@ def test_dropout_drops_and_scales(dtype: torch.dtype) -> None:
 
 
 def test_causal_refuses_two_segments() -> None:
-    one, two = Segments.from_lengths([3]), Segments.from_lengths([3])
+    queries, keys = Segments.from_lengths([3]), Segments.from_lengths([3])
     with pytest.raises(ValueError, match="same segments"):
-        AttentionLayout(one, two, causal=True)
+        AttentionLayout(queries, keys, causal=True)
 
 
 def test_sdpa_compiles_nothing_for_a_new_length() -> None:

@@ -1,6 +1,6 @@
-"""Every attention kernel that is there against SDPA in fp32: outputs, gradients and dropout.
+"""Every available attention kernel against SDPA in fp32: outputs, gradients and dropout.
 
-SDPA itself is tried on the CPU; the kernels for packed sequences need a GPU (`-m gpu`).
+SDPA itself runs on the CPU. The kernels for packed sequences need a GPU (`-m gpu`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DROPPING = [place for place in PLACES if place.values[0] in WITH_DROPOUT]
 
 
 def layout_of(form: str, device: str) -> tuple[AttentionLayout, int, int]:
-    """A layout of the network, its query tokens and its key tokens."""
+    """A layout of the network, and its numbers of query tokens and key tokens."""
     captions = Segments.from_lengths(CAPTIONS, device)
     images = dense_segments(len(CAPTIONS), 197, torch.device(device))
     tokens, image_tokens = sum(CAPTIONS), 197 * len(CAPTIONS)
@@ -49,7 +49,7 @@ def layout_of(form: str, device: str) -> tuple[AttentionLayout, int, int]:
 def run(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, p: float = 0.0
 ) -> Tensor:
-    """One kernel, whatever `choose_kernel` would take."""
+    """Run one kernel, whichever `choose_kernel` would choose."""
     if backend == "sdpa":
         return attention(q, k, v, layout, dropout_p=p, kernel="sdpa")
     queries, keys = layout.queries, layout.keys
@@ -64,7 +64,7 @@ def skip_if_missing(backend: Backend) -> None:
 
 
 def drawn(device: str, *tokens: int, seed: int = 0) -> list[Tensor]:
-    """bf16 tensors [T, H, C] that take gradients."""
+    """Random bf16 tensors [T, H, C] with gradients, one for each number of tokens."""
     generator = torch.Generator().manual_seed(seed)
     tensors = []
     for count in tokens:
@@ -98,7 +98,7 @@ def test_outputs_and_gradients_are_those_of_sdpa_in_fp32(
 
 @pytest.mark.parametrize(("backend", "device"), DROPPING)
 def test_dropout_drops_single_weights_and_scales_the_others(backend: Backend, device: str) -> None:
-    """Equal scores and values of the identity matrix: the output is the matrix of the weights."""
+    """With equal scores and the identity as values, the output is the matrix of the weights."""
     skip_if_missing(backend)
     sequences, length = 64, CHANNELS
     segments = dense_segments(sequences, length, torch.device(device))
@@ -114,7 +114,7 @@ def test_dropout_drops_single_weights_and_scales_the_others(backend: Backend, de
     assert abs(dropped.float().mean().item() - P) < 5 * deviation + 0.002  # p in steps of 1 / 256
     kept = weights[~dropped]
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / length / (1 - P)), rtol=0.01, atol=0)
-    # Rows, columns, heads and sequences are drawn alike and apart.
+    # Rows, columns, heads and sequences all drop the share P, and no two draw the same mask.
     cells = dropped.float().unflatten(0, (sequences, length))
     for axis in range(4):
         others = [other for other in range(4) if other != axis]

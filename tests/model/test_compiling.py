@@ -1,4 +1,4 @@
-"""Compiled blocks: one graph a kind, no breaks, no graph more once the sizes are known."""
+"""Compiled blocks: one graph per kind, no graph breaks, and no new graph once sizes are known."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from blip_scale.model.packing import PackedText, Room
 
 PAIRS, MAX_TOKENS = 4, 9
 KINDS = 9
-"""Graphs of a step: ViT blocks with and without gradient and for the class token alone; text
-layers of ITC with and without gradient and of the sweep, the last one and the others."""
+"""Number of graphs of a step. ViT blocks have three: with gradient, without, and for the class
+token alone. Text layers have six: the last layer and the others, each in ITC with gradient, in ITC
+without, and in the sweep."""
 
 
 class Graphs:
-    """A backend of torch.compile that counts graphs and runs them as they are."""
+    """Backend of torch.compile that counts graphs and runs them uncompiled."""
 
     def __init__(self) -> None:
         self.count = self.flash = 0
@@ -72,13 +73,15 @@ class Step(nn.Module):
 
 
 def batches(count: int, sizes: list[Room | None]) -> Iterator[tuple[Tensor, PackedText, Any]]:
-    """Random captions; where there are rooms they are filled up to one of them in turns."""
+    """Random images and captions. Captions are filled up to each of the rooms in turn, if any."""
     rng = random.Random(0)
+
+    def caption() -> list[int]:
+        words = rng.randint(1, MAX_TOKENS - 2)
+        return [CLS, *(rng.randrange(5, 60) for _ in range(words)), SEP]
+
     for number in range(count):
-        rows = [
-            [CLS, *(rng.randrange(5, 60) for _ in range(rng.randint(1, MAX_TOKENS - 2))), SEP]
-            for _ in range(PAIRS)
-        ]
+        rows = [caption() for _ in range(PAIRS)]
         text, room = PackedText.from_lists(rows), sizes[number % len(sizes)]
         drawn = None
         if room is not None:
@@ -104,13 +107,12 @@ EVERY_BUCKET = [*STATIC, Room(STATIC[0].tokens + 8, STATIC[0].fillers + 1)]
 def test_no_graph_more_once_sizes_are_known(
     graphs: Graphs, sizes: list[Room | None], known_after: int, most: int, checkpointing: bool
 ) -> None:
-    """A break would raise: each block is one graph. Losses and gradients are those of the plain
-    network."""
+    """Losses and gradients equal those of the plain network. A graph break would raise."""
     step = Step(gradient_checkpointing=checkpointing)
     plain = Step()
     plain.load_state_dict(step.state_dict())
     compile_blocks(step, backend=graphs)
-    known = 0
+    known_graphs = 0
     for number, (images, text, room) in enumerate(batches(50, sizes)):
         loss, expected = step(images, text, room), plain(images, text, room)
         torch.testing.assert_close(loss, expected)
@@ -118,12 +120,13 @@ def test_no_graph_more_once_sizes_are_known(
             loss.backward()
             expected.backward()
         if number == known_after:
-            known = graphs.count
-    assert graphs.count == known <= most
+            known_graphs = graphs.count
+    assert graphs.count == known_graphs <= most
     if sizes is STATIC and not checkpointing:
-        assert known == KINDS
-    for (name, mine), theirs in zip(step.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=name)
+        assert known_graphs == KINDS
+    for name, parameter in step.named_parameters():
+        expected_grad = plain.get_parameter(name).grad
+        torch.testing.assert_close(parameter.grad, expected_grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_dropout_patch_dropout_and_frozen_layers_compile(graphs: Graphs) -> None:
@@ -135,14 +138,14 @@ def test_dropout_patch_dropout_and_frozen_layers_compile(graphs: Graphs) -> None
     compile_blocks(step, backend=graphs)
     for images, text, room in batches(6, STATIC):
         step(images, text, room).backward()
-    # A frozen block, and the first block that trains, whose input has no gradient.
+    # Two more: the frozen block, and the first block that trains, whose input has no gradient.
     assert graphs.count == KINDS + 2
 
 
 def test_the_packed_kernel_does_not_break_graphs(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On tensors without values, whose device stands for a GPU."""
+    """Runs on meta tensors, whose device stands for a GPU."""
     monkeypatch.setattr(kernels, "_unfit", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     choose_kernel.cache_clear()

@@ -25,7 +25,7 @@ def test_elements_are_dropped_one_by_one_and_the_others_scaled(
     kept = (y != 0).double()
     error = 5 * (p * (1 - p) / kept.numel()) ** 0.5
     assert kept.mean().item() == pytest.approx(1 - p, abs=error)
-    for shift in (1, 2, 3, 4, 999):  # four elements come from one draw: they know nothing of it
+    for shift in (1, 2, 3, 4, 999):  # four elements share one draw, but are independent
         ahead, behind = kept.flatten()[shift:], kept.flatten()[:-shift]
         covariance = (ahead * behind).mean() - kept.mean() ** 2
         assert covariance.item() == pytest.approx(0, abs=3 * error)

@@ -1,4 +1,4 @@
-"""FLOPs on paper against PyTorch's counter on a whole step, forward and backward."""
+"""FLOPs by formula against PyTorch's counter on a whole step, forward and backward."""
 
 from __future__ import annotations
 
@@ -109,7 +109,10 @@ def test_fine_tuning_counts_its_own_parts(depth: int, layers: int) -> None:
 
 
 def test_published_size() -> None:
-    """194 GFLOP a pair for ViT-B/16 at 224 pixels with 12.5 tokens a caption, 307 as published."""
+    """ViT-B/16 at 224 pixels takes 194 GFLOP per pair with captions of 12.5 tokens.
+
+    The published code takes 307.
+    """
     text = TextConfig(SpecialTokens(pad=0, cls=101, sep=102, enc=30523, dec=30522))
     flops = pretraining_flops(MEDConfig(VisionConfig(), text), 8, 100, 57600)
     assert flops / 8 == pytest.approx(194e9, rel=0.02)

@@ -1,6 +1,6 @@
-"""Which attention kernel is taken, asked with fakes on the CPU.
+"""Choice of the attention kernel, on a CPU that pretends to be a GPU.
 
-The kernels themselves are compared in test_attention_kernels.py.
+test_attention_kernels.py compares the kernels themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _nothing_remembered() -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Pretends that there is a GPU of a compute capability, with some packages installed."""
+    """Pretend that there is a GPU of some compute capability, with some packages installed."""
 
     def pretend(capability: tuple[int, int], *packages: str, torch_flash: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -83,7 +83,7 @@ def test_auto_on_gpus(
 def test_a_package_that_cannot_be_imported_is_not_taken(
     gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """flash-attn-4 alone makes `flash_attn` findable, and flash-attn's function is not in it."""
+    """flash-attn-4 creates a package `flash_attn` that lacks flash-attn's function."""
     gpu((8, 0), "flash_attn.cute", torch_flash=False)
     choice = choose_kernel("auto", CUDA, BF16)
     assert choice.training == "sdpa"
@@ -123,8 +123,10 @@ def test_an_unknown_choice_is_refused() -> None:
 
 
 def test_the_operation_in_this_torch_fits(gpu: Callable[..., None]) -> None:
-    """Forward and backward of torch's private operation, on fake CUDA tensors: shapes, dtypes and
-    that the result has a gradient; no number is computed."""
+    """Forward and backward of torch's private operation give the right shapes and dtypes.
+
+    The CUDA tensors are fake: no number is computed.
+    """
     gpu((9, 0))
     segments = Segments.from_lengths([3, 5])
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -135,7 +137,7 @@ def test_the_operation_in_this_torch_fits(gpu: Callable[..., None]) -> None:
         lengths = PackedLengths(offsets, offsets, segments.max_length, segments.max_length)
         out = packed_attention("torch_flash", q, k, v, lengths, 0.1, True)
         assert out.shape == q.shape and out.dtype == BF16
-        # Autograd's engine asks for a real device; its node, called by itself, does not.
+        # Autograd's engine needs a real device. Its node can be called without one.
         assert out.grad_fn is not None
         gradients = out.grad_fn(torch.empty_like(out))[:3]
         assert [tuple(gradient.shape) for gradient in gradients] == [tuple(q.shape)] * 3

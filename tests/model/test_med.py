@@ -1,4 +1,4 @@
-"""MED in one sweep against a plain four-pass padded reference, and its other promises."""
+"""MED in one sweep against a plain padded reference in four passes, and MED's other guarantees."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMOOTHING = 0.1
 
 
 class Plain:
-    """BLIP by the book: padded text, dense masks, one call a use, softmax attention written out."""
+    """BLIP as published: padded text, dense masks, one pass per use, attention written out."""
 
     def __init__(self, med: MED) -> None:
         self.config = med.config
@@ -63,7 +63,7 @@ class Plain:
     def text(
         self, ids: Tensor, mask: Tensor, image_embeds: Tensor | None, decoder: bool = False
     ) -> Tensor:
-        """ids and mask [S, L], image_embeds [S, N, D] or None to hidden states [S, L, D]."""
+        """Ids and mask [S, L] and image_embeds [S, N, D] (or None) to hidden states [S, L, D]."""
         w, length = self.weights, ids.shape[1]
         x = w["text.embeddings.word.weight"][ids] + w["text.embeddings.position.weight"][:length]
         x = self.norm("text.embeddings.norm", x, 1e-12)
@@ -72,10 +72,10 @@ class Plain:
             visible = visible & torch.ones(length, length, dtype=torch.bool).tril()
         for i in range(self.config.text.layers):
             layer = f"text.layers.{i}"
-            own = f"{layer}.self_attention_{'decoder' if decoder else 'encoder'}"
-            q, k, v = self.linear(f"{own}.qkv", x).chunk(3, -1)
-            context = self.linear(f"{own}.output", self.attend(q, k, v, self.heads, visible))
-            x = self.norm(f"{own}.norm", x + context, 1e-12)
+            attention = f"{layer}.self_attention_{'decoder' if decoder else 'encoder'}"
+            q, k, v = self.linear(f"{attention}.qkv", x).chunk(3, -1)
+            context = self.linear(f"{attention}.output", self.attend(q, k, v, self.heads, visible))
+            x = self.norm(f"{attention}.norm", x + context, 1e-12)
             if image_embeds is not None:
                 cross = f"{layer}.cross_attention"
                 k, v = self.linear(f"{cross}.key_value", image_embeds).chunk(2, -1)
@@ -97,10 +97,10 @@ def contrastive(image: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(9)
     keys = F.normalize(torch.randn(2, 16, 30, generator=generator), dim=1)
     targets = torch.rand(2, len(image), 30, generator=generator).softmax(-1)
-    return sum(
-        -((x @ k / temperature).log_softmax(-1) * t).sum(-1).mean()
-        for x, k, t in zip((image, text), keys, targets, strict=True)
-    )
+    loss = torch.zeros(())
+    for x, k, t in zip((image, text), keys, targets, strict=True):
+        loss = loss - ((x @ k / temperature).log_softmax(-1) * t).sum(-1).mean()
+    return loss
 
 
 def itm_loss(logits: Tensor, pairs: int) -> Tensor:
@@ -174,7 +174,7 @@ def test_one_sweep_equals_four_plain_passes(
 def test_gradient_checkpointing_changes_nothing(
     make_med, images: Tensor, sentences: list[list[int]]
 ) -> None:
-    """With dropout on: the recomputation draws the same masks."""
+    """Dropout is on, so the recomputation must draw the same masks."""
     seen = []
     for checkpointing in (False, True):
         med = make_med(gradient_checkpointing=checkpointing, dropout=0.1).train()
@@ -248,20 +248,20 @@ def test_temperature_is_a_copy_with_gradient() -> None:
 
 
 def test_initial_weights_depend_on_the_seed_alone(med: MED) -> None:
-    one, two, other = MED(med.config), MED(med.config), MED(med.config)
+    first, again, other = MED(med.config), MED(med.config), MED(med.config)
     torch.manual_seed(0)
-    init_weights(one, seed=7)
+    init_weights(first, seed=7)
     torch.manual_seed(1)
-    init_weights(two, seed=7)
+    init_weights(again, seed=7)
     init_weights(other, seed=8)
-    for name, parameter in one.named_parameters():
-        assert torch.equal(parameter, two.get_parameter(name)), name
-    assert not torch.equal(one.itm_head.weight, other.itm_head.weight)
-    assert one.text.layers[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    assert not torch.equal(first.itm_head.weight, other.itm_head.weight)
+    assert first.text.layers[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
     init_weights(other, seed=7, text_std=0.1)
     for name, std in {"text.layers.0.mlp.fc1": 0.1, "text.embeddings.word": 0.02}.items():
         assert other.get_submodule(name).weight.std().item() == pytest.approx(std, rel=0.1)
-    assert one.temperature().item() == pytest.approx(0.07)
+    assert first.temperature().item() == pytest.approx(0.07)
 
 
 def test_drop_path_reaches_the_vision_tower(med: MED) -> None:

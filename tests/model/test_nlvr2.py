@@ -1,5 +1,7 @@
-"""The NLVR2 network against a plain one, written from the paper's and the code's formulas for one
-pair at a time."""
+"""The NLVR2 network against a plain one that takes one pair at a time.
+
+The plain one follows the formulas of the paper and of the published code.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from blip_scale.model.packing import PackedText
 
 @pytest.fixture
 def network() -> NLVR2:
-    """Of three layers the first averages, the other two merge."""
+    """An NLVR2 of three layers: the first averages both images, the other two merge them."""
     network = NLVR2(tiny_config())
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -30,8 +32,10 @@ def network() -> NLVR2:
 
 
 def plain(state: dict[str, Tensor], network: NLVR2, embeds: list[Tensor], ids: list[int]) -> Tensor:
-    """Logits [2] of one sentence about the images whose tokens [N, image width] are given, out of
-    the published state."""
+    """Logits [2] of one sentence about two images, whose tokens are [N, image width] each.
+
+    `state` holds the weights under their published names.
+    """
     text = network.config.text
 
     def linear(x: Tensor, name: str) -> Tensor:
@@ -44,10 +48,9 @@ def plain(state: dict[str, Tensor], network: NLVR2, embeds: list[Tensor], ids: l
 
     def attend(x: Tensor, seen: Tensor, name: str) -> Tensor:
         channels = text.width // text.heads
-        q, k, v = (
-            linear(y, f"{name}.{kind}").view(len(y), text.heads, channels)
-            for y, kind in ((x, "query"), (seen, "key"), (seen, "value"))
-        )
+        q = linear(x, f"{name}.query").view(len(x), text.heads, channels)
+        k = linear(seen, f"{name}.key").view(len(seen), text.heads, channels)
+        v = linear(seen, f"{name}.value").view(len(seen), text.heads, channels)
         weights = torch.einsum("ihc,jhc->hij", q, k).div(math.sqrt(channels)).softmax(-1)
         return torch.einsum("hij,jhc->ihc", weights, v).reshape(len(x), text.width)
 
@@ -56,13 +59,14 @@ def plain(state: dict[str, Tensor], network: NLVR2, embeds: list[Tensor], ids: l
     x = norm(x + state[f"{bert}.position_embeddings.weight"][: len(ids)], f"{bert}.LayerNorm")
     for number in range(text.layers):
         layer = f"text_encoder.encoder.layer.{number}"
-        own = linear(attend(x, x, f"{layer}.attention.self"), f"{layer}.attention.output.dense")
-        x = norm(own + x, f"{layer}.attention.output.LayerNorm")
+        context = attend(x, x, f"{layer}.attention.self")
+        context = linear(context, f"{layer}.attention.output.dense")
+        x = norm(context + x, f"{layer}.attention.output.LayerNorm")
         cross = f"{layer}.crossattention"
-        both = [
-            linear(attend(x, embeds[i], f"{cross}.self{i}"), f"{cross}.output.dense{i}")
-            for i in range(2)
-        ]
+        both = []
+        for i in range(2):
+            context = attend(x, embeds[i], f"{cross}.self{i}")
+            both.append(linear(context, f"{cross}.output.dense{i}"))
         if number < text.layers // 2:
             merged = (both[0] + both[1]) / 2
         else:
@@ -87,16 +91,16 @@ def test_logits(network: NLVR2, images: Tensor, sentences: list[list[int]]) -> N
 
 
 def test_names_are_the_whole_published_layout(network: NLVR2) -> None:
-    mine = dict(network.named_parameters())
-    state = task_to_published(mine)
+    parameters = dict(network.named_parameters())
+    state = task_to_published(parameters)
     wanted = expected_shapes("nlvr2", network.config, None)
     assert {name: tensor.shape for name, tensor in state.items()} == wanted
-    back = task_from_published(state, mine)
-    assert all(torch.equal(back[name], mine[name]) for name in mine)
+    back = task_from_published(state, parameters)
+    assert all(torch.equal(back[name], parameters[name]) for name in parameters)
 
 
 def test_start_from_pretraining(make_med: MakeMED) -> None:
-    """Both cross-attentions are MED's; merge layers and classifier alone are random."""
+    """Both cross-attentions are MED's. Only merge layers and classifier are random."""
     med, network = make_med(), NLVR2(tiny_config())
     drawn = fill_from_med(network, dict(med.named_parameters()), seed=3)
     assert {name.split(".")[-2] for name in drawn} == {"merge_layer", "0", "2"}
@@ -115,7 +119,7 @@ def test_start_from_pretraining(make_med: MakeMED) -> None:
 
 
 def test_a_few_pairs_are_learnt(images: Tensor, sentences: list[list[int]]) -> None:
-    """By heart: what is true of a pair is false where the second image is another."""
+    """A sentence that is true of a pair is false of the pair with another second image."""
     torch.manual_seed(0)
     network = NLVR2(tiny_config())
     for parameter in network.parameters():

@@ -43,7 +43,7 @@ def test_select() -> None:
 
 @pytest.mark.parametrize("chosen", [[2, 0, 0], [1, 1, 1], [2, 2, 2]])
 def test_selected_text_is_filled_up(chosen: list[int]) -> None:
-    """To one size, whatever is drawn, out of the text or out of a table of it."""
+    """Any selection, from the text or from a table of it, is filled up to the same size."""
     room = Room.between(6, 15, 5)
     text, index = PackedText.from_lists(LISTS), torch.tensor(chosen)
     for filled in (text.select(index, room), select_from_table(text.table(5), index, room)):

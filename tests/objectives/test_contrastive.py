@@ -36,7 +36,7 @@ def pairs() -> tuple[FeaturePair, FeaturePair, FeaturePair]:
 def loss_of_the_specification(
     queries: FeaturePair, keys: FeaturePair, queue: FeaturePair, temperature: Tensor, alpha: float
 ) -> Tensor:
-    """Concatenated queue, one row and one column at a time."""
+    """ITC with the queue appended to the batch, computed one row and one column at a time."""
     total = torch.zeros(())
     for online, momentum, others, other_queue in (
         (queries.image, keys.image, keys.text, queue.text),
@@ -79,29 +79,29 @@ def test_loss_and_gradients_are_those_of_the_specification(alpha: float) -> None
 def test_keys_are_constants() -> None:
     queries, keys, queue = pairs()
     keys.image.requires_grad_()
-    found = similarities(queries, keys, queue, torch.tensor(0.1))
-    (found.image_to_text.sum() + found.text_to_image.sum()).backward()
+    similar = similarities(queries, keys, queue, torch.tensor(0.1))
+    (similar.image_to_text.sum() + similar.text_to_image.sum()).backward()
     assert keys.image.grad is None
     assert queries.image.grad is not None
 
 
 def test_local_batch_comes_first_then_the_queue() -> None:
     queries, keys, queue = pairs()
-    found = similarities(queries, keys, queue, torch.tensor(0.5))
-    assert found.text_to_image.shape == (B, B + Q)
+    similar = similarities(queries, keys, queue, torch.tensor(0.5))
+    assert similar.text_to_image.shape == (B, B + Q)
     expected = queries.text[1] @ keys.image[2] / 0.5
-    torch.testing.assert_close(found.text_to_image[1, 2], expected)
+    torch.testing.assert_close(similar.text_to_image[1, 2], expected)
     expected = queries.text[1] @ queue.image[:, 3] / 0.5
-    torch.testing.assert_close(found.text_to_image[1, B + 3], expected)
+    torch.testing.assert_close(similar.text_to_image[1, B + 3], expected)
 
 
 def test_uniform_similarities_cost_the_log_of_the_number_of_keys() -> None:
     same = F.normalize(torch.ones(3, E), dim=1)
     batch = FeaturePair(same, same)
     queue = FeaturePair(same[:1].T.expand(E, 57_597), same[:1].T.expand(E, 57_597))
-    found = similarities(batch, batch, queue, torch.tensor(0.07))
+    similar = similarities(batch, batch, queue, torch.tensor(0.07))
     for alpha in (0.0, 0.4):
-        assert itc_loss(found, found, alpha).item() == pytest.approx(math.log(57_600), abs=1e-4)
+        assert itc_loss(similar, similar, alpha).item() == pytest.approx(math.log(57_600), abs=1e-4)
 
 
 def test_similarities_and_loss_are_fp32_from_bf16_features() -> None:
@@ -109,11 +109,11 @@ def test_similarities_and_loss_are_fp32_from_bf16_features() -> None:
     rounded = FeaturePair(queries.image.bfloat16(), queries.text.bfloat16())
     keys = FeaturePair(keys.image.bfloat16(), keys.text.bfloat16())
     temperature = torch.tensor(0.001, dtype=torch.bfloat16)
-    found = similarities(rounded, keys, queue, temperature)
-    loss = itc_loss(found, found, 0.4)
-    assert found.image_to_text.dtype == loss.dtype == torch.float32
+    similar = similarities(rounded, keys, queue, temperature)
+    loss = itc_loss(similar, similar, 0.4)
+    assert similar.image_to_text.dtype == loss.dtype == torch.float32
     exact = rounded.image[0].double() @ keys.text[0].double() / temperature.double()
-    assert found.image_to_text[0, 0].item() == pytest.approx(exact.item(), rel=1e-5)
+    assert similar.image_to_text[0, 0].item() == pytest.approx(exact.item(), rel=1e-5)
     assert torch.isfinite(loss)
 
 
@@ -145,27 +145,26 @@ def test_retrieval_accuracy_looks_at_the_batch_alone() -> None:
 
 
 def test_texts_of_one_image_share_the_target() -> None:
-    """Written out pair by pair as published: hard targets even over all keys of the image, in the
-    batch and in the queue."""
+    """The hard target is spread evenly over all keys of the image, in the batch and the queue.
+
+    The expected loss is written out pair by pair, as published.
+    """
     batch, columns, alpha = 3, 5, 0.3
     generator = torch.Generator().manual_seed(4)
     ids, queue_ids = torch.tensor([1, 2, 1]), torch.tensor([2, -100, 1, 9, 1])
-    online, momentum = (
-        Similarities(*torch.randn(2, batch, batch + columns, generator=generator)) for _ in range(2)
-    )
+    online = Similarities(*torch.randn(2, batch, batch + columns, generator=generator))
+    momentum = Similarities(*torch.randn(2, batch, batch + columns, generator=generator))
     keys = torch.cat([ids, queue_ids])
     total = 0.0
     for direction in ("image_to_text", "text_to_image"):
         scores, soft = getattr(online, direction), getattr(momentum, direction).softmax(dim=1)
         for row in range(batch):
             right = [float(key == ids[row]) for key in keys]
-            targets = [
-                alpha * soft[row, k].item() + (1 - alpha) * right[k] / sum(right)
-                for k in range(batch + columns)
-            ]
             logs = scores[row].log_softmax(dim=0).tolist()
-            total -= sum(t * p for t, p in zip(targets, logs, strict=True)) / batch / 2
-    found = itc_loss(online, momentum, alpha, ids[:, None] == keys)
-    assert found.item() == pytest.approx(total, rel=1e-5)
+            for k in range(batch + columns):
+                target = alpha * soft[row, k].item() + (1 - alpha) * right[k] / sum(right)
+                total -= target * logs[k] / batch / 2
+    loss = itc_loss(online, momentum, alpha, ids[:, None] == keys)
+    assert loss.item() == pytest.approx(total, rel=1e-5)
     alone = itc_loss(online, momentum, alpha, torch.eye(batch, batch + columns).bool())
     assert torch.equal(alone, itc_loss(online, momentum, alpha))

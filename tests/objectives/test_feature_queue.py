@@ -13,7 +13,7 @@ E = 3
 
 
 def features(first: int, count: int) -> FeaturePair:
-    """Features that carry their own number: first, first + 1, ...; texts are their negatives."""
+    """Features filled with consecutive numbers from `first`. Texts are the images' negatives."""
     numbers = torch.arange(first, first + count, dtype=torch.float32)[:, None].expand(count, E)
     return FeaturePair(numbers, -numbers)
 
@@ -103,8 +103,8 @@ def test_state_goes_on_as_if_nothing_had_happened() -> None:
     queue.enqueue(features(0, 5), 0)
     copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in queue.state_dict().items()}
     restored.load_state_dict(copied)
-    for one in (queue, restored):
-        one.enqueue(features(5, 4), 1)
+    for ring in (queue, restored):
+        ring.enqueue(features(5, 4), 1)
     assert torch.equal(queue.features.image, restored.features.image)
     assert torch.equal(queue.features.text, restored.features.text)
     assert (queue.pointer, queue.enqueued) == (restored.pointer, restored.enqueued) == (2, 9)
@@ -117,7 +117,7 @@ def test_state_of_another_size_is_refused() -> None:
 
 
 def test_image_ids_travel_with_their_features() -> None:
-    """Past the wrap, and through a checkpoint."""
+    """Image ids follow their features past the wrap and through a checkpoint."""
     queue = FeatureQueue(2, 5, seed=0, with_image_ids=True)
     assert queue.image_ids is not None and queue.image_ids.tolist() == [-100] * 5
     for step, ids in enumerate(([1, 2, 3], [4, 5, 6])):

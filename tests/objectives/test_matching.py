@@ -1,4 +1,4 @@
-"""ITM: hard negatives, labels, loss, and the figures that tell a head with one answer."""
+"""ITM: hard negatives, labels, loss, and the detection of a head that predicts one class."""
 
 from __future__ import annotations
 
@@ -28,19 +28,17 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def weights_of_the_specification(row: list[float], positive: int) -> list[float]:
     total = sum(math.exp(value) for value in row)
-    return [
-        0.0 if column == positive else math.exp(value) / total + 1e-4
-        for column, value in enumerate(row)
-    ]
+    weights = [math.exp(value) / total + 1e-4 for value in row]
+    weights[positive] = 0.0
+    return weights
 
 
 @pytest.mark.parametrize(("pool", "first_positive"), [(4, 0), (12, 0), (12, 4), (12, 8)])
 def test_weights_are_those_of_the_specification(pool: int, first_positive: int) -> None:
     similar = torch.randn(4, pool, generator=generator()) * 3
-    expected = [
-        weights_of_the_specification(similar[row].tolist(), first_positive + row)
-        for row in range(4)
-    ]
+    expected = []
+    for row, values in enumerate(similar.tolist()):
+        expected.append(weights_of_the_specification(values, first_positive + row))
     torch.testing.assert_close(negative_weights(similar, first_positive), torch.tensor(expected))
 
 
@@ -159,7 +157,10 @@ class TestImagesThatComeAgain:
     """Retrieval fine-tuning: pairs of one image are no negatives of each other."""
 
     def test_weights_are_the_published_ones(self) -> None:
-        """Softmax over all with the same image set to 0; multinomial draws from its proportions."""
+        """As published: softmax over all pairs, with those of the same image set to 0.
+
+        multinomial draws in proportion to the weights, so a factor per row makes no difference.
+        """
         similarities = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) * 5
         same = torch.zeros(4, 6, dtype=torch.bool)
         same[torch.arange(4), torch.arange(4)] = True
@@ -169,20 +170,20 @@ class TestImagesThatComeAgain:
         torch.testing.assert_close(negative_weights(similarities, same_image_BP=same), expected)
 
     def test_nothing_of_the_same_image_is_drawn(self) -> None:
-        """Where the same image is by far the most similar, as after pretraining."""
+        """The same image is by far the most similar, as after pretraining."""
         ids = torch.tensor([7, 7, 3, 3, 5])
         same = ids[:, None] == ids
         similarities = same.float() * 500
         generator = torch.Generator().manual_seed(1)
         for _ in range(50):
-            found = draw_negatives(similarities, similarities, generator, same_image_BP=same)
-            assert (ids[found.image] != ids).all() and (ids[found.text] != ids).all()
+            negatives = draw_negatives(similarities, similarities, generator, same_image_BP=same)
+            assert (ids[negatives.image] != ids).all() and (ids[negatives.text] != ids).all()
 
     def test_a_pool_of_one_image_gives_matches(self) -> None:
-        """There is no negative to draw, so what is drawn is labelled as what it is."""
+        """A row without a negative draws a pair of the same image, which is labelled a match."""
         same = torch.tensor([[True, True, False], [True, True, False], [True, True, True]])
         scores = torch.randn(3, 3, generator=torch.Generator().manual_seed(2))
-        found = draw_negatives(scores, scores, torch.Generator(), same_image_BP=same)
-        labels = pair_labels(found, same)
+        negatives = draw_negatives(scores, scores, torch.Generator(), same_image_BP=same)
+        labels = pair_labels(negatives, same)
         assert labels.tolist() == [1, 1, 1, 0, 0, 1, 0, 0, 1]
         assert match_accuracy(torch.tensor([[0.0, 1.0]] * 3), torch.ones(3).long()) == (1.0, 0.0)

@@ -22,7 +22,7 @@ from blip_scale.objectives.momentum import momentum_update_
 B, E, Q, V = 4, 8, 12, 20
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "multinomial", "bincount"}
-"""Operators that copy a value to the host, or look at one, on a GPU."""
+"""Operators that copy a value from a GPU to the host, or wait for one."""
 
 
 class NoWaiting(TorchDispatchMode):
@@ -52,7 +52,7 @@ def test_a_step_reads_no_value() -> None:
         for step in range(2):  # the second one wraps
             queue.enqueue(FeaturePair(torch.randn(8, E), torch.randn(8, E)), step)
         momentum_update_([torch.randn(3)], [torch.randn(3)], 0.995)
-        with pytest.raises(AssertionError, match="waits"):  # what a read would have met
+        with pytest.raises(AssertionError, match="waits"):  # the mode does catch a read
             loss.item()
     assert drawn.image.shape == drawn.text.shape == (B,)
     assert all(0 <= accuracy.item() <= 1 for accuracy in accuracies)

@@ -1,4 +1,4 @@
-"""A recipe for the tests of this folder; the tiny runs of the engine's tests serve them too."""
+"""A recipe for the tests of this folder, which use the tiny runs of the engine's tests, too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import tiny_runs
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """The tiny run's, with a second and smaller held-out set."""
+    """Recipe of the tiny run, with a second, smaller held-out set."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_shards(folder / "others", tiny_runs.records("others")[1:10:2])
     file = tiny_runs.make_recipe(

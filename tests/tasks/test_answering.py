@@ -27,7 +27,7 @@ ANSWERS = [[DEC, 20, SEP], [DEC, 20, 21, SEP], [DEC, 22, 23, 24, SEP], [DEC, 25,
 
 @pytest.fixture(scope="module")
 def vqa() -> VQA:
-    """With weights that are far from uniform answers."""
+    """A VQA network whose weights give distinct answers."""
     text = TextConfig(SpecialTokens(PAD, CLS, SEP, ENC, DEC), 40, 24, 2, 2, 48, 16, dropout=0.0)
     sizes = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     config = MEDConfig(VisionConfig("vit_tiny_patch16_224", 16, sizes), text, 8)
@@ -48,7 +48,7 @@ def images() -> torch.Tensor:
 
 
 def loss_of(vqa: VQA, images: torch.Tensor, question: int, answer: list[int]) -> float:
-    """Of one answer to one question, token after token."""
+    """Loss of one answer to one question, token by token."""
     text = PackedText.from_lists([QUESTIONS[question]])
     zero = torch.zeros(1, dtype=torch.int64)
     embeds = vqa.encode_image(images[question : question + 1])
@@ -64,37 +64,37 @@ def loss_of(vqa: VQA, images: torch.Tensor, question: int, answer: list[int]) ->
 @torch.no_grad()
 @pytest.mark.parametrize("top_k", [2, 100])
 def test_ranking(vqa: VQA, images: torch.Tensor, top_k: int) -> None:
-    """The best of those whose first token is among the likeliest."""
+    """The best candidate among those with the likeliest first tokens is chosen."""
     text = PackedText.from_lists(QUESTIONS)
     every = torch.arange(2)
     states = vqa.encode_questions(text, vqa.encode_image(images), every)
     candidates = PackedText.from_lists(ANSWERS)
-    found = rank(vqa, states, text.segments, candidates, top_k, 0.1).tolist()
+    chosen = rank(vqa, states, text.segments, candidates, top_k, 0.1).tolist()
     start = PackedText.from_lists([[DEC]] * 2)
     first = vqa.decode(start, states, text.segments, every)[:, [ids[1] for ids in ANSWERS]]
     for question in range(2):
         allowed = first[question].topk(min(top_k, len(ANSWERS))).indices.tolist()
         best = min(allowed, key=lambda a: loss_of(vqa, images, question, ANSWERS[a]))
-        assert found[question] == best
+        assert chosen[question] == best
 
 
 @torch.no_grad()
 def test_loss(vqa: VQA, images: torch.Tensor) -> None:
-    """Summed over the tokens, weighted, divided by the questions."""
+    """The loss is summed over tokens, weighted, and divided by the number of questions."""
     plain = [
         (0, ANSWERS[0], 0.7),
         (0, ANSWERS[1], 0.3),
         (1, ANSWERS[2], 0.2),
     ]
     expected = sum(w * loss_of(vqa, images, q, a) for q, a, w in plain) / 2
-    found = VQANetwork(vqa, 0.1)(
+    outputs = VQANetwork(vqa, 0.1)(
         images,
         PackedText.from_lists(QUESTIONS).with_first_token(CLS),
         PackedText.from_lists([a for _, a, _ in plain]).with_first_token(CLS),
         torch.tensor([q for q, _, _ in plain]),
         torch.tensor([w for _, _, w in plain]),
     )
-    assert float(found["loss/total"]) == pytest.approx(expected, rel=1e-5)
+    assert float(outputs["loss/total"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_weights() -> None:
@@ -106,11 +106,11 @@ def test_weights() -> None:
 def test_losses_are_summed_by_sequence() -> None:
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     targets, owners = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 0, 1, 1, 1])
-    found = sequence_losses(logits, targets, owners, 2, 0.1)
+    losses = sequence_losses(logits, targets, owners, 2, 0.1)
     parts = [logits[:2], logits[2:]], [targets[:2], targets[2:]]
     for number, (some, wanted) in enumerate(zip(*parts, strict=True)):
         total = F.cross_entropy(some, wanted, label_smoothing=0.1, reduction="sum")
-        assert found[number] == pytest.approx(float(total))
+        assert losses[number] == pytest.approx(float(total))
 
 
 def test_answer_lists(tmp_path: Path) -> None:
@@ -126,13 +126,13 @@ def test_answer_lists(tmp_path: Path) -> None:
 
 
 def test_submission() -> None:
-    known = [[{"question_id": 5}, {"question_id": 6}], [{"question_id": 7}]]
-    pairs = SimpleNamespace(name="test", ids=["a", "b"], annotations=known)
+    annotations = [[{"question_id": 5}, {"question_id": 6}], [{"question_id": 7}]]
+    pairs = SimpleNamespace(name="test", ids=["a", "b"], annotations=annotations)
     rows = submission(pairs, [["red", "2"], ["no"]])  # type: ignore[arg-type]
     assert rows == [
         {"question_id": 5, "answer": "red"}, {"question_id": 6, "answer": "2"},
         {"question_id": 7, "answer": "no"},
     ]  # fmt: skip
-    known[1][0] = {}
+    annotations[1][0] = {}
     with pytest.raises(ValueError, match="a question about b has no question_id"):
         submission(pairs, [["red", "2"], ["no"]])  # type: ignore[arg-type]

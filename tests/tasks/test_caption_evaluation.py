@@ -1,4 +1,4 @@
-"""Captions measured on what published annotation files list."""
+"""Metrics of captions on the images of published annotation files."""
 
 from __future__ import annotations
 
@@ -29,46 +29,41 @@ def images(tmp_path: Path) -> Path:
 
 
 def opened(file: Path, annotations: Any, images: Path, **more: str) -> HeldoutPairs:
-    """What tools/evaluate.py makes of an annotation file."""
+    """The held-out pairs that tools/evaluate.py reads from an annotation file."""
     file.write_text(json.dumps(annotations))
     chunks = READERS["coco"].chunks(Source(str(file), str(images)), **more)
-    return listed_pairs(file.name, [one for c in chunks for one in c.read()], 32, str)
+    pairs = [pair for chunk in chunks for pair in chunk.read()]
+    return listed_pairs(file.name, pairs, 32, str)
 
 
 def karpathy() -> dict[str, Any]:
-    return {
-        "images": [
-            {
-                "filepath": "val2014", "filename": Path(name).name, "split": split,
-                "sentences": [{"raw": text} for text in texts],
-            }
-            for name, texts, split in zip(NAMES, TEXTS, ("test", "val"), strict=True)
-        ]
-    }  # fmt: skip
+    entries = []
+    for name, texts, split in zip(NAMES, TEXTS, ("test", "val"), strict=True):
+        sentences = [{"raw": text} for text in texts]
+        entry = {"filepath": "val2014", "filename": Path(name).name, "split": split}
+        entries.append({**entry, "sentences": sentences})
+    return {"images": entries}
 
 
 def test_the_published_lists_keep_ids_and_texts(tmp_path: Path, images: Path) -> None:
-    """Karpathy's file, the list of one split, and COCO's own; texts as they are written."""
+    """Karpathy's file, the list of one split, and COCO's annotation file give unchanged texts."""
     items = [{"image": n, "caption": t} for n, t in zip(NAMES, TEXTS, strict=True)]
-    own = {
-        "images": [{"id": i, "file_name": n, "domain": "near-domain"} for i, n in enumerate(NAMES)],
-        "annotations": [
-            {"image_id": i, "caption": text} for i, texts in enumerate(TEXTS) for text in texts
-        ],
-    }
-    found = [
-        opened(tmp_path / f"{number}.json", annotations, images)
-        for number, annotations in enumerate((karpathy(), items, own))
-    ]
-    assert [pairs.captions for pairs in found] == [TEXTS] * 3
-    assert all(pairs.images([0, 1]).shape == (2, 3, 32, 32) for pairs in found)
-    assert not (found[0].images([0]) == found[0].images([1])).all()
-    ids = [
-        captioning.image_ids(pairs, str(tmp_path / f"{n}.json")) for n, pairs in enumerate(found)
-    ]
+    coco: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
+    for number, (name, texts) in enumerate(zip(NAMES, TEXTS, strict=True)):
+        image = {"id": number, "file_name": name, "domain": "near-domain"}
+        coco["images"].append(image)
+        coco["annotations"] += [{"image_id": number, "caption": text} for text in texts]
+    sets, ids = [], []
+    for number, content in enumerate((karpathy(), items, coco)):
+        file = tmp_path / f"{number}.json"
+        sets.append(opened(file, content, images))
+        ids.append(captioning.image_ids(sets[-1], str(file)))
+    assert [pairs.captions for pairs in sets] == [TEXTS] * 3
+    assert all(pairs.images([0, 1]).shape == (2, 3, 32, 32) for pairs in sets)
+    assert not (sets[0].images([0]) == sets[0].images([1])).all()
     assert ids == [[391895, 60623], [391895, 60623], [0, 1]]
-    one = opened(tmp_path / "split.json", karpathy(), images, split="test")
-    assert one.captions == TEXTS[:1]
+    test_split = opened(tmp_path / "split.json", karpathy(), images, split="test")
+    assert test_split.captions == TEXTS[:1]
 
 
 def test_nocaps_has_images_alone(tmp_path: Path, images: Path) -> None:
@@ -80,14 +75,15 @@ def test_nocaps_has_images_alone(tmp_path: Path, images: Path) -> None:
 
 def test_figures_by_domain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # without Java
-    said = ["a man rides", "a cat", "a young girl"]
+    captions = ["a man rides", "a cat", "a young girl"]
     references = [["a man rides"], ["a dog"], ["a young girl"]]
     annotations = [[{"domain": "in-domain"}], [{"domain": "out-domain"}], [{"domain": "in-domain"}]]
-    found = captioning.figures(said, references, annotations)
-    assert found["in-domain/rouge_l"] == 1 and found["out-domain/rouge_l"] < found["rouge_l"] < 1
-    assert "there is no java" in found["without meteor"]
+    figures = captioning.figures(captions, references, annotations)
+    assert figures["in-domain/rouge_l"] == 1
+    assert figures["out-domain/rouge_l"] < figures["rouge_l"] < 1
+    assert "there is no java" in figures["without meteor"]
     with pytest.raises(ValueError, match="1 of 3 images have no reference caption"):
-        captioning.figures(said, [*references[:2], []])
+        captioning.figures(captions, [*references[:2], []])
 
 
 def test_references_as_they_are_written(tmp_path: Path) -> None:

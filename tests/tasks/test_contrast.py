@@ -1,5 +1,5 @@
-"""A second contrastive loss: one class and one dict entry, for pretraining and retrieval, under the
-real engine."""
+"""A second contrastive loss in the real engine: one class and one dict entry serve pretraining and
+retrieval."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).with_name("train_with_another_contrast.py")
 
 
 def recipe_of(folder: Path, task: str, contrast: str) -> Path:
-    """Without dropout; a queue would have no room for the global batch."""
+    """Recipe without dropout, and with a queue that is too small for the global batch."""
     return tiny_runs.make_recipe(
         folder,
         task=task,
@@ -121,8 +121,7 @@ def test_a_contrast_without_momentum_encoders_and_queue_trains(
 
 @pytest.mark.multiprocess
 def test_the_ranks_share_a_contrasts_own_weights(tmp_path: Path) -> None:
-    """Stopped and started again, with negatives of all ranks: the bias goes on from its
-    checkpoint."""
+    """A resumed run with negatives of all ranks has the bias of its checkpoint."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for folder in (whole, halves):
         folder.mkdir()
@@ -145,8 +144,11 @@ def test_the_ranks_share_a_contrasts_own_weights(tmp_path: Path) -> None:
 def test_a_run_with_a_contrast_of_its_own_is_converted_and_not_taken_up_by_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command knows nothing of the contrast: its weights stay in our checkpoints and are named
-    where a format has no place for them. Momentum averages can't be made up."""
+    """Our checkpoints keep the weights of a contrast that the convert command doesn't know.
+
+    Formats without a place for them name them. A run can't change to a contrast with momentum, as
+    its averages are missing.
+    """
     file = recipe_of(tmp_path, "pretrain", "in_batch")
     codes = tiny_runs.finish(tiny_runs.launch(file, 1, "train.max_steps=1", script=SCRIPT))
     assert codes == [0], tiny_runs.said(file)
@@ -155,9 +157,9 @@ def test_a_run_with_a_contrast_of_its_own_is_converted_and_not_taken_up_by_anoth
     for name, arguments in (("blip.pth", ()), ("hf", ("--head", "all"))):
         capsys.readouterr()
         assert convert_checkpoint.main([str(run), str(tmp_path / name), *arguments]) == 0
-        said = capsys.readouterr().out
-        assert "note: left out, because the published network lacks it" in said
-        assert "contrast.bias.value" in said
+        output = capsys.readouterr().out
+        assert "note: left out, because the published network lacks it" in output
+        assert "contrast.bias.value" in output
     assert convert_checkpoint.main([str(run), str(tmp_path / "ours"), "--to", "ours"]) == 0
     kept = load_file(tmp_path / "ours" / "rank_00000.safetensors")
     assert torch.equal(kept["weight/contrast.bias.value"], weights["contrast.bias.value"])
@@ -174,7 +176,7 @@ _ADDED = ("format_version", "checksum")
 
 @pytest.mark.multiprocess
 def test_a_run_without_averages_is_not_taken_up_with_momentum(tmp_path: Path) -> None:
-    """A contrast without weights of its own leaves a checkpoint that lacks the averages alone."""
+    """A checkpoint of a contrast without weights lacks only the momentum averages."""
     file = recipe_of(tmp_path, "pretrain", "momentum")
     room = "objective.queue_size=40"
     assert tiny_runs.finish(tiny_runs.launch(file, 1, "train.max_steps=1", room)) == [0]
@@ -198,5 +200,5 @@ def test_a_run_without_averages_is_not_taken_up_with_momentum(tmp_path: Path) ->
 def test_an_unknown_contrast_is_refused_with_the_names_of_all(tmp_path: Path) -> None:
     file = recipe_of(tmp_path, "pretrain", "in_bach")
     assert tiny_runs.finish(tiny_runs.launch(file, 1, script=SCRIPT)) == [2]
-    said = tiny_runs.said(file)
-    assert "objective.itc: 'in_bach' is no contrast; give momentum or in_batch" in said
+    refusal = tiny_runs.said(file)
+    assert "objective.itc: 'in_bach' is no contrast; give momentum or in_batch" in refusal

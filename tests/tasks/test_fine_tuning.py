@@ -1,5 +1,4 @@
-"""Fine-tuning runs: what they compute, whole and on several ranks; what they save, and where it can
-go."""
+"""Fine-tuning runs on one and several ranks: losses, checkpoints, and exports."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ FILE = "rank_00000.safetensors"
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of pretraining for the network of the tiny runs; weights far from zero."""
+    """A checkpoint of pretraining for the network of the tiny runs, with weights far from zero."""
     folder = tmp_path_factory.mktemp("pretrained")
     recipe = recipes.load(str(tiny_runs.make_recipe(folder)))
     config = med_config(recipe, load_tokenizer(recipe.model.text))
@@ -56,7 +55,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(folder: Path, task: str, pretrained: Path, **changes: Any) -> Path:
-    """The tiny run's, for fine-tuning."""
+    """Recipe of the tiny run, for fine-tuning."""
     prompt = "a big " if task == "captioning" else ""
     return tiny_runs.make_recipe(
         folder,
@@ -94,14 +93,14 @@ def network_of(pretrained: Path, recipe: Recipe, head: Head) -> MED:
 def test_the_captioning_loss_is_that_of_transformers(
     pretrained: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
-    """With label smoothing, and the prompt out of the loss."""
+    """The loss is label-smoothed and leaves the prompt out."""
     from transformers import BlipForConditionalGeneration
 
     vocabulary = ["--tokenizer", str(pretrained.parent / "vocabulary")]
     out = tmp_path / "captioner"
     assert convert_checkpoint.main([str(pretrained), str(out), *vocabulary]) == 0
-    theirs = BlipForConditionalGeneration.from_pretrained(out)
-    theirs.text_decoder.label_smoothing = 0.1
+    reference = BlipForConditionalGeneration.from_pretrained(out)
+    reference.text_decoder.label_smoothing = 0.1
     captions = ["a big red disc on grey", "a big blue bar", "a big green cross and a white square"]
     rows = texts(pretrained, captions, tiny)
     med = network_of(pretrained, tiny, "captioning")
@@ -113,13 +112,13 @@ def test_the_captioning_loss_is_that_of_transformers(
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :3] = -100  # [DEC] and the prompt
-    found = theirs(pixel_values=images, input_ids=ids, attention_mask=mask, labels=labels)
-    torch.testing.assert_close(ours["loss/total"], found.loss, rtol=1e-5, atol=1e-5)
+    expected = reference(pixel_values=images, input_ids=ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(ours["loss/total"], expected.loss, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
-    """Features and logits by the whole MED, targets and pairs one by one."""
+    """The expected loss takes features and logits of the whole MED, and targets one by one."""
     config = med_config(tiny, load_tokenizer(tiny.model.text))
     whole = MED(config)
     load_checkpoint(whole.eval(), pretrained)
@@ -137,7 +136,7 @@ def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
     queue_ids = torch.tensor([6, -100, 5])
     weights = torch.tensor([0.4, 0.6], dtype=torch.float64)
     inputs = MomentumInputs(FeaturePair(queue[0], queue[1]), weights, queue_ids)
-    found = network(images, text, inputs, torch.Generator().manual_seed(9), ids)
+    outputs = network(images, text, inputs, torch.Generator().manual_seed(9), ids)
 
     embeds = whole.encode_image(images)
     online = [whole.project_image(embeds), whole.project_text(whole.encode_text(text))]
@@ -154,7 +153,7 @@ def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
         target = 0.4 * soft + 0.6 * right / right.sum(1, keepdim=True)
         logs = (online[query] @ pool.T / temperature).log_softmax(1)
         itc -= (target * logs).sum(1).mean().item() / 2
-    assert found["loss/itc"].item() == pytest.approx(itc, rel=1e-4)
+    assert outputs["loss/itc"].item() == pytest.approx(itc, rel=1e-4)
 
     same = ids[:, None] == ids
     negatives = draw_negatives(
@@ -173,11 +172,11 @@ def test_the_retrieval_loss_written_out(pretrained: Path, tiny: Recipe) -> None:
         ]
     )
     itm = torch.nn.functional.cross_entropy(logits, torch.tensor([1] * 4 + [0] * 8))
-    torch.testing.assert_close(found["loss/itm"], itm, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs["loss/itm"], itm, rtol=1e-4, atol=1e-5)
 
 
 def rank(arguments: list[str], folder: Path, number: int, ranks: int, port: int) -> tiny_runs.Rank:
-    """tools/evaluate.py as one of some ranks."""
+    """Start tools/evaluate.py as one of several ranks."""
     environment = os.environ | {
         "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu",
@@ -189,14 +188,14 @@ def rank(arguments: list[str], folder: Path, number: int, ranks: int, port: int)
 
 
 def evaluated(arguments: list[str], folder: Path, ranks: int = 1) -> dict[str, Any]:
-    """What it found."""
+    """The report of an evaluation."""
     report = folder / "report.json"
     arguments = [*arguments, "--json", str(report)]
     port = launcher.free_port()
     codes = tiny_runs.finish([rank(arguments, folder, r, ranks, port) for r in range(ranks)])
     assert codes == [0] * ranks, (folder / "evaluate_0.txt").read_text()
-    found: dict[str, Any] = json.loads(report.read_text())
-    return found
+    result: dict[str, Any] = json.loads(report.read_text())
+    return result
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -206,8 +205,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("task", ["captioning", "retrieval"])
 def test_a_run_resumes_and_is_exported(pretrained: Path, tmp_path: Path, task: str) -> None:
-    """Two ranks of ZeRO-3; killed after half of the steps it ends with the same bits. The head it
-    trained is exported, and is worth the same there, on one rank and on two."""
+    """A run on two ranks of ZeRO-3 that is killed half-way ends with equal bits.
+
+    Its head is exported, and evaluates equally on one rank and on two.
+    """
     recipe = recipe_of(tmp_path / "a", task, pretrained)
     tiny_runs.train(recipe, 2)
     run = tmp_path / "a" / "run"
@@ -253,7 +254,7 @@ def test_a_run_resumes_and_is_exported(pretrained: Path, tmp_path: Path, task: s
 
 @pytest.fixture(scope="session")
 def exported(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders captioning and retrieval for transformers."""
+    """Folders `captioning` and `retrieval` for transformers."""
     out = tmp_path_factory.mktemp("exported") / "hf"
     vocabulary = ["--tokenizer", str(pretrained.parent / "vocabulary"), "--head", "all"]
     assert convert_checkpoint.main([str(pretrained), str(out), *vocabulary]) == 0
@@ -264,7 +265,7 @@ def exported(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_scores_of_an_exported_folder_are_those_of_transformers(
     exported: Path, pretrained: Path, tiny: Recipe
 ) -> None:
-    """Cosine of all pairs, and raw match logit plus cosine of those re-ranked."""
+    """Cosines of all pairs are equal, and so are raw match logits plus cosines if re-ranked."""
     from transformers import BlipForImageTextRetrieval, BlipProcessor
 
     folder = exported / "retrieval"
@@ -272,26 +273,26 @@ def test_scores_of_an_exported_folder_are_those_of_transformers(
     pairs = heldout_pairs(tiny.data.heldout[0], blip.image_size)
     cosines, reranked = captions_and_pairs.scores_on(blip.med, pairs, tiny, blip.tokenizer, True)
     assert reranked is not None
-    theirs = BlipForImageTextRetrieval.from_pretrained(folder)
+    model = BlipForImageTextRetrieval.from_pretrained(folder)
     processor = BlipProcessor.from_pretrained(folder)
-    raw = [caption for own in pairs.captions for caption in own]
+    raw = [caption for texts_of_image in pairs.captions for caption in texts_of_image]
     inputs = processor(
         list(pairs.images(range(len(pairs)))), raw, padding=True, return_tensors="pt"
     )
-    found = theirs(**inputs, use_itm_head=False).itm_score
-    torch.testing.assert_close(cosines, found, rtol=1e-5, atol=1e-5)
-    inputs["input_ids"][:, 0] = theirs.config.text_config.enc_token_id
-    own = theirs(**inputs).itm_score[:, 1] + found.diagonal()  # of each image and its own text
-    mine = reranked[0].diagonal()
-    seen = mine != retrieval.NOT_RERANKED
-    assert 3 < seen.sum() < len(mine)
-    torch.testing.assert_close(mine[seen], own[seen], rtol=1e-5, atol=1e-5)
+    expected = model(**inputs, use_itm_head=False).itm_score
+    torch.testing.assert_close(cosines, expected, rtol=1e-5, atol=1e-5)
+    inputs["input_ids"][:, 0] = model.config.text_config.enc_token_id
+    expected = model(**inputs).itm_score[:, 1] + expected.diagonal()  # of each image and its text
+    scores = reranked[0].diagonal()
+    seen = scores != retrieval.NOT_RERANKED
+    assert 3 < seen.sum() < len(scores)
+    torch.testing.assert_close(scores[seen], expected[seen], rtol=1e-5, atol=1e-5)
 
 
 def test_captions_of_an_exported_folder_are_those_of_transformers(
     exported: Path, tiny: Recipe
 ) -> None:
-    """Token for token, after a prompt and with a repetition penalty."""
+    """Captions are equal token by token, after a prompt and with a repetition penalty."""
     from transformers import BlipForConditionalGeneration
 
     folder = exported / "captioning"
@@ -305,13 +306,13 @@ def test_captions_of_an_exported_folder_are_those_of_transformers(
     ours = captions_and_pairs.captions_of(
         blip.med, pairs, range(len(pairs)), recipe, blip.tokenizer
     )
-    theirs = BlipForConditionalGeneration.from_pretrained(folder)
+    model = BlipForConditionalGeneration.from_pretrained(folder)
     images = to_pixels(pairs.images(range(len(pairs))), blip.med)
     prompt = torch.tensor([blip.tokenizer("a big ")["input_ids"]] * len(pairs))
-    found = theirs.generate(
+    generated = model.generate(
         images, prompt, num_beams=3, max_length=9, min_length=5, repetition_penalty=1.3,
         do_sample=False,
     )  # fmt: skip
-    said = blip.tokenizer.batch_decode(found[:, 3:], skip_special_tokens=True)
-    assert ours == said
-    assert len(set(said)) > 3
+    expected = blip.tokenizer.batch_decode(generated[:, 3:], skip_special_tokens=True)
+    assert ours == expected
+    assert len(set(expected)) > 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +26,13 @@ from blip_scale.tasks import networks
 
 OTHERS = 5
 """Pairs in the second held-out set; the first has 16."""
+SETS = ("heldout", "others")
 COUNTS = ("candidates", "texts")
 
 
 @pytest.fixture(scope="module")
 def med(recipe: Recipe) -> MED:
-    """Weights far enough from their initial values that images and texts differ."""
+    """A MED whose weights give distinct features of images and texts."""
     config = med_config(recipe, load_tokenizer(recipe.model.text))
     med = networks.initialized_med(recipe, config)
     generator = torch.Generator().manual_seed(5)
@@ -45,24 +47,20 @@ def evaluate(med: MED, recipe: Recipe, final: bool = True) -> Evaluation:
 
 
 def test_every_set_has_its_figures(med: MED, recipe: Recipe) -> None:
-    found = evaluate(med, recipe)
-    kinds = [
-        f"{kind}_{direction}_r{k}"
-        for kind in ("itc", "itm")
-        for direction in ("image_to_text", "text_to_image")
-        for k in (1, 5, 10)
-    ]
-    names = {f"{name}/{kind}" for name in ("heldout", "others") for kind in [*kinds, *COUNTS]}
-    assert set(found.scalars) == names
-    assert [found.scalars[f"heldout/{count}"] for count in COUNTS] == [16, 16]
-    assert [found.scalars[f"others/{count}"] for count in COUNTS] == [OTHERS, OTHERS]
+    scalars = evaluate(med, recipe).scalars
+    directions = itertools.product(("itc", "itm"), ("image_to_text", "text_to_image"))
+    recalls = [f"{kind}_{direction}_r{k}" for kind, direction in directions for k in (1, 5, 10)]
+    names = {f"{name}/{figure}" for name in SETS for figure in [*recalls, *COUNTS]}
+    assert set(scalars) == names
+    assert [scalars[f"heldout/{count}"] for count in COUNTS] == [16, 16]
+    assert [scalars[f"others/{count}"] for count in COUNTS] == [OTHERS, OTHERS]
     during = evaluate(med, recipe, final=False)
     assert set(during.scalars) == {name for name in names if "/itm_" not in name}
 
 
 @torch.no_grad()
 def test_figures_are_those_of_the_pairs(med: MED, recipe: Recipe) -> None:
-    """In one batch and by hand: normalised pixels, cosine, recalls."""
+    """Recalls equal those computed by hand in one batch: normalised pixels, cosine, recalls."""
     tokenizer = load_tokenizer(recipe.model.text)
     pairs = heldout_pairs(recipe.data.heldout[0], recipe.model.vision.image_size)
     images = normalize_images(pairs.images(range(16)), torch.float32)
@@ -72,32 +70,28 @@ def test_figures_are_those_of_the_pairs(med: MED, recipe: Recipe) -> None:
     cosine = (
         med.project_image(med.encode_image(images)) @ med.project_text(med.encode_text(texts)).T
     )
-    expected = {
-        f"heldout/itc_{name}": value
-        for name, value in retrieval.recalls(cosine, torch.arange(16)).items()
-    }
-    found = evaluate(med, recipe, final=False).scalars
-    assert {name: found[name] for name in expected} == expected
+    scalars = evaluate(med, recipe, final=False).scalars
+    for name, value in retrieval.recalls(cosine, torch.arange(16)).items():
+        assert scalars[f"heldout/itc_{name}"] == value, name
 
 
 def test_more_ranks_than_pairs(med: MED, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks without an image or a text take part; figures and captions are those of one rank."""
     recipe = replace(recipe, data=replace(recipe.data, heldout=recipe.data.heldout[1:]))
     alone = evaluate(med, recipe)
-    for found in FakeRanks(OTHERS + 3, monkeypatch).run(lambda _: evaluate(med, recipe)):
-        assert found.scalars == pytest.approx(alone.scalars)
+    for evaluation in FakeRanks(OTHERS + 3, monkeypatch).run(lambda _: evaluate(med, recipe)):
+        assert evaluation.scalars == pytest.approx(alone.scalars)
 
 
 @torch.no_grad()
 def test_all_texts_of_an_image_count(
     med: MED, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images of one to three captions, counted by sorting; the same on two ranks."""
-    records = tiny_runs.records("others")[:9]
-    texts = [
-        [f"{r.caption} {'again ' * n}{i}" for n in range(1 + i % 3)] for i, r in enumerate(records)
-    ]
-    several = [replace(record, caption=own) for record, own in zip(records, texts, strict=True)]
+    """Recalls of images with one to three captions equal those by sorting, also on two ranks."""
+    several = []
+    for number, record in enumerate(tiny_runs.records("others")[:9]):
+        texts = [f"{record.caption} {'again ' * n}{number}" for n in range(1 + number % 3)]
+        several.append(replace(record, caption=texts))
     write_shards(tmp_path / "several", several)
     stream = StreamRecipe("several", str(tmp_path / "several"))
     recipe = replace(recipe, data=replace(recipe.data, heldout=[stream]))
@@ -105,36 +99,36 @@ def test_all_texts_of_an_image_count(
     pairs = heldout_pairs(stream, recipe.model.vision.image_size)
     tokenizer = load_tokenizer(recipe.model.text)
     images = normalize_images(pairs.images(range(9)), torch.float32)
-    tokens = [tokenizer(text)["input_ids"] for own in pairs.captions for text in own]
-    owners = [i for i, own in enumerate(pairs.captions) for _ in own]
+    tokens = [tokenizer(text)["input_ids"] for captions in pairs.captions for text in captions]
+    owners = [image for image, captions in enumerate(pairs.captions) for _ in captions]
     cosine = (
         med.project_image(med.encode_image(images))
         @ med.project_text(med.encode_text(PackedText.from_lists(tokens))).T
     )
-    found = evaluate(med, recipe).scalars
-    assert (found["several/candidates"], found["several/texts"]) == (9, 18)
+    scalars = evaluate(med, recipe).scalars
+    assert (scalars["several/candidates"], scalars["several/texts"]) == (9, 18)
     for k in (1, 5, 10):
         best = [row.argsort(descending=True)[:k].tolist() for row in cosine]
-        hits = [any(owners[text] == image for text in own) for image, own in enumerate(best)]
-        assert found[f"several/itc_image_to_text_r{k}"] == pytest.approx(sum(hits) / 9)
+        hits = [any(owners[text] == image for text in row) for image, row in enumerate(best)]
+        assert scalars[f"several/itc_image_to_text_r{k}"] == pytest.approx(sum(hits) / 9)
         best = [column.argsort(descending=True)[:k].tolist() for column in cosine.T]
-        hits = [owners[text] in own for text, own in enumerate(best)]
-        assert found[f"several/itc_text_to_image_r{k}"] == pytest.approx(sum(hits) / 18)
-    for ours in FakeRanks(2, monkeypatch).run(lambda rank: evaluate(med, recipe)):
-        assert ours.scalars == found
+        hits = [owners[text] in images_of_text for text, images_of_text in enumerate(best)]
+        assert scalars[f"several/itc_text_to_image_r{k}"] == pytest.approx(sum(hits) / 18)
+    for evaluation in FakeRanks(2, monkeypatch).run(lambda rank: evaluate(med, recipe)):
+        assert evaluation.scalars == scalars
 
 
 def test_captions_and_pictures_keep_step_with_the_pairs(med: MED, recipe: Recipe) -> None:
-    """Three of 16 and three of 5, spread over the sets; the caption is that image's."""
-    found = evaluate(med, recipe, final=False)
-    assert list(found.panels) == ["heldout", "others"]
+    """Three of 16 and three of 5 images are shown, spread over the sets, with their captions."""
+    evaluation = evaluate(med, recipe, final=False)
+    assert list(evaluation.panels) == ["heldout", "others"]
     tokenizer = load_tokenizer(recipe.model.text)
     beam = BeamSettings(num_beams=3, max_length=8, min_length=5)
-    entries = iter(found.captions)
+    entries = iter(evaluation.captions)
     for stream, places in zip(recipe.data.heldout, ([0, 5, 10], [0, 1, 3]), strict=True):
         pairs = heldout_pairs(stream, recipe.model.vision.image_size)
-        assert len(found.panels[stream.name]) == 3
-        for place, panel in zip(places, found.panels[stream.name], strict=True):
+        assert len(evaluation.panels[stream.name]) == 3
+        for place, panel in zip(places, evaluation.panels[stream.name], strict=True):
             image = pairs.images([place])
             assert torch.equal(panel.image, image[0])
             assert panel.truth == pairs.captions[place][0]
@@ -146,23 +140,23 @@ def test_captions_and_pictures_keep_step_with_the_pairs(med: MED, recipe: Recipe
                 "set": stream.name, "id": pairs.ids[place],
                 "caption": panel.caption, "truth": panel.truth,
             }  # fmt: skip
-    assert len({entry["caption"] for entry in found.captions}) > 1
+    assert len({entry["caption"] for entry in evaluation.captions}) > 1
 
 
 def test_ranks_share_the_work_and_agree(
     med: MED, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sets that do not divide by the ranks; every rank ends with the figures of one rank."""
+    """Every rank has the figures of a single rank, though the ranks do not divide the sets."""
     alone = evaluate(med, recipe)
-    for found in FakeRanks(3, monkeypatch).run(lambda rank: evaluate(med, recipe)):
-        assert found.scalars == alone.scalars
-        assert found.captions == alone.captions
+    for evaluation in FakeRanks(3, monkeypatch).run(lambda rank: evaluate(med, recipe)):
+        assert evaluation.scalars == alone.scalars
+        assert evaluation.captions == alone.captions
 
 
 def test_limits_of_the_recipe(med: MED, recipe: Recipe) -> None:
     few = replace(recipe.evaluation, max_pairs=3, captions=0, rerank_top_k=100)
-    found = evaluate(med, replace(recipe, evaluation=few))
-    assert found.scalars["heldout/candidates"] == 3
-    assert found.captions == []
+    evaluation = evaluate(med, replace(recipe, evaluation=few))
+    assert evaluation.scalars["heldout/candidates"] == 3
+    assert evaluation.captions == []
     none = evaluate(med, replace(recipe, data=replace(recipe.data, heldout=[])))
     assert none == Evaluation()

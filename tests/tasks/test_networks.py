@@ -1,4 +1,4 @@
-"""What networks and their input are made from."""
+"""Networks, initial weights and model input from a recipe."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from blip_scale.tasks import networks
 
 
 def test_pixels_are_normalised_as_published() -> None:
-    """CLIP's mean and deviation, as torchvision would do it; to bf16 after, not before."""
+    """Pixels are normalised by CLIP's mean and deviation, like torchvision's, then cast to bf16."""
     images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     expected = Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))(
         images.float() / 255
     )
     torch.testing.assert_close(normalize_images(images, torch.float32), expected)
-    found = normalize_images(images, torch.bfloat16)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected.bfloat16(), rtol=0.01, atol=0.01)
+    normalised = normalize_images(images, torch.bfloat16)
+    assert normalised.dtype == torch.bfloat16
+    torch.testing.assert_close(normalised, expected.bfloat16(), rtol=0.01, atol=0.01)
 
 
 @pytest.fixture
 def bert(recipe: Recipe, tmp_path: Path) -> Path:
-    """A folder with tokenizer and the config.json of a BERT, to be changed by the tests."""
+    """A folder with a tokenizer and the config.json of a BERT, which tests may change."""
     from transformers import BertConfig
 
     folder = tmp_path / "bert"
@@ -94,7 +94,7 @@ def test_a_checkpoint_without_its_sizes_is_refused(bert: Path, recipe: Recipe) -
 
 
 def test_more_layers_than_the_checkpoint_has_are_refused(bert: Path, recipe: Recipe) -> None:
-    """They would stay random without a word."""
+    """They would silently stay random."""
     from transformers import BertConfig, BertModel
 
     BertModel(BertConfig.from_pretrained(bert)).save_pretrained(bert)

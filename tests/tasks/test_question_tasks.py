@@ -1,9 +1,12 @@
-"""Tiny runs of VQA, NLVR2 and VisDial on drawings: they learn, their checkpoints are read and
-converted, and a set of another task is refused."""
+"""Tiny runs of VQA, NLVR2 and VisDial on drawings.
+
+They learn, their checkpoints are read and converted, and a set of another task is refused.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,8 @@ STEPS = 8
 
 
 def vqa_records() -> list[Record]:
-    """Two questions a drawing; people disagree about the first."""
-    found = []
+    """Two questions about each drawing. People disagree about the first."""
+    records = []
     for record in tiny_runs.records("vqa"):
         _, size, colour, shape, *_ = record.captions[0].split(" ")
         annotations = [
@@ -27,54 +30,47 @@ def vqa_records() -> list[Record]:
             {"answers": [shape]},
         ]
         questions = ["a grey and on", "a big and small on"]
-        found.append(Record(record.id, record.image, questions, "vqa", annotations=annotations))
-    return found
+        records.append(Record(record.id, record.image, questions, "vqa", annotations=annotations))
+    return records
 
 
 def nlvr2_records() -> list[Record]:
+    """Pairs of drawings, each with a true and a false sentence."""
     drawings = tiny_runs.records("nlvr2")
-    return [
-        Record(
-            f"{one.id} {other.id}",
-            one.image,
-            [f"{one.captions[0]} and {said.captions[0]}" for said in (other, one)],
-            "nlvr2",
-            annotations=[{"label": True}, {"label": False}],
-            second_image=other.image,
-        )
-        for one, other in zip(drawings, drawings[9:] + drawings[:9], strict=True)
-    ]
+    labels = [{"label": True}, {"label": False}]
+    records = []
+    for left, right in zip(drawings, drawings[9:] + drawings[:9], strict=True):
+        true = f"{left.captions[0]} and {right.captions[0]}"
+        false = f"{left.captions[0]} and {left.captions[0]}"
+        record = Record(f"{left.id} {right.id}", left.image, [true, false], "nlvr2")
+        records.append(replace(record, annotations=labels, second_image=right.image))
+    return records
 
 
 def visdial_records() -> list[Record]:
+    """Dialogs of two rounds about each drawing. Only the second round has relevances."""
     drawings = tiny_runs.records("visdial")
     names = [drawing.captions[0] for drawing in drawings]
-    return [
-        Record(
-            drawing.id,
-            drawing.image,
-            ["a and", "on a"],
-            "visdial",
-            annotations=[
-                {"caption": "a", "history": [], "candidates": names[:12], "answer": n % 12},
-                {
-                    "caption": "a",
-                    "history": [["a and", names[n % 12]]],
-                    "candidates": names[20:28],
-                    "answer": n % 8,
-                    "relevance": [float(i == n % 8) for i in range(8)],
-                },
-            ],
-        )
-        for n, drawing in enumerate(drawings)
-    ]
+    records = []
+    for n, drawing in enumerate(drawings):
+        first = {"caption": "a", "history": [], "candidates": names[:12], "answer": n % 12}
+        second = {
+            "caption": "a",
+            "history": [["a and", names[n % 12]]],
+            "candidates": names[20:28],
+            "answer": n % 8,
+            "relevance": [float(i == n % 8) for i in range(8)],
+        }
+        record = Record(drawing.id, drawing.image, ["a and", "on a"], "visdial")
+        records.append(replace(record, annotations=[first, second]))
+    return records
 
 
 RECORDS = {"vqa": vqa_records, "nlvr2": nlvr2_records, "visdial": visdial_records}
 
 
 def make_recipe(folder: Path, task: str, steps: int = STEPS) -> Path:
-    """A recipe of a task on its set, of which a quarter is held out (and trained on)."""
+    """Recipe of a task on its set. A quarter of the set is held out, too."""
     records = RECORDS[task]()
     write_shards(folder / task, records, shard_size="8kb")
     write_shards(folder / "few", records[::4])
@@ -95,13 +91,13 @@ def make_recipe(folder: Path, task: str, steps: int = STEPS) -> Path:
 
 @pytest.mark.parametrize("task", RECORDS)
 def test_a_run(task: str, tmp_path: Path) -> None:
-    """On two ranks, whose batches hold different numbers of tokens; then converted."""
+    """Train on two ranks, whose batches hold different numbers of tokens, and convert the run."""
     recipe = make_recipe(tmp_path, task)
     if task == "vqa":
         answers = [*tiny_runs.COLOURS, *tiny_runs.SHAPES, "big red"]
         (tmp_path / "answers.json").write_text(json.dumps(answers))
     tiny_runs.train(recipe, 2)
-    losses = [found["loss/total"] for found in tiny_runs.losses(tmp_path / "run").values()]
+    losses = [step["loss/total"] for step in tiny_runs.losses(tmp_path / "run").values()]
     assert len(losses) == STEPS
     if task == "nlvr2":  # takes more steps than these
         assert max(losses) < 1
@@ -122,8 +118,8 @@ def test_a_run(task: str, tmp_path: Path) -> None:
     measured = tmp_path / "figures.json"
     arguments = [task, str(tmp_path / "run"), str(tmp_path / "few"), "--json", str(measured)]
     assert evaluate.main(arguments) == 0
-    found = json.loads(measured.read_text())["figures"]
-    assert found[main] == pytest.approx(figures[f"few/{main}"], abs=1e-6)
+    evaluated = json.loads(measured.read_text())["figures"]
+    assert evaluated[main] == pytest.approx(figures[f"few/{main}"], abs=1e-6)
     if task == "vqa":
         listed = f"evaluation.answer_list={tmp_path / 'answers.json'}"
         submission = tmp_path / "submission.json"
@@ -135,14 +131,14 @@ def test_a_run(task: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", RECORDS)
 def test_a_set_of_another_task(task: str, tmp_path: Path) -> None:
-    """Refused in one line that says how the right one is made."""
+    """A set of another task is refused in one line that says how to make the right set."""
     recipe = make_recipe(tmp_path, task, steps=1)
     wrong = f"data.streams.0.local={tmp_path / 'shapes'}"
     ranks = tiny_runs.launch(recipe, 1, wrong, "data.streams.0.repeat=1")
     assert tiny_runs.finish(ranks) == [2]
-    said = tiny_runs.said(recipe)
+    output = tiny_runs.said(recipe)
     assert {
         "vqa": "has no answers to",
         "nlvr2": "is no pair of images with a label: make the set with",
         "visdial": "is no dialog with candidates: make the set with",
-    }[task] in said
+    }[task] in output

@@ -1,4 +1,4 @@
-"""Retrieval figures and re-ranking against the plainest way to compute them."""
+"""Retrieval metrics and re-ranking against plain computations."""
 
 from __future__ import annotations
 
@@ -20,50 +20,48 @@ from blip_scale.model.vision import VisionConfig
 
 IMAGES, TEXTS, TOP_K = 7, 10, 3
 PAD, CLS, SEP, ENC, DEC = range(5)
-RECALLS = [
-    f"{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)
-]
+_DIRECTIONS = ("image_to_text", "text_to_image")
+RECALLS = [f"{direction}_r{k}" for direction in _DIRECTIONS for k in (1, 5, 10)]
 
 
 def recalls(scores: Tensor) -> dict[str, float]:
-    """Where text i belongs to image i."""
+    """Recalls if text i belongs to image i."""
     return retrieval.recalls(scores, torch.arange(len(scores)))
 
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_several_texts_an_image_against_a_count(ties: bool) -> None:
-    """Any of an image's texts will do; ties with the texts of others count against it."""
+    """Any of an image's texts counts as right. Ties with texts of other images count against it."""
     generator = torch.Generator().manual_seed(3)
     owners = torch.randint(0, 12, (40,), generator=generator)
     owners[:12] = torch.arange(12)
     scores = torch.randn(12, 40, generator=generator)
     if ties:
         scores = scores.round()
-    found = retrieval.recalls(scores, owners)
+    shares = retrieval.recalls(scores, owners)
+
+    def texts_of_others_before(image: int, text: int) -> int:
+        """Number of other images' texts that score at least as high as `text`."""
+        return int(((scores[image] >= scores[image, text]) & (owners != image)).sum())
+
     for k in (1, 5, 10):
-        images = [
-            any(
-                sum(bool(s >= row[own]) for s, o in zip(row, owners, strict=True) if o != image) < k
-                for own in (owners == image).nonzero()[:, 0]
-            )
-            for image, row in enumerate(scores)
-        ]
-        texts = [
-            sum(bool(s >= scores[owner, text]) for s in scores[:, text]) - 1 < k
-            for text, owner in enumerate(owners)
-        ]
-        assert found[f"image_to_text_r{k}"] == pytest.approx(sum(images) / 12)
-        assert found[f"text_to_image_r{k}"] == pytest.approx(sum(texts) / 40)
-    assert len(set(found.values())) > 3
+        images = texts = 0
+        for image in range(12):
+            places = [texts_of_others_before(image, text) for text in (owners == image).nonzero()]
+            images += min(places) < k
+        for text, owner in enumerate(owners):
+            texts += int((scores[:, text] >= scores[owner, text]).sum()) - 1 < k
+        assert shares[f"image_to_text_r{k}"] == pytest.approx(images / 12)
+        assert shares[f"text_to_image_r{k}"] == pytest.approx(texts / 40)
+    assert len(set(shares.values())) > 3
 
 
 def test_the_right_answer_first_is_a_recall_of_one() -> None:
-    found = recalls(torch.eye(20))
-    assert found == dict.fromkeys(RECALLS, 1.0)
+    assert recalls(torch.eye(20)) == dict.fromkeys(RECALLS, 1.0)
 
 
 def test_recalls_of_known_places() -> None:
-    """Image i finds its text in place i; text i finds its image in a place counted by hand."""
+    """Image i has its text in place i. The places of the texts' images are counted by hand."""
     count = 12
     scores = torch.zeros(count, count)
     for image in range(count):
@@ -71,21 +69,18 @@ def test_recalls_of_known_places() -> None:
         order = [*others[:image], image, *others[image:]]
         for place, text in enumerate(order):
             scores[image, text] = count - place
-    found = recalls(scores)
-    assert [found[f"image_to_text_r{k}"] for k in (1, 5, 10)] == pytest.approx(
+    shares = recalls(scores)
+    assert [shares[f"image_to_text_r{k}"] for k in (1, 5, 10)] == pytest.approx(
         [1 / 12, 5 / 12, 10 / 12]
     )
-    places = [
-        sum(bool(scores[other, text] >= scores[text, text]) for other in range(count)) - 1
-        for text in range(count)
-    ]
+    places = [int((scores[:, text] >= scores[text, text]).sum()) - 1 for text in range(count)]
     for k in (1, 5, 10):
         expected = sum(place < k for place in places) / count
-        assert found[f"text_to_image_r{k}"] == pytest.approx(expected)
+        assert shares[f"text_to_image_r{k}"] == pytest.approx(expected)
 
 
 def test_a_permutation_counts_its_fixed_points() -> None:
-    """Scores that put text p(i) first for image i: right where p(i) = i, and so both ways."""
+    """Scores put text p(i) first for image i, which is right if p(i) = i, in both directions."""
     generator = torch.Generator().manual_seed(1)
     permutation = torch.randperm(30, generator=generator)
     permutation[4], permutation[permutation.tolist().index(4)] = 4, permutation[4].clone()
@@ -93,20 +88,20 @@ def test_a_permutation_counts_its_fixed_points() -> None:
     scores[torch.arange(30), permutation] = 1.0
     fixed = (permutation == torch.arange(30)).double().mean().item()
     assert fixed > 0
-    found = recalls(scores)
-    assert found["image_to_text_r1"] == pytest.approx(fixed)
-    assert found["text_to_image_r1"] == pytest.approx(fixed)
+    shares = recalls(scores)
+    assert shares["image_to_text_r1"] == pytest.approx(fixed)
+    assert shares["text_to_image_r1"] == pytest.approx(fixed)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, NOT_RERANKED])
 def test_ties_count_against(value: float) -> None:
-    """A collapsed network, which gives all pairs one score, has found nothing."""
+    """A collapsed network, which gives all pairs one score, has recalls of 0."""
     assert set(recalls(torch.full((20, 20), value)).values()) == {0.0}
     half = torch.eye(20)
     half[0, 1] = 1.0  # image 0 ties with text 1, and text 1 with image 0
-    found = recalls(half)
-    assert found["image_to_text_r1"] == found["text_to_image_r1"] == pytest.approx(19 / 20)
-    assert found["image_to_text_r5"] == 1.0
+    shares = recalls(half)
+    assert shares["image_to_text_r1"] == shares["text_to_image_r1"] == pytest.approx(19 / 20)
+    assert shares["image_to_text_r5"] == 1.0
 
 
 def test_scores_that_are_nan_are_wrong() -> None:
@@ -156,7 +151,7 @@ def med() -> MED:
 
 
 def sentence(index: int) -> list[int]:
-    """A caption of its own length."""
+    """A caption with its own length."""
     return [CLS, *range(5 + index, 9 + index + index % 3), SEP]
 
 
@@ -177,7 +172,7 @@ def features(med: MED) -> PairFeatures:
 
 @torch.no_grad()
 def brute_force(med: MED, features: PairFeatures, top_k: int) -> Tensor:
-    """Pair by pair, one forward each."""
+    """Re-ranked scores by one forward for each pair."""
     cosine = features.image_features @ features.text_features.T
     scores = torch.full((2, IMAGES, TEXTS), NOT_RERANKED)
     for image in range(IMAGES):
@@ -194,7 +189,7 @@ def brute_force(med: MED, features: PairFeatures, top_k: int) -> Tensor:
 
 
 def of_rank(features: PairFeatures) -> PairFeatures:
-    """What a rank holds: image tokens of its share alone."""
+    """Features of a rank, with the image tokens of its share alone."""
     return replace(features, image_embeds=features.image_embeds[share(IMAGES)])
 
 
@@ -208,14 +203,14 @@ def test_reranking_equals_brute_force(
     batch_size: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both directions, whatever the batch size and the number of ranks; all ranks know it all."""
+    """All ranks have the scores of both directions, for any batch size and number of ranks."""
     expected = brute_force(med, features, top_k)
-    found = FakeRanks(ranks, monkeypatch).run(
+    scores_of_ranks = FakeRanks(ranks, monkeypatch).run(
         lambda rank: retrieval.rerank(med, of_rank(features), matching_texts, top_k, batch_size)
     )
-    for scores in found:
+    for scores in scores_of_ranks:
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-    reranked = found[0] != NOT_RERANKED
+    reranked = scores_of_ranks[0] != NOT_RERANKED
     assert (reranked[0].sum(dim=1) == min(top_k, TEXTS)).all()
     assert (reranked[1].sum(dim=0) == min(top_k, IMAGES)).all()
     seen = expected[reranked]

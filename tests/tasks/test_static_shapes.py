@@ -1,5 +1,5 @@
-"""Captions filled up to static sizes: the same losses and gradients, the same shapes in every step
-of a bucket, and nothing that waits for the device."""
+"""Captions filled up to static sizes: equal losses and gradients, equal shapes in every step of a
+bucket, no waits for the device."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _load(folder: Path) -> Any:
 def batch_of(
     tokenizer: Any, lengths: list[int], bucket: int, max_tokens: int = MAX_TOKENS
 ) -> Batch:
-    """Captions of so many words each; the pictures are left out."""
+    """A batch of captions with these numbers of words, without pictures."""
     captions = [" ".join(WORDS[(n + i) % len(WORDS)] for i in range(n)) for n in lengths]
     packed = pack_captions(tokenizer, captions, max_tokens, bucket)
     names = [str(number) for number in range(len(captions))]
@@ -84,7 +84,8 @@ def batch_of(
 
 
 def network_of(tokenizer: Any, kind: Kind, negatives: str = "local") -> ContrastiveNetwork:
-    """Two layers a tower and no dropout, weights far from their initial values."""
+    """A network of two layers per tower without dropout, with weights far from their initial
+    values."""
     special = SpecialTokens(**special_ids(tokenizer))
     text = TextConfig(
         special, len(tokenizer), width=32, layers=2, heads=4, mlp_width=64, max_positions=16,
@@ -107,7 +108,7 @@ def network_of(tokenizer: Any, kind: Kind, negatives: str = "local") -> Contrast
 
 
 def arguments(batch: Batch, sizes: TextSizes | None, seed: int = 3) -> tuple[Any, ...]:
-    """All that a network takes, on the CPU; two of the pairs are of one image."""
+    """All arguments of a network on the CPU. Two of the pairs have the same image."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(PAIRS, 3, 32, 32, generator=generator)
     queue = torch.nn.functional.normalize(torch.randn(2, EMBED, QUEUE, generator=generator), dim=1)
@@ -127,11 +128,11 @@ def step(network: ContrastiveNetwork, inputs: tuple[Any, ...]) -> dict[str, Tens
     return outputs | {n: p.grad for n, p in named if p.grad is not None}
 
 
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    found.pop("retry")
-    assert found.keys() == expected.keys() and len(expected) > 40
+def compare(outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    outputs.pop("retry")
+    assert outputs.keys() == expected.keys() and len(expected) > 40
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=2e-6, rtol=2e-5, msg=name)
+        torch.testing.assert_close(outputs[name], value, atol=2e-6, rtol=2e-5, msg=name)
 
 
 KINDS = pytest.mark.parametrize("kind", [PretrainNetwork, RetrievalNetwork])
@@ -145,17 +146,17 @@ def test_filling_up_changes_no_loss_and_no_gradient(tokenizer: Any, kind: Kind, 
     batch = batch_of(tokenizer, FIRST, BUCKET)
     sizes = text_sizes(batch, MAX_TOKENS, full)
     assert batch.padding.fillers > 0 and sizes.room is not None and sizes.room.fillers > 0
-    found = step(network, arguments(batch, sizes))
-    assert found["retry"] == 0.0
-    compare(found, expected)
+    outputs = step(network, arguments(batch, sizes))
+    assert outputs["retry"] == 0.0
+    compare(outputs, expected)
 
 
 @KINDS
 def test_a_draw_that_does_not_fit_asks_for_a_repetition(
     tokenizer: Any, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every image draws the longest caption: that is more than the usual room, and fits into the
-    full one."""
+    """Every image draws the longest caption, which overflows the usual room and fits into the full
+    one."""
     draw = hard_pairs.HardNegatives
 
     def drawn(*_: Any, **__: Any) -> Any:
@@ -179,7 +180,7 @@ def test_a_draw_that_does_not_fit_asks_for_a_repetition(
 def test_filling_up_changes_nothing_for_global_negatives(
     tokenizer: Any, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks with other captions each."""
+    """Two ranks have different captions."""
     lengths = (FIRST, SECOND)
     network = network_of(tokenizer, kind, "global")
 
@@ -192,10 +193,10 @@ def test_filling_up_changes_nothing_for_global_negatives(
     ranks = FakeRanks(2, monkeypatch)
     plain = ranks.run(lambda rank: outputs(rank, 1))
     filled = ranks.run(lambda rank: outputs(rank, BUCKET))
-    for found, expected in zip(filled, plain, strict=True):
-        assert found.pop("retry") == 0.0
+    for outputs_of_rank, expected in zip(filled, plain, strict=True):
+        assert outputs_of_rank.pop("retry") == 0.0
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, atol=2e-6, rtol=2e-5, msg=name)
+            torch.testing.assert_close(outputs_of_rank[name], value, atol=2e-6, rtol=2e-5, msg=name)
     assert not torch.equal(plain[0]["loss/itm"], plain[1]["loss/itm"])
 
 
@@ -224,7 +225,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture(params=["sdpa", "torch_flash"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What a GPU takes in fp32, and in bf16; the device "meta" stands for it."""
+    """Kernels of a GPU in fp32 and in bf16. The device "meta" stands for the GPU."""
     if request.param == "torch_flash":
         monkeypatch.setattr(kernels, "_unfit", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
@@ -292,7 +293,7 @@ def published_sizes(tokenizer: Any, pairs: int) -> tuple[Batch, Room]:
 
 @pytest.mark.parametrize(("pairs", "bucket"), [(64, 64), (90, 128), (256, 256)])
 def test_filling_up_costs_little(tokenizer: Any, pairs: int, bucket: int) -> None:
-    """On paper, of the 194 GFLOP a pair without it."""
+    """Extra FLOPs by formula, compared with the 194 GFLOP of a pair without fillers."""
     batch, room = published_sizes(tokenizer, pairs)
     assert batch.padding.bucket == bucket and len(batch.token_ids) % bucket == 0
     text = packed_text(batch, torch.device("cpu"))

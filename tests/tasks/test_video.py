@@ -1,4 +1,4 @@
-"""Zero-shot video retrieval: frames, features and figures, against plain loops."""
+"""Zero-shot video retrieval (frames, features and metrics) against plain loops."""
 
 from __future__ import annotations
 
@@ -73,13 +73,14 @@ def test_what_is_refused(clips: Path) -> None:
 
 @torch.no_grad()
 def test_retrieval(clips: Path, recipe: Recipe) -> None:
-    """Cosines of the mean of the frames, and matches with all their tokens in one row."""
+    """Scores are cosines to the mean of the frames, plus matches with the tokens of all frames."""
     tokenizer = load_tokenizer(recipe.model.text)
     med = networks.initialized_med(recipe, med_config(recipe, tokenizer)).eval()
     videos = VideoSet(clips, clips.parent, 32)
-    found = video_retrieval(med, videos, 2, recipe, tokenizer)
+    figures = video_retrieval(med, videos, 2, recipe, tokenizer)
     scores = torch.zeros(3, 3)
-    texts = captions_and_pairs.Texts([one[0] for one in videos.captions], recipe, tokenizer, med)
+    captions = [texts_of_video[0] for texts_of_video in videos.captions]
+    texts = captions_and_pairs.Texts(captions, recipe, tokenizer, med)
     for i in range(3):
         tokens = med.encode_image(to_pixels(videos.frames(i, 2), med))
         feature = F.normalize(med.vision_proj(tokens[:, 0]).mean(0), dim=0)
@@ -91,9 +92,9 @@ def test_retrieval(clips: Path, recipe: Recipe) -> None:
             logit = med.match(texts.matching([s]), row, zero)[0, 1]
             scores[i, s] = cosine + logit
     ranks = (scores >= scores.diagonal()).sum(0)
-    assert found["itm_text_to_video_r1"] == pytest.approx((ranks == 1).double().mean().item())
-    assert found["text_to_video_median_rank"] == ranks.median()
-    assert found["candidates"] == found["texts"] == 3
+    assert figures["itm_text_to_video_r1"] == pytest.approx((ranks == 1).double().mean().item())
+    assert figures["text_to_video_median_rank"] == ranks.median()
+    assert figures["candidates"] == figures["texts"] == 3
 
 
 def video_list(folder: Path, text: str) -> Path:
@@ -108,7 +109,8 @@ def video_list(folder: Path, text: str) -> Path:
 
 
 def test_lists_as_people_write_them(tmp_path: Path) -> None:
-    """A byte order mark, empty lines, several captions, and a line separator inside of one."""
+    """The list has a byte order mark, empty lines, several captions, and a line separator inside
+    one."""
     lines = (
         '\ufeff{"clip_name": "v", "caption": ["a man", "a cook"]}\r\n\n'
         '{"clip_name": "v", "caption": "a man\u2028walks"}\n'

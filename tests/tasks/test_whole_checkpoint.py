@@ -33,7 +33,7 @@ def sizes(recipe: Recipe):
 
 @pytest.fixture(scope="module")
 def checkpoint(recipe: Recipe, sizes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In our format, of the recipe's network."""
+    """A checkpoint in our format of the recipe's network."""
     folder = tmp_path_factory.mktemp("source") / "step_00000007"
     return tiny_blip.write_ours(folder, sizes, Path(recipe.model.text.tokenizer or ""))
 
@@ -67,7 +67,7 @@ def test_any_kind_gives_the_same_start(
 
 
 def test_it_wins_over_other_checkpoints(recipe: Recipe, checkpoint: Path) -> None:
-    """Those of ViT and text, which many recipes name, are not even read."""
+    """The checkpoints of ViT and text, which many recipes name, are not even read."""
     chosen = starting_from(recipe, checkpoint)
     vision = replace(chosen.model.vision, checkpoint="timm")
     med = started(replace(chosen, model=replace(chosen.model, vision=vision)))

@@ -1,9 +1,11 @@
-"""Does CapFilt close the loop? The demo's pairs with a known share of wrong captions, cleaned and
-trained on, against the same pairs as they were.
+"""Measure CapFilt's effect on retrieval: train on noisy pairs, and on the pairs that it cleaned.
 
-python tools/prepare_data.py demo data/demo
-python tools/benchmarks/capfilt_experiment.py data/demo runs/capfilt
-Everything that is done is kept; the same command goes on. docs/capfilt.md tells what came out.
+The pairs are the demo's, with a known share of wrong captions.
+
+    python tools/prepare_data.py demo data/demo
+    python tools/benchmarks/capfilt_experiment.py data/demo runs/capfilt
+
+Finished work is kept, and the same command resumes. docs/capfilt.md gives the results.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from blip_scale.storage import run_folder
 REPO = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
 WRONG = 0.4
-"""Share of the web drawings whose caption is another's."""
+"""Share of the web drawings that have another drawing's caption."""
 HELDOUT = ("heldout_drawing", "heldout_concept")
 SMALL = (
-    # A network that two CPU cores train in minutes, and whose matching head learns in some hundred
-    # steps; every run has the same steps and learning rates, whatever the size of its set.
+    # A network that two CPU cores train in minutes, and whose matching head learns in a few hundred
+    # steps. All runs have the same steps and learning rates, whatever the size of their set.
     "model.vision.image_size=48",
     "model.vision.overrides={patch_size: 12, embed_dim: 128, depth: 4, num_heads: 4}",
     "model.vision.init_std=0.08",
@@ -61,26 +63,31 @@ FINE_TUNING = (
     "optimizer.warmup_steps=50",
 )
 KEPT = (0.7, 0.5)
-"""Shares of captions of drawings never trained on that a threshold lets pass: a filter that has
-seen only hard negatives gives low scores, and 0.5 is then a strict threshold."""
+"""Shares of the captions of unseen drawings that a threshold keeps. A filter that was trained on
+hard negatives gives low scores, so the default threshold of 0.5 would be strict."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the experiment and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("demo", type=Path, help="what prepare_data.py demo made")
+    parser.add_argument("demo", type=Path, help="folder that `prepare_data.py demo` made")
     parser.add_argument("out", type=Path, help="folder for sets, runs and figures.json")
-    parser.add_argument("--steps", type=int, default=600, help="of each pretraining (%(default)s)")
-    parser.add_argument("--tuning-steps", type=int, default=900, help="(%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=600, help="steps of each pretraining (default: 600)"
+    )
+    parser.add_argument(
+        "--tuning-steps", type=int, default=900, help="steps of fine-tuning (default: 900)"
+    )
     options = parser.parse_args(arguments)
     demo, out, steps = options.demo.resolve(), options.out.resolve(), options.steps
     sizes = make_sets(demo, out / "data")
     raw = {name: (out / "data" / name, sizes[name]) for name in ("annotated", "web")}
     train(demo, out / "raw_0", raw, steps, "seed=0")
     annotated = {"annotated": raw["annotated"]}
-    tuned = (("filter", "retrieval", 1), ("captioner", "captioning", 3))  # which learns sooner
+    # The captioner learns in a third of the filter's steps.
+    tuned = (("filter", "retrieval", 1), ("captioner", "captioning", 3))
     for name, task, part in tuned:
         start = (f"task={task}", f"model.checkpoint={out / 'raw_0'}", *FINE_TUNING)
         train(demo, out / name, annotated, options.tuning_steps // part, *start)
@@ -91,29 +98,32 @@ def main(arguments: list[str] | None = None) -> int:
         train(demo, out / f"clean_{seed}", clean, steps, f"seed={seed}")
         train(demo, out / f"raw_{seed}", raw, steps, f"seed={seed}")
     scores = selectivity(out / "filter", out / "data" / "web", demo / HELDOUT[0])
-    found = noise_found(out) | scores
-    figures = {"filter": found, "retrieval": retrieval(out), "statistics": statistics}
+    filter_figures = noise_found(out) | scores
+    figures = {"filter": filter_figures, "retrieval": retrieval(out), "statistics": statistics}
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps({name: figures[name] for name in ("filter", "retrieval")}, indent=1))
     return 0
 
 
 def make_sets(demo: Path, out: Path) -> dict[str, int]:
-    """`annotated`: the drawings of one hand, as a set that people captioned. `web`: those of the
-    other hand, WRONG of them with the caption of another of them, and all icons with their paths;
-    ids begin with what is known: right/, wrong/, icon/. Returns the numbers of pairs."""
+    """Write the sets `annotated` and `web`, and return their numbers of pairs.
+
+    `annotated` holds OpenMoji's drawings, like a set that people captioned. `web` holds the other
+    drawings, a share `WRONG` of them with each other's captions, and all icons with their paths.
+    The ids of `web` begin with right/, wrong/ or icon/.
+    """
     rng = np.random.default_rng(0)
     emoji = list(samples_of(demo / "emoji"))
-    by_hand = [[s for s in emoji if (s["source"] == "openmoji") == mine] for mine in (True, False)]
-    annotated, web = by_hand
+    annotated = [sample for sample in emoji if sample["source"] == "openmoji"]
+    web = [sample for sample in emoji if sample["source"] != "openmoji"]
     swapped = rng.choice(len(web), round(WRONG * len(web)), replace=False)
-    captions = {
-        int(i): web[int(j)]["captions"] for i, j in zip(swapped, np.roll(swapped, 1), strict=True)
-    }
-    records = [
-        _record(sample, f"{'wrong' if i in captions else 'right'}/", captions.get(i))
-        for i, sample in enumerate(web)
-    ]
+    captions: dict[int, list[str]] = {}
+    for i, j in zip(swapped, np.roll(swapped, 1), strict=True):
+        captions[int(i)] = web[int(j)]["captions"]
+    records = []
+    for i, sample in enumerate(web):
+        prefix = "wrong/" if i in captions else "right/"
+        records.append(_record(sample, prefix, captions.get(i)))
     records += [_record(sample, "icon/") for sample in samples_of(demo / "icons")]
     mixed = [records[i] for i in rng.permutation(len(records))]
     if not (out / "annotated").exists():
@@ -131,22 +141,21 @@ def samples_of(folder: Path) -> Iterator[dict[str, Any]]:
             yield store.read(shard, index)
 
 
-def _record(sample: dict[str, Any], known: str = "", captions: list[str] | None = None) -> Record:
+def _record(sample: dict[str, Any], prefix: str = "", captions: list[str] | None = None) -> Record:
     fields = {key: sample[key] for key in ("image", "source", "width", "height")}
-    return Record(f"{known}{sample['id']}", caption=captions or sample["captions"], **fields)
+    return Record(f"{prefix}{sample['id']}", caption=captions or sample["captions"], **fields)
 
 
 def train(
     demo: Path, run: Path, sets: dict[str, tuple[Path, int]], steps: int, *settings: str
 ) -> None:
-    """One run on sets with their numbers of texts, which are their weights; a finished one is left
-    as it is."""
+    """Train a run, unless it is finished. The weight of each set is its number of texts."""
     if (run / run_folder.SUMMARY).is_file():
         return
     streams = [{"name": n, "local": str(p), "weight": texts} for n, (p, texts) in sets.items()]
     heldout = [{"name": name, "local": str(demo / name)} for name in HELDOUT]
-    given = [
-        *(one.replace("TEXT", str(demo / "text")) for one in SMALL),
+    overrides = [
+        *(setting.replace("TEXT", str(demo / "text")) for setting in SMALL),
         f"output_dir={run}",
         f"data.streams={json.dumps(streams)}",
         f"data.heldout={json.dumps(heldout)}",
@@ -157,11 +166,11 @@ def train(
     ]
     zero2 = ["--deepspeed", str(REPO / "ds_configs" / "zero2.json")]
     command = [sys.executable, str(REPO / "blip_scale" / "train.py"), "--recipe", "demo", *zero2]
-    subprocess.run([*command, *given], check=True, cwd=REPO)
+    subprocess.run([*command, *overrides], check=True, cwd=REPO)
 
 
 def filtered(out: Path) -> dict[str, Any]:
-    """CapFilt of the web set; its statistics."""
+    """Run CapFilt on the web set, and return its statistics."""
     clean = out / "data" / "web_capfilt"
     command = [sys.executable, str(REPO / "tools" / "capfilt.py"), str(out / "data" / "web")]
     command += [str(clean), "--captioner", str(out / "captioner"), "--filter", str(out / "filter")]
@@ -172,66 +181,70 @@ def filtered(out: Path) -> dict[str, Any]:
 
 
 def selectivity(run: Path, web: Path, annotated: Path) -> dict[str, Any]:
-    """How well a filter's scores order right before wrong captions, at whatever threshold: the
-    area under the ROC curve, and what thresholds find that are set on annotated drawings."""
+    """Whether a filter's scores order right captions before wrong ones.
+
+    The figures are the area under the ROC curve, and the recall and precision of thresholds that
+    are chosen on annotated drawings.
+    """
     blip = load_blip(run)
 
     def scores(samples: Iterable[dict[str, Any]]) -> np.ndarray:
-        found = []
-        for some in batched(samples, 64):
-            pixels = torch.stack([pixels_of(one["image"], blip.image_size) for one in some])
-            captions = [one["captions"][0] for one in some]
-            found.append(blip.match(blip.image_embeds(pixels), captions, range(len(some))))
-        return torch.cat(found).numpy()
+        logits = []
+        for batch in batched(samples, 64):
+            pixels = torch.stack([pixels_of(s["image"], blip.image_size) for s in batch])
+            captions = [sample["captions"][0] for sample in batch]
+            logits.append(blip.match(blip.image_embeds(pixels), captions, range(len(batch))))
+        return torch.cat(logits).numpy()
 
-    def of(known: str) -> np.ndarray:
-        return scores(one for one in samples_of(web) if one["id"].startswith(known))
+    def scores_of_web(prefix: str) -> np.ndarray:
+        return scores(sample for sample in samples_of(web) if sample["id"].startswith(prefix))
 
-    right, wrong, unseen = of("right/"), of("wrong/"), scores(samples_of(annotated))
+    right, wrong = scores_of_web("right/"), scores_of_web("wrong/")
+    unseen = scores(samples_of(annotated))
     figures: dict[str, Any] = {"area under ROC": float((right[:, None] > wrong).mean())}
     for share in KEPT:
         threshold = np.quantile(unseen, 1 - share)
-        found, alarms = (wrong < threshold).sum(), (right < threshold).sum()
+        dropped, alarms = (wrong < threshold).sum(), (right < threshold).sum()
         figures[f"threshold that keeps {share:.0%} of unseen annotated"] = {
             "threshold": float(threshold),
-            "recall": float(found / len(wrong)),
-            "precision": float(found / (found + alarms)),
+            "recall": float(dropped / len(wrong)),
+            "precision": float(dropped / (dropped + alarms)),
             "right captions kept": float((right >= threshold).mean()),
         }
     return figures
 
 
 def noise_found(out: Path) -> dict[str, Any]:
-    """How well the filter finds the captions that are known to be wrong, and what it made of the
-    icons' and of its captioner's."""
+    """Recall and precision of the filter on wrong captions, and shares of other captions kept."""
     kept: dict[str, list[str]] = {}
     for sample in samples_of(out / "data" / "web_capfilt"):
         kept[sample["id"]] = [origin["kind"] for origin in sample["annotations"]]
     ids = [sample["id"] for sample in samples_of(out / "data" / "web")]
 
-    def share(known: str, kind: str) -> float:
-        mine = [one for one in ids if one.startswith(known)]
-        return sum(kind in kept.get(one, []) for one in mine) / len(mine)
+    def share(prefix: str, kind: str) -> float:
+        chosen = [name for name in ids if name.startswith(prefix)]
+        return sum(kind in kept.get(name, []) for name in chosen) / len(chosen)
 
-    wrong, right = (sum(one.startswith(known) for one in ids) for known in ("wrong/", "right/"))
-    found = wrong * (1 - share("wrong/", "web"))
+    wrong = sum(name.startswith("wrong/") for name in ids)
+    right = sum(name.startswith("right/") for name in ids)
+    dropped = wrong * (1 - share("wrong/", "web"))
     alarms = right * (1 - share("right/", "web"))
     return {
         "wrong captions": wrong,
         "right captions": right,
-        "recall": found / wrong,
-        "precision": found / (found + alarms),
+        "recall": dropped / wrong,
+        "precision": dropped / (dropped + alarms),
         "precision of dropping at random": wrong / (wrong + right),
         "right captions kept": share("right/", "web"),
         "icons' captions kept": share("icon/", "web"),
         "synthetic captions kept": {
-            known: share(f"{known}/", "synthetic") for known in ("right", "wrong", "icon")
+            kind: share(f"{kind}/", "synthetic") for kind in ("right", "wrong", "icon")
         },
     }
 
 
 def retrieval(out: Path) -> dict[str, Any]:
-    """Held-out recalls of all runs, by set, direction and k: of each seed, and their means."""
+    """Held-out recalls of all runs, by set, direction and k: for each seed, then the mean."""
     figures: dict[str, Any] = {}
     for kind in ("raw", "clean"):
         runs = [json.loads((out / f"{kind}_{s}" / run_folder.SUMMARY).read_text()) for s in SEEDS]

@@ -1,4 +1,4 @@
-"""Contenders of a benchmark: processes of their own, which wait for their turn."""
+"""Contenders of a benchmark: processes that take turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception in a contender, as an answer."""
+    """Answer of a contender that raised an exception."""
 
     kind: str
     """Name of the exception's class."""
@@ -21,7 +21,7 @@ class Failure:
 
     @staticmethod
     def of(error: Exception) -> Failure:
-        """The failure that an exception is."""
+        """The failure that describes an exception."""
         return Failure(type(error).__name__, " ".join(str(error).split())[:500])
 
 
@@ -37,14 +37,14 @@ class ContenderError(RuntimeError):
 
 
 class Contest:
-    """Fresh processes, ended with the `with` block; each answers what its pipe brings."""
+    """New processes that answer questions from their pipes. The `with` block ends them."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._contenders: list[tuple[Connection, BaseProcess]] = []
 
     def start(self, serve: Callable[..., None], *arguments: Any) -> Connection:
-        """Run `serve(pipe, *arguments)` in a process; gives this end of its pipe."""
+        """Run `serve(pipe, *arguments)` in a new process. Returns this end of its pipe."""
         near_end, far_end = self._context.Pipe()
         process = self._context.Process(target=serve, args=(far_end, *arguments))
         process.start()
@@ -70,7 +70,11 @@ class Contest:
 
 
 def ask(pipe: Connection, name: str, question: Any) -> Any:
-    """The contender's answer; raises ContenderError where it failed or died."""
+    """Send a question to a contender and return its answer.
+
+    Raises:
+        ContenderError: the contender failed or died.
+    """
     try:
         pipe.send(question)
     except OSError as error:
@@ -79,7 +83,11 @@ def ask(pipe: Connection, name: str, question: Any) -> Any:
 
 
 def receive(pipe: Connection, name: str) -> Any:
-    """The answer to what was sent before; raises ContenderError as `ask` does."""
+    """The answer to a question that was sent before.
+
+    Raises:
+        ContenderError: the contender failed or died.
+    """
     try:
         answer = pipe.recv()
     except (EOFError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py data` measures: each contender in a process of its own, taking turns."""
+"""Contenders of `tools/benchmark.py data`. Each runs in its process, and they take turns."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ CAPTIONS = (
     "view of the old town and its harbour at sunset, long exposure",
 )
 _WORDS = sorted({word.strip(",") for caption in CAPTIONS for word in caption.split()})
-_COPIES = 40  # of every photo in the sets that loaders read, so that an epoch holds some batches
+_COPIES = 40  # copies of every photo in the loaders' sets, so that an epoch has several batches
 
 _IMAGES_A_TURN = 64
 _PREFETCHED = 6  # batches a worker holds at most: 2 with webdataset, 4 with ours, some underway
 
 Step = Callable[[], int]
-"""Does some work and returns the number of images done."""
+"""Function that does some work and returns the number of images done."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class Trial:
     size: tuple[int, int]
     """Width and height of every image."""
     crop: int
-    """Side of the transforms' result."""
+    """Side of the transformed image."""
     workers: int
 
     def write(self, photos: Path | None) -> int:
-        """Make the sets from the photos of a folder; returns the mean size of an image in kB.
+        """Make the sets from the photos of a folder. Returns the mean size of an image in kB.
 
-        Raises ValueError for a folder without photos.
+        Raises:
+            ValueError: the folder holds no photos.
         """
         (self.folder / "jpegs").mkdir(parents=True)
         encoded = [_fit(path, self.size) for path in photo_files(photos)]
         for i, image in enumerate(encoded):
             (self.folder / "jpegs" / f"{i:04}.jpg").write_bytes(image)
-        pairs = [
-            (f"{i:06}", image, CAPTIONS[i % len(CAPTIONS)])
-            for i, image in enumerate(encoded * _COPIES)
-        ]
+        pairs = []
+        for i, image in enumerate(encoded * _COPIES):
+            pairs.append((f"{i:06}", image, CAPTIONS[i % len(CAPTIONS)]))
         write_shards(self.folder / "mds", (Record(*pair, "photos") for pair in pairs))
         with webdataset.TarWriter(str(self.folder / "photos.tar")) as tar:
             for key, image, caption in pairs:
@@ -75,11 +75,12 @@ class Trial:
         return round(sum(map(len, encoded)) / len(encoded) / 1000)
 
     def jpegs(self) -> list[bytes]:
+        """All encoded images."""
         return [path.read_bytes() for path in sorted((self.folder / "jpegs").iterdir())]
 
 
 def photo_files(folder: Path | None) -> list[Path]:
-    """Photos of a folder; without one, those that scikit-image ships."""
+    """Photos of a folder. None: the photos that scikit-image ships."""
     if folder is None:
         from skimage import data
 
@@ -148,7 +149,7 @@ def _loader(trial: Trial, workers: int) -> Iterator[int]:
 
 
 def _webdataset(trial: Trial, workers: int) -> Iterator[int]:
-    """Shuffled, decoded and transformed as webdataset's users do; every worker reads the tar."""
+    """Shuffle, decode and transform as webdataset's users do. Every worker reads the whole tar."""
     dataset = (
         webdataset.WebDataset(
             str(trial.folder / "photos.tar"), shardshuffle=False, workersplitter=None
@@ -194,7 +195,7 @@ _PROCESSES = (
 
 
 class DataContest(Contest):
-    """Processes as fresh as loader workers."""
+    """Contenders in new processes, like those of loader workers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,8 +204,10 @@ class DataContest(Contest):
             self._pipes |= dict.fromkeys(names, self.start(_serve))
 
     def rates(self, trial: Trial, rounds: int) -> dict[str, list[float]]:
-        """Images per second of every contender, round by round; raises RuntimeError where one
-        dies.
+        """Images per second of every contender in each round.
+
+        Raises:
+            RuntimeError: a contender died.
         """
         rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
         for number in range(-1, rounds):  # the first round warms up
@@ -233,8 +236,10 @@ def _serve(pipe: Connection) -> None:
 
 
 def _rate(step: Step, workers: int) -> float:
-    """Images per second: of processor time, on which other processes tell little; with workers, of
-    which only the wall clock tells, once what they made while they waited is used up.
+    """Images per second.
+
+    Without workers it is per second of processor time, which other processes hardly affect. With
+    workers it is per second of wall time, once the batches that were ready are used up.
     """
     clock = time.perf_counter if workers else time.process_time
     for _ in range(workers * _PREFETCHED):

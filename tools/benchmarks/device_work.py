@@ -1,7 +1,7 @@
-"""What a step makes the GPU and the host do, read from a trace of torch's profiler.
+"""Work of the GPU and of the host in a step, read from a trace of torch's profiler.
 
-The trace holds CUDA's calls and kernels alone, without torch's operations: recording those would
-slow the host down by more than it works.
+The trace holds only CUDA's calls and kernels. Recording torch's operations, too, would take the
+host longer than the step.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ WAITS = (
     "cuCtxSynchronize",
     "cuEventSynchronize",
 )
-"""CUDA calls that return when the device has done something."""
+"""CUDA calls that wait for the device."""
 _ALLOCATIONS = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaMallocHost", "cuMemCreate")
 _LAUNCH_LIMIT_US = 100.0
-"""A longer launch waited for room in the device's queue."""
+"""Duration above which a launch must have waited for room in the device's queue."""
 Event = dict[str, Any]
 
 
 def device_work(step: Callable[[], None]) -> dict[str, Any]:
     """Profile one step on a CUDA device; see `summary` for the figures.
 
-    A first trace of nothing says how many waits belong to the profiler.
+    A first trace without a step shows how many waits belong to the profiler.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         idle, _ = _traced(lambda: None, Path(folder) / "idle.json")
@@ -64,13 +64,13 @@ def summary(events: Sequence[Event], seconds: float, profilers_waits: int) -> di
     Args:
         events: complete events in the format of Chrome's tracing, times in microseconds.
         seconds: wall time from the call of the step to its return.
-        profilers_waits: how many of the last waits belong to the profiler.
+        profilers_waits: number of last waits that belong to the profiler.
 
     Returns:
-        `kernel_s` sums kernels, `busy_s` is the time in which the device did anything, `host_s` is
-        `seconds` without waits and without launches that waited for room in the queue. `waits` and
-        `allocations` count CUDA calls by name. `kernels`, `launches`, `graph_launches` and `copies`
-        are counts.
+        `kernel_s` is the sum over kernels, and `busy_s` the time in which the device did anything.
+        `host_s` is `seconds` without waits and without launches that waited for room in the queue.
+        `waits` and `allocations` count CUDA calls by name. `kernels`, `launches`, `graph_launches`
+        and `copies` are counts.
     """
     calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
     waits = sorted(filter(_is_wait, calls), key=lambda event: event["ts"])
@@ -100,7 +100,7 @@ def _is_wait(event: Event) -> bool:
 
 
 def _covered_us(events: Sequence[Event]) -> float:
-    """Microseconds that some intervals cover, overlaps counted once."""
+    """Microseconds that the events cover. Overlaps count once."""
     covered, end = 0.0, float("-inf")
     for event in sorted(events, key=lambda event: event["ts"]):
         start, stop = event["ts"], event["ts"] + event["dur"]
@@ -112,8 +112,8 @@ def _covered_us(events: Sequence[Event]) -> float:
 def waiting_places(step: Callable[[], None]) -> dict[str, int]:
     """Places in the code where torch makes the host wait in one step, with their counts.
 
-    A place is the innermost line of this project, or of DeepSpeed, on the stack. Calls to
-    `torch.cuda.synchronize` do not count: torch does not announce them.
+    A place is the innermost line of this project or of DeepSpeed on the stack. Calls to
+    `torch.cuda.synchronize` are missing, as torch does not announce them.
     """
     places: Counter[str] = Counter()
 
@@ -135,14 +135,14 @@ def waiting_places(step: Callable[[], None]) -> dict[str, int]:
 def _place(stack: Sequence[traceback.FrameSummary]) -> str:
     for frame in reversed(stack):
         for package in ("blip_scale", "tools", "deepspeed"):
-            _, found, rest = frame.filename.rpartition(f"/{package}/")
-            if found and not rest.endswith("device_work.py"):
+            _, separator, rest = frame.filename.rpartition(f"/{package}/")
+            if separator and not rest.endswith("device_work.py"):
                 return f"{package}/{rest}:{frame.lineno} {frame.name}"
     return "elsewhere"
 
 
 def gpu_memory() -> dict[str, float]:
-    """Peaks since they were reset; nothing on a CPU."""
+    """Peak memory in GiB since the last reset; empty on a CPU."""
     if not torch.cuda.is_available():
         return {}
     return {

@@ -26,7 +26,7 @@ _SDPA = {
 }
 _WITHOUT_DROPOUT = ("flash_attn_4", "torch varlen_attn")
 _HEAD_START = 10_000_000
-"""Cycles, some 5 ms, that the device sleeps while the host launches what is timed."""
+"""Cycles (about 5 ms) that the device sleeps while the host launches the timed work."""
 Function = Callable[[Tensor, Tensor, Tensor, AttentionLayout, float], Tensor]
 
 
@@ -37,16 +37,18 @@ class Case:
     name: str
     layout: AttentionLayout
     queries: int
-    """Tokens of all query sequences."""
+    """Number of tokens of all query sequences."""
     keys: int
-    """Tokens of all key sequences."""
+    """Number of tokens of all key sequences."""
     drops: bool
     """Whether the network trains it with dropout."""
 
 
 def cases(batch: int, image_tokens: int, device: torch.device) -> list[Case]:
-    """The ViT's attention, both self-attentions of the text, and cross-attention, in which each
-    image is looked at by four captions."""
+    """The ViT's attention, both self-attentions of the text, and cross-attention.
+
+    In the latter, four captions look at each image.
+    """
     generator = torch.Generator().manual_seed(1)
     draws = torch.empty(batch).log_normal_(mean=2.46, std=0.35, generator=generator)
     lengths = draws.round().clamp(4, 30).int().tolist()
@@ -63,15 +65,18 @@ def cases(batch: int, image_tokens: int, device: torch.device) -> list[Case]:
 
 
 def kernels() -> dict[str, Function]:
-    """Name -> kernel: the packed ones of `blip_scale.model.kernels`, torch's varlen_attn, and the
-    backends of SDPA on padded sequences, which is what `attention: sdpa` takes."""
+    """Kernels by name.
+
+    They are the packed ones of `blip_scale.model.kernels`, torch's varlen_attn, and the backends of
+    SDPA on padded sequences, which `model.attention: sdpa` uses.
+    """
     functions: dict[str, Function] = {"torch_flash": _packed("torch_flash")}
     functions["SDPA, torch's choice"] = _sdpa(None)
     for name, choice in _SDPA.items():
         functions[name] = _sdpa(choice)
     functions["torch varlen_attn"] = _varlen
     for backend in get_args(Backend):
-        if backend != "sdpa":  # flash-attn-4 compiles for each shape: it comes late
+        if backend != "sdpa":  # flash-attn-4 comes late, as it compiles for each shape
             functions.setdefault(backend, _packed(backend))
     return functions
 
@@ -107,7 +112,7 @@ def _sdpa(choice: SDPBackend | None) -> Function:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A case at one batch size, with its inputs and what SDPA in fp32 makes of them."""
+    """A case at one batch size, with its inputs and the result of SDPA in fp32."""
 
     batch: int
     case: Case
@@ -170,7 +175,7 @@ def _measured(
 
 
 def milliseconds(function: Callable[[], None], device: torch.device, rounds: int = 10) -> float:
-    """Median time of a call after three that warm up; on a GPU the device's time alone."""
+    """Median time of a call after three warm-up calls. On a GPU it is the device's time alone."""
     for _ in range(3):
         function()
     times = []

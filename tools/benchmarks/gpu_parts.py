@@ -1,4 +1,4 @@
-"""Parts of `gpu_report.py`; each runs in a process of its own and adds rows to the report."""
+"""Parts of `gpu_report.py`. Each runs in its process and adds rows to the report."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _STEP_NEEDS = ("torch", "deepspeed", "transformers", "timm", "simplejpeg", "obst
 
 @dataclass(frozen=True)
 class Settings:
-    """Where and how the parts run."""
+    """Settings of all parts."""
 
     out: Path
     device: str
-    """`cuda` or `cpu`."""
+    """Device: `cuda` or `cpu`."""
     tiny: bool
     demo_data: Path
     """Folder of the demo's shards, from `prepare_data.py demo`."""
@@ -45,16 +45,16 @@ class Part:
 
     name: str
     limit_s: float
-    """The part is stopped after this time."""
+    """Time limit of the part."""
     least_s: float
-    """The part is not begun with less time left."""
+    """Remaining time below which the part is not started."""
     run: Callable[[Settings, Rows], None]
     needs: tuple[str, ...] = ()
-    """Packages without which the part is left out, by the names under which they are imported."""
+    """Import names of packages without which the part is left out."""
 
 
 def missing(part: Part) -> list[str]:
-    """Packages that the part needs and that are not installed."""
+    """Packages of the part that are not installed."""
     return [name for name in part.needs if importlib.util.find_spec(name) is None]
 
 
@@ -122,7 +122,7 @@ def _cpu_model() -> str:
 
 
 def _output(*command: str) -> str | None:
-    """First line of a command's output; None where it fails."""
+    """First line of a command's output; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -131,7 +131,7 @@ def _output(*command: str) -> str | None:
 
 
 def step(precision: str, batch_size: int) -> Callable[[Settings, Rows], None]:
-    """The step at one precision and micro-batch."""
+    """The part that times the step at one precision and micro-batch."""
 
     def run(settings: Settings, rows: Rows) -> None:
         from tools.benchmarks.gpu_step import StepPart, run_step
@@ -144,7 +144,7 @@ def step(precision: str, batch_size: int) -> Callable[[Settings, Rows], None]:
 
 
 def attention(settings: Settings, rows: Rows) -> None:
-    """Every attention kernel at the shapes of the step."""
+    """Measure every attention kernel at the shapes of the step."""
     import torch
 
     from tools.benchmarks.gpu_attention import run_attention
@@ -153,12 +153,11 @@ def attention(settings: Settings, rows: Rows) -> None:
 
 
 def gpu_tests(settings: Settings, rows: Rows) -> None:
-    """The tests that are marked `gpu`: counts, and a row a test that did not pass."""
-    files = [
-        str(file)
-        for file in sorted((ROOT / "tests").rglob("test_*.py"))
-        if "pytest.mark.gpu" in file.read_text(encoding="utf-8")
-    ]
+    """Run the tests marked `gpu`. Adds their counts, and a row for each test that did not pass."""
+    files = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        if "pytest.mark.gpu" in file.read_text(encoding="utf-8"):
+            files.append(str(file))
     with tempfile.TemporaryDirectory(prefix="gpu-report-") as folder:
         report = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}"]
@@ -180,9 +179,9 @@ def gpu_tests(settings: Settings, rows: Rows) -> None:
 
 
 def demo(settings: Settings, rows: Rows) -> None:
-    """The demo recipe trained to its end on one rank: seconds, and the figures of its summary.
+    """Train the demo recipe on one rank. Adds the seconds, and the figures of its summary.
 
-    `tiny` trains two steps on pictures of noise instead.
+    With `tiny`, two steps are trained on pictures of noise.
     """
     from blip_scale.storage import run_folder
 
@@ -203,7 +202,7 @@ def demo(settings: Settings, rows: Rows) -> None:
 
 
 def _demo_data(folder: Path) -> list[str]:
-    """Settings that read the demo's data from a folder, which is filled if it is not there."""
+    """Settings that read the demo's data from a folder. The data are made if they are missing."""
     if not (folder / "emoji").is_dir():
         command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "demo", str(folder)]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
@@ -240,7 +239,7 @@ def _noise(folder: Path) -> list[str]:
 
 
 def all_parts() -> dict[str, Part]:
-    """The parts by name, by worth: what comes first is measured if time runs out."""
+    """The parts by name, most important first, as time may run out."""
     parts = [
         Part("environment", 60, 5, environment, ("torch",)),
         Part("step bf16 64", 150, 60, step("bf16", 64), _STEP_NEEDS),

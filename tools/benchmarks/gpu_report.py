@@ -1,8 +1,8 @@
 """Measure everything that needs a GPU, in ten minutes: `python tools/benchmarks/gpu_report.py OUT`.
 
-Each part runs in a process of its own with a time limit. Its rows are on disk as soon as they are
-measured, and OUT/report.json and OUT/report.md are written anew after each part, so nothing is lost
-when a part fails or the command is killed. OUT/log.txt holds the output of the parts.
+Each part runs in its process with a time limit. Rows are on disk as soon as they are measured, and
+OUT/report.json and OUT/report.md are rewritten after each part. So nothing is lost if a part fails
+or the command is killed. OUT/log.txt holds the output of the parts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tools.benchmarks import gpu_parts, gpu_rows, gpu_tables  # noqa: E402
 
 REPORT, TABLES, LOG = "report.json", "report.md", "log.txt"
 _TRIAL_FACTOR = 4
-"""Limits are this much longer with --tiny: a trial takes place on a slower machine."""
+"""Factor of the time limits with --tiny, which is meant for slower machines."""
 _LEFT_OUT_S = 5.0
 """Seconds of the budget that are kept for writing the report."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts, or one of them in this process; returns the exit code."""
+    """Run all parts, or one of them in this process. Returns the exit code."""
     options = _parser().parse_args(arguments)
     settings = gpu_parts.Settings(
         options.out.resolve(), options.device, options.tiny, options.demo_data.resolve()
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _wheels(folder: Path | None) -> Iterator[Path | None]:
-    """Inside, the wheels of a folder are installed into a folder of their own, which is given."""
+    """Context manager that installs the wheels of a folder into a new folder, which it yields."""
     if folder is None:
         yield None
         return
@@ -85,7 +85,7 @@ def _run_all(
     budget_s: float,
     arguments: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Run the parts one after another, as far as the time allows; the state of each."""
+    """Run the parts one after another, while time is left. Returns the state of each."""
     until = time.monotonic() + budget_s - _LEFT_OUT_S
     states: list[dict[str, Any]] = []
     for part in parts:
@@ -112,7 +112,7 @@ def _run_all(
 def _run_part(
     part: gpu_parts.Part, settings: gpu_parts.Settings, limit_s: float, arguments: Sequence[str]
 ) -> tuple[str, str | None]:
-    """Run one part in a process group of its own, which ends with it; state and reason."""
+    """Run one part in a new process group, which ends with it. Returns state and reason."""
     command = [sys.executable, str(Path(__file__).resolve()), "--run-part", part.name, *arguments]
     with (settings.out / LOG).open("a", encoding="utf-8") as log:
         log.write(f"\n===== {part.name}\n")
@@ -139,7 +139,7 @@ def _last_line(file: Path) -> str:
 
 
 def _write(out: Path, states: list[dict[str, Any]]) -> None:
-    """Both files, each replaced as a whole."""
+    """Write both files, replacing each atomically."""
     rows = gpu_rows.read(out)
     texts = {
         REPORT: json.dumps({"parts": states, "rows": rows}, indent=1),

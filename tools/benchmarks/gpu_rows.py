@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 NAME = "rows.jsonl"
-"""File in the folder of a report."""
+"""Name of the file in the folder of a report."""
 
 
 class Rows:
-    """Appends rows to a report's file, each flushed at once."""
+    """Writer that appends rows to a report's file and flushes each at once."""
 
     def __init__(self, folder: Path, part: str) -> None:
         self._file, self._part = folder / NAME, part
@@ -27,7 +27,7 @@ class Rows:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All rows so far; a line that was cut off is left out."""
+    """All rows so far, without a line that was cut off."""
     file = folder / NAME
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:

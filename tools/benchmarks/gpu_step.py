@@ -1,4 +1,4 @@
-"""The step on a GPU: the parts of `gpu_report.py` that time it at one micro-batch."""
+"""The parts of `gpu_report.py` that time the step on a GPU at one micro-batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ZeRO-3, CUDA graph": ("ours", _modes("false", "true")),
     "ZeRO-3, compiled CUDA graph": ("ours", _modes("true", "true")),
 }
-"""Title -> kind of contender, and its settings beside those of all."""
+"""Title -> kind of contender, and its settings besides the common ones."""
 TINY = (
     "model.vision.name=vit_tiny_patch16_224",
     "model.vision.image_size=32",
@@ -40,37 +40,36 @@ TINY = (
     *("model.text.layers=2", "model.text.width=48", "model.text.heads=4"),
     *("model.text.mlp_width=96", "model.embed_dim=16", "objective.queue_size=64"),
 )
-"""Sizes that a CPU trains in no time."""
-
+"""Settings of a network that a CPU trains in seconds."""
 
 _TOGETHER = 90
-"""Largest micro-batch of which one GPU of 140 GB holds the steps of all contenders at once."""
+"""Largest micro-batch at which the steps of all contenders fit together on a GPU of 140 GB."""
 
 
 @dataclass(frozen=True)
 class StepPart:
-    """Where the step is timed."""
+    """Settings of a part that times the step."""
 
     precision: str
     batch_size: int
     device: str
     tiny: bool
     rounds: int
-    """Turns of each contender."""
+    """Number of turns of each contender."""
     steps: int
-    """Timed steps of a turn."""
+    """Number of timed steps of a turn."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """What identifies the rows of this part."""
+        """Values that identify the rows of this part."""
         return {"precision": self.precision, "batch_size": self.batch_size}
 
 
 def run_step(part: StepPart, rows: Rows) -> None:
-    """Time every contender in turns, then profile each; a row a contender and stage.
+    """Time the contenders in turns, then profile each. Adds a row for each contender and stage.
 
     A contender that refuses its settings, fails or runs out of memory gets a row that says so, and
-    the others go on.
+    the others continue.
     """
     if part.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -84,7 +83,7 @@ def run_step(part: StepPart, rows: Rows) -> None:
 
 
 def _matches(part: StepPart, folder: Path, rows: Rows) -> dict[str, Contender]:
-    """The contenders whose recipe is valid; a row for each of the others."""
+    """The contenders with a valid recipe. Adds a row for each of the others."""
     tokenizer = make_tokenizer(folder / "tokenizer", 500 if part.tiny else BERT_SIZE)
     common = [
         *OFFLINE,
@@ -111,15 +110,17 @@ def _matches(part: StepPart, folder: Path, rows: Rows) -> dict[str, Contender]:
 
 
 class _Turns(StepContest):
-    """Contenders on one device; memory that one has cached is given back before the next."""
+    """Contenders on one device. Each empties its cache of memory before the next one's turn."""
 
     def __init__(self, part: StepPart, rows: Rows, contenders: dict[str, Contender]) -> None:
         super().__init__(contenders)
         self.part, self.rows = part, rows
 
     def begin(self, contenders: dict[str, Contender]) -> None:
-        """Start all, build the networks side by side, and run the first steps: side by side where
-        the device holds all at once, so that they compile together."""
+        """Start all contenders, build their networks in parallel, and run the first steps.
+
+        If all fit on the device together, the first steps run in parallel, too, as they compile.
+        """
         for title, contender in contenders.items():
             self.add(title, contender)
         for title in list(self.pipes):
@@ -137,7 +138,7 @@ class _Turns(StepContest):
                 self.rows.add(contender=title, first_steps_s=round(seconds, 1), **self.part.key)
 
     def take(self) -> None:
-        """All rounds; a row a contender."""
+        """Run all rounds. Adds a row for each contender."""
         times: dict[str, list[float]] = {title: [] for title in self.pipes}
         for _ in range(self.part.rounds):
             for title in list(self.pipes):
@@ -152,7 +153,7 @@ class _Turns(StepContest):
                 )  # fmt: skip
 
     def look_closer(self) -> None:
-        """FLOPs of a step, and what the profiler sees of one."""
+        """Add rows with the FLOPs of a step and the profiler's figures."""
         for title in list(self.pipes):
             counting = "flops" if title == "published" else "paper_flops"
             flops = self.attempt(title, counting, ends=False)
@@ -171,7 +172,7 @@ class _Turns(StepContest):
     def attempt(
         self, title: str, what: str, *arguments: Any, ends: bool = True, is_sent: bool = False
     ) -> Any:
-        """A contender's answer; None where it failed, which makes a row.
+        """A contender's answer; None if it failed, which adds a row.
 
         Args:
             title: of the contender.
@@ -198,5 +199,5 @@ class _Turns(StepContest):
 
 
 def _first_steps(title: str) -> int:
-    """Steps before the timed ones; a graph is captured in them for each of the batches."""
+    """Number of steps before the timed ones. They capture a graph for each of the batches."""
     return 12 if "graph" in title else 3

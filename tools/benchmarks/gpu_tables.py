@@ -1,4 +1,4 @@
-"""The Markdown of a report of `gpu_report.py`: measured figures alone, one number a cell."""
+"""Markdown of a report of `gpu_report.py`: only measured figures, one number in each cell."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 Row = dict[str, Any]
 _PEAK_OF = {"bf16": "bf16", "fp32": "fp32"}
-"""Precision of a step -> kind of matrix product whose peak it is held against."""
+"""Precision of a step -> kind of matrix product whose peak it is compared with."""
 
 
 def markdown(states: Sequence[Row], rows: Sequence[Row]) -> str:
-    """All tables of a report; a part without rows has none."""
+    """All tables of a report. Parts without rows are left out."""
     parts = [
         _environment(_of(rows, "environment")),
         *_steps(rows),
@@ -29,7 +29,7 @@ def markdown(states: Sequence[Row], rows: Sequence[Row]) -> str:
 
 
 def merged(rows: Iterable[Row], keys: Sequence[str]) -> list[Row]:
-    """Rows that agree in `keys` as one, later values over earlier ones."""
+    """Rows merged by their values of `keys`. Later values replace earlier ones."""
     whole: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         whole.setdefault(tuple(row.get(key) for key in keys), {}).update(row)
@@ -54,7 +54,7 @@ def _number(value: float | None, digits: int = 3) -> str | None:
 
 
 def _environment(rows: Sequence[Row]) -> str:
-    """One paragraph, and the peaks."""
+    """A paragraph about the machine, with the peaks."""
     texts = []
     for row in merged((row for row in rows if row.get("what") == "environment"), ("what",)):
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
@@ -68,7 +68,7 @@ def _environment(rows: Sequence[Row]) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> list[str]:
-    """The step: a table of times and one of calls for each precision and micro-batch."""
+    """A table of times and one of calls for each precision and micro-batch of the step."""
     peaks = {row["kind"]: row["tflops"] for row in rows if row.get("what") == "peak"}
     measured = [row for row in rows if row["part"].startswith("step ")]
     texts = []
@@ -119,7 +119,7 @@ def _calls(contenders: Sequence[Row]) -> str:
 
 
 def _places(rows: Sequence[Row]) -> list[str]:
-    """Where our step waits, by the first part that says so."""
+    """Places where our step waits for the device, from the first part that has them."""
     for row in rows:
         if row.get("waiting_places") and row["contender"] != "published":
             title = f"### Where the host waits: {row['contender']}, micro-batch {row['batch_size']}"
@@ -128,7 +128,7 @@ def _places(rows: Sequence[Row]) -> list[str]:
 
 
 def _attention(rows: Sequence[Row]) -> list[str]:
-    """A table a batch size: a line a kernel, a column a case."""
+    """A table for each batch size, with a row for each kernel and a column for each case."""
     texts = []
     for batch in dict.fromkeys(row["batch_size"] for row in rows):
         ours = [row for row in rows if row["batch_size"] == batch]

@@ -1,4 +1,4 @@
-"""`tools/benchmark.py growth`: what a step costs against each quantity, and what it should."""
+"""`tools/benchmark.py growth`: cost of a step against each quantity, and its theoretical cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OFFLINE = (
     "data.streams=[]",
     "data.heldout=[]",
 )
-"""Weights from the seed, the vocabulary of a package: nothing to fetch."""
+"""Settings for weights from the seed and a package's vocabulary, so that nothing is fetched."""
 
 AXES: dict[str, tuple[tuple[int, ...], str]] = {
     "batch": ((2, 4, 8), "pairs a rank takes at once"),
@@ -31,22 +31,22 @@ AXES: dict[str, tuple[tuple[int, ...], str]] = {
     "queue": ((14_400, 57_600, 115_200), "columns of the queue"),
     "ranks": ((1, 2), "ranks, each with the same batch and the same threads"),
 }
-"""Quantity -> its values by default, and what it is."""
+"""Quantity -> its default values and its meaning."""
 SMALLER = ("model.vision.overrides={depth: 6}", "model.text.layers=6")
-"""Half of base's layers: all of them cost the same, and so a figure takes half as long."""
+"""Half of base's layers. All layers cost the same, so half are measured in half the time."""
 _SHORTEST = 30
-"""Captions may have as many tokens as the recipe says, or as the measured ones have."""
+"""Lowest value of model.text.max_tokens."""
 TERMS = {
     "time": ("compute_s", "gflop", "its FLOPs"),
     "FLOPs": ("gflop", "paper_gflop", "the FLOPs on paper"),
     "memory": ("held_gib", "paper_gib", "the bytes on paper"),
 }
-"""What grows -> its figure, the figure that says how it should, and that one's name."""
+"""Term -> its figure, the figure that it should grow with, and that figure's name."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a step is measured."""
+    """Quantities at which a step is measured."""
 
     batch: int
     image: int
@@ -54,14 +54,14 @@ class Point:
     queue: int
     ranks: int
     threads: int
-    """Of each rank."""
+    """Number of threads of each rank."""
 
 
 Measure = Callable[[Point], dict[str, float]]
 
 
 def growth(options: argparse.Namespace) -> dict[str, Any]:
-    """Every axis measured from the base point, and what grows faster than its mathematics."""
+    """Measure every axis from the base point, and name terms that grow faster than they should."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from tools.benchmarks.step_contenders import ALLOCATOR
 
@@ -90,14 +90,14 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
 
 def base_point(values: dict[str, list[int]], threads: int) -> Point:
     """The middle of every axis, on one rank."""
-    middle = {name: given[len(given) // 2] for name, given in values.items()}
+    middle = {name: choices[len(choices) // 2] for name, choices in values.items()}
     return Point(**middle | {"ranks": 1}, threads=threads)
 
 
 def measure_axis(
     name: str, values: Sequence[int], base: Point, measure: Measure
 ) -> list[dict[str, float]]:
-    """A row of figures for each value. Ranks share the cores evenly, as many as there ever are."""
+    """A row of figures for each value. Ranks share the cores evenly, in all rows alike."""
     threads = base.threads
     if name == "ranks":
         threads = max(1, threads // max(values))
@@ -106,9 +106,12 @@ def measure_axis(
 
 
 def growth_of(name: str, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """From each point of an axis to the next: by which factor each term grew and should have, and
-    the exponents of both over the quantity."""
-    found = []
+    """Growth of each term from each point of an axis to the next.
+
+    An entry holds the factor by which the term grew, the factor that is due, and the exponents of
+    both over the quantity.
+    """
+    entries = []
     for before, after in itertools.pairwise(rows):
         entry: dict[str, Any] = {"from": before[name], "to": after[name]}
         times = math.log(after[name] / before[name])
@@ -120,29 +123,28 @@ def growth_of(name: str, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
                 "exponent": math.log(factor) / times,
                 "due_exponent": math.log(due) / times,
             }
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def faster(steps: dict[str, list[dict[str, Any]]], tolerance: float) -> list[str]:
-    """A line for every term that grows faster than its mathematics, by more than `tolerance` of
-    it."""
+    """A line for every term whose growth exceeds its due factor by more than `tolerance`."""
     lines = []
     for name, entries in steps.items():
         for entry in entries:
             for term, (_, _, paper) in TERMS.items():
-                found = entry[term]
-                if found["factor"] > found["due"] * (1 + tolerance):
+                grown = entry[term]
+                if grown["factor"] > grown["due"] * (1 + tolerance):
                     lines.append(
                         f"{name} {entry['from']:g} to {entry['to']:g}: {term} grows "
-                        f"{found['factor']:.2f} times (exponent {found['exponent']:.2f}), "
-                        f"{paper} {found['due']:.2f} times ({found['due_exponent']:.2f})"
+                        f"{grown['factor']:.2f} times (exponent {grown['exponent']:.2f}), "
+                        f"{paper} {grown['due']:.2f} times ({grown['due_exponent']:.2f})"
                     )
     return lines
 
 
 def _measured(point: Point, options: argparse.Namespace) -> dict[str, float]:
-    """Figures of a point, out of processes of its own."""
+    """Figures of a point, measured in new processes."""
     from tools.benchmarks.growth_contenders import GrowthContest
     from tools.benchmarks.step_contenders import make_match
 
@@ -167,7 +169,7 @@ def _measured(point: Point, options: argparse.Namespace) -> dict[str, float]:
     seconds = [max(rank["seconds"] for rank in step) for step in steps]
     exchange = [max(rank["exchange_s"] for rank in step) for step in steps]
     compute = [whole - part for whole, part in zip(seconds, exchange, strict=True)]
-    found = {
+    figures = {
         "seconds": statistics.median(seconds),
         "least_s": min(seconds),
         "exchange_s": statistics.median(exchange),
@@ -179,7 +181,7 @@ def _measured(point: Point, options: argparse.Namespace) -> dict[str, float]:
         "held_gib": max(rank["peak"] - rank["before"] for rank in memory),
         "paper_gib": max(rank["gib"] for rank in paper),
     }
-    return {name: round(value, 4) for name, value in found.items()}
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def growth_table(result: dict[str, Any]) -> str:
@@ -195,12 +197,12 @@ def growth_table(result: dict[str, Any]) -> str:
             f"{name:>8}{'s a step':>10}{'exchange':>10}{'GFLOP':>10}{'paper':>10}"
             f"{'peak GiB':>10}{'held':>8}{'paper':>8}"
         )
-        lines += [
-            f"{row[name]:8}{row['seconds']:10.3f}{row['exchange_s']:10.3f}{row['gflop']:10.1f}"
-            f"{row['paper_gflop']:10.1f}{row['peak_memory_gib']:10.2f}{row['held_gib']:8.2f}"
-            f"{row['paper_gib']:8.2f}"
-            for row in rows
-        ]
+        for row in rows:
+            lines.append(
+                f"{row[name]:8}{row['seconds']:10.3f}{row['exchange_s']:10.3f}{row['gflop']:10.1f}"
+                f"{row['paper_gflop']:10.1f}{row['peak_memory_gib']:10.2f}{row['held_gib']:8.2f}"
+                f"{row['paper_gib']:8.2f}"
+            )
         for entry in result["growth"].get(name, []):
             parts = [
                 f"{term} {entry[term]['exponent']:.2f} (due {entry[term]['due_exponent']:.2f})"
@@ -219,8 +221,7 @@ def growth_table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
-    """A column an axis: time above, memory below, each with what it should be from the first
-    point."""
+    """Draw a column for each axis: time above and memory below, with the growth that is due."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -236,8 +237,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
         for row, (term, figure_of, paper, unit) in enumerate(shown):
             panel = grid[row][column]
             first = rows[0][figure_of] / rows[0][paper]
-            due = [one[paper] * first for one in rows]
-            panel.plot(values, [one[figure_of] for one in rows], "o-", label="measured")
+            due = [point[paper] * first for point in rows]
+            panel.plot(values, [point[figure_of] for point in rows], "o-", label="measured")
             panel.plot(values, due, "--", color="grey", label=f"due ({TERMS[term][2]})")
             panel.set(xlabel=name, ylabel=unit if column == 0 else None, ylim=(0, None))
             panel.set_xticks(values)
@@ -250,18 +251,17 @@ def plot(result: dict[str, Any], file: Path) -> None:
 
 
 def add_growth(commands: Any, ds_config: Path) -> None:
-    """The options of the command."""
+    """Add the command and its options."""
     command = commands.add_parser(
         "growth",
         help="time and memory of a step against batch, image size, caption length, queue and ranks",
-        description="One quantity varies, the others stay at the middle of theirs. Median seconds "
-        "of an optimizer step (without the exchanges of ranks where it is compared), FLOPs by "
-        "torch's counter and on paper, peak memory of a process less what it had before the "
-        "network, and the bytes on paper (weights, gradients, optimizer, activations). Each point "
-        "is measured in processes of its own. A line names every term that grows faster than its "
-        "mathematics. By default base_129M's ViT-B and BERT with 6 of their 12 layers: about ten "
-        "minutes on two cores. Noise: a shared machine needs more --rounds or a larger "
-        "--tolerance.",
+        description="Vary one quantity and keep the others at their middle value. Shown are median "
+        "seconds of an optimizer step (compared without exchanges between ranks), FLOPs by torch's "
+        "counter and by formula, peak memory of a process less its memory before the network, and "
+        "bytes by formula (weights, gradients, optimizer, activations). Each point is measured in "
+        "new processes. A line names every term that grows faster than its formula. The default is "
+        "base_129M's ViT-B and BERT with 6 of their 12 layers, which takes about ten minutes on "
+        "two cores. A busy machine needs more --rounds or a larger --tolerance.",
     )
     command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the recipe")
     command.add_argument("--recipe", default="base_129M", help="default: base_129M")
@@ -279,10 +279,10 @@ def add_growth(commands: Any, ds_config: Path) -> None:
     )  # fmt: skip
     command.add_argument(
         "--tolerance", type=float, default=0.1,
-        help="so much more than its mathematics a term may grow from point to point (default: 0.1)",
+        help="growth of a term above its formula that is accepted, as a share (default: 0.1)",
     )  # fmt: skip
     command.add_argument(
-        "--allocator", choices=("tuned", "plain"), default="tuned", help="as of step"
+        "--allocator", choices=("tuned", "plain"), default="tuned", help="see `step --help`"
     )
     command.add_argument("--deepspeed", default=str(ds_config))
     command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -291,7 +291,7 @@ def add_growth(commands: Any, ds_config: Path) -> None:
 
 
 def _measure_and_plot(options: argparse.Namespace) -> dict[str, Any]:
-    """The plot is refused before anything is measured."""
+    """Measure and plot. A plot that can't be written is refused before the measurement."""
     if options.plot and options.plot.suffix not in (".svg", ".png", ".pdf"):
         raise ValueError(f"--plot {options.plot}: expected a name that ends in .svg, .png or .pdf")
     result = growth(options)

@@ -1,4 +1,4 @@
-"""The processes that `tools/benchmark.py growth` measures: the ranks of one point."""
+"""Processes that `tools/benchmark.py growth` measures: the ranks of one point."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.benchmarks.step_contenders import KINDS, Contender, Match, Ours, serv
 
 
 class GrowthContest(Contest):
-    """All ranks of a point, which are asked together."""
+    """All ranks of a point, which answer together."""
 
     def __init__(self, match: Match, ranks: int) -> None:
         super().__init__()
@@ -28,7 +28,11 @@ class GrowthContest(Contest):
         self.ask("warm_up")
 
     def ask(self, what: str) -> list[Any]:
-        """Every rank's answer; raises ContenderError where one failed or died."""
+        """Answers of all ranks.
+
+        Raises:
+            ContenderError: a rank failed or died.
+        """
         try:
             for pipe in self._pipes:
                 pipe.send((what, ()))
@@ -51,7 +55,7 @@ def _serve_rank(pipe: Connection, rank: int, ranks: int, port: int, match: Match
 
 
 class Growing(Ours):
-    """Our step on one of the ranks, with a meter at its exchanges and what it should cost."""
+    """Our step on one of the ranks, with its measured exchanges and its theoretical cost."""
 
     def __init__(self, match: Match) -> None:
         self.match = match
@@ -59,7 +63,7 @@ class Growing(Ours):
         super().__init__(match)
 
     def timed(self) -> dict[str, float]:
-        """A step that all ranks begin together."""
+        """Seconds and exchanges of a step that all ranks begin together."""
         from blip_scale.engine import collectives
 
         collectives.barrier()
@@ -68,22 +72,22 @@ class Growing(Ours):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - began
-        found = self.run.meter.metrics()
+        metrics = self.run.meter.metrics()
         return {
             "seconds": seconds,
-            "exchange_s": found["blocked_s"],
-            "exchange_gb": found["communication/gigabytes_per_step"],
+            "exchange_s": metrics["blocked_s"],
+            "exchange_gb": metrics["communication/gigabytes_per_step"],
         }
 
     def memory(self) -> dict[str, float]:
-        """Its peak, and that before there was a network (nothing, on a GPU)."""
+        """Peak memory in GiB, and the peak before the network was built (0 on a GPU)."""
         from blip_scale.engine.watching.monitor import peak_memory_gib
 
         before = self.before_gib if self.device.type == "cpu" else 0.0
         return {"peak": peak_memory_gib(self.device), "before": before}
 
     def paper(self) -> dict[str, float]:
-        """FLOPs and bytes of this rank as the mathematics has them."""
+        """FLOPs and GiB of this rank by formula."""
         from blip_scale.engine import collectives
         from blip_scale.planning.activations import Micro, saved_activations, temporaries
         from blip_scale.planning.network import network_of

@@ -1,7 +1,7 @@
 """`tools/benchmark.py host`: the host's work in a step, on a CPU.
 
-The network has its full depth and a tiny width, on one thread: almost no time goes into arithmetic,
-so CPU seconds are those that a GPU would wait for.
+The network has its full depth and a tiny width, and runs on one thread. Arithmetic takes almost no
+time, so the CPU seconds are those that a GPU would wait for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the host does in a step, by counting: `tools/benchmark.py step` states it."""
+"""Counts of the host's work in a step, for `tools/benchmark.py step`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def host_work(step: Callable[[], None]) -> dict[str, int]:
-    """What the host does in a step, whatever the device: operations on tensors (views and empty
-    tensors left out), each a kernel or a few on a GPU, and calls of Python functions."""
+    """Count the operations on tensors and the calls of Python functions in a step.
+
+    Views and empty tensors are not counted. On a GPU an operation launches a kernel or a few.
+    """
     operations = calls = 0
 
     class Counting(TorchDispatchMode):

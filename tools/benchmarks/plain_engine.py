@@ -1,4 +1,4 @@
-"""PyTorch alone in the place of the DeepSpeed engine: `tools/benchmark.py step --against plain`."""
+"""PyTorch instead of the DeepSpeed engine, for `tools/benchmark.py step --against plain`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from blip_scale.config.recipe import OptimizerRecipe
 
 
 class PlainEngine:
-    """PyTorch alone in the place of `ZeroEngine`: what the engine costs is the difference. In bf16
-    with fp32 masters, as the engine has them."""
+    """PyTorch instead of `ZeroEngine`, to measure the cost of the engine.
+
+    In bf16 it has fp32 masters, like the engine.
+    """
 
     def __init__(self, network: nn.Module, settings: OptimizerRecipe) -> None:
         self.module = self.forward = network
@@ -18,10 +20,11 @@ class PlainEngine:
         self.dtype, self.device = first.dtype, first.device
         self.norm_names = ("all",)
         self._trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        self._masters = {
-            name: nn.Parameter(p.detach().float()) if p.dtype != torch.float32 else p
-            for name, p in self._trainable.items()
-        }
+        self._masters: dict[str, nn.Parameter] = {}
+        for name, parameter in self._trainable.items():
+            is_fp32 = parameter.dtype == torch.float32
+            master = parameter if is_fp32 else nn.Parameter(parameter.detach().float())
+            self._masters[name] = master
         self._optimizer = torch.optim.AdamW(
             self._masters.values(), betas=settings.betas, weight_decay=settings.weight_decay,
             eps=settings.eps, fused=True,
@@ -29,7 +32,7 @@ class PlainEngine:
         self.slices = [_PlainSlice(name, master) for name, master in self._masters.items()]
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Gradients of one micro-batch."""
+        """Compute the gradients of one micro-batch."""
         loss.backward()
 
     def squared_norms(self) -> Tensor:
@@ -38,7 +41,7 @@ class PlainEngine:
         return nn.utils.get_total_norm(gradients).double().square()[None]
 
     def step(self, learning_rate: float, apply: bool, norm: Tensor) -> None:
-        """AdamW on the masters; the weights that compute follow them."""
+        """Update the masters with AdamW, and copy them to the compute weights."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         for name, parameter in self._trainable.items():
@@ -52,7 +55,7 @@ class PlainEngine:
         self.refresh()
 
     def refresh(self, names: list[str] | None = None) -> None:
-        """The weights that compute follow their masters."""
+        """Copy the masters to the compute weights."""
         for name in names or self._trainable:
             if self._masters[name] is not self._trainable[name]:
                 self._trainable[name].data.copy_(self._masters[name].data)
@@ -64,7 +67,7 @@ class _PlainSlice:
 
 
 class PlainMomentum:
-    """fp32 averages of whole parameters, and the momentum weights that follow them."""
+    """fp32 averages of whole parameters, and the momentum weights that are copied from them."""
 
     def __init__(self, engine: PlainEngine, pairs: dict[str, str]) -> None:
         parameters = dict(engine.module.named_parameters())
@@ -78,6 +81,6 @@ class PlainMomentum:
         self.average_runs = self._copies if fp32 else [w.clone() for w in self.weight_runs]
 
     def refresh(self) -> None:
-        """In bf16 the weights are rounded averages."""
+        """Copy the averages to the momentum weights. In fp32 both are the same tensors."""
         if self.average_runs is not self._copies:
             torch._foreach_copy_(self._copies, self.average_runs)

@@ -1,9 +1,10 @@
-"""BLIP's pretraining step as the paper's code computes it, plainly: what ours is measured against.
+"""BLIP's pretraining step as the published code computes it, the baseline of the benchmarks.
 
-Captions padded to 30 tokens, four passes through the text layers (text alone, matched pairs,
-mismatched pairs, decoder), queries, keys and values projected one by one and the images' anew in
-each pass, negatives drawn row by row, a clone of the queue, momentum and AdamW parameter by
-parameter. The layers are timm's and transformers' BLIP; it is not used for training.
+Captions are padded to 30 tokens. There are four passes through the text layers (text alone, matched
+pairs, mismatched pairs, decoder). Queries, keys and values are projected one by one, and the
+images' keys and values anew in each pass. Negatives are drawn row by row, the queue is cloned, and
+momentum and AdamW take one parameter at a time. The layers are those of timm and of transformers'
+BLIP. The step is not used for training.
 
 Legend: B batch, N image tokens, D width, L padded length, E embed_dim, Q queue.
 """
@@ -39,7 +40,7 @@ from blip_scale.model.vision import build_vision
 
 @dataclass(frozen=True)
 class Negatives:
-    """Rows of the batch, one a text and one an image."""
+    """Rows of the batch: a negative image for each text, and a negative text for each image."""
 
     image: list[int]
     text: list[int]
@@ -56,11 +57,14 @@ class PublishedStep:
         queue: tuple[Tensor, Tensor],
         max_tokens: int = 30,
     ) -> None:
-        """Args:
-        med: fp32 weights to start from.
-        objective, optimizer: settings, as in a recipe.
-        queue: image and text features [E, Q] to start from; copied.
-        max_tokens: captions are padded to it.
+        """Build the network, queue and optimizer.
+
+        Args:
+            med: fp32 weights to start from.
+            objective: settings of the losses.
+            optimizer: settings of AdamW.
+            queue: image and text features [E, Q] to start from; copied.
+            max_tokens: number of tokens that captions are padded to.
         """
         config = med.config
         self.special, self.objective, self.max_tokens = config.text.special, objective, max_tokens
@@ -77,7 +81,7 @@ class PublishedStep:
         self.temperature = nn.Parameter(med.temperature.value.detach().clone())
         _tie(self.text_encoder, self.text_decoder)
         online = (self.vision, self.vision_proj, self.text_encoder, self.text_proj)
-        self.pairs = [(one, copy.deepcopy(one).requires_grad_(False)) for one in online]
+        self.pairs = [(module, copy.deepcopy(module).requires_grad_(False)) for module in online]
         self.image_queue, self.text_queue = (features.clone() for features in queue)
         self.pointer = 0
         self.modules = [*online, self.text_decoder, self.itm_head]
@@ -93,12 +97,12 @@ class PublishedStep:
         self.train()
 
     def train(self, mode: bool = True) -> None:
-        """Dropout on or off, in the momentum copies too, as published."""
+        """Switch dropout on or off, in the momentum copies, too, as published."""
         for module in [*self.modules, *(copied for _, copied in self.pairs)]:
             module.train(mode)
 
     def take_attention(self, kind: str) -> None:
-        """`eager` or `sdpa` in the ViT; the text layers of transformers' BLIP know eager alone."""
+        """Choose `eager` or `sdpa` for the ViT. transformers' text layers support only eager."""
         for vision in (self.vision, self.pairs[0][1]):
             for block in vision.blocks:
                 block.attn.fused_attn = kind == "sdpa"
@@ -110,13 +114,13 @@ class PublishedStep:
         alpha: float,
         negatives: Negatives | None = None,
     ) -> dict[str, float]:
-        """One optimizer step; the losses, read one by one as the published loop does.
+        """Run one optimizer step. Returns the losses, read one by one as in the published loop.
 
         Args:
             images: [B, 3, H, W] fp32.
             captions: from `padded`.
             alpha: weight of the soft targets.
-            negatives: to take instead of drawing them.
+            negatives: negatives to use. None: they are drawn.
         """
         self.optimizer.zero_grad()
         losses = self.losses(images, *captions, alpha, negatives)
@@ -245,7 +249,7 @@ class PublishedStep:
         ).last_hidden_state
 
     def padded(self, text: PackedText) -> tuple[Tensor, Tensor]:
-        """Token ids [B, L] of B captions that begin with [CLS], and their mask; no fillers."""
+        """Token ids [B, L] and mask of B captions that begin with [CLS], without fillers."""
         ends = text.segments.offsets.tolist()[: text.count + 1]
         ids_BL = text.token_ids.new_full((len(ends) - 1, self.max_tokens), self.special.pad)
         for row, (start, end) in enumerate(itertools.pairwise(ends)):
@@ -254,7 +258,7 @@ class PublishedStep:
 
 
 def _plain_vision(config: MEDConfig) -> VisionTransformer:
-    """timm's own ViT of the same shape, with its own attention."""
+    """timm's ViT of the same shape, with timm's attention."""
     ours = build_vision(config.vision)
     vision = timm.create_model(
         config.vision.name,
@@ -272,7 +276,7 @@ def _plain_vision(config: MEDConfig) -> VisionTransformer:
 
 
 def _huggingface_config(config: MEDConfig) -> BlipConfig:
-    """transformers' settings of the text side; their ViT is made tiny, it is not used."""
+    """transformers' settings of the text layers. Their ViT is tiny, as it is not used."""
     width = build_vision(config.vision).embed_dim
     text = text_config(config.text, width)
     text.hidden_dropout_prob = text.attention_probs_dropout_prob = config.text.dropout
@@ -288,19 +292,20 @@ def _huggingface_config(config: MEDConfig) -> BlipConfig:
 
 
 def _load_text(model: nn.Module, med: MED, head: Head) -> None:
-    """All but the ViT, which is timm's here."""
+    """Load a model's weights, except for the ViT, which is timm's."""
     state = to_huggingface(to_salesforce(med.state_dict(), head))
     texts = {name: value for name, value in state.items() if not name.startswith("vision_model.")}
-    found = model.load_state_dict(texts, strict=False)
-    missing = [name for name in found.missing_keys if not name.startswith("vision_model.")]
-    if missing or found.unexpected_keys:
-        raise RuntimeError(f"published step: missing {missing}, unknown {found.unexpected_keys}")
+    keys = model.load_state_dict(texts, strict=False)
+    missing = [name for name in keys.missing_keys if not name.startswith("vision_model.")]
+    if missing or keys.unexpected_keys:
+        raise RuntimeError(f"published step: missing {missing}, unknown {keys.unexpected_keys}")
 
 
 def _tie(encoder: Any, decoder: Any) -> None:
     """Encoder and decoder share everything but self-attention."""
     decoder.bert.embeddings = encoder.embeddings
     decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
-    for theirs, ours in zip(encoder.encoder.layer, decoder.bert.encoder.layer, strict=True):
+    layers = zip(encoder.encoder.layer, decoder.bert.encoder.layer, strict=True)
+    for encoder_layer, decoder_layer in layers:
         for part in ("crossattention", "intermediate", "output"):
-            setattr(ours, part, getattr(theirs, part))
+            setattr(decoder_layer, part, getattr(encoder_layer, part))

@@ -1,8 +1,8 @@
-"""BLIP's published training transform, to measure ours against: Pillow decodes, torchvision crops,
-resizes (bicubic), flips and normalises in float32, RandAugment (N=2, M=5) works with OpenCV.
+"""BLIP's published training transform, the baseline of the data benchmark.
 
-AutoContrast has Pillow's meaning here, as ours has (see blip_scale/data/pixels/augment.py); the
-time is the same.
+Pillow decodes. torchvision crops, resizes (bicubic), flips and normalises in float32. RandAugment
+(N=2, M=5) uses OpenCV. AutoContrast follows Pillow's rule, like ours (see
+blip_scale/data/pixels/augment.py), and takes as long as the published one.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from torchvision.transforms import InterpolationMode
 from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
 
 Pixels = np.ndarray
-"""uint8 [height, width, 3]."""
+"""Pixels, uint8 [height, width, 3]."""
 
 _FILL = (128, 128, 128)
-_STRENGTH = 5 / 10  # M of its largest value
+_STRENGTH = 5 / 10  # M as a share of its largest value
 
 
 def published_transform(size: int, min_scale: float = 0.2) -> Callable[[Image.Image], Tensor]:
-    """RGB image -> normalised float32 [3, size, size]; draws from torch's and numpy's global
-    generators.
+    """Transform of an RGB image to normalised float32 [3, size, size].
+
+    It draws from torch's and numpy's global generators.
     """
     return transforms.Compose(
         [
@@ -44,12 +45,12 @@ def published_transform(size: int, min_scale: float = 0.2) -> Callable[[Image.Im
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """RGB image."""
+    """Decode a JPEG to an RGB image."""
     return Image.open(io.BytesIO(encoded)).convert("RGB")
 
 
 def rand_augment(image: Image.Image) -> Pixels:
-    """Two operations, drawn with replacement, each applied with probability one half."""
+    """Draw two operations with replacement, and apply each with probability one half."""
     pixels = np.array(image)
     for name in np.random.choice(list(OPERATIONS), 2):
         applied, sign = np.random.random() < 0.5, 1 if np.random.random() < 0.5 else -1
@@ -59,6 +60,8 @@ def rand_augment(image: Image.Image) -> Pixels:
 
 
 def auto_contrast(pixels: Pixels, sign: int) -> Pixels:
+    """Stretch each channel to the full range."""
+
     def stretched(channel: Pixels) -> Pixels:
         low, high = int(channel.min()), int(channel.max())
         if high <= low:
@@ -70,6 +73,8 @@ def auto_contrast(pixels: Pixels, sign: int) -> Pixels:
 
 
 def equalize(pixels: Pixels, sign: int) -> Pixels:
+    """Equalise the histogram of each channel."""
+
     def equalized(channel: Pixels) -> Pixels:
         counts = cv2.calcHist([channel], [0], None, [256], [0, 256]).ravel().astype(np.int64)
         step = (counts.sum() - counts[counts > 0][-1]) // 255
@@ -82,34 +87,41 @@ def equalize(pixels: Pixels, sign: int) -> Pixels:
 
 
 def brightness(pixels: Pixels, sign: int) -> Pixels:
-    factor = 0.1 + 1.8 * _STRENGTH  # 1: the published code looks every pixel up all the same
+    """Scale all values by a factor of 1. The published code does the work, too."""
+    factor = 0.1 + 1.8 * _STRENGTH
     return (np.arange(256) * factor).clip(0, 255).astype(np.uint8)[pixels]
 
 
 def sharpness(pixels: Pixels, sign: int) -> Pixels:
+    """Filter the image and drop the result: the factor is 1, as in the published code."""
     kernel = np.ones((3, 3), dtype=np.float32)
     kernel[1, 1] = 5
-    cv2.filter2D(pixels, -1, kernel / 13)  # at factor 1 the published code throws it away
+    cv2.filter2D(pixels, -1, kernel / 13)
     return pixels
 
 
 def shear_x(pixels: Pixels, sign: int) -> Pixels:
+    """Shear along the x axis."""
     return _warp(pixels, [[1, 0.3 * _STRENGTH * sign, 0], [0, 1, 0]])
 
 
 def shear_y(pixels: Pixels, sign: int) -> Pixels:
+    """Shear along the y axis."""
     return _warp(pixels, [[1, 0, 0], [0.3 * _STRENGTH * sign, 1, 0]])
 
 
 def translate_x(pixels: Pixels, sign: int) -> Pixels:
+    """Shift along the x axis."""
     return _warp(pixels, [[1, 0, -10 * _STRENGTH * sign], [0, 1, 0]])
 
 
 def translate_y(pixels: Pixels, sign: int) -> Pixels:
+    """Shift along the y axis."""
     return _warp(pixels, [[1, 0, 0], [0, 1, -10 * _STRENGTH * sign]])
 
 
 def rotate(pixels: Pixels, sign: int) -> Pixels:
+    """Rotate around the centre."""
     height, width = pixels.shape[:2]
     return _warp(
         pixels, cv2.getRotationMatrix2D((width / 2, height / 2), 30 * _STRENGTH * sign, 1.0)
@@ -117,7 +129,7 @@ def rotate(pixels: Pixels, sign: int) -> Pixels:
 
 
 def _warp(pixels: Pixels, matrix: list[list[float]] | np.ndarray) -> Pixels:
-    """`matrix` maps pixels of the source to those of the result."""
+    """Apply an affine map. `matrix` maps pixels of the source to those of the result."""
     height, width = pixels.shape[:2]
     return cv2.warpAffine(
         pixels,

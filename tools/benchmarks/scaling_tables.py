@@ -1,6 +1,6 @@
-"""Write the tables of docs/scaling.md anew: `python tools/benchmarks/scaling_tables.py`.
+"""Update the tables of docs/scaling.md: `python tools/benchmarks/scaling_tables.py`.
 
-Each row whose first cell is a command is replaced by what `blip-scale plan` says for it.
+Each row whose first cell is a command is replaced by the result of `blip-scale plan`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from blip_scale.planning.assumptions import duration  # noqa: E402
 
 DOCS = REPO / "docs" / "scaling.md"
 ROW = re.compile(r"\| `((?:base|large)_\w+ [^`]*)` \|")
-"""A row of a table; its group are the arguments of the command."""
+"""Pattern of a row of a table. Its group holds the arguments of the command."""
 
 
 def row(arguments: str) -> str:
@@ -53,7 +53,7 @@ def row(arguments: str) -> str:
 
 
 def rewritten(text: str) -> str:
-    """The page with every row of a command as it is today."""
+    """The page with every row of a command updated."""
     lines = []
     for line in text.splitlines():
         match = ROW.match(line)

@@ -1,4 +1,4 @@
-"""Contenders of the step benchmarks: our step and the published one, in processes of their own.
+"""Contenders of the step benchmarks: our step and the published one, each in its process.
 
 They take turns, a step each, so that a busy machine slows all of them alike. All train on the same
 batches from the same weights.
@@ -38,31 +38,32 @@ from tools.benchmarks.host_work import host_work
 from tools.benchmarks.plain_engine import PlainEngine, PlainMomentum
 
 TOKEN_MEAN = 12.5
-"""Tokens of a caption, [CLS] and [SEP] included: published captions lie at 10 to 15."""
+"""Mean number of tokens of a caption, [CLS] and [SEP] included. Published captions have 10 to
+15."""
 TOKEN_SIGMA = 0.35
-"""Of the logarithm of their number."""
+"""Standard deviation of the logarithm of a caption's number of tokens."""
 WARM_UP_STEPS = 2
-_BATCHES = 4  # different ones, in turns
+_BATCHES = 4  # number of different batches, which alternate
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""glibc keeps large blocks, in huge pages: their cost is no matter of the step."""
+"""Environment in which glibc keeps large blocks in huge pages, so that steps don't pay for them."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """What all contenders run."""
+    """Settings that all contenders share."""
 
     recipe: Recipe
     ds_config: str
     threads: int
     folder: Path
-    """Holds the data."""
+    """Folder of the data."""
     onednn: bool = True
-    """Take the linear layers that the engine takes on a CPU. A GPU never does."""
+    """Whether to use the linear layers that the engine uses on a CPU. It has no effect on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ def make_match(
     token_mean: float = TOKEN_MEAN,
     token_sigma: float = TOKEN_SIGMA,
 ) -> Match:
-    """Write pictures of noise with captions of realistic lengths (log-normal; with a sigma of 0 all
-    are equal), and a recipe that reads them."""
+    """Write pictures of noise with captions of realistic lengths, and a recipe that reads them.
+
+    The lengths are log-normal. With a sigma of 0 all are equal.
+    """
     batch = chosen.train.global_batch_size
     tokenizer = load_tokenizer(chosen.model.text)
     words = [word for word in tokenizer.get_vocab() if word.isalpha() and word.isascii()]
@@ -124,7 +127,7 @@ class Ours:
         meter = CommunicationMeter()
         meter.install()
         self.device = start(match.recipe.train.stall_timeout_s)
-        if self.device.type == "cuda":  # as the train loop does, for the sake of captures
+        if self.device.type == "cuda":  # like the train loop, for captures
             torch.cuda.set_stream(torch.cuda.Stream(self.device))
         self.recipe = match.recipe
         self.task = Pretrain(match.recipe, self.device)
@@ -138,7 +141,7 @@ class Ours:
             samples=SampleRecord(match.folder, 0, enabled=False), worst=WorstStep(), named=set(),
             interrupts=SimpleNamespace(is_pending=False),
         )  # fmt: skip
-        """The parts of `engine.run.Run` that a step needs."""
+        """Parts of `engine.run.Run` that a step needs."""
         self._endless = itertools.cycle(self.batches)
         if not match.onednn:
             for module in self.engine.module.modules():
@@ -146,7 +149,7 @@ class Ours:
                     module.__class__ = nn.Linear  # type: ignore[assignment]
 
     def micro_step(self) -> Any:
-        """Forward and backward as the recipe has them."""
+        """Forward and backward as the recipe says."""
         from blip_scale.engine.micro_step import choose_micro_step
 
         setting = self.recipe.model.cuda_graph
@@ -158,7 +161,7 @@ class Ours:
             self.step()
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
-        """The engine around the task's network, filled, and the momentum copies."""
+        """The engine with the task's network and initial weights, and the momentum copies."""
         from blip_scale.engine import collectives
         from blip_scale.engine.zero.engine import initialize
         from blip_scale.engine.zero.momentum import ShardedMomentum
@@ -170,7 +173,7 @@ class Ours:
         return engine, ShardedMomentum(engine, self.task.momentum_pairs)
 
     def step(self) -> None:
-        """One optimizer step of the train loop."""
+        """Run one optimizer step of the train loop."""
         from blip_scale.engine.step import optimizer_step
 
         optimizer_step(self.run, self._endless)
@@ -213,27 +216,26 @@ class Ours:
         profile.export_chrome_trace(str(file))
 
     def paper_flops(self) -> float:
-        """FLOPs of forward and backward of a step on paper, fillers left out: mean over the
-        batches."""
+        """FLOPs of forward and backward of a step by formula, without fillers: mean of batches."""
         tokens = sum(batch.caption_tokens for batch in self.batches) // _BATCHES
         train, queue = self.recipe.train, self.recipe.objective.queue_size
         return pretraining_flops(self.task.config, train.global_batch_size, tokens, queue)
 
     def peak_flops(self) -> float:
-        """FLOP/s of a matrix product in the type of the weights."""
+        """FLOP/s of a matrix product in the dtype of the weights."""
         from blip_scale.engine.watching.monitor import measure_peak_flops
 
         return measure_peak_flops(self.device, self.engine.dtype)
 
     def describe(self) -> dict[str, float]:
-        """Token mean of the captions."""
+        """Mean number of tokens of the captions."""
         tokens = sum(batch.caption_tokens for batch in self.batches)
         return {"token_mean": tokens / sum(len(batch.ids) for batch in self.batches)}
 
 
 @contextmanager
 def _heard(owner: Any, name: str, after: Callable[[], None]) -> Iterator[None]:
-    """Call `after` whenever a method, or another callable attribute, has returned."""
+    """Context manager that calls `after` whenever a method or callable attribute has returned."""
     original = getattr(owner, name)
 
     def call(*arguments: Any, **keywords: Any) -> Any:
@@ -250,7 +252,7 @@ def _heard(owner: Any, name: str, after: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _marked(network: Any, mark: Callable[[str], None]) -> Iterator[None]:
-    """Hooks on the parts of a PretrainNetwork that say when each ended, forward and backward."""
+    """Context manager with hooks that mark the end of each part of a PretrainNetwork."""
     med, momentum = network.med, network.contrast.momentum
     handles = []
     passes = [0]
@@ -316,13 +318,13 @@ class Published:
         self.attention = "eager"
 
     def warm_up(self, steps: int = WARM_UP_STEPS) -> None:
-        """Choose the ViT's attention, and run some steps."""
+        """Choose the ViT's attention and run some steps."""
         self.attention = self._faster_attention()
         for _ in range(steps):
             self.step()
 
     def step(self) -> None:
-        """One optimizer step; in bf16 under autocast, as its users run it."""
+        """Run one optimizer step. In bf16 it runs under autocast, as its users do."""
         images, captions = self.batches[self.steps % _BATCHES]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             self.network.step(images, captions, alpha=0.0)
@@ -336,7 +338,7 @@ class Published:
         return float(counter.get_total_flops()) / _BATCHES
 
     def _faster_attention(self) -> str:
-        """The ViT's, by trying: a comparison should not be won by a bad choice."""
+        """Time both kinds of attention of the ViT and name the faster, for a fair comparison."""
         self.step()
         seconds = {}
         for kind in ("eager", "sdpa"):
@@ -347,7 +349,7 @@ class Published:
         return best
 
     def describe(self) -> dict[str, str]:
-        """What was chosen."""
+        """Name of the chosen attention."""
         return {"published_vision_attention": self.attention}
 
 
@@ -355,7 +357,7 @@ class Plain(Ours):
     """Our step without DeepSpeed."""
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
-        """The network itself."""
+        """The network in a `PlainEngine`, and the momentum copies."""
         from blip_scale.engine.zero import onednn
 
         network = self.task.build_network()
@@ -366,12 +368,12 @@ class Plain(Ours):
                     parameter.copy_(weights[name].view_as(parameter))
         bf16 = match.recipe.train.precision == "bf16"
         network.to(self.device, torch.bfloat16 if bf16 else torch.float32)
-        onednn.take_where_faster(network)  # as the engine does
+        onednn.take_where_faster(network)  # like the engine
         engine = PlainEngine(network, match.recipe.optimizer)
         return engine, PlainMomentum(engine, self.task.momentum_pairs)
 
     def micro_step(self) -> Any:
-        """Forward and backward, kernel by kernel."""
+        """Forward and backward without a graph."""
         from blip_scale.engine.micro_step import EagerMicroStep
 
         return EagerMicroStep(self.engine)
@@ -385,30 +387,34 @@ KINDS: dict[str, Callable[[Match], Any]] = {
 
 
 class StepContest(Contest):
-    """Contenders by name, each in a process of its own."""
+    """Contenders by name, each in its process."""
 
     def __init__(self, contenders: dict[str, Contender]) -> None:
         super().__init__()
         self.pipes: dict[str, Connection] = {}
         for name, contender in contenders.items():
             self.add(name, contender)
-            self.ask(name, "ready")  # one after another: building takes the most memory
+            self.ask(name, "ready")  # one after another, as building takes the most memory
             self.ask(name, "warm_up")
 
     def add(self, name: str, contender: Contender) -> None:
-        """Start a process, which begins to build its contender."""
+        """Start a process, which starts building its contender."""
         self.pipes[name] = self.start(serve, contender)
 
     def ask(self, name: str, what: str, *arguments: Any) -> Any:
-        """Call a method of a contender; raises ContenderError where it failed or died."""
+        """Call a method of a contender.
+
+        Raises:
+            ContenderError: the contender failed or died.
+        """
         return ask(self.pipes[name], name, (what, arguments))
 
 
 def serve(pipe: Connection, contender: Contender) -> None:
-    """Build a contender, and answer with its methods until the pipe is closed.
+    """Build a contender and answer calls of its methods until the pipe is closed.
 
-    The answer to `ready` says whether it could be built. An answer is a `Failure` where the call
-    raised an exception.
+    The answer to `ready` says whether it could be built. If a call raised, its answer is a
+    `Failure`.
     """
     torch.set_num_threads(contender.match.threads)
     torch.manual_seed(0)
@@ -436,13 +442,13 @@ def serve(pipe: Connection, contender: Contender) -> None:
         try:
             what, arguments = pipe.recv()
         except EOFError:
-            os._exit(0)  # DeepSpeed's process group is not torn down
+            os._exit(0)  # without tearing DeepSpeed's process group down
         method = answers.get(what) or getattr(contestant, what)
         pipe.send(_attempted(method, *arguments))
 
 
 def _attempted(method: Callable[..., Any], *arguments: Any) -> Any:
-    """The result, or the exception as a `Failure`."""
+    """Result of a call, or its exception as a `Failure`."""
     try:
         return method(*arguments)
     except Exception as error:
@@ -459,7 +465,7 @@ def _timed(step: Callable[[], None]) -> float:
 
 
 def _first_steps(contestant: Any, steps: int) -> float:
-    """Seconds of the warm-up; its peaks of memory are forgotten."""
+    """Run the warm-up and return its seconds. Peaks of memory are reset afterwards."""
     seconds = _timed(lambda: contestant.warm_up(steps))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -467,8 +473,10 @@ def _first_steps(contestant: Any, steps: int) -> float:
 
 
 def _turn(step: Callable[[], None], steps: int) -> list[float]:
-    """Seconds of some steps after one that fills the allocator's cache, which is emptied at the
-    end."""
+    """Seconds of some steps, after a step that fills the allocator's cache.
+
+    The cache is emptied at the end.
+    """
     step()
     seconds = [_timed(step) for _ in range(steps)]
     if torch.cuda.is_available():

@@ -7,7 +7,7 @@ import string
 from pathlib import Path
 
 BERT_SIZE = 30_522
-"""Tokens of bert-base-uncased."""
+"""Number of tokens of bert-base-uncased."""
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 

@@ -1,7 +1,7 @@
-"""Slow work in a thread on every rank, taken up again by all ranks together.
+"""Slow work in a thread on every rank, which all ranks then continue together.
 
-No collective ever runs in a thread: there it would meet those of the training in another order on
-every rank.
+No collective runs in a thread: its order among the collectives of the training would differ between
+ranks.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the work of one rank came to."""
+    """Result of the work of one rank."""
 
     value: Any = None
     error: str = ""
-    """What went wrong, with the rank; empty when nothing did."""
+    """Error message with the rank; empty if the work succeeded."""
     seconds: float = 0.0
 
 
 Procedure = Generator[Callable[[], Any], list[Outcome], None]
-"""What it yields is called in a thread on every rank. Once all have finished, it goes on in the
-main thread with their outcomes, in rank order; between two yields it may use collectives."""
+"""Generator of work. Each function that it yields is called in a thread on every rank. Once all
+ranks have finished, the generator goes on in the main thread with their outcomes, in rank order.
+Between two yields it may use collectives."""
 
 
 def attempt(work: Callable[[], Any], rank: int) -> Outcome:
-    """Do something that may fail: a rank that raised would leave the others waiting for it."""
+    """Call `work` and return its outcome. A rank that raised would leave the others waiting."""
     began = time.perf_counter()
     value, error = None, ""
     try:
@@ -48,19 +49,19 @@ def attempt(work: Callable[[], Any], rank: int) -> Outcome:
 
 
 def errors_of(outcomes: list[Outcome]) -> list[str]:
-    """What went wrong, on whichever ranks."""
+    """Error messages of all ranks."""
     return [outcome.error for outcome in outcomes if outcome.error]
 
 
 class Background:
-    """A procedure under way; every rank starts the same one and makes the same calls."""
+    """A running procedure. Every rank must start the same one and make the same calls."""
 
     def __init__(self, procedure: Procedure, device: torch.device) -> None:
-        """Begin.
+        """Start the procedure.
 
         Args:
             procedure: see `Procedure`.
-            device: where the collectives of the ranks run.
+            device: device of the ranks' collectives.
         """
         self.is_done = False
         self._procedure = procedure
@@ -71,7 +72,7 @@ class Background:
         self._start(next(procedure, None))
 
     def poll(self) -> None:
-        """Take the procedure on where all ranks have finished the work under way."""
+        """Continue the procedure if all ranks have finished their work."""
         if not self.is_done and not self._is_busy():
             self._resume()
 
@@ -102,6 +103,6 @@ class Background:
         def run() -> None:
             self._outcome = attempt(work, self._rank)
 
-        # A daemon: an upload that hangs does not keep a process that wants to end.
+        # A daemon thread, so that an upload that hangs does not keep the process from ending.
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder that all ranks see or one a node, and perhaps object storage."""
+"""Location of checkpoints: a shared folder or one on each node, and optionally object storage."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from blip_scale.storage.objects import ObjectFolder
 
 @dataclass(frozen=True)
 class Place:
-    """Where the checkpoints of a run lie, as one rank sees it."""
+    """Location of a run's checkpoints, seen from one rank."""
 
     folder: Path
     remote: ObjectFolder | None
-    """Where committed checkpoints are copied to."""
+    """Object storage that committed checkpoints are copied to."""
     rank: int
     sharers: tuple[int, ...]
-    """Ranks that see the same `folder`, this one among them: all, or those of its node."""
+    """Ranks that see the same `folder`, this one included: all, or those of its node."""
     world_size: int
 
     @property
@@ -35,19 +35,19 @@ class Place:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank does what one must do for a folder."""
+        """Whether this rank does the work that only one rank per folder must do."""
         return self.rank == self.sharers[0]
 
     def share(self, names: Sequence[str]) -> list[str]:
-        """This rank's part of work on files that the sharers of the folder divide."""
+        """This rank's share of files that the ranks of the folder divide among themselves."""
         return list(names[self.sharers.index(self.rank) :: len(self.sharers)])
 
 
 def open_place(recipe: Recipe) -> Place:
-    """The place that the recipe says; every rank must ask.
+    """The location that the recipe gives. Call it on all ranks.
 
     Raises:
-        ValueError: the folder cannot be written, or the object storage cannot be opened.
+        ValueError: the folder can't be written, or the object storage can't be opened.
     """
     stated = recipe.checkpoint.folder
     location = expand(stated, "checkpoint.folder") if stated else None

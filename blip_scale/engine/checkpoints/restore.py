@@ -1,7 +1,7 @@
-"""Find the newest whole checkpoint, and take a run up from it, on any number of ranks.
+"""Restores: find the newest whole checkpoint, and load it on any number of ranks.
 
-A file that is missing or damaged here is fetched from the object storage, where there is one: the
-disk of a node that was replaced is empty.
+If the run has object storage, files that are missing or damaged locally are fetched from it. For
+example, the disk of a replaced node is empty.
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ logger = logging.getLogger(__name__)
 
 
 def newest_whole(place: Place, stage: int) -> Path | None:
-    """The newest checkpoint whose files all have the size and checksum of its manifest; all ranks
-    must ask.
+    """The newest checkpoint whose files all match its manifest in size and checksum.
 
-    Each rank checks a share of the files and fetches what is not there. What is passed over is
-    named in the log.
+    Call it on all ranks. Each rank checks a share of the files and fetches missing ones. Rejected
+    checkpoints are named in the log.
 
     Args:
-        place: where to look.
-        stage: ZeRO stage of this run. Ranks that share no disk need the files of all only when
-            their number or the stage has changed.
+        place: location of the checkpoints.
+        stage: ZeRO stage of this run. Ranks that share no disk need the files of all ranks only if
+            the number of ranks or the stage has changed.
 
     Returns:
-        Its folder, with all the files that the ranks which see it need; None without any.
+        Its folder, with all files that the ranks that see it need; None if there is no checkpoint.
 
     Raises:
-        ValueError: there are checkpoints, but none that is whole; or the newest is of another
-            version of the format.
-        OSError: there is none here, and the object storage cannot be asked (FileNotFoundError: it
-            refuses, now and later).
+        ValueError: there are checkpoints, but none is whole; or the newest has another version of
+            the format.
+        OSError: there is no local checkpoint, and the object storage doesn't answer. It is a
+            FileNotFoundError if retrying is pointless.
     """
     if place.is_first:
         for path in sorted(place.folder.glob("step_*.partial")):
@@ -65,33 +64,30 @@ def newest_whole(place: Place, stage: int) -> Path | None:
     if local | remote:
         where = f"{place.folder}" + (f" and {place.remote.url}" if place.remote else "")
         raise ValueError(
-            f"none of the {len(local | remote)} checkpoints in {where} is whole (the log says why "
-            "of each). Restore one, or move them away to begin anew."
+            f"none of the {len(local | remote)} checkpoints in {where} is whole (the log gives the "
+            "reasons). Restore one, or move them away to start a new run."
         )
     return None
 
 
 def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
-    """Restore weights, moments and momentum averages from a whole checkpoint, for any number of
-    ranks.
+    """Restore weights, moments and momentum averages from a whole checkpoint, on any ranks.
 
     Raises:
-        ValueError: the checkpoint is of another network (a parameter is missing, has another size,
-            or is one too many), other layers of it were frozen, or it lacks momentum averages that
-            this run needs.
+        ValueError: the checkpoint's network has other parameters or sizes, other layers of it were
+            frozen, or it lacks momentum averages that this run needs.
     """
     manifest = checkpoint_format.read_manifest(path)
     _check_network(path, manifest, engine)
     names = _needed(manifest, engine.stage, (collectives.rank(),))
-    reader = checkpoint_format.Reader(
-        path / name for name in names if name != checkpoint_format.SHARED
-    )
+    rank_files = [path / name for name in names if name != checkpoint_format.SHARED]
+    reader = checkpoint_format.Reader(rank_files)
     absent = {piece.name for piece in momentum.slices} - reader.names("momentum")
     if absent:
         raise ValueError(
             f"{path} holds no momentum averages of {min(absent)} and {len(absent) - 1} more "
-            "parameters: it was trained with another objective.itc. Give that one, or begin a run "
-            "from it with model.checkpoint and another output_dir."
+            "parameters: it was trained with another objective.itc. Set objective.itc to that, or "
+            "begin a run from it with model.checkpoint and another output_dir."
         )
     trained = [piece for piece in engine.slices if piece.trains]
     for flat in {id(piece.flat): piece.flat for piece in trained}.values():
@@ -112,29 +108,31 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
 
 
 def _remote_steps(place: Place, may_fail: bool) -> list[int]:
-    """Steps that are whole in the object storage, as rank 0 sees it.
+    """Steps of committed checkpoints in the object storage, as rank 0 sees them.
 
     Raises:
-        OSError: it cannot be asked, and `may_fail` is False.
+        OSError: the storage doesn't answer, and `may_fail` is False.
     """
-    found: list[int] | OSError = []
+    steps: list[int] | OSError = []
     if place.remote and place.rank == 0:
         try:
-            found = checkpoint_format.committed_objects(place.remote.sizes())
+            steps = checkpoint_format.committed_objects(place.remote.sizes())
         except OSError as error:
-            found = error
-    found = collectives.all_gather_objects(found)[0]
-    if isinstance(found, OSError):
+            steps = error
+    steps = collectives.all_gather_objects(steps)[0]
+    if isinstance(steps, OSError):
         if not may_fail:
-            raise found
-        logger.warning("%s; looking at %s alone", found, place.folder)
+            raise steps
+        logger.warning("%s; looking at %s alone", steps, place.folder)
         return []
-    return found
+    return steps
 
 
 def _manifests(place: Place, step: int, is_remote: bool) -> list[str]:
-    """The manifests of a step: those of the nodes first, then that of the object storage; each
-    once. One that can't be read is empty."""
+    """Distinct manifests of a step: those of the nodes, then that of the object storage.
+
+    A manifest that can't be read is empty.
+    """
     here: list[str] = []
     file = place.folder / run_folder.step_folder(step) / checkpoint_format.MANIFEST
     if place.is_first and file.parent.exists():
@@ -152,7 +150,7 @@ def _manifests(place: Place, step: int, is_remote: bool) -> list[str]:
 
 
 def _text(file: Path) -> str:
-    """Content of a manifest; empty where there is none, or it can't be read."""
+    """Content of a manifest; empty if there is none or it can't be read."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -163,10 +161,10 @@ def _text(file: Path) -> str:
 
 
 def _make_whole(place: Place, step: int, stage: int, text: str) -> str | None:
-    """See to it that all files of a manifest lie where they are needed; what is wrong otherwise."""
+    """Bring all files of a manifest to the ranks that need them. Returns problems, or None."""
     try:
         manifest = Manifest.from_json(text)
-    except UnknownVersionError as error:  # whole, for all we know: an older one must not replace it
+    except UnknownVersionError as error:  # it may be whole, so don't resume from an older one
         raise UnknownVersionError(
             f"{place.folder / run_folder.step_folder(step)}: {error}"
         ) from error
@@ -187,7 +185,7 @@ def _make_whole(place: Place, step: int, stage: int, text: str) -> str | None:
     problem = None
     for name in place.share(needed):
         problem = problem or _obtain(place, folder / name, manifest.files[name])
-    problems = [found for found in collectives.all_gather_objects(problem) if found]
+    problems = [reason for reason in collectives.all_gather_objects(problem) if reason]
     outcome = Outcome()
     if place.is_first and not is_same:
         if problems:
@@ -199,7 +197,7 @@ def _make_whole(place: Place, step: int, stage: int, text: str) -> str | None:
 
 
 def _obtain(place: Place, path: Path, entry: dict[str, Any]) -> str | None:
-    """Take a file as it is here, or from the object storage; what is wrong with it otherwise."""
+    """Check a local file, or fetch it from the object storage. Returns a problem, or None."""
     problem = "is missing"
     try:
         if path.exists():
@@ -221,9 +219,9 @@ def _obtain(place: Place, path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def _needed(manifest: Manifest, stage: int, ranks: tuple[int, ...]) -> list[str]:
-    """Names of the files that hold what some ranks own.
+    """Names of the files that hold the slices of some ranks.
 
-    Where the ranks and the stage are those that saved it, each rank finds its own in its own file.
+    If neither the number of ranks nor the stage has changed, a rank's slices are all in its file.
     """
     names = sorted(manifest.files)
     if (manifest.world_size, manifest.stage) != (collectives.world_size(), stage):
@@ -232,30 +230,33 @@ def _needed(manifest: Manifest, stage: int, ranks: tuple[int, ...]) -> list[str]
 
 
 def _check_network(folder: Path, manifest: Manifest, engine: ZeroEngine) -> None:
-    """Refuse parameters that are others, or of other sizes, than the engine's, and moments of other
-    ones than train."""
-    saved, known = manifest.parameters, engine.trainable | engine.frozen
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in known.items()}
+    """Refuse a checkpoint whose parameters, sizes or frozen layers differ from the engine's.
+
+    Raises:
+        ValueError: names a parameter that differs.
+    """
+    saved, parameters = manifest.parameters, engine.trainable | engine.frozen
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in parameters.items()}
     checkpoint_format.check_vocabulary(folder, saved, sizes)
     for name in [*sizes, *saved]:
         if saved.get(name, 0) != sizes.get(name, 0):
             raise ValueError(
-                f"the checkpoint holds {saved.get(name, 0)} elements of {name}, the recipe's "
+                f"{folder} holds {saved.get(name, 0)} elements of {name}, the recipe's "
                 f"network {sizes.get(name, 0)}: it is of another network. Give the recipe that "
                 "it was made with, or another output_dir."
             )
     differing = sorted(set(manifest.frozen) ^ set(engine.frozen))
     if differing:
         raise ValueError(
-            f"{differing[0]} and {len(differing) - 1} more parameters were frozen when the "
-            "checkpoint was made and train now, or the other way round: give the "
+            f"{folder} was made with other frozen layers ({differing[0]} and "
+            f"{len(differing) - 1} more parameters): give the "
             "model.vision.frozen_layers that it was made with, or begin a run from it with "
             "model.checkpoint and another output_dir."
         )
 
 
 def _make_moments(optimizer: torch.optim.Optimizer, flat: Tensor, updates: int) -> None:
-    """AdamW makes its state at the first update; a resumed run needs it before."""
+    """Make AdamW's state, which a resumed run needs before the first update."""
     if updates == 0:
         return
     fused = isinstance(optimizer, torch.optim.AdamW)

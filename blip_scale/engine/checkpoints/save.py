@@ -1,8 +1,8 @@
-"""Save a run while it trains: a copy in memory, files written in the background, one atomic rename.
+"""Saves of a running training: a copy in memory, files written in the background, an atomic rename.
 
-`storage.checkpoint_format` says what a checkpoint is made of. The training pauses for the copy and
-for the rename; between them a thread of every rank writes. A checkpoint counts from the rename on,
-which comes after the last rank's last byte is on the disk.
+See `storage.checkpoint_format` for the files. Training pauses for the copy and for the rename.
+In between, a thread on every rank writes. The rename commits the checkpoint, once every byte of
+every rank is on the disk.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from blip_scale.storage.checkpoint_format import Manifest
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int, Mapping[str, float]], None]
-"""Takes points of curves: step, values by name."""
+"""Function that logs points of curves: step, values by name."""
 Committed = Callable[[int, Path], None]
-"""Hears of a committed checkpoint: step, folder; on every rank."""
+"""Function that is called on every rank for a committed checkpoint: step, folder."""
 
 
 @dataclass
 class RunState:
-    """What is saved beside the weights.
+    """State of a run besides the weights.
 
-    `position` and `task` go to JSON; `shared` holds tensors that are equal on all ranks.
+    `position` and `task` are saved as JSON. `shared` holds tensors that are equal on all ranks.
     """
 
     step: int
@@ -59,16 +59,16 @@ class RunState:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A step as this rank must write it: copies, which later steps do not touch."""
+    """Copies of all that this rank must write for a step. Later steps do not change them."""
 
     step: int
     contents: dict[str, checkpoint_format.Content]
     manifest: Manifest
-    """Without files, which are not written yet."""
+    """Manifest without its files, which are not written yet."""
 
 
 class Saver:
-    """Saves checkpoints one after the other; every rank makes the same calls at the same steps."""
+    """Saves checkpoints one after another. Every rank must make the same calls at equal steps."""
 
     def __init__(
         self,
@@ -80,17 +80,17 @@ class Saver:
         committed: Committed,
         start_step: int = 0,
     ) -> None:
-        """Take up what an earlier run left to upload.
+        """Upload the checkpoints that an earlier start did not upload.
 
         Args:
-            place: where checkpoints go.
+            place: location of the checkpoints.
             settings: how many are kept, and whether they are written in the background.
-            engine: what is saved.
-            momentum: what is saved beside it.
-            report: takes `checkpoint/pause_s`, `write_s` and `upload_s` of every checkpoint.
-            committed: hears of every checkpoint as soon as it counts.
-            start_step: where the run begins or goes on; checkpoints of later steps are of a run
-                that was given up.
+            engine: weights and moments to save.
+            momentum: momentum averages to save.
+            report: logs `checkpoint/pause_s`, `write_s` and `upload_s` of every checkpoint.
+            committed: is called for every checkpoint once it is committed.
+            start_step: step at which the run begins or resumes. Checkpoints of later steps were
+                abandoned.
         """
         self._place = place
         self._settings = settings
@@ -99,14 +99,14 @@ class Saver:
         self._report = report
         self._committed = committed
         self.best: int | None = None
-        """Step of the best checkpoint so far, which is kept; None where none is chosen."""
+        """Step of the best checkpoint so far, which is kept; None if the task gives no score."""
         self._writing: Background | None = None
         self._is_saved = True
         self._pause_s = 0.0
         self._entered = 0.0
-        mine = checkpoint_format.committed(place.folder) if place.rank == 0 else []
-        found = collectives.all_gather_objects(mine)[0]
-        self._steps: list[int] = [step for step in found if step <= start_step]
+        steps = checkpoint_format.committed(place.folder) if place.rank == 0 else []
+        steps = collectives.all_gather_objects(steps)[0]
+        self._steps: list[int] = [step for step in steps if step <= start_step]
         self._uploads: Uploads | None = None
         if place.remote:
             self._uploads = Uploads(place, settings, engine.device, report)
@@ -118,10 +118,10 @@ class Saver:
         return max(self._steps, default=0)
 
     def begin(self, state: RunState) -> None:
-        """Take a copy of the run and start to write it, after the save before has ended.
+        """Copy the run and start writing it, once the previous save has ended.
 
-        What goes wrong is logged and costs this checkpoint alone: the unfinished folder is removed,
-        every earlier one is as it was.
+        A failure is logged and affects this checkpoint alone. Its unfinished folder is removed, and
+        earlier checkpoints stay intact.
         """
         self._finish_writing()
         self._pause_s = 0.0
@@ -132,7 +132,7 @@ class Saver:
             self._finish_writing()
 
     def poll(self) -> None:
-        """Commit what has been written, if all ranks are done with it; to be called every step."""
+        """Commit a checkpoint that all ranks have written. Call this in every step."""
         if self._writing:
             with self._paused():
                 self._writing.poll()
@@ -147,7 +147,7 @@ class Saver:
         return self._uploads is not None
 
     def settle(self) -> bool:
-        """Wait for the save that is under way, not for uploads.
+        """Wait for a save in progress, but not for uploads.
 
         Returns:
             Whether the last save was committed.
@@ -156,7 +156,7 @@ class Saver:
         return self._is_saved
 
     def finish(self) -> bool:
-        """Wait for the save that is under way, and a bounded time for uploads.
+        """Wait for a save in progress, and a bounded time for uploads.
 
         Returns:
             Whether the last save was committed.
@@ -165,7 +165,7 @@ class Saver:
         if self._uploads:
             self._uploads.finish()
             kept = set(self._steps) | self._uploads.busy_with
-            self._prune(self.newest, kept)  # what had to wait for its upload
+            self._prune(self.newest, kept)  # checkpoints that were kept only for their upload
         return self._is_saved
 
     def _finish_writing(self) -> None:
@@ -176,14 +176,16 @@ class Saver:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """Training stands still in here."""
+        """Context manager that measures a pause of the training."""
         self._entered = time.perf_counter()
         yield
         self._pause_s += time.perf_counter() - self._entered
 
     def _copy(self, state: RunState) -> _Snapshot:
-        """Copy this rank's parameter slices, and on one rank a folder what all share, to host
-        memory."""
+        """Copy this rank's parameter slices to host memory.
+
+        One rank per folder also copies the tensors that all ranks share.
+        """
         engine, momentum = self._engine, self._momentum
         tensors: dict[str, Tensor] = {}
         for piece in engine.slices:
@@ -202,10 +204,7 @@ class Saver:
             world_size=self._place.world_size,
             stage=engine.stage,
             optimizer_steps=_updates(engine),
-            parameters={
-                name: getattr(parameter, "ds_numel", parameter.numel())
-                for name, parameter in (engine.trainable | engine.frozen).items()
-            },
+            parameters=_sizes(engine),
             files={},
             position=copy.deepcopy(state.position),
             task=copy.deepcopy(state.task),
@@ -214,7 +213,7 @@ class Saver:
         return _Snapshot(state.step, contents, manifest)
 
     def _write(self, snapshot: _Snapshot) -> Procedure:
-        """From the copy to a committed checkpoint, and older ones removed."""
+        """Write and commit a snapshot, then remove older checkpoints."""
         folder = self._place.folder
         final = folder / run_folder.step_folder(snapshot.step)
         unfinished = final.with_suffix(".partial")
@@ -230,7 +229,7 @@ class Saver:
         if errors:
             if self._place.is_first:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            level = logging.ERROR if self._place.rank == 0 else logging.WARNING  # said once
+            level = logging.ERROR if self._place.rank == 0 else logging.WARNING  # one error per run
             logger.log(
                 level,
                 "checkpoint of step %d was NOT saved to %s: %s. Earlier checkpoints are intact.",
@@ -255,7 +254,7 @@ class Saver:
         yield partial(self._prune, snapshot.step, kept)
 
     def _commit(self, step: int, manifest: str) -> list[str]:
-        """Rename the folder, one rank a folder, rank 0 first; what went wrong."""
+        """Rename the folder: one rank per folder, rank 0 first. Returns the errors of all ranks."""
         place = self._place
         final = place.folder / run_folder.step_folder(step)
         manifest = collectives.all_gather_objects(manifest if place.rank == 0 else "")[0]
@@ -265,18 +264,18 @@ class Saver:
 
         outcome = attempt(commit, place.rank) if place.rank == 0 else Outcome()
         errors = errors_of(collectives.all_gather_objects(outcome))
-        if not place.is_shared and not errors:  # each node has a folder of its own
-            is_mine = place.is_first and place.rank != 0
-            outcome = attempt(commit, place.rank) if is_mine else Outcome()
+        if not place.is_shared and not errors:  # every node has its folder
+            commits = place.is_first and place.rank != 0
+            outcome = attempt(commit, place.rank) if commits else Outcome()
             errors = errors_of(collectives.all_gather_objects(outcome))
             if errors and place.is_first:
                 shutil.rmtree(final, ignore_errors=True)
         return errors
 
     def _prune(self, newest: int, kept: set[int]) -> None:
-        """Remove older checkpoints, one rank a folder.
+        """Remove older checkpoints: one rank per folder.
 
-        Those of later steps stay: a run that went back behind them found them damaged.
+        Checkpoints of later steps stay. They were damaged, and the run resumed before them.
         """
         if self._place.is_first:
             for step in checkpoint_format.committed(self._place.folder):
@@ -285,15 +284,21 @@ class Saver:
 
 
 def _copied(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> checkpoint_format.Content:
-    """Into ordinary host memory: pinning it would take longer than it saves."""
-    copies = {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
-    }
+    """Copies in ordinary host memory. Pinning memory would take longer than it saves."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return checkpoint_format.Content(copies, metadata)
 
 
+def _sizes(engine: ZeroEngine) -> dict[str, int]:
+    """Number of elements of every parameter by name."""
+    parameters = engine.trainable | engine.frozen
+    return {name: getattr(p, "ds_numel", p.numel()) for name, p in parameters.items()}
+
+
 def _updates(engine: ZeroEngine) -> int:
-    """Updates that AdamW has made, for its bias correction; 0 where this rank owns nothing."""
+    """Number of updates of AdamW, for its bias correction; 0 if this rank owns no parameter."""
     assert len(engine.optimizer.param_groups) == 1, "settings of several groups would be lost"
     for piece in engine.slices:
         state = engine.optimizer.state.get(piece.flat)

@@ -1,7 +1,7 @@
-"""Copies of committed checkpoints in object storage, made in the background.
+"""Uploads of committed checkpoints to object storage, in the background.
 
-Every rank uploads its part of the files. The manifest comes last, once the storage lists all the
-others with their sizes: where it is, the checkpoint is whole.
+Every rank uploads its share of the files. The manifest comes last, once the storage lists all other
+files with their sizes. So a checkpoint with a manifest is whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Uploads:
-    """What is still to be uploaded, newest first; every rank makes the same calls."""
+    """Queue of checkpoints to upload, newest first. Every rank must make the same calls."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Uploads:
         device: torch.device,
         report: Callable[[int, Mapping[str, float]], None],
     ) -> None:
-        """See `checkpoint.Saver`."""
+        """See `Saver` for the arguments."""
         assert place.remote is not None
         self._place = place
         self._remote: ObjectFolder = place.remote
@@ -44,29 +44,29 @@ class Uploads:
         self._under_way: int | None = None
 
     def resume(self, steps: list[int]) -> None:
-        """Upload those of these committed checkpoints that the storage lacks."""
+        """Upload these committed checkpoints, unless the storage has them."""
         self._waiting = sorted(steps)
         self._start()
 
     @property
     def busy_with(self) -> set[int]:
-        """The step that is being uploaded, if any: it must not be removed yet."""
+        """Step that is being uploaded, if any. Its checkpoint must not be removed yet."""
         return set() if self._under_way is None else {self._under_way}
 
     def add(self, step: int, kept: set[int]) -> None:
-        """Upload a checkpoint that was just committed; forget what waits and is not `kept`."""
+        """Upload a checkpoint that was just committed. Drop queued ones that are not `kept`."""
         self._waiting = sorted({*self._waiting, step} & kept)
         self._start()
 
     def poll(self) -> None:
-        """Take the upload on, if all ranks have come so far."""
+        """Continue the upload if all ranks have finished their work."""
         if self._job:
             self._job.poll()
 
     def finish(self) -> None:
-        """Wait until all is uploaded, or `retry_s` have passed; says what was not."""
+        """Wait until all is uploaded or `retry_s` have passed. Warn about the rest."""
         deadline = time.monotonic() + self._settings.retry_s
-        for is_again in (False, True):  # the upload under way, and what it has left behind
+        for is_again in (False, True):  # the running upload, then those that it left queued
             if is_again:
                 self._start()
             if self._job:
@@ -83,7 +83,7 @@ class Uploads:
             self._job = Background(self._upload_all(), self._device)
 
     def _upload_all(self) -> Procedure:
-        """Whatever waits, until the storage fails."""
+        """Upload queued checkpoints until the queue is empty or the storage fails."""
         while self._waiting:
             step = self._under_way = self._waiting[-1]
             began = time.perf_counter()
@@ -91,7 +91,7 @@ class Uploads:
             for work in (self._make_ready, self._upload_share, self._commit):
                 outcomes: list[Outcome] = yield partial(work, step)
                 errors = errors_of(outcomes)
-                if errors or outcomes[0].value is True:  # it is there already
+                if errors or outcomes[0].value is True:  # True: the storage has it already
                     break
             self._under_way = None
             name = run_folder.step_folder(step)
@@ -101,15 +101,18 @@ class Uploads:
                     name, "; ".join(errors), self._place.folder,
                 )  # fmt: skip
                 return
-            self._waiting = [one for one in self._waiting if one != step]
+            self._waiting = [queued for queued in self._waiting if queued != step]
             if outcomes[0].value is not True:
                 seconds = time.perf_counter() - began
                 self._report(step, {"checkpoint/upload_s": seconds})
                 logger.info("uploaded %s to %s in %.1f s", name, self._remote.url, seconds)
 
     def _make_ready(self, step: int) -> bool:
-        """On rank 0: whether the storage has the very checkpoint; another one of this step loses
-        its manifest, so that no mixture of both counts as whole."""
+        """On rank 0, whether the storage already has this checkpoint.
+
+        Another checkpoint of the same step loses its manifest, so that a mixture of both never
+        counts as whole.
+        """
         if self._place.rank != 0:
             return False
         manifest = f"{run_folder.step_folder(step)}/{checkpoint_format.MANIFEST}"
@@ -121,9 +124,9 @@ class Uploads:
         return False
 
     def _upload_share(self, step: int) -> None:
-        """This rank's part of the files that lie here."""
+        """Upload this rank's share of the local files."""
         folder = self._place.folder / run_folder.step_folder(step)
-        # Each node has the shared file: one copy is enough.
+        # Each node has the shared file, and one copy is enough.
         left_out = {checkpoint_format.MANIFEST} | (
             {checkpoint_format.SHARED} if 0 not in self._place.sharers else set()
         )
@@ -132,7 +135,7 @@ class Uploads:
             self._remote.put(f"{folder.name}/{name}", folder / name)
 
     def _commit(self, step: int) -> None:
-        """On rank 0: look whether all files have arrived, write the manifest, remove old ones."""
+        """On rank 0, check that all files arrived, upload the manifest, remove old checkpoints."""
         if self._place.rank != 0:
             return
         folder = self._place.folder / run_folder.step_folder(step)
@@ -145,14 +148,13 @@ class Uploads:
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
-        """Remove older checkpoints, the manifests first; half-uploaded ones too."""
+        """Remove older checkpoints, manifests first. Includes checkpoints uploaded in part."""
         names = list(self._remote.sizes())
         done = [step for step in checkpoint_format.committed_objects(names) if step <= newest]
         settings = self._settings
         kept = checkpoint_format.retained(done, settings.keep_last, settings.keep_every)
-        doomed = {
-            step for step in run_folder.steps(n.split("/")[0] for n in names) if step <= newest
-        }
+        stored = run_folder.steps(name.split("/")[0] for name in names)
+        doomed = {step for step in stored if step <= newest}
         doomed -= kept | set(self._waiting)
         for step in sorted(doomed):
             folder = run_folder.step_folder(step)

@@ -1,8 +1,9 @@
-"""Monkey patches for DeepSpeed 0.19.8 that skip redundant work in the ZeRO-3 step. Each replaces a
-private name; run tests/engine/test_zero3_step.py before upgrading.
+"""Monkey patches for DeepSpeed 0.19.8 that skip redundant work in the ZeRO-3 step.
 
-`REPLACED` lists them with what DeepSpeed's own way costs. On a DeepSpeed that is not among
-`CHECKED_VERSIONS` none is applied: its own way runs, with partitioned weights, and the log says so.
+Each patch replaces a private name. `REPLACED` lists the names and the cost of DeepSpeed's code. Run
+tests/engine/test_zero3_step.py before upgrading DeepSpeed. With a version that is not in
+`CHECKED_VERSIONS` no patch is applied: DeepSpeed's code runs with partitioned weights, and the log
+says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from blip_scale.engine import collectives
 
 CHECKED_VERSIONS = ("0.19.8",)
-"""Versions of DeepSpeed that every entry of `REPLACED` was read and tested on."""
+"""Versions of DeepSpeed for which every entry of `REPLACED` was read and tested."""
 
 _ZERO3 = "DeepSpeedZeroOptimizer_Stage3"
 REPLACED = {
@@ -31,49 +32,50 @@ REPLACED = {
     f"{_ZERO3}._unflatten_partitioned_parameters": "views of all parameters, the same in every "
     "step",
     f"{_ZERO3}._reassign_or_swap_out_partitioned_parameters": "in fp32, a second copy of the "
-    "weights: DeepSpeed compares a device with the name of one, which are never equal",
+    "weights: DeepSpeed compares a device with a device's name, and the two are never equal",
     f"{_ZERO3}.persistent_parameters": "one gather after the step for each small weight",
     f"{_ZERO3}._partition_all_parameters": "a walk over all modules to release whole weights",
     f"{_ZERO3}._grad_acc_hooks": "a hook, a copy and a view for each gradient of whole weights",
-    f"{_ZERO3}.reduce_and_partition_stream": "the host waits for the exchanges of the backward "
-    "pass; the GPU's own stream waits instead",
+    f"{_ZERO3}.reduce_and_partition_stream": "a wait of the host for the exchanges of the backward "
+    "pass; the patch makes the GPU's stream wait instead",
     "DeepSpeedZeRoOffload.forward_hooks": "some hundred lines of Python around every module call, "
-    "also where nothing is gathered",
-    "DeepSpeedZeRoOffload.backward_hooks": "as forward_hooks",
-    "DeepSpeedZeRoOffload.fwd_pre_hook": "as forward_hooks",
+    "even if nothing is gathered",
+    "DeepSpeedZeRoOffload.backward_hooks": "see forward_hooks",
+    "DeepSpeedZeRoOffload.fwd_pre_hook": "see forward_hooks",
     "DeepSpeedEngine.module_forward_pre_hook": "a walk over all modules before a forward pass",
     "DeepSpeedEngine.module_forward_post_hook": "a walk over all modules after a forward pass",
     "ZeROOrderedDict": "Python code at every access to a parameter",
     "InsertPostInitMethodToModuleSubClasses.linear_bk": "a linear layer in Python that saves no "
     "gathered weight",
     "stage3.is_invalid_grad_norm": "a read of the norm, for which the host waits; the train loop "
-    "skips steps that are not finite",
+    "skips steps that are not finite itself",
     "parameter_offload.FWD_MODULE_STACK": "a leak: recomputing a checkpointed block leaves entries",
 }
-"""Private name -> what DeepSpeed's own way costs."""
+"""Private name -> cost of DeepSpeed's code behind it."""
 
 
 def are_checked() -> bool:
-    """Whether the patches apply to the DeepSpeed that is installed."""
+    """Whether the patches were checked for the installed DeepSpeed."""
     return deepspeed.__version__ in CHECKED_VERSIONS
 
 
 def unchecked_reason() -> str:
-    """Why the patches are left out."""
+    """Why the patches are not applied."""
     return (
-        f"DeepSpeed {deepspeed.__version__} is not among those that the shorter ZeRO-3 step was "
-        f"checked on ({', '.join(CHECKED_VERSIONS)}); its own way runs"
+        f"the patches of the ZeRO-3 step were checked for DeepSpeed {', '.join(CHECKED_VERSIONS)}, "
+        f"not for {deepspeed.__version__}, so they are not applied"
     )
 
 
 def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
-    """Replace methods of a ZeRO-3 optimizer's step by shorter ways to the same result.
+    """Replace methods of a ZeRO-3 optimizer's step by faster ones with equal results.
 
-    With an optimizer on the host (offload) they are left alone: it takes other ways there.
+    An optimizer on the host (offload) is left alone, as its step takes other paths.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
-        norm: gives the L2 norm of the averaged gradient over all ranks, scalar; called in a step.
+        norm: returns the L2 norm of the averaged gradient over all ranks, a scalar. Called within a
+            step.
     """
     if zero.offload_optimizer:
         return
@@ -82,6 +84,7 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     )  # fmt: skip
 
     def prepare(sub_group: int) -> None:
+        # Gradients that lie end to end become the master's gradient without a copy.
         master = zero.fp32_partitioned_groups_flat[sub_group]
         whole = joined(zero.averaged_gradients[sub_group])
         if whole is None or whole.dtype != master.dtype or whole.numel() != master.numel():
@@ -97,12 +100,12 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     zero._prepare_fp32_grad_for_sub_group = prepare
     zero.unscale_and_clip_grads = unscale
     zero._get_norm_groups = lambda: [norm()]
-    # The part of a weight is a view of its group from the start.
+    # This rank's part of a weight is a view of its group from the start.
     zero._unflatten_partitioned_parameters = lambda sub_group: None
 
 
 def share_masters(zero: Any) -> None:
-    """In fp32 let the weights that compute be the optimizer's masters, in one memory.
+    """In fp32, make the compute weights and the optimizer's masters share memory.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
@@ -118,7 +121,7 @@ def share_masters(zero: Any) -> None:
 
 
 def skip_waits(zero: Any) -> None:
-    """Remove the points where the host waits for a GPU in the backward pass and in the step.
+    """Remove the waits of the host for a GPU in the backward pass and in the step.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
@@ -131,8 +134,9 @@ def skip_waits(zero: Any) -> None:
 
 
 def drop_all_hooks(engine: Any) -> None:
-    """Make the network of a DeepSpeed engine a plain module again, where all weights stay whole:
-    its calls run no code of DeepSpeed's, and its gradients stay where autograd puts them.
+    """Make the network of a DeepSpeed engine a plain module again, for weights that stay whole.
+
+    Its calls then run no code of DeepSpeed's, and gradients stay where autograd puts them.
 
     Args:
         engine: `DeepSpeedEngine` under ZeRO-3.
@@ -153,31 +157,32 @@ def drop_all_hooks(engine: Any) -> None:
 
 
 def trim_module_stack() -> None:
-    """Drop what recomputed blocks leave behind, a few entries each step; between two steps."""
+    """Drop the entries that recomputed blocks leak in every step. Call it between two steps."""
     del parameter_offload.FWD_MODULE_STACK[1:]
 
 
 def drop_idle_hooks(zero: Any) -> None:
-    """Take DeepSpeed's hooks off the modules that have nothing to gather or release: those without
-    parameters, or with parameters that stay gathered. The optimizer step partitions the latter;
-    before the next forward pass they are gathered at the root, in one exchange.
+    """Take DeepSpeed's hooks off the modules that have nothing to gather or release.
+
+    They are modules without parameters, or with parameters that stay gathered. The optimizer step
+    partitions the latter. Before the next forward, one exchange at the root gathers them again.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
     """
     offload = zero.parameter_offload
     network: nn.Module = offload.module
-    idle = [
-        module
-        for module in network.modules()
-        if module is not network and all(p.ds_persist for p in iter_params(module))
-    ]
-    idle_hooks = {id(d) for m in idle for d in (m._forward_pre_hooks, m._forward_hooks)}
+    idle_hooks: set[int] = set()
+    for module in network.modules():
+        if module is network:  # the root keeps its hooks
+            continue
+        if all(parameter.ds_persist for parameter in iter_params(module)):
+            idle_hooks |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
     for hook in (*offload.forward_hooks, *offload.backward_hooks):
         if id(hook.hooks_dict_ref()) in idle_hooks:
             hook.remove()
     staying = zero.persistent_parameters
-    zero.persistent_parameters = []  # else they are gathered after each step, one by one
+    zero.persistent_parameters = []  # DeepSpeed would gather them one by one after each step
 
     def gather(module: nn.Module, inputs: Any) -> None:
         partitioned = [p for p in staying if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
@@ -188,17 +193,22 @@ def drop_idle_hooks(zero: Any) -> None:
 
 
 def gather_together(parameters: Sequence[nn.Parameter]) -> None:
-    """Make partitioned parameters whole in one exchange; DeepSpeed takes one for each. Parts that
-    are quantized, on another device or in groups of ranks are left to DeepSpeed."""
+    """Make partitioned parameters whole in one exchange, where DeepSpeed takes one for each.
+
+    Parts that are quantized, on another device or in groups of ranks are left to DeepSpeed.
+    """
     ranks = collectives.world_size()
     parts = [p.ds_tensor for p in parameters]
-    plain = all(
-        part.dtype == p.dtype == parts[0].dtype
-        and part.device == p.device
-        and part.numel() == -(-p.ds_numel // ranks)
-        for part, p in zip(parts, parameters, strict=True)
-    )
-    if ranks == 1 or not plain:
+
+    def is_plain(parameter: Any) -> bool:
+        part = parameter.ds_tensor
+        return (
+            part.dtype == parameter.dtype == parts[0].dtype
+            and part.device == parameter.device
+            and part.numel() == -(-parameter.ds_numel // ranks)
+        )
+
+    if ranks == 1 or not all(map(is_plain, parameters)):
         parameters[0].all_gather(parameters)
         return
     everyone = collectives.all_gather(torch.cat([part.data for part in parts])[None])
@@ -210,7 +220,7 @@ def gather_together(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor | None:
-    """The flat tensors as one, a view, where they lie end to end in one storage; else None."""
+    """One view of flat tensors that lie end to end in one storage; None if they don't."""
     first, end = pieces[0], pieces[0].storage_offset()
     for piece in pieces:
         same = piece.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

@@ -1,12 +1,12 @@
-"""The ZeRO engine: a network under DeepSpeed's ZeRO, and the part of every parameter that this rank
-owns.
+"""The ZeRO engine: a network under DeepSpeed's ZeRO, and the parameter slices that this rank owns.
 
-Under ZeRO-3 each rank owns an equal slice of each flattened parameter; under ZeRO-1/2 a contiguous
-stretch of all of them laid end to end. Both are the same thing to the rest of the engine: a list of
-`ParameterSlice`s. Frozen parameters are cut as under ZeRO-3 at every stage.
+Under ZeRO-3 each rank owns an equal slice of each flattened parameter. Under ZeRO-1/2 it owns a
+contiguous stretch of all parameters laid end to end. The rest of the engine sees a list of
+`ParameterSlice`s in both cases. Frozen parameters are cut as under ZeRO-3 at every stage.
 
-Under ZeRO-3 the weights that compute stay whole on every rank where they fit (`whole_weights`), and
-are partitioned otherwise.
+The optimizer updates fp32 master weights. The compute weights are the parameters of the network.
+Under ZeRO-3 they stay whole on every rank if they fit (`whole_weights`), and are partitioned
+otherwise.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ logger = logging.getLogger(__name__)
 
 _AFTER_STACKS_S = 10.0
 _SHARED_MEMORY = "deepspeed_shm_comm"
-"""DeepSpeed's name for its exchange between ranks on a CPU."""
+"""Name of DeepSpeed's operation for exchanges between ranks on a CPU."""
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW with a switch: with `skip` set, a step leaves weights and moments untouched."""
+    """torch's AdamW with a switch: if `skip` is set, a step leaves weights and moments alone."""
 
     skip = False
 
@@ -65,9 +65,9 @@ class AdamW(torch.optim.AdamW):
 class ZeroEngine:
     """DeepSpeed's engine with the parameter slices of this rank.
 
-    A micro-step is `forward` and `backward`. Where nothing stands against it (`capture_obstacle`),
-    a CUDA graph can hold `forward` and `compute_gradients`; then `gather_weights` comes before a
-    replay and `add_gradients` after it.
+    A micro-step is `forward` and `backward`. Unless there is a `capture_obstacle`, a CUDA graph can
+    hold `forward` and `compute_gradients`. Then `gather_weights` precedes a replay, and
+    `add_gradients` follows it.
     """
 
     deepspeed: Any
@@ -75,13 +75,13 @@ class ZeroEngine:
     stage: int
     trainable: dict[str, nn.Parameter]
     slices: list[ParameterSlice]
-    """Slices of what trains; after `fill` of what is frozen too."""
+    """Slices of trainable parameters and, after `fill`, of frozen ones."""
     towers: dict[str, list[int]]
-    """Index into `slices` by tower (`vision`, `text`), for gradient norms."""
+    """Indices into `slices` by tower (`vision`, `text`), for gradient norms."""
     weights_stay_whole: bool
-    """Whether every rank keeps all weights that compute, in the passes and between them."""
+    """Whether every rank always keeps all compute weights under ZeRO-3."""
     weights_reason: str
-    """Sentence for the log: where the weights lie, and why."""
+    """Where the weights lie, and why, for the log."""
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameters that keep the weights of `fill`."""
     _flats: list[FlatWeights] = field(default_factory=list)
@@ -99,7 +99,8 @@ class ZeroEngine:
                 deepspeed_patches.drop_idle_hooks(zero)
         if self.weights_stay_whole:
             deepspeed_patches.drop_all_hooks(self.deepspeed)
-            self.deepspeed.set_gradient_accumulation_boundary(True)  # `step` is called at the end
+            # `step` is called only after the last micro-step, so every call is a boundary.
+            self.deepspeed.set_gradient_accumulation_boundary(True)
             trained = self.keep_whole(list(self.trainable.values()), zero.lp_param_buffer)
             self._buckets = GradientBuckets(
                 trained.parameters,
@@ -112,7 +113,7 @@ class ZeroEngine:
 
     @property
     def module(self) -> nn.Module:
-        """The network that was wrapped."""
+        """The wrapped network."""
         return self.deepspeed.module
 
     @property
@@ -122,12 +123,12 @@ class ZeroEngine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights that compute."""
+        """Dtype of the compute weights."""
         return next(self.module.parameters()).dtype
 
     @property
     def parameter_count(self) -> int:
-        """Trainable parameters, over all ranks."""
+        """Number of trainable parameters of the whole network."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable.values())
 
     @property
@@ -137,7 +138,7 @@ class ZeroEngine:
 
     @property
     def capture_obstacle(self) -> str | None:
-        """Why forward and backward cannot be captured in a CUDA graph; None where they can."""
+        """Why forward and backward can't be captured in a CUDA graph; None if they can."""
         if self.weights_stay_whole:
             return None
         if self.stage != 3:
@@ -145,17 +146,17 @@ class ZeroEngine:
         return f"weights are {self.weights_reason}: they are gathered from Python inside the blocks"
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        """Call the network; what tasks take as `network`."""
+        """Call the network. Tasks call this instead of the network itself."""
         if self.weights_stay_whole:
             self.gather_weights()
             return self.module(*arguments, **named)
         return self.deepspeed(*arguments, **named)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add the gradient of loss / accumulation to this rank's share of the averaged gradient.
+        """Add the gradient of loss / accumulation to this rank's part of the averaged gradient.
 
         Args:
-            loss: of a micro-batch, 0-dimensional.
+            loss: loss of a micro-batch, 0-dimensional.
             is_last: whether it is the last micro-step before `step`.
         """
         if self.weights_stay_whole:
@@ -166,18 +167,25 @@ class ZeroEngine:
             self.deepspeed.step()
 
     def compute_gradients(self, loss: Tensor) -> list[Tensor]:
-        """Gradients of loss / accumulation, one a trainable parameter; nothing else happens, so it
-        can be captured. Whole weights only."""
+        """Gradients of loss / accumulation, one for each trainable parameter.
+
+        Nothing else happens, so a CUDA graph can capture this. Whole weights only.
+        """
         return self._buckets.compute(loss)
 
     def add_gradients(self, gradients: list[Tensor], is_last: bool) -> None:
-        """Add what `compute_gradients` gave, or what a replay has written there, as `backward`
-        does. Whole weights only."""
+        """Add gradients of `compute_gradients`, or of its replay, like `backward`.
+
+        Whole weights only.
+        """
         self._buckets.add(gradients, is_last)
 
     def gather_weights(self) -> None:
-        """Make the weights that compute follow the last step: one exchange for what trains and one
-        for momentum copies, none where nothing changed. `forward` calls it; all ranks call."""
+        """Gather whole compute weights that have changed since the last gather.
+
+        There is one exchange for trainable weights and one for momentum copies. `forward` calls
+        this. Call it on all ranks.
+        """
         if not self.weights_stay_whole:
             return
         if self._flat_of.keys() != self._ids:
@@ -194,9 +202,9 @@ class ZeroEngine:
     def keep_whole(
         self, parameters: list[nn.Parameter], parts: Tensor | None = None
     ) -> FlatWeights:
-        """Lay parameters into one flat tensor that is gathered at once; whole weights only.
+        """Lay parameters into one flat tensor, which one exchange gathers. Whole weights only.
 
-        `parts`: see `FlatWeights`.
+        See `FlatWeights` for `parts`.
         """
         flat = FlatWeights(parameters, parts)
         self._flats.append(flat)
@@ -204,12 +212,12 @@ class ZeroEngine:
         return flat
 
     def step(self, learning_rate: float, apply: bool, norm: Tensor) -> None:
-        """The optimizer step after the last micro-step; the host does not wait.
+        """Run the optimizer step after the last micro-step. The host does not wait.
 
         Args:
-            learning_rate: of this step.
-            apply: False drops the gradients; weights and moments stay as they are.
-            norm: L2 norm of the averaged gradient over all ranks, for clipping, a scalar on the
+            learning_rate: learning rate of this step.
+            apply: whether to update. False drops the gradients and keeps weights and moments.
+            norm: L2 norm of the averaged gradient over all ranks, for clipping: a scalar on the
                 device.
         """
         for group in self.optimizer.param_groups:
@@ -228,10 +236,10 @@ class ZeroEngine:
             deepspeed_patches.trim_module_stack()
 
     def squared_norms(self) -> Tensor:
-        """Sums of squares [1 + towers] of this rank's averaged gradients before clipping, fp64 on
-        the device, in the order of `norm_names`; after the last backward.
+        """Squared norms [1 + towers] of this rank's averaged gradients, ordered as `norm_names`.
 
-        A sum over the ranks makes squared L2 norms of them. The host does not wait.
+        They are fp64 on the device, before clipping. Summed over the ranks they are the squared L2
+        norms of the whole gradients. Call this after the last backward. The host does not wait.
         """
         pieces = self._gradient_pieces or self._find_gradients()
         everything = [gradient for tower in pieces for gradient in tower]
@@ -243,12 +251,12 @@ class ZeroEngine:
         return torch.cat([towers.sum()[None], towers])
 
     def _find_gradients(self) -> list[list[Tensor]]:
-        """This rank's averaged gradients, a list a tower."""
-        pieces = [
-            gradients_of([self.slices[index] for index in indices], self.deepspeed)
-            for indices in self.towers.values()
-        ]
-        if self.weights_stay_whole:  # they stay where they are
+        """This rank's averaged gradients: a list for each tower."""
+        pieces = []
+        for indices in self.towers.values():
+            slices = [self.slices[index] for index in indices]
+            pieces.append(gradients_of(slices, self.deepspeed))
+        if self.weights_stay_whole:  # gradients stay in the same memory
             self._gradient_pieces = pieces
         return pieces
 
@@ -259,20 +267,21 @@ class ZeroEngine:
     def assign(self, parameters: list[nn.Parameter], parts: list[SliceValues]) -> None:
         """Write compute weights from this rank's parts of some parameters.
 
-        Every rank must call it with the same parameters; `parts` are those that this rank owns.
-        ZeRO-3 needs no exchange: the next forward pass gathers what it needs. Below, where every
-        rank holds whole parameters, the parts of all ranks are put together in one sum.
+        Every rank must call this with the same parameters, and with the parts that it owns. ZeRO-3
+        needs no exchange: the next forward gathers the weights. Under ZeRO-1/2, where every rank
+        holds whole parameters, one sum joins the parts of all ranks.
         """
         if not parameters:
             return
         if self.stage == 3:
-            pairs = [
-                (parameters[part.index].ds_tensor.data[: part.values.numel()], part.values)
-                for part in parts
-            ]  # in fp32 both are one memory
-            apart = [(own, new) for own, new in pairs if own.data_ptr() != new.data_ptr()]
-            if apart:
-                torch._foreach_copy_([own for own, _ in apart], [new for _, new in apart])
+            targets, values = [], []
+            for part in parts:
+                target = parameters[part.index].ds_tensor.data[: part.values.numel()]
+                if target.data_ptr() != part.values.data_ptr():  # in fp32 both may share memory
+                    targets.append(target)
+                    values.append(part.values)
+            if targets:
+                torch._foreach_copy_(targets, values)
             self._mark_stale(parameters)
             return
         numels = [p.numel() for p in parameters]
@@ -283,12 +292,12 @@ class ZeroEngine:
         ]
         if parts:
             torch._foreach_copy_(targets, [part.values for part in parts])
-        collectives.all_reduce_sum(flat)  # every element has one owner: adding zeros is exact
+        collectives.all_reduce_sum(flat)  # exact: one rank owns an element, the others add 0
         wholes = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
         torch._foreach_copy_([p.data for p in parameters], wholes)
 
     def _mark_stale(self, parameters: list[nn.Parameter]) -> None:
-        """The next forward pass gathers these parameters."""
+        """Make the next forward gather these parameters."""
         if self.weights_stay_whole:
             for parameter in parameters:
                 if id(parameter) in self._flat_of:
@@ -299,8 +308,10 @@ class ZeroEngine:
             stale[0].partition(stale)
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
-        """Set this rank's fp32 masters, and the compute weights after them, from whole tensors by
-        name. Parameters among them that don't train become `frozen`."""
+        """Set this rank's fp32 masters and the compute weights from whole tensors by name.
+
+        Parameters among them that don't train become `frozen`.
+        """
         for name, parameter in self.module.named_parameters():
             if name in weights and not parameter.requires_grad and name not in self.frozen:
                 self.frozen[name] = parameter
@@ -311,24 +322,24 @@ class ZeroEngine:
         self.refresh()
 
     def refresh(self, names: list[str] | None = None) -> None:
-        """Make the compute weights follow the fp32 masters: all of them, or those with these
-        names."""
-        known = self.trainable | self.frozen
-        wanted = [name for name in known if names is None or name in names]
+        """Copy the fp32 masters to the compute weights: all of them, or those with these names."""
+        parameters = self.trainable | self.frozen
+        wanted = [name for name in parameters if names is None or name in names]
         positions = {name: index for index, name in enumerate(wanted)}
-        parts = [
-            SliceValues(positions[piece.name], piece.start, piece.weight)
-            for piece in self.slices
-            if piece.name in positions
-        ]
-        self.assign([known[name] for name in wanted], parts)
+        parts = []
+        for piece in self.slices:
+            if piece.name in positions:
+                parts.append(SliceValues(positions[piece.name], piece.start, piece.weight))
+        self.assign([parameters[name] for name in wanted], parts)
 
     def gather_into(self, source: nn.Module, target: nn.Module) -> None:
-        """Copy the compute weights of `source`, a part of the wrapped module, into an ordinary
-        module.
+        """Copy the compute weights of `source`, a part of the wrapped module, to a plain module.
 
-        Every rank must call it; every rank gets all weights. Partitioned parameters are gathered
-        one at a time, so the peak is one parameter above the size of `target`.
+        Call it on all ranks. Every rank gets all weights. Partitioned parameters are gathered one
+        at a time, so the peak memory is one parameter more than `target`.
+
+        Raises:
+            ValueError: the modules' parameters differ in name.
         """
         self.gather_weights()
         for (name, parameter), (other, destination) in zip(
@@ -342,7 +353,7 @@ class ZeroEngine:
 
 @contextlib.contextmanager
 def whole(parameter: nn.Parameter, is_partitioned: bool) -> Iterator[None]:
-    """Inside, the parameter holds all its elements on every rank (read only)."""
+    """Context manager in which a parameter holds all its elements on every rank (read only)."""
     if not is_partitioned:
         yield
         return
@@ -351,17 +362,20 @@ def whole(parameter: nn.Parameter, is_partitioned: bool) -> Iterator[None]:
 
 
 def _holds_a_copy(parameter: nn.Parameter) -> bool:
-    """Whether the parameter is whole, and in memory of its own: on one rank it is a view of this
-    rank's part, and to gather it would only make the host wait for a GPU."""
+    """Whether the parameter is whole in separate memory.
+
+    On a single rank the whole parameter is a view of the rank's part. Gathering it would only make
+    the host wait for the GPU.
+    """
     whole = parameter.ds_status.name == "AVAILABLE"
     return whole and parameter.data_ptr() != parameter.ds_tensor.data_ptr()
 
 
 def start(timeout_s: float) -> torch.device:
-    """Join the process group, one of a single rank where no launcher made more, and give this
-    rank's device.
+    """Join the process group and return this rank's device.
 
-    `timeout_s`: so long a rank waits for the others in an exchange; 0: for ever.
+    Without a launcher the group is a single rank.
+    `timeout_s` is how long a rank waits for the others in an exchange; 0: forever.
     """
     for variable, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(variable, alone)
@@ -375,7 +389,7 @@ def start(timeout_s: float) -> torch.device:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     elif int(os.environ["WORLD_SIZE"]) > 1:
         _announce_compilation()
-    else:  # nothing to exchange: without the operation, nothing is compiled
+    else:  # nothing to exchange, so DeepSpeed need not compile the operation
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
     with logs.prints_to_log("DeepSpeed"):
         deepspeed.init_distributed(
@@ -389,14 +403,14 @@ def start(timeout_s: float) -> torch.device:
 
 
 def _set_up_compiling() -> None:
-    """Give the operations that DeepSpeed compiles a folder for each environment.
+    """Keep the operations that DeepSpeed compiles in a folder of this Python environment.
 
-    The folder is kept between runs, and clones that share an environment share it. In torch's own
-    default folder two environments would overwrite each other's operations. Ranks that start at
-    once compile only once: torch (2.14) locks the folder of an operation.
+    The folder is kept between runs, and clones that share an environment share it. In torch's
+    default folder, environments would overwrite each other's operations. Ranks that start at once
+    compile only once, as torch (2.14) locks the folder of an operation.
     """
-    # DeepSpeed takes the ninja of PATH, which a virtual environment that is not activated leaves
-    # out. Two versions of ninja would compile everything again in turns.
+    # DeepSpeed takes ninja from PATH, which lacks an environment that is not activated. Two
+    # versions of ninja would each compile everything again.
     tools = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([tools, *filter(None, [os.environ.get("PATH")])])
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
@@ -408,25 +422,30 @@ def _set_up_compiling() -> None:
 
 
 def _announce_compilation() -> None:
-    """Say that DeepSpeed is about to compile its exchange between CPU ranks, unless it is there."""
+    """Log that DeepSpeed will compile its exchange between CPU ranks, unless it is compiled."""
     library = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / _SHARED_MEMORY / f"{_SHARED_MEMORY}.so"
     if not library.is_file():
         logger.info(
-            "building DeepSpeed's shared-memory operation, once per environment, about a minute"
+            "building DeepSpeed's shared-memory operation, once per environment: about a minute"
         )
 
 
 def _unlink_shared_buffer() -> None:
-    """Take away the name of the 64 MB in shared memory that DeepSpeed (0.19.8) makes for every
-    rank on a CPU and never removes: without a name it is freed with its process, killed or not."""
+    """Unlink DeepSpeed's buffer in shared memory, so that it is freed when its process ends.
+
+    DeepSpeed 0.19.8 makes a buffer of 64 MB for every rank on a CPU and never removes it.
+    """
     place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
     buffer = Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_{place}"
     buffer.unlink(missing_ok=True)
 
 
 def _patience(timeout_s: float) -> timedelta:
-    """Time that an exchange may take: longer than the heartbeat's, whose timer writes the stacks
-    of a rank that waits, and ends it."""
+    """Timeout of an exchange.
+
+    It is longer than the heartbeat's timeout, which writes the stacks of a waiting rank and ends
+    it.
+    """
     return timedelta(seconds=timeout_s + _AFTER_STACKS_S) if timeout_s else timedelta(days=365)
 
 
@@ -436,10 +455,13 @@ def initialize(
     """Build the network under the ZeRO stage of `ds_config` and wrap it.
 
     Args:
-        build: makes the network; under ZeRO-3 it runs inside `zero.Init`, so that no rank ever
-            holds it whole.
-        recipe: gives optimizer and precision.
+        build: makes the network. Under ZeRO-3 it runs inside `zero.Init`, so that no rank ever
+            holds the whole network.
+        recipe: the recipe, for optimizer, precision and model settings.
         ds_config: DeepSpeed's settings with every "auto" resolved.
+
+    Raises:
+        ValueError: blocks are to be compiled, but weights are partitioned.
     """
     stage = ds_config["zero_optimization"]["stage"]
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
@@ -453,7 +475,8 @@ def initialize(
     is_compiled = _is_to_be_compiled(recipe, obstacle)
     if stays_whole:
         ds_config = whole_weights.deepspeed_settings(ds_config)
-    ds_config.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the GPU
+    # DeepSpeed's throughput timer would wait for the GPU.
+    ds_config.setdefault("timers", {"throughput": {"enabled": False}})
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = _build_optimizer(list(trainable.values()), recipe, ds_config)
     with _exchanging_on_one_thread():
@@ -462,12 +485,13 @@ def initialize(
         compile_blocks(network)
     else:
         onednn.take_where_faster(network)
-    torch.distributed.set_timeout(  # of DeepSpeed's own group, which has torch's 10 or 30 minutes
+    # DeepSpeed's group has torch's default timeout of 10 or 30 minutes.
+    torch.distributed.set_timeout(
         _patience(recipe.train.stall_timeout_s), engine.data_parallel_group
     )
-    slices = [
-        piece for name, p in trainable.items() for piece in trainable_slice(engine, stage, name, p)
-    ]
+    slices: list[ParameterSlice] = []
+    for name, parameter in trainable.items():
+        slices += trainable_slice(engine, stage, name, parameter)
     towers: dict[str, list[int]] = {"vision": [], "text": []}
     for index, piece in enumerate(slices):
         towers["vision" if "vision" in piece.name else "text"].append(index)
@@ -475,20 +499,20 @@ def initialize(
 
 
 def _is_to_be_compiled(recipe: Recipe, partitioned: str | None) -> bool:
-    """Follow `model.compile`, and log what is taken and why.
+    """Whether to compile the blocks, by `model.compile`. Logs the choice and its reason.
 
     Args:
-        recipe: gives the setting and the task.
-        partitioned: why weights do not stay whole between the passes; None where they do.
+        recipe: the recipe, for the setting and the task.
+        partitioned: why weights do not stay whole between the passes; None if they do.
 
     Raises:
-        ValueError: blocks are to be compiled, and weights are partitioned.
+        ValueError: blocks are to be compiled, but weights are partitioned.
     """
     setting, obstacle = recipe.model.compile, None
     device = deepspeed.accelerator.get_accelerator().device_name()
     if setting is True and partitioned:
         raise ValueError(
-            f"model.compile: {partitioned}; they are gathered from Python inside of the blocks, "
+            f"model.compile: {partitioned}; they are gathered from Python inside the blocks, "
             "which torch.compile can't trace. Set it to false, or train.whole_weights to true"
         )
     if setting is False:
@@ -511,11 +535,12 @@ def _is_to_be_compiled(recipe: Recipe, partitioned: str | None) -> bool:
 
 @contextlib.contextmanager
 def _exchanging_on_one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread; gloo's threads that exchange here do so for good.
+    """Context manager in which torch computes on one thread, so that gloo's threads do so forever.
 
-    They take torch's number of threads when they first compute. With helpers of their own libgomp
-    would count more threads than cores and have all of them sleep, instead of spin, between two
-    operations of a step: a sixth of its time on two cores.
+    gloo's threads take over torch's number of threads when they first compute. If they started
+    OpenMP helpers of their own, libgomp would count more threads than cores. Then all threads would
+    sleep, instead of spin, between the operations of a step. On two cores that takes a sixth of the
+    step's time.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -528,7 +553,7 @@ def _exchanging_on_one_thread() -> Iterator[None]:
 def _build_optimizer(
     parameters: list[nn.Parameter], recipe: Recipe, ds_config: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """AdamW over all parameters in one group, decay on all of them: as published."""
+    """AdamW over all parameters in one group, with weight decay on all of them, as published."""
     settings = recipe.optimizer
     arguments: dict[str, Any] = {
         "lr": settings.peak_lr,

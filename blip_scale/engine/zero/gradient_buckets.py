@@ -1,8 +1,8 @@
 """Gradients of whole weights, averaged over ranks in a few flat exchanges.
 
-Buckets hold consecutive parameters. They are sent in a fixed order, last parameters first, as soon
-as all their gradients are there: the exchange of a bucket runs while the backward pass goes on.
-With several micro-steps each rank sums up in fp32 first, and exchanges once.
+A bucket holds consecutive parameters. Buckets are sent in a fixed order, last parameters first, as
+soon as all their gradients are computed. So exchanges overlap the backward pass. With several
+micro-steps, each rank sums gradients up in fp32 and exchanges once.
 
 Legend: W ranks, P elements of this rank's parts of all parameters, laid end to end.
 """
@@ -25,8 +25,8 @@ def bucket_ranges(numels: Sequence[int], limit: int) -> list[range]:
     """Indices of consecutive parameters that are exchanged together, last ones first.
 
     Args:
-        numels: elements of each parameter.
-        limit: elements of a bucket; a parameter that is larger has a bucket of its own.
+        numels: number of elements of each parameter.
+        limit: maximum number of elements of a bucket. A larger parameter has its own bucket.
     """
     ranges: list[range] = []
     end, elements = len(numels), 0
@@ -41,16 +41,16 @@ def bucket_ranges(numels: Sequence[int], limit: int) -> list[range]:
 @dataclass
 class _Bucket:
     indices: range
-    """Of its parameters."""
+    """Indices of the bucket's parameters."""
     parts: slice
-    """Place of its parameters' parts in [P]."""
+    """Place of the parameters' parts in [P]."""
     missing: int = 0
-    """Gradients that the backward pass still owes."""
+    """Number of gradients that the backward pass has not computed yet."""
 
 
 @dataclass
 class _Exchange:
-    """A reduction under way; it keeps alive what is sent."""
+    """A reduction in progress. It keeps the sent tensor alive."""
 
     work: Any
     sent: Tensor
@@ -58,7 +58,7 @@ class _Exchange:
     sums: Tensor
 
     def finish(self) -> None:
-        """Wait, on a GPU without holding up the host, and take what was received."""
+        """Wait for the reduction and store its result. On a GPU the host does not wait."""
         self.work.wait()
         if self.received is not self.sums:
             self.sums.copy_(self.received)
@@ -70,18 +70,18 @@ class GradientBuckets:
 
     parameters: Sequence[nn.Parameter]
     sizes: Sequence[int]
-    """Elements of this rank's part of each parameter."""
+    """Number of elements of this rank's part of each parameter."""
     sums: Tensor
     """[P] fp32: after the last backward of a step, the gradient averaged over micro-steps and
     ranks."""
     limit: int
-    """Elements of a bucket."""
+    """Maximum number of elements of a bucket."""
     accumulation: int
-    """Micro-steps in an optimizer step."""
+    """Number of micro-steps in an optimizer step."""
     exchange_dtype: torch.dtype
-    """Type of the gradients on the wire."""
+    """Dtype in which gradients are exchanged."""
     micro_steps: int = 0
-    """Backward passes since the last optimizer step."""
+    """Number of backward passes since the last optimizer step."""
     _pending: list[_Exchange] = field(default_factory=list)
     _sent: int = 0
     _is_last: bool = True
@@ -90,10 +90,10 @@ class GradientBuckets:
     def __post_init__(self) -> None:
         self.ranks = collectives.world_size()
         ends = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
-        self.buckets = [
-            _Bucket(indices, slice(ends[indices.start], ends[indices.stop]))
-            for indices in bucket_ranges([p.ds_numel for p in self.parameters], self.limit)
-        ]
+        self.buckets: list[_Bucket] = []
+        for indices in bucket_ranges([p.ds_numel for p in self.parameters], self.limit):
+            parts = slice(ends[indices.start], ends[indices.stop])
+            self.buckets.append(_Bucket(indices, parts))
         self._local: Tensor | None = None
         if self.ranks > 1 and self.accumulation > 1:
             self._local = self.sums.new_empty(self.ranks * self.sums.numel())
@@ -106,7 +106,7 @@ class GradientBuckets:
         """Add the gradient of loss / accumulation; exchanges overlap the backward pass.
 
         Args:
-            loss: of a micro-batch, 0-dimensional.
+            loss: loss of a micro-batch, 0-dimensional.
             is_last: whether it is the last micro-step of the optimizer step.
         """
         self._begin(is_last)
@@ -120,10 +120,10 @@ class GradientBuckets:
         self._finish()
 
     def compute(self, loss: Tensor) -> list[Tensor]:
-        """Gradients of loss / accumulation, one a parameter, contiguous and in its dtype.
+        """Gradients of loss / accumulation, one for each parameter, contiguous and in its dtype.
 
-        Runs autograd and nothing else: no hook, no exchange, no state of this object. It can be
-        captured in a CUDA graph; a replay rewrites the tensors.
+        Only autograd runs: no hook, no exchange, no change of this object. A CUDA graph can capture
+        it. A replay then overwrites the tensors.
         """
         gradients = torch.autograd.grad(
             self._share(loss), list(self.parameters), allow_unused=True, materialize_grads=True
@@ -131,7 +131,7 @@ class GradientBuckets:
         return [gradient.contiguous() for gradient in gradients]
 
     def add(self, gradients: Sequence[Tensor], is_last: bool) -> None:
-        """Add gradients of `compute` to the sums, as `backward` does; after every replay."""
+        """Add gradients of `compute`, or of its replay, to the sums, like `backward`."""
         self._begin(is_last)
         for bucket in self.buckets:
             self._send(bucket, [gradients[index] for index in bucket.indices])
@@ -146,7 +146,7 @@ class GradientBuckets:
             bucket.missing = len(bucket.indices)
 
     def _arrived(self, bucket: _Bucket, parameter: nn.Parameter) -> None:
-        """A gradient is there: send the next buckets that are complete."""
+        """Count a gradient that was computed, and send the next buckets that are complete."""
         if not self._is_overlapping:
             return
         bucket.missing -= 1
@@ -164,11 +164,10 @@ class GradientBuckets:
 
     @torch.no_grad()
     def _send(self, bucket: _Bucket, gradients: Sequence[Tensor]) -> None:
-        """Sum up a bucket; in the last micro-step begin its exchange."""
+        """Sum up a bucket and, in the last micro-step, start its exchange."""
         ranks, sums = self.ranks, self.sums[bucket.parts]
-        rows = [
-            g if g.dim() and len(g) % ranks == 0 else g.reshape(-1) for g in gradients
-        ]  # cut along the first dimension as ZeRO-3 cuts the flattened parameter
+        # If the ranks divide the first dimension, cutting it equals cutting the flattened gradient.
+        rows = [g if g.dim() and len(g) % ranks == 0 else g.reshape(-1) for g in gradients]
         if ranks == 1:
             self._sum_up(rows, sums.view(1, -1))
             return
@@ -187,7 +186,7 @@ class GradientBuckets:
         self._pending.append(_Exchange(work, sent, received, sums))
 
     def _sum_up(self, rows: list[Tensor], total: Tensor) -> None:
-        """Write the gradients of a first micro-step to `total` [W, n], add those of later ones."""
+        """Write the gradients of the first micro-step to `total` [W, n], and add later ones."""
         if self.micro_steps == 0:
             torch._chunk_cat(rows, 0, self.ranks, out=total)
         else:

@@ -1,5 +1,4 @@
-"""Momentum copies on ZeRO: the fp32 average of this rank's own slices, and the weights that compute
-with it."""
+"""Momentum copies under ZeRO: fp32 averages of this rank's slices, and their compute weights."""
 
 from __future__ import annotations
 
@@ -17,19 +16,20 @@ from blip_scale.engine.zero.whole_weights import FlatWeights
 class ShardedMomentum:
     """fp32 averages of the parameter slices that have a momentum copy.
 
-    The averages are updated from the optimizer's fp32 masters with no communication: a copy and its
-    parameter have one shape, so one rank owns the same elements of both. In bf16 the averages would
-    not move at all (with momentum 0.995 an increment is below half a unit in the last place), so
-    only the weights of the momentum forward are bf16, rewritten from the averages by `refresh`. In
-    fp32 under ZeRO-3 they are the averages, in one memory.
-    The average of a frozen parameter is the parameter itself: nothing is kept or updated of it.
+    The averages follow the optimizer's fp32 masters without communication: a copy has the shape of
+    its parameter, so a rank owns the same elements of both. In bf16 the averages would not move at
+    all, as with momentum 0.995 an increment is below half a unit in the last place. So only the
+    compute weights of the momentum forward are bf16, and `refresh` rewrites them from the averages.
+    In fp32 under ZeRO-3, averages and compute weights share memory.
+
+    The average of a frozen parameter is the parameter itself, so none is kept.
     """
 
     def __init__(self, engine: ZeroEngine, pairs: dict[str, str]) -> None:
         """Start from the parameters themselves.
 
         Args:
-            engine: the wrapped network; it holds both parameters of each pair.
+            engine: the wrapped network, which holds both parameters of each pair.
             pairs: momentum parameter name -> name of the parameter that it follows.
         """
         parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
@@ -39,19 +39,19 @@ class ShardedMomentum:
         self.slices: list[ParameterSlice] = [piece for piece in paired if piece.trains]
         self._frozen = [piece for piece in paired if not piece.trains]
         self._flat: FlatWeights | None = None
-        """Momentum weights that compute, where weights stay whole."""
+        """Compute weights of the momentum copies, if weights stay whole."""
         self._flat_averages: Tensor | None = None
         self.averages: list[Tensor] = self._begun()
-        """fp32, one a slice, flat."""
+        """Flat fp32 averages, one for each slice."""
         masters = [piece.weight for piece in self.slices]
         self.average_runs, self.weight_runs = _joined(self.averages, masters)
-        """The averages and the fp32 masters that they follow, in fewer and larger tensors: those of
-        slices that lie end to end in both."""
+        """Averages and fp32 masters in fewer and larger tensors: slices that lie end to end in both
+        are joined."""
         self.refresh()
         self.copy_frozen()
 
     def _begun(self) -> list[Tensor]:
-        """The averages, equal to the masters."""
+        """New averages, equal to the masters."""
         engine, masters = self._engine, [piece.weight for piece in self.slices]
         if engine.weights_stay_whole:
             names = [name for name in engine.trainable if name in self._copies]
@@ -68,7 +68,7 @@ class ShardedMomentum:
         return averages
 
     def _lay_flat(self, names: list[str]) -> list[Tensor]:
-        """Keep the momentum weights of these parameters whole; the averages, in their layout."""
+        """Keep the momentum weights of these parameters whole. Returns averages in their layout."""
         if not names:
             return []
         flat = self._engine.keep_whole([self._copies[name] for name in names])
@@ -86,7 +86,7 @@ class ShardedMomentum:
         return [piece.weight for piece in self.slices]
 
     def refresh(self) -> None:
-        """Rewrite the momentum weights that compute from the averages."""
+        """Rewrite the compute weights of the momentum copies from the averages."""
         if self._flat is None:
             self._assign(self._engine.trainable, self.slices, self.averages)
             return
@@ -95,13 +95,13 @@ class ShardedMomentum:
         self._flat.is_stale = True
 
     def copy_frozen(self) -> None:
-        """Rewrite the momentum weights of frozen parameters, after those have been set."""
+        """Rewrite the momentum copies of frozen parameters. Call it after these were set."""
         self._assign(self._engine.frozen, self._frozen, [piece.weight for piece in self._frozen])
 
     def _assign(
         self, online: Container[str], slices: list[ParameterSlice], values: list[Tensor]
     ) -> None:
-        """Write the copies of the parameters in `online`; the same ones on every rank."""
+        """Write the copies of the parameters in `online`, which must be equal on all ranks."""
         names = [name for name in self._copies if name in online]
         positions = {name: index for index, name in enumerate(names)}
         parts = [
@@ -121,7 +121,7 @@ class ShardedMomentum:
 
 
 def _end_to_end(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """New flat tensors of the same sizes, in one memory."""
+    """New flat tensors of the given tensors' sizes, end to end in one storage."""
     if not tensors:
         return []
     sizes = [tensor.numel() for tensor in tensors]
@@ -131,7 +131,7 @@ def _end_to_end(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _joined(
     averages: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Pairs of flat tensors, those that lie end to end in both made one."""
+    """Pairs of flat tensors, with neighbours joined that lie end to end in both."""
     runs: list[list[Tensor]] = []
     for average, weight in zip(averages, weights, strict=True):
         if runs and _follows(runs[-1][0], average) and _follows(runs[-1][1], weight):

@@ -1,8 +1,8 @@
-"""Linear layers on a CPU through oneDNN's own linear layer.
+"""Linear layers on a CPU with oneDNN's linear operation.
 
-In fp32 torch takes MKL's products. On AMD's processors MKL is the slower one: a forward product of
-a ViT-B layer takes a fifth less time in oneDNN. In bf16 torch takes oneDNN's products, but writes
-the bias first and adds the product to it; here it is added on the way.
+In fp32 torch uses MKL. On AMD processors oneDNN is faster: a forward product of a ViT-B layer takes
+a fifth less time. In bf16 torch uses oneDNN, but writes the bias first and adds the product to it.
+Here oneDNN adds the bias within the product.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
-        bias = bias.contiguous()  # torch 2.14 reads one with strides as if it had none
+        bias = bias.contiguous()  # torch 2.14 ignores the strides of a bias here
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
 class _Linear(torch.autograd.Function):
-    """As torch's linear layer; the gradient of the weight stays torch's, which is as fast there.
+    """torch's linear layer with oneDNN's products, except for the gradient of the weight.
 
-    The weight is saved as the parameter itself, so ZeRO-3 may let it go and gather it in between.
+    torch is as fast there. The parameter itself is saved for the backward, so ZeRO-3 can release it
+    and gather it again in between.
     """
 
     @staticmethod
@@ -61,13 +62,15 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-if torch.backends.mkldnn.is_available():  # else there is no such operation
+if torch.backends.mkldnn.is_available():  # otherwise the operation does not exist
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
 
 def take_where_faster(network: nn.Module) -> None:
-    """Let the linear layers of a network be oneDNN's where these are the faster ones: on a CPU in
-    fp32 on AMD's processors, in bf16 on those that have it."""
+    """Replace the linear layers of a network by oneDNN's where these are faster.
+
+    They are on a CPU: in fp32 on AMD processors, in bf16 on processors that oneDNN supports.
+    """
     first = next(network.parameters())
     if first.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
@@ -82,7 +85,7 @@ def take_where_faster(network: nn.Module) -> None:
 
 
 def take_onednn(network: nn.Module) -> None:
-    """Let the linear layers of a network be oneDNN's."""
+    """Replace the linear layers of a network by oneDNN's."""
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDNNLinear

@@ -1,5 +1,8 @@
-"""The part of a parameter that this rank owns: under ZeRO-3 an equal slice of each flattened one,
-below a stretch of all of them laid end to end."""
+"""Parameter slices: the part of each parameter that this rank owns.
+
+Under ZeRO-3 it is an equal slice of each flattened parameter. Under ZeRO-1/2 it is a stretch of all
+parameters laid end to end.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,21 @@ _LONGEST = 2**20
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """What this rank owns of one parameter: elements [start, start + numel) of it, flattened."""
+    """This rank's part of one parameter: elements [start, start + numel) of it, flattened."""
 
     name: str
     parameter: nn.Parameter
     start: int
     numel: int
     flat: Tensor
-    """fp32 master tensor of the optimizer that holds this slice among others; of a frozen
-    parameter a tensor of its own."""
+    """The optimizer's fp32 master tensor, which holds this slice among others. For a frozen
+    parameter, a separate tensor."""
     offset: int
-    """Where in `flat` the slice begins."""
+    """Index in `flat` at which the slice begins."""
 
     @property
     def trains(self) -> bool:
-        """Whether the optimizer updates it; a frozen one has no state there."""
+        """Whether the optimizer updates the parameter. It has no state of frozen ones."""
         return self.parameter.requires_grad
 
     @property
@@ -49,8 +52,7 @@ class ParameterSlice:
 
 @dataclass(frozen=True)
 class SliceValues:
-    """Elements of a parameter to write: `values` [numel] begin at `start` of parameter `index` of a
-    list."""
+    """Values [numel] to write to parameter `index` of a list, from element `start` on."""
 
     index: int
     start: int
@@ -60,9 +62,9 @@ class SliceValues:
 def trainable_slice(
     engine: Any, stage: int, name: str, parameter: nn.Parameter
 ) -> list[ParameterSlice]:
-    """This rank's part of a parameter; none when it lies on other ranks altogether.
+    """This rank's slice of a parameter; empty if other ranks own all of it.
 
-    `engine`: DeepSpeed's.
+    `engine` is DeepSpeed's.
     """
     zero = engine.optimizer
     if stage == 3:
@@ -71,6 +73,7 @@ def trainable_slice(
         numel = max(0, min(size, parameter.ds_numel - begin))
         flat = zero.fp32_partitioned_groups_flat[group]
     else:
+        # DeepSpeed calls compute weights lp (low precision) and fp32 masters hp (high precision).
         mapping = parameter._hp_mapping
         if mapping is None:
             return []
@@ -81,10 +84,10 @@ def trainable_slice(
 
 
 def frozen_slice(name: str, parameter: nn.Parameter) -> list[ParameterSlice]:
-    """The same of a parameter that the optimizer doesn't know.
+    """This rank's slice of a frozen parameter; empty if other ranks own all of it.
 
-    Its fp32 weights lie in the memory of the host: they are read at the start, by a save and by a
-    restore alone. Without them a checkpoint of a bf16 run would hold rounded ones.
+    Its fp32 weights lie in the host's memory. Only the start, a save and a restore read them.
+    Without them, checkpoints of a bf16 run would hold rounded weights.
     """
     total = getattr(parameter, "ds_numel", parameter.numel())
     size = -(-total // collectives.world_size())
@@ -95,47 +98,43 @@ def frozen_slice(name: str, parameter: nn.Parameter) -> list[ParameterSlice]:
 
 
 def gradients_of(pieces: Sequence[ParameterSlice], engine: Any) -> list[Tensor]:
-    """Averaged gradients of slices between the last backward and the optimizer step, flat, in fewer
-    and larger tensors where slices lie side by side.
+    """Flat averaged gradients of slices, between the last backward and the optimizer step.
 
-    No tensor is longer than 2^20 elements: torch's norm on a CPU sums up in fp32.
+    Neighbouring slices are joined to fewer and larger tensors. But no tensor is longer than 2^20
+    elements, as torch's norm on a CPU sums up in fp32.
 
     Args:
         pieces: slices that train.
-        engine: DeepSpeed's.
+        engine: DeepSpeed's engine.
     """
+    gradients: list[Tensor] = []
     zero = engine.optimizer
     if engine.zero_optimization_stage() != 3:
-        fragments = [
-            piece.parameter._hp_mapping.get_lp_grad_fragment(piece.parameter._index_in_param_group)
-            for piece in pieces
-        ]
-        gradients = [fragment for fragment in fragments if fragment is not None]
+        for piece in pieces:
+            index = piece.parameter._index_in_param_group
+            fragment = piece.parameter._hp_mapping.get_lp_grad_fragment(index)
+            if fragment is not None:
+                gradients.append(fragment)
     elif zero.offload_optimizer:
-        gradients = [
-            piece.flat.grad[piece.offset : piece.offset + piece.numel]
-            for piece in pieces
-            if piece.flat.grad is not None
-        ]
+        for piece in pieces:
+            if piece.flat.grad is not None:
+                gradients.append(piece.flat.grad[piece.offset : piece.offset + piece.numel])
     elif not deepspeed_patches.are_checked():
-        gradients = [
-            deepspeed.utils.safe_get_local_grad(piece.parameter)[: piece.numel] for piece in pieces
-        ]
+        for piece in pieces:
+            gradient = deepspeed.utils.safe_get_local_grad(piece.parameter)
+            gradients.append(gradient[: piece.numel])
     else:
         begins = [0, *itertools.accumulate(zero.fp16_partitioned_groups_flat_numel)]
         flats = [*map(id, zero.fp32_partitioned_groups_flat)]
         groups = dict(zip(flats, begins[:-1], strict=True))
-        gradients = [
-            zero.grad_partitions_flat_buffer[begin : begin + numel]
-            for begin, numel in _runs(
-                [(groups[id(piece.flat)] + piece.offset, piece.numel) for piece in pieces]
-            )
-        ]
+        stretches = [(groups[id(piece.flat)] + piece.offset, piece.numel) for piece in pieces]
+        for begin, numel in _runs(stretches):
+            gradients.append(zero.grad_partitions_flat_buffer[begin : begin + numel])
     return [part for gradient in gradients for part in gradient.split(_LONGEST) if gradient.numel()]
 
 
 def _runs(stretches: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(begin, numel) of stretches, those that lie end to end made one."""
+    """(begin, numel) of stretches, with neighbours joined that lie end to end."""
     runs: list[tuple[int, int]] = []
     for begin, numel in stretches:
         if runs and sum(runs[-1]) == begin:

@@ -1,8 +1,8 @@
-"""ZeRO-3 with weights that stay whole on every rank.
+"""ZeRO-3 with compute weights that stay whole on every rank.
 
 The fp32 masters and moments stay partitioned, as DeepSpeed's ZeRO-3 cuts them: each rank owns an
-equal part of every flattened parameter. The weights that compute are whole, before, between and
-after the passes. One flat gather refreshes them after an optimizer step.
+equal part of every flattened parameter. The compute weights are always whole. One flat gather
+refreshes them after an optimizer step.
 
 Legend: W ranks, P elements of this rank's parts of some parameters, laid end to end.
 """
@@ -25,30 +25,30 @@ from blip_scale.engine import collectives
 from blip_scale.engine.zero import deepspeed_patches
 
 _ONE_GROUP = 1_000_000_000
-"""Elements of an optimizer sub-group: all of a rank's, for a network that fits whole."""
+"""Maximum number of elements of an optimizer sub-group, so large that a rank has one group."""
 _NEVER = 2**62
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class FlatWeights:
-    """Parameters whole on every rank, all in one flat tensor; on one rank it is the rank's part."""
+    """Parameters that are whole on every rank, in one flat tensor."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], parts: Tensor | None = None) -> None:
         """Make partitioned parameters whole.
 
         Args:
-            parameters: of ZeRO-3, all of one dtype.
-            parts: [P], this rank's parts of the parameters in their order, where they already lie
-                end to end; the parts move into a new tensor otherwise.
+            parameters: parameters under ZeRO-3, all of one dtype.
+            parts: [P], this rank's parts of the parameters, if they already lie end to end. None:
+                the parts move into a new tensor.
         """
         ranks = collectives.world_size()
         self.parameters = list(parameters)
         self.sizes = [p.ds_tensor.ds_numel for p in self.parameters]
-        """Elements of this rank's part of each parameter, equal on all ranks."""
+        """Number of elements of a rank's part of each parameter; equal on all ranks."""
         if parts is None:
             parts = torch.cat([p.ds_tensor.data for p in self.parameters])
         self.parts = parts
-        """[P]: what the next `gather` puts together."""
+        """[P]: this rank's parts, which the next `gather` reads."""
         self.is_stale = True
         """Whether the parts have changed since the last `gather`."""
         whole = parts if ranks == 1 else parts.new_empty(ranks * parts.numel())
@@ -61,12 +61,12 @@ class FlatWeights:
             parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def part(self, index: int) -> Tensor:
-        """This rank's part of a parameter, a view of `parts`."""
+        """This rank's part of the parameter with this index, a view of `parts`."""
         part: Tensor = self.parameters[index].ds_tensor.data
         return part
 
     def gather(self) -> None:
-        """Put the parts of all ranks together, in one exchange; all ranks call."""
+        """Join the parts of all ranks in one exchange. Call it on all ranks."""
         self.is_stale = False
         if collectives.world_size() == 1:
             return
@@ -76,10 +76,10 @@ class FlatWeights:
 
 
 def decide(network: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> tuple[bool, str]:
-    """Whether the weights of a network built under ZeRO-3 stay whole, the same on all ranks.
+    """Whether the weights of a network built under ZeRO-3 stay whole; equal on all ranks.
 
     Returns:
-        The decision, and a sentence for the log that says why.
+        The decision, and the reason for the log.
     """
     zero, wanted = ds_config["zero_optimization"], recipe.train.whole_weights
     obstacle = weight_placement.obstacle(zero)
@@ -117,19 +117,21 @@ def decide(network: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> tup
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes that a rank may take: its GPU's memory, or its share of the host's."""
+    """Bytes of memory of a rank: its GPU's, or its share of the host's."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _CGROUP_LIMIT.is_file():  # a container's limit, "max" without one
+    if _CGROUP_LIMIT.is_file():  # a container's limit; "max" means none
         limit = _CGROUP_LIMIT.read_text().strip()
         total = min(total, int(limit)) if limit.isdigit() else total
     return total / collectives.local_world_size()
 
 
 def deepspeed_settings(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's settings for weights that stay whole: nothing to release, one optimizer group and
-    no bucket of DeepSpeed's own."""
+    """DeepSpeed's settings for weights that stay whole.
+
+    No weight is released, there is one optimizer group, and DeepSpeed makes no buckets.
+    """
     settings = copy.deepcopy(ds_config)
     settings["zero_optimization"] |= {
         "stage3_param_persistence_threshold": _NEVER,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_REMOVED = 32  # the official code hands a flag over where the count belongs
+_PERIODS_REMOVED = 32  # the official code passes a flag as the count
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -23,27 +23,33 @@ _SPELLED_RIGHT = """
     won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
     you've she'd've we'd've
 """
-_CONTRACTIONS = {
-    word[: match.start()] + word[match.end() :]: word
-    for word in _SPELLED_RIGHT.split()
-    for match in re.finditer("'", word)
-} | {"somebody'd": "somebodyd"}  # as in the official table
-"""Words that lack one apostrophe -> the word with it."""
+
+
+def _contractions() -> dict[str, str]:
+    """Words that lack one apostrophe -> the word with it."""
+    table = {}
+    for word in _SPELLED_RIGHT.split():
+        for match in re.finditer("'", word):
+            table[word[: match.start()] + word[match.end() :]] = word
+    return table | {"somebody'd": "somebodyd"}  # as in the official table
+
+
+_CONTRACTIONS = _contractions()
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as the official rule compares it: punctuation, articles, numbers, contractions."""
+    """Normalise punctuation, articles, numbers and contractions, as the official rule does."""
     return _words(_without_punctuation(_one_line(answer)))
 
 
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """Mean, over the people, of min(1, how many of the others said the same / 3).
+    """Mean over the people of min(1, number of other people with this answer / 3).
 
-    Where all people agree nothing is normalised, as in the official code. A single truth (not ten
-    people) counts 1 when it is met, normalised.
+    If all people agree, nothing is normalised, as in the official code. If there is one truth
+    instead of ten, the accuracy is 1 if the normalised answers are equal.
 
     Raises:
-        ValueError: no truth.
+        ValueError: there is no truth.
     """
     if not truths:
         raise ValueError("VQA accuracy: a question without answers")
@@ -54,7 +60,7 @@ def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
         truths = [normalize_answer(truth) for truth in truths]
         answer = normalize_answer(answer)
     same = [truth == answer for truth in truths]
-    return sum(min(1.0, (sum(same) - own) / 3) for own in same) / len(truths)
+    return sum(min(1.0, (sum(same) - agrees) / 3) for agrees in same) / len(truths)
 
 
 def _one_line(text: str) -> str:

@@ -1,7 +1,7 @@
-"""BLEU, METEOR, ROUGE-L, CIDEr and SPICE by pycocoevalcap, with which papers measure captions.
+"""BLEU, METEOR, ROUGE-L, CIDEr and SPICE by pycocoevalcap, the usual measures of captions.
 
-Its tokenizer (PTB), METEOR and SPICE are Java programs; SPICE fetches models from Stanford the
-first time. What is not there is left out, and the scores say so.
+Its PTB tokenizer, METEOR and SPICE are Java programs. SPICE fetches models from Stanford the first
+time. Metrics that can't run are left out, and the scores name them with the reason.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _NO_JAVA = "there is no java on the PATH"
 Texts = dict[int, list[str]]
 _NO_WORDS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _LONGEST_WORD = 8
-"""Characters; a longer text without a space is likely more than a word."""
+"""Number of characters above which a text without a space is likely more than a word."""
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Figures by name, as pycocoevalcap gives them: papers print them times 100."""
+    """Scores by name, as pycocoevalcap returns them. Papers print them times 100."""
 
     values: dict[str, float]
     left_out: dict[str, str] = field(default_factory=dict)
-    """What is missing (a metric, or `ptb_tokenizer`) and why."""
+    """Metric that is missing, or `ptb_tokenizer` -> reason."""
 
 
 def caption_scores(
@@ -39,27 +39,27 @@ def caption_scores(
     references: Sequence[Sequence[str]],
     metrics: Sequence[str] = CAPTION_METRICS,
 ) -> CaptionScores:
-    """Scores of one caption an image against the references of the image.
+    """Scores of one caption for each image against the image's references.
 
     Args:
-        captions: generated.
-        references: one or more texts an image.
-        metrics: of `CAPTION_METRICS`.
+        captions: generated captions.
+        references: one or more texts for each image.
+        metrics: names of `CAPTION_METRICS`.
 
     Returns:
-        What could be measured. Without Java the texts are split at everything that is no letter or
-        digit, which moves the figures a little: `left_out` names the tokenizer then.
+        Scores that could be measured. Without Java, texts are split at everything that is no letter
+        or digit, which changes the scores a little. `left_out` then names the tokenizer.
 
     Raises:
-        ValueError: an image without references, or not as many captions as images.
+        ValueError: an image has no references, or the numbers of captions and images differ.
     """
     if len(captions) != len(references) or not all(references) or not captions:
         raise ValueError(
             f"captions: {len(captions)} for {len(references)} images with references, "
-            f"{sum(not own for own in references)} of which have none"
+            f"{sum(not of_image for of_image in references)} of which have none"
         )
     left_out: dict[str, str] = {}
-    # One Java program tokenizes both. It reads lines: white space of any kind becomes a space.
+    # One Java program tokenizes both. It reads lines, so white space of any kind becomes a space.
     texts: Texts = {}
     for image, (caption, of_image) in enumerate(zip(captions, references, strict=True)):
         texts[image] = [_one_line(text) for text in (caption, *of_image)]
@@ -80,8 +80,8 @@ def caption_scores(
         if not wanted:
             continue
         try:
-            found = measure()
-            values |= {name: found[name] for name in wanted}
+            scores = measure()
+            values |= {name: scores[name] for name in wanted}
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             left_out |= dict.fromkeys(wanted, " ".join(str(error).split())[:200])
     for name, reason in left_out.items():
@@ -95,7 +95,7 @@ def _one_line(text: str) -> str:
 
 
 def _warn_of_meaningless(texts: Texts) -> None:
-    """Say in the log when figures can't be compared with any that are published."""
+    """Log a warning if the scores can't be compared with published ones."""
     if len(texts) == 1:
         logger.warning("CIDEr of a single image has no meaning: it weighs words by other images")
     words = [text for of_image in texts.values() for text in of_image]
@@ -103,7 +103,7 @@ def _warn_of_meaningless(texts: Texts) -> None:
     if 2 * unspaced > len(words):
         logger.warning(
             "%d of %d captions have no space between words, and each counts as one word: split "
-            "them before, by a word segmenter of the language or into characters",
+            "them first, with a word segmenter of the language or into characters",
             unspaced, len(words),
         )  # fmt: skip
 
@@ -111,14 +111,14 @@ def _warn_of_meaningless(texts: Texts) -> None:
 def _bleu(truths: Texts, hypotheses: Texts) -> dict[str, float]:
     from pycocoevalcap.bleu.bleu import Bleu
 
-    found, _ = Bleu(4).compute_score(truths, hypotheses, verbose=0)
-    return {f"bleu_{n}": float(value) for n, value in enumerate(found, start=1)}
+    scores, _ = Bleu(4).compute_score(truths, hypotheses, verbose=0)
+    return {f"bleu_{n}": float(score) for n, score in enumerate(scores, start=1)}
 
 
 def _score(module: str, name: str, truths: Texts, hypotheses: Texts) -> float:
     scorer: Any = getattr(__import__(f"pycocoevalcap.{module}.{module}", fromlist=[name]), name)
-    found, _ = scorer().compute_score(truths, hypotheses)
-    return float(found)
+    score, _ = scorer().compute_score(truths, hypotheses)
+    return float(score)
 
 
 def _by_java(module: str, name: str, truths: Texts, hypotheses: Texts) -> float:
@@ -128,20 +128,25 @@ def _by_java(module: str, name: str, truths: Texts, hypotheses: Texts) -> float:
 
 
 def _tokenized(texts: Texts, left_out: dict[str, str]) -> Texts:
-    """Lower-cased words, a space between them, without punctuation."""
+    """Texts as lower-cased words without punctuation, separated by spaces."""
     reason = _NO_JAVA
     if shutil.which("java") is not None:
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-        # A text that is empty would shift the lines; of a full stop nothing is left either.
-        lines = {i: [{"caption": text.strip() or "."} for text in own] for i, own in texts.items()}
+        # An empty text would shift the lines. A full stop is tokenized to an empty text, too.
+        lines = {}
+        for image, of_image in texts.items():
+            lines[image] = [{"caption": text.strip() or "."} for text in of_image]
         try:
-            found: Texts = PTBTokenizer().tokenize(lines)
-            if [len(own) for own in found.values()] == [len(own) for own in texts.values()]:
-                return found
+            tokenized: Texts = PTBTokenizer().tokenize(lines)
+            if [*map(len, tokenized.values())] == [*map(len, texts.values())]:
+                return tokenized
             reason = "the PTB tokenizer gave another number of texts"
         except OSError as error:
             reason = str(error)
     left_out["ptb_tokenizer"] = f"{reason}; words are split at all but letters and digits"
     words = re.compile(r"\w+")
-    return {i: [" ".join(words.findall(t.lower())) for t in own] for i, own in texts.items()}
+    split: Texts = {}
+    for image, of_image in texts.items():
+        split[image] = [" ".join(words.findall(text.lower())) for text in of_image]
+    return split

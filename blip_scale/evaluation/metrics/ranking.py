@@ -1,4 +1,4 @@
-"""Figures of ranked candidates, as the VisDial challenge counts them (Das et al. 2017)."""
+"""Metrics of ranked candidates by the rules of the VisDial challenge (Das et al. 2017)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 def ranks_of(scores_QC: Tensor, true_Q: Tensor) -> Tensor:
-    """The place of each question's true candidate, [Q] int64 counted from 1.
+    """Rank of each question's true candidate, [Q] int64 counted from 1.
 
-    A tie counts against it, so that constant scores make it the last. So does a NaN.
+    A tie counts against the true candidate, so constant scores make it the last. A NaN counts
+    against it, too.
 
     Args:
-        scores_QC: higher is better.
+        scores_QC: scores of the candidates; higher is better.
         true_Q: int64, the number of the true candidate.
     """
     own_Q1 = scores_QC.gather(1, true_Q[:, None])
@@ -31,10 +32,10 @@ def ranking_figures(ranks_Q: Tensor) -> dict[str, float]:
 def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
     """Normalised discounted cumulative gain of one question's candidates.
 
-    As in the challenge the list is cut after as many candidates as have a relevance above 0.
+    As in the challenge, the list is cut after as many candidates as have a relevance above 0.
 
     Raises:
-        ValueError: no candidate is relevant.
+        ValueError: no candidate has a relevance above 0.
     """
     gains = torch.tensor(relevance, dtype=torch.float64)
     counted = int((gains > 0).sum())
