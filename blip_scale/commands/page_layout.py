@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from gradio.events import Dependency
 from PIL import Image
 from starlette.middleware import Middleware
@@ -32,21 +33,30 @@ footer { display: none !important; }
 .about details { margin: .5em 0 1em; }
 .about summary { cursor: pointer; }
 .about .scroll { overflow-x: auto; }
+.about table, .about tr { border: none !important; }
 .about table { border-collapse: collapse; margin: .6em 0; font-size: .92em; }
-.about td, .about th { padding: .25em .8em; text-align: right;
-  border-bottom: 1px solid var(--border-color-primary); }
-.about td:first-child, .about th:first-child { text-align: left; padding-left: 0; }
+.about td, .about th { padding: .25em .8em; text-align: right; border: none !important;
+  border-bottom: 1px solid var(--border-color-primary) !important; }
+.about td:first-child, .about th:first-child { text-align: left; padding-left: 0;
+  white-space: nowrap; }
+@media (max-width: 600px) {
+  .about td:first-child { white-space: normal; }
+  .about th { overflow-wrap: anywhere; min-width: 5.5em; }
+}
+#examples .grid-wrap, #results .grid-wrap { height: auto; min-height: 0; max-height: none; }
+#examples { min-height: 0; }
+#heat { border: none !important; }
 .note { color: var(--body-text-color-subdued); font-size: .9em; line-height: 1.45;
-  padding: .2em .9em .7em; }
+  padding: .2em .3em; }
 """
 _MATCH_NOTE = (
-    "<b>match</b> is how sure the model is that a text describes the image: 1 is yes, 0 is no, and "
-    "0.5 is undecided. <b>cosine</b> compares image and text as two vectors, from -1 to 1. It "
-    "orders a search and has no threshold."
+    "match is how sure the model is that a text describes the image: 1 is yes, 0 is no, 0.5 is "
+    "undecided. cosine compares image and text as two vectors, from -1 to 1; it orders a search "
+    "and has no threshold."
 )
 _WORDS_NOTE = (
-    "Red places raise the matching score through that word (Grad-CAM of the cross-attention). "
-    "Every map is scaled to its own greatest value. No colour: the word raises nothing."
+    "Red places raise the matching score through a word (Grad-CAM of the cross-attention). Each "
+    "map is scaled to its own greatest value. No colour: the word raises nothing."
 )
 _NO_IMAGES = (
     "Start the page with <code>--images FOLDER</code> to see example images here and to search "
@@ -84,15 +94,17 @@ def build(service: Service) -> gr.Blocks:
                     _match_panel(image, service)
                 if service.able("vqa"):
                     _question_panel(image, service)
-                gr.HTML(_note(_missing(service)))
+                _note(_missing(service))
         if service.able("embed"):
             with gr.Tab("Search"):
                 _search_panel(service)
     return page
 
 
-def _note(text: str) -> str:
-    return f'<div class="note">{text}</div>' if text else ""
+def _note(text: str) -> None:
+    """A line of small print, where there is one."""
+    if text:
+        gr.HTML(f'<div class="note">{text}</div>', padding=False)
 
 
 def _missing(service: Service) -> str:
@@ -103,23 +115,50 @@ def _missing(service: Service) -> str:
     return f"To {' or to '.join(missing)}, start the page with a checkpoint that can."
 
 
-def _told(ask: Ask, *inputs: Any) -> Any:
-    """Answer of `ask`; what it refuses appears on the page."""
+def _visible(shown: bool, **changes: Any) -> Any:
+    """Update that shows or hides a component. Gradio 6.10 takes one with visible=False out of the
+    page and does not bring it back into a group, so it is hidden by its style."""
+    return gr.update(visible=True if shown else "hidden", **changes)
+
+
+def _kindly(ask: Ask, *inputs: Any) -> Any:
+    """Answer of `ask`. What it refuses appears as a hint, and the page stays as it is."""
     try:
         return ask(*inputs)
     except (ValueError, CorruptSample) as error:
-        raise gr.Error(str(error), title="That did not work", print_exception=False) from error
+        gr.Warning(html.escape(_sentence(error)))
+        return gr.skip()
+
+
+def _strictly(ask: Ask, *inputs: Any) -> Any:
+    """Answer of `ask`. What it refuses is an error for the caller of the API."""
+    try:
+        return ask(*inputs)
+    except (ValueError, CorruptSample) as error:
+        raise gr.Error(_sentence(error), print_exception=False) from error
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _endpoint(name: str, ask: Ask, inputs: list[Component], output: Component) -> None:
+    """Endpoint of gradio's API, which no button of the page calls."""
+    unseen = gr.Button(visible=False)
+    unseen.click(partial(_strictly, ask), inputs, output, api_name=name)
 
 
 def _examples(image: gr.Image, service: Service) -> Dependency | None:
     """Images to click on, and the event that one has become the image of the page; None and a hint
     without images."""
     if not service.images:
-        gr.HTML(_note(_NO_IMAGES))
+        _note(_NO_IMAGES)
         return None
     examples = service.examples()
+    _note("Or click one of these images:")
     gallery = gr.Gallery(
-        examples, label="Examples: click one", columns=3, height="auto", object_fit="contain",
+        examples, show_label=False, columns=3, height="auto", object_fit="contain",
         allow_preview=False, buttons=[], interactive=False, format="png", elem_id="examples",
     )  # fmt: skip
 
@@ -135,19 +174,22 @@ def _caption_panel(image: gr.Image, chosen: Dependency | None, service: Service)
             label="Caption", interactive=False, lines=2,
             placeholder="appears here once there is an image",
         )  # fmt: skip
-        with gr.Accordion("How to write it", open=False):
-            method = gr.Radio([BEAM, NUCLEUS], value=BEAM, show_label=False)
+        with gr.Row():
+            method = gr.Radio([BEAM, NUCLEUS], value=BEAM, show_label=False, scale=2)
             beams = gr.Number(3, label="beams", precision=0, minimum=1, maximum=10, min_width=80)
-            seed = gr.Number(0, label="seed", precision=0, minimum=0, min_width=80, visible=False)
+            seed = gr.Number(
+                0, label="seed", precision=0, minimum=0, min_width=80, visible="hidden"
+            )
         button = gr.Button("Caption", variant="primary")
 
     def shown(chosen: str) -> tuple[Any, Any]:
-        return gr.update(visible=chosen == BEAM), gr.update(visible=chosen == NUCLEUS)
+        return _visible(chosen == BEAM), _visible(chosen == NUCLEUS)
 
-    ask = partial(_told, service.caption)
-    inputs = [image, method, beams, seed]
+    ask = partial(_kindly, service.caption)
+    inputs: list[Component] = [image, method, beams, seed]
     method.change(shown, method, [beams, seed], api_visibility="private")
-    button.click(ask, inputs, caption, api_name="caption")
+    _endpoint("caption", service.caption, inputs, caption)
+    button.click(ask, inputs, caption, api_visibility="private")
     image.upload(ask, inputs, caption, api_visibility="private")
     image.clear(lambda: "", None, caption, api_visibility="private")
     if chosen is not None:
@@ -159,47 +201,52 @@ def _words_panel(image: gr.Image, caption: gr.Textbox | gr.State, service: Servi
     with gr.Group():
         text = gr.Textbox(
             label="Where are the words?",
+            info=_WORDS_NOTE,
             max_lines=2,
             placeholder="the caption above" if service.able("caption") else "a dog in the snow",
         )
         maps = gr.State()
         heat = gr.Image(
-            label="Heat map", interactive=False, visible=False, format="png", buttons=[],
+            label="Heat map", interactive=False, visible="hidden", format="png", buttons=[],
             height=300, elem_id="heat",
         )  # fmt: skip
-        words = gr.Radio([], label="Word", visible=False, elem_id="words")
+        words = gr.Radio([], label="Word", visible="hidden", elem_id="words")
         button = gr.Button("Show the words")
-        gr.HTML(_note(_WORDS_NOTE))
 
     def explain(path: str | None, typed: str, written: str) -> tuple[Any, Any, Any]:
-        results = _told(service.explain, path, typed if typed.strip() else written)
+        results = service.explain(path, typed if typed.strip() else written)
         choices = [(word, str(index)) for index, (word, _) in enumerate(results)]
         pictures = [picture for _, picture in results]
-        radio = gr.update(choices=choices, value="0", visible=True)
-        return pictures, radio, gr.update(value=pictures[0], visible=True)
+        radio = _visible(True, choices=choices, value="0")
+        return pictures, radio, _visible(True, value=pictures[0])
 
     def chosen_word(pictures: list[Image.Image], index: str) -> Image.Image:
         return pictures[int(index)]
 
     def cleared() -> tuple[Any, Any, Any]:
-        return None, gr.update(choices=[], value=None, visible=False), gr.update(visible=False)
+        return None, _visible(False, choices=[], value=None), _visible(False, value=None)
 
     for event in (button.click, text.submit):
-        event(explain, [image, text, caption], [maps, words, heat], api_visibility="private")
+        event(
+            partial(_kindly, explain), [image, text, caption], [maps, words, heat],
+            api_visibility="private",
+        )  # fmt: skip
     words.input(chosen_word, [maps, words], heat, api_visibility="private", show_progress="hidden")
     image.change(cleared, None, [maps, words, heat], api_visibility="private")
 
 
 def _match_panel(image: gr.Image, service: Service) -> None:
     with gr.Group():
-        texts = gr.Textbox(label="Texts, one a line", placeholder="a dog\na cat", lines=3)
+        texts = gr.Textbox(
+            label="Texts, one a line", info=_MATCH_NOTE, placeholder="a dog\na cat", lines=3
+        )
         button = gr.Button("Match")
         rows = gr.Dataframe(
             headers=["text", "match", "cosine"], interactive=False, show_label=False,
-            column_widths=["60%", "20%", "20%"], row_count=1, wrap=True,
+            column_widths=["50%", "25%", "25%"], row_count=1, wrap=True,
         )  # fmt: skip
-        gr.HTML(_note(_MATCH_NOTE))
-    button.click(partial(_told, service.match), [image, texts], rows, api_name="match")
+    _endpoint("match", service.match, [image, texts], rows)
+    button.click(partial(_kindly, service.match), [image, texts], rows, api_visibility="private")
     image.change(lambda: [], None, rows, api_visibility="private")
 
 
@@ -209,29 +256,28 @@ def _question_panel(image: gr.Image, service: Service) -> None:
         answer = gr.Textbox(label="Answer", interactive=False)
         button = gr.Button("Ask")
     image.change(lambda: "", None, answer, api_visibility="private")
-    ask = partial(_told, service.answer)
+    _endpoint("answer", service.answer, [image, question], answer)
     for event in (button.click, question.submit):
-        visible = "public" if event == button.click else "private"
-        event(ask, [image, question], answer, api_name="answer", api_visibility=visible)
+        event(partial(_kindly, service.answer), [image, question], answer, api_visibility="private")
 
 
 def _search_panel(service: Service) -> None:
     number = len(service.images)
     if not number:
-        gr.HTML(_note(_NO_IMAGES))
+        _note(_NO_IMAGES)
     with gr.Row(equal_height=True):
         text = gr.Textbox(
-            show_label=False, placeholder=f"Search {number} images by text", scale=6, min_width=260
+            show_label=False, placeholder=f"Search {number} images", scale=6, min_width=200
         )
-        rerank = gr.Checkbox(label="re-rank by matching", min_width=210)
-        button = gr.Button("Search", variant="primary", min_width=120)
+        button = gr.Button("Search", variant="primary", min_width=100)
+    rerank = gr.Checkbox(label="re-rank the best by matching", container=False)
     results = gr.Gallery(
         service.thumbnails(), columns=4, height="auto", object_fit="contain", show_label=False,
         buttons=[], interactive=False, elem_id="results",
     )  # fmt: skip
-    ask, inputs = partial(_told, service.search), [text, rerank]
-    button.click(ask, inputs, results, api_name="search")
-    text.submit(ask, inputs, results, api_visibility="private")
+    _endpoint("search", service.search, [text, rerank], results)
+    for event in (button.click, text.submit):
+        event(partial(_kindly, service.search), [text, rerank], results, api_visibility="private")
 
 
 def about(service: Service) -> str:
@@ -274,6 +320,8 @@ def _figures(record: TrainingRecord) -> str:
     columns: dict[str, dict[str, float]] = {}
     for key, value in record.figures.items():
         name, _, figure = key.rpartition("/")
+        if figure.endswith("_r5"):  # between R@1 and R@10; the table must fit a phone
+            continue
         columns.setdefault(name, {})[figure] = value
     rows = dict.fromkeys(chain.from_iterable(columns.values()))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
@@ -287,9 +335,9 @@ def _figures(record: TrainingRecord) -> str:
 
 
 def _figure_name(figure: str) -> str:
-    """A figure's name for people: `itc_image_to_text_r1` is "image to text R@1, by cosine"."""
+    """A figure's name for people: `itc_image_to_text_r1` is "image to text R@1 (cosine)"."""
     kind, _, rest = figure.partition("_")
-    ways = {"itc": ", by cosine", "itm": ", re-ranked by matching"}
+    ways = {"itc": " (cosine)", "itm": " (re-ranked)"}
     if kind not in ways:
         return figure.replace("_", " ")
     direction, _, recall = rest.rpartition("_r")

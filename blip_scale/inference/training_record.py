@@ -76,9 +76,10 @@ def _record_of_run(run: Path, folder: Path) -> TrainingRecord:
     state = manifest.get("state")
     streams = state.get("data") if isinstance(state, dict) else None
     for stream in streams if isinstance(streams, list) else []:
-        if isinstance(stream, dict) and stream.get("name") in data:
+        name = stream.get("name") if isinstance(stream, dict) else None
+        if isinstance(name, str) and name in data:
             samples = stream.get("samples")
-            data[stream["name"]] = samples if isinstance(samples, int) else None
+            data[name] = samples if isinstance(samples, int) else None
     is_last = step is not None and summary.get("steps") == step
     figures = summary.get("evaluation") if is_last else None
     alarms = summary.get("alarms") if is_last else None

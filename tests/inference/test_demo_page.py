@@ -94,13 +94,13 @@ def test_what_is_missing_is_said(client: Any, pictures: Path, tmp_path: Path) ->
     (tmp_path / "cut.png").write_bytes(path.read_bytes()[:-40])
     whole, broken = handle_file(str(path)), handle_file(str(tmp_path / "cut.png"))
     for inputs, name, message in (
-        ((None, BEAM, 3, 0), "caption", "drop an image first"),
-        ((None, "a?"), "answer", "drop an image first"),
-        ((None, "a"), "match", "drop an image first"),
-        ((whole, " \n"), "match", "type a text first"),
-        ((whole, " "), "answer", "type a question first"),
-        ((" ", False), "search", "type a text first"),
-        ((broken, BEAM, 3, 0), "caption", "can't be used"),
+        ((None, BEAM, 3, 0), "caption", "Drop an image first."),
+        ((None, "a?"), "answer", "Drop an image first."),
+        ((None, "a"), "match", "Drop an image first."),
+        ((whole, " \n"), "match", "Type a text first."),
+        ((whole, " "), "answer", "Type a question first."),
+        ((" ", False), "search", "Type a text first."),
+        ((broken, BEAM, 3, 0), "caption", "This image can't be used: "),
     ):
         with pytest.raises(AppError, match=message):
             client.predict(*inputs, api_name=f"/{name}")
@@ -252,7 +252,7 @@ def test_the_page_names_no_other_host(page: str) -> None:
 
     answer = httpx.get(page)
     tags = re.findall(r"<(?:script|link)[^>]*?(?:src|href)=\"([^\"]*)\"", answer.text)
-    assert len(tags) > 3
+    assert len(tags) >= 3
     assert {urlsplit(tag).netloc for tag in tags} <= {"", urlsplit(page).netloc}
     assert int(answer.headers["content-length"]) == len(answer.content)
     assert answer.headers["content-security-policy"].startswith("default-src 'self' data: blob:;")
@@ -278,6 +278,7 @@ def test_a_person_uses_it(page: str, ask: Any, ours: Path, pictures: Path, tmp_p
         seen.goto(page)
         examples = seen.locator("#examples button img")
         expect(examples).to_have_count(6)
+        seen.wait_for_timeout(2000)  # the page listens to clicks some time after it is drawn
         examples.nth(1).click()
         name = seen.locator("#examples .caption-label").nth(1).inner_text()
         (example,) = pictures.rglob(f"{name}.png")
@@ -304,7 +305,10 @@ def test_a_person_uses_it(page: str, ask: Any, ours: Path, pictures: Path, tmp_p
         seen.get_by_role("tab", name="Search").click()
         results = seen.locator("#results .grid-container img")
         expect(results).to_have_count(12)
-        seen.get_by_placeholder("Search 16 images by text").fill("a big disc")
+        seen.get_by_role("button", name="Search", exact=True).click()
+        expect(seen.get_by_text("Type a text first.")).to_be_visible()
+        expect(results).to_have_count(12)
+        seen.get_by_placeholder("Search 16 images").fill("a big disc")
         seen.get_by_role("button", name="Search", exact=True).click()
         expect(seen.locator("#results .caption-label").first).to_contain_text("cosine")
         seen.screenshot(path=str(tmp_path / "page.png"))

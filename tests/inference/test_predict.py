@@ -174,9 +174,11 @@ def test_words_are_explained_on_a_sheet_an_image(
     assert len(sizes) == 1, "five panels, four of them in the first row"
     again = lines(capsys, *explain, "--text", text, "--batch-size", 3)
     assert [{**answer, "itm": 0} for answer in again] == [{**row, "itm": 0} for row in answers]
-    own_captions = lines(capsys, "caption", pictures, "--model", ours)
-    explained = lines(capsys, *explain)
-    assert [row["text"] for row in explained] == [row["caption"] for row in own_captions]
+    captions = [row["caption"] for row in lines(capsys, "caption", pictures, "--model", ours)]
+    explained = lines(capsys, *explain, code=1)
+    assert [row.get("text", "") for row in explained] == captions
+    (empty,) = [row for row in explained if "error" in row]
+    assert empty["error"] == "the checkpoint's caption of it holds no word; give --text"
     judged = lines(capsys, *explain[:2], "--model", hf / "retrieval", "--text", text, *explain[4:])
     assert [row["itm"] for row in judged] == pytest.approx(
         [row["itm"] for row in answers], abs=1e-5
