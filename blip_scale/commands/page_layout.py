@@ -42,6 +42,8 @@ footer { display: none !important; }
 @media (max-width: 600px) {
   .about td:first-child { white-space: normal; }
   .about th { overflow-wrap: anywhere; min-width: 5.5em; }
+  #results .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  #results .caption-label, #examples .caption-label { font-size: .75em; padding: .1em .4em; }
 }
 #examples .grid-wrap, #results .grid-wrap { height: auto; min-height: 0; max-height: none; }
 #examples { min-height: 0; }
