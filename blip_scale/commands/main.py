@@ -22,11 +22,11 @@ COMMANDS = {
     "demo-page": ("blip_scale.commands.demo_page", "serve checkpoints on a web page"),
     "summary": ("blip_scale.commands.show_summary", "show the figures of a finished run"),
 }
-"""Name on the command line -> (module with `main(arguments, prog)`, help text)."""
+"""Name of a command -> (module with `main(arguments, prog)`, help text)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Only the module of that command is imported."""
+    """Run one command and return its exit code. Only that command's module is imported."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(_help())
@@ -36,22 +36,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_codes.DONE
     if words[0] not in COMMANDS:
         names = ", ".join(COMMANDS)
-        return refuse("blip-scale", f"no command {words[0]!r}; expected one of {names}")
+        return refuse("blip-scale", f"no command {words[0]!r}; give one of {names}")
     module = importlib.import_module(COMMANDS[words[0]][0])
     code: int = module.main(words[1:], f"blip-scale {words[0]}")
     return code
 
 
 def command() -> None:
-    """Run `blip-scale` and end the process with its exit code."""
+    """Run `blip-scale`, then end the process with its exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("train", "evaluate"):  # they start process groups, which have an end of their own
+    if name in ("train", "evaluate"):  # they start process groups and end them themselves
         module = importlib.import_module(COMMANDS[name][0])
         module.command(sys.argv[2:], f"blip-scale {name}")
     sys.exit(main())
 
 
 def _help() -> str:
+    """The text of `blip-scale --help`."""
     width = max(map(len, COMMANDS))
     rows = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(

@@ -5,8 +5,9 @@ python tools/predict.py vqa photo.jpg --model runs/vqa --question "what is the d
 python tools/predict.py match 'photos/*.jpg' --model runs/filter --text "a dog" --text "two cats"
 python tools/predict.py embed photos/ --model runs/filter --out features.npz
 python tools/predict.py search photos/ --model runs/filter --text "a dog in the snow" --top 5
-IMAGES are files, folders (everything below) and globs. Each answer is a line of JSON; an image that
-can't be decoded gives a line with `error`, and the exit code 1 at the end.
+python tools/predict.py explain photo.jpg --model runs/demo --text "a dog in the snow"
+IMAGES are files, folders (with everything below) and globs. Each answer is a line of JSON. An image
+that cannot be decoded gives a line with `error`, and the command ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from tqdm import tqdm
 from blip_scale import logs
 from blip_scale.commands.command_line import Parser, report_error
 from blip_scale.config import exit_codes
+from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.inference import predictions
+from blip_scale.inference.heat_sheet import draw_sheet
 from blip_scale.inference.images import find_images
 from blip_scale.inference.loading import Loading, load_blip
 from blip_scale.inference.predictions import Answer, CaptionSettings, Reader
+from blip_scale.inference.word_maps import WordMaps
 from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.model.generation import BeamSettings, NucleusSettings
 
@@ -45,11 +49,11 @@ _LEAST = {
     "top": 1,
     "rerank": 0,
 }
-"""Options -> the least number that they take."""
+"""Option -> smallest number that it takes."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> int:
-    """Returns the exit code: 0, 1 where images failed, 2 where nothing could be done."""
+    """Return the exit code: 0, 1 if images failed, 2 if the input was refused."""
     options = _parser(prog).parse_args(arguments)
     try:
         return _predict(options)
@@ -72,15 +76,16 @@ def _predict(options: argparse.Namespace) -> int:
             bar.update(answer["image"] not in seen)
             seen.add(answer["image"])
             write(answer)
-        bar.update(len(paths) - bar.n)  # a search looks at all and answers with the best
+        bar.update(len(paths) - bar.n)  # a search reads all images and answers with the best
     if failed:
-        named = ", ".join(failed[:5]) + (" ..." if len(failed) > 5 else "")
-        told = f"{len(failed)} of {len(paths)} images failed: {named}"
-        print(logs.printable(told), file=sys.stderr)
+        names = ", ".join(failed[:5]) + (" ..." if len(failed) > 5 else "")
+        message = f"{len(failed)} of {len(paths)} images failed: {names}"
+        print(logs.printable(message), file=sys.stderr)
     return exit_codes.FAILED if failed else exit_codes.DONE
 
 
 def _answers(reader: Reader, paths: Sequence[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Answers of the chosen verb."""
     if options.use == "caption":
         decoding = _decoding(options, reader.blip.output)
         settings = CaptionSettings(decoding, options.prompt, options.seed, options.captions)
@@ -91,11 +96,39 @@ def _answers(reader: Reader, paths: Sequence[str], options: argparse.Namespace) 
         return predictions.matches(reader, paths, options.text)
     if options.use == "embed":
         return predictions.features(reader, paths)
+    if options.use == "explain":
+        return _explain(reader, paths, options)
     return predictions.search(reader, paths, options.text, options.top, options.rerank)
 
 
+def _explain(reader: Reader, paths: Sequence[str], options: argparse.Namespace) -> Iterator[Answer]:
+    """Draw a sheet for every image, and answer with its file."""
+    answers = predictions.explanations(reader, paths, options.text)
+    options.sheets.mkdir(parents=True, exist_ok=True)
+    taken = {Path(path).resolve() for path in paths}
+    for answer in answers:
+        if "error" not in answer:
+            maps: WordMaps = answer.pop("maps")
+            image = decode_image(Path(answer["image"]).read_bytes(), upright=True)
+            file = _free_name(options.sheets, Path(answer["image"]).stem, taken)
+            draw_sheet(image, maps).save(file)
+            answer |= {"words": maps.words, "sheet": str(file)}
+        yield answer
+
+
+def _free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
+    """Path of a sheet that is neither an input image nor another sheet of this command; added to
+    `taken`."""
+    file, number = folder / f"{stem}.words.png", 1
+    while file.resolve() in taken:
+        number += 1
+        file = folder / f"{stem}_{number}.words.png"
+    taken.add(file.resolve())
+    return file
+
+
 def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for numbers that can't be."""
+    """Raise ValueError for a number outside its range."""
     for name, least in _LEAST.items():
         value = getattr(options, name, None)
         if value is not None and value < least:
@@ -111,15 +144,15 @@ def _check(options: argparse.Namespace) -> None:
 def _decoding(
     options: argparse.Namespace, output: OutputSettings
 ) -> BeamSettings | NucleusSettings:
-    """The checkpoint's settings, with those of the command over them."""
-    asked = {
+    """The checkpoint's settings, overridden by the options of the command."""
+    options_of_beam = {
         "max_length": options.max_tokens,
         "min_length": options.min_tokens,
         "num_beams": options.beams,
         "scoring": options.scoring,
     }
-    asked = {name: value for name, value in asked.items() if value is not None}
-    beam = replace(output.beam(), **asked)
+    stated = {name: value for name, value in options_of_beam.items() if value is not None}
+    beam = replace(output.beam(), **stated)
     if options.sample:
         return NucleusSettings(
             top_p=options.top_p, max_length=beam.max_length, min_length=beam.min_length
@@ -128,16 +161,16 @@ def _decoding(
 
 
 def _line(answer: Answer) -> str:
-    """JSON, readable in every language. Bytes of a path that are no UTF-8 become the escapes that
-    Python's json and os.fsencode turn back into them."""
+    """JSON, readable in every language. Bytes of a path that are not UTF-8 become escapes, which
+    Python's json and os.fsencode turn back into the bytes."""
     text = json.dumps(answer, ensure_ascii=False)
     return logs.printable(text.encode(errors="backslashreplace").decode())
 
 
 @contextmanager
 def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
-    """Where answers go: stdout, lines of a file, or the arrays of an .npz. A file takes its place
-    at the end; what an ended run had written stays in FILE.partial."""
+    """Write answers to stdout, to the lines of a file, or to the arrays of an .npz. The file gets
+    its name at the end. An interrupted command leaves FILE.partial."""
     out: Path | None = options.out
     if out is None:
         yield lambda answer: print(_line(answer), flush=True)
@@ -146,7 +179,9 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
     partial = out.with_name(out.name + ".partial")
     if out.suffix == ".npz":
         if options.use != "embed":
-            raise ValueError(f"{out}: only features go into an .npz")
+            raise ValueError(
+                f"{out}: only features go into an .npz; give a name that ends in .jsonl"
+            )
         rows: list[Answer] = []
         yield rows.append
         good = [row for row in rows if "error" not in row]
@@ -166,65 +201,78 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
 
 
 def _parser(prog: str) -> Parser:
+    """The command line."""
     parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    uses = parser.add_subparsers(dest="use", required=True, metavar="USE")
+    uses = parser.add_subparsers(dest="use", required=True, metavar="VERB")
     shared = _shared_options()
 
     def use(name: str, text: str) -> Parser:
         return uses.add_parser(name, help=text, description=text, parents=[shared])
 
-    caption = use("caption", "a caption of every image")
-    own = "default: the checkpoint's"
-    caption.add_argument("--beams", type=int, help=f"width of the beam search; 1 is greedy; {own}")
-    caption.add_argument(
-        "--scoring", choices=("published", "huggingface"),
-        help="length that beam search divides by: as BLIP's figures, or as transformers' generate; "
-        "default: published for BLIP's own files, else huggingface",
-    )  # fmt: skip
-    _add(caption, "--captions", 1, "captions of each image: the best, or with --sample as drawn")
-    caption.add_argument("--sample", action="store_true", help="nucleus sampling, no beam search")
-    _add(caption, "--top-p", 0.9, "share of the probability that nucleus sampling draws from")
-    _add(
-        caption,
-        "--seed",
-        0,
-        "seed of nucleus sampling; with the path of an image it fixes the caption",
-    )
-    caption.add_argument(
-        "--max-tokens", type=int,
-        help=f"longest caption in tokens, prompt and [SEP] included; {own}",
-    )  # fmt: skip
-    caption.add_argument(
-        "--min-tokens", type=int, help=f"shortest caption in tokens, prompt included; {own}"
-    )
-    caption.add_argument(
-        "--prompt",
-        help=f'how captions begin; {own} ("a picture of " for BLIP\'s captioners)',
-    )
-    vqa = use("vqa", "answers to questions about every image")
-    vqa.add_argument(
-        "--question", action="append", required=True, help="can be given several times"
-    )
+    _add_caption_options(use("caption", "write a caption of every image"))
+    vqa = use("vqa", "answer questions about every image")
+    vqa.add_argument("--question", action="append", required=True, help="repeat it for several")
     match = use("match", "matching probability (itm) and cosine (itc) of every image and text")
-    match.add_argument("--text", action="append", required=True, help="can be given several times")
+    match.add_argument("--text", action="append", required=True, help="repeat it for several")
     use("embed", "features of every image, of norm 1; with --out NAME.npz as arrays")
-    search = use("search", "the images that fit a text best")
+    search = use("search", "find the images that fit a text best")
     search.add_argument("--text", required=True, help="what to look for")
     _add(search, "--top", 10, "number of images to return")
     _add(search, "--rerank", 0, "number of best images to re-rank by matching probability; 0: none")
+    explain = use("explain", "draw where the words of a caption are seen, a PNG for every image")
+    explain.add_argument("--text", help="caption to look for; default: the checkpoint's own")
+    explain.add_argument(
+        "--sheets", type=Path, default=Path("word_maps"), metavar="FOLDER",
+        help="folder of the PNG files, named after the images; sheets of an earlier call are "
+        "replaced (%(default)s)",
+    )  # fmt: skip
     return parser
 
 
+def _add_caption_options(caption: Parser) -> None:
+    default = "default: the checkpoint's"
+    caption.add_argument(
+        "--beams", type=int, help=f"width of the beam search; 1 is greedy; {default}"
+    )
+    caption.add_argument(
+        "--scoring", choices=("published", "huggingface"),
+        help="length that beam search divides by: as for BLIP's figures, or as in transformers' "
+        "generate; default: published for BLIP's own files, else huggingface",
+    )  # fmt: skip
+    _add(caption, "--captions", 1, "captions of each image: the best, or with --sample as drawn")
+    caption.add_argument(
+        "--sample", action="store_true", help="nucleus sampling instead of beam search"
+    )
+    _add(caption, "--top-p", 0.9, "share of the probability that nucleus sampling draws from")
+    _add(caption, "--seed", 0, "seed of nucleus sampling; with an image's path it fixes a caption")
+    caption.add_argument(
+        "--max-tokens", type=int,
+        help=f"longest caption in tokens, including prompt and [SEP]; {default}",
+    )  # fmt: skip
+    caption.add_argument(
+        "--min-tokens",
+        type=int,
+        help=f"shortest caption in tokens, including the prompt; {default}",
+    )
+    caption.add_argument(
+        "--prompt",
+        help=f'first words of a caption; {default} ("a picture of " for BLIP\'s captioners)',
+    )
+
+
 def _shared_options() -> Parser:
+    """Options of all verbs."""
     shared = Parser(add_help=False)
     shared.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, globs")
     shared.add_argument(
         "--model", required=True, type=Path, metavar="CHECKPOINT",
         help="a run's folder, step_N, BLIP's .pth, or a Hugging Face folder",
     )  # fmt: skip
-    shared.add_argument("--out", type=Path, metavar="FILE", help="default: stdout")
+    shared.add_argument(
+        "--out", type=Path, metavar="FILE", help="file of the answers; default: stdout"
+    )
     shared.add_argument(
         "--recipe",
         help="recipe with the sizes of the network, if the checkpoint does not hold them",
@@ -235,10 +283,11 @@ def _shared_options() -> Parser:
     shared.add_argument(
         "--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU"
     )
-    _add(shared, "--batch-size", 32, "images at once; does not change the answers")
+    _add(shared, "--batch-size", 32, "images in a batch; does not change the answers")
     _add(shared, "--threads", 4, "threads that decode images")
     return shared
 
 
 def _add(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
+    """Add an option with the type of its default, which the help shows."""
     parser.add_argument(name, type=type(default), default=default, help=text + " (%(default)s)")

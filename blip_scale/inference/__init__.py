@@ -1,1 +1,1 @@
-"""Trained checkpoints in use: any of them loaded, and asked about images."""
+"""Trained checkpoints in use: load one of any kind, and ask it about images."""

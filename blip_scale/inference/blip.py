@@ -1,4 +1,4 @@
-"""A trained BLIP that can be asked: captions, matching probabilities, features.
+"""A trained BLIP in use: captions, answers, matching probabilities, features.
 
 Shapes: I images, S texts, N image tokens, D width, E embed_dim.
 """
@@ -27,10 +27,10 @@ from blip_scale.model.visdial import VisDial
 from blip_scale.model.vqa import VQA
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 PUBLISHED_TEXT_TOKENS = 35
-"""Texts are cut to so many where the checkpoint says nothing, as the published retrieval does."""
+"""Longest text in tokens where the checkpoint does not say, as in the published retrieval."""
 Use = Literal["caption", "match", "embed", "vqa", "nlvr2", "visdial"]
 _HEADS: dict[Use, tuple[Head, ...]] = {
     "caption": ("pretrain", "captioning"),
@@ -40,45 +40,46 @@ _HEADS: dict[Use, tuple[Head, ...]] = {
     "nlvr2": ("nlvr2",),
     "visdial": ("visdial",),
 }
-"""What each use can be made with."""
+"""Use -> heads of the checkpoints that serve it."""
 
 
 @dataclass(frozen=True)
 class Blip:
-    """`load_blip` makes it. Methods raise ValueError where the checkpoint lacks what they need."""
+    """A loaded checkpoint, made by `load_blip`. A method raises ValueError if the checkpoint lacks
+    what it needs."""
 
     network: MED | VQA | NLVR2 | VisDial
-    """In evaluation mode, with the parts that the checkpoint has."""
+    """Network in evaluation mode, with the parts that the checkpoint has."""
     tokenizer: PreTrainedTokenizerFast
     head: Head
     origin: str
-    """Path that it was read from."""
+    """Path of the checkpoint."""
     fingerprint: str
     """Hash of the weights."""
     output: OutputSettings
-    """How captions and answers are written unless something else is asked for."""
+    """Prompt, beams and lengths of captions and answers, unless a call gives others."""
     is_output_stated: bool
-    """Whether the checkpoint says so itself; else `output` is the published one."""
+    """Whether `output` comes from the checkpoint; if not, it is the published one."""
 
     @property
     def prompt(self) -> str:
-        """How captions begin, unless another prompt is asked for."""
+        """First words of a caption, unless a call gives others."""
         return self.output.prompt
 
     @property
     def med(self) -> MED:
-        """The network of checkpoints of `pretrain`, `captioning` and `retrieval`."""
+        """The network of a `pretrain`, `captioning` or `retrieval` checkpoint."""
         assert isinstance(self.network, MED)
         return self.network
 
     @property
     def image_size(self) -> int:
-        """Pixels of both sides."""
+        """Side of the square input in pixels."""
         return self.network.config.vision.image_size
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.network.vision.patch_embed.proj.weight.device
 
     @property
@@ -88,7 +89,7 @@ class Blip:
 
     @torch.inference_mode()
     def image_embeds(self, pixels: Tensor) -> Tensor:
-        """uint8 [I, 3, H, W] to image tokens [I, N, D]."""
+        """Encode images: uint8 [I, 3, H, W] to image tokens [I, N, D]."""
         assert isinstance(self.network, MED | VQA)
         return self.network.encode_image(normalize_images(pixels.to(self.device), self.dtype))
 
@@ -100,21 +101,21 @@ class Blip:
         prompt: str | None = None,
         draws: Tensor | None = None,
     ) -> list[str]:
-        """A caption of each image, or `BeamSettings.captions` of each, without the prompt.
+        """Write a caption of each image, or `BeamSettings.captions` of each, without the prompt.
 
         Args:
             image_embeds: [I, N, D].
             settings: beam search or nucleus sampling; lengths count [DEC], prompt and [SEP].
-            prompt: how it begins; None takes the checkpoint's.
-            draws: of nucleus sampling, see `draws_of`.
+            prompt: first words of every caption; None takes the checkpoint's.
+            draws: random numbers of nucleus sampling, see `draws_of`.
         """
         self.require("caption")
         prompt_ids = self.prompt_ids(self.prompt if prompt is None else prompt)
         if isinstance(settings, BeamSettings):
-            found = caption_beam(self.med, image_embeds, prompt_ids, settings)
+            sequences = caption_beam(self.med, image_embeds, prompt_ids, settings)
         else:
-            found = caption_nucleus(self.med, image_embeds, prompt_ids, settings, draws)
-        return self._words(found)
+            sequences = caption_nucleus(self.med, image_embeds, prompt_ids, settings, draws)
+        return self._decoded(sequences)
 
     @torch.inference_mode()
     def answers(
@@ -124,11 +125,12 @@ class Blip:
         owners: Sequence[int],
         settings: BeamSettings | None = None,
     ) -> list[str]:
-        """An answer to each question, written freely.
+        """Write a free answer to each question.
 
         Args:
             image_embeds: [I, N, D].
-            owners: the image of each question.
+            questions: any texts; they are cleaned as in training.
+            owners: index of the image of each question.
             settings: None takes the checkpoint's beam search.
         """
         self.require("vqa")
@@ -141,25 +143,27 @@ class Blip:
         states = self.network.encode_questions(text, image_embeds, index)
         settings = settings or self.output.beam()
         prompt = self.prompt_ids("")
-        return self._words(
+        return self._decoded(
             caption_beam(self.network, states[None], prompt, settings, text.segments)
         )
 
-    def _words(self, sequences: list[list[int]]) -> list[str]:
-        said = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        return [text.strip() for text in said]
+    def _decoded(self, sequences: list[list[int]]) -> list[str]:
+        """Texts of token ids, without special tokens."""
+        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """[DEC] and the tokens of the prompt."""
+        """Token ids that open a caption: [DEC] and the prompt."""
         return prompt_ids(prompt, self.tokenizer)
 
     @torch.inference_mode()
     def match(self, image_embeds: Tensor, texts: Sequence[str], owners: Sequence[int]) -> Tensor:
-        """Probability that image and text belong together, fp32 [S] on the CPU.
+        """Compute the probability that image and text belong together, fp32 [S] on the CPU.
 
         Args:
             image_embeds: [I, N, D].
-            owners: the image of each text.
+            texts: S texts; they are cleaned as captions are in training.
+            owners: index of the image of each text.
         """
         self.require("match")
         if not texts:
@@ -170,33 +174,36 @@ class Blip:
 
     @torch.inference_mode()
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """[I, N, D] to features of norm 1, fp32 [I, E] on the CPU."""
+        """Project image tokens [I, N, D] to features of norm 1, fp32 [I, E] on the CPU."""
         self.require("embed")
         return self.med.project_image(image_embeds).cpu()
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Features of norm 1, fp32 [S, E] on the CPU."""
+        """Encode texts to features of norm 1, fp32 [S, E] on the CPU."""
         self.require("embed")
         return self.med.project_text(self.med.encode_text(self._captions(texts))).cpu()
 
     def _captions(self, texts: Sequence[str]) -> PackedText:
-        """Cleaned as captions are in training."""
+        """Packed tokens of texts, cleaned as captions are in training."""
         return self._packed([clean_caption(text) for text in texts])
 
     def _packed(self, texts: Sequence[str]) -> PackedText:
-        """Tokens with [CLS] first."""
+        """Packed tokens of cleaned texts, [CLS] first."""
+        return PackedText.from_lists(self.tokenized(texts)["input_ids"], self.device)
+
+    def tokenized(self, texts: Sequence[str]) -> BatchEncoding:
+        """Token ids of cleaned texts with [CLS] and [SEP], cut to the checkpoint's length."""
         limit = self.output.text_tokens or PUBLISHED_TEXT_TOKENS
         limit = min(limit, self.network.config.text.max_positions)
-        rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-        return PackedText.from_lists(rows, self.device)
+        return self.tokenizer(list(texts), truncation=True, max_length=limit)
 
     def serves(self, use: Use) -> bool:
         """Whether the checkpoint can serve a use."""
         return self.head in _HEADS[use]
 
     def require(self, use: Use) -> None:
-        """Raises ValueError where the checkpoint can't serve a use."""
+        """Raise ValueError if the checkpoint cannot serve a use."""
         if not self.serves(use):
             raise ValueError(
                 f"{self.origin} is a {self.head} checkpoint; {use} takes one of: "
@@ -205,8 +212,10 @@ class Blip:
 
 
 def draws_of(ids: Sequence[str], seed: int, length: int) -> Tensor:
-    """The random numbers of nucleus sampling, fp32 [len(ids), length]: each row a pure function of
-    the seed and its id, which may be a path that is no UTF-8."""
+    """Random numbers of nucleus sampling, fp32 [len(ids), length].
+
+    Each row is a pure function of the seed and its id, which may be a path that is not UTF-8.
+    """
     rows = []
     for name in ids:
         digest = xxhash.xxh3_64_intdigest(name.encode(errors="surrogateescape"))

@@ -1,4 +1,4 @@
-"""Image files: found by path, folder or glob, and decoded ahead in threads."""
+"""Image files: find them by path, folder or glob, and decode them ahead in threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -21,12 +21,12 @@ from blip_scale.data.reading.stream_store import CorruptSample
 T = TypeVar("T")
 R = TypeVar("R")
 _AHEAD = 64
-"""Images that are decoded before they are asked for."""
+"""Images that are decoded before they are needed."""
 
 
 @dataclass(frozen=True)
 class Done(Generic[T, R]):
-    """What came of an item, or why nothing did."""
+    """Result of the work on an item, or the reason why there is none."""
 
     item: T
     result: R | None
@@ -34,22 +34,25 @@ class Done(Generic[T, R]):
 
 
 def find_images(patterns: Sequence[str]) -> list[str]:
-    """Paths of images: files as they are given, all images below folders, and what globs match. A
-    pattern that is an existing path means that path.
+    """List the paths of images, each once.
+
+    Args:
+        patterns: files, folders (all images below them) and globs. A pattern that is an existing
+            path means that path, whatever it would match.
 
     Raises:
-        FileNotFoundError: a pattern without any image; names it.
+        FileNotFoundError: no image matches a pattern; names the pattern.
     """
-    found: dict[str, None] = {}
+    unique: dict[str, None] = {}
     for pattern in patterns:
         paths = [Path(pattern)]
         if not paths[0].exists():
             paths = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207  any root
-        images = [image for path in paths for image in _images_of(path)]
+        images = list(chain.from_iterable(map(_images_of, paths)))
         if not images:
             raise FileNotFoundError(f"{pattern}: there is no image")
-        found |= dict.fromkeys(map(str, images))
-    return list(found)
+        unique |= dict.fromkeys(map(str, images))
+    return list(unique)
 
 
 def _images_of(path: Path) -> list[Path]:
@@ -60,16 +63,27 @@ def _images_of(path: Path) -> list[Path]:
 
 
 def pixels_of(encoded: bytes, size: int, upright: bool = False) -> Tensor:
-    """An encoded image as published evaluation sees it: uint8 [3, size, size], resized to a square,
-    bicubic. Raises CorruptSample for what can't be decoded; `upright`: see `decode_image`."""
+    """Decode an image as the published evaluation does: uint8 [3, size, size], resized to a square
+    by bicubic interpolation.
+
+    Args:
+        encoded: content of an image file.
+        size: pixels of a side.
+        upright: see `decode_image`.
+
+    Raises:
+        CorruptSample: the image cannot be decoded.
+    """
     return EvalTransform(size)(decode_image(encoded, upright)).contiguous()
 
 
 def done_ahead(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterator[Done[T, R]]:
-    """`work` of every item, in order, done ahead in threads; OSError and CorruptSample are that
-    item's errors."""
+    """Do `work` on every item ahead of time in threads, and yield the results in order.
 
-    def one(item: T) -> Done[T, R]:
+    OSError and CorruptSample become the error of their item.
+    """
+
+    def work_on(item: T) -> Done[T, R]:
         try:
             return Done(item, work(item))
         except (OSError, CorruptSample) as error:
@@ -80,16 +94,16 @@ def done_ahead(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iter
         ahead: deque[Future[Done[T, R]]] = deque()
         while True:
             for item in islice(remaining, _AHEAD + threads - len(ahead)):
-                ahead.append(pool.submit(one, item))
+                ahead.append(pool.submit(work_on, item))
             if not ahead:
                 return
             yield ahead.popleft().result()
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Groups of `size`, the last one perhaps smaller; raises ValueError for a size below 1."""
+    """Yield groups of `size` items; the last may be smaller. A size below 1 raises ValueError."""
     if size < 1:
-        raise ValueError(f"a batch size of {size} holds nothing; give 1 or more")
+        raise ValueError(f"batch size {size}: expected 1 or more")
     remaining = iter(items)
     while group := list(islice(remaining, size)):
         yield group

@@ -1,4 +1,4 @@
-"""Images and captions as a network takes them: on its device, in its dtype."""
+"""Images and captions as input of a network: on its device, in its dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def to_pixels(images: Tensor, network: nn.Module) -> Tensor:
 
     Args:
         images: uint8 [B, 3, H, W].
-        network: gives device and dtype.
+        network: its first parameter gives device and dtype.
+
+    Returns:
+        [B, 3, H, W] in the dtype of the network.
     """
     parameter = next(network.parameters())
     return normalize_images(images.to(parameter.device), parameter.dtype)
@@ -32,7 +35,11 @@ def packed_text(packed: PackedTokens, device: torch.device) -> PackedText:
 def to_model_input(
     batch: Batch, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, PackedText]:
-    """Move a batch to a device: normalised images [B, 3, H, W] in `dtype`, and packed captions."""
+    """Move a batch to a device.
+
+    Returns:
+        Normalised images [B, 3, H, W] in `dtype`, and packed captions.
+    """
     batch = batch.to(device)
     segments = Segments(batch.offsets, batch.max_length)
     text = PackedText(batch.token_ids, segments, batch.padding.fillers)

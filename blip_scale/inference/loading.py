@@ -1,4 +1,4 @@
-"""Any BLIP checkpoint, made ready to be asked: recipe, tokenizer and network found."""
+"""Load a BLIP checkpoint of any kind: find its recipe and tokenizer, build and fill its network."""
 
 from __future__ import annotations
 
@@ -39,27 +39,28 @@ PUBLISHED_TOKENIZER = "bert-base-uncased"
 
 @dataclass(frozen=True)
 class Loading:
-    """What a checkpoint doesn't say, or is to be otherwise."""
+    """Settings that a checkpoint does not hold, or that replace those it holds."""
 
     recipe: str | None = None
-    """Name or file of the recipe with the network's sizes; None: recipe.yaml of the run."""
+    """Name or file of the recipe with the network's sizes; None takes recipe.yaml of the run."""
     tokenizer: str | None = None
-    """Folder or hub name; None: the recipe's, the one beside the checkpoint, the published one."""
+    """Folder or hub name; None takes the recipe's, else the one beside the checkpoint, else the
+    published one."""
     image_size: int | None = None
-    """Pixels; position embeddings are interpolated. None: that of the checkpoint."""
+    """Pixels of a side; position embeddings are interpolated. None takes the checkpoint's."""
     device: str | None = None
-    """None: the GPU if there is one."""
+    """Name of a torch device; None takes the GPU if there is one."""
     precision: str | None = None
-    """`bf16` or `fp32`; None: bf16 on a GPU, fp32 on the CPU."""
+    """`bf16` or `fp32`; None takes bf16 on a GPU and fp32 on the CPU."""
 
 
 def load_blip(source: Path, loading: Loading | None = None) -> Blip:
-    """The network in a checkpoint of any kind, on its device, with its tokenizer.
+    """Load the network of a checkpoint of any kind, on its device, with its tokenizer.
 
     Raises:
-        FileNotFoundError: nothing is there, or a part of it is missing.
-        ValueError: not BLIP, damaged, unsafe, of a kind that can't be asked, or with another's
-            tokenizer.
+        FileNotFoundError: the checkpoint or a part of it is missing.
+        ValueError: the checkpoint is not BLIP's, is damaged or unsafe, has a head that nothing here
+            uses, or the tokenizer is not that of the network.
     """
     loading = loading or Loading()
     kind = format_of(source)
@@ -90,10 +91,10 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
 
 
 def output_of(recipe: Recipe) -> OutputSettings:
-    """What a recipe says of the output of its checkpoints.
+    """Output settings of the checkpoints of a recipe.
 
-    Captions are scored as by transformers, so that a run, its exported folder, `generate` and a
-    pipeline write the same ones; `evaluation.scoring` is for figures.
+    Beam search scores captions as transformers does. A run, its exported folder, `generate` and a
+    pipeline then write the same captions. `evaluation.scoring` is for figures alone.
     """
     text, evaluation = recipe.model.text, recipe.evaluation
     return OutputSettings(
@@ -112,7 +113,7 @@ def output_of(recipe: Recipe) -> OutputSettings:
 
 def check_pixels(source: Path, kind: Format) -> None:
     """Raise ValueError for a Hugging Face folder whose image processor makes other pixels than
-    BLIP's, with which every network here is fed."""
+    BLIP's. All networks here get BLIP's pixels."""
     if kind != "hf":
         return
     wanted: dict[str, object] = {
@@ -123,20 +124,24 @@ def check_pixels(source: Path, kind: Format) -> None:
     for name, value in pixel_settings(source).items():
         if value != wanted[name]:
             raise ValueError(
-                f"{source}: its image processor has {name} {value}, BLIP has {wanted[name]}; "
-                "other pixels would change what it says"
+                f"{source}: its image processor has {name} {value}, BLIP has {wanted[name]}; such "
+                "a checkpoint cannot be used here"
             )
 
 
-def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
-    """The recipe that says a network's sizes: the given one, else the one that a run wrote; None
-    where the checkpoint says them itself.
+def recipe_of(source: Path, kind: Format, chosen: str | None) -> Recipe | None:
+    """The recipe with the sizes of a network; None if the checkpoint holds them itself.
+
+    Args:
+        source: path of the checkpoint.
+        kind: its format.
+        chosen: name or file of a recipe; None takes the one that the run wrote.
 
     Raises:
-        FileNotFoundError: a run's checkpoint without its recipe.
+        FileNotFoundError: recipe.yaml of the run is missing.
     """
-    if given:
-        return recipes.load(given)
+    if chosen:
+        return recipes.load(chosen)
     if kind != "ours":
         return None
     folder = step_folder(source)
@@ -146,14 +151,14 @@ def recipe_of(source: Path, kind: Format, given: str | None) -> Recipe | None:
     file = folder.parent.parent / run_folder.RECIPE
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder}: the run's {run_folder.RECIPE} isn't at {file}; give it with --recipe"
+            f"{folder}: the run's {run_folder.RECIPE} is not at {file}; give it with --recipe"
         )
     return _with_kept_text(recipes.load(str(file)), file.with_name(run_folder.TEXT))
 
 
 def _with_kept_text(recipe: Recipe, folder: Path) -> Recipe:
-    """With tokenizer and text sizes that the run kept: the recipe's own paths may be those of
-    another machine."""
+    """The recipe with the tokenizer and text sizes that the run kept. The paths in the recipe may
+    be those of another machine."""
     if not (folder / "tokenizer_config.json").is_file() or not (folder / "config.json").is_file():
         return recipe
     text = recipe.model.text
@@ -163,13 +168,13 @@ def _with_kept_text(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def text_of(recipe: Recipe, tokenizer: str | None) -> TextRecipe:
-    """The recipe's text settings, with another tokenizer where one is given."""
+    """Text settings of a recipe, with another tokenizer unless it is None."""
     text = recipe.model.text
     return replace(text, tokenizer=tokenizer) if tokenizer else text
 
 
 def tokenizer_beside(source: Path) -> str | None:
-    """The folder with the tokenizer of a checkpoint, if it has one."""
+    """Folder of the tokenizer that lies beside a checkpoint; None without one."""
     for folder in (source, source / "tokenizer", source / "captioning"):
         if (folder / "tokenizer_config.json").is_file():
             return str(folder)
@@ -177,18 +182,18 @@ def tokenizer_beside(source: Path) -> str | None:
 
 
 def tokenizer_of(
-    source: Path, config: MEDConfig, recipe: Recipe | None, given: str | None
+    source: Path, config: MEDConfig, recipe: Recipe | None, chosen: str | None
 ) -> PreTrainedTokenizerFast:
-    """The given tokenizer, else the recipe's, else the one beside the checkpoint, else the
+    """Load the chosen tokenizer, else the recipe's, else the one beside the checkpoint, else the
     published one.
 
     Raises:
-        ValueError: it can't be loaded, or isn't that of a network of these sizes.
+        ValueError: the tokenizer cannot be loaded, or is not that of a network of these sizes.
     """
     if recipe:
-        text = text_of(recipe, given)
+        text = text_of(recipe, chosen)
     else:
-        text = TextRecipe(tokenizer=given or tokenizer_beside(source) or PUBLISHED_TOKENIZER)
+        text = TextRecipe(tokenizer=chosen or tokenizer_beside(source) or PUBLISHED_TOKENIZER)
     try:
         tokenizer = load_tokenizer(text)
     except ValueError as error:
@@ -197,17 +202,18 @@ def tokenizer_of(
         raise ValueError(
             f"{source} has word embeddings of {config.text.vocab_size} tokens, as many as the "
             f"tokenizer {text.tokenizer or text.checkpoint} has without [DEC] and [ENC], which "
-            "BLIP needs: it is no BLIP, or isn't whole"
+            "BLIP needs: the checkpoint is not BLIP's, or not whole"
         )
     if len(tokenizer) != config.text.vocab_size:
         raise ValueError(
             f"the tokenizer {text.tokenizer or text.checkpoint} has {len(tokenizer)} tokens with "
-            f"[DEC] and [ENC], the network {config.text.vocab_size}; give --tokenizer"
+            f"[DEC] and [ENC], the network {config.text.vocab_size}; give its own with --tokenizer"
         )
     return tokenizer
 
 
 def _resized(config: MEDConfig, image_size: int | None) -> MEDConfig:
+    """Sizes of the network for another input; None changes nothing."""
     if image_size is None:
         return config
     return replace(config, vision=replace(config.vision, image_size=image_size))
@@ -216,7 +222,7 @@ def _resized(config: MEDConfig, image_size: int | None) -> MEDConfig:
 def _filled(
     config: MEDConfig, weights: BlipWeights, device: torch.device, dtype: torch.dtype
 ) -> MED | VQA | NLVR2 | VisDial:
-    """The network of the checkpoint's head in evaluation mode, without what the head lacks."""
+    """Network of the checkpoint's head in evaluation mode, without the parts that it lacks."""
     with torch.device("meta"):
         network = build_network(weights.head, replace(config, gradient_checkpointing=False))
     assert isinstance(network, MED | VQA | NLVR2 | VisDial)
@@ -237,12 +243,12 @@ def _filled(
 
 
 def _fingerprint(weights: BlipWeights) -> str:
-    """A hash of the weights, the same whatever file format they were read from."""
+    """Hash of the weights, the same for every file format."""
     digest = xxhash.xxh3_64(weights.head.encode())
     tensors: dict[str, Tensor] = weights.state | weights.unpublished
     for name in sorted(tensors):
         tensor = tensors[name]
-        if tensor.is_floating_point() and name != "temp":  # which Hugging Face's may lack
+        if tensor.is_floating_point() and name != "temp":  # Hugging Face files may lack it
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()

@@ -1,7 +1,9 @@
 """Questions to a BLIP about image files, answered one after another in the order of the files.
 
-Every answer is a dict for a line of JSON with the `image` that it is about; a file that can't be
-read or decoded gives `image` and `error`. Answers don't depend on how images are batched.
+Every answer is a dict for a line of JSON with the `image` that it is about. A file that cannot be
+read or decoded gives `image` and `error`. Answers do not depend on how images are batched.
+
+Shapes: I images, N image tokens, D width, S texts.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip_scale.data.captions import clean_caption
 from blip_scale.inference.blip import Blip, draws_of
 from blip_scale.inference.images import batched, done_ahead, pixels_of
+from blip_scale.inference.word_maps import word_maps
 from blip_scale.model.generation import BeamSettings, NucleusSettings
 
 Answer = dict[str, Any]
@@ -32,20 +36,25 @@ class Reader:
     threads: int = 4
 
     def ask(self, paths: Sequence[str], about: About) -> Iterator[Answer]:
-        """What `about` says of every image, or its error."""
+        """Answers of `about` for every image, or the image's error."""
 
         def read(path: str) -> Tensor:
             return pixels_of(Path(path).read_bytes(), self.blip.image_size, upright=True)
 
         for group in batched(done_ahead(paths, read, self.threads), self.batch_size):
-            pixels = [one.result for one in group if one.result is not None]
-            names = [one.item for one in group if one.result is not None]
-            said = iter(about(names, self.blip.image_embeds(torch.stack(pixels))) if names else [])
-            for one in group:
-                if one.result is None:
-                    yield {"image": one.item, "error": one.error}
+            pixels, names = [], []
+            for image in group:
+                if image.result is not None:
+                    pixels.append(image.result)
+                    names.append(image.item)
+            answers: Iterator[list[Answer]] = iter(())
+            if names:
+                answers = iter(about(names, self.blip.image_embeds(torch.stack(pixels))))
+            for image in group:
+                if image.result is None:
+                    yield {"image": image.item, "error": image.error}
                 else:
-                    yield from next(said)
+                    yield from next(answers)
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,15 @@ class CaptionSettings:
 
     decoding: BeamSettings | NucleusSettings
     prompt: str | None = None
-    """How they begin; None: as the checkpoint was fine-tuned."""
+    """First words of every caption; None takes the checkpoint's."""
     seed: int = 0
-    """Of nucleus sampling, with the path of each image."""
+    """Seed of nucleus sampling; the path of each image is the rest of it."""
     count: int = 1
-    """Captions of each image: the best of beam search, or so many draws."""
+    """Captions of each image: the best of beam search, or as many draws."""
 
 
 def captions(reader: Reader, paths: Sequence[str], settings: CaptionSettings) -> Iterator[Answer]:
-    """`caption` of every image; of several captions an image the list `captions`."""
+    """Answer with the `caption` of every image, or with the list `captions` of several."""
     blip, decoding, count = reader.blip, settings.decoding, settings.count
     blip.require("caption")
     if isinstance(decoding, BeamSettings):
@@ -72,64 +81,74 @@ def captions(reader: Reader, paths: Sequence[str], settings: CaptionSettings) ->
         draws = None
         if isinstance(decoding, NucleusSettings):
             embeds = embeds.repeat_interleave(count, dim=0)
-            drawn = [_drawn_id(name, number) for name in names for number in range(count)]
-            draws = draws_of(drawn, settings.seed, decoding.max_length)
+            draws = draws_of(_draw_ids(names, count), settings.seed, decoding.max_length)
         texts = blip.captions(embeds, decoding, settings.prompt, draws)
-        if count == 1:
-            return [[{"image": n, "caption": text}] for n, text in zip(names, texts, strict=True)]
-        of_each = batched(texts, count)
-        return [[{"image": n, "captions": own}] for n, own in zip(names, of_each, strict=True)]
+        answers: list[list[Answer]] = []
+        for name, group in zip(names, batched(texts, count), strict=True):
+            fields = {"caption": group[0]} if count == 1 else {"captions": group}
+            answers.append([{"image": name, **fields}])
+        return answers
 
     return reader.ask(paths, about)
 
 
-def _drawn_id(name: str, number: int) -> str:
-    """What the random numbers of an image's caption follow from; the first is that of one alone."""
-    return f"{name}\0{number}" if number else name
+def _draw_ids(names: Sequence[str], count: int) -> list[str]:
+    """Ids of the random numbers of `count` captions an image. The first caption has the id of an
+    image with one caption, so it stays the same however many are drawn."""
+    ids = []
+    for name in names:
+        ids += [name, *(f"{name}\0{number}" for number in range(1, count))]
+    return ids
 
 
 def matches(reader: Reader, paths: Sequence[str], texts: Sequence[str]) -> Iterator[Answer]:
-    """For every image and text `itm`, the probability that they belong together, and `itc`, the
-    cosine of their features."""
+    """Answer for every image and text with `itm`, the probability that they belong together, and
+    `itc`, the cosine of their features."""
     blip = reader.blip
     blip.require("match")
     text_features = blip.text_features(texts)
 
     def about(names: list[str], embeds: Tensor) -> list[list[Answer]]:
         cosines_IS = blip.image_features(embeds) @ text_features.T
-        owners = [image for image in range(len(names)) for _ in texts]
-        probabilities = blip.match(embeds, list(texts) * len(names), owners)
-        return [
-            [
-                {"image": name, "text": text, "itm": itm, "itc": itc}
-                for text, itm, itc in zip(texts, row, cosines, strict=True)
-            ]
-            for name, row, cosines in zip(
-                names, probabilities.view(-1, len(texts)).tolist(), cosines_IS.tolist(), strict=True
+        owners = _repeated(len(names), len(texts))
+        probabilities_IS = blip.match(embeds, list(texts) * len(names), owners).view(len(names), -1)
+        answers: list[list[Answer]] = []
+        for name, itms, itcs in zip(
+            names, probabilities_IS.tolist(), cosines_IS.tolist(), strict=True
+        ):
+            scored = zip(texts, itms, itcs, strict=True)
+            answers.append(
+                [{"image": name, "text": text, "itm": itm, "itc": itc} for text, itm, itc in scored]
             )
-        ]
+        return answers
 
     return reader.ask(paths, about)
 
 
 def replies(reader: Reader, paths: Sequence[str], questions: Sequence[str]) -> Iterator[Answer]:
-    """The `answer` to every question about every image."""
+    """Answer with the `answer` to every question about every image."""
     blip = reader.blip
     blip.require("vqa")
 
     def about(names: list[str], embeds: Tensor) -> list[list[Answer]]:
-        owners = [image for image in range(len(names)) for _ in questions]
-        said = iter(blip.answers(embeds, list(questions) * len(names), owners))
-        return [
-            [{"image": name, "question": q, "answer": next(said)} for q in questions]
-            for name in names
-        ]
+        owners = _repeated(len(names), len(questions))
+        written = blip.answers(embeds, list(questions) * len(names), owners)
+        answers: list[list[Answer]] = []
+        for name, group in zip(names, batched(written, len(questions)), strict=True):
+            pairs = zip(questions, group, strict=True)
+            answers.append([{"image": name, "question": q, "answer": a} for q, a in pairs])
+        return answers
 
     return reader.ask(paths, about)
 
 
+def _repeated(images: int, texts: int) -> list[int]:
+    """Image of each text, where every image has the same number of texts."""
+    return torch.arange(images).repeat_interleave(texts).tolist()
+
+
 def features(reader: Reader, paths: Sequence[str]) -> Iterator[Answer]:
-    """`features` of every image, a list of numbers of norm 1."""
+    """Answer with the `features` of every image, a list of numbers of norm 1."""
     blip = reader.blip
     blip.require("embed")
 
@@ -140,35 +159,79 @@ def features(reader: Reader, paths: Sequence[str]) -> Iterator[Answer]:
     return reader.ask(paths, about)
 
 
+def explanations(reader: Reader, paths: Sequence[str], text: str | None) -> Iterator[Answer]:
+    """Answer with the `text`, its matching probability `itm`, and `maps`, the `WordMaps` of its
+    words, for every image.
+
+    Args:
+        text: caption to look for in every image; None takes the checkpoint's caption of each.
+
+    Raises:
+        ValueError: the checkpoint cannot match, or cannot caption and there is no text; the text
+            has no word.
+    """
+    blip = reader.blip
+    blip.require("match")
+    if text is None and not blip.serves("caption"):
+        raise ValueError(
+            f"{blip.origin} is a {blip.head} checkpoint and writes no captions; give --text"
+        )
+    if text is not None and not has_words(text):
+        raise ValueError(f"the text {text!r} holds no word; give one with words")
+
+    def about(names: list[str], embeds: Tensor) -> list[list[Answer]]:
+        texts = [text] * len(names) if text else blip.captions(embeds, blip.output.beam())
+        kept = [place for place, written in enumerate(texts) if has_words(written)]
+        maps = iter(word_maps(blip, embeds[kept], [texts[place] for place in kept]))
+        answers: list[list[Answer]] = []
+        for name, written in zip(names, texts, strict=True):
+            if has_words(written):
+                result = next(maps)
+                fields = {"text": result.text, "itm": result.probability, "maps": result}
+            else:
+                fields = {"error": "the checkpoint's caption of it holds no word; give --text"}
+            answers.append([{"image": name, **fields}])
+        return answers
+
+    return reader.ask(paths, about)
+
+
+def has_words(text: str) -> bool:
+    """Whether a text holds a letter or a digit after cleaning."""
+    return any(letter.isalnum() for letter in clean_caption(text))
+
+
 def search(
     reader: Reader,
     paths: Sequence[str],
     text: str,
     top: int,
     rerank: int,
-    known: dict[str, list[float]] | None = None,
+    cache: dict[str, list[float]] | None = None,
 ) -> Iterator[Answer]:
-    """Errors first; then the `top` images of a text, best first: by cosine (`itc`), or of the
-    `rerank` best ones by the matching probability (`itm`).
+    """Answer with the errors first, then with the `top` images of a text, best first: by cosine
+    (`itc`), or of the `rerank` best ones by the matching probability (`itm`).
 
     Args:
-        known: features of images by path, which are not computed again; takes the new ones.
+        cache: features of images by path, which are not computed again; takes the new ones.
     """
     query = reader.blip.text_features([text])[0]
-    known = {} if known is None else known
-    for answer in features(reader, [path for path in paths if path not in known]):
+    cache = {} if cache is None else cache
+    for answer in features(reader, [path for path in paths if path not in cache]):
         if "error" in answer:
             yield answer
         else:
-            known[answer["image"]] = answer["features"]
-    rows = {path: known[path] for path in paths if path in known}
+            cache[answer["image"]] = answer["features"]
+    rows = {path: cache[path] for path in paths if path in cache}
     cosines = (torch.tensor(list(rows.values())) @ query).tolist() if rows else []
     itc = dict(zip(rows, cosines, strict=True))
-    ranked = sorted(itc, key=lambda name: -itc[name])
-    found: list[Answer] = [{"image": name, "itc": itc[name]} for name in ranked]
+    order = sorted(itc, key=lambda name: -itc[name])
+    ranked: list[Answer] = [{"image": name, "itc": itc[name]} for name in order]
     if rerank:
-        matched = matches(reader, ranked[:rerank], [text])
-        found = [one | {"itc": itc[one["image"]]} for one in matched if "error" not in one]
-        found.sort(key=lambda one: -one["itm"])
-    for rank, one in enumerate(found[:top], start=1):
-        yield {"text": text, "rank": rank, **one}
+        ranked = []
+        for answer in matches(reader, order[:rerank], [text]):
+            if "error" not in answer:
+                ranked.append(answer | {"itc": itc[answer["image"]]})
+        ranked.sort(key=lambda answer: -answer["itm"])
+    for rank, answer in enumerate(ranked[:top], start=1):
+        yield {"text": text, "rank": rank, **answer}

@@ -1,4 +1,4 @@
-"""From a recipe to the sizes of its network, for runs, checkpoints and plans alike."""
+"""Sizes of a network from its recipe, for runs, checkpoints and plans."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a network must know of its tokenizer."""
+    """Facts about a tokenizer that fix sizes of the network."""
 
     special: SpecialTokens
     size: int
-    """Tokens, [DEC] and [ENC] included."""
+    """Number of tokens, including [DEC] and [ENC]."""
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-        """That of a tokenizer from `load_tokenizer`."""
+        """Vocabulary of a tokenizer from `load_tokenizer`."""
         return Vocabulary(SpecialTokens(**special_ids(tokenizer)), len(tokenizer))
 
 
 def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
-    """Sizes of the network: the text stack's from its checkpoint where there is one."""
+    """Sizes of the network. Those of the text stack come from its checkpoint if there is one."""
     checkpoint = recipe.model.text.checkpoint
     sizes = None if checkpoint is None else checkpoint_sizes(checkpoint)
     return network_config(recipe, sizes, Vocabulary.of(tokenizer))
@@ -42,12 +42,12 @@ def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
 def network_config(
     recipe: Recipe, text_sizes: Mapping[str, Any] | None, vocabulary: Vocabulary
 ) -> MEDConfig:
-    """Sizes of the network where those of the text stack are known.
+    """Sizes of the network, for a text stack of these sizes.
 
     Args:
-        recipe: gives everything else.
+        recipe: source of all other sizes.
         text_sizes: fields of `TextConfig`, as from `checkpoint_sizes`; None takes the recipe's.
-        vocabulary: of the tokenizer.
+        vocabulary: vocabulary of the tokenizer.
     """
     vision, text = recipe.model.vision, recipe.model.text
     if text_sizes is None:
@@ -79,11 +79,12 @@ def checkpoint_sizes(checkpoint: str) -> dict[str, Any]:
     """Sizes of a text checkpoint as fields of `TextConfig`.
 
     Args:
-        checkpoint: as `model.text.checkpoint`.
+        checkpoint: value of `model.text.checkpoint`.
 
     Raises:
-        ValueError: not a BERT, or one with another activation or other positions than MED has.
-        FileNotFoundError: a folder or package that is not there, or a folder without config.json.
+        ValueError: the checkpoint is not a BERT, or has another activation or other positions than
+            MED.
+        FileNotFoundError: the folder or package is missing, or the folder has no config.json.
     """
     from transformers import AutoConfig
 
@@ -100,13 +101,13 @@ def checkpoint_sizes(checkpoint: str) -> dict[str, Any]:
     if bert.model_type != "bert":
         raise ValueError(
             f"model.text.checkpoint {checkpoint}: its model_type is {bert.model_type}; it "
-            "must be bert (others count positions or share layers in their own way)"
+            "must be bert (others count positions or share layers in another way)"
         )
     kind = (bert.hidden_act, getattr(bert, "position_embedding_type", "absolute"))
     if kind != ("gelu", "absolute"):
         raise ValueError(
             f"model.text.checkpoint {checkpoint}: activation {kind[0]} with {kind[1]} "
-            "positions; MED has gelu and absolute positions, as BERT: take one of that kind"
+            "positions; MED has gelu and absolute positions, as BERT has: give such a checkpoint"
         )
     return {
         "width": bert.hidden_size,

@@ -1,4 +1,4 @@
-"""A recipe that starts from a checkpoint takes the network's sizes and tokenizer from it."""
+"""Sizes and tokenizer of a network from the checkpoint that its recipe starts from."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _SETTINGS = {
     "norm eps": "model.text.checkpoint",
     "embed_dim": "model.embed_dim",
 }
-"""What `differences` calls a size -> the setting that says it."""
+"""Name of a size in `differences` -> setting that gives the size."""
 _TEXT_SIZES = ("layers", "width", "heads", "mlp_width")
-_TAKEN = (
+_FROM_CHECKPOINT = (
     "vision.name",
     "vision.overrides",
     "vision.image_size",
@@ -43,23 +43,22 @@ _TAKEN = (
     *(f"text.{name}" for name in _TEXT_SIZES),
     "embed_dim",
 )
-"""Settings of `model` that a checkpoint can say."""
-_OF_CHECKPOINT = {"text width", "text heads", "text MLP width"}
-"""Sizes that model.text.checkpoint says where it is given."""
+"""Settings of `model` that can be taken from a checkpoint."""
+_OF_TEXT_CHECKPOINT = {"text width", "text heads", "text MLP width"}
+"""Sizes that come from model.text.checkpoint if it is set."""
 
 
 def with_sizes_of_checkpoint(recipe: Recipe, stated: Collection[str]) -> Recipe:
-    """The recipe with what it doesn't say of its network taken from `model.checkpoint`: ViT, image
-    size, text stack, tokenizer and contrastive width.
+    """Fill what a recipe leaves open from `model.checkpoint`: ViT, image size, text stack,
+    tokenizer and contrastive width.
 
     Args:
-        recipe: one without `model.checkpoint`, or whose checkpoint isn't there, is returned as it
-            is.
+        recipe: returned unchanged if `model.checkpoint` is not set or does not exist.
         stated: dotted names of the settings that the user gave (`recipe.stated`).
 
     Raises:
-        ValueError: the recipe gives sizes that the checkpoint hasn't; names the settings and both
-            values.
+        ValueError: the recipe gives other sizes than the checkpoint has; names the settings and
+            both values.
     """
     if recipe.model.checkpoint is None:
         return recipe
@@ -68,7 +67,7 @@ def with_sizes_of_checkpoint(recipe: Recipe, stated: Collection[str]) -> Recipe:
         return recipe
     try:
         source, config = _source(path)
-    except (UnknownSizesError, FileNotFoundError):  # then the recipe must say everything
+    except (UnknownSizesError, FileNotFoundError):  # the recipe must give all sizes
         return recipe
     recipe = replace(recipe, model=_filled(recipe.model, source, stated))
     if config is not None:
@@ -77,11 +76,11 @@ def with_sizes_of_checkpoint(recipe: Recipe, stated: Collection[str]) -> Recipe:
 
 
 def _source(path: Path) -> tuple[ModelRecipe, MEDConfig | None]:
-    """A checkpoint's network as settings, and its sizes; None where they hang on the tokenizer of a
-    run that isn't at hand here.
+    """Settings of a checkpoint's network, and its sizes. The sizes are None if they depend on the
+    tokenizer of a run and that cannot be loaded here.
 
     Raises:
-        UnknownSizesError, FileNotFoundError: nothing says the sizes.
+        UnknownSizesError, FileNotFoundError: no file gives the sizes.
     """
     config = sizes_of(path)
     if config is not None:
@@ -105,10 +104,10 @@ def _source(path: Path) -> tuple[ModelRecipe, MEDConfig | None]:
 
 
 def _filled(model: ModelRecipe, source: ModelRecipe, stated: Collection[str]) -> ModelRecipe:
-    """`model` with the settings of `source` that nobody stated. What belongs together is taken
-    together: a ViT's name and overrides, a BERT and its tokenizer."""
+    """`model` with the settings of `source` that the user did not state. A ViT's name and its
+    overrides are taken together, and so are a BERT and its tokenizer."""
     vision, text = model.vision, model.text
-    open_names = {name for name in _TAKEN if f"model.{name}" not in stated}
+    open_names = {name for name in _FROM_CHECKPOINT if f"model.{name}" not in stated}
     is_vit_stated = any(name.startswith(f"{_VISION}.") for name in stated)
     if {"vision.name", "vision.overrides"} <= open_names and not is_vit_stated:
         vision = replace(vision, name=source.vision.name, overrides=source.vision.overrides)
@@ -128,22 +127,22 @@ def _filled(model: ModelRecipe, source: ModelRecipe, stated: Collection[str]) ->
 
 
 def _check_sizes(recipe: Recipe, config: MEDConfig, path: Path) -> None:
-    """Refuse a recipe whose network isn't that of the checkpoint."""
+    """Raise ValueError if the recipe's network is not that of the checkpoint."""
     text = recipe.model.text
     differing = differences(med_config(recipe, load_tokenizer(text)), config)
     if "vocabulary" in differing:
-        differing.pop("special tokens", None)  # they follow the words
+        differing.pop("special tokens", None)  # their ids follow the size of the vocabulary
     faults = []
     for name, (here, there) in differing.items():
         setting = _SETTINGS[name]
-        if name in _OF_CHECKPOINT and text.checkpoint is not None:
+        if name in _OF_TEXT_CHECKPOINT and text.checkpoint is not None:
             setting = "model.text.checkpoint"
         if name == "vocabulary" and text.tokenizer is None:
             setting = "model.text.checkpoint"
         faults.append(f"{setting} gives {name} {here}, the checkpoint has {there}")
     if faults:
         raise ValueError(
-            f"model.checkpoint {path} is of another network than the recipe's: "
-            f"{'; '.join(faults)}. Leave these settings out, and they are taken from the "
-            "checkpoint; or give another checkpoint"
+            f"model.checkpoint {path} holds another network than the recipe's: "
+            f"{'; '.join(faults)}. Leave these settings out to take them from the checkpoint, or "
+            "give another checkpoint"
         )

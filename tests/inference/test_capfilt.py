@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,9 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 drawings in several shards; every third has two captions, and one can't be decoded."""
     folder = tmp_path_factory.mktemp("web") / "web"
     drawings = tiny_runs.records("web")
-    records = [
-        replace(one, caption=[one.caption, "a big cross"] if i % 3 == 0 else one.caption)
-        for i, one in enumerate(drawings)
-    ]
+    records = list(drawings)
+    for i in range(0, len(records), 3):
+        records[i] = replace(records[i], caption=[records[i].caption, "a big cross"])
     records[20] = Record("broken", records[20].image[:60], "a disc", "web")
     write_shards(folder, records, shard_size="4kb")
     return folder
@@ -46,9 +46,9 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(web: Path, out: Path, *more: str, code: int = 0, model: Path | None = None) -> Path:
     """The command, on one CPU process."""
-    given = ["--captioner", str(model), "--filter", str(model)] if model else []
+    models = ["--captioner", str(model), "--filter", str(model)] if model else []
     common = [*SAMPLING, "--workers", "1", "--device", "cpu", "--batch-size", "5"]
-    assert capfilt.main([str(web), str(out), *given, *common, *more]) == code
+    assert capfilt.main([str(web), str(out), *models, *common, *more]) == code
     return out
 
 
@@ -67,15 +67,15 @@ def models(hf: Path) -> list[str]:
 
 def samples_of(folder: Path) -> list[dict[str, Any]]:
     store = StreamStore(StreamRecipe("set", str(folder)))
-    return [store.read(s, i) for s, count in enumerate(store.shard_samples) for i in range(count)]
+    samples = []
+    for shard, count in enumerate(store.shard_samples):
+        samples += [store.read(shard, index) for index in range(count)]
+    return samples
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -85,26 +85,26 @@ def expected(web: Path, hf: Path) -> dict[str, list[tuple[str, str, float]]]:
     from transformers import BlipForImageTextRetrieval, BlipProcessor
 
     captioner = load_blip(hf / "captioning")
-    theirs = BlipForImageTextRetrieval.from_pretrained(hf / "retrieval")
+    reference = BlipForImageTextRetrieval.from_pretrained(hf / "retrieval")
     processor = BlipProcessor.from_pretrained(hf / "retrieval")
     sampling = NucleusSettings(max_length=10, min_length=4)
-    found = {}
+    expected_scores = {}
     for sample in samples_of(web):
         if sample["id"] == "broken":
             continue
         embeds = captioner.image_embeds(pixels_of(sample["image"], 32)[None])
         draws = draws_of([sample["id"]], 0, 10)
-        said = captioner.captions(embeds, sampling, draws=draws)[0]
-        texts = [*(("web", text) for text in sample["captions"]), ("synthetic", said)]
+        written = captioner.captions(embeds, sampling, draws=draws)[0]
+        texts = [*(("web", text) for text in sample["captions"]), ("synthetic", written)]
         image = decode_image(sample["image"])
-        found[sample["id"]] = []
+        expected_scores[sample["id"]] = []
         for kind, text in texts:
             inputs = processor(image, text, return_tensors="pt")
-            inputs["input_ids"][:, 0] = theirs.config.text_config.enc_token_id
+            inputs["input_ids"][:, 0] = reference.config.text_config.enc_token_id
             with torch.no_grad():
-                score = theirs(**inputs).itm_score.softmax(-1)[0, 1].item()
-            found[sample["id"]].append((kind, text, score))
-    return found
+                score = reference(**inputs).itm_score.softmax(-1)[0, 1].item()
+            expected_scores[sample["id"]].append((kind, text, score))
+    return expected_scores
 
 
 def test_what_matches_is_kept_and_says_where_it_is_from(
@@ -114,7 +114,7 @@ def test_what_matches_is_kept_and_says_where_it_is_from(
     written = {sample["id"]: sample for sample in samples_of(whole)}
     prints = set()
     for name, scored in expected.items():
-        kept = [one for one in scored if one[2] >= 0.5]
+        kept = [entry for entry in scored if entry[2] >= 0.5]
         assert (name in written) == bool(kept)
         if not kept:
             continue
@@ -137,15 +137,15 @@ def test_everything_is_counted(
     whole: Path, expected: dict[str, list[tuple[str, str, float]]]
 ) -> None:
     statistics = json.loads((whole / "statistics.json").read_text())
-    scored = [one for own in expected.values() for one in own]
+    scored = list(chain.from_iterable(expected.values()))
     for kind in ("web", "synthetic"):
-        scores = [score for own, _, score in scored if own == kind]
+        scores = [score for origin, _, score in scored if origin == kind]
         kept = sum(score >= 0.5 for score in scores)
-        found = statistics[kind]
-        assert (found["read"], found["kept"]) == (len(scores), kept)
-        assert found["dropped"] == len(scores) - kept
-        assert sum(found["score_histogram"]) == len(scores)
-        assert sum(found["score_histogram"][10:]) == kept
+        counts = statistics[kind]
+        assert (counts["read"], counts["kept"]) == (len(scores), kept)
+        assert counts["dropped"] == len(scores) - kept
+        assert sum(counts["score_histogram"]) == len(scores)
+        assert sum(counts["score_histogram"][10:]) == kept
     assert statistics["images"]["read"] == 64 and statistics["undecodable_images"] == 1
     assert statistics["settings"]["threshold"] == 0.5
     rejects = [json.loads(line) for line in (whole / "rejects.jsonl").read_text().splitlines()]
@@ -153,8 +153,9 @@ def test_everything_is_counted(
     assert reasons["web caption doesn't match"] == statistics["web"]["dropped"]
     assert reasons["undecodable"] == 1
     dropped = [text for _, text, score in scored if score < 0.5]
-    said = [one["detail"].split(" ", 1)[1] for one in rejects if one["reason"] != "undecodable"]
-    assert sorted(said) == sorted(dropped)
+    unmatched = [reject for reject in rejects if reject["reason"] != "undecodable"]
+    texts = [reject["detail"].split(" ", 1)[1] for reject in unmatched]
+    assert sorted(texts) == sorted(dropped)
 
 
 def test_the_sheet_shows_what_was_done(whole: Path) -> None:
@@ -194,9 +195,9 @@ def test_a_run_that_was_fine_tuned_says_its_prompt(tmp_path: Path) -> None:
     embeds = blip.image_embeds(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     sampling = NucleusSettings(max_length=8, min_length=5)
     draws = draws_of(["a", "b"], 0, 8)
-    said = blip.captions(embeds, sampling, draws=draws)
-    assert said == blip.captions(embeds, sampling, prompt, draws)
-    assert said != blip.captions(embeds, sampling, "", draws)
+    captions = blip.captions(embeds, sampling, draws=draws)
+    assert captions == blip.captions(embeds, sampling, prompt, draws)
+    assert captions != blip.captions(embeds, sampling, "", draws)
     with pytest.raises(ValueError, match="is a captioning checkpoint; match takes one of"):
         blip.match(embeds, ["a"], [0])
 
@@ -266,8 +267,8 @@ def test_wrong_checkpoints_are_refused(
     ):
         models = ["--captioner", str(captioner), "--filter", str(judge)]
         run(web, tmp_path / "out", *models, code=2)
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith("capfilt.py: ") and message in said
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("capfilt.py: ") and message in line
     assert not (tmp_path / "out").exists()
     models = ["--captioner", str(ours), "--filter", str(ours)]
     run(tmp_path, tmp_path / "out", *models, code=2)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import tiny_runs
+from PIL import Image
 
 from blip_scale.commands import demo_page, predict
+from blip_scale.commands.page_service import BEAM, NUCLEUS, WHOLE_CAPTION, Service
+from blip_scale.data.shards import write_shards
+from blip_scale.inference.loading import load_blip
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, _NAMES)), "")
@@ -55,27 +63,26 @@ def test_the_page_says_what_predict_says(
 
     path = next(pictures.glob("*.png"))
     image = handle_file(str(path))
-    said = client.predict(image, demo_page.BEAM, 3, 0, api_name="/caption")
-    assert said == ask("caption", path, "--model", ours)[0]["caption"]
-    sampled = [
-        client.predict(image, demo_page.NUCLEUS, 3, s, api_name="/caption") for s in (0, 0, 1)
-    ]
+    caption = client.predict(image, BEAM, 3, 0, api_name="/caption")
+    assert caption == ask("caption", path, "--model", ours)[0]["caption"]
+    sampled = [client.predict(image, NUCLEUS, 3, s, api_name="/caption") for s in (0, 0, 1)]
     assert sampled[0] == sampled[1] != sampled[2]
     question = "a red disc?"
-    said = client.predict(image, question, api_name="/answer")
-    assert said == ask("vqa", path, "--model", hf / "vqa", "--question", question)[0]["answer"]
+    answer = client.predict(image, question, api_name="/answer")
+    assert answer == ask("vqa", path, "--model", hf / "vqa", "--question", question)[0]["answer"]
     rows = client.predict(image, "a big disc\n\n a small cross", api_name="/match")["data"]
     texts = ["--text", "a big disc", "--text", "a small cross"]
-    found = sorted(ask("match", path, "--model", ours, *texts), key=lambda one: -one["itm"])
-    assert [row[0] for row in rows] == [one["text"] for one in found]
-    assert [float(row[1]) for row in rows] == pytest.approx([f["itm"] for f in found], abs=1e-3)
-    assert [float(row[2]) for row in rows] == pytest.approx([f["itc"] for f in found], abs=1e-3)
+    expected = ask("match", path, "--model", ours, *texts)
+    expected.sort(key=lambda row: -row["itm"])
+    assert [row[0] for row in rows] == [row["text"] for row in expected]
+    for row, line in zip(rows, expected, strict=True):
+        assert (float(row[1]), float(row[2])) == pytest.approx((line["itm"], line["itc"]), abs=1e-3)
     for rerank, more in ((False, []), (True, ["--rerank", "32"])):
         shown = client.predict("a big disc", rerank, api_name="/search")
-        found = ask("search", pictures, "--model", ours, *texts[:2], "--top", "12", *more)
-        names = [one["caption"].partition(" · ")[2] for one in shown]
-        assert names == [Path(one["image"]).stem for one in found]
-        assert all(Path(one["image"]).is_file() for one in shown)
+        expected = ask("search", pictures, "--model", ours, *texts[:2], "--top", "12", *more)
+        names = [entry["caption"].partition(" · ")[2] for entry in shown]
+        assert names == [Path(row["image"]).stem for row in expected]
+        assert all(Path(entry["image"]).is_file() for entry in shown)
 
 
 @pytest.mark.multiprocess
@@ -83,19 +90,63 @@ def test_what_is_missing_is_said(client: Any, pictures: Path, tmp_path: Path) ->
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
-    (tmp_path / "cut.png").write_bytes(next(pictures.glob("*.png")).read_bytes()[:-40])
-    broken = handle_file(str(tmp_path / "cut.png"))
-    for given, name, message in (
-        ((None, demo_page.BEAM, 3, 0), "caption", "drop an image first"),
-        ((None, "a?"), "answer", "drop an image first"),
-        ((None, "a"), "match", "drop an image first"),
-        ((None, " \n"), "match", "type a text first"),
-        ((None, " "), "answer", "type a question first"),
-        ((" ", False), "search", "type a text first"),
-        ((broken, demo_page.BEAM, 3, 0), "caption", "can't be decoded"),
+    path = next(pictures.glob("*.png"))
+    (tmp_path / "cut.png").write_bytes(path.read_bytes()[:-40])
+    whole, broken = handle_file(str(path)), handle_file(str(tmp_path / "cut.png"))
+    for inputs, name, message in (
+        ((None, BEAM, 3, 0), "caption", "Drop an image first."),
+        ((None, "a?"), "answer", "Drop an image first."),
+        ((None, "a"), "match", "Drop an image first."),
+        ((whole, " \n"), "match", "Type a text first."),
+        ((whole, " "), "answer", "Type a question first."),
+        ((" ", False), "search", "Type a text first."),
+        ((broken, BEAM, 3, 0), "caption", "This image can't be used: "),
     ):
         with pytest.raises(AppError, match=message):
-            client.predict(*given, api_name=f"/{name}")
+            client.predict(*inputs, api_name=f"/{name}")
+
+
+def test_words_are_explained(ours: Path, hf: Path, pictures: Path, tmp_path: Path) -> None:
+    """A heat map of each word, over pixels of the image; the checkpoint's own caption without a
+    text; and a line where that cannot be."""
+    path = str(next(pictures.glob("*.png")))
+    service = Service([load_blip(ours)], [])
+    maps = service.explain(path, "a big disc, and a cross")
+    assert [word for word, _ in maps] == [WHOLE_CAPTION, "a", "big", "disc", "and", "a", "cross"]
+    assert len({picture.tobytes() for _, picture in maps}) == len(maps)
+    assert {picture.size for _, picture in maps} == {Image.open(path).size}
+    caption = service.caption(path, BEAM, 3, 0)
+    assert " ".join(word for word, _ in service.explain(path, " ")[1:]) == caption
+    (tmp_path / "cut.png").write_bytes(Path(path).read_bytes()[:-40])
+    judge = Service([load_blip(hf / "retrieval")], [])
+    for checked, image, text, message in (
+        (service, None, "a", "drop an image first"),
+        (service, path, "?!", "holds no word"),
+        (service, str(tmp_path / "cut.png"), "a", "can't be used"),
+        (judge, path, "", "type a caption first"),
+        (Service([load_blip(hf / "vqa")], []), path, "a", "none of the checkpoints can match"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checked.explain(image, text)
+    assert len(judge.explain(path, "a disc")) == 3
+
+
+def test_images_of_shards_are_shown_with_their_captions(ours: Path, tmp_path: Path) -> None:
+    """Examples and search take a set of shards as they take a folder; broken images are left."""
+    pytest.importorskip("gradio")
+    records = tiny_runs.records("p")
+    records[0] = replace(records[0], image=records[0].image[:60])
+    write_shards(tmp_path / "set", records, shard_size="4kb")
+    options = demo_page.parser().parse_args([str(ours), "--images", str(tmp_path / "set")])
+    (tmp_path / "unpacked").mkdir()
+    service = demo_page.service(options, tmp_path / "unpacked")
+    assert len(service.images) == len(records)
+    assert all(Path(path).parent == tmp_path / "unpacked" for path in service.images)
+    names = [name for _, name in service.thumbnails()]
+    assert len(names) == 12 and set(names) <= {record.caption for record in records[1:]}
+    assert len(service.examples()) == 6
+    results = service.search("a big disc", rerank=False)
+    assert {name.partition(" · ")[2] for _, name in results} <= {r.caption for r in records}
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +181,9 @@ def test_only_pixels_are_served(open_page: str, private: Path, pictures: Path) -
 
     asker = Client(open_page, verbose=False)
     shown = asker.predict("a big disc", False, api_name="/search")
-    names = {one["caption"].partition(" · ")[2] for one in shown}
+    names = {entry["caption"].partition(" · ")[2] for entry in shown}
     assert names == {"photo", "linked"}, "a linked image is shown like any other"
-    assert all(Path(one["image"]).is_file() for one in shown)
+    assert all(Path(entry["image"]).is_file() for entry in shown)
     linked = (private / "linked.png").resolve()
     for path in [*private.iterdir(), private, linked, Path("/etc/passwd")]:
         for place in (path, private / ".." / private.name / path.name):
@@ -161,9 +212,9 @@ def test_only_uploads_are_looked_at(open_page: str, private: Path) -> None:
     for path in (private / "photo.png", private / ".env", "/etc/passwd", "http://127.0.0.1:9/a"):
         image = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
         call = f"{open_page}gradio_api/call/caption"
-        asked = httpx.post(call, json={"data": [image, demo_page.BEAM, 3, 0]}, timeout=60)
-        said = httpx.get(f"{call}/{asked.json()['event_id']}", timeout=60).text
-        assert "event: error" in said and "event: complete" not in said, path
+        asked = httpx.post(call, json={"data": [image, BEAM, 3, 0]}, timeout=60)
+        events = httpx.get(f"{call}/{asked.json()['event_id']}", timeout=60).text
+        assert "event: error" in events and "event: complete" not in events, path
 
 
 @pytest.mark.multiprocess
@@ -194,21 +245,55 @@ def test_uploads_lie_in_a_folder_of_the_command(
 
 
 @pytest.mark.multiprocess
+def test_the_page_names_no_other_host(page: str) -> None:
+    """Scripts, styles and connections of gradio's page point to this server alone, and the policy
+    forbids the browser everything else."""
+    import httpx
+
+    answer = httpx.get(page)
+    tags = re.findall(r"<(?:script|link)[^>]*?(?:src|href)=\"([^\"]*)\"", answer.text)
+    assert len(tags) >= 3
+    assert {urlsplit(tag).netloc for tag in tags} <= {"", urlsplit(page).netloc}
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert answer.headers["content-security-policy"].startswith("default-src 'self' data: blob:;")
+
+
+@pytest.mark.multiprocess
 @pytest.mark.skipif(not BROWSER, reason="no chromium on this machine")
 def test_a_person_uses_it(page: str, ask: Any, ours: Path, pictures: Path, tmp_path: Path) -> None:
-    """Drops an image, reads its caption, asks, matches, searches."""
+    """Drops an image, clicks an example, reads captions, looks at words, asks, matches, searches;
+    the browser asks no other host."""
     from playwright.sync_api import expect, sync_playwright
 
     path = next(pictures.glob("*.png"))
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         seen = browser.new_page(viewport={"width": 1280, "height": 1000})
+        requests: list[str] = []
+        refused: list[str] = []
+        seen.on("request", lambda request: requests.append(request.url))
+        seen.on("console", lambda message: refused.append(message.text))
         seen.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)
         seen.goto(page)
+        examples = seen.locator("#examples button img")
+        expect(examples).to_have_count(6)
+        seen.wait_for_timeout(2000)  # the page listens to clicks some time after it is drawn
+        caption = seen.get_by_label("Caption", exact=True)
         seen.locator("input[type=file]").first.set_input_files(str(path))
-        caption = ask("caption", path, "--model", ours)[0]["caption"]
-        expect(seen.get_by_label("Caption", exact=True)).to_have_value(caption)
+        expect(caption).to_have_value(ask("caption", path, "--model", ours)[0]["caption"])
+        examples.nth(1).click()
+        name = seen.locator("#examples .caption-label").nth(1).inner_text()
+        (example,) = pictures.rglob(f"{name}.png")
+        expect(caption).to_have_value(ask("caption", example, "--model", ours)[0]["caption"])
+        seen.get_by_label("Where are the words?").fill("a big disc")
+        seen.get_by_role("button", name="Show the words").click()
+        heat = seen.locator("#heat img")
+        expect(heat).to_be_visible()
+        whole = heat.get_attribute("src")
+        seen.locator("#words label", has_text="disc").click()
+        expect(heat).not_to_have_attribute("src", str(whole))
+        expect(seen.locator("#words label.selected")).to_have_text("disc")
         seen.get_by_label("Question").fill("a red disc?")
         seen.get_by_label("Question").press("Enter")
         expect(seen.get_by_label("Answer")).not_to_have_value("")
@@ -216,11 +301,19 @@ def test_a_person_uses_it(page: str, ask: Any, ours: Path, pictures: Path, tmp_p
         seen.get_by_role("button", name="Match", exact=True).click()
         expect(seen.get_by_role("cell", name="a small cross").first).to_be_visible()
         seen.get_by_role("tab", name="Search").click()
-        seen.get_by_placeholder("Search 16 images by text").fill("a big disc")
+        results = seen.locator("#results .grid-container img")
+        expect(results).to_have_count(12)
         seen.get_by_role("button", name="Search", exact=True).click()
-        expect(seen.locator(".grid-container img")).to_have_count(12)
+        expect(seen.get_by_text("Type a text first.")).to_be_visible()
+        expect(results).to_have_count(12)
+        seen.get_by_placeholder("Search 16 images").fill("a big disc")
+        seen.get_by_role("button", name="Search", exact=True).click()
+        expect(seen.locator("#results .caption-label").first).to_contain_text("cosine")
         seen.screenshot(path=str(tmp_path / "page.png"))
         browser.close()
+    hosts = {urlsplit(url).netloc for url in requests if not url.startswith(("data:", "blob:"))}
+    assert hosts == {urlsplit(page).netloc}
+    assert not [text for text in refused if "Content Security Policy" in text]
 
 
 def test_without_gradio(

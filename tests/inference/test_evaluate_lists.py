@@ -25,8 +25,8 @@ def test_images_with_one_id_make_no_submission(
     listed.write_text(json.dumps([{"image": name} for name in names]))
     assert evaluate.main(arguments) == 2
     assert not out.exists()
-    said = capsys.readouterr().err
-    assert f"{names[0]} and {names[1]} would both have the image_id 42" in said
+    message = capsys.readouterr().err
+    assert f"{names[0]} and {names[1]} would both have the image_id 42" in message
     listed.write_text(json.dumps([{"image": n, "img_id": i} for i, n in enumerate(names)]))
     assert evaluate.main(arguments) == 0
     assert [entry["image_id"] for entry in json.loads(out.read_text())] == [0, 1]

@@ -59,5 +59,5 @@ def test_it_is_exported_readable_and_with_its_alarms(moved: Path, tmp_path: Path
         os.umask(umask)
     modes = {path: path.stat().st_mode & 0o777 for path in [out, *out.rglob("*")]}
     assert modes == {path: 0o750 if path.is_dir() else 0o640 for path in modes}
-    said = "- ITM gives every pair the same answer (`alarm/itm_one_class`, for the last 12 logged"
-    assert said in (out / "README.md").read_text()
+    line = "- ITM gives every pair the same answer (`alarm/itm_one_class`, for the last 12 logged"
+    assert line in (out / "README.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from blip_scale.commands import convert_checkpoint, evaluate, predict
-from blip_scale.commands.demo_page import BEAM, Service
+from blip_scale.commands.page_service import BEAM, Service
 from blip_scale.config.recipe import EvaluationRecipe
 from blip_scale.inference.loading import load_blip
 
@@ -38,27 +39,27 @@ def convert(source: Path, out: Path, *arguments: str) -> Path:
     return out
 
 
-def said(capsys: Capture, *arguments: Any) -> list[dict[str, Any]]:
+def predicted(capsys: Capture, *arguments: Any) -> list[dict[str, Any]]:
     """What predict prints."""
     capsys.readouterr()
-    assert predict.main([str(one) for one in arguments]) == 0
+    assert predict.main([str(argument) for argument in arguments]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def captions(capsys: Capture, model: Path, pictures: Path, *arguments: str) -> list[str]:
-    found = said(capsys, "caption", pictures, "--model", model, *arguments)
-    return [one["caption"] for one in found]
+    rows = predicted(capsys, "caption", pictures, "--model", model, *arguments)
+    return [answer["caption"] for answer in rows]
 
 
 def matches(capsys: Capture, model: Path, pictures: Path, *arguments: str) -> list[float]:
-    found = said(capsys, "match", pictures, "--model", model, "--text", LONG, *arguments)
-    return [one["itm"] for one in found]
+    rows = predicted(capsys, "match", pictures, "--model", model, "--text", LONG, *arguments)
+    return [answer["itm"] for answer in rows]
 
 
 def answers(capsys: Capture, model: Path, pictures: Path, *arguments: str) -> list[str]:
-    asked = [part for text in QUESTIONS for part in ("--question", text)]
-    found = said(capsys, "vqa", pictures, "--model", model, *asked, *arguments)
-    return [one["answer"] for one in found]
+    asked = chain.from_iterable(("--question", text) for text in QUESTIONS)
+    rows = predicted(capsys, "vqa", pictures, "--model", model, *asked, *arguments)
+    return [answer["answer"] for answer in rows]
 
 
 def test_every_conversion_keeps_what_is_said(
@@ -152,9 +153,8 @@ def test_figures_are_those_of_the_run(
     run: Path, pictures: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """Prompt, beams and lengths of an evaluation, its scoring and its candidates."""
-    items = [
-        {"image": path.name, "caption": f"a {path.stem}"} for path in sorted(pictures.glob("*.png"))
-    ]
+    paths = sorted(pictures.glob("*.png"))
+    items = [{"image": path.name, "caption": f"a {path.stem}"} for path in paths]
     (tmp_path / "list.json").write_text(json.dumps(items))
     hf = convert(run, tmp_path / "hf", "--head", "all")
     for task, head in (("captioning", "captioning"), ("retrieval", "retrieval")):
@@ -185,7 +185,7 @@ def test_transformers_says_the_same(
     from transformers import BlipForConditionalGeneration, BlipProcessor, pipeline
 
     folder = convert(run, tmp_path / "captioner")
-    expected = [f"{PROMPT}{one}".strip() for one in captions(capsys, folder, pictures)]
+    expected = [f"{PROMPT}{caption}".strip() for caption in captions(capsys, folder, pictures)]
     paths = sorted(map(str, pictures.rglob("*.png")))
     is_old = version("transformers") < "5"
     exact: dict[str, Any] = {"use_fast": False} if is_old else {"backend": "pil"}

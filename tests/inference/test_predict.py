@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ LENGTHS = ["--max-tokens", "10", "--min-tokens", "4"]
 def lines(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> list[dict]:
     """What the command prints."""
     capsys.readouterr()
-    assert predict.main([str(one) for one in arguments]) == code
+    assert predict.main([str(part) for part in arguments]) == code
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def opened(found: list[dict]) -> list[Image.Image]:
-    return [Image.open(one["image"]).convert("RGB") for one in found]
+def repeated(option: str, values: list[str]) -> list[str]:
+    """An option with each of several values."""
+    return list(chain.from_iterable((option, value) for value in values))
+
+
+def opened(answers: list[dict]) -> list[Image.Image]:
+    return [Image.open(answer["image"]).convert("RGB") for answer in answers]
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -43,36 +49,35 @@ def test_captions_are_those_of_transformers(
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
     arguments = ["--beams", beams, "--scoring", "huggingface", *LENGTHS, "--prompt", "a big"]
-    found = lines(capsys, "caption", pictures, "--model", hf / "captioning", *arguments)
-    assert [one["image"] for one in found] == sorted(map(str, pictures.rglob("*.png")))
-    theirs = BlipForConditionalGeneration.from_pretrained(hf / "captioning")
+    answers = lines(capsys, "caption", pictures, "--model", hf / "captioning", *arguments)
+    assert [answer["image"] for answer in answers] == sorted(map(str, pictures.rglob("*.png")))
+    reference = BlipForConditionalGeneration.from_pretrained(hf / "captioning")
     processor = BlipProcessor.from_pretrained(hf / "captioning")
-    inputs = processor(opened(found), ["a big"] * len(found), return_tensors="pt")
+    inputs = processor(opened(answers), ["a big"] * len(answers), return_tensors="pt")
     sizes = {"max_length": 10, "min_length": 4}
     # Theirs puts [DEC] in the place of [CLS] and drops [SEP] by itself.
-    ids = theirs.generate(**inputs, num_beams=beams, do_sample=False, **sizes)
-    said = processor.batch_decode(ids, skip_special_tokens=True)
-    assert [f"a big {one['caption']}".strip() for one in found] == said
-    assert len(set(said)) > 1
+    ids = reference.generate(**inputs, num_beams=beams, do_sample=False, **sizes)
+    expected = processor.batch_decode(ids, skip_special_tokens=True)
+    assert [f"a big {answer['caption']}".strip() for answer in answers] == expected
+    assert len(set(expected)) > 1
     for size in (1, 5):
         again = lines(
             capsys, "caption", pictures, "--model", ours, *arguments, "--batch-size", size
         )
-        assert again == found
+        assert again == answers
 
 
 def test_sampled_captions_depend_on_seed_and_path_alone(
     ours: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sample = ["--sample", "--model", ours, *LENGTHS]
-    found = lines(capsys, "caption", pictures, *sample)
-    some = lines(capsys, "caption", *[one["image"] for one in found[::-3]], *sample)
-    assert {one["image"]: one["caption"] for one in some}.items() <= {
-        one["image"]: one["caption"] for one in found
-    }.items()
-    assert len({one["caption"] for one in found}) > 8
+    answers = lines(capsys, "caption", pictures, *sample)
+    some = lines(capsys, "caption", *[answer["image"] for answer in answers[::-3]], *sample)
+    captions = {answer["image"]: answer["caption"] for answer in answers}
+    assert all(captions[answer["image"]] == answer["caption"] for answer in some)
+    assert len({answer["caption"] for answer in answers}) > 8
     other = lines(capsys, "caption", pictures, *sample, "--seed", 1)
-    assert sum(a == b for a, b in zip(found, other, strict=True)) < 8
+    assert sum(a == b for a, b in zip(answers, other, strict=True)) < 8
 
 
 @torch.no_grad()
@@ -81,26 +86,26 @@ def test_matches_are_those_of_transformers(
 ) -> None:
     from transformers import BlipForImageTextRetrieval, BlipProcessor
 
-    texts = [part for text in TEXTS for part in ("--text", text)]
-    found = lines(capsys, "match", pictures, *texts, "--model", hf / "retrieval")
-    theirs = BlipForImageTextRetrieval.from_pretrained(hf / "retrieval")
+    texts = repeated("--text", TEXTS)
+    answers = lines(capsys, "match", pictures, *texts, "--model", hf / "retrieval")
+    reference = BlipForImageTextRetrieval.from_pretrained(hf / "retrieval")
     processor = BlipProcessor.from_pretrained(hf / "retrieval")
     for number, text in enumerate(TEXTS):
-        mine = found[number :: len(TEXTS)]
-        assert {one["text"] for one in mine} == {text}
-        inputs = processor(opened(mine), [text] * len(mine), return_tensors="pt")
-        cosines = theirs(**inputs, use_itm_head=False).itm_score[:, 0]
-        inputs["input_ids"][:, 0] = theirs.config.text_config.enc_token_id
-        itm = theirs(**inputs).itm_score.softmax(-1)[:, 1]
-        torch.testing.assert_close(torch.tensor([one["itm"] for one in mine]), itm, **CLOSE)
-        torch.testing.assert_close(torch.tensor([one["itc"] for one in mine]), cosines, **CLOSE)
+        of_text = answers[number :: len(TEXTS)]
+        assert {answer["text"] for answer in of_text} == {text}
+        inputs = processor(opened(of_text), [text] * len(of_text), return_tensors="pt")
+        cosines = reference(**inputs, use_itm_head=False).itm_score[:, 0]
+        inputs["input_ids"][:, 0] = reference.config.text_config.enc_token_id
+        itm = reference(**inputs).itm_score.softmax(-1)[:, 1]
+        probabilities = torch.tensor([answer["itm"] for answer in of_text])
+        similarities = torch.tensor([answer["itc"] for answer in of_text])
+        torch.testing.assert_close(probabilities, itm, **CLOSE)
+        torch.testing.assert_close(similarities, cosines, **CLOSE)
         assert itm.std() > 0.01 and cosines.std() > 0.01
     again = lines(capsys, "match", pictures, *texts, "--model", ours, "--batch-size", 3)
-    for mine, other in zip(found, again, strict=True):
-        assert {key: mine[key] for key in ("image", "text")} == {
-            key: other[key] for key in ("image", "text")
-        }
-        assert mine["itm"] == pytest.approx(other["itm"], abs=1e-5)
+    for first, other in zip(answers, again, strict=True):
+        assert (first["image"], first["text"]) == (other["image"], other["text"])
+        assert first["itm"] == pytest.approx(other["itm"], abs=1e-5)
 
 
 @torch.no_grad()
@@ -110,17 +115,17 @@ def test_answers_are_those_of_transformers(
     from transformers import BlipForQuestionAnswering, BlipProcessor
 
     asked = ["a red disc?", "a big black cross and a small bar?"]
-    questions = [part for text in asked for part in ("--question", text)]
-    found = lines(capsys, "vqa", pictures, *questions, "--model", hf / "vqa")
-    theirs = BlipForQuestionAnswering.from_pretrained(hf / "vqa")
+    questions = repeated("--question", asked)
+    answers = lines(capsys, "vqa", pictures, *questions, "--model", hf / "vqa")
+    reference = BlipForQuestionAnswering.from_pretrained(hf / "vqa")
     processor = BlipProcessor.from_pretrained(hf / "vqa")
-    for one in found:
-        inputs = processor(opened([one]), one["question"], return_tensors="pt")
-        inputs["input_ids"][:, 0] = theirs.config.text_config.vocab_size - 1  # [ENC]
-        ids = theirs.generate(**inputs, num_beams=3, max_length=10, min_length=1)
-        assert one["answer"] == processor.decode(ids[0], skip_special_tokens=True)
-    assert [one["question"] for one in found[:2]] == asked
-    assert len({one["answer"] for one in found}) > 1
+    for answer in answers:
+        inputs = processor(opened([answer]), answer["question"], return_tensors="pt")
+        inputs["input_ids"][:, 0] = reference.config.text_config.vocab_size - 1  # [ENC]
+        ids = reference.generate(**inputs, num_beams=3, max_length=10, min_length=1)
+        assert answer["answer"] == processor.decode(ids[0], skip_special_tokens=True)
+    assert [answer["question"] for answer in answers[:2]] == asked
+    assert len({answer["answer"] for answer in answers}) > 1
 
 
 def test_features_and_search_agree(
@@ -130,20 +135,68 @@ def test_features_and_search_agree(
     rows = lines(capsys, "embed", pictures, "--model", ours)
     assert not lines(capsys, "embed", pictures, "--model", ours, "--out", tmp_path / "f.npz")
     arrays = np.load(tmp_path / "f.npz")
-    assert arrays["images"].tolist() == [one["image"] for one in rows]
-    np.testing.assert_allclose(arrays["features"], [one["features"] for one in rows], atol=1e-6)
+    assert arrays["images"].tolist() == [answer["image"] for answer in rows]
+    np.testing.assert_allclose(
+        arrays["features"], [answer["features"] for answer in rows], atol=1e-6
+    )
     np.testing.assert_allclose(np.linalg.norm(arrays["features"], axis=1), 1, atol=1e-6)
     matched = lines(capsys, "match", pictures, "--text", TEXTS[0], "--model", ours)
-    best = sorted(matched, key=lambda one: -one["itc"])
+    best = sorted(matched, key=lambda answer: -answer["itc"])
     search = ["search", pictures, "--text", TEXTS[0], "--model", ours]
-    found = lines(capsys, *search, "--top", 4)
-    assert [one["image"] for one in found] == [one["image"] for one in best[:4]]
-    assert [one["rank"] for one in found] == [1, 2, 3, 4]
+    answers = lines(capsys, *search, "--top", 4)
+    assert [answer["image"] for answer in answers] == [answer["image"] for answer in best[:4]]
+    assert [answer["rank"] for answer in answers] == [1, 2, 3, 4]
     again = lines(capsys, *search, "--rerank", 6)
-    reranked = sorted(best[:6], key=lambda one: -one["itm"])
-    assert [one["image"] for one in again] == [one["image"] for one in reranked]
-    for mine, other in zip(again, reranked, strict=True):
-        assert (mine["itm"], mine["itc"]) == pytest.approx((other["itm"], other["itc"]), abs=1e-5)
+    reranked = sorted(best[:6], key=lambda answer: -answer["itm"])
+    assert [answer["image"] for answer in again] == [answer["image"] for answer in reranked]
+    for first, other in zip(again, reranked, strict=True):
+        assert (first["itm"], first["itc"]) == pytest.approx((other["itm"], other["itc"]), abs=1e-5)
+
+
+def test_words_are_explained_on_a_sheet_an_image(
+    ours: Path, hf: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The probability of `match`; the checkpoint's own caption without a text; no image is
+    overwritten."""
+    sheets = tmp_path / "sheets"
+    text = "A big, red disc."
+    explain = ["explain", pictures, "--model", ours, "--sheets", sheets]
+    answers = lines(capsys, *explain, "--text", text)
+    matched = lines(capsys, "match", pictures, "--text", text, "--model", ours)
+    assert len(answers) == len(matched) == 16
+    for answer, match in zip(answers, matched, strict=True):
+        assert (answer["image"], answer["text"]) == (match["image"], "a big, red disc")
+        assert answer["itm"] == pytest.approx(match["itm"], abs=1e-5)
+        assert answer["words"] == ["a", "big", "red", "disc"]
+    files = {answer["sheet"] for answer in answers}
+    assert files == set(map(str, sheets.iterdir())) and len(files) == 16
+    sizes = {Image.open(file).size for file in files}
+    assert len(sizes) == 1, "five panels, four of them in the first row"
+    again = lines(capsys, *explain, "--text", text, "--batch-size", 3)
+    assert [{**answer, "itm": 0} for answer in again] == [{**row, "itm": 0} for row in answers]
+    captions = [row["caption"] for row in lines(capsys, "caption", pictures, "--model", ours)]
+    explained = lines(capsys, *explain, code=1)
+    assert [row.get("text", "") for row in explained] == captions
+    (empty,) = [row for row in explained if "error" in row]
+    assert empty["error"] == "the checkpoint's caption of it holds no word; give --text"
+    judged = lines(capsys, *explain[:2], "--model", hf / "retrieval", "--text", text, *explain[4:])
+    assert [row["itm"] for row in judged] == pytest.approx(
+        [row["itm"] for row in answers], abs=1e-5
+    )
+
+
+def test_a_sheet_never_replaces_an_image(
+    ours: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = next(pictures.glob("*.png"))
+    for name in ("a.png", "a.jpg", "a.words.png", "deeper/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source, tmp_path / name)
+    arguments = ["explain", tmp_path, "--model", ours, "--text", "a disc", "--sheets", tmp_path]
+    answers = lines(capsys, *arguments)
+    names = [Path(answer["sheet"]).name for answer in answers]
+    assert names == ["a_2.words.png", "a_3.words.png", "a.words.words.png", "a_4.words.png"]
+    assert (tmp_path / "a.words.png").read_bytes() == source.read_bytes()
 
 
 @pytest.mark.parametrize("size", ["1", "32"])
@@ -156,15 +209,15 @@ def test_bad_images_are_named_and_the_others_answered(
     (tmp_path / "empty.jpg").write_bytes(b"")
     paths = [good[0], tmp_path / "cut.png", tmp_path / "empty.jpg", good[1]]
     out = tmp_path / "out.jsonl"
-    arguments = [str(one) for one in ("caption", *paths, "--model", ours, "--out", out)]
+    arguments = [str(value) for value in ("caption", *paths, "--model", ours, "--out", out)]
     assert predict.main([*arguments, "--batch-size", size]) == 1
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [one["image"] for one in found] == list(map(str, paths))
-    assert [sorted(one) for one in found] == [
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["image"] for answer in answers] == list(map(str, paths))
+    assert [sorted(answer) for answer in answers] == [
         ["caption", "image"], ["error", "image"], ["error", "image"], ["caption", "image"],
     ]  # fmt: skip
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"2 of 4 images failed: {paths[1]}, {paths[2]}"
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == f"2 of 4 images failed: {paths[1]}, {paths[2]}"
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -193,11 +246,11 @@ def test_images_are_found(
     for name in (odd, tmp_path / "a1.png"):
         shutil.copy(next(pictures.glob("*.png")), name)
     arguments = [odd, f"{pictures}/*red*", f"{pictures}/**/*red*", "--model", ours]
-    found = [one["image"] for one in lines(capsys, "embed", *arguments)]
-    assert found == [str(odd), *sorted(str(path) for path in pictures.rglob("*red*"))]
+    answers = [answer["image"] for answer in lines(capsys, "embed", *arguments)]
+    assert answers == [str(odd), *sorted(str(path) for path in pictures.rglob("*red*"))]
     odd.unlink()
-    found = [one["image"] for one in lines(capsys, "embed", odd, "--model", ours)]
-    assert found == [str(tmp_path / "a1.png")]
+    answers = [answer["image"] for answer in lines(capsys, "embed", odd, "--model", ours)]
+    assert answers == [str(tmp_path / "a1.png")]
 
 
 def test_a_name_that_is_no_utf8_comes_back(ours: Path, pictures: Path, tmp_path: Path) -> None:
@@ -223,22 +276,25 @@ def test_several_captions_of_an_image(
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
     arguments = ["caption", pictures, "--model", hf / "captioning", *LENGTHS]
-    found = lines(capsys, *arguments, "--beams", 4, "--captions", 3)
-    theirs = BlipForConditionalGeneration.from_pretrained(hf / "captioning")
+    answers = lines(capsys, *arguments, "--beams", 4, "--captions", 3)
+    reference = BlipForConditionalGeneration.from_pretrained(hf / "captioning")
     processor = BlipProcessor.from_pretrained(hf / "captioning")
-    inputs = processor(opened(found), return_tensors="pt")
+    inputs = processor(opened(answers), return_tensors="pt")
     sizes = {"max_length": 10, "min_length": 4, "num_beams": 4, "num_return_sequences": 3}
-    said = processor.batch_decode(theirs.generate(**inputs, **sizes), skip_special_tokens=True)
-    assert [caption for one in found for caption in one["captions"]] == said
-    assert len(set(said)) > len(found)
+    expected = processor.batch_decode(
+        reference.generate(**inputs, **sizes), skip_special_tokens=True
+    )
+    captions = list(chain.from_iterable(answer["captions"] for answer in answers))
+    assert captions == expected
+    assert len(set(expected)) > len(answers)
     best = lines(capsys, *arguments, "--beams", 4)
-    assert [one["captions"][0] for one in found] == [one["caption"] for one in best]
+    assert [answer["captions"][0] for answer in answers] == [answer["caption"] for answer in best]
 
     sample = ["caption", pictures, "--model", ours, *LENGTHS, "--sample"]
     drawn = lines(capsys, *sample, "--captions", 3)
     assert drawn == lines(capsys, *sample, "--captions", 3, "--batch-size", 1)
-    one = lines(capsys, *sample)
-    assert [row["captions"][0] for row in drawn] == [row["caption"] for row in one]
+    single = lines(capsys, *sample)
+    assert [row["captions"][0] for row in drawn] == [row["caption"] for row in single]
     assert sum(len(set(row["captions"])) > 1 for row in drawn) > 8
 
 
@@ -263,6 +319,10 @@ def test_several_captions_of_an_image(
         (["caption", "--max-tokens", "1"], "OURS", "--max-tokens 1: expected 2 or more"),
         (["search", "--text", "a", "--top", "-1"], "OURS", "--top -1: expected 1 or more"),
         (["search", "--text", "a", "--rerank", "-1"], "OURS", "--rerank -1: expected 0 or more"),
+        (["explain", "--text", " ?"], "OURS", "the text ' ?' holds no word; give one with words"),
+        (["explain"], "HF/retrieval", "retrieval checkpoint and writes no captions; give --text"),
+        (["explain", "--text", "a"], "HF/captioning", "captioning checkpoint; match takes one of"),
+        (["explain", "--out", "TMP/x.npz"], "OURS", "only features go into an .npz; give a name"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(
@@ -275,11 +335,11 @@ def test_what_cannot_be_is_refused_in_a_line(
 ) -> None:
     arguments = [use[0], str(pictures), "--model", model, *use[1:]]
     for name, place in spoilt.items():
-        arguments = [one.replace(name, place) for one in arguments]
+        arguments = [word.replace(name, place) for word in arguments]
     assert predict.main(arguments) == 2
-    said = capsys.readouterr()
-    assert message in said.err.splitlines()[-1] and not said.out
-    assert said.err.splitlines()[-1].startswith("predict.py: ")
+    printed = capsys.readouterr()
+    assert message in printed.err.splitlines()[-1] and not printed.out
+    assert printed.err.splitlines()[-1].startswith("predict.py: ")
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ def test_sizes_and_tokenizer_come_from_every_kind(run: Path, tmp_path: Path) -> 
         assert convert_checkpoint.main([str(run), str(tmp_path / name), *arguments]) == 0
     expected = recipes.load(str(run / "recipe.yaml")).model
     for place in (run, tmp_path / "hf", tmp_path / "ours", tmp_path / "whole.pth"):
-        given = [f"model.text.tokenizer={words}"] if place.suffix else []
-        model = loaded(tmp_path / "r.yaml", place, *given).model
+        arguments = [f"model.text.tokenizer={words}"] if place.suffix else []
+        model = loaded(tmp_path / "r.yaml", place, *arguments).model
         if place.name != "hf":  # whose config knows no names of timm's
             assert model.vision == expected.vision
         sizes = {name: model.vision.overrides[name] for name in tiny_blip.SIZES}
