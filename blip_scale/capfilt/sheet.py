@@ -61,7 +61,7 @@ def sample_sheet(
         scratch: folder for shards that are fetched.
     """
     shown = min(shown, store.samples)
-    places = [_place(store, i * store.samples // shown) for i in range(shown)]
+    places = store.places(i * store.samples // shown for i in range(shown))
     cards = [_card(_looked_up(store, out, place, scratch)) for place in places]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>CapFilt</title>'
@@ -69,14 +69,6 @@ def sample_sheet(
         f"<h2>{shown} of {statistics['images']['read']} images</h2>\n"
         f'<div class="cards">\n{"".join(cards)}</div>\n</body></html>\n'
     )
-
-
-def _place(store: StreamStore, index: int) -> tuple[int, int]:
-    for shard, count in enumerate(store.shard_samples):
-        if index < count:
-            return shard, index
-        index -= count
-    raise IndexError(index)
 
 
 def _looked_up(

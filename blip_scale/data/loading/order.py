@@ -84,15 +84,18 @@ class SampleOrder:
         """Number of the block's first piece."""
         self._block_ends: list[int] = []
         """End of each of the block's pieces, counted in samples from the start of the block."""
-        self._block_rows: NDArray[np.int64] = np.zeros(0, np.int64)
-        """For each position of the block, the sample's place in the row of the block's pieces."""
+        self._block = 0
+        """Number of the block in the epoch."""
+        self._block_rows: NDArray[np.int64] | None = None
+        """For each position of the block, the sample's place in the row of the block's pieces; None
+        until it is needed."""
         self._piece_orders: dict[int, NDArray[np.int64]] = {}
         """Order of samples inside those pieces of the block that were asked for."""
 
     def locate(self, epoch: int, position: int) -> Slot:
         """The sample at `position` of `epoch`, 0 <= position < samples_per_epoch."""
         self._enter(epoch, position)
-        row = int(self._block_rows[position - self._block_range.start])
+        row = int(self._rows()[position - self._block_range.start])
         number = bisect_right(self._block_ends, row)
         place = row - (self._block_ends[number - 1] if number else 0)
         piece = _Piece(*self._pieces[self._block_first + number].item())
@@ -106,21 +109,28 @@ class SampleOrder:
         self._enter(epoch, position)
         return epoch, self._block_range.start
 
-    def upcoming(self, epoch: int, position: int) -> Iterator[list[tuple[int, int]]]:
-        """Stream and shard of what is read from a position on, by first use: first of the rest of
-        its block, then of each later block, for ever.
+    def upcoming(
+        self, epoch: int, position: int, by_use: bool = True
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Stream and shard of what is read from a position on, block after block, for ever.
+
+        With `by_use`, the first list holds what the rest of the block reads, by first use. The
+        others hold all that a block reads, in no particular order, which takes less time.
         """
         while True:
             self._enter(epoch, position)
-            pieces = self._pieces[self._used_pieces(position)]
+            last = self._block_first + len(self._block_ends)
+            numbers = self._used_pieces(position) if by_use else slice(self._block_first, last)
+            pieces = self._pieces[numbers]
             shards = zip(pieces["stream"].tolist(), pieces["shard"].tolist(), strict=True)
             position = self._block_range.stop
             if position == self.samples_per_epoch:
                 epoch, position = epoch + 1, 0
+            by_use = False
             yield list(dict.fromkeys(shards))
 
     def _enter(self, epoch: int, position: int) -> None:
-        """Lay out the epoch and the block of a position, unless it is in those of the last call."""
+        """Find the epoch and the block of a position, unless it is in those of the last call."""
         if not 0 <= position < self.samples_per_epoch:
             raise IndexError(f"position {position} in an epoch of {self.samples_per_epoch} samples")
         if epoch != self._epoch:
@@ -130,7 +140,7 @@ class SampleOrder:
 
     def _used_pieces(self, position: int) -> NDArray[np.int64]:
         """Numbers of the pieces that the rest of the block reads, by first use."""
-        rows = self._block_rows[position - self._block_range.start :]
+        rows = self._rows()[position - self._block_range.start :]
         count = len(self._block_ends)
         piece_of_row = np.repeat(np.arange(count), np.diff(self._block_ends, prepend=0))
         first_use = np.full(count, len(rows))
@@ -171,16 +181,22 @@ class SampleOrder:
         return np.concatenate(passes)
 
     def _enter_block(self, position: int) -> None:
-        """Lay out the block that holds `position`: the pieces that start in its span."""
+        """Find the block that holds `position`: the pieces that start in its span."""
         piece = int(np.searchsorted(self._starts, position, side="right")) - 1
-        block = int(self._starts[piece]) // self._block_samples
-        span = np.array([block, block + 1]) * self._block_samples
+        self._block = int(self._starts[piece]) // self._block_samples
+        span = np.array([self._block, self._block + 1]) * self._block_samples
         first, last = np.searchsorted(self._starts[:-1], span, side="left").tolist()
         self._block_range = range(int(self._starts[first]), int(self._starts[last]))
         self._block_first = first
         self._block_ends = (self._starts[first + 1 : last + 1] - self._starts[first]).tolist()
-        self._block_rows = self._rng(_BLOCK, self._epoch, block).permutation(len(self._block_range))
+        self._block_rows = None
         self._piece_orders = {}
+
+    def _rows(self) -> NDArray[np.int64]:
+        if self._block_rows is None:
+            rng = self._rng(_BLOCK, self._epoch, self._block)
+            self._block_rows = rng.permutation(len(self._block_range))
+        return self._block_rows
 
     def _order_of(self, piece: _Piece) -> NDArray[np.int64]:
         """Numbers of the samples of a piece, in their order."""

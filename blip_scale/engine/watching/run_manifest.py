@@ -30,8 +30,8 @@ _WARN_OF = ("code", "packages", "data")
 class RunManifest:
     """Ties a run together; only rank 0 has one that writes.
 
-    `state` is that of the newest start: recipe, deepspeed, code, packages and data (the shards are
-    listed in data_shards.json). `attempts` has an object for every start, with what it found
+    `state` is that of the newest start: recipe, deepspeed, code, packages and data (a stream with
+    the hash of its index). `attempts` has an object for every start, with what it found
     `changed` since the one before, and how it ended where that is known. `checkpoints` is the chain
     of all that were committed, also of those that are deleted by now: step, time, attempt and the
     hash of their manifest.
@@ -58,13 +58,12 @@ class RunManifest:
         """Note a start, and warn of code, packages or data that are not those of the start before.
 
         Args:
-            state: sections of settings, JSON-able; a stream of `data` may list its `files`.
+            state: sections of settings, JSON-able.
             attempt: what is particular to this start.
             left: the heartbeat of the start before, its last word if it could not say how it ended.
         """
         if not self._is_main:
             return
-        shards = {one["name"]: one.pop("files", []) for one in state.get("data", [])}
         state, attempt = json.loads(logs.without_secrets(json.dumps([state, attempt])))
         attempts, before = self._content["attempts"], self._content["state"]
         changed = list(_differences(before, state)) if before else []
@@ -75,10 +74,6 @@ class RunManifest:
             attempts[-1]["ended"] = {"why": "not known", "step": left.get("step")}
         self._content["state"] = state
         attempts.append({"time": _now(), **attempt, "changed": changed, "ended": None})
-        with self._disk:
-            if before.get("data") != state.get("data"):
-                text = json.dumps(shards, separators=(",", ":"))
-                files.write_whole(self._file.with_name(run_folder.DATA_SHARDS), text + "\n")
         self._write()
 
     def saved(self, step: int, checkpoint: Path) -> None:
