@@ -65,7 +65,12 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
                     stdout=subprocess.PIPE, text=True, check=True,
                 )  # fmt: skip
                 figures[count] |= json.loads(done.stdout)
-    return {"rounds": options.rounds, "shards": figures}
+    result: dict[str, Any] = {"rounds": options.rounds, "shards": figures}
+    if options.records:
+        from tools.benchmarks.scale_merge import merge_figures
+
+        result["merge"] = merge_figures(options.records, options.scratch)
+    return result
 
 
 def make_set(folder: Path, count: int) -> None:
@@ -90,6 +95,9 @@ def make_set(folder: Path, count: int) -> None:
         os.link(path, folder / name)
         shards.append(entry | {"raw_data": entry["raw_data"] | {"basename": name}})
     (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    remote = folder.with_name("remote")  # of which the folder is a cache that holds everything
+    remote.mkdir()
+    os.link(folder / "index.json", remote / "index.json")
 
 
 def memory_mb() -> float:
@@ -128,12 +136,12 @@ def measure_later(folder: Path, rounds: int) -> dict[str, float]:
     from blip_scale.data.loading.loader import SampleOrder
     from blip_scale.data.loading.order import StreamShape
     from blip_scale.data.reading.inventory import inventory
+    from blip_scale.data.reading.prefetch import Prefetcher
     from blip_scale.data.reading.stream_store import StreamStore
 
-    recipe = StreamRecipe("laion", str(folder))
-    before_mb, start = memory_mb(), time.process_time()
-    store = StreamStore(recipe)
-    open_s = time.process_time() - start
+    open_s = seconds_of(lambda: StreamStore(StreamRecipe("laion", str(folder))))
+    before_mb = memory_mb()
+    store = StreamStore(StreamRecipe("laion", str(folder), str(folder.with_name("remote"))))
     epoch_samples = store.samples
     order = SampleOrder([StreamShape("laion", store.shard_items, epoch_samples)], 0, BLOCK)
     sent = pickle.dumps((store, order))
@@ -141,10 +149,11 @@ def measure_later(folder: Path, rounds: int) -> dict[str, float]:
     epoch_s = seconds_of(lambda: order.block_of(0, 0))
     times: dict[str, list[float]] = {"block": [], "plan": [], "share": [], "sample": []}
     share = BLOCK // READERS
+    prefetcher = Prefetcher([store], order)
     for number in range(rounds):
         begin = (1 + number * 7) % (epoch_samples // BLOCK - 1) * BLOCK + BLOCK // 2
-        times["block"].append(seconds_of(partial(order.block_of, 0, begin)))
-        times["plan"].append(seconds_of(partial(next, order.upcoming(0, begin))))
+        times["block"].append(seconds_of(partial(order.locate, 0, begin)))
+        times["plan"].append(seconds_of(partial(prefetcher._plan, 0, begin)))
         places = range(begin, begin + share)
         times["share"].append(seconds_of(partial(read, store, order, places)) / share)
         places = range(begin + share, begin + share + 4 * SAMPLES)
@@ -156,7 +165,7 @@ def measure_later(folder: Path, rounds: int) -> dict[str, float]:
         "sample_us": (median["sample"] + median["block"] / BLOCK) * 1e6,
         "share_us": median["share"] * 1e6,
         "layout_us": median["block"] / share * 1e6,
-        "plan_us": (median["block"] + median["plan"]) / share * 1e6,
+        "plan_us": median["plan"] / share * 1e6,
         "open_s": open_s,
         "epoch_s": epoch_s,
         "rank_mb": memory_mb() - before_mb,
@@ -210,6 +219,12 @@ def scale_table(result: dict[str, Any]) -> str:
         cells = "".join(f"{column[figure]:12.4g}" for column in columns.values())
         lines.append(f"{title:40}{cells}")
     lines.append(f"CPU time of a core; medians of {result['rounds']}; {SAMPLES} samples a shard")
+    if "merge" in result:
+        lines.append(f"{'records to merge':>16}{'s':>10}{'MB':>10}")
+        for part, note in (("records", ""), ("extrapolated", "  (extrapolated)")):
+            for count, figures in result["merge"][part].items():
+                seconds, megabytes = figures["merge_s"], figures["merge_mb"]
+                lines.append(f"{int(count):16,}{seconds:10.1f}{megabytes:10.0f}{note}")
     return "\n".join(lines)
 
 
@@ -229,6 +244,10 @@ def add_scale(commands: Any) -> None:
         help="default: 1000 40000 400000",
     )  # fmt: skip
     command.add_argument("--rounds", type=int, default=9, help="blocks to read from (default: 9)")
+    command.add_argument(
+        "--records", type=int, nargs="+", metavar="N",
+        help="also: merge conversions of so many records, and extrapolate to 100 million",
+    )  # fmt: skip
     command.add_argument("--scratch", type=Path, help="where the files are made (default: /tmp)")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(measure=scale, show=scale_table)

@@ -1,4 +1,4 @@
-"""Pairs that a source lists one by one: gathered by image and cut into chunks."""
+"""Pairs out of a list: grouped by image and cut into chunks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Unused
 
 
-def in_chunks(found: list[Found], size: int) -> Iterator[Chunk]:
-    """Cut a list into chunks of `size`."""
-    for start in range(0, len(found), size):
-        part = found[start : start + size]
+def in_chunks(items: list[Found], size: int) -> Iterator[Chunk]:
+    """Cut a list into chunks of `size` items."""
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
         yield Chunk(
             name=f"{start} to {start + len(part) - 1}",
             read=partial(iter, part),
@@ -23,23 +23,34 @@ def in_chunks(found: list[Found], size: int) -> Iterator[Chunk]:
         )
 
 
-def group_by_image(found: Iterable[Found]) -> list[Found]:
-    """Pairs of the same id become one with all their captions and annotations, in the order of
-    first sight."""
-    grouped: dict[str, RawPair] = {}
-    captions: dict[str, list[Any]] = {}
-    annotations: dict[str, list[dict[str, Any]]] = {}
+def group_by_image(items: Iterable[Found]) -> list[Found]:
+    """Join pairs of the same id to one pair with all captions and annotations, in the order in
+    which the ids first appear."""
+    grouped: dict[str, RawPair | list[RawPair]] = {}
+    """A list where an id comes more than once: most lists have an image once, and may be long."""
     others: list[Found] = []
-    for one in found:
-        if not isinstance(one, RawPair):
-            others.append(one)
+    for item in items:
+        if not isinstance(item, RawPair):
+            others.append(item)
             continue
-        grouped.setdefault(one.id, one)
-        texts = one.captions if isinstance(one.captions, list) else [one.captions]
-        captions.setdefault(one.id, []).extend(texts)
-        annotations.setdefault(one.id, []).extend(one.annotations or [])
-    whole = (
-        replace(pair, captions=captions[pair.id], annotations=annotations[pair.id] or None)
-        for pair in grouped.values()
-    )
-    return [*whole, *others]
+        before = grouped.setdefault(item.id, item)
+        if isinstance(before, list):
+            before.append(item)
+        elif before is not item:
+            grouped[item.id] = [before, item]
+    pairs: list[Found] = []
+    while grouped:  # emptied from its end, so that each pair is held once
+        same = grouped.popitem()[1]
+        pairs.append(_joined(same if isinstance(same, list) else [same]))
+    pairs.reverse()
+    return pairs + others
+
+
+def _joined(pairs: list[RawPair]) -> RawPair:
+    """The first of some pairs, with the captions and annotations of all in lists."""
+    captions: list[Any] = []
+    annotations: list[dict[str, Any]] = []
+    for pair in pairs:
+        captions += pair.captions if isinstance(pair.captions, list) else [pair.captions]
+        annotations += pair.annotations or []
+    return replace(pairs[0], captions=captions, annotations=annotations or None)

@@ -148,10 +148,10 @@ def drop_shards(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def has_size(path: Path, size: int) -> bool:
-    """Whether `path` is a file of `size` bytes."""
+def has_size(path: str, size: int) -> bool:
+    """Whether there is a file of `size` bytes."""
     try:
-        return path.stat().st_size == size
+        return os.stat(path).st_size == size  # noqa: PTH116  half the time of Path.stat
     except FileNotFoundError:
         return False
 

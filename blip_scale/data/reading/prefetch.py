@@ -35,6 +35,8 @@ class Prefetcher:
         self._stores = stores
         self._order = copy.copy(order)  # an order holds one block, and the reader's is another
         self._position = (0, 0)
+        self._cached: set[tuple[int, int]] = set()
+        """Stream and shard of what the last plan saw in the cache, and does not look for again."""
         self._stop: threading.Event | None = None
 
     def advance(self, epoch: int, position: int) -> None:
@@ -71,23 +73,26 @@ class Prefetcher:
         left_bytes = UNLIMITED_BYTES if limit is None else LIMIT_SHARE * limit
         # The order of first use takes milliseconds to find out. It matters at the start of a run.
         current = next(self._order.upcoming(epoch, position, by_use=False))
-        is_here = all(map(self._is_here, current))
-        seen: set[tuple[int, int]] = set()
+        cached = set(filter(self._is_cached, current))
         plan: list[tuple[int, int]] = []
-        upcoming = self._order.upcoming(epoch, position, by_use=not is_here)
-        for shards in itertools.islice(upcoming, BLOCKS):
-            for stream, shard in shards:
-                if (stream, shard) in seen or not self._stores[stream].remote:
-                    continue
-                left_bytes -= self._stores[stream].shard_bytes(shard)
-                if left_bytes < 0:
-                    return plan
-                seen.add((stream, shard))
-                if not self._is_here((stream, shard)):
-                    plan.append((stream, shard))
+        planned: set[tuple[int, int]] = set()
+        upcoming = self._order.upcoming(epoch, position, by_use=len(cached) < len(current))
+        for place in itertools.chain.from_iterable(itertools.islice(upcoming, BLOCKS)):
+            store = self._stores[place[0]]
+            if place in planned or not store.remote:
+                continue
+            left_bytes -= store.shard_bytes(place[1])
+            if left_bytes < 0:
+                break
+            planned.add(place)
+            if place in cached or self._is_cached(place):
+                cached.add(place)
+            else:
+                plan.append(place)
+        self._cached = cached
         return plan
 
-    def _is_here(self, place: tuple[int, int]) -> bool:
-        """Whether the shard `place[1]` of the stream `place[0]` needs not be fetched."""
+    def _is_cached(self, place: tuple[int, int]) -> bool:
+        """Whether a shard, by its stream and number, needs not be fetched."""
         store = self._stores[place[0]]
-        return store.remote is None or store.is_cached(place[1])
+        return place in self._cached or store.remote is None or store.is_cached(place[1])

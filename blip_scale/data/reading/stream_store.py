@@ -7,6 +7,7 @@ shared memory and lock files, which a killed job leaves behind and two jobs figh
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import os
 import random
@@ -63,6 +64,7 @@ class StreamStore:
     ):
         self.name = stream.name
         self.folder = Path(os.path.expandvars(stream.local)).expanduser()
+        self._root = str(self.folder)
         self.remote = os.path.expandvars(stream.remote).rstrip("/") if stream.remote else None
         self.cache: ShardCache | None = None
         self._make_with = make_with
@@ -161,8 +163,8 @@ class StreamStore:
 
     def is_cached(self, number: int) -> bool:
         """Whether a shard lies in the folder, whole."""
-        shard = self.shards.readable(number)
-        return caching.has_size(self._path(shard.raw_data), shard.raw_data.bytes)
+        path = f"{self._root}/{self.shards.name(number)}"
+        return caching.has_size(path, self.shard_bytes(number))
 
     def _path(self, info: FileInfo) -> Path:
         return self.folder / info.basename
@@ -327,7 +329,7 @@ class StreamStore:
                     raise FileNotFoundError(self._message(str(error))) from error
                 logger.warning("stream %r: %s; its cached copy is used", self.name, error)
                 return
-            if target.is_file() and target.read_bytes() != part.read_bytes():
+            if target.is_file() and not filecmp.cmp(target, part, shallow=False):
                 logger.warning(
                     "stream %s: %s has changed, cached shards are deleted",
                     self.name, f"{self.remote}/{INDEX_NAME}",
