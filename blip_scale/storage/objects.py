@@ -50,7 +50,7 @@ _CLIENT: Any = {
     "allow_http": True,  # servers of one's own often have no TLS
     "connect_timeout": "10s",
     "read_timeout": "60s",  # a stalled answer
-    "timeout": "300s",  # a whole request
+    "timeout": "120s",  # a whole request, so at least 140 kB/s; below RETRY_S, to try again
 }
 _CREDENTIALS = {
     "s3": (
