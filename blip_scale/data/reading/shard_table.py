@@ -79,7 +79,7 @@ class ShardTable:
                 packed = dict(zip(("basename", "bytes", "hashes"), details[1:], strict=True))
                 entry["zip_data"] = packed
             return mds.parse_shard(self.folder, entry)
-        except IndexError:
+        except IndexError:  # there are fewer shards
             raise
         except (ValueError, TypeError, LookupError) as error:
             raise ValueError(
@@ -106,18 +106,18 @@ class ShardTable:
     @classmethod
     def pack(cls, folder: Path, shards: Sequence[Shard], index_hash: str) -> ShardTable:
         """Put the shards of an index into arrays."""
-        settings: dict[str, int] = {}
+        settings: dict[tuple[Columns, str | None], int] = {}
         numbers, names, files = [], [], []
         for shard in shards:
-            text = json.dumps(_settings_of(shard))
-            numbers.append(settings.setdefault(text, len(settings)))
+            common = (shard.columns, shard.compression)
+            numbers.append(settings.setdefault(common, len(settings)))
             names.append(shard.raw_data.basename.encode() + b"\n")
             details: list[Any] = [shard.raw_data.hashes]
             if shard.zip_data is not None:
                 packed = shard.zip_data
                 details += [packed.basename, packed.bytes, packed.hashes]
             files.append(json.dumps(details, separators=(",", ":")).encode())
-        meta = {"index_sha256": index_hash, "settings": [json.loads(text) for text in settings]}
+        meta = {"index_sha256": index_hash, "settings": [_entry(*common) for common in settings]}
         arrays = {
             "samples": np.array([shard.samples for shard in shards], np.int64),
             "raw_bytes": np.array([shard.raw_data.bytes for shard in shards], np.int64),
@@ -332,15 +332,15 @@ def _hash_of(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _settings_of(shard: Shard) -> dict[str, Any]:
+def _entry(columns: Columns, compression: str | None) -> dict[str, Any]:
     """The fields of an index's entry that most shards of a set share."""
     return {
         "version": mds.VERSION,
         "format": "mds",
-        "compression": shard.compression,
-        "column_names": shard.columns.names,
-        "column_encodings": shard.columns.encodings,
-        "column_sizes": shard.columns.sizes,
+        "compression": compression,
+        "column_names": list(columns.names),
+        "column_encodings": list(columns.encodings),
+        "column_sizes": columns.sizes,
     }
 
 
