@@ -191,13 +191,14 @@ def test_hashes_that_can_not_be_checked_are_refused_when_the_shard_is_used(
     open_shards(folder)
 
     def change(meta: dict[str, Any], arrays: dict[str, Any]) -> None:
-        arrays["files"] = np.frombuffer(
-            arrays["files"].tobytes().replace(b"xxh64", b"crc99"), np.uint8
-        )
+        before, _, after = arrays["files"].tobytes().rpartition(b"xxh64")
+        arrays["files"] = np.frombuffer(before + b"crc99" + after, np.uint8)
 
     repacked(folder / SHARDS_CACHE, change)
+    table = open_shards(folder)
+    assert table[0] == mds.read_index(folder)[0]
     with pytest.raises(ValueError, match=r"\.index\.shards is damaged.*remove it"):
-        StreamStore(stream(folder)).read(0, 0)
+        table[len(table) - 1]
 
 
 DAMAGED: dict[str, Callable[[bytes], bytes]] = {
@@ -243,7 +244,7 @@ def test_a_link_or_a_pipe_in_its_place_is_not_followed(
     assert not (folder / SHARDS_CACHE).is_symlink()
     (folder / SHARDS_CACHE).unlink()
     os.mkfifo(folder / SHARDS_CACHE)
-    assert len(open_shards(folder)) > 4
+    assert len(open_shards(folder)) > 2
 
 
 def captioned(folder: Path, counts: list[int]) -> Path:
