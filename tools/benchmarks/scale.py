@@ -151,7 +151,7 @@ def measure_later(folder: Path, rounds: int) -> dict[str, float]:
     share = BLOCK // READERS
     prefetcher = Prefetcher([store], order)
     for number in range(rounds):
-        begin = (1 + number * 7) % (epoch_samples // BLOCK - 1) * BLOCK + BLOCK // 2
+        begin = (1 + number * 7) % max(1, epoch_samples // BLOCK - 1) * BLOCK + BLOCK // 2
         times["block"].append(seconds_of(partial(order.locate, 0, begin)))
         times["plan"].append(seconds_of(partial(prefetcher._plan, 0, begin)))
         places = range(begin, begin + share)
