@@ -119,9 +119,11 @@ class SampleOrder:
         """
         while True:
             self._enter(epoch, position)
-            last = self._block_first + len(self._block_ends)
-            numbers = self._used_pieces(position) if by_use else slice(self._block_first, last)
-            pieces = self._pieces[numbers]
+            if by_use:
+                pieces = self._pieces[self._used_pieces(position)]
+            else:
+                last = self._block_first + len(self._block_ends)
+                pieces = self._pieces[self._block_first : last]
             shards = zip(pieces["stream"].tolist(), pieces["shard"].tolist(), strict=True)
             position = self._block_range.stop
             if position == self.samples_per_epoch:
