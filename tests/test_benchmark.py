@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools import benchmark
-from tools.benchmarks import growth
+from tools.benchmarks import growth, scale
 from tools.benchmarks.host import host_table
 
 REPO = Path(__file__).resolve().parent.parent
@@ -145,3 +145,18 @@ def test_the_growth_benchmark_runs(tmp_path: Path) -> None:
     assert single["exchange_gb"] < 0.1 * double["exchange_gb"]  # a single rank sums nothing
     assert "exponents over the quantity" in growth.growth_table(result).lower()
     assert "<svg" in picture.read_text()
+
+
+@pytest.mark.multiprocess
+def test_the_scale_benchmark_runs_and_more_shards_cost_a_sample_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--shards", "300", "1200", "--rounds", "2", "--scratch", str(tmp_path)]
+    assert benchmark.main(["scale", "--json", *arguments, "--records", "20000", "40000"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    few, many = result["shards"]["300"], result["shards"]["1200"]
+    assert set(few) == set(many) == {figure for _, figure in scale.ROWS}
+    assert many["inventory_bytes"] - few["inventory_bytes"] < 10
+    assert many["sample_us"] < 3 * few["sample_us"]  # a busy machine; four times the shards
+    assert set(result["merge"]["records"]) == {"20000", "40000"}
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,5 @@
-"""Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step`, `host`
-or `growth`."""
+"""Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step`, `host`,
+`growth` or `scale`."""
 
 from __future__ import annotations
 
@@ -256,10 +256,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     from tools.benchmarks.growth import add_growth
     from tools.benchmarks.host import add_host
+    from tools.benchmarks.scale import add_scale
 
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     add_growth(commands, ROOT / "ds_configs" / "zero3.json")
     add_host(commands, ROOT / "ds_configs" / "zero3.json")
+    add_scale(commands)
     _add_step(
         commands.add_parser(
             "step",

@@ -46,21 +46,13 @@ def sample_sheet(
         scratch: folder for downloaded shards.
     """
     shown = min(shown, store.samples)
-    places = [_place(store, i * store.samples // shown) for i in range(shown)]
+    places = store.places(i * store.samples // shown for i in range(shown))
     cards = [_card(_looked_up(store, out, place, scratch)) for place in places]
     body = (
         f"{_overview(statistics)}\n<h2>{shown} of {statistics['images']['read']} images</h2>\n"
         f"{contact_sheet.cards(cards)}"
     )
     return contact_sheet.page("CapFilt", body, _STYLE)
-
-
-def _place(store: StreamStore, index: int) -> tuple[int, int]:
-    for shard, count in enumerate(store.shard_samples):
-        if index < count:
-            return shard, index
-        index -= count
-    raise IndexError(index)
 
 
 def _looked_up(

@@ -37,8 +37,8 @@ from blip_scale.storage.free_space import parse_bytes
 from blip_scale.storage.untrusted import parse_json, relative_name
 
 INDEX_NAME = "index.json"
-_VERSION = 2
-_OFFSET_LIMIT = 1 << 32
+VERSION = 2
+OFFSET_LIMIT = 1 << 32
 """Upper limit of a shard's size, because offsets are uint32."""
 _CHUNK_BYTES = 1 << 20
 
@@ -103,7 +103,7 @@ ENCODINGS = {
 """Name -> supported encoding; images stay encoded files."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """Name, size and hashes of a file, from the index."""
 
@@ -191,7 +191,7 @@ class Columns:
         return sample
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """An entry of an index: a file of samples."""
 
@@ -255,18 +255,38 @@ def read_index(folder: Path) -> list[Shard]:
         ValueError: the index is damaged, names files outside the folder, or has unsupported columns
             or hashes.
     """
+    return parse_index(folder, index_file(folder).read_bytes())
+
+
+def index_file(folder: Path) -> Path:
+    """The index of a folder; raises FileNotFoundError where there is none."""
     path = folder / INDEX_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no {INDEX_NAME} in {folder}")
+    return path
+
+
+def parse_index(folder: Path, content: Content) -> list[Shard]:
+    """The shards of an index with this content; raises ValueError as `read_index` does.
+
+    Every entry becomes a shard as soon as it is read, which takes a quarter of the memory.
+    """
+
+    def parsed(entry: dict[str, Any]) -> Any:
+        return parse_shard(folder, entry) if "raw_data" in entry else entry
+
     try:
-        index = parse_json(path.read_bytes())
-        entries = _field(index, "shards", list)
-        shards = [parse_shard(folder, entry) for entry in entries]
+        entries = _field(parse_json(content, parsed), "shards", list)
+        shards = [
+            entry if isinstance(entry, Shard) else parse_shard(folder, entry) for entry in entries
+        ]
         names = {shard.raw_data.basename for shard in shards}
         if len(names) < len(shards):
             raise ValueError("two shards have the same name")
     except ValueError as error:
-        raise ValueError(f"{path} is not an MDS index ({error}); write the set again") from error
+        raise ValueError(
+            f"{folder / INDEX_NAME} is not an MDS index ({error}); write the set again"
+        ) from error
     return shards
 
 
@@ -276,12 +296,12 @@ def parse_shard(folder: Path, entry: Any) -> Shard:
     Raises:
         ValueError: the entry is damaged, or needs unsupported features.
     """
-    for name, expected in (("version", _VERSION), ("format", "mds")):
+    for name, expected in (("version", VERSION), ("format", "mds")):
         if _field(entry, name, type(expected)) != expected:
             raise ValueError(f"{name} is {entry[name]!r}, only {expected!r} is supported")
     samples = _field(entry, "samples", int)
     raw_data = _file_info(_field(entry, "raw_data", dict))
-    if not (samples >= 0 and 8 + 4 * samples <= raw_data.bytes < _OFFSET_LIMIT):
+    if not (samples >= 0 and 8 + 4 * samples <= raw_data.bytes < OFFSET_LIMIT):
         raise ValueError(
             f"{raw_data.basename} can't hold {samples} samples in {raw_data.bytes} bytes"
         )
@@ -329,14 +349,14 @@ class Writer:
             ValueError: an argument is invalid.
         """
         self._size_limit = parse_bytes(size_limit)
-        if not 0 < self._size_limit < _OFFSET_LIMIT:
+        if not 0 < self._size_limit < OFFSET_LIMIT:
             raise ValueError(f"shard size {size_limit}: expected more than 0 and less than 4gb")
         self._extension = "" if compression is None else f".{_codec(compression)[0]}"
         names = tuple(sorted(columns))
         self._columns = Columns(names, tuple(columns[name] for name in names))
         self._folder, self._compression, self._hashes = folder, compression, hashes
         self._settings = {
-            "version": _VERSION,
+            "version": VERSION,
             "format": "mds",
             "compression": compression,
             "hashes": list(hashes),
@@ -376,7 +396,7 @@ class Writer:
         """Write the remaining samples and the index."""
         if self._samples:
             self._flush()
-        index = {"version": _VERSION, "shards": self.shards}
+        index = {"version": VERSION, "shards": self.shards}
         (self._folder / INDEX_NAME).write_text(json.dumps(index, sort_keys=True))
 
     def _flush(self) -> None:
@@ -384,7 +404,7 @@ class Writer:
         sizes = np.fromiter(map(len, self._samples), np.int64, count)
         start = 4 + 4 * (count + 1) + len(self._head)
         offsets = start + np.concatenate([[0], np.cumsum(sizes)])
-        if offsets[-1] >= _OFFSET_LIMIT:
+        if offsets[-1] >= OFFSET_LIMIT:
             raise ValueError(f"a sample of {sizes.max()} bytes is too large for a shard")
         parts = [np.uint32(count).tobytes(), offsets.astype("<u4").tobytes(), self._head]
         raw = b"".join([*parts, *self._samples])
@@ -441,12 +461,19 @@ def _columns(names: tuple[str, ...], encodings: tuple[str, ...]) -> Columns:
     return Columns(names, encodings)
 
 
-def _file_info(entry: Any) -> FileInfo:
-    basename, size = _field(entry, "basename", str), _field(entry, "bytes", int)
-    # The name becomes a local path and a key in the remote.
+def check_shard_name(basename: str) -> None:
+    """Raise ValueError for a name that no shard can have.
+
+    The name becomes a local path and a key in the remote.
+    """
     relative_name(basename)
     if basename.split("/")[0] == INDEX_NAME or basename.startswith("."):
         raise ValueError(f"the file name {basename!r} is not that of a shard")
+
+
+def _file_info(entry: Any) -> FileInfo:
+    basename, size = _field(entry, "basename", str), _field(entry, "bytes", int)
+    check_shard_name(basename)
     if size < 0:
         raise ValueError(f"{basename} has {size} bytes")
     hashes = _field(entry, "hashes", dict)

@@ -171,13 +171,18 @@ def read_index(folder: Path) -> list[mds.Shard]:
         ValueError: the index can't be read or lacks columns of `COLUMNS`.
     """
     shards = mds.read_index(folder)
+    require_columns(folder, shards)
+    return shards
+
+
+def require_columns(folder: Path, shards: Iterable[mds.Shard]) -> None:
+    """Raises ValueError, naming the index in `folder`, for shards without those of `COLUMNS`."""
     for columns in {shard.columns for shard in shards}:
         missing = set(COLUMNS) - set(columns.names)
         if missing:
             raise ValueError(
                 f"{folder / INDEX_NAME}: the shards lack the columns {sorted(missing)}"
             )
-    return shards
 
 
 def captions_by_shard(

@@ -329,6 +329,9 @@ def _train(run: Run) -> int:
         heartbeat.beat("stopped")
         return exit_codes.REQUEUE
     reporting.finish(run)
+    if not run.saver.is_uploaded:  # named in the log; the next start uploads it
+        heartbeat.beat("stopped")
+        return exit_codes.FAILED
     heartbeat.beat("done")
     return 0
 

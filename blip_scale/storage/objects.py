@@ -49,7 +49,7 @@ _CLIENT: Any = {
     "allow_http": True,  # self-hosted servers often have no TLS
     "connect_timeout": "10s",
     "read_timeout": "60s",  # limit for a stalled answer
-    "timeout": "300s",  # limit for a whole request
+    "timeout": "120s",  # limit for a whole request: at least 140 kB/s, and less than RETRY_S
 }
 _CREDENTIALS = {
     "s3": (

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import urllib.parse
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,12 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(
+    text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
     """Parse JSON, raising ValueError for every invalid text, including too deeply nested ones."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=object_hook)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 

@@ -33,8 +33,8 @@ def url(s3: S3Server) -> str:
     return f"s3://{s3.bucket}/{uuid.uuid4().hex[:8]}/run"
 
 
-def save(folder: Path, url: str, steps: list[int], **settings: object) -> None:
-    """Save checkpoints of one rank, uploading each before the next."""
+def save(folder: Path, url: str, steps: list[int], **settings: object) -> bool:
+    """Save checkpoints of one rank, uploading each before the next; True if all are uploaded."""
     pieces = Pieces(even_slices(0, 1))
     remote = ObjectFolder(url, retry_s=0.5)
     settings = {"keep_last": 100, "retry_s": 0.5} | settings
@@ -42,6 +42,7 @@ def save(folder: Path, url: str, steps: list[int], **settings: object) -> None:
     for step in steps:
         saver.begin(state_of(step))
         assert saver.finish()
+    return saver.is_uploaded
 
 
 def in_bucket(url: str) -> set[str]:
@@ -112,9 +113,9 @@ def test_the_storage_is_down_and_comes_back(
 ) -> None:
     """Saves continue locally, and the next successful save uploads what is missing."""
     caplog.set_level(logging.INFO)
-    save(tmp_path, url, [1])
+    assert save(tmp_path, url, [1])
     s3.stop()
-    save(tmp_path, url, [2])
+    assert not save(tmp_path, url, [2])
     assert "step_00000002 was not uploaded" in caplog.text
     assert "step_00000002 not uploaded to s3://" in caplog.text
     assert restore.newest_whole(place_of(tmp_path, ObjectFolder(url, 0.5)), stage=3) == (
@@ -124,7 +125,7 @@ def test_the_storage_is_down_and_comes_back(
         restore.newest_whole(place_of(tmp_path / "new", ObjectFolder(url, 0.5)), stage=3)
     s3.start()
     caplog.clear()
-    save(tmp_path, url, [3])
+    assert save(tmp_path, url, [3])
     assert in_bucket(url) == {"step_00000001", "step_00000002", "step_00000003"}
     assert "uploaded step_00000001" not in caplog.text  # the file exists
 

@@ -154,3 +154,22 @@ def test_checkpoints_in_a_bucket(
     for place in (run, node):
         names = [path.name for path in sorted((place / "checkpoints").iterdir())]
         assert names == [f"step_{STEPS - 2:08}", f"step_{STEPS:08}"]
+
+
+def test_a_run_whose_last_upload_fails_does_not_end_well(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command again uploads what is missing, and then the run is done."""
+    recipe = make_recipe(tmp_path)
+    bucket = f"s3://{s3.bucket}/{uuid.uuid4().hex[:8]}"
+    arguments = [f"checkpoint.folder={bucket}", "checkpoint.retry_s=1"]
+    with faulty_proxy(s3.port, monkeypatch, share=0) as proxy:
+        processes = tiny_runs.launch(recipe, RANKS, *arguments)
+        wait_for_step(tmp_path, 4, processes[0])
+        proxy.share = 1
+        assert tiny_runs.finish(processes) == [1] * RANKS, tiny_runs.said(recipe)
+        assert f"step_{STEPS:08} not uploaded to {bucket}" in tiny_runs.said(recipe)
+        proxy.share = 0
+        again = tiny_runs.finish(tiny_runs.launch(recipe, RANKS, *arguments))
+        assert again == [0] * RANKS, tiny_runs.said(recipe)
+    assert "manifest.json" in s3.names(f"{bucket}/step_{STEPS:08}/")

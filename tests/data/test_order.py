@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 
 from blip_scale.data.loading.order import SampleOrder, Slot, StreamShape
@@ -106,3 +109,48 @@ def test_the_seed_matters_and_streams_are_mixed() -> None:
 def test_a_position_outside_the_epoch_is_refused() -> None:
     with pytest.raises(IndexError, match="position 5 in an epoch of 5"):
         SampleOrder([StreamShape("a", (5,), 5)], seed=0, block_samples=5).locate(0, 5)
+
+
+GOLDEN = {
+    "0d04da411388f55c4f588687da1e48819c92d3353341846f5551b2cf00f8aa74": (
+        [("coco", (113, 0, 250, 7), 370), ("vg", (64,) * 9, 1200), ("laion", range(1, 60), 700)],
+        42,
+        500,
+        3,
+    ),
+    "a7b12d83d381a7f18e1899e273d177898663567f80688b877474047e5286041d": (
+        [("one", (5, 4, 6), 15)], 0, 10_000, 4
+    ),
+    "c3712e55878c96747bcdb1be01d3f438700b0fe2654cecde90f30b825d5d61f9": (
+        [("half", (31,) * 40, 411), ("often", (3, 8), 97)], 7, 64, 5
+    ),
+}  # fmt: skip
+"""sha256 of the slots of all epochs and of what is upcoming -> streams, seed, block, epochs."""
+
+
+@pytest.mark.parametrize("expected", GOLDEN)
+def test_the_order_is_that_of_older_checkpoints(expected: str) -> None:
+    """A run that was begun with an older version goes on with the same samples."""
+    streams, seed, block_samples, epochs = GOLDEN[expected]
+    shapes = [StreamShape(name, tuple(sizes), count) for name, sizes, count in streams]
+    order = SampleOrder(shapes, seed, block_samples)
+    hasher = hashlib.sha256()
+    for epoch in range(epochs):
+        for slot in epoch_slots(order, epoch):
+            line = f"{slot.stream} {slot.shard} {slot.sample} {slot.passing}\n"
+            hasher.update(line.encode())
+    first, *others = itertools.islice(order.upcoming(1, order.samples_per_epoch // 3), 5)
+    hasher.update(repr([first, [sorted(shards) for shards in others]]).encode())
+    assert hasher.hexdigest() == expected
+
+
+def test_an_epoch_of_400_million_samples_is_held_by_its_shards() -> None:
+    shards, each = 400_000, 1_000
+    tracemalloc.start()
+    shape = StreamShape("laion", np.full(shards, each), shards * each)
+    order = SampleOrder([shape], seed=0, block_samples=262_144)
+    slots = [order.locate(0, position) for position in (0, 123_456_789, shards * each - 1)]
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(slots)) == 3
+    assert held < 25e6 and peak < 75e6

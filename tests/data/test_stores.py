@@ -12,6 +12,7 @@ from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from reading_job import ReadingJob
 
 from blip_scale.config.recipe import DataRecipe, StreamRecipe
+from blip_scale.data.reading import cache as caching
 from blip_scale.data.reading import stream_store
 from blip_scale.data.reading.cache import ShardCache
 from blip_scale.data.reading.fetching import Fetcher
@@ -258,6 +259,55 @@ def test_the_cache_stays_below_its_limit(make_shards: MakeShards, tmp_path: Path
         for shard in range(len(sizes)):
             assert store.read(shard, 0)["source"] == "red"
             assert sum(path.stat().st_size for path in cache.glob("shard.*")) <= limit
+
+
+def test_a_large_cache_is_not_listed_for_every_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ShardCache([tmp_path], limit_bytes=400 * 10)
+    listed = []
+    entries = ShardCache._entries
+
+    def counted(cache: ShardCache) -> list[tuple[int, int, Path]]:
+        listed.append(1)
+        return entries(cache)
+
+    monkeypatch.setattr(ShardCache, "_entries", counted)
+    for number in range(1000):
+        partial = tmp_path / "new.partial"
+        partial.write_bytes(bytes(10))
+        cache.admit(partial, tmp_path / f"shard.{number:05}.mds")
+        held = {path.name for path in tmp_path.glob("shard.*")}
+        assert f"shard.{number:05}.mds" in held and len(held) <= 400
+    assert len(held) > 390
+    assert "shard.00999.mds" in held and "shard.00500.mds" not in held
+    assert len(listed) < 1000 / 5
+
+
+@pytest.mark.parametrize("text", ["", "x", "5", "5 nan", "5 9e99", "1e9 1", "-3 0"])
+def test_a_damaged_count_of_the_cache_is_made_again(tmp_path: Path, text: str) -> None:
+    cache = ShardCache([tmp_path], limit_bytes=100)
+    for number in range(12):
+        partial = tmp_path / "new.partial"
+        partial.write_bytes(bytes(20))
+        cache.admit(partial, tmp_path / f"shard.{number:05}.mds")
+        (tmp_path / ".locks" / "held").write_text(text)
+        assert len(list(tmp_path.glob("shard.*"))) == min(number + 1, 5)
+
+
+def test_shards_of_another_job_are_counted_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ShardCache([tmp_path], limit_bytes=100)
+    for number in range(9):
+        if number == 4:
+            for other in range(5):
+                (tmp_path / f"shard.9000{other}.mds").write_bytes(bytes(20))
+            monkeypatch.setattr(caching, "_COUNT_EVERY_S", 0.0)
+        partial = tmp_path / "new.partial"
+        partial.write_bytes(bytes(20))
+        cache.admit(partial, tmp_path / f"shard.{number:05}.mds")
+    assert len(list(tmp_path.glob("shard.*"))) == 5
 
 
 @pytest.mark.multiprocess

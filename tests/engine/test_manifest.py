@@ -21,7 +21,7 @@ from blip_scale.engine.watching.run_manifest import RunManifest, software
 
 
 def state(**changes: Any) -> dict[str, Any]:
-    stream = {"name": "coco", "index_xxh64": "aa", "files": [["shard.00000.mds", 3, 99, {}]]}
+    stream = {"name": "coco", "index_xxh64": "aa"}
     return {
         "recipe": {"seed": 1, "betas": (0.9, 0.99)},
         "code": {"commit": "abc", "dirty": False},
@@ -47,9 +47,6 @@ def test_starts_checkpoints_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFi
     second.ended(7, "stopped on request")
     found = read(tmp_path)
     assert found["state"]["data"] == [{"name": "coco", "index_xxh64": "aa"}]
-    assert json.loads((tmp_path / "data_shards.json").read_text()) == {
-        "coco": [["shard.00000.mds", 3, 99, {}]]
-    }
     one, two = found["attempts"]
     assert (one["job_id"], one["world_size"], one["changed"]) == ("1", 2, [])
     assert one["ended"] == {"why": "not known", "step": 4}
@@ -67,7 +64,7 @@ def test_what_changed_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     changed = state(
         recipe={"seed": 2, "betas": (0.9, 0.99)},
         code={"commit": "def", "dirty": False},
-        stream={"index_xxh64": "bb", "files": [["other.mds", 3, 99, {}]]},
+        stream={"index_xxh64": "bb"},
     )
     RunManifest(tmp_path, is_main=True).begin(changed, {}, {})
     said = {record.getMessage(): record.levelno for record in caplog.records}
@@ -80,7 +77,6 @@ def test_what_changed_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     found = read(tmp_path)
     assert found["attempts"][1]["changed"] == [name.removeprefix(before) for name in said]
     assert found["state"]["code"]["commit"] == "def"
-    assert "other.mds" in (tmp_path / "data_shards.json").read_text()
 
 
 DAMAGED = [
@@ -137,18 +133,14 @@ def test_code_and_packages(repo: Path) -> None:
         assert isinstance(found["code"]["dirty"], bool)
 
 
-def test_the_inventory_names_shards_and_hashes(tmp_path: Path) -> None:
+def test_the_inventory_is_a_line_a_stream_with_the_hash_of_its_index(tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     write_shards(folder, tiny_runs.records("shapes"), shard_size="8kb")
-    (one,) = inventory([StreamStore(StreamRecipe("shapes", str(folder)))])
-    files = one.pop("files")
     index = (folder / "index.json").read_bytes()
-    assert one == {
-        "name": "shapes", "local": str(folder), "remote": None, "samples": 64, "shards": 3,
-        "bytes": sum(path.stat().st_size for path in folder.glob("*.mds")),
-        "index_xxh64": xxhash.xxh64(index).hexdigest(),
-    }  # fmt: skip
-    for name, samples, size, hashes in files:
-        content = (folder / name).read_bytes()
-        assert size == len(content) and samples > 0
-        assert hashes == {"xxh64": xxhash.xxh64(content).hexdigest()}
+    assert inventory([StreamStore(StreamRecipe("shapes", str(folder)))]) == [
+        {
+            "name": "shapes", "local": str(folder), "remote": None, "samples": 64, "shards": 3,
+            "bytes": sum(path.stat().st_size for path in folder.glob("*.mds")),
+            "index_xxh64": xxhash.xxh64(index).hexdigest(),
+        }
+    ]  # fmt: skip

@@ -33,8 +33,9 @@ from blip_scale.data.conversion.pairs import RawPair, Source
 from blip_scale.data.conversion.screening import Rules, screen
 from blip_scale.data.heldout.videos import VideoSet
 from blip_scale.data.mds import Writer, read_index
+from blip_scale.data.reading.shard_table import SHARDS_CACHE, open_shards
 from blip_scale.data.reading.stream_store import CorruptSample
-from blip_scale.data.shards import read_caption_counts
+from blip_scale.data.shards import COLUMNS, read_caption_counts
 from blip_scale.data.sources.readers import READERS
 from blip_scale.storage import checkpoint_format
 from blip_scale.storage.checkpoint_format import Manifest
@@ -131,6 +132,37 @@ def read_set(file: Path) -> object:
     with contextlib.suppress(ValueError):
         read_caption_counts(file.parent)
     return shards
+
+
+def cached_index() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return table_beside_index(Path(folder)).read_bytes()
+
+
+def table_beside_index(folder: Path) -> Path:
+    """An index and its cached table, as StreamStore finds them."""
+    columns = COLUMNS | {"n": "int"}
+    with Writer(folder / "set", columns, 200, "zstd:1") as writer:
+        for number in range(20):
+            empty = {name: b"" if kind == "bytes" else 0 for name, kind in COLUMNS.items()}
+            texts = {"id": f"id {number}", "source": "", "url": "", "captions": ["a"]}
+            writer.write(empty | texts | {"n": number, "similarity": 0.5})
+    (folder / "set" / "index.json").replace(folder / "index.json")
+    open_shards(folder).save(folder / SHARDS_CACHE)
+    return folder / SHARDS_CACHE
+
+
+def read_cached_index(file: Path) -> object:
+    """What is read is what the index says, whatever lies in the cache."""
+    if not (file.parent / "index.json").exists():
+        content = file.read_bytes()
+        table_beside_index(file.parent)
+        file.write_bytes(content)
+    table = open_shards(file.parent)
+    expected = [shard.raw_data.basename for shard in read_index(file.parent)]
+    if [table.name(number) for number in range(len(table))] != expected:
+        raise AssertionError("a cached index that differs from index.json was taken")
+    return list(table)
 
 
 def manifest() -> bytes:
@@ -231,6 +263,7 @@ PAIR = {"images": ["1.jpg", "1.jpg"], "sentence": "two", "label": "True"}
 
 TARGETS: dict[str, Target] = {
     "index": Target("index.json", index_json(), read_set),
+    "cached index": Target(SHARDS_CACHE, cached_index(), read_cached_index),
     "shard": Target("shard.00000.mds", shard_file(), read_shard),
     "manifest": Target("manifest.json", manifest(), read_manifest),
     "safetensors": Target(

@@ -26,20 +26,31 @@ def in_chunks(items: list[Found], size: int) -> Iterator[Chunk]:
 def group_by_image(items: Iterable[Found]) -> list[Found]:
     """Join pairs of the same id to one pair with all captions and annotations, in the order in
     which the ids first appear."""
-    grouped: dict[str, RawPair] = {}
-    captions: dict[str, list[Any]] = {}
-    annotations: dict[str, list[dict[str, Any]]] = {}
+    grouped: dict[str, RawPair | list[RawPair]] = {}
+    """A list where an id comes more than once: most lists have an image once, and may be long."""
     others: list[Found] = []
     for item in items:
         if not isinstance(item, RawPair):
             others.append(item)
             continue
-        grouped.setdefault(item.id, item)
-        texts = item.captions if isinstance(item.captions, list) else [item.captions]
-        captions.setdefault(item.id, []).extend(texts)
-        annotations.setdefault(item.id, []).extend(item.annotations or [])
-    whole = (
-        replace(pair, captions=captions[pair.id], annotations=annotations[pair.id] or None)
-        for pair in grouped.values()
-    )
-    return [*whole, *others]
+        before = grouped.setdefault(item.id, item)
+        if isinstance(before, list):
+            before.append(item)
+        elif before is not item:
+            grouped[item.id] = [before, item]
+    pairs: list[Found] = []
+    while grouped:  # emptied from its end, so that each pair is held once
+        same = grouped.popitem()[1]
+        pairs.append(_joined(same if isinstance(same, list) else [same]))
+    pairs.reverse()
+    return pairs + others
+
+
+def _joined(pairs: list[RawPair]) -> RawPair:
+    """The first of some pairs, with the captions and annotations of all in lists."""
+    captions: list[Any] = []
+    annotations: list[dict[str, Any]] = []
+    for pair in pairs:
+        captions += pair.captions if isinstance(pair.captions, list) else [pair.captions]
+        annotations += pair.annotations or []
+    return replace(pairs[0], captions=captions, annotations=annotations or None)

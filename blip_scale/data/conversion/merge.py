@@ -95,20 +95,25 @@ def _reports(out: OutputFolder, numbers: Iterable[int]) -> Iterator[Report]:
 def _repeated_ids(out: OutputFolder, numbers: Sequence[int]) -> dict[int, list[str]]:
     """Ids by chunk that an earlier chunk has too.
 
-    Memory holds 64-bit hashes of all ids: 16 bytes a pair with the number of the chunk.
+    Only 64-bit hashes of all ids are held in memory, twice: 16 bytes a pair.
     """
-    hashes, owners = [], []
+    content, counts = bytearray(), []
     for report in _reports(out, numbers):
         names = [*report.held_out, *report.ids]
-        hashes.append(np.array([xxhash.xxh3_64_intdigest(name) for name in names], np.uint64))
-        owners.append(np.full(len(names), report.number, np.int64))
-    every, owner = np.concatenate(hashes), np.concatenate(owners)
-    order = np.argsort(every, kind="stable")
-    same = every[order][1:] == every[order][:-1]
-    suspects = set(every[order][1:][same].tolist())
-    if not suspects:
+        hashes = map(xxhash.xxh3_64_intdigest, names)
+        content += np.fromiter(hashes, np.uint64, len(names)).tobytes()
+        counts.append(len(names))
+    every = np.frombuffer(content, np.uint64)
+    in_order = np.sort(every)
+    repeated_hashes = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
+    del in_order
+    if not len(repeated_hashes):
         return {}
-    concerned = sorted(set(owner[np.isin(every, list(suspects))].tolist()))
+    concerned = []
+    for number, end, count in zip(numbers, np.cumsum(counts).tolist(), counts, strict=True):
+        if np.isin(every[end - count : end], repeated_hashes).any():
+            concerned.append(number)
+    suspects = set(repeated_hashes.tolist())
     seen: set[str] = set()
     repeated: dict[int, list[str]] = defaultdict(list)
     for report in _reports(out, concerned):
@@ -204,7 +209,7 @@ def _write_set(
                 shards += report.shards
                 shard_captions += report.shard_captions
                 reasons += report.reasons
-                tallies += Counter(report.tallies)
+                tallies.update(report.tallies)
                 pairs, captions = pairs + report.pairs, captions + report.captions
                 reencoded += report.reencoded
                 for reject in report.rejects:

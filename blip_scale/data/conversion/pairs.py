@@ -37,7 +37,7 @@ class Reason(StrEnum):
     DAMAGED_INPUT = "damaged input"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RawPair:
     """One image with its text as the source has it, unchecked."""
 

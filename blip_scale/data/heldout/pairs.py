@@ -114,9 +114,8 @@ def heldout_pairs(
     """
     data = data or DataRecipe()
     store = StreamStore(stream, data.make_with, retry_s=data.retry_s)
-    places = [(shard, i) for shard, count in enumerate(store.shard_samples) for i in range(count)]
-    taken = min(len(places), max_images or len(places))
-    places = [places[i * len(places) // taken] for i in range(taken)]  # evenly over the set
+    taken = min(store.samples, max_images or store.samples)
+    places = store.places(i * store.samples // taken for i in range(taken))  # evenly over the set
 
     def read(index: int) -> Sample:
         return store.read(*places[index])

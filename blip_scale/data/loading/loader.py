@@ -1,6 +1,4 @@
-"""Training batches: any number of ranks and workers reads the same samples in the same global
-order.
-"""
+"""Training batches in one global order, whatever the number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -32,8 +30,10 @@ from blip_scale.data.reading.prefetch import Prefetcher
 from blip_scale.data.reading.probe import MOST_UNKNOWN, unknown_share
 from blip_scale.data.reading.stream_store import StreamStore, open_streams
 
-_DEATH_SEEN_S = 30.0  # a message may break off before its sender, on a busy machine, is seen dead
-_DEATHS = 3  # of workers without a batch in between: then the run stops
+_DEATH_SEEN_S = 30.0
+"""Seconds that a worker may take to be seen dead on a busy machine, after its message broke off."""
+_DEATHS = 3
+"""Deaths of workers without a batch in between that stop the run."""
 
 _STREAMS_DECIDE = (
     " (name, samples, samples an epoch of each: they decide the order, the name too; `local` and "
@@ -72,7 +72,7 @@ class TrainLoader:
             check_shared_memory(needed, ranks_here())
             workers.start_server()
         stores = open_streams(data)
-        sizes = [sum(store.shard_items) for store in stores]
+        sizes = [int(store.shard_items.sum()) for store in stores]
         counts = samples_per_epoch(data, sizes)
         logger.info("an epoch of %d pairs: %s", sum(counts), describe(data, sizes, counts))
         _warn_of_small_cache(data, stores, counts)
@@ -98,7 +98,10 @@ class TrainLoader:
             "seed": seed,
             "global_batch_size": position.global_batch_size,
             "shuffle_block": data.shuffle_block,
-            "streams": [[shape.name, shape.samples, shape.samples_per_epoch] for shape in shapes],
+            "streams": [
+                [shape.name, size, shape.samples_per_epoch]
+                for shape, size in zip(shapes, sizes, strict=True)
+            ],
         }
         self._position = position
         self._workers = data.workers
@@ -135,9 +138,9 @@ class TrainLoader:
         return self._consume(self._generation)
 
     def _start(self) -> None:
-        """Begin reading at the current position, with workers of its own."""
+        """Start workers that read from the current position on."""
         if self._workers:
-            workers.start_server()  # which may have died
+            workers.start_server()  # it may have died
         first = self._samples_seen // self._position.micro_samples
         self._iterator = iter(
             DataLoader(
@@ -149,7 +152,7 @@ class TrainLoader:
                 worker_init_fn=partial(workers.begin, dict(os.environ), self._set_up_worker),
                 prefetch_factor=PREFETCHED_BATCHES if self._workers else None,
                 pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # else it draws from, and shifts, the global one
+                generator=torch.Generator(),  # without it, the global generator would advance
             )
         )
         self._processes = list(getattr(self._iterator, "_workers", []))
@@ -165,7 +168,7 @@ class TrainLoader:
             yield batch
 
     def _next(self) -> Batch | Exception:
-        """The next batch; workers that were killed are replaced, and nothing is lost by it."""
+        """The next batch. Workers that were killed are replaced, without losing a sample."""
         for _ in range(_DEATHS):
             assert self._iterator is not None
             try:
@@ -173,7 +176,7 @@ class TrainLoader:
             except Exception:  # RuntimeError, or what a torn message makes of itself
                 ended = wait([process.sentinel for process in self._processes], _DEATH_SEEN_S)
                 for process in self._processes:
-                    if process.sentinel in ended:  # its files are closed, its end comes after
+                    if process.sentinel in ended:  # its files are closed, it ends right after
                         process.join(_DEATH_SEEN_S)
                 dead = [process for process in self._processes if not process.is_alive()]
                 if not dead:
@@ -183,8 +186,8 @@ class TrainLoader:
             self.close()
             self._start()
         raise RuntimeError(
-            f"loader workers die again and again ({died}). If nobody kills them, they may lack "
-            "memory (of the machine, or of /dev/shm): lower data.workers"
+            f"loader workers die again and again ({died}). If nobody kills them, the machine or "
+            "/dev/shm may lack memory: lower data.workers"
         )
 
     @property
@@ -201,13 +204,13 @@ class TrainLoader:
         return {"samples_seen": self._samples_seen, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; ranks may differ, the data may not."""
-        for name, mine in self._identity.items():
-            if state[name] != mine:
+        """Resume where `state_dict` was taken. The number of ranks may differ, the data may not."""
+        for name, value in self._identity.items():
+            if state[name] != value:
                 why = _STREAMS_DECIDE if name == "streams" else ""
                 raise ValueError(
                     f"the checkpoint was made with other data: {name} was {state[name]} and is "
-                    f"{mine} now{why}; restore it or start a new run in another output_dir"
+                    f"{value} now{why}; restore it or start a new run in another output_dir"
                 )
         if state["samples_seen"] % self._position.micro_samples:
             raise ValueError(
@@ -218,17 +221,17 @@ class TrainLoader:
         self._samples_seen = state["samples_seen"]
 
     def close(self) -> None:
-        """End the workers; an iterator that is still held ends too."""
+        """Stop the workers and the iterator that is in use."""
         self._iterator = None
         self._batches.prefetcher.close()
         for process in self._processes:
-            if process.is_alive():  # it waits for a remote and hears nothing else
+            if process.is_alive():  # it may be waiting for a remote
                 process.kill()
         self._processes = []
 
 
 def _warn_of_unknown_tokens(stores: Sequence[StreamStore], text: CaptionInput) -> None:
-    """Captions in a language that the tokenizer lacks train nothing."""
+    """Warn of captions in a language that the tokenizer lacks: they train nothing."""
     for store in stores:
         share = unknown_share(store, text.tokenizer)
         if share > MOST_UNKNOWN:
@@ -242,10 +245,11 @@ def _warn_of_unknown_tokens(stores: Sequence[StreamStore], text: CaptionInput) -
 def _warn_of_small_cache(
     data: DataRecipe, stores: Sequence[StreamStore], counts: Sequence[int]
 ) -> None:
-    """A block is read in random order: shards of it that don't fit are fetched many times."""
+    """Warn of a cache below a block. Its samples are read in random order, so shards that don't
+    fit are fetched many times."""
     limit_bytes = next((store.cache.limit_bytes for store in stores if store.cache), None)
     epoch_bytes = sum(
-        count / sum(store.shard_items) * sum(map(store.shard_bytes, range(len(store.shards))))
+        count / float(store.shard_items.sum()) * float(store.shards.raw_bytes.sum())
         for store, count in zip(stores, counts, strict=True)
         if store.remote
     )

@@ -1,4 +1,4 @@
-"""What a loader worker does: it makes a micro batch, by its number, out of samples.
+"""Micro batches by their number, made out of samples in a loader worker.
 
 Legend: B pairs of a micro batch on one rank, T packed tokens, H and W the sides of the image.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _SWAP = 1  # keeps this use of the seed apart from the pixels'
-_DAMAGED_SHARDS = 8  # in a row: then it is no accident, and the run stops
+_DAMAGED_SHARDS = 8  # in a row stop the run: that is no accident
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Batch:
     """Tokens of the longest caption; `CaptionInput.max_tokens` where they are filled up."""
     ids: list[str]
     captions: list[str]
-    """Cleaned."""
+    """Cleaned captions."""
     sources: list[str]
     streams: list[str]
     """Name of the stream that each pair is from."""
     skipped: list[str]
     """Place, id and reason of every corrupt sample that another one stands in for."""
     annotations: list[dict[str, Any]] = field(default_factory=list)
-    """What the task knows of each caption, where the set has that."""
+    """Annotations of each caption, in sets of tasks that have them."""
     padding: Padding = field(default_factory=Padding)
-    """How the captions are filled up to a static size."""
+    """Fillers that bring the captions to a static size."""
 
     @property
     def caption_tokens(self) -> int:
@@ -63,7 +63,7 @@ class Batch:
         return int(self.offsets[-1 - self.padding.fillers])
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
+        """A copy with its tensors on `device`, made asynchronously from pinned memory."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=True),
@@ -83,7 +83,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class CaptionInput:
-    """How captions become tokens."""
+    """Settings that turn captions into tokens."""
 
     tokenizer: PreTrainedTokenizerFast
     max_tokens: int
@@ -91,7 +91,7 @@ class CaptionInput:
     max_words: int = 30
     clean: Clean = clean_caption
     prompt: str = ""
-    """How every caption begins."""
+    """Text in front of every caption."""
     pad_tokens_to: int = 1
     """Filler sequences are added until the tokens of a micro-batch are a multiple of this."""
 
@@ -134,7 +134,7 @@ class MicroBatches(Dataset["Batch | Exception"]):
     seed: int
 
     def __getitem__(self, number: int) -> Batch | Exception:
-        """An error is returned, not raised: torch would bury it in the worker's traceback."""
+        """A batch. An error is returned, not raised: torch would bury it in a traceback."""
         try:
             return self._batch(number)
         except (OSError, ValueError) as error:
@@ -199,18 +199,20 @@ class MicroBatches(Dataset["Batch | Exception"]):
         return np.random.default_rng((self.seed, epoch, place, *use))
 
     def _due_caption(self, sample: dict[str, Any], slot: Slot) -> int:
-        """A random one of the captions at first, in each later pass the next (counted on)."""
+        """Number of the caption that is due: random in the first pass, then one after the other."""
         return zlib.crc32(f"{self.seed}/{sample['id']}".encode()) + slot.passing
 
 
 def read_or_replace(
     store: StreamStore, slot: Slot, decode: Callable[[dict[str, Any]], Tensor], skipped: list[str]
 ) -> tuple[dict[str, Any], Tensor]:
-    """The sample at `slot` and what `decode` makes of its images; the next one of its shard that is
-    whole, if it is corrupt; one of the next shard, if the shard is damaged.
+    """The sample at `slot`, and what `decode` makes of its images.
 
-    What is passed over is added to `skipped`. Raises ValueError when the shard has no whole sample,
-    and when too many shards that follow are damaged too.
+    A corrupt sample is replaced by the next whole one of its shard, and a damaged shard by the next
+    one. What is skipped is added to `skipped`.
+
+    Raises:
+        ValueError: the shard has no whole sample, or too many shards in a row are damaged.
     """
     shard = slot.shard
     for _ in range(_DAMAGED_SHARDS):
@@ -233,18 +235,19 @@ def _read_from(
     decode: Callable[[dict[str, Any]], Tensor],
     skipped: list[str],
 ) -> tuple[dict[str, Any], Tensor]:
-    count = store.shard_samples[shard]
+    count = int(store.shard_samples[shard])
     for step in range(count):
         index = (sample + step) % count
-        name = f"{store.name}/{store.shard_name(shard)}[{index}]"
+        name = ""
         try:
-            found = store.read(shard, index)
-            name += f" {found['id']}"
-            return found, decode(found)
+            columns = store.read(shard, index)
+            name = f" {columns['id']}"
+            return columns, decode(columns)
         except DamagedShard:
             raise
         except CorruptSample as error:
-            skipped.append(f"{name}: {error}")
+            place = f"{store.name}/{store.shard_name(shard)}[{index}]"
+            skipped.append(f"{place}{name}: {error}")
     path = store.folder / store.shard_name(shard)
     raise ValueError(
         f"stream {store.name!r}: no sample of shard {path} can be decoded; make it again"

@@ -1,4 +1,4 @@
-"""How much of each stream an epoch takes."""
+"""The share of an epoch that each stream has."""
 
 from __future__ import annotations
 

@@ -1,19 +1,23 @@
 """Which sample comes when: a pure function of the seed, the epoch and the position in it.
 
-Nobody else has a say in it, neither ranks nor workers nor what was read before, and nothing needs
-to be read to find out: a run resumes anywhere at once, and any number of ranks sees the same global
-order.
+Ranks, workers and earlier reads do not change it, and nothing needs to be read to find out. So a
+run resumes anywhere at once, and any number of ranks sees the same global order.
 
-Shuffling is in two stages, as shards are fetched whole and sets may be larger than memory: all
-shards of all streams are shuffled and cut into blocks of about `block_samples`, then the samples of
-a block are shuffled together. Smaller sets are one block, shuffled perfectly.
+Shards are fetched whole and sets may be larger than memory, so shuffling has two stages. All shards
+of all streams are shuffled and cut into blocks of about `block_samples`, then the samples of a
+block are shuffled together. Smaller sets are one block, shuffled perfectly.
+
+Memory grows with the shards (28 bytes each) and the block (8 bytes a sample), not with the samples
+of an epoch.
 """
 
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,16 +27,12 @@ _PASS, _SHARD, _EPOCH, _BLOCK = range(4)  # keep the uses of the seed apart
 
 @dataclass(frozen=True)
 class StreamShape:
-    """What the order needs to know of a stream. Its samples are images, or captions where each of
-    them is to be read once an epoch."""
+    """What the order needs to know of a stream."""
 
     name: str
-    shard_samples: tuple[int, ...]
+    shard_samples: Sequence[int] | NDArray[np.int64]
+    """Samples of each shard: images, or captions where an epoch reads each of them once."""
     samples_per_epoch: int
-
-    @property
-    def samples(self) -> int:
-        return sum(self.shard_samples)
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,10 @@ class Slot:
     shard: int
     sample: int
     passing: int
-    """So many times the stream has been read whole before: which of its captions is due."""
+    """Number of complete passes over the stream before this one; decides which caption is due."""
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """The part of a shard that an epoch reads: a range of the shard's own permutation."""
 
     stream: int
@@ -55,6 +54,9 @@ class _Piece:
     passing: int
     start: int
     stop: int
+
+
+_PIECE = np.dtype([(name, np.int32) for name in _Piece._fields])
 
 
 class SampleOrder:
@@ -69,94 +71,141 @@ class SampleOrder:
     def __init__(self, streams: Sequence[StreamShape], seed: int, block_samples: int):
         self.samples_per_epoch = sum(stream.samples_per_epoch for stream in streams)
         self._streams = tuple(streams)
+        self._sizes = [np.asarray(stream.shard_samples, np.int64) for stream in streams]
         self._seed = seed
         self._block_samples = block_samples
         self._epoch = -1
-        self._pieces: list[_Piece] = []
+        self._pieces = np.zeros(0, _PIECE)
+        """Pieces of the epoch in their order."""
         self._starts: NDArray[np.int64] = np.zeros(1, np.int64)
+        """First position of each piece, and the end of the epoch."""
         self._block_range = range(0)
-        self._block: NDArray[np.int32] = np.zeros((0, 2), np.int32)
+        self._block_first = 0
+        """Number of the block's first piece."""
+        self._block_ends: list[int] = []
+        """End of each of the block's pieces, counted in samples from the start of the block."""
+        self._block = 0
+        """Number of the block in the epoch."""
+        self._block_rows: NDArray[np.int64] | None = None
+        """For each position of the block, the sample's place in the row of the block's pieces; None
+        until it is needed."""
+        self._piece_orders: dict[int, NDArray[np.int64]] = {}
+        """Order of samples inside those pieces of the block that were asked for."""
 
     def locate(self, epoch: int, position: int) -> Slot:
         """The sample at `position` of `epoch`, 0 <= position < samples_per_epoch."""
+        self._enter(epoch, position)
+        row = int(self._rows()[position - self._block_range.start])
+        number = bisect_right(self._block_ends, row)
+        place = row - (self._block_ends[number - 1] if number else 0)
+        piece = _Piece(*self._pieces[self._block_first + number].item())
+        if number not in self._piece_orders:
+            self._piece_orders[number] = self._order_of(piece)
+        sample = int(self._piece_orders[number][place])
+        return Slot(piece.stream, piece.shard, sample, piece.passing)
+
+    def block_of(self, epoch: int, position: int) -> tuple[int, int]:
+        """The block that holds a position, as its epoch and first position."""
+        self._enter(epoch, position)
+        return epoch, self._block_range.start
+
+    def upcoming(
+        self, epoch: int, position: int, by_use: bool = True
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Stream and shard of what is read from a position on, block after block, for ever.
+
+        With `by_use`, the first list holds what the rest of the block reads, by first use. The
+        others hold all that a block reads, in no particular order, which takes less time.
+        """
+        while True:
+            self._enter(epoch, position)
+            if by_use:
+                pieces = self._pieces[self._used_pieces(position)]
+            else:
+                last = self._block_first + len(self._block_ends)
+                pieces = self._pieces[self._block_first : last]
+            shards = zip(pieces["stream"].tolist(), pieces["shard"].tolist(), strict=True)
+            position = self._block_range.stop
+            if position == self.samples_per_epoch:
+                epoch, position = epoch + 1, 0
+            by_use = False
+            yield list(dict.fromkeys(shards))
+
+    def _enter(self, epoch: int, position: int) -> None:
+        """Find the epoch and the block of a position, unless it is in those of the last call."""
         if not 0 <= position < self.samples_per_epoch:
             raise IndexError(f"position {position} in an epoch of {self.samples_per_epoch} samples")
         if epoch != self._epoch:
             self._enter_epoch(epoch)
         if position not in self._block_range:
             self._enter_block(position)
-        number, sample = self._block[position - self._block_range.start]
-        piece = self._pieces[number]
-        return Slot(piece.stream, piece.shard, int(sample), piece.passing)
 
-    def block_of(self, epoch: int, position: int) -> tuple[int, int]:
-        """The block that holds a position, as its epoch and first position."""
-        self.locate(epoch, position)
-        return epoch, self._block_range.start
-
-    def upcoming(self, epoch: int, position: int) -> Iterator[list[tuple[int, int]]]:
-        """Stream and shard of what is read from a position on, by first use: first of the rest of
-        its block, then of each later block, for ever.
-        """
-        while True:
-            self.locate(epoch, position)
-            numbers = self._block[position - self._block_range.start :, 0]
-            pieces, first_uses = np.unique(numbers, return_index=True)
-            used = [self._pieces[number] for number in pieces[np.argsort(first_uses)]]
-            shards = list(dict.fromkeys((piece.stream, piece.shard) for piece in used))
-            position = self._block_range.stop
-            if position == self.samples_per_epoch:
-                epoch, position = epoch + 1, 0
-            yield shards
+    def _used_pieces(self, position: int) -> NDArray[np.int64]:
+        """Numbers of the pieces that the rest of the block reads, by first use."""
+        rows = self._rows()[position - self._block_range.start :]
+        count = len(self._block_ends)
+        piece_of_row = np.repeat(np.arange(count), np.diff(self._block_ends, prepend=0))
+        first_use = np.full(count, len(rows))
+        # Of the places that an index is assigned, the last one stays: backwards, the first use.
+        first_use[piece_of_row[rows[::-1]]] = np.arange(len(rows))[::-1]
+        by_use = np.argsort(first_use, kind="stable")
+        return self._block_first + by_use[: np.count_nonzero(first_use < len(rows))]
 
     def _enter_epoch(self, epoch: int) -> None:
-        pieces = [
-            piece
-            for number, stream in enumerate(self._streams)
-            for piece in self._stream_pieces(number, stream, epoch)
-        ]
-        shuffled = self._rng(_EPOCH, epoch).permutation(len(pieces))
-        self._pieces = [pieces[i] for i in shuffled]
-        lengths = [piece.stop - piece.start for piece in self._pieces]
-        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        pieces = np.concatenate(
+            [self._stream_pieces(number, epoch) for number in range(len(self._streams))]
+        )
+        self._pieces = pieces[self._rng(_EPOCH, epoch).permutation(len(pieces))]
+        self._starts = np.zeros(len(pieces) + 1, np.int64)
+        np.cumsum(self._pieces["stop"] - self._pieces["start"], out=self._starts[1:])
         self._block_range = range(0)
         self._epoch = epoch
 
-    def _stream_pieces(self, number: int, stream: StreamShape, epoch: int) -> list[_Piece]:
+    def _stream_pieces(self, number: int, epoch: int) -> NDArray[np.void]:
+        """The pieces of a stream in an epoch, pass after pass."""
+        stream, sizes = self._streams[number], self._sizes[number]
+        samples = int(sizes.sum())
         begin, end = (stream.samples_per_epoch * e for e in (epoch, epoch + 1))
-        pieces = []
-        for passing in range(begin // stream.samples, -(-end // stream.samples)):
-            offset = passing * stream.samples
+        passes = []
+        for passing in range(begin // samples, -(-end // samples)):
             rng = self._rng(_PASS, zlib.crc32(stream.name.encode()), passing)
-            for shard in rng.permutation(len(stream.shard_samples)):
-                length = stream.shard_samples[shard]
-                start, stop = max(begin - offset, 0), min(end - offset, length)
-                if start < stop:
-                    pieces.append(_Piece(number, int(shard), passing, start, stop))
-                offset += length
-        return pieces
+            shards = rng.permutation(len(sizes))
+            lengths = sizes[shards]
+            offsets = passing * samples + np.cumsum(lengths) - lengths
+            starts = np.maximum(begin - offsets, 0)
+            stops = np.minimum(end - offsets, lengths)
+            is_read = starts < stops
+            pieces = np.empty(np.count_nonzero(is_read), _PIECE)
+            pieces["stream"], pieces["passing"] = number, passing
+            pieces["shard"] = shards[is_read]
+            pieces["start"], pieces["stop"] = starts[is_read], stops[is_read]
+            passes.append(pieces)
+        return np.concatenate(passes)
 
     def _enter_block(self, position: int) -> None:
-        """Lay out the block that holds `position`: the pieces that start in its span."""
+        """Find the block that holds `position`: the pieces that start in its span."""
         piece = int(np.searchsorted(self._starts, position, side="right")) - 1
-        block = int(self._starts[piece]) // self._block_samples
-        span = np.array([block, block + 1]) * self._block_samples
-        first, last = np.searchsorted(self._starts[:-1], span, side="left")
-        rows = [
-            np.stack([np.full(piece.stop - piece.start, number), self._samples_of(piece)], axis=1)
-            for number, piece in enumerate(self._pieces[first:last], start=int(first))
-        ]
-        block_rows = np.concatenate(rows).astype(np.int32)
-        self._block = self._rng(_BLOCK, self._epoch, block).permutation(block_rows)
+        self._block = int(self._starts[piece]) // self._block_samples
+        span = np.array([self._block, self._block + 1]) * self._block_samples
+        first, last = np.searchsorted(self._starts[:-1], span, side="left").tolist()
         self._block_range = range(int(self._starts[first]), int(self._starts[last]))
+        self._block_first = first
+        self._block_ends = (self._starts[first + 1 : last + 1] - self._starts[first]).tolist()
+        self._block_rows = None
+        self._piece_orders = {}
 
-    def _samples_of(self, piece: _Piece) -> NDArray[np.int64]:
-        stream = self._streams[piece.stream]
-        name = zlib.crc32(stream.name.encode())
-        order = self._rng(_SHARD, name, piece.passing, piece.shard).permutation(
-            stream.shard_samples[piece.shard]
-        )
-        return order[piece.start : piece.stop]
+    def _rows(self) -> NDArray[np.int64]:
+        if self._block_rows is None:
+            rng = self._rng(_BLOCK, self._epoch, self._block)
+            self._block_rows = rng.permutation(len(self._block_range))
+        return self._block_rows
+
+    def _order_of(self, piece: _Piece) -> NDArray[np.int64]:
+        """Numbers of the samples of a piece, in their order."""
+        name = zlib.crc32(self._streams[piece.stream].name.encode())
+        rng = self._rng(_SHARD, name, piece.passing, piece.shard)
+        samples = rng.permutation(int(self._sizes[piece.stream][piece.shard]))
+        return samples[piece.start : piece.stop]
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, *purpose))

@@ -1,5 +1,5 @@
-"""Shared memory that loader workers hand their batches over in: /dev/shm, 64 MB in a container of
-Docker unless told otherwise."""
+"""Shared memory in /dev/shm, through which loader workers hand over batches. Docker gives a
+container 64 MB of it by default."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from blip_scale.errors import RefusedInput
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED_BATCHES = 4
-"""Batches that a worker makes ahead."""
+"""Batches that a worker makes ahead of the training step."""
 
 
 def needed_bytes(workers: int, micro_batch: int, image_size: int, images: int = 1) -> int:
-    """Bytes that the batches under way of one rank take.
+    """Bytes of the batches that are under way on one rank.
 
     Args:
         workers: loader processes.
@@ -36,23 +36,23 @@ def check_shared_memory(needed: int, ranks: int, folder: Path = SHARED_MEMORY) -
         folder: where shared memory lies.
 
     Returns:
-        What there is, for a report.
+        A line for a report.
 
     Raises:
-        RefusedInput: names what is needed, and how to get it.
+        RefusedInput: the folder is too small.
     """
     if not needed or not folder.is_dir():
         return "not used"
     size = shutil.disk_usage(folder).total
     total = needed * ranks
-    said = f"{size / 2**20:.0f} MiB in {folder}, {total / 2**20:.0f} MiB for {ranks} rank(s)"
+    report = f"{size / 2**20:.0f} MiB in {folder}, {total / 2**20:.0f} MiB for {ranks} rank(s)"
     if total > size:
         gib = -(-2 * total // 2**30)
         raise RefusedInput(
-            f"{said}: loader workers would lose batches; start the container with "
+            f"{report}: loader workers would lose batches; start the container with "
             f"--shm-size={gib}g (or --ipc=host), or lower data.workers (0: no shared memory)"
         )
-    return said
+    return report
 
 
 def ranks_here() -> int:

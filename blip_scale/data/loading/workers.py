@@ -1,8 +1,8 @@
-"""Where loader workers come from: a process that has the imports, one thread, and no locks.
+"""Loader workers are forked by a server process with the imports, one thread and no locks.
 
-A rank has threads of others (gloo's, NCCL's, TensorBoard's), and a fork copies the locks that they
-hold at that moment without the threads that would release them: now and then a worker would wait
-for ever, and the run with it. So workers are forked by Python's fork server.
+A rank has threads of gloo, NCCL and TensorBoard. A fork copies the locks that they hold, without
+the threads that would release them. Now and then a worker would wait for ever, and the run with it.
+So workers are forked by Python's fork server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OF_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def start_server() -> None:
-    """Have the fork server run, which imports what workers need while the rank does other things.
+    """Start the fork server, which imports what workers need while the rank does other things.
 
     A launcher's SIGTERM, SLURM's SIGUSR1 or a Ctrl-C reaches it and the workers too. The rank still
     needs their batches to stop cleanly, so the signals are blocked there, from the very start.
@@ -39,7 +39,7 @@ def start_server() -> None:
 
 
 def begin(environment: dict[str, str], set_up: Callable[[], object] | None, worker: int) -> None:
-    """What a worker does first.
+    """Set a worker up, before its first batch.
 
     Args:
         environment: the variables of the rank, which may have changed since the server's start.
@@ -66,7 +66,7 @@ def _end_with_feeder(error: BaseException, batch: object) -> None:
 
 
 def end_with_parent() -> None:
-    """Have this process end when the one that started it does, however that ends."""
+    """End this process as soon as its parent ends, for whatever reason."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

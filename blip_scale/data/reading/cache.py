@@ -1,14 +1,16 @@
-"""The cache folder of fetched shards: whole files only, below a size, shared by any processes.
+"""The cache folder of fetched shards: whole files only, below a size, shared by all processes.
 
-Processes of any jobs meet at flocks on files in the folder, which the kernel releases whatever
-happens to their holder; a half-written file never has the name of a shard.
+Processes of all jobs synchronise by flock on files in the folder. The kernel releases a lock
+whatever happens to its holder. A half-written file never has the name of a shard.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +19,21 @@ from blip_scale.errors import RefusedInput
 from blip_scale.storage import files
 
 _SHARDS = "shard.*.mds"
+_COUNT_EVERY_S = 60.0
+"""Shards of the cache are counted anew so often, as other jobs add and drop some."""
+_SLACK = 64
+"""Eviction goes on for this part of the limit, so that it does not list the cache every time."""
 _REMOTE = "remote.txt"
-"""The remote whose shards a folder holds."""
+"""File that names the remote whose shards a folder holds."""
 
 logger = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """Keeps the fetched shards of a run's streams below a size: the least recently used go first.
+    """Keeps the fetched shards of a run's streams below a size by evicting the least recently used.
 
-    The limit holds for whole shards; those that are being fetched come on top, one a worker and one
-    a prefetching thread. A full disk becomes the limit where none is set.
+    The limit holds for whole shards. Those that are being fetched come on top: one for each worker
+    and one for each prefetching thread. A full disk becomes the limit where none is set.
     """
 
     def __init__(self, folders: Sequence[Path], limit_bytes: int | None = None):
@@ -40,11 +46,15 @@ class ShardCache:
             partial.replace(path)
             return
         with locked(self.folders[0], "room"):
-            self._drop_until(self.limit_bytes - partial.stat().st_size)
+            size = partial.stat().st_size
+            held, counted_s = self._held()
+            if held + size > self.limit_bytes:
+                held, counted_s = self._drop_until(self.limit_bytes - size), time.time()
             partial.replace(path)
+            self._note(held + size, counted_s)
 
     def shrink(self, incoming_bytes: int) -> bool:
-        """Make room for `incoming_bytes` on a full disk; False when nothing is left to drop."""
+        """Evict shards until a full disk has room for `incoming_bytes`; False if there are none."""
         with locked(self.folders[0], "room"):
             held = sum(size for _, size, _ in self._entries())
             if not held:
@@ -52,22 +62,54 @@ class ShardCache:
             if self.limit_bytes is None or self.limit_bytes > held:
                 logger.warning(
                     "the disk of the cache %s is full at %.1f GB of shards: the least recently "
-                    "used are dropped from now on; make room, or set data.cache_limit",
+                    "used are evicted from now on; make room, or set data.cache_limit",
                     self.folders[0],
                     held / 1e9,
                 )
             self.limit_bytes = max(held - incoming_bytes, 1)
             self._drop_until(self.limit_bytes)
+            self._count.unlink(missing_ok=True)
             return True
 
-    def _drop_until(self, allowed_bytes: int) -> None:
-        entries = self._entries()
-        excess = sum(size for _, size, _ in entries) - allowed_bytes
-        for _, size, path in sorted(entries):
-            if excess <= 0:
-                return
+    @property
+    def _count(self) -> Path:
+        """File with the bytes of all shards, and the time when they were last counted."""
+        return self.folders[0] / ".locks" / "held"
+
+    def _held(self) -> tuple[int, float]:
+        """Bytes of all shards, and when they were counted: at most once in `_COUNT_EVERY_S` by all
+        processes together."""
+        try:
+            held, counted_s = self._count.read_text(encoding="utf-8").split()
+            if 0 <= time.time() - float(counted_s) < _COUNT_EVERY_S:
+                return int(held), float(counted_s)
+        except (OSError, ValueError):  # not there, or damaged: it is made again
+            pass
+        return sum(size for _, size, _ in self._entries()), time.time()
+
+    def _note(self, held: int, counted_s: float) -> None:
+        """Keep the bytes for the next process; without them it counts."""
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with os.fdopen(os.open(self._count, flags, 0o666), "w", encoding="utf-8") as file:
+                file.write(f"{held} {counted_s}")
+        except OSError:  # a full disk
+            with contextlib.suppress(OSError):
+                self._count.unlink()
+
+    def _drop_until(self, allowed_bytes: int) -> int:
+        """Drop the least recently used shards; returns the bytes of the others."""
+        entries = sorted(self._entries())
+        held = sum(size for _, size, _ in entries)
+        lowest = allowed_bytes - (self.limit_bytes or 0) // _SLACK
+        if held <= allowed_bytes:
+            return held
+        for _, size, path in entries:
+            if held <= allowed_bytes and held - size < lowest:
+                break
             path.unlink(missing_ok=True)
-            excess -= size
+            held -= size
+        return held
 
     def _entries(self) -> list[tuple[int, int, Path]]:
         """Time of the last use, bytes and path of every shard."""
@@ -82,10 +124,10 @@ class ShardCache:
 
 
 def claim(folder: Path, remote: str) -> None:
-    """Record whose shards a cache folder holds; names of shards are the same in every set.
+    """Record which remote a cache folder belongs to. Shards have the same names in every set.
 
     Raises:
-        RefusedInput: it holds those of another remote.
+        RefusedInput: the folder holds shards of another remote.
     """
     file = folder / _REMOTE
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,41 +143,39 @@ def claim(folder: Path, remote: str) -> None:
 
 
 def drop_shards(folder: Path) -> None:
-    """Throw away every shard of a cache folder."""
+    """Delete every shard of a cache folder."""
     for path in folder.rglob(_SHARDS):
         path.unlink(missing_ok=True)
 
 
-def has_size(path: Path, size: int) -> bool:
-    """Whether `path` is a file of `size` bytes."""
+def has_size(path: str, size: int) -> bool:
+    """Whether there is a file of `size` bytes."""
     try:
-        return path.stat().st_size == size
+        return os.stat(path).st_size == size  # noqa: PTH116  half the time of Path.stat
     except FileNotFoundError:
         return False
 
 
 def mark_used(path: Path) -> None:
-    """Tell the eviction that a shard is in use."""
+    """Set the time of a shard's last use, which decides what is evicted."""
     try:
         os.utime(path)
-    except FileNotFoundError:  # evicted at this very moment: reading finds out
+    except FileNotFoundError:  # evicted at this moment: the reader fetches it again
         return
 
 
 def make_durable(path: Path) -> None:
-    """Have a file on the disk before it gets its name: else a power failure could empty it."""
+    """Flush a file to the disk. Renamed before that, it could be empty after a power failure."""
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
 
 
 @contextmanager
 def locked(folder: Path, name: str | int, wait: bool = True) -> Iterator[bool]:
-    """One process and thread at a time; False, without the lock, when it is taken and `wait` is not
-    set.
-    """
+    """Hold a lock of a folder: True inside, or False where it is taken and `wait` is not set."""
     locks = folder / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    # A lock that is a link of somebody else's would empty the file that it leads to.
+    # Another user could put a link here. Following it would change the file that it leads to.
     descriptor = os.open(locks / str(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with os.fdopen(descriptor) as handle:
         try:

@@ -1,4 +1,4 @@
-"""Files of a remote folder, which may lie on a disk too, fetched with patience and checked."""
+"""Fetches files of a remote folder, or of one on a disk, with retries and checksums."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from blip_scale.storage.locations import is_local, local_path
 from blip_scale.storage.objects import DamagedFile, ObjectFolder, retried
 
 REFUSED_TRIES = 4
-"""How often a file is asked for that the remote says is not there, or is forbidden."""
+"""Attempts for a file that the remote calls missing or forbidden."""
 
 
 class Fetcher:
-    """Brings files of one remote folder; it may be sent to other processes."""
+    """Fetches files of one remote folder. Can be pickled."""
 
     def __init__(self, remote: str, retry_s: float):
         self.remote = remote
@@ -24,21 +24,24 @@ class Fetcher:
     def fetch(
         self, name: str, target: Path, info: FileInfo | None = None, retry_s: float | None = None
     ) -> None:
-        """Bring the file `name` to `target`, complete and with the checksums that `info` states.
+        """Fetch the file `name` to `target`. Only one thread of all processes may do so at a time.
 
-        What fails is retried for `retry_s` seconds (the fetcher's own when None; 0 for a single
-        attempt). Only one thread of all processes may fetch to a target at a time.
+        Args:
+            name: path from the remote folder.
+            target: where the file goes.
+            info: size and checksums to compare with; None compares nothing.
+            retry_s: seconds of retrying; None takes the fetcher's, 0 makes a single attempt.
 
         Raises:
-            DamagedFile: the content stays other than `info` says.
-            MissingFile: it is not there.
-            RemoteError: it could not be had in time, or is forbidden.
-            OSError: no room for it here.
+            DamagedFile: the content differs from `info` in every attempt.
+            MissingFile: the remote does not have the file.
+            RemoteError: the remote failed until the end of `retry_s`, or forbids the file.
+            OSError: the disk here is full.
         """
 
         def attempt() -> None:
             try:
-                _remove(target)  # what a killed process left
+                _remove(target)  # left by a killed process
                 self._download(name, target, info)
                 problem = "" if info is None else info.difference(target.read_bytes())
                 if problem:
@@ -62,6 +65,6 @@ class Fetcher:
 
 
 def _remove(target: Path) -> None:
-    """The file, and drafts of it (`target.fetched`)."""
+    """Delete the file and its drafts (`target.fetched`)."""
     for path in target.parent.glob(f"{glob.escape(target.name)}*"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run reads, for its records: every stream with its shards and their hashes."""
+"""The data in a run's manifest: a fixed number of fields for each stream."""
 
 from __future__ import annotations
 
@@ -7,34 +7,32 @@ from typing import Any
 
 import xxhash
 
-from blip_scale.data.mds import INDEX_NAME
+from blip_scale.data import mds
 from blip_scale.data.reading.stream_store import StreamStore
+
+_CHUNK_BYTES = 1 << 22
 
 
 def inventory(stores: Sequence[StreamStore]) -> list[dict[str, Any]]:
-    """A JSON-able object a stream: name, local, remote, samples, shards (their number), bytes
-    (uncompressed), index_xxh64 (of index.json), and `files`: [name, samples, bytes, hashes by
-    algorithm] of every shard, as the index gives them."""
+    """A JSON-able object for each stream.
+
+    Its fields are name, local, remote, samples, shards (their number), bytes (uncompressed) and
+    index_xxh64. The last is the hash of index.json, which names every shard with its hashes.
+    """
     return [_stream(store) for store in stores]
 
 
 def _stream(store: StreamStore) -> dict[str, Any]:
-    files = [
-        [
-            store.shard_name(number),
-            shard.samples,
-            store.shard_bytes(number),
-            dict((shard.zip_data or shard.raw_data).hashes),
-        ]
-        for number, shard in enumerate(store.shards)
-    ]
+    hasher = xxhash.xxh64()
+    with mds.index_file(store.folder).open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            hasher.update(chunk)
     return {
         "name": store.name,
         "local": str(store.folder),
         "remote": store.remote,
         "samples": store.samples,
-        "shards": len(files),
-        "bytes": sum(size for _, _, size, _ in files),
-        "index_xxh64": xxhash.xxh64((store.folder / INDEX_NAME).read_bytes()).hexdigest(),
-        "files": files,
+        "shards": len(store.shards),
+        "bytes": int(store.shards.raw_bytes.sum()),
+        "index_xxh64": hasher.hexdigest(),
     }

@@ -1,7 +1,7 @@
-"""Shards are fetched before the order comes to them, by a thread in every worker.
+"""A thread in every worker fetches shards before they are read.
 
-The threads of all workers and ranks walk the same order; each fetches the next shard that is not in
-the cache and that no other is fetching, so together they share the work.
+The threads of all workers and ranks walk the same order. Each fetches the next shard that is not
+cached and that no other thread is fetching, so together they share the work.
 """
 
 from __future__ import annotations
@@ -15,35 +15,39 @@ from blip_scale.data.loading.order import SampleOrder
 from blip_scale.data.reading.stream_store import StreamStore
 
 UNLIMITED_BYTES = 16 << 30
-"""How far ahead a cache without a limit is filled."""
+"""Bytes that are fetched ahead into a cache without a limit."""
 BLOCKS = 3
-"""The block in use and two more, if the cache holds them."""
-LIMIT_SHARE = 0.75  # of a limited cache; the rest is for shards that are still in use
-POLL_S = 0.5  # between two looks at where reading is, and at shards that others are fetching
+"""Blocks that are fetched: the one in use and two more, if the cache holds them."""
+LIMIT_SHARE = 0.75
+"""Share of a limited cache that is filled ahead. The rest is for shards that are still in use."""
+POLL_S = 0.5
+"""Seconds between two looks at the position and at shards that other threads are fetching."""
 
 
 class Prefetcher:
-    """Fetches the shards of the block in use and of those that follow, as far as the cache holds.
+    """Fetches the shards of the block in use and of the next ones, as far as the cache holds them.
 
-    Without a remote stream it does nothing. What it can't fetch it leaves to whoever needs the
-    shard, who has patience and proper errors.
+    Without a remote stream it does nothing. A shard that can't be fetched is left to the reader,
+    which retries and raises errors.
     """
 
     def __init__(self, stores: Sequence[StreamStore], order: SampleOrder):
         self._stores = stores
-        self._order = copy.copy(order)  # it remembers the block that it was asked for last
+        self._order = copy.copy(order)  # an order holds one block, and the reader's is another
         self._position = (0, 0)
+        self._cached: set[tuple[int, int]] = set()
+        """Stream and shard of what the last plan saw in the cache, and does not look for again."""
         self._stop: threading.Event | None = None
 
     def advance(self, epoch: int, position: int) -> None:
-        """Reading has come to `position` of `epoch`. The first call starts the thread."""
+        """Note that reading is at `position` of `epoch`. The first call starts the thread."""
         self._position = (epoch, position)
         if self._stop is None and any(store.remote for store in self._stores):
             self._stop = threading.Event()
             threading.Thread(target=self._run, args=(self._stop,), daemon=True).start()
 
     def close(self) -> None:
-        """End the thread after the shard that it is fetching."""
+        """Stop the thread after the shard that it is fetching."""
         if self._stop is not None:
             self._stop.set()
         self._stop = None
@@ -63,17 +67,32 @@ class Prefetcher:
             stop.wait(POLL_S)
 
     def _plan(self, epoch: int, position: int) -> list[tuple[int, int]]:
-        """Stream and shard of what is read next, in this order, as far as the cache holds it."""
+        """Streams and shards that are read next and not cached, as far as the cache holds them."""
         cache = next(store.cache for store in self._stores if store.cache)
         limit = cache.limit_bytes
         left_bytes = UNLIMITED_BYTES if limit is None else LIMIT_SHARE * limit
-        plan: dict[tuple[int, int], None] = {}
-        for shards in itertools.islice(self._order.upcoming(epoch, position), BLOCKS):
-            for stream, shard in shards:
-                if (stream, shard) in plan or not self._stores[stream].remote:
-                    continue
-                left_bytes -= self._stores[stream].shard_bytes(shard)
-                if left_bytes < 0:
-                    return list(plan)
-                plan[stream, shard] = None
-        return list(plan)
+        # The order of first use takes milliseconds to find out. It matters at the start of a run.
+        current = next(self._order.upcoming(epoch, position, by_use=False))
+        cached = set(filter(self._is_cached, current))
+        plan: list[tuple[int, int]] = []
+        planned: set[tuple[int, int]] = set()
+        upcoming = self._order.upcoming(epoch, position, by_use=len(cached) < len(current))
+        for place in itertools.chain.from_iterable(itertools.islice(upcoming, BLOCKS)):
+            store = self._stores[place[0]]
+            if place in planned or not store.remote:
+                continue
+            left_bytes -= store.shard_bytes(place[1])
+            if left_bytes < 0:
+                break
+            planned.add(place)
+            if place in cached or self._is_cached(place):
+                cached.add(place)
+            else:
+                plan.append(place)
+        self._cached = cached
+        return plan
+
+    def _is_cached(self, place: tuple[int, int]) -> bool:
+        """Whether a shard, by its stream and number, needs not be fetched."""
+        store = self._stores[place[0]]
+        return place in self._cached or store.remote is None or store.is_cached(place[1])

@@ -1,4 +1,4 @@
-"""Whether a stream can be read here: its index, and its first and last sample, decoded."""
+"""Checks that a stream can be read here: its index, and its first and last sample, decoded."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _CAPTIONS = 64
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[int, int]:
-    """Tokens of a caption with [CLS] and [SEP], and how many of them are [UNK]."""
+    """Number of tokens of a caption, [CLS] and [SEP] included, and of [UNK] among them."""
     tokens = tokenizer(caption, return_attention_mask=False)["input_ids"]
     return len(tokens), tokens.count(tokenizer.unk_token_id)
 
 
 def unknown_share(store: StreamStore, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Share of the tokens of some captions of the first shard that the tokenizer does not know.
+    """Share of unknown tokens in the first captions of the first shard.
 
-    0 where the shard can't be had at once; reading it will say why.
+    It is 0 where the shard can't be fetched at once. Reading it will raise the error.
     """
     tokens = unknown = 0
     if store.remote is None or (store.prefetch(0) and store.is_cached(0)):
@@ -47,18 +47,18 @@ def unknown_share(store: StreamStore, tokenizer: PreTrainedTokenizerFast) -> flo
 def probe_stream(
     stream: StreamRecipe, make_with: str, retry_s: float, tokenizer: PreTrainedTokenizerFast | None
 ) -> tuple[str, float]:
-    """Open a stream and decode its ends. A remote is read past the cache, which would hide that it
-    can't be reached.
+    """Open a stream and decode its first and last sample. A remote is read past the cache, which
+    would hide that it can't be reached.
 
     Args:
         retry_s: seconds for which a remote that fails is retried.
         tokenizer: reads the captions; None: no token is counted as unknown.
 
     Returns:
-        What was found, in a line, and the share of tokens that the tokenizer does not know.
+        A line about the stream, and the share of tokens that the tokenizer does not know.
 
     Raises:
-        FileNotFoundError: index or shard is not there, or may not be read.
+        FileNotFoundError: index or shard is missing, or may not be read.
         ValueError: a damaged index, shard or sample (CorruptSample).
     """
     with tempfile.TemporaryDirectory(prefix="blip_scale_probe_") as folder:

@@ -1,48 +1,51 @@
-"""Samples of a stream: from the shards where they lie, or fetched from a remote into a local cache.
+"""Samples of a stream, read from a local folder or fetched from a remote into a local cache.
 
-Processes of any jobs meet at one thing only, an flock on a file in the cache folder while a shard
-is fetched, which the kernel releases whatever happens to its holder. (MosaicML's StreamingDataset
-uses named shared memory and lock files, which a killed job leaves behind and two jobs fight over.)
+Processes of all jobs synchronise by flock on a file in the cache folder while a shard is fetched.
+The kernel releases it whatever happens to its holder. (MosaicML's StreamingDataset uses named
+shared memory and lock files, which a killed job leaves behind and two jobs fight over.)
 """
 
 from __future__ import annotations
 
+import filecmp
 import logging
 import os
 import random
 import time
-from bisect import bisect_right
-from itertools import accumulate
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from blip_scale.config.recipe import DataRecipe, StreamRecipe
 from blip_scale.data.mds import INDEX_NAME, FileInfo, Shard
 from blip_scale.data.reading import cache as caching
 from blip_scale.data.reading.cache import ShardCache, locked
 from blip_scale.data.reading.fetching import Fetcher
-from blip_scale.data.shards import read_caption_counts, read_index
+from blip_scale.data.reading.shard_table import open_captions, open_shards
 from blip_scale.errors import RefusedInput
 from blip_scale.storage.free_space import is_disk_full, parse_bytes
 from blip_scale.storage.objects import DamagedFile, MissingFile, RemoteError
 
 INDEX_RETRY_S = 10.0
-"""So long the index is asked for before a cached one is taken."""
-_TOUCH_EVERY_S = 60.0  # a shard in use tells the eviction so
+"""Seconds of retrying the remote's index before a cached one is used."""
+_TOUCH_EVERY_S = 60.0  # the time of a shard's last use is set so often
+_TOUCHED = 4096  # shards whose last use is remembered
 _LOCKS = 256  # shards that share a lock are not fetched at the same time
 _READ_ATTEMPTS = 10
-_ROOM_WAIT_S = 5.0  # on a disk that holds nothing but what others are fetching right now
+_ROOM_WAIT_S = 5.0  # on a disk that holds nothing but what others are fetching
 
 logger = logging.getLogger(__name__)
 
 
 class CorruptSample(ValueError):
-    """A sample that can't be read or decoded, in a shard that can."""
+    """A sample that can't be read or decoded, in a shard that can be read."""
 
 
 class DamagedShard(CorruptSample):
-    """A shard that the remote does not have, or whose content is not what the index says, however
-    often it is asked for."""
+    """A shard that the remote lacks, or whose content differs from the index in every attempt."""
 
 
 class StreamStore:
@@ -61,6 +64,7 @@ class StreamStore:
     ):
         self.name = stream.name
         self.folder = Path(os.path.expandvars(stream.local)).expanduser()
+        self._root = str(self.folder)
         self.remote = os.path.expandvars(stream.remote).rstrip("/") if stream.remote else None
         self.cache: ShardCache | None = None
         self._make_with = make_with
@@ -72,64 +76,67 @@ class StreamStore:
             self._claim_cache()
             self._fetch_index()
         try:
-            self.shards = read_index(self.folder)
-            counts = read_caption_counts(self.folder) if stream.repeat == "captions" else None
+            self.shards = open_shards(self.folder)
+            by_caption = stream.repeat == "captions"
+            self._captions = open_captions(self.folder, self.shards) if by_caption else None
         except FileNotFoundError as error:
             raise FileNotFoundError(self._message(str(error))) from error
         except ValueError as error:
             raise ValueError(self._message(str(error))) from error
-        self.shard_samples = tuple(shard.samples for shard in self.shards)
+        self.shard_samples: NDArray[np.int64] = self.shards.samples
         """Samples of each shard."""
-        self._caption_ends = counts and [list(accumulate(part or [])) for part in counts]
+        self.samples = int(self.shard_samples.sum())
+        """Samples of all shards."""
         if not self.samples:
             raise ValueError(self._message(f"{self.folder} holds no sample"))
         if self.remote is None:
             self._check_presence()
 
     @property
-    def samples(self) -> int:
-        return sum(self.shard_samples)
-
-    @property
-    def shard_items(self) -> tuple[int, ...]:
-        """What an epoch takes of each shard: its samples or, with `repeat: captions`, captions."""
-        if self._caption_ends is None:
-            return self.shard_samples
-        each = zip(self._caption_ends, self.shard_samples, strict=True)
-        return tuple(ends[-1] if ends else samples for ends, samples in each)
+    def shard_items(self) -> NDArray[np.int64]:
+        """What an epoch takes of each shard: samples or, with `repeat: captions`, captions."""
+        return self.shard_samples if self._captions is None else self._captions.items
 
     def locate(self, shard: int, item: int) -> tuple[int, int | None]:
         """The sample that an item of `shard_items` is, and which of its captions (None: any)."""
-        if self._caption_ends is None:
+        if self._captions is None:
             return item, None
-        ends = self._caption_ends[shard]
-        if not ends:
-            return item, 0
-        sample = bisect_right(ends, item)
-        return sample, item - (ends[sample - 1] if sample else 0)
+        return self._captions.locate(shard, item, int(self.shard_samples[shard]))
+
+    def places(self, indices: Iterable[int]) -> list[tuple[int, int]]:
+        """Shard and place in it of samples that are counted over all shards."""
+        wanted = np.fromiter(indices, np.int64)
+        ends = np.cumsum(self.shard_samples)
+        shards = np.searchsorted(ends, wanted, side="right")
+        starts = (ends - self.shard_samples)[shards]
+        return list(zip(shards.tolist(), (wanted - starts).tolist(), strict=True))
 
     def shard_bytes(self, shard: int) -> int:
         """Size of the uncompressed shard."""
-        return self.shards[shard].raw_data.bytes
+        return int(self.shards.raw_bytes[shard])
 
     def shard_name(self, shard: int) -> str:
-        return self.shards[shard].raw_data.basename
+        """Path of the uncompressed shard from the folder."""
+        return self.shards.name(shard)
 
-    def read(self, shard: int, sample: int) -> dict[str, Any]:
+    def read(self, number: int, sample: int) -> dict[str, Any]:
         """One sample as the columns of `shards.COLUMNS`; a remote shard is fetched first.
 
-        Raises CorruptSample where the shard is there but the sample in it can't be read, and
-        DamagedShard where the remote's shard is damaged.
+        Raises:
+            CorruptSample: the shard is there, but the sample in it can't be read.
+            DamagedShard: the remote's shard is damaged.
+            FileNotFoundError: the shard can't be fetched, or is evicted at once.
         """
+        shard = self.shards.readable(number)
         for _ in range(_READ_ATTEMPTS):
-            self._ensure(shard)
+            self._ensure(number)
             try:
-                return self.shards[shard].read(sample)
-            except FileNotFoundError:  # evicted by another process since: fetch it again
-                self._touched.pop(shard, None)
+                return shard.read(sample)
+            except FileNotFoundError:  # evicted by another process: fetch it again
+                self._touched.pop(number, None)
             except Exception as error:  # whatever the decoder makes of damaged bytes
                 raise CorruptSample(f"{type(error).__name__}: {error}") from error
-        path = self._path(self.shards[shard].raw_data)
+        path = self._path(shard.raw_data)
         raise FileNotFoundError(
             self._message(f"shard {path} vanishes as soon as it is fetched: raise data.cache_limit")
         )
@@ -139,16 +146,15 @@ class StreamStore:
 
         False where that failed, or where another thread or process is fetching it.
         """
-        shard = self.shards[number]
-        if number in self._damaged or self._is_there(shard):
+        if number in self._damaged or self.is_cached(number):
             return True
-        with locked(self.folder, number % _LOCKS, wait=False) as is_mine:
-            if not is_mine:
+        with locked(self.folder, number % _LOCKS, wait=False) as is_locked:
+            if not is_locked:
                 return False
             try:
-                if not self._is_there(shard):
-                    self._obtain(shard, retry_s=0)
-            except DamagedFile:  # it may come whole for who needs it
+                if not self.is_cached(number):
+                    self._obtain(self.shards[number], retry_s=0)
+            except DamagedFile:  # left to the reader, which tries more often
                 return True
             except (OSError, ValueError) as error:
                 logger.info("stream %s: not prefetched: %s", self.name, error)
@@ -157,47 +163,54 @@ class StreamStore:
 
     def is_cached(self, number: int) -> bool:
         """Whether a shard lies in the folder, whole."""
-        return self._is_there(self.shards[number])
+        path = f"{self._root}/{self.shards.name(number)}"
+        return caching.has_size(path, self.shard_bytes(number))
 
     def _path(self, info: FileInfo) -> Path:
         return self.folder / info.basename
 
-    def _is_there(self, shard: Shard) -> bool:
-        return caching.has_size(self._path(shard.raw_data), shard.raw_data.bytes)
-
     def _message(self, problem: str) -> str:
-        mend = f"; make it with `{self._make_with}`" if self._make_with else ""
-        return f"stream {self.name!r}: {problem}{mend}"
+        fix = f"; make it with `{self._make_with}`" if self._make_with else ""
+        return f"stream {self.name!r}: {problem}{fix}"
 
     def _check_presence(self) -> None:
-        there: dict[Path, set[str]] = {}  # listed once a folder, however many shards it has
-        for shard in self.shards:
-            paths = [self._path(info) for info in (shard.raw_data, shard.zip_data) if info]
-            folder = paths[0].parent
-            if folder not in there:
-                listed = os.scandir(folder) if folder.is_dir() else ()
-                there[folder] = {entry.name for entry in listed}
-            if not there[folder].intersection(path.name for path in paths):
+        listed: dict[str, set[bytes]] = {}  # names by folder, each of which is listed once
+        for number, name in enumerate(self.shards.names()):
+            if self._is_listed(name.decode(), listed):
+                continue
+            packed = self.shards.packed_name(number)
+            if packed is None or not self._is_listed(packed, listed):
+                path = self.folder / name.decode()
                 raise FileNotFoundError(
-                    self._message(f"shard {paths[0]} is missing, though the index names it")
+                    self._message(f"shard {path} is missing, though the index names it")
                 )
 
+    def _is_listed(self, name: str, listed: dict[str, set[bytes]]) -> bool:
+        below, _, file = name.rpartition("/")
+        if below not in listed:
+            folder = os.fsencode(self.folder / below)
+            entries = os.scandir(folder) if Path(os.fsdecode(folder)).is_dir() else ()
+            listed[below] = {entry.name for entry in entries}
+        return file.encode() in listed[below]
+
     def _ensure(self, number: int) -> None:
-        """See to it that the uncompressed shard lies in the folder, whole."""
+        """Fetch or decompress a shard unless it lies in the folder, whole."""
         if number in self._damaged:
             raise DamagedShard(self._damaged[number])
         now = time.monotonic()
         if now - self._touched.get(number, -_TOUCH_EVERY_S) < _TOUCH_EVERY_S:
             return
-        shard = self.shards[number]
-        if not self._is_there(shard):
-            if self.remote is None and shard.zip_data is None:
-                raise self._broken(self._path(shard.raw_data), shard.raw_data)
+        file = self.shards.readable(number).raw_data
+        if not self.is_cached(number):
+            if self.remote is None and self.shards.packed_name(number) is None:
+                raise self._broken(self._path(file), file)
             with locked(self.folder, number % _LOCKS):
-                if not self._is_there(shard):
+                if not self.is_cached(number):
                     self._obtain_or_give_up(number)
         if self.remote is not None:
-            caching.mark_used(self._path(shard.raw_data))
+            caching.mark_used(self._path(file))
+        if len(self._touched) >= _TOUCHED:
+            self._touched.clear()
         self._touched[number] = now
 
     def _broken(self, path: Path, info: FileInfo) -> Exception:
@@ -211,9 +224,9 @@ class StreamStore:
             self._obtain(self.shards[number])
         except (DamagedFile, FileNotFoundError, RemoteError) as error:
             is_gone = isinstance(error, MissingFile) and self._has_index()
-            if not is_gone and not isinstance(error, DamagedFile):  # it is out of reach
+            if not is_gone and not isinstance(error, DamagedFile):  # the remote can't be reached
                 raise FileNotFoundError(f"stream {self.name!r}: {error}") from error
-            samples = self.shard_samples[number]
+            samples = int(self.shard_samples[number])
             logger.warning(
                 "%s", self._message(f"{error}; others stand in for its {samples} samples")
             )
@@ -232,7 +245,7 @@ class StreamStore:
             return True
 
     def _obtain(self, shard: Shard, retry_s: float | None = None) -> None:
-        """Bring a shard into the folder; on a full disk, shards that are not in use make room."""
+        """Bring a shard into the folder. On a full disk, cached shards are evicted."""
         infos = [info for info in (shard.raw_data, shard.zip_data) if info]
         give_up = time.monotonic() + (_ROOM_WAIT_S if retry_s is None else retry_s)
         while True:
@@ -243,8 +256,8 @@ class StreamStore:
                 self._make_room(error, sum(info.bytes for info in infos), give_up)
 
     def _make_room(self, error: OSError, incoming_bytes: int, give_up: float = 0.0) -> None:
-        """Drop shards where `error` is a full disk, or leave others until the time `give_up` to
-        name what they have fetched, which can be dropped then; raises where that can't help.
+        """On a full disk, evict cached shards. If there are none yet, wait until `give_up` for
+        other processes to finish shards that can be evicted. Raise any other error.
         """
         if not is_disk_full(error):
             raise error
@@ -253,7 +266,7 @@ class StreamStore:
         if self.cache is None or time.monotonic() >= give_up:
             raise ValueError(
                 f"stream {self.name!r}: the disk of {self.folder} is full ({error.strerror}), and "
-                "there is no cached shard to drop: make room, or choose another folder as `local`"
+                "there is no cached shard to evict: make room, or choose another folder as `local`"
             ) from error
         time.sleep(random.Random().uniform(0.05, 0.3))  # not all processes at once
 
@@ -288,7 +301,7 @@ class StreamStore:
     def _decompress(self, shard: Shard, packed: Path, partial: Path) -> None:
         try:
             shard.decompress(packed.read_bytes(), partial)
-        except ValueError as error:  # the set was written wrong, or to do harm
+        except ValueError as error:  # a broken or hostile set
             raise DamagedFile(f"{self.remote}/{error}") from error
 
     def _claim_cache(self) -> None:
@@ -299,7 +312,7 @@ class StreamStore:
             raise RefusedInput(f"stream {self.name!r}: {error}") from error
 
     def _fetch_index(self) -> None:
-        """Bring the remote's index; shards cached under another index are thrown away."""
+        """Fetch the remote's index. Shards that were cached under another index are deleted."""
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / INDEX_NAME
         part = self.folder / f"{INDEX_NAME}.part"
@@ -316,9 +329,9 @@ class StreamStore:
                     raise FileNotFoundError(self._message(str(error))) from error
                 logger.warning("stream %r: %s; its cached copy is used", self.name, error)
                 return
-            if target.is_file() and target.read_bytes() != part.read_bytes():
+            if target.is_file() and not filecmp.cmp(target, part, shallow=False):
                 logger.warning(
-                    "stream %s: %s has changed, cached shards are dropped",
+                    "stream %s: %s has changed, cached shards are deleted",
                     self.name, f"{self.remote}/{INDEX_NAME}",
                 )  # fmt: skip
                 caching.drop_shards(self.folder)

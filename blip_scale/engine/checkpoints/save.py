@@ -168,6 +168,11 @@ class Saver:
             self._prune(self.newest, kept)  # checkpoints that were kept only for their upload
         return self._is_saved
 
+    @property
+    def is_uploaded(self) -> bool:
+        """Whether object storage, where the recipe names one, has every kept checkpoint."""
+        return self._uploads is None or not self._uploads.is_behind
+
     def _finish_writing(self) -> None:
         if self._writing:
             with self._paused():

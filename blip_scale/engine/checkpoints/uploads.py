@@ -53,6 +53,11 @@ class Uploads:
         """Step that is being uploaded, if any. Its checkpoint must not be removed yet."""
         return set() if self._under_way is None else {self._under_way}
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the storage lacks a checkpoint that it should have."""
+        return bool(self._waiting)
+
     def add(self, step: int, kept: set[int]) -> None:
         """Upload a checkpoint that was just committed. Drop queued ones that are not `kept`."""
         self._waiting = sorted({*self._waiting, step} & kept)

@@ -30,9 +30,9 @@ _WARN_OF = ("code", "packages", "data")
 class RunManifest:
     """Record of a run over all its starts; only rank 0 writes it.
 
-    `state` belongs to the newest start: recipe, deepspeed, code, packages and data (the shards are
-    listed in data_shards.json). `attempts` has an object for every start, with what `changed` since
-    the start before, and how it ended where that is known. `checkpoints` lists all that were
+    `state` belongs to the newest start: recipe, deepspeed, code, packages and data (each stream
+    with the hash of its index). `attempts` has an object for every start, with what `changed`
+    since the start before, and how it ended where that is known. `checkpoints` lists all that were
     committed, also those that are deleted by now: step, time, attempt and hash of their manifest.
     """
 
@@ -57,13 +57,12 @@ class RunManifest:
         """Record a start; warn of code, packages or data that differ from the start before.
 
         Args:
-            state: sections of settings, JSON-able; a stream of `data` may list its `files`.
+            state: sections of settings, JSON-able.
             attempt: facts about this start alone.
             left: heartbeat of the start before, which tells its last step if it was killed.
         """
         if not self._is_main:
             return
-        shards = {entry["name"]: entry.pop("files", []) for entry in state.get("data", [])}
         state, attempt = json.loads(logs.without_secrets(json.dumps([state, attempt])))
         attempts, before = self._content["attempts"], self._content["state"]
         changed = list(_differences(before, state)) if before else []
@@ -74,10 +73,6 @@ class RunManifest:
             attempts[-1]["ended"] = {"why": "not known", "step": left.get("step")}
         self._content["state"] = state
         attempts.append({"time": _now(), **attempt, "changed": changed, "ended": None})
-        with self._disk:
-            if before.get("data") != state.get("data"):
-                text = json.dumps(shards, separators=(",", ":"))
-                files.write_whole(self._file.with_name(run_folder.DATA_SHARDS), text + "\n")
         self._write()
 
     def saved(self, step: int, checkpoint: Path) -> None:

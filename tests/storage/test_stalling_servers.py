@@ -1,0 +1,112 @@
+"""Servers that take a request and then say nothing, stop in the middle, or trickle."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blip_scale.storage import objects
+from blip_scale.storage.objects import ObjectFolder, RemoteError
+
+IDLE_S, REQUEST_S = 1, 3
+HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nETag: \"a\"\r\n"
+    b"Last-Modified: Mon, 05 Jan 2026 08:00:00 GMT\r\n\r\n"
+)  # fmt: skip
+
+Answer = Callable[[socket.socket], None]
+
+
+def silence(client: socket.socket) -> None:
+    client.recv(1)  # until it hangs up
+
+
+def headers_alone(client: socket.socket) -> None:
+    client.sendall(HEAD)
+    client.recv(1)
+
+
+def two_bytes_a_second(client: socket.socket) -> None:
+    client.sendall(HEAD)
+    for _ in range(500):
+        client.sendall(b"xx")
+        time.sleep(1)
+
+
+def whole(client: socket.socket) -> None:
+    client.sendall(HEAD + bytes(1000))
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[list[Answer]], str]]:
+    """Start TCP servers: the n-th GET gets the n-th answer, and all later ones the last.
+
+    A server knows the size of everything. Calling the fixture with the answers gives its URL.
+    """
+    servers: list[socket.socket] = []
+
+    def start(answers: list[Answer]) -> str:
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+        threading.Thread(target=accept, args=(server, answers), daemon=True).start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}/folder"
+
+    def accept(server: socket.socket, answers: list[Answer]) -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:  # the test is over
+                return
+            threading.Thread(target=converse, args=(client, answers), daemon=True).start()
+
+    def converse(client: socket.socket, answers: list[Answer]) -> None:
+        try:
+            while request := client.recv(1 << 16):
+                if request.startswith(b"HEAD"):
+                    client.sendall(HEAD)
+                else:
+                    (answers.pop(0) if len(answers) > 1 else answers[0])(client)
+        except OSError:  # the client has given up
+            pass
+        finally:
+            client.close()
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(objects._CLIENT, "read_timeout", f"{IDLE_S}s")
+    monkeypatch.setitem(objects._CLIENT, "timeout", f"{REQUEST_S}s")
+    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.1)
+    objects._opened.cache_clear()
+    yield
+    objects._opened.cache_clear()
+
+
+@pytest.mark.parametrize("answer", [silence, headers_alone, two_bytes_a_second])
+def test_a_server_that_stalls_is_given_up(
+    serve: Callable[[list[Answer]], str], tmp_path: Path, answer: Answer
+) -> None:
+    folder, began = ObjectFolder(serve([answer]), retry_s=2), time.monotonic()
+    with pytest.raises(RemoteError, match="can't be read, tried"):
+        folder.get("a")
+    with pytest.raises(RemoteError, match="can't be read, tried"):
+        folder.fetch("a", tmp_path / "a")
+    assert time.monotonic() - began < 20
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_stalls_once_is_asked_again(
+    serve: Callable[[list[Answer]], str], tmp_path: Path
+) -> None:
+    folder = ObjectFolder(serve([headers_alone, two_bytes_a_second, whole]), retry_s=30)
+    folder.fetch("a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == bytes(1000)

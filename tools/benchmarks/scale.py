@@ -1,0 +1,259 @@
+"""`tools/benchmark.py scale`: what a sample, an opening and an epoch cost against the shards.
+
+Each number of shards is measured in a process of its own, over made-up shards: hard links to a few
+real ones of small samples. CPU time, so that a busy machine disturbs less; medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = 1_000
+"""Samples of a shard."""
+IMAGE_BYTES = 2_000
+LINKS = 50_000
+"""Names of a file at most: ext4 allows 65,000."""
+BLOCK = 262_144
+"""Samples that are shuffled together: the recipes' own."""
+READERS = 256 * 8
+"""Ranks times workers: each lays out every block and reads its share of it."""
+ROWS = (
+    ("us a sample, one reader", "sample_us"),
+    (f"us a sample, one of {READERS:,} readers", "share_us"),
+    ("  and its layout of the block", "layout_us"),
+    ("  and its plan of fetching", "plan_us"),
+    ("s to open, first time", "first_open_s"),
+    ("s to open, later", "open_s"),
+    ("s to lay out an epoch", "epoch_s"),
+    ("MB more in the rank", "rank_mb"),
+    ("MB more in a loader worker", "worker_mb"),
+    ("MB at the peak of the first opening", "peak_mb"),
+    ("kB sent to a loader worker", "sent_kb"),
+    ("bytes of inventory", "inventory_bytes"),
+)
+"""What is shown -> its figure."""
+
+
+def scale(options: argparse.Namespace) -> dict[str, Any]:
+    """Figures for each number of shards."""
+    figures: dict[int, dict[str, float]] = {}
+    for count in options.shards:
+        with tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.scratch) as scratch:
+            folder = Path(scratch) / "laion"
+            make_set(folder, count)
+            figures[count] = {}
+            for part in ("first", "later"):
+                command = [sys.executable, __file__, part, str(folder), str(options.rounds)]
+                done = subprocess.run(
+                    command, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdout=subprocess.PIPE, text=True, check=True,
+                )  # fmt: skip
+                figures[count] |= json.loads(done.stdout)
+    result: dict[str, Any] = {"rounds": options.rounds, "shards": figures}
+    if options.records:
+        from tools.benchmarks.scale_merge import merge_figures
+
+        result["merge"] = merge_figures(options.records, options.scratch)
+    return result
+
+
+def make_set(folder: Path, count: int) -> None:
+    """A set of `count` shards: links to a few files, with an index that names them all."""
+    from blip_scale.data.shards import Record, write_shards
+
+    files = []
+    for number in range(-(-count // LINKS)):
+        records = (
+            Record(f"{number}/{i}", bytes(IMAGE_BYTES), f"a photo of thing {i}", "laion", 640, 480)
+            for i in range(SAMPLES)
+        )
+        part = folder.with_name(f"part{number}")
+        write_shards(part, records, "64mb")
+        (entry,) = json.loads((part / "index.json").read_text())["shards"]
+        files.append((part / entry["raw_data"]["basename"], entry))
+    folder.mkdir()
+    shards = []
+    for number in range(count):
+        path, entry = files[number % len(files)]
+        name = f"shard.{number:06}.mds"
+        os.link(path, folder / name)
+        shards.append(entry | {"raw_data": entry["raw_data"] | {"basename": name}})
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    remote = folder.with_name("remote")  # of which the folder is a cache that holds everything
+    remote.mkdir()
+    os.link(folder / "index.json", remote / "index.json")
+
+
+def memory_mb() -> float:
+    """Memory of this process that no file backs."""
+    gc.collect()
+    return (_status_kb("RssAnon") + _status_kb("RssShmem")) / 1024
+
+
+def _status_kb(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    return 0
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """CPU time of this process."""
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def measure_first(folder: Path, rounds: int) -> dict[str, float]:
+    """The first opening."""
+    from blip_scale.config.recipe import StreamRecipe
+    from blip_scale.data.reading.stream_store import StreamStore
+
+    before = memory_mb()
+    seconds = seconds_of(lambda: StreamStore(StreamRecipe("laion", str(folder))))
+    return {"first_open_s": seconds, "peak_mb": _status_kb("VmHWM") / 1024 - before}
+
+
+def measure_later(folder: Path, rounds: int) -> dict[str, float]:
+    """Openings after the first, and reading."""
+    from blip_scale.config.recipe import StreamRecipe
+    from blip_scale.data.loading.loader import SampleOrder
+    from blip_scale.data.loading.order import StreamShape
+    from blip_scale.data.reading.inventory import inventory
+    from blip_scale.data.reading.prefetch import Prefetcher
+    from blip_scale.data.reading.stream_store import StreamStore
+
+    open_s = seconds_of(lambda: StreamStore(StreamRecipe("laion", str(folder))))
+    before_mb = memory_mb()
+    store = StreamStore(StreamRecipe("laion", str(folder), str(folder.with_name("remote"))))
+    epoch_samples = store.samples
+    order = SampleOrder([StreamShape("laion", store.shard_items, epoch_samples)], 0, BLOCK)
+    sent = pickle.dumps((store, order))
+    worker_mb = _in_worker((store, order))
+    epoch_s = seconds_of(lambda: order.block_of(0, 0))
+    times: dict[str, list[float]] = {"block": [], "plan": [], "share": [], "sample": []}
+    share = BLOCK // READERS
+    prefetcher = Prefetcher([store], order)
+    for number in range(rounds):
+        begin = (1 + number * 7) % max(1, epoch_samples // BLOCK - 1) * BLOCK + BLOCK // 2
+        times["block"].append(seconds_of(partial(order.locate, 0, begin)))
+        times["plan"].append(seconds_of(partial(prefetcher._plan, 0, begin)))
+        places = range(begin, begin + share)
+        times["share"].append(seconds_of(partial(read, store, order, places)) / share)
+        places = range(begin + share, begin + share + 4 * SAMPLES)
+        read(store, order, places[: 2 * SAMPLES])
+        seconds = seconds_of(partial(read, store, order, places[2 * SAMPLES :]))
+        times["sample"].append(seconds / (2 * SAMPLES))
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {
+        "sample_us": (median["sample"] + median["block"] / BLOCK) * 1e6,
+        "share_us": median["share"] * 1e6,
+        "layout_us": median["block"] / share * 1e6,
+        "plan_us": median["plan"] / share * 1e6,
+        "open_s": open_s,
+        "epoch_s": epoch_s,
+        "rank_mb": memory_mb() - before_mb,
+        "worker_mb": worker_mb,
+        "sent_kb": len(sent) / 1e3,
+        "inventory_bytes": len(json.dumps(inventory([store]))),
+    }
+
+
+def read(store: Any, order: Any, places: Iterable[int]) -> None:
+    """What a loader worker does for each sample, beside decoding its image."""
+    from blip_scale.data.loading.micro_batches import read_or_replace
+
+    skipped: list[str] = []
+    for place in places:
+        slot = order.locate(0, place)
+        sample, _ = store.locate(slot.shard, slot.sample)
+        read_or_replace(store, replace(slot, sample=sample), lambda sample: sample, skipped)
+    if skipped:
+        raise RuntimeError(skipped[0])
+
+
+def _in_worker(sent: tuple[Any, Any]) -> float:
+    """MB that a process needs to hold and use a store and an order that are sent to it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs,))
+    process.start()
+    ours.recv()  # it has imported what the two need
+    ours.send(sent)
+    held = float(ours.recv())
+    process.join()
+    return held
+
+
+def _work(pipe: Any) -> None:
+    from blip_scale.data.loading import loader
+
+    pipe.send(loader.__name__)
+    before_mb = memory_mb()
+    store, order = pipe.recv()
+    read(store, order, range(SAMPLES))
+    pipe.send(memory_mb() - before_mb)
+
+
+def scale_table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    columns = result["shards"]
+    lines = [f"{'shards':40}" + "".join(f"{int(count):>12,}" for count in columns)]
+    for title, figure in ROWS:
+        cells = "".join(f"{column[figure]:12.4g}" for column in columns.values())
+        lines.append(f"{title:40}{cells}")
+    lines.append(f"CPU time of a core; medians of {result['rounds']}; {SAMPLES} samples a shard")
+    if "merge" in result:
+        lines.append(f"{'records to merge':>16}{'s':>10}{'MB':>10}")
+        for part, note in (("records", ""), ("extrapolated", "  (extrapolated)")):
+            for count, figures in result["merge"][part].items():
+                seconds, megabytes = figures["merge_s"], figures["merge_mb"]
+                lines.append(f"{int(count):16,}{seconds:10.1f}{megabytes:10.0f}{note}")
+    return "\n".join(lines)
+
+
+def add_scale(commands: Any) -> None:
+    """The options of the command."""
+    command = commands.add_parser(
+        "scale",
+        help="what a sample, an opening and an epoch cost with 1,000 to 400,000 shards",
+        description="CPU time and memory of the read path over made-up shards, hard links to a few "
+        "real files: finding and reading a sample (all but decoding its image), opening a stream "
+        "for the first time and later, laying out an epoch, and what a loader worker is sent. "
+        f"One of {READERS:,} readers is a worker of a run on 256 GPUs with 8 each. "
+        "About three minutes; the files take 2 GB for a short time.",
+    )
+    command.add_argument(
+        "--shards", type=int, nargs="+", default=[1_000, 40_000, 400_000], metavar="N",
+        help="default: 1000 40000 400000",
+    )  # fmt: skip
+    command.add_argument("--rounds", type=int, default=9, help="blocks to read from (default: 9)")
+    command.add_argument(
+        "--records", type=int, nargs="+", metavar="N",
+        help="also: merge conversions of so many records, and extrapolate to 100 million",
+    )  # fmt: skip
+    command.add_argument("--scratch", type=Path, help="where the files are made (default: /tmp)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(measure=scale, show=scale_table)
+
+
+if __name__ == "__main__":
+    sys.path.append(str(ROOT))
+    measures = {"first": measure_first, "later": measure_later}
+    print(json.dumps(measures[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,89 @@
+"""The merge of a conversion by its records: time and memory, for `tools/benchmark.py scale`.
+
+Run by itself, it merges a folder of made-up reports of chunks and prints what that took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CHUNK = 10_000
+"""Records of a chunk: a tar of img2dataset, or `--pairs-per-chunk`."""
+SHARDS = 5
+"""Shards of a chunk: 64 MB each, at 32 kB a record."""
+TARGET = 100_000_000
+"""Records that the figures are extrapolated to."""
+
+
+def merge_figures(records: list[int], scratch: Path | None) -> dict[str, Any]:
+    """CPU seconds and peak memory of merges, and what follows for `TARGET` records."""
+    figures: dict[int, dict[str, float]] = {}
+    for count in records:
+        with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch) as folder:
+            make_reports(Path(folder), count)
+            done = subprocess.run(
+                [sys.executable, __file__, folder], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            figures[count] = json.loads(done.stdout)
+    (small, few), (large, many) = sorted(figures.items())[0], sorted(figures.items())[-1]
+    beyond = {}
+    for name, value in many.items():
+        slope = (value - few[name]) / (large - small) if large > small else value / large
+        beyond[name] = value + slope * (TARGET - large)
+    return {"records": figures, "extrapolated": {TARGET: beyond}}
+
+
+def make_reports(folder: Path, records: int) -> None:
+    """Reports of chunks whose shards are not there: a merge without duplicates reads none."""
+    from blip_scale.data.conversion.report import Counts, Report, report_name
+
+    settings = {"version": 2, "format": "mds", "compression": None, "zip_data": None}
+    (folder / "chunks").mkdir()
+    for number in range(records // CHUNK):
+        shards = []
+        for part in range(SHARDS):
+            raw = {
+                "basename": f"shard.{number:06}.{part:05}.mds",
+                "bytes": 64_000_000,
+                "hashes": {"xxh64": f"{number:016x}"},
+            }
+            shards.append(settings | {"samples": CHUNK // SHARDS, "raw_data": raw})
+        ids = [f"{number * CHUNK + i:012}" for i in range(CHUNK)]
+        counts = Counts(CHUNK, CHUNK, 0)
+        report = Report(
+            number, f"{number:05}.tar", shards, [None] * SHARDS, ids, [], counts, counts
+        )
+        (folder / report_name(number)).write_text(report.to_json())
+
+
+def merge(folder: Path) -> dict[str, float]:
+    """Merge, in this process."""
+    from blip_scale.data.conversion.merge import merge_chunks
+    from blip_scale.data.conversion.output import OutputFolder
+
+    chunks = len(list((folder / "chunks").iterdir()))
+    out = OutputFolder(str(folder))
+    before, start = _peak_mb(), time.process_time()
+    merge_chunks(out, {"chunks": chunks, "shard_bytes": 64_000_000})
+    return {"merge_s": time.process_time() - start, "merge_mb": _peak_mb() - before}
+
+
+def _peak_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+if __name__ == "__main__":
+    sys.path.append(str(ROOT))
+    print(json.dumps(merge(Path(sys.argv[1]))))

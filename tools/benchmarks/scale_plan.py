@@ -1,0 +1,137 @@
+"""What reading asks of buckets, caches and processes at a size that nobody has run: by simulation.
+
+    python tools/benchmarks/scale_plan.py
+    python tools/benchmarks/scale_plan.py --pairs 5e9 --gpus 1024 --rate 1000
+
+The order is the loader's own (`SampleOrder`), laid out for the whole set; what the ranks of some
+nodes read of some blocks is counted shard by shard. Times per shard and sample are those that
+`tools/benchmark.py scale` measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from blip_scale.data.loading.order import SampleOrder, StreamShape
+from blip_scale.storage.objects import CHUNK_BYTES
+
+GPUS_PER_NODE = 8
+WORKERS = 8
+"""Loader workers of a rank."""
+MICRO_BATCH = 64
+SAMPLE_BYTES = 30_000
+SHARD_BYTES = 64_000_000
+BLOCK = 262_144
+"""Samples that are shuffled together: the recipes' own."""
+PARAMETERS = 361e6
+"""BLIP base with its decoder."""
+CHECKPOINT_BYTES = 16
+"""Bytes a parameter in a checkpoint: master weight, two moments, momentum copy."""
+INDEX_BYTES = 500
+"""Bytes of index.json a shard."""
+TABLE_BYTES = 75
+"""Bytes of the cached table a shard."""
+PARSE_US, OPEN_US, EPOCH_US, LAYOUT_NS = 40.0, 3.0, 0.4, 20.0
+"""A shard parsed, opened later, laid out in an epoch; a sample of a block laid out."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run."""
+
+    pairs: int
+    gpus: int
+    rate: float
+    """Pairs a second of a GPU."""
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return self.gpus // GPUS_PER_NODE
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.pairs * SAMPLE_BYTES // SHARD_BYTES)
+
+
+def shards_of_a_node(case: Case) -> tuple[float, float]:
+    """Shards that the ranks of a node read of a block, and shards of the block: medians over three
+    blocks and nodes."""
+    sizes = np.full(case.shards, SHARD_BYTES // SAMPLE_BYTES)
+    order = SampleOrder([StreamShape("laion", sizes, int(sizes.sum()))], 0, BLOCK)
+    micro_samples = case.gpus * MICRO_BATCH
+    per_node = GPUS_PER_NODE * MICRO_BATCH
+    own, whole = [], []
+    for block in range(3):
+        _, start = order.block_of(0, block * 7 * BLOCK + BLOCK // 2)
+        node = case.nodes * block // 3
+        shards = set()
+        for step in range(BLOCK // micro_samples):
+            begin = start + step * micro_samples + node * per_node
+            shards |= {order.locate(0, place).shard for place in range(begin, begin + per_node)}
+        own.append(len(shards))
+        whole.append(len(next(order.upcoming(0, start, by_use=False))))
+    return statistics.median(own), statistics.median(whole)
+
+
+def table(case: Case) -> list[tuple[str, str]]:
+    """What is asked, and how much of it."""
+    own, whole = shards_of_a_node(case)
+    block_s = BLOCK / (case.gpus * case.rate)
+    node_bytes_s = own * SHARD_BYTES / block_s
+    # A size, then the parts of the content.
+    requests = own * (1 + -(-SHARD_BYTES // CHUNK_BYTES)) / block_s * case.nodes
+    pairs_s = case.gpus * case.rate
+    readers = case.gpus * WORKERS
+    return [
+        ("pairs read, a second", f"{pairs_s:,.0f}"),
+        ("an epoch", f"{case.pairs / pairs_s / 3600:.1f} h"),
+        ("shards of 64 MB", f"{case.shards:,}"),
+        ("index.json", f"{case.shards * INDEX_BYTES / 1e9:.2f} GB"),
+        ("cached table, in memory of each rank", f"{case.shards * TABLE_BYTES / 1e6:.0f} MB"),
+        ("opening, first time", f"{case.shards * PARSE_US / 1e6:.0f} s"),
+        ("opening, later", f"{case.shards * OPEN_US / 1e6:.1f} s"),
+        ("laying out an epoch", f"{case.shards * EPOCH_US / 1e6:.1f} s"),
+        ("order in memory of each worker", f"{case.shards * 36 / 1e6:.0f} MB"),
+        ("laying out blocks, a sample of a worker", f"{readers * LAYOUT_NS / 1e3:.0f} us"),
+        ("a block of 262,144 samples is read in", f"{block_s:.2f} s"),
+        ("shards of a block that a node reads", f"{own:.0f} of {whole:.0f}"),
+        ("caches of the nodes: fetched by a node", f"{node_bytes_s / 1e9:.1f} GB/s"),
+        ("  out of the bucket", f"{node_bytes_s * case.nodes / 1e9:,.0f} GB/s"),
+        ("  requests to the bucket, a second", f"{requests:,.0f}"),
+        ("  a cache of 4 TB is written anew in", f"{4e12 / node_bytes_s / 60:.0f} min"),
+        ("a cache for all nodes: out of the bucket", f"{pairs_s * SAMPLE_BYTES / 1e9:.1f} GB/s"),
+        ("  requests to the bucket, a second", f"{requests / case.nodes * whole / own:,.0f}"),
+        ("  reads of 30 kB from it, a second", f"{pairs_s:,.0f}"),
+        ("checkpoint", f"{PARAMETERS * CHECKPOINT_BYTES / 1e9:.1f} GB"),
+        ("  of a rank", f"{PARAMETERS * CHECKPOINT_BYTES / case.gpus / 1e6:.1f} MB"),
+        ("  files, and requests to write it", f"{case.gpus + 2:,}"),
+    ]
+
+
+def main() -> None:
+    """Print the plan."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--pairs", type=float, action="append")
+    parser.add_argument("--gpus", type=int, action="append")
+    parser.add_argument("--rate", type=float, default=300.0, help="pairs/s of a GPU (default: 300)")
+    options = parser.parse_args()
+    sizes = zip(options.pairs or (4e8, 5e9), options.gpus or (256, 1024), strict=True)
+    cases = [Case(int(pairs), gpus, options.rate) for pairs, gpus in sizes]
+    heads = "".join(f"{case.pairs / 1e9:g}e9 on {case.gpus}".rjust(18) for case in cases)
+    print(f"{'':44}{heads}")
+    for rows in zip(*map(table, cases), strict=True):
+        print(f"{rows[0][0]:44}" + "".join(f"{value:>18}" for _, value in rows))
+
+
+if __name__ == "__main__":
+    main()
