@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_drawn_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, message: str
 ) -> None:
     damage(run)
-    assert plot_run.main([str(run), str(tmp_path / "run.png")]) != 0
+    assert plot_run.main([str(run), str(tmp_path / "run.png")]) == 2
     assert message in capsys.readouterr().err
 
 

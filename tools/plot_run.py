@@ -22,6 +22,7 @@ from blip_scale.commands.command_line import Parser, refuse, report_error
 from blip_scale.config import exit_codes, recipe
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.heldout.pairs import heldout_pairs
+from blip_scale.errors import RefusedInput
 from blip_scale.storage import run_folder
 from blip_scale.storage.untrusted import parse_json
 
@@ -83,16 +84,16 @@ def read_points(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, ordered by step.
 
     Raises:
-        ValueError: a line is no JSON object, or there is none.
+        RefusedInput: a line is no JSON object, or there is none.
     """
     points = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             points.append({"step": 0, **json.loads(line)})
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}:{number}: no JSON object: {line[:60]!r}") from error
+            raise RefusedInput(f"{file}:{number}: no JSON object: {line[:60]!r}") from error
     if not points:
-        raise ValueError(f"{file}: the run has logged nothing yet")
+        raise RefusedInput(f"{file}: the run has logged nothing yet")
     return sorted(points, key=lambda point: point["step"])
 
 
@@ -106,13 +107,13 @@ def set_of(settings: Recipe, name: str) -> str:
     """The held-out set to show.
 
     Raises:
-        ValueError: the recipe has none of this name, or none at all.
+        RefusedInput: the recipe has none of this name, or none at all.
     """
     names = [stream.name for stream in settings.data.heldout]
     if not names:
-        raise ValueError("the run has no held-out set to show (data.heldout of its recipe)")
+        raise RefusedInput("the run has no held-out set to show (data.heldout of its recipe)")
     if name and name not in names:
-        raise ValueError(f"--set {name}: the run has the held-out sets {', '.join(names)}")
+        raise RefusedInput(f"--set {name}: the run has the held-out sets {', '.join(names)}")
     return name or names[0]
 
 
@@ -123,7 +124,7 @@ def captioned_images(
 
     Raises:
         FileNotFoundError: the held-out shards are not there.
-        ValueError: they do not hold an image that the summary names.
+        RefusedInput: they do not hold an image that the summary names.
     """
     chosen = [entry for entry in entries if entry["set"] == name][:most]
     if not chosen:
@@ -133,7 +134,7 @@ def captioned_images(
     place_of = {image: place for place, image in enumerate(pairs.ids)}
     missing = [entry["id"] for entry in chosen if entry["id"] not in place_of]
     if missing:
-        raise ValueError(
+        raise RefusedInput(
             f"{stream.local} does not hold the image {missing[0]}, which the summary names: the "
             "data were made anew since the run"
         )
