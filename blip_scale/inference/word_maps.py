@@ -25,7 +25,7 @@ from blip_scale.data.captions import clean_caption
 from blip_scale.inference.blip import Blip
 from blip_scale.model.attention import Segments
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
-from blip_scale.model.text import CrossAttention
+from blip_scale.model.text import CrossAttention, TextLayer
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -71,8 +71,8 @@ def word_maps(blip: Blip, image_embeds: Tensor, captions: Sequence[str]) -> list
     texts = [clean_caption(caption) for caption in captions]
     encoding = blip.tokenized(texts)
     words_of = [_words(encoding, index, text) for index, text in enumerate(texts)]
-    for caption, words in zip(captions, words_of, strict=True):
-        if not words:
+    for caption, placed_words in zip(captions, words_of, strict=True):
+        if not placed_words:
             raise ValueError(f"the caption {caption!r} holds no word; give one with words")
     packed = PackedText.from_lists(encoding["input_ids"], blip.device)
     packed = packed.with_first_token(blip.med.config.text.special.enc)
@@ -86,9 +86,9 @@ def word_maps(blip: Blip, image_embeds: Tensor, captions: Sequence[str]) -> list
     probabilities = logits.detach().float().softmax(-1)[:, 1].tolist()
     results = []
     for index, text in enumerate(texts):
-        words, places = zip(*words_of[index], strict=True)
-        maps = torch.stack([patches_ILN[index, list(tokens)].mean(0) for tokens in places])
-        results.append(WordMaps(text, probabilities[index], list(words), maps))
+        words = [word for word, _ in words_of[index]]
+        maps = torch.stack([patches_ILN[index, tokens].mean(0) for _, tokens in words_of[index]])
+        results.append(WordMaps(text, probabilities[index], words, maps))
     return results
 
 
@@ -167,6 +167,7 @@ def _match(
     hidden_TD = med.text.embeddings(plan.token_ids, plan.positions)
     attention = hidden_TD.new_empty(0)
     for at, layer in enumerate(med.text.layers, start=1):
+        assert isinstance(layer, TextLayer)
         if at == number:
             hidden_TD = layer.self_attention_encoder(hidden_TD, plan.encoder)
             hidden_TD, attention = explicit_cross_attention(

@@ -177,13 +177,15 @@ def measure_later(folder: Path, rounds: int) -> dict[str, float]:
 
 def read(store: Any, order: Any, places: Iterable[int]) -> None:
     """What a loader worker does for each sample, beside decoding its image."""
+    import torch
+
     from blip_scale.data.loading.micro_batches import read_or_replace
 
-    skipped: list[str] = []
+    pixels, skipped = torch.empty(0), list[str]()
     for place in places:
         slot = order.locate(0, place)
         sample, _ = store.locate(slot.shard, slot.sample)
-        read_or_replace(store, replace(slot, sample=sample), lambda sample: sample, skipped)
+        read_or_replace(store, replace(slot, sample=sample), lambda sample: pixels, skipped)
     if skipped:
         raise RuntimeError(skipped[0])
 

@@ -118,7 +118,7 @@ class ShardTable:
                 details += [packed.basename, packed.bytes, packed.hashes]
             files.append(json.dumps(details, separators=(",", ":")).encode())
         meta = {"index_sha256": index_hash, "settings": [_entry(*common) for common in settings]}
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "samples": np.array([shard.samples for shard in shards], np.int64),
             "raw_bytes": np.array([shard.raw_data.bytes for shard in shards], np.int64),
             "settings": np.array(numbers, np.int32),
