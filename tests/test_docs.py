@@ -36,10 +36,10 @@ def test_named_files_are_there(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_settings_are_there(page: Path) -> None:
-    known = {setting.name for setting in settings.describe(Recipe)}
+    setting_names = {setting.name for setting in settings.describe(Recipe)}
     named = SETTING.findall(page.read_text(encoding="utf-8")) if page.name != DRILLS else []
     in_general = [re.sub(r"\.\d+\.", ".N.", name) for name in named]
-    assert not [name for name in in_general if name not in known]
+    assert not [name for name in in_general if name not in setting_names]
 
 
 def test_every_page_is_in_the_index() -> None:

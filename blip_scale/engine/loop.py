@@ -161,9 +161,7 @@ def _open(
             task.load_state_dict(state.task, state.shared)
             logger.info("resuming at step %d from %s", state.step, checkpoint)
         history = History.from_checkpoint(state.position)
-    total_steps = recipe.train.epochs * task.steps_per_epoch
-    if recipe.train.max_steps is not None:
-        total_steps = min(total_steps, recipe.train.max_steps)
+    total_steps = _total_steps(recipe, task.steps_per_epoch)
     leap = warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps)
     if leap:
         logger.warning("%s", leap)
@@ -218,6 +216,12 @@ def _open(
         step=state.step,
         history=history,
     )
+
+
+def _total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Steps of all epochs, or `train.max_steps` if that is less."""
+    steps = recipe.train.epochs * steps_per_epoch
+    return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)
 
 
 def _refuse_nonfinite(weights: Mapping[str, Tensor]) -> None:

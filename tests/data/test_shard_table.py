@@ -248,14 +248,10 @@ def test_a_link_or_a_pipe_in_its_place_is_not_followed(
 
 
 def captioned(folder: Path, counts: list[int]) -> Path:
-    write_shards(
-        folder,
-        (
-            Record(f"i{i}", jpeg(i), [f"c{i}-{n}" for n in range(count)], "s")
-            for i, count in enumerate(counts)
-        ),
-        shard_size="20kb",
-    )
+    records = []
+    for i, count in enumerate(counts):
+        records.append(Record(f"i{i}", jpeg(i), [f"c{i}-{n}" for n in range(count)], "s"))
+    write_shards(folder, records, shard_size="20kb")
     return folder
 
 

@@ -56,8 +56,8 @@ def test_ids(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[1:3]] == ["id3", "id37"] and len(rows) == 4
     assert show([str(shards), "--ids", "id3", "nobody"]) == 2
-    said = capsys.readouterr()
-    assert "id3" in said.out and said.err.endswith("no sample has the id nobody\n")
+    output = capsys.readouterr()
+    assert "id3" in output.out and output.err.endswith("no sample has the id nobody\n")
 
 
 def test_hostile_texts_are_neither_obeyed_nor_markup(

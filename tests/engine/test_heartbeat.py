@@ -58,9 +58,9 @@ def test_a_restart_goes_on_from_what_the_file_says(tmp_path: Path) -> None:
     make(tmp_path).beat("training", step=6, total_steps=9, checkpoint_step=4)
     again = make(tmp_path)
     assert again.before["step"] == 6
-    found = read(tmp_path)
-    assert (found["phase"], found["restarts"], found["job_id"]) == ("starting", 1, None)
-    assert (found["step"], found["total_steps"], found["checkpoint_step"]) == (6, 9, 4)
+    content = read(tmp_path)
+    assert (content["phase"], content["restarts"], content["job_id"]) == ("starting", 1, None)
+    assert (content["step"], content["total_steps"], content["checkpoint_step"]) == (6, 9, 4)
     make(tmp_path)
     assert read(tmp_path)["restarts"] == 2
     (tmp_path / "heartbeat.json").write_text('{"step": 6, "tot')
@@ -145,8 +145,8 @@ def test_a_process_that_stalls_ends_with_its_stacks_in_the_log(
     assert "Timeout (0:00:01.5" in log
     assert f"in {hang.__name__}" in log and "in stall" in log
     if hang is hang_in_python:  # else nobody can speak
-        said = capfd.readouterr().err
-        assert "rank 3 stalled: no progress for 1 s while training; ends now, stacks in" in said
+        printed = capfd.readouterr().err
+        assert "rank 3 stalled: no progress for 1 s while training; ends now, stacks in" in printed
 
 
 def test_a_log_on_a_dead_disk_does_not_keep_it_alive(

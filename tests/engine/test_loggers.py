@@ -137,7 +137,7 @@ def test_a_failing_logger_costs_its_own_points_only(
         monitor.scalars(step, {"loss/itc": 1.0})
     monitor.pictures(2, "coco", [Panel(torch.zeros(3, 8, 8, dtype=torch.uint8), "a", "b")])
     monitor.close()
-    warnings = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    warnings = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
     assert len(warnings) == 1 and "tensorboard failed and is left out from step 1" in warnings[0]
     assert [row["step"] for row in table(tmp_path)] == ["1", "2"]
 
@@ -231,30 +231,30 @@ def test_tensorboard_serves_layout_and_hyperparameters(tmp_path: Path) -> None:
             assert plugins[name]["enabled"], name
         layout = server.ask("plugin/custom_scalars/layout")
         assert layout["category"][0]["title"] == "1 losses"
-        titles = [chart["title"] for one in layout["category"] for chart in one["chart"]]
+        titles = [chart["title"] for group in layout["category"] for chart in group["chart"]]
         assert len(titles) == len(set(titles)), "two starts make no chart twice"
         for category in layout["category"][:2]:
             curves = []
             for expression in category["chart"][0]["multiline"]["tag"]:
-                found = server.ask("plugin/custom_scalars/scalars", run=run, tag=expression)
-                assert found["regex_valid"]
-                curves += found["tag_to_events"]
+                points = server.ask("plugin/custom_scalars/scalars", run=run, tag=expression)
+                assert points["regex_valid"]
+                curves += points["tag_to_events"]
             expected = {
                 "1 losses": ["1_loss/itc", "1_loss/itm", "1_loss/lm", "1_loss/total"],
                 "2 held-out retrieval": ["2_coco/itc_image_to_text_r1"],
             }
             assert sorted(curves) == expected[category["title"]]
         experiment = server.ask("plugin/hparams/experiment", {"experimentName": ""})
-        names = [one["name"] for one in experiment["hparamInfos"]]
+        names = [info["name"] for info in experiment["hparamInfos"]]
         assert "optimizer.peak_lr" in names and "train.global_batch_size" in names
-        metrics = [one["name"]["tag"] for one in experiment["metricInfos"]]
+        metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
         assert metrics[0] == "1_loss/itc" and "2_coco/itc_image_to_text_r1" in metrics
         assert not [name for name in metrics if name.startswith("9_")]
         wanted = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "sliceSize": 9}
         wanted |= {"colParams": [{"hparam": "optimizer.peak_lr"}]}
         (group,) = server.ask("plugin/hparams/session_groups", wanted)["sessionGroups"]
         assert group["hparams"]["optimizer.peak_lr"] == pytest.approx(3e-4)
-        last = {one["name"]["tag"]: one["value"] for one in group["metricValues"]}
+        last = {metric["name"]["tag"]: metric["value"] for metric in group["metricValues"]}
         assert last["1_loss/total"] == 5.0
         assert last["2_coco/itc_image_to_text_r1"] == pytest.approx(0.4)
     finally:
@@ -275,14 +275,16 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             step, "coco", [Panel(torch.zeros(3, 8, 8, dtype=torch.uint8), HOSTILE, "a cat")]
         )
         monitor.close()
-    records = [one for file in tmp_path.rglob("*.wandb") for one in wandb_records(file)]
-    (run_id,) = {one.run.run_id for one in records if one.WhichOneof("record_type") == "run"}
+    records = [record for file in tmp_path.rglob("*.wandb") for record in wandb_records(file)]
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    (run_id,) = {run.run_id for run in runs}
     assert run_id == (tmp_path / "wandb" / "run_id.txt").read_text().strip()
     points = []
     for record in records:
         if record.WhichOneof("record_type") == "history":
             row = {
-                one.key or "/".join(one.nested_key): one.value_json for one in record.history.item
+                item.key or "/".join(item.nested_key): item.value_json
+                for item in record.history.item
             }
             if "loss/itc" in row:
                 points.append((int(row["step"]), float(row["loss/itc"])))
@@ -304,7 +306,7 @@ def test_weights_and_biases_without_a_login_never_asks(
     monitor = monitor_of(tmp_path / "run", ["wandb"])
     monitor.scalars(1, {"loss/itc": 1.0})
     monitor.close()
-    warnings = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    warnings = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
     assert len(warnings) == 1 and "WANDB_MODE=offline" in warnings[0]
 
 

@@ -45,13 +45,13 @@ def test_starts_checkpoints_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFi
     second.begin(state(), {"job_id": "2", "world_size": 1}, {"step": 4})
     second.saved(6, tmp_path / "elsewhere")
     second.ended(7, "stopped on request")
-    found = read(tmp_path)
-    assert found["state"]["data"] == [{"name": "coco", "index_xxh64": "aa"}]
-    one, two = found["attempts"]
-    assert (one["job_id"], one["world_size"], one["changed"]) == ("1", 2, [])
-    assert one["ended"] == {"why": "not known", "step": 4}
-    assert (two["ended"]["why"], two["ended"]["step"]) == ("stopped on request", 7)
-    saved, gone = found["checkpoints"]
+    content = read(tmp_path)
+    assert content["state"]["data"] == [{"name": "coco", "index_xxh64": "aa"}]
+    killed, stopped = content["attempts"]
+    assert (killed["job_id"], killed["world_size"], killed["changed"]) == ("1", 2, [])
+    assert killed["ended"] == {"why": "not known", "step": 4}
+    assert (stopped["ended"]["why"], stopped["ended"]["step"]) == ("stopped on request", 7)
+    saved, gone = content["checkpoints"]
     assert (saved["step"], saved["attempt"], saved["checkpoint"]) == (3, 0, str(checkpoint))
     assert saved["manifest_xxh64"] == xxhash.xxh64(b"{}").hexdigest()
     assert (gone["step"], gone["attempt"], gone["manifest_xxh64"]) == (6, 1, None)
@@ -67,16 +67,16 @@ def test_what_changed_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         stream={"index_xxh64": "bb"},
     )
     RunManifest(tmp_path, is_main=True).begin(changed, {}, {})
-    said = {record.getMessage(): record.levelno for record in caplog.records}
+    levels = {record.getMessage(): record.levelno for record in caplog.records}
     before = "changed since the start before: "
-    assert said == {
+    assert levels == {
         before + "recipe.seed: 1 -> 2": logging.INFO,
         before + 'code.commit: "abc" -> "def"': logging.WARNING,
         before + 'data.coco.index_xxh64: "aa" -> "bb"': logging.WARNING,
     }
-    found = read(tmp_path)
-    assert found["attempts"][1]["changed"] == [name.removeprefix(before) for name in said]
-    assert found["state"]["code"]["commit"] == "def"
+    content = read(tmp_path)
+    assert content["attempts"][1]["changed"] == [name.removeprefix(before) for name in levels]
+    assert content["state"]["code"]["commit"] == "def"
 
 
 DAMAGED = [
@@ -122,15 +122,15 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_code_and_packages(repo: Path) -> None:
-    found = software()
-    assert found["packages"]["torch"] == torch.__version__.partition("+")[0]
+    versions = software()
+    assert versions["packages"]["torch"] == torch.__version__.partition("+")[0]
     if (repo / ".git").exists():
         head = subprocess.run(
             ["git", "-C", str(repo), "rev-parse", "HEAD"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        assert found["code"]["commit"] == head.stdout.strip()
-        assert isinstance(found["code"]["dirty"], bool)
+        assert versions["code"]["commit"] == head.stdout.strip()
+        assert isinstance(versions["code"]["dirty"], bool)
 
 
 def test_the_inventory_is_a_line_a_stream_with_the_hash_of_its_index(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_an_alarm_lasts_as_long_as_its_cause(
         monitor = make(tmp_path, start_step=start, alarms=[alarm], streaks=streaks)
         for step in range(start + 1, start + 21):
             monitor.log(step, {"loss/itm": 0.7})
-    warnings = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    warnings = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
     assert warnings == [
         "step 3: one class only",
         "step 23: one class only (for 23 logged points)",
@@ -202,8 +202,8 @@ def test_pictures_show_images_and_captions(tmp_path: Path) -> None:
     assert events.Tags()["images"] == ["2_captions"]
     (event,) = events.Images("2_captions")
     sheet = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
-    found = {colour for _, colour in sheet.getcolors(1 << 20)}
-    assert set(colours) <= found
+    shown_colours = {colour for _, colour in sheet.getcolors(1 << 20)}
+    assert set(colours) <= shown_colours
     row_height = sheet.height // 3  # two a row, so the fifth begins the third
     assert sheet.getpixel((100, 100)) == colours[0]
     assert sheet.getpixel((100, 100 + 2 * row_height)) == colours[4]

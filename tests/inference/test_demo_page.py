@@ -161,9 +161,12 @@ def private(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def open_page(ours: Path, private: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a page over that folder, served as the command serves it."""
+    """Address of a page over that folder, served as the command serves it.
+
+    The variable and the working folder hold for one test: other pages have gradio's own.
+    """
     options = demo_page.parser().parse_args([str(ours), "--images", str(private)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))

@@ -47,7 +47,7 @@ ROWS = (
     ("kB sent to a loader worker", "sent_kb"),
     ("bytes of inventory", "inventory_bytes"),
 )
-"""What is shown -> its figure."""
+"""Label in the printed table -> its figure."""
 
 
 def scale(options: argparse.Namespace) -> dict[str, Any]:
@@ -193,8 +193,8 @@ def read(store: Any, order: Any, places: Iterable[int]) -> None:
 def _in_worker(sent: tuple[Any, Any]) -> float:
     """MB that a process needs to hold and use a store and an order that are sent to it."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs,))
+    ours, workers_end = context.Pipe()
+    process = context.Process(target=_work, args=(workers_end,))
     process.start()
     ours.recv()  # it has imported what the two need
     ours.send(sent)

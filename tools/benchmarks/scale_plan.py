@@ -70,7 +70,7 @@ def shards_of_a_node(case: Case) -> tuple[float, float]:
     order = SampleOrder([StreamShape("laion", sizes, int(sizes.sum()))], 0, BLOCK)
     micro_samples = case.gpus * MICRO_BATCH
     per_node = GPUS_PER_NODE * MICRO_BATCH
-    own, whole = [], []
+    node_shards, block_shards = [], []
     for block in range(3):
         _, start = order.block_of(0, block * 7 * BLOCK + BLOCK // 2)
         node = case.nodes * block // 3
@@ -78,18 +78,19 @@ def shards_of_a_node(case: Case) -> tuple[float, float]:
         for step in range(BLOCK // micro_samples):
             begin = start + step * micro_samples + node * per_node
             shards |= {order.locate(0, place).shard for place in range(begin, begin + per_node)}
-        own.append(len(shards))
-        whole.append(len(next(order.upcoming(0, start, by_use=False))))
-    return statistics.median(own), statistics.median(whole)
+        node_shards.append(len(shards))
+        block_shards.append(len(next(order.upcoming(0, start, by_use=False))))
+    return statistics.median(node_shards), statistics.median(block_shards)
 
 
 def table(case: Case) -> list[tuple[str, str]]:
     """What is asked, and how much of it."""
-    own, whole = shards_of_a_node(case)
+    node_shards, block_shards = shards_of_a_node(case)
     block_s = BLOCK / (case.gpus * case.rate)
-    node_bytes_s = own * SHARD_BYTES / block_s
+    node_bytes_s = node_shards * SHARD_BYTES / block_s
     # A size, then the parts of the content.
-    requests = own * (1 + -(-SHARD_BYTES // CHUNK_BYTES)) / block_s * case.nodes
+    requests = node_shards * (1 + -(-SHARD_BYTES // CHUNK_BYTES)) / block_s * case.nodes
+    shared_requests = requests / case.nodes * block_shards / node_shards
     pairs_s = case.gpus * case.rate
     readers = case.gpus * WORKERS
     return [
@@ -104,13 +105,13 @@ def table(case: Case) -> list[tuple[str, str]]:
         ("order in memory of each worker", f"{case.shards * 36 / 1e6:.0f} MB"),
         ("laying out blocks, a sample of a worker", f"{readers * LAYOUT_NS / 1e3:.0f} us"),
         ("a block of 262,144 samples is read in", f"{block_s:.2f} s"),
-        ("shards of a block that a node reads", f"{own:.0f} of {whole:.0f}"),
+        ("shards of a block that a node reads", f"{node_shards:.0f} of {block_shards:.0f}"),
         ("caches of the nodes: fetched by a node", f"{node_bytes_s / 1e9:.1f} GB/s"),
         ("  out of the bucket", f"{node_bytes_s * case.nodes / 1e9:,.0f} GB/s"),
         ("  requests to the bucket, a second", f"{requests:,.0f}"),
         ("  a cache of 4 TB is written anew in", f"{4e12 / node_bytes_s / 60:.0f} min"),
         ("a cache for all nodes: out of the bucket", f"{pairs_s * SAMPLE_BYTES / 1e9:.1f} GB/s"),
-        ("  requests to the bucket, a second", f"{requests / case.nodes * whole / own:,.0f}"),
+        ("  requests to the bucket, a second", f"{shared_requests:,.0f}"),
         ("  reads of 30 kB from it, a second", f"{pairs_s:,.0f}"),
         ("checkpoint", f"{PARAMETERS * CHECKPOINT_BYTES / 1e9:.1f} GB"),
         ("  of a rank", f"{PARAMETERS * CHECKPOINT_BYTES / case.gpus / 1e6:.1f} MB"),

@@ -60,11 +60,11 @@ class Survey:
 
     def quantiles(self) -> dict[str, list[int]]:
         """The QUANTILES of every figure."""
-        return {
-            name: [round(value) for value in np.quantile(values, QUANTILES)]
-            for name, values in self.figures.items()
-            if values
-        }
+        quantiles = {}
+        for name, values in self.figures.items():
+            if values:
+                quantiles[name] = [round(value) for value in np.quantile(values, QUANTILES)]
+        return quantiles
 
 
 def survey(chunks: Sequence[Chunk], rules: Rules, sample: int, tokenizer: str = "") -> Survey:

@@ -47,7 +47,7 @@ class Alarm:
     condition: Callable[[Mapping[str, float]], bool]
     """Tells from the metrics of a logged point whether something is wrong."""
     message: str
-    """What is wrong and how to fix it."""
+    """Says what is wrong and how to fix it."""
     points: int = 5
     """Logged points in a row after which the alarm begins."""
 

@@ -45,20 +45,20 @@ def prepare(demo: Path, folder: Path) -> dict[str, int]:
 
 def _drawings(folder: Path) -> list[Record]:
     """Each with its name."""
-    found = []
+    records = []
     for shard in read_index(folder):
         for number in range(shard.samples):
             sample = shard.read(number)
-            found.append(
+            records.append(
                 Record(sample["id"], sample["image"], sample["captions"][0], sample["source"])
             )
-    return found
+    return records
 
 
 def dialogs(drawings: Sequence[Record]) -> list[Record]:
     """VisDial records, one of each drawing."""
     rng = random.Random(f"dialogs of {len(drawings)}")
-    found = []
+    records = []
     for drawing in drawings:
         name = drawing.captions[0]
         others = [other.captions[0] for other in _others(drawing, drawings, CANDIDATES - 2, rng)]
@@ -68,8 +68,8 @@ def dialogs(drawings: Sequence[Record]) -> list[Record]:
         rounds = [_round([], ["yes", "no", *others], answers[0], rng)]
         history = [[asked[0], answers[0]]]
         rounds.append(_round(history, [name, "no", *others], answers[1], rng))
-        found.append(replace(drawing, caption=asked, annotations=rounds))
-    return found
+        records.append(replace(drawing, caption=asked, annotations=rounds))
+    return records
 
 
 def _round(
@@ -89,10 +89,10 @@ def _others(
 ) -> list[Record]:
     """So many drawings of different names, none of them this one's."""
     names = {drawing.captions[0]}
-    found: list[Record] = []
-    while len(found) < count:
+    others: list[Record] = []
+    while len(others) < count:
         other = rng.choice(drawings)
         if other.captions[0] not in names:
             names.add(other.captions[0])
-            found.append(other)
-    return found
+            others.append(other)
+    return others

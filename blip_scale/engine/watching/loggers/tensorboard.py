@@ -94,12 +94,10 @@ class TensorBoardLogger:
         self._start_step = run.start_step
         self._settings = chosen_settings(run.settings)
         self._tags: set[str] = set()
-        self._writer.add_custom_scalars(
-            {
-                category: {chart: ["Multiline", tags] for chart, tags in charts.items()}
-                for category, charts in _LAYOUT.items()
-            }
-        )
+        layout = {}
+        for category, charts in _LAYOUT.items():
+            layout[category] = {chart: ["Multiline", tags] for chart, tags in charts.items()}
+        self._writer.add_custom_scalars(layout)
         if self._settings:
             session = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
             for name, value in self._settings.items():
