@@ -35,7 +35,7 @@ class Evaluation:
 
     scalars: dict[str, float] = field(default_factory=dict)
     panels: dict[str, list[Panel]] = field(default_factory=dict)
-    captions: list[dict[str, str]] = field(default_factory=list)
+    captions: list[dict[str, Any]] = field(default_factory=list)
     score: float | None = None
     """By which the best checkpoint is chosen, higher is better; None: there is no choice."""
 
@@ -45,7 +45,7 @@ class Evaluation:
         figures: Mapping[str, float],
         score: float | None = None,
         panels: list[Panel] | None = None,
-        captions: Sequence[dict[str, str]] = (),
+        captions: Sequence[dict[str, Any]] = (),
     ) -> Evaluation:
         """With the figures of one more held-out set; the score is that of the first that has
         one."""

@@ -5,8 +5,9 @@ Legend: I images, S texts, N image tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,21 +31,31 @@ from blip_scale.model.packing import PackedText
 def evaluate(
     med: MED, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, final: bool
 ) -> Evaluation:
-    """Zero-shot retrieval on every held-out set, and captions of the first images of each.
+    """Zero-shot retrieval on every held-out set, and captions of some images of each.
 
     Args:
         med: whole network on this rank's device, in evaluation mode; the same on all ranks.
         final: re-rank with image-text matching too, which costs top_k forwards for each image
-            and each text.
+            and each text. Caption all images for the share `exact`, unless
+            `evaluation.captions` is 0. Order the captions by their matching probability `match`.
     """
-    found = Evaluation()
+    result = Evaluation()
     for name, pairs in heldout_sets(recipe):
         figures = retrieval_on(med, pairs, recipe, tokenizer, with_matching=final)
         shown = shown_images(len(pairs), recipe)
-        said = captions_of(med, pairs, shown, recipe, tokenizer)
-        panels, entries = panels_of(name, pairs, shown, said)
-        found = found.with_set(name, figures, panels=panels, captions=entries)
-    return found
+        captioned = range(len(pairs)) if final and shown else shown
+        captions = captions_of(med, pairs, captioned, recipe, tokenizer)
+        written = dict(zip(captioned, captions, strict=True))
+        panels, entries = panels_of(name, pairs, shown, [written[image] for image in shown])
+        if final and shown:
+            figures["exact"] = exact_share(captions, pairs.captions, tokenizer)
+            matches = match_probabilities(med, pairs, shown, written, recipe, tokenizer)
+            pictures = zip(matches, panels, entries, strict=True)
+            surest_first = sorted(pictures, key=lambda picture: -picture[0])
+            panels = [panel for _, panel, _ in surest_first]
+            entries = [entry | {"match": match} for match, _, entry in surest_first]
+        result = result.with_set(name, figures, panels=panels, captions=entries)
+    return result
 
 
 def heldout_sets(
@@ -186,13 +197,49 @@ def captions_of(
     return list(chain.from_iterable(collectives.all_gather_objects(mine)))
 
 
+def exact_share(
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerFast,
+) -> float:
+    """Share of the captions that equal a reference of their image, word piece by word piece."""
+    right = 0
+    for caption, truths in zip(captions, references, strict=True):
+        token_ids = tokenizer([caption, *truths])["input_ids"]
+        right += token_ids[0] in token_ids[1:]
+    return right / max(1, len(captions))
+
+
+@torch.no_grad()
+def match_probabilities(
+    med: MED,
+    pairs: HeldoutPairs,
+    images: Sequence[int],
+    captions: Mapping[int, str],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+) -> list[float]:
+    """Probability of image-text matching, to three digits, for each of the images and its caption
+    (by image); the ranks share the work."""
+    texts = Texts([captions[image] for image in images], recipe, tokenizer, med)
+    share: list[float] = []
+    for places in my_batches(len(images), recipe.evaluation.batch_size):
+        pixels = pairs.images(images[place] for place in places)
+        embeds = med.encode_image(to_pixels(pixels, med))
+        every = torch.arange(len(places), device=embeds.device)
+        logits = med.match(texts.matching(places), embeds, every)
+        share += logits.float().softmax(dim=1)[:, 1].tolist()
+    gathered = chain.from_iterable(collectives.all_gather_objects(share))
+    return [round(probability, 3) for probability in gathered]
+
+
 def panels_of(
     name: str,
     pairs: HeldoutPairs,
     images: Sequence[int],
     said: Sequence[str],
     truths: Sequence[str] | None = None,
-) -> tuple[list[Panel], list[dict[str, str]]]:
+) -> tuple[list[Panel], list[dict[str, Any]]]:
     """Pictures with what was said of them, and the same as entries of summary.json.
 
     Args:
@@ -204,7 +251,7 @@ def panels_of(
         Panel(image, caption, truth)
         for image, caption, truth in zip(pairs.images(images), said, truths, strict=True)
     ] if images else []  # fmt: skip
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"set": name, "id": pairs.ids[index], "caption": caption, "truth": truth}
         for index, caption, truth in zip(images, said, truths, strict=True)
     ]

