@@ -334,10 +334,6 @@ class TestWhatCannotWork:
         [
             ("data.streams=[]", "no training data"),
             ("data.streams.1.name=emoji", "emoji is the name of an earlier stream"),
-            (
-                "data.streams.1={name: noto, local: ., repeat: 2, weight: 2}",
-                "(noto): repeat and weight say the same thing twice",
-            ),
             ("data.streams.0.weight=2", "say how many samples an epoch has"),
             (
                 "data.samples_per_epoch=9",
@@ -355,6 +351,11 @@ class TestWhatCannotWork:
     )
     def test_settings_that_contradict(self, override: str, said: str, data: list[str]) -> None:
         assert said in refusal([*data, override])
+
+    def test_a_stream_that_says_its_size_twice(self, data: list[str]) -> None:
+        twice = ["data.streams.1.repeat=2", "data.streams.1.weight=2"]
+        said = "(noto): repeat and weight say the same thing twice"
+        assert said in refusal([*data, *twice])
 
     def test_waiting_for_a_remote_is_no_stall(self, data: list[str]) -> None:
         patience = [*data, "train.stall_timeout_s=600"]
