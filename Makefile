@@ -62,15 +62,16 @@ $(OLDEST)/.installed: requirements-oldest.txt $(VENV)/.installed-dev
 		--disable-pip-version-check --no-warn-conflicts -r requirements-oldest.txt
 	@touch $@
 
-# As many ranks as GPUs (the largest number that divides the demo's batch of 64), or two on the CPU.
+# As many ranks as GPUs (the largest number that divides the demo's batch of 64). On the CPU one rank with two
+# threads: it trains half as fast again as two ranks with one thread each.
 demo: install
 	@$(RUN) python tools/prepare_data.py demo data/demo
 	@gpus=$$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true); \
 	ranks=$$gpus; settings=""; \
-	[ "$$gpus" -gt 0 ] || { ranks=2; settings="$(ON_CPU)"; }; \
+	[ "$$gpus" -gt 0 ] || { ranks=1; settings="$(ON_CPU) OMP_NUM_THREADS=2"; }; \
 	while [ "$$ranks" -gt 32 ] || [ $$((64 % ranks)) -ne 0 ]; do ranks=$$((ranks - 1)); done; \
 	[ "$$gpus" -eq 0 ] || echo "Training on $$ranks of $$gpus GPUs (the batch of 64 must divide)"; \
-	env $$settings $(RUN) deepspeed --log_level error --num_gpus $$ranks \
+	env $(RUN) $$settings deepspeed --log_level error --num_gpus $$ranks \
 		blip_scale/train.py --deepspeed ds_configs/zero3.json output_dir=$(DEMO_RUN)
 	@$(RUN) python tools/show_summary.py $(DEMO_RUN) --started $(STARTED)
 

@@ -82,7 +82,7 @@ def _parser(prog: str) -> Parser:
         prog=prog,
         usage="deepspeed blip_scale/train.py [--recipe NAME] [--deepspeed PATH] [SETTING=VALUE]",
         description="Pretrain or fine-tune BLIP with DeepSpeed. Without a launcher, one rank "
-        "trains. The same command resumes an interrupted run.",
+        "trains.\nThe same command resumes an interrupted run.",
         epilog="Settings with their defaults. Change one with train.epochs=2 or --train.epochs 2; "
         "values are YAML.\n\n" + settings.help_text(recipe.Recipe),
         formatter_class=argparse.RawDescriptionHelpFormatter,

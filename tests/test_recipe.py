@@ -22,7 +22,7 @@ from blip_scale.data.loading.mixing import samples_per_epoch
 
 REPO = Path(__file__).resolve().parent.parent
 ZERO3 = REPO / "ds_configs" / "zero3.json"
-STREAMS = ("emoji", "variants", "icons", "heldout_drawing", "heldout_concept")
+STREAMS = ("emoji", "noto", "heldout_drawing", "heldout_concept")
 
 SIZES = [
     "train.global_batch_size=128",
@@ -45,11 +45,11 @@ def data(tmp_path: Path) -> list[str]:
     for name in STREAMS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "index.json").write_text("{}")
-    places = [f"data.streams.{i}.local={tmp_path / name}" for i, name in enumerate(STREAMS[:3])]
+    places = [f"data.streams.{i}.local={tmp_path / name}" for i, name in enumerate(STREAMS[:2])]
     return (
         SIZES
         + places
-        + [f"data.heldout.{i}.local={tmp_path / n}" for i, n in enumerate(STREAMS[3:])]
+        + [f"data.heldout.{i}.local={tmp_path / n}" for i, n in enumerate(STREAMS[2:])]
     )
 
 
@@ -214,7 +214,7 @@ class TestUnknownAndWrong:
             ("data.streams=[{name: a}]", "data.streams.0.local: missing; expected text"),
             (
                 "data.streams.9.local=x",
-                "data.streams is a list of 3: expected an index from 0 to 2",
+                "data.streams is a list of 2: expected an index from 0 to 1",
             ),
             ("train.epochs.x=2", "which has no settings below it"),
             ("task=other", "task: expected one of pretrain, retrieval"),
@@ -334,11 +334,10 @@ class TestWhatCannotWork:
         [
             ("data.streams=[]", "no training data"),
             ("data.streams.1.name=emoji", "emoji is the name of an earlier stream"),
-            ("data.streams.1.weight=2", "(variants): repeat and weight exclude each other"),
             ("data.streams.0.weight=2", "set the number of samples in an epoch"),
             (
                 "data.samples_per_epoch=9",
-                "emoji, variants, icons has none; give every",
+                "emoji, noto has none; give every",
             ),
             ("model.text.checkpoint=package:no_such_package", "no_such_package is not installed"),
             ("model.text.checkpoint=null", "there is no vocabulary"),
@@ -352,6 +351,10 @@ class TestWhatCannotWork:
     )
     def test_settings_that_contradict(self, override: str, expected: str, data: list[str]) -> None:
         assert expected in refusal([*data, override])
+
+    def test_a_stream_that_says_its_size_twice(self, data: list[str]) -> None:
+        twice = ["data.streams.1.repeat=2", "data.streams.1.weight=2"]
+        assert "(noto): repeat and weight exclude each other" in refusal([*data, *twice])
 
     def test_waiting_for_a_remote_is_no_stall(self, data: list[str]) -> None:
         patience = [*data, "train.stall_timeout_s=600"]

@@ -34,12 +34,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") 
         # A call that found the run finished keeps the figure of the one that made it.
         summary.setdefault("seconds_whole_command", int(time.time()) - options.started)
         file.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    captions = summary.pop("captions", [])
     rows = list(_rows(summary))
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         print(logs.printable(f"{name:<{width}}  {value}"))
+    for line in _caption_lines(captions, summary.get("evaluation", {})):
+        print(logs.printable(line) if line else "")
     print(
-        f"\nFigures: {file}\nTensorBoard: make tensorboard, or tensorboard --logdir {options.run}"
+        f"\nFigures: {file}\nPictures of the captions: make tensorboard, or tensorboard --logdir "
+        f"{options.run}, under Images"
     )
     return 0
 
@@ -56,3 +60,27 @@ def _rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, "  |  ".join(f"{key}: {inner}" for key, inner in value.items())
     else:
         yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _caption_lines(captions: list[dict[str, Any]], figures: dict[str, Any]) -> Iterator[str]:
+    """A table for each held-out set, in the order of the summary: the surest caption first."""
+    for name in dict.fromkeys(str(entry.get("set", "")) for entry in captions):
+        entries = [entry for entry in captions if str(entry.get("set", "")) == name]
+        width = max(len(str(entry.get("caption", ""))) for entry in entries)
+        yield ""
+        yield _caption_title(name, entries, figures.get(f"{name}/exact"))
+        for entry in entries:
+            match, caption = entry.get("match"), str(entry.get("caption", ""))
+            truth = str(entry.get("truth", ""))
+            sign = "=" if caption == truth else " "
+            begin = f"{match:5.2f}  " if isinstance(match, float) else ""
+            yield f"{begin}{caption:<{width}}  {sign} {truth}"
+
+
+def _caption_title(name: str, entries: list[dict[str, Any]], exact: float | None) -> str:
+    title = f"Captions of {name}, and what was right (=: the same)"
+    if any("match" in entry for entry in entries):
+        title += "; in front the probability that they match, by the network itself"
+    if exact is not None:
+        title += f"; {exact:.1%} of all are the same"
+    return title

@@ -34,7 +34,7 @@ class Evaluation:
 
     scalars: dict[str, float] = field(default_factory=dict)
     panels: dict[str, list[Panel]] = field(default_factory=dict)
-    captions: list[dict[str, str]] = field(default_factory=list)
+    captions: list[dict[str, Any]] = field(default_factory=list)
     score: float | None = None
     """Score that chooses the best checkpoint; higher is better. None: no checkpoint is chosen."""
 
@@ -44,7 +44,7 @@ class Evaluation:
         figures: Mapping[str, float],
         score: float | None = None,
         panels: list[Panel] | None = None,
-        captions: Sequence[dict[str, str]] = (),
+        captions: Sequence[dict[str, Any]] = (),
     ) -> Evaluation:
         """This evaluation with the results of another held-out set.
 

@@ -5,8 +5,9 @@ Legend: I images, S texts, N image tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,17 +37,27 @@ def evaluate(
         med: whole network on this rank's device, in evaluation mode; equal on all ranks.
         recipe: the recipe, for held-out sets and settings.
         tokenizer: the network's tokenizer.
-        final: whether to re-rank with image-text matching, too. It takes top_k forwards for each
-            image and each text.
+        final: re-rank with image-text matching too, which costs top_k forwards for each image
+            and each text. Caption all images for the share `exact`, unless
+            `evaluation.captions` is 0. Order the captions by their matching probability `match`.
     """
-    evaluation = Evaluation()
+    result = Evaluation()
     for name, pairs in heldout_sets(recipe):
         figures = retrieval_on(med, pairs, recipe, tokenizer, with_matching=final)
         shown = shown_images(len(pairs), recipe)
-        captions = captions_of(med, pairs, shown, recipe, tokenizer)
-        panels, entries = panels_of(name, pairs, shown, captions)
-        evaluation = evaluation.with_set(name, figures, panels=panels, captions=entries)
-    return evaluation
+        captioned = range(len(pairs)) if final and shown else shown
+        captions = captions_of(med, pairs, captioned, recipe, tokenizer)
+        written = dict(zip(captioned, captions, strict=True))
+        panels, entries = panels_of(name, pairs, shown, [written[image] for image in shown])
+        if final and shown:
+            figures["exact"] = exact_share(captions, pairs.captions, tokenizer)
+            matches = match_probabilities(med, pairs, shown, written, recipe, tokenizer)
+            pictures = zip(matches, panels, entries, strict=True)
+            surest_first = sorted(pictures, key=lambda picture: -picture[0])
+            panels = [panel for _, panel, _ in surest_first]
+            entries = [entry | {"match": match} for match, _, entry in surest_first]
+        result = result.with_set(name, figures, panels=panels, captions=entries)
+    return result
 
 
 def heldout_sets(
@@ -196,13 +207,49 @@ def captions_of(
     return list(chain.from_iterable(collectives.all_gather_objects(captions)))
 
 
+def exact_share(
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerFast,
+) -> float:
+    """Share of the captions that equal a reference of their image, word piece by word piece."""
+    right = 0
+    for caption, truths in zip(captions, references, strict=True):
+        token_ids = tokenizer([caption, *truths])["input_ids"]
+        right += token_ids[0] in token_ids[1:]
+    return right / max(1, len(captions))
+
+
+@torch.no_grad()
+def match_probabilities(
+    med: MED,
+    pairs: HeldoutPairs,
+    images: Sequence[int],
+    captions: Mapping[int, str],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+) -> list[float]:
+    """Probability of image-text matching, to three digits, for each of the images and its caption
+    (by image); the ranks share the work."""
+    texts = Texts([captions[image] for image in images], recipe, tokenizer, med)
+    share: list[float] = []
+    for places in my_batches(len(images), recipe.evaluation.batch_size):
+        pixels = pairs.images(images[place] for place in places)
+        embeds = med.encode_image(to_pixels(pixels, med))
+        every = torch.arange(len(places), device=embeds.device)
+        logits = med.match(texts.matching(places), embeds, every)
+        share += logits.float().softmax(dim=1)[:, 1].tolist()
+    gathered = chain.from_iterable(collectives.all_gather_objects(share))
+    return [round(probability, 3) for probability in gathered]
+
+
 def panels_of(
     name: str,
     pairs: HeldoutPairs,
     images: Sequence[int],
     texts: Sequence[str],
     truths: Sequence[str] | None = None,
-) -> tuple[list[Panel], list[dict[str, str]]]:
+) -> tuple[list[Panel], list[dict[str, Any]]]:
     """Pictures with generated texts, also as entries of summary.json.
 
     Args:
@@ -214,7 +261,8 @@ def panels_of(
     """
     if truths is None:
         truths = [pairs.captions[index][0] for index in images]
-    panels, entries = [], []
+    panels: list[Panel] = []
+    entries: list[dict[str, Any]] = []
     pictures = pairs.images(images) if images else ()
     for index, image, text, truth in zip(images, pictures, texts, truths, strict=True):
         panels.append(Panel(image, text, truth))

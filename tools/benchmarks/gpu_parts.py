@@ -208,9 +208,8 @@ def _demo_data(folder: Path) -> list[str]:
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             raise RuntimeError(f"no demo data in {folder}: give --demo-data")
     streams = []
-    for name, repeat in (("emoji", None), ("variants", 0.05), ("icons", 0.1)):
-        stream = {"name": name, "local": str(folder / name)}
-        streams.append(stream if repeat is None else {**stream, "repeat": repeat})
+    for name in ("emoji", "noto"):
+        streams.append({"name": name, "local": str(folder / name)})
     heldout = [
         {"name": name, "local": str(folder / name)}
         for name in ("heldout_drawing", "heldout_concept")

