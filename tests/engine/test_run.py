@@ -149,7 +149,11 @@ def test_the_summary(finished: Path) -> None:
     assert (summary["losses_first"], summary["losses_last"]) == (by_step[1], by_step[STEPS])
     assert set(summary["losses_first"]) == LOSSES
     assert summary["losses_last"]["loss/total"] < summary["losses_first"]["loss/total"]
-    assert set(summary["evaluation"]) == RECALLS | {"heldout/candidates", "heldout/texts"}
+    assert set(summary["evaluation"]) == RECALLS | {
+        "heldout/candidates",
+        "heldout/texts",
+        "heldout/exact",
+    }
     assert summary["evaluation"].pop("heldout/candidates") == 16
     assert summary["evaluation"].pop("heldout/texts") == 16
     assert all(0 <= value <= 1 for value in summary["evaluation"].values())
@@ -166,6 +170,7 @@ def test_every_curve_is_there(finished: Path) -> None:
     assert set(tags["scalars"]) == CURVES | RECALLS | PAUSES | {
         "heldout/candidates",
         "heldout/texts",
+        "heldout/exact",
     }
     for name in PAUSES:
         assert [point.step for point in events.Scalars(name)] == [3, 6]
