@@ -51,7 +51,7 @@ def test_every_set_has_its_figures(med: MED, recipe: Recipe) -> None:
     directions = itertools.product(("itc", "itm"), ("image_to_text", "text_to_image"))
     recalls = [f"{kind}_{direction}_r{k}" for kind, direction in directions for k in (1, 5, 10)]
     names = {f"{name}/{figure}" for name in SETS for figure in [*recalls, *COUNTS]}
-    assert set(scalars) == names
+    assert set(scalars) == names | {"heldout/exact", "others/exact"}
     assert [scalars[f"heldout/{count}"] for count in COUNTS] == [16, 16]
     assert [scalars[f"others/{count}"] for count in COUNTS] == [OTHERS, OTHERS]
     during = evaluate(med, recipe, final=False)
@@ -151,6 +151,22 @@ def test_ranks_share_the_work_and_agree(
     for evaluation in FakeRanks(3, monkeypatch).run(lambda rank: evaluate(med, recipe)):
         assert evaluation.scalars == alone.scalars
         assert evaluation.captions == alone.captions
+
+
+def test_the_summary_counts_right_captions_and_shows_the_surest_first(
+    med: MED, recipe: Recipe
+) -> None:
+    evaluation = evaluate(med, recipe)
+    for name in ("heldout", "others"):
+        entries = [entry for entry in evaluation.captions if entry["set"] == name]
+        matches = [entry["match"] for entry in entries]
+        assert matches == sorted(matches, reverse=True) and 0 < matches[-1] < matches[0] < 1
+        shown = [(panel.caption, panel.truth) for panel in evaluation.panels[name]]
+        assert shown == [(entry["caption"], entry["truth"]) for entry in entries]
+    tokenizer = load_tokenizer(recipe.model.text)
+    references = [["a red dog", "a cat"], ["a dog"], ["a cat"]]
+    right = captions_and_pairs.exact_share(["a cat", "A dog", "a red cat"], references, tokenizer)
+    assert right == pytest.approx(2 / 3)
 
 
 def test_limits_of_the_recipe(med: MED, recipe: Recipe) -> None:

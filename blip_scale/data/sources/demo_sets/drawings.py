@@ -76,15 +76,16 @@ def render_all(artworks: Iterable[Artwork], size: int) -> Iterator[bytes]:
 def _rasterise(artwork: Artwork, size: int) -> Image.Image:
     import resvg_py
 
-    if artwork.text:
-        letter = _LETTER.format(family=artwork.font_family, text=artwork.text)
-        source = {"svg_string": letter, "font_files": [str(artwork.path)]}
-        side = 2 * size
-    else:
-        source = {"svg_path": str(artwork.path)}
-        side = round(size * _OVERSAMPLING)
+    is_font = bool(artwork.text)
+    side = 2 * size if is_font else round(size * _OVERSAMPLING)
+    letter = _LETTER.format(family=artwork.font_family, text=artwork.text)
     # The default dpi of 0 fails on drawings that are measured in mm or pt.
-    png = resvg_py.svg_to_bytes(**source, width=side, height=side, dpi=96, skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(
+        svg_string=letter if is_font else None,
+        svg_path=None if is_font else str(artwork.path),
+        font_files=[str(artwork.path)] if is_font else None,
+        width=side, height=side, dpi=96, skip_system_fonts=True,
+    )  # fmt: skip
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
