@@ -141,7 +141,7 @@ def retried(
             if is_disk_full(error):
                 raise
             kind, problem = _kind(error), _problem(error)
-            pause_s = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
+            pause_s = min(FIRST_PAUSE_S * 2.0 ** min(attempt - 1, 30), LONGEST_PAUSE_S)
             pause_s *= random.Random().uniform(0.5, 1.0)  # processes must not retry in step
             left_s = deadline - time.monotonic()
             failures[kind] += 1

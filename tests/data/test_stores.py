@@ -12,6 +12,7 @@ from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from reading_job import ReadingJob
 
 from blip_scale.config.recipe import DataRecipe, StreamRecipe
+from blip_scale.data.mds import FileInfo
 from blip_scale.data.reading import cache as caching
 from blip_scale.data.reading import stream_store
 from blip_scale.data.reading.cache import ShardCache
@@ -151,11 +152,11 @@ def test_a_damaged_download_is_fetched_again(
     store = StreamStore(stream(tmp_path / "cache", remote=make_shards("red", 20)))
     download, calls = Fetcher._download, []
 
-    def stuttering(self: Fetcher, source: str, target: Path) -> None:
+    def stuttering(self: Fetcher, source: str, target: Path, info: FileInfo | None) -> None:
         calls.append(source)
         if len(calls) == 1:
             raise ConnectionError("reset by peer")
-        download(self, source, target)
+        download(self, source, target, info)
         if len(calls) == 2:
             data = bytearray(target.read_bytes())
             data[-5] ^= 1

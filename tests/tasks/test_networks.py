@@ -82,7 +82,7 @@ def test_a_stack_of_another_kind_is_refused(
     bert: Path, recipe: Recipe, settings: dict[str, str], named: str
 ) -> None:
     change(bert, **settings)
-    with pytest.raises(ValueError, match=f"{bert}: {named}.*take one of that kind"):
+    with pytest.raises(ValueError, match=f"{bert}: {named}.*give such a checkpoint"):
         med_config(with_checkpoint(recipe, bert, None), load_tokenizer(recipe.model.text))
 
 

@@ -85,7 +85,7 @@ def test_other_resolutions_are_interpolated(recipe: Recipe, checkpoint: Path) ->
 
 
 def test_other_networks_are_refused(recipe: Recipe, checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"recipe's: text layers 2, not 1$"):
+    with pytest.raises(ValueError, match=r"another network than the recipe: text layers 2, not 1$"):
         started(starting_from(recipe, checkpoint, layers=1))
     with pytest.raises(ValueError, match=r"text heads 3, not 4$"):  # no shape would tell
         started(starting_from(recipe, checkpoint, heads=4))

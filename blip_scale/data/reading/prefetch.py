@@ -35,8 +35,6 @@ class Prefetcher:
         self._stores = stores
         self._order = copy.copy(order)  # an order holds one block, and the reader's is another
         self._position = (0, 0)
-        self._cached: set[tuple[int, int]] = set()
-        """Stream and shard of what the last plan saw in the cache, and does not look for again."""
         self._stop: threading.Event | None = None
 
     def advance(self, epoch: int, position: int) -> None:
@@ -89,10 +87,9 @@ class Prefetcher:
                 cached.add(place)
             else:
                 plan.append(place)
-        self._cached = cached
         return plan
 
     def _is_cached(self, place: tuple[int, int]) -> bool:
         """Whether a shard, by its stream and number, needs not be fetched."""
         store = self._stores[place[0]]
-        return place in self._cached or store.remote is None or store.is_cached(place[1])
+        return store.remote is None or store.is_cached(place[1])
