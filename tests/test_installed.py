@@ -76,7 +76,8 @@ def test_its_metadata(wheel: Path) -> None:
     assert metadata["Name"] == "blip-scale" and metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "BSD-3-Clause"
     assert metadata["Author"] == "The blip_scale authors"
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "web", "dev", "flash", "aws"}
+    extras = {"demo", "web", "wandb", "dev", "flash", "aws"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata.get_payload().startswith("# blip_scale")
     needed = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     always = {requirement.name for requirement in needed if requirement.marker is None}

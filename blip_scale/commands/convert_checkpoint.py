@@ -3,7 +3,7 @@
 python tools/convert_checkpoint.py runs/demo captioner
 python tools/convert_checkpoint.py runs/demo/checkpoints/step_00001000 blip.pth
 python tools/convert_checkpoint.py model_base.pth retrieval --head retrieval
-docs/tasks.md describes the formats and the possible conversions.
+docs/checkpoints.md describes the formats and the possible conversions.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _parser(prog: str) -> Parser:
         prog=prog,
         description="Convert a BLIP checkpoint. The format of IN is detected. OUT is written "
         "completely or not at all.",
-        epilog="docs/tasks.md describes the formats and the possible conversions.",
+        epilog="docs/checkpoints.md describes the formats and the possible conversions.",
     )
     parser.add_argument(
         "source", metavar="IN", type=Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
-    chosen = chosen_recipe(options.recipe, overrides)
+    chosen = recipe.load(options.recipe, overrides)
+    checkpoint = chosen.model.checkpoint
+    if checkpoint and Path(os.path.expandvars(checkpoint)).exists():
+        chosen = chosen_recipe(options.recipe, overrides)
     gpu = find_gpu(options.gpu)
     if options.network_gbit:
         gpu = dataclasses.replace(gpu, network_gbit=options.network_gbit)
