@@ -60,11 +60,12 @@ def network(checkpointing: bool, dropout: float = 0.0, **options: float) -> Pret
 def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
     """Bytes that a forward pass keeps: tensors that autograd saved, and those of checkpointing."""
 
-    def alive() -> dict[int, int]:
+    def alive() -> dict[int, torch.UntypedStorage]:
+        """Storages by address. Whoever holds them keeps their addresses from being used again."""
         gc.collect()
         tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, Parameter)]
         storages = [tensor.untyped_storage() for tensor in tensors]
-        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return {storage.data_ptr(): storage for storage in storages}
 
     dtype = built.med.vision.pos_embed.dtype
     images = torch.randn(batch, 3, 64, 64, dtype=dtype)
@@ -90,7 +91,7 @@ def kept_for_backward(built: PretrainNetwork, batch: int) -> int:
         )
     # Tensors noted for the checkpoint of a frozen block are freed already.
     kept = {pointer: size for pointer, (ref, size) in saved.items() if not ref.expired()}
-    sizes = {**alive(), **kept}
+    sizes = {pointer: storage.nbytes() for pointer, storage in alive().items()} | kept
     assert out["loss/total"].requires_grad
     return sum(size for pointer, size in sizes.items() if pointer not in before)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -48,7 +49,13 @@ def command() -> None:
     if name in ("train", "evaluate"):  # they start process groups and end them themselves
         module = importlib.import_module(COMMANDS[name][0])
         module.command(sys.argv[2:], f"blip-scale {name}")
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough: blip-scale summary RUN | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = exit_codes.FAILED
+    sys.exit(code)
 
 
 def _help() -> str:
