@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.demo
 
 LONGEST_S = 15 * 60
-TIMES_CHANCE = 20
+TIMES_CHANCE = 40
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -49,8 +49,8 @@ def test_it_ends_in_time(summary: dict[str, Any]) -> None:
 def test_every_loss_goes_down(summary: dict[str, Any]) -> None:
     first, last = summary["losses_first"], summary["losses_last"]
     assert last["loss/itc"] < 0.6 * first["loss/itc"]
-    one_answer = 0.635  # a little below the loss of one answer for all pairs
-    assert last["loss/itm"] < one_answer < first["loss/itm"]
+    one_answer = 0.6365  # loss of one answer for all pairs
+    assert last["loss/itm"] < 0.95 * one_answer < one_answer < first["loss/itm"]
     assert last["loss/lm"] < 0.5 * first["loss/lm"]
 
 
@@ -64,6 +64,7 @@ def test_it_finds_drawings_that_it_never_saw(summary: dict[str, Any]) -> None:
         # Concepts never seen are much harder; to be better than chance is what can be asked.
         concepts = figures["heldout_concept/candidates"]
         assert figures[f"heldout_concept/itc_{direction}_r10"] >= 5 * 10 / concepts
+    assert figures["heldout_drawing/exact"] >= 0.03
 
 
 def test_it_says_something_of_what_it_sees(summary: dict[str, Any]) -> None:

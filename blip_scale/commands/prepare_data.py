@@ -99,7 +99,7 @@ def _convert(options: argparse.Namespace) -> int:
     with tqdm(desc=options.name, unit="pair", mininterval=1.0, smoothing=0.05) as bar:
         summary = convert(job, Part.parse(options.shard), _shower(bar), options.overwrite)
     if summary is None:
-        print(f"{options.out}: part {options.shard} is done; other parts are not yet")
+        print(f"{options.out}: part {options.shard} is done; other parts are not done yet")
         return exit_codes.DONE
     return _tell_summary(options, summary, time.perf_counter() - start_s)
 

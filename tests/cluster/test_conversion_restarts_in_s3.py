@@ -149,7 +149,7 @@ def test_held_out_pairs_in_a_bucket(
         beside = StreamStore(StreamRecipe(name, str(local / place.partition("/set/")[2])))
         for shard, count in enumerate(store.shard_samples):
             ids += [store.read(shard, index)["id"] for index in range(count)]
-        assert store.shard_samples == beside.shard_samples
+        assert store.shard_samples.tolist() == beside.shard_samples.tolist()
     assert len(ids) == len(set(ids)) == 40
     capsys.readouterr()
     sheet = tmp_path / "sheet.html"

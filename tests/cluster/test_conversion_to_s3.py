@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
         shard, place = divmod(number, PAIRS_PER_TAR)
         key = f"{shard:05}{place:04}"
         caption = f"{names()[drawing.points]}, {''.join(map(chr, drawing.points))}"
-        url = f"https://host.example/{drawing.path.name}"
+        url = f"https://host.example/{drawing.style}/{key}.svg"
         expected[key] = {
             "id": key, "image": jpeg, "captions": [clean_caption(caption)], "source": "laion",
             "width": 48, "height": 48, "url": url, "similarity": number / 8192,

@@ -73,7 +73,7 @@ def merge(folder: Path) -> dict[str, float]:
     chunks = len(list((folder / "chunks").iterdir()))
     out = OutputFolder(str(folder))
     before, start = _peak_mb(), time.process_time()
-    merge_chunks(out, {"chunks": chunks, "shard_bytes": 64_000_000})
+    merge_chunks(out, {"chunks": chunks, "shard_bytes": 64_000_000, "rules": {}})
     return {"merge_s": time.process_time() - start, "merge_mb": _peak_mb() - before}
 
 
