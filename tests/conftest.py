@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,3 +71,24 @@ def train() -> Command:
         )
 
     return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Escape halves of surrogate pairs, which a worker of pytest-xdist cannot send.
+
+    Hostile texts hold them, and a test's report has its log and output.
+    """
+    return _without_surrogates((yield))
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {
+            _without_surrogates(name): _without_surrogates(entry) for name, entry in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_surrogates, value))
+    return value

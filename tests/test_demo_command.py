@@ -32,7 +32,7 @@ def make_demo(run: Path, repo: Path) -> str:
 def run(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> Path:
     """Output folder of a fresh run."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    assert "TensorBoard" in make_demo(folder, repo)
+    assert "make tensorboard" in make_demo(folder, repo)
     return folder
 
 
