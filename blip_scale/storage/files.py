@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -24,14 +24,13 @@ class Spared(AbstractContextManager[None]):
     The context manager warns once, and again only after a write has succeeded in between.
     """
 
-    def __init__(self, lost: str, on_failure: Callable[[], None] = lambda: None) -> None:
-        """Describe the file, and the reaction to a failure.
+    def __init__(self, lost: str) -> None:
+        """Describe the file.
 
         Args:
             lost: what the run does without, for the warning, such as "heartbeat in FILE".
-            on_failure: called after each failure.
         """
-        self._lost, self._on_failure = lost, on_failure
+        self._lost = lost
         self._failed = False
 
     def __exit__(
@@ -47,7 +46,6 @@ class Spared(AbstractContextManager[None]):
                     self._lost, error,
                 )  # fmt: skip
             self._failed = True
-            self._on_failure()
             return True
         self._failed = self._failed and error is not None
         return False
