@@ -81,12 +81,9 @@ def _unpack(shards: str, folder: Path) -> dict[str, str]:
         First caption of each image by path.
     """
     store = StreamStore(StreamRecipe("images", shards))
-    places = []
-    for shard, samples in enumerate(store.shard_samples):
-        places += [(shard, sample) for sample in range(samples)]
-    step = -(-len(places) // _MOST_FROM_SHARDS)
+    step = -(-store.samples // _MOST_FROM_SHARDS)
     labels = {}
-    for number, (shard, sample) in enumerate(places[::step]):
+    for number, (shard, sample) in enumerate(store.places(range(0, store.samples, step))):
         try:
             content = store.read(shard, sample)
         except CorruptSample:

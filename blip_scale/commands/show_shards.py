@@ -11,10 +11,8 @@ import argparse
 import html
 import random
 import tempfile
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image
@@ -25,7 +23,6 @@ from blip_scale.config import exit_codes
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data import contact_sheet
 from blip_scale.data.conversion.report import shortened
-from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.cache import ShardCache
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 from blip_scale.data.shards import read_caption_counts
@@ -83,7 +80,8 @@ def _show(options: argparse.Namespace, store: StreamStore, prog: str) -> int:
     if options.ids:
         samples = _with_ids(store, options.ids)
     else:
-        samples = list(_read(store, _drawn(store.samples, options.count, options.seed)))
+        drawn = _drawn(store.samples, options.count, options.seed)
+        samples = list(_read(store, store.places(drawn)))
     for line in _table(samples):
         print(logs.printable(line))
     print(logs.printable(f"{options.input}: {_totals(store)}"))
@@ -105,7 +103,7 @@ def _with_ids(store: StreamStore, ids: Sequence[str]) -> list[Shown]:
     """The samples with some ids. Shards have no table of ids, so they are read one by one."""
     remaining = set(ids)
     samples = []
-    for sample in _read(store, range(store.samples)):
+    for sample in _read(store, _places(store)):
         if sample.id in remaining:
             samples.append(sample)
             remaining.remove(sample.id)
@@ -114,12 +112,15 @@ def _with_ids(store: StreamStore, ids: Sequence[str]) -> list[Shown]:
     return samples
 
 
-def _read(store: StreamStore, indices: Iterable[int]) -> Iterator[Shown]:
-    """The samples at some indices of the set."""
-    ends = list(accumulate(store.shard_samples))
-    for index in indices:
-        shard = bisect_right(ends, index)
-        place = index - (ends[shard - 1] if shard else 0)
+def _places(store: StreamStore) -> Iterator[tuple[int, int]]:
+    """Shard and place of every sample, one at a time: a set may have millions."""
+    for shard, samples in enumerate(store.shard_samples.tolist()):
+        yield from ((shard, place) for place in range(samples))
+
+
+def _read(store: StreamStore, places: Iterable[tuple[int, int]]) -> Iterator[Shown]:
+    """The samples at some places of the set."""
+    for shard, place in places:
         try:
             sample = store.read(shard, place)
         except CorruptSample as error:
@@ -182,8 +183,7 @@ def _draw(samples: Sequence[Shown]) -> Image.Image:
     for sample in samples:
         tile = Image.new("RGB", (contact_sheet.SIDE, contact_sheet.SIDE), "white")
         try:
-            picture = decode_image(sample.image)
-            picture.thumbnail(tile.size, Image.Resampling.BICUBIC)
+            picture = contact_sheet.thumbnail(sample.image)
             tile.paste(picture, ((tile.width - picture.width) // 2, 0))
         except CorruptSample:
             pass  # an empty tile

@@ -63,12 +63,18 @@ def card(image: bytes, texts: str, name: str) -> str:
     return f'<div class="card">{_picture(image)}{texts}<small>{html.escape(name)}</small></div>\n'
 
 
+def thumbnail(image: bytes) -> Image.Image:
+    """A picture of at most `SIDE` pixels a side; raises CorruptSample if it can't be decoded."""
+    picture = decode_image(image)
+    picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return picture
+
+
 def _picture(image: bytes) -> str:
     try:
-        picture = decode_image(image)
+        picture = thumbnail(image)
     except CorruptSample:
         return "<p>(can't be decoded)</p>"
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
     picture.save(encoded, "JPEG", quality=85)
     data = base64.b64encode(encoded.getvalue()).decode()

@@ -83,9 +83,7 @@ class Prefetcher:
             if left_bytes < 0:
                 break
             planned.add(place)
-            if place in cached or self._is_cached(place):
-                cached.add(place)
-            else:
+            if place not in cached and not self._is_cached(place):
                 plan.append(place)
         return plan
 
