@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
-from train_with_another_contrast import InBatch
 
 from blip_scale.commands import plan as plan_command
 from blip_scale.config import recipe as recipes
@@ -32,7 +31,6 @@ from blip_scale.planning.hardware import GPUS, find_gpu
 from blip_scale.planning.network import network_of, vision_shape
 from blip_scale.planning.timing import EXECUTIONS
 from blip_scale.tasks.by_name import contrast_of
-from blip_scale.tasks.contrastive_task import CONTRASTS
 from blip_scale.tasks.momentum_contrast import MomentumContrastNetwork, MomentumInputs
 from blip_scale.tasks.pretrain import PretrainNetwork
 from tools.benchmarks import scaling_tables
@@ -265,7 +263,7 @@ def test_a_larger_micro_batch_is_proposed_where_it_is_faster() -> None:
     assert on_one_gpu["larger_micro_batch"]["micro_batch"] < on_one_gpu["max_micro_batch_size"], (
         "enough is enough"
     )
-    assert "negatives then" not in plan("base_129M", "objective.negatives=global")
+    assert "negatives then" not in plan("base_129M", "objective.itm=global")
     auto = json.loads(plan("base_129M", "train.max_micro_batch_size=auto", "--json"))
     assert auto["batch"]["micro_batch"] == 360 and auto["larger_micro_batch"] is None
     assert auto["step_seconds"] <= larger["step_s"]
@@ -275,23 +273,32 @@ def test_a_larger_micro_batch_is_proposed_where_it_is_faster() -> None:
     assert "faster" not in plan("base_129M", "--nodes", "4"), "the batch has no more for a rank"
 
 
-def test_the_contrast_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an entry in CONTRASTS, the plan counts its parameters, state, keys and FLOPs."""
-    monkeypatch.setitem(CONTRASTS, "in_batch", InBatch)
-    published = json.loads(plan("base_129M", "--nodes", "4", "--json"))
-    planned = json.loads(plan("base_129M", "objective.itc=in_batch", "--nodes", "4", "--json"))
-    assert planned["parameters"]["momentum"] == 0
-    assert planned["parameters"]["trainable"] == published["parameters"]["trainable"] + 1
+def test_the_losses_say_what_they_need() -> None:
+    """The plan counts parameters, state, keys, activations and FLOPs of the chosen losses."""
+
+    def planned(*changes: str) -> dict[str, Any]:
+        return json.loads(plan("base_129M", *changes, "--nodes", "4", "--json"))
+
+    published, sigmoid = planned(), planned("objective.itc=sigmoid")
+    assert sigmoid["parameters"]["momentum"] == 0
+    assert sigmoid["parameters"]["trainable"] == published["parameters"]["trainable"] + 1
     for name in ("momentum_weights", "momentum_averages", "contrast_state"):
-        assert name in published["memory_terms_gib"] and name not in planned["memory_terms_gib"]
-    terms = [plan_["memory_terms_gib"]["activations_contrastive"] for plan_ in (published, planned)]
-    assert terms[0] / terms[1] == pytest.approx((90 + 57_600) / 90)
-    flops = [plan_["step"]["useful_flops"] for plan_ in (published, planned)]
+        assert name in published["memory_terms_gib"] and name not in sigmoid["memory_terms_gib"]
+    terms = [plan_["memory_terms_gib"]["activations_contrastive"] for plan_ in (published, sigmoid)]
+    assert terms[0] / terms[1] == pytest.approx((90 + 57_600) / 2880)
+    flops = [plan_["step"]["useful_flops"] for plan_ in (published, sigmoid)]
     assert flops[0] - flops[1] > 90 * 30e9, "no momentum encoders"
-    listed = [item["name"] for item in planned["ways"]["whole"]["exchanges"]]
-    assert listed == ["gathers", "reductions"] and planned["data"]["checkpoint_gib"] < 3
+    listed = [item["name"] for item in sigmoid["ways"]["whole"]["exchanges"]]
+    assert listed == ["gathers", "reductions"] and sigmoid["data"]["checkpoint_gib"] < 3
+    towers = planned("objective.itc=in_batch", "objective.itm=none", "objective.lm=none")
+    assert towers["parameters"]["frozen"] == 12 * 2_363_904 + 2 * 769, "cross-attentions, ITM head"
+    decoder = 12 * 2_363_904 + 622_652  # self-attentions, LM head
+    fewer = sigmoid["parameters"]["trainable"] - towers["parameters"]["trainable"]
+    assert fewer == towers["parameters"]["frozen"] + decoder + 1, "and the bias"
+    assert towers["step"]["useful_flops"] < 0.75 * sigmoid["step"]["useful_flops"]
+    assert "activations_language_head" not in towers["memory_terms_gib"]
     refused = plan("base_129M", "objective.itc=nce", code=2)
-    assert "objective.itc: 'nce' is no contrast; give momentum or in_batch" in refused
+    assert "objective.itc: 'nce' is no contrast; give momentum or in_batch or sigmoid" in refused
 
 
 def test_gpus_are_taken_by_a_clear_name_alone() -> None:

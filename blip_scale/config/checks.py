@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-from blip_scale.config import weight_placement
+from blip_scale.config import loss_reference, weight_placement
 from blip_scale.config.batch_sizes import BatchSizes, batch_sizes, is_auto
 from blip_scale.config.deepspeed_keys import AUTO, check_keys
 from blip_scale.config.recipe import FP16_REFUSED, DataRecipe, OptimizerRecipe, Recipe, StreamRecipe
@@ -26,6 +27,8 @@ def check(recipe: Recipe, world_size: int) -> BatchSizes:
     _check_model(recipe)
     _check_bounds(recipe)
     _check_checkpoints(recipe)
+    if recipe.log.reference is not None:
+        loss_reference.load(recipe.log.reference)
     _check_data(recipe)
     return sizes
 
@@ -188,11 +191,11 @@ def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
                 f"{recipe.task}, whose memory is not modelled; give a number"
             )
         return
-    pool = sizes.micro_batch * (sizes.world_size if recipe.objective.negatives == "global" else 1)
-    if pool < 2:
+    pool = sizes.micro_batch * (sizes.world_size if recipe.objective.itm == "global" else 1)
+    if pool < 2 and recipe.objective.itm != "none":
         fix = "train.micro_batch_size=2 or more"
-        if recipe.objective.negatives == "local" and sizes.world_size > 1:
-            fix += ", or objective.negatives=global"
+        if recipe.objective.itm == "local" and sizes.world_size > 1:
+            fix += ", or objective.itm=global"
         raise ValueError(
             f"train.micro_batch_size: ITM draws its negatives from a pool of {pool} pair, which "
             f"has no other pair to draw; set {fix}"
@@ -308,6 +311,20 @@ def _check_data(recipe: Recipe) -> None:
             _check_stream(setting, stream, data.make_with)
     _check_caches(data)
     _check_mixture(data)
+    _check_image_sizes(recipe)
+
+
+def _check_image_sizes(recipe: Recipe) -> None:
+    """Check that early image sizes follow each other in time, in a task that has them."""
+    stages = recipe.data.image_sizes
+    if stages and recipe.task != "pretrain":
+        raise ValueError(f"data.image_sizes: only pretrain has them, not {recipe.task}; remove it")
+    for index, (before, after) in enumerate(itertools.pairwise(stages), start=1):
+        if after.until_epoch <= before.until_epoch:
+            raise ValueError(
+                f"data.image_sizes.{index}.until_epoch: {after.until_epoch:g} is not later than "
+                f"the {before.until_epoch:g} before it; put the stages in order"
+            )
 
 
 def _check_caches(data: DataRecipe) -> None:

@@ -11,7 +11,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from blip_scale.config import settings
@@ -131,7 +131,23 @@ class ObjectiveRecipe:
     itc: str = "momentum"
     """Image-text contrastive (ITC) loss: a name in blip_scale.tasks.contrastive_task.CONTRASTS.
     `momentum` is BLIP's loss with momentum encoders, feature queues and soft targets; queue_size,
-    momentum, alpha and alpha_ramp_epochs are its settings."""
+    momentum, alpha and alpha_ramp_epochs are its settings. `in_batch` is CLIP's softmax over the
+    micro-batches of all ranks. `sigmoid` is SigLIP's loss over all pairs of these; start it with a
+    temperature of 0.1."""
+    itm: Literal["local", "global", "none"] = "local"
+    """Image-text matching (ITM) with hard negatives from the rank's own micro-batch (local, as
+    published) or from those of all ranks (global). none: no matching loss."""
+    lm: Literal["next_token", "none"] = "next_token"
+    """Pretraining: language modelling (LM) of the captions. none: no such loss, and no decoder."""
+    itc_weight: Above0 = 1.0
+    """Factor of the ITC loss in the total (published: 1)."""
+    itm_weight: Above0 = 1.0
+    """Factor of the ITM loss in the total (published: 1)."""
+    lm_weight: Above0 = 1.0
+    """Pretraining: factor of the LM loss in the total (published: 1)."""
+    sigmoid_bias: float = -10.0
+    """Initial value of the learned bias that `itc: sigmoid` adds to all similarities (SigLIP:
+    -10)."""
     queue_size: Positive = 57600
     """Number of momentum features kept per modality. Must be at least the global batch size."""
     momentum: Share = 0.995
@@ -148,9 +164,15 @@ class ObjectiveRecipe:
     false_answers: Positive = 2
     """VisDial: number of false candidate answers trained with each true one, as ITM has two
     negatives for a pair."""
-    negatives: Literal["local", "global"] = "local"
-    """Pool of hard negatives for image-text matching (ITM): the rank's own batch (local, as
-    published) or the batches of all ranks (global)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_name(cls, values: Any) -> Any:
+        """Read `negatives`, the name of `itm` in recipes that runs wrote before it had `none`."""
+        if isinstance(values, dict) and "negatives" in values and "itm" not in values:
+            values = {**values, "itm": values["negatives"]}
+            del values["negatives"]
+        return values
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -179,6 +201,16 @@ class StreamRecipe:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ImageSizeRecipe:
+    """A size of the training images in early epochs."""
+
+    size: Positive
+    """Side of the training images in pixels, a multiple of the patch size."""
+    until_epoch: Above0
+    """Epoch at whose start the next size begins; 1.5 is the middle of the second epoch."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class DataRecipe:
     """Settings of the data and their loading."""
 
@@ -194,6 +226,10 @@ class DataRecipe:
     """Held-out pairs for retrieval and captions. Monitoring follows the first set."""
     make_with: str = ""
     """Command that creates the data, named in the error if the data is missing."""
+    image_sizes: list[ImageSizeRecipe] = field(default_factory=list)
+    """Pretraining: sizes of the training images in early epochs, which make steps cheaper. Later
+    images, and those of evaluations, have model.vision.image_size. The forward pass interpolates
+    the position embeddings. Changes the mathematics; not in the paper."""
     min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Smallest share of the image's area in RandomResizedCrop (published: 0.2 for pretraining, 0.5
     for fine-tuning)."""
@@ -339,6 +375,9 @@ class LogRecipe:
     peak_tflops: Above0 | None = None
     """Peak matrix-multiply speed of one rank's device in TFLOP/s, for MFU. null: measured at the
     start."""
+    reference: str | None = None
+    """Losses of another run to draw beside this run's, with an alarm when a comparable run leaves
+    them: `blip_14M` (the author's log), or a JSON or CSV file (docs/running.md)."""
     sample_ids: bool = False
     """Record the sample ids of every step in samples/rank_N.jsonl."""
 

@@ -43,7 +43,7 @@ from blip_scale.engine.watching.sample_record import SampleRecord
 from blip_scale.engine.zero.engine import initialize, start
 from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.errors import RefusedInput, refusing
-from blip_scale.storage import files, run_folder
+from blip_scale.storage import checkpoint_format, files, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +157,7 @@ def _open(
     with refusing():
         checkpoint = restore.newest_whole(place, engine.stage)
         if checkpoint is not None:
+            task.check_state(checkpoint_format.read_manifest(checkpoint).task)
             state = restore.load(checkpoint, engine, momentum)
             task.load_state_dict(state.task, state.shared)
             logger.info("resuming at step %d from %s", state.step, checkpoint)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from blip_scale.config.loss_reference import Reference
 from blip_scale.engine.watching.monitor import Alarm, Panel
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
@@ -66,6 +67,9 @@ class Task(Protocol):
     """Momentum parameter name -> name of the parameter that it follows; empty without momentum."""
     alarms: tuple[Alarm, ...]
     """Warnings that depend on the logged metrics."""
+
+    reference: Reference | None
+    """Losses of `log.reference`."""
 
     kernel: str
     """Attention kernel in use, for the log."""
@@ -138,6 +142,13 @@ class Task(Protocol):
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """State to resume from: a JSON-able dict, and tensors that are equal on all ranks."""
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint with this JSON-able state before its weights are read.
+
+        Raises:
+            ValueError: the state is of other losses. The message names the setting.
+        """
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore the state that `state_dict` returned."""

@@ -201,7 +201,7 @@ def momentum_to_salesforce(momentum: Mapping[str, Tensor], online: Mapping[str, 
             state[f"{part}_m.{rest}"] = tensor
     for ours, tensor in momentum.items():
         for part, names in their_names(ours).items():
-            if part != "text_decoder":
+            if part in TOWERS:
                 copies = (name.replace(part, f"{part}_m", 1) for name in names)
                 state |= zip(copies, tensor.chunk(len(names)), strict=True)
     return state

@@ -37,6 +37,8 @@ from blip_scale.storage import checkpoint_format, run_folder
 from blip_scale.storage.checkpoint_format import NETWORK, Content, Manifest, Reader
 from blip_scale.storage.untrusted import parse_json
 
+_NO_IMAGE = -100
+"""Image id of an unused column of a queue, as published."""
 _OUTPUT = f"{output_settings.KEY}.json"
 """File of the output settings in converted checkpoints, which are not in a run's folder."""
 
@@ -128,7 +130,9 @@ def read_training_checkpoint(
         pointer = torch.tensor([manifest.task["queue"]["pointer"]])
         state["queue_ptr" if head == "pretrain" else "ptr_queue"] = pointer
         if head == "retrieval":
-            state["idx_queue"] = shared["queue/image_ids"][None]
+            columns = state["image_queue"].shape[1]  # pretraining without LM keeps no image ids
+            ids = shared.get("queue/image_ids", torch.full((columns,), _NO_IMAGE))
+            state["idx_queue"] = ids[None]
     weights = BlipWeights(
         head,
         config,

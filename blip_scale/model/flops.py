@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -85,16 +85,37 @@ def padded_pretraining_flops(
     return _med_flops(config, texts) + _momentum_flops(config, texts, queue_size)
 
 
-def med_flops(config: MEDConfig, batch_size: int, text_tokens: int, decodes: bool = True) -> float:
-    """FLOPs of forward and backward of towers, projections, ITM and, if it `decodes`, LM.
+def at_image_size(config: MEDConfig, image_size: int) -> MEDConfig:
+    """The network for inputs of another size, to count its FLOPs."""
+    vision = replace(config.vision, image_size=image_size, other_sizes=())
+    return replace(config, vision=vision)
 
-    The contrast of the features is not counted. See `pretraining_flops` for the other arguments.
+
+def med_flops(
+    config: MEDConfig,
+    batch_size: int,
+    text_tokens: int,
+    decodes: bool = True,
+    matches: bool = True,
+) -> float:
+    """FLOPs of forward and backward of towers, projections, ITM and LM.
+
+    The contrast of the features is not counted. See `pretraining_flops` for the first arguments.
+
+    Args:
+        config: the network.
+        batch_size: number of pairs.
+        text_tokens: tokens of all captions.
+        decodes: whether there is LM.
+        matches: whether there is ITM.
     """
-    return _med_flops(config, _Texts.unpadded(batch_size, text_tokens), decodes)
+    return _med_flops(config, _Texts.unpadded(batch_size, text_tokens), decodes, matches)
 
 
-def _med_flops(config: MEDConfig, texts: _Texts, decodes: bool = True) -> float:
-    part = _parts(config, texts, decodes=decodes)
+def _med_flops(
+    config: MEDConfig, texts: _Texts, decodes: bool = True, matches: bool = True
+) -> float:
+    part = _parts(config, texts, matches, decodes)
     online = part.encode + part.sweep + part.heads + _projections(config, part, texts.pairs)
     return float(3 * online + texts.pairs * part.vision.forward_and_backward)
 
@@ -169,15 +190,20 @@ def _text_work(text: TextConfig, work: TextWork) -> float:
     return text.layers * (alone + work.cross_attentions * cross)
 
 
-def recomputation_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
+def recomputation_flops(
+    config: MEDConfig,
+    batch_size: int,
+    text_tokens: int,
+    decodes: bool = True,
+    matches: bool = True,
+) -> float:
     """FLOPs that gradient checkpointing adds to a micro-step.
 
     They are a forward of the ViT blocks that train and of the text layers. Recomputation stops at
     the last tensor that the backward needs, so it leaves out the last product of each ViT block. A
-    text layer ends in a norm, whose backward needs that product. See `pretraining_flops` for the
-    arguments.
+    text layer ends in a norm, whose backward needs that product. See `med_flops` for the arguments.
     """
-    part = _parts(config, _Texts.unpadded(batch_size, text_tokens))
+    part = _parts(config, _Texts.unpadded(batch_size, text_tokens), matches, decodes)
     vision = part.vision
     blocks = batch_size * (vision.blocks - vision.frozen - vision.last_products)
     return float(blocks + part.encode + part.sweep)
@@ -218,13 +244,14 @@ def _parts(config: MEDConfig, texts: _Texts, matches: bool = True, decodes: bool
     pairs, tokens, sequences = texts.pairs, texts.tokens, texts.sequences
     matched, firsts = (texts.matched, 3 * pairs) if matches else (0, 0)
     decoded = tokens - sequences if decodes else 0
+    read = matches or decodes  # then image tokens are projected to keys and values
     layers, trimmed = text.layers - 1, 1
     encode = text.layers * _self_attention(text, tokens, tokens / sequences)
     encode += layers * _mlp(text, tokens) + trimmed * _mlp(text, pairs)
     sweep = text.layers * (
         _self_attention(text, matched, tokens / sequences)
         + _self_attention(text, decoded, decoded / sequences)
-        + 2 * pairs * vision.tokens * vision.width * 2 * text.width
+        + read * 2 * pairs * vision.tokens * vision.width * 2 * text.width
     )
     for count, rows in ((layers, matched + decoded), (trimmed, firsts + decoded)):
         sweep += count * (_cross_attention(text, rows, vision.tokens) + _mlp(text, rows))

@@ -49,6 +49,25 @@ def cut_down(med: MED, head: Head) -> MED:
     return med
 
 
+def freeze_unread(med: MED, matches: bool, decodes: bool) -> MED:
+    """Freeze the modules that no loss reads, which an optimizer would only decay.
+
+    Args:
+        med: MED of the head `pretrain` or `retrieval`.
+        matches: whether ITM is trained.
+        decodes: whether LM is trained.
+
+    Returns:
+        The same MED.
+    """
+    if not matches:
+        med.itm_head.requires_grad_(False)
+    if not matches and not decodes:
+        for layer in med.text.layers:
+            layer.cross_attention.requires_grad_(False)
+    return med
+
+
 def build_network(head: Head, config: MEDConfig) -> nn.Module:
     """The network of a head, with its weights unset: a MED cut down, or a separate network."""
     network = OWN_NETWORKS.get(head)

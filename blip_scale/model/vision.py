@@ -38,6 +38,8 @@ class VisionConfig:
     """Share of the patches that a forward in training leaves out, drawn anew for each image."""
     frozen_layers: int = 0
     """Number of first blocks that don't train. What lies before them doesn't either."""
+    other_sizes: tuple[int, ...] = ()
+    """Sides of further inputs in pixels, for which the forward interpolates position embeddings."""
 
 
 class VisionAttention(TimmAttention):
@@ -133,6 +135,7 @@ def build_vision(
             norm_layer=partial(LayerNorm, eps=NORM_EPS),
             attn_layer=VisionAttention,
             weight_init="skip",
+            dynamic_img_size=bool(config.other_sizes),
             **config.overrides,
         )
     except (TypeError, AssertionError, RuntimeError) as error:
@@ -150,6 +153,12 @@ def build_vision(
         raise ValueError(
             f"model.vision.image_size: {config.image_size} is no multiple of the patch size {patch}"
         )
+    for size in config.other_sizes:
+        if size % patch:
+            raise ValueError(
+                f"data.image_sizes: {size} is no multiple of the patch size {patch} of "
+                f"{config.name}; give one"
+            )
     for block in vision.blocks:
         block.attn.kernel = kernel
     vision.set_grad_checkpointing(gradient_checkpointing)

@@ -39,7 +39,7 @@ def check_pool(pool_size: int) -> None:
     if pool_size < 2:
         raise ValueError(
             "hard negatives: a pool of one pair holds no negative; give each rank a micro-batch of "
-            "2 or more, or set objective.negatives to global on several ranks"
+            "2 or more, or set objective.itm to global on several ranks"
         )
 
 

@@ -32,6 +32,21 @@ class Micro:
     """Whether it runs on a CPU. There dropout masks have the dtype of the activations (on a GPU 1
     byte), and attention is not fused in bf16 or with dropout."""
 
+    decodes: bool = True
+    """Whether LM is trained."""
+    matches: bool = True
+    """Whether ITM is trained."""
+
+    @property
+    def decoded(self) -> int:
+        """Number of tokens of LM."""
+        return self.text_tokens - self.batch if self.decodes else 0
+
+    @property
+    def matched(self) -> int:
+        """Number of tokens of ITM."""
+        return 3 * self.text_tokens if self.matches else 0
+
     @property
     def dropout_bytes(self) -> int:
         """Bytes of an element of a dropout mask."""
@@ -58,16 +73,17 @@ def saved_activations(
     """
     text, size = config.text, micro.compute_bytes
     block = _vision_block(vision, micro)
-    rows = 3 * micro.text_tokens
-    decoded = micro.text_tokens - micro.batch
-    swept = _text_layer(text, micro, rows + decoded, rows + decoded, vision.tokens)
-    trimmed = _text_layer(text, micro, rows + decoded, 3 * micro.batch + decoded, vision.tokens)
+    rows, decoded = micro.matched, micro.decoded
+    firsts = 3 * micro.batch if micro.matches else 0
+    image_tokens = vision.tokens if rows + decoded else 0
+    swept = _text_layer(text, micro, rows + decoded, rows + decoded, image_tokens)
+    trimmed = _text_layer(text, micro, rows + decoded, firsts + decoded, image_tokens)
     encoded = _text_layer(text, micro, micro.text_tokens, micro.text_tokens, 0)
     encoded_last = _text_layer(text, micro, micro.text_tokens, micro.batch, 0)
-    image_tokens = micro.batch * vision.tokens * vision.width * size
+    image_states = micro.batch * vision.tokens * vision.width * size
     embedding = (2 * size + _mask(text, micro)) * text.width
     if checkpointing:
-        blocks = float(vision.trained_depth * image_tokens)
+        blocks = float(vision.trained_depth * image_states)
         encoder = float(text.layers * micro.text_tokens * text.width * size)
         sweep = float(text.layers * (rows + decoded) * text.width * size)
     else:
@@ -77,7 +93,7 @@ def saved_activations(
     patches_train = vision.trained_depth == vision.depth
     pixels = micro.batch * 3 * vision.image_size**2 * size if patches_train else 0
     saved = {
-        "vision": pixels + blocks + 2 * image_tokens,  # 2: input and output of the last norm
+        "vision": pixels + blocks + 2 * image_states,  # 2: input and output of the last norm
         "text": encoder + micro.text_tokens * embedding,
         "sweep": sweep + (rows + decoded) * embedding,
         "language_head": decoded * (4 * text.width * size + text.vocab_size * _FP32),
@@ -94,8 +110,8 @@ def temporaries(config: MEDConfig, vision: VisionShape, micro: Micro) -> dict[st
     They are logits and their gradients, similarities, and one block's gradients.
     """
     text, size = config.text, micro.compute_bytes
-    decoded = micro.text_tokens - micro.batch
-    rows = 3 * micro.text_tokens + decoded
+    decoded = micro.decoded
+    rows = max(micro.matched + decoded, micro.text_tokens)
     logits = decoded * text.vocab_size * (2 * _FP32 + size)
     similarities = 4 * micro.batch * micro.keys * _FP32
     wide = max(micro.batch * vision.tokens * vision.mlp_width, rows * text.mlp_width)

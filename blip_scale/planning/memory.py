@@ -74,7 +74,8 @@ def memory(load: Load, batch: int) -> Memory:
     """Memory of a rank that takes micro-batches of `batch` pairs."""
     network, sharding = load.network, load.sharding
     keys = network.contrast.key_count(batch)
-    micro = Micro(batch, load.tokens(batch), sharding.compute_bytes, keys, load.on_cpu)
+    losses = network.decodes, network.matches
+    micro = Micro(batch, load.tokens(batch), sharding.compute_bytes, keys, load.on_cpu, *losses)
     held = states(network, sharding, max(1, load.share // batch))
     checkpointing = network.config.gradient_checkpointing
     saved = saved_activations(network.config, network.vision, micro, checkpointing)

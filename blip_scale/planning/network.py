@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blip_scale.config.recipe import Recipe, TextRecipe
 from blip_scale.data.tokenizer import load_tokenizer, resolve_checkpoint
 from blip_scale.inference.sizes import Vocabulary, checkpoint_sizes, network_config
+from blip_scale.model.heads import cut_down, freeze_unread
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.text import SpecialTokens
 from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
@@ -52,7 +53,7 @@ class PlannedContrast(Protocol):
     def build_network(self) -> nn.Module:
         """The contrast's network, with unset weights."""
 
-    def flops(self, batch_size: int, text_tokens: int) -> float:
+    def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
         """FLOPs that the contrast adds to a micro-step, forward and backward."""
 
     def key_count(self, batch_size: int) -> int:
@@ -84,6 +85,10 @@ class Network:
     module_parameters: list[int]
     """Number of elements of the largest parameter of each module that holds parameters."""
     notes: list[str]
+    decodes: bool = True
+    """Whether LM is trained."""
+    matches: bool = True
+    """Whether ITM is trained."""
 
     @property
     def modules(self) -> int:
@@ -114,6 +119,8 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
     contrast = contrast_of(recipe, config)
     with torch.device("meta"):
         med, beside = MED(config), contrast.build_network()
+    decodes, matches = recipe.objective.lm != "none", recipe.objective.itm != "none"
+    med = freeze_unread(med if decodes else cut_down(med, "retrieval"), matches, decodes)
     owners = [module for module in [*med.modules(), *beside.modules()] if _elements(module)]
     trainable = [p.numel() for p in med.parameters() if p.requires_grad]
     return Network(
@@ -126,6 +133,8 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
         max(map(_elements, owners)),
         [max(p.numel() for p in module.parameters(recurse=False)) for module in owners],
         notes,
+        decodes,
+        matches,
     )
 
 

@@ -254,11 +254,12 @@ def step_time(
     """Seconds of an optimizer step, with all assumptions at one level."""
     network, sharding, sizes = work.network, work.sharding, work.sizes
     size, micro_steps = sharding.compute_bytes, sizes.accumulation
-    useful = med_flops(network.config, sizes.micro_batch, work.tokens)
-    useful += network.contrast.flops(sizes.micro_batch, work.tokens)
+    losses = network.decodes, network.matches
+    useful = med_flops(network.config, sizes.micro_batch, work.tokens, *losses)
+    useful += network.contrast.flops(network.config, sizes.micro_batch, work.tokens)
     recomputed, passes = 0.0, 2
     if network.config.gradient_checkpointing:
-        recomputed = recomputation_flops(network.config, sizes.micro_batch, work.tokens)
+        recomputed = recomputation_flops(network.config, sizes.micro_batch, work.tokens, *losses)
         passes = 3
     fused = execution.fused.at(level) if size == 2 else 1.0
     kernels = (useful + recomputed) / (kernel_flops(cluster, size).at(level) * fused)

@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.engine import collectives
 from blip_scale.engine.task import Evaluation, Progress
 from blip_scale.engine.watching.monitor import Alarm
+from blip_scale.engine.watching.reference_alarms import chosen_reference
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.evaluation import captions_and_pairs
@@ -40,7 +41,7 @@ class TrainingTask(ABC):
     The task's network holds the network of `head` (`model.heads`) as its attribute `med`.
     """
 
-    head: ClassVar[Head]
+    head: Head
     alarms: tuple[Alarm, ...] = ()
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -53,6 +54,8 @@ class TrainingTask(ABC):
         self.batch_size, self.accumulation = sizes.micro_batch, sizes.accumulation
         self.loader = networks.train_loader(recipe, self.text_input(), self.batch_size)
         self.steps_per_epoch = self.loader.steps_per_epoch
+        self.reference, alarms = chosen_reference(recipe, self.loader.samples_per_epoch)
+        self.alarms = (*self.alarms, *alarms)
         self.kernel = str(choose_kernel(recipe.model.attention, device, self.dtype))
         self.momentum_pairs: dict[str, str] = {}
         self._tokens = 0
@@ -181,6 +184,9 @@ class TrainingTask(ABC):
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Position of the loader."""
         return {"loader": self.loader.state_dict()}, {}
+
+    def check_state(self, state: dict[str, Any]) -> None:  # noqa: B027  most tasks check nothing
+        """Accept every state."""
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore the position of the loader."""

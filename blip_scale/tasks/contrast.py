@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,41 @@ def of_all_ranks(features: FeaturePair) -> FeaturePair:
     )
 
 
+def gathered_with_gradient(features: FeaturePair) -> FeaturePair:
+    """[B, E] each to [B x ranks, E], in rank order. The backward sums the gradients of all ranks.
+
+    Data parallelism then takes the mean over ranks. If a rank's loss is the mean over its rows, the
+    result is the gradient of the mean over the batch of all ranks.
+    """
+    return FeaturePair(
+        collectives.all_gather_with_gradient(features.image),
+        collectives.all_gather_with_gradient(features.text),
+    )
+
+
+def same_images(pairs: EncodedPairs) -> Tensor:
+    """[B, B x ranks] bool: whether a pair of this rank and one of all ranks have the same image."""
+    if pairs.image_ids is not None:
+        return pairs.image_ids[:, None] == collectives.all_gather(pairs.image_ids)
+    batch, device = len(pairs.features.image), pairs.features.image.device
+    everyone = torch.arange(batch * collectives.world_size(), device=device)
+    return own_rows(everyone, batch)[:, None] == everyone
+
+
+def own_columns(similarities: Similarities) -> Similarities:
+    """[B, B x ranks] both ways to the columns [B, B] of this rank."""
+    batch = len(similarities.image_to_text)
+    return Similarities(
+        own_rows(similarities.image_to_text.T, batch).T,
+        own_rows(similarities.text_to_image.T, batch).T,
+    )
+
+
+def own_rows(gathered: Tensor, batch: int) -> Tensor:
+    """[B x ranks, ...] to the rows [B, ...] of this rank."""
+    return gathered.narrow(0, collectives.rank() * batch, batch)
+
+
 class Contrast(ABC):
     """A contrastive loss with its network, its state, and its update after each optimizer step.
 
@@ -72,6 +107,8 @@ class Contrast(ABC):
     momentum_pairs: dict[str, str]
     """Name of a parameter of the contrast's network -> name of the MED's parameter that it
     follows."""
+    exchanges: ClassVar[bool] = False
+    """Whether the network's forward exchanges tensors between ranks."""
 
     def __init__(
         self, recipe: Recipe, config: MEDConfig, device: torch.device, knows_images: bool
@@ -96,8 +133,11 @@ class Contrast(ABC):
         """
 
     @abstractmethod
-    def flops(self, batch_size: int, text_tokens: int) -> float:
-        """FLOPs that the contrast adds to a micro-step, forward and backward."""
+    def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
+        """FLOPs that the contrast adds to a micro-step, forward and backward.
+
+        `config` may have another image size than the contrast's.
+        """
 
     def key_count(self, batch_size: int) -> int:
         """Number of keys that each pair of a micro-batch is compared with, for plans of memory."""

@@ -6,6 +6,7 @@ Legend: B micro-batch of this rank.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -23,7 +24,8 @@ from blip_scale.engine.watching.monitor import Alarm
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.inference.inputs import to_model_input
-from blip_scale.model.flops import med_flops
+from blip_scale.model.flops import at_image_size, med_flops
+from blip_scale.model.heads import freeze_unread
 from blip_scale.model.med import MED
 from blip_scale.model.packing import PackedText
 from blip_scale.objectives.contrastive import FeaturePair, retrieval_accuracy
@@ -31,9 +33,15 @@ from blip_scale.objectives.matching import match_accuracy, predicts_one_class
 from blip_scale.tasks.base import TrainingTask
 from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs
 from blip_scale.tasks.hard_pairs import text_sizes
+from blip_scale.tasks.in_batch_contrast import InBatchContrast
 from blip_scale.tasks.momentum_contrast import MomentumContrast
+from blip_scale.tasks.sigmoid_contrast import SigmoidContrast
 
-CONTRASTS: dict[str, type[Contrast]] = {"momentum": MomentumContrast}
+CONTRASTS: dict[str, type[Contrast]] = {
+    "momentum": MomentumContrast,
+    "in_batch": InBatchContrast,
+    "sigmoid": SigmoidContrast,
+}
 """Value of `objective.itc` -> class of the contrast."""
 
 TEMPERATURE = "med.temperature.value"
@@ -71,22 +79,30 @@ class ContrastiveNetwork(nn.Module):
         pairs = EncodedPairs(images, text, features, med.temperature(), image_ids)
         return image_embeds, pairs, self.contrast(pairs, inputs)
 
-    @staticmethod
-    def figures(
-        pairs: EncodedPairs, contrasted: Contrasted, itm_logits: Tensor, labels: Tensor
-    ) -> dict[str, Tensor]:
-        """Outputs of the network besides the losses.
+    def weighed(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses by name for the log, and `loss/total`, the sum with the recipe's weights."""
+        weights = {
+            "itc": self.settings.itc_weight,
+            "itm": self.settings.itm_weight,
+            "lm": self.settings.lm_weight,
+        }
+        terms = [
+            loss if weights[name] == 1.0 else weights[name] * loss for name, loss in losses.items()
+        ]
+        logged = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        return {"loss/total": sum(terms[1:], terms[0]), **logged}
 
-        They are accuracies, temperature, the contrast's metrics, its keys [B, E] as `image_keys`
-        and `text_keys`, and `image_ids` [B] if pairs have them.
+    @staticmethod
+    def figures(pairs: EncodedPairs, contrasted: Contrasted) -> dict[str, Tensor]:
+        """Outputs of the network besides losses and ITM's accuracies.
+
+        They are accuracies of ITC, temperature, the contrast's metrics, its keys [B, E] as
+        `image_keys` and `text_keys`, and `image_ids` [B] if pairs have them.
         """
         i2t, t2i = retrieval_accuracy(contrasted.similarities)
-        on_match, on_mismatch = match_accuracy(itm_logits, labels)
         return {
             "itc/in_batch_i2t": i2t,
             "itc/in_batch_t2i": t2i,
-            "itm/accuracy_match": on_match,
-            "itm/accuracy_mismatch": on_mismatch,
             "train/temperature": pairs.temperature.detach().float().reshape(()),
             **contrasted.metrics,
             "image_keys": contrasted.keys.image.detach(),
@@ -95,18 +111,29 @@ class ContrastiveNetwork(nn.Module):
         }
 
 
+def match_figures(itm_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Accuracies of ITM on matches and mismatches."""
+    on_match, on_mismatch = match_accuracy(itm_logits, labels)
+    return {"itm/accuracy_match": on_match, "itm/accuracy_mismatch": on_mismatch}
+
+
 class ContrastiveTask(TrainingTask):
     """Task whose network is a `ContrastiveNetwork`. `objective.itc` names its contrast."""
 
     alarms: tuple[Alarm, ...] = (ONE_CLASS_ALARM,)
     knows_images: ClassVar[bool] = False
     """Whether pairs have image ids, so that pairs of the same image are recognised."""
-    decodes: ClassVar[bool] = True
+    decodes: bool = True
     """Whether captions go through the decoder, too."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         kind = contrast_named(recipe.objective.itc)
+        self._image_size = recipe.model.vision.image_size
         super().__init__(recipe, device)
+        self.matches = recipe.objective.itm != "none"
+        """Whether pairs are matched, so that ITM's head is trained."""
+        if not self.matches:
+            self.alarms = tuple(alarm for alarm in self.alarms if alarm is not ONE_CLASS_ALARM)
         self.contrast = kind(recipe, self.config, device, self.knows_images)
         self.momentum_pairs = {
             f"contrast.{copy}": f"med.{online}"
@@ -116,6 +143,10 @@ class ContrastiveTask(TrainingTask):
     @abstractmethod
     def build_network(self) -> ContrastiveNetwork:
         """MED and the contrast's network, with unset weights."""
+
+    def build_med(self) -> MED:
+        """A MED of this head, with the modules frozen that no loss reads."""
+        return freeze_unread(super().build_med(), self.matches, self.decodes)
 
     def text_input(self) -> CaptionInput:
         """Like other tasks, but with texts filled up to static sizes if the recipe says so."""
@@ -135,13 +166,17 @@ class ContrastiveTask(TrainingTask):
             return "model.gradient_checkpointing reads random states, which a capture can't"
         if token_bucket(self.recipe, self.batch_size, self.device.type == "cuda") == 1:
             return "with train.pad_tokens_to: 1 every batch has other shapes"
-        if self.recipe.objective.negatives == "global" and collectives.world_size() > 1:
-            return "objective.negatives: global exchanges between ranks in the forward pass"
+        if collectives.world_size() > 1:
+            objective = self.recipe.objective
+            if self.contrast.exchanges:
+                return f"objective.itc: {objective.itc} exchanges features in the forward pass"
+            if objective.itm == "global":
+                return "objective.itm: global exchanges between ranks in the forward pass"
         return None
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
         """Images, captions, the contrast's inputs, generator, image ids, sizes of ITM's texts."""
-        self._tokens = batch.caption_tokens
+        self._tokens, self._image_size = batch.caption_tokens, batch.images.shape[-1]
         images, text = to_model_input(batch, self.device, self.dtype)
         image_ids = None
         if self.knows_images:
@@ -157,8 +192,10 @@ class ContrastiveTask(TrainingTask):
 
     def flops_per_step(self) -> float:
         """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
-        med = med_flops(self.config, self.batch_size, self._tokens, self.decodes)
-        return self.accumulation * (med + self.contrast.flops(self.batch_size, self._tokens))
+        config = at_image_size(self.config, self._image_size)
+        sizes = self.batch_size, self._tokens
+        med = med_flops(config, *sizes, self.decodes, self.matches)
+        return self.accumulation * (med + self.contrast.flops(config, *sizes))
 
     def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
         """Clamp the temperature, then update the contrast."""
@@ -175,10 +212,27 @@ class ContrastiveTask(TrainingTask):
         return self.contrast.metrics(engine, momentum)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Position of the loader, and the contrast's state."""
+        """Position of the loader, names of the losses, and the contrast's state."""
         state, tensors = super().state_dict()
         contrast_state, contrast_tensors = self.contrast.state_dict()
+        state |= {"objective": self.loss_names()}
         return state | contrast_state, tensors | contrast_tensors
+
+    def loss_names(self) -> dict[str, str]:
+        """Setting of `objective` -> the name of the loss that it chooses."""
+        objective = self.recipe.objective
+        return {"itc": objective.itc, "itm": objective.itm, "lm": objective.lm}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse to resume with other losses; a checkpoint may not name them."""
+        for name, here in self.loss_names().items():
+            saved = state.get("objective", {}).get(name, here)
+            if saved != here:
+                raise ValueError(
+                    f"objective.{name}: {here}, but the checkpoint was trained with {saved}; give "
+                    f"objective.{name}={saved}, or begin a run from it with model.checkpoint and "
+                    "another output_dir"
+                )
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore the position of the loader, and the contrast's state."""

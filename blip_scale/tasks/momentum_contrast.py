@@ -85,11 +85,9 @@ class MomentumContrast(Contrast):
         """Momentum encoders, with unset weights."""
         return MomentumContrastNetwork(MomentumEncoder(self.config))
 
-    def flops(self, batch_size: int, text_tokens: int) -> float:
+    def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
         """FLOPs of the momentum encoders' forward and of the similarities to the keys."""
-        return momentum_contrast_flops(
-            self.config, batch_size, text_tokens, self.settings.queue_size
-        )
+        return momentum_contrast_flops(config, batch_size, text_tokens, self.settings.queue_size)
 
     def key_count(self, batch_size: int) -> int:
         """Number of keys: the micro-batch and the queue."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip_scale.config.recipe import Recipe
 from blip_scale.engine import collectives
 from blip_scale.engine.task import Evaluation
 from blip_scale.engine.zero.engine import ZeroEngine
@@ -18,9 +19,9 @@ from blip_scale.model.packing import PackedText
 from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.objectives.language import lm_loss
 from blip_scale.objectives.matching import HardNegatives, draw_negatives, itm_loss, match_labels
-from blip_scale.tasks.contrast import EncodedPairs, of_all_ranks
-from blip_scale.tasks.contrastive_task import ContrastiveNetwork, ContrastiveTask
-from blip_scale.tasks.hard_pairs import TextSizes, global_pairs, local_pairs
+from blip_scale.tasks.contrast import Contrasted, EncodedPairs, of_all_ranks
+from blip_scale.tasks.contrastive_task import ContrastiveNetwork, ContrastiveTask, match_figures
+from blip_scale.tasks.hard_pairs import Pairs, TextSizes, global_pairs, local_pairs
 
 
 class PretrainNetwork(ContrastiveNetwork):
@@ -47,39 +48,52 @@ class PretrainNetwork(ContrastiveNetwork):
                 ranks. None: texts are not filled up.
         """
         med, settings = self.med, self.settings
-        image_embeds, encoded, contrasted = self.contrasted(images, text, inputs, image_ids)
-        batch = len(images)
-        sizes = sizes or TextSizes(text.segments.max_length)
-        if settings.negatives == "local":
-            similarities = contrasted.similarities
-            negatives = draw_negatives(
-                similarities.text_to_image[:, :batch],
-                similarities.image_to_text[:, :batch],
-                generator,
-            )
-            pairs = local_pairs(image_embeds, text, negatives, sizes)
-        else:
-            negatives = _global_negatives(encoded, contrasted.keys, generator)
-            pairs = global_pairs(image_embeds, text, negatives, sizes)
         special = med.config.text.special
-        itm_logits, lm_logits, lm_targets = med.sweep(
-            pairs.texts.with_first_token(special.enc),
-            text.with_first_token(special.dec),
-            pairs.image_embeds,
-            pairs.image_index,
-            torch.arange(batch, device=images.device),
+        image_embeds, encoded, contrasted = self.contrasted(images, text, inputs, image_ids)
+        losses, figures = {"itc": contrasted.loss}, self.figures(encoded, contrasted)
+        every = torch.arange(len(images), device=images.device)
+        captions = text.with_first_token(special.dec)
+        if settings.itm == "none":
+            if settings.lm != "none":
+                predicting, lm_targets = captions.split_targets()
+                lm_logits = med.decode(predicting, image_embeds, every)
+                losses["lm"] = lm_loss(lm_logits, lm_targets, settings.label_smoothing)
+            return {**self.weighed(losses), **figures}
+        sizes = sizes or TextSizes(text.segments.max_length)
+        pairs = self._hard_pairs(image_embeds, encoded, contrasted, generator, sizes)
+        texts = pairs.texts.with_first_token(special.enc)
+        labels = match_labels(len(images), images.device)
+        if settings.lm == "none":
+            itm_logits = med.match(texts, pairs.image_embeds, pairs.image_index)
+            losses["itm"] = itm_loss(itm_logits, labels)
+        else:
+            itm_logits, lm_logits, lm_targets = med.sweep(
+                texts, captions, pairs.image_embeds, pairs.image_index, every
+            )
+            losses["itm"] = itm_loss(itm_logits, labels)
+            losses["lm"] = lm_loss(lm_logits, lm_targets, settings.label_smoothing)
+        figures |= pairs.retry | match_figures(itm_logits, labels)
+        return {**self.weighed(losses), **figures}
+
+    def _hard_pairs(
+        self,
+        image_embeds: Tensor,
+        encoded: EncodedPairs,
+        contrasted: Contrasted,
+        generator: torch.Generator,
+        sizes: TextSizes,
+    ) -> Pairs:
+        """Matched pairs, and pairs with negatives of this rank or of all ranks."""
+        if self.settings.itm == "global":
+            negatives = _global_negatives(encoded, contrasted.keys, generator)
+            return global_pairs(image_embeds, encoded.text, negatives, sizes)
+        batch, similarities = len(image_embeds), contrasted.similarities
+        negatives = draw_negatives(
+            similarities.text_to_image[:, :batch],
+            similarities.image_to_text[:, :batch],
+            generator,
         )
-        labels = match_labels(batch, images.device)
-        itm = itm_loss(itm_logits, labels)
-        lm = lm_loss(lm_logits, lm_targets, settings.label_smoothing)
-        return {
-            "loss/total": contrasted.loss + itm + lm,
-            "loss/itc": contrasted.loss.detach(),
-            "loss/itm": itm.detach(),
-            "loss/lm": lm.detach(),
-            **pairs.retry,
-            **self.figures(encoded, contrasted, itm_logits, labels),
-        }
+        return local_pairs(image_embeds, encoded.text, negatives, sizes)
 
 
 @torch.no_grad()
@@ -100,7 +114,10 @@ def _global_negatives(
 class Pretrain(ContrastiveTask):
     """The pretraining task; implements `engine.task.Task`."""
 
-    head = "pretrain"
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.decodes = recipe.objective.lm != "none"
+        self.head = "pretrain" if self.decodes else "retrieval"
+        super().__init__(recipe, device)
 
     def build_network(self) -> PretrainNetwork:
         """MED and the contrast's network, with unset weights."""
@@ -108,7 +125,14 @@ class Pretrain(ContrastiveTask):
         return PretrainNetwork(med, self.contrast.build_network(), self.recipe.objective)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Held-out retrieval and captions on a whole copy of the MED."""
-        return captions_and_pairs.evaluate(
-            self.whole_med(engine), self.recipe, self.tokenizer, final
-        )
+        """Held-out retrieval, and captions if the network has a decoder, on a whole MED."""
+        med = self.whole_med(engine)
+        if self.decodes:
+            return captions_and_pairs.evaluate(med, self.recipe, self.tokenizer, final)
+        evaluation = Evaluation()
+        for name, pairs in self.heldout_sets():
+            figures = captions_and_pairs.retrieval_on(
+                med, pairs, self.recipe, self.tokenizer, final and self.matches
+            )
+            evaluation = evaluation.with_set(name, figures)
+        return evaluation

@@ -20,7 +20,7 @@ from blip_scale.evaluation import captions_and_pairs
 from blip_scale.model.packing import PackedText
 from blip_scale.objectives.matching import draw_negatives, itm_loss, pair_labels
 from blip_scale.tasks.contrast import of_all_ranks
-from blip_scale.tasks.contrastive_task import ContrastiveNetwork, ContrastiveTask
+from blip_scale.tasks.contrastive_task import ContrastiveNetwork, ContrastiveTask, match_figures
 from blip_scale.tasks.hard_pairs import TextSizes, global_pairs, local_pairs
 
 
@@ -43,8 +43,11 @@ class RetrievalNetwork(ContrastiveNetwork):
         med = self.med
         sizes = sizes or TextSizes(text.segments.max_length)
         image_embeds, encoded, contrasted = self.contrasted(images, text, inputs, image_ids)
+        losses, figures = {"itc": contrasted.loss}, self.figures(encoded, contrasted)
+        if self.settings.itm == "none":
+            return {**self.weighed(losses), **figures}
         online, temperature = encoded.features, encoded.temperature
-        everywhere = self.settings.negatives == "global"
+        everywhere = self.settings.itm == "global"
         pool, pool_ids = online, image_ids
         if everywhere:
             pool = of_all_ranks(online)
@@ -61,14 +64,9 @@ class RetrievalNetwork(ContrastiveNetwork):
         texts = pairs.texts.with_first_token(med.config.text.special.enc)
         logits = med.match(texts, pairs.image_embeds, pairs.image_index)
         labels = pair_labels(negatives, same_BP)
-        itm = itm_loss(logits, labels)
-        return {
-            "loss/total": contrasted.loss + itm,
-            "loss/itc": contrasted.loss.detach(),
-            "loss/itm": itm.detach(),
-            **pairs.retry,
-            **self.figures(encoded, contrasted, logits, labels),
-        }
+        losses["itm"] = itm_loss(logits, labels)
+        figures |= pairs.retry | match_figures(logits, labels)
+        return {**self.weighed(losses), **figures}
 
 
 class Retrieval(ContrastiveTask):
@@ -84,11 +82,17 @@ class Retrieval(ContrastiveTask):
         return RetrievalNetwork(self.build_med(), contrast, self.recipe.objective)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Re-ranked recalls on the held-out sets. The score is their mean on the first set."""
+        """Recalls on the held-out sets, re-ranked if ITM is trained.
+
+        The score is the mean of the re-ranked recalls on the first set, or else of the others.
+        """
         med = self.whole_med(engine)
         evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
-            figures = captions_and_pairs.retrieval_on(med, pairs, self.recipe, self.tokenizer, True)
-            recalls = [value for figure, value in figures.items() if figure.startswith("itm_")]
+            figures = captions_and_pairs.retrieval_on(
+                med, pairs, self.recipe, self.tokenizer, self.matches
+            )
+            scored = "itm_" if self.matches else "itc_"
+            recalls = [value for figure, value in figures.items() if figure.startswith(scored)]
             evaluation = evaluation.with_set(name, figures, fmean(recalls))
         return evaluation

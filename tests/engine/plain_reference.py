@@ -82,7 +82,7 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
                 weights = torch.tensor([alpha, 1.0 - alpha], dtype=torch.float64)
                 return network(images, text, MomentumInputs(queue, weights), generator)
 
-            everyone = _on_all_ranks(forward, ranks, together=objective.negatives == "global")
+            everyone = _on_all_ranks(forward, ranks, together=objective.itm == "global")
             total = torch.stack([outputs["loss/total"] for outputs in everyone]).sum()
             (total / (ranks * accumulation)).backward()
             for outputs in everyone:

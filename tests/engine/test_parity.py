@@ -31,7 +31,7 @@ PARTITIONED_AND_MORE: dict[str, Any] = {
         (2, 2, {}),
         (3, 1, {}),
         (3, 2, {"model": {"gradient_checkpointing": True}}),
-        (3, 2, {"objective": {"negatives": "global"}, "model": {"text": {"dropout": 0.0}}}),
+        (3, 2, {"objective": {"itm": "global"}, "model": {"text": {"dropout": 0.0}}}),
         (3, 2, {"model": {"vision": {"patch_dropout": 0.5}, "gradient_checkpointing": True}}),
         (3, 2, {"model": {"vision": {"frozen_layers": 1}, "gradient_checkpointing": True}}),
         (2, 2, {"model": {"vision": {"frozen_layers": 1, "patch_dropout": 0.25}}}),

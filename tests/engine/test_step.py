@@ -37,7 +37,7 @@ def test_a_step_waits_once(tmp_path: Path, ranks: int, negatives: str) -> None:
     """The real loop takes the branches that DeepSpeed has for CUDA."""
     recipe = make_recipe(
         tmp_path,
-        objective={"negatives": negatives},
+        objective={"itm": negatives},
         train={"max_steps": 3, "pad_tokens_to": 16},
         log={"every_steps": 10},
     )

@@ -1,5 +1,5 @@
-"""A second contrastive loss in the real engine: one class and one dict entry serve pretraining and
-retrieval."""
+"""Losses that a recipe chooses, in the real engine: contrasts without momentum encoders and queue,
+and networks without ITM or LM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from train_with_another_contrast import BIAS, InBatch
 
 from blip_scale.commands import convert_checkpoint
 from blip_scale.config import recipe as recipes
@@ -23,9 +22,9 @@ from blip_scale.engine.schedule import learning_rate
 from blip_scale.inference.inputs import to_model_input
 from blip_scale.storage.checkpoint_format import Manifest
 from blip_scale.tasks.by_name import TASKS
-from blip_scale.tasks.contrastive_task import CONTRASTS, ContrastiveTask
+from blip_scale.tasks.contrastive_task import ContrastiveTask
 
-SCRIPT = Path(__file__).with_name("train_with_another_contrast.py")
+BIAS = -1.5
 
 
 def recipe_of(folder: Path, task: str, contrast: str) -> Path:
@@ -34,7 +33,7 @@ def recipe_of(folder: Path, task: str, contrast: str) -> Path:
         folder,
         task=task,
         model={"text": {"dropout": 0.0}},
-        objective={"itc": contrast, "queue_size": 4},
+        objective={"itc": contrast, "queue_size": 4, "sigmoid_bias": BIAS},
         train={"max_steps": 2},
         checkpoint={"every_steps": 1},
         optimizer={"weight_decay": 0.1},
@@ -55,21 +54,18 @@ def loss_written_out(scores: Tensor, matches: Tensor, bias: Tensor) -> Tensor:
         for score, match in zip(row, others, strict=True):
             sign = 1.0 if match else -1.0
             terms.append(torch.log1p(torch.exp(-sign * (score + bias))))
-    return torch.stack(terms).mean()
+    return torch.stack(terms).sum() / len(scores)
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["pretrain", "retrieval"])
-def test_a_contrast_without_momentum_encoders_and_queue_trains(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_contrast_without_momentum_encoders_and_queue_trains(tmp_path: Path, name: str) -> None:
     """Loss of the first step and the bias after it against the formula; nothing of momentum in
     network, checkpoint and log."""
-    file = recipe_of(tmp_path, name, "in_batch")
-    codes = tiny_runs.finish(tiny_runs.launch(file, 1, script=SCRIPT))
+    file = recipe_of(tmp_path, name, "sigmoid")
+    codes = tiny_runs.finish(tiny_runs.launch(file, 1))
     assert codes == [0], tiny_runs.said(file)
 
-    monkeypatch.setitem(CONTRASTS, "in_batch", InBatch)
     recipe = recipes.load(str(file))
     task = task_of(recipe)
     network = task.build_network()
@@ -110,7 +106,7 @@ def test_a_contrast_without_momentum_encoders_and_queue_trains(
     assert bias.item() != BIAS
     assert not tiny_runs.whole_tensors(checkpoints / "step_00000001", "momentum")
     manifest = json.loads((checkpoints / "step_00000002" / "manifest.json").read_text())
-    assert set(manifest["task"]) == {"loader"}
+    assert set(manifest["task"]) == {"loader", "objective"}
     with safe_open(checkpoints / "step_00000002" / "shared.safetensors", "pt") as shared:
         assert not list(shared.keys())
     logged = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -120,37 +116,105 @@ def test_a_contrast_without_momentum_encoders_and_queue_trains(
 
 
 @pytest.mark.multiprocess
-def test_the_ranks_share_a_contrasts_own_weights(tmp_path: Path) -> None:
-    """A resumed run with negatives of all ranks has the bias of its checkpoint."""
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    for folder in (whole, halves):
+@pytest.mark.parametrize("contrast", ["in_batch", "sigmoid"])
+def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, contrast: str) -> None:
+    """Pairs of all ranks count, so ranks change neither losses nor weights, and nor does a resume.
+
+    ITM and LM would differ: a rank draws negatives with a seed of its own, and takes the mean over
+    its tokens.
+    """
+    alone, whole, halves = (tmp_path / name for name in ("alone", "whole", "halves"))
+    for folder, ranks, ends in ((alone, 1, (2,)), (whole, 2, (2,)), (halves, 2, (1, 2))):
         folder.mkdir()
-        file = recipe_of(folder, "pretrain", "in_batch")
-        for steps in (2,) if folder is whole else (1, 2):
-            arguments = (f"train.max_steps={steps}", "objective.negatives=global")
-            codes = tiny_runs.finish(tiny_runs.launch(file, 2, *arguments, script=SCRIPT))
-            assert codes == [0, 0], tiny_runs.said(file)
+        file = recipe_of(folder, "pretrain", contrast)
+        for steps in ends:
+            arguments = (f"train.max_steps={steps}", "objective.itm=none", "objective.lm=none")
+            codes = tiny_runs.finish(tiny_runs.launch(file, ranks, *arguments))
+            assert codes == [0] * ranks, tiny_runs.said(file)
+    losses = [tiny_runs.losses(folder / "run") for folder in (alone, whole, halves)]
+    assert losses[1] == losses[2]
+    for step in (1, 2):
+        assert set(losses[0][step]) == {"loss/total", "loss/itc"}
+        assert losses[1][step] == pytest.approx(losses[0][step], abs=2e-5), step
     for kind in ("weight", "exp_avg"):
         ends = [
             tiny_runs.whole_tensors(folder / "run" / "checkpoints" / "step_00000002", kind)
-            for folder in (whole, halves)
+            for folder in (alone, whole, halves)
         ]
-        assert ends[0].keys() == ends[1].keys()
-        assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
-        assert "contrast.bias.value" in ends[0]
+        assert ends[0].keys() == ends[1].keys() == ends[2].keys()
+        assert ("contrast.bias.value" in ends[0]) == (contrast == "sigmoid")
+        for name, tensor in ends[1].items():
+            assert torch.equal(tensor, ends[2][name]), name
+            torch.testing.assert_close(tensor, ends[0][name], rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("itm", "lm", "untrained"),
+    [
+        ("none", "next_token", ["itm_head"]),
+        ("global", "none", []),
+        ("none", "none", ["itm_head", "cross_attention"]),
+    ],
+)
+def test_a_network_without_itm_or_lm(
+    tmp_path: Path, itm: str, lm: str, untrained: list[str]
+) -> None:
+    """Untrained modules keep their initial weights, and the decoder is absent without LM.
+
+    The losses that remain, with their weights, are those of a run with all losses in the first
+    step. Another choice of losses at a resume is refused, and the checkpoint converts.
+    """
+    everything, some = tmp_path / "everything", tmp_path / "some"
+    for folder, changes in ((everything, {}), (some, {"itm": itm, "lm": lm, "itc_weight": 0.5})):
+        folder.mkdir()
+        file = tiny_runs.make_recipe(
+            folder,
+            model={"text": {"dropout": 0.0}},
+            objective={"itm": "global", **changes},
+            train={"max_steps": 1},
+            evaluation={"captions": 2},
+        )
+        assert tiny_runs.finish(tiny_runs.launch(file, 1)) == [0], tiny_runs.said(file)
+    expected, measured = (tiny_runs.losses(f / "run")[1] for f in (everything, some))
+    names = {"itc", *(["itm"] if itm != "none" else []), *(["lm"] if lm != "none" else [])}
+    assert set(measured) == {"loss/total", *(f"loss/{name}" for name in names)}
+    for name in names:
+        assert measured[f"loss/{name}"] == pytest.approx(expected[f"loss/{name}"], abs=1e-6)
+    weighed = 0.5 * measured["loss/itc"] + sum(measured[f"loss/{n}"] for n in names - {"itc"})
+    assert measured["loss/total"] == pytest.approx(weighed, abs=1e-5)
+
+    task = task_of(recipes.load(str(file)))
+    initial = task.initial_weights()
+    run = some / "run"
+    weights = tiny_runs.whole_tensors(run / "checkpoints" / "step_00000001", "weight")
+    still = [n for n, tensor in weights.items() if torch.equal(tensor, initial[n].flatten())]
+    assert {name for name in still if any(part in name for part in untrained)} == set(still)
+    assert bool(still) == bool(untrained)
+    assert any("decoder" in name for name in weights) == (lm != "none")
+    summary = json.loads((run / "summary.json").read_text())
+    assert bool(summary["captions"]) == (lm != "none")
+    assert any("/itm_" in name for name in summary["evaluation"]) == (itm != "none")
+    for name in ("itm", "lm"):
+        if changes[name] == "none":
+            other = {"itm": "local", "lm": "next_token"}[name]
+            assert tiny_runs.finish(tiny_runs.launch(file, 1, f"objective.{name}={other}")) == [2]
+            refusal = tiny_runs.said(file).strip().splitlines()[-1]
+            assert f"objective.{name}: {other}, but the checkpoint was trained with none" in refusal
+    assert convert_checkpoint.main([str(run), str(tmp_path / "blip.pth")]) == 0
 
 
 @pytest.mark.multiprocess
 def test_a_run_with_a_contrast_of_its_own_is_converted_and_not_taken_up_by_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Our checkpoints keep the weights of a contrast that the convert command doesn't know.
+    """Our checkpoints keep the weights of a contrast, which other formats have no place for.
 
     Formats without a place for them name them. A run can't change to a contrast with momentum, as
     its averages are missing.
     """
-    file = recipe_of(tmp_path, "pretrain", "in_batch")
-    codes = tiny_runs.finish(tiny_runs.launch(file, 1, "train.max_steps=1", script=SCRIPT))
+    file = recipe_of(tmp_path, "pretrain", "sigmoid")
+    codes = tiny_runs.finish(tiny_runs.launch(file, 1, "train.max_steps=1"))
     assert codes == [0], tiny_runs.said(file)
     run = tmp_path / "run"
     weights = tiny_runs.whole_tensors(run / "checkpoints" / "step_00000001", "weight")
@@ -167,7 +231,7 @@ def test_a_run_with_a_contrast_of_its_own_is_converted_and_not_taken_up_by_anoth
     arguments = ("objective.itc=momentum", "objective.queue_size=40")
     assert tiny_runs.finish(tiny_runs.launch(file, 1, *arguments)) == [2]
     refusal = tiny_runs.said(file).strip().splitlines()[-1]
-    assert "1 elements of contrast.bias.value, the recipe's network 0" in refusal
+    assert "objective.itc: momentum, but the checkpoint was trained with sigmoid" in refusal
 
 
 _ADDED = ("format_version", "checksum")
@@ -199,6 +263,6 @@ def test_a_run_without_averages_is_not_taken_up_with_momentum(tmp_path: Path) ->
 @pytest.mark.multiprocess
 def test_an_unknown_contrast_is_refused_with_the_names_of_all(tmp_path: Path) -> None:
     file = recipe_of(tmp_path, "pretrain", "in_bach")
-    assert tiny_runs.finish(tiny_runs.launch(file, 1, script=SCRIPT)) == [2]
+    assert tiny_runs.finish(tiny_runs.launch(file, 1)) == [2]
     refusal = tiny_runs.said(file)
-    assert "objective.itc: 'in_bach' is no contrast; give momentum or in_batch" in refusal
+    assert "'in_bach' is no contrast; give momentum or in_batch or sigmoid" in refusal

@@ -61,7 +61,7 @@ def recipe_of(folder: Path, task: str, pretrained: Path, **changes: Any) -> Path
         folder,
         task=task,
         model={"checkpoint": str(pretrained), "text": {"prompt": prompt, "dropout": 0.1}},
-        objective={"negatives": "global", "alpha_ramp_epochs": 1.0},
+        objective={"itm": "global", "alpha_ramp_epochs": 1.0},
         optimizer={"schedule": "cosine", "peak_lr": 1e-3, "min_lr": 0.0},
         train={"max_steps": STEPS, "epochs": 2},
         checkpoint={"every_steps": 4},

@@ -103,7 +103,7 @@ def network_of(tokenizer: Any, kind: Kind, negatives: str = "local") -> Contrast
             copy.copy_(online)
     if kind is RetrievalNetwork:
         cut_down(med, "retrieval")
-    settings = ObjectiveRecipe(negatives=negatives)
+    settings = ObjectiveRecipe(itm=negatives)
     return kind(med, MomentumContrastNetwork(momentum), settings)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from blip_scale.config.recipe import DataRecipe
 from blip_scale.data.loading import workers
+from blip_scale.data.loading.image_sizes import SizeSchedule
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput, LoaderPosition, MicroBatches
 from blip_scale.data.loading.mixing import describe, samples_per_epoch
 from blip_scale.data.loading.order import SampleOrder, StreamShape
@@ -68,7 +69,8 @@ class TrainLoader:
         set_up_worker: Callable[[], object] | None = None,
     ):
         if data.workers:
-            needed = needed_bytes(data.workers, position.micro_batch_size, image_size)
+            largest = max([image_size, *(stage.size for stage in data.image_sizes)])
+            needed = needed_bytes(data.workers, position.micro_batch_size, largest)
             check_shared_memory(needed, ranks_here())
             workers.start_server()
         stores = open_streams(data)
@@ -121,6 +123,9 @@ class TrainLoader:
                 data.augment,
                 data.transform,
                 data.max_pixels,
+            ),
+            sizes=SizeSchedule.of(
+                data.image_sizes, image_size, steps_per_epoch, position.global_batch_size
             ),
             text=text,
             position=position,

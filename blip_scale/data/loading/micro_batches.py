@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip_scale.data.captions import Clean, clean_caption
+from blip_scale.data.loading.image_sizes import SizeSchedule
 from blip_scale.data.loading.order import SampleOrder, Slot
 from blip_scale.data.pixels.image_pairs import maybe_swap
 from blip_scale.data.pixels.transforms import TrainTransform
@@ -128,6 +129,7 @@ class MicroBatches(Dataset["Batch | Exception"]):
     order: SampleOrder
     prefetcher: Prefetcher
     transform: TrainTransform
+    sizes: SizeSchedule
     text: CaptionInput
     position: LoaderPosition
     samples_per_epoch: int
@@ -145,6 +147,8 @@ class MicroBatches(Dataset["Batch | Exception"]):
             number * self.position.micro_samples
             + self.position.rank * self.position.micro_batch_size
         )
+        size = self.sizes.at(number * self.position.micro_samples)
+        transform = replace(self.transform, size=size)
         epoch, begin = divmod(begin, self.samples_per_epoch)
         self.prefetcher.advance(epoch, begin)
         samples: list[dict[str, Any]] = []
@@ -159,7 +163,7 @@ class MicroBatches(Dataset["Batch | Exception"]):
             index, caption = store.locate(slot.shard, slot.sample)
             slot = replace(slot, sample=index)
             sample, image = read_or_replace(
-                store, slot, partial(self._pixels, epoch, place), skipped
+                store, slot, partial(self._pixels, transform, epoch, place), skipped
             )
             samples.append(sample)
             streams.append(store.name)
@@ -190,9 +194,11 @@ class MicroBatches(Dataset["Batch | Exception"]):
             padding=packed.padding,
         )
 
-    def _pixels(self, epoch: int, place: int, sample: dict[str, Any]) -> Tensor:
+    def _pixels(
+        self, transform: TrainTransform, epoch: int, place: int, sample: dict[str, Any]
+    ) -> Tensor:
         rng = self._rng(epoch, place)
-        images = [self.transform(sample[name], rng) for name in IMAGE_COLUMNS if name in sample]
+        images = [transform(sample[name], rng) for name in IMAGE_COLUMNS if name in sample]
         return images[0] if len(images) == 1 else torch.stack(images)
 
     def _rng(self, epoch: int, place: int, *use: int) -> np.random.Generator:

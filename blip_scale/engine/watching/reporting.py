@@ -86,6 +86,8 @@ def log(run: Run) -> None:
     data_wait_s, memory_gib, _ = ranks.amax(dim=0).tolist()
     own_times = ranks[:, 2].tolist()
     means |= run.task.metrics(run.engine, run.momentum)
+    if run.task.reference is not None:
+        means |= run.task.reference.at(run.step / run.task.steps_per_epoch)
     means |= {
         "speed/samples_per_s": recipe.train.global_batch_size / step_s,
         "speed/data_wait_share": data_wait_s / step_s,

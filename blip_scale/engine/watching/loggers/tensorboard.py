@@ -22,6 +22,7 @@ _MARKDOWN = re.compile(r"[\\`*_\[\]|!]")
 _HELD_OUT = 2
 _PLACES = {
     "loss": 1,
+    "reference": 1,
     "itm": 3,
     "nlvr2": 3,
     "visdial": 3,
@@ -62,7 +63,7 @@ _LAYOUT = {
 
 _SETTINGS = (
     "task", "seed", "model.vision.name", "model.image_size", "objective.momentum",
-    "objective.queue_size", "objective.alpha", "objective.negatives", "data.min_crop_scale",
+    "objective.queue_size", "objective.alpha", "objective.itm", "data.min_crop_scale",
     "optimizer.schedule", "optimizer.peak_lr", "optimizer.min_lr", "optimizer.warmup_steps",
     "optimizer.lr_decay", "optimizer.weight_decay", "optimizer.gradient_clip",
     "train.global_batch_size", "train.micro_batch_size", "train.epochs", "train.precision",
@@ -97,6 +98,10 @@ class TensorBoardLogger:
         layout = {}
         for category, charts in _LAYOUT.items():
             layout[category] = {chart: ["Multiline", tags] for chart, tags in charts.items()}
+        if run.settings.get("log", {}).get("reference"):
+            for name in ("itc", "itm", "lm"):
+                tags = [f"1_loss/{name}", f"1_reference/{name}"]
+                layout["1 losses"][f"{name} and reference"] = ["Multiline", tags]
         self._writer.add_custom_scalars(layout)
         if self._settings:
             session = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
