@@ -1,5 +1,5 @@
 """Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step`, `host`,
-`growth` or `scale`."""
+`growth`, `scale` or `objectives`."""
 
 from __future__ import annotations
 
@@ -256,12 +256,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     from tools.benchmarks.growth import add_growth
     from tools.benchmarks.host import add_host
+    from tools.benchmarks.objectives import add_objectives
     from tools.benchmarks.scale import add_scale
 
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     add_growth(commands, ROOT / "ds_configs" / "zero3.json")
     add_host(commands, ROOT / "ds_configs" / "zero3.json")
     add_scale(commands)
+    add_objectives(commands)
     _add_step(
         commands.add_parser(
             "step",

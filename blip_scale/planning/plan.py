@@ -15,6 +15,7 @@ from blip_scale.config.batch_sizes import (
     settled,
 )
 from blip_scale.config.recipe import Recipe
+from blip_scale.model.flops import at_image_size, med_flops
 from blip_scale.planning.assumptions import GIB, Assumptions, duration, statements
 from blip_scale.planning.data_volume import Volume, volume_of
 from blip_scale.planning.memory import (
@@ -305,7 +306,10 @@ def make_plan(
         larger, recipe.objective.negatives, steps, volume, checkpoint_bytes(network),
         _kept(recipe, steps), sizes.global_batch / step.total_s / ranks / assumed.images_a_core,
         network, cluster, statements(cluster, load, EXECUTIONS[names[0]], assumed, notes),
-        _warnings(recipe, base, cluster),
+        (
+            *_warnings(recipe, base, cluster),
+            *_size_warnings(recipe, network, sizes.micro_batch, load.tokens(sizes.micro_batch)),
+        ),
     )  # fmt: skip
 
 
@@ -366,6 +370,29 @@ def _warnings(recipe: Recipe, sharding: Sharding, cluster: Cluster) -> tuple[str
             "is not modelled"
         )
     return tuple(warnings)
+
+
+def _size_warnings(recipe: Recipe, network: Network, batch: int, tokens: int) -> tuple[str, ...]:
+    """State the FLOPs of a run whose early images are smaller, as a share of the plan's."""
+    if not recipe.data.image_sizes:
+        return ()
+    losses, size = (network.decodes, network.matches), recipe.model.vision.image_size
+
+    def flops(image_size: int) -> float:
+        config = at_image_size(network.config, image_size)
+        med = med_flops(config, batch, tokens, *losses)
+        return med + network.contrast.flops(config, batch, tokens)
+
+    epochs, begin, total = float(recipe.train.epochs), 0.0, 0.0
+    for stage in recipe.data.image_sizes:
+        end = min(stage.until_epoch, epochs)
+        total += (end - begin) * flops(stage.size)
+        begin = end
+    share = (total + (epochs - begin) * flops(size)) / (epochs * flops(size))
+    return (
+        f"data.image_sizes: memory and time are those of {size} pixels; the whole run takes "
+        f"{share:.0%} of these FLOPs",
+    )
 
 
 def _sizes(recipe: Recipe, cluster: Cluster) -> BatchSizes:

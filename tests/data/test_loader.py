@@ -15,6 +15,7 @@ import torch
 from data_samples import MakeLoader, MakeShards, stream, take
 from torch.utils.data import Dataset
 
+from blip_scale.config.recipe import ImageSizeRecipe
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.data.loading.order import SampleOrder
 from blip_scale.data.reading.prefetch import Prefetcher
@@ -87,6 +88,29 @@ def test_resume_in_mid_epoch_is_exact(
     second.load_state_dict(state)
     resumed = take(second, 5)
     assert all(equal(a, b) for a, b in zip(resumed, uninterrupted[7:], strict=True))
+
+
+def test_image_sizes_follow_the_samples_seen(
+    make_shards: MakeShards, make_loader: MakeLoader
+) -> None:
+    """Sizes change with an optimizer step, for any ranks and micro-batches, and after a resume."""
+    settings = {
+        "image_sizes": [
+            ImageSizeRecipe(size=8, until_epoch=0.5),
+            ImageSizeRecipe(size=12, until_epoch=1.4),
+        ]
+    }
+    streams = [stream(make_shards("red", 45))]  # 5 steps an epoch
+    whole = take(make_loader(streams, **settings), 9)
+    assert [batch.images.shape[-1] for batch in whole] == [8, 8, *[12] * 5, 16, 16]
+    first = make_loader(streams, **settings, micro_batch=2)
+    parts = take(first, 5)
+    assert [batch.images.shape[-1] for batch in parts] == [8] * 5
+    second = make_loader(streams, 1, 2, **settings, micro_batch=2)
+    second.load_state_dict({**first.state_dict(), "samples_seen": 48})
+    parts = take(second, 5)
+    assert [batch.images.shape[-1] for batch in parts] == [12, 12, 16, 16, 16]
+    assert torch.equal(parts[2].images, whole[7].images[2:4])
 
 
 def test_resume_on_another_number_of_ranks_goes_on_with_the_same_samples(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from blip_scale.model.initialization import init_weights
 from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
@@ -71,6 +72,32 @@ def test_patches_are_dropped_in_training_alone(share: float, kept: int) -> None:
     assert (dropped[:, 0] == -1).all()
     draws = {tuple(sorted(image.flatten().tolist()[1:])) for image in dropped}
     assert len(draws) > 8 and all(len(set(draw)) == kept for draw in draws)
+
+
+def test_other_sizes_interpolate_the_positions_in_the_forward() -> None:
+    """Images of another size see interpolated positions, and the weights keep the first grid.
+
+    The expected positions are bicubic with antialiasing, written out as for a grid of channels.
+    """
+    vision = build_vision(VisionConfig("vit_tiny_patch16_224", 32, SIZES, other_sizes=(16,)))
+    plain = build_vision(VisionConfig("vit_tiny_patch16_224", 32, SIZES))
+    small = build_vision(VisionConfig("vit_tiny_patch16_224", 16, SIZES))
+    for parameter in vision.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    weights = vision.state_dict()
+    plain.load_state_dict(weights)
+    class_token, patches = weights["pos_embed"][:, :1], weights["pos_embed"][:, 1:]
+    grid = patches.transpose(1, 2).unflatten(2, (4, 4))
+    grid = F.interpolate(grid, (2, 2), mode="bicubic", antialias=True, align_corners=False)
+    positions = torch.cat([class_token, grid.flatten(2).transpose(1, 2)], dim=1)
+    small.load_state_dict(weights | {"pos_embed": positions})
+    large_images, small_images = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)
+    assert torch.equal(vision(large_images), plain(large_images))
+    torch.testing.assert_close(vision(small_images), small(small_images))
+    vision(small_images).square().sum().backward()
+    assert vision.pos_embed.grad.shape == (1, 17, 24)
+    with pytest.raises(ValueError, match=r"data.image_sizes: 20 is no multiple of the patch size"):
+        build_vision(VisionConfig("vit_tiny_patch16_224", 32, SIZES, other_sizes=(20,)))
 
 
 def test_no_patch_dropout_draws_no_random_numbers() -> None:

@@ -120,19 +120,28 @@ def test_a_contrast_without_momentum_encoders_and_queue_trains(tmp_path: Path, n
 def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, contrast: str) -> None:
     """Pairs of all ranks count, so ranks change neither losses nor weights, and nor does a resume.
 
-    ITM and LM would differ: a rank draws negatives with a seed of its own, and takes the mean over
-    its tokens.
+    The first step has smaller images. ITM and LM would differ: a rank draws negatives with a seed
+    of its own, and takes the mean over its tokens.
     """
     alone, whole, halves = (tmp_path / name for name in ("alone", "whole", "halves"))
     for folder, ranks, ends in ((alone, 1, (2,)), (whole, 2, (2,)), (halves, 2, (1, 2))):
         folder.mkdir()
         file = recipe_of(folder, "pretrain", contrast)
+        (folder / "losses.csv").write_text("epoch,itc\n0,2.5\n1,1.5\n")
         for steps in ends:
-            arguments = (f"train.max_steps={steps}", "objective.itm=none", "objective.lm=none")
+            arguments = (
+                f"train.max_steps={steps}", "objective.itm=none", "objective.lm=none",
+                "data.image_sizes=[{size: 16, until_epoch: 0.25}]",
+                f"log.reference={folder / 'losses.csv'}",
+            )  # fmt: skip
             codes = tiny_runs.finish(tiny_runs.launch(file, ranks, *arguments))
             assert codes == [0] * ranks, tiny_runs.said(file)
     losses = [tiny_runs.losses(folder / "run") for folder in (alone, whole, halves)]
     assert losses[1] == losses[2]
+    lines = (halves / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [line for line in map(json.loads, lines) if "speed/mfu" in line]
+    assert ["reference/itc" in line for line in logged] == [False, True], "from the middle on"
+    assert logged[1]["reference/itc"] == 2.5 and logged[1]["alarm/reference_itc"] == 0
     for step in (1, 2):
         assert set(losses[0][step]) == {"loss/total", "loss/itc"}
         assert losses[1][step] == pytest.approx(losses[0][step], abs=2e-5), step

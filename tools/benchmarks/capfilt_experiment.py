@@ -57,7 +57,7 @@ SMALL = (
 )
 STEPS_AN_EPOCH = 50
 FINE_TUNING = (
-    "objective.negatives=global",
+    "objective.itm=global",
     "optimizer.lr_decay=0.95",
     "optimizer.peak_lr=1.0e-3",
     "optimizer.warmup_steps=50",

@@ -1,0 +1,136 @@
+"""`benchmark.py objectives`: short pretrainings with other losses, image sizes and patch dropout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from blip_scale.storage import run_folder
+
+REPO = Path(__file__).resolve().parents[2]
+_SIGMOID = ("objective.itc=sigmoid", "objective.temperature=0.1")
+_TOWERS = ("objective.itm=none", "objective.lm=none")
+_SIZES = "data.image_sizes=[{size: 32, until_epoch: SHARE_60}, {size: 48, until_epoch: SHARE_90}]"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "BLIP": (),
+    "ITC in_batch": ("objective.itc=in_batch",),
+    "ITC sigmoid": _SIGMOID,
+    "no ITM": ("objective.itm=none",),
+    "no LM": ("objective.lm=none",),
+    "ITC in_batch alone": ("objective.itc=in_batch", *_TOWERS),
+    "ITC sigmoid alone": (*_SIGMOID, *_TOWERS),
+    "image sizes": (_SIZES,),
+    "patch dropout 0.25": ("model.vision.patch_dropout=0.25",),
+    "sizes and dropout": (_SIZES, "model.vision.patch_dropout=0.25"),
+}
+"""Row of the table -> settings that differ from the recipe's. SHARE_60 and SHARE_90 stand for the
+epochs that end 60 % and 90 % of the steps."""
+_FIGURES = {
+    "itc_image_to_text_r10": "R@10, image to text",
+    "itc_text_to_image_r10": "R@10, text to image",
+    "itm_image_to_text_r1": "R@1 re-ranked, image to text",
+    "exact": "captions exactly right",
+}
+"""Held-out figure of the first set -> head of its column. All are shares."""
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run every variant with every seed. Finished runs in `--out` are kept."""
+    with tempfile.TemporaryDirectory(prefix="objectives-") as folder:
+        out = Path(options.out or folder).resolve()
+        rows = {}
+        for name in options.variants:
+            runs = [_figures(_train(name, seed, out, options)) for seed in range(options.seeds)]
+            rows[name] = {
+                figure: statistics.fmean(run[figure] for run in runs)
+                for figure in runs[0]
+                if all(figure in run for run in runs)
+            }
+    return {"steps": options.steps, "seeds": options.seeds, "rows": rows}
+
+
+def _train(name: str, seed: int, out: Path, options: argparse.Namespace) -> Path:
+    """Pretrain on one rank. Returns the folder of the run.
+
+    Raises:
+        RuntimeError: training failed. The message has its last words.
+    """
+    run = out / f"{name.replace(' ', '_')}_{seed}"
+    if (run / run_folder.SUMMARY).is_file():
+        return run
+    # An epoch of the demo has 36 steps of 64 pairs; max_steps makes the schedule end earlier.
+    epochs = options.steps / options.steps_per_epoch
+    settings = [
+        text.replace("SHARE_60", f"{0.6 * epochs:.4f}").replace("SHARE_90", f"{0.9 * epochs:.4f}")
+        for text in VARIANTS[name]
+    ]
+    command = [
+        sys.executable, str(REPO / "blip_scale" / "train.py"), "--recipe", options.recipe,
+        f"output_dir={run}", f"seed={seed}", f"train.max_steps={options.steps}",
+        "log.every_steps=10", "evaluation.every_steps=1000000", "checkpoint.every_steps=1000000",
+        *settings, *options.settings,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+    return run
+
+
+def _figures(run: Path) -> dict[str, float]:
+    """Held-out shares of the first set, seconds of a step, and peak memory of a finished run."""
+    summary = json.loads((run / run_folder.SUMMARY).read_text(encoding="utf-8"))
+    evaluation = summary["evaluation"]
+    first = next(iter(evaluation)).partition("/")[0]
+    lines = (run / run_folder.METRICS).read_text(encoding="utf-8").splitlines()
+    points = [point for point in map(json.loads, lines) if "speed/samples_per_s" in point]
+    batch = points[0]["samples"] / points[0]["step"]
+    figures = {name: evaluation.get(f"{first}/{name}") for name in _FIGURES}
+    figures["step_s"] = statistics.fmean(batch / p["speed/samples_per_s"] for p in points[1:])
+    figures["peak_gib"] = points[-1]["memory/peak_gib"]
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    heads = ["", *_FIGURES.values(), "s a step", "GiB"]
+    lines = [
+        f"{result['steps']} steps, {result['seeds']} seed(s)",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    for name, row in result["rows"].items():
+        shares = [f"{100 * row[f]:.1f} %" if f in row else "-" for f in _FIGURES]
+        cells = [name, *shares, f"{row['step_s']:.3f}", f"{row['peak_gib']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def add_objectives(commands: Any) -> None:
+    """Add the command to the parser's commands."""
+    command = commands.add_parser(
+        "objectives",
+        help="short pretrainings with other losses, image sizes and patch dropout",
+        description="Held-out recall, captions, seconds a step and peak memory of short "
+        "pretrainings on one rank, one after another: BLIP's losses, and one choice changed at a "
+        "time. Make the demo's data first: `python tools/prepare_data.py demo data/demo`.",
+    )
+    command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of all runs")
+    command.add_argument("--recipe", default="demo", help="default: demo")
+    command.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
+    command.add_argument(
+        "--steps-per-epoch", type=float, default=36, help="of the recipe (default: 36, the demo)"
+    )
+    command.add_argument("--seeds", type=int, default=1, help="runs of each (default: 1)")
+    command.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    command.add_argument("--out", type=Path, help="folder that keeps the runs (default: none)")
+    command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(measure=measure, show=show)
