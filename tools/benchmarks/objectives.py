@@ -1,4 +1,4 @@
-"""`benchmark.py objectives`: short pretrainings with other losses, image sizes and patch dropout."""
+"""`benchmark.py objectives`: short pretrainings with other losses, image sizes, patch dropout."""
 
 from __future__ import annotations
 
