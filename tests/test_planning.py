@@ -289,7 +289,7 @@ def test_the_losses_say_what_they_need() -> None:
     flops = [plan_["step"]["useful_flops"] for plan_ in (published, sigmoid)]
     assert flops[0] - flops[1] > 90 * 30e9, "no momentum encoders"
     listed = [item["name"] for item in sigmoid["ways"]["whole"]["exchanges"]]
-    assert listed == ["gathers", "reductions"] and sigmoid["data"]["checkpoint_gib"] < 3
+    assert listed == ["gathers", "reductions", "features"] and sigmoid["data"]["checkpoint_gib"] < 3
     towers = planned("objective.itc=in_batch", "objective.itm=none", "objective.lm=none")
     assert towers["parameters"]["frozen"] == 12 * 2_363_904 + 2 * 769, "cross-attentions, ITM head"
     decoder = 12 * 2_363_904 + 622_652  # self-attentions, LM head

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ class PlannedContrast(Protocol):
 
     This room may not import tasks, so callers pass the contrast in.
     """
+
+    exchanges: ClassVar[bool]
+    """Whether the network's forward exchanges features between ranks."""
 
     def build_network(self) -> nn.Module:
         """The contrast's network, with unset weights."""

@@ -220,7 +220,7 @@ def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[
         moved = max(copied - still, 0)
         calls = 2 if moved else 1
         listed.insert(0, exchange("gathers", calls, trained + moved, hidden=False))
-    if network.contrast_bytes:
+    if network.contrast_bytes or network.contrast.exchanges:
         # fp32 keys of both modalities of all ranks.
         features = 2 * 4 * network.config.embed_dim * sizes.global_batch / size
         listed.append(exchange("features", 2 * micro_steps, features, hidden=False))
