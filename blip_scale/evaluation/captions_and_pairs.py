@@ -33,6 +33,8 @@ def evaluate(
 ) -> Evaluation:
     """Zero-shot retrieval on all held-out sets, and captions of some images of each.
 
+    Without LM there are no captions, and without ITM nothing is re-ranked or matched.
+
     Args:
         med: whole network on this rank's device, in evaluation mode; equal on all ranks.
         recipe: the recipe, for held-out sets and settings.
@@ -42,8 +44,12 @@ def evaluate(
             `evaluation.captions` is 0. Order the captions by their matching probability `match`.
     """
     result = Evaluation()
+    matches = recipe.objective.itm != "none"
     for name, pairs in heldout_sets(recipe):
-        figures = retrieval_on(med, pairs, recipe, tokenizer, with_matching=final)
+        figures = retrieval_on(med, pairs, recipe, tokenizer, with_matching=final and matches)
+        if recipe.objective.lm == "none":
+            result = result.with_set(name, figures)
+            continue
         shown = shown_images(len(pairs), recipe)
         captioned = range(len(pairs)) if final and shown else shown
         captions = captions_of(med, pairs, captioned, recipe, tokenizer)
@@ -51,8 +57,9 @@ def evaluate(
         panels, entries = panels_of(name, pairs, shown, [written[image] for image in shown])
         if final and shown:
             figures["exact"] = exact_share(captions, pairs.captions, tokenizer)
-            matches = match_probabilities(med, pairs, shown, written, recipe, tokenizer)
-            pictures = zip(matches, panels, entries, strict=True)
+        if final and shown and matches:
+            probabilities = match_probabilities(med, pairs, shown, written, recipe, tokenizer)
+            pictures = zip(probabilities, panels, entries, strict=True)
             surest_first = sorted(pictures, key=lambda picture: -picture[0])
             panels = [panel for _, panel, _ in surest_first]
             entries = [entry | {"match": match} for match, _, entry in surest_first]

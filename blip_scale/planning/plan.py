@@ -92,7 +92,7 @@ class Plan:
     """Largest micro-batch that fits with headroom and divides the global batch; 0 if none does."""
     larger: Larger | None
     negatives: str
-    """Value of `objective.negatives`: the pool of ITM's hard negatives."""
+    """Value of `objective.itm`: the pool of ITM's hard negatives, or none."""
     steps: int
     volume: Volume
     checkpoint_bytes: float
@@ -303,7 +303,7 @@ def make_plan(
     notes = [*network.notes, *volume.notes]
     return Plan(
         sizes, base.stage, base.offload, ways, limit, largest_micro_batch(load, limit), roomy,
-        larger, recipe.objective.negatives, steps, volume, checkpoint_bytes(network),
+        larger, recipe.objective.itm, steps, volume, checkpoint_bytes(network),
         _kept(recipe, steps), sizes.global_batch / step.total_s / ranks / assumed.images_a_core,
         network, cluster, statements(cluster, load, EXECUTIONS[names[0]], assumed, notes),
         (

@@ -125,14 +125,7 @@ class Pretrain(ContrastiveTask):
         return PretrainNetwork(med, self.contrast.build_network(), self.recipe.objective)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Held-out retrieval, and captions if the network has a decoder, on a whole MED."""
-        med = self.whole_med(engine)
-        if self.decodes:
-            return captions_and_pairs.evaluate(med, self.recipe, self.tokenizer, final)
-        evaluation = Evaluation()
-        for name, pairs in self.heldout_sets():
-            figures = captions_and_pairs.retrieval_on(
-                med, pairs, self.recipe, self.tokenizer, final and self.matches
-            )
-            evaluation = evaluation.with_set(name, figures)
-        return evaluation
+        """Held-out retrieval and captions on a whole copy of the MED."""
+        return captions_and_pairs.evaluate(
+            self.whole_med(engine), self.recipe, self.tokenizer, final
+        )
