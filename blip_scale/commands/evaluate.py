@@ -207,10 +207,12 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
 
 
 def _retrieval(subject: Subject) -> dict[str, Any]:
-    """Measure recalls by cosine, and after re-ranking the best candidates by matching."""
+    """Measure recalls by cosine, and after re-ranking by matching if that was trained."""
     blip, recipe = subject.blip, subject.recipe
-    blip.require("match")
-    figures = captions_and_pairs.retrieval_on(blip.med, subject.pairs, recipe, blip.tokenizer, True)
+    blip.require("embed")
+    figures = captions_and_pairs.retrieval_on(
+        blip.med, subject.pairs, recipe, blip.tokenizer, with_matching=blip.serves("match")
+    )
     counts = ("candidates", "texts")
     return {name: int(value) if name in counts else value for name, value in figures.items()}
 

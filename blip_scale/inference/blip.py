@@ -60,6 +60,8 @@ class Blip:
     """Prompt, beams and lengths of captions and answers, unless a call gives others."""
     is_output_stated: bool
     """Whether `output` comes from the checkpoint; if not, it is the published one."""
+    is_match_trained: bool = True
+    """Whether ITM was trained, as far as the checkpoint's recipe tells."""
 
     @property
     def prompt(self) -> str:
@@ -200,10 +202,15 @@ class Blip:
 
     def serves(self, use: Use) -> bool:
         """Whether the checkpoint can serve a use."""
-        return self.head in _HEADS[use]
+        return self.head in _HEADS[use] and (use != "match" or self.is_match_trained)
 
     def require(self, use: Use) -> None:
         """Raise ValueError if the checkpoint cannot serve a use."""
+        if use == "match" and not self.is_match_trained:
+            raise ValueError(
+                f"{self.origin} was trained with objective.itm: none, so its matching head has its "
+                "initial weights; take a checkpoint that was trained with ITM"
+            )
         if not self.serves(use):
             raise ValueError(
                 f"{self.origin} is a {self.head} checkpoint; {use} takes one of: "

@@ -87,6 +87,7 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
         fingerprint,
         weights.output_settings,
         weights.output is not None,
+        recipe is None or recipe.objective.itm != "none",
     )
 
 

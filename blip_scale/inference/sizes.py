@@ -61,7 +61,7 @@ def network_config(
             vision.drop_path_rate,
             vision.patch_dropout,
             vision.frozen_layers,
-            tuple(stage.size for stage in recipe.data.image_sizes),
+            other_sizes=tuple(stage.size for stage in recipe.data.image_sizes),
         ),
         text=TextConfig(
             vocabulary.special,

@@ -135,7 +135,7 @@ def build_vision(
             norm_layer=partial(LayerNorm, eps=NORM_EPS),
             attn_layer=VisionAttention,
             weight_init="skip",
-            dynamic_img_size=bool(config.other_sizes),
+            **({"dynamic_img_size": True} if config.other_sizes else {}),
             **config.overrides,
         )
     except (TypeError, AssertionError, RuntimeError) as error:

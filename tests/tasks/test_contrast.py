@@ -20,6 +20,7 @@ from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import Recipe
 from blip_scale.engine.schedule import learning_rate
 from blip_scale.inference.inputs import to_model_input
+from blip_scale.inference.loading import load_blip
 from blip_scale.storage.checkpoint_format import Manifest
 from blip_scale.tasks.by_name import TASKS
 from blip_scale.tasks.contrastive_task import ContrastiveTask
@@ -210,6 +211,11 @@ def test_a_network_without_itm_or_lm(
             assert tiny_runs.finish(tiny_runs.launch(file, 1, f"objective.{name}={other}")) == [2]
             refusal = tiny_runs.said(file).strip().splitlines()[-1]
             assert f"objective.{name}: {other}, but the checkpoint was trained with none" in refusal
+    blip = load_blip(run)
+    assert (blip.serves("match"), blip.serves("caption")) == (itm != "none", lm != "none")
+    if itm == "none":
+        with pytest.raises(ValueError, match="was trained with objective.itm: none"):
+            blip.require("match")
     assert convert_checkpoint.main([str(run), str(tmp_path / "blip.pth")]) == 0
 
 

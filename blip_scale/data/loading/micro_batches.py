@@ -147,10 +147,9 @@ class MicroBatches(Dataset["Batch | Exception"]):
             number * self.position.micro_samples
             + self.position.rank * self.position.micro_batch_size
         )
-        size = self.sizes.at(number * self.position.micro_samples)
-        transform = replace(self.transform, size=size)
         epoch, begin = divmod(begin, self.samples_per_epoch)
         self.prefetcher.advance(epoch, begin)
+        transform = replace(self.transform, size=self.sizes.at(epoch, begin))
         samples: list[dict[str, Any]] = []
         captions: list[str] = []
         streams: list[str] = []
