@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from blip_scale.config import recipe as recipes
 from blip_scale.model.flops import (
+    at_image_size,
     captioning_flops,
     med_flops,
     momentum_contrast_flops,
@@ -108,6 +112,28 @@ def test_fine_tuning_counts_its_own_parts(depth: int, layers: int) -> None:
     assert paper == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.parametrize("image_size", [48, 24])
+@pytest.mark.parametrize("decodes", [True, False])
+def test_pretraining_without_itm_and_with_smaller_images(decodes: bool, image_size: int) -> None:
+    settings = config(3, 3)
+    settings = replace(settings, vision=replace(settings.vision, other_sizes=(24,)))
+    med = MED(settings)
+    init_weights(med, seed=0)
+    images = torch.randn(PAIRS, 3, image_size, image_size)
+    text = PackedText.from_lists([[1, *range(5, 5 + LENGTH - 2), 2]] * PAIRS)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        embeds = med.encode_image(images)
+        loss = (med.project_image(embeds) * med.project_text(med.encode_text(text))).sum()
+        if decodes:
+            inputs, targets = text.with_first_token(SPECIAL.dec).split_targets()
+            logits = med.decode(inputs, embeds, torch.arange(PAIRS))
+            loss = loss + F.cross_entropy(logits, targets)
+        loss.backward()
+    small = at_image_size(settings, image_size)
+    paper = med_flops(small, PAIRS, PAIRS * LENGTH, decodes, matches=False)
+    assert paper == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
 def test_published_size() -> None:
     """ViT-B/16 at 224 pixels takes 194 GFLOP per pair with captions of 12.5 tokens.
 
@@ -116,3 +142,22 @@ def test_published_size() -> None:
     text = TextConfig(SpecialTokens(pad=0, cls=101, sep=102, enc=30523, dec=30522))
     flops = pretraining_flops(MEDConfig(VisionConfig(), text), 8, 100, 57600)
     assert flops / 8 == pytest.approx(194e9, rel=0.02)
+
+
+def test_the_fast_recipe_takes_the_stated_share_of_the_flops() -> None:
+    """44 % of `base_14M`, as the recipe's first line and docs/performance.md say."""
+    text = TextConfig(SpecialTokens(pad=0, cls=101, sep=102, enc=30523, dec=30522))
+    fast = recipes.load("base_14M_fast")
+    epochs = fast.train.epochs
+
+    def flops(image_size: int, patch_dropout: float) -> float:
+        vision = VisionConfig(image_size=image_size, patch_dropout=patch_dropout)
+        return pretraining_flops(MEDConfig(vision, text), 90, 1125, 57600)
+
+    total, begin = 0.0, 0.0
+    for stage in fast.data.image_sizes:
+        vision = fast.model.vision
+        total += (stage.until_epoch - begin) * flops(stage.size, vision.patch_dropout)
+        begin = stage.until_epoch
+    total += (epochs - begin) * flops(vision.image_size, vision.patch_dropout)
+    assert total / epochs / flops(224, 0.0) == pytest.approx(0.436, abs=0.001)

@@ -214,7 +214,7 @@ def test_a_network_without_itm_or_lm(
     blip = load_blip(run)
     assert (blip.serves("match"), blip.serves("caption")) == (itm != "none", lm != "none")
     if itm == "none":
-        with pytest.raises(ValueError, match="was trained with objective.itm: none"):
+        with pytest.raises(ValueError, match=r"was trained with objective\.itm: none"):
             blip.require("match")
     assert convert_checkpoint.main([str(run), str(tmp_path / "blip.pth")]) == 0
 
