@@ -87,9 +87,9 @@ def test_loss_and_gradients_are_those_of_the_global_batch(
     gradients = torch.autograd.grad(loss, inputs)
     torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-5)
     for rank, output in enumerate(outputs):
-        own = slice(rank * size, (rank + 1) * size)
-        torch.testing.assert_close(output.similarities.image_to_text, scores[own, own])
-        torch.testing.assert_close(output.similarities.text_to_image, scores[own, own].T)
+        rows = slice(rank * size, (rank + 1) * size)
+        torch.testing.assert_close(output.similarities.image_to_text, scores[rows, rows])
+        torch.testing.assert_close(output.similarities.text_to_image, scores[rows, rows].T)
 
 
 @pytest.mark.parametrize(

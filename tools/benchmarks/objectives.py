@@ -48,12 +48,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rows = {}
         for name in options.variants:
             runs = [_figures(_train(name, seed, out, options)) for seed in range(options.seeds)]
-            rows[name] = {
-                figure: statistics.fmean(run[figure] for run in runs)
-                for figure in runs[0]
-                if all(figure in run for run in runs)
-            }
+            rows[name] = _mean(runs)
     return {"steps": options.steps, "seeds": options.seeds, "rows": rows}
+
+
+def _mean(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each figure over runs with the same figures."""
+    means = {}
+    for figure in runs[0]:
+        means[figure] = statistics.fmean(run[figure] for run in runs)
+    return means
 
 
 def _train(name: str, seed: int, out: Path, options: argparse.Namespace) -> Path:
