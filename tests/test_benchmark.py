@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from blip_scale.config import recipe as recipes
 from tools import benchmark
-from tools.benchmarks import growth, scale
+from tools.benchmarks import growth, objectives, scale
 from tools.benchmarks.host import host_table
 
 REPO = Path(__file__).resolve().parent.parent
@@ -33,6 +34,27 @@ def test_the_waiting_share_leaves_the_first_point_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(lines[0])
     with pytest.raises(ValueError, match="fewer than two points"):
         benchmark.data_wait_share(tmp_path)
+
+
+def test_the_table_of_objectives_is_read_from_finished_runs(tmp_path: Path) -> None:
+    """A finished run is not repeated. Figures that a choice of losses lacks are a dash."""
+    for seed, recall in ((0, 0.1), (1, 0.3)):
+        run = tmp_path / f"no_LM_{seed}"
+        run.mkdir()
+        figures = {"seen/itc_image_to_text_r10": recall, "seen/itc_text_to_image_r10": 0.5}
+        (run / "summary.json").write_text(json.dumps({"evaluation": figures}))
+        points = [
+            {"step": 10, "samples": 640, "speed/samples_per_s": 1.0, "memory/peak_gib": 1.0},
+            {"step": 20, "samples": 1280, "speed/samples_per_s": 128.0, "memory/peak_gib": 1.5},
+        ]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, points)))
+    arguments = ["objectives", "--variants", "no LM", "--seeds", "2", "--out", str(tmp_path)]
+    options = benchmark._parser().parse_args(arguments)
+    table = options.show(options.measure(options)).splitlines()
+    assert table[-1] == "| no LM | 20.0 % | 50.0 % | - | - | 0.500 | 1.50 |"
+    for settings in objectives.VARIANTS.values():
+        epochs = [text.replace("SHARE_60", "3").replace("SHARE_90", "5") for text in settings]
+        assert recipes.load("demo", epochs) != recipes.load("demo") or not settings
 
 
 @pytest.mark.multiprocess
