@@ -78,6 +78,12 @@ class Blip:
         return self.network.config.vision.image_size
 
     @property
+    def text_tokens(self) -> int:
+        """Longest text in tokens, [CLS] and [SEP] included; longer ones are cut."""
+        limit = self.output.text_tokens or PUBLISHED_TEXT_TOKENS
+        return min(limit, self.network.config.text.max_positions)
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.network.vision.patch_embed.proj.weight.device
@@ -194,9 +200,7 @@ class Blip:
 
     def tokenized(self, texts: Sequence[str]) -> BatchEncoding:
         """Token ids of cleaned texts with [CLS] and [SEP], cut to the checkpoint's length."""
-        limit = self.output.text_tokens or PUBLISHED_TEXT_TOKENS
-        limit = min(limit, self.network.config.text.max_positions)
-        return self.tokenizer(list(texts), truncation=True, max_length=limit)
+        return self.tokenizer(list(texts), truncation=True, max_length=self.text_tokens)
 
     def serves(self, use: Use) -> bool:
         """Whether the checkpoint can serve a use."""
