@@ -16,6 +16,10 @@ COMMANDS = {
     "prepare-data": ("blip_scale.commands.prepare_data", "turn a data set into MDS shards"),
     "show": ("blip_scale.commands.show_shards", "show samples of MDS shards"),
     "evaluate": ("blip_scale.commands.evaluate", "evaluate a checkpoint on held-out data"),
+    "clip-benchmark": (
+        "blip_scale.commands.clip_benchmark",
+        "evaluate a checkpoint with the package clip_benchmark",
+    ),
     "convert": ("blip_scale.commands.convert_checkpoint", "convert a checkpoint"),
     "predict": ("blip_scale.commands.predict", "ask a checkpoint about images"),
     "capfilt": ("blip_scale.commands.capfilt", "caption and filter web images"),

@@ -188,7 +188,12 @@ class Blip:
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Encode texts to features of norm 1, fp32 [S, E] on the CPU."""
         self.require("embed")
-        return self.med.project_text(self.med.encode_text(self._captions(texts))).cpu()
+        return self.features_of(self._captions(texts))
+
+    @torch.inference_mode()
+    def features_of(self, text: PackedText) -> Tensor:
+        """Encode packed texts that begin with [CLS]; see `text_features`."""
+        return self.med.project_text(self.med.encode_text(text)).cpu()
 
     def _captions(self, texts: Sequence[str]) -> PackedText:
         """Packed tokens of texts, cleaned as captions are in training."""
