@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "convert": ("blip_scale.commands.convert_checkpoint", "convert a checkpoint"),
     "predict": ("blip_scale.commands.predict", "ask a checkpoint about images"),
+    "embed": ("blip_scale.commands.embed", "write the features of a data set to parquet files"),
     "capfilt": ("blip_scale.commands.capfilt", "caption and filter web images"),
     "plan": ("blip_scale.commands.plan", "plan memory, time and storage of a run"),
     "demo-page": ("blip_scale.commands.demo_page", "serve checkpoints on a web page"),
