@@ -15,7 +15,7 @@ from blip_scale.config import exit_codes
 from blip_scale.inference.clip_adapter import MODEL_TYPE, register
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "clip_benchmark.py") -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "blip-scale clip-benchmark") -> int:
     """Run clip_benchmark, and return the exit code: 0, or 2 for refused input."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
