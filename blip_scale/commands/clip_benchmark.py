@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "blip-scale clip-be
         register()
         from clip_benchmark import cli
     except ImportError as error:
-        return refuse(prog, f"{error}: run `pip install clip-benchmark`")
+        return refuse(prog, f"{error}: run `pip install clip-benchmark requests`")
     if words[:1] == ["eval"]:
         words += ["--model_type", MODEL_TYPE]
     before = sys.argv

@@ -3,6 +3,9 @@
 Its load functions take (model_name, pretrained, cache_dir, device) and return a model with
 encode_image and encode_text, a transform of PIL images, and a tokenizer of texts.
 
+Monkey patch: `register` replaces `accuracy` of clip_benchmark 1.6.2, which calls float() on an array
+of one dimension; NumPy 2.4 refuses that. tests/inference/test_classification.py guards it.
+
 Shapes: I images, S texts, L tokens of the longest text, E embed_dim.
 """
 
@@ -93,13 +96,23 @@ class _Transform:
 
 
 def register() -> None:
-    """Add `MODEL_TYPE` to the model types of clip_benchmark.
+    """Add `MODEL_TYPE` to the model types of clip_benchmark, and replace its `accuracy`.
 
     Raises:
-        ImportError: clip_benchmark is not installed.
+        ImportError: clip_benchmark or a package that it imports is not installed.
     """
     from clip_benchmark import models
+    from clip_benchmark.metrics import linear_probe, zeroshot_classification
 
     if MODEL_TYPE not in models.TYPE2FUNC:
         models.TYPE2FUNC[MODEL_TYPE] = load_for_clip_benchmark
         models.MODEL_TYPES.append(MODEL_TYPE)
+    for module in (zeroshot_classification, linear_probe):
+        module.accuracy = _accuracy
+
+
+def _accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
+    """Share of the rows of `output` [I, C] with `target` [I] among the first k, for each k."""
+    ranked = output.topk(max(topk), dim=1).indices
+    hits = ranked == target[:, None]
+    return [hits[:, :k].any(dim=1).float().mean().item() for k in topk]

@@ -110,7 +110,8 @@ def test_what_does_not_fit_is_refused(
 
 def test_clip_benchmark_measures_the_same(ours: Path, labelled: Path, tmp_path: Path) -> None:
     """Its own command on the same folder, names and templates."""
-    pytest.importorskip("clip_benchmark", reason="optional: pip install clip-benchmark")
+    for package in ("clip_benchmark", "requests"):
+        pytest.importorskip(package, reason="optional: pip install clip-benchmark requests")
     dataset = "imagenet1k-unverified"  # torchvision's ImageFolder of root/val
     names, templates = tmp_path / "names.json", tmp_path / "templates.json"
     names.write_text(json.dumps({dataset: [NAMES[label] for label in sorted(NAMES)]}))
