@@ -3,8 +3,8 @@
 Its load functions take (model_name, pretrained, cache_dir, device) and return a model with
 encode_image and encode_text, a transform of PIL images, and a tokenizer of texts.
 
-Monkey patch: `register` replaces `accuracy` of clip_benchmark 1.6.2, which calls float() on an array
-of one dimension; NumPy 2.4 refuses that. tests/inference/test_classification.py guards it.
+Monkey patch: `register` replaces `accuracy` of clip_benchmark 1.6.2, which calls float() on an
+array of one dimension; NumPy 2.4 refuses that. tests/inference/test_classification.py guards it.
 
 Shapes: I images, S texts, L tokens of the longest text, E embed_dim.
 """

@@ -209,7 +209,8 @@ def embed_part(
         if content.texts and captions:
             texts["id"] += [name for name, _ in captions]
             texts["caption"] += [text for _, text in captions]
-            texts["features"] += blip.text_features([text for _, text in captions]).numpy()
+            features = blip.text_features([text for _, text in captions])
+            texts["features"].extend(features.numpy())
         yield len(rows), sum(row.error is not None for row in rows)
     if content.texts:
         _write_table(part_file(out, "texts", number), texts, content)
