@@ -117,10 +117,17 @@ def sample_set(folder: Path, remote: str | None, images: Sequence[str]) -> Sampl
         digest = xxhash.xxh3_64()
         for path in images:
             digest.update(f"{path}\0{Path(path).stat().st_size}\0".encode(errors="surrogateescape"))
-        paths = list(images)
-        return SampleSet(
-            len(paths), digest.hexdigest(), partial(_read_file, paths, folder), paths.__getitem__
-        )
+
+        def name(number: int) -> str:
+            """Path from the folder; bytes that are no UTF-8 become escapes."""
+            path = Path(images[number])
+            path = path.relative_to(folder) if path.is_relative_to(folder) else path
+            return str(path).encode(errors="backslashreplace").decode()
+
+        def read_file(number: int) -> Sample:
+            return Sample(name(number), Path(images[number]).read_bytes(), [])
+
+        return SampleSet(len(images), digest.hexdigest(), read_file, name)
     store = StreamStore(StreamRecipe(folder.name, str(folder), remote))
 
     @lru_cache(maxsize=64)
@@ -144,12 +151,6 @@ def sample_set(folder: Path, remote: str | None, images: Sequence[str]) -> Sampl
 
     fingerprint = xxhash.xxh3_64_hexdigest((store.folder / INDEX_NAME).read_bytes())
     return SampleSet(store.samples, fingerprint, read, place)
-
-
-def _read_file(paths: Sequence[str], folder: Path, number: int) -> Sample:
-    path = Path(paths[number])
-    name = path.relative_to(folder) if path.is_relative_to(folder) else path
-    return Sample(str(name), path.read_bytes(), [])
 
 
 def prepare(out: Path, content: Content) -> list[int]:
@@ -200,8 +201,8 @@ def embed_part(
     for group in batched(done_ahead(content.parts[number], read, threads), batch_size):
         rows = []
         for item in group:
-            unread = Row(Sample(samples.place(item.item), b"", []), None, item.error)
-            rows.append(item.result or unread)
+            row = item.result
+            rows.append(row or Row(Sample(samples.place(item.item), b"", []), None, item.error))
         images["id"] += [row.sample.id for row in rows]
         images["error"] += [row.error for row in rows]
         images["features"] += _image_features(blip, rows)
