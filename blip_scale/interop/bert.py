@@ -130,7 +130,9 @@ def from_bert(
         result[name] = torch.cat([plain[bert_name] for bert_name in bert_names])
     if first_position:
         rows = result["text.embeddings.position.weight"][first_position:]
-        result["text.embeddings.position.weight"] = rows + plain[_TOKEN_TYPE][0]
+        if _TOKEN_TYPE in plain:
+            rows = rows + plain[_TOKEN_TYPE][0]
+        result["text.embeddings.position.weight"] = rows
     positions = len(result["text.embeddings.position.weight"])
     if positions < config.max_positions:
         raise ValueError(

@@ -118,7 +118,9 @@ def test_robertas_tokenizer_keeps_its_tokens(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nd o\ndo g\n")
     RobertaTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(TextRecipe(tokenizer=str(tmp_path)))
-    assert special_ids(tokenizer) == {"pad": 1, "cls": 0, "sep": 2, "enc": 12, "dec": 11}
-    assert tokenizer("dog dog")["input_ids"] == [0, 10, 8, 10, 2]
-    assert tokenizer.decode([11, 10, 2], skip_special_tokens=True) == "dog"
+    for folder in (tmp_path, tmp_path / "kept"):
+        tokenizer = load_tokenizer(TextRecipe(tokenizer=str(folder)))
+        assert special_ids(tokenizer) == {"pad": 1, "cls": 0, "sep": 2, "enc": 12, "dec": 11}
+        assert tokenizer("dog dog")["input_ids"] == [0, 10, 8, 10, 2]
+        assert tokenizer.decode([11, 10, 2], skip_special_tokens=True) == "dog"
+        tokenizer.save_pretrained(tmp_path / "kept")
