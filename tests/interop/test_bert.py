@@ -22,6 +22,8 @@ from transformers import (
 
 from blip_scale.inference.sizes import checkpoint_sizes
 from blip_scale.interop.bert import from_bert, load_bert
+from blip_scale.interop.blip_weights import BlipWeights
+from blip_scale.interop.huggingface_config import blip_config, med_config
 from blip_scale.model.initialization import init_weights
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.packing import PackedText
@@ -163,6 +165,14 @@ def test_encoder_and_head_come_from_roberta(kind: str, tmp_path: Path) -> None:
     if kind == "roberta":
         expected = reference.lm_head(expected)
         torch.testing.assert_close(med.lm_head(states)[:, :50], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_robertas_first_token_has_id_0_in_hugging_face_folders() -> None:
+    """An id of 0 is not taken for a missing one."""
+    special = SpecialTokens(pad=1, cls=0, sep=2, enc=51, dec=50)
+    config = tiny_med(replace(TINY, special=special)).config
+    folder = blip_config(BlipWeights("retrieval", config, {}, "weights"))
+    assert med_config(folder, "folder").text.special == special
 
 
 def test_modernbert_is_refused_with_the_reason(tmp_path: Path) -> None:
