@@ -1,8 +1,10 @@
-"""Convert BLIP checkpoints between training checkpoints, Salesforce .pth and Hugging Face folders.
+"""Convert BLIP checkpoints between training checkpoints, Salesforce .pth and Hugging Face folders,
+and export their encoders as ONNX.
 
 python tools/convert_checkpoint.py runs/demo captioner
 python tools/convert_checkpoint.py runs/demo/checkpoints/step_00001000 blip.pth
 python tools/convert_checkpoint.py model_base.pth retrieval --head retrieval
+python tools/convert_checkpoint.py runs/demo encoders --to onnx
 docs/checkpoints.md describes the formats and the possible conversions.
 """
 
@@ -15,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
@@ -27,11 +29,19 @@ from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.loading import (
     PUBLISHED_TOKENIZER,
+    Loading,
     check_pixels,
+    load_blip,
     output_of,
     recipe_of,
     text_of,
     tokenizer_of,
+)
+from blip_scale.inference.onnx_export import (
+    IMAGE_ENCODER,
+    ExportError,
+    require_packages,
+    write_onnx,
 )
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop.blip_weights import (
@@ -55,6 +65,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ALL = "all"
+Target = Format | Literal["onnx"]
+"""Format to write."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "convert_checkpoint.py") -> int:
@@ -62,18 +74,21 @@ def main(arguments: Sequence[str] | None = None, prog: str = "convert_checkpoint
     options = _parser(prog).parse_args(arguments)
     started = time.perf_counter()
     try:
-        _convert(options)
-    except (ValueError, OSError) as error:
+        target = _target(options)
+        _check_free(options.out, options.overwrite)
+        if target == "onnx":
+            _export(options)
+        else:
+            _convert(options, target)
+    except (ValueError, OSError, ExportError) as error:
         return report_error(prog, error)
     print(f"wrote {options.out} in {time.perf_counter() - started:.1f} s")
     return 0
 
 
-def _convert(options: argparse.Namespace) -> None:
+def _convert(options: argparse.Namespace, target: Format) -> None:
     kind = format_of(options.source)
     check_pixels(options.source, kind)
-    target = _target(options)
-    _check_free(options.out, options.overwrite)
     recipe = recipe_of(options.source, kind, options.recipe)
     config = _network(recipe, options.tokenizer) if recipe else None
     weights = read_checkpoint(options.source, config)
@@ -119,11 +134,24 @@ def _convert(options: argparse.Namespace) -> None:
                 _write_folder(part, folder, tokenizer, origin)
 
 
-def _target(options: argparse.Namespace) -> Format:
+def _export(options: argparse.Namespace) -> None:
+    """Write both encoders as ONNX."""
+    require_packages()
+    loading = Loading(options.recipe, options.tokenizer, device="cpu", precision="fp32")
+    blip = load_blip(options.source, loading)
+    print(logs.printable(f"read {blip.origin}: {blip.head}"))
+    with _placed(options.out, folder=True) as place:
+        difference = write_onnx(blip, place)
+    print(f"ONNX Runtime and the checkpoint: features differ by at most {difference:.1e}")
+
+
+def _target(options: argparse.Namespace) -> Target:
     """Format to write, from --to or the name of OUT."""
     is_file = options.out.suffix in (".pth", ".pt")
-    by_name: Format = "salesforce" if is_file else "hf"
-    target: Format = options.to or by_name
+    by_name: Target = "salesforce" if is_file else "hf"
+    target: Target = options.to or by_name
+    if target == "onnx" and options.head is not None:
+        raise ValueError("--to onnx writes the two encoders and no head; leave --head out")
     if is_file != (target == "salesforce"):
         expected = "a name that ends in .pth" if not is_file else "the name of a folder"
         raise ValueError(f"{options.out}: --to {target} needs {expected}")
@@ -187,7 +215,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{out} exists; give another name, or --overwrite")
-    if out.is_dir():
+    if out.is_dir() and not (out / IMAGE_ENCODER).is_file():
         try:
             format_of(out)
         except ValueError as error:
@@ -229,8 +257,9 @@ def _parser(prog: str) -> Parser:
     )  # fmt: skip
     parser.add_argument("out", metavar="OUT", type=Path, help="NAME.pth, or a folder")
     parser.add_argument(
-        "--to", choices=("hf", "salesforce", "ours"),
-        help="format to write; default: salesforce for .pth, else hf",
+        "--to", choices=("hf", "salesforce", "ours", "onnx"),
+        help="format to write; default: salesforce for .pth, else hf. onnx: a folder with image "
+        "encoder and text encoder, compared with the checkpoint",
     )  # fmt: skip
     parser.add_argument(
         "--head", choices=(*HEADS, ALL),

@@ -3,6 +3,7 @@
 python tools/evaluate.py retrieval runs/finetune_retrieval_coco data/coco_test
 python tools/evaluate.py captioning model.pth coco_karpathy_test.json --images /data/coco
 deepspeed tools/evaluate.py retrieval model.pth data/flickr30k_test evaluation.rerank_top_k=128
+python tools/evaluate.py classification model.pth imagenet/val --class-names imagenet.json
 docs/tasks.md describes the input and the figures of each task.
 """
 
@@ -30,13 +31,14 @@ from blip_scale.config import settings
 from blip_scale.config.recipe import Recipe, StreamRecipe
 from blip_scale.data.captions import clean_caption, clean_question
 from blip_scale.data.conversion.pairs import Source
+from blip_scale.data.heldout import classes
 from blip_scale.data.heldout.listed import listed_pairs
 from blip_scale.data.heldout.pairs import HeldoutPairs, heldout_pairs
 from blip_scale.data.heldout.videos import VideoSet
 from blip_scale.data.sources.readers import READERS
 from blip_scale.engine import collectives
 from blip_scale.engine.zero.engine import start
-from blip_scale.evaluation import answers, captions_and_pairs, video
+from blip_scale.evaluation import answers, captions_and_pairs, classification, video
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.loading import Loading, load_blip, recipe_of
 from blip_scale.interop.checkpoints import format_of
@@ -191,6 +193,8 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
     if is_here and (place / "index.json").is_file():
         stream = StreamRecipe(place.name, options.data)
         return heldout_pairs(stream, image_size, clean=lambda text, _: kind.clean(text))
+    if options.task == "classification":
+        return classes.class_folders(options.data, image_size)
     is_list = place.is_file() if is_here else not locations.is_folder(options.data)
     if not is_list:
         raise FileNotFoundError(
@@ -215,6 +219,23 @@ def _retrieval(subject: Subject) -> dict[str, Any]:
     )
     counts = ("candidates", "texts")
     return {name: int(value) if name in counts else value for name, value in figures.items()}
+
+
+def _classification(subject: Subject) -> dict[str, Any]:
+    """Measure zero-shot classification by the templates of all classes."""
+    blip, recipe, options = subject.blip, subject.recipe, subject.options
+    blip.require("embed")
+    labels = classes.labels_of(subject.pairs)
+    names = classes.read_class_names(options.class_names, labels)
+    templates = classes.read_templates(options.templates)
+    features = classification.class_features(
+        blip.med, list(names.values()), templates, recipe, blip.tokenizer
+    )
+    size = recipe.evaluation.batch_size
+    scores = classification.class_scores(blip.med, subject.pairs, features, size)
+    numbers = classes.label_numbers(labels, names)
+    figures = classification.classification_figures(scores, numbers)
+    return figures | {"classes": len(names), "templates": len(templates)}
 
 
 def _captioning(subject: Subject) -> dict[str, Any]:
@@ -308,6 +329,7 @@ KINDS: dict[str, Kind] = {
     "retrieval": Kind(
         _retrieval, {"model": {"text": {"max_tokens": 35}}, "evaluation": {"rerank_top_k": 256}}
     ),
+    "classification": Kind(_classification, {"model": {"text": {"max_tokens": 35}}}, clean=str),
     "captioning": Kind(_captioning, {}, clean=str),
     "vqa": Kind(
         _vqa,
@@ -351,7 +373,8 @@ def _parser(prog: str) -> Parser:
     add(
         "data",
         help="folder of MDS shards, or a published annotation file (.json, or .jsonl for videos), "
-        "local or s3://",
+        "local or s3://; classification: MDS shards whose captions are labels, or a folder that "
+        "holds a folder of images for each class",
     )
     add(
         "--images",
@@ -370,6 +393,12 @@ def _parser(prog: str) -> Parser:
     add("--submission", type=Path, metavar="FILE",
         help="write a file for the test server; captioning: [{image_id, caption}] (NoCaps, COCO), "
         "vqa: [{question_id, answer}]")  # fmt: skip
+    add("--class-names", type=Path, metavar="FILE",
+        help="classification: JSON object of label and name, or names in the order of the sorted "
+        "labels (JSON list, or lines); default: the labels")  # fmt: skip
+    add("--templates", type=Path, metavar="FILE",
+        help="classification: templates with {} for the name (JSON list, or lines); default: "
+        "CLIP's seven for ImageNet")  # fmt: skip
     add("--frames", type=int, default=8, help="video: number of frames per video (%(default)s)")
     add("--relevance", metavar="FILE", default="",
         help="visdial: visdial_1.0_val_dense_annotations.json, for NDCG")  # fmt: skip

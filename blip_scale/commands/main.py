@@ -16,8 +16,13 @@ COMMANDS = {
     "prepare-data": ("blip_scale.commands.prepare_data", "turn a data set into MDS shards"),
     "show": ("blip_scale.commands.show_shards", "show samples of MDS shards"),
     "evaluate": ("blip_scale.commands.evaluate", "evaluate a checkpoint on held-out data"),
+    "clip-benchmark": (
+        "blip_scale.commands.clip_benchmark",
+        "evaluate a checkpoint with the package clip_benchmark",
+    ),
     "convert": ("blip_scale.commands.convert_checkpoint", "convert a checkpoint"),
     "predict": ("blip_scale.commands.predict", "ask a checkpoint about images"),
+    "embed": ("blip_scale.commands.embed", "write the features of a data set to parquet files"),
     "capfilt": ("blip_scale.commands.capfilt", "caption and filter web images"),
     "plan": ("blip_scale.commands.plan", "plan memory, time and storage of a run"),
     "demo-page": ("blip_scale.commands.demo_page", "serve checkpoints on a web page"),

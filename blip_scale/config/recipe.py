@@ -69,9 +69,9 @@ class TextRecipe:
     """Settings of tokenizer and text stack."""
 
     checkpoint: str | None = "bert-base-uncased"
-    """Hugging Face BERT checkpoint that gives sizes, weights and tokenizer: a folder, a hub name,
-    or `package:NAME` for a folder with config.json in an installed Python package. null: random
-    weights, which needs model.text.tokenizer."""
+    """Hugging Face checkpoint of BERT, RoBERTa or XLM-R that gives sizes, weights and tokenizer: a
+    folder, a hub name, or `package:NAME` for a folder with config.json in an installed Python
+    package. null: random weights, which needs model.text.tokenizer."""
     tokenizer: str | None = None
     """Tokenizer: a folder, a hub name or `package:NAME`. null: the tokenizer of
     model.text.checkpoint."""

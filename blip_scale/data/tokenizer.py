@@ -1,4 +1,4 @@
-"""Load BERT tokenizers with BLIP's [DEC] and [ENC] added, and pack captions.
+"""Load tokenizers with BLIP's [DEC] and [ENC] added, and pack captions.
 
 Legend: S sequences, T packed tokens.
 """
@@ -82,7 +82,8 @@ def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
     """Load the tokenizer of `text.tokenizer`, else of `text.checkpoint`, for BLIP.
 
     [DEC] (bos) and [ENC] are added. They get the ids V and V+1 after a vocabulary of V tokens, as
-    published (30522 and 30523 for bert-base-uncased).
+    published (30522 and 30523 for bert-base-uncased). A tokenizer without cls or sep token takes
+    its bos or eos token for it. Texts are enclosed in cls and sep even if the tokenizer does not.
 
     Raises:
         ValueError: neither setting has a value, or the tokenizer can't be loaded, has no fast
@@ -111,11 +112,29 @@ def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name!r} has no fast form (tokenizer.json): convert it first")
+    if tokenizer.cls_token is None and tokenizer.bos_token not in (None, DECODE_TOKEN):
+        tokenizer.cls_token = tokenizer.bos_token
+    if tokenizer.sep_token is None and tokenizer.eos_token is not None:
+        tokenizer.sep_token = tokenizer.eos_token
     tokenizer.add_special_tokens({"bos_token": DECODE_TOKEN})
     # Not an "additional" special token: transformers 5 saves those under a name that 4 rejects.
     tokenizer.add_tokens([ENCODE_TOKEN], special_tokens=True)
-    special_ids(tokenizer)
+    _enclose(tokenizer)
     return tokenizer
+
+
+def _enclose(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let the tokenizer enclose every text in cls and sep, unless it does."""
+    from tokenizers.processors import TemplateProcessing
+
+    ids = special_ids(tokenizer)
+    empty = tokenizer("")["input_ids"]
+    if empty == [ids["cls"], ids["sep"]]:
+        return
+    cls, sep = tokenizer.cls_token, tokenizer.sep_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{cls} $A {sep}", special_tokens=[(cls, ids["cls"]), (sep, ids["sep"])]
+    )
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -134,8 +153,8 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     missing = [name for name, token_id in ids.items() if token_id is None]
     if missing:
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)} token: use a BERT "
-            "tokenizer, which encloses every text in [CLS] ... [SEP]"
+            f"tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)} token: use one with "
+            "the tokens cls (or bos), sep (or eos) and pad, such as BERT's, RoBERTa's or CLIP's"
         )
     return ids
 
@@ -155,7 +174,7 @@ def pack_captions(
     """Tokenize captions as [CLS] caption [SEP], and concatenate them.
 
     Args:
-        tokenizer: a BERT tokenizer.
+        tokenizer: a tokenizer from `load_tokenizer`.
         captions: texts; at least one if they are padded.
         max_tokens: longest caption, [CLS] and [SEP] included; longer ones are cut before [SEP].
         pad_tokens_to: filler sequences make the number of tokens a multiple of this; 1: none.

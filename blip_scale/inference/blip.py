@@ -80,6 +80,12 @@ class Blip:
         return self.network.config.vision.image_size
 
     @property
+    def text_tokens(self) -> int:
+        """Longest text in tokens, [CLS] and [SEP] included; longer ones are cut."""
+        limit = self.output.text_tokens or PUBLISHED_TEXT_TOKENS
+        return min(limit, self.network.config.text.max_positions)
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.network.vision.patch_embed.proj.weight.device
@@ -184,7 +190,12 @@ class Blip:
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Encode texts to features of norm 1, fp32 [S, E] on the CPU."""
         self.require("embed")
-        return self.med.project_text(self.med.encode_text(self._captions(texts))).cpu()
+        return self.features_of(self._captions(texts))
+
+    @torch.inference_mode()
+    def features_of(self, text: PackedText) -> Tensor:
+        """Encode packed texts that begin with [CLS]; see `text_features`."""
+        return self.med.project_text(self.med.encode_text(text)).cpu()
 
     def _captions(self, texts: Sequence[str]) -> PackedText:
         """Packed tokens of texts, cleaned as captions are in training."""
@@ -196,9 +207,7 @@ class Blip:
 
     def tokenized(self, texts: Sequence[str]) -> BatchEncoding:
         """Token ids of cleaned texts with [CLS] and [SEP], cut to the checkpoint's length."""
-        limit = self.output.text_tokens or PUBLISHED_TEXT_TOKENS
-        limit = min(limit, self.network.config.text.max_positions)
-        return self.tokenizer(list(texts), truncation=True, max_length=limit)
+        return self.tokenizer(list(texts), truncation=True, max_length=self.text_tokens)
 
     def serves(self, use: Use) -> bool:
         """Whether the checkpoint can serve a use."""

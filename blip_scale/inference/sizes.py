@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.tokenizer import resolve_checkpoint, special_ids
+from blip_scale.interop.bert import ROBERTA
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig
@@ -16,6 +17,13 @@ from blip_scale.storage import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+_UNFIT = {
+    "modernbert": "its layers have rotary positions, norms before the blocks and gated MLPs, which "
+    "BLIP's text layers lack"
+}
+"""Model type of a text checkpoint -> reason why its weights do not fit."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,8 @@ def checkpoint_sizes(checkpoint: str) -> dict[str, Any]:
         checkpoint: value of `model.text.checkpoint`.
 
     Raises:
-        ValueError: the checkpoint is not a BERT, or has another activation or other positions than
-            MED.
+        ValueError: the checkpoint is neither BERT nor RoBERTa, or has another activation or other
+            positions than MED.
         FileNotFoundError: the folder or package is missing, or the folder has no config.json.
     """
     from transformers import AutoConfig
@@ -99,10 +107,13 @@ def checkpoint_sizes(checkpoint: str) -> dict[str, Any]:
         )
     is_local = hub.is_local(name, ("config.json",), "model.text.checkpoint")
     bert = AutoConfig.from_pretrained(name, local_files_only=is_local)
-    if bert.model_type != "bert":
+    if bert.model_type not in ("bert", *ROBERTA):
+        reason = _UNFIT.get(
+            bert.model_type, "others count positions or share layers in another way"
+        )
         raise ValueError(
             f"model.text.checkpoint {checkpoint}: its model_type is {bert.model_type}; it "
-            "must be bert (others count positions or share layers in another way)"
+            f"must be one of bert, {', '.join(ROBERTA)} ({reason})"
         )
     kind = (bert.hidden_act, getattr(bert, "position_embedding_type", "absolute"))
     if kind != ("gelu", "absolute"):
@@ -110,11 +121,12 @@ def checkpoint_sizes(checkpoint: str) -> dict[str, Any]:
             f"model.text.checkpoint {checkpoint}: activation {kind[0]} with {kind[1]} "
             "positions; MED has gelu and absolute positions, as BERT has: give such a checkpoint"
         )
+    unused = bert.pad_token_id + 1 if bert.model_type in ROBERTA else 0
     return {
         "width": bert.hidden_size,
         "layers": bert.num_hidden_layers,
         "heads": bert.num_attention_heads,
         "mlp_width": bert.intermediate_size,
-        "max_positions": bert.max_position_embeddings,
+        "max_positions": bert.max_position_embeddings - unused,
         "norm_eps": bert.layer_norm_eps,
     }

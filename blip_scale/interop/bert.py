@@ -1,12 +1,16 @@
-"""Load text weights from a Hugging Face BERT checkpoint (BertModel, BertForMaskedLM, ...).
+"""Load text weights from a Hugging Face checkpoint of BERT, RoBERTa or XLM-RoBERTa.
 
 As published, encoder and decoder both start from BERT: each self-attention gets a copy of BERT's.
 The LM head gets the MLM head if there is one. Poolers and token types are dropped, because BLIP has
 none. Cross-attention and the word embeddings of [DEC] and [ENC], which BERT lacks, stay random.
+
+RoBERTa has BERT's layers. Its positions begin behind that of the padding token, so the rows before
+are dropped. Its only token type is added to all positions, which leaves its function unchanged.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 from collections.abc import Iterator, Mapping
@@ -25,6 +29,15 @@ from blip_scale.storage import hub
 log = logging.getLogger(__name__)
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
+ROBERTA = ("roberta", "xlm-roberta", "camembert")
+"""Values of `model_type` in config.json of checkpoints with RoBERTa's names and positions."""
+_ROBERTA_NAMES = {
+    "lm_head.dense.": "cls.predictions.transform.dense.",
+    "lm_head.layer_norm.": "cls.predictions.transform.LayerNorm.",
+    "lm_head.bias": "cls.predictions.bias",
+}
+"""Beginning of a RoBERTa name -> that of BERT's."""
+_TOKEN_TYPE = "embeddings.token_type_embeddings.weight"
 _EMBEDDINGS = {"word": "word_embeddings", "position": "position_embeddings"}
 _SPECIAL = 2
 """Number of tokens that BERT's vocabulary lacks: [DEC] and [ENC]."""
@@ -55,7 +68,7 @@ def load_bert(med: MED, checkpoint: str | Path) -> None:
         ValueError: names are missing, shapes differ, there are too few layers, or the vocabulary is
             another one. The message says which.
     """
-    state = from_bert(_read(str(checkpoint)), med.config.text)
+    state = from_bert(_read(str(checkpoint)), med.config.text, _first_position(str(checkpoint)))
     words = med.config.text.vocab_size
     new = words - len(state["text.embeddings.word.weight"])
     if new <= -_PADDING:
@@ -87,13 +100,16 @@ def load_bert(med: MED, checkpoint: str | Path) -> None:
         )  # fmt: skip
 
 
-def from_bert(state: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
+def from_bert(
+    state: Mapping[str, Tensor], config: TextConfig, first_position: int = 0
+) -> dict[str, Tensor]:
     """Convert a BERT state dict to MED's parameter names, for the parameters that BERT has.
 
     Args:
-        state: tensors with or without the prefix `bert.`; norms are named weight/bias or
-            gamma/beta.
+        state: tensors with or without the prefix `bert.` or `roberta.`; norms are named
+            weight/bias or gamma/beta.
         config: sizes of the text stack; its first `layers` layers are converted.
+        first_position: row of the first position, above 0 in RoBERTa.
 
     Raises:
         ValueError: names are missing, or there are too few positions or layers for `config`.
@@ -112,6 +128,11 @@ def from_bert(state: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tens
     result = {}
     for name, bert_names in table.items():
         result[name] = torch.cat([plain[bert_name] for bert_name in bert_names])
+    if first_position:
+        rows = result["text.embeddings.position.weight"][first_position:]
+        if _TOKEN_TYPE in plain:
+            rows = rows + plain[_TOKEN_TYPE][0]
+        result["text.embeddings.position.weight"] = rows
     positions = len(result["text.embeddings.position.weight"])
     if positions < config.max_positions:
         raise ValueError(
@@ -121,7 +142,10 @@ def from_bert(state: Mapping[str, Tensor], config: TextConfig) -> dict[str, Tens
 
 
 def _plain(name: str) -> str:
-    name = name.removeprefix("bert.")
+    name = name.removeprefix("bert.").removeprefix("roberta.")
+    for roberta, bert in _ROBERTA_NAMES.items():
+        if name.startswith(roberta):
+            name = bert + name.removeprefix(roberta)
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
         "LayerNorm.beta", "LayerNorm.bias"
     )
@@ -144,6 +168,21 @@ def _table(layers: int, mlm_head: bool) -> Iterator[tuple[str, tuple[str, ...]]]
     if mlm_head:
         for ours, bert_name in LM_HEAD.items():
             yield f"lm_head.{ours}", (f"cls.predictions.{bert_name}",)
+
+
+def _first_position(checkpoint: str) -> int:
+    """Row of the first position; 0 without a config.json."""
+    is_local = hub.is_local(checkpoint, ("config.json",), "model.text.checkpoint")
+    path = cached_file(
+        checkpoint,
+        "config.json",
+        local_files_only=is_local,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    if path is None:
+        return 0
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    return config["pad_token_id"] + 1 if config.get("model_type") in ROBERTA else 0
 
 
 def _read(checkpoint: str) -> Mapping[str, Tensor]:

@@ -147,6 +147,7 @@ def med_config(config: BlipConfig, origin: str) -> MEDConfig:
             f"{origin}: activations {', '.join(sorted(acts))} with {positions} positions; "
             "BLIP has gelu and absolute positions"
         )
+    cls = getattr(text, "cls_token_id", None)
     return MEDConfig(
         VisionConfig(
             "vit_base_patch16_224",
@@ -162,7 +163,7 @@ def med_config(config: BlipConfig, origin: str) -> MEDConfig:
         TextConfig(
             SpecialTokens(
                 pad=text.pad_token_id,
-                cls=getattr(text, "cls_token_id", None) or _PUBLISHED_CLS,
+                cls=_PUBLISHED_CLS if cls is None else cls,  # RoBERTa's is 0
                 sep=text.sep_token_id,
                 enc=getattr(text, "enc_token_id", text.bos_token_id + 1),
                 dec=text.bos_token_id,

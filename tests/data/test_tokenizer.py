@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 from data_samples import VOCABULARY
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, RobertaTokenizerFast
 
 from blip_scale.config.recipe import TextRecipe
 from blip_scale.data.loading.micro_batches import CaptionInput
@@ -87,3 +90,37 @@ def test_what_cannot_be_loaded_is_named(
             special_ids(text.tokenizer)
     finally:
         text.tokenizer.sep_token = sep_token
+
+
+@pytest.mark.parametrize("names", [("bos_token", "eos_token"), ("cls_token", "sep_token")])
+def test_tokenizers_of_any_kind_enclose_texts(names: tuple[str, str], tmp_path: Path) -> None:
+    """A tokenizer that encloses nothing, with RoBERTa's tokens under either pair of names."""
+    words = {
+        word: number for number, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", "狗", "كلب"])
+    }
+    bare = Tokenizer(models.WordLevel(words, "<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {names[0]: "<s>", names[1]: "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=bare, **special).save_pretrained(tmp_path / "bare")
+    tokenizer = load_tokenizer(TextRecipe(tokenizer=str(tmp_path / "bare")))
+    expected = {"pad": 1, "cls": 0, "sep": 2, "enc": 7, "dec": 6}
+    assert special_ids(tokenizer) == expected
+    packed = pack_captions(tokenizer, ["狗 كلب", "كلب كلب كلب كلب"], max_tokens=5)
+    assert packed.token_ids.tolist() == [0, 4, 5, 2, 0, 5, 5, 5, 2]
+    assert tokenizer.batch_decode([[6, 4, 5, 2]], skip_special_tokens=True) == ["狗 كلب"]
+    tokenizer.save_pretrained(tmp_path / "kept")
+    kept = load_tokenizer(TextRecipe(tokenizer=str(tmp_path / "kept")))
+    assert special_ids(kept) == expected and kept("狗")["input_ids"] == [0, 4, 2]
+
+
+def test_robertas_tokenizer_keeps_its_tokens(tmp_path: Path) -> None:
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "d", "o", "g", "\u0120", "do", "dog"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nd o\ndo g\n")
+    RobertaTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "kept"):
+        tokenizer = load_tokenizer(TextRecipe(tokenizer=str(folder)))
+        assert special_ids(tokenizer) == {"pad": 1, "cls": 0, "sep": 2, "enc": 12, "dec": 11}
+        assert tokenizer("dog dog")["input_ids"] == [0, 10, 8, 10, 2]
+        assert tokenizer.decode([11, 10, 2], skip_special_tokens=True) == "dog"
+        tokenizer.save_pretrained(tmp_path / "kept")

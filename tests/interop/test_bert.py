@@ -8,9 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    ModernBertConfig,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 
+from blip_scale.inference.sizes import checkpoint_sizes
 from blip_scale.interop.bert import from_bert, load_bert
+from blip_scale.interop.blip_weights import BlipWeights
+from blip_scale.interop.huggingface_config import blip_config, med_config
 from blip_scale.model.initialization import init_weights
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.packing import PackedText
@@ -118,6 +131,55 @@ def test_real_weights_that_a_package_ships() -> None:
     sentences = [[101, 1037, 3861, 1997, 1037, 2450, 102], [101, 2417, 2415, 102]]
     states = med.encode_text(PackedText.from_lists(sentences))
     torch.testing.assert_close(states, their_states(bert, sentences), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta"])
+@torch.no_grad()
+def test_encoder_and_head_come_from_roberta(kind: str, tmp_path: Path) -> None:
+    """Same states as transformers' for other positions, a token type, and padding token 1."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "intermediate_size": 64, "max_position_embeddings": 22, "pad_token_id": 1,
+        "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+    }  # fmt: skip
+    if kind == "roberta":
+        reference: torch.nn.Module = RobertaForMaskedLM(RobertaConfig(**sizes)).eval()
+    else:
+        reference = XLMRobertaModel(XLMRobertaConfig(**sizes), add_pooling_layer=False).eval()
+    for parameter in reference.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    reference.save_pretrained(tmp_path)
+    stated = checkpoint_sizes(str(tmp_path))
+    assert stated["max_positions"] == 20 and stated["norm_eps"] == 1e-5
+    special = SpecialTokens(pad=1, cls=0, sep=2, enc=51, dec=50)
+    med = tiny_med(TextConfig(special, 52, **stated))
+    load_bert(med, tmp_path)
+    sentences = [[0, 7, 8, 2], [0, 9, 2], [0, *range(5, 23), 2]]
+    states = med.encode_text(PackedText.from_lists(sentences))
+    ids = torch.tensor([s + [1] * (20 - len(s)) for s in sentences])
+    mask = (ids != 1).long()
+    encoder = reference.roberta if kind == "roberta" else reference
+    expected = encoder(ids, attention_mask=mask).last_hidden_state[:, 0]
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
+    if kind == "roberta":
+        expected = reference.lm_head(expected)
+        torch.testing.assert_close(med.lm_head(states)[:, :50], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_robertas_first_token_has_id_0_in_hugging_face_folders() -> None:
+    """An id of 0 is not taken for a missing one."""
+    special = SpecialTokens(pad=1, cls=0, sep=2, enc=51, dec=50)
+    config = tiny_med(replace(TINY, special=special)).config
+    folder = blip_config(BlipWeights("retrieval", config, {}, "weights"))
+    assert med_config(folder, "folder").text.special == special
+
+
+def test_modernbert_is_refused_with_the_reason(tmp_path: Path) -> None:
+    ModernBertConfig().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "modernbert"
+    with pytest.raises(ValueError, match=r"one of bert, roberta, .*rotary positions, norms before"):
+        checkpoint_sizes(str(tmp_path))
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blip_scale.evaluation.metrics.captions import caption_scores
+from blip_scale.evaluation.metrics.captions import BY_CHARACTER, caption_scores
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="without Java")
 
@@ -157,9 +157,37 @@ def test_figures_without_a_meaning_are_named(caplog: pytest.LogCaptureFixture) -
     caption_scores(["a dog"], [["a dog"]], ["cider"])
     assert "CIDEr of a single image" in caplog.text
     caplog.clear()
-    chinese = ["一只狗在雪地里奔跑着", "桌子上有一杯热茶水"]
-    caption_scores(chinese, [[caption] for caption in chinese], ["bleu_1"])
-    assert "4 of 4 captions have no space" in caplog.text
-    caplog.clear()
     caption_scores(["a dog", "a cat"], [["a dog"], ["a cat"]], ["bleu_1"])
     assert "space" not in caplog.text and "single" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("captions", "references"),
+    [
+        (["一只狗在雪地里。", "一杯热茶"], ["一只猫在雪地里", "桌上有一杯茶。"]),
+        (["หมาวิ่งในหิมะ", "ชาร้อน"], ["แมววิ่งในหิมะ", "ชาร้อนหนึ่งถ้วย"]),
+    ],
+)
+def test_scripts_without_spaces_are_scored_by_character(
+    captions: list[str], references: list[str]
+) -> None:
+    """The scores are those of the same texts with a space after every letter."""
+    metrics = ["bleu_1", "bleu_4", "rouge_l", "cider", "meteor", "spice"]
+    scores = caption_scores(captions, [[text] for text in references], metrics)
+    assert scores.left_out["word_tokenizer"] == BY_CHARACTER
+    assert scores.left_out["meteor"] == scores.left_out["spice"] == "it knows English alone"
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    def spaced(texts: list[str]) -> dict[int, list[str]]:
+        return {i: [" ".join(text.replace("。", ""))] for i, text in enumerate(texts)}
+
+    expected, _ = Bleu(4).compute_score(spaced(references), spaced(captions), verbose=0)
+    assert scores.values["bleu_1"] == pytest.approx(expected[0])
+    assert scores.values["bleu_4"] == pytest.approx(expected[3])
+    assert 0 < scores.values["bleu_1"] < 1 and scores.values["rouge_l"] > 0.3
+
+
+def test_arabic_has_words(caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["كلب كبير في الثلج", "كوب من الشاي الساخن"]
+    scores = caption_scores(texts, [[text] for text in texts], ["bleu_1"])
+    assert "word_tokenizer" not in scores.left_out and scores.values["bleu_1"] > 0.99

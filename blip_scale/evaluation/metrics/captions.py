@@ -10,8 +10,10 @@ import logging
 import re
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -21,8 +23,14 @@ _NO_JAVA = "there is no java on the PATH"
 
 Texts = dict[int, list[str]]
 _NO_WORDS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_LONGEST_WORD = 8
-"""Number of characters above which a text without a space is likely more than a word."""
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+"""Letters of scripts that put no space between words: Thai, Lao, Burmese, Khmer, Japanese,
+Chinese."""
+BY_CHARACTER = "most captions are in a script without spaces: each character counts as a word"
+_ENGLISH_ONLY = ("meteor", "spice")
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,9 @@ def caption_scores(
 
     Returns:
         Scores that could be measured. Without Java, texts are split at everything that is no letter
-        or digit, which changes the scores a little. `left_out` then names the tokenizer.
+        or digit, which changes the scores a little. If most captions are in a script without
+        spaces, each character counts as a word, and METEOR and SPICE, which know English alone,
+        are left out. `left_out` names the tokenizer in both cases.
 
     Raises:
         ValueError: an image has no references, or the numbers of captions and images differ.
@@ -63,8 +73,13 @@ def caption_scores(
     texts: Texts = {}
     for image, (caption, of_image) in enumerate(zip(captions, references, strict=True)):
         texts[image] = [_one_line(text) for text in (caption, *of_image)]
-    _warn_of_meaningless(texts)
-    words = _tokenized(texts, left_out)
+    if len(texts) == 1:
+        logger.warning("CIDEr of a single image has no meaning: it weighs words by other images")
+    if _is_without_spaces(texts):
+        words = {image: list(map(_characters, of_image)) for image, of_image in texts.items()}
+        left_out["word_tokenizer"] = BY_CHARACTER
+    else:
+        words = _tokenized(texts, left_out)
     hypotheses = {i: texts[:1] for i, texts in words.items()}
     truths = {i: texts[1:] for i, texts in words.items()}
     values: dict[str, float] = {}
@@ -78,6 +93,9 @@ def caption_scores(
     for kind, measure in scorers.items():
         wanted = [name for name in metrics if name.startswith(kind)]
         if not wanted:
+            continue
+        if kind in _ENGLISH_ONLY and "word_tokenizer" in left_out:
+            left_out[kind] = "it knows English alone"
             continue
         try:
             scores = measure()
@@ -94,18 +112,15 @@ def _one_line(text: str) -> str:
     return " ".join(_NO_WORDS.sub(" ", text).split())
 
 
-def _warn_of_meaningless(texts: Texts) -> None:
-    """Log a warning if the scores can't be compared with published ones."""
-    if len(texts) == 1:
-        logger.warning("CIDEr of a single image has no meaning: it weighs words by other images")
-    words = [text for of_image in texts.values() for text in of_image]
-    unspaced = sum(len(text) > _LONGEST_WORD and " " not in text for text in words)
-    if 2 * unspaced > len(words):
-        logger.warning(
-            "%d of %d captions have no space between words, and each counts as one word: split "
-            "them first, with a word segmenter of the language or into characters",
-            unspaced, len(words),
-        )  # fmt: skip
+def _is_without_spaces(texts: Texts) -> bool:
+    """Whether most texts are in a script without spaces between words."""
+    every = list(chain.from_iterable(texts.values()))
+    return 2 * sum(_WITHOUT_SPACES.search(text) is not None for text in every) > len(every)
+
+
+def _characters(text: str) -> str:
+    """Lower-cased letters, marks and digits of a text, separated by spaces."""
+    return " ".join(c for c in text.lower() if unicodedata.category(c)[0] in "LMN")
 
 
 def _bleu(truths: Texts, hypotheses: Texts) -> dict[str, float]:

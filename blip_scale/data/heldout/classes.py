@@ -1,0 +1,145 @@
+"""Labelled images for zero-shot classification, and the names and templates of their classes.
+
+The label of an image is its only text: the name of its folder, or the first caption of an MDS set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip_scale.data.conversion.pairs import RawPair
+from blip_scale.data.heldout.listed import listed_pairs
+from blip_scale.data.heldout.pairs import HeldoutPairs
+from blip_scale.data.pixels.formats import IMAGE_ENDINGS
+from blip_scale.storage.locations import basename, extension, list_folder
+
+CLIP_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+"""The seven templates that CLIP's authors chose for ImageNet; "itap" is "I took a picture"."""
+_PLACES = ("{}", "{c}")
+"""Ways to write the place of the class name in a template."""
+
+
+def class_folders(location: str, image_size: int) -> HeldoutPairs:
+    """Open a folder that holds a folder of images for each class.
+
+    Raises:
+        FileNotFoundError: there is no folder, or no image in it.
+        ValueError: images lie in no class folder.
+    """
+    files = list_folder(location, deep=True)
+    images = [file for file in files if extension(file.name) in IMAGE_ENDINGS]
+    if not images:
+        raise FileNotFoundError(f"{location}: there is no image in its folders")
+    loose = [image.name for image in images if "/" not in image.name]
+    if loose:
+        raise ValueError(
+            f"{location}: {len(loose)} images lie in no class folder, the first: {loose[0]}; give "
+            "a folder that holds a folder of images for each class, or MDS shards"
+        )
+    pairs = []
+    for image in images:
+        label = image.name.partition("/")[0]
+        pairs.append(RawPair(image.name, image.location, [label], from_folder=True))
+    return listed_pairs(basename(location), pairs, image_size, clean=str)
+
+
+def labels_of(pairs: HeldoutPairs) -> list[str]:
+    """The label of every image.
+
+    Raises:
+        ValueError: an image has no text.
+    """
+    bare = [name for name, texts in zip(pairs.ids, pairs.captions, strict=True) if not texts]
+    if bare:
+        raise ValueError(f"{pairs.name}: {len(bare)} images have no label, the first: {bare[0]}")
+    return [texts[0] for texts in pairs.captions]
+
+
+def read_class_names(file: Path | None, labels: Iterable[str]) -> dict[str, str]:
+    """Label -> name in the templates, of all classes in order.
+
+    Args:
+        file: JSON object of label and name, or a list of names (JSON, or a line each) in the order
+            of the sorted labels. None: labels are the names, with underscores as spaces.
+        labels: labels of the images.
+
+    Raises:
+        ValueError: a label has no name, or the numbers of names and labels differ.
+    """
+    distinct = sorted(set(labels))
+    if file is None:
+        return {label: label.replace("_", " ") for label in distinct}
+    content = _read(file)
+    if isinstance(content, dict):
+        nameless = [label for label in distinct if label not in content]
+        if nameless:
+            raise ValueError(
+                f"{file}: {len(nameless)} labels of the images have no name, the first: "
+                f"{nameless[0]}"
+            )
+        return {str(label): str(name) for label, name in content.items()}
+    if len(content) != len(distinct):
+        raise ValueError(
+            f"{file}: {len(content)} names, but the images have {len(distinct)} labels; give a "
+            "JSON object of label and name if some classes have no image"
+        )
+    return dict(zip(distinct, map(str, content), strict=True))
+
+
+def read_templates(file: Path | None) -> list[str]:
+    """Templates with `{}` for the class name: from a file (JSON list, or a line each), or CLIP's.
+
+    Raises:
+        ValueError: there is no template, or a template does not name the class.
+    """
+    if file is None:
+        return list(CLIP_TEMPLATES)
+    content = _read(file)
+    templates = [str(template) for template in content]
+    for template in templates:
+        if not any(place in template for place in _PLACES):
+            raise ValueError(f"{file}: the template {template!r} has no {{}} for the class name")
+    if not templates or isinstance(content, dict):
+        raise ValueError(f"{file}: expected a list of templates, such as `a photo of a {{}}.`")
+    return templates
+
+
+def fill_template(template: str, name: str) -> str:
+    """Put a class name into a template."""
+    for place in _PLACES:
+        template = template.replace(place, name)
+    return template
+
+
+def label_numbers(labels: Sequence[str], classes: Iterable[str]) -> Tensor:
+    """Number of each label among the classes, int64."""
+    numbers = {label: number for number, label in enumerate(classes)}
+    return torch.tensor([numbers[label] for label in labels], dtype=torch.int64)
+
+
+def _read(file: Path) -> Any:
+    """A JSON list or object, or the lines of a text that are not empty."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, list | dict):
+        raise ValueError(f"{file}: expected a list or an object, not {type(content).__name__}")
+    return content

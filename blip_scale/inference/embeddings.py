@@ -1,0 +1,280 @@
+"""Features of a data set as parquet files, which a restart continues.
+
+The samples are cut into parts of equal size. `images_00000.parquet` has a row for every sample of
+the first part: `id`, `features` and `error`; one of the last two is null. `texts_00000.parquet` has
+a row for every caption: `id`, `caption`, `features`. Features have norm 1. A part is done when its
+file of images has its name.
+
+Shapes: I images, S texts, E embed_dim.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import xxhash
+from torch import Tensor
+
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.mds import INDEX_NAME
+from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
+from blip_scale.errors import RefusedInput
+from blip_scale.inference.blip import Blip
+from blip_scale.inference.images import batched, done_ahead, pixels_of
+
+VERSION = 1
+MANIFEST = "embeddings.json"
+INDEX = "images.faiss"
+_BLOCK = 1000
+"""Samples whose places in shards are computed together."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Image and texts of a data set."""
+
+    id: str
+    image: bytes
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of a data set by number."""
+
+    count: int
+    fingerprint: str
+    """Hash that changes with the samples or their order."""
+    read: Callable[[int], Sample]
+    place: Callable[[int], str]
+    """Function that names a sample which cannot be read."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything that decides about the content of the files; kept in `MANIFEST`."""
+
+    checkpoint: str
+    """Hash of the weights."""
+    data: str
+    """Fingerprint of the samples."""
+    samples: int
+    width: int
+    """Numbers in a feature."""
+    dtype: str
+    """`float32` or `float16`."""
+    texts: bool
+    """Whether captions are embedded, too."""
+    part_size: int
+    """Samples of a part."""
+    image_size: int
+    version: int = VERSION
+
+    @property
+    def parts(self) -> list[range]:
+        """Numbers of the samples of each part."""
+        starts = range(0, self.samples, self.part_size)
+        return [range(start, min(start + self.part_size, self.samples)) for start in starts]
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of the features of all images."""
+        return self.samples * self.width * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample on its way to the network."""
+
+    sample: Sample
+    pixels: Tensor | None
+    """uint8 [3, side, side]; None if the image cannot be decoded."""
+    error: str | None = None
+
+
+def sample_set(folder: Path, remote: str | None, images: Sequence[str]) -> SampleSet:
+    """The samples of MDS shards in `folder`, or the image files `images` below it.
+
+    Args:
+        folder: shards, or the cache of those at `remote`; or folder of images.
+        remote: URL of the shards; None if they lie in `folder`.
+        images: paths; empty for shards.
+
+    Raises:
+        FileNotFoundError, ValueError: the shards are missing or damaged.
+    """
+    if images:
+        digest = xxhash.xxh3_64()
+        for path in images:
+            digest.update(f"{path}\0{Path(path).stat().st_size}\0".encode(errors="surrogateescape"))
+
+        def name(number: int) -> str:
+            """Path from the folder; bytes that are no UTF-8 become escapes."""
+            path = Path(images[number])
+            path = path.relative_to(folder) if path.is_relative_to(folder) else path
+            return str(path).encode(errors="backslashreplace").decode()
+
+        def read_file(number: int) -> Sample:
+            return Sample(name(number), Path(images[number]).read_bytes(), [])
+
+        return SampleSet(len(images), digest.hexdigest(), read_file, name)
+    store = StreamStore(StreamRecipe(folder.name, str(folder), remote))
+
+    @lru_cache(maxsize=64)
+    def places(block: int) -> list[tuple[int, int]]:
+        start = block * _BLOCK
+        return store.places(range(start, min(start + _BLOCK, store.samples)))
+
+    def located(number: int) -> tuple[int, int]:
+        return places(number // _BLOCK)[number % _BLOCK]
+
+    def read(number: int) -> Sample:
+        try:
+            columns = store.read(*located(number))
+        except FileNotFoundError as error:  # a shard, which is no fault of one sample
+            raise RefusedInput(str(error)) from error
+        return Sample(columns["id"], columns["image"], list(columns["captions"]))
+
+    def place(number: int) -> str:
+        shard, row = located(number)
+        return f"{store.shard_name(shard)}:{row}"
+
+    fingerprint = xxhash.xxh3_64_hexdigest((store.folder / INDEX_NAME).read_bytes())
+    return SampleSet(store.samples, fingerprint, read, place)
+
+
+def prepare(out: Path, content: Content) -> list[int]:
+    """Make or check the folder of the files, and list the numbers of the parts that are missing.
+
+    Raises:
+        ValueError: the folder holds features of something else. The message names what differs.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / MANIFEST
+    stated = asdict(content)
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        differing = [name for name, value in stated.items() if before.get(name) != value]
+        if differing:
+            raise ValueError(
+                f"{out} holds embeddings with another {', '.join(differing)}; give another OUT, or "
+                "delete it"
+            )
+    else:
+        _replace(file, lambda place: place.write_text(json.dumps(stated, indent=2) + "\n"))
+    numbers = range(len(content.parts))
+    return [number for number in numbers if not part_file(out, "images", number).is_file()]
+
+
+def part_file(out: Path, kind: str, number: int) -> Path:
+    """Path of a part; `kind` is images or texts."""
+    return out / f"{kind}_{number:05d}.parquet"
+
+
+def embed_part(
+    blip: Blip, samples: SampleSet, content: Content, number: int, batch: tuple[int, int], out: Path
+) -> Iterator[tuple[int, int]]:
+    """Write the files of a part, and yield for each batch its images and the unreadable ones.
+
+    Args:
+        blip: checkpoint with contrastive features.
+        samples: the data set.
+        content: what is embedded.
+        number: number of the part.
+        batch: samples of a batch, and threads that decode.
+        out: folder of the files.
+    """
+    batch_size, threads = batch
+    read = partial(_read_row, samples, content.image_size)
+    images: dict[str, list[Any]] = {"id": [], "features": [], "error": []}
+    texts: dict[str, list[Any]] = {"id": [], "caption": [], "features": []}
+    for group in batched(done_ahead(content.parts[number], read, threads), batch_size):
+        rows = []
+        for item in group:
+            row = item.result
+            rows.append(row or Row(Sample(samples.place(item.item), b"", []), None, item.error))
+        images["id"] += [row.sample.id for row in rows]
+        images["error"] += [row.error for row in rows]
+        images["features"] += _image_features(blip, rows)
+        captions = [(row.sample.id, text) for row in rows for text in row.sample.captions]
+        if content.texts and captions:
+            texts["id"] += [name for name, _ in captions]
+            texts["caption"] += [text for _, text in captions]
+            features = blip.text_features([text for _, text in captions])
+            texts["features"].extend(features.numpy())
+        yield len(rows), sum(row.error is not None for row in rows)
+    if content.texts:
+        _write_table(part_file(out, "texts", number), texts, content)
+    _write_table(part_file(out, "images", number), images, content)
+
+
+def _read_row(samples: SampleSet, image_size: int, number: int) -> Row:
+    sample = samples.read(number)
+    try:
+        pixels = pixels_of(sample.image, image_size, upright=True)
+    except CorruptSample as error:
+        return Row(replace(sample, image=b""), None, str(error))
+    return Row(replace(sample, image=b""), pixels)
+
+
+def _image_features(blip: Blip, rows: Sequence[Row]) -> list[np.ndarray | None]:
+    """Features of each row, None without pixels."""
+    pixels = [row.pixels for row in rows if row.pixels is not None]
+    features: Iterator[np.ndarray] = iter(())
+    if pixels:
+        features = iter(blip.image_features(blip.image_embeds(torch.stack(pixels))).numpy())
+    return [None if row.pixels is None else next(features) for row in rows]
+
+
+def _write_table(file: Path, columns: dict[str, list[Any]], content: Content) -> None:
+    number = pa.float16() if content.dtype == "float16" else pa.float32()
+    kind = pa.list_(number, content.width)
+    rows = [None if row is None else row.astype(content.dtype) for row in columns.pop("features")]
+    arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+    table = pa.table(arrays | {"features": pa.array(rows, kind)})
+    _replace(file, lambda place: pq.write_table(table, place, compression="zstd"))
+
+
+def _replace(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name, and rename it when it is whole."""
+    place = file.with_name(f".{file.name}.{os.getpid()}")
+    write(place)
+    place.replace(file)
+
+
+def require_faiss() -> None:
+    """Raise ValueError if faiss is not installed."""
+    try:
+        import faiss  # noqa: F401  an optional dependency
+    except ImportError as error:
+        raise ValueError(f"--faiss: {error}; run `pip install faiss-cpu`") from error
+
+
+def write_faiss(out: Path, content: Content) -> int:
+    """Write an exact inner-product index of all images, whose ids are the samples' numbers.
+
+    Returns:
+        number of images in the index.
+    """
+    import faiss
+
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(content.width))
+    for number, samples in enumerate(content.parts):
+        table = pq.read_table(part_file(out, "images", number), columns=["features"])
+        column = table["features"].combine_chunks()
+        numbers = np.array(samples)[column.is_valid().to_numpy(zero_copy_only=False)]
+        features = column.drop_null().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        if len(numbers):
+            index.add_with_ids(features.reshape(len(numbers), content.width), numbers)
+    _replace(out / INDEX, lambda place: faiss.write_index(index, str(place)))
+    return int(index.ntotal)
