@@ -35,6 +35,7 @@ from blip_scale.engine.task import Task
 from blip_scale.engine.watching import reporting
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
+from blip_scale.engine.watching.goodput import Goodput
 from blip_scale.engine.watching.heartbeat import Heartbeat
 from blip_scale.engine.watching.loggers.logger import LoggedRun
 from blip_scale.engine.watching.monitor import Monitor, measure_peak_flops
@@ -161,6 +162,8 @@ def _open(
             task.load_state_dict(state.task, state.shared)
             logger.info("resuming at step %d from %s", state.step, checkpoint)
         history = History.from_checkpoint(state.position)
+    goodput = Goodput(Path(recipe.output_dir), is_main=collectives.rank() == 0)
+    goodput.resume(history.goodput)
     total_steps = _total_steps(recipe, task.steps_per_epoch)
     leap = warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps)
     if leap:
@@ -205,6 +208,7 @@ def _open(
         saver,
         monitor,
         heartbeat,
+        goodput,
         manifest,
         SampleRecord(Path(recipe.output_dir), state.step, recipe.log.sample_ids),
         meter,
@@ -289,15 +293,21 @@ def _train(run: Run) -> int:
     """
     recipe, history, heartbeat = run.recipe, run.history, run.heartbeat
     heartbeat.beat("training", step=run.step, total_steps=run.total_steps, checkpoint_step=run.step)
-    if _is_evaluation_left(run) and not _evaluate(run):
+    is_evaluation_left, is_step_left = _is_evaluation_left(run), run.step < run.total_steps
+    if not (is_evaluation_left or is_step_left):
+        run.goodput.stop()
+    run.goodput.spend("start")
+    if is_evaluation_left and not _evaluate(run):
         return exit_codes.REQUEUE
-    batches = run.task.batches() if run.step < run.total_steps else iter(())
+    batches = run.task.batches() if is_step_left else iter(())
     stop = False
     while run.step < run.total_steps and not stop:
         stop = optimizer_step(run, batches)
         if stop:
             run.interrupts.announce()
+        run.goodput.spend("repeated" if history.skipped_in_a_row else "steps")
         run.saver.poll()
+        run.goodput.spend("saving")
         if history.skipped_in_a_row >= recipe.train.max_nonfinite_steps:
             logger.error(
                 "giving up at step %d: loss or gradient was not finite in %d steps in a row. "
@@ -309,13 +319,15 @@ def _train(run: Run) -> int:
         run.monitor.advance(run.step)
         step_s = sum(step["step_s"] for step in history.window) / len(history.window)
         samples_per_s = recipe.train.global_batch_size / step_s
-        heartbeat.beat("training", step=run.step, samples_per_s=samples_per_s)
+        figures = {"samples_per_s": samples_per_s, "goodput": run.goodput.figures()}
+        heartbeat.beat("training", step=run.step, **figures)
         if at_end or run.step == 1 or run.step % recipe.log.every_steps == 0:
             reporting.log(run)
         elif run.monitor.is_silent(recipe.log.every_s):
             reporting.sign_of_life(run)
         every = recipe.evaluation.every_steps
         every = run.task.steps_per_epoch if every == "epoch" else every
+        run.goodput.spend("other")
         # Weights without a finite loss must not replace the last good checkpoints.
         is_skipping = history.skipped_in_a_row > 0 and not at_end
         history.evaluation_due = at_end or not (run.step % every or stop or is_skipping)
@@ -327,7 +339,9 @@ def _train(run: Run) -> int:
         if history.evaluation_due and not _evaluate(run):
             return exit_codes.REQUEUE
     heartbeat.beat("saving")
-    if not run.saver.finish():
+    is_saved = run.saver.finish()
+    run.goodput.spend("saving")
+    if not is_saved:
         return exit_codes.FAILED
     if run.step < run.total_steps:
         heartbeat.beat("stopped")
@@ -354,7 +368,9 @@ def _save(run: Run) -> None:
     """Start writing a checkpoint of this step."""
     run.heartbeat.beat("saving")
     state, shared = run.task.state_dict()
+    run.history.goodput = run.goodput.record()
     run.saver.begin(RunState(run.step, vars(run.history), state, shared))
+    run.goodput.spend("saving")
     run.heartbeat.beat("training")
 
 
@@ -366,6 +382,7 @@ def _evaluate(run: Run) -> bool:
     """
     run.heartbeat.beat("saving")
     run.saver.settle()
+    run.goodput.spend("saving")
     run.heartbeat.beat("evaluating")
     # Uploads need all ranks. With uploads a signal waits for the end of the evaluation.
     at_once = nullcontext() if run.saver.uploads else run.interrupts.stopping_at_once()
@@ -376,6 +393,8 @@ def _evaluate(run: Run) -> bool:
         logger.info("%s: stopping; the evaluation of step %d comes next", request, run.step)
         run.heartbeat.beat("stopped")
         return False
+    finally:
+        run.goodput.spend("evaluation")
     run.history.evaluation_due = False
     run.heartbeat.beat("training")
     return True

@@ -81,6 +81,7 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[st
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     dice = random.Random(time.time_ns())
+    began = time.time()
     launcher = tiny_runs.launch_by_command(recipe, 2)
     step = dice.randint(4, 6)
     wait_for(lambda: reached(run, step), launcher)
@@ -100,6 +101,20 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[st
     tiny_runs.train(recipe, 2)
     assert tiny_runs.losses(run) == undisturbed
     assert "resuming at step" in tiny_runs.said(recipe)
+    assert_wall_time_is_accounted_for(run, began)
+
+
+def assert_wall_time_is_accounted_for(run: Path, began: float) -> None:
+    """Check the record of a run that was killed: uses add up, and each step counts once."""
+    record = json.loads((run / "goodput.json").read_text())
+    seconds = record["seconds"]
+    assert began < record["first_start"] < began + 60
+    wall_s = time.time() - record["first_start"]
+    assert wall_s - 20 < sum(seconds.values()) <= wall_s  # the last process has ended since
+    assert all(seconds[use] > 0 for use in ("steps", "start", "evaluation", "saving", "down"))
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps_s = sum(16 / point["speed/samples_per_s"] for point in points if "loss/total" in point)
+    assert seconds["steps"] == pytest.approx(steps_s, rel=0.1)
 
 
 def test_a_rank_that_stalls_or_dies_ends_the_others(
