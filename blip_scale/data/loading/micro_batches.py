@@ -208,11 +208,11 @@ def read_or_replace(
 ) -> tuple[dict[str, Any], Tensor]:
     """The sample at `slot`, and what `decode` makes of its images.
 
-    A corrupt sample is replaced by the next whole one of its shard, and a damaged shard by the next
-    one. What is skipped is added to `skipped`.
+    A corrupt sample is replaced by the next whole one of its shard. A shard that is damaged or has
+    no whole sample is replaced by the next one. What is skipped is added to `skipped`.
 
     Raises:
-        ValueError: the shard has no whole sample, or too many shards in a row are damaged.
+        ValueError: too many shards in a row have no whole sample.
     """
     shard = slot.shard
     for _ in range(_DAMAGED_SHARDS):
@@ -225,7 +225,10 @@ def read_or_replace(
             shard = (shard + 1) % len(store.shard_samples)
             if shard == slot.shard:
                 break
-    raise ValueError(f"stream {store.name!r}: too many damaged shards in a row, last {skipped[-1]}")
+    raise ValueError(
+        f"stream {store.name!r}: too many damaged shards in a row, last {skipped[-1]}; make the "
+        "set again"
+    )
 
 
 def _read_from(
@@ -236,19 +239,19 @@ def _read_from(
     skipped: list[str],
 ) -> tuple[dict[str, Any], Tensor]:
     count = int(store.shard_samples[shard])
+    corrupt: list[str] = []
     for step in range(count):
         index = (sample + step) % count
         name = ""
         try:
             columns = store.read(shard, index)
             name = f" {columns['id']}"
-            return columns, decode(columns)
+            pixels = decode(columns)
+            skipped.extend(corrupt)
+            return columns, pixels
         except DamagedShard:
             raise
         except CorruptSample as error:
             place = f"{store.name}/{store.shard_name(shard)}[{index}]"
-            skipped.append(f"{place}{name}: {error}")
-    path = store.folder / store.shard_name(shard)
-    raise ValueError(
-        f"stream {store.name!r}: no sample of shard {path} can be decoded; make it again"
-    )
+            corrupt.append(f"{place}{name}: {error}")
+    raise store.give_up(shard, corrupt[-1])
