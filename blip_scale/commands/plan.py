@@ -46,7 +46,11 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     from blip_scale.tasks.by_name import contrast_of  # imports DeepSpeed: after all refusals
 
     kilobytes = options.sample_kb
-    assumed = Assumptions(options.caption_tokens, kilobytes * 1e3 if kilobytes else None)
+    assumed = Assumptions(
+        options.caption_tokens, kilobytes * 1e3 if kilobytes else None, pause_s=options.pause_s,
+        restart_s=options.restart_s, hang_limit_s=options.hang_limit_s,
+        failure_rate=options.failures,
+    )  # fmt: skip
     return make_plan(chosen, _deepspeed(options), cluster, contrast_of, assumed, options.way)
 
 
@@ -107,11 +111,26 @@ def table(plan: Plan) -> str:
         f"{data['mb_per_s_per_node']:.0f} MB/s a node, {plan.cores_a_gpu:.1f} CPU cores a GPU",
         f"storage   {data['shards_tib']:.2f} TiB of shards ({plan.volume.samples / 1e6:.1f}M "
         f"images), {data['checkpoint_gib']:.1f} GiB a checkpoint ({plan.kept_checkpoints} kept)",
+        *_failure_rows(plan),
         "",
         "assumed",
         *(f"  - {assumption}" for assumption in plan.assumptions),
     ]
     return "\n".join(lines)
+
+
+def _failure_rows(plan: Plan) -> list[str]:
+    """Rows with failures a week, and the goodput for the recipe's and the best interval."""
+    failures, step_s = plan.failures, plan.step.total_s
+    weekly, usual, best = failures.failures_a_week, failures.goodput, failures.best_goodput
+    return [
+        f"failures  {weekly.expected:.1f} a week ({weekly.fast:.1f} to {weekly.slow:.1f}); goodput "
+        f"{usual.expected:.1%} ({usual.slow:.1%} to {usual.fast:.1%}) with a checkpoint every "
+        f"{failures.every_steps} steps ({duration(failures.every_steps * step_s)}),",
+        f"          {best.expected:.1%} ({best.slow:.1%} to {best.fast:.1%}) with "
+        f"checkpoint.every_steps={failures.best_every_steps} "
+        f"({duration(failures.best_every_steps * step_s)})",
+    ]
 
 
 def _step_rows(way: Way) -> list[str]:
@@ -230,5 +249,13 @@ def _parser(prog: str) -> Parser:
     add(
         "--sample-kb", type=number, metavar="KB", help="size of a stored sample in kB (default: 30)"
     )
+    add("--failures", type=number, metavar="N",
+        help="failures per 1,000 node-days (default: 6.5, from 3.8 to 26)")  # fmt: skip
+    add("--pause-s", type=number, metavar="S",
+        help="pause for a checkpoint, checkpoint/pause_s of a run (default: by size)")  # fmt: skip
+    add("--restart-s", type=number, metavar="S",
+        help="time from a failure to the next step (default: 120)")  # fmt: skip
+    add("--hang-limit-s", type=number, metavar="S",
+        help="time until a hang is noticed (default: 180)")  # fmt: skip
     add("--json", action="store_true", help="one JSON object instead of the table")
     return parser
