@@ -60,6 +60,7 @@ def run(
     recipe: Recipe,
     ds_config: dict[str, Any],
     settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None = None,
+    allowed_changes: frozenset[str] = frozenset(),
 ) -> int:
     """Train to the end of the recipe, resuming from the newest whole checkpoint if there is one.
 
@@ -69,6 +70,8 @@ def run(
         ds_config: DeepSpeed's settings.
         settle: returns recipe and DeepSpeed's settings that depend on the devices. Called once the
             process group is up. None: both are final already.
+        allowed_changes: settings that may differ from those of the checkpoint although they decide
+            the data.
 
     Returns:
         Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 after too many
@@ -80,7 +83,7 @@ def run(
     is_main = os.environ.get("RANK", "0") == "0"
     lock = RunLock(Path(recipe.output_dir)) if is_main else None
     try:
-        return _run(build_task, recipe, ds_config, settle)
+        return _run(build_task, recipe, ds_config, settle, allowed_changes)
     finally:
         if lock is not None:
             lock.release()
@@ -91,6 +94,7 @@ def _run(
     recipe: Recipe,
     ds_config: dict[str, Any],
     settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None,
+    allowed_changes: frozenset[str],
 ) -> int:
     """`run`, once the output folder is locked."""
     rank = int(os.environ.get("RANK", "0"))
@@ -115,6 +119,7 @@ def _run(
     interrupts = Interrupts()
     with refusing():
         task = build_task(recipe, device)
+    task.allowed_changes = allowed_changes
     try:
         session = _open(task, recipe, ds_config, heartbeat, meter, interrupts)
         try:
@@ -164,13 +169,14 @@ def _open(
         history = History.from_checkpoint(state.position)
     goodput = Goodput(Path(recipe.output_dir), is_main=collectives.rank() == 0)
     goodput.resume(history.goodput)
-    total_steps = _total_steps(recipe, task.steps_per_epoch)
+    schedule_shift = task.scheduled_steps - state.step
+    total_steps = _total_steps(recipe, task.steps_per_epoch, schedule_shift)
     leap = warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps)
     if leap:
         logger.warning("%s", leap)
     shown = json.loads(logs.without_secrets(json.dumps(asdict(recipe))))
     monitor = Monitor(
-        LoggedRun(Path(recipe.output_dir), state.step, shown),
+        LoggedRun(Path(recipe.output_dir), state.step, shown, task.samples_seen),
         recipe.log.to,
         is_main=collectives.rank() == 0,
         total_steps=total_steps,
@@ -219,12 +225,13 @@ def _open(
         peak_flops=stated * 1e12 if stated else measure_peak_flops(engine.device, engine.dtype),
         step=state.step,
         history=history,
+        schedule_shift=schedule_shift,
     )
 
 
-def _total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+def _total_steps(recipe: Recipe, steps_per_epoch: int, schedule_shift: int) -> int:
     """Steps of all epochs, or `train.max_steps` if that is less."""
-    steps = recipe.train.epochs * steps_per_epoch
+    steps = recipe.train.epochs * steps_per_epoch - schedule_shift
     return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)
 
 
@@ -279,6 +286,7 @@ def _begin_manifest(
             "recipe_xxh64": digest(to_yaml(recipe).encode()),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "from": fingerprint(checkpoint) if checkpoint is not None else None,
+            "allowed_changes": sorted(task.allowed_changes),
         },
         heartbeat.before,
     )
@@ -325,12 +333,10 @@ def _train(run: Run) -> int:
             reporting.log(run)
         elif run.monitor.is_silent(recipe.log.every_s):
             reporting.sign_of_life(run)
-        every = recipe.evaluation.every_steps
-        every = run.task.steps_per_epoch if every == "epoch" else every
         run.goodput.spend("other")
         # Weights without a finite loss must not replace the last good checkpoints.
         is_skipping = history.skipped_in_a_row > 0 and not at_end
-        history.evaluation_due = at_end or not (run.step % every or stop or is_skipping)
+        history.evaluation_due = at_end or (_is_evaluation_step(run) and not (stop or is_skipping))
         is_due = history.evaluation_due or stop or run.step % recipe.checkpoint.every_steps == 0
         if is_due and is_skipping:
             logger.warning("step %d: no checkpoint, as its update was skipped", run.step)
@@ -352,6 +358,14 @@ def _train(run: Run) -> int:
         return exit_codes.FAILED
     heartbeat.beat("done")
     return 0
+
+
+def _is_evaluation_step(run: Run) -> bool:
+    """Whether the recipe's interval between evaluations ends at this step."""
+    every = run.recipe.evaluation.every_steps
+    if every == "epoch":
+        return (run.step + run.schedule_shift) % run.task.steps_per_epoch == 0
+    return run.step % every == 0
 
 
 def _is_evaluation_left(run: Run) -> bool:

@@ -111,3 +111,5 @@ class Run:
     worst: WorstStep = WorstStep()
     step: int = 0
     history: History = field(default_factory=History)
+    schedule_shift: int = 0
+    """Steps by which the schedule is ahead of `step`; see `Task.scheduled_steps`."""

@@ -54,6 +54,7 @@ class TrainingTask(ABC):
         self.loader = networks.train_loader(recipe, self.text_input(), self.batch_size)
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.kernel = str(choose_kernel(recipe.model.attention, device, self.dtype))
+        self.allowed_changes: frozenset[str] = frozenset()
         self.momentum_pairs: dict[str, str] = {}
         self._tokens = 0
         self._generator = torch.Generator(device)
@@ -184,7 +185,17 @@ class TrainingTask(ABC):
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore the position of the loader."""
-        self.loader.load_state_dict(state["loader"])
+        self.loader.load_state_dict(state["loader"], self.allowed_changes)
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples of all ranks since the start of the run."""
+        return self.loader.samples_seen
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps of the schedule that are done at the loader's position."""
+        return self.loader.scheduled_steps
 
     def close(self) -> None:
         """Stop the loader's processes."""

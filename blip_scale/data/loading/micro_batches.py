@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip_scale.data.captions import Clean, clean_caption
+from blip_scale.data.loading.course import Course
 from blip_scale.data.loading.order import SampleOrder, Slot
 from blip_scale.data.pixels.image_pairs import maybe_swap
 from blip_scale.data.pixels.transforms import TrainTransform
@@ -130,22 +131,28 @@ class MicroBatches(Dataset["Batch | Exception"]):
     transform: TrainTransform
     text: CaptionInput
     position: LoaderPosition
-    samples_per_epoch: int
+    course: Course
     seed: int
 
+    def __post_init__(self) -> None:
+        self.former: MicroBatches | None = None
+        """Micro batches of the epoch that the last change of the mixture found half read."""
+
     def __getitem__(self, number: int) -> Batch | Exception:
-        """A batch. An error is returned, not raised: torch would bury it in a traceback."""
+        """A batch. An error is returned, not raised: torch would bury it in a traceback.
+
+        Micro-steps are counted from the beginning of the course.
+        """
+        position = self.position
+        begin = number * position.micro_samples + position.rank * position.micro_batch_size
+        is_former, epoch, place = self.course.locate(self.course.seen + begin)
+        batches = self.former if is_former and self.former is not None else self
         try:
-            return self._batch(number)
+            return batches._batch(epoch, place)
         except (OSError, ValueError) as error:
             return error
 
-    def _batch(self, number: int) -> Batch:
-        begin = (
-            number * self.position.micro_samples
-            + self.position.rank * self.position.micro_batch_size
-        )
-        epoch, begin = divmod(begin, self.samples_per_epoch)
+    def _batch(self, epoch: int, begin: int) -> Batch:
         self.prefetcher.advance(epoch, begin)
         samples: list[dict[str, Any]] = []
         captions: list[str] = []
