@@ -13,13 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from data_samples import MakeLoader, MakeShards, stream, take
+from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from torch.utils.data import Dataset
 
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.data.loading.order import SampleOrder
 from blip_scale.data.reading.prefetch import Prefetcher
 from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.shards import Record, write_shards
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -189,11 +190,14 @@ def test_a_shard_without_a_whole_image_is_replaced_and_counted(
     folder = make_shards("red", 40)
     first, *_ = StreamStore(stream(folder)).shard_samples.tolist()
     shutil.rmtree(folder)
-    make_shards("red", 40, corrupt=frozenset(range(first)))
+    images = [bytes(len(jpeg(i))) if i < first else jpeg(i) for i in range(40)]
+    records = [Record(f"red-{i}", image, "A pair, red!", "red") for i, image in enumerate(images)]
+    write_shards(folder, records, shard_size="20kb")
     batches = take(make_loader([stream(folder)], workers=workers), 5)
     skipped = [line for batch in batches for line in batch.skipped]
     assert len(skipped) == first
-    beginning = "red/shard.00000.mds: none of its samples can be decoded, last red/shard.00000.mds["
+    shard = "red/shard.00000.mds"
+    beginning = f"{shard}: none of its samples can be decoded, such as {shard}[0] red-0: "
     assert all(line.startswith(beginning) for line in skipped)
     ids = {sample for batch in batches for sample in batch.ids}
     assert ids == {f"red-{i}" for i in range(first, 40)}

@@ -261,4 +261,4 @@ def _read_from(
         except CorruptSample as error:
             place = f"{store.name}/{store.shard_name(shard)}[{index}]"
             corrupt.append(f"{place}{name}: {error}")
-    raise store.give_up(shard, corrupt[-1])
+    raise store.give_up(shard, min(corrupt))

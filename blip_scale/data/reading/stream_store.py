@@ -145,7 +145,7 @@ class StreamStore:
     def give_up(self, number: int, problem: str) -> DamagedShard:
         """Read a shard no more, as none of its samples can be used. Returns the error to raise."""
         shard = f"{self.name}/{self.shard_name(number)}"
-        self._damaged[number] = f"{shard}: none of its samples can be decoded, last {problem}"
+        self._damaged[number] = f"{shard}: none of its samples can be decoded, such as {problem}"
         return DamagedShard(self._damaged[number])
 
     def prefetch(self, number: int) -> bool:
