@@ -59,10 +59,10 @@ def test_the_simulator_agrees_with_the_closed_form(
 ) -> None:
     """The last case spends most of its time in restarts that fail."""
     case = Case(costs, between_s, interval_s)
-    simulated = simulate(case, 15_000 * between_s, np.random.default_rng(1))
+    simulated = simulate(case, 5_000 * between_s, np.random.default_rng(1))
     assert sum(simulated.values()) == pytest.approx(1)
     expected = goodput(interval_s, costs, between_s)
-    assert simulated["steps"] == pytest.approx(expected, rel=0.02)
+    assert simulated["steps"] == pytest.approx(expected, rel=0.03)
 
 
 def test_what_no_failure_leaves() -> None:
@@ -85,8 +85,8 @@ def test_a_checkpoint_counts_once_it_is_written() -> None:
 
 def test_hangs_cost_their_limit() -> None:
     costs = Costs(0.0, 0.0, 0.0, hang_limit_s=500.0, hang_share=1.0)
-    shares = simulate(Case(costs, 9_500.0, 1.0), 5e7, np.random.default_rng(0))
-    assert shares["down"] == pytest.approx(0.05, rel=0.05)
+    shares = simulate(Case(costs, 9_500.0, 500.0), 2e7, np.random.default_rng(0))
+    assert shares["down"] == pytest.approx(0.05, rel=0.1)
 
 
 def test_measured_times_come_from_a_run(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def _deepspeed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> str:
-    """Format the plan as text."""
+    """The plan as text."""
     cluster, sizes, way, data = plan.cluster, plan.sizes, plan.way, plan.to_json()["data"]
     parameters = sum(plan.network.trainable) / 1e6
     offload = ", optimizer on the host" if plan.offload else ""
@@ -111,7 +111,6 @@ def table(plan: Plan) -> str:
         f"{data['mb_per_s_per_node']:.0f} MB/s a node, {plan.cores_a_gpu:.1f} CPU cores a GPU",
         f"storage   {data['shards_tib']:.2f} TiB of shards ({plan.volume.samples / 1e6:.1f}M "
         f"images), {data['checkpoint_gib']:.1f} GiB a checkpoint ({plan.kept_checkpoints} kept)",
-        *_failure_rows(plan),
         "",
         "assumed",
         *(f"  - {assumption}" for assumption in plan.assumptions),
@@ -119,22 +118,8 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _failure_rows(plan: Plan) -> list[str]:
-    """Rows with failures a week, and the goodput for the recipe's and the best interval."""
-    failures, step_s = plan.failures, plan.step.total_s
-    weekly, usual, best = failures.failures_a_week, failures.goodput, failures.best_goodput
-    return [
-        f"failures  {weekly.expected:.1f} a week ({weekly.fast:.1f} to {weekly.slow:.1f}); goodput "
-        f"{usual.expected:.1%} ({usual.slow:.1%} to {usual.fast:.1%}) with a checkpoint every "
-        f"{failures.every_steps} steps ({duration(failures.every_steps * step_s)}),",
-        f"          {best.expected:.1%} ({best.slow:.1%} to {best.fast:.1%}) with "
-        f"checkpoint.every_steps={failures.best_every_steps} "
-        f"({duration(failures.best_every_steps * step_s)})",
-    ]
-
-
 def _step_rows(way: Way) -> list[str]:
-    """Rows with the parts of a step in ms."""
+    """Parts of a step, in ms."""
     parts = {
         "kernels": "kernels_s",
         "host (launching)": "host_s",
@@ -150,8 +135,8 @@ def _step_rows(way: Way) -> list[str]:
 
 
 def _way_rows(plan: Plan) -> list[str]:
-    """Rows with every way to run the steps, the planned one first."""
-    rows = [f"{'ways to run it (the first is planned)':50}{'ms a step':>14}{'pairs/s':>16}"
+    """Every way to run the steps, the planned one first."""
+    rows = [f"{'ways to run it (the first is planned)':40}{'ms a step':>16}{'pairs/s':>16}"
             f"{'GiB':>8}  limit"]  # fmt: skip
     batch = plan.sizes.global_batch
     for way in plan.ways:
@@ -160,12 +145,12 @@ def _way_rows(plan: Plan) -> list[str]:
         rate = f"{batch / slow:.0f} to {batch / fast:.0f}"
         held = way.memory.total / GIB
         label = f"{way.execution.name} (--way {way.name})"
-        rows.append(f"  {label:48}{span:>14}{rate:>16}{held:8.1f}  {way.expected.limit}")
+        rows.append(f"  {label:38}{span:>16}{rate:>16}{held:8.1f}  {way.expected.limit}")
     return rows
 
 
 def _exchange_rows(plan: Plan) -> list[str]:
-    """Rows with the collectives of a step, for partitioned and whole weights; none for one rank."""
+    """What ranks exchange in a step, for partitioned and for whole weights; nothing on one rank."""
     ways = {way.execution.whole: way for way in plan.ways if way.exchanges}
     if not ways:
         return []
