@@ -167,12 +167,9 @@ def _open(
             task.load_state_dict(state.task, state.shared)
             logger.info("resuming at step %d from %s", state.step, checkpoint)
         history = History.from_checkpoint(state.position)
-    goodput = Goodput(Path(recipe.output_dir), is_main=collectives.rank() == 0)
-    goodput.resume(history.goodput)
     schedule_shift = task.scheduled_steps - state.step
     total_steps = _total_steps(recipe, task.steps_per_epoch, schedule_shift)
-    leap = warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps)
-    if leap:
+    if leap := warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps):
         logger.warning("%s", leap)
     shown = json.loads(logs.without_secrets(json.dumps(asdict(recipe))))
     monitor = Monitor(
@@ -214,7 +211,7 @@ def _open(
         saver,
         monitor,
         heartbeat,
-        goodput,
+        _resumed_goodput(recipe, history),
         manifest,
         SampleRecord(Path(recipe.output_dir), state.step, recipe.log.sample_ids),
         meter,
@@ -227,6 +224,13 @@ def _open(
         history=history,
         schedule_shift=schedule_shift,
     )
+
+
+def _resumed_goodput(recipe: Recipe, history: History) -> Goodput:
+    """The record of earlier starts, without steps that the checkpoint lacks."""
+    goodput = Goodput(Path(recipe.output_dir), is_main=collectives.rank() == 0)
+    goodput.resume(history.goodput)
+    return goodput
 
 
 def _total_steps(recipe: Recipe, steps_per_epoch: int, schedule_shift: int) -> int:

@@ -64,11 +64,6 @@ class Task(Protocol):
     """Data, network and losses of a run. The loop deals with ranks, time and disks."""
 
     steps_per_epoch: int
-    samples_seen: int
-    """Samples of all ranks since the start of the run, at the restored position."""
-    scheduled_steps: int
-    """Steps of the schedule that are done at the restored position. They differ from the optimizer
-    steps after a change of the batch size or of the streams."""
     allowed_changes: frozenset[str]
     """Settings that may differ from those of the checkpoint when a run resumes."""
     momentum_pairs: dict[str, str]
@@ -78,6 +73,17 @@ class Task(Protocol):
 
     kernel: str
     """Attention kernel in use, for the log."""
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples of all ranks since the start of the run, at the restored position."""
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps of the schedule that are done at the restored position.
+
+        They differ from the optimizer steps after a change of the batch size or of the streams.
+        """
 
     def build_network(self) -> nn.Module:
         """The network; its weights may be unset. Under ZeRO-3 this is called inside `zero.Init`."""

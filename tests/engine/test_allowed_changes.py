@@ -55,9 +55,9 @@ def test_no_sample_is_lost_or_seen_twice(tmp_path: Path) -> None:
     for step, scheduled in ((4, 8), (5, 9), (6, 10), (15, 19)):
         expected = learning_rate(optimizer, scheduled, 10, 2)
         assert points[step - 1]["train/learning_rate"] == pytest.approx(expected)
-    said = tiny_runs.said(recipe)
-    assert "changed since the start before: recipe.train.global_batch_size: 16 -> 8" in said
-    assert "at sample 48: train.global_batch_size: global_batch_size was 16 and is 8 now" in said
+    output = tiny_runs.said(recipe)
+    assert "changed since the start before: recipe.train.global_batch_size: 16 -> 8" in output
+    assert "at sample 48: train.global_batch_size: global_batch_size was 16 and is 8 now" in output
     start = json.loads((run / "manifest.json").read_text())["attempts"][-1]
     assert start["allowed_changes"] == ["data.streams", "train.global_batch_size"]
     assert "recipe.train.global_batch_size: 16 -> 8" in start["changed"]
