@@ -190,7 +190,6 @@ def _open(
         recipe.train.precision, task.kernel, engine.parameter_count / 1e6, total_steps,
         recipe.train.global_batch_size,
     )  # fmt: skip
-
     logger.info("weights are %s", engine.weights_reason)
 
     def committed(step: int, folder: Path) -> None:
