@@ -36,19 +36,28 @@ _POLL_S = 0.2
 _FETCH = """
 import os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-name, *files = sys.argv[1:]
-snapshot_download(name, allow_patterns=["*.json", "*.txt"])
-for file in files:
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 14  # files grow by this much
+name, small, *files = sys.argv[1:]
+
+def has(file):
     try:
-        hf_hub_download(name, file)
-        break
+        return hf_hub_download(name, file)
     except EntryNotFoundError:
-        pass
+        return None
+
+for file in small.split():
+    has(file)
+any(map(has, files))
 """
-"""Program that downloads a repository's small files and the first of `files` that it has. It ends
-when its stdin does, which its parent holds."""
+"""Program that downloads the small files of a repository, and the first of `files` that it has. It
+ends when its stdin does, which its parent holds."""
+_SMALL = (
+    "config.json tokenizer_config.json tokenizer.json vocab.txt special_tokens_map.json "
+    "added_tokens.json"
+)
+"""Files that a tokenizer or sizes may need besides those that the caller names."""
 
 
 def is_local(name: str, files: Sequence[str], setting: str, instead: str = "FOLDER") -> bool:
@@ -93,9 +102,13 @@ def _download(name: str, files: Sequence[str]) -> bool:
         TimeoutError: the download was slower than LEAST_RATE for WINDOW_S seconds.
     """
     folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
-    hub_variables = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": constants.HF_HUB_CACHE}
+    hub_variables = {
+        "HF_ENDPOINT": constants.ENDPOINT,
+        "HF_HUB_CACHE": constants.HF_HUB_CACHE,
+        "HF_HUB_DISABLE_XET": "1",  # its files don't grow while they are downloaded
+    }
     process = subprocess.Popen(
-        [sys.executable, "-c", _FETCH, name, *files], env=os.environ | hub_variables,
+        [sys.executable, "-c", _FETCH, name, _SMALL, *files], env=os.environ | hub_variables,
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     window_began, bytes_then = time.monotonic(), _bytes_of(folder)
