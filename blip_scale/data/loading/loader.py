@@ -96,7 +96,7 @@ class TrainLoader:
         self.steps_per_epoch = steps_per_epoch
         """Optimizer steps of an epoch."""
         self.stream_names = [part.name for part in parts]
-        self._identity = {
+        self._identity: dict[str, Any] = {
             "seed": seed,
             "global_batch_size": position.global_batch_size,
             "shuffle_block": data.shuffle_block,

@@ -114,7 +114,7 @@ class Goodput:
         try:
             content = json.loads(self._file.read_text(encoding="utf-8"))
             first_start = float(content[_FIRST_START])
-            seconds = {use: float(content["seconds"][use]) for use in USES}
+            seconds: dict[str, float] = {use: float(content["seconds"][use]) for use in USES}
             if not all(0 <= value < math.inf for value in (first_start, *seconds.values())):
                 raise ValueError("a time is negative or not finite")
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
