@@ -49,7 +49,7 @@ def has(file):
 
 for file in small.split():
     has(file)
-any(map(has, files))
+sys.exit(not any(map(has, files)))
 """
 """Program that downloads the small files of a repository, and the first of `files` that it has. It
 ends when its stdin does, which its parent holds."""
