@@ -23,6 +23,7 @@ from blip_scale.commands import dry_run, micro_batch  # noqa: E402
 from blip_scale.commands.chosen_recipe import chosen_recipe  # noqa: E402
 from blip_scale.commands.command_line import Parser, report_error_of_rank  # noqa: E402
 from blip_scale.config import checks, recipe, settings  # noqa: E402
+from blip_scale.data.loading.course import CHANGEABLE  # noqa: E402
 from blip_scale.engine.watching.loggers import registry  # noqa: E402
 from blip_scale.errors import RefusedInput  # noqa: E402
 from blip_scale.storage import run_folder  # noqa: E402
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
 
         logs = Path(chosen.output_dir) / run_folder.LOGS
         settle = micro_batch.auto(chosen, options.deepspeed)
-        return run(TASKS[chosen.task], chosen, ds_config, settle)
+        allowed = frozenset(options.allow_change)
+        return run(TASKS[chosen.task], chosen, ds_config, settle, allowed)
     except argparse.ArgumentError as error:
         return report_error_of_rank(prog, RefusedInput(str(error)), logs)
     except (ValueError, OSError) as error:
@@ -96,6 +98,11 @@ def _parser(prog: str) -> Parser:
     parser.add_argument(
         "--deepspeed", default=checks.shipped_deepspeed("zero3"), metavar="PATH",
         help="DeepSpeed's JSON settings (default: ds_configs/zero3.json)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-change", action="append", default=[], choices=CHANGEABLE.values(),
+        metavar="SETTING",
+        help=f"let a resumed run change {' or '.join(CHANGEABLE.values())}; may be repeated",
     )  # fmt: skip
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
     dry_run.add_options(parser)

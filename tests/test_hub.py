@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -9,10 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import psutil
 import pytest
 from huggingface_hub import constants
 
@@ -20,7 +22,7 @@ from blip_scale.config.recipe import Recipe, TextRecipe
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop import bert, vision
-from blip_scale.storage import hub
+from blip_scale.storage import hub, objects
 
 REPO = Path(__file__).resolve().parent.parent
 CLOSED = "http://127.0.0.1:9"
@@ -100,6 +102,58 @@ def test_any_answer_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         assert not hub.is_local("nobody/has-this", ("config.json",), "a")
         server.shutdown()
+
+
+@pytest.fixture
+def trickling() -> Iterator[str]:
+    """Address of a hub with one repository, whose files arrive at two bytes a second."""
+
+    class Trickling(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            for name, value in (("ETag", '"a"'), ("X-Repo-Commit", "1" * 40)):
+                self.send_header(name, value)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            with contextlib.suppress(OSError):  # the client is ended
+                while True:
+                    self.wfile.write(b"xx")
+                    time.sleep(1)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Trickling) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("online")
+def test_a_download_that_trickles_is_given_up(
+    trickling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The location and the limit are named, and no process is left."""
+    monkeypatch.setattr(constants, "ENDPOINT", trickling)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "WINDOW_S", 12.0)
+    monkeypatch.setattr(objects, "RETRY_S", 0.0)
+    began = time.monotonic()
+    message = (
+        f"{trickling}/some/bert can't be fetched, tried once .*fewer than 1000 bytes/s for 12 s"
+    )
+    with pytest.raises(objects.RemoteError, match=message):
+        hub.is_local("some/bert", ("config.json",), "model.text.checkpoint")
+    assert time.monotonic() - began < 25
+    unfinished = list((tmp_path / "models--some--bert" / "blobs").glob("*.incomplete"))
+    assert unfinished, "the trickle was not reached"
+    children = psutil.Process().children()
+    assert not [child for child in children if "hf_hub_download" in " ".join(child.cmdline())]
 
 
 @pytest.mark.usefixtures("online")

@@ -1,5 +1,5 @@
 """Measure the framework's speed on this machine: `python tools/benchmark.py data`, `step`, `host`,
-`growth`, `scale` or `objectives`."""
+`growth`, `scale`, `objectives` or `goodput`."""
 
 from __future__ import annotations
 
@@ -254,6 +254,7 @@ def step_table(result: dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
+    from tools.benchmarks.goodput import add_goodput
     from tools.benchmarks.growth import add_growth
     from tools.benchmarks.host import add_host
     from tools.benchmarks.objectives import add_objectives
@@ -264,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add_host(commands, ROOT / "ds_configs" / "zero3.json")
     add_scale(commands)
     add_objectives(commands)
+    add_goodput(commands)
     _add_step(
         commands.add_parser(
             "step",

@@ -46,7 +46,11 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     from blip_scale.tasks.by_name import contrast_of  # imports DeepSpeed: after all refusals
 
     kilobytes = options.sample_kb
-    assumed = Assumptions(options.caption_tokens, kilobytes * 1e3 if kilobytes else None)
+    assumed = Assumptions(
+        options.caption_tokens, kilobytes * 1e3 if kilobytes else None, pause_s=options.pause_s,
+        restart_s=options.restart_s, hang_limit_s=options.hang_limit_s,
+        failure_rate=options.failures,
+    )  # fmt: skip
     return make_plan(chosen, _deepspeed(options), cluster, contrast_of, assumed, options.way)
 
 
@@ -70,7 +74,7 @@ def _deepspeed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> str:
-    """Format the plan as text."""
+    """The plan as text."""
     cluster, sizes, way, data = plan.cluster, plan.sizes, plan.way, plan.to_json()["data"]
     parameters = sum(plan.network.trainable) / 1e6
     offload = ", optimizer on the host" if plan.offload else ""
@@ -115,7 +119,7 @@ def table(plan: Plan) -> str:
 
 
 def _step_rows(way: Way) -> list[str]:
-    """Rows with the parts of a step in ms."""
+    """Parts of a step, in ms."""
     parts = {
         "kernels": "kernels_s",
         "host (launching)": "host_s",
@@ -131,8 +135,8 @@ def _step_rows(way: Way) -> list[str]:
 
 
 def _way_rows(plan: Plan) -> list[str]:
-    """Rows with every way to run the steps, the planned one first."""
-    rows = [f"{'ways to run it (the first is planned)':50}{'ms a step':>14}{'pairs/s':>16}"
+    """Every way to run the steps, the planned one first."""
+    rows = [f"{'ways to run it (the first is planned)':40}{'ms a step':>16}{'pairs/s':>16}"
             f"{'GiB':>8}  limit"]  # fmt: skip
     batch = plan.sizes.global_batch
     for way in plan.ways:
@@ -141,12 +145,12 @@ def _way_rows(plan: Plan) -> list[str]:
         rate = f"{batch / slow:.0f} to {batch / fast:.0f}"
         held = way.memory.total / GIB
         label = f"{way.execution.name} (--way {way.name})"
-        rows.append(f"  {label:48}{span:>14}{rate:>16}{held:8.1f}  {way.expected.limit}")
+        rows.append(f"  {label:38}{span:>16}{rate:>16}{held:8.1f}  {way.expected.limit}")
     return rows
 
 
 def _exchange_rows(plan: Plan) -> list[str]:
-    """Rows with the collectives of a step, for partitioned and whole weights; none for one rank."""
+    """What ranks exchange in a step, for partitioned and for whole weights; nothing on one rank."""
     ways = {way.execution.whole: way for way in plan.ways if way.exchanges}
     if not ways:
         return []
@@ -230,5 +234,13 @@ def _parser(prog: str) -> Parser:
     add(
         "--sample-kb", type=number, metavar="KB", help="size of a stored sample in kB (default: 30)"
     )
+    add("--failures", type=number, metavar="N",
+        help="failures per 1,000 node-days (default: 6.5, from 3.8 to 26)")  # fmt: skip
+    add("--pause-s", type=number, metavar="S",
+        help="pause for a checkpoint, checkpoint/pause_s of a run (default: by size)")  # fmt: skip
+    add("--restart-s", type=number, metavar="S",
+        help="time from a failure to the next step (default: 120)")  # fmt: skip
+    add("--hang-limit-s", type=number, metavar="S",
+        help="time until a hang is noticed (default: 180)")  # fmt: skip
     add("--json", action="store_true", help="one JSON object instead of the table")
     return parser

@@ -35,6 +35,7 @@ from blip_scale.engine.task import Task
 from blip_scale.engine.watching import reporting
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
+from blip_scale.engine.watching.goodput import Goodput
 from blip_scale.engine.watching.heartbeat import Heartbeat
 from blip_scale.engine.watching.loggers.logger import LoggedRun
 from blip_scale.engine.watching.monitor import Monitor, measure_peak_flops
@@ -59,6 +60,7 @@ def run(
     recipe: Recipe,
     ds_config: dict[str, Any],
     settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None = None,
+    allowed_changes: frozenset[str] = frozenset(),
 ) -> int:
     """Train to the end of the recipe, resuming from the newest whole checkpoint if there is one.
 
@@ -68,6 +70,8 @@ def run(
         ds_config: DeepSpeed's settings.
         settle: returns recipe and DeepSpeed's settings that depend on the devices. Called once the
             process group is up. None: both are final already.
+        allowed_changes: settings that may differ from those of the checkpoint although they decide
+            the data.
 
     Returns:
         Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 after too many
@@ -79,7 +83,7 @@ def run(
     is_main = os.environ.get("RANK", "0") == "0"
     lock = RunLock(Path(recipe.output_dir)) if is_main else None
     try:
-        return _run(build_task, recipe, ds_config, settle)
+        return _run(build_task, recipe, ds_config, settle, allowed_changes)
     finally:
         if lock is not None:
             lock.release()
@@ -90,6 +94,7 @@ def _run(
     recipe: Recipe,
     ds_config: dict[str, Any],
     settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None,
+    allowed_changes: frozenset[str],
 ) -> int:
     """`run`, once the output folder is locked."""
     rank = int(os.environ.get("RANK", "0"))
@@ -114,6 +119,7 @@ def _run(
     interrupts = Interrupts()
     with refusing():
         task = build_task(recipe, device)
+    task.allowed_changes = allowed_changes
     try:
         session = _open(task, recipe, ds_config, heartbeat, meter, interrupts)
         try:
@@ -162,13 +168,13 @@ def _open(
             task.load_state_dict(state.task, state.shared)
             logger.info("resuming at step %d from %s", state.step, checkpoint)
         history = History.from_checkpoint(state.position)
-    total_steps = _total_steps(recipe, task.steps_per_epoch)
-    leap = warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps)
-    if leap:
+    schedule_shift = task.scheduled_steps - state.step
+    total_steps = _total_steps(recipe, task.steps_per_epoch, schedule_shift)
+    if leap := warmup_leap(recipe.optimizer, task.steps_per_epoch, total_steps):
         logger.warning("%s", leap)
     shown = json.loads(logs.without_secrets(json.dumps(asdict(recipe))))
     monitor = Monitor(
-        LoggedRun(Path(recipe.output_dir), state.step, shown),
+        LoggedRun(Path(recipe.output_dir), state.step, shown, task.samples_seen),
         recipe.log.to,
         is_main=collectives.rank() == 0,
         total_steps=total_steps,
@@ -185,7 +191,6 @@ def _open(
         recipe.train.precision, task.kernel, engine.parameter_count / 1e6, total_steps,
         recipe.train.global_batch_size,
     )  # fmt: skip
-
     logger.info("weights are %s", engine.weights_reason)
 
     def committed(step: int, folder: Path) -> None:
@@ -206,6 +211,7 @@ def _open(
         saver,
         monitor,
         heartbeat,
+        _resumed_goodput(recipe, history),
         manifest,
         SampleRecord(Path(recipe.output_dir), state.step, recipe.log.sample_ids),
         meter,
@@ -216,12 +222,20 @@ def _open(
         peak_flops=stated * 1e12 if stated else measure_peak_flops(engine.device, engine.dtype),
         step=state.step,
         history=history,
+        schedule_shift=schedule_shift,
     )
 
 
-def _total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+def _resumed_goodput(recipe: Recipe, history: History) -> Goodput:
+    """The record of earlier starts, without steps that the checkpoint lacks."""
+    goodput = Goodput(Path(recipe.output_dir), is_main=collectives.rank() == 0)
+    goodput.resume(history.goodput)
+    return goodput
+
+
+def _total_steps(recipe: Recipe, steps_per_epoch: int, schedule_shift: int) -> int:
     """Steps of all epochs, or `train.max_steps` if that is less."""
-    steps = recipe.train.epochs * steps_per_epoch
+    steps = recipe.train.epochs * steps_per_epoch - schedule_shift
     return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)
 
 
@@ -276,6 +290,7 @@ def _begin_manifest(
             "recipe_xxh64": digest(to_yaml(recipe).encode()),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "from": fingerprint(checkpoint) if checkpoint is not None else None,
+            "allowed_changes": sorted(task.allowed_changes),
         },
         heartbeat.before,
     )
@@ -290,15 +305,21 @@ def _train(run: Run) -> int:
     """
     recipe, history, heartbeat = run.recipe, run.history, run.heartbeat
     heartbeat.beat("training", step=run.step, total_steps=run.total_steps, checkpoint_step=run.step)
-    if _is_evaluation_left(run) and not _evaluate(run):
+    is_evaluation_left, is_step_left = _is_evaluation_left(run), run.step < run.total_steps
+    if not (is_evaluation_left or is_step_left):
+        run.goodput.stop()
+    run.goodput.spend("start")
+    if is_evaluation_left and not _evaluate(run):
         return exit_codes.REQUEUE
-    batches = run.task.batches() if run.step < run.total_steps else iter(())
+    batches = run.task.batches() if is_step_left else iter(())
     stop = False
     while run.step < run.total_steps and not stop:
         stop = optimizer_step(run, batches)
         if stop:
             run.interrupts.announce()
+        run.goodput.spend("repeated" if history.skipped_in_a_row else "steps")
         run.saver.poll()
+        run.goodput.spend("saving")
         if history.skipped_in_a_row >= recipe.train.max_nonfinite_steps:
             logger.error(
                 "giving up at step %d: loss or gradient was not finite in %d steps in a row. "
@@ -310,16 +331,16 @@ def _train(run: Run) -> int:
         run.monitor.advance(run.step)
         step_s = sum(step["step_s"] for step in history.window) / len(history.window)
         samples_per_s = recipe.train.global_batch_size / step_s
-        heartbeat.beat("training", step=run.step, samples_per_s=samples_per_s)
+        figures = {"samples_per_s": samples_per_s, "goodput": run.goodput.figures()}
+        heartbeat.beat("training", step=run.step, **figures)
         if at_end or run.step == 1 or run.step % recipe.log.every_steps == 0:
             reporting.log(run)
         elif run.monitor.is_silent(recipe.log.every_s):
             reporting.sign_of_life(run)
-        every = recipe.evaluation.every_steps
-        every = run.task.steps_per_epoch if every == "epoch" else every
+        run.goodput.spend("other")
         # Weights without a finite loss must not replace the last good checkpoints.
         is_skipping = history.skipped_in_a_row > 0 and not at_end
-        history.evaluation_due = at_end or not (run.step % every or stop or is_skipping)
+        history.evaluation_due = at_end or (_is_evaluation_step(run) and not (stop or is_skipping))
         is_due = history.evaluation_due or stop or run.step % recipe.checkpoint.every_steps == 0
         if is_due and is_skipping:
             logger.warning("step %d: no checkpoint, as its update was skipped", run.step)
@@ -328,7 +349,9 @@ def _train(run: Run) -> int:
         if history.evaluation_due and not _evaluate(run):
             return exit_codes.REQUEUE
     heartbeat.beat("saving")
-    if not run.saver.finish():
+    is_saved = run.saver.finish()
+    run.goodput.spend("saving")
+    if not is_saved:
         return exit_codes.FAILED
     if run.step < run.total_steps:
         heartbeat.beat("stopped")
@@ -339,6 +362,14 @@ def _train(run: Run) -> int:
         return exit_codes.FAILED
     heartbeat.beat("done")
     return 0
+
+
+def _is_evaluation_step(run: Run) -> bool:
+    """Whether the recipe's interval between evaluations ends at this step."""
+    every = run.recipe.evaluation.every_steps
+    if every == "epoch":
+        return (run.step + run.schedule_shift) % run.task.steps_per_epoch == 0
+    return run.step % every == 0
 
 
 def _is_evaluation_left(run: Run) -> bool:
@@ -355,7 +386,9 @@ def _save(run: Run) -> None:
     """Start writing a checkpoint of this step."""
     run.heartbeat.beat("saving")
     state, shared = run.task.state_dict()
+    run.history.goodput = run.goodput.record()
     run.saver.begin(RunState(run.step, vars(run.history), state, shared))
+    run.goodput.spend("saving")
     run.heartbeat.beat("training")
 
 
@@ -367,6 +400,7 @@ def _evaluate(run: Run) -> bool:
     """
     run.heartbeat.beat("saving")
     run.saver.settle()
+    run.goodput.spend("saving")
     run.heartbeat.beat("evaluating")
     # Uploads need all ranks. With uploads a signal waits for the end of the evaluation.
     at_once = nullcontext() if run.saver.uploads else run.interrupts.stopping_at_once()
@@ -377,6 +411,8 @@ def _evaluate(run: Run) -> bool:
         logger.info("%s: stopping; the evaluation of step %d comes next", request, run.step)
         run.heartbeat.beat("stopped")
         return False
+    finally:
+        run.goodput.spend("evaluation")
     run.history.evaluation_due = False
     run.heartbeat.beat("training")
     return True

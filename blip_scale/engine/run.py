@@ -14,6 +14,7 @@ from blip_scale.engine.micro_step import CapturedMicroStep, EagerMicroStep
 from blip_scale.engine.task import Task
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
+from blip_scale.engine.watching.goodput import Goodput
 from blip_scale.engine.watching.heartbeat import Heartbeat
 from blip_scale.engine.watching.monitor import Monitor
 from blip_scale.engine.watching.run_manifest import RunManifest
@@ -49,6 +50,8 @@ class History:
     """Whether this step is evaluated after its checkpoint. A resumed run then evaluates first."""
     alarm_streaks: dict[str, int] = field(default_factory=dict)
     """Alarm -> number of logged points in a row at which its condition held."""
+    goodput: dict[str, float] = field(default_factory=dict)
+    """`Goodput.record` when the checkpoint was made."""
 
     @classmethod
     def from_checkpoint(cls, position: dict[str, Any]) -> History:
@@ -94,6 +97,7 @@ class Run:
     saver: Saver
     monitor: Monitor
     heartbeat: Heartbeat
+    goodput: Goodput
     manifest: RunManifest
     samples: SampleRecord
     meter: CommunicationMeter
@@ -107,3 +111,5 @@ class Run:
     worst: WorstStep = WorstStep()
     step: int = 0
     history: History = field(default_factory=History)
+    schedule_shift: int = 0
+    """Steps by which the schedule is ahead of `step`; see `Task.scheduled_steps`."""

@@ -89,7 +89,10 @@ def optimizer_step(run: Run, batches: Iterator[Any]) -> bool:
         reading.means.pop("retry")
     means = reading.means
     rate = learning_rate(
-        run.recipe.optimizer, run.step, run.task.steps_per_epoch, run.recipe.train.epochs
+        run.recipe.optimizer,
+        run.step + run.schedule_shift,
+        run.task.steps_per_epoch,
+        run.recipe.train.epochs,
     )
     finite = math.isfinite(means["loss/total"]) and math.isfinite(reading.norms["all"])
     run.engine.step(rate, apply=finite, norm=reading.norm)
@@ -126,7 +129,9 @@ def _micro_steps(
     for index, batch in enumerate(batches):
         micro_step = run.step * run.accumulation + index
         torch.manual_seed(micro_step_seed(run.recipe.seed, micro_step, collectives.rank()))
-        progress = Progress(run.step, micro_step, run.task.steps_per_epoch, full_capacity)
+        progress = Progress(
+            run.step, micro_step, run.task.steps_per_epoch, full_capacity, run.schedule_shift
+        )
         inputs = run.task.inputs(batch, progress)
         outputs = run.micro_step(inputs, is_last=index == run.accumulation - 1)
         run.task.collect(outputs.tensors, progress)

@@ -27,6 +27,8 @@ class Progress:
     full_capacity: bool = False
     """Whether drawn texts get room for the longest draw. The loop repeats a step with full capacity
     if its draw did not fit."""
+    schedule_shift: int = 0
+    """Steps by which the schedule is ahead of `step`, after a change of the batch size."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Task(Protocol):
     """Data, network and losses of a run. The loop deals with ranks, time and disks."""
 
     steps_per_epoch: int
+    allowed_changes: frozenset[str]
+    """Settings that may differ from those of the checkpoint when a run resumes."""
     momentum_pairs: dict[str, str]
     """Momentum parameter name -> name of the parameter that it follows; empty without momentum."""
     alarms: tuple[Alarm, ...]
@@ -73,6 +77,17 @@ class Task(Protocol):
 
     kernel: str
     """Attention kernel in use, for the log."""
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples of all ranks since the start of the run, at the restored position."""
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps of the schedule that are done at the restored position.
+
+        They differ from the optimizer steps after a change of the batch size or of the streams.
+        """
 
     def build_network(self) -> nn.Module:
         """The network; its weights may be unset. Under ZeRO-3 this is called inside `zero.Init`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blip_scale.planning.failures import Costs
 from blip_scale.planning.memory import FRAGMENTATION, HEADROOM, RESERVE_BYTES, Load
 from blip_scale.planning.timing import (
     COLLECTIVE_LATENCY_S,
@@ -34,6 +35,14 @@ class Assumptions:
     unknown_samples: int | None = None
     """Number of images of a stream that is neither local nor published. None refuses such
     streams."""
+    pause_s: float | None = None
+    """Pause of the training for a checkpoint. None: from the size of the checkpoint."""
+    restart_s: float | None = None
+    """Time from a failure that was noticed to the next step. None: the goal inside a job."""
+    hang_limit_s: float | None = None
+    """Time until a hang is noticed. None: the default of `failures`."""
+    failure_rate: float | None = None
+    """Failures per 1,000 node-days. None: a range of published rates."""
 
 
 def statements(
@@ -56,8 +65,17 @@ def statements(
         f"{RESERVE_BYTES / GIB:g} GiB for CUDA and NCCL, {FRAGMENTATION:.0%} lost to "
         f"fragmentation; fused attention kernels; a micro-batch that is proposed leaves "
         f"{HEADROOM:.0%} of the memory free",
-        "evaluation, saving and restarts are not in the time",
+        "evaluation, saving and restarts are not in the time, evaluation is not in the goodput",
         *notes,
+    )
+
+
+def failure_statement(costs: Costs) -> str:
+    """The assumptions about failures, in words."""
+    return (
+        f"{costs.pause_s:.1f} s pause for a checkpoint, {costs.write_s:.0f} s until it is "
+        f"committed, {costs.restart_s:g} s from a failure to the next step, "
+        f"{costs.hang_share:.0%} of the failures are hangs, noticed after {costs.hang_limit_s:g} s"
     )
 
 

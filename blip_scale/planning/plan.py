@@ -16,8 +16,15 @@ from blip_scale.config.batch_sizes import (
 )
 from blip_scale.config.recipe import Recipe
 from blip_scale.model.flops import at_image_size, med_flops
-from blip_scale.planning.assumptions import GIB, Assumptions, duration, statements
+from blip_scale.planning.assumptions import (
+    GIB,
+    Assumptions,
+    duration,
+    failure_statement,
+    statements,
+)
 from blip_scale.planning.data_volume import Volume, volume_of
+from blip_scale.planning.failures import FAILURE_RATES, Costs, Outlook, costs_of, outlook
 from blip_scale.planning.memory import (
     Load,
     Memory,
@@ -30,6 +37,7 @@ from blip_scale.planning.states import Sharding, checkpoint_bytes, placed
 from blip_scale.planning.timing import (
     EXECUTIONS,
     LEVELS,
+    Assumed,
     Cluster,
     Exchange,
     Execution,
@@ -98,6 +106,7 @@ class Plan:
     checkpoint_bytes: float
     kept_checkpoints: int
     cores_a_gpu: float
+    failures: Outlook
     network: Network
     cluster: Cluster
     assumptions: tuple[str, ...]
@@ -219,6 +228,7 @@ class Plan:
                 "checkpoint_gib": self.checkpoint_bytes / GIB,
                 "checkpoints_kept": self.kept_checkpoints,
             },
+            "failures": _failures_json(self.failures),
             "parameters": {
                 "trainable": sum(self.network.trainable),
                 "frozen": sum(self.network.frozen),
@@ -300,17 +310,48 @@ def make_plan(
     steps = recipe.train.epochs * (volume.samples_per_epoch // sizes.global_batch)
     if recipe.train.max_steps is not None:
         steps = min(steps, recipe.train.max_steps)
-    notes = [*network.notes, *volume.notes]
+    costs = _costs(checkpoint_bytes(network), cluster, assumed)
+    rates = FAILURE_RATES if assumed.failure_rate is None else Assumed(*[assumed.failure_rate] * 3)
+    notes = [failure_statement(costs), *network.notes, *volume.notes]
     return Plan(
         sizes, base.stage, base.offload, ways, limit, largest_micro_batch(load, limit), roomy,
         larger, recipe.objective.itm, steps, volume, checkpoint_bytes(network),
         _kept(recipe, steps), sizes.global_batch / step.total_s / ranks / assumed.images_a_core,
+        outlook(cluster.nodes, step.total_s, recipe.checkpoint.every_steps, costs, rates),
         network, cluster, statements(cluster, load, EXECUTIONS[names[0]], assumed, notes),
         (
             *_warnings(recipe, base, cluster),
             *_size_warnings(recipe, network, sizes.micro_batch, load.tokens(sizes.micro_batch)),
         ),
     )  # fmt: skip
+
+
+def _costs(checkpoint: float, cluster: Cluster, assumed: Assumptions) -> Costs:
+    """Costs of checkpoints and failures. Values that are given replace the assumed ones."""
+    values = {
+        "pause_s": assumed.pause_s,
+        "restart_s": assumed.restart_s,
+        "hang_limit_s": assumed.hang_limit_s,
+    }
+    stated = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(costs_of(checkpoint, cluster.ranks, cluster.nodes), **stated)
+
+
+def _failures_json(failures: Outlook) -> dict[str, Any]:
+    def span(values: Assumed) -> list[float]:
+        return [values.slow, values.fast]
+
+    return {
+        "a_week": failures.failures_a_week.expected,
+        "a_week_range": span(failures.failures_a_week),
+        "best_every_steps": failures.best_every_steps,
+        "best_goodput": failures.best_goodput.expected,
+        "best_goodput_range": span(failures.best_goodput),
+        "every_steps": failures.every_steps,
+        "goodput": failures.goodput.expected,
+        "goodput_range": span(failures.goodput),
+        "costs_s": dataclasses.asdict(failures.costs),
+    }
 
 
 def _larger(seconds: dict[int, float], planned: int, planned_s: float) -> Larger | None:

@@ -23,6 +23,7 @@ keep this rule, which tells a damaged version number from a newer version.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -164,6 +165,18 @@ def retained(candidates: Iterable[int], keep_last: int, keep_every: int | None) 
     return {*ordered[-keep_last:], *permanent}
 
 
+def remove(path: Path) -> None:
+    """Remove a checkpoint's folder, or a file or link in its place. A link's target stays.
+
+    Raises:
+        OSError: it can't be removed.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 def check_vocabulary(source: Path, saved: Mapping[str, int], here: Mapping[str, int]) -> None:
     """Refuse a checkpoint that was trained with another tokenizer.
 
@@ -201,6 +214,8 @@ def write(folder: Path, contents: Mapping[str, Content]) -> dict[str, dict[str, 
     Returns:
         file name -> size and checksum, as in `Manifest.files`.
     """
+    with contextlib.suppress(OSError):
+        folder.unlink()  # a file or a link in its place; a folder refuses this
     folder.mkdir(parents=True, exist_ok=True)
     return {name: _write_file(folder / name, content) for name, content in contents.items()}
 
@@ -236,8 +251,7 @@ def write_manifest(folder: Path, manifest: str) -> None:
 def commit(partial: Path, final: Path, manifest: str) -> None:
     """Write the manifest and rename the folder to its final name, which commits the checkpoint."""
     write_manifest(partial, manifest)
-    if final.exists():
-        shutil.rmtree(final)
+    remove(final)
     partial.rename(final)
     directory = os.open(final.parent, os.O_RDONLY)  # its fsync makes the rename durable
     try:

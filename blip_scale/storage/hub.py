@@ -1,14 +1,19 @@
-"""Check the Hugging Face hub before a library uses it.
+"""Fetch files of the Hugging Face hub into its cache before a library uses them.
 
 A cached repository is read from the cache. An unreachable hub is refused within seconds: the
-libraries would retry every file, silently, for minutes.
+libraries would retry every file, silently, for minutes. A download that stalls or trickles fails:
+the libraries would wait for ever as long as a byte comes now and then.
 """
 
 from __future__ import annotations
 
 import http.client
 import logging
+import os
 import ssl
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -18,16 +23,48 @@ from pathlib import Path
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from blip_scale.storage import objects
+
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
 """Seconds to wait for the hub's answer."""
+WINDOW_S = 60.0
+LEAST_RATE = 1000.0
+"""Bytes a second that a download must reach, averaged over WINDOW_S seconds."""
+_POLL_S = 0.2
+_FETCH = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 14  # files grow by this much
+name, small, *files = sys.argv[1:]
+
+def has(file):
+    try:
+        return hf_hub_download(name, file)
+    except EntryNotFoundError:
+        return None
+
+for file in small.split():
+    has(file)
+sys.exit(not any(map(has, files)))
+"""
+"""Program that downloads the small files of a repository, and the first of `files` that it has. It
+ends when its stdin does, which its parent holds."""
+_SMALL = (
+    "config.json tokenizer_config.json tokenizer.json vocab.txt special_tokens_map.json "
+    "added_tokens.json"
+)
+"""Files that a tokenizer or sizes may need besides those that the caller names."""
 
 
 def is_local(name: str, files: Sequence[str], setting: str, instead: str = "FOLDER") -> bool:
-    """Return True if `name` is a folder or a cached hub repository: nothing has to be downloaded.
+    """Return True if `name` is a folder or a hub repository in the cache, where it is put first.
 
-    Otherwise log that the hub will be contacted, and check that it answers.
+    If it is not cached, log that the hub will be contacted, check that it answers, and download.
+    False is for a repository that can't be downloaded: the caller's library says why.
 
     Args:
         name: folder, or name of a repository on the hub.
@@ -37,6 +74,7 @@ def is_local(name: str, files: Sequence[str], setting: str, instead: str = "FOLD
 
     Raises:
         ValueError: the repository is not cached and the hub does not answer.
+        RemoteError: the download stalled in every attempt.
     """
     if Path(name).is_dir() or constants.HF_HUB_OFFLINE:
         return True
@@ -53,7 +91,51 @@ def is_local(name: str, files: Sequence[str], setting: str, instead: str = "FOLD
             f"{setting}: {name} is not in the local cache, and {constants.ENDPOINT} does not "
             f"answer ({problem}); without a connection, set {setting}={instead}"
         )
-    return False
+    location = f"{constants.ENDPOINT}/{name}"
+    return objects.retried(lambda: _download(name, files), "fetched", location, objects.RETRY_S)
+
+
+def _download(name: str, files: Sequence[str]) -> bool:
+    """Download a repository in a process that can be ended. Returns whether it succeeded.
+
+    Raises:
+        TimeoutError: the download was slower than LEAST_RATE for WINDOW_S seconds.
+    """
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
+    hub_variables = {
+        "HF_ENDPOINT": constants.ENDPOINT,
+        "HF_HUB_CACHE": constants.HF_HUB_CACHE,
+        "HF_HUB_DISABLE_XET": "1",  # its files don't grow while they are downloaded
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", _FETCH, name, _SMALL, *files], env=os.environ | hub_variables,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    window_began, bytes_then = time.monotonic(), _bytes_of(folder)
+    try:
+        while process.poll() is None:
+            time.sleep(_POLL_S)
+            if time.monotonic() - window_began < WINDOW_S:
+                continue
+            bytes_now = _bytes_of(folder)
+            if bytes_now - bytes_then < LEAST_RATE * WINDOW_S:
+                raise TimeoutError(f"fewer than {LEAST_RATE:g} bytes/s for {WINDOW_S:g} s")
+            window_began, bytes_then = time.monotonic(), bytes_now
+    finally:
+        process.kill()
+        process.communicate()
+    return process.returncode == 0
+
+
+def _bytes_of(folder: Path) -> int:
+    """Bytes of the files in a folder of the cache, those of unfinished downloads included."""
+    total = 0
+    for file in folder.glob("*"):
+        try:
+            total += file.stat().st_size
+        except FileNotFoundError:  # renamed at this moment
+            continue
+    return total
 
 
 @cache

@@ -45,12 +45,10 @@ CHUNK_BYTES = 16 << 20  # size of one request
 _CONNECTIONS = 4  # connections per object
 _MOST_PARTS = 10_000  # S3's limit for one multipart upload
 _PART_RETRIES = 3
-_CLIENT: Any = {
-    "allow_http": True,  # self-hosted servers often have no TLS
-    "connect_timeout": "10s",
-    "read_timeout": "60s",  # limit for a stalled answer
-    "timeout": "120s",  # limit for a whole request: at least 140 kB/s, and less than RETRY_S
-}
+IDLE_S = 60
+"""Seconds without a byte after which a request has failed."""
+REQUEST_S = 120
+"""Seconds after which a request has failed: CHUNK_BYTES need 140 kB/s. Less than RETRY_S."""
 _CREDENTIALS = {
     "s3": (
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and S3_ENDPOINT_URL for a server that is "
@@ -71,6 +69,8 @@ _REFUSED = re.compile(
 """Failures that a retry rarely fixes: the request is wrong, forbidden or for a missing object, or
 the cloud's metadata service gives no credentials."""
 _NO_RIGHTS = re.compile(r"status code: 40[013]\b|169\.254\.|metadata\.google|[Cc]redential")
+_STALLED = re.compile(r"error sending request|response body error|timed out")
+"""Messages of requests that ended at a limit, among others."""
 _TIMING = re.compile(r" in \d[\d.]*[nµm]?s\b")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 
@@ -133,6 +133,7 @@ def retried(
     deadline = time.monotonic() + retry_s
     failures: Counter[type[Exception]] = Counter()
     for attempt in itertools.count(1):
+        began = time.monotonic()
         try:
             return action()
         except UnusableRemote:
@@ -141,6 +142,8 @@ def retried(
             if is_disk_full(error):
                 raise
             kind, problem = _kind(error), _problem(error)
+            if _STALLED.search(problem) and time.monotonic() - began >= IDLE_S:
+                problem += f": limits are {IDLE_S} s without a byte and {REQUEST_S} s a request"
             pause_s = min(FIRST_PAUSE_S * 2.0 ** min(attempt - 1, 30), LONGEST_PAUSE_S)
             pause_s *= random.Random().uniform(0.5, 1.0)  # processes must not retry in step
             left_s = deadline - time.monotonic()
@@ -367,7 +370,12 @@ def _opened(root: str, retries: int, process: int, environment: frozenset[tuple[
         open_store = store.HTTPStore.from_url if scheme.startswith("http") else store.from_url
         return open_store(
             root,
-            client_options=_CLIENT,
+            client_options={
+                "allow_http": True,  # self-hosted servers often have no TLS
+                "connect_timeout": "10s",
+                "read_timeout": f"{IDLE_S}s",
+                "timeout": f"{REQUEST_S}s",
+            },
             retry_config={"max_retries": retries},  # `retried` retries the rest, and logs it
             **settings,
         )

@@ -57,6 +57,7 @@ class TrainingTask(ABC):
         self.reference, alarms = chosen_reference(recipe, self.loader.samples_per_epoch)
         self.alarms = (*self.alarms, *alarms)
         self.kernel = str(choose_kernel(recipe.model.attention, device, self.dtype))
+        self.allowed_changes: frozenset[str] = frozenset()
         self.momentum_pairs: dict[str, str] = {}
         self._tokens = 0
         self._generator = torch.Generator(device)
@@ -190,7 +191,17 @@ class TrainingTask(ABC):
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore the position of the loader."""
-        self.loader.load_state_dict(state["loader"])
+        self.loader.load_state_dict(state["loader"], self.allowed_changes)
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples of all ranks since the start of the run."""
+        return self.loader.samples_seen
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps of the schedule that are done at the loader's position."""
+        return self.loader.scheduled_steps
 
     def close(self) -> None:
         """Stop the loader's processes."""

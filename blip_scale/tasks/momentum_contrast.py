@@ -96,7 +96,7 @@ class MomentumContrast(Contrast):
     def inputs(self, progress: Progress) -> MomentumInputs:
         """The present queue, and alpha of this step."""
         alpha = alpha_at(
-            progress.step,
+            progress.step + progress.schedule_shift,
             progress.steps_per_epoch,
             self.settings.alpha,
             self.settings.alpha_ramp_epochs,

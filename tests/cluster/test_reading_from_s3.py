@@ -255,5 +255,5 @@ def test_a_disk_that_is_full_of_other_things_is_named(
     bucket = [stream(small_disk / "cache", remote=s3.upload(make_shards("red", 60)))]
     loader = make_loader(bucket, workers=1)
     fill(small_disk, small_disk / "others")
-    with pytest.raises(ValueError, match=r"^stream 'red': the disk of .*/cache is full .*make roo"):
+    with pytest.raises(OSError, match=r"^stream 'red': the disk of .*/cache is full .*make roo"):
         take(loader, 1)

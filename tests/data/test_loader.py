@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -12,13 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from data_samples import MakeLoader, MakeShards, stream, take
+from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from torch.utils.data import Dataset
 
 from blip_scale.config.recipe import ImageSizeRecipe
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.data.loading.order import SampleOrder
 from blip_scale.data.reading.prefetch import Prefetcher
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.shards import Record, write_shards
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -203,11 +206,32 @@ def test_a_corrupt_image_is_replaced_counted_and_named(
     assert all(equal(a, b) for a, b in zip(take(make_loader(streams), 5), batches, strict=True))
 
 
-def test_a_shard_without_a_whole_image_is_an_error(
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_without_a_whole_image_is_replaced_and_counted(
+    make_shards: MakeShards, make_loader: MakeLoader, workers: int
+) -> None:
+    """The same samples of the next shard stand in, however often the shard was tried before."""
+    folder = make_shards("red", 40)
+    first, *_ = StreamStore(stream(folder)).shard_samples.tolist()
+    shutil.rmtree(folder)
+    images = [bytes(len(jpeg(i))) if i < first else jpeg(i) for i in range(40)]
+    records = [Record(f"red-{i}", image, "A pair, red!", "red") for i, image in enumerate(images)]
+    write_shards(folder, records, shard_size="20kb")
+    batches = take(make_loader([stream(folder)], workers=workers), 5)
+    skipped = [line for batch in batches for line in batch.skipped]
+    assert len(skipped) == first
+    shard = "red/shard.00000.mds"
+    beginning = f"{shard}: none of its samples can be decoded, such as {shard}[0] red-0: "
+    assert all(line.startswith(beginning) for line in skipped)
+    ids = {sample for batch in batches for sample in batch.ids}
+    assert ids == {f"red-{i}" for i in range(first, 40)}
+
+
+def test_a_set_without_a_whole_image_is_an_error(
     make_shards: MakeShards, make_loader: MakeLoader
 ) -> None:
     streams = [stream(make_shards("red", 20, corrupt=frozenset(range(20))))]
-    with pytest.raises(ValueError, match=r"stream 'red': no sample of shard .*can be decoded"):
+    with pytest.raises(ValueError, match=r"stream 'red': too many damaged shards .*make the set"):
         take(make_loader(streams), 1)
 
 

@@ -100,6 +100,45 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(left) + 1
 
 
+def test_links_and_files_in_place_of_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A link is removed in its turn and its target stays; a file gives way to a save."""
+    folder, target = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    alone().save(folder, 1)
+    (folder / "step_00000001").rename(target)
+    (folder / "step_00000001").symlink_to(target)
+    alone().save(folder, 2)
+    for step in (3, 4):
+        (folder / f"step_{step:08d}.partial").write_text("not a folder")
+    assert newest_whole(folder) == folder / "step_00000002"
+    assert not list(folder.glob("*.partial"))
+    (folder / "step_00000003.partial").write_text("not a folder")
+    assert alone().save(folder, 3, keep_last=2)
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_00000002", "step_00000003"]
+    assert (target / "manifest.json").exists()
+    assert "NOT saved" not in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_removed_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        alone().save(tmp_path, step)
+    remove = checkpoint_format.remove
+
+    def refuse(path: Path) -> None:
+        if path.name == "step_00000001":
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path)
+
+    monkeypatch.setattr(checkpoint_format, "remove", refuse)
+    assert alone().save(tmp_path, 4, keep_last=1)
+    left = ["step_00000001", "step_00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert "an old checkpoint can't be removed: [Errno 13]" in caplog.text
+
+
 def test_a_damaged_one_of_a_later_step_costs_no_good_one(tmp_path: Path) -> None:
     """The run resumed before the damaged checkpoint, and keeps those that it saves."""
     for step in (50, 87):

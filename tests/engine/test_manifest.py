@@ -70,7 +70,7 @@ def test_what_changed_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     levels = {record.getMessage(): record.levelno for record in caplog.records}
     before = "changed since the start before: "
     assert levels == {
-        before + "recipe.seed: 1 -> 2": logging.INFO,
+        before + "recipe.seed: 1 -> 2": logging.WARNING,
         before + 'code.commit: "abc" -> "def"': logging.WARNING,
         before + 'data.coco.index_xxh64: "aa" -> "bb"': logging.WARNING,
     }

@@ -13,7 +13,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -81,6 +82,7 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[st
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     dice = random.Random(time.time_ns())
+    began = time.time()
     launcher = tiny_runs.launch_by_command(recipe, 2)
     step = dice.randint(4, 6)
     wait_for(lambda: reached(run, step), launcher)
@@ -100,6 +102,20 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[st
     tiny_runs.train(recipe, 2)
     assert tiny_runs.losses(run) == undisturbed
     assert "resuming at step" in tiny_runs.said(recipe)
+    assert_wall_time_is_accounted_for(run, began)
+
+
+def assert_wall_time_is_accounted_for(run: Path, began: float) -> None:
+    """Check the record of a run that was killed: uses add up, and each step counts once."""
+    record = json.loads((run / "goodput.json").read_text())
+    seconds = record["seconds"]
+    assert began < record["first_start"] < began + 60
+    wall_s = time.time() - record["first_start"]
+    assert wall_s - 20 < sum(seconds.values()) <= wall_s  # the last process has ended since
+    assert all(seconds[use] > 0 for use in ("steps", "start", "evaluation", "saving", "down"))
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps_s = sum(16 / point["speed/samples_per_s"] for point in points if "loss/total" in point)
+    assert seconds["steps"] == pytest.approx(steps_s, rel=0.1)
 
 
 def test_a_rank_that_stalls_or_dies_ends_the_others(
@@ -271,13 +287,7 @@ def test_resume_with_everything_on(tmp_path: Path) -> None:
 
 def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
     """A checkpoint that does not fit is logged, the earlier one stays whole, the run continues."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        assert not os.environ.get("CI"), "CI must be able to mount a small disk"
-        pytest.skip("mounting a small disk needs root")
-    try:
+    with small_disk(tmp_path, "size=64m") as disk:
         recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
         folder = f"checkpoint.folder={disk}/checkpoints"
         tiny_runs.train(recipe, 2, folder, "train.max_steps=3")
@@ -295,9 +305,34 @@ def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str,
         assert tiny_runs.losses(tmp_path / "run") == undisturbed
         assert [path.name for path in (disk / "checkpoints").iterdir()] == [earlier.name]
         assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
+
+
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """Mount a file system in memory with mount's `options`."""
+    disk = folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        assert not os.environ.get("CI"), "CI must be able to mount a small disk"
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield disk
     finally:
         subprocess.run(["umount", str(disk)], check=False)
         shutil.rmtree(disk, ignore_errors=True)
+
+
+@pytest.mark.parametrize("inodes", [1, 2])
+def test_a_disk_without_inodes_is_a_failure_in_one_line(tmp_path: Path, inodes: int) -> None:
+    """The machine is to blame and not the input, so a job is requeued (exit code 1)."""
+    recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
+    with small_disk(tmp_path, f"nr_inodes={inodes}") as disk:
+        folder = f"checkpoint.folder={disk}/checkpoints"
+        codes = tiny_runs.finish(tiny_runs.launch(recipe, 1, folder))
+    lines = [line for line in tiny_runs.said(recipe).splitlines() if "No space left" in line]
+    assert codes == [1] and len(lines) == 1, tiny_runs.said(recipe)
+    assert f"no checkpoint can be written to {disk}/checkpoints, make room there" in lines[0]
 
 
 def test_other_network_is_refused(tmp_path: Path) -> None:

@@ -53,9 +53,11 @@ CURVES = LOSSES | {
     "communication/gigabytes_per_step", "communication/all_gather_share",
     "communication/reduce_scatter_share", "communication/all_reduce_share",
     "communication/other_share", "alarm/loss_spike", "alarm/loss_spike_ratio",
-    "alarm/itm_one_class",
+    "alarm/itm_one_class", "speed/goodput", "speed/wall_start", "speed/wall_evaluation",
+    "speed/wall_saving", "speed/wall_repeated", "speed/wall_other", "speed/wall_down",
 }  # fmt: skip
 SHARES = (
+    "speed/goodput",
     "itm/accuracy_match", "itm/accuracy_mismatch", "itc/in_batch_i2t", "itc/in_batch_t2i",
     "train/alpha", "speed/data_wait_share", "communication/blocked_share",
 )  # fmt: skip
@@ -157,6 +159,13 @@ def test_the_summary(finished: Path) -> None:
     assert all(0 <= value <= 1 for value in summary["evaluation"].values())
     keys = {"set", "id", "caption", "truth", "match"}
     assert [set(entry) for entry in summary["captions"]] == [keys] * 2
+    seconds = summary["goodput"]["seconds"]
+    assert all(seconds[use] > 0 for use in ("steps", "start", "evaluation", "saving"))
+    assert seconds["repeated"] == 0
+    share = seconds["steps"] / sum(seconds.values())
+    assert summary["goodput"]["share"] == pytest.approx(share, rel=1e-3)  # seconds are rounded
+    heartbeat = json.loads((run / "heartbeat.json").read_text())
+    assert heartbeat["goodput"]["seconds"]["steps"] == seconds["steps"]
 
 
 def test_every_curve_is_there(finished: Path) -> None:
@@ -243,12 +252,14 @@ def test_a_finished_run_has_nothing_left_to_do(finished: Path) -> None:
     kept = snapshot(run / "checkpoints")
     metrics = (run / "metrics.jsonl").read_bytes()
     summary = json.loads((run / "summary.json").read_text())
+    goodput = (run / "goodput.json").read_bytes()
     tiny_runs.train(finished, RANKS)
     output = tiny_runs.said(finished)
     assert "resuming at step 6" in output
     assert "step 6/6" not in output and "evaluated" not in output
     assert snapshot(run / "checkpoints") == kept
     assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert (run / "goodput.json").read_bytes() == goodput
     assert json.loads((run / "summary.json").read_text()) == summary
 
 

@@ -180,7 +180,7 @@ def test_an_image_that_the_web_does_not_give_is_a_reject(web: str, name: str) ->
 
 
 def test_a_server_that_never_answers_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(objects._CLIENT, "read_timeout", "1s")
+    monkeypatch.setattr(objects, "IDLE_S", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         start_s = time.monotonic()

@@ -13,6 +13,8 @@ import pytest
 from blip_scale.storage import objects
 from blip_scale.storage.objects import ObjectFolder, RemoteError
 
+LIMITS = r"limits are 1 s without a byte and 3 s a request"
+
 IDLE_S, REQUEST_S = 1, 3
 HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nETag: \"a\"\r\n"
@@ -83,8 +85,8 @@ def serve() -> Iterator[Callable[[list[Answer]], str]]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(objects._CLIENT, "read_timeout", f"{IDLE_S}s")
-    monkeypatch.setitem(objects._CLIENT, "timeout", f"{REQUEST_S}s")
+    monkeypatch.setattr(objects, "IDLE_S", IDLE_S)
+    monkeypatch.setattr(objects, "REQUEST_S", REQUEST_S)
     monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.1)
     objects._opened.cache_clear()
     yield
@@ -96,9 +98,9 @@ def test_a_server_that_stalls_is_given_up(
     serve: Callable[[list[Answer]], str], tmp_path: Path, answer: Answer
 ) -> None:
     folder, began = ObjectFolder(serve([answer]), retry_s=2), time.monotonic()
-    with pytest.raises(RemoteError, match="can't be read, tried"):
+    with pytest.raises(RemoteError, match=f"{folder.url}/a can't be read, tried .* {LIMITS}"):
         folder.get("a")
-    with pytest.raises(RemoteError, match="can't be read, tried"):
+    with pytest.raises(RemoteError, match=f"{folder.url}/a can't be read, tried .* {LIMITS}"):
         folder.fetch("a", tmp_path / "a")
     assert time.monotonic() - began < 20
     assert not list(tmp_path.iterdir())
@@ -110,3 +112,49 @@ def test_a_server_that_stalls_once_is_asked_again(
     folder = ObjectFolder(serve([headers_alone, two_bytes_a_second, whole]), retry_s=30)
     folder.fetch("a", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == bytes(1000)
+
+
+USES: dict[str, Callable[[ObjectFolder], object]] = {
+    "listed": lambda folder: folder.files(),
+    "found": lambda folder: folder.size("a"),
+    "read": lambda folder: folder.get_range("a", 0, 10),
+    "written": lambda folder: folder.put("a", bytes(8 << 20)),
+    "deleted": lambda folder: folder.delete(["a"]),
+}
+
+
+@pytest.mark.parametrize("verb", USES)
+def test_every_request_to_a_bucket_has_limits(deaf_bucket: str, verb: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(
+        RemoteError, match=rf"s3://bucket/.* can't be {verb}, tried once .*{LIMITS}"
+    ):
+        USES[verb](ObjectFolder(deaf_bucket, retry_s=0))
+    assert time.monotonic() - began < 15
+
+
+@pytest.fixture
+def deaf_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket whose server reads the head of a request, and then neither reads nor answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:  # the test is over
+                return
+            threading.Thread(target=converse, args=(client,), daemon=True).start()
+
+    def converse(client: socket.socket) -> None:
+        with client:
+            client.recv(1 << 12)
+            time.sleep(20)
+
+    threading.Thread(target=accept, daemon=True).start()
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    yield "s3://bucket/folder"
+    server.close()

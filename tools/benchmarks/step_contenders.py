@@ -137,7 +137,8 @@ class Ours:
         self.batches = [next(loader) for _ in range(_BATCHES)]
         self.run: Any = SimpleNamespace(
             recipe=self.recipe, task=self.task, engine=self.engine, momentum=self.momentum,
-            micro_step=self.micro_step(), meter=meter, accumulation=1, step=0, history=History(),
+            micro_step=self.micro_step(), meter=meter, accumulation=1, step=0, schedule_shift=0,
+            history=History(),
             samples=SampleRecord(match.folder, 0, enabled=False), worst=WorstStep(), named=set(),
             interrupts=SimpleNamespace(is_pending=False),
         )  # fmt: skip

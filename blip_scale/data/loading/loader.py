@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from blip_scale.config.recipe import DataRecipe
 from blip_scale.data.loading import workers
+from blip_scale.data.loading.course import CHANGEABLE, Course, Part
 from blip_scale.data.loading.image_sizes import SizeSchedule
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput, LoaderPosition, MicroBatches
 from blip_scale.data.loading.mixing import describe, samples_per_epoch
@@ -80,11 +82,11 @@ class TrainLoader:
         _warn_of_small_cache(data, stores, counts)
         if position.rank == 0:
             _warn_of_unknown_tokens(stores, text)
-        shapes = [
-            StreamShape(store.name, store.shard_items, count)
-            for store, count in zip(stores, counts, strict=True)
+        parts = [
+            Part(store.name, size, count)
+            for store, size, count in zip(stores, sizes, counts, strict=True)
         ]
-        order = SampleOrder(shapes, seed, data.shuffle_block)
+        order = _order_of(parts, stores, seed, data.shuffle_block)
         steps_per_epoch = order.samples_per_epoch // position.global_batch_size
         if not steps_per_epoch:
             raise ValueError(
@@ -95,15 +97,12 @@ class TrainLoader:
         """Samples of an epoch over all ranks, without the incomplete global batch."""
         self.steps_per_epoch = steps_per_epoch
         """Optimizer steps of an epoch."""
-        self.stream_names = [shape.name for shape in shapes]
-        self._identity = {
+        self.stream_names = [part.name for part in parts]
+        self._identity: dict[str, Any] = {
             "seed": seed,
             "global_batch_size": position.global_batch_size,
             "shuffle_block": data.shuffle_block,
-            "streams": [
-                [shape.name, size, shape.samples_per_epoch]
-                for shape, size in zip(shapes, sizes, strict=True)
-            ],
+            "streams": [list(part[:3]) for part in parts],
         }
         self._position = position
         self._workers = data.workers
@@ -129,7 +128,7 @@ class TrainLoader:
             ),
             text=text,
             position=position,
-            samples_per_epoch=self.samples_per_epoch,
+            course=Course.from_start(parts, position.global_batch_size),
             seed=seed,
         )
 
@@ -146,7 +145,7 @@ class TrainLoader:
         """Start workers that read from the current position on."""
         if self._workers:
             workers.start_server()  # it may have died
-        first = self._samples_seen // self._position.micro_samples
+        first = (self._samples_seen - self._course.seen) // self._position.micro_samples
         self._iterator = iter(
             DataLoader(
                 self._batches,
@@ -206,33 +205,104 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the batch that was handed out last; the same on all ranks."""
-        return {"samples_seen": self._samples_seen, **self._identity}
+        course = {"course": self._course.to_json()} if self._course.seen else {}
+        return {"samples_seen": self._samples_seen, **self._identity, **course}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume where `state_dict` was taken. The number of ranks may differ, the data may not."""
+    def load_state_dict(
+        self, state: dict[str, Any], allowed_changes: Collection[str] = frozenset()
+    ) -> None:
+        """Resume where `state_dict` was taken. The number of ranks may differ.
+
+        Args:
+            state: the position.
+            allowed_changes: settings of CHANGEABLE that may differ from those of the checkpoint.
+
+        Raises:
+            ValueError: the data differ in something else, or the number of ranks doesn't fit.
+        """
+        changes = []
         for name, value in self._identity.items():
-            if state[name] != value:
+            if state[name] == value:
+                continue
+            change = f"{name} was {state[name]} and is {value} now"
+            setting = CHANGEABLE.get(name)
+            if setting not in allowed_changes:
                 why = _STREAMS_DECIDE if name == "streams" else ""
+                allow = f", change it on purpose with --allow-change {setting}," if setting else ""
                 raise ValueError(
-                    f"the checkpoint was made with other data: {name} was {state[name]} and is "
-                    f"{value} now{why}; restore it or start a new run in another output_dir"
+                    f"the checkpoint was made with other data: {change}{why}; restore it{allow} or "
+                    "start a new run in another output_dir"
                 )
-        if state["samples_seen"] % self._position.micro_samples:
+            changes.append(f"{setting}: {change}")
+        seen, now = state["samples_seen"], self._course
+        before = [Part(*part) for part in state["streams"]]
+        course = Course.from_start(before, state["global_batch_size"])
+        if "course" in state:
+            course = Course.from_json(before, state["global_batch_size"], state["course"])
+        if changes:
+            course = course.changed(now.parts, now.global_batch_size, seen)
+            logger.warning(
+                "at sample %d: %s; %d samples of epoch %d are taken as before, then epoch %d "
+                "begins", seen, "; ".join(changes), course.rest, course.epoch, course.epoch + 1,
+            )  # fmt: skip
+        if (seen - course.seen) % self._position.micro_samples:
             raise ValueError(
-                f"the checkpoint lies at sample {state['samples_seen']}, inside a micro-step of "
+                f"the checkpoint lies at sample {seen}, inside a micro-step of "
                 f"{self._position.micro_samples} samples: change train.micro_batch_size"
             )
         self.close()
-        self._samples_seen = state["samples_seen"]
+        self._samples_seen = seen
+        self._follow(course)
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples that were handed out since the start of the run, over all ranks."""
+        return self._samples_seen
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Steps of the schedule that are done; see `Course.scheduled_steps`."""
+        return self._course.scheduled_steps(self._samples_seen)
+
+    @property
+    def _course(self) -> Course:
+        return self._batches.course
+
+    def _follow(self, course: Course) -> None:
+        """Read in the order of a course from now on."""
+        batches, stores = self._batches, {store.name: store for store in self.stores}
+        seed, block = self._identity["seed"], self._identity["shuffle_block"]
+        order = _order_of(course.parts, list(self.stores), seed, block)
+        self._batches = replace(
+            batches, course=course, order=order, prefetcher=Prefetcher(batches.stores, order)
+        )
+        if course.rest and course.former != course.parts:
+            read = [stores[part.name] for part in course.former]
+            former = _order_of(course.former, read, seed, block)
+            self._batches.former = replace(
+                self._batches, stores=read, order=former, prefetcher=Prefetcher(read, former)
+            )
 
     def close(self) -> None:
         """Stop the workers and the iterator that is in use."""
         self._iterator = None
-        self._batches.prefetcher.close()
+        for batches in (self._batches, self._batches.former):
+            if batches is not None:
+                batches.prefetcher.close()
         for process in self._processes:
             if process.is_alive():  # it may be waiting for a remote
                 process.kill()
         self._processes = []
+
+
+def _order_of(
+    parts: Sequence[Part], stores: Sequence[StreamStore], seed: int, block_samples: int
+) -> SampleOrder:
+    shapes = [
+        StreamShape(part.name, store.shard_items, part.samples_per_epoch, part.offset)
+        for part, store in zip(parts, stores, strict=True)
+    ]
+    return SampleOrder(shapes, seed, block_samples)
 
 
 def _warn_of_unknown_tokens(stores: Sequence[StreamStore], text: CaptionInput) -> None:

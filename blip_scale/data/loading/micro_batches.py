@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip_scale.data.captions import Clean, clean_caption
+from blip_scale.data.loading.course import Course
 from blip_scale.data.loading.image_sizes import SizeSchedule
 from blip_scale.data.loading.order import SampleOrder, Slot
 from blip_scale.data.pixels.image_pairs import maybe_swap
@@ -132,22 +133,28 @@ class MicroBatches(Dataset["Batch | Exception"]):
     sizes: SizeSchedule
     text: CaptionInput
     position: LoaderPosition
-    samples_per_epoch: int
+    course: Course
     seed: int
 
+    def __post_init__(self) -> None:
+        self.former: MicroBatches | None = None
+        """Micro batches of the epoch that the last change of the mixture found half read."""
+
     def __getitem__(self, number: int) -> Batch | Exception:
-        """A batch. An error is returned, not raised: torch would bury it in a traceback."""
+        """A batch. An error is returned, not raised: torch would bury it in a traceback.
+
+        Micro-steps are counted from the beginning of the course.
+        """
+        position = self.position
+        begin = number * position.micro_samples + position.rank * position.micro_batch_size
+        is_former, epoch, place = self.course.locate(self.course.seen + begin)
+        batches = self.former if is_former and self.former is not None else self
         try:
-            return self._batch(number)
+            return batches._batch(epoch, place)
         except (OSError, ValueError) as error:
             return error
 
-    def _batch(self, number: int) -> Batch:
-        begin = (
-            number * self.position.micro_samples
-            + self.position.rank * self.position.micro_batch_size
-        )
-        epoch, begin = divmod(begin, self.samples_per_epoch)
+    def _batch(self, epoch: int, begin: int) -> Batch:
         self.prefetcher.advance(epoch, begin)
         transform = replace(self.transform, size=self.sizes.at(epoch, begin))
         samples: list[dict[str, Any]] = []
@@ -213,11 +220,11 @@ def read_or_replace(
 ) -> tuple[dict[str, Any], Tensor]:
     """The sample at `slot`, and what `decode` makes of its images.
 
-    A corrupt sample is replaced by the next whole one of its shard, and a damaged shard by the next
-    one. What is skipped is added to `skipped`.
+    A corrupt sample is replaced by the next whole one of its shard. A shard that is damaged or has
+    no whole sample is replaced by the next one. What is skipped is added to `skipped`.
 
     Raises:
-        ValueError: the shard has no whole sample, or too many shards in a row are damaged.
+        ValueError: too many shards in a row have no whole sample.
     """
     shard = slot.shard
     for _ in range(_DAMAGED_SHARDS):
@@ -230,7 +237,10 @@ def read_or_replace(
             shard = (shard + 1) % len(store.shard_samples)
             if shard == slot.shard:
                 break
-    raise ValueError(f"stream {store.name!r}: too many damaged shards in a row, last {skipped[-1]}")
+    raise ValueError(
+        f"stream {store.name!r}: too many damaged shards in a row, last {skipped[-1]}; make the "
+        "set again"
+    )
 
 
 def _read_from(
@@ -241,19 +251,19 @@ def _read_from(
     skipped: list[str],
 ) -> tuple[dict[str, Any], Tensor]:
     count = int(store.shard_samples[shard])
+    corrupt: list[str] = []
     for step in range(count):
         index = (sample + step) % count
         name = ""
         try:
             columns = store.read(shard, index)
             name = f" {columns['id']}"
-            return columns, decode(columns)
+            pixels = decode(columns)
+            skipped.extend(corrupt)
+            return columns, pixels
         except DamagedShard:
             raise
         except CorruptSample as error:
             place = f"{store.name}/{store.shard_name(shard)}[{index}]"
-            skipped.append(f"{place}{name}: {error}")
-    path = store.folder / store.shard_name(shard)
-    raise ValueError(
-        f"stream {store.name!r}: no sample of shard {path} can be decoded; make it again"
-    )
+            corrupt.append(f"{place}{name}: {error}")
+    raise store.give_up(shard, min(corrupt))

@@ -33,6 +33,8 @@ class StreamShape:
     shard_samples: Sequence[int] | NDArray[np.int64]
     """Samples of each shard: images, or captions where an epoch reads each of them once."""
     samples_per_epoch: int
+    offset: int = 0
+    """Place in the stream's row of passes at which epoch 0 begins, see `course.Part`."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ class SampleOrder:
         """The pieces of a stream in an epoch, pass after pass."""
         stream, sizes = self._streams[number], self._sizes[number]
         samples = int(sizes.sum())
-        begin, end = (stream.samples_per_epoch * e for e in (epoch, epoch + 1))
+        begin = stream.offset + stream.samples_per_epoch * epoch
+        end = begin + stream.samples_per_epoch
         passes = []
         for passing in range(begin // samples, -(-end // samples)):
             rng = self._rng(_PASS, zlib.crc32(stream.name.encode()), passing)

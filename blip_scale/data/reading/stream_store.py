@@ -52,7 +52,8 @@ class StreamStore:
     """Random access to the samples of one stream.
 
     Raises, at the start and when reading, FileNotFoundError or ValueError that name the stream, the
-    shard, its path and `make_with`, the command that makes the data.
+    shard, its path and `make_with`, the command that makes the data. Raises OSError where the disk
+    of the cache is full.
     """
 
     def __init__(
@@ -140,6 +141,12 @@ class StreamStore:
         raise FileNotFoundError(
             self._message(f"shard {path} vanishes as soon as it is fetched: raise data.cache_limit")
         )
+
+    def give_up(self, number: int, problem: str) -> DamagedShard:
+        """Read a shard no more, as none of its samples can be used. Returns the error to raise."""
+        shard = f"{self.name}/{self.shard_name(number)}"
+        self._damaged[number] = f"{shard}: none of its samples can be decoded, such as {problem}"
+        return DamagedShard(self._damaged[number])
 
     def prefetch(self, number: int) -> bool:
         """Fetch a shard that is not in the cache, in one attempt.
@@ -264,7 +271,7 @@ class StreamStore:
         if self.cache is not None and self.cache.shrink(incoming_bytes):
             return
         if self.cache is None or time.monotonic() >= give_up:
-            raise ValueError(
+            raise OSError(
                 f"stream {self.name!r}: the disk of {self.folder} is full ({error.strerror}), and "
                 "there is no cached shard to evict: make room, or choose another folder as `local`"
             ) from error

@@ -13,6 +13,7 @@ from blip_scale.config.settings import expand
 from blip_scale.engine import collectives
 from blip_scale.engine.checkpoints.background import attempt, errors_of
 from blip_scale.storage import run_folder
+from blip_scale.storage.free_space import is_disk_full
 from blip_scale.storage.objects import ObjectFolder
 
 
@@ -48,6 +49,7 @@ def open_place(recipe: Recipe) -> Place:
 
     Raises:
         ValueError: the folder can't be written, or the object storage can't be opened.
+        OSError: the disk of the folder has no room, or no inode.
     """
     stated = recipe.checkpoint.folder
     location = expand(stated, "checkpoint.folder") if stated else None
@@ -64,14 +66,23 @@ def _sharers(folder: Path) -> tuple[int, ...]:
     token = collectives.all_gather_objects(uuid.uuid4().hex)[0]
     marker = folder / f".seen_{token}"
 
-    def mark() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if collectives.rank() == 0:
-            marker.touch()
+    def mark() -> str:
+        """Make the folder and the marker. Returns the problem of a full disk."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if collectives.rank() == 0:
+                marker.touch()
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            return str(error)
+        return ""
 
     outcomes = collectives.all_gather_objects(attempt(mark, collectives.rank()))
     if errors := errors_of(outcomes):
         raise ValueError(f"no checkpoint can be written to {folder}: {'; '.join(errors)}")
+    if full := [outcome.value for outcome in outcomes if outcome.value]:
+        raise OSError(f"no checkpoint can be written to {folder}, make room there: {full[0]}")
     here = "with rank 0" if marker.exists() else socket.gethostname()
     everywhere = collectives.all_gather_objects(here)
     if collectives.rank() == 0:

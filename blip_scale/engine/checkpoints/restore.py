@@ -6,6 +6,7 @@ example, the disk of a replaced node is empty.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -50,7 +51,8 @@ def newest_whole(place: Place, stage: int) -> Path | None:
     if place.is_first:
         for path in sorted(place.folder.glob("step_*.partial")):
             logger.warning("ignoring %s: the save did not finish", path)
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                checkpoint_format.remove(path)
     here = checkpoint_format.committed(place.folder) if place.is_first else []
     everywhere = collectives.all_gather_objects(here)
     local = {step for steps in everywhere for step in steps}

@@ -280,12 +280,18 @@ class Saver:
     def _prune(self, newest: int, kept: set[int]) -> None:
         """Remove older checkpoints: one rank per folder.
 
-        Checkpoints of later steps stay. They were damaged, and the run resumed before them.
+        Checkpoints of later steps stay. They were damaged, and the run resumed before them. A
+        failure costs a warning, and is tried again after the next save.
         """
-        if self._place.is_first:
-            for step in checkpoint_format.committed(self._place.folder):
-                if step <= newest and step not in kept:
-                    shutil.rmtree(self._place.folder / run_folder.step_folder(step))
+        if not self._place.is_first:
+            return
+        for step in checkpoint_format.committed(self._place.folder):
+            if step > newest or step in kept:
+                continue
+            try:
+                checkpoint_format.remove(self._place.folder / run_folder.step_folder(step))
+            except OSError as error:
+                logger.warning("an old checkpoint can't be removed: %s", error)
 
 
 def _copied(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> checkpoint_format.Content:

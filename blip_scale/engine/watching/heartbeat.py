@@ -33,8 +33,9 @@ class Heartbeat:
     """Writes the state of a run, and ends this process when no beat comes for too long.
 
     Rank 0 writes heartbeat.json: step, total_steps, time (Unix), samples_per_s, checkpoint_step
-    (the newest committed one, 0 without any), phase, job_id (SLURM's, else null) and restarts
-    (earlier starts of this run). A start continues the counts of the start before it.
+    (the newest committed one, 0 without any), phase, job_id (SLURM's, else null), restarts
+    (earlier starts of this run) and, while training, goodput (`Goodput.figures`). A start continues
+    the counts of the start before it.
 
     Every rank has the timer. It is a C thread that needs neither the interpreter nor the main
     thread, so it also fires inside a collective or a hung file system. It writes the stacks of all
@@ -69,12 +70,13 @@ class Heartbeat:
         if self._log is not None:
             threading.Thread(target=self._report_stall, name="stall", daemon=True).start()
 
-    def beat(self, phase: Phase, **figures: float) -> None:
+    def beat(self, phase: Phase, **figures: Any) -> None:
         """Reset the timer; write the file when the phase changes, else about once a second.
 
         Args:
             phase: current phase.
-            figures: those of step, total_steps, checkpoint_step, samples_per_s that changed.
+            figures: those of step, total_steps, checkpoint_step, samples_per_s, goodput that
+                changed.
         """
         self._phase = phase
         self._reset_timer()

@@ -84,6 +84,9 @@ class Monitor:
         self._total_steps = total_steps
         self.start_step = run.start_step
         self._samples_per_step = samples_per_step
+        self._start_samples = run.start_step * samples_per_step
+        if run.start_samples is not None:
+            self._start_samples = run.start_samples
         self._alarms = alarms
         self._streaks = {} if streaks is None else streaks
         self._step = run.start_step
@@ -174,7 +177,8 @@ class Monitor:
         """Add a point to every curve and a line to metrics.jsonl, none to the terminal."""
         if not self._is_main:
             return
-        head = {"samples": step * self._samples_per_step, "time": time.time()}
+        samples = self._start_samples + (step - self.start_step) * self._samples_per_step
+        head = {"samples": samples, "time": time.time()}
         with self._disk:
             files.add_line(self._metrics_file, step, {**head, **_strict(metrics)})
         self._loggers.scalars(step, {**head, **metrics})

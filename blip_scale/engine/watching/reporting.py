@@ -96,6 +96,7 @@ def log(run: Run) -> None:
         "memory/peak_gib": memory_gib,
         "data/skipped_samples": float(run.history.skipped_samples),
         "train/skipped_steps": float(run.history.skipped_steps),
+        **run.goodput.curves(),
     }
     means |= _communication(waits, step_s, own_times)
     run.monitor.log(run.step, means | _loss_level(run, means))
@@ -152,6 +153,7 @@ def finish(run: Run) -> None:
         {
             "steps": run.step,
             "seconds": round(history.seconds, 1),
+            "goodput": run.goodput.figures(),
             "ranks": collectives.world_size(),
             "losses_first": history.first,
             "losses_last": history.last,

@@ -24,7 +24,6 @@ _PACKAGES = (
     "torch", "deepspeed", "transformers", "timm", "obstore", "flash-attn", "numpy",
     "pillow", "safetensors",
 )  # fmt: skip
-_WARN_OF = ("code", "packages", "data")
 
 
 class RunManifest:
@@ -54,7 +53,7 @@ class RunManifest:
     def begin(
         self, state: dict[str, Any], attempt: dict[str, Any], left: Mapping[str, Any]
     ) -> None:
-        """Record a start; warn of code, packages or data that differ from the start before.
+        """Record a start; warn of settings, code, packages and data that differ from the last one.
 
         Args:
             state: sections of settings, JSON-able.
@@ -67,8 +66,7 @@ class RunManifest:
         attempts, before = self._content["attempts"], self._content["state"]
         changed = list(_differences(before, state)) if before else []
         for change in changed:
-            level = logging.WARNING if change.startswith(_WARN_OF) else logging.INFO
-            logger.log(level, "changed since the start before: %s", change)
+            logger.warning("changed since the start before: %s", change)
         if attempts and attempts[-1]["ended"] is None:
             attempts[-1]["ended"] = {"why": "not known", "step": left.get("step")}
         self._content["state"] = state

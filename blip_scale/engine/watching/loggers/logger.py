@@ -23,6 +23,8 @@ class LoggedRun:
     the run computes them again."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The recipe as a nested dict, without credentials."""
+    start_samples: int | None = None
+    """Pairs that were trained on before this start. None: `start_step` times those of a step."""
 
 
 class Logger(Protocol):

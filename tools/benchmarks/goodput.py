@@ -1,0 +1,267 @@
+"""Simulate the goodput of a month on a cluster with failures: `benchmark.py goodput`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from blip_scale.planning.failures import (  # noqa: E402
+    Costs,
+    best_interval_s,
+    goodput,
+    mean_time_between_s,
+)
+from blip_scale.storage import run_folder  # noqa: E402
+
+DAY_S = 86_400.0
+GOAL = 0.99
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cluster and a run on it."""
+
+    costs: Costs
+    between_s: float
+    """Mean seconds between two failures."""
+    interval_s: float
+    """Seconds of training between two checkpoints."""
+    evaluation_s: float = 0.0
+    """Seconds of an evaluation."""
+    evaluate_every: int = 0
+    """Number of checkpoints between two evaluations; 0: none."""
+
+
+@dataclass
+class _Run:
+    """State of a simulated run."""
+
+    case: Case
+    rng: np.random.Generator
+    now: float = 0.0
+    failure: float = 0.0
+    """Time of the next failure."""
+    work: float = 0.0
+    """Seconds of steps that count, if nothing more is lost."""
+    committed: float = 0.0
+    """Seconds of steps in the newest committed checkpoint."""
+
+    def __post_init__(self) -> None:
+        self.spent = dict.fromkeys(
+            ("steps", "start", "evaluation", "saving", "repeated", "down"), 0.0
+        )
+        self.writing: deque[tuple[float, float]] = deque()
+        """Checkpoints that are being written: time of the commit, seconds of steps."""
+        self._draw_failure()
+
+    def _draw_failure(self) -> None:
+        self.failure = self.now + self.rng.exponential(self.case.between_s)
+
+    def pass_time(self, use: str, seconds: float) -> bool:
+        """Spend time on one use. Returns False if a failure ends it."""
+        end = self.now + seconds
+        survives = self.failure > end
+        self.spent[use] += (end if survives else self.failure) - self.now
+        self.now = end if survives else self.failure
+        while self.writing and self.writing[0][0] <= self.now:
+            self.committed = self.writing.popleft()[1]
+        return survives
+
+    def lose(self) -> None:
+        """Lose what was not committed, and wait until the failure is noticed."""
+        lost_s = self.spent["steps"] - self.committed
+        self.spent["steps"] -= lost_s
+        self.spent["repeated"] += lost_s
+        self.writing.clear()
+        costs = self.case.costs
+        if self.rng.random() < costs.hang_share:
+            self.now += costs.hang_limit_s
+            self.spent["down"] += costs.hang_limit_s
+        self._draw_failure()
+
+    def train(self, until: float) -> None:
+        """Start, and train until a failure or the end."""
+        case, costs = self.case, self.case.costs
+        saves = 0
+        if not self.pass_time("start", costs.restart_s):
+            return
+        while self.now < until:
+            if not self.pass_time("steps", case.interval_s):
+                return
+            work = self.spent["steps"]
+            if not self.pass_time("saving", costs.pause_s):
+                return
+            self.writing.append((self.now + costs.write_s, work))
+            saves += 1
+            is_due = case.evaluate_every and saves % case.evaluate_every == 0
+            if is_due and not self.pass_time("evaluation", case.evaluation_s):
+                return
+
+
+def simulate(case: Case, seconds: float, rng: np.random.Generator) -> dict[str, float]:
+    """Shares of the wall time of one run by use; `steps` is the goodput.
+
+    Failures come at random moments, restarts included. The run begins with a start.
+    """
+    run = _Run(case, rng)
+    while run.now < seconds:
+        run.train(seconds)
+        if run.now < seconds:
+            run.lose()
+    return {use: spent / run.now for use, spent in run.spent.items()}
+
+
+def months(case: Case, count: int, days: float, seed: int) -> list[dict[str, float]]:
+    """Shares of the wall time in `count` simulated months."""
+    rng = np.random.default_rng(seed)
+    return [simulate(case, days * DAY_S, rng) for _ in range(count)]
+
+
+def measured(run: Path) -> dict[str, float]:
+    """Costs that a run's folder tells: pause and write of its checkpoints, and its starts.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: the run saved no checkpoint.
+    """
+    lines = (run / run_folder.METRICS).read_text(encoding="utf-8").splitlines()
+    points = [json.loads(line) for line in lines]
+    saves = [point for point in points if "checkpoint/pause_s" in point]
+    if not saves:
+        raise ValueError(f"{run} saved no checkpoint")
+    starts = 1 + json.loads((run / run_folder.HEARTBEAT).read_text())["restarts"]
+    seconds = json.loads((run / run_folder.GOODPUT).read_text())["seconds"]
+    return {
+        "pause_s": statistics.median(point["checkpoint/pause_s"] for point in saves),
+        "write_s": statistics.median(point["checkpoint/write_s"] for point in saves),
+        "restart_s": seconds["start"] / starts,
+    }
+
+
+def cases(options: argparse.Namespace) -> dict[str, Case]:
+    """Cases of the table: the planned one first, then it with one thing changed."""
+    costs = Costs(
+        options.pause_s, options.write_s, options.restart_s, options.hang_limit_s,
+        options.hang_share,
+    )  # fmt: skip
+    if options.run:
+        costs = replace(costs, **measured(options.run))
+    between_s = 7 * DAY_S / options.failures_a_week
+    best_s = best_interval_s(costs, between_s)
+    planned = Case(costs, between_s, best_s)
+    slow_notice = replace(costs, hang_limit_s=1800.0)
+    queued = replace(costs, restart_s=1200.0)
+    often_s = mean_time_between_s(26.0, options.nodes)
+    return {
+        f"best interval, {best_s:.0f} s": planned,
+        "checkpoint every 250 s": replace(planned, interval_s=250.0),
+        "checkpoint every hour": replace(planned, interval_s=3600.0),
+        "hangs noticed after 30 minutes": replace(planned, costs=slow_notice),
+        "restart through a queue of 20 minutes": replace(planned, costs=queued),
+        "pause of 30 s (a checkpoint that blocks)": Case(
+            replace(costs, pause_s=30.0), between_s,
+            best_interval_s(replace(costs, pause_s=30.0), between_s),
+        ),
+        "26 failures per 1,000 node-days": Case(
+            costs, often_s, best_interval_s(costs, often_s)
+        ),
+        "evaluation of 5 s every 1,250 s": _evaluated(planned, 1250.0, 5.0),
+        "evaluation of 60 s every 1,250 s": _evaluated(planned, 1250.0, 60.0),
+    }  # fmt: skip
+
+
+def _evaluated(case: Case, every_s: float, seconds: float) -> Case:
+    count = max(1, round(every_s / case.interval_s))
+    return replace(case, interval_s=every_s / count, evaluation_s=seconds, evaluate_every=count)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Simulated goodput of every case, and what the goal of 99 % leaves for a restart."""
+    rows = {}
+    for name, case in cases(options).items():
+        shares = months(case, options.months, options.days, options.seed)
+        steps = sorted(month["steps"] for month in shares)
+        means = {use: statistics.fmean(month[use] for month in shares) for use in shares[0]}
+        rows[name] = {
+            **asdict(case.costs),
+            "interval_s": case.interval_s,
+            "goodput": means["steps"],
+            "worst_in_20": steps[len(steps) // 20],
+            "closed_form": None if case.evaluate_every else goodput(
+                case.interval_s, case.costs, case.between_s
+            ),
+            "longest_restart_s": None if case.evaluate_every else _longest_restart_s(case),
+            "shares": means,
+        }  # fmt: skip
+    return {"nodes": options.nodes, "failures_a_week": options.failures_a_week, "cases": rows}
+
+
+def _longest_restart_s(case: Case) -> float:
+    """Longest restart with which the closed form still gives the goal; 0 if none does."""
+    low, high = 0.0, case.between_s
+    for _ in range(50):
+        middle = (low + high) / 2
+        costs = replace(case.costs, restart_s=middle)
+        if goodput(case.interval_s, costs, case.between_s) >= GOAL:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result as a table in Markdown."""
+    lines = [
+        "| case | goodput | worst month of 20 | closed form | repeated | down, start | "
+        "longest restart for 99 %, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["cases"].items():
+        shares, closed, longest = row["shares"], row["closed_form"], row["longest_restart_s"]
+        cells = [
+            name,
+            f"{row['goodput']:.2%}",
+            f"{row['worst_in_20']:.2%}",
+            "" if closed is None else f"{closed:.2%}",
+            f"{shares['repeated']:.2%}",
+            f"{shares['down'] + shares['start']:.2%}",
+            "" if longest is None else f"{longest:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def add_goodput(commands: Any) -> None:
+    """Add the subcommand."""
+    command = commands.add_parser(
+        "goodput",
+        help="a month on a cluster with failures, simulated: share of the time in steps that count",
+        description="Simulate runs with random failures, restarts, hangs and checkpoints that are "
+        "written in the background, beside Daly's closed form. Times that were measured replace "
+        "the assumed ones: by options, or from a run's folder.",
+    )
+    add, costs = command.add_argument, Costs(pause_s=1.0, write_s=5.0)
+    add("--nodes", type=int, default=32, help="default: 32")
+    add("--failures-a-week", type=float, default=3.0, help="of the whole cluster (default: 3)")
+    add("--days", type=float, default=30.0, help="length of a simulated run (default: 30)")
+    add("--months", type=int, default=400, help="simulated runs of each case (default: 400)")
+    add("--seed", type=int, default=0)
+    add("--pause-s", type=float, default=costs.pause_s, help="checkpoint/pause_s (default: 1)")
+    add("--write-s", type=float, default=costs.write_s, help="checkpoint/write_s (default: 5)")
+    add("--restart-s", type=float, default=costs.restart_s, help="default: %(default)s")
+    add("--hang-limit-s", type=float, default=costs.hang_limit_s, help="default: %(default)s")
+    add("--hang-share", type=float, default=costs.hang_share, help="default: %(default)s")
+    add("--run", type=Path, help="folder of a run, for pause, write and restart")
+    add("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(measure=measure, show=show)
