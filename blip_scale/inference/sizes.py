@@ -61,6 +61,7 @@ def network_config(
             vision.drop_path_rate,
             vision.patch_dropout,
             vision.frozen_layers,
+            vision.normalization,
         ),
         text=TextConfig(
             vocabulary.special,

@@ -38,7 +38,7 @@ BLIP_STATISTICS: Statistics = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
 class ImageTower(nn.Module):
-    """Interface of all towers. timm's class, the second base of a tower, provides the attributes."""
+    """Interface of all towers. timm's class, a tower's second base, provides the attributes."""
 
     blocks: Any
     """Blocks in order; they are checkpointed and compiled one by one."""
@@ -187,6 +187,13 @@ def as_tower(model: nn.Module, name: str) -> ImageTower:
     return model
 
 
+def stop_position_draws(tower: ImageTower) -> None:
+    """Keep a tower from drawing its rotary positions in training, as DINOv3's do."""
+    rope = getattr(tower, "rope", None)
+    if rope is not None:
+        rope.aug_active = False
+
+
 def refill_constants(network: nn.Module, device: torch.device | None = None) -> None:
     """Compute the constants of the towers' position embeddings, in fp32.
 
@@ -224,6 +231,7 @@ def _conversion(statistics: Statistics, device: torch.device) -> tuple[Tensor, T
     They are cached, because a copy to a GPU waits for it.
     """
     with torch.inference_mode(False):
-        here, there = (torch.tensor(pair, dtype=torch.float64) for pair in (BLIP_STATISTICS, statistics))
-        scale, shift = here[1] / there[1], (here[0] - there[0]) / there[1]
-        return tuple(x.float().view(3, 1, 1).to(device) for x in (scale, shift))  # type: ignore[return-value]
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in BLIP_STATISTICS)
+        its_mean, its_deviation = (torch.tensor(values).view(3, 1, 1) for values in statistics)
+        scale, shift = deviation / its_deviation, (mean - its_mean) / its_deviation
+        return scale.to(device), shift.to(device)

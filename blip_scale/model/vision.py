@@ -27,8 +27,6 @@ from blip_scale.model.towers import (
     refuse_other_models,
 )
 
-NORM_EPS = 1e-6
-"""Epsilon of every norm in BLIP's ViT (Hugging Face's BLIP config says 1e-5)."""
 _LIKE_BLIPS = re.compile(r"(vit|deit)_[a-z]+_patch\d+_\d+")
 """Names of the ViTs that BLIP trains. They get BLIP's pixels, not those of their timm weights."""
 Normalization = Literal["auto", "blip", "tower"]
