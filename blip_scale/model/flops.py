@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -299,8 +300,8 @@ def _pooling_flops(vision: ImageTower, tokens: int) -> float:
     return float(2 * tokens * keys_and_values + 2 * query + 4 * tokens * vision.embed_dim)
 
 
-def _block_flops(block: nn.Module, tokens: int) -> float:
-    return 2 * tokens * _linear_weights(block) + 4 * tokens**2 * block.attn.proj.in_features
+def _block_flops(block: Any, tokens: int) -> float:
+    return 2.0 * tokens * _linear_weights(block) + 4 * tokens**2 * block.attn.proj.in_features
 
 
 def _linear_weights(module: nn.Module) -> int:

@@ -13,6 +13,7 @@ Shapes: B batch, N image tokens (the pooled feature first), D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +44,12 @@ class ImageTower(nn.Module):
     blocks: Any
     """Blocks in order; they are checkpointed and compiled one by one."""
     patch_embed: Any
+    pos_embed: Any
+    norm: Any
+    fc_norm: nn.Module
+    forward_features: Callable[[Tensor], Tensor]
+    forward_head: Callable[..., Tensor]
+    set_grad_checkpointing: Callable[[bool], None]
     embed_dim: int
     """Width D of the tokens."""
     num_prefix_tokens: int
@@ -58,10 +65,10 @@ class ImageTower(nn.Module):
         if self.statistics != BLIP_STATISTICS:
             scale, shift = _conversion(self.statistics, images.device)
             images = (images.float() * scale + shift).to(images.dtype)
-        tokens: Tensor = self.forward_features(images)
+        tokens = self.forward_features(images)
         if self.pools_by_class_token:
             return tokens
-        pooled: Tensor = self.forward_head(tokens, pre_logits=True)[:, None]
+        pooled = self.forward_head(tokens, pre_logits=True)[:, None]
         if self.gives_pooled_alone:
             return pooled
         # timm has the last norm after the pooling in some towers; tokens are normalised here too.
@@ -217,7 +224,7 @@ def _refill(module: nn.Module, device: torch.device | None) -> None:
     for name, buffer in list(module.named_buffers(recurse=False)):
         dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
         if name == "k_bias":  # zeros, concatenated with weights
-            dtype = module.v_bias.dtype
+            dtype = next(module.parameters()).dtype
         module.register_buffer(
             name, torch.empty_like(buffer, dtype=dtype, device=device), persistent=False
         )

@@ -1,0 +1,89 @@
+"""Image towers in whole runs: partitioned weights on two ranks, resumed, evaluated, loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+
+from blip_scale.commands import convert_checkpoint
+from blip_scale.config import recipe
+from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.inference.inputs import to_pixels
+from blip_scale.inference.loading import Loading, load_blip
+from blip_scale.inference.sizes import med_config
+from blip_scale.interop.checkpoints import load_checkpoint
+from blip_scale.model.med import MED
+
+pytestmark = pytest.mark.multiprocess
+
+IN_CI = ("vit_base_patch16_siglip_224", "vit_small_patch16_dinov3", "beitv2_base_patch16_224")
+OTHERS = (
+    "deit_base_distilled_patch16_224",
+    "vit_base_patch16_siglip_224.v2_webli",
+    "vit_base_patch16_clip_224.openai",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_plus_patch16_dinov3_qkvb",
+    "vit_pe_core_base_patch16_224",
+    "eva02_tiny_patch14_224",
+    "eva02_base_patch14_224",
+    "aimv2_large_patch14_224",
+    "vit_small_patch16_rope_mixed_224",
+)
+
+
+def run(folder: Path, name: str) -> tuple[dict[int, dict[str, float]], dict[str, torch.Tensor]]:
+    """Train to step 3, from the newest checkpoint if there is one. Losses, and weights at the end.
+
+    Heads of 16 channels: DINOv3's rotary embeddings need a multiple of 4.
+    """
+    changes = {"vision": {"name": name}}
+    file = tiny_runs.make_recipe(folder, model=changes, checkpoint={"every_steps": 2})
+    tiny_runs.train(file, 2, "train.max_steps=3", "train.whole_weights=false")
+    last = folder / "run" / "checkpoints" / "step_00000003"
+    return tiny_runs.losses(folder / "run"), tiny_runs.whole_tensors(last, "weight")
+
+
+@pytest.mark.parametrize(
+    "name", [*IN_CI, *(pytest.param(name, marks=pytest.mark.towers) for name in OTHERS)]
+)
+def test_a_tower_trains_resumes_and_is_loaded(tmp_path: Path, name: str) -> None:
+    """A run that resumes at step 2 has the same bits. What is loaded computes what was trained."""
+    losses, weights = run(tmp_path, name)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000003")
+    losses_again, weights_again = run(tmp_path, name)
+    assert "resuming at step 2" in tiny_runs.said(tmp_path / "recipe.yaml")
+    assert losses == losses_again and losses[3] != losses[2]
+    assert weights.keys() == weights_again.keys()
+    assert all(torch.equal(weights[key], weights_again[key]) for key in weights)
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert any("recall" in key or "r_at" in key for line in logged for key in json.loads(line))
+
+    chosen = recipe.load(str(tmp_path / "recipe.yaml"))
+    med = MED(med_config(chosen, load_tokenizer(chosen.model.text))).eval()
+    load_checkpoint(med, checkpoints)
+    blip = load_blip(tmp_path / "run", Loading(device="cpu"))
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = med.encode_image(to_pixels(images, med))
+    assert torch.equal(blip.image_embeds(images), expected)
+    large = load_blip(tmp_path / "run", Loading(device="cpu", image_size=48))
+    assert large.image_embeds(torch.zeros(1, 3, 48, 48, dtype=torch.uint8)).isfinite().all()
+
+
+def test_export_of_a_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hugging Face's BLIP is refused with the reason and the way out. Our format keeps all bits."""
+    run(tmp_path, "vit_base_patch16_siglip_224")
+    source, copy = tmp_path / "run", tmp_path / "copy"
+    assert convert_checkpoint.main([str(source), str(tmp_path / "hf")]) == 2
+    refusal = capsys.readouterr().err
+    assert "BlipVisionModel has nothing for attn_pool" in refusal and "--to ours" in refusal
+    assert convert_checkpoint.main([str(source), str(copy), "--to", "ours"]) == 0
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    first, second = (load_blip(path, Loading(device="cpu")) for path in (source, copy))
+    assert torch.equal(first.image_embeds(images), second.image_embeds(images))
