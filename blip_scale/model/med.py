@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from blip_scale.model.kernels import Kernel, choose_kernel
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 from blip_scale.model.text import TextConfig, TextStack
-from blip_scale.model.towers import stop_position_draws
 from blip_scale.model.vision import VisionConfig, build_vision, give_pooled_alone
 
 
@@ -183,13 +182,11 @@ class MomentumEncoder(UnimodalEncoder):
     """
 
     def __init__(self, config: MEDConfig) -> None:
-        # An image's soft targets and queued features must not depend on a draw of patches or
-        # positions.
+        # No patch dropout: an image's soft targets and queued features must not depend on a draw.
         vision = replace(config.vision, patch_dropout=0.0)
         super().__init__(
             replace(config, vision=vision, gradient_checkpointing=False), multimodal=False
         )
-        stop_position_draws(self.vision)
         give_pooled_alone(self.vision)  # project_image reads no other token
         self.requires_grad_(False)
 

@@ -141,7 +141,9 @@ TOWERS: dict[type[nn.Module], type[ImageTower]] = {
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "vision_transformer": {"weight_init": "skip"},
     "deit": {"weight_init": "skip"},
-    "eva": {},
+    # Positions of one size are computed once. Those of any size are computed on the host in every
+    # pass, which would wait for the device and can't be captured in a CUDA graph.
+    "eva": {"dynamic_img_size": False},
     "beit": {},
 }
 """timm module of the name -> further arguments of the constructor."""
@@ -191,14 +193,10 @@ def as_tower(model: nn.Module, name: str) -> ImageTower:
         raise ValueError(f"model.vision.name: {name} embeds patches by {kind}; {EXPECTED}")
     model.__class__ = tower
     assert isinstance(model, ImageTower)
-    return model
-
-
-def stop_position_draws(tower: ImageTower) -> None:
-    """Keep a tower from drawing its rotary positions in training, as DINOv3's do."""
-    rope = getattr(tower, "rope", None)
-    if rope is not None:
+    rope = getattr(model, "rope", None)
+    if rope is not None:  # DINOv3 rescales positions by a draw on the host in every training pass
         rope.aug_active = False
+    return model
 
 
 def refill_constants(network: nn.Module, device: torch.device | None = None) -> None:

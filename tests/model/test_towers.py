@@ -183,7 +183,7 @@ def test_pixels_of_published_vits_stay_blips(name: str, setting: str, is_blips: 
     ],
 )
 def test_names_that_cannot_work(config: VisionConfig, expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match=expected), torch.device("meta"):
         build_vision(config)
 
 
