@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -37,12 +36,9 @@ OTHERS = (
 
 
 def run(folder: Path, name: str) -> tuple[dict[int, dict[str, float]], dict[str, torch.Tensor]]:
-    """Train to step 3, from the newest checkpoint if there is one. Losses, and weights at the end.
-
-    Heads of 16 channels: DINOv3's rotary embeddings need a multiple of 4.
-    """
-    changes = {"vision": {"name": name}}
-    file = tiny_runs.make_recipe(folder, model=changes, checkpoint={"every_steps": 2})
+    """Train to step 3, from the newest checkpoint if there is one. Losses, and weights at the end."""
+    tower = {"vision": {"name": name}}
+    file = tiny_runs.make_recipe(folder, model=tower, checkpoint={"every_steps": 2})
     tiny_runs.train(file, 2, "train.max_steps=3", "train.whole_weights=false")
     last = folder / "run" / "checkpoints" / "step_00000003"
     return tiny_runs.losses(folder / "run"), tiny_runs.whole_tensors(last, "weight")
@@ -61,8 +57,8 @@ def test_a_tower_trains_resumes_and_is_loaded(tmp_path: Path, name: str) -> None
     assert losses == losses_again and losses[3] != losses[2]
     assert weights.keys() == weights_again.keys()
     assert all(torch.equal(weights[key], weights_again[key]) for key in weights)
-    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert any("recall" in key or "r_at" in key for line in logged for key in json.loads(line))
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "heldout/itc_image_to_text_r1" in metrics
 
     chosen = recipe.load(str(tmp_path / "recipe.yaml"))
     med = MED(med_config(chosen, load_tokenizer(chosen.model.text))).eval()
