@@ -108,8 +108,8 @@ def inexpressible(weights: BlipWeights) -> str | None:
     reason = _unlike_blips(vision)
     if reason:
         return (
-            f"{reason}. Write a training checkpoint instead (--to ours); load_blip of "
-            "blip_scale.inference.loading reads it"
+            f"{weights.config.vision.name}: {reason}. Write a training checkpoint (--to ours); "
+            "load_blip of blip_scale.inference.loading reads it"
         )
     if weights.head == "vqa" and weights.config.text.width != vision.embed_dim:
         return (
