@@ -259,8 +259,8 @@ def _cached_vision_flops(settings: str) -> _Vision:
     config = VisionConfig(**json.loads(settings))
     with torch.device("meta"):  # parameters have sizes, but no memory
         vision = build_vision(config)
-    given, patches = training_tokens(vision), vision.patch_embed.num_patches
-    tokens = given - vision.added_tokens
+    returned, patches = training_tokens(vision), vision.patch_embed.num_patches
+    tokens = returned - vision.added_tokens
     frozen = last_products = 0.0
     for block in vision.blocks:
         if next(block.parameters()).requires_grad:
@@ -275,7 +275,7 @@ def _cached_vision_flops(settings: str) -> _Vision:
         frozen=frozen,
         last_products=last_products,
         momentum=_momentum_blocks(vision, patches + vision.num_prefix_tokens),
-        tokens=given,
+        tokens=returned,
         width=vision.embed_dim,
     )
 
