@@ -85,7 +85,7 @@ test: $(VENV)/.installed-dev $(OLDEST)/.installed
 	@PATH="$(CURDIR)/$(OLDEST)/bin:$(BIN):$$PATH" OMP_NUM_THREADS=1 \
 		python -m pytest -q -n 2 --dist loadfile -m "not s3 and not demo and not gpu and not slurm" $(OLDEST_TESTS)
 	@echo "Tests with several ranks and whole runs"
-	@$(RUN) python -m pytest -q -n 2 --dist loadfile -m "(multiprocess or s3 or gpu) and not demo and not slurm"
+	@$(RUN) python -m pytest -q -n 2 --dist loadfile -m "(multiprocess or s3 or gpu) and not demo and not slurm and not towers"
 	@echo "Jobs on a real SLURM of two nodes"
 	@$(RUN) python -m pytest -q -m slurm
 	@echo "The demo (about ten minutes)"

@@ -39,10 +39,11 @@ Above0 = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True, config=_STRICT)
 class VisionRecipe:
-    """Settings of the vision transformer."""
+    """Settings of the image tower."""
 
     name: str = "vit_base_patch16_224"
-    """Name of a timm VisionTransformer, such as vit_base_patch16_224 or deit_base_patch16_224."""
+    """timm name of a ViT, such as vit_base_patch16_224, vit_base_patch16_siglip_224.v2_webli or
+    vit_base_patch16_dinov3.lvd1689m. docs/towers.md lists the families."""
     image_size: Positive = 224
     """Side of the square input image in pixels. Position embeddings are interpolated to it."""
     overrides: dict[str, float | int | bool] = field(default_factory=dict)
@@ -62,6 +63,10 @@ class VisionRecipe:
     frozen_layers: Count = 0
     """Number of first ViT blocks to freeze, together with the patch and position embeddings. Meant
     for a pretrained ViT. Changes the mathematics; not in the paper."""
+    normalization: Literal["auto", "blip", "tower"] = "auto"
+    """Mean and deviation of the pixels: BLIP's, or those of the tower's timm weights. auto takes
+    BLIP's for vit_SIZE_patchP_N and deit_SIZE_patchP_N, as published, and the tower's for all
+    others."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -23,10 +23,11 @@ from blip_scale.interop.heads import PREFIX
 from blip_scale.interop.huggingface import pixel_settings
 from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.interop.training_checkpoints import step_folder
-from blip_scale.interop.vision import interpolate_positions
+from blip_scale.interop.vision import fitted_positions
 from blip_scale.model.heads import build_network
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.nlvr2 import NLVR2
+from blip_scale.model.towers import refill_constants
 from blip_scale.model.visdial import VisDial
 from blip_scale.model.vqa import VQA
 from blip_scale.storage import checkpoint_format, run_folder
@@ -229,17 +230,13 @@ def _filled(
     assert isinstance(network, MED | VQA | NLVR2 | VisDial)
     state = parameters_of(weights)
     placed = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    vision = network.vision
-    if vision.pos_embed is not None:
-        extra = vision.pos_embed.shape[1] - vision.patch_embed.num_patches
-        placed["vision.pos_embed"] = interpolate_positions(
-            placed["vision.pos_embed"], vision.patch_embed.grid_size, extra
-        )
+    placed = fitted_positions(placed, network.vision, "vision.")
     placed = {name: tensor.to(device, dtype) for name, tensor in placed.items()}
     if "lm_head.bias" in placed:
         words = "text_decoder" if isinstance(network, VQA) else "text"
         placed["lm_head.weight"] = placed[f"{words}.embeddings.word.weight"]
     network.load_state_dict(placed, assign=True)
+    refill_constants(network, device)
     return network.eval().requires_grad_(False)
 
 

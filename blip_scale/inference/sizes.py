@@ -70,6 +70,7 @@ def network_config(
             vision.patch_dropout,
             vision.frozen_layers,
             other_sizes=tuple(stage.size for stage in recipe.data.image_sizes),
+            normalization=vision.normalization,
         ),
         text=TextConfig(
             vocabulary.special,

@@ -17,6 +17,7 @@ from blip_scale.model.med import MEDConfig
 
 _VISION = "model.vision.overrides"
 _SETTINGS = {
+    "vision tower": "model.vision.name",
     "vision width": f"{_VISION}.embed_dim",
     "vision blocks": f"{_VISION}.depth",
     "vision heads": f"{_VISION}.num_heads",
@@ -38,6 +39,7 @@ _FROM_CHECKPOINT = (
     "vision.name",
     "vision.overrides",
     "vision.image_size",
+    "vision.normalization",
     "text.checkpoint",
     "text.tokenizer",
     *(f"text.{name}" for name in _TEXT_SIZES),
@@ -87,7 +89,12 @@ def _source(path: Path) -> tuple[ModelRecipe, MEDConfig | None]:
         tokenizer = tokenizer_beside(path) or PUBLISHED_TOKENIZER
         vision = config.vision
         model = ModelRecipe(
-            VisionRecipe(vision.name, vision.image_size, dict(vision.overrides)),
+            VisionRecipe(
+                vision.name,
+                vision.image_size,
+                dict(vision.overrides),
+                normalization=vision.normalization,
+            ),
             TextRecipe(checkpoint=None, tokenizer=tokenizer),
             embed_dim=config.embed_dim,
         )
@@ -113,6 +120,8 @@ def _filled(model: ModelRecipe, source: ModelRecipe, stated: Collection[str]) ->
         vision = replace(vision, name=source.vision.name, overrides=source.vision.overrides)
     if "vision.image_size" in open_names:
         vision = replace(vision, image_size=source.vision.image_size)
+    if "vision.normalization" in open_names:
+        vision = replace(vision, normalization=source.vision.normalization)
     for name in _TEXT_SIZES:
         if f"text.{name}" in open_names:
             text = replace(text, **{name: getattr(source.text, name)})

@@ -189,7 +189,7 @@ def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
         return weights
     lacking = [part for part in PARTS[head] if part not in PARTS[weights.head]]
     reason = f"it has no {' and no '.join(lacking)}"
-    vision_width = weights.state["visual_encoder.cls_token"].shape[-1]
+    vision_width = weights.state["visual_encoder.patch_embed.proj.weight"].shape[0]
     if weights.head == "vqa":
         reason = "its decoder reads the states of questions, not images, and it has no projections"
     elif weights.head == "nlvr2":

@@ -19,7 +19,7 @@ from blip_scale.interop.training_checkpoints import (
     read_training_checkpoint,
     step_folder,
 )
-from blip_scale.interop.vision import interpolate_positions
+from blip_scale.interop.vision import fitted_positions
 from blip_scale.model.heads import OWN_NETWORKS, Head, build_network
 from blip_scale.model.initialization import INIT_STD, fill_from_med, seeded
 from blip_scale.model.med import MED, MEDConfig
@@ -148,11 +148,7 @@ def head_parameters(
     state = parameters_of(weights, seed)
     with torch.device("meta"):
         vision = build_vision(config.vision)
-    if vision.pos_embed is not None:
-        extra = vision.pos_embed.shape[1] - vision.patch_embed.num_patches
-        state["med.vision.pos_embed"] = interpolate_positions(
-            state["med.vision.pos_embed"], vision.patch_embed.grid_size, extra
-        )
+    state = fitted_positions(state, vision, f"{PREFIX}vision.")
     log.info("all weights from %s%s", path, "".join(f"; {note}" for note in weights.notes))
     if grows:
         state = grown(state, head, config, seed, text_std)
@@ -211,8 +207,9 @@ def _sizes(config: MEDConfig) -> dict[str, Any]:
     return {
         "vision width": vision.embed_dim,
         "vision blocks": len(vision.blocks),
-        "vision heads": vision.blocks[0].attn.num_heads,
-        "vision MLP width": vision.blocks[0].mlp.fc1.out_features,
+        "vision heads": vision.heads,
+        "vision MLP width": vision.mlp_width,
+        "vision tower": vision.description,
         "patch size": vision.patch_embed.patch_size[0],
         "text width": text.width,
         "text layers": text.layers,

@@ -19,7 +19,8 @@ from blip_scale.interop.huggingface_names import VISION, VISION_BLOCK, their_vis
 from blip_scale.model.heads import Head
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import SpecialTokens, TextConfig
-from blip_scale.model.vision import NORM_EPS, VisionConfig, build_vision
+from blip_scale.model.towers import ImageTower
+from blip_scale.model.vision import VisionConfig, build_vision
 
 if TYPE_CHECKING:
     from transformers import BlipConfig, BlipTextConfig
@@ -41,13 +42,13 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
         vit = build_vision(config.vision)
     vision = BlipVisionConfig(
         hidden_size=vit.embed_dim,
-        intermediate_size=vit.blocks[0].mlp.fc1.out_features,
+        intermediate_size=vit.mlp_width,
         num_hidden_layers=len(vit.blocks),
-        num_attention_heads=vit.blocks[0].attn.num_heads,
+        num_attention_heads=vit.heads,
         image_size=config.vision.image_size,
         patch_size=vit.patch_embed.patch_size[0],
         hidden_act="gelu",
-        layer_norm_eps=NORM_EPS,
+        layer_norm_eps=vit.norm.eps,
         initializer_range=0.02,  # the default of 1e-10 is useless for training from scratch
     )
     text_section = text_config(text, vit.embed_dim)
@@ -103,8 +104,26 @@ def inexpressible(weights: BlipWeights) -> str | None:
         expected = ", ".join(CLASSES)
         return f"transformers has no such class; give --head: one of {expected}"
     with torch.device("meta"):
-        vit = build_vision(weights.config.vision)
-    unsupported = sorted({name for name in vit.state_dict() if their_vision(name) is None})
+        vision = build_vision(weights.config.vision)
+    reason = _unlike_blips(vision)
+    if reason:
+        return (
+            f"{weights.config.vision.name}: {reason}. Write a training checkpoint (--to ours); "
+            "load_blip of blip_scale.inference.loading reads it"
+        )
+    if weights.head == "vqa" and weights.config.text.width != vision.embed_dim:
+        return (
+            f"BlipForQuestionAnswering has one width for the inputs of encoder and decoder, but "
+            f"here they are {vision.embed_dim} (image tokens) and {weights.config.text.width} "
+            "(question states)"
+        )
+    return None
+
+
+def _unlike_blips(vision: ImageTower) -> str | None:
+    """What of a tower on the meta device BlipVisionModel cannot express, or None."""
+    names = set(vision.state_dict())
+    unsupported = [name for name in names if their_vision(name) is None]
     if unsupported:
         kinds = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in unsupported})
         return f"BlipVisionModel has nothing for {', '.join(kinds[:4])} of this ViT"
@@ -112,24 +131,19 @@ def inexpressible(weights: BlipWeights) -> str | None:
     for module in (*VISION, *(f"blocks.0.{name}" for name in VISION_BLOCK)):
         is_parameter = module in ("cls_token", "pos_embed")
         required |= {module} if is_parameter else {f"{module}.weight", f"{module}.bias"}
-    absent = sorted(required - set(vit.state_dict()))
+    absent = sorted(required - names)
     if absent:
         return f"BlipVisionModel has {absent[0]}, this ViT has not"
-    block = vit.blocks[0]
-    positions = vit.patch_embed.num_patches + 1
-    if vit.pos_embed.shape[1] != positions:
+    if vision.pos_embed.shape[1] != vision.patch_embed.num_patches + 1:
         return "its class token has no position embedding, but BlipVisionModel's has one"
+    block = vision.blocks[0]
     act = block.mlp.act
     if not isinstance(act, nn.GELU) or act.approximate != "none":
         return f"its ViT has the activation {type(act).__name__}, but BLIP has GELU"
-    if block.attn.num_heads * block.attn.head_dim != vit.embed_dim:
+    if block.attn.proj.in_features != vision.embed_dim:
         return "the heads of its ViT are wider than its width"
-    if weights.head == "vqa" and weights.config.text.width != vit.embed_dim:
-        return (
-            f"BlipForQuestionAnswering has one width for the inputs of encoder and decoder, but "
-            f"here they are {vit.embed_dim} (image tokens) and {weights.config.text.width} "
-            "(question states)"
-        )
+    if not vision.is_like_blips:
+        return f"its image tower differs from BLIP's ViT ({vision.description})"
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import pickle
 import re
 import zipfile
@@ -23,6 +22,7 @@ from blip_scale.interop.blip_weights import (
     refuse_unpublished,
 )
 from blip_scale.interop.salesforce import State, head_of
+from blip_scale.interop.vision import patches_per_side
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig, build_vision
@@ -165,17 +165,14 @@ def load_pth(path: Path) -> dict[str, Any]:
 
 
 def at_their_resolution(config: MEDConfig, state: State) -> MEDConfig:
-    """Set the image size of a config to the one that the position embeddings were made for."""
-    positions = state.get("visual_encoder.pos_embed")
-    if positions is None or positions.dim() != 3:
-        return config
+    """Set the image size of a config to the one that the position parameters were made for."""
     with torch.device("meta"):
-        vit = build_vision(config.vision)
-    extra = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
-    side = math.isqrt(max(positions.shape[1] - extra, 0)) * vit.patch_embed.patch_size[0]
-    if side == config.vision.image_size or not side:
+        vision = build_vision(config.vision)
+    side = patches_per_side(state, vision, "visual_encoder.")
+    pixels = None if side is None else side * vision.patch_embed.patch_size[0]
+    if pixels is None or pixels == config.vision.image_size:
         return config
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=side))
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=pixels))
 
 
 def _network(loaded: dict[str, Any]) -> MEDConfig | None:

@@ -33,6 +33,7 @@ from blip_scale.interop.salesforce import (
 from blip_scale.interop.salesforce_files import at_their_resolution, med_config_from
 from blip_scale.model.heads import Head
 from blip_scale.model.med import MEDConfig
+from blip_scale.model.towers import RELATIVE_TABLE
 from blip_scale.storage import checkpoint_format, run_folder
 from blip_scale.storage.checkpoint_format import NETWORK, Content, Manifest, Reader
 from blip_scale.storage.untrusted import parse_json
@@ -230,6 +231,8 @@ def _read(
         shape = shapes.get(name, (size,))
         if name == f"{PREFIX}vision.pos_embed":  # may have any resolution
             shape = (1, size // shape[-1], shape[-1])
+        elif name.startswith(f"{PREFIX}vision.") and name.endswith(RELATIVE_TABLE):
+            shape = (size // shape[-1], shape[-1])
         if size != torch.Size(shape).numel():
             raise ValueError(
                 f"{folder} holds another network: {size} elements of "

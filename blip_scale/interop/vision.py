@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -13,21 +14,23 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
 from blip_scale.model.med import MED
+from blip_scale.model.towers import RELATIVE_TABLE, ImageTower
 from blip_scale.storage import hub
 
 log = logging.getLogger(__name__)
 
-_IGNORED = re.compile(r"^(head|head_dist|fc_norm|pre_logits)\.")
-"""Names of classifier parts, which BLIP's ViT does not have."""
+_CLASSIFIER = re.compile(r"^(head|head_dist|fc_norm|pre_logits)\.")
+"""Names of classifier parts. Some towers have a norm of this name, and no tower has the others."""
 _PREFIX = "visual_encoder."
 """Prefix of the ViT's names in BLIP's published checkpoints; the rest are timm's names."""
 
 
 def load_vision(med: MED, checkpoint: str | Path) -> None:
-    """Fill the ViT of an unpartitioned MED; position embeddings are interpolated if needed.
+    """Fill the tower of an unpartitioned MED; position embeddings are interpolated if needed.
 
     Args:
         med: network to fill.
@@ -44,14 +47,9 @@ def load_vision(med: MED, checkpoint: str | Path) -> None:
     state = _timm_weights(name) if str(checkpoint) == "timm" else _read(checkpoint)
     if any(name.startswith(_PREFIX) for name in state):
         state = {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
-    state = {key: value for key, value in state.items() if not _IGNORED.match(key)}
     wanted = vision.state_dict()
-    if "pos_embed" in state and vision.pos_embed is not None:
-        # In some models (DeiT III) the class token has no position embedding.
-        extra = 0 if vision.no_embed_class else vision.num_prefix_tokens
-        state["pos_embed"] = interpolate_positions(
-            state["pos_embed"], vision.patch_embed.grid_size, extra
-        )
+    unused = {key for key in state if _CLASSIFIER.match(key) and key not in wanted}
+    state = fitted_positions({k: v for k, v in state.items() if k not in unused}, vision)
     missing, unknown = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     wrong = []
     for key in sorted(set(wanted) & set(state)):
@@ -66,6 +64,53 @@ def load_vision(med: MED, checkpoint: str | Path) -> None:
         )
     vision.load_state_dict(state)
     log.info("vision weights from %s", checkpoint)
+
+
+def fitted_positions(
+    state: Mapping[str, Tensor], vision: ImageTower, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Bring the position parameters in a state to the resolution of an unpartitioned tower.
+
+    Position embeddings are interpolated as BLIP does, BEiT's tables of relative positions as timm
+    does. Rotary embeddings have no parameters that depend on the resolution.
+
+    Args:
+        state: parameters by name; the others are kept.
+        vision: tower with the wanted resolution, on any device.
+        prefix: what the names in `state` have before those of the tower.
+    """
+    fitted = dict(state)
+    grid = vision.patch_embed.grid_size
+    for name, parameter in vision.named_parameters():
+        source = state.get(f"{prefix}{name}")
+        if source is None:
+            continue
+        if name == "pos_embed" and source.dim() == 3:
+            # In some models (DeiT III) the class token has no position embedding.
+            extra = parameter.shape[1] - vision.patch_embed.num_patches
+            fitted[f"{prefix}{name}"] = interpolate_positions(source, grid, extra)
+        elif name.endswith(RELATIVE_TABLE) and source.dim() == 2:
+            resized = resize_rel_pos_bias_table(source, grid, tuple(parameter.shape))
+            fitted[f"{prefix}{name}"] = resized
+    return fitted
+
+
+def patches_per_side(state: Mapping[str, Tensor], vision: ImageTower, prefix: str) -> int | None:
+    """Side of the grid of patches that a state's position parameters are for, or None.
+
+    Args and names are those of `fitted_positions`. None: the tower has no such parameters.
+    """
+    for name, parameter in vision.named_parameters():
+        source = state.get(f"{prefix}{name}")
+        if source is None:
+            continue
+        if name == "pos_embed" and source.dim() == 3:
+            extra = parameter.shape[1] - vision.patch_embed.num_patches
+            return math.isqrt(max(source.shape[1] - extra, 0)) or None
+        if name.endswith(RELATIVE_TABLE) and source.dim() == 2:
+            # (2 * side - 1) squared distances, and three for the class token
+            return (math.isqrt(max(source.shape[0] - 3, 0)) + 1) // 2 or None
+    return None
 
 
 def interpolate_positions(positions: Tensor, grid: tuple[int, int], extra: int = 1) -> Tensor:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from blip_scale.model.text import TextLayer
+from blip_scale.model.towers import BLOCKS
 
 _GRAPHS = 64
 """Graphs that torch may compile for one kind of block before it gives up. Text layers have at most
@@ -34,7 +34,7 @@ def compile_blocks(network: nn.Module, backend: str | Callable[..., Any] = "indu
     """
     torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
     for module in network.modules():
-        if isinstance(module, Block):
+        if isinstance(module, BLOCKS):
             module.compile(fullgraph=True, dynamic=False, backend=backend)
         elif isinstance(module, TextLayer):
             module.compile(fullgraph=True, backend=backend)

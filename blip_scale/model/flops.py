@@ -13,14 +13,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.packing import PackedText, Room
 from blip_scale.model.text import TextConfig
+from blip_scale.model.towers import ImageTower
 from blip_scale.model.vision import VisionConfig, build_vision, training_tokens
 
 
@@ -32,6 +34,8 @@ class _Vision:
     """Patch embedding."""
     blocks: float
     """All blocks."""
+    pooling: float
+    """Attention pooling, where the tower has one."""
     frozen: float
     """Blocks without a backward. If there are any, the patches have no backward either."""
     last_products: float
@@ -40,13 +44,14 @@ class _Vision:
     """All blocks of the momentum encoder. It drops no patches, and its last block computes only the
     class token."""
     tokens: int
+    """Number of tokens that the tower gives."""
     width: int
 
     @property
     def forward_and_backward(self) -> float:
         """A backward takes twice the forward, but once for the patches: pixels have no gradient."""
         patches = self.patches if self.frozen else 2 * self.patches
-        return 3 * self.blocks - 2 * self.frozen + patches
+        return 3 * (self.blocks + self.pooling) - 2 * self.frozen + patches
 
 
 def pretraining_flops(
@@ -133,7 +138,7 @@ def momentum_contrast_flops(
 def _momentum_flops(config: MEDConfig, texts: _Texts, queue_size: int) -> float:
     part, pairs = _parts(config, texts), texts.pairs
     similarity = 2 * 2 * pairs * (pairs + queue_size) * config.embed_dim
-    vision = pairs * (part.vision.patches + part.vision.momentum)
+    vision = pairs * (part.vision.patches + part.vision.momentum + part.vision.pooling)
     momentum = vision + part.encode + _projections(config, part, pairs)
     # Two forward products (online features, targets) and one backward, as keys have no gradient.
     return float(momentum + 3 * similarity)
@@ -281,7 +286,8 @@ def _cached_vision_flops(settings: str) -> _Vision:
     config = VisionConfig(**json.loads(settings))
     with torch.device("meta"):  # parameters have sizes, but no memory
         vision = build_vision(config)
-    tokens, patches = training_tokens(vision), vision.patch_embed.num_patches
+    returned, patches = training_tokens(vision), vision.patch_embed.num_patches
+    tokens = returned - vision.added_tokens
     frozen = last_products = 0.0
     for block in vision.blocks:
         if next(block.parameters()).requires_grad:
@@ -292,27 +298,38 @@ def _cached_vision_flops(settings: str) -> _Vision:
     return _Vision(
         patches=2.0 * patches * kernel,
         blocks=sum(_block_flops(block, tokens) for block in vision.blocks),
+        pooling=_pooling_flops(vision, tokens),
         frozen=frozen,
         last_products=last_products,
-        momentum=_class_token_flops(vision, patches + vision.num_prefix_tokens),
-        tokens=tokens,
+        momentum=_momentum_blocks(vision, patches + vision.num_prefix_tokens),
+        tokens=returned,
         width=vision.embed_dim,
     )
 
 
-def _class_token_flops(vision: VisionTransformer, tokens: int) -> float:
+def _momentum_blocks(vision: ImageTower, tokens: int) -> float:
     flops = sum(_block_flops(block, tokens) for block in vision.blocks)
     last = vision.blocks[-1]
-    if type(last) is Block:
+    if vision.pools_by_class_token and type(last) is Block:
         unread = tokens - 1
         flops -= 2 * unread * (_linear_weights(last) - last.attn.qkv.weight.numel())
-        flops -= 4 * unread * tokens * last.attn.attn_dim
+        flops -= 4 * unread * tokens * last.attn.proj.in_features
     return flops
 
 
-def _block_flops(block: Block, tokens: int) -> float:
-    return 2 * tokens * _linear_weights(block) + 4 * tokens**2 * block.attn.attn_dim
+def _pooling_flops(vision: ImageTower, tokens: int) -> float:
+    """Keys and values of all tokens, and a single query and its MLP."""
+    pool = getattr(vision, "attn_pool", None)
+    if pool is None:
+        return 0.0
+    keys_and_values = pool.kv.weight.numel()
+    query = _linear_weights(pool) - keys_and_values
+    return float(2 * tokens * keys_and_values + 2 * query + 4 * tokens * vision.embed_dim)
 
 
-def _linear_weights(block: Block) -> int:
-    return sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+def _block_flops(block: Any, tokens: int) -> float:
+    return 2.0 * tokens * _linear_weights(block) + 4 * tokens**2 * block.attn.proj.in_features
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

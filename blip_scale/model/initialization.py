@@ -34,8 +34,8 @@ def init_weights(
 ) -> None:
     """Fill the parameters of a plain (not partitioned) MED. The result depends on `seed` alone.
 
-    - ViT: linear layers truncated normal of std `vision_std`, class token and position embeddings
-      truncated normal of std 0.02, patch convolution PyTorch's default.
+    - ViT: linear layers truncated normal of std `vision_std`, class token, registers and position
+      embeddings truncated normal of std 0.02, patch convolution PyTorch's default.
     - Text: linear layers normal of std `text_std`, embeddings and LM head normal of std 0.02.
     - Contrastive projections and matching head: PyTorch's default for linear layers.
     - Biases 0, except where PyTorch's default is taken. Norms: weight 1, bias 0.
@@ -44,7 +44,8 @@ def init_weights(
     """
     generator = torch.Generator(device=next(med.parameters()).device).manual_seed(seed)
     vision = med.vision
-    for token in (vision.cls_token, vision.pos_embed, vision.reg_token):
+    for name in ("cls_token", "pos_embed", "reg_token", "dist_token"):
+        token = getattr(vision, name, None)
         if token is not None:
             nn.init.trunc_normal_(token, std=INIT_STD, generator=generator)
     for module in vision.modules():

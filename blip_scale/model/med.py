@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from blip_scale.model.kernels import Kernel, choose_kernel
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
 from blip_scale.model.text import TextConfig, TextStack
-from blip_scale.model.vision import VisionConfig, build_vision, read_class_token_alone
+from blip_scale.model.vision import VisionConfig, build_vision, give_pooled_alone
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class UnimodalEncoder(nn.Module):
         self.text_proj = nn.Linear(config.text.width, config.embed_dim)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] to image_embeds [B, N, D], the class token first."""
+        """Normalised pixels [B, 3, H, W] to image_embeds [B, N, D], the pooled feature first."""
         return self.vision(images)
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class MomentumEncoder(UnimodalEncoder):
     """The momentum copy: ViT, unimodal text (no cross-attention, no decoder) and projections.
 
     It has no gradients. Its parameters are named as in MED and filled from MED. Its image_embeds
-    are the class token alone, [B, 1, D].
+    are the pooled feature alone, [B, 1, D].
     """
 
     def __init__(self, config: MEDConfig) -> None:
@@ -187,7 +187,7 @@ class MomentumEncoder(UnimodalEncoder):
         super().__init__(
             replace(config, vision=vision, gradient_checkpointing=False), multimodal=False
         )
-        read_class_token_alone(self.vision)  # project_image reads no other token
+        give_pooled_alone(self.vision)  # project_image reads no other token
         self.requires_grad_(False)
 
     def pairs(self, med: MED) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

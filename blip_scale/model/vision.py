@@ -1,33 +1,43 @@
-"""The image encoder: any timm VisionTransformer, with our attention inside.
+"""Build the image encoder: a timm ViT as a tower, with our attention where its blocks allow it.
 
-Shapes: B batch, N image tokens (the class token first), D width, H heads, C channels of a head.
+Shapes: B batch, N image tokens (the pooled feature first), D width, H heads, C channels of a head.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Literal
 
 import timm
-from timm.layers import LayerNorm, PatchDropout
 from timm.models.vision_transformer import Attention as TimmAttention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from blip_scale.model.attention import AttentionLayout, attention, dense_segments
 from blip_scale.model.kernels import Kernel
+from blip_scale.model.towers import (
+    ARGUMENTS,
+    BLIP_STATISTICS,
+    ImageTower,
+    Statistics,
+    as_tower,
+    module_of,
+    refuse_other_models,
+)
 
-NORM_EPS = 1e-6
-"""Epsilon of every norm in BLIP's ViT (Hugging Face's BLIP config says 1e-5)."""
+_LIKE_BLIPS = re.compile(r"(vit|deit)_[a-z]+_patch\d+_\d+")
+"""Names of the ViTs that BLIP trains. They get BLIP's pixels, not those of their timm weights."""
+Normalization = Literal["auto", "blip", "tower"]
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Which ViT, at which resolution."""
+    """Which tower, at which resolution."""
 
     name: str = "vit_base_patch16_224"
-    """timm name of a VisionTransformer."""
+    """timm name of the tower, with or without the tag of its weights."""
     image_size: int = 224
     """Side of the square input in pixels; a multiple of the patch size."""
     overrides: dict[str, float | int | bool] = field(default_factory=dict)
@@ -40,6 +50,20 @@ class VisionConfig:
     """Number of first blocks that don't train. What lies before them doesn't either."""
     other_sizes: tuple[int, ...] = ()
     """Sides of further inputs in pixels, for which the forward interpolates position embeddings."""
+    normalization: Normalization = "auto"
+    """Constants of the pixels: BLIP's, or those of the tower's timm weights. auto takes BLIP's for
+    the plain ViTs and DeiTs that BLIP trains, and the tower's for all others."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """Mean and deviation by which the pixels of this tower are normalised."""
+        is_like_blips = _LIKE_BLIPS.fullmatch(self.name.partition(".")[0])
+        if self.normalization == "blip" or (self.normalization == "auto" and is_like_blips):
+            return BLIP_STATISTICS
+        weights = timm.get_pretrained_cfg(self.name)
+        if weights is None:
+            return BLIP_STATISTICS
+        return tuple(weights.mean), tuple(weights.std)
 
 
 class VisionAttention(TimmAttention):
@@ -93,28 +117,32 @@ class ClassTokenBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-def read_class_token_alone(vision: VisionTransformer) -> None:
-    """Make a ViT of `build_vision` return its class token alone, [B, 1, D].
+def give_pooled_alone(vision: ImageTower) -> None:
+    """Make a tower of `build_vision` return its pooled feature alone, [B, 1, D].
 
-    The last block then skips the other tokens. A last block that isn't timm's plain `Block` is left
-    unchanged, and the ViT still returns all tokens.
+    Where that is the class token, a last block of timm's plain `Block` skips the other tokens. With
+    another last block the tower still returns all tokens.
     """
     last = vision.blocks[-1]
-    if type(last) is Block:
+    if not vision.pools_by_class_token:
+        vision.gives_pooled_alone = True
+    elif type(last) is Block and isinstance(last.attn, VisionAttention):
         last.__class__ = ClassTokenBlock
         last.attn.queries = 1
 
 
 def build_vision(
     config: VisionConfig, kernel: Kernel = "auto", gradient_checkpointing: bool = False
-) -> VisionTransformer:
-    """A ViT whose forward maps images [B, 3, H, W] to all normalised tokens [B, N, D], CLS first.
+) -> ImageTower:
+    """A tower whose forward maps images [B, 3, H, W] to all normalised tokens [B, N, D].
 
-    Parameters are left unset: `init_weights` or a checkpoint fills them. No weight is read or drawn
-    here, so the ViT can be built inside deepspeed.zero.Init.
+    Attention of timm's plain kind is replaced by `VisionAttention`, which takes FlashAttention. The
+    other kinds (rotary embeddings, position biases) call scaled_dot_product_attention in timm.
+    Parameters are left unset: `init_weights` or a checkpoint fills them, so the tower can be built
+    inside deepspeed.zero.Init.
 
     Raises:
-        ValueError: the name is unknown or not a VisionTransformer, timm refuses the overrides, the
+        ValueError: the name is unknown or not that of a tower, timm refuses the overrides, the
             image size is no multiple of the patch size, or the ViT has fewer blocks than
             `frozen_layers`.
     """
@@ -124,30 +152,37 @@ def build_vision(
             f"model.vision.name: timm has no model {config.name!r}"
             + (f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()")
         )
+    refuse_other_models(config.name)
+    module = module_of(config.name)
+    arguments = ARGUMENTS[module] | config.overrides
+    if config.patch_dropout:
+        if module == "beit":
+            raise ValueError(
+                f"model.vision.patch_dropout: {config.name} can't drop patches, because its "
+                "position biases are between all of them; set it to 0"
+            )
+        arguments["patch_drop_rate"] = config.patch_dropout
+    if config.other_sizes:
+        if module not in ("vision_transformer", "deit"):
+            raise ValueError(
+                f"data.image_sizes: {config.name} reads images of one size; remove it or take a "
+                "vit_* or deit* model"
+            )
+        arguments["dynamic_img_size"] = True
     try:
-        vision = timm.create_model(
+        model = timm.create_model(
             config.name,
             img_size=config.image_size,
             num_classes=0,
-            global_pool="",
             drop_path_rate=config.drop_path_rate,
-            patch_drop_rate=config.patch_dropout,
-            norm_layer=partial(LayerNorm, eps=NORM_EPS),
-            attn_layer=VisionAttention,
-            weight_init="skip",
-            **({"dynamic_img_size": True} if config.other_sizes else {}),
-            **config.overrides,
+            **arguments,
         )
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(
             f"model.vision: timm can't build {config.name} at {config.image_size} pixels "
             f"with overrides {config.overrides}: {error}"
         ) from error
-    if not isinstance(vision, VisionTransformer) or not vision.has_class_token:
-        raise ValueError(
-            f"model.vision.name: {config.name} is a {type(vision).__name__}"
-            " without a class token or not a plain ViT; take a timm vit_* or deit_* model"
-        )
+    vision = as_tower(model, config.name)
     patch = vision.patch_embed.patch_size[0]
     if config.image_size % patch:
         raise ValueError(
@@ -159,22 +194,26 @@ def build_vision(
                 f"data.image_sizes: {size} is no multiple of the patch size {patch} of "
                 f"{config.name}; give one"
             )
+    vision.statistics = config.statistics
     for block in vision.blocks:
-        block.attn.kernel = kernel
+        if type(block.attn) is TimmAttention:
+            block.attn.__class__ = VisionAttention
+            block.attn.kernel = kernel
     vision.set_grad_checkpointing(gradient_checkpointing)
     _freeze(vision, config.frozen_layers)
     return vision
 
 
-def training_tokens(vision: VisionTransformer) -> int:
-    """Number of tokens of an image that go through the blocks in training, after patch dropout."""
+def training_tokens(vision: ImageTower) -> int:
+    """Number of tokens that the tower gives of an image in training, after patch dropout."""
     patches: int = vision.patch_embed.num_patches
-    if isinstance(vision.patch_drop, PatchDropout):  # rounded as timm rounds
-        patches = max(1, int(patches * (1.0 - vision.patch_drop.prob)))
-    return patches + vision.num_prefix_tokens
+    share: float = getattr(getattr(vision, "patch_drop", None), "prob", 0.0)
+    if share:  # rounded as timm rounds
+        patches = max(1, int(patches * (1.0 - share)))
+    return patches + vision.num_prefix_tokens + vision.added_tokens
 
 
-def _freeze(vision: VisionTransformer, layers: int) -> None:
+def _freeze(vision: ImageTower, layers: int) -> None:
     """Turn gradients off for the first blocks and all that comes before them.
 
     Autograd stops at the first block that trains, so frozen blocks have no backward at all.
@@ -187,5 +226,7 @@ def _freeze(vision: VisionTransformer, layers: int) -> None:
         )
     if layers:
         vision.requires_grad_(False)
-        for module in (*vision.blocks[layers:], vision.norm):
-            module.requires_grad_(True)
+        after = (vision.norm, vision.fc_norm, getattr(vision, "attn_pool", None))
+        for module in (*vision.blocks[layers:], *after):
+            if module is not None:
+                module.requires_grad_(True)

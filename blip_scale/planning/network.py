@@ -145,15 +145,14 @@ def vision_shape(config: VisionConfig) -> VisionShape:
     """Sizes of a ViT."""
     with torch.device("meta"):
         vision = build_vision(config)
-    block: Any = vision.blocks[0]
     return VisionShape(
         config.image_size,
         training_tokens(vision),
         vision.embed_dim,
         len(vision.blocks),
         len(vision.blocks) - config.frozen_layers,
-        block.attn.num_heads,
-        block.mlp.fc1.out_features,
+        vision.heads,
+        vision.mlp_width,
     )
 
 

@@ -91,3 +91,28 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     torch.save({"model": {}, "config": Path("x")}, tmp_path / "unsafe.pth")
     with pytest.raises(ValueError, match="more than tensors"):
         load_vision(tiny_med(), tmp_path / "unsafe.pth")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    ["vit_base_patch16_siglip_224.v2_webli", "eva02_base_patch14_224", "beitv2_base_patch16_224"],
+)
+def test_weights_of_other_towers(tmp_path: Path, name: str) -> None:
+    """The classifier is left out, a norm after the pooling is not, and positions are resized."""
+    sizes = SIZES | {"num_heads": 3}
+    timms = timm.create_model(name, img_size=32, num_classes=7, **sizes).eval()
+    for parameter in timms.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    save_file(timms.state_dict(), tmp_path / "tower.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    for image_size in (32, 48):
+        vision = VisionConfig(name, image_size, sizes, normalization="blip")
+        med = MED(MEDConfig(vision, TEXT, 16)).eval()
+        load_vision(med, tmp_path / "tower.safetensors")
+        if image_size == 32:
+            expected = timms.forward_head(timms.forward_features(images), pre_logits=True)
+            pooled = med.encode_image(images)[:, 0]
+            torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
+        else:
+            assert med.encode_image(torch.randn(1, 3, 48, 48)).isfinite().all()

@@ -41,6 +41,7 @@ from blip_scale.engine.zero.parameter_slices import (
 )
 from blip_scale.engine.zero.whole_weights import FlatWeights
 from blip_scale.model.compiling import compile_blocks
+from blip_scale.model.towers import refill_constants
 
 logger = logging.getLogger(__name__)
 
@@ -481,6 +482,7 @@ def initialize(
     optimizer = _build_optimizer(list(trainable.values()), recipe, ds_config)
     with _exchanging_on_one_thread():
         engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=ds_config)
+    refill_constants(network)  # zero.Init and bf16 round them
     if is_compiled:
         compile_blocks(network)
     else:
