@@ -55,6 +55,14 @@ class Rules:
     """Pairs to hold out: an int is their number, a float their share; None: none."""
     images_below: str | None = None
     """Folder that must hold the images that a list names; None: anywhere, also on the web."""
+    min_similarity: float | None = None
+    """Smallest similarity of image and text; None: any."""
+    max_punsafe: float | None = None
+    """Largest probability that the image is unsafe; None: any."""
+    max_pwatermark: float | None = None
+    """Largest probability of a watermark; None: any."""
+    keep_unscored: bool = False
+    """Accept pairs without the score that a limit is set for."""
 
 
 class _Refused(Exception):
@@ -107,6 +115,7 @@ def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], b
             raise _Refused(Reason.DAMAGED_INPUT, f"its {name} is no UTF-8")
     if not _is_unicode(json.dumps(pair.annotations, ensure_ascii=False)):
         raise _Refused(Reason.BAD_ANNOTATION, "half a surrogate pair")
+    _check_scores(pair, rules)
     captions, rejects = _captions(pair, rules.max_words)
     root = None if pair.from_folder else rules.images_below
     picture = check_image(_image_bytes(pair.image, root, pair.note), rules)
@@ -120,6 +129,24 @@ def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], b
         _annotations(pair, rejects), second.data if second else None,
     )  # fmt: skip
     return record, rejects, picture.reencoded or (second is not None and second.reencoded)
+
+
+def _check_scores(pair: RawPair, rules: Rules) -> None:
+    """Refuse a pair by its scores, before its image is opened."""
+    for name, value, smallest, largest, reason in (
+        ("similarity", pair.similarity, rules.min_similarity, None, Reason.LOW_SIMILARITY),
+        ("punsafe", pair.punsafe, None, rules.max_punsafe, Reason.UNSAFE),
+        ("pwatermark", pair.pwatermark, None, rules.max_pwatermark, Reason.WATERMARK),
+    ):
+        if smallest is None and largest is None:
+            continue
+        if value is None:
+            if not rules.keep_unscored:
+                raise _Refused(Reason.MISSING_SCORE, f"no {name}; {pair.note}")
+        elif (smallest is not None and value < smallest) or (
+            largest is not None and value > largest
+        ):
+            raise _Refused(reason, f"{value:.4g}")
 
 
 def _annotations(pair: RawPair, rejects: list[Reject]) -> list[dict[str, Any]] | None:
