@@ -35,6 +35,7 @@ class Reason(StrEnum):
     UNSAFE = "punsafe too high"
     WATERMARK = "pwatermark too high"
     MISSING_SCORE = "missing score"
+    NOT_IN_PLACE = "can't be read in place"
     WEB_UNMATCHED = "web caption doesn't match"
     SYNTHETIC_UNMATCHED = "synthetic caption doesn't match"
     BAD_ANNOTATION = "bad annotation"
@@ -69,6 +70,8 @@ class RawPair:
     """Probability that the image is unsafe; None where unknown."""
     pwatermark: float | None = None
     """Probability of a watermark; None where unknown."""
+    offset: int | None = None
+    """First byte of the image in an uncompressed tar; None for images that lie elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -63,6 +63,8 @@ class Rules:
     """Largest probability of a watermark; None: any."""
     keep_unscored: bool = False
     """Accept pairs without the score that a limit is set for."""
+    in_place: bool = False
+    """Write where images lie in their tar, and look only at their headers."""
 
 
 class _Refused(Exception):
@@ -128,6 +130,11 @@ def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], b
         picture.width, picture.height, pair.url, similarity,
         _annotations(pair, rejects), second.data if second else None,
     )  # fmt: skip
+    if rules.in_place:
+        if pair.offset is None:
+            raise _Refused(Reason.NOT_IN_PLACE, "a link, a sparse file or a compressed tar")
+        place = (pair.offset, len(picture.data), picture.reencoded)
+        return replace(record, image=b"", image_place=place), rejects, False
     return record, rejects, picture.reencoded or (second is not None and second.reencoded)
 
 
@@ -233,8 +240,12 @@ def check_image(data: bytes, rules: Rules) -> Picture:
             warnings.simplefilter("ignore")  # Pillow warns of size and odd metadata
             with open_image(data) as image:
                 _check_size(image.size, rules)
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                turned = orientation in range(2, 9)
+                if rules.in_place:
+                    upright = image.size[::-1] if orientation in range(5, 9) else image.size
+                    return Picture(data, *upright, reencoded=turned)
                 image.load()
-                turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
                 large = rules.max_side is not None and min(image.size) > rules.max_side
                 if turned or large:
                     return _encode_anew(image, rules)
@@ -252,6 +263,12 @@ def check_image(data: bytes, rules: Rules) -> Picture:
         raise _Refused(Reason.UNDECODABLE, detail) from error
     except Exception as error:  # each format's decoder has its own ways to fail
         raise _Refused(Reason.UNDECODABLE, describe(error)) from error
+
+
+def turned_upright(data: bytes) -> bytes:
+    """An image that EXIF says is turned, as a conversion with the usual rules writes it."""
+    with open_image(data) as image:
+        return _encode_anew(image, Rules("")).data
 
 
 def _check_size(size: tuple[int, int], rules: Rules) -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 from blip_scale.errors import RefusedInput
 from blip_scale.storage import files
 
-_SHARDS = "shard.*.mds"
+_SHARDS = ("shard.*.mds", "*.tar")
+TAR_INDEX = "tar-index"
+"""Folder with the index of tars. It is 1 % of their size, and is never evicted."""
 _COUNT_EVERY_S = 60.0
 """Shards of the cache are counted anew so often, as other jobs add and drop some."""
 _SLACK = 64
@@ -114,7 +116,9 @@ class ShardCache:
     def _entries(self) -> list[tuple[int, int, Path]]:
         """Time of the last use, bytes and path of every shard."""
         entries = []
-        for path in (path for folder in self.folders for path in folder.rglob(_SHARDS)):
+        for path in _shards_below(self.folders):
+            if TAR_INDEX in path.parent.parts:
+                continue
             try:
                 status = path.stat()
             except FileNotFoundError:  # a job with other streams drops shards of this folder too
@@ -144,8 +148,14 @@ def claim(folder: Path, remote: str) -> None:
 
 def drop_shards(folder: Path) -> None:
     """Delete every shard of a cache folder."""
-    for path in folder.rglob(_SHARDS):
+    for path in _shards_below([folder]):
         path.unlink(missing_ok=True)
+
+
+def _shards_below(folders: Sequence[Path]) -> Iterator[Path]:
+    for folder in folders:
+        for pattern in _SHARDS:
+            yield from folder.rglob(pattern)
 
 
 def has_size(path: str, size: int) -> bool:
