@@ -151,7 +151,8 @@ def _write_list(out: OutputFolder, tars: Sequence[Entry]) -> None:
     for shard in json.loads(out.read(INDEX_NAME))["shards"]:
         tar = tars[int(shard["raw_data"]["basename"].split(".")[1])]
         file = {"basename": tar.name, "bytes": tar.size, "hashes": {}}
-        listed.append(shard | {"raw_data": file, "zip_data": None})
+        # With the version, the list of other tars is another list, even if their sizes are equal.
+        listed.append(shard | {"raw_data": file, "zip_data": None, "tar_version": tar.version})
     with out.workshop("list", per_process=True) as folder:
         (folder / TAR_LIST).mkdir()
         names = [f"{TAR_LIST}/{INDEX_NAME}", STAMP_NAME]

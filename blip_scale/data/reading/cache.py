@@ -19,8 +19,8 @@ from blip_scale.errors import RefusedInput
 from blip_scale.storage import files
 
 _SHARDS = ("shard.*.mds", "*.tar")
-TAR_INDEX = "tar-index"
-"""Folder with the index of tars. It is 1 % of their size, and is never evicted."""
+TAR_INDEX, FETCHED_TAR_INDEX = "tar-index", "tar-index-fetched"
+"""Folders with an index of tars, made here or fetched: 1 % of their size, and never evicted."""
 _COUNT_EVERY_S = 60.0
 """Shards of the cache are counted anew so often, as other jobs add and drop some."""
 _SLACK = 64
@@ -117,8 +117,6 @@ class ShardCache:
         """Time of the last use, bytes and path of every shard."""
         entries = []
         for path in _shards_below(self.folders):
-            if TAR_INDEX in path.parent.parts:
-                continue
             try:
                 status = path.stat()
             except FileNotFoundError:  # a job with other streams drops shards of this folder too
@@ -155,7 +153,9 @@ def drop_shards(folder: Path) -> None:
 def _shards_below(folders: Sequence[Path]) -> Iterator[Path]:
     for folder in folders:
         for pattern in _SHARDS:
-            yield from folder.rglob(pattern)
+            for path in folder.rglob(pattern):
+                if path.relative_to(folder).parts[0] not in (TAR_INDEX, FETCHED_TAR_INDEX):
+                    yield path
 
 
 def has_size(path: str, size: int) -> bool:

@@ -58,7 +58,7 @@ class StreamStore:
     """
 
     index_name = INDEX_NAME
-    """Path of the index from the folder, and from the remote."""
+    """Path of the index from the remote."""
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class StreamStore:
             self.cache = cache or ShardCache([self.folder])
             self._fetcher = Fetcher(self.remote, retry_s)
             self._claim_cache()
+        captions_folder = self._prepare_index(stream, retry_s)
         try:
-            captions_folder = self._prepare_index(stream, retry_s)
             self.shards = open_shards(self.index_path.parent)
             by_caption = stream.repeat == "captions"
             self._captions = open_captions(captions_folder, self.shards) if by_caption else None
@@ -100,7 +100,7 @@ class StreamStore:
     @property
     def index_path(self) -> Path:
         """The index of the files that hold the images."""
-        return self.folder / self.index_name
+        return self.folder / INDEX_NAME
 
     def _prepare_index(self, stream: StreamRecipe, retry_s: float) -> Path:
         """Bring the index here; returns the folder whose index counts the captions."""

@@ -20,7 +20,7 @@ from blip_scale.data.conversion.tar_index import (
 )
 from blip_scale.data.loading import workers
 from blip_scale.data.mds import INDEX_NAME
-from blip_scale.data.reading.cache import TAR_INDEX, locked
+from blip_scale.data.reading.cache import FETCHED_TAR_INDEX, TAR_INDEX, drop_shards, locked
 from blip_scale.data.reading.stream_store import StreamStore
 from blip_scale.storage.locations import Entry, join
 
@@ -41,21 +41,31 @@ class TarStore(StreamStore):
 
     index_name = f"{TAR_INDEX}/{TAR_LIST}/{INDEX_NAME}"
 
+    @property
+    def index_path(self) -> Path:
+        """The list of the tars."""
+        return self._index / TAR_LIST / INDEX_NAME
+
     def _prepare_index(self, stream: StreamRecipe, retry_s: float) -> Path:
         location = self.remote or str(self.folder)
-        tars = list_tars(location)
-        beside, here = join(location, TAR_INDEX), self.folder / TAR_INDEX
-        remote = beside if self.remote and is_current(beside, tars) else None
+        try:
+            tars = list_tars(location)
+            beside = join(location, TAR_INDEX)
+            remote = beside if self.remote and is_current(beside, tars) else None
+            self._index = self.folder / (FETCHED_TAR_INDEX if remote else TAR_INDEX)
+            if remote is None and not is_current(str(self._index), tars):
+                self._make_index(location, tars)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(self._message(str(error))) from error
         if remote:
             self._fetch_index()
-        elif not is_current(str(here), tars):
-            self._make_index(location, here, tars)
-        texts = replace(stream, local=str(here), remote=remote, format="mds")
+        texts = replace(stream, local=str(self._index), remote=remote, format="mds")
         self._texts = StreamStore(texts, self._make_with, self.cache if remote else None, retry_s)
         """Everything but the images."""
-        return here
+        return self._index
 
-    def _make_index(self, location: str, here: Path, tars: list[Entry]) -> None:
+    def _make_index(self, location: str, tars: list[Entry]) -> None:
+        here = self._index
         size = sum(tar.size for tar in tars)
         command = f"blip-scale index-tars {location}"
         if size > _LARGEST_UNINDEXED:
@@ -69,6 +79,8 @@ class TarStore(StreamStore):
                 if is_current(str(here), tars):  # made by another process in the meantime
                     return
                 logger.info("stream %s: %d tars are indexed in %s", self.name, len(tars), here)
+                if self.remote:
+                    drop_shards(self.folder)  # tars that have changed
                 workers.start_server()
                 job = IndexJob(location, str(here))
                 summary = write_index(job, start_method=workers.CONTEXT)
@@ -94,7 +106,7 @@ class TarStore(StreamStore):
             FileNotFoundError: the tar can't be fetched, or is evicted at once.
         """
         columns = self._texts.read(number, sample)
-        place = columns.pop("image_place")
+        place = columns.pop("image_place", ())
         columns["image"] = self._read_from(number, lambda: self._image(number, *place))
         columns["source"] = self.name
         return columns
