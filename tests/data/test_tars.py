@@ -20,6 +20,7 @@ from blip_scale.data.reading.cache import TAR_INDEX, ShardCache
 from blip_scale.data.reading.inventory import inventory
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 from blip_scale.data.reading.streams import open_stream
+from blip_scale.planning import data_volume
 from blip_scale.storage import objects
 
 LEFT_OUT = {"missing caption": 1, "missing image": 1, "undecodable": 1}
@@ -121,6 +122,7 @@ def test_changed_tars_are_indexed_anew(tars: Path, monkeypatch: pytest.MonkeyPat
     (listed,) = inventory([opened])
     assert (listed["samples"], listed["shards"]) == (25, 4)
     assert listed["bytes"] == sum(tar.size for tar in list_tars(str(tars)))
+    assert data_volume._count(tars, by_caption=True) == (25, 25, listed["bytes"])
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the index is made again")

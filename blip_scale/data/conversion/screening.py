@@ -240,12 +240,13 @@ def check_image(data: bytes, rules: Rules) -> Picture:
             warnings.simplefilter("ignore")  # Pillow warns of size and odd metadata
             with open_image(data) as image:
                 _check_size(image.size, rules)
+                if not rules.in_place:
+                    image.load()
                 orientation = image.getexif().get(_ORIENTATION, 1)
                 turned = orientation in range(2, 9)
                 if rules.in_place:
                     upright = image.size[::-1] if orientation in range(5, 9) else image.size
                     return Picture(data, *upright, reencoded=turned)
-                image.load()
                 large = rules.max_side is not None and min(image.size) > rules.max_side
                 if turned or large:
                     return _encode_anew(image, rules)

@@ -22,6 +22,7 @@ from blip_scale.data.conversion.pairs import Chunk
 from blip_scale.data.conversion.run import PLAN_NAME, Conversion, Part, Progress, convert, read_plan
 from blip_scale.data.conversion.screening import Rules
 from blip_scale.data.mds import INDEX_NAME, OFFSET_LIMIT, check_shard_name
+from blip_scale.data.reading.cache import TAR_LIST
 from blip_scale.data.sources.webdataset import (
     TAR_ENDINGS,
     file_chunk,
@@ -33,8 +34,6 @@ from blip_scale.storage.locations import Entry, is_folder, join, read_file
 from blip_scale.storage.untrusted import parse_json
 
 STAMP_NAME = "set.json"
-TAR_LIST = "tars"
-"""Folder in the index with the list of the tars."""
 _FORMAT = 1
 _SHARD_BYTES = OFFSET_LIMIT - 1
 _LARGEST_STAMP_BYTES = 1 << 16

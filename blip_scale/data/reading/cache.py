@@ -21,6 +21,8 @@ from blip_scale.storage import files
 _SHARDS = ("shard.*.mds", "*.tar")
 TAR_INDEX, FETCHED_TAR_INDEX = "tar-index", "tar-index-fetched"
 """Folders with an index of tars, made here or fetched: 1 % of their size, and never evicted."""
+TAR_LIST = "tars"
+"""Folder in such an index with the list of the tars."""
 _COUNT_EVERY_S = 60.0
 """Shards of the cache are counted anew so often, as other jobs add and drop some."""
 _SLACK = 64

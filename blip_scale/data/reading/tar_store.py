@@ -12,7 +12,6 @@ from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.conversion.pairs import LARGEST_FILE_BYTES
 from blip_scale.data.conversion.screening import turned_upright
 from blip_scale.data.conversion.tar_index import (
-    TAR_LIST,
     IndexJob,
     is_current,
     list_tars,
@@ -20,7 +19,13 @@ from blip_scale.data.conversion.tar_index import (
 )
 from blip_scale.data.loading import workers
 from blip_scale.data.mds import INDEX_NAME
-from blip_scale.data.reading.cache import FETCHED_TAR_INDEX, TAR_INDEX, drop_shards, locked
+from blip_scale.data.reading.cache import (
+    FETCHED_TAR_INDEX,
+    TAR_INDEX,
+    TAR_LIST,
+    drop_shards,
+    locked,
+)
 from blip_scale.data.reading.stream_store import StreamStore
 from blip_scale.storage.locations import Entry, join
 
