@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from blip_scale import logs
 from blip_scale.commands.command_line import (
     Parser,
     interrupt_on_sigterm,
@@ -70,8 +71,9 @@ def _index(options: argparse.Namespace, prog: str) -> int:
         print(f"  {reason}: {count}")
     if pairs["written"]:
         return exit_codes.DONE
-    examples = "; ".join(f"{name}: {text}" for name, text in summary["reject_examples"].items())
-    return refuse(prog, f"{options.tars}: no pair can be indexed ({examples or 'it is empty'})")
+    rejects = [f"{reason}: {example}" for reason, example in summary["reject_examples"].items()]
+    details = logs.printable("; ".join(rejects) or "the tars are empty")
+    return refuse(prog, f"{options.tars}: no pair can be indexed ({details})")
 
 
 def _parser(prog: str) -> Parser:

@@ -218,3 +218,5 @@ def test_the_command(
     assert list(out.glob("shard.*.mds")), "an index is never evicted"
     assert len(all_samples(store)) == 24, "fetched again"
     assert index_tars.main([str(other), "--max-punsafe", "2"]) == 2
+    assert index_tars.main([str(other), str(out), "--shard", "0/2"]) == 2
+    assert "is an index of other tars, or with other options" in capsys.readouterr().err

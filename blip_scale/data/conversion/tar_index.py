@@ -92,7 +92,7 @@ def is_current(index: str, tars: Sequence[Entry]) -> bool:
     stamp = parse_json(content)
     if not isinstance(stamp, dict) or stamp.get("format") != _FORMAT:
         raise ValueError(f"{index} is an index of tars by another release: remove it")
-    return bool(stamp["tars"] == of_files(tars))
+    return bool(stamp.get("tars") == of_files(tars))
 
 
 def write_index(
@@ -127,9 +127,14 @@ def write_index(
     )  # fmt: skip
     out = OutputFolder(job.out, job.scratch)
     is_other = out.has(PLAN_NAME) and read_plan(out) != _as_read(conversion.plan())
-    if is_other and part.of == 1:
+    if is_other and part.of > 1:
+        raise ValueError(
+            f"{job.out} is an index of other tars, or with other options: remove it, then run all "
+            "parts again"
+        )
+    if is_other:
         out.discard([STAMP_NAME])
-    summary = convert(conversion, part, show, overwrite=is_other and part.of == 1)
+    summary = convert(conversion, part, show, overwrite=is_other)
     if summary is not None and summary["pairs"]["written"]:
         _write_list(out, tars)
     return summary
