@@ -212,8 +212,11 @@ def test_the_command(
     monkeypatch.setattr(tar_store, "write_index", None)
     store = open_stream(of_tars(tmp_path / "cache", other))
     assert store.samples == 24 and len(all_samples(store)) == 24
-    cache = ShardCache([tmp_path / "cache"], 1)
-    cache._drop_until(1)
+    (tmp_path / "home").mkdir()
+    backup = tmp_path / "home" / "backup.tar"
+    backup.touch()
+    ShardCache([tmp_path / "cache", backup.parent], 1)._drop_until(1)
+    assert backup.is_file(), "a cache of shards has no tars to evict"
     assert not list((tmp_path / "cache").glob("*.tar"))
     assert list(out.glob("shard.*.mds")), "an index is never evicted"
     assert len(all_samples(store)) == 24, "fetched again"

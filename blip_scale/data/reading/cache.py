@@ -18,7 +18,7 @@ from pathlib import Path
 from blip_scale.errors import RefusedInput
 from blip_scale.storage import files
 
-_SHARDS = ("shard.*.mds", "*.tar")
+_SHARDS, _TARS = "shard.*.mds", "*.tar"
 TAR_INDEX, FETCHED_TAR_INDEX = "tar-index", "tar-index-fetched"
 """Folders with an index of tars, made here or fetched: 1 % of their size, and never evicted."""
 TAR_LIST = "tars"
@@ -153,10 +153,13 @@ def drop_shards(folder: Path) -> None:
 
 
 def _shards_below(folders: Sequence[Path]) -> Iterator[Path]:
+    """Fetched shards, and tars in the caches of tar streams; indexes of tars are left out."""
     for folder in folders:
-        for pattern in _SHARDS:
+        indexes = [folder / TAR_INDEX, folder / FETCHED_TAR_INDEX]
+        has_tars = any(index.is_dir() for index in indexes)
+        for pattern in (_SHARDS, _TARS) if has_tars else (_SHARDS,):
             for path in folder.rglob(pattern):
-                if path.relative_to(folder).parts[0] not in (TAR_INDEX, FETCHED_TAR_INDEX):
+                if not any(path.is_relative_to(index) for index in indexes):
                     yield path
 
 
