@@ -23,7 +23,7 @@ def write_tar(path: Path, first: int, count: int) -> Path:
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number in range(first, first + count):
-            for ending, data in (("jpg", jpeg(number)), ("txt", b"a pair")):
+            for ending, data in (("jpg", jpeg(number, (48, 40))), ("txt", b"a pair")):
                 member = tarfile.TarInfo(f"{number:04}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

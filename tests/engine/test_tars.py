@@ -40,7 +40,7 @@ def test_tars_give_the_losses_of_shards(tmp_path: Path) -> None:
     )  # fmt: skip
     train(expected, 2)
     streams = [{"name": "shapes", "local": str(tars), "format": "tars"}]
-    for steps in (3, 6):
+    for steps in (3, 6):  # the second run resumes
         recipe = make_recipe(tmp_path, data={"streams": streams}, train={"max_steps": steps})
         train(recipe, 2)
     assert losses(tmp_path / "run") == losses(tmp_path / "of_shards"), said(recipe)
