@@ -292,8 +292,8 @@ def _weights(recipe: Recipe) -> str:
 
 
 def _stream(recipe: Recipe, stream: StreamRecipe) -> str:
-    from blip_scale.data.reading.probe import MOST_UNKNOWN, probe_stream
-    from blip_scale.data.tokenizer import load_tokenizer
+    from blip_scale.data.reading.probe import probe_stream
+    from blip_scale.data.tokenizer import MOST_UNKNOWN, load_tokenizer
 
     tokenizer = None
     with contextlib.suppress(OSError, ValueError):  # the check of initial weights names it

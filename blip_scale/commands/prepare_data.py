@@ -120,7 +120,19 @@ def _rules(options: argparse.Namespace, source: Source) -> Rules:
         jpeg_quality=options.jpeg_quality,
         holdout=parse_holdout(options.holdout),
         images_below=None if options.allow_outside else source.image_root(),
+        **filters_of(options),
     )
+
+
+def filters_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `Rules` by the options of `add_filters`; raises ValueError for a wrong one."""
+    limits = {name: getattr(options, name) for name in _LIMITS}
+    for name, value in limits.items():
+        smallest = -1 if name == "min_similarity" else 0
+        if value is not None and not smallest <= value <= 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value}: expected a number from {smallest} to 1")
+    return {**limits, "keep_unscored": options.keep_unscored}
 
 
 def _source(options: argparse.Namespace) -> Source:
@@ -235,6 +247,16 @@ _COLUMNS = "name the columns with --caption-key and --image-key"
 _IMAGES = (
     "say where the images lie with --images, and what to take off their paths (--strip-prefix)"
 )
+_LIMITS = {
+    "min_similarity": "reject pairs whose image and text are less similar",
+    "max_punsafe": "reject images that are unsafe with a higher probability",
+    "max_pwatermark": "reject images that have a watermark with a higher probability",
+}
+"""Field of `Rules` -> help of its option."""
+_SCORES = (
+    "leave the filter out, download with img2dataset's --save_additional_columns, or give "
+    "--keep-unscored"
+)
 _ADVICE: dict[str, str] = {
     Reason.MISSING_IMAGE: _IMAGES,
     Reason.OUTSIDE: _IMAGES,
@@ -242,6 +264,7 @@ _ADVICE: dict[str, str] = {
     Reason.EMPTY_CAPTION: _COLUMNS,
     Reason.CAPTION_NO_TEXT: _COLUMNS,
     Reason.MISSING_KEY: _COLUMNS,
+    Reason.MISSING_SCORE: _SCORES,
 }
 """Most frequent reason -> advice where nothing was written."""
 
@@ -323,6 +346,17 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
+def add_filters(group: argparse._ActionsContainer) -> None:
+    """Add the options that filter pairs by the scores of their set."""
+    for name, text in _LIMITS.items():
+        option = name.replace("_", "-")
+        group.add_argument(f"--{option}", type=float, help=f"{text}, by the scores of the set")
+    group.add_argument(
+        "--keep-unscored", action="store_true",
+        help="accept pairs without the score of such a filter; default: reject them",
+    )  # fmt: skip
+
+
 def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) -> None:
     command.add_argument(
         "input",
@@ -357,6 +391,7 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
     add(writing, "--max-aspect", rules.max_aspect,
         "reject images whose longer side is more than this many times the shorter")  # fmt: skip
     add(writing, "--max-pixels", rules.max_pixels, "reject larger images without decoding them")
+    add_filters(writing)
     add(writing, "--max-side", None,
         "scale images down to this shorter side; default: keep the bytes")  # fmt: skip
     add(writing, "--jpeg-quality", rules.jpeg_quality, "JPEG quality of scaled images")

@@ -375,6 +375,10 @@ def _check_stream(setting: str, stream: StreamRecipe, make_with: str) -> None:
     if remote and "://" in remote:
         return
     folder = Path(remote or local)
+    if stream.format == "tars":
+        if not any(folder.rglob("*.tar")):
+            raise FileNotFoundError(f"{setting} ({stream.name}): no .tar in {folder}")
+        return
     if not (folder / "index.json").is_file():
         fix = f"make it with: {make_with}" if make_with else f"give {setting}.local=FOLDER"
         raise FileNotFoundError(

@@ -192,6 +192,9 @@ class StreamRecipe:
     remote: str | None = None
     """Source of the shards: another folder, or a URL with s3://, gs://, az:// or https://. null:
     the shards are in `local`."""
+    format: Literal["mds", "tars"] = "mds"
+    """Format of the files. `tars`: uncompressed webdataset tars, which are read in place by their
+    index (see docs/data.md)."""
     repeat: Above0 | Literal["captions"] | None = None
     """Number of times that an epoch reads the stream; 0.5 reads a different half in each epoch. An
     image with several captions gives another caption each time. `captions` reads each image once

@@ -15,7 +15,8 @@ Sets of the fine-tuning tasks, and those of CapFilt, have one or two columns mor
 
 - `annotations`, a JSON list with an entry for each of the captions: answers, label, candidates,
   provenance;
-- `second_image`, where a caption speaks of two images.
+- `second_image`, where a caption speaks of two images;
+- `image_place`, in an index of tars (see `conversion.tar_index`), whose `image` is empty.
 
 Beside the shards index.json names the number of captions of every sample, so that an epoch can take
 each caption once: `captions`, a list a shard, or null where all samples of a shard have one.
@@ -46,7 +47,7 @@ COLUMNS = {
     "url": "str",
     "similarity": "float32",
 }
-EXTRA_COLUMNS = {"annotations": "json", "second_image": "bytes"}
+EXTRA_COLUMNS = {"annotations": "json", "second_image": "bytes", "image_place": "json"}
 IMAGE_COLUMNS = ("image", "second_image")
 CAPTIONS_KEY = "captions"
 HASH = "xxh64"
@@ -70,6 +71,8 @@ class Record:
     annotations: Sequence[dict[str, Any]] | None = None
     """One annotation per caption, with the labels of a task."""
     second_image: bytes | None = None
+    image_place: tuple[int, int, bool] | None = None
+    """First byte and size of the image in its tar, and whether EXIF says that it is turned."""
 
     @property
     def extra_columns(self) -> dict[str, str]:

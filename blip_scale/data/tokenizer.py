@@ -28,6 +28,8 @@ DECODE_TOKEN = "[DEC]"
 ENCODE_TOKEN = "[ENC]"
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt")
 _PACKAGE_PREFIX = "package:"
+MOST_UNKNOWN = 0.2
+"""Share of unknown tokens above which a tokenizer does not fit the captions."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class PackedTokens:
     max_length: int
     """Upper bound on the length of a caption; `max_tokens` if captions are padded."""
     padding: Padding = field(default_factory=Padding)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[int, int]:
+    """Number of tokens of a caption, [CLS] and [SEP] included, and of [UNK] among them."""
+    tokens = tokenizer(caption, return_attention_mask=False)["input_ids"]
+    return len(tokens), tokens.count(tokenizer.unk_token_id)
 
 
 def resolve_checkpoint(name: str) -> str:

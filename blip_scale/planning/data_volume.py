@@ -8,6 +8,8 @@ from pathlib import Path
 
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.loading.mixing import samples_per_epoch
+from blip_scale.data.mds import INDEX_NAME
+from blip_scale.data.reading.cache import TAR_INDEX, TAR_LIST
 from blip_scale.data.shards import read_caption_counts
 from blip_scale.storage.untrusted import parse_json
 
@@ -89,7 +91,10 @@ def _count(folder: Path, by_caption: bool) -> tuple[int, int, float] | None:
 
     None if the folder has no index.
     """
-    file = folder / "index.json"
+    file = folder / INDEX_NAME
+    if not file.is_file() and (folder / TAR_INDEX).is_dir():
+        folder = folder / TAR_INDEX
+        file = folder / TAR_LIST / INDEX_NAME
     if not file.is_file():
         return None
     try:

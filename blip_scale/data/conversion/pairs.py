@@ -31,6 +31,11 @@ class Reason(StrEnum):
     EMPTY_CAPTION = "empty caption"
     DUPLICATE_ID = "duplicate id"
     MISSING_KEY = "missing key"
+    LOW_SIMILARITY = "similarity too low"
+    UNSAFE = "punsafe too high"
+    WATERMARK = "pwatermark too high"
+    MISSING_SCORE = "missing score"
+    NOT_IN_PLACE = "can't be read in place"
     WEB_UNMATCHED = "web caption doesn't match"
     SYNTHETIC_UNMATCHED = "synthetic caption doesn't match"
     BAD_ANNOTATION = "bad annotation"
@@ -61,6 +66,12 @@ class RawPair:
     from_folder: bool = False
     """Whether the image was listed from a folder, whose links are followed. Otherwise a list names
     it, and it must lie below the folder of images (see `Source.image_root`)."""
+    punsafe: float | None = None
+    """Probability that the image is unsafe; None where unknown."""
+    pwatermark: float | None = None
+    """Probability of a watermark; None where unknown."""
+    offset: int | None = None
+    """First byte of the image in an uncompressed tar; None for images that lie elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from blip_scale.data.loading.workers import end_with_parent
 from blip_scale.data.mds import INDEX_NAME
 
 PLAN_NAME = "conversion.json"
-_FORMAT = 3
+_FORMAT = 4
 _POLL_S = 0.2
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -55,6 +55,16 @@ class Rules:
     """Pairs to hold out: an int is their number, a float their share; None: none."""
     images_below: str | None = None
     """Folder that must hold the images that a list names; None: anywhere, also on the web."""
+    min_similarity: float | None = None
+    """Smallest similarity of image and text; None: any."""
+    max_punsafe: float | None = None
+    """Largest probability that the image is unsafe; None: any."""
+    max_pwatermark: float | None = None
+    """Largest probability of a watermark; None: any."""
+    keep_unscored: bool = False
+    """Accept pairs without the score that a limit is set for."""
+    in_place: bool = False
+    """Write where images lie in their tar, and look only at their headers."""
 
 
 class _Refused(Exception):
@@ -107,6 +117,7 @@ def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], b
             raise _Refused(Reason.DAMAGED_INPUT, f"its {name} is no UTF-8")
     if not _is_unicode(json.dumps(pair.annotations, ensure_ascii=False)):
         raise _Refused(Reason.BAD_ANNOTATION, "half a surrogate pair")
+    _check_scores(pair, rules)
     captions, rejects = _captions(pair, rules.max_words)
     root = None if pair.from_folder else rules.images_below
     picture = check_image(_image_bytes(pair.image, root, pair.note), rules)
@@ -119,7 +130,30 @@ def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], b
         picture.width, picture.height, pair.url, similarity,
         _annotations(pair, rejects), second.data if second else None,
     )  # fmt: skip
+    if rules.in_place:
+        if pair.offset is None:
+            raise _Refused(Reason.NOT_IN_PLACE, "a link, a sparse file or a compressed tar")
+        place = (pair.offset, len(picture.data), picture.reencoded)
+        return replace(record, image=b"", image_place=place), rejects, False
     return record, rejects, picture.reencoded or (second is not None and second.reencoded)
+
+
+def _check_scores(pair: RawPair, rules: Rules) -> None:
+    """Refuse a pair by its scores, before its image is opened."""
+    for name, value, smallest, largest, reason in (
+        ("similarity", pair.similarity, rules.min_similarity, None, Reason.LOW_SIMILARITY),
+        ("punsafe", pair.punsafe, None, rules.max_punsafe, Reason.UNSAFE),
+        ("pwatermark", pair.pwatermark, None, rules.max_pwatermark, Reason.WATERMARK),
+    ):
+        if smallest is None and largest is None:
+            continue
+        if value is None:
+            if not rules.keep_unscored:
+                raise _Refused(Reason.MISSING_SCORE, f"no {name}; {pair.note}")
+        elif (smallest is not None and value < smallest) or (
+            largest is not None and value > largest
+        ):
+            raise _Refused(reason, f"{value:.4g}")
 
 
 def _annotations(pair: RawPair, rejects: list[Reject]) -> list[dict[str, Any]] | None:
@@ -206,8 +240,13 @@ def check_image(data: bytes, rules: Rules) -> Picture:
             warnings.simplefilter("ignore")  # Pillow warns of size and odd metadata
             with open_image(data) as image:
                 _check_size(image.size, rules)
-                image.load()
-                turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+                if not rules.in_place:
+                    image.load()
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                turned = orientation in range(2, 9)
+                if rules.in_place:
+                    upright = image.size[::-1] if orientation in range(5, 9) else image.size
+                    return Picture(data, *upright, reencoded=turned)
                 large = rules.max_side is not None and min(image.size) > rules.max_side
                 if turned or large:
                     return _encode_anew(image, rules)
@@ -225,6 +264,12 @@ def check_image(data: bytes, rules: Rules) -> Picture:
         raise _Refused(Reason.UNDECODABLE, detail) from error
     except Exception as error:  # each format's decoder has its own ways to fail
         raise _Refused(Reason.UNDECODABLE, describe(error)) from error
+
+
+def turned_upright(data: bytes) -> bytes:
+    """An image that EXIF says is turned, as a conversion with the usual rules writes it."""
+    with open_image(data) as image:
+        return _encode_anew(image, Rules("")).data
 
 
 def _check_size(size: tuple[int, int], rules: Rules) -> None:

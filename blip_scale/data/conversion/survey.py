@@ -15,7 +15,7 @@ from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reject, Scre
 from blip_scale.data.conversion.report import example_of
 from blip_scale.data.conversion.screening import Rules, screen
 from blip_scale.data.conversion.text_counts import count_text, tokenizer_of
-from blip_scale.data.reading.probe import count_tokens
+from blip_scale.data.tokenizer import count_tokens
 
 _SPREAD = 16  # chunks that the sample is taken from
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from blip_scale.config.recipe import TextRecipe
 from blip_scale.data.captions import clean_caption, is_long
 from blip_scale.data.conversion.pairs import RawPair
-from blip_scale.data.reading.probe import MOST_UNKNOWN, count_tokens
 from blip_scale.data.shards import Record
-from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.data.tokenizer import MOST_UNKNOWN, count_tokens, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -16,7 +16,8 @@ from blip_scale.config.recipe import MAX_PIXELS, DataRecipe, StreamRecipe
 from blip_scale.data.captions import Clean, clean_caption
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.pixels.transforms import EvalTransform
-from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
+from blip_scale.data.reading.stream_store import CorruptSample
+from blip_scale.data.reading.streams import open_stream
 from blip_scale.data.shards import IMAGE_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def heldout_pairs(
             does not answer within `data.retry_s`.
     """
     data = data or DataRecipe()
-    store = StreamStore(stream, data.make_with, retry_s=data.retry_s)
+    store = open_stream(stream, data.make_with, retry_s=data.retry_s)
     taken = min(store.samples, max_images or store.samples)
     places = store.places(i * store.samples // taken for i in range(taken))  # evenly over the set
 

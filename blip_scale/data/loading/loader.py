@@ -30,8 +30,10 @@ from blip_scale.data.loading.shared_memory import (
 )
 from blip_scale.data.pixels.transforms import TrainTransform
 from blip_scale.data.reading.prefetch import Prefetcher
-from blip_scale.data.reading.probe import MOST_UNKNOWN, unknown_share
-from blip_scale.data.reading.stream_store import StreamStore, open_streams
+from blip_scale.data.reading.probe import unknown_share
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.reading.streams import open_streams
+from blip_scale.data.tokenizer import MOST_UNKNOWN
 
 _DEATH_SEEN_S = 30.0
 """Seconds that a worker may take to be seen dead on a busy machine, after its message broke off."""

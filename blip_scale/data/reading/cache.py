@@ -18,7 +18,11 @@ from pathlib import Path
 from blip_scale.errors import RefusedInput
 from blip_scale.storage import files
 
-_SHARDS = "shard.*.mds"
+_SHARDS, _TARS = "shard.*.mds", "*.tar"
+TAR_INDEX, FETCHED_TAR_INDEX = "tar-index", "tar-index-fetched"
+"""Folders with an index of tars, made here or fetched: 1 % of their size, and never evicted."""
+TAR_LIST = "tars"
+"""Folder in such an index with the list of the tars."""
 _COUNT_EVERY_S = 60.0
 """Shards of the cache are counted anew so often, as other jobs add and drop some."""
 _SLACK = 64
@@ -114,7 +118,7 @@ class ShardCache:
     def _entries(self) -> list[tuple[int, int, Path]]:
         """Time of the last use, bytes and path of every shard."""
         entries = []
-        for path in (path for folder in self.folders for path in folder.rglob(_SHARDS)):
+        for path in _shards_below(self.folders):
             try:
                 status = path.stat()
             except FileNotFoundError:  # a job with other streams drops shards of this folder too
@@ -144,8 +148,19 @@ def claim(folder: Path, remote: str) -> None:
 
 def drop_shards(folder: Path) -> None:
     """Delete every shard of a cache folder."""
-    for path in folder.rglob(_SHARDS):
+    for path in _shards_below([folder]):
         path.unlink(missing_ok=True)
+
+
+def _shards_below(folders: Sequence[Path]) -> Iterator[Path]:
+    """Fetched shards, and tars in the caches of tar streams; indexes of tars are left out."""
+    for folder in folders:
+        indexes = [folder / TAR_INDEX, folder / FETCHED_TAR_INDEX]
+        has_tars = any(index.is_dir() for index in indexes)
+        for pattern in (_SHARDS, _TARS) if has_tars else (_SHARDS,):
+            for path in folder.rglob(pattern):
+                if not any(path.is_relative_to(index) for index in indexes):
+                    yield path
 
 
 def has_size(path: str, size: int) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import xxhash
 
-from blip_scale.data import mds
 from blip_scale.data.reading.stream_store import StreamStore
 
 _CHUNK_BYTES = 1 << 22
@@ -17,14 +16,15 @@ def inventory(stores: Sequence[StreamStore]) -> list[dict[str, Any]]:
     """A JSON-able object for each stream.
 
     Its fields are name, local, remote, samples, shards (their number), bytes (uncompressed) and
-    index_xxh64. The last is the hash of index.json, which names every shard with its hashes.
+    index_xxh64. The last is the hash of index.json, which names every shard with its hashes, or of
+    the list of tars with their sizes.
     """
     return [_stream(store) for store in stores]
 
 
 def _stream(store: StreamStore) -> dict[str, Any]:
     hasher = xxhash.xxh64()
-    with mds.index_file(store.folder).open("rb") as file:
+    with store.index_path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             hasher.update(chunk)
     return {

@@ -10,20 +10,14 @@ from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.reading.streams import open_stream
+from blip_scale.data.tokenizer import count_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-MOST_UNKNOWN = 0.2
-"""Share of unknown tokens above which a tokenizer does not fit the captions."""
 _CAPTIONS = 64
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[int, int]:
-    """Number of tokens of a caption, [CLS] and [SEP] included, and of [UNK] among them."""
-    tokens = tokenizer(caption, return_attention_mask=False)["input_ids"]
-    return len(tokens), tokens.count(tokenizer.unk_token_id)
 
 
 def unknown_share(store: StreamStore, tokenizer: PreTrainedTokenizerFast) -> float:
@@ -64,7 +58,7 @@ def probe_stream(
     with tempfile.TemporaryDirectory(prefix="blip_scale_probe_") as folder:
         if stream.remote:
             stream = replace(stream, local=folder)
-        store = StreamStore(stream, make_with, retry_s=retry_s)
+        store = open_stream(stream, make_with, retry_s=retry_s)
         last = len(store.shards) - 1
         for shard, sample in ((0, 0), (last, store.shard_samples[last] - 1)):
             decode_image(store.read(shard, sample)["image"])

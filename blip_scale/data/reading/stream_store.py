@@ -12,9 +12,9 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from blip_scale.data.reading.cache import ShardCache, locked
 from blip_scale.data.reading.fetching import Fetcher
 from blip_scale.data.reading.shard_table import open_captions, open_shards
 from blip_scale.errors import RefusedInput
-from blip_scale.storage.free_space import is_disk_full, parse_bytes
+from blip_scale.storage.free_space import is_disk_full
 from blip_scale.storage.objects import DamagedFile, MissingFile, RemoteError
 
 INDEX_RETRY_S = 10.0
@@ -38,6 +38,8 @@ _READ_ATTEMPTS = 10
 _ROOM_WAIT_S = 5.0  # on a disk that holds nothing but what others are fetching
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class CorruptSample(ValueError):
@@ -55,6 +57,9 @@ class StreamStore:
     shard, its path and `make_with`, the command that makes the data. Raises OSError where the disk
     of the cache is full.
     """
+
+    index_name = INDEX_NAME
+    """Path of the index from the remote."""
 
     def __init__(
         self,
@@ -75,11 +80,11 @@ class StreamStore:
             self.cache = cache or ShardCache([self.folder])
             self._fetcher = Fetcher(self.remote, retry_s)
             self._claim_cache()
-            self._fetch_index()
+        captions_folder = self._prepare_index(stream, retry_s)
         try:
-            self.shards = open_shards(self.folder)
+            self.shards = open_shards(self.index_path.parent)
             by_caption = stream.repeat == "captions"
-            self._captions = open_captions(self.folder, self.shards) if by_caption else None
+            self._captions = open_captions(captions_folder, self.shards) if by_caption else None
         except FileNotFoundError as error:
             raise FileNotFoundError(self._message(str(error))) from error
         except ValueError as error:
@@ -92,6 +97,17 @@ class StreamStore:
             raise ValueError(self._message(f"{self.folder} holds no sample"))
         if self.remote is None:
             self._check_presence()
+
+    @property
+    def index_path(self) -> Path:
+        """The index of the files that hold the images."""
+        return self.folder / INDEX_NAME
+
+    def _prepare_index(self, stream: StreamRecipe, retry_s: float) -> Path:
+        """Bring the index here; returns the folder whose index counts the captions."""
+        if self.remote:
+            self._fetch_index()
+        return self.folder
 
     @property
     def shard_items(self) -> NDArray[np.int64]:
@@ -129,15 +145,19 @@ class StreamStore:
             FileNotFoundError: the shard can't be fetched, or is evicted at once.
         """
         shard = self.shards.readable(number)
+        return self._read_from(number, lambda: shard.read(sample))
+
+    def _read_from(self, number: int, read: Callable[[], T]) -> T:
+        """What `read` takes out of a shard that lies in the folder; raises as `read` does."""
         for _ in range(_READ_ATTEMPTS):
             self._ensure(number)
             try:
-                return shard.read(sample)
+                return read()
             except FileNotFoundError:  # evicted by another process: fetch it again
                 self._touched.pop(number, None)
             except Exception as error:  # whatever the decoder makes of damaged bytes
                 raise CorruptSample(f"{type(error).__name__}: {error}") from error
-        path = self._path(shard.raw_data)
+        path = self.folder / self.shards.name(number)
         raise FileNotFoundError(
             self._message(f"shard {path} vanishes as soon as it is fetched: raise data.cache_limit")
         )
@@ -242,10 +262,10 @@ class StreamStore:
 
     def _has_index(self) -> bool:
         """Whether the remote still has the set."""
-        part = self.folder / f"{INDEX_NAME}.check"
+        part = self.index_path.with_name(f"{INDEX_NAME}.check")
         with locked(self.folder, "index"):
             try:
-                self._fetcher.fetch(INDEX_NAME, part, retry_s=0)
+                self._fetcher.fetch(self.index_name, part, retry_s=0)
             except RemoteError:
                 return False
             part.unlink()
@@ -320,17 +340,17 @@ class StreamStore:
 
     def _fetch_index(self) -> None:
         """Fetch the remote's index. Shards that were cached under another index are deleted."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        target = self.folder / INDEX_NAME
-        part = self.folder / f"{INDEX_NAME}.part"
+        target = self.index_path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{INDEX_NAME}.part")
         with locked(self.folder, "index"):
             retry_s = INDEX_RETRY_S if target.is_file() else None
             try:
                 try:
-                    self._fetcher.fetch(INDEX_NAME, part, retry_s=retry_s)
+                    self._fetcher.fetch(self.index_name, part, retry_s=retry_s)
                 except OSError as error:
                     self._make_room(error, 1 << 20)
-                    self._fetcher.fetch(INDEX_NAME, part, retry_s=retry_s)
+                    self._fetcher.fetch(self.index_name, part, retry_s=retry_s)
             except RemoteError as error:
                 if not target.is_file():
                     raise FileNotFoundError(self._message(str(error))) from error
@@ -339,24 +359,7 @@ class StreamStore:
             if target.is_file() and not filecmp.cmp(target, part, shallow=False):
                 logger.warning(
                     "stream %s: %s has changed, cached shards are deleted",
-                    self.name, f"{self.remote}/{INDEX_NAME}",
+                    self.name, f"{self.remote}/{self.index_name}",
                 )  # fmt: skip
                 caching.drop_shards(self.folder)
             part.replace(target)
-
-
-def open_streams(data: DataRecipe) -> list[StreamStore]:
-    """The stores of all training streams that an epoch reads, under one cache limit."""
-    if not data.streams:
-        raise ValueError("data.streams is empty: name at least one stream to train on")
-    names = [stream.name for stream in data.streams]
-    if len(set(names)) < len(names):
-        raise ValueError(f"data.streams: names must differ, got {names}")
-    folders = [
-        Path(os.path.expandvars(stream.local)).expanduser()
-        for stream in data.streams
-        if stream.remote
-    ]
-    limit_bytes = parse_bytes(data.cache_limit) if data.cache_limit else None
-    cache = ShardCache(folders, limit_bytes)
-    return [StreamStore(stream, data.make_with, cache, data.retry_s) for stream in data.streams]

@@ -9,15 +9,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blip_scale.data.conversion.pairs import RawPair
+from blip_scale.data.sources.published import SETS
 from blip_scale.storage import untrusted
 
 TEXT_ENDINGS = ("txt", "text", "caption")
-CAPTION_KEYS = (
+_USUAL_CAPTION_KEYS = (
     "caption", "captions", "text", "txt", "TEXT", "re_caption", "recaption", "alt_text",
     "top_caption", "all_captions", "blip_caption", "sentence", "sentences", "description",
 )  # fmt: skip
-"""Names of captions, of which the first with a value is used. LAION-COCO has `TEXT`, `top_caption`
-and `all_captions`, Recap-DataComp `re_caption`, others `alt_text`."""
+_SET_CAPTION_KEYS = [name for published in SETS.values() for name in published.captions]
+CAPTION_KEYS = tuple(dict.fromkeys([*_USUAL_CAPTION_KEYS, *_SET_CAPTION_KEYS, "syn_text"]))
+"""Names of captions, of which the first with a value is used. img2dataset calls `caption` what the
+user chose by --caption_col."""
 _DATA_URL = re.compile(rb"data:image/[\w.+-]+;base64,")
 _BASE64_STARTS = (b"/9j/", b"iVBORw0KGgo", b"UklGR", b"R0lGOD", b"Qk0", b"SUkqA", b"TU0AK")
 """First characters of JPEG, PNG, WebP, GIF, BMP and TIFF files in base64."""
@@ -26,7 +29,16 @@ _INNER_KEYS = ("raw", "caption", "text", "sentence")
 """Keys of the text in a caption that is an object."""
 URL_KEYS = ("url", "URL", "image_url")
 ID_KEYS = ("key", "__key__", "id", "image_id", "img_id", "uid")
-SIMILARITY_KEYS = ("similarity", "SIMILARITY", "clip_similarity")
+_SET_SIMILARITY_KEYS = [name for published in SETS.values() for name in published.similarity]
+SIMILARITY_KEYS = tuple(
+    dict.fromkeys(["similarity", "SIMILARITY", "clip_similarity", *_SET_SIMILARITY_KEYS])
+)
+UNSAFE_KEYS = ("punsafe",)
+WATERMARK_KEYS = ("pwatermark",)
+WATERMARK_CLASS_KEYS = ("watermark_class_id", "watermark_class_score")
+"""PixelProse's class of an image (0: watermark, 1: none, 2: other text) and its probability."""
+SCORE_KEYS = (*SIMILARITY_KEYS, *UNSAFE_KEYS, *WATERMARK_KEYS, *WATERMARK_CLASS_KEYS)
+"""Names of the scores that `prepare-data` can filter by."""
 
 
 def first_of(fields: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
@@ -103,11 +115,12 @@ def note_of(fields: Iterable[str], kind: str = "keys") -> str:
 def pair_of(
     name: str, image: bytes | str | None, captions: Any, fields: Mapping[str, Any]
 ) -> RawPair:
-    """Build a pair with url and similarity from `fields`."""
+    """Build a pair with url and scores from `fields`."""
     url = first_of(fields, URL_KEYS)
     return RawPair(
-        name, image, captions, url if isinstance(url, str) else "", _similarity(fields),
-        note=note_of(fields),
+        name, image, captions, url if isinstance(url, str) else "",
+        _number(first_of(fields, SIMILARITY_KEYS)), note=note_of(fields),
+        punsafe=_number(first_of(fields, UNSAFE_KEYS)), pwatermark=_watermark(fields),
     )  # fmt: skip
 
 
@@ -128,9 +141,20 @@ def as_text(data: bytes) -> str | bytes:
         return data
 
 
-def _similarity(fields: Mapping[str, Any]) -> float | None:
+def _watermark(fields: Mapping[str, Any]) -> float | None:
+    """Probability of a watermark. From a class without one it is at most what the class leaves."""
+    stated = _number(first_of(fields, WATERMARK_KEYS))
+    if stated is not None:
+        return stated
+    kind, score = (_number(fields.get(key)) for key in WATERMARK_CLASS_KEYS)
+    if kind is None or score is None:
+        return None
+    return score if kind == 0 else 1.0 - score
+
+
+def _number(value: Any) -> float | None:
     try:
-        value = float(first_of(fields, SIMILARITY_KEYS))
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return None if math.isnan(value) else value
+    return None if math.isnan(number) else number

@@ -22,7 +22,7 @@ from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.annotations import image_location
 from blip_scale.data.sources.metadata import (
     ID_KEYS,
-    SIMILARITY_KEYS,
+    SCORE_KEYS,
     URL_KEYS,
     caption_keys,
     captions_of,
@@ -32,6 +32,7 @@ from blip_scale.data.sources.metadata import (
     note_of,
     pair_of,
 )
+from blip_scale.data.sources.published import recognised
 from blip_scale.data.sources.webdataset import (
     file_chunk,
     find_files,
@@ -95,17 +96,13 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
     names = table.schema_arrow.names
     images = _image_columns(table, source)
     if not images:
-        yield Reject(
-            basename(location), Reason.MISSING_KEY,
-            "has no column with images: give --image-key or, for a list of URLs, download them "
-            f"with img2dataset first (docs/data.md); {note_of(names, 'columns')}",
-        )  # fmt: skip
+        yield Reject(basename(location), Reason.MISSING_KEY, _without_images(names))
         return
     if not table.metadata.num_rows:
         yield Unused(f"parquet files without rows ({note_of(names, 'columns')})")
         return
     wanted = {
-        *images, *URL_KEYS, *SIMILARITY_KEYS, *caption_keys(source.caption_key), *ID_KEYS,
+        *images, *URL_KEYS, *SCORE_KEYS, *caption_keys(source.caption_key), *ID_KEYS,
         "error_message",
     }  # fmt: skip
     columns = [column for column in names if column in wanted]
@@ -123,6 +120,21 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
                 item = replace(item, note=note_of(names, "columns"))
             if item is not None:
                 yield item
+
+
+def _without_images(names: list[str]) -> str:
+    """Tell the columns of a table without images, and how to get the images."""
+    columns = note_of(names, "columns")
+    published = recognised(names)
+    if published is not None:
+        return (
+            f"a list of URLs of {published.title}, without images: img2dataset --url_col "
+            f"{published.url} --caption_col {published.captions[0]} (docs/data.md); {columns}"
+        )
+    return (
+        "has no column with images: give --image-key or, for a list of URLs, download them with "
+        f"img2dataset first (docs/data.md); {columns}"
+    )
 
 
 def _image_columns(table: ParquetFile, source: Source) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from blip_scale.data.sources.folder import chunks as folder_chunks
 from blip_scale.data.sources.foreign_mds import chunks as mds_chunks
 from blip_scale.data.sources.img2dataset import chunks as img2dataset_chunks
 from blip_scale.data.sources.nlvr2 import chunks as nlvr2_chunks
+from blip_scale.data.sources.published import SETS
 from blip_scale.data.sources.sbu import chunks as sbu_chunks
 from blip_scale.data.sources.visdial import chunks as visdial_chunks
 from blip_scale.data.sources.visual_genome import chunks as visual_genome_chunks
@@ -37,6 +38,10 @@ class SourceReader:
 
 
 _IMG2DATASET = "as written by img2dataset: tars, parquet or files"
+_PUBLISHED = {
+    name: SourceReader(img2dataset_chunks, f"{published.title} {_IMG2DATASET}")
+    for name, published in SETS.items()
+}
 
 READERS: dict[str, SourceReader] = {
     "coco": SourceReader(
@@ -51,7 +56,8 @@ READERS: dict[str, SourceReader] = {
     "conceptual_captions": SourceReader(img2dataset_chunks, f"CC3M or CC12M {_IMG2DATASET}"),
     "sbu": SourceReader(sbu_chunks, f"SBU captions {_IMG2DATASET}, or its two lists of lines"),
     "flickr30k": SourceReader(flickr30k_chunks, "results_20130124.token or results.csv"),
-    "laion": SourceReader(img2dataset_chunks, f"LAION {_IMG2DATASET}"),
+    **_PUBLISHED,
+    "laion": SourceReader(img2dataset_chunks, f"LAION-400M and other lists {_IMG2DATASET}"),
     "blip_json": SourceReader(blip_json_chunks, "JSON lists of {image or url, caption}"),
     "folder": SourceReader(
         folder_chunks,

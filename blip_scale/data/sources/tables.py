@@ -22,7 +22,7 @@ from blip_scale.data.conversion.report import shortened
 from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.annotations import IMAGE_KEYS, pair_of_item, read_item
-from blip_scale.data.sources.metadata import SIMILARITY_KEYS, URL_KEYS, caption_keys
+from blip_scale.data.sources.metadata import SCORE_KEYS, URL_KEYS, caption_keys
 from blip_scale.storage.locations import basename, extension, open_file
 from blip_scale.storage.untrusted import parse_json
 
@@ -174,7 +174,7 @@ def _split(line: str, delimiter: str) -> list[str]:
 
 def _usual_names(header: list[str]) -> list[str]:
     """Replace variants such as `Image` and `CAPTION` by the usual names."""
-    usual = {*IMAGE_KEYS, *URL_KEYS, *caption_keys(""), *SIMILARITY_KEYS}
+    usual = {*IMAGE_KEYS, *URL_KEYS, *caption_keys(""), *SCORE_KEYS}
     names = []
     for name in header:
         is_variant = name not in usual and name.lower() in usual

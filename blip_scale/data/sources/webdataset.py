@@ -228,6 +228,8 @@ class Sample:
     name: str
     parts: dict[str, bytes] = field(default_factory=dict)
     """Part of a name after the first dot -> content, in the order of the tar."""
+    offsets: dict[str, int] = field(default_factory=dict)
+    """Part of a name -> first byte of the content, for plain files of an uncompressed tar."""
     stored_bytes: int = 0
     problem: str = ""
     """Reason why a file of the sample can't be read, or ""."""
@@ -265,6 +267,7 @@ def kind_of(ending: str) -> str:
 
 def _samples(tar: tarfile.TarFile, links: _Links, unused: Counter[str]) -> Iterator[Sample]:
     sample = Sample("")
+    is_plain = getattr(tar.fileobj, "comptype", "tar") == "tar"
     try:
         for member in tar:
             if member.isdir():
@@ -293,6 +296,8 @@ def _samples(tar: tarfile.TarFile, links: _Links, unused: Counter[str]) -> Itera
             if content is None:
                 sample.problem = f"{ending} is a link to {member.linkname}, which is not in the tar"
             sample.parts[ending] = content or b""
+            if is_plain and member.isreg() and not member.issparse():
+                sample.offsets[ending] = member.offset_data
     except (*_DAMAGE, OSError) as error:
         if sample.parts and _is_damage(error):
             raise _CutSample(sample.name) from error
@@ -360,4 +365,5 @@ def _pair(
     elif image is None or text is None:
         note += "; where files of a sample do not follow each other, sort the tar by name"
     stored_bytes = sample.stored_bytes * len(endings) // len(sample.parts)
-    return replace(pair, stored_bytes=stored_bytes, note=note)
+    offset = None if image is None else sample.offsets.get(image)
+    return replace(pair, stored_bytes=stored_bytes, note=note, offset=offset)
