@@ -14,6 +14,7 @@ from blip_scale.config import exit_codes
 COMMANDS = {
     "train": ("blip_scale.train", "train a recipe, on one rank or under a launcher"),
     "prepare-data": ("blip_scale.commands.prepare_data", "turn a data set into MDS shards"),
+    "overlay": ("blip_scale.commands.overlay", "join new captions to shards of images"),
     "show": ("blip_scale.commands.show_shards", "show samples of MDS shards"),
     "evaluate": ("blip_scale.commands.evaluate", "evaluate a checkpoint on held-out data"),
     "convert": ("blip_scale.commands.convert_checkpoint", "convert a checkpoint"),
