@@ -47,7 +47,7 @@ class OverlayWriter:
         """
         self._folder = folder
         self._images_sha256 = images_sha256
-        self._writer = mds.Writer(folder, COLUMNS, mds.OFFSET_LIMIT, hashes=(HASH,))
+        self._writer = mds.Writer(folder, COLUMNS, mds.OFFSET_LIMIT - 1, hashes=(HASH,))
         self._ended = 0
         self.roles: Counter[str] = Counter()
         """Captions that were written, by role."""

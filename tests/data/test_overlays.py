@@ -224,7 +224,7 @@ def test_a_stream_mixes_roles_of_an_overlay(
     pairs = [pair for b in batches for pair in zip(b.ids, b.captions, b.roles, strict=True)]
     assert ("i/4", "re 4", "re") in pairs and ("i/5", "alt 5", "caption") in pairs
     assert sum(batch.lacking for batch in batches) == COUNT // 2
-    again = take(make_loader([recipe], global_batch=10, workers=1), 3)
+    again = take(make_loader([recipe], global_batch=10), 3)
     assert [b.captions for b in again] == [b.captions for b in batches], "from cached tables"
     with pytest.raises(ValueError, match=r"role syn, which .* there are caption, re"):
         StreamStore(StreamRecipe("set", str(images), overlays=[str(joined)], captions={"syn": 1}))
