@@ -21,7 +21,7 @@ from blip_scale.storage.objects import RemoteError
 from blip_scale.storage.untrusted import parse_json
 
 KEYS = ("id", "uid", "url", "sha256")
-"""What captions and images can be joined by."""
+"""Columns by which captions and images can be joined."""
 _PARQUET = (".parquet", ".parq")
 _LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _ROWS = 1024  # read at once
@@ -35,7 +35,7 @@ class CaptionFiles:
     locations: tuple[str, ...]
     """Files and folders."""
     key: str
-    """What they are joined by: one of `KEYS`."""
+    """Column by which they are joined: one of `KEYS`."""
     caption_key: str
     """Keys of the captions with their roles (see `captions.parse_roles`)."""
     key_column: str = ""

@@ -53,8 +53,8 @@ class OverlayJob:
     files: CaptionFiles
     out: str
     duplicates: Duplicates = "refuse"
-    """What becomes of a key that comes again with other captions: refuse it, take the first row's
-    captions, or take those of all rows."""
+    """Rule for a key that comes again with other captions: refuse it, take the captions of the
+    first row, or take those of all rows."""
     scratch: str | None = None
     """Folder for the table of captions, and for files of remotes; default: the system's."""
 
