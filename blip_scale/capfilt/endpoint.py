@@ -62,8 +62,12 @@ class Endpoint:
         Raises:
             ValueError: the URL is not one of HTTP, or a number is not positive.
         """
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number, brackets that are not closed
+            is_web = False
+        if not is_web:
             raise ValueError(
                 f"--captioner-url {self.url}: expected a URL such as http://127.0.0.1:8000/v1"
             )

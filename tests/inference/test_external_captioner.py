@@ -189,7 +189,16 @@ def test_refusals_cost_an_image_or_end_the_job(server: _Server, drawing: bytes) 
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://x/v1", "127.0.0.1:8000", "http://user:key@x/v1", "http:///v1", ""]
+    "url",
+    [
+        "ftp://x",
+        "127.0.0.1:80",
+        "http://user:key@x",
+        "http:///v1",
+        "http://x:port",
+        "http://[x",
+        "",
+    ],
 )
 def test_odd_urls_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="--captioner-url"):
