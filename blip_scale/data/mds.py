@@ -255,7 +255,7 @@ def read_index(folder: Path) -> list[Shard]:
         ValueError: the index is damaged, names files outside the folder, or has unsupported columns
             or hashes.
     """
-    return parse_index(folder, index_file(folder).read_bytes())
+    return parse_index(folder, index_file(folder).read_bytes())[0]
 
 
 def index_file(folder: Path) -> Path:
@@ -266,13 +266,8 @@ def index_file(folder: Path) -> Path:
     return path
 
 
-def parse_index(folder: Path, content: Content) -> list[Shard]:
-    """The shards of an index with this content; raises ValueError as `read_index` does."""
-    return parse_document(folder, content)[0]
-
-
-def parse_document(folder: Path, content: Content) -> tuple[list[Shard], dict[str, Any]]:
-    """The shards of an index, and all of its fields.
+def parse_index(folder: Path, content: Content) -> tuple[list[Shard], dict[str, Any]]:
+    """The shards of an index with this content, and all of its fields.
 
     Every entry becomes a shard as soon as it is read, which takes a quarter of the memory.
 

@@ -307,7 +307,7 @@ def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
     if cached is not None:
         return cached
     content = mds.index_file(folder).read_bytes()
-    shards, document = mds.parse_document(folder, content)
+    shards, document = mds.parse_index(folder, content)
     require_columns(folder, shards, columns)
     try:
         table = ShardTable.pack(folder, shards, hashlib.sha256(content).hexdigest(), document)
