@@ -211,7 +211,7 @@ def _tell_roles(options: argparse.Namespace, counts: Mapping[str, int]) -> None:
     """Print the captions of every role that --caption-key names, also of those without any."""
     if options.caption_key:
         named = dict(parse_roles(",".join(options.caption_key)))
-        print(f"captions by role: {_list_of(dict.fromkeys(named, 0) | counts)}")
+        print(f"captions by role: {_list_of({**dict.fromkeys(named, 0), **counts})}")
 
 
 def _tell_rest(unused: Mapping[str, int], text: Mapping[str, int], max_words: int) -> None:

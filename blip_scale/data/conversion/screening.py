@@ -163,7 +163,7 @@ def _captions(pair: RawPair, rules: Rules) -> tuple[list[str], list[str] | None,
 
     The pair is refused if no caption is left.
     """
-    clean = clean_question if pair.is_question else clean_to_a_sentence
+    clean: Clean = clean_question if pair.is_question else clean_to_a_sentence
     if rules.raw_captions:
         clean = _plain
     captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]

@@ -28,7 +28,7 @@ def _stream(store: StreamStore) -> dict[str, Any]:
     with mds.index_file(store.folder).open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             hasher.update(chunk)
-    entry = {
+    entry: dict[str, Any] = {
         "name": store.name,
         "local": str(store.folder),
         "remote": store.remote,
