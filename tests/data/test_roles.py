@@ -7,19 +7,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from odd_files import members, write_tar
+from pyarrow import parquet
 
 from blip_scale.commands import prepare_data, show_shards
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.captions import clean_caption, parse_roles, whole_sentences
+from blip_scale.data.conversion.pairs import RawPair, Source
 from blip_scale.data.heldout.pairs import heldout_pairs
 from blip_scale.data.loading.caption_mixture import CaptionMixture
 from blip_scale.data.loading.micro_batches import CaptionInput
 from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 from blip_scale.data.shards import Record, write_shards
+from blip_scale.data.sources.readers import READERS
 
 LONG = "A Dog runs. Dr. Smith's cat sleeps on a mat! Is it warm? Yes."
 
@@ -115,6 +119,26 @@ def test_conversion_keeps_roles_uids_and_hashes(
     assert show_shards.main([str(out)]) == 0
     shown = capsys.readouterr().out
     assert "syn: three | alt: alt text" in shown and "7 captions of the roles alt, re, syn" in shown
+
+
+def test_columns_of_parquet_become_roles(tmp_path: Path) -> None:
+    rows = [
+        {"jpg": jpeg(0), "key": "0", "re_caption": "Re.", "TEXT": "alt", "syn_text": ["s", "t"],
+         "uid": "u", "sha256": "00"},
+        {"jpg": jpeg(1), "key": "1", "re_caption": None, "TEXT": "alt", "syn_text": None,
+         "uid": None, "sha256": None},
+    ]  # fmt: skip
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = Source(str(tmp_path), caption_key="re_caption,alt=TEXT,syn_text[]")
+    first, second = next(iter(READERS["laion"].chunks(source))).read()
+    assert isinstance(first, RawPair) and isinstance(second, RawPair)
+    assert first.captions == [
+        ("re_caption", "Re."),
+        ("alt", "alt"),
+        *(("syn_text", t) for t in "st"),
+    ]
+    assert second.captions == [("alt", "alt")]
+    assert (first.uid, first.sha256, second.uid, second.sha256) == ("u", "00", "", "")
 
 
 def test_a_mixture_has_its_shares_exactly() -> None:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
-from blip_scale.data.sources.metadata import URL_KEYS, captions_of, first_of, id_of
+from blip_scale.data.sources.metadata import (
+    ID_KEYS,
+    URL_KEYS,
+    caption_keys,
+    captions_of,
+    first_of,
+    id_of,
+)
 from blip_scale.data.sources.webdataset import TAR_ENDINGS, read_tar, without_ending
 from blip_scale.storage.locations import (
     Entry,
@@ -97,8 +104,9 @@ def _from_parquet(
             from pyarrow.parquet import ParquetFile
 
             table = ParquetFile(file)
+            columns = _columns(files, table.schema_arrow.names)
             row = 0
-            for batch in table.iter_batches(_ROWS):
+            for batch in table.iter_batches(_ROWS, columns=columns):
                 for fields in batch.to_pylist():
                     yield _row(files, f"{name}[{row}]", fields)
                     row += 1
@@ -108,6 +116,12 @@ def _from_parquet(
         if isinstance(error, RemoteError) or (isinstance(error, OSError) and error.errno):
             raise  # the network or the disk failed, not the file
         yield Reject(name, Reason.DAMAGED_INPUT, str(error))
+
+
+def _columns(files: CaptionFiles, names: list[str]) -> list[str]:
+    """Columns to read of a table; it may hold images too."""
+    wanted = {*caption_keys(files.caption_key), *ID_KEYS, *URL_KEYS, files.key, files.key_column}
+    return [name for name in names if name in wanted]
 
 
 def _from_lines(files: CaptionFiles, name: str, location: str) -> Iterator[KeyedCaptions | Reject]:
