@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from blip_scale.capfilt.answers import Answer, Answers
+from blip_scale.capfilt.endpoint import Endpoint
 from blip_scale.config.recipe import StreamRecipe
-from blip_scale.data.captions import clean_caption
+from blip_scale.data.captions import DEFAULT_ROLE, clean_caption
 from blip_scale.data.conversion.pairs import Reason, Reject, Screened
 from blip_scale.data.reading.cache import ShardCache
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
-from blip_scale.data.shards import Record
+from blip_scale.data.shards import Record, roles_of
 from blip_scale.inference.blip import Blip, draws_of
 from blip_scale.inference.images import Done, batched, done_ahead, pixels_of
 from blip_scale.inference.loading import Loading, load_blip
@@ -25,8 +28,26 @@ from blip_scale.model.generation import NucleusSettings
 BINS = 20
 """Number of bins in the histogram of scores."""
 _CACHE_BYTES = 16 << 30
+_SMALLEST = 16
+"""Side in pixels at which images are decoded where no checkpoint looks at them."""
 WEB, SYNTHETIC = "web", "synthetic"
 _UNMATCHED = {WEB: Reason.WEB_UNMATCHED, SYNTHETIC: Reason.SYNTHETIC_UNMATCHED}
+
+
+_Models = tuple[Blip | None, Blip | None]
+WriteCaptions = Callable[[Sequence[dict[str, Any]], Tensor], tuple[list[Answer], Tensor | None]]
+"""Function of samples and their pixels [B, 3, H, W]: their captions, and the image embeddings of
+the captioner if it is a checkpoint."""
+
+
+class _Text(NamedTuple):
+    """A caption to be scored."""
+
+    image: int
+    """Number of its image in the batch."""
+    kind: str
+    role: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -34,9 +55,10 @@ class Settings:
     """Settings that determine captions and scores."""
 
     captioner: str
-    """Checkpoint that writes captions, for captioning or pretraining."""
+    """Checkpoint that writes captions, for captioning or pretraining; "" with `endpoint`."""
     judge: str
-    """Checkpoint that filters captions, for retrieval or pretraining."""
+    """Checkpoint that filters captions, for retrieval or pretraining; "" with `endpoint`: all
+    captions are kept."""
     threshold: float = 0.5
     """Lowest matching probability of a caption that is kept (published: 0.5)."""
     sampling: NucleusSettings = field(
@@ -52,19 +74,37 @@ class Settings:
     """Options for loading both checkpoints; device and precision must be set."""
     threads: int = 4
     """Number of threads per process that decode images."""
+    endpoint: Endpoint | None = None
+    """External captioner."""
+    answers: str = ""
+    """Folder that keeps the answers of the external captioner."""
+    without_images: bool = False
+    """Leave the images out of the output, which becomes an overlay."""
+    role: str = SYNTHETIC
+    """Role of synthetic captions."""
+
+
+def models(settings: Settings) -> _Models:
+    """Load captioner and filter; they are one network if the checkpoint is the same.
+
+    None stands for an external captioner, and for no filter.
+    """
+    return _models(settings.captioner, settings.judge, settings.loading)
 
 
 @cache
-def models(settings: Settings) -> tuple[Blip, Blip]:
-    """Load captioner and filter; they are one network if the checkpoint is the same."""
-    if settings.loading.device == "cpu":
+def _models(captioner_path: str, judge_path: str, loading: Loading) -> _Models:
+    if loading.device == "cpu":
         torch.set_num_threads(1)  # the same bits for any number of processes and cores
-    captioner = load_blip(Path(settings.captioner), settings.loading)
-    captioner.require("caption")
+    captioner = None
+    if captioner_path:
+        captioner = load_blip(Path(captioner_path), loading)
+        captioner.require("caption")
     judge = captioner
-    if settings.judge != settings.captioner:
-        judge = load_blip(Path(settings.judge), settings.loading)
-    judge.require("match")
+    if judge_path != captioner_path:
+        judge = load_blip(Path(judge_path), loading) if judge_path else None
+    if judge is not None:
+        judge.require("match")
     return captioner, judge
 
 
@@ -85,22 +125,26 @@ def read_shard(
     """
     captioner, judge = models(settings)
     store = store_of(folder, remote)
-    sizes = (captioner.image_size, judge.image_size)
-    loaded = done_ahead(_samples(store, shard), partial(_pixels, sizes=sizes), settings.threads)
-    for group in batched(loaded, settings.batch_size):
-        readable = [done for done in group if done.result is not None]
-        judged = iter(_judge(captioner, judge, readable, settings) if readable else [])
-        for done in group:
-            if done.result is None:
-                yield _unreadable(done.item, done.error)
-            else:
-                yield next(judged)
+    sizes = [model.image_size if model else _SMALLEST for model in (captioner, judge)]
+    decode = partial(_pixels, sizes=(sizes[0], sizes[1]))
+    loaded = done_ahead(_samples(store, shard), decode, settings.threads)
+    with _captions_of(captioner, settings, shard) as write_captions:
+        for group in batched(loaded, settings.batch_size):
+            readable = [done for done in group if done.result is not None]
+            judged = iter(
+                _judge(write_captions, (captioner, judge), readable, settings) if readable else []
+            )
+            for done in group:
+                if done.result is None:
+                    yield _unreadable(done.item, done.error)
+                else:
+                    yield next(judged)
 
 
 def _samples(store: StreamStore, shard: int) -> Iterator[dict[str, Any]]:
     for index in range(store.shard_samples[shard]):
         try:
-            yield store.read(shard, index)
+            yield store.read(shard, index) | {"place": index}
         except CorruptSample as error:
             yield {"id": f"{store.shard_name(shard)}[{index}]", "captions": [], "error": str(error)}
 
@@ -114,46 +158,74 @@ def _pixels(sample: dict[str, Any], sizes: tuple[int, int]) -> tuple[Tensor, Ten
     return first, first if same else pixels_of(sample["image"], sizes[1])
 
 
+@contextmanager
+def _captions_of(captioner: Blip | None, settings: Settings, shard: int) -> Iterator[WriteCaptions]:
+    """Function that captions a batch of decoded images of a shard."""
+    if captioner is None:
+        assert settings.endpoint is not None
+        file = Path(settings.answers) / f"{shard:06}.jsonl"
+        with Answers(settings.endpoint, file, settings.seed) as answers:
+            yield lambda samples, pixels: (answers.of(samples), None)
+        return
+    model = captioner
+
+    def write(
+        samples: Sequence[dict[str, Any]], pixels: Tensor
+    ) -> tuple[list[Answer], Tensor | None]:
+        embeds = model.image_embeds(pixels)
+        draws = draws_of(
+            [sample["id"] for sample in samples], settings.seed, settings.sampling.max_length
+        )
+        written = model.captions(embeds, settings.sampling, settings.prompt, draws)
+        return [Answer(clean_caption(caption)) for caption in written], embeds
+
+    yield write
+
+
 def _unreadable(sample: dict[str, Any], error: str) -> Screened:
     reject = Reject(sample["id"], Reason.UNDECODABLE, error)
     return Screened(sample["id"], None, [reject], len(sample["captions"]))
 
 
 def _judge(
-    captioner: Blip,
-    judge: Blip,
+    write_captions: WriteCaptions,
+    models: _Models,
     loaded: Sequence[Done[dict[str, Any], tuple[Tensor, Tensor]]],
     settings: Settings,
 ) -> list[Screened]:
     """Caption a batch of decoded samples, score all captions, and drop those that don't match."""
     samples = [done.item for done in loaded]
     pixels = [done.result for done in loaded if done.result is not None]
-    embeds = captioner.image_embeds(torch.stack([first for first, _ in pixels]))
-    draws = draws_of(
-        [sample["id"] for sample in samples], settings.seed, settings.sampling.max_length
-    )
-    synthetic = captioner.captions(embeds, settings.sampling, settings.prompt, draws)
-    if judge is not captioner:
-        embeds = judge.image_embeds(torch.stack([second for _, second in pixels]))
-    texts: list[str] = []
-    kinds: list[str] = []
-    owners: list[int] = []
-    for image, (sample, caption) in enumerate(zip(samples, synthetic, strict=True)):
-        texts += [*sample["captions"], clean_caption(caption)]
-        kinds += [*[WEB] * len(sample["captions"]), SYNTHETIC]
-        owners += [image] * (len(sample["captions"]) + 1)
-    scores = judge.match(embeds, texts, owners).tolist()
-    scored: list[list[tuple[str, str, float]]] = [[] for _ in samples]
-    for image, kind, text, score in zip(owners, kinds, texts, scores, strict=True):
-        scored[image].append((kind, text, score))
-    prints = {"captioner": captioner.fingerprint, "filter": judge.fingerprint}
-    screened = zip(samples, scored, strict=True)
-    return [_sorted_out(sample, captions, settings, prints) for sample, captions in screened]
+    answers, embeds = write_captions(samples, torch.stack([first for first, _ in pixels]))
+    texts: list[_Text] = []
+    for image, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+        for text, role in zip(sample["captions"], roles_of(sample), strict=True):
+            texts.append(_Text(image, WEB, role, text))
+        if not answer.problem:
+            texts.append(_Text(image, SYNTHETIC, settings.role, answer.caption))
+    captioner, judge = models
+    scores: list[float | None] = [None] * len(texts)
+    if judge is not None:
+        if judge is not captioner or embeds is None:
+            embeds = judge.image_embeds(torch.stack([second for _, second in pixels]))
+        cleaned = [clean_caption(text.text, len(text.text) + 1) for text in texts]
+        scores = judge.match(embeds, cleaned, [text.image for text in texts]).tolist()
+    scored: list[list[tuple[_Text, float | None]]] = [[] for _ in samples]
+    for text, score in zip(texts, scores, strict=True):
+        scored[text.image].append((text, score))
+    prints = {} if judge is None else {"filter": judge.fingerprint}
+    if settings.endpoint is not None:
+        prints["captioner"] = settings.endpoint.model
+    elif captioner is not None:
+        prints["captioner"] = captioner.fingerprint
+    screened = zip(samples, answers, scored, strict=True)
+    return [_sorted_out(*triple, settings, prints) for triple in screened]
 
 
 def _sorted_out(
     sample: dict[str, Any],
-    scored: list[tuple[str, str, float]],
+    answer: Answer,
+    scored: list[tuple[_Text, float | None]],
     settings: Settings,
     prints: dict[str, str],
 ) -> Screened:
@@ -161,29 +233,59 @@ def _sorted_out(
 
     Dropped captions become rejects with their score and text.
     """
-    captions: list[str] = []
+    kept: list[_Text] = []
     provenance: list[dict[str, Any]] = []
     rejects: list[Reject] = []
     tallies: dict[str, int] = {}
-    for number, (kind, text, score) in enumerate(scored):
-        kept = bool(text) and score >= settings.threshold
-        for name in (f"{kind} {'kept' if kept else 'dropped'}", f"{kind} score {_bin(score):02}"):
+    for number, (text, score) in enumerate(scored):
+        is_kept = bool(text.text) and (score is None or score >= settings.threshold)
+        names = [f"{text.kind} {'kept' if is_kept else 'dropped'}"]
+        if score is not None:
+            names.append(f"{text.kind} score {_bin(score):02}")
+        for name in names:
             tallies[name] = tallies.get(name, 0) + 1
-        if kept:
-            captions.append(text)
-            origin = {"kind": kind, "score": round(score, 4), "filter": prints["filter"]}
-            if kind == SYNTHETIC:
-                origin["captioner"] = prints["captioner"]
-            provenance.append(origin)
+        if is_kept:
+            kept.append(text)
+            provenance.append(_origin(text.kind, score, prints))
         else:
-            rejects.append(
-                Reject(sample["id"], _UNMATCHED[kind], f"{score:.4f} {text}", caption=number)
-            )
+            detail = text.text if score is None else f"{score:.4f} {text.text}"
+            rejects.append(Reject(sample["id"], _UNMATCHED[text.kind], detail, caption=number))
+    if answer.problem:
+        rejects.append(Reject(sample["id"], Reason.NO_ANSWER, answer.problem, caption=len(scored)))
+    record = _record(sample, kept, provenance, settings) if kept else None
+    captions = len(scored) + bool(answer.problem)
+    return Screened(sample["id"], record, rejects, captions, tallies)
+
+
+def _origin(kind: str, score: float | None, prints: dict[str, str]) -> dict[str, Any]:
+    """Annotation of a kept caption."""
+    origin: dict[str, Any] = {"kind": kind}
+    if score is not None:
+        origin |= {"score": round(score, 4), "filter": prints["filter"]}
+    if kind == SYNTHETIC:
+        origin["captioner"] = prints["captioner"]
+    return origin
+
+
+def _record(
+    sample: dict[str, Any], kept: list[_Text], provenance: list[dict[str, Any]], settings: Settings
+) -> Record:
+    """The output sample. Without images, its uid is the place of the image in its shard."""
     fields = {key: sample[key] for key in ("source", "width", "height", "url", "similarity")}
-    record = None
-    if captions:
-        record = Record(sample["id"], sample["image"], captions, annotations=provenance, **fields)
-    return Screened(sample["id"], record, rejects, len(scored), tallies)
+    captions = [text.text for text in kept]
+    if settings.without_images:
+        roles = [text.role if text.kind == SYNTHETIC else _kept_role(text.role) for text in kept]
+        fields |= {"width": 1, "height": 1, "roles": roles, "uid": str(sample["place"])}
+        return Record(sample["id"], b"", captions, annotations=provenance, **fields)
+    if "roles" in sample:
+        fields["roles"] = [text.role for text in kept]
+    fields |= {key: sample[key] for key in ("uid", "sha256") if key in sample}
+    return Record(sample["id"], sample["image"], captions, annotations=provenance, **fields)
+
+
+def _kept_role(role: str) -> str:
+    """Role of a web caption in an overlay, which has those that the filter keeps."""
+    return WEB if role == DEFAULT_ROLE else f"{WEB}_{role}"
 
 
 def _bin(score: float) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,18 @@ from blip_scale.capfilt import filtering
 from blip_scale.capfilt.filtering import BINS, SYNTHETIC, WEB, Settings
 from blip_scale.capfilt.sheet import sample_sheet
 from blip_scale.data.conversion.output import OutputFolder
-from blip_scale.data.conversion.pairs import Chunk
+from blip_scale.data.conversion.overlay import images_entry
+from blip_scale.data.conversion.pairs import Chunk, Reason
+from blip_scale.data.conversion.report import Report, report_name
 from blip_scale.data.conversion.run import Conversion, Part, Progress, convert
-from blip_scale.storage.locations import is_local
+from blip_scale.data.mds import INDEX_NAME, parse_shard
+from blip_scale.data.overlays import MANIFEST_NAME, VERSION, OverlayWriter
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.storage.locations import is_local, local_path
 from blip_scale.storage.untrusted import private_folder
 
+PARTS = "parts"
+"""Folder of the output of an overlay that holds what each shard of images gave."""
 STATISTICS_NAME = "statistics.json"
 SHEET_NAME = "samples.html"
 
@@ -65,39 +74,108 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
     folder, remote = (job.source, None) if local else (_cache(job.source, task), job.source)
     store = filtering.store_of(folder, remote)
     chunks = []
+    loading = settings.loading
+    # Load them on the CPU: forked workers share them, spawned workers load them to their GPU.
+    on_cpu = replace(settings, loading=replace(loading, device="cpu", precision="fp32"))
+    plan = _plan(on_cpu, settings)
+    if settings.endpoint is not None:
+        settings = replace(settings, answers=str(_answers_folder(job, task, plan)))
+    is_on_cpu = settings.loading == on_cpu.loading
     for number, shard in enumerate(store.shards):
         read = partial(filtering.read_shard, folder, remote, number, settings)
         fingerprint = json.dumps(shard.raw_data.hashes, sort_keys=True)
         chunks.append(Chunk(store.shard_name(number), read, fingerprint, shard.samples))
-    loading = settings.loading
-    # Load them on the CPU: forked workers share them, spawned workers load them to their GPU.
-    on_cpu = replace(settings, loading=replace(loading, device="cpu", precision="fp32"))
-    captioner, judge = filtering.models(on_cpu)
-    plan = {
-        "captioner": captioner.fingerprint,
-        "filter": judge.fingerprint,
-        "threshold": settings.threshold,
-        "sampling": asdict(settings.sampling),
-        "prompt": captioner.prompt if settings.prompt is None else settings.prompt,
-        "seed": settings.seed,
-        "batch_size": settings.batch_size,
-        "image_size": [captioner.image_size, judge.image_size],
-        "precision": loading.precision,
-    }
+    made_in = f"{job.out.rstrip('/')}/{PARTS}" if settings.without_images else job.out
     conversion = Conversion(
-        chunks, job.out, None, job.shard_bytes, task.workers, task.scratch,
-        "fork" if local and settings == on_cpu else "spawn", plan,
+        chunks, made_in, None, job.shard_bytes, task.workers, task.scratch,
+        "fork" if local and is_on_cpu else "spawn", plan,
     )  # fmt: skip
     summary = convert(conversion, task.part, show)
     if summary is None:
         return None
+    if settings.endpoint is not None:
+        shutil.rmtree(settings.answers, ignore_errors=True)
     statistics = _statistics(summary)
-    out = OutputFolder(job.out, task.scratch)
+    out, parts = OutputFolder(job.out, task.scratch), OutputFolder(made_in, task.scratch)
+    if settings.without_images:
+        _write_overlay(job, store, out, parts, statistics)
     with out.workshop("statistics", per_process=True) as made:
-        (made / SHEET_NAME).write_text(sample_sheet(store, out, statistics, job.shown, made))
+        (made / SHEET_NAME).write_text(sample_sheet(store, parts, statistics, job.shown, made))
         (made / STATISTICS_NAME).write_text(json.dumps(statistics, indent=2) + "\n")
         out.put(made, [SHEET_NAME, STATISTICS_NAME])
     return statistics
+
+
+def _plan(on_cpu: Settings, settings: Settings) -> dict[str, Any]:
+    """What the output depends on, which all parts and restarts must agree on."""
+    captioner, judge = filtering.models(on_cpu)
+    plan = {
+        "captioner": captioner.fingerprint if captioner else "",
+        "filter": judge.fingerprint if judge else "",
+        "threshold": settings.threshold,
+        "sampling": asdict(settings.sampling),
+        "prompt": settings.prompt,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "image_size": [model.image_size if model else 0 for model in (captioner, judge)],
+        "precision": settings.loading.precision,
+    }
+    if captioner is not None and settings.prompt is None:
+        plan["prompt"] = captioner.prompt
+    if settings.endpoint is not None:
+        plan |= {"captioner": settings.endpoint.provenance(), "sampling": None, "prompt": None}
+    if settings.without_images:
+        plan["role"] = settings.role
+    return plan
+
+
+def _answers_folder(job: Job, task: Task, plan: dict[str, Any]) -> Path:
+    """Folder that keeps an external captioner's answers: in the output, or beside a remote one."""
+    name = f"answers-{xxhash.xxh3_64_hexdigest(json.dumps([job.source, job.out, plan]))}"
+    if is_local(job.out):
+        return local_path(job.out) / name
+    return private_folder(Path(task.scratch) / f"capfilt-{os.geteuid()}-{name}")
+
+
+def _write_overlay(
+    job: Job, store: StreamStore, out: OutputFolder, parts: OutputFolder, statistics: dict[str, Any]
+) -> None:
+    """Write the kept captions as an overlay of the input, out of the parts of the job."""
+    with out.workshop("overlay") as folder:
+        writer = OverlayWriter(folder / "mds", store.shards.index_sha256)
+        for number, samples in enumerate(store.shard_samples.tolist()):
+            kept = _kept_of(parts, number, folder)
+            for place in range(samples):
+                row = kept.get(place)
+                if row is None:
+                    writer.write("", [], [])
+                else:
+                    writer.write(row["id"], row["captions"], row["roles"], row["annotations"])
+            writer.end_shard()
+        writer.finish()
+        manifest = {
+            "version": VERSION,
+            "images": images_entry(store, job.source),
+            "samples": {"all": store.samples, "with_captions": statistics["images"]["written"]},
+            "roles": dict(sorted(writer.roles.items())),
+            "made_by": statistics["settings"],
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        (folder / "mds" / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+        out.put(folder / "mds", [*writer.names, MANIFEST_NAME, INDEX_NAME])
+
+
+def _kept_of(parts: OutputFolder, number: int, folder: Path) -> dict[int, dict[str, Any]]:
+    """Samples of a part by their place in the shard of images."""
+    report = Report.from_json(parts.read(report_name(number)))
+    kept = {}
+    for entry in report.shards:
+        path = parts.fetch(entry["raw_data"]["basename"], folder / "fetched")
+        shard = parse_shard(path.parent, entry)
+        for index in range(shard.samples):
+            sample = shard.read(index)
+            kept[int(sample["uid"])] = sample
+    return kept
 
 
 def _cache(source: str, task: Task) -> str:
@@ -127,6 +205,7 @@ def _statistics(summary: dict[str, Any]) -> dict[str, Any]:
     return {
         "images": summary["pairs"],
         "undecodable_images": summary["rejects"].get("undecodable", 0),
+        "images_without_answer": summary["rejects"].get(str(Reason.NO_ANSWER), 0),
         WEB: captions(WEB),
         SYNTHETIC: captions(SYNTHETIC),
         "histogram_edges": [n / BINS for n in range(BINS + 1)],

@@ -29,8 +29,8 @@ _STYLE = """
 class _Shown:
     id: str
     image: bytes
-    captions: list[tuple[str, float, str, bool]]
-    """Tuples (kind, score, text, is kept)."""
+    captions: list[tuple[str, float | None, str, bool]]
+    """Tuples (kind, score, text, is kept); the score is None where there is no filter."""
 
 
 def sample_sheet(
@@ -66,11 +66,11 @@ def _looked_up(
         return _Shown(
             f"{store.shard_name(place[0])}[{place[1]}]", b"", [("", 0, str(error), False)]
         )
-    captions = []
+    captions: list[tuple[str, float | None, str, bool]] = []
     if sample["id"] in report.ids:
         written = _written(report, out, report.ids.index(sample["id"]), scratch)
         for text, origin in zip(written["captions"], written["annotations"], strict=True):
-            captions.append((origin["kind"], origin["score"], text, True))
+            captions.append((origin["kind"], origin.get("score"), text, True))
     for reject in report.rejects:
         if reject.id == sample["id"]:
             score, _, text = reject.detail.partition(" ")
@@ -95,9 +95,10 @@ def _written(report: Report, out: OutputFolder, index: int, scratch: Path) -> di
 def _card(shown: _Shown) -> str:
     texts = []
     for kind, score, text, kept in sorted(shown.captions, key=lambda c: c[0] == SYNTHETIC):
+        shown_score = "" if score is None else f" {score:.2f}"
         texts.append(
             f'<div class="text{"" if kept else " dropped"}">{html.escape(text)}'
-            f'<span class="tag">{html.escape(kind)} {score:.2f}, {"kept" if kept else "dropped"}'
+            f'<span class="tag">{html.escape(kind)}{shown_score}, {"kept" if kept else "dropped"}'
             "</span></div>"
         )
     return contact_sheet.card(shown.image, "".join(texts), shown.id)

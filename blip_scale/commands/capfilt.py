@@ -2,6 +2,7 @@
 
 python tools/capfilt.py data/laion data/laion_capfilt --captioner runs/cap --filter runs/filter
 python tools/capfilt.py s3://bucket/laion s3://bucket/clean --captioner ... --shard 0/64
+python tools/capfilt.py data/laion data/laion_vlm --as overlay --captioner-url URL/v1 ...
 docs/capfilt.md explains how to train the two checkpoints, and describes the output.
 """
 
@@ -11,12 +12,13 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from blip_scale.capfilt.endpoint import KEY_VARIABLE, Endpoint
 from blip_scale.capfilt.filtering import Settings
 from blip_scale.capfilt.job import Job, Task, run
 from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, report_error, stopped
@@ -86,9 +88,26 @@ def _settings(options: argparse.Namespace, on_gpu: bool) -> Settings:
         "cuda" if on_gpu else "cpu",
         options.precision or ("bf16" if on_gpu else "fp32"),
     )
+    endpoint = _endpoint(options)
     return Settings(
-        options.captioner, options.filter, options.threshold, sampling, options.prompt,
-        options.seed, options.batch_size, loading, options.threads,
+        options.captioner or "", options.filter or "", options.threshold, sampling, options.prompt,
+        options.seed, options.batch_size, loading, options.threads, endpoint,
+        without_images=options.written_as == "overlay", role=options.role,
+    )  # fmt: skip
+
+
+def _endpoint(options: argparse.Namespace) -> Endpoint | None:
+    """The external captioner, if one is named."""
+    if not options.captioner_url:
+        if not (options.captioner and options.filter):
+            raise ValueError("give --captioner and --filter, or --captioner-url")
+        return None
+    if options.captioner:
+        raise ValueError("--captioner and --captioner-url exclude each other; keep one")
+    return Endpoint(
+        options.captioner_url.rstrip("/"), options.captioner_model, options.captioner_prompt,
+        options.captioner_tokens, requests=options.captioner_requests,
+        timeout_s=options.captioner_timeout, retry_s=options.captioner_retry,
     )  # fmt: skip
 
 
@@ -98,6 +117,8 @@ def _print(out: str, statistics: dict[str, Any]) -> None:
     for kind in ("web", "synthetic"):
         counts = statistics[kind]
         print(f"{kind} captions: {counts['kept']} kept, {counts['dropped']} dropped")
+    if statistics["images_without_answer"]:
+        print(f"{statistics['images_without_answer']} images got no caption (rejects.jsonl)")
     if statistics["undecodable_images"]:
         print(f"{statistics['undecodable_images']} images can't be decoded (rejects.jsonl)")
 
@@ -117,8 +138,12 @@ def _parser(prog: str) -> Parser:
         shown = "" if default is None else " (%(default)s)"
         group.add_argument(name, type=kind, default=default, help=text + shown)
 
-    models.add_argument("--captioner", required=True, help="fine-tuned for captions")
-    models.add_argument("--filter", required=True, help="fine-tuned for retrieval")
+    models.add_argument("--captioner", help="fine-tuned for captions")
+    models.add_argument(
+        "--filter",
+        help="fine-tuned for retrieval; without it, all captions of --captioner-url are kept",
+    )
+    _add_endpoint_options(parser.add_argument_group("external captioner"), add)
     models.add_argument(
         "--recipe", help="recipe with the sizes of the network, if the checkpoints do not hold them"
     )
@@ -152,9 +177,31 @@ def _parser(prog: str) -> Parser:
     add(sampling, "--seed", 0, "seed; with the id of an image it fixes the caption")
     add(running, "--batch-size", Settings.batch_size, "images at once")
     add(running, "--workers", None, "processes; default: one on a GPU, else one a core")
+    running.add_argument(
+        "--as", dest="written_as", choices=("set", "overlay"), default="set",
+        help="write a set with images, or an overlay for the shards of IN (%(default)s)",
+    )  # fmt: skip
+    add(running, "--role", Settings.role, "role of synthetic captions")
     add(running, "--threads", Settings.threads, "threads that decode images in each process")
     add(running, "--shard", "0/1", "process only part i of n, from 0/n to n-1/n")
     add(running, "--shard-size", "64mb", "largest size of a shard")
     add(running, "--shown", 48, "images on the sample sheet")
     add(running, "--scratch", tempfile.gettempdir(), "folder for shards of remotes")
     return parser
+
+
+def _add_endpoint_options(
+    group: argparse._ArgumentGroup, add: Callable[[argparse._ArgumentGroup, str, Any, str], None]
+) -> None:
+    """Add the options of a captioner behind HTTP."""
+    group.add_argument(
+        "--captioner-url", default="", metavar="URL",
+        help="base of an API like OpenAI's, such as http://127.0.0.1:8000/v1; its key, if it wants "
+        f"one, is in {KEY_VARIABLE}",
+    )  # fmt: skip
+    add(group, "--captioner-model", "", "name of its model")
+    add(group, "--captioner-prompt", Endpoint.prompt, "what it is asked with each image")
+    add(group, "--captioner-tokens", Endpoint.max_tokens, "most tokens of a caption")
+    add(group, "--captioner-requests", Endpoint.requests, "requests at a time, of each process")
+    add(group, "--captioner-timeout", Endpoint.timeout_s, "seconds that a request may take")
+    add(group, "--captioner-retry", Endpoint.retry_s, "seconds of retrying a server that fails")

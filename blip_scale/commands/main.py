@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("blip_scale.train", "train a recipe, on one rank or under a launcher"),
     "prepare-data": ("blip_scale.commands.prepare_data", "turn a data set into MDS shards"),
     "index-tars": ("blip_scale.commands.index_tars", "index tars that training reads in place"),
+    "overlay": ("blip_scale.commands.overlay", "join new captions to shards of images"),
     "show": ("blip_scale.commands.show_shards", "show samples of MDS shards"),
     "evaluate": ("blip_scale.commands.evaluate", "evaluate a checkpoint on held-out data"),
     "clip-benchmark": (

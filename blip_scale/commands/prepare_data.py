@@ -29,6 +29,7 @@ from blip_scale.commands.command_line import (
     stopped,
 )
 from blip_scale.config import exit_codes
+from blip_scale.data.captions import parse_roles
 from blip_scale.data.conversion.holdout import HELDOUT, parse_holdout
 from blip_scale.data.conversion.pairs import Reason, Source
 from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
@@ -105,6 +106,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _rules(options: argparse.Namespace, source: Source) -> Rules:
+    if source.caption_key:
+        parse_roles(source.caption_key)
     if not 0 < options.max_pixels <= PIXEL_LIMIT:
         raise ValueError(
             f"--max-pixels {options.max_pixels}: expected 1 to {PIXEL_LIMIT}, the most that Pillow "
@@ -118,6 +121,8 @@ def _rules(options: argparse.Namespace, source: Source) -> Rules:
         max_pixels=options.max_pixels,
         max_side=options.max_side,
         jpeg_quality=options.jpeg_quality,
+        raw_captions=options.raw_captions,
+        add_sha256=options.sha256,
         holdout=parse_holdout(options.holdout),
         images_below=None if options.allow_outside else source.image_root(),
         **filters_of(options),
@@ -140,7 +145,7 @@ def _source(options: argparse.Namespace) -> Source:
         location=options.input,
         images=options.images,
         strip_prefix=options.strip_prefix,
-        caption_key=options.caption_key,
+        caption_key=",".join(options.caption_key),
         image_key=options.image_key,
         pairs_per_chunk=options.pairs_per_chunk,
     )
@@ -172,6 +177,7 @@ def _tell_summary(
         )
     for reason, count in summary["rejects"].items():
         print(f"  {reason}: {count}")
+    _tell_roles(options, summary.get("roles", {}))
     _tell_rest(summary.get("tallies", {}), summary["text"], options.max_words)
     if summary["pairs"].get("held_out"):
         print(_heldout_hint(options.out, options.label or options.name))
@@ -195,6 +201,7 @@ def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
     print(f"sample: {seen.read} pairs, {seen.written} of them would be written")
     for reason, count in seen.reasons.most_common():
         print(f"  {reason}: {count} (the first: {logs.printable(seen.examples[reason])})")
+    _tell_roles(options, seen.roles)
     _tell_rest(seen.unused, seen.text, options.max_words)
     print(f"{'':<10}" + "".join(f"{f'{100 * q:.0f} %':>8}" for q in QUANTILES))
     for name, values in seen.quantiles().items():
@@ -210,6 +217,13 @@ def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
     if seen.written:
         return exit_codes.DONE
     return _refuse_nothing(options, seen.reasons, seen.examples, seen.unused)
+
+
+def _tell_roles(options: argparse.Namespace, counts: Mapping[str, int]) -> None:
+    """Print the captions of every role that --caption-key names, also of those without any."""
+    if options.caption_key:
+        named = dict(parse_roles(",".join(options.caption_key)))
+        print(f"captions by role: {_list_of({**dict.fromkeys(named, 0), **counts})}")
 
 
 def _tell_rest(unused: Mapping[str, int], text: Mapping[str, int], max_words: int) -> None:
@@ -382,7 +396,11 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
         help="open all paths and URLs that a list names, not only those below --images (or IN)",
     )  # fmt: skip
     add(reading, "--strip-prefix", "", "remove this from the front of these paths first")
-    add(reading, "--caption-key", "", "key or column of the caption, if it has an unusual name")
+    reading.add_argument(
+        "--caption-key", action="append", default=[], metavar="KEY,ROLE=KEY,...",
+        help="keys or columns of captions, stored with the key as their role, or with ROLE; may be "
+        "repeated",
+    )  # fmt: skip
     add(reading, "--image-key", "", "key or column of the image, if it has an unusual name")
     add(reading, "--pairs-per-chunk", Source("").pairs_per_chunk,
         "pairs that one process converts at a time, of lists and folders")  # fmt: skip
@@ -396,6 +414,13 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
         "scale images down to this shorter side; default: keep the bytes")  # fmt: skip
     add(writing, "--jpeg-quality", rules.jpeg_quality, "JPEG quality of scaled images")
     add(writing, "--max-words", reader.max_words, "cut captions to this many words")
+    writing.add_argument(
+        "--raw-captions", action="store_true",
+        help="keep captions whole, with case and punctuation; training cleans and cuts them",
+    )  # fmt: skip
+    writing.add_argument(
+        "--sha256", action="store_true", help="compute the SHA-256 of images that have none"
+    )
     add(
         writing,
         "--holdout",

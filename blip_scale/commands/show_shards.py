@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -22,10 +23,11 @@ from blip_scale.commands.command_line import Parser, refuse, report_error
 from blip_scale.config import exit_codes
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data import contact_sheet
+from blip_scale.data.captions import DEFAULT_ROLE
 from blip_scale.data.conversion.report import shortened
 from blip_scale.data.reading.cache import ShardCache
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
-from blip_scale.data.shards import read_caption_counts
+from blip_scale.data.shards import read_caption_counts, roles_of
 from blip_scale.storage.locations import is_local
 
 _RETRY_S = 30.0
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "show_shards.py") -
     try:
         _check(options)
         with tempfile.TemporaryDirectory(prefix="blip_scale_show_") as cache:
-            return _show(options, _open(options.input, cache), prog)
+            return _show(options, _open(options.input, options.overlay, cache), prog)
     except (OSError, ValueError) as error:
         return report_error(prog, error)
 
@@ -68,12 +70,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--sheet {options.sheet}: expected a name in {' or '.join(SHEETS)}")
 
 
-def _open(location: str, cache: str) -> StreamStore:
+def _open(location: str, overlays: list[str], cache: str) -> StreamStore:
     """The set at a location; shards of a remote are fetched into `cache`."""
     is_folder = is_local(location)
     folder, remote = (location, None) if is_folder else (cache, location)
     shards = ShardCache([Path(cache)], _CACHE_BYTES)
-    return StreamStore(StreamRecipe(location, folder, remote), "", shards, _RETRY_S)
+    recipe = StreamRecipe(location, folder, remote, overlays=overlays)
+    return StreamStore(recipe, "", shards, _RETRY_S)
 
 
 def _show(options: argparse.Namespace, store: StreamStore, prog: str) -> int:
@@ -127,11 +130,22 @@ def _read(store: StreamStore, places: Iterable[tuple[int, int]]) -> Iterator[Sho
             name = f"{store.shard_name(shard)}[{place}]"
             yield Shown(name, "?", "?", [f"can't be read: {error}"])
             continue
-        captions = sample["captions"] if isinstance(sample["captions"], list) else []
         yield Shown(
             sample["id"], f"{sample['width']}x{sample['height']}", sample["source"],
-            [str(caption) for caption in captions], sample["image"],
+            _captions(sample), sample["image"],
         )  # fmt: skip
+
+
+def _captions(sample: dict[str, Any]) -> list[str]:
+    """Captions of a sample, with their roles in front if it has any."""
+    captions = sample["captions"] if isinstance(sample["captions"], list) else []
+    try:
+        roles = roles_of({**sample, "captions": captions}) if "roles" in sample else []
+    except ValueError:  # the captions are worth showing all the same
+        roles = []
+    if not roles:
+        return [str(caption) for caption in captions]
+    return [f"{role}: {caption}" for role, caption in zip(roles, captions, strict=True)]
 
 
 def _table(samples: Sequence[Shown]) -> Iterator[str]:
@@ -157,7 +171,9 @@ def _totals(store: StreamStore) -> str:
     captions = 0
     for part, samples in zip(counts, store.shard_samples, strict=True):
         captions += samples if part is None else sum(part)
-    return f"{totals}, {captions:,} captions"
+    roles = store.roles
+    named = "" if roles == [DEFAULT_ROLE] else f" of the roles {', '.join(roles)}"
+    return f"{totals}, {captions:,} captions{named}"
 
 
 def _write_sheet(file: Path, title: str, samples: Sequence[Shown]) -> None:
@@ -198,6 +214,7 @@ def _parser(prog: str) -> Parser:
     )
     add = parser.add_argument
     add("input", metavar="MDS", help="folder of shards, or a remote: s3://b/p")
+    add("--overlay", action="append", default=[], help="overlay to show with it; may be repeated")
     add("--count", type=int, default=12, help="samples to show (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the random sample (%(default)s)")
     add(

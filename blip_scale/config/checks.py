@@ -308,6 +308,7 @@ def _check_data(recipe: Recipe) -> None:
                     f"{setting}.name: {stream.name} is the name of an earlier stream; rename one"
                 )
             seen.add(stream.name)
+            _check_captions(setting, stream)
             _check_stream(setting, stream, data.make_with)
     _check_caches(data)
     _check_mixture(data)
@@ -324,6 +325,34 @@ def _check_image_sizes(recipe: Recipe) -> None:
             raise ValueError(
                 f"data.image_sizes.{index}.until_epoch: {after.until_epoch:g} is not later than "
                 f"the {before.until_epoch:g} before it; put the stages in order"
+            )
+
+
+def _check_captions(setting: str, stream: StreamRecipe) -> None:
+    """Refuse a mixture of captions without shares, or where an epoch reads every caption once."""
+    if stream.captions and not any(stream.captions.values()):
+        raise ValueError(f"{setting}.captions: all shares are 0; give one role a share above 0")
+    if stream.captions and stream.repeat == "captions":
+        raise ValueError(
+            f"{setting} ({stream.name}): captions draws one caption by its role, but repeat: "
+            "captions reads each caption once; keep one of them"
+        )
+    if stream.overlays and stream.repeat == "captions":
+        raise ValueError(
+            f"{setting} ({stream.name}): repeat: captions counts the captions of the shards, not "
+            "those of overlays; give repeat a number"
+        )
+    if stream.overlays and stream.format == "tars":
+        raise ValueError(
+            f"{setting} ({stream.name}): overlays fit shards, not tars; convert the tars with "
+            "`blip-scale prepare-data`, or remove overlays"
+        )
+    for number, overlay in enumerate(stream.overlays):
+        place = expand(overlay, f"{setting}.overlays.{number}")
+        if "://" not in place and not (Path(place) / "index.json").is_file():
+            raise FileNotFoundError(
+                f"{setting}.overlays.{number} ({stream.name}): no overlay in {place} (no "
+                "index.json there); make it with `blip-scale overlay`"
             )
 
 

@@ -96,6 +96,13 @@ class TextRecipe:
     max_tokens: Annotated[int, Field(ge=3)] = 30
     """Largest number of tokens in a caption, [CLS] and [SEP] included. Longer captions are
     truncated (published: 30, 35 for retrieval, 40 for captioning)."""
+    max_words: Positive | None = None
+    """Largest number of words in a caption; raise it together with max_tokens for long captions.
+    null: as published (30; 40 for NLVR2, 50 for questions)."""
+    truncation: Literal["published", "sentence"] = "published"
+    """End of a caption with too many words or tokens. `published`: the last word or token that
+    fits. `sentence`: the last whole sentence that fits, or as published if the first one does not
+    fit; shards need captions with punctuation (`prepare-data --raw-captions`, overlays)."""
     prompt: str = ""
     """Text at the start of every training caption and every generated one. It is left out of the
     loss (published for captioning: `a picture of `)."""
@@ -206,6 +213,13 @@ class StreamRecipe:
     weight: Above0 | None = None
     """Share of this stream in `data.samples_per_epoch`, relative to the weights of the other
     streams. If one stream has a weight, all must have one."""
+    captions: dict[str, Rate] = field(default_factory=dict)
+    """Share of each caption role, e.g. {re_caption: 0.75, alt: 0.25}. A sample that lacks a role
+    leaves its share to the others. Captions without a role have the role `caption`. Held-out sets
+    keep the captions of these roles. {}: captions of all roles take turns."""
+    overlays: list[str] = field(default_factory=list)
+    """Further captions for the same images: folders or URLs that `blip-scale overlay` or `capfilt
+    --as overlay` made for these shards. Their roles join those of the shards."""
 
 
 @dataclass(frozen=True, config=_STRICT)

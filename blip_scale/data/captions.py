@@ -1,12 +1,47 @@
-"""Clean captions and questions as published (`pre_caption` and `pre_question` of BLIP's code)."""
+"""Roles of captions, and cleaning as published (`pre_caption` and `pre_question` of BLIP's code).
+
+A role says what kind of text a caption is: `alt`, `re_caption`. Captions without one, such as those
+of sets that were converted without `--caption-key`, have the role `caption`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 Clean = Callable[[str, int], str]
 """Function clean(text, max_words) that returns the cleaned text."""
+
+DEFAULT_ROLE = "caption"
+"""Role of captions that have no other."""
+
+
+class RoleText(NamedTuple):
+    """A caption as the source has it, and its role."""
+
+    role: str
+    text: Any
+
+
+def parse_roles(keys: str) -> list[tuple[str, str]]:
+    """Parse `KEY,ROLE=KEY,...` into pairs of role and key; a key without a role is its own role.
+
+    A `[]` at the end of a key, as sets write it for lists, is left out.
+
+    Raises:
+        ValueError: a role or a key is empty.
+    """
+    pairs = []
+    for part in keys.split(","):
+        role, _, key = part.strip().rpartition("=")
+        key = key.strip().removesuffix("[]")
+        role = role.strip() or key
+        if not key or not role or part.strip().startswith("="):
+            raise ValueError(f"--caption-key {keys}: expected KEY or ROLE=KEY between the commas")
+        pairs.append((role, key))
+    return pairs
+
 
 _REMOVED = re.compile(r"[.!\"()*#:;~]")
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -15,6 +50,8 @@ _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 """Letters and symbols without a visible glyph."""
 _WHITESPACE_RUN = re.compile(r"\s{2,}")
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]+[\"')\]]*(?=\s)")
+_ABBREVIATIONS = ("dr", "e.g", "i.e", "jr", "mr", "mrs", "ms", "no", "prof", "sr", "st", "vs")
+"""Words whose full stop ends no sentence."""
 _KEPT_SHARE = 1 / 3
 """Smallest share of `max_words` before a sentence end; the full stop of "Dr." keeps less."""
 
@@ -58,6 +95,47 @@ def clean_to_a_sentence(caption: str, max_words: int = 30) -> str:
         if kept:
             return kept
     return clean_caption(caption, max_words)
+
+
+def plain(caption: str) -> str:
+    """A caption with its punctuation, without control characters, on one line.
+
+    It is empty if cleaning would make it so.
+    """
+    return " ".join(_CONTROLS.sub(" ", caption).split()) if clean_caption(caption, 1) else ""
+
+
+def whole_sentences(caption: str, fits: Callable[[str], bool]) -> str:
+    """Clean as many whole sentences from the start of a caption as fit together.
+
+    Args:
+        caption: the caption with its punctuation; cleaned ones have no sentence ends left.
+        fits: says whether a cleaned text is short enough.
+
+    Returns:
+        The cleaned sentences, or "" if not even the first one fits.
+    """
+    whole = clean_caption(caption, len(caption) + 1)
+    if fits(whole):
+        return whole
+    kept = ""
+    for end in _sentence_ends(caption):
+        cleaned = clean_caption(caption[:end], len(caption) + 1)
+        if not fits(cleaned):
+            break
+        kept = cleaned
+    return kept
+
+
+def _sentence_ends(caption: str) -> list[int]:
+    """Places after which a new sentence begins; a full stop after "Dr" or an initial is none."""
+    ends = []
+    for end in _SENTENCE_END.finditer(caption):
+        word = caption[: end.start()].rpartition(" ")[2].lower()
+        is_abbreviation = word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha())
+        if not (is_abbreviation and end[0] == "."):
+            ends.append(end.end())
+    return ends
 
 
 def clean_question(question: str, max_words: int = 50) -> str:

@@ -255,7 +255,7 @@ def read_index(folder: Path) -> list[Shard]:
         ValueError: the index is damaged, names files outside the folder, or has unsupported columns
             or hashes.
     """
-    return parse_index(folder, index_file(folder).read_bytes())
+    return parse_index(folder, index_file(folder).read_bytes())[0]
 
 
 def index_file(folder: Path) -> Path:
@@ -266,17 +266,21 @@ def index_file(folder: Path) -> Path:
     return path
 
 
-def parse_index(folder: Path, content: Content) -> list[Shard]:
-    """The shards of an index with this content; raises ValueError as `read_index` does.
+def parse_index(folder: Path, content: Content) -> tuple[list[Shard], dict[str, Any]]:
+    """The shards of an index with this content, and all of its fields.
 
     Every entry becomes a shard as soon as it is read, which takes a quarter of the memory.
+
+    Raises:
+        ValueError: see `read_index`.
     """
 
     def parsed(entry: dict[str, Any]) -> Any:
         return parse_shard(folder, entry) if "raw_data" in entry else entry
 
     try:
-        entries = _field(parse_json(content, parsed), "shards", list)
+        document = parse_json(content, parsed)
+        entries = _field(document, "shards", list)
         shards = [
             entry if isinstance(entry, Shard) else parse_shard(folder, entry) for entry in entries
         ]
@@ -287,7 +291,7 @@ def parse_index(folder: Path, content: Content) -> list[Shard]:
         raise ValueError(
             f"{folder / INDEX_NAME} is not an MDS index ({error}); write the set again"
         ) from error
-    return shards
+    return shards, document
 
 
 def parse_shard(folder: Path, entry: Any) -> Shard:
@@ -391,6 +395,10 @@ class Writer:
             self._flush()
         self._samples.append(data)
         self._bytes += len(data) + 4
+
+    def end_shard(self) -> None:
+        """Write the samples since the last shard as a shard, even if there are none."""
+        self._flush()
 
     def finish(self) -> None:
         """Write the remaining samples and the index."""

@@ -11,15 +11,18 @@ Every sample has the columns of `COLUMNS`:
 - `url`, where the image was found, "" where unknown;
 - `similarity` of image and text as the source gives it, NaN where it gives none.
 
-Sets of the fine-tuning tasks, and those of CapFilt, have one or two columns more (`EXTRA_COLUMNS`):
+Some sets have more columns (`EXTRA_COLUMNS`):
 
 - `annotations`, a JSON list with an entry for each of the captions: answers, label, candidates,
   provenance;
 - `second_image`, where a caption speaks of two images;
+- `roles`, a JSON list with the role of each caption (see `data.captions`);
+- `uid` and `sha256`, where the source has them, "" where it has none for a sample;
 - `image_place`, in an index of tars (see `conversion.tar_index`), whose `image` is empty.
 
 Beside the shards index.json names the number of captions of every sample, so that an epoch can take
-each caption once: `captions`, a list a shard, or null where all samples of a shard have one.
+each caption once: `captions`, a list a shard, or null where all samples of a shard have one. Sets
+with roles have `caption_roles`, the number of captions of each role.
 """
 
 from __future__ import annotations
@@ -27,13 +30,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 from blip_scale.data import mds
+from blip_scale.data.captions import DEFAULT_ROLE
 from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.pixels.formats import open_image
 
@@ -47,9 +52,17 @@ COLUMNS = {
     "url": "str",
     "similarity": "float32",
 }
-EXTRA_COLUMNS = {"annotations": "json", "second_image": "bytes", "image_place": "json"}
+EXTRA_COLUMNS = {
+    "annotations": "json",
+    "second_image": "bytes",
+    "roles": "json",
+    "uid": "str",
+    "sha256": "str",
+    "image_place": "json",
+}
 IMAGE_COLUMNS = ("image", "second_image")
 CAPTIONS_KEY = "captions"
+ROLES_KEY = "caption_roles"
 HASH = "xxh64"
 
 
@@ -71,6 +84,12 @@ class Record:
     annotations: Sequence[dict[str, Any]] | None = None
     """One annotation per caption, with the labels of a task."""
     second_image: bytes | None = None
+    roles: Sequence[str] | None = None
+    """One role per caption."""
+    uid: str | None = None
+    """Unique id by the maker of the set; "" where this sample has none."""
+    sha256: str | None = None
+    """SHA-256 of the image in the source, hexadecimal; "" where it is unknown."""
     image_place: tuple[int, int, bool] | None = None
     """First byte and size of the image in its tar, and whether EXIF says that it is turned."""
 
@@ -86,15 +105,21 @@ class Record:
         return [self.caption] if isinstance(self.caption, str) else list(self.caption)
 
     def sample(self) -> dict[str, Any]:
-        """Return the columns of `COLUMNS`, and the columns of `EXTRA_COLUMNS` that the record has.
+        """Return the columns of `COLUMNS` and `EXTRA_COLUMNS`.
+
+        Annotations and the second image are missing if the record has none.
 
         Raises:
-            ValueError: there is no caption, or the number of annotations differs from it.
+            ValueError: there is no caption, or the number of annotations or roles differs from it.
         """
         if not self.captions:
             raise ValueError(f"the record {self.id!r} has no caption")
         if self.annotations is not None and len(self.annotations) != len(self.captions):
             raise ValueError(f"the record {self.id!r} needs an annotation for each caption")
+        try:
+            roles = roles_of({"captions": self.captions, "roles": self.roles})
+        except ValueError as error:
+            raise ValueError(f"the record {self.id!r}: {error}") from error
         width, height = (self.width, self.height) if self.width else _image_size(self.image)
         return {
             "id": self.id,
@@ -105,6 +130,9 @@ class Record:
             "height": height,
             "url": self.url,
             "similarity": self.similarity,
+            "roles": roles,
+            "uid": self.uid or "",
+            "sha256": self.sha256 or "",
             **{name: getattr(self, name) for name in self.extra_columns},
         }
 
@@ -148,6 +176,7 @@ def write_shards(
     shutil.rmtree(partial, ignore_errors=True)
     ids: set[str] = set()
     counts: list[int] = []
+    roles: Counter[str] = Counter()
     first, records = with_first(records)
     with shard_writer(partial, shard_size, compression, first) as writer:
         for record in records:
@@ -155,12 +184,15 @@ def write_shards(
                 raise ValueError(f"{folder}: the id {record.id!r} occurs twice; ids must be unique")
             ids.add(record.id)
             counts.append(len(record.captions))
+            roles.update(record.roles or ())
             writer.write(record.sample())
     if not ids:
         shutil.rmtree(partial)
         raise ValueError(f"{folder}: there is no record to write")
     index = json.loads((partial / INDEX_NAME).read_text())
     index[CAPTIONS_KEY] = captions_by_shard(index["shards"], counts)
+    if roles:
+        index[ROLES_KEY] = dict(sorted(roles.items()))
     (partial / INDEX_NAME).write_text(json.dumps(index, sort_keys=True))
     partial.rename(folder)
     return len(ids)
@@ -178,10 +210,12 @@ def read_index(folder: Path) -> list[mds.Shard]:
     return shards
 
 
-def require_columns(folder: Path, shards: Iterable[mds.Shard]) -> None:
-    """Raises ValueError, naming the index in `folder`, for shards without those of `COLUMNS`."""
+def require_columns(
+    folder: Path, shards: Iterable[mds.Shard], names: Iterable[str] = COLUMNS
+) -> None:
+    """Raises ValueError, naming the index in `folder`, for shards without columns of `names`."""
     for columns in {shard.columns for shard in shards}:
-        missing = set(COLUMNS) - set(columns.names)
+        missing = set(names) - set(columns.names)
         if missing:
             raise ValueError(
                 f"{folder / INDEX_NAME}: the shards lack the columns {sorted(missing)}"
@@ -221,6 +255,42 @@ def read_caption_counts(folder: Path) -> list[list[int] | None]:
                 f"{shard['raw_data']['basename']}: write the set again"
             )
     return counts
+
+
+def parse_role_counts(value: Any) -> dict[str, int]:
+    """Captions by role, from `ROLES_KEY` of an index; {} for None, as sets without roles have none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    counts = {} if value is None else value
+    if not isinstance(counts, dict) or not all(type(n) is int and n > 0 for n in counts.values()):
+        raise ValueError(f"`{ROLES_KEY}` does not hold a number of captions for each role")
+    return counts
+
+
+def require_captions(sample: Mapping[str, Any]) -> None:
+    """Raises ValueError for a sample without a caption, or with roles that do not fit."""
+    if not roles_of(sample):
+        raise ValueError("the sample has no caption")
+
+
+def roles_of(sample: Mapping[str, Any]) -> list[str]:
+    """Roles of a sample's captions.
+
+    Raises:
+        ValueError: the captions are not texts, or there is not one role for each.
+    """
+    captions, roles = sample["captions"], sample.get("roles")
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise ValueError("column 'captions' is not a list of texts")
+    if roles is None:
+        return [DEFAULT_ROLE] * len(captions)
+    if not isinstance(roles, list | tuple) or not all(isinstance(role, str) for role in roles):
+        raise ValueError("column 'roles' is not a list of texts")
+    if len(roles) != len(captions):
+        raise ValueError(f"{len(captions)} captions, but {len(roles)} roles")
+    return list(roles)
 
 
 def _are_counts(part: Any, samples: int) -> bool:

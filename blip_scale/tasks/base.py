@@ -86,7 +86,13 @@ class TrainingTask(ABC):
     def text_input(self) -> CaptionInput:
         """Settings that turn the texts of the training sets into tokens."""
         text = self.recipe.model.text
-        return CaptionInput(self.tokenizer, text.max_tokens, prompt=text.prompt)
+        return CaptionInput(
+            self.tokenizer,
+            text.max_tokens,
+            text.max_words or CaptionInput.max_words,
+            prompt=text.prompt,
+            whole_sentences=text.truncation == "sentence",
+        )
 
     def heldout_sets(self) -> Iterator[tuple[str, HeldoutPairs]]:
         """The recipe's held-out sets by name. Texts are cleaned like those of the training sets."""
@@ -157,9 +163,10 @@ class TrainingTask(ABC):
         """Keep nothing."""
 
     def figures(self, batch: Batch) -> dict[str, float]:
-        """Share of each stream in a batch."""
+        """Shares of a batch: pairs of each stream and caption role, and captions that were cut."""
         names = [f"data/share_{name}" for name in self.loader.stream_names]
-        return dict(zip(names, self.loader.shares(batch), strict=True))
+        shares = dict(zip(names, self.loader.shares(batch), strict=True))
+        return shares | self.loader.caption_shares(batch)
 
     def after_step(  # noqa: B027  most tasks do nothing here
         self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool

@@ -64,7 +64,8 @@ class ImagePairs(TrainingTask):
 
     def text_input(self) -> CaptionInput:
         """Settings that turn sentences into tokens."""
-        return CaptionInput(self.tokenizer, self.recipe.model.text.max_tokens, MAX_WORDS)
+        text = self.recipe.model.text
+        return CaptionInput(self.tokenizer, text.max_tokens, text.max_words or MAX_WORDS)
 
     def build_network(self) -> NLVR2Network:
         """Encoder of sentences and pairs, with unset weights."""

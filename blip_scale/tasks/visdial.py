@@ -83,7 +83,9 @@ class VisualDialog(TrainingTask):
     def text_input(self) -> CaptionInput:
         """Settings that turn questions into tokens. `inputs` makes dialogs of the questions."""
         limit = self.recipe.model.text.max_tokens
-        return CaptionInput(self.tokenizer, limit, MAX_WORDS, clean=clean_question)
+        return CaptionInput(
+            self.tokenizer, limit, self.recipe.model.text.max_words or MAX_WORDS, clean_question
+        )
 
     def build_network(self) -> VisDialNetwork:
         """Encoder of image, caption and dialog, with unset weights."""

@@ -95,7 +95,9 @@ class VisualQuestionAnswering(TrainingTask):
     def text_input(self) -> CaptionInput:
         """Settings that turn questions into tokens."""
         limit = self.recipe.model.text.max_tokens
-        return CaptionInput(self.tokenizer, limit, MAX_WORDS, clean=clean_question)
+        return CaptionInput(
+            self.tokenizer, limit, self.recipe.model.text.max_words or MAX_WORDS, clean_question
+        )
 
     def build_network(self) -> VQANetwork:
         """Encoder and decoder, with unset weights."""

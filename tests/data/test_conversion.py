@@ -91,7 +91,7 @@ def test_everything_arrives(whole: Path, undisturbed: dict[str, bytes]) -> None:
         assert sample == {
             "id": key, "image": files["jpg"], "source": "test", "width": 80, "height": 60,
             "captions": [f"picture {key}, a cat 😺 with a 👩‍👩‍👧 family"],
-            "url": meta["url"], "similarity": 0.3125,
+            "url": meta["url"], "similarity": 0.3125, "sha256": meta["sha256"],
         }  # fmt: skip
     shards = [name for name in undisturbed if name.startswith("shard.")]
     assert len(shards) > 6 and all(len(undisturbed[name]) <= 20_000 for name in shards)

@@ -35,7 +35,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     folders: list[Path] = []
     parse = mds.parse_index
 
-    def counted(folder: Path, content: bytes) -> list[mds.Shard]:
+    def counted(folder: Path, content: bytes) -> tuple[list[mds.Shard], dict[str, Any]]:
         folders.append(folder)
         return parse(folder, content)
 

@@ -28,6 +28,7 @@ from odd_files import (
     write_tar,
 )
 
+from blip_scale.data.captions import RoleText
 from blip_scale.data.conversion.pairs import Found, RawPair, Reject, Source, Unused
 from blip_scale.data.sources.readers import READERS
 
@@ -152,7 +153,7 @@ def test_the_caption_may_lie_elsewhere(tmp_path: Path) -> None:
         tmp_path / "a.tar", members(("a", {"jpg": b"image", "txt": b"raw", "json": meta}))
     )
     assert read_tar(path)[0].captions == "raw"
-    assert read_tar(path, "synthetic")[0].captions == "a brown dog"
+    assert read_tar(path, "synthetic")[0].captions == [RoleText("synthetic", "a brown dog")]
     assert read_tar(path, "nothing")[0].captions is None
 
 

@@ -275,3 +275,21 @@ def test_wrong_checkpoints_are_refused(
     assert "no index.json in" in capsys.readouterr().err
     run(web, tmp_path / "out", *models, "--threshold", "50", code=2)
     assert "a probability from 0 to 1" in capsys.readouterr().err
+
+
+def test_an_overlay_has_the_kept_captions_in_place(
+    web: Path, models: list[str], whole: Path, tmp_path: Path
+) -> None:
+    out = run(web, tmp_path / "out", *models, "--as", "overlay")
+    kept = {sample["id"]: sample for sample in samples_of(whole)}
+    store = StreamStore(StreamRecipe("web", str(web), overlays=[str(out)]))
+    for place in store.places(range(store.samples)):
+        sample = store.read(*place)
+        added = [number for number, role in enumerate(sample["roles"]) if role != "caption"]
+        expected = kept.get(sample["id"], {"captions": [], "annotations": []})
+        assert [sample["captions"][number] for number in added] == expected["captions"]
+        kinds = [origin["kind"] for origin in expected["annotations"]]
+        assert [sample["roles"][number] for number in added] == kinds
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.mds")) for folder in (out, web)]
+    assert sizes[0] < sizes[1] / 2, "it holds no image"
+    assert (out / "samples.html").is_file()

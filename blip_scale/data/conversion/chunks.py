@@ -58,11 +58,15 @@ def convert_chunk(
 
     def records() -> Iterable[Record]:
         seen: set[str] = set()
+        columns: Iterable[str] | None = None
         done = Counts()
         for item in chunk.read() if rules is None else read_safely(chunk):
             record = _take(item, rules, report, seen, tokenizer)
             if record is not None:
                 report.ids.append(record.id)
+                columns = record.extra_columns if columns is None else columns
+                for name in record.extra_columns.keys() - columns:
+                    _add(report, {f"values of {name} that the chunk's first record lacks": 1})
                 if rules is not None and rules.holdout is not None:
                     for key, value in image_keys(record).items():
                         report.keys.setdefault(key, []).append(value)
@@ -104,7 +108,7 @@ def _take(
         assert rules is not None
         record, rejects, reencoded = screen(item, rules)
         if record is not None:
-            _add(report, count_text(item, record, rules.max_words, tokenizer))
+            _add(report, count_text(item, record, rules.word_limit, tokenizer))
     report.rejects += rejects
     if record is None:
         report.pairs.rejected += 1
@@ -114,6 +118,7 @@ def _take(
     report.pairs.written += 1
     report.captions.written += len(record.captions)
     report.captions.rejected += len(rejects)
+    report.roles = dict(Counter(report.roles) + Counter(record.roles or ()))
     report.reencoded += reencoded
     return record
 

@@ -26,7 +26,7 @@ from blip_scale.data.conversion.report import (
 )
 from blip_scale.data.conversion.text_counts import text_summary
 from blip_scale.data.mds import INDEX_NAME, Shard, parse_shard
-from blip_scale.data.shards import CAPTIONS_KEY, Record
+from blip_scale.data.shards import CAPTIONS_KEY, ROLES_KEY, Record
 
 SUMMARY_NAME = "summary.json"
 REJECTS_NAME = "rejects.jsonl"
@@ -146,6 +146,7 @@ def _drop(
     if not dropped:
         return
     lost_captions = 0
+    lost_roles: Counter[str] = Counter()
 
     def records(shard: Shard) -> Iterator[Record]:
         nonlocal lost_captions
@@ -153,6 +154,7 @@ def _drop(
             sample = shard.read(index)
             if sample["id"] in dropped:
                 lost_captions += len(sample["captions"])
+                lost_roles.update(sample.get("roles", ()))
             else:
                 yield record_of(sample)
 
@@ -175,6 +177,7 @@ def _drop(
             shards += entries
             captions += kept_counts
         report.shards, report.shard_captions = shards, captions
+        report.roles = dict(Counter(report.roles) - lost_roles)
         report.drop(dropped)
         count = len(dropped)
         if held_out:
@@ -201,6 +204,7 @@ def _write_set(
     shard_captions: list[list[int] | None] = []
     reasons: Counter[str] = Counter()
     tallies: Counter[str] = Counter()
+    roles: Counter[str] = Counter()
     examples: dict[str, str] = {}
     pairs, captions, reencoded = Counts(), Counts(), 0
     with out.workshop("merge", per_process=True) as folder:
@@ -210,6 +214,7 @@ def _write_set(
                 shard_captions += report.shard_captions
                 reasons += report.reasons
                 tallies.update(report.tallies)
+                roles.update(report.roles)
                 pairs, captions = pairs + report.pairs, captions + report.captions
                 reencoded += report.reencoded
                 for reject in report.rejects:
@@ -227,9 +232,13 @@ def _write_set(
             "bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
             "made_by": {key: value for key, value in plan.items() if key != "input"},
         }
+        if roles:
+            summary["roles"] = dict(sorted(roles.items()))
         if tallies:
             summary["tallies"] = dict(sorted(tallies.items()))
         index = {"version": 2, "shards": shards, CAPTIONS_KEY: shard_captions}
+        if roles:
+            index[ROLES_KEY] = summary["roles"]
         (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
         (folder / INDEX_NAME).write_text(json.dumps(index, sort_keys=True))
         out.put(folder, [REJECTS_NAME, SUMMARY_NAME, INDEX_NAME])

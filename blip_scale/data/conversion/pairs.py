@@ -38,6 +38,9 @@ class Reason(StrEnum):
     NOT_IN_PLACE = "can't be read in place"
     WEB_UNMATCHED = "web caption doesn't match"
     SYNTHETIC_UNMATCHED = "synthetic caption doesn't match"
+    NO_SUCH_IMAGE = "no such image"
+    DUPLICATE_KEY = "duplicate key"
+    NO_ANSWER = "captioner gives no caption"
     BAD_ANNOTATION = "bad annotation"
     DAMAGED_INPUT = "damaged input"
 
@@ -50,7 +53,8 @@ class RawPair:
     image: bytes | str | None
     """The encoded file, or its path or URL; None: the source has no image."""
     captions: Any
-    """One text or a list of them; None: the source has no text."""
+    """One text or a list of them, each perhaps a `captions.RoleText`; None: the source has no
+    text."""
     url: str = ""
     similarity: float | None = None
     stored_bytes: int = 0
@@ -61,6 +65,10 @@ class RawPair:
     """The other image, where captions are about two."""
     is_question: bool = False
     """Whether the captions are questions, which are cleaned in another way."""
+    uid: str | None = None
+    """Unique id that the maker of the set gave the pair; None: the source has no such key."""
+    sha256: str | None = None
+    """SHA-256 of the image according to the source; None: the source has no such key."""
     note: str = ""
     """Keys or columns that the source has in place of a caption or an image, for the reject."""
     from_folder: bool = False

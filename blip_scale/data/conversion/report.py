@@ -52,6 +52,8 @@ class Report:
     """Entries of the MDS index."""
     shard_captions: list[list[int] | None] = field(default_factory=list)
     """Number of captions of every sample, by shard, as the index has them."""
+    roles: dict[str, int] = field(default_factory=dict)
+    """Written captions by role; empty where the source has no roles."""
     ids: list[str] = field(default_factory=list)
     """Ids of the samples, in the order of the shards."""
     keys: dict[str, list[int]] = field(default_factory=dict)

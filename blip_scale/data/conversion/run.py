@@ -98,6 +98,9 @@ class Conversion:
             rules = asdict(self.rules)
             # The folder may have another name on another machine.
             rules["allow_outside"] = rules.pop("images_below") is None
+            for name in ("raw_captions", "add_sha256"):  # conversions without them stay the same
+                if not rules[name]:
+                    del rules[name]
         return {
             "format": _FORMAT,
             "reading": self.reading,

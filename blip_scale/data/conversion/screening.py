@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import math
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +15,14 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip_scale.config.recipe import MAX_PIXELS
-from blip_scale.data.captions import Clean, clean_question, clean_to_a_sentence
+from blip_scale.data.captions import (
+    DEFAULT_ROLE,
+    Clean,
+    RoleText,
+    clean_question,
+    clean_to_a_sentence,
+    plain,
+)
 from blip_scale.data.conversion.pairs import LARGEST_FILE_BYTES, RawPair, Reason, Reject
 from blip_scale.data.pixels.decoding import describe, to_rgb
 from blip_scale.data.pixels.formats import open_image
@@ -53,6 +62,10 @@ class Rules:
     """JPEG quality of images that are scaled down or turned upright."""
     holdout: int | float | None = None
     """Pairs to hold out: an int is their number, a float their share; None: none."""
+    raw_captions: bool = False
+    """Keep captions whole, with case and punctuation; training cleans and cuts them."""
+    add_sha256: bool = False
+    """Compute the SHA-256 of images, as the source holds them, where it gives none."""
     images_below: str | None = None
     """Folder that must hold the images that a list names; None: anywhere, also on the web."""
     min_similarity: float | None = None
@@ -65,6 +78,11 @@ class Rules:
     """Accept pairs without the score that a limit is set for."""
     in_place: bool = False
     """Write where images lie in their tar, and look only at their headers."""
+
+    @property
+    def word_limit(self) -> int:
+        """Most words of a caption; without a limit where captions are kept whole."""
+        return sys.maxsize if self.raw_captions else self.max_words
 
 
 class _Refused(Exception):
@@ -112,15 +130,18 @@ def screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bo
 
 
 def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bool]:
-    for name, text in (("id", pair.id), ("URL", pair.url)):
-        if not _is_unicode(text):
+    for name, text in (
+        ("id", pair.id), ("URL", pair.url), ("uid", pair.uid or ""), ("sha256", pair.sha256 or ""),
+    ):  # fmt: skip
+        if not is_unicode(text):
             raise _Refused(Reason.DAMAGED_INPUT, f"its {name} is no UTF-8")
-    if not _is_unicode(json.dumps(pair.annotations, ensure_ascii=False)):
+    if not is_unicode(json.dumps(pair.annotations, ensure_ascii=False)):
         raise _Refused(Reason.BAD_ANNOTATION, "half a surrogate pair")
     _check_scores(pair, rules)
-    captions, rejects = _captions(pair, rules.max_words)
+    captions, roles, rejects = _captions(pair, rules)
     root = None if pair.from_folder else rules.images_below
-    picture = check_image(_image_bytes(pair.image, root, pair.note), rules)
+    image = _image_bytes(pair.image, root, pair.note)
+    picture = check_image(image, rules)
     second = None
     if pair.second_image is not None:
         second = check_image(_image_bytes(pair.second_image, root), rules)
@@ -129,6 +150,7 @@ def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], b
         pair.id, picture.data, captions, rules.source,
         picture.width, picture.height, pair.url, similarity,
         _annotations(pair, rejects), second.data if second else None,
+        roles, pair.uid, _sha256(pair, image, rules),
     )  # fmt: skip
     if rules.in_place:
         if pair.offset is None:
@@ -164,21 +186,48 @@ def _annotations(pair: RawPair, rejects: list[Reject]) -> list[dict[str, Any]] |
     return [entry for number, entry in enumerate(pair.annotations) if number not in dropped]
 
 
-def _captions(pair: RawPair, max_words: int) -> tuple[list[str], list[Reject]]:
-    """The cleaned captions, and rejects of the others; the pair is refused if none is left."""
-    clean = clean_question if pair.is_question else clean_to_a_sentence
+def _sha256(pair: RawPair, image: bytes, rules: Rules) -> str | None:
+    if not rules.add_sha256:
+        return pair.sha256
+    return pair.sha256 or hashlib.sha256(image).hexdigest()
+
+
+def _captions(pair: RawPair, rules: Rules) -> tuple[list[str], list[str] | None, list[Reject]]:
+    """The captions to write, their roles if the source has any, and rejects of the others.
+
+    The pair is refused if no caption is left.
+    """
+    clean: Clean = clean_question if pair.is_question else clean_to_a_sentence
+    if rules.raw_captions:
+        clean = _plain
     captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
     cleaned: list[str] = []
+    roles: list[str] = []
     rejects: list[Reject] = []
     for number, caption in enumerate(captions):
+        role, text = caption if isinstance(caption, RoleText) else (DEFAULT_ROLE, caption)
         try:
-            cleaned.append(_clean(caption, max_words, clean))
+            cleaned.append(_clean(text, rules.max_words, clean))
+            roles.append(role)
         except _Refused as refused:
             rejects.append(Reject(pair.id, refused.reason, refused.detail, number))
     if cleaned:
-        return cleaned, rejects
+        has_roles = any(isinstance(caption, RoleText) for caption in captions)
+        return cleaned, roles if has_roles else None, rejects
     first = rejects[0] if rejects else Reject(pair.id, Reason.MISSING_CAPTION)
     raise _Refused(first.reason, first.detail or pair.note)
+
+
+def _plain(caption: str, max_words: int) -> str:
+    return plain(caption)
+
+
+def kept_whole(caption: object) -> str | tuple[Reason, str]:
+    """A caption as `plain` leaves it, or reason and detail of its reject."""
+    try:
+        return _clean(caption, 0, _plain)
+    except _Refused as refused:
+        return refused.reason, refused.detail
 
 
 def _clean(caption: object, max_words: int, clean: Clean) -> str:
@@ -188,7 +237,7 @@ def _clean(caption: object, max_words: int, clean: Clean) -> str:
         raise _Refused(Reason.CAPTION_NO_TEXT, "not UTF-8")
     if not isinstance(caption, str):
         raise _Refused(Reason.CAPTION_NO_TEXT, type(caption).__name__)
-    if not _is_unicode(caption):
+    if not is_unicode(caption):
         raise _Refused(Reason.CAPTION_NO_TEXT, "half a surrogate pair, or no UTF-8")
     cleaned = clean(caption, max_words)
     if not cleaned.strip():
@@ -196,7 +245,7 @@ def _clean(caption: object, max_words: int, clean: Clean) -> str:
     return cleaned
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether a text can be encoded; invalid UTF-8 was read as halves of surrogate pairs."""
     try:
         text.encode()

@@ -36,6 +36,8 @@ class Survey:
     """Counts of `count_text`."""
     captions: list[str] = field(default_factory=list)
     """Captions as they would be written."""
+    roles: Counter[str] = field(default_factory=Counter)
+    """Captions by role; empty where the source has no roles."""
     figures: dict[str, list[int]] = field(default_factory=dict)
     """Values by name, one for each image (`width`, ...) or caption (`words`, ...)."""
     image_bytes: int = 0
@@ -111,8 +113,9 @@ def _add_item(seen: Survey, item: Found, rules: Rules, tokenizer: str) -> None:
         return
     seen.written += 1
     seen.captions += record.captions
+    seen.roles.update(record.roles or ())
     seen.image_bytes += len(record.image)
-    seen.text += count_text(item, record, rules.max_words, tokenizer)
+    seen.text += count_text(item, record, rules.word_limit, tokenizer)
     figures = {
         "width": record.width,
         "height": record.height,

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from blip_scale.config.recipe import TextRecipe
-from blip_scale.data.captions import clean_caption, is_long
+from blip_scale.data.captions import RoleText, clean_caption, is_long
 from blip_scale.data.conversion.pairs import RawPair
 from blip_scale.data.shards import Record
 from blip_scale.data.tokenizer import MOST_UNKNOWN, count_tokens, load_tokenizer
@@ -37,7 +37,8 @@ def count_text(pair: RawPair, record: Record, max_words: int, tokenizer: str) ->
     """Counts about the captions of a written pair, by name; `tokenizer` "" counts no tokens."""
     counts: Counter[str] = Counter()
     captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
-    for caption in captions:
+    for item in captions:
+        caption = item.text if isinstance(item, RoleText) else item
         if isinstance(caption, str) and not pair.is_question and is_long(caption, max_words):
             counts[CUT] += 1
             counts[CUT_AT_A_SENTENCE] += clean_caption(caption, max_words) not in record.captions

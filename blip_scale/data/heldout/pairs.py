@@ -18,7 +18,7 @@ from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.reading.streams import open_stream
-from blip_scale.data.shards import IMAGE_COLUMNS
+from blip_scale.data.shards import IMAGE_COLUMNS, roles_of
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,15 @@ class HeldoutPairs:
             )
 
 
+def with_roles(sample: Sample, shares: Mapping[str, float]) -> Sample:
+    """A sample with the captions of some roles; with all of them if it has none of these roles."""
+    kept = [number for number, role in enumerate(roles_of(sample)) if shares.get(role)]
+    if not kept:
+        return sample
+    lists = [name for name in ("captions", "roles", "annotations") if name in sample]
+    return {**sample, **{name: [sample[name][number] for number in kept] for name in lists}}
+
+
 def heldout_pairs(
     stream: StreamRecipe,
     image_size: int,
@@ -119,7 +128,7 @@ def heldout_pairs(
     places = store.places(i * store.samples // taken for i in range(taken))  # evenly over the set
 
     def read(index: int) -> Sample:
-        return store.read(*places[index])
+        return with_roles(store.read(*places[index]), store.caption_shares)
 
     def cleaned(text: str) -> str:
         return clean(text, max_words)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from blip_scale.config.recipe import DataRecipe
 from blip_scale.data.loading import workers
+from blip_scale.data.loading.caption_mixture import CaptionMixture
 from blip_scale.data.loading.course import CHANGEABLE, Course, Part
 from blip_scale.data.loading.image_sizes import SizeSchedule
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput, LoaderPosition, MicroBatches
@@ -132,6 +133,11 @@ class TrainLoader:
             position=position,
             course=Course.from_start(parts, position.global_batch_size),
             seed=seed,
+            mixtures={
+                store.name: CaptionMixture(store.caption_shares, seed, store.name)
+                for store in stores
+                if store.caption_shares
+            },
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -204,6 +210,19 @@ class TrainLoader:
     def shares(self, batch: Batch) -> list[float]:
         """Share of every stream of `stream_names` in a batch."""
         return [batch.streams.count(name) / len(batch.streams) for name in self.stream_names]
+
+    def caption_shares(self, batch: Batch) -> dict[str, float]:
+        """Shares of a batch, by the name of the metric: pairs of each stream and role that a
+        mixture names, samples that lack such a role, and captions that were cut."""
+        shares = {"data/share_cut_captions": batch.cut / len(batch.captions)}
+        pairs = list(zip(batch.streams, batch.roles, strict=True))
+        for store in self.stores:
+            for role in store.caption_shares:
+                count = pairs.count((store.name, role))
+                shares[f"data/share_{store.name}_{role}"] = count / len(pairs)
+        if len(shares) > 1:
+            shares["data/share_lacking_role"] = batch.lacking / len(pairs)
+        return shares
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the batch that was handed out last; the same on all ranks."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blip_scale.data.captions import Clean, clean_caption
+from blip_scale.data.captions import Clean, clean_caption, is_long, whole_sentences
+from blip_scale.data.loading.caption_mixture import CaptionMixture
 from blip_scale.data.loading.course import Course
 from blip_scale.data.loading.image_sizes import SizeSchedule
 from blip_scale.data.loading.order import SampleOrder, Slot
@@ -24,7 +25,7 @@ from blip_scale.data.pixels.image_pairs import maybe_swap
 from blip_scale.data.pixels.transforms import TrainTransform
 from blip_scale.data.reading.prefetch import Prefetcher
 from blip_scale.data.reading.stream_store import CorruptSample, DamagedShard, StreamStore
-from blip_scale.data.shards import IMAGE_COLUMNS
+from blip_scale.data.shards import IMAGE_COLUMNS, roles_of
 from blip_scale.data.tokenizer import Padding, pack_captions
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ class Batch:
     """Name of the stream that each pair is from."""
     skipped: list[str]
     """Place, id and reason of every corrupt sample that another one stands in for."""
+    roles: list[str] = field(default_factory=list)
+    """Role of each caption."""
+    lacking: int = 0
+    """Samples that lack a caption role of their stream's mixture."""
+    cut: int = 0
+    """Captions that were cut."""
     annotations: list[dict[str, Any]] = field(default_factory=list)
     """Annotations of each caption, in sets of tasks that have them."""
     padding: Padding = field(default_factory=Padding)
@@ -96,6 +103,37 @@ class CaptionInput:
     """Text in front of every caption."""
     pad_tokens_to: int = 1
     """Filler sequences are added until the tokens of a micro-batch are a multiple of this."""
+    whole_sentences: bool = False
+    """Cut captions at the end of a sentence, where the first sentence fits."""
+
+    def fitted(self, caption: str) -> str:
+        """The cleaned caption, cut to `max_words` or to whole sentences; tokens may be too many."""
+        if not self.whole_sentences:
+            return self.clean(caption, self.max_words)
+        sentences = whole_sentences(caption, self._fits)
+        return sentences or self.clean(caption, self.max_words)
+
+    def tokens(self, cleaned: str) -> int:
+        """Number of tokens of a cleaned caption with its prompt, [CLS] and [SEP] included."""
+        return len(self.tokenizer(self.prompt + cleaned)["input_ids"])
+
+    def is_cut(self, caption: str, cleaned: str, tokens: int) -> bool:
+        """Whether words or tokens of a caption are lost.
+
+        Args:
+            caption: the caption of the shard.
+            cleaned: `fitted` of it.
+            tokens: number of its tokens, at most `max_tokens`.
+        """
+        if self.whole_sentences:
+            is_short = len(cleaned) < len(self.clean(caption, len(caption) + 1))
+        else:
+            is_short = is_long(caption, self.max_words)
+        return is_short or (tokens == self.max_tokens and self.tokens(cleaned) > tokens)
+
+    def _fits(self, cleaned: str) -> bool:
+        too_many_words = len(cleaned.split(" ")) > self.max_words
+        return not too_many_words and self.tokens(cleaned) <= self.max_tokens
 
 
 @dataclass(frozen=True)
@@ -135,6 +173,9 @@ class MicroBatches(Dataset["Batch | Exception"]):
     position: LoaderPosition
     course: Course
     seed: int
+    mixtures: dict[str, CaptionMixture]
+    """By name of the stream: how it mixes captions of several roles. In other streams all captions
+    take turns."""
 
     def __post_init__(self) -> None:
         self.former: MicroBatches | None = None
@@ -163,6 +204,9 @@ class MicroBatches(Dataset["Batch | Exception"]):
         images: list[Tensor] = []
         annotations: list[dict[str, Any]] = []
         skipped: list[str] = []
+        roles: list[str] = []
+        raw: list[str] = []
+        lacking = 0
         for place in range(begin, begin + self.position.micro_batch_size):
             slot = self.order.locate(epoch, place)
             store = self.stores[slot.stream]
@@ -173,10 +217,17 @@ class MicroBatches(Dataset["Batch | Exception"]):
             )
             samples.append(sample)
             streams.append(store.name)
-            if caption is None:
+            sample_roles = roles_of(sample)
+            mixture = self.mixtures.get(store.name)
+            if mixture is not None:
+                caption = mixture.draw(sample_roles, slot.shard, slot.sample, slot.passing)
+                lacking += mixture.is_lacking(sample_roles)
+            elif caption is None:
                 caption = self._due_caption(sample, slot)
             caption %= len(sample["captions"])  # a stand-in has its own
-            words = self.text.clean(sample["captions"][caption], self.text.max_words)
+            roles.append(sample_roles[caption])
+            raw.append(sample["captions"][caption])
+            words = self.text.fitted(raw[-1])
             if "annotations" in sample:
                 annotations.append(sample["annotations"][caption])
             if "second_image" in sample:
@@ -196,9 +247,18 @@ class MicroBatches(Dataset["Batch | Exception"]):
             sources=[sample["source"] for sample in samples],
             streams=streams,
             skipped=skipped,
+            roles=roles,
+            lacking=lacking,
+            cut=self._cut(raw, captions, packed.offsets),
             annotations=annotations,
             padding=packed.padding,
         )
+
+    def _cut(self, raw: list[str], captions: list[str], offsets: Tensor) -> int:
+        """Number of captions that were cut."""
+        lengths = offsets.diff().tolist()  # of captions, then of fillers
+        triples = zip(raw, captions, lengths, strict=False)
+        return sum(self.text.is_cut(*triple) for triple in triples)
 
     def _pixels(
         self, transform: TrainTransform, epoch: int, place: int, sample: dict[str, Any]

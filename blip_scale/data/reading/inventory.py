@@ -17,7 +17,8 @@ def inventory(stores: Sequence[StreamStore]) -> list[dict[str, Any]]:
 
     Its fields are name, local, remote, samples, shards (their number), bytes (uncompressed) and
     index_xxh64. The last is the hash of index.json, which names every shard with its hashes, or of
-    the list of tars with their sizes.
+    the list of tars with their sizes. The overlays of a stream are listed in the same
+    way.
     """
     return [_stream(store) for store in stores]
 
@@ -27,7 +28,7 @@ def _stream(store: StreamStore) -> dict[str, Any]:
     with store.index_path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             hasher.update(chunk)
-    return {
+    entry: dict[str, Any] = {
         "name": store.name,
         "local": str(store.folder),
         "remote": store.remote,
@@ -36,3 +37,6 @@ def _stream(store: StreamStore) -> dict[str, Any]:
         "bytes": int(store.shards.raw_bytes.sum()),
         "index_xxh64": hasher.hexdigest(),
     }
+    if store.overlays:
+        entry["overlays"] = [_stream(overlay) for overlay in store.overlays]
+    return entry

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip_scale.data import mds
+from blip_scale.data.captions import DEFAULT_ROLE
 from blip_scale.data.mds import INDEX_NAME, Columns, FileInfo, Shard
+from blip_scale.data.overlays import OVERLAY_KEY
 from blip_scale.data.reading.shared_arrays import SharedArrays
-from blip_scale.data.shards import read_caption_counts, require_columns
+from blip_scale.data.shards import (
+    COLUMNS,
+    ROLES_KEY,
+    parse_role_counts,
+    read_caption_counts,
+    require_columns,
+)
 from blip_scale.storage.untrusted import parse_json
 
 SHARDS_CACHE = ".index.shards"
@@ -55,6 +63,21 @@ class ShardTable:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles of captions that the index names; `caption` alone where it names none."""
+        return list(self._arrays.meta["roles"]) or [DEFAULT_ROLE]
+
+    @property
+    def overlay(self) -> Any:
+        """What the index of an overlay says of its images; None in other sets."""
+        return self._arrays.meta["overlay"]
+
+    @property
+    def index_sha256(self) -> str:
+        """SHA-256 of the index."""
+        return str(self._arrays.meta["index_sha256"])
 
     def __iter__(self) -> Iterator[Shard]:
         return map(self.__getitem__, range(len(self)))
@@ -104,8 +127,14 @@ class ShardTable:
         return ShardTable, (self.folder, self._arrays)
 
     @classmethod
-    def pack(cls, folder: Path, shards: Sequence[Shard], index_hash: str) -> ShardTable:
-        """Put the shards of an index into arrays."""
+    def pack(
+        cls, folder: Path, shards: Sequence[Shard], index_hash: str, document: Mapping[str, Any]
+    ) -> ShardTable:
+        """Put the shards of an index, and what else it says, into arrays.
+
+        Raises:
+            ValueError: it says something odd of the roles of captions.
+        """
         settings: dict[tuple[Columns, str | None], int] = {}
         numbers, names, files = [], [], []
         for shard in shards:
@@ -117,7 +146,12 @@ class ShardTable:
                 packed = shard.zip_data
                 details += [packed.basename, packed.bytes, packed.hashes]
             files.append(json.dumps(details, separators=(",", ":")).encode())
-        meta = {"index_sha256": index_hash, "settings": [_entry(*common) for common in settings]}
+        meta = {
+            "index_sha256": index_hash,
+            "settings": [_entry(*common) for common in settings],
+            "roles": parse_role_counts(document.get(ROLES_KEY)),
+            "overlay": document.get(OVERLAY_KEY),
+        }
         arrays: dict[str, np.ndarray] = {
             "samples": np.array([shard.samples for shard in shards], np.int64),
             "raw_bytes": np.array([shard.raw_data.bytes for shard in shards], np.int64),
@@ -142,11 +176,13 @@ class ShardTable:
         details = parse_json(self._text("file", number))
         return details[1] if len(details) > 1 else None
 
-    def check(self) -> None:
+    def check(self, columns: Iterable[str]) -> None:
         """Raises ValueError where arrays from a file contradict each other or what an index may
-        say. The hashes of a shard, and its compressed file, are checked when it is used."""
+        say, or where shards lack `columns`. The hashes of a shard, and its compressed file, are
+        checked when it is used."""
         count, arrays = len(self), self._arrays
         _require_types(arrays, samples="i", raw_bytes="i", settings="i", names="u", files="u")
+        parse_role_counts(arrays.meta["roles"])
         sizes = [len(arrays[name]) for name in ("raw_bytes", "settings", "name_ends", "file_ends")]
         names = self.names()
         name_ends = np.cumsum([len(name) + 1 for name in names])
@@ -166,7 +202,7 @@ class ShardTable:
             if not _PLAIN_NAME.fullmatch(name) or name == INDEX_NAME.encode():
                 mds.check_shard_name(name.decode())
         _, firsts = np.unique(arrays["settings"], return_index=True)
-        require_columns(self.folder, map(self.__getitem__, firsts.tolist()))
+        require_columns(self.folder, map(self.__getitem__, firsts.tolist()), columns)
 
     def save(self, path: Path) -> None:
         """Write the arrays for `SharedArrays.load`; raises OSError where the disk takes none."""
@@ -254,26 +290,29 @@ class CaptionTable:
         self._arrays.save(path)
 
 
-def open_shards(folder: Path) -> ShardTable:
+def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
     """The shards that `folder`/index.json names, out of the cached table where there is one.
 
     Raises:
         FileNotFoundError: there is no index.
-        ValueError: it can't be read, or doesn't have the columns of `shards.COLUMNS`.
+        ValueError: it can't be read, or shards lack some of the columns.
     """
 
     def checked(arrays: SharedArrays) -> ShardTable:
         table = ShardTable(folder, arrays)
-        table.check()
+        table.check(columns)
         return table
 
     cached = _load(folder, SHARDS_CACHE, checked)
     if cached is not None:
         return cached
     content = mds.index_file(folder).read_bytes()
-    shards = mds.parse_index(folder, content)
-    require_columns(folder, shards)
-    table = ShardTable.pack(folder, shards, hashlib.sha256(content).hexdigest())
+    shards, document = mds.parse_index(folder, content)
+    require_columns(folder, shards, columns)
+    try:
+        table = ShardTable.pack(folder, shards, hashlib.sha256(content).hexdigest(), document)
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX_NAME}: {error}: write the set again") from error
     if len(table) >= CACHED_FROM:
         _save(table, folder / SHARDS_CACHE)
     return table

@@ -12,27 +12,34 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from blip_scale.config.recipe import DataRecipe, StreamRecipe
 from blip_scale.data.mds import INDEX_NAME, FileInfo, Shard
+from blip_scale.data.overlays import COLUMNS as OVERLAY_COLUMNS
+from blip_scale.data.overlays import add_captions, check_overlay
 from blip_scale.data.reading import cache as caching
 from blip_scale.data.reading.cache import ShardCache, locked
 from blip_scale.data.reading.fetching import Fetcher
 from blip_scale.data.reading.shard_table import open_captions, open_shards
+from blip_scale.data.shards import COLUMNS, require_captions
 from blip_scale.errors import RefusedInput
 from blip_scale.storage.free_space import is_disk_full
+from blip_scale.storage.locations import is_local, local_path
 from blip_scale.storage.objects import DamagedFile, MissingFile, RemoteError
 
 INDEX_RETRY_S = 10.0
 """Seconds of retrying the remote's index before a cached one is used."""
 _TOUCH_EVERY_S = 60.0  # the time of a shard's last use is set so often
 _TOUCHED = 4096  # shards whose last use is remembered
+_OVERLAYS = "overlays"
+"""Folder below `local` that caches the overlays of a remote."""
 _LOCKS = 256  # shards that share a lock are not fetched at the same time
 _READ_ATTEMPTS = 10
 _ROOM_WAIT_S = 5.0  # on a disk that holds nothing but what others are fetching
@@ -67,6 +74,7 @@ class StreamStore:
         make_with: str = "",
         cache: ShardCache | None = None,
         retry_s: float = DataRecipe.retry_s,
+        columns: Mapping[str, str] = COLUMNS,
     ):
         self.name = stream.name
         self.folder = Path(os.path.expandvars(stream.local)).expanduser()
@@ -82,7 +90,7 @@ class StreamStore:
             self._claim_cache()
         captions_folder = self._prepare_index(stream, retry_s)
         try:
-            self.shards = open_shards(self.index_path.parent)
+            self.shards = open_shards(self.index_path.parent, columns)
             by_caption = stream.repeat == "captions"
             self._captions = open_captions(captions_folder, self.shards) if by_caption else None
         except FileNotFoundError as error:
@@ -95,6 +103,11 @@ class StreamStore:
         """Samples of all shards."""
         if not self.samples:
             raise ValueError(self._message(f"{self.folder} holds no sample"))
+        self.overlays = [self._overlay(place, cache, retry_s) for place in stream.overlays]
+        """Sets of further captions, with a sample at the place of each image."""
+        self.caption_shares = stream.captions
+        """Share of each caption role; {}: captions of all roles take turns."""
+        self._check_roles()
         if self.remote is None:
             self._check_presence()
 
@@ -108,6 +121,12 @@ class StreamStore:
         if self.remote:
             self._fetch_index()
         return self.folder
+
+    @property
+    def roles(self) -> list[str]:
+        """Roles of the captions, those of overlays included."""
+        stores = [self, *self.overlays]
+        return sorted({role for store in stores for role in store.shards.roles})
 
     @property
     def shard_items(self) -> NDArray[np.int64]:
@@ -144,6 +163,17 @@ class StreamStore:
             DamagedShard: the remote's shard is damaged.
             FileNotFoundError: the shard can't be fetched, or is evicted at once.
         """
+        columns = self._read(number, sample)
+        more = [overlay._read(number, sample) for overlay in self.overlays]
+        try:
+            for captions in more:
+                add_captions(columns, captions)
+            require_captions(columns)
+        except ValueError as error:
+            raise CorruptSample(str(error)) from error
+        return columns
+
+    def _read(self, number: int, sample: int) -> dict[str, Any]:
         shard = self.shards.readable(number)
         return self._read_from(number, lambda: shard.read(sample))
 
@@ -171,15 +201,20 @@ class StreamStore:
     def prefetch(self, number: int) -> bool:
         """Fetch a shard that is not in the cache, in one attempt.
 
-        False where that failed, or where another thread or process is fetching it.
+        The shards of overlays come with it. False where that failed, or where another thread or
+        process is fetching it.
         """
-        if number in self._damaged or self.is_cached(number):
+        overlays = [overlay.prefetch(number) for overlay in self.overlays if overlay.remote]
+        return self._prefetch(number) and all(overlays)
+
+    def _prefetch(self, number: int) -> bool:
+        if number in self._damaged or self._has(number):
             return True
         with locked(self.folder, number % _LOCKS, wait=False) as is_locked:
             if not is_locked:
                 return False
             try:
-                if not self.is_cached(number):
+                if not self._has(number):
                     self._obtain(self.shards[number], retry_s=0)
             except DamagedFile:  # left to the reader, which tries more often
                 return True
@@ -189,6 +224,10 @@ class StreamStore:
             return True
 
     def is_cached(self, number: int) -> bool:
+        """Whether a shard and its overlays lie in their folders, whole."""
+        return all(store._has(number) for store in (self, *self.overlays))
+
+    def _has(self, number: int) -> bool:
         """Whether a shard lies in the folder, whole."""
         path = f"{self._root}/{self.shards.name(number)}"
         return caching.has_size(path, self.shard_bytes(number))
@@ -199,6 +238,31 @@ class StreamStore:
     def _message(self, problem: str) -> str:
         fix = f"; make it with `{self._make_with}`" if self._make_with else ""
         return f"stream {self.name!r}: {problem}{fix}"
+
+    def _overlay(self, location: str, cache: ShardCache | None, retry_s: float) -> StreamStore:
+        """Open an overlay of these shards; a remote one is cached below `local`."""
+        place = os.path.expandvars(location).rstrip("/")
+        name = f"{self.name}, overlay {place}"
+        below = self.folder / _OVERLAYS / xxhash.xxh3_64_hexdigest(place)
+        recipe = StreamRecipe(name, str(below), place)
+        if is_local(place):
+            recipe = StreamRecipe(name, str(local_path(place)))
+        overlay = StreamStore(recipe, "", cache, retry_s, OVERLAY_COLUMNS)
+        table, images = overlay.shards, self.shards
+        try:
+            check_overlay(table.overlay, table.samples, images.index_sha256, images.samples)
+        except ValueError as error:
+            raise ValueError(f"stream {self.name!r}: overlay {place}: {error}") from error
+        return overlay
+
+    def _check_roles(self) -> None:
+        wanted = {role for role, share in self.caption_shares.items() if share > 0}
+        missing = sorted(wanted - set(self.roles))
+        if missing:
+            raise ValueError(
+                f"stream {self.name!r}: no sample of {self.folder} has a caption of the role "
+                f"{', '.join(missing)}, which `captions` names; there are {', '.join(self.roles)}"
+            )
 
     def _check_presence(self) -> None:
         listed: dict[str, set[bytes]] = {}  # names by folder, each of which is listed once
@@ -228,11 +292,11 @@ class StreamStore:
         if now - self._touched.get(number, -_TOUCH_EVERY_S) < _TOUCH_EVERY_S:
             return
         file = self.shards.readable(number).raw_data
-        if not self.is_cached(number):
+        if not self._has(number):
             if self.remote is None and self.shards.packed_name(number) is None:
                 raise self._broken(self._path(file), file)
             with locked(self.folder, number % _LOCKS):
-                if not self.is_cached(number):
+                if not self._has(number):
                     self._obtain_or_give_up(number)
         if self.remote is not None:
             caching.mark_used(self._path(file))

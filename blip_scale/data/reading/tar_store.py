@@ -51,6 +51,11 @@ class TarStore(StreamStore):
         """The list of the tars."""
         return self._index / TAR_LIST / INDEX_NAME
 
+    @property
+    def roles(self) -> list[str]:
+        """Roles of the captions."""
+        return self._texts.roles
+
     def _prepare_index(self, stream: StreamRecipe, retry_s: float) -> Path:
         location = self.remote or str(self.folder)
         try:
@@ -64,7 +69,9 @@ class TarStore(StreamStore):
             raise type(error)(self._message(str(error))) from error
         if remote:
             self._fetch_index()
-        texts = replace(stream, local=str(self._index), remote=remote, format="mds")
+        texts = replace(
+            stream, local=str(self._index), remote=remote, format="mds", captions={}, overlays=[]
+        )
         self._texts = StreamStore(texts, self._make_with, self.cache if remote else None, retry_s)
         """Everything but the images."""
         return self._index

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from blip_scale.data.captions import RoleText, parse_roles
 from blip_scale.data.conversion.pairs import RawPair
 from blip_scale.data.sources.published import SETS
 from blip_scale.storage import untrusted
@@ -47,23 +48,30 @@ def first_of(fields: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def caption_keys(chosen: str) -> tuple[str, ...]:
-    """Keys to search for the caption: the user's key, else the usual ones."""
-    return (chosen,) if chosen else CAPTION_KEYS
+    """Keys to search for captions: the user's (see `captions.parse_roles`), else the usual ones."""
+    return tuple(key for _, key in parse_roles(chosen)) if chosen else CAPTION_KEYS
 
 
 def captions_of(fields: Mapping[str, Any], chosen: str) -> Any:
     """Captions of a record: one text, a list of texts, or None.
 
-    Of the usual keys, the first with a value is used. Lists of lists are flattened, objects such as
-    {raw: ...} give their text, and bytes are decoded.
+    Of the usual keys, the first with a value is used. Each of the user's keys gives a `RoleText`
+    for each of its texts. Lists of lists are flattened, objects such as {raw: ...} give their text,
+    and bytes are decoded.
     """
     empty: Any = None
-    for key in caption_keys(chosen):
+    pairs = parse_roles(chosen) if chosen else [("", key) for key in CAPTION_KEYS]
+    named: list[RoleText] = []
+    for role, key in pairs:
         captions = _plain(fields.get(key))
-        if captions not in (None, "", []):
+        if captions in (None, "", []):
+            empty = captions if empty is None else empty
+            continue
+        if not chosen:
             return captions
-        empty = captions if empty is None else empty
-    return empty
+        texts = captions if isinstance(captions, list) else [captions]
+        named += [RoleText(role, text) for text in texts]
+    return named or empty
 
 
 def _plain(value: Any) -> Any:
@@ -121,7 +129,14 @@ def pair_of(
         name, image, captions, url if isinstance(url, str) else "",
         _number(first_of(fields, SIMILARITY_KEYS)), note=note_of(fields),
         punsafe=_number(first_of(fields, UNSAFE_KEYS)), pwatermark=_watermark(fields),
+        uid=_text_at(fields, "uid"), sha256=_text_at(fields, "sha256"),
     )  # fmt: skip
+
+
+def _text_at(fields: Mapping[str, Any], key: str) -> str | None:
+    """Text of a key: "" if it holds something else, None if there is no such key."""
+    value = fields.get(key)
+    return value if isinstance(value, str) else "" if key in fields else None
 
 
 def parse_json(data: bytes) -> dict[str, Any]:

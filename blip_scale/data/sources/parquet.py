@@ -103,7 +103,7 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
         return
     wanted = {
         *images, *URL_KEYS, *SCORE_KEYS, *caption_keys(source.caption_key), *ID_KEYS,
-        "error_message",
+        "sha256", "error_message",
     }  # fmt: skip
     columns = [column for column in names if column in wanted]
     repeated = _repeated(table, columns, images, source)

@@ -354,7 +354,12 @@ def _pair(
     text = None if caption_key else chosen.get(_TEXT)
     content = sample.parts[chosen[_JSON]] if _JSON in chosen else b""
     fields = parse_json(content)
-    captions = captions_of(fields, caption_key) if text is None else as_text(sample.parts[text])
+    if text is None:
+        texts = {e.rpartition(".")[2]: e for e in plain_first[::-1] if kind_of(e) == _TEXT}
+        named = {kind: as_text(sample.parts[ending]) for kind, ending in texts.items()}
+        captions = captions_of({**named, **fields}, caption_key)
+    else:
+        captions = as_text(sample.parts[text])
     used.update(chosen.values())
     pair = pair_of(name, None if image is None else sample.parts[image], captions, fields)
     note = note_of(endings, "files")

@@ -1,0 +1,177 @@
+"""Captions without images, in parquet, JSON lines or tars, to be joined to images by a key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
+from blip_scale.data.sources.metadata import (
+    ID_KEYS,
+    URL_KEYS,
+    caption_keys,
+    captions_of,
+    first_of,
+    id_of,
+)
+from blip_scale.data.sources.webdataset import TAR_ENDINGS, read_tar, without_ending
+from blip_scale.storage.locations import (
+    Entry,
+    NotRegularFile,
+    basename,
+    is_folder,
+    list_folder,
+    open_file,
+)
+from blip_scale.storage.objects import RemoteError
+from blip_scale.storage.untrusted import parse_json
+
+KEYS = ("id", "uid", "url", "sha256")
+"""Columns by which captions and images can be joined."""
+_PARQUET = (".parquet", ".parq")
+_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+_ROWS = 1024  # read at once
+_LONGEST_LINE = 64 << 20
+
+
+@dataclass(frozen=True)
+class CaptionFiles:
+    """Where captions lie, and how they are read."""
+
+    locations: tuple[str, ...]
+    """Files and folders."""
+    key: str
+    """Column by which they are joined: one of `KEYS`."""
+    caption_key: str
+    """Keys of the captions with their roles (see `captions.parse_roles`)."""
+    key_column: str = ""
+    """Column of the key, if it has an unusual name."""
+    tar_ids: bool = False
+    """Ids from tars begin with the name of the tar, as the ids of images from tars do."""
+
+
+@dataclass(frozen=True)
+class KeyedCaptions:
+    """The captions of one row."""
+
+    place: str
+    """File and row, for messages."""
+    key: str
+    """Key of the image; "": the row has none."""
+    captions: list[Any]
+    """Texts, each perhaps a `RoleText`."""
+
+
+def read_captions(files: CaptionFiles) -> Iterator[KeyedCaptions | Reject]:
+    """Read all rows of all files, in the order of their names.
+
+    A damaged file gives the rows before the damage, then a reject.
+
+    Raises:
+        FileNotFoundError: a location has no file of a known kind.
+        OSError: the disk or the network failed.
+    """
+    for location in files.locations:
+        for name, place in _listed(location):
+            lower = name.lower()
+            if lower.endswith(_PARQUET):
+                yield from _from_parquet(files, name, place)
+            elif lower.endswith(_LINES):
+                yield from _from_lines(files, name, place)
+            else:
+                yield from _from_tar(files, name, place)
+
+
+def _listed(location: str) -> list[tuple[str, str]]:
+    """Names and locations of the files to read."""
+    endings = (*_PARQUET, *_LINES, *TAR_ENDINGS)
+    entries: list[Entry] = list_folder(location, deep=True) if is_folder(location) else []
+    places = [(entry.name, entry.location) for entry in entries] or [(basename(location), location)]
+    chosen = [place for place in places if place[0].lower().endswith(endings)]
+    if not chosen:
+        raise FileNotFoundError(f"{location}: no captions in it ({', '.join(endings)})")
+    return sorted(chosen)
+
+
+def _from_parquet(
+    files: CaptionFiles, name: str, location: str
+) -> Iterator[KeyedCaptions | Reject]:
+    import pyarrow
+
+    try:
+        with open_file(location) as file:
+            from pyarrow.parquet import ParquetFile
+
+            table = ParquetFile(file)
+            columns = _columns(files, table.schema_arrow.names)
+            row = 0
+            for batch in table.iter_batches(_ROWS, columns=columns):
+                for fields in batch.to_pylist():
+                    yield _row(files, f"{name}[{row}]", fields)
+                    row += 1
+    except NotRegularFile as error:
+        yield Reject(name, Reason.NOT_REGULAR, str(error))
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, RemoteError) or (isinstance(error, OSError) and error.errno):
+            raise  # the network or the disk failed, not the file
+        yield Reject(name, Reason.DAMAGED_INPUT, str(error))
+
+
+def _columns(files: CaptionFiles, names: list[str]) -> list[str]:
+    """Columns to read of a table; it may hold images too."""
+    wanted = {*caption_keys(files.caption_key), *ID_KEYS, *URL_KEYS, files.key, files.key_column}
+    return [name for name in names if name in wanted]
+
+
+def _from_lines(files: CaptionFiles, name: str, location: str) -> Iterator[KeyedCaptions | Reject]:
+    try:
+        with open_file(location) as file:
+            number = 0
+            while line := file.readline(_LONGEST_LINE):
+                number += 1
+                if not line.strip():
+                    continue
+                place = f"{name}:{number}"
+                try:
+                    fields = parse_json(line)
+                except ValueError as error:
+                    yield Reject(place, Reason.DAMAGED_INPUT, f"no JSON: {error}", captions=1)
+                    continue
+                if isinstance(fields, dict):
+                    yield _row(files, place, fields)
+                else:
+                    detail = f"not an object but {type(fields).__name__}"
+                    yield Reject(place, Reason.DAMAGED_INPUT, detail, captions=1)
+    except NotRegularFile as error:
+        yield Reject(name, Reason.NOT_REGULAR, str(error))
+    except EOFError as error:  # a .gz that was cut
+        yield Reject(name, Reason.DAMAGED_INPUT, str(error))
+
+
+def _from_tar(files: CaptionFiles, name: str, location: str) -> Iterator[KeyedCaptions | Reject]:
+    prefix = f"{without_ending(name, TAR_ENDINGS)}/" if files.tar_ids else ""
+    for item in read_tar(location, files.caption_key, prefix):
+        if isinstance(item, Reject):
+            yield item
+        elif isinstance(item, RawPair):
+            texts = item.captions if isinstance(item.captions, list) else [item.captions]
+            yield KeyedCaptions(f"{name}, {item.id}", getattr(item, files.key) or "", texts)
+
+
+def _row(files: CaptionFiles, place: str, fields: Mapping[str, Any]) -> KeyedCaptions:
+    captions = captions_of(fields, files.caption_key)
+    texts = captions if isinstance(captions, list) else [captions]
+    return KeyedCaptions(place, _key(files, fields), texts)
+
+
+def _key(files: CaptionFiles, fields: Mapping[str, Any]) -> str:
+    """The key of a row; numbers become text, whatever else is no text counts as missing."""
+    if files.key_column:
+        value = fields.get(files.key_column)
+    elif files.key == "id":
+        return id_of(fields)
+    else:
+        value = first_of(fields, URL_KEYS if files.key == "url" else (files.key,))
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if isinstance(value, str) or is_number else ""

@@ -1,0 +1,253 @@
+"""Overlays: captions joined to the images of finished shards, counted, and read beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from data_samples import MakeLoader, jpeg, stream, take
+from odd_files import members, write_tar
+from pyarrow import parquet
+
+from blip_scale.commands import overlay, show_shards
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.mds import INDEX_NAME
+from blip_scale.data.reading import shard_table
+from blip_scale.data.reading.inventory import inventory
+from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
+from blip_scale.data.shards import Record, write_shards
+
+COUNT = 30
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """30 samples in several shards; the last one has no uid, two have the same URL."""
+
+    def record(number: int) -> Record:
+        return Record(
+            f"i/{number}", jpeg(number), f"alt {number}", "web", url=f"http://x/{number // 2}",
+            uid=f"u{number}" if number < COUNT - 1 else "",
+        )  # fmt: skip
+
+    folder = tmp_path / "images"
+    write_shards(folder, map(record, range(COUNT)), shard_size="20kb")
+    return folder
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
+    return path
+
+
+def make(images: Path, captions: Path, out: Path, *more: str, code: int = 0) -> dict[str, Any]:
+    """Run the command; returns overlay.json."""
+    assert overlay.main([str(images), str(captions), str(out), *more]) == code
+    if code:
+        return {}
+    manifest: dict[str, Any] = json.loads((out / "overlay.json").read_text())
+    counts = manifest["captions"]
+    assert counts["read"] == sum(counts[name] for name in counts if name != "read")
+    assert manifest["samples"]["all"] == COUNT
+    return manifest
+
+
+def captions_of(images: Path, *overlays: Path) -> dict[str, dict[str, Any]]:
+    recipe = StreamRecipe("set", str(images), overlays=[str(folder) for folder in overlays])
+    store = StreamStore(recipe)
+    samples = [store.read(*place) for place in store.places(range(store.samples))]
+    return {sample["id"]: sample for sample in samples}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_captions_join_in_any_form_and_by_any_key(images: Path, tmp_path: Path) -> None:
+    before = contents(images)
+    shas = [hashlib.sha256(jpeg(number)).hexdigest() for number in range(COUNT)]
+    rows = [{"uid": f"u{n}", "sha256": shas[n], "re": f"Re {n}. End."} for n in range(COUNT - 1)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "re.parquet")
+    lines = write_lines(tmp_path / "re.jsonl", rows)
+    samples = [(str(n), {"json": json.dumps(row).encode()}) for n, row in enumerate(rows)]
+    tar = write_tar(tmp_path / "i.tar", members(*samples))
+    outs = []
+    for number, (file, key, *more) in enumerate(
+        [(tmp_path / "re.parquet", "uid"), (lines, "sha256"), (tar, "id", "--tar-ids")]
+    ):
+        out = tmp_path / f"out{number}"
+        manifest = make(images, file, out, "--join", key, "--caption-key", "re", *more)
+        assert manifest["captions"]["joined"] == COUNT - 1
+        assert manifest["samples"]["without_captions"] == 1
+        outs.append(out)
+    assert len({json.dumps(sorted(contents(out))) for out in outs}) == 1
+    shards = [[c for n, c in sorted(contents(out).items()) if n.endswith(".mds")] for out in outs]
+    assert shards[0] == shards[1] == shards[2]
+    assert contents(images) == before, "no image is touched"
+    joined = captions_of(images, outs[0])
+    assert joined["i/3"]["captions"] == ["alt 3", "Re 3. End."]
+    assert joined["i/3"]["roles"] == ["caption", "re"]
+    assert joined[f"i/{COUNT - 1}"]["captions"] == [f"alt {COUNT - 1}"]
+    both = captions_of(images, outs[0], outs[1])
+    assert both["i/3"]["roles"] == ["caption", "re", "re"]
+
+
+def test_nothing_is_lost_silently(images: Path, tmp_path: Path) -> None:
+    rows = [
+        {"url": "http://x/0", "re": ["one", "", 7, None], "syn": "two"},
+        {"url": "http://x/99", "re": "nobody's"},
+        {"re": "no key"},
+        {"url": {"a": 1}, "re": "odd key"},
+        {"url": "\ud800", "re": "half a pair"},
+        "no json",
+        "[1]",
+        {"url": "http://x/1", "re": "again"},
+        {"url": "http://x/1", "re": "again"},
+        {"url": "http://x/2"},
+    ]
+    out = tmp_path / "out"
+    manifest = make(
+        images, write_lines(tmp_path / "c.jsonl", rows), out,
+        "--join", "url", "--caption-key", "re,syn",
+    )  # fmt: skip
+    assert manifest["captions"] == {
+        "read": 14, "joined": 3, "unjoined": 1, "rejected": 9, "duplicates": 1,
+    }  # fmt: skip
+    assert manifest["roles"] == {"re": 4, "syn": 2}, "two images have each URL"
+    assert manifest["samples"] == {"all": 30, "with_captions": 4, "without_captions": 26}
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert {
+        "id": "c.jsonl:2",
+        "reason": "no such image",
+        "detail": "http://x/99",
+        "captions": 1,
+    } in (rejects)
+    assert len(rejects) == 10
+    assert captions_of(images, out)["i/1"]["captions"] == ["alt 1", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "captions"), [("first", ["alt 0", "a"]), ("all", ["alt 0", "a", "b"])]
+)
+def test_duplicates_follow_a_rule(
+    images: Path, tmp_path: Path, rule: str, captions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_lines(tmp_path / "c.jsonl", [{"uid": "u0", "re": "a"}, {"uid": "u0", "re": "b"}])
+    keys = ("--join", "uid", "--caption-key", "re")
+    make(images, file, tmp_path / "refused", *keys, code=2)
+    assert "c.jsonl:2 and c.jsonl:1 have other captions" in capsys.readouterr().err
+    assert not (tmp_path / "refused" / INDEX_NAME).exists()
+    make(images, file, tmp_path / "out", *keys, "--duplicates", rule)
+    assert captions_of(images, tmp_path / "out")["i/0"]["captions"] == captions
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--join", "uid", "--caption-key", "no"), "missing caption"),
+        (("--join", "id", "--caption-key", "re"), "none of their keys is the id of an image"),
+        (("--join", "uid", "--caption-key", "re,,"), "expected KEY or ROLE=KEY"),
+    ],
+)
+def test_what_joins_nothing_is_refused(
+    images: Path, tmp_path: Path, more: tuple[str, ...], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = write_lines(tmp_path / "c.jsonl", [{"uid": "u0", "id": "i/99", "re": "a"}])
+    make(images, file, tmp_path / "out", *more, code=2)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") <= 2
+
+
+def test_images_without_the_key_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "old", [Record("0", jpeg(0), "a", "web")])
+    file = write_lines(tmp_path / "c.jsonl", [{"uid": "u0", "re": "a"}])
+    make(tmp_path / "old", file, tmp_path / "out", "--join", "uid", "--caption-key", "re", code=2)
+    assert "the shards have no column uid" in capsys.readouterr().err
+
+
+@pytest.fixture
+def joined(images: Path, tmp_path: Path) -> Path:
+    file = write_lines(
+        tmp_path / "c.jsonl", [{"uid": f"u{n}", "re": f"re {n}"} for n in range(0, COUNT, 2)]
+    )
+    make(images, file, tmp_path / "joined", "--join", "uid", "--caption-key", "re")
+    return tmp_path / "joined"
+
+
+@pytest.mark.parametrize("damage", ["index", "version", "shards", "plain"])
+def test_an_overlay_of_other_images_is_refused(images: Path, joined: Path, damage: str) -> None:
+    index = json.loads((joined / INDEX_NAME).read_text())
+    message = "it was made for other images"
+    if damage == "index":
+        changed = json.loads((images / INDEX_NAME).read_text()) | {"more": 1}
+        (images / INDEX_NAME).write_text(json.dumps(changed))
+    elif damage == "version":
+        index["overlay"]["version"], message = 2, "its version is 2"
+    elif damage == "shards":
+        del index["shards"][-1]
+        message = "do not have the samples"
+    else:
+        del index["overlay"]
+        message = "it is no overlay"
+    (joined / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        captions_of(images, joined)
+
+
+def test_captions_of_another_image_cost_their_sample_alone(images: Path, joined: Path) -> None:
+    shard = sorted(joined.glob("*.mds"))[0]
+    shard.write_bytes(shard.read_bytes().replace(b"i/2[", b"i/3[", 1))
+    store = StreamStore(StreamRecipe("set", str(images), overlays=[str(joined)]))
+    with pytest.raises(CorruptSample, match="captions of 'i/3'"):
+        store.read(0, 2)
+    assert store.read(0, 4)["captions"] == ["alt 4", "re 4"]
+
+
+def test_a_stream_mixes_roles_of_an_overlay(
+    images: Path, joined: Path, make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_table, "CACHED_FROM", 1)  # as in sets of 1,000 shards
+    recipe = StreamRecipe("set", str(images), overlays=[str(joined)], captions={"re": 1.0})
+    batches = take(make_loader([recipe], global_batch=10), 3)
+    pairs = [pair for b in batches for pair in zip(b.ids, b.captions, b.roles, strict=True)]
+    assert ("i/4", "re 4", "re") in pairs and ("i/5", "alt 5", "caption") in pairs
+    assert sum(batch.lacking for batch in batches) == COUNT // 2
+    again = take(make_loader([recipe], global_batch=10), 3)
+    assert [b.captions for b in again] == [b.captions for b in batches], "from cached tables"
+    with pytest.raises(ValueError, match=r"role syn, which .* there are caption, re"):
+        StreamStore(StreamRecipe("set", str(images), overlays=[str(joined)], captions={"syn": 1}))
+
+
+def test_remote_overlays_are_fetched_and_prefetched(
+    images: Path, joined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_address[1]}"
+        recipe = StreamRecipe(
+            "set", str(tmp_path / "cache"), f"{root}/images", overlays=[f"{root}/joined"]
+        )
+        store = StreamStore(recipe)
+        assert not store.is_cached(1)
+        assert store.prefetch(1) and store.is_cached(1)
+        assert store.overlays[0]._has(1) and not store.overlays[0]._has(0)
+        assert store.read(0, 0)["captions"] == ["alt 0", "re 0"]
+        server.shutdown()
+    entry = inventory([store])[0]
+    assert entry["overlays"][0]["samples"] == COUNT
+    assert show_shards.main([str(images), "--overlay", str(joined), "--count", "30"]) == 0
+    assert "caption: alt 4 | re: re 4" in capsys.readouterr().out
+    assert stream(images).overlays == []
