@@ -18,6 +18,7 @@ from blip_scale.data.reading import stream_store
 from blip_scale.data.reading.cache import ShardCache
 from blip_scale.data.reading.fetching import Fetcher
 from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.reading.streams import open_streams
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.errors import RefusedInput
 from blip_scale.storage import objects
@@ -377,4 +378,4 @@ def test_folders_may_name_variables(
     folder = make_shards("red", 8)
     monkeypatch.setenv("SETS", str(folder.parent))
     recipe = stream(Path("$SETS/red"))
-    assert stream_store.open_streams(DataRecipe(streams=[recipe]))[0].folder == folder
+    assert open_streams(DataRecipe(streams=[recipe]))[0].folder == folder
