@@ -99,11 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
     allocation = Allocation.of_job()
     nodes, launch, failed_at = allocation.select(allocation.nodes), 0, time.monotonic()
     while True:
-        spare = [node for node in allocation.nodes if node not in nodes]
-        after = f" {time.monotonic() - failed_at:.0f} s after the failure" if launch else ""
+        idle = [node for node in allocation.nodes if node not in nodes]
+        after = f", {time.monotonic() - failed_at:.0f} s after the first rank ended"
         _say(
-            f"start {launch} on {','.join(nodes)}{after}"
-            + f"; spare: {','.join(spare)}" * bool(spare)
+            f"start {launch} on {','.join(nodes)}{after if launch else ''}"
+            f"{'; not used: ' if idle else ''}{','.join(idle)}"
         )
         ending = run_ranks(allocation, nodes, launch, options)
         if ending.exit_code == exit_codes.DONE:

@@ -73,7 +73,10 @@ def test_a_rank_that_dies_or_hangs_costs_two_minutes(
 ) -> None:
     """Rank 1 is killed, and in the next start it is stopped without ending."""
     make_recipe(tmp_path)
-    job = slurm_runs.submit(slurm, "pretrain_14M.sh", tmp_path, SLURM_WAIT="5")
+    job = slurm_runs.submit(
+        slurm, "pretrain_14M.sh", tmp_path,
+        SLURM_WAIT="5", SRUN_ARGS=f"--error={tmp_path}/step_%N.log --unbuffered",
+    )  # fmt: skip
     job.wait_for_step(5)
     died = time.time()
     slurm.ranks()[1].kill()
@@ -92,10 +95,11 @@ def test_a_rank_that_dies_or_hangs_costs_two_minutes(
     assert "restart 1 in this allocation: failure 1 of 3 without a newer checkpoint" in log
     hang = f"no progress for {HANG_S} s while training"
     assert "first to end: rank 1 on n2 gives no sign of life; last seen (training" in log
-    assert f"rank 0 on n1 stalled: {hang}" in log
+    assert f"rank 0 on n1 stalled: {hang}" in job.rank_log()
     assert "Timeout (0:00:" in job.rank_log() and "in optimizer_step" in job.rank_log()
     attempts = json.loads((job.run / "attempts.json").read_text())
     assert [attempt["launch"] for attempt in attempts] == [0, 1]
+    assert f"rank 0 on n1 stalled: {hang}" in (tmp_path / "step_n1.log").read_text(), "SRUN_ARGS"
     with capsys.disabled():
         print(f"\nnext step {after_death_s:.1f} s after a death, {after_hang_s:.1f} s after a stop")
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch.distributed as dist
+import train_with_a_long_evaluation
 
 from blip_scale import launcher
 from blip_scale.config.recipe import HangLimitsRecipe, load
@@ -171,6 +173,22 @@ def test_a_rank_may_wait_for_data_while_its_remote_is_retried(
     suspected = {entry["rank"]: [s["rank"] for s in entry["suspects"]] for entry in entries}
     assert suspected[0] == [1]
     assert "waiting for data" in (tmp_path / "logs" / "rank_0.log").read_text()
+
+
+@pytest.mark.multiprocess
+def test_an_evaluation_that_hangs_ends_the_run(tmp_path: Path) -> None:
+    """Its limit is not that of a step; the stacks show where it hangs."""
+    (tmp_path / train_with_a_long_evaluation.SLOW).touch()
+    recipe = tiny_runs.make_recipe(
+        tmp_path, evaluation={"every_steps": 2}, hang_limits={"evaluation_s": 3}
+    )
+    script = Path(train_with_a_long_evaluation.__file__)
+    (rank,) = tiny_runs.launch(recipe, 1, script=script)
+    assert rank.wait(120) == 1
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "no progress for 3 s while evaluating, 2 steps done (hang_limits.evaluation_s)" in log
+    assert "Timeout (0:00:05" in log and "train_with_a_long_evaluation.py" in log
+    assert "rank 0 on" in tiny_runs.said(recipe) and "stalled" in tiny_runs.said(recipe)
 
 
 def test_a_log_on_a_dead_disk_does_not_keep_it_alive(
