@@ -70,16 +70,13 @@ class Attempt:
     seconds: int
 
 
-def decide(
-    attempts: list[Attempt], job: Mapping[str, str], limit: int, now: float | None = None
-) -> tuple[Next, str]:
+def decide(attempts: list[Attempt], job: Mapping[str, str], limit: int) -> tuple[Next, str]:
     """Decide what follows the newest attempt, which has not reached the end of the recipe.
 
     Args:
         attempts: attempts of the job, oldest first.
         job: SLURM's fields of the job.
         limit: failures without a newer checkpoint that stop the job.
-        now: Unix time; None: the present.
 
     Returns:
         The decision, and its reason.
@@ -91,7 +88,7 @@ def decide(
         return Next.STOP, f"failed {failures} times without a newer checkpoint"
     if not last.failed:
         decision, reason = Next.REQUEUE, "stopped on request"
-    elif job.get("Reason") == "TimeLimit" or _seconds_left(job, now) < _LAST_RESTART_S:
+    elif job.get("Reason") == "TimeLimit" or _seconds_left(job) < _LAST_RESTART_S:
         decision, reason = Next.REQUEUE, "the time limit is near"
     elif failures == limit - 1 and job.get("Requeue") != "0":
         decision, reason = Next.REQUEUE, f"failure {failures} of {limit}: the last try"
@@ -102,13 +99,13 @@ def decide(
     return decision, reason
 
 
-def _seconds_left(job: Mapping[str, str], now: float | None) -> float:
+def _seconds_left(job: Mapping[str, str]) -> float:
     """Seconds until SLURM ends the job; infinity if it has no time limit."""
     try:
         end = time.mktime(time.strptime(job.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
         return float("inf")
-    return end - (time.time() if now is None else now)
+    return end - time.time()
 
 
 def note_attempt(

@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
             _say(f"no answer or NODE_CHECK failed: {','.join(silent)}")
         nodes, launch, failed_at = allocation.select(usable), launch + 1, ending.first_ended
         if not nodes:
-            _say(f"{len(usable)} nodes answer, {allocation.least} are needed")
+            _say(f"too few nodes: {len(usable)} answer, {allocation.least} must")
             return _requeue_or_stop()
 
 

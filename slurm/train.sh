@@ -7,7 +7,7 @@ set -euo pipefail
 REPO=${REPO:-$SLURM_SUBMIT_DIR}                    # clone of blip_scale, on a disk of all nodes
 PYTHON=${PYTHON:-$REPO/.venv/bin/python}           # its virtual environment; any Python 3.9 of the host
                                                    # if TRAIN is given
-TRAIN=${TRAIN:-$PYTHON $REPO/blip_scale/train.py}  # command of a rank; containers/README.md has examples
+TRAIN=${TRAIN:-$PYTHON $REPO/blip_scale/train.py}  # command of a rank; docs/cluster.md has containers
 OUTPUT_DIR=${OUTPUT_DIR:-$REPO/runs/$SLURM_JOB_NAME}  # a job that finds a run here resumes it
 DEEPSPEED=${DEEPSPEED:-$REPO/ds_configs/zero3.json}
 # For a bucket: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if it isn't Amazon's, S3_ENDPOINT_URL.

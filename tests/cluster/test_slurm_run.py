@@ -132,7 +132,7 @@ def test_everything_that_happens_to_a_job(
 
     slurm.kill_node("n2")
     wait_for(lambda: slurm.job(job.number)["Restarts"] == "3", "a requeue")
-    assert "1 nodes answer, 2 are needed" in job.output()
+    assert "too few nodes: 1 answer, 2 must" in job.output()
     slurm.start_node("n2")
     slurm.wait(job.number, "RUNNING", restarts=3)
     job.wait_for_step(5 * part)
