@@ -105,6 +105,15 @@ def test_failures_count_until_a_newer_checkpoint(requeue: ModuleType, tmp_path: 
     assert len(json.loads((tmp_path / "attempts.json").read_text())) == 9
 
 
+def test_the_report_has_the_stacks_of_a_hang(requeue: ModuleType, tmp_path: Path) -> None:
+    stall = "rank 0 on n1 stalled: no progress for 180 s while training, 7 steps done"
+    lines = ["INFO step 7", stall, "Timeout (0:03:02)!", *(f"  File {n}" for n in range(40))]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_0.log").write_text("\n".join(lines))
+    report = requeue.write_report(requeue.note_attempt(tmp_path, 1, 60), tmp_path, {}).read_text()
+    assert stall in report and "File 39" in report and "INFO step 7" not in report
+
+
 @pytest.mark.parametrize("text", ["[]", "7", '{"time": "now", "checkpoint_step": null}', "{"])
 def test_damaged_files_keep_no_job_from_going_on(
     requeue: ModuleType, tmp_path: Path, text: str

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -99,8 +100,8 @@ def stall(run: Path, timeout_s: float, hang: Callable[[], None]) -> None:
     hang()
 
 
-def wait_for_data(run: Path, rank: int, port: int) -> None:
-    """One of two ranks: rank 1 waits for its data for 3 s, then for ever."""
+def wait_for_data(run: Path, rank: int, port: int, data_retry_s: float) -> None:
+    """One of two ranks: rank 0 has the store, and rank 1 waits for its data for ever."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
@@ -108,8 +109,10 @@ def wait_for_data(run: Path, rank: int, port: int) -> None:
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
     (run / "logs").mkdir(exist_ok=True)
-    timer = StallTimer(run, rank, limits_of(1.0, data_retry_s=3.0))
+    timer = StallTimer(run, rank, limits_of(1.0, data_retry_s))
     timer.join(2, lambda: 2 - rank)
+    time.sleep(0.4)  # ranks publish their states twenty times within a limit
+    (run / f"joined_{rank}").touch()
     for step in range(5):
         timer.beat("training", step)
     if rank == 0:
@@ -164,7 +167,7 @@ def test_a_rank_may_wait_for_data_while_its_remote_is_retried(
     """The rank that waits for it in an exchange is as patient, and names it in the end."""
     began = time.monotonic()
     port = launcher.free_port()
-    ranks = [start(tmp_path, rank, port, target=wait_for_data) for rank in range(2)]
+    ranks = [start(tmp_path, rank, port, 3.0, target=wait_for_data) for rank in range(2)]
     for process in ranks:
         process.join(60)
     assert [process.exitcode for process in ranks] == [1, 1]
@@ -173,6 +176,21 @@ def test_a_rank_may_wait_for_data_while_its_remote_is_retried(
     suspected = {entry["rank"]: [s["rank"] for s in entry["suspects"]] for entry in entries}
     assert suspected[0] == [1]
     assert "waiting for data" in (tmp_path / "logs" / "rank_0.log").read_text()
+
+
+def test_a_stopped_rank_0_is_named_though_the_store_stops_with_it(
+    tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    port = launcher.free_port()
+    ranks = [start(tmp_path, rank, port, 0.0, target=wait_for_data) for rank in range(2)]
+    while len(list(tmp_path.glob("joined_*"))) < 2:
+        assert all(process.is_alive() for process in ranks)
+        time.sleep(0.01)
+    os.kill(ranks[0].pid, signal.SIGSTOP)
+    ranks[1].join(30)
+    assert ranks[1].exitcode == 1
+    words = r"it waits for rank 0 on n1, which gives no sign of life"
+    assert re.search(words, (tmp_path / "logs" / "rank_1.log").read_text())
 
 
 @pytest.mark.multiprocess

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 from torch.distributed import TCPStore
 
-_STORE_TIMEOUT = timedelta(seconds=1)
+_STORE_TIMEOUT_S = 2.0
 _MOST_NAMED = 4
+
+T = TypeVar("T")
 
 
 def node_name() -> str:
@@ -66,9 +71,11 @@ class Peers:
         self._keys = [f"blip_scale/state/{peer}" for peer in range(world_size)]
         self._key = self._keys[rank]
         self._knows_main_node = False
+        self._request = threading.Thread()
         self._store = TCPStore(
             self.main_node, int(os.environ["MASTER_PORT"]), world_size,
-            is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT,
+            is_master=False, wait_for_workers=False,
+            timeout=timedelta(seconds=_STORE_TIMEOUT_S),
         )  # fmt: skip
 
     def publish(self, state: RankState) -> None:
@@ -77,10 +84,14 @@ class Peers:
         Raises:
             RuntimeError: the store does not answer.
         """
-        self._store.set(self._key, json.dumps(asdict(state)))
-        if not self._knows_main_node and self._store.check(self._keys[:1]):
-            self.main_node = _parsed(self._store.get(self._keys[0])).node
-            self._knows_main_node = True
+
+        def publish() -> None:
+            self._store.set(self._key, json.dumps(asdict(state)))
+            if not self._knows_main_node and self._store.check(self._keys[:1]):
+                self.main_node = _parsed(self._store.get(self._keys[0])).node
+                self._knows_main_node = True
+
+        self._answer(publish)
 
     def read(self) -> dict[int, RankState]:
         """States of the ranks that have published one, by rank.
@@ -88,9 +99,32 @@ class Peers:
         Raises:
             RuntimeError: the store does not answer.
         """
-        published = [key for key in self._keys if self._store.check([key])]
-        states = map(_parsed, self._store.multi_get(published))
-        return {state.rank: state for state in states}
+
+        def read() -> list[RankState]:
+            published = [key for key in self._keys if self._store.check([key])]
+            return [_parsed(text) for text in self._store.multi_get(published)]
+
+        return {state.rank: state for state in self._answer(read)}
+
+    def _answer(self, request: Callable[[], T]) -> T:
+        """Result of a request to the store.
+
+        The store's client (torch 2.14) waits forever for a server that was stopped, so it does so
+        in a thread.
+        """
+        answers: list[T] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(request())
+
+        if not self._request.is_alive():
+            self._request = threading.Thread(target=ask, name="peers", daemon=True)
+            self._request.start()
+            self._request.join(_STORE_TIMEOUT_S)
+        if not answers:
+            raise RuntimeError(f"the store of rank 0 on {self.main_node} does not answer")
+        return answers[0]
 
 
 def is_silent(state: RankState, before: Mapping[int, RankState]) -> bool:
