@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 STEPS = 24
 RECOVERY_S = 120
 """Longest time from the death of a rank to the next optimizer step."""
-HANG_S = 12
+HANG_S = 20
 
 
 def make_recipe(folder: Path) -> Path:
@@ -75,7 +75,7 @@ def test_a_rank_that_dies_or_hangs_costs_two_minutes(
     make_recipe(tmp_path)
     job = slurm_runs.submit(
         slurm, "pretrain_14M.sh", tmp_path,
-        SLURM_WAIT="5", SRUN_ARGS=f"--error={tmp_path}/step_%N.log --unbuffered",
+        SLURM_WAIT="5", SRUN_ARGS=f"--error={tmp_path}/step_%t.log --unbuffered",
     )  # fmt: skip
     job.wait_for_step(5)
     died = time.time()
@@ -99,7 +99,7 @@ def test_a_rank_that_dies_or_hangs_costs_two_minutes(
     assert "Timeout (0:00:" in job.rank_log() and "in optimizer_step" in job.rank_log()
     attempts = json.loads((job.run / "attempts.json").read_text())
     assert [attempt["launch"] for attempt in attempts] == [0, 1]
-    assert f"rank 0 on n1 stalled: {hang}" in (tmp_path / "step_n1.log").read_text(), "SRUN_ARGS"
+    assert f"rank 0 on n1 stalled: {hang}" in (tmp_path / "step_0.log").read_text(), "SRUN_ARGS"
     with capsys.disabled():
         print(f"\nnext step {after_death_s:.1f} s after a death, {after_hang_s:.1f} s after a stop")
 
