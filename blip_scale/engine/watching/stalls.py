@@ -195,7 +195,7 @@ class StallTimer:
 
     def _read(self) -> dict[int, RankState]:
         """States of all ranks; of this one alone if there are no others or the store is gone."""
-        states = {}
+        states: dict[int, RankState] = {}
         if self._peers is not None:
             try:
                 states = self._peers.read()
