@@ -37,7 +37,7 @@ _CHECK_S = 30
 """Seconds in which a node must pass its check."""
 _AFTER_WAIT_S = 60
 """Seconds after SLURM_WAIT in which srun must have ended, even if a node has disappeared."""
-_ENDED = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<rank>\d+)[\d,-]*: (?P<end>.+)")
+_ENDED = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<end>.+)")
 _NODE_FAILED = re.compile(r"srun: error: Node failure on (?P<node>[\w.-]+)")
 _NO_FAILURE = {f"Exited with exit code {code}" for code in (exit_codes.REQUEUE, exit_codes.DONE)}
 
@@ -191,8 +191,8 @@ def run_ranks(
         if not ending.cause and facts.get("end") not in _NO_FAILURE:
             ending.node = facts["node"]
             ending.cause = f"node {ending.node} failed"
-            if "rank" in facts:
-                ending.cause = f"rank {facts['rank']} on {ending.node}: {facts['end']}"
+            if "ranks" in facts:
+                ending.cause = f"rank {facts['ranks']} on {ending.node}: {facts['end']}"
     code = process.wait()
     deadline.cancel()
     ending.exit_code = code if code >= 0 else 128 - code
