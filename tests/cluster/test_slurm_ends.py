@@ -73,5 +73,5 @@ def test_stopped_by_a_person_a_job_stays_stopped(slurm: SlurmCluster, tmp_path: 
     job.wait_for_step(saved + 3)
     slurm.run("scontrol", "update", f"JobId={job.number}", "Requeue=0")
     slurm.run("scancel", "--signal=USR1", job.number)
-    wait_for(lambda: "not requeued: the job has Requeue=0" in job.output(), "the end of the job")
+    wait_for(lambda: "and the job has Requeue=0" in job.output(), "the end of the job")
     assert job.resumed_at() == [saved] and job.newest_checkpoint() > saved
