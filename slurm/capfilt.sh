@@ -21,7 +21,8 @@ set -euo pipefail
 
 # ... or in the environment:
 REPO=${REPO:-${SLURM_SUBMIT_DIR:-.}}          # clone of blip_scale
-PYTHON=${PYTHON:-$REPO/.venv/bin/python}
+PYTHON=${PYTHON:-$REPO/.venv/bin/python}      # or "apptainer exec --nv blip_scale.sif python"
+SRUN_ARGS=${SRUN_ARGS:-}                      # for pyxis: "--container-image=blip_scale.sqsh ..."
 SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}}           # temporary copies of a bucket's shards
 # For a bucket: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if it isn't Amazon's, S3_ENDPOINT_URL.
 
@@ -35,5 +36,8 @@ parts=${SLURM_ARRAY_TASK_COUNT:-1}
 
 # Threads of one process decode images. OpenMP threads inside them would only compete for cores.
 export OMP_NUM_THREADS=1
-exec "$PYTHON" "$REPO/tools/capfilt.py" "$@" --shard "$part/$parts" \
+read -ra python <<<"$PYTHON"
+read -ra srun_args <<<"$SRUN_ARGS"
+exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-4}" "${srun_args[@]}" \
+    "${python[@]}" "$REPO/tools/capfilt.py" "$@" --shard "$part/$parts" \
     --threads "${SLURM_CPUS_PER_TASK:-4}" --scratch "$SCRATCH"

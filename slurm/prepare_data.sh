@@ -19,7 +19,8 @@ set -euo pipefail
 
 # ... or in the environment:
 REPO=${REPO:-${SLURM_SUBMIT_DIR:-.}}          # clone of blip_scale
-PYTHON=${PYTHON:-$REPO/.venv/bin/python}
+PYTHON=${PYTHON:-$REPO/.venv/bin/python}      # or "apptainer exec --nv blip_scale.sif python"
+SRUN_ARGS=${SRUN_ARGS:-}                      # for pyxis: "--container-image=blip_scale.sqsh ..."
 SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}}           # shards are made here before they go to a bucket
 # For a bucket: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if it isn't Amazon's, S3_ENDPOINT_URL.
 
@@ -33,5 +34,8 @@ parts=${SLURM_ARRAY_TASK_COUNT:-1}
 
 # Each process decodes on one core. OpenMP threads inside it would only compete for cores.
 export OMP_NUM_THREADS=1
-exec "$PYTHON" "$REPO/tools/prepare_data.py" "$@" \
+read -ra python <<<"$PYTHON"
+read -ra srun_args <<<"$SRUN_ARGS"
+exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(nproc)}" "${srun_args[@]}" \
+    "${python[@]}" "$REPO/tools/prepare_data.py" "$@" \
     --shard "$part/$parts" --workers "${SLURM_CPUS_PER_TASK:-$(nproc)}" --scratch "$SCRATCH"

@@ -13,6 +13,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
 # ... or in the environment: slurm/train.sh lists them (REPO, PYTHON, OUTPUT_DIR, a bucket's keys).

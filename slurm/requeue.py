@@ -1,26 +1,26 @@
-"""Requeue a SLURM job whose srun has ended, or stop it: `requeue.py EXIT_CODE OUTPUT_DIR`.
+"""Decide what follows when the ranks of a SLURM job have ended. slurm/run_ranks.py asks.
 
-slurm/train.sh calls it at the end of the batch script. Exit codes of srun:
+Exit codes of srun:
 
 - 0: the run is done.
 - 75: the run stopped on request. The job is requeued.
 - 2: the input was refused. The job stops.
-- Others: a failure. The job is requeued. But after MAX_FAILURES failures (environment variable,
-  default 3) without a newer checkpoint in between, the job stops and writes
-  OUTPUT_DIR/failure_report.txt.
+- Others: a failure. The ranks start again in the same allocation. The last of MAX_FAILURES tries
+  without a newer checkpoint gets another allocation: the job is requeued. If that fails, too, the
+  job stops and writes OUTPUT_DIR/failure_report.txt.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -31,66 +31,99 @@ from blip_scale.storage import run_folder
 _KEPT = 100
 _TAIL_BYTES = 32 * 1024
 _LOGS_SHOWN, _LINES_SHOWN = 6, 20
+_STACK_LINES_SHOWN = 60
+_STALLED = re.compile(r"rank \d+ on .* stalled: ")
+_LAST_RESTART_S = 600
+"""A restart is not worth its time if less than this is left until the time limit."""
 _TROUBLE = re.compile(
     r"Traceback|\bERROR\b|\w*Error\b|\bFatal\b|terminate called|(?:train\.py|blip.scale)\b.*: "
 )
 
 
+class Next(Enum):
+    """What follows an attempt."""
+
+    RESTART = "restart"
+    """The ranks start again in this allocation."""
+    REQUEUE = "requeue"
+    STOP = "stop"
+
+
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job, from the start of its srun to the end."""
+    """One start of a job's ranks, from the start of srun to the end."""
 
     job: str
     restart: int
-    """Number of earlier starts of the job."""
+    """Number of earlier allocations of the job."""
+    launch: int
+    """Number of earlier starts in this allocation."""
     exit_code: int
     failed: bool
     checkpoint_step: int
     """Step of the newest committed checkpoint at the end; 0 without a checkpoint."""
     nodes: str
+    cause: str
+    """The rank that ended or stalled first, its node and its end; empty if not known."""
     ended: float
     """Unix time."""
     seconds: int
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return the exit code of the batch script."""
-    options = _parser().parse_args(arguments)
-    if options.exit_code == exit_codes.DONE:
-        (options.output_dir / run_folder.FAILURE_REPORT).unlink(missing_ok=True)
-        print("the run is done")
-        return exit_codes.DONE
-    job = _job(os.environ["SLURM_JOB_ID"])
-    if job.get("JobState") != "RUNNING" and job.get("Reason") != "TimeLimit":
-        # The job was cancelled, or SLURM requeued it after preemption or the failure of a node.
-        print(f"not requeued here: SLURM has the job as {job.get('JobState', 'unknown')}")
-        return options.exit_code
-    try:
-        attempts = note_attempt(options.output_dir, options.exit_code, options.seconds)
-    except OSError as error:  # without a count of failures the job might be requeued forever
-        print(f"not requeued: can't record this failure in {options.output_dir}: {error}")
-        return options.exit_code
-    last, limit = attempts[-1], int(os.environ.get("MAX_FAILURES", "3"))
-    failures = failures_without_progress(attempts)
-    print(
-        f"attempt {last.restart} ended with exit code {last.exit_code} after {last.seconds} s; "
-        f"newest checkpoint: step {last.checkpoint_step}"
-    )
+def decide(attempts: list[Attempt], job: Mapping[str, str], limit: int) -> tuple[Next, str]:
+    """Decide what follows the newest attempt, which has not reached the end of the recipe.
+
+    Args:
+        attempts: attempts of the job, oldest first.
+        job: SLURM's fields of the job.
+        limit: failures without a newer checkpoint that stop the job.
+
+    Returns:
+        The decision, and its reason.
+    """
+    last, failures = attempts[-1], failures_without_progress(attempts)
     if last.exit_code == exit_codes.REFUSED and not last.failed:
-        print("not requeued: the input was refused (see above); fix it and submit again")
-    elif last.failed and failures >= limit:
-        report = options.output_dir / run_folder.FAILURE_REPORT
-        report.write_text(_report(attempts, failures, options.output_dir, job), encoding="utf-8")
-        print(f"not requeued: failed {failures} times without a newer checkpoint; see {report}")
-    elif job.get("Requeue") == "0":
-        print("not requeued: the job has Requeue=0; submit again to resume")
+        return Next.STOP, "the input was refused (see above); fix it and submit again"
+    if last.failed and failures >= limit:
+        return Next.STOP, f"failed {failures} times without a newer checkpoint"
+    if not last.failed:
+        decision, reason = Next.REQUEUE, "stopped on request"
+    elif job.get("Reason") == "TimeLimit" or _seconds_left(job) < _LAST_RESTART_S:
+        decision, reason = Next.REQUEUE, "the time limit is near"
+    elif failures == limit - 1 and job.get("Requeue") != "0":
+        decision, reason = Next.REQUEUE, f"failure {failures} of {limit}: the last try"
     else:
-        return _requeue(last)
-    return options.exit_code
+        return Next.RESTART, f"failure {failures} of {limit} without a newer checkpoint"
+    if job.get("Requeue") == "0":
+        return Next.STOP, f"{reason}, and the job has Requeue=0; submit again to resume"
+    return decision, reason
 
 
-def note_attempt(output_dir: Path, exit_code: int, seconds: int) -> list[Attempt]:
-    """Add this attempt to OUTPUT_DIR/attempts.json. Returns this job's attempts, oldest first."""
+def _seconds_left(job: Mapping[str, str]) -> float:
+    """Seconds until SLURM ends the job; infinity if it has no time limit."""
+    try:
+        end = time.mktime(time.strptime(job.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return float("inf")
+    return end - time.time()
+
+
+def note_attempt(
+    output_dir: Path,
+    exit_code: int,
+    seconds: float,
+    launch: int = 0,
+    nodes: str = "",
+    cause: str = "",
+) -> list[Attempt]:
+    """Add an attempt that has just ended to OUTPUT_DIR/attempts.json.
+
+    Returns:
+        The attempts of this job, oldest first.
+
+    Raises:
+        OSError: the file can't be written.
+    """
     file = output_dir / run_folder.ATTEMPTS
     heartbeat = _heartbeat(output_dir)
     now = time.time()
@@ -100,12 +133,14 @@ def note_attempt(output_dir: Path, exit_code: int, seconds: int) -> list[Attempt
     attempt = Attempt(
         job=os.environ["SLURM_JOB_ID"],
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        launch=launch,
         exit_code=exit_code,
         failed=exit_code != exit_codes.REQUEUE and not refused,
         checkpoint_step=newest_checkpoint(output_dir),
-        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+        nodes=nodes,
+        cause=cause,
         ended=now,
-        seconds=seconds,
+        seconds=round(seconds),
     )
     attempts = [*_earlier(file), asdict(attempt)][-_KEPT:]
     draft = file.with_name(file.name + ".partial")
@@ -135,46 +170,66 @@ def failures_without_progress(attempts: list[Attempt]) -> int:
     return count
 
 
-def _requeue(last: Attempt) -> int:
-    """Requeue the job. SLURM ends this script meanwhile."""
-    print(f"requeued: resumes at step {last.checkpoint_step}", flush=True)
-    done = subprocess.run(["scontrol", "requeue", last.job], check=False)
+def requeue(job_id: str) -> int:
+    """Requeue the job, and return the exit code of the batch script. SLURM ends it meanwhile."""
+    done = subprocess.run(["scontrol", "requeue", job_id], check=False)
     if done.returncode:
-        print("scontrol could not requeue the job; submit again to resume")
-        return last.exit_code
+        print("scontrol could not requeue the job; submit again to resume", flush=True)
+        return exit_codes.FAILED
     time.sleep(60)
     return exit_codes.DONE
 
 
-def _job(job_id: str) -> dict[str, str]:
+def job_fields(job_id: str) -> dict[str, str]:
     """SLURM's fields of the job: JobState, Reason, Requeue, StdOut ..."""
     command = ["scontrol", "show", "job", "--oneliner", job_id]
     shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return dict(re.findall(r"(\w+)=(\S+)", shown))
 
 
-def _report(attempts: list[Attempt], failures: int, output_dir: Path, job: dict[str, str]) -> str:
-    """Text of the failure report, for the search of the cause."""
-    last = attempts[-1]
+def write_report(attempts: list[Attempt], output_dir: Path, job: Mapping[str, str]) -> Path:
+    """Write the failure report, for the search of the cause, and return its path."""
+    last, failures = attempts[-1], failures_without_progress(attempts)
     lines = [
         f"Job {last.job} ({job.get('JobName', '?')}) was stopped: it failed {failures} times "
         f"without a checkpoint newer than step {last.checkpoint_step}.",
         "Fix the cause and submit again: the run resumes at that step.",
         "",
-        f"{'attempt':>7}  {'ended':19}  {'seconds':>7}  {'code':>4}  {'checkpoint':>10}  nodes",
+        f"{'attempt':>7}  {'ended':19}  {'seconds':>7}  {'code':>4}  {'checkpoint':>10}  nodes; "
+        "first to end",
     ]
     for attempt in attempts:
         ended = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt.ended))
         lines.append(
-            f"{attempt.restart:7}  {ended}  {attempt.seconds:7}  {attempt.exit_code:4}  "
-            f"{attempt.checkpoint_step:10}  {attempt.nodes}"
+            f"{f'{attempt.restart}.{attempt.launch}':>7}  {ended}  {attempt.seconds:7}  "
+            f"{attempt.exit_code:4}  {attempt.checkpoint_step:10}  {attempt.nodes}; "
+            f"{attempt.cause or 'not known'}"
         )
     heartbeat = _json(output_dir / run_folder.HEARTBEAT)
     lines += ["", f"Last heartbeat: {json.dumps(heartbeat)}"] if heartbeat else []
     logs = output_dir / run_folder.LOGS
     lines += ["", f"Log of the job: {job.get('StdOut', '?')}", f"Logs: {logs}", ""]
     lines += _last_words(logs, last.ended - last.seconds)
-    return "\n".join(lines) + "\n"
+    report = output_dir / run_folder.FAILURE_REPORT
+    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return report
+
+
+def stalls_since(output_dir: Path, since: float) -> list[dict[str, Any]]:
+    """Stalls that ended ranks after a Unix time: entries of OUTPUT_DIR/stalls.jsonl."""
+    try:
+        lines = (output_dir / run_folder.STALLS).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    stalls = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if entry["time"] >= since:
+                stalls.append(entry)
+        except (ValueError, LookupError, TypeError):  # a line that two nodes wrote at once
+            continue
+    return stalls
 
 
 def _last_words(logs: Path, since: float) -> Iterator[str]:
@@ -190,8 +245,13 @@ def _last_words(logs: Path, since: float) -> Iterator[str]:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
             lines = stream.read().decode(errors="replace").splitlines()
+        stalled = [number for number, line in enumerate(lines) if _STALLED.search(line)]
         marked = [number for number, line in enumerate(lines) if _TROUBLE.search(line)]
-        if marked:
+        if stalled:  # the stacks follow
+            shown += 1
+            begin = stalled[-1]
+            yield from [f"== {file}", *lines[begin : begin + _STACK_LINES_SHOWN], ""]
+        elif marked:
             shown += 1
             end = marked[-1] + 3
             yield from [f"== {file}", *lines[max(0, end - _LINES_SHOWN) : end], ""]
@@ -225,15 +285,3 @@ def _json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Requeue a job, or stop it with a report.")
-    parser.add_argument("exit_code", type=int, help="exit code of srun")
-    parser.add_argument("output_dir", type=Path, help="folder of the run")
-    parser.add_argument("--seconds", type=int, default=0, help="duration of the attempt")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

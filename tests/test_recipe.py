@@ -356,13 +356,6 @@ class TestWhatCannotWork:
         twice = ["data.streams.1.repeat=2", "data.streams.1.weight=2"]
         assert "(noto): repeat and weight exclude each other" in refusal([*data, *twice])
 
-    def test_waiting_for_a_remote_is_no_stall(self, data: list[str]) -> None:
-        patience = [*data, "train.stall_timeout_s=600"]
-        checks.check(load("demo", patience), 1)  # nothing is remote
-        remote = "data.streams.0.remote=s3://bucket/prefix"
-        assert "data.retry_s: waiting 900 s" in refusal([*patience, remote])
-        checks.check(load("demo", [*data, remote, "train.stall_timeout_s=0"]), 1)
-
 
 class TestDeepSpeed:
     @pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])

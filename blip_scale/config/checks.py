@@ -272,12 +272,6 @@ def _check_bounds(recipe: Recipe) -> None:
     for low, low_value, high, high_value in pairs:
         if low_value > high_value:
             raise ValueError(f"{low}: {low_value} is larger than {high} {high_value}")
-    patience = recipe.train.stall_timeout_s
-    if patience and recipe.data.retry_s >= patience and any(s.remote for s in recipe.data.streams):
-        raise ValueError(
-            f"data.retry_s: waiting {recipe.data.retry_s:g} s for a remote would end the run "
-            f"by train.stall_timeout_s ({patience:g} s): lower the first or raise the second"
-        )
 
 
 def _check_checkpoints(recipe: Recipe) -> None:

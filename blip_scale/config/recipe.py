@@ -272,8 +272,8 @@ class DataRecipe:
     cache_limit: str | None = None
     """Largest size of the local cache, e.g. `200gb`. null: no limit."""
     retry_s: Rate = 900.0
-    """Retry a failing remote for this many seconds, then stop. Must be less than
-    train.stall_timeout_s, after which waiting ranks end the run."""
+    """Retry a failing remote for this many seconds, then stop. With a remote stream, the hang
+    limits of the start, an evaluation and a wait for data are longer by this time."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -344,10 +344,6 @@ class TrainRecipe:
     max_nonfinite_steps: Positive = 10
     """Stop with a report after this many consecutive steps were skipped because the loss or the
     gradient was not finite."""
-    stall_timeout_s: Rate = 1800.0
-    """End the run if a rank takes more than this many seconds for a step, an evaluation, a save or
-    the start; its stack traces go to its log. Collectives time out after the same time. 0: wait
-    forever."""
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -355,6 +351,24 @@ class TrainRecipe:
         if value == "fp16":
             raise ValueError(f"{FP16_REFUSED}; expected one of fp32, bf16")
         return value
+
+
+@dataclass(frozen=True, config=_STRICT)
+class HangLimitsRecipe:
+    """Longest durations in seconds. A rank that exceeds one ends the run, with stack traces in its
+    log. 0: no limit."""
+
+    start_s: Rate = 900.0
+    """Limit of the start, up to the end of the third step of this start: rendezvous, opening of the
+    data, loading of a checkpoint, compilation."""
+    step_s: Literal["auto"] | Rate = "auto"
+    """Limit of a step. auto: the larger of 180 s and 20 times the median of this start's last
+    hundred steps, but at most the largest other limit."""
+    evaluation_s: Rate = 1800.0
+    """Limit of one evaluation of all held-out sets."""
+    save_s: Rate = 900.0
+    """Limit of the pause for a checkpoint, longer by `checkpoint.retry_s` if checkpoints go to a
+    bucket."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -455,6 +469,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
+    hang_limits: HangLimitsRecipe = field(default_factory=HangLimitsRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)

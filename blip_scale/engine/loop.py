@@ -36,6 +36,7 @@ from blip_scale.engine.watching import reporting
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
 from blip_scale.engine.watching.goodput import Goodput
+from blip_scale.engine.watching.hang_limits import HangLimits
 from blip_scale.engine.watching.heartbeat import Heartbeat
 from blip_scale.engine.watching.loggers.logger import LoggedRun
 from blip_scale.engine.watching.monitor import Monitor, measure_peak_flops
@@ -100,10 +101,12 @@ def _run(
     rank = int(os.environ.get("RANK", "0"))
     refuse_idle_gpus()
     logs.set_up(Path(recipe.output_dir), rank)
-    heartbeat = Heartbeat(Path(recipe.output_dir), rank, recipe.train.stall_timeout_s)
+    limits = HangLimits.of(recipe)
+    heartbeat = Heartbeat(Path(recipe.output_dir), rank, limits)
     meter = CommunicationMeter()
     meter.install()
-    device = start(recipe.train.stall_timeout_s)
+    device = start(limits.longest_s)
+    heartbeat.timer.join(collectives.world_size(), lambda: meter.exchanges)
     if settle is not None:
         with refusing():
             recipe, ds_config = settle(device)

@@ -34,7 +34,7 @@ class RunLock:
     if
 
     * its process ran on this machine and is gone,
-    * it belongs to this SLURM job, and SLURM has restarted the job since, or
+    * it belongs to this SLURM job, and the job or its ranks were started again since, or
     * it was not renewed for `STALE_S` seconds. Only time stamps of the folder's file system are
       compared, so clocks of machines may differ.
 
@@ -173,6 +173,7 @@ def _identity() -> dict[str, Any]:
         "namespace": _namespace(),
         "job_id": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "launch": os.environ.get("BLIP_SCALE_LAUNCH", "0"),
     }
 
 
@@ -193,7 +194,8 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
     """Whether the holder runs; None if this machine can't tell."""
     here = _identity()
     is_same_job = holder.get("job_id") is not None and holder["job_id"] == here["job_id"]
-    if is_same_job and holder.get("restart") != here["restart"]:
+    starts = ("restart", "launch")
+    if is_same_job and any(holder.get(name, "0") != here[name] for name in starts):
         return False
     if (holder.get("host"), holder.get("namespace")) != (here["host"], here["namespace"]):
         return None

@@ -33,7 +33,8 @@ class _StepBatches:
         """The loader's next micro-batches. Each is kept, as the step may have to be repeated."""
         for _ in range(run.accumulation):
             began = time.perf_counter()
-            batch = next(batches)
+            with run.heartbeat.timer.waiting_for_data():
+                batch = next(batches)
             self.wait_s += time.perf_counter() - began
             self.batches.append(batch)
             for name, value in run.task.figures(batch).items():

@@ -1,4 +1,4 @@
-"""A real SLURM for tests: a controller and two nodes on this machine, on separate ports."""
+"""A real SLURM for tests: a controller and three nodes on this machine, on separate ports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ import pytest
 from blip_scale import launcher
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
+MAIN_NODES = 2
+"""Number of nodes in the default partition; `wide` has all."""
 START_TIMEOUT_S = 60
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
@@ -55,17 +57,18 @@ JobRequeue=1
 KillWait=15
 SlurmdTimeout=10
 MinJobAge=3600
-NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] \
+NodeName=n[1-3] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[3]}] \
 CPUs=4 RealMemory=8000 Gres=gpu:4
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
+PartitionName=wide Nodes=n[1-3] MaxTime=INFINITE PriorityTier=1
 PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE PriorityTier=2
 """
 # Other devices replace GPUs: SLURM counts and assigns them, but ranks compute on the CPU.
-_GPUS = "NodeName=n[1-2] Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random\n"
+_GPUS = "NodeName=n[1-3] Name=gpu File=/dev/null,/dev/zero,/dev/full,/dev/random\n"
 
 
 class SlurmCluster:
-    """Two nodes with four CPUs and four `GPUs` each, in one temporary folder."""
+    """Three nodes with four CPUs and four `GPUs` each, in one temporary folder."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -73,8 +76,8 @@ class SlurmCluster:
         (self.folder / "state").mkdir()
         for node in NODES:
             (self.folder / f"spool.{node}").mkdir()
-        port = launcher.free_port(1, 2)  # the controller's and the two nodes'
-        ports = range(port, port + 3)
+        port = launcher.free_port(1, 2, 3)  # the controller's and the three nodes'
+        ports = range(port, port + 4)
         conf = _CONF.format(ports=ports, user=getpass.getuser(), folder=self.folder)
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "gres.conf").write_text(_GPUS)
@@ -90,7 +93,7 @@ class SlurmCluster:
         return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _PATH}
 
     def start(self) -> None:
-        """Start the daemons and wait until both nodes are idle."""
+        """Start the daemons and wait until the nodes are idle."""
         files = {name: f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid")}
         self._start(
             "munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket",
@@ -101,7 +104,7 @@ class SlurmCluster:
         self._start("slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self.idle_nodes() == len(NODES), "both nodes", START_TIMEOUT_S)
+        wait_for(lambda: self.idle_nodes("wide") == len(NODES), "all nodes", START_TIMEOUT_S)
 
     def stop(self) -> None:
         """End the jobs, then the daemons, and remove the folder."""
@@ -117,7 +120,7 @@ class SlurmCluster:
     def start_node(self, node: str) -> None:
         """Start the daemon of a node on its share of the cores, which its processes inherit."""
         cores = sorted(os.sched_getaffinity(0))
-        share = cores[NODES.index(node) % len(cores) :: len(NODES)]
+        share = cores[NODES.index(node) % len(cores) :: MAIN_NODES]
         self._start("taskset", "--cpu-list", ",".join(map(str, share)), "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
@@ -204,10 +207,11 @@ class SlurmCluster:
         file = Path(self.job(job)["StdOut"])
         return file.read_text() if file.exists() else ""
 
-    def idle_nodes(self) -> int:
-        """Number of idle nodes."""
+    def idle_nodes(self, partition: str = "main") -> int:
+        """Number of idle nodes of a partition."""
         try:
-            return self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%t").split().count("idle")
+            states = self.run("sinfo", "-h", "-N", "-p", partition, "-o", "%t").split()
+            return states.count("idle")
         except RuntimeError:  # the controller is still starting
             return 0
 

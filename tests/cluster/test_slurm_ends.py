@@ -18,7 +18,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 def test_a_job_that_fails_at_the_same_step_stops_with_a_report(
     slurm: SlurmCluster, tmp_path: Path
 ) -> None:
-    """A job with three ranks, two on one node, is started three times and keeps its checkpoint."""
+    """A job with three ranks, two on one node, is started three times and keeps its checkpoint.
+
+    The second start is in the same allocation, the third in another.
+    """
     tiny_runs.make_recipe(tmp_path, train={"max_steps": 12, "global_batch_size": 12})
     job = slurm_runs.submit(
         slurm, "pretrain_14M.sh", tmp_path, "checkpoint.every_steps=4",
@@ -27,15 +30,19 @@ def test_a_job_that_fails_at_the_same_step_stops_with_a_report(
     )  # fmt: skip
     slurm.wait(job.number, "FAILED", timeout_s=900)
     status = slurm.job(job.number)
-    assert (status["Restarts"], status["ExitCode"]) == ("2", "1:0"), job.output()
+    assert (status["Restarts"], status["ExitCode"]) == ("1", "1:0"), job.output()
     attempts = json.loads((job.run / "attempts.json").read_text())
     assert [attempt["checkpoint_step"] for attempt in attempts] == [4, 4, 4]
+    starts = [(attempt["restart"], attempt["launch"]) for attempt in attempts]
+    assert starts == [(0, 0), (0, 1), (1, 0)]
     assert job.resumed_at() == [4, 4]
     report = (job.run / "failure_report.txt").read_text()
     assert "failed 3 times without a checkpoint newer than step 4" in report
     assert f"RuntimeError: {train_failing.MESSAGE}" in report
-    assert report.count("n[1-2]") == 3 and status["StdOut"] in report
+    assert report.count("n[1-2]; rank ") == 3
+    assert status["StdOut"] in report
     assert "not requeued: failed 3 times" in job.output()
+    assert "requeued: failure 2 of 3: the last try" in job.output()
     assert "3 rank(s)" in job.rank_log()
 
 
@@ -66,5 +73,5 @@ def test_stopped_by_a_person_a_job_stays_stopped(slurm: SlurmCluster, tmp_path: 
     job.wait_for_step(saved + 3)
     slurm.run("scontrol", "update", f"JobId={job.number}", "Requeue=0")
     slurm.run("scancel", "--signal=USR1", job.number)
-    wait_for(lambda: "not requeued: the job has Requeue=0" in job.output(), "the end of the job")
+    wait_for(lambda: "and the job has Requeue=0" in job.output(), "the end of the job")
     assert job.resumed_at() == [saved] and job.newest_checkpoint() > saved

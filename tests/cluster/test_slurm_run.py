@@ -52,6 +52,12 @@ def training_record(job: Job) -> dict[int, list[str]]:
     return by_step
 
 
+def attempts_of(job: Job) -> int:
+    """Number of starts that have ended."""
+    file = job.run / "attempts.json"
+    return len(json.loads(file.read_text())) if file.exists() else 0
+
+
 def assert_equal(job: Job, undisturbed: Job) -> None:
     """Losses and samples of all steps are equal, and so is the last checkpoint."""
     assert tiny_runs.losses(job.run) == tiny_runs.losses(undisturbed.run), job.output()
@@ -88,6 +94,8 @@ def test_everything_that_happens_to_a_job(
 ) -> None:
     """The job survives SIGUSR1, time limit, a dead rank, power loss, requeue and preemption.
 
+    The dead rank costs no requeue. The node without power does, as there is no spare one.
+
     It stays one run under one job number, and nobody runs sbatch again.
     """
     slurm_runs.make_recipe(tmp_path, _server, STEPS)
@@ -118,24 +126,26 @@ def test_everything_that_happens_to_a_job(
     assert job.resumed_at()[1:] == [stopped], "nor does the time limit"
 
     slurm.ranks()[1].kill()
-    slurm.wait(job.number, "RUNNING", restarts=3)
+    wait_for(lambda: len(job.resumed_at()) == 3, "the restart in the allocation")
+    assert slurm.job(job.number)["Restarts"] == "2"
     job.wait_for_step(4 * part)
 
     slurm.kill_node("n2")
-    wait_for(lambda: slurm.idle_nodes() == 1, "n2 is down")
+    wait_for(lambda: slurm.job(job.number)["Restarts"] == "3", "a requeue")
+    assert "too few nodes: 1 answer, 2 must" in job.output()
     slurm.start_node("n2")
-    slurm.wait(job.number, "RUNNING", restarts=4)
+    slurm.wait(job.number, "RUNNING", restarts=3)
     job.wait_for_step(5 * part)
 
     slurm.run("scontrol", "requeue", job.number)
-    slurm.wait(job.number, "RUNNING", restarts=5)
+    slurm.wait(job.number, "RUNNING", restarts=4)
     wait_for(lambda: len(job.resumed_at()) == 5, "the fifth resume")
     for rank in slurm.ranks().values():  # or the run is over before the urgent job is looked at;
         rank.suspend()  # preemption wakes them
 
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", f"-o{tmp_path}/u")
     slurm.run("sbatch", *urgent)
-    slurm.wait(job.number, "RUNNING", restarts=6)
+    slurm.wait(job.number, "RUNNING", restarts=5)
     slurm.wait(job.number, "COMPLETED")
     assert_equal(job, undisturbed)
     assert len(job.resumed_at()) == 6
@@ -162,8 +172,7 @@ def test_killed_at_random_moments(
     for kill in range(KILLS):
         begun = job.starts()
         saved = job.newest_checkpoint()
-        slurm.wait(job.number, "RUNNING", restarts=kill)
-        wait_for(lambda: len(slurm.ranks()) == 2, "two ranks")
+        wait_for(lambda: attempts_of(job) == kill and len(slurm.ranks()) == 2, "two ranks")  # noqa: B023
         if dice.random() < 0.25:
             time.sleep(dice.random() * 8)
         else:
@@ -171,9 +180,10 @@ def test_killed_at_random_moments(
             wait_for(lambda: job.starts() > begun and job.step() >= goal, f"step {goal}")  # noqa: B023
             time.sleep(dice.random() * 0.3)
         slurm.ranks()[dice.randint(0, 1)].kill()
-        slurm.wait(job.number, "RUNNING", restarts=kill + 1)
+        wait_for(lambda: attempts_of(job) == kill + 1, "the end of the ranks")  # noqa: B023
         lost.append((job.step(), job.newest_checkpoint()))
     slurm.wait(job.number, "COMPLETED")
+    assert slurm.job(job.number)["Restarts"] == "0"
     assert_equal(job, undisturbed)
     assert all(0 <= step - saved <= EVERY_STEPS for step, saved in lost), lost
     print(f"{KILLS} kills; step reached and newest checkpoint: {lost}")

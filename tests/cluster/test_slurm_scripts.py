@@ -27,11 +27,15 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 def run_array(slurm: SlurmCluster, folder: Path, script: str, *arguments: str) -> None:
-    """Run an array job of two tasks to its end, each task on a separate node."""
+    """Run an array job of two tasks to its end, each task on a separate node.
+
+    SRUN_ARGS must reach srun.
+    """
     job = slurm.run(
         "sbatch", "--parsable", "--array=0-1", "--cpus-per-task=4", "--mem=0",
         f"--output={folder}/%a.log", str(tiny_runs.REPO / "slurm" / script), *arguments,
         REPO=str(tiny_runs.REPO), PYTHON=sys.executable, SCRATCH=str(folder),
+        SRUN_ARGS=f"--error={folder}/step_%t.log --unbuffered",
     ).strip()  # fmt: skip
 
     def states() -> list[str]:
@@ -43,6 +47,7 @@ def run_array(slurm: SlurmCluster, folder: Path, script: str, *arguments: str) -
     assert states() == ["COMPLETED"] * 2, logs
     shown = slurm.run("scontrol", "show", "job", "--oneliner", job)
     assert {"NodeList=n1", "NodeList=n2"} <= set(shown.split())
+    assert (folder / "step_0.log").exists()
 
 
 def assert_same_files(left: Path, other: Path) -> None:

@@ -123,13 +123,15 @@ def test_a_rank_that_stalls_or_dies_ends_the_others(
 ) -> None:
     """Without a launcher, ranks end within the time that the recipe gives, with stacks in the log.
 
-    The run then resumes, and its record shows that every sample was used once.
+    They name the rank that they wait for. The run then resumes, and its record shows that every
+    sample was used once.
     """
-    stall_s = 40  # the start must fit in, on a busy machine too
+    limit_s = 8
     recipe = tiny_runs.make_recipe(
         tmp_path,
         checkpoint={"every_steps": 3},
-        train={"max_steps": STEPS, "stall_timeout_s": stall_s},
+        train={"max_steps": STEPS},
+        hang_limits={"step_s": limit_s},
         log={"sample_ids": True},
     )
     run = tmp_path / "run"
@@ -137,17 +139,19 @@ def test_a_rank_that_stalls_or_dies_ends_the_others(
     wait_for(lambda: reached(run, 4), processes[0])
     processes[1].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    assert processes[0].wait(3 * stall_s) == 1
-    assert time.monotonic() - stopped < stall_s + 20
+    assert processes[0].wait(60) == 1
+    assert time.monotonic() - stopped < limit_s + 20
     log = (run / "logs" / "rank_0.log").read_text()
-    assert f"Timeout (0:00:{stall_s}.5" in log and "in _train" in log
+    assert f"Timeout (0:00:{limit_s + 2}" in log and "in _train" in log
+    assert f"stalled: no progress for {limit_s} s while training" in log
+    assert re.search(r"it waits for rank 1 on \S+, which gives no sign of life", log)
     processes[1].send_signal(signal.SIGCONT)
     assert processes[1].wait(60) != 0
 
     processes = tiny_runs.launch(recipe, 2)
     wait_for(lambda: reached(run, 7), processes[0])
     processes[1].kill()
-    assert processes[0].wait(stall_s) == 1
+    assert processes[0].wait(60) == 1
     tiny_runs.train(recipe, 2)
     assert tiny_runs.losses(run) == undisturbed
     _assert_every_sample_once(recipe)

@@ -28,6 +28,7 @@ from blip_scale.config import checks, recipe
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.engine.watching.hang_limits import HangLimits
 from blip_scale.engine.zero.onednn import OneDNNLinear
 from blip_scale.inference.inputs import to_model_input
 from blip_scale.inference.sizes import med_config
@@ -126,7 +127,7 @@ class Ours:
 
         meter = CommunicationMeter()
         meter.install()
-        self.device = start(match.recipe.train.stall_timeout_s)
+        self.device = start(HangLimits.of(match.recipe).longest_s)
         if self.device.type == "cuda":  # like the train loop, for captures
             torch.cuda.set_stream(torch.cuda.Stream(self.device))
         self.recipe = match.recipe
@@ -297,7 +298,7 @@ class Published:
         from blip_scale.tasks.pretrain import Pretrain
         from tools.benchmarks.published_step import PublishedStep
 
-        self.device = start(match.recipe.train.stall_timeout_s)
+        self.device = start(HangLimits.of(match.recipe).longest_s)
         chosen = match.recipe
         task = Pretrain(chosen, self.device)
         loader = task.batches()

@@ -56,6 +56,8 @@ class CommunicationMeter:
         """Count nothing until `install`."""
         self.costs: dict[str, Cost] = {kind: Cost() for kind in dict.fromkeys(KINDS.values())}
         """Cost since the last `reset`, by kind."""
+        self.exchanges = 0
+        """Calls since the start. Ranks that wait for each other have made equally many."""
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def install(self) -> None:
@@ -89,6 +91,7 @@ class CommunicationMeter:
         def call(*arguments: Any, **named: Any) -> Any:
             cost = self.costs[kind]
             cost.calls += 1
+            self.exchanges += 1
             cost.bytes += max(map(_size, (*arguments, *named.values())), default=0)
             began = time.perf_counter()
             try:

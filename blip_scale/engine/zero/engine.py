@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from blip_scale import launcher, logs
 from blip_scale.config.recipe import Recipe
 from blip_scale.engine import collectives, rendezvous
+from blip_scale.engine.watching.hang_limits import HangLimits
 from blip_scale.engine.zero import deepspeed_patches, onednn, whole_weights
 from blip_scale.engine.zero.gradient_buckets import GradientBuckets
 from blip_scale.engine.zero.parameter_slices import (
@@ -46,6 +47,7 @@ from blip_scale.model.towers import refill_constants
 logger = logging.getLogger(__name__)
 
 _AFTER_STACKS_S = 10.0
+_FOREVER_S = 365 * 86_400.0
 _SHARED_MEMORY = "deepspeed_shm_comm"
 """Name of DeepSpeed's operation for exchanges between ranks on a CPU."""
 
@@ -376,7 +378,7 @@ def start(timeout_s: float) -> torch.device:
     """Join the process group and return this rank's device.
 
     Without a launcher the group is a single rank.
-    `timeout_s` is how long a rank waits for the others in an exchange; 0: forever.
+    `timeout_s` is the longest hang limit; infinity: none.
     """
     for variable, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(variable, alone)
@@ -444,10 +446,10 @@ def _unlink_shared_buffer() -> None:
 def _patience(timeout_s: float) -> timedelta:
     """Timeout of an exchange.
 
-    It is longer than the heartbeat's timeout, which writes the stacks of a waiting rank and ends
-    it.
+    It is longer than any hang limit, whose timer names the rank that hangs, writes the stacks of a
+    waiting rank and ends it.
     """
-    return timedelta(seconds=timeout_s + _AFTER_STACKS_S) if timeout_s else timedelta(days=365)
+    return timedelta(seconds=min(timeout_s + _AFTER_STACKS_S, _FOREVER_S))
 
 
 def initialize(
@@ -488,9 +490,8 @@ def initialize(
     else:
         onednn.take_where_faster(network)
     # DeepSpeed's group has torch's default timeout of 10 or 30 minutes.
-    torch.distributed.set_timeout(
-        _patience(recipe.train.stall_timeout_s), engine.data_parallel_group
-    )
+    patience = _patience(HangLimits.of(recipe).longest_s)
+    torch.distributed.set_timeout(patience, engine.data_parallel_group)
     slices: list[ParameterSlice] = []
     for name, parameter in trainable.items():
         slices += trainable_slice(engine, stage, name, parameter)

@@ -1,0 +1,96 @@
+"""Hang limits: the longest time that a rank may spend in each phase without progress."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Literal
+
+from blip_scale.config.recipe import HangLimitsRecipe, Recipe
+
+Phase = Literal["starting", "training", "evaluating", "saving", "stopped", "done"]
+
+_SHORTEST_STEP_S = 180.0
+_MEDIAN_STEPS = 20
+_STEPS_MEASURED = 100
+_STARTING_STEPS = 3
+"""Steps that belong to the start: they open the loaders and compile."""
+
+
+class HangLimits:
+    """Limits by phase in seconds; `math.inf` where there is none.
+
+    Retries of object storage are no hang, so the limits of phases that wait for it are longer by
+    the time that the recipe allows for them.
+    """
+
+    def __init__(
+        self, settings: HangLimitsRecipe, data_retry_s: float = 0.0, upload_retry_s: float = 0.0
+    ) -> None:
+        """Measure nothing yet.
+
+        Args:
+            settings: the recipe's limits.
+            data_retry_s: time for which a failing remote of a stream is retried; 0 without one.
+            upload_retry_s: same for a remote of the checkpoints.
+        """
+        self.data_retry_s = data_retry_s
+        self._start_s = _or_inf(settings.start_s) + data_retry_s + upload_retry_s
+        self._evaluation_s = _or_inf(settings.evaluation_s) + data_retry_s
+        self._save_s = _or_inf(settings.save_s) + upload_retry_s
+        self._step_s = None if settings.step_s == "auto" else _or_inf(settings.step_s)
+        self._steps_s: deque[float] = deque(maxlen=_STEPS_MEASURED)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> HangLimits:
+        """Limits of a recipe."""
+        data, checkpoint = recipe.data, recipe.checkpoint
+        has_remote = any(stream.remote for stream in [*data.streams, *data.heldout])
+        uploads = checkpoint.folder is not None and "://" in checkpoint.folder
+        return cls(
+            recipe.hang_limits,
+            data.retry_s if has_remote else 0.0,
+            checkpoint.retry_s if uploads else 0.0,
+        )
+
+    def note_step(self, seconds: float) -> None:
+        """Count a step of this start, which took `seconds`."""
+        self._steps_s.append(seconds)
+
+    def of_phase(self, phase: Phase) -> float:
+        """Longest time without a beat in a phase, in seconds."""
+        if phase == "starting":
+            return self._start_s
+        if phase == "evaluating":
+            return self._evaluation_s
+        if phase != "training":
+            return self._save_s
+        if len(self._steps_s) < _STARTING_STEPS:
+            return max(self._start_s, self._step_s or 0.0)
+        return self._of_step()
+
+    @property
+    def shortest_s(self) -> float:
+        """Shortest limit that a phase may have, in seconds."""
+        step_s = _SHORTEST_STEP_S if self._step_s is None else self._step_s
+        return min(self._start_s, self._evaluation_s, self._save_s, step_s)
+
+    @property
+    def longest_s(self) -> float:
+        """Longest limit that a phase may have, in seconds."""
+        step_s = _SHORTEST_STEP_S if self._step_s is None else self._step_s + self.data_retry_s
+        return max(self._longest_beside_steps(), step_s)
+
+    def _longest_beside_steps(self) -> float:
+        return max(self._start_s, self._evaluation_s, self._save_s)
+
+    def _of_step(self) -> float:
+        if self._step_s is not None:
+            return self._step_s
+        limit_s = _MEDIAN_STEPS * statistics.median(self._steps_s)
+        return min(max(_SHORTEST_STEP_S, limit_s), self._longest_beside_steps())
+
+
+def _or_inf(limit_s: float) -> float:
+    return limit_s or math.inf

@@ -1,0 +1,164 @@
+"""States of the ranks, exchanged through the rendezvous store, to name the rank that hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+from torch.distributed import TCPStore
+
+_STORE_TIMEOUT_S = 2.0
+_MOST_NAMED = 4
+
+T = TypeVar("T")
+
+
+def node_name() -> str:
+    """Name of this machine, by SLURM if it runs the rank."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Progress of a rank at the time when it published it."""
+
+    rank: int
+    node: str
+    phase: str
+    step: int
+    exchanges: int
+    """Exchanges between ranks that this rank has begun."""
+    data_wait_s: float
+    """Time for which this rank has been waiting for its loader; 0: it is not waiting."""
+    pulse: int
+    """Number of earlier publications. It stands still if the process or its machine does."""
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A rank that the others wait for."""
+
+    rank: int
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.node}, which {self.reason}"
+
+
+class Peers:
+    """Client of the rendezvous store for the states of all ranks.
+
+    It has its own connection, as the process group's may be blocked. The store runs in rank 0's
+    process: if that stops, `read` fails.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        """Connect to the store at MASTER_ADDR.
+
+        Raises:
+            RuntimeError: it can't be reached.
+        """
+        self.main_node = os.environ["MASTER_ADDR"]
+        """Node of rank 0; its address until rank 0 has published its state."""
+        self._keys = [f"blip_scale/state/{peer}" for peer in range(world_size)]
+        self._key = self._keys[rank]
+        self._knows_main_node = False
+        self._request = threading.Thread()
+        self._store = TCPStore(
+            self.main_node, int(os.environ["MASTER_PORT"]), world_size,
+            is_master=False, wait_for_workers=False,
+            timeout=timedelta(seconds=_STORE_TIMEOUT_S),
+        )  # fmt: skip
+
+    def publish(self, state: RankState) -> None:
+        """Show this rank's state to the others.
+
+        Raises:
+            RuntimeError: the store does not answer.
+        """
+
+        def publish() -> None:
+            self._store.set(self._key, json.dumps(asdict(state)))
+            if not self._knows_main_node and self._store.check(self._keys[:1]):
+                self.main_node = _parsed(self._store.get(self._keys[0])).node
+                self._knows_main_node = True
+
+        self._answer(publish)
+
+    def read(self) -> dict[int, RankState]:
+        """States of the ranks that have published one, by rank.
+
+        Raises:
+            RuntimeError: the store does not answer.
+        """
+
+        def read() -> list[RankState]:
+            published = [key for key in self._keys if self._store.check([key])]
+            return [_parsed(text) for text in self._store.multi_get(published)]
+
+        return {state.rank: state for state in self._answer(read)}
+
+    def _answer(self, request: Callable[[], T]) -> T:
+        """Result of a request to the store.
+
+        The store's client (torch 2.14) waits forever for a server that was stopped, so it does so
+        in a thread.
+        """
+        answers: list[T] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(request())
+
+        if not self._request.is_alive():
+            self._request = threading.Thread(target=ask, name="peers", daemon=True)
+            self._request.start()
+            self._request.join(_STORE_TIMEOUT_S)
+        if not answers:
+            raise RuntimeError(f"the store of rank 0 on {self.main_node} does not answer")
+        return answers[0]
+
+
+def is_silent(state: RankState, before: Mapping[int, RankState]) -> bool:
+    """Whether a rank has not published anything since an earlier reading that has it."""
+    return state.rank in before and before[state.rank].pulse == state.pulse
+
+
+def suspects(before: Mapping[int, RankState], now: Mapping[int, RankState]) -> list[Suspect]:
+    """The ranks that all others wait for, from two readings some pulses apart.
+
+    Silent ranks come first. If there are none, it is those that have begun the fewest exchanges.
+    Empty if all have begun equally many: the exchange itself hangs.
+    """
+    silent = [state for state in now.values() if is_silent(state, before)]
+    if silent:
+        return [_suspect(state, "gives no sign of life; last seen") for state in silent]
+    fewest = min((state.exchanges for state in now.values()), default=0)
+    behind = [state for state in now.values() if state.exchanges == fewest]
+    if len(behind) == len(now):
+        return []
+    return [_suspect(state, "is behind the others") for state in behind]
+
+
+def named(suspected: Sequence[Suspect]) -> str:
+    """The first few suspects as part of a sentence."""
+    more = f" and {len(suspected) - _MOST_NAMED} more ranks" * (len(suspected) > _MOST_NAMED)
+    return "; ".join(map(str, suspected[:_MOST_NAMED])) + more
+
+
+def _suspect(state: RankState, reason: str) -> Suspect:
+    waits = f", waiting for data for {state.data_wait_s:.0f} s" if state.data_wait_s else ""
+    where = f"{state.phase}, {state.step} steps done{waits}"
+    return Suspect(state.rank, state.node, f"{reason} ({where})")
+
+
+def _parsed(text: bytes) -> RankState:
+    return RankState(**json.loads(text))

@@ -1,0 +1,258 @@
+"""Timer that ends a process whose phase lasts too long, with stacks and the name of the culprit."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from blip_scale.engine.watching.hang_limits import HangLimits, Phase
+from blip_scale.engine.watching.peers import (
+    Peers,
+    RankState,
+    Suspect,
+    is_silent,
+    named,
+    node_name,
+    suspects,
+)
+from blip_scale.storage import run_folder
+
+logger = logging.getLogger(__name__)
+
+_MESSAGE_S = 2.0
+"""Time for the message about a stall before the process ends."""
+_GRACE_S = 30.0
+"""Time after which the kernel ends a process whose stacks can't be written (a dead disk)."""
+_LONGEST_TICK_S = 5.0
+_TICKS = 20
+"""Publications of a rank's state during the shortest limit, at least."""
+_FIRST_READING, _SECOND_READING = 5, 1
+"""Ticks before the deadline at which the states of all ranks are read."""
+
+_SETTINGS: dict[Phase, str] = {
+    "starting": "start_s", "training": "step_s", "evaluating": "evaluation_s",
+}  # fmt: skip
+
+
+class StallTimer:
+    """Ends this process when no beat comes for longer than the limit of the phase.
+
+    The timer is a C thread that needs neither the interpreter nor the main thread, so it also fires
+    inside a collective or a hung file system. It writes the stacks of all Python threads to the
+    rank's log and ends the process with exit code 1.
+
+    A Python thread names the stall on the terminal, in the rank's log and in stalls.jsonl just
+    before. Where the interpreter's lock is held, it can't, and the log has the stacks alone. The
+    thread also postpones the end while a rank waits for data whose remote is being retried.
+    """
+
+    def __init__(self, output_dir: Path, rank: int, limits: HangLimits) -> None:
+        """Start the timer in phase `starting`.
+
+        Args:
+            output_dir: folder of the run; it exists and has the logs.
+            rank: rank of this process among all.
+            limits: limits of the phases.
+        """
+        self._output_dir, self._rank, self._limits = output_dir, rank, limits
+        self._node = node_name()
+        self._log_file = output_dir / run_folder.log_of(rank)
+        self._tick_s = min(_LONGEST_TICK_S, limits.shortest_s / _TICKS)
+        self._phase: Phase = "starting"
+        self._step = 0
+        self._beat = time.monotonic()
+        self._deadline = math.inf
+        self._arming = threading.Lock()
+        self._closed = threading.Event()
+        self._data_since: float | None = None
+        self._exchanges: Callable[[], int] = int
+        self._peers: Peers | None = None
+        self._pulse = 0
+        self._log = None if math.isinf(limits.shortest_s) else _opened(self._log_file)
+        if self._log is not None:
+            self._arm()
+            threading.Thread(target=self._watch, name="stall", daemon=True).start()
+
+    def join(self, world_size: int, exchanges: Callable[[], int]) -> None:
+        """Begin to exchange states with the other ranks; call it once the process group is up.
+
+        Args:
+            world_size: number of ranks.
+            exchanges: returns the number of exchanges that this rank has begun.
+        """
+        self._exchanges = exchanges
+        if self._log is None or world_size == 1:
+            return
+        try:
+            self._peers = Peers(self._rank, world_size)
+        except RuntimeError as error:
+            logger.warning("the rank that hangs can't be named if one does: %s", error)
+
+    def beat(self, phase: Phase, step: int | None) -> None:
+        """Note progress: this rank begins or continues a phase.
+
+        Args:
+            phase: current phase.
+            step: steps done, if one was done since the last beat or the phase begins with it.
+        """
+        now = time.monotonic()
+        if step is not None:
+            if step == self._step + 1 and phase == self._phase == "training":
+                self._limits.note_step(now - self._beat)
+            self._step = step
+        self._phase, self._beat = phase, now
+        self._arm()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Context manager around a wait for the loader."""
+        self._data_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._data_since = None
+
+    def close(self) -> None:
+        """Stop the timer."""
+        self._closed.set()
+        with self._arming:
+            if self._log is not None:
+                faulthandler.cancel_dump_traceback_later()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                self._log.close()
+                self._log = None
+
+    def _arm(self, deadline: float | None = None) -> None:
+        """Let the timer run for the limit of the phase from now.
+
+        Args:
+            deadline: do so only if the deadline is still this one.
+        """
+        with self._arming:
+            if self._log is None or (deadline is not None and deadline != self._deadline):
+                return
+            limit_s = self._limits.of_phase(self._phase)
+            self._deadline = time.monotonic() + limit_s
+            if math.isinf(limit_s):
+                faulthandler.cancel_dump_traceback_later()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                return
+            faulthandler.dump_traceback_later(limit_s + _MESSAGE_S, file=self._log, exit=True)
+            signal.setitimer(signal.ITIMER_REAL, limit_s + _GRACE_S)  # SIGALRM kills
+
+    def _watch(self) -> None:
+        """Publish this rank's state, and near the deadline read those of all ranks twice."""
+        before: dict[int, RankState] | None = None
+        while not self._closed.wait(self._tick_s):
+            self._publish()
+            deadline = self._deadline
+            ticks_left = (deadline - time.monotonic()) / self._tick_s
+            if ticks_left > _FIRST_READING:
+                before = None
+            elif before is None:
+                before = self._read()
+            elif ticks_left <= _SECOND_READING:
+                states = self._read()
+                retrying = self._retrying(before, states)
+                if retrying is not None:
+                    logger.warning(
+                        "rank %d on %s has waited %.0f s for data: its remote may be retried for "
+                        "%.0f s, so the hang limit is extended",
+                        retrying.rank, retrying.node, retrying.data_wait_s,
+                        self._limits.data_retry_s,
+                    )  # fmt: skip
+                    self._arm(deadline)
+                    continue
+                self._closed.wait(max(0.0, deadline - time.monotonic()))
+                if deadline == self._deadline and not self._closed.is_set():
+                    self._report(suspects(before, states))
+                    return
+
+    def _state(self) -> RankState:
+        since = self._data_since
+        return RankState(
+            self._rank, self._node, self._phase, self._step, self._exchanges(),
+            0.0 if since is None else time.monotonic() - since, self._pulse,
+        )  # fmt: skip
+
+    def _publish(self) -> None:
+        self._pulse += 1
+        if self._peers is not None:
+            # A store that does not answer is named when the deadline comes.
+            with contextlib.suppress(RuntimeError):
+                self._peers.publish(self._state())
+
+    def _read(self) -> dict[int, RankState]:
+        """States of all ranks; of this one alone if there are no others or the store is gone."""
+        states: dict[int, RankState] = {}
+        if self._peers is not None:
+            try:
+                states = self._peers.read()
+            except RuntimeError:  # the same pulse in both readings: rank 0 is silent
+                node = self._peers.main_node
+                states = {0: RankState(0, node, "running the store of the ranks", 0, 0, 0.0, 0)}
+        return states | {self._rank: self._state()}
+
+    def _retrying(
+        self, before: dict[int, RankState], states: dict[int, RankState]
+    ) -> RankState | None:
+        """A live rank that waits for data whose remote may still be retried."""
+        if self._phase != "training":
+            return None
+        for state in states.values():
+            may_wait = 0 < state.data_wait_s < self._limits.data_retry_s
+            if may_wait and not is_silent(state, before):
+                return state
+        return None
+
+    def _report(self, suspected: list[Suspect]) -> None:
+        """Name the stall on the terminal, in the log and in stalls.jsonl."""
+        limit_s = self._limits.of_phase(self._phase)
+        setting = _SETTINGS.get(self._phase, "save_s")
+        if [suspect.rank for suspect in suspected] == [self._rank]:
+            waits = "the others wait for this rank"
+        elif suspected:
+            waits = f"it waits for {named(suspected)}"
+        elif self._peers is not None:
+            waits = "no rank is behind the others"
+        else:
+            waits = "other ranks are not known"
+        text = (
+            f"rank {self._rank} on {self._node} stalled: no progress for {limit_s:g} s while "
+            f"{self._phase}, {self._step} steps done (hang_limits.{setting}); {waits}; ends now, "
+            f"stacks in {self._log_file}\n"
+        )
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        entry = {
+            "time": time.time(), "rank": self._rank, "node": self._node, "phase": self._phase,
+            "step": self._step, "limit_s": limit_s,
+            "suspects": [{"rank": s.rank, "node": s.node, "reason": s.reason} for s in suspected],
+        }  # fmt: skip
+        record = self._output_dir / run_folder.STALLS
+        with contextlib.suppress(OSError), record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        with contextlib.suppress(OSError, ValueError):
+            if self._log is not None:
+                self._log.write(text)
+                self._log.flush()
+
+
+def _opened(log_file: Path) -> TextIO:
+    """The rank's log, for the stacks of a stall; stderr where it can't be opened."""
+    try:
+        return log_file.open("a")
+    except OSError as error:
+        logger.warning("%s can't be opened (%s): stacks of a stall go to stderr", log_file, error)
+        return os.fdopen(os.dup(2), "a")

@@ -1,0 +1,298 @@
+"""Run the ranks of a SLURM job, and start them again in its allocation when they fail.
+
+`run_ranks.py OUTPUT_DIR COMMAND...` is the last line of slurm/train.sh. srun starts COMMAND once
+for each rank. When a rank dies or hangs, the ranks start again on nodes that answer.
+slurm/requeue.py decides when the job is requeued or stopped instead. Settings are environment
+variables:
+
+- SPARE_NODES (0): nodes of the allocation that run no ranks until they replace others.
+- MIN_NODES (all but the spare ones): smallest number of nodes to go on with. The number of nodes is
+  then a divisor of the full one, so that ranks still divide the batch.
+- NODE_CHECK (true): shell command that a node must pass before a restart.
+- MAX_FAILURES (3): failures without a newer checkpoint that stop the job.
+- SRUN_ARGS: further arguments of srun, separated by spaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import requeue
+from requeue import exit_codes, run_folder
+
+_CHECK_S = 30
+"""Seconds in which a node must pass its check."""
+_AFTER_WAIT_S = 60
+"""Seconds after SLURM_WAIT in which srun must have ended, even if a node has disappeared."""
+_ENDED = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<end>.+)")
+_NODE_FAILED = re.compile(r"srun: error: Node failure on (?P<node>[\w.-]+)")
+_NO_FAILURE = {f"Exited with exit code {code}" for code in (exit_codes.REQUEUE, exit_codes.DONE)}
+
+
+@dataclass
+class Allocation:
+    """Nodes of the job."""
+
+    nodes: list[str]
+    needed: int
+    """Nodes of a full run."""
+    least: int
+    """Nodes of the smallest run."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Node -> failures of the run that began there."""
+
+    @classmethod
+    def of_job(cls) -> Allocation:
+        """The allocation of this job, with its settings from the environment."""
+        command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+        nodes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        needed = len(nodes) - int(os.environ.get("SPARE_NODES", "0"))
+        if needed < 1:
+            raise ValueError(
+                f"SPARE_NODES: {len(nodes)} nodes are allocated, so none would be left"
+            )
+        return cls(nodes, needed, int(os.environ.get("MIN_NODES", needed)))
+
+    def select(self, usable: Sequence[str]) -> list[str]:
+        """Nodes for the next start, those with the fewest failures first.
+
+        Empty if `usable` has too few.
+        """
+        sizes = range(min(self.needed, len(usable)), self.least - 1, -1)
+        size = next((size for size in sizes if self.needed % size == 0), 0)
+        calm = sorted(usable, key=lambda node: self.failures[node])[:size]
+        return [node for node in self.nodes if node in calm]
+
+
+@dataclass
+class Ending:
+    """End of all ranks of a start."""
+
+    exit_code: int
+    seconds: float
+    node: str = ""
+    """Node of the rank that ended or stalled first; empty if not known."""
+    cause: str = ""
+    """Rank, node and end of that rank."""
+    first_ended: float = 0.0
+    """Monotonic time at which the first rank ended."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return the exit code of the batch script."""
+    options = _parser().parse_args(arguments)
+    # At the time limit SLURM ends ranks and script, but the job must still be requeued.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    allocation = Allocation.of_job()
+    nodes, launch, failed_at = allocation.select(allocation.nodes), 0, time.monotonic()
+    while True:
+        idle = [node for node in allocation.nodes if node not in nodes]
+        after = f", {time.monotonic() - failed_at:.0f} s after the first rank ended"
+        _say(
+            f"start {launch} on {','.join(nodes)}{after if launch else ''}"
+            f"{'; not used: ' if idle else ''}{','.join(idle)}"
+        )
+        ending = run_ranks(allocation, nodes, launch, options)
+        if ending.exit_code == exit_codes.DONE:
+            (options.output_dir / run_folder.FAILURE_REPORT).unlink(missing_ok=True)
+            _say("the run is done")
+            return exit_codes.DONE
+        if ending.cause:
+            _say(f"first to end: {ending.cause}")
+        code = _stops(allocation, nodes, launch, ending, options.output_dir)
+        if code is not None:
+            return code
+        usable = answering(allocation.nodes)
+        silent = [node for node in allocation.nodes if node not in usable]
+        if silent:
+            _say(f"no answer or NODE_CHECK failed: {','.join(silent)}")
+        nodes, launch, failed_at = allocation.select(usable), launch + 1, ending.first_ended
+        if not nodes:
+            _say(f"too few nodes: {len(usable)} answer, {allocation.least} must")
+            return _requeue_or_stop()
+
+
+def _stops(
+    allocation: Allocation, nodes: list[str], launch: int, ending: Ending, output_dir: Path
+) -> int | None:
+    """Record an attempt. Returns the exit code of the batch script; None: start again here."""
+    job = requeue.job_fields(os.environ["SLURM_JOB_ID"])
+    if job.get("JobState") != "RUNNING" and job.get("Reason") != "TimeLimit":
+        # The job was cancelled, or SLURM requeued it after preemption or the failure of a node.
+        _say(f"not requeued here: SLURM has the job as {job.get('JobState', 'unknown')}")
+        return ending.exit_code
+    is_whole = nodes == allocation.nodes
+    shown = os.environ["SLURM_JOB_NODELIST"] if is_whole else ",".join(nodes)
+    try:
+        attempts = requeue.note_attempt(
+            output_dir, ending.exit_code, ending.seconds, launch, shown, ending.cause
+        )
+    except OSError as error:  # without a count of failures the job might go on forever
+        _say(f"not started again: can't record this failure in {output_dir}: {error}")
+        return ending.exit_code
+    last = attempts[-1]
+    _say(
+        f"attempt {last.restart}.{launch} ended with exit code {last.exit_code} after "
+        f"{last.seconds} s; newest checkpoint: step {last.checkpoint_step}"
+    )
+    decision, reason = requeue.decide(attempts, job, int(os.environ.get("MAX_FAILURES", "3")))
+    if decision is requeue.Next.RESTART:
+        if last.failed and ending.node:
+            allocation.failures[ending.node] += 1
+        _say(f"restart {launch + 1} in this allocation: {reason}")
+        return None
+    if decision is requeue.Next.REQUEUE:
+        _say(f"requeued: {reason}; resumes at step {last.checkpoint_step}")
+        return requeue.requeue(last.job)
+    report = ""
+    if last.failed:
+        report = f"; see {requeue.write_report(attempts, output_dir, job)}"
+    _say(f"not requeued: {reason}{report}")
+    return ending.exit_code
+
+
+def run_ranks(
+    allocation: Allocation, nodes: list[str], launch: int, options: argparse.Namespace
+) -> Ending:
+    """Start all ranks on some nodes, and wait for their end."""
+    began, began_at = time.monotonic(), time.time()
+    command = [*_srun(allocation, nodes, launch, options.output_dir), *options.command]
+    process = subprocess.Popen(
+        command, env=os.environ | _rendezvous(nodes[0], launch), stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, errors="replace",
+    )  # fmt: skip
+    assert process.stderr is not None
+    ending = Ending(exit_codes.FAILED, 0.0)
+    patience_s = int(os.environ["SLURM_WAIT"]) + _AFTER_WAIT_S
+    deadline = threading.Timer(patience_s, process.kill)
+    for line in process.stderr:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        match = _ENDED.match(line) or _NODE_FAILED.match(line)
+        if match is None:
+            continue
+        if not ending.first_ended:
+            ending.first_ended = time.monotonic()
+            deadline.start()
+        facts = match.groupdict()
+        if not ending.cause and facts.get("end") not in _NO_FAILURE:
+            ending.node = facts["node"]
+            ending.cause = f"node {ending.node} failed"
+            if "ranks" in facts:
+                ending.cause = f"rank {facts['ranks']} on {ending.node}: {facts['end']}"
+    code = process.wait()
+    deadline.cancel()
+    ending.exit_code = code if code >= 0 else 128 - code
+    ending.seconds = time.monotonic() - began
+    ending.first_ended = ending.first_ended or time.monotonic()
+    blame_hanging_rank(ending, options.output_dir, began_at)
+    return ending
+
+
+def blame_hanging_rank(ending: Ending, output_dir: Path, since: float) -> None:
+    """Name the rank that the others waited for, if ranks ended as they stalled."""
+    stalls = requeue.stalls_since(output_dir, since)
+    if not stalls:
+        return
+    suspected = next((entry["suspects"][0] for entry in stalls if entry.get("suspects")), None)
+    first = suspected or {**stalls[0], "reason": "stalled"}
+    ending.node = str(first["node"])
+    phase = f"no progress for {stalls[0]['limit_s']:g} s while {stalls[0]['phase']}"
+    ending.cause = f"rank {first['rank']} on {ending.node} {first['reason']}; {phase}"
+
+
+def _srun(allocation: Allocation, nodes: list[str], launch: int, output_dir: Path) -> list[str]:
+    """Command that starts the ranks.
+
+    It starts one task for each rank, without a launcher in between. So signals reach each rank,
+    each rank has its log, and each exit code counts.
+    """
+    command = ["srun", f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}"]
+    command += ["--open-mode=append", f"--output={output_dir / run_folder.LOGS}/task_%t.log"]
+    if nodes != allocation.nodes:
+        tasks = _tasks_per_node()
+        command += [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
+        command += [f"--ntasks={tasks * len(nodes)}", f"--ntasks-per-node={tasks}"]
+    if launch:  # SLURM may still count the resources of ranks on a node that has disappeared
+        command.append("--overlap")
+    return [*command, *os.environ.get("SRUN_ARGS", "").split()]
+
+
+def _tasks_per_node() -> int:
+    """Tasks on each node; SLURM writes `8(x4)`."""
+    tasks = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ["SLURM_TASKS_PER_NODE"]
+    return int(re.split(r"[(,]", tasks)[0])
+
+
+def _rendezvous(node: str, launch: int) -> dict[str, str]:
+    """Variables of the rendezvous, at a port of this job and start."""
+    shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True)
+    address = re.search(r"NodeAddr=(\S+)", shown.stdout)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    port = 10_000 + (int(os.environ["SLURM_JOB_ID"]) * 10 + restarts + launch) % 20_000
+    return {
+        "MASTER_ADDR": address[1] if address else node,
+        "MASTER_PORT": str(port),
+        "BLIP_SCALE_LAUNCH": str(launch),
+    }
+
+
+def answering(nodes: list[str]) -> list[str]:
+    """Nodes that start a task and pass NODE_CHECK within 30 s."""
+    environment = {k: v for k, v in os.environ.items() if k != "SLURM_NTASKS_PER_NODE"}
+    check = os.environ.get("NODE_CHECK", "true")
+    probes = {}
+    for node in nodes:
+        command = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--cpus-per-task=1"]
+        command += [f"--nodelist={node}", "bash", "-c", check]
+        probes[node] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+    deadline = time.monotonic() + _CHECK_S
+    for probe in probes.values():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            probe.wait(max(0.0, deadline - time.monotonic()))
+    for probe in probes.values():
+        if probe.poll() is None:
+            probe.kill()
+    return [node for node, probe in probes.items() if probe.returncode == 0]
+
+
+def _requeue_or_stop() -> int:
+    """Requeue the job for other nodes, unless it has Requeue=0."""
+    job_id = os.environ["SLURM_JOB_ID"]
+    if requeue.job_fields(job_id).get("Requeue") == "0":
+        _say("not requeued: the job has Requeue=0; submit again to resume")
+        return exit_codes.FAILED
+    return requeue.requeue(job_id)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Run the ranks of a job, and start them again when they fail.",
+        epilog="Settings are environment variables: see the beginning of this file.",
+    )
+    parser.add_argument("output_dir", type=Path, help="folder of the run")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="command of a rank")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""A run goes on in its allocation after a dead rank, a rank that hangs and a node without power.
+
+Its losses equal those of an undisturbed run bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import slurm_runs
+import tiny_runs
+from slurm_cluster import SlurmCluster, wait_for
+from slurm_runs import Job
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+
+STEPS = 24
+RECOVERY_S = 120
+"""Longest time from the death of a rank to the next optimizer step."""
+HANG_S = 20
+
+
+def make_recipe(folder: Path) -> Path:
+    """Write a recipe whose network has the demo's sizes."""
+    return tiny_runs.make_recipe(
+        folder,
+        model={
+            "vision": {
+                "image_size": 64,
+                "overrides": {"patch_size": 16, "embed_dim": 192, "depth": 6, "num_heads": 3},
+            },
+            "text": {"width": 384, "heads": 12, "mlp_width": 1536},
+            "embed_dim": 256,
+        },
+        train={"max_steps": STEPS},
+        checkpoint={"every_steps": 3, "keep_last": 2},
+        hang_limits={"step_s": HANG_S},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, float]]:
+    """Losses of two ranks that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tiny_runs.train(make_recipe(folder), 2)
+    return tiny_runs.losses(folder / "run")
+
+
+def next_step_after(job: Job, moment: float) -> float:
+    """Seconds from a Unix time to the end of the first optimizer step of the ranks' next start."""
+    starts = job.starts()
+    step: list[float] = []
+
+    def came() -> bool:
+        if job.starts() > starts:
+            lines = (job.run / "metrics.jsonl").read_text().splitlines()
+            times = [json.loads(line)["time"] for line in lines if line.endswith("}")]
+            step.extend(when for when in times if when > moment)
+        return bool(step)
+
+    wait_for(came, f"a step of the next start\n{job.output()}", RECOVERY_S + 60)
+    return step[0] - moment
+
+
+def test_a_rank_that_dies_or_hangs_costs_two_minutes(
+    undisturbed: dict[int, dict[str, float]],
+    slurm: SlurmCluster,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rank 1 is killed, and in the next start it is stopped without ending."""
+    make_recipe(tmp_path)
+    job = slurm_runs.submit(
+        slurm, "pretrain_14M.sh", tmp_path,
+        SLURM_WAIT="5", SRUN_ARGS=f"--error={tmp_path}/step_%t.log --unbuffered",
+    )  # fmt: skip
+    job.wait_for_step(5)
+    died = time.time()
+    slurm.ranks()[1].kill()
+    after_death_s = next_step_after(job, died)
+    job.wait_for_step(12)
+    stopped = time.time()
+    slurm.ranks()[1].suspend()
+    after_hang_s = next_step_after(job, stopped)
+    slurm.wait(job.number, "COMPLETED")
+    assert tiny_runs.losses(job.run) == undisturbed, job.output()
+    assert slurm.job(job.number)["Restarts"] == "0"
+    assert after_death_s <= RECOVERY_S and after_hang_s <= RECOVERY_S + HANG_S
+
+    log = job.output()
+    assert "first to end: rank 1 on n2: Killed" in log
+    assert "restart 1 in this allocation: failure 1 of 3 without a newer checkpoint" in log
+    hang = f"no progress for {HANG_S} s while training"
+    assert "first to end: rank 1 on n2 gives no sign of life; last seen (training" in log
+    assert f"rank 0 on n1 stalled: {hang}" in job.rank_log()
+    assert "Timeout (0:00:" in job.rank_log() and "in optimizer_step" in job.rank_log()
+    attempts = json.loads((job.run / "attempts.json").read_text())
+    assert [attempt["launch"] for attempt in attempts] == [0, 1]
+    assert f"rank 0 on n1 stalled: {hang}" in (tmp_path / "step_0.log").read_text(), "SRUN_ARGS"
+    with capsys.disabled():
+        print(f"\nnext step {after_death_s:.1f} s after a death, {after_hang_s:.1f} s after a stop")
+
+
+def test_a_spare_node_replaces_one_without_power(
+    undisturbed: dict[int, dict[str, float]], slurm: SlurmCluster, tmp_path: Path
+) -> None:
+    make_recipe(tmp_path)
+    job = slurm_runs.submit(
+        slurm, "pretrain_14M.sh", tmp_path,
+        options=("--partition=wide", "--nodes=3", "--gpus-per-node=0"),
+        SLURM_WAIT="5", SPARE_NODES="1",
+    )  # fmt: skip
+    job.wait_for_step(5)
+    lost = time.time()
+    slurm.kill_node("n2")
+    try:
+        recovery_s = next_step_after(job, lost)
+        slurm.wait(job.number, "COMPLETED")
+    finally:
+        slurm.start_node("n2")
+        wait_for(lambda: slurm.idle_nodes("wide") == 3, "n2 is back")
+    assert tiny_runs.losses(job.run) == undisturbed, job.output()
+    log = job.output()
+    assert "start 0 on n1,n2; not used: n3" in log
+    assert "no answer or NODE_CHECK failed: n2" in log and "start 1 on n1,n3" in log
+    assert slurm.job(job.number)["Restarts"] == "0"
+    assert recovery_s <= RECOVERY_S
