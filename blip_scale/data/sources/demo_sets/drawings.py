@@ -1,4 +1,4 @@
-"""Drawings as SVG or PNG files or characters of a font, and their rendering to JPEG on white."""
+"""Drawings as SVG or PNG files, and their rendering to JPEG on white."""
 
 from __future__ import annotations
 
@@ -17,23 +17,6 @@ from blip_scale.data.sources.demo_sets.emoji_names import CodePoints
 _JPEG_QUALITY = 92
 _OVERSAMPLING = 1.25  # drawings fill about 0.8 of their canvas
 _MARGIN = 0.03
-# The canvas is twice the height of a character, so that nothing of a wide one is cut off.
-_LETTER = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 200 200">'
-    '<text x="40" y="140" font-family="{family}" font-size="100">{text}</text></svg>'
-)
-
-
-@dataclass(frozen=True)
-class Artwork:
-    """What is rendered: a picture file, or characters of a font."""
-
-    path: Path
-    """An .svg or .png file, or a font (.ttf)."""
-    text: str = ""
-    """Characters to draw, for a font."""
-    font_family: str = ""
-    """Name inside the font."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +26,23 @@ class Drawing:
     points: CodePoints
     style: str
     """Name of the set that it belongs to, e.g. `openmoji`."""
-    artwork: Artwork
+    path: Path
+    """An .svg or .png file."""
 
 
-def render(artwork: Artwork, size: int) -> bytes:
-    """JPEG (quality 92) of an artwork on white, its longer side `size` pixels.
+def render(path: Path, size: int) -> bytes:
+    """JPEG (quality 92) of an .svg or .png file on white, its longer side `size` pixels.
 
-    The empty margin of a vector drawing is cut off and the drawing centred on a square, as the
-    margins differ from style to style. Raises ValueError, with the path, for an artwork that cannot
-    be rendered.
+    The empty margin of an SVG is cut off and the drawing centred on a square, as the margins differ
+    from style to style. Raises ValueError, with the path, for a file that cannot be rendered.
     """
     try:
-        if artwork.path.suffix == ".png":
-            picture = _scaled(Image.open(artwork.path).convert("RGBA"), size)
+        if path.suffix == ".png":
+            picture = _scaled(Image.open(path).convert("RGBA"), size)
         else:
-            picture = _trimmed(_rasterise(artwork, size), size)
+            picture = _trimmed(_rasterise(path, size), size)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{artwork.path}: cannot be rendered ({error})") from error
+        raise ValueError(f"{path}: cannot be rendered ({error})") from error
     canvas = Image.new("RGBA", picture.size, "white")
     canvas.alpha_composite(picture)
     encoded = io.BytesIO()
@@ -67,25 +50,20 @@ def render(artwork: Artwork, size: int) -> bytes:
     return encoded.getvalue()
 
 
-def render_all(artworks: Iterable[Artwork], size: int) -> Iterator[bytes]:
-    """Render many artworks on all cores, in the order given."""
+def render_all(paths: Iterable[Path], size: int) -> Iterator[bytes]:
+    """Render many files on all cores, in the order given."""
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        yield from pool.map(partial(render, size=size), artworks, chunksize=32)
+        yield from pool.map(partial(render, size=size), paths, chunksize=32)
 
 
-def _rasterise(artwork: Artwork, size: int) -> Image.Image:
+def _rasterise(path: Path, size: int) -> Image.Image:
     import resvg_py
 
-    is_font = bool(artwork.text)
-    side = 2 * size if is_font else round(size * _OVERSAMPLING)
-    letter = _LETTER.format(family=artwork.font_family, text=artwork.text)
+    side = round(size * _OVERSAMPLING)
     # The default dpi of 0 fails on drawings that are measured in mm or pt.
     png = resvg_py.svg_to_bytes(
-        svg_string=letter if is_font else None,
-        svg_path=None if is_font else str(artwork.path),
-        font_files=[str(artwork.path)] if is_font else None,
-        width=side, height=side, dpi=96, skip_system_fonts=True,
-    )  # fmt: skip
+        svg_path=str(path), width=side, height=side, dpi=96, skip_system_fonts=True
+    )
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 

