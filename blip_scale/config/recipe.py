@@ -6,6 +6,7 @@ The docstring of a setting is its help text in `train.py --help`.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -15,6 +16,8 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from blip_scale.config import settings
+
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 """Folder of the recipes shipped with the package."""
@@ -351,6 +354,15 @@ class TrainRecipe:
         if value == "fp16":
             raise ValueError(f"{FP16_REFUSED}; expected one of fp32, bf16")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _skip_old_limit(cls, values: Any) -> Any:
+        """Skip `stall_timeout_s`, which `hang_limits` replaced, in recipes that runs wrote."""
+        if isinstance(values, dict) and "stall_timeout_s" in values:
+            logger.warning("train.stall_timeout_s is no longer read: hang_limits replaced it")
+            values = {name: value for name, value in values.items() if name != "stall_timeout_s"}
+        return values
 
 
 @dataclass(frozen=True, config=_STRICT)

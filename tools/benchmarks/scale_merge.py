@@ -60,8 +60,9 @@ def make_reports(folder: Path, records: int) -> None:
         ids = [f"{number * CHUNK + i:012}" for i in range(CHUNK)]
         counts = Counts(CHUNK, CHUNK, 0)
         report = Report(
-            number, f"{number:05}.tar", shards, [None] * SHARDS, ids, pairs=counts, captions=counts
-        )
+            number, f"{number:05}.tar", shards, [None] * SHARDS,
+            ids=ids, pairs=counts, captions=counts,
+        )  # fmt: skip
         (folder / report_name(number)).write_text(report.to_json())
 
 

@@ -69,8 +69,10 @@ class Course:
         offsets = dict(saved["offsets"])
         placed = [part._replace(offset=offsets[part.name]) for part in parts]
         former = tuple(Part(*part) for part in saved["former"])
-        anchor = [saved[name] for name in ("seen", "epoch", "position", "rest")]
-        return cls(tuple(placed), global_batch_size, *anchor, former)
+        seen, epoch, position, rest = (
+            int(saved[name]) for name in ("seen", "epoch", "position", "rest")
+        )
+        return cls(tuple(placed), global_batch_size, seen, epoch, position, rest, former)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able description, without what the recipe tells."""
