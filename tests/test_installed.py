@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {f"blip_scale/ds_configs/{f.name}" for f in (REPO / "ds_configs").glob("*.json")}
-    for kind in ("*.py", "*.yaml", "py.typed"):
+    for kind in ("*.py", "*.yaml", "*.json", "py.typed"):
         files = (REPO / "blip_scale").rglob(kind)
         expected |= {file.relative_to(REPO).as_posix() for file in files}
     assert names == expected
@@ -76,7 +76,7 @@ def test_its_metadata(wheel: Path) -> None:
     assert metadata["Name"] == "blip-scale" and metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "BSD-3-Clause"
     assert metadata["Author"] == "The blip_scale authors"
-    extras = {"demo", "web", "wandb", "dev", "flash", "aws"}
+    extras = {"demo", "web", "wandb", "dev", "flash", "aws", "onnx", "clip-benchmark", "faiss"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata.get_payload().startswith("# blip_scale")
     needed = [Requirement(line) for line in metadata.get_all("Requires-Dist")]

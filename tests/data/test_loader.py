@@ -17,6 +17,7 @@ from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from torch.utils.data import Dataset
 
 from blip_scale.config.recipe import ImageSizeRecipe
+from blip_scale.data.loading.course import Course, Part
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.data.loading.order import SampleOrder
 from blip_scale.data.reading.prefetch import Prefetcher
@@ -326,6 +327,8 @@ class _Locking(Dataset[int]):
     """Takes a lock before it yields, as most C and C++ code does."""
 
     prefetcher = Prefetcher([], SampleOrder([], 0, 1))
+    course = Course.from_start([Part("red", 45, 45)], 1)
+    former = None
 
     def __getitem__(self, number: int) -> int:
         with _TAKEN:
@@ -336,6 +339,8 @@ class _Deadly(Dataset[None]):
     """Kills the worker that reads from it, as the kernel does when memory runs out."""
 
     prefetcher = Prefetcher([], SampleOrder([], 0, 1))
+    course = Course.from_start([Part("red", 45, 45)], 1)
+    former = None
 
     def __getitem__(self, number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

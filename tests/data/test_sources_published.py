@@ -20,6 +20,7 @@ from odd_files import (
 )
 
 from blip_scale.commands import prepare_data
+from blip_scale.data.captions import RoleText
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject, Source
 from blip_scale.data.conversion.screening import Rules, screen
 from blip_scale.data.shards import read_index
@@ -111,7 +112,8 @@ def test_columns_of_a_list(name: str, tmp_path: Path) -> None:
     for column in published.captions[1:]:
         source = Source(str(tmp_path / "tars"), caption_key=column)
         (pair,) = pairs(read_all(list(READERS[name].chunks(source)))).values()
-        assert pair.captions == row[column]
+        texts = row[column] if isinstance(row[column], list) else [row[column]]
+        assert pair.captions == [RoleText(column, text) for text in texts]
 
 
 @pytest.mark.parametrize(("kind", "score", "expected"), [(0, 0.75, 0.75), (2, 0.75, 0.25)])
