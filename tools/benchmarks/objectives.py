@@ -69,7 +69,7 @@ def _train(name: str, seed: int, out: Path, options: argparse.Namespace) -> Path
     run = out / f"{name.replace(' ', '_')}_{seed}"
     if (run / run_folder.SUMMARY).is_file():
         return run
-    # An epoch of the demo has 36 steps of 64 pairs; max_steps makes the schedule end earlier.
+    # max_steps ends the schedule before the recipe's epochs are over.
     epochs = options.steps / options.steps_per_epoch
     settings = [
         text.replace("SHARE_60", f"{0.6 * epochs:.4f}").replace("SHARE_90", f"{0.9 * epochs:.4f}")
@@ -130,7 +130,7 @@ def add_objectives(commands: Any) -> None:
     command.add_argument("--recipe", default="demo", help="default: demo")
     command.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
     command.add_argument(
-        "--steps-per-epoch", type=float, default=36, help="of the recipe (default: 36, the demo)"
+        "--steps-per-epoch", type=float, default=153, help="of the recipe (default: 153, the demo)"
     )
     command.add_argument("--seeds", type=int, default=1, help="runs of each (default: 1)")
     command.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
