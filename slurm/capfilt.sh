@@ -37,7 +37,10 @@ parts=${SLURM_ARRAY_TASK_COUNT:-1}
 # Threads of one process decode images. OpenMP threads inside them would only compete for cores.
 export OMP_NUM_THREADS=1
 read -ra python <<<"$PYTHON"
-read -ra srun_args <<<"$SRUN_ARGS"
-exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-4}" "${srun_args[@]}" \
-    "${python[@]}" "$REPO/tools/capfilt.py" "$@" --shard "$part/$parts" \
+launcher=()
+if [ -n "$SRUN_ARGS" ]; then
+    read -ra srun_args <<<"$SRUN_ARGS"
+    launcher=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-4}" "${srun_args[@]}")
+fi
+exec "${launcher[@]}" "${python[@]}" "$REPO/tools/capfilt.py" "$@" --shard "$part/$parts" \
     --threads "${SLURM_CPUS_PER_TASK:-4}" --scratch "$SCRATCH"

@@ -35,7 +35,10 @@ parts=${SLURM_ARRAY_TASK_COUNT:-1}
 # Each process decodes on one core. OpenMP threads inside it would only compete for cores.
 export OMP_NUM_THREADS=1
 read -ra python <<<"$PYTHON"
-read -ra srun_args <<<"$SRUN_ARGS"
-exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(nproc)}" "${srun_args[@]}" \
-    "${python[@]}" "$REPO/tools/prepare_data.py" "$@" \
+launcher=()
+if [ -n "$SRUN_ARGS" ]; then
+    read -ra srun_args <<<"$SRUN_ARGS"
+    launcher=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(nproc)}" "${srun_args[@]}")
+fi
+exec "${launcher[@]}" "${python[@]}" "$REPO/tools/prepare_data.py" "$@" \
     --shard "$part/$parts" --workers "${SLURM_CPUS_PER_TASK:-$(nproc)}" --scratch "$SCRATCH"

@@ -286,7 +286,7 @@ def _weights(recipe: Recipe) -> str:
 
     tokenizer = load_tokenizer(recipe.model.text)
     config = med_config(recipe, tokenizer)
-    parameters = networks.initial_parameters(recipe, config, TASKS[recipe.task].head)
+    parameters = networks.initial_parameters(recipe, config, TASKS[recipe.task].head_of(recipe))
     count = sum(parameter.numel() for parameter in parameters.values())
     return f"tokenizer of {len(tokenizer)} tokens, {count / 1e6:.1f}M parameters loaded"
 

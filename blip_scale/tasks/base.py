@@ -107,6 +107,11 @@ class TrainingTask(ABC):
         """
         return self._generator.manual_seed(own_seed())
 
+    @classmethod
+    def head_of(cls, recipe: Recipe) -> Head:
+        """Head of the network that a recipe trains."""
+        return cls.head
+
     def build_med(self) -> MED:
         """A MED cut down to the modules of the head, with unset weights."""
         return cut_down(MED(self.config), self.head)

@@ -15,6 +15,7 @@ from blip_scale.engine import collectives
 from blip_scale.engine.task import Evaluation
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.evaluation import captions_and_pairs
+from blip_scale.model.heads import Head
 from blip_scale.model.packing import PackedText
 from blip_scale.objectives.contrastive import FeaturePair
 from blip_scale.objectives.language import lm_loss
@@ -116,8 +117,13 @@ class Pretrain(ContrastiveTask):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.decodes = recipe.objective.lm != "none"
-        self.head = "pretrain" if self.decodes else "retrieval"
+        self.head = self.head_of(recipe)
         super().__init__(recipe, device)
+
+    @classmethod
+    def head_of(cls, recipe: Recipe) -> Head:
+        """Head of the network that the recipe's losses need."""
+        return "pretrain" if recipe.objective.lm != "none" else "retrieval"
 
     def build_network(self) -> PretrainNetwork:
         """MED and the contrast's network, with unset weights."""

@@ -39,7 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
     folder = tmp_path_factory.mktemp("img2dataset")
     drawings = [d for d in openmoji.drawings() + twemoji.drawings() if d.points in names()][:PAIRS]
     expected = {}
-    jpegs = render_all([drawing.artwork for drawing in drawings], 48)
+    jpegs = render_all([drawing.path for drawing in drawings], 48)
     for number, (drawing, jpeg) in enumerate(zip(drawings, jpegs, strict=True)):
         shard, place = divmod(number, PAIRS_PER_TAR)
         key = f"{shard:05}{place:04}"

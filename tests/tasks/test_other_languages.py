@@ -63,7 +63,7 @@ def test_chinese_and_arabic_are_learned(tmp_path: Path) -> None:
     )
     tiny_runs.train(recipe)
     losses = tiny_runs.losses(tmp_path / "run")
-    assert losses[60]["loss/lm"] < 0.6 * losses[20]["loss/lm"]
+    assert losses[60]["loss/lm"] < 0.7 * losses[20]["loss/lm"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     truths = [caption["truth"] for caption in summary["captions"]]
     written = " ".join(caption["caption"] for caption in summary["captions"])

@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -142,6 +142,7 @@ class Ours:
             history=History(),
             samples=SampleRecord(match.folder, 0, enabled=False), worst=WorstStep(), named=set(),
             interrupts=SimpleNamespace(is_pending=False),
+            heartbeat=SimpleNamespace(timer=SimpleNamespace(waiting_for_data=nullcontext)),
         )  # fmt: skip
         """Parts of `engine.run.Run` that a step needs."""
         self._endless = itertools.cycle(self.batches)
