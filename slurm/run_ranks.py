@@ -96,7 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # At the time limit SLURM ends ranks and script, but the job must still be requeued.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    allocation = Allocation.of_job()
+    try:
+        allocation = Allocation.of_job()
+    except ValueError as error:
+        _say(f"SPARE_NODES and MIN_NODES are numbers of nodes: {error}")
+        return exit_codes.REFUSED
     nodes, launch, failed_at = allocation.select(allocation.nodes), 0, time.monotonic()
     while True:
         idle = [node for node in allocation.nodes if node not in nodes]
