@@ -6,7 +6,7 @@ import logging
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -81,17 +81,11 @@ def fitted_positions(
     """
     fitted = dict(state)
     grid = vision.patch_embed.grid_size
-    for name, parameter in vision.named_parameters():
-        source = state.get(f"{prefix}{name}")
-        if source is None:
-            continue
-        if name == "pos_embed" and source.dim() == 3:
-            # In some models (DeiT III) the class token has no position embedding.
-            extra = parameter.shape[1] - vision.patch_embed.num_patches
-            fitted[f"{prefix}{name}"] = interpolate_positions(source, grid, extra)
-        elif name.endswith(RELATIVE_TABLE) and source.dim() == 2:
-            resized = resize_rel_pos_bias_table(source, grid, tuple(parameter.shape))
-            fitted[f"{prefix}{name}"] = resized
+    for name, source, shape, extra in _positions(state, vision, prefix):
+        if extra is None:
+            fitted[name] = resize_rel_pos_bias_table(source, grid, shape)
+        else:
+            fitted[name] = interpolate_positions(source, grid, extra)
     return fitted
 
 
@@ -100,17 +94,30 @@ def patches_per_side(state: Mapping[str, Tensor], vision: ImageTower, prefix: st
 
     Args and names are those of `fitted_positions`. None: the tower has no such parameters.
     """
+    for _, source, _, extra in _positions(state, vision, prefix):
+        if extra is None:  # (2 * side - 1) squared distances, and three for the class token
+            return (math.isqrt(max(source.shape[0] - 3, 0)) + 1) // 2 or None
+        return math.isqrt(max(source.shape[1] - extra, 0)) or None
+    return None
+
+
+def _positions(
+    state: Mapping[str, Tensor], vision: ImageTower, prefix: str
+) -> Iterator[tuple[str, Tensor, tuple[int, ...], int | None]]:
+    """Position parameters of a state: name in it, value, the tower's shape, further positions.
+
+    The last is the number of positions that are not of patches; None: a table of distances.
+    """
     for name, parameter in vision.named_parameters():
         source = state.get(f"{prefix}{name}")
         if source is None:
             continue
         if name == "pos_embed" and source.dim() == 3:
+            # In some models (DeiT III) the class token has no position embedding.
             extra = parameter.shape[1] - vision.patch_embed.num_patches
-            return math.isqrt(max(source.shape[1] - extra, 0)) or None
-        if name.endswith(RELATIVE_TABLE) and source.dim() == 2:
-            # (2 * side - 1) squared distances, and three for the class token
-            return (math.isqrt(max(source.shape[0] - 3, 0)) + 1) // 2 or None
-    return None
+            yield f"{prefix}{name}", source, tuple(parameter.shape), extra
+        elif name.endswith(RELATIVE_TABLE) and source.dim() == 2:
+            yield f"{prefix}{name}", source, tuple(parameter.shape), None
 
 
 def interpolate_positions(positions: Tensor, grid: tuple[int, int], extra: int = 1) -> Tensor:
