@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 from data_samples import MakeLoader, MakeShards, stream, take
 
+from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.loading.order import SampleOrder, StreamShape
 from blip_scale.data.reading import prefetch
+from blip_scale.data.reading.cache import ShardCache
+from blip_scale.data.reading.stream_store import StreamStore
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +87,24 @@ def test_what_comes_next_is_there_within_the_limit(
         assert sum(sizes[name] for name in shards_in(cache)) <= limit
     loader.close()
     assert len(sizes) > 12
+
+
+def test_a_fetched_shard_does_not_evict_what_is_read_next(
+    make_shards: MakeShards, tmp_path: Path
+) -> None:
+    remote, folder = make_shards("red", 160), tmp_path / "cache"
+    entries = json.loads((remote / "index.json").read_text())["shards"]
+    cache = ShardCache([folder], 6 * max(entry["raw_data"]["bytes"] for entry in entries))
+    store = StreamStore(StreamRecipe("red", str(folder), str(remote)), cache=cache)
+    shape = StreamShape("red", tuple(entry["samples"] for entry in entries), 160)
+    order = SampleOrder([shape], seed=1, block_samples=48)
+    first = [f"shard.{shard:05}.mds" for _, shard in next(order.upcoming(0, 0))][:4]
+    for name in shards_in(remote) - set(first[:1]):
+        shutil.copy(remote / name, folder)
+    for name in first[1:]:  # used longest ago, and so the first to be evicted
+        os.utime(folder / name, (1, 1))
+    prefetcher = prefetch.Prefetcher([store], order)
+    prefetcher.advance(0, 0)
+    wait_for(lambda: (folder / first[0]).exists())
+    prefetcher.close()
+    assert set(first) <= shards_in(folder)

@@ -65,7 +65,11 @@ class Prefetcher:
             stop.wait(POLL_S)
 
     def _plan(self, epoch: int, position: int) -> list[tuple[int, int]]:
-        """Streams and shards that are read next and not cached, as far as the cache holds them."""
+        """Streams and shards that are read next and not cached, as far as the cache holds them.
+
+        Those that are cached are marked as used. Otherwise the shards that this plan fetches could
+        evict them before they are read.
+        """
         cache = next(store.cache for store in self._stores if store.cache)
         limit = cache.limit_bytes
         left_bytes = UNLIMITED_BYTES if limit is None else LIMIT_SHARE * limit
@@ -83,7 +87,8 @@ class Prefetcher:
             if left_bytes < 0:
                 break
             planned.add(place)
-            if place not in cached and not self._is_cached(place):
+            store.mark_used(place[1])
+            if not self._is_cached(place):
                 plan.append(place)
         return plan
 

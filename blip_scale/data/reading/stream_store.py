@@ -227,6 +227,12 @@ class StreamStore:
         """Whether a shard and its overlays lie in their folders, whole."""
         return all(store._has(number) for store in (self, *self.overlays))
 
+    def mark_used(self, number: int) -> None:
+        """Keep a shard and its overlays in the cache for longer, if they are there."""
+        for store in (self, *self.overlays):
+            if store.remote:
+                caching.mark_used(store.folder / store.shards.name(number))
+
     def _has(self, number: int) -> bool:
         """Whether a shard lies in the folder, whole."""
         path = f"{self._root}/{self.shards.name(number)}"
