@@ -33,6 +33,8 @@ _TAIL_BYTES = 32 * 1024
 _LOGS_SHOWN, _LINES_SHOWN = 6, 20
 _STACK_LINES_SHOWN = 60
 _STALLED = re.compile(r"rank \d+ on .* stalled: ")
+_CONTROLLER_S, _CONTROLLER_EVERY_S = 1800, 10
+"""Seconds for which a controller that is down is waited for, and between two tries."""
 _LAST_RESTART_S = 600
 """A restart is not worth its time if less than this is left until the time limit."""
 _TROUBLE = re.compile(
@@ -65,6 +67,8 @@ class Attempt:
     nodes: str
     cause: str
     """The rank that ended or stalled first, its node and its end; empty if not known."""
+    failed_at: float
+    """Unix time at which the first rank ended; it is `ended` if not known."""
     ended: float
     """Unix time."""
     seconds: int
@@ -115,6 +119,7 @@ def note_attempt(
     launch: int = 0,
     nodes: str = "",
     cause: str = "",
+    failed_at: float | None = None,
 ) -> list[Attempt]:
     """Add an attempt that has just ended to OUTPUT_DIR/attempts.json.
 
@@ -139,6 +144,7 @@ def note_attempt(
         checkpoint_step=newest_checkpoint(output_dir),
         nodes=nodes,
         cause=cause,
+        failed_at=now if failed_at is None else failed_at,
         ended=now,
         seconds=round(seconds),
     )
@@ -172,9 +178,10 @@ def failures_without_progress(attempts: list[Attempt]) -> int:
 
 def requeue(job_id: str) -> int:
     """Requeue the job, and return the exit code of the batch script. SLURM ends it meanwhile."""
-    done = subprocess.run(["scontrol", "requeue", job_id], check=False)
+    done = _scontrol("requeue", job_id)
     if done.returncode:
-        print("scontrol could not requeue the job; submit again to resume", flush=True)
+        reason = done.stderr.strip()
+        print(f"scontrol could not requeue the job ({reason}); submit again to resume", flush=True)
         return exit_codes.FAILED
     time.sleep(60)
     return exit_codes.DONE
@@ -182,9 +189,21 @@ def requeue(job_id: str) -> int:
 
 def job_fields(job_id: str) -> dict[str, str]:
     """SLURM's fields of the job: JobState, Reason, Requeue, StdOut ..."""
-    command = ["scontrol", "show", "job", "--oneliner", job_id]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    shown = _scontrol("show", "job", "--oneliner", job_id).stdout
     return dict(re.findall(r"(\w+)=(\S+)", shown))
+
+
+def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run scontrol, again and again while the controller is down: that must not end the job."""
+    command = ["scontrol", *arguments]
+    deadline = time.monotonic() + _CONTROLLER_S
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        is_down = done.returncode != 0 and "Unable to contact slurm controller" in done.stderr
+        if not is_down or time.monotonic() > deadline:
+            return done
+        print(f"waiting for SLURM's controller: {done.stderr.strip()}", flush=True)
+        time.sleep(_CONTROLLER_EVERY_S)
 
 
 def write_report(attempts: list[Attempt], output_dir: Path, job: Mapping[str, str]) -> Path:

@@ -10,6 +10,9 @@ variables:
   then a divisor of the full one, so that ranks still divide the batch.
 - NODE_CHECK (true): shell command that a node must pass before a restart.
 - MAX_FAILURES (3): failures without a newer checkpoint that stop the job.
+- FAILURE_WAIT (15): seconds from the failure of a rank to the end of the others. They need it for
+  their last words alone: ranks that wait for a dead one in NCCL never end by themselves.
+- SLURM_WAIT (60): the same after a rank that is done, stopped on request or refused its input.
 - SRUN_ARGS: further arguments of srun, separated by spaces.
 """
 
@@ -25,7 +28,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,9 +39,10 @@ from requeue import exit_codes, run_folder
 _CHECK_S = 30
 """Seconds in which a node must pass its check."""
 _AFTER_WAIT_S = 60
-"""Seconds after SLURM_WAIT in which srun must have ended, even if a node has disappeared."""
+"""Seconds after a wait in which srun must have ended, even if a node has disappeared."""
 _ENDED = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<end>.+)")
 _NODE_FAILED = re.compile(r"srun: error: Node failure on (?P<node>[\w.-]+)")
+_REFUSED = f"Exited with exit code {exit_codes.REFUSED}"
 _NO_FAILURE = {f"Exited with exit code {code}" for code in (exit_codes.REQUEUE, exit_codes.DONE)}
 
 
@@ -88,7 +92,7 @@ class Ending:
     cause: str = ""
     """Rank, node and end of that rank."""
     first_ended: float = 0.0
-    """Monotonic time at which the first rank ended."""
+    """Unix time at which the first rank ended."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,10 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         _say(f"SPARE_NODES and MIN_NODES are numbers of nodes: {error}")
         return exit_codes.REFUSED
-    nodes, launch, failed_at = allocation.select(allocation.nodes), 0, time.monotonic()
+    nodes, launch, failed_at = allocation.select(allocation.nodes), 0, time.time()
     while True:
         idle = [node for node in allocation.nodes if node not in nodes]
-        after = f", {time.monotonic() - failed_at:.0f} s after the first rank ended"
+        after = f", {time.time() - failed_at:.0f} s after the first rank ended"
         _say(
             f"start {launch} on {','.join(nodes)}{after if launch else ''}"
             f"{'; not used: ' if idle else ''}{','.join(idle)}"
@@ -142,8 +146,9 @@ def _stops(
     shown = os.environ["SLURM_JOB_NODELIST"] if is_whole else ",".join(nodes)
     try:
         attempts = requeue.note_attempt(
-            output_dir, ending.exit_code, ending.seconds, launch, shown, ending.cause
-        )
+            output_dir, ending.exit_code, ending.seconds, launch, shown, ending.cause,
+            ending.first_ended,
+        )  # fmt: skip
     except OSError as error:  # without a count of failures the job might go on forever
         _say(f"not started again: can't record this failure in {output_dir}: {error}")
         return ending.exit_code
@@ -180,30 +185,44 @@ def run_ranks(
     )  # fmt: skip
     assert process.stderr is not None
     ending = Ending(exit_codes.FAILED, 0.0)
-    patience_s = int(os.environ["SLURM_WAIT"]) + _AFTER_WAIT_S
-    deadline = threading.Timer(patience_s, process.kill)
+    wait_s, failure_wait_s = int(os.environ["SLURM_WAIT"]), int(os.environ["FAILURE_WAIT"])
+    refused = False
+    timers: list[threading.Timer] = []
     for line in process.stderr:
         sys.stderr.write(line)
         sys.stderr.flush()
         match = _ENDED.match(line) or _NODE_FAILED.match(line)
         if match is None:
             continue
+        node, end = match["node"], match.groupdict().get("end")
         if not ending.first_ended:
-            ending.first_ended = time.monotonic()
-            deadline.start()
-        facts = match.groupdict()
-        if not ending.cause and facts.get("end") not in _NO_FAILURE:
-            ending.node = facts["node"]
-            ending.cause = f"node {ending.node} failed"
-            if "ranks" in facts:
-                ending.cause = f"rank {facts['ranks']} on {ending.node}: {facts['end']}"
+            ending.first_ended = time.time()
+            refused = end == _REFUSED
+            timers.append(_after(wait_s + _AFTER_WAIT_S, process.kill))
+        if end in _NO_FAILURE or ending.cause:
+            continue
+        ending.node = node
+        ending.cause = f"rank {match['ranks']} on {node}: {end}" if end else f"node {node} failed"
+        if end != _REFUSED:
+            timers.append(_after(failure_wait_s, process.terminate))
+            timers.append(_after(failure_wait_s + _AFTER_WAIT_S, process.kill))
     code = process.wait()
-    deadline.cancel()
+    for timer in timers:
+        timer.cancel()
     ending.exit_code = code if code >= 0 else 128 - code
+    if refused:  # ranks that wait for the one that refused were killed
+        ending.exit_code = exit_codes.REFUSED
     ending.seconds = time.monotonic() - began
-    ending.first_ended = ending.first_ended or time.monotonic()
+    ending.first_ended = ending.first_ended or time.time()
     blame_hanging_rank(ending, options.output_dir, began_at)
     return ending
+
+
+def _after(seconds: float, action: Callable[[], None]) -> threading.Timer:
+    """Start a timer."""
+    timer = threading.Timer(seconds, action)
+    timer.start()
+    return timer
 
 
 def blame_hanging_rank(ending: Ending, output_dir: Path, since: float) -> None:

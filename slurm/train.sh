@@ -16,12 +16,12 @@ DEEPSPEED=${DEEPSPEED:-$REPO/ds_configs/zero3.json}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}       # a rank and its loaders share the node's cores
 
 # Nodes, restarts and arguments of srun: slurm/run_ranks.py lists SPARE_NODES, MIN_NODES, NODE_CHECK,
-# MAX_FAILURES and SRUN_ARGS.
+# MAX_FAILURES, FAILURE_WAIT, SLURM_WAIT and SRUN_ARGS.
 
-# A rank that dies ends the others a minute later. Don't set --kill-on-bad-exit=1: when all ranks
+# run_ranks.py ends the other ranks 15 s after a failure. Don't set --kill-on-bad-exit=1: when all ranks
 # refuse a recipe or stop on request, it would kill the slower ones. Exit code 143 would then hide
 # theirs, and the last words of a rank that knows the cause might be lost.
-export SLURM_KILL_BAD_EXIT=0 SLURM_WAIT=${SLURM_WAIT:-60}
+export SLURM_KILL_BAD_EXIT=0 SLURM_WAIT=${SLURM_WAIT:-60} FAILURE_WAIT=${FAILURE_WAIT:-15}
 mkdir -p "$OUTPUT_DIR/logs"
 read -ra command <<<"$TRAIN"
 # Every rank sees all GPUs of its node and takes that of its local rank, so --gpus-per-task must not

@@ -165,7 +165,7 @@ def test_killed_at_random_moments(
     slurm_runs.make_recipe(tmp_path, _server, STEPS)
     job = slurm_runs.submit(
         slurm, "pretrain_129M.sh", tmp_path, RECORDED,
-        MAX_FAILURES="1000", SLURM_WAIT="10", **_server.environment,
+        MAX_FAILURES="1000", **_server.environment,
     )  # fmt: skip
     dice = random.Random(time.time_ns())
     lost = []
