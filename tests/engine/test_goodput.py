@@ -87,6 +87,21 @@ def test_a_checkpoint_before_the_last_one_counts_its_own_steps(
     assert goodput.figures()["seconds"]["repeated"] == 30
 
 
+def test_a_checkpoint_may_be_newer_than_the_file(tmp_path: Path, clock: Clock) -> None:
+    """Steps and pauses of the last second before a kill count if a checkpoint has them."""
+    goodput = Goodput(tmp_path, True)
+    spend(goodput, clock, start=20, steps=0.4, saving=0.1)
+    saved = goodput.record()
+    assert content(tmp_path)["seconds"]["steps"] == 0, "the file is written once a second"
+    clock.start_process(down_s=10)
+    goodput = Goodput(tmp_path, True)
+    goodput.resume(saved)
+    spend(goodput, clock, start=5)
+    seconds = content(tmp_path)["seconds"]
+    assert seconds["steps"] == pytest.approx(0.4) and seconds["saving"] == pytest.approx(0.1)
+    assert (seconds["repeated"], seconds["down"]) == (0, pytest.approx(10))
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"first_start": 1}', "[" * 100_000])
 def test_a_record_that_is_lost_comes_from_the_checkpoint(
     tmp_path: Path, clock: Clock, text: str, caplog: pytest.LogCaptureFixture

@@ -115,8 +115,8 @@ def assert_wall_time_is_accounted_for(run: Path, began: float) -> None:
     assert all(seconds[use] > 0 for use in ("steps", "start", "saving", "down"))
     points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps_s = sum(16 / point["speed/samples_per_s"] for point in points if "loss/total" in point)
-    # Steps between the last record and a kill count as down.
-    assert 0.4 * steps_s < seconds["steps"] <= 1.1 * steps_s
+    # The goodput's clock also has what lies between the steps that metrics measure.
+    assert 0.9 * steps_s < seconds["steps"] <= 1.2 * steps_s
 
 
 def test_a_rank_that_stalls_or_dies_ends_the_others(

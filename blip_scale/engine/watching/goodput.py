@@ -56,18 +56,20 @@ class Goodput:
     def resume(self, saved: Mapping[str, float]) -> None:
         """Count the steps that the checkpoint holds, and no others.
 
+        The file is written once a second, so the checkpoint may know more than it.
+
         Args:
             saved: `record` of the checkpoint that the run resumes from; empty without one.
         """
         if not self._is_main:
             return
-        if self._is_continued:
-            kept_s = min(saved.get("steps", 0.0), self._seconds["steps"])
+        seconds = {use: saved.get(use, 0.0) for use in USES}
+        if self._is_continued and sum(self._seconds.values()) >= sum(seconds.values()):
+            kept_s = min(seconds["steps"], self._seconds["steps"])
             self._seconds["repeated"] += self._seconds["steps"] - kept_s
             self._seconds["steps"] = kept_s
         elif saved:
-            self._first_start = saved[_FIRST_START]
-            self._seconds = {use: saved[use] for use in USES}
+            self._first_start, self._seconds = saved[_FIRST_START], seconds
 
     def spend(self, use: Use) -> None:
         """Account for the time since the last call; write the file about once a second."""
