@@ -377,7 +377,8 @@ class HangLimitsRecipe:
     """Limit of a step. auto: the larger of 180 s and 20 times the median of this start's last
     hundred steps, but at most the largest other limit."""
     evaluation_s: Rate = 1800.0
-    """Limit of one evaluation of all held-out sets."""
+    """Longest time of an evaluation without a batch, waits for other ranks included. A batch may
+    take the larger of 180 s and 20 times the median of its loop, but at most this."""
     save_s: Rate = 900.0
     """Limit of the pause for a checkpoint, longer by `checkpoint.retry_s` if checkpoints go to a
     bucket."""

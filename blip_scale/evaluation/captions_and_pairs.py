@@ -19,6 +19,7 @@ from blip_scale.data.heldout.pairs import HeldoutPairs, heldout_pairs
 from blip_scale.data.tokenizer import prompt_ids
 from blip_scale.engine import collectives
 from blip_scale.engine.task import Evaluation
+from blip_scale.engine.watching.batches import beating
 from blip_scale.engine.watching.pictures import Panel
 from blip_scale.evaluation import retrieval
 from blip_scale.inference.inputs import to_pixels
@@ -177,7 +178,7 @@ def gathered_features(
 def my_batches(count: int, batch_size: int) -> Iterator[range]:
     """This rank's share of `count` items, in batches."""
     items = range(*retrieval.share(count).indices(count))
-    for begin in range(0, len(items), batch_size):
+    for begin in beating(range(0, len(items), batch_size)):
         yield items[begin : begin + batch_size]
 
 

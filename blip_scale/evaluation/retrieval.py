@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip_scale.engine import collectives
+from blip_scale.engine.watching.batches import beating
 from blip_scale.model.med import MED
 from blip_scale.model.packing import PackedText
 
@@ -92,7 +93,7 @@ def rerank(
     images_here = share(len(similarity_IS))
     pairs = wanted.any(dim=0)[images_here].nonzero()  # sorted by image, so a batch has few images
     logits = torch.zeros_like(similarity_IS, dtype=torch.float32)
-    for begin in range(0, len(pairs), batch_size):
+    for begin in beating(range(0, len(pairs), batch_size)):
         images, sentences = pairs[begin : begin + batch_size].unbind(1)
         distinct, index = images.unique(return_inverse=True)
         matched = med.match(texts(sentences.tolist()), features.image_embeds[distinct], index)

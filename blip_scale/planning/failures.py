@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from blip_scale.config.step_limit import SHORTEST_S
 from blip_scale.planning.timing import Assumed
 
 FAILURE_RATES = Assumed(slow=26.0, expected=6.5, fast=3.8)
@@ -23,8 +24,8 @@ WRITE_BYTES_PER_S = 1e9
 RESTART_S = 120.0
 """Seconds from a failure that was noticed to the next optimizer step: the goal inside an
 allocation."""
-HANG_LIMIT_S = 180.0
-"""Seconds until a hang is noticed."""
+HANG_LIMIT_S = SHORTEST_S
+"""Seconds until a hang is noticed, where no step is longer than 9 s."""
 HANG_SHARE = 0.25
 """Share of the failures that are hangs. The others are noticed at once. A guess."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from blip_scale.config.batch_sizes import (
     settled,
 )
 from blip_scale.config.recipe import Recipe
+from blip_scale.config.step_limit import step_limit_s
 from blip_scale.model.flops import at_image_size, med_flops
 from blip_scale.planning.assumptions import (
     GIB,
@@ -310,7 +312,7 @@ def make_plan(
     steps = recipe.train.epochs * (volume.samples_per_epoch // sizes.global_batch)
     if recipe.train.max_steps is not None:
         steps = min(steps, recipe.train.max_steps)
-    costs = _costs(checkpoint_bytes(network), cluster, assumed)
+    costs = _costs(recipe, step.total_s, checkpoint_bytes(network), cluster, assumed)
     rates = FAILURE_RATES if assumed.failure_rate is None else Assumed(*[assumed.failure_rate] * 3)
     notes = [failure_statement(costs), *network.notes, *volume.notes]
     return Plan(
@@ -326,15 +328,24 @@ def make_plan(
     )  # fmt: skip
 
 
-def _costs(checkpoint: float, cluster: Cluster, assumed: Assumptions) -> Costs:
+def _costs(
+    recipe: Recipe, step_s: float, checkpoint: float, cluster: Cluster, assumed: Assumptions
+) -> Costs:
     """Costs of checkpoints and failures. Values that are given replace the assumed ones."""
+    limits = recipe.hang_limits
+    others_s = (limits.start_s, limits.evaluation_s, limits.save_s)
+    longest_s = max(limit_s or math.inf for limit_s in others_s)
+    costs = dataclasses.replace(
+        costs_of(checkpoint, cluster.ranks, cluster.nodes),
+        hang_limit_s=step_limit_s(limits, step_s, longest_s),
+    )
     values = {
         "pause_s": assumed.pause_s,
         "restart_s": assumed.restart_s,
         "hang_limit_s": assumed.hang_limit_s,
     }
     stated = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(costs_of(checkpoint, cluster.ranks, cluster.nodes), **stated)
+    return dataclasses.replace(costs, **stated)
 
 
 def _failures_json(failures: Outlook) -> dict[str, Any]:

@@ -21,11 +21,13 @@ import torch.distributed as dist
 import train_with_a_long_evaluation
 
 from blip_scale import launcher
+from blip_scale.config import step_limit
 from blip_scale.config.recipe import HangLimitsRecipe, load
 from blip_scale.engine.watching import stalls
 from blip_scale.engine.watching.hang_limits import HangLimits
-from blip_scale.engine.watching.peers import RankState, suspects
+from blip_scale.engine.watching.peers import RankState, RollCall, suspects
 from blip_scale.engine.watching.stalls import StallTimer
+from blip_scale.evaluation.captions_and_pairs import my_batches
 
 
 def test_a_step_may_take_twenty_medians() -> None:
@@ -33,8 +35,9 @@ def test_a_step_may_take_twenty_medians() -> None:
     assert (limits.of_phase("starting"), limits.of_phase("training")) == (900, 900)
     for seconds in (300.0, 12.0, 12.0):  # the first steps compile
         assert limits.of_phase("training") == 900
+        assert limits.setting_of("training") == "start_s"
         limits.note_step(seconds)
-    assert limits.of_phase("training") == 240
+    assert limits.of_phase("training") == 240 and limits.setting_of("training") == "step_s"
     for _ in range(100):
         limits.note_step(0.5)
     assert limits.of_phase("training") == 180
@@ -42,6 +45,20 @@ def test_a_step_may_take_twenty_medians() -> None:
         limits.note_step(1000)
     assert limits.of_phase("training") == limits.of_phase("evaluating") == 1800
     assert (limits.of_phase("saving"), limits.longest_s, limits.shortest_s) == (900, 1800, 180)
+
+
+def test_a_batch_of_an_evaluation_may_take_twenty_medians() -> None:
+    limits = HangLimits(HangLimitsRecipe(), data_retry_s=100)
+    for _ in range(3):
+        assert limits.of_phase("evaluating") == 1900
+        limits.note_batch(12.0)
+    assert limits.of_phase("evaluating") == 240 + 100
+    limits.end_batches()
+    assert limits.of_phase("evaluating") == 1900, "this rank waits for the others"
+    unlimited = HangLimits(HangLimitsRecipe(evaluation_s=0))
+    for _ in range(3):
+        unlimited.note_batch(12.0)
+    assert unlimited.of_phase("evaluating") == math.inf
 
 
 def test_limits_leave_time_for_retries_of_a_bucket() -> None:
@@ -73,6 +90,21 @@ def test_who_stands_still_or_is_behind_is_named() -> None:
     where = "training, 7 steps done, waiting for data for 8 s"
     assert str(behind) == f"rank 2 on n2, which is behind the others ({where})"
     assert suspects(before, readings(state(0, 9), state(1, 9), state(2, 9))) == []
+
+
+def lost_after(*pulses: int, phase: str = "evaluating") -> list[int]:
+    """Ranks that are lost once rank 1 has shown these pulses, six ticks apart."""
+    calls = RollCall(most_ticks=12)
+    for round, pulse in enumerate(pulses):
+        silent = RankState(1, "n1", phase, 0, 5, 0.0, pulse)
+        calls.note(readings(state(0, round), silent), ticks=6)
+    return [suspect.rank for suspect in calls.lost()]
+
+
+def test_a_rank_is_lost_after_enough_ticks_without_a_sign_of_life() -> None:
+    assert lost_after(4, 4, 4) == [1]
+    assert lost_after(4, 4) == lost_after(4, 4, 5, 5) == []
+    assert lost_after(4, 4, 4, phase="starting") == [], "imports hold the interpreter's lock"
 
 
 def limits_of(seconds: float, data_retry_s: float = 0.0) -> HangLimits:
@@ -120,6 +152,23 @@ def wait_for_data(run: Path, rank: int, port: int, data_retry_s: float) -> None:
     with timer.waiting_for_data():
         hang_in_python()
     assert store is None
+
+
+def wait_in_an_evaluation(run: Path, rank: int, port: int) -> None:
+    """One of two ranks whose evaluation does not end. Its limit is a minute."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+    (run / "logs").mkdir(exist_ok=True)
+    timer = StallTimer(run, rank, limits_of(60.0))
+    timer.join(2, int)
+    timer.beat("evaluating", 4)
+    time.sleep(0.5)  # several publications
+    (run / f"joined_{rank}").touch()
+    hang_in_python()
+    del store
 
 
 @pytest.fixture
@@ -191,6 +240,50 @@ def test_a_stopped_rank_0_is_named_though_the_store_stops_with_it(
     assert ranks[1].exitcode == 1
     words = r"it waits for rank 0 on n1, which gives no sign of life"
     assert re.search(words, (tmp_path / "logs" / "rank_1.log").read_text())
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_lost_before_the_limit_of_a_long_phase(
+    tmp_path: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
+    monkeypatch.setattr(stalls, "_LONGEST_TICK_S", 0.1)
+    monkeypatch.setattr(stalls, "_SILENT_S", 1.0)
+    port = launcher.free_port()
+    ranks = [start(tmp_path, rank, port, target=wait_in_an_evaluation) for rank in range(2)]
+    while len(list(tmp_path.glob("joined_*"))) < 2:
+        assert all(process.is_alive() for process in ranks)
+        time.sleep(0.01)
+    os.kill(ranks[stopped].pid, signal.SIGSTOP)
+    waits = 1 - stopped
+    ranks[waits].join(50)
+    assert ranks[waits].exitcode == 1
+    log = (tmp_path / "logs" / f"rank_{waits}.log").read_text()
+    trouble = "a rank has given no sign of life for 1 s while evaluating, 4 steps done"
+    assert f"rank {waits} on n{waits + 1} stalled: {trouble}" in log
+    assert f"it waits for rank {stopped} on n{stopped + 1}, which gives no sign of life" in log
+    assert "in hang_in_python" in log
+
+
+def hang_in_a_batch(run: Path) -> None:
+    """A rank whose evaluation hangs in its eighth batch, and has long limits."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    (run / "logs").mkdir()
+    timer = StallTimer(run, 0, limits_of(60.0))
+    timer.beat("evaluating", 4)
+    for batch in my_batches(20, 2):
+        if batch.start == 14:
+            hang_in_python()
+
+
+def test_a_hang_in_a_batch_ends_before_the_limit_of_the_evaluation(
+    tmp_path: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_limit, "SHORTEST_S", 1.0)
+    monkeypatch.setattr(stalls, "_LONGEST_TICK_S", 0.1)
+    process = start(tmp_path, target=hang_in_a_batch)
+    process.join(40)
+    assert process.exitcode == 1
+    assert "no progress for 1 s while evaluating" in (tmp_path / "logs/rank_0.log").read_text()
 
 
 @pytest.mark.multiprocess

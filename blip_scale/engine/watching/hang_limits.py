@@ -8,14 +8,13 @@ from collections import deque
 from typing import Literal
 
 from blip_scale.config.recipe import HangLimitsRecipe, Recipe
+from blip_scale.config.step_limit import SHORTEST_S, of_median, step_limit_s
 
 Phase = Literal["starting", "training", "evaluating", "saving", "stopped", "done"]
 
-_SHORTEST_STEP_S = 180.0
-_MEDIAN_STEPS = 20
 _STEPS_MEASURED = 100
 _STARTING_STEPS = 3
-"""Steps that belong to the start: they open the loaders and compile."""
+"""Steps that belong to the start, as they open the loaders and compile; batches likewise."""
 
 
 class HangLimits:
@@ -35,12 +34,14 @@ class HangLimits:
             data_retry_s: time for which a failing remote of a stream is retried; 0 without one.
             upload_retry_s: same for a remote of the checkpoints.
         """
+        self._settings = settings
         self.data_retry_s = data_retry_s
         self._start_s = _or_inf(settings.start_s) + data_retry_s + upload_retry_s
         self._evaluation_s = _or_inf(settings.evaluation_s) + data_retry_s
         self._save_s = _or_inf(settings.save_s) + upload_retry_s
         self._step_s = None if settings.step_s == "auto" else _or_inf(settings.step_s)
         self._steps_s: deque[float] = deque(maxlen=_STEPS_MEASURED)
+        self._batches_s: deque[float] = deque(maxlen=_STEPS_MEASURED)
 
     @classmethod
     def of(cls, recipe: Recipe) -> HangLimits:
@@ -58,38 +59,66 @@ class HangLimits:
         """Count a step of this start, which took `seconds`."""
         self._steps_s.append(seconds)
 
+    def note_batch(self, seconds: float) -> None:
+        """Count a batch of an evaluation, which took `seconds`."""
+        self._batches_s.append(seconds)
+
+    def end_batches(self) -> None:
+        """Note that a loop over batches is done, and that this rank may now wait for the others."""
+        self._batches_s.clear()
+
     def of_phase(self, phase: Phase) -> float:
         """Longest time without a beat in a phase, in seconds."""
         if phase == "starting":
             return self._start_s
         if phase == "evaluating":
-            return self._evaluation_s
+            return self._of_evaluation()
         if phase != "training":
             return self._save_s
-        if len(self._steps_s) < _STARTING_STEPS:
+        if self._is_starting():
             return max(self._start_s, self._step_s or 0.0)
         return self._of_step()
+
+    def setting_of(self, phase: Phase) -> str:
+        """Name of the setting in `hang_limits` that `of_phase` follows."""
+        if phase == "evaluating":
+            return "evaluation_s"
+        if phase not in ("starting", "training"):
+            return "save_s"
+        is_start = phase == "starting" or (
+            self._is_starting() and self.of_phase(phase) == self._start_s
+        )
+        return "start_s" if is_start else "step_s"
 
     @property
     def shortest_s(self) -> float:
         """Shortest limit that a phase may have, in seconds."""
-        step_s = _SHORTEST_STEP_S if self._step_s is None else self._step_s
+        step_s = SHORTEST_S if self._step_s is None else self._step_s
         return min(self._start_s, self._evaluation_s, self._save_s, step_s)
 
     @property
     def longest_s(self) -> float:
         """Longest limit that a phase may have, in seconds."""
-        step_s = _SHORTEST_STEP_S if self._step_s is None else self._step_s + self.data_retry_s
+        step_s = SHORTEST_S if self._step_s is None else self._step_s + self.data_retry_s
         return max(self._longest_beside_steps(), step_s)
+
+    def _is_starting(self) -> bool:
+        """Whether steps still belong to the start."""
+        return len(self._steps_s) < _STARTING_STEPS
 
     def _longest_beside_steps(self) -> float:
         return max(self._start_s, self._evaluation_s, self._save_s)
 
+    def _of_evaluation(self) -> float:
+        """Limit of the batch that runs, once some were measured; else that of the evaluation."""
+        if len(self._batches_s) < _STARTING_STEPS or math.isinf(self._evaluation_s):
+            return self._evaluation_s
+        batch_s = of_median(statistics.median(self._batches_s)) + self.data_retry_s
+        return min(batch_s, self._evaluation_s)
+
     def _of_step(self) -> float:
-        if self._step_s is not None:
-            return self._step_s
-        limit_s = _MEDIAN_STEPS * statistics.median(self._steps_s)
-        return min(max(_SHORTEST_STEP_S, limit_s), self._longest_beside_steps())
+        median_s = statistics.median(self._steps_s)
+        return step_limit_s(self._settings, median_s, self._longest_beside_steps())
 
 
 def _or_inf(limit_s: float) -> float:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ from torch.distributed import TCPStore
 
 _STORE_TIMEOUT_S = 2.0
 _MOST_NAMED = 4
+_NO_SIGN = "gives no sign of life; last seen"
 
 T = TypeVar("T")
 
@@ -106,6 +108,10 @@ class Peers:
 
         return {state.rank: state for state in self._answer(read)}
 
+    def silent_main(self) -> RankState:
+        """State of rank 0 while its store does not answer. The pulse is always the same."""
+        return RankState(0, self.main_node, "", 0, 0, 0.0, 0)
+
     def _answer(self, request: Callable[[], T]) -> T:
         """Result of a request to the store.
 
@@ -127,6 +133,44 @@ class Peers:
         return answers[0]
 
 
+class RollCall:
+    """Counts for how long ranks have given no sign of life.
+
+    It counts ticks of this process and not seconds: where all ranks were suspended together, none
+    is lost.
+    """
+
+    def __init__(self, most_ticks: int) -> None:
+        """Begin to count; a rank is lost after `most_ticks` ticks."""
+        self._most_ticks = most_ticks
+        self._latest: dict[int, RankState] = {}
+        self._silent_ticks: Counter[int] = Counter()
+
+    def note(self, states: Mapping[int, RankState], ticks: int = 1) -> None:
+        """Compare states with those of the last call, which was `ticks` ago.
+
+        A rank that starts may be silent: imports and compilation can hold the interpreter's lock.
+        """
+        for rank, state in states.items():
+            if state.phase == "starting" or not is_silent(state, self._latest):
+                self._silent_ticks[rank] = 0
+            else:
+                self._silent_ticks[rank] += ticks
+            self._latest[rank] = state
+
+    def answered(self, rank: int) -> None:
+        """Note a sign of life."""
+        self._latest.pop(rank, None)
+
+    def lost(self) -> list[Suspect]:
+        """Ranks that are lost."""
+        return [
+            _suspect(self._latest[rank], _NO_SIGN)
+            for rank, ticks in self._silent_ticks.items()
+            if ticks >= self._most_ticks and rank in self._latest
+        ]
+
+
 def is_silent(state: RankState, before: Mapping[int, RankState]) -> bool:
     """Whether a rank has not published anything since an earlier reading that has it."""
     return state.rank in before and before[state.rank].pulse == state.pulse
@@ -140,7 +184,7 @@ def suspects(before: Mapping[int, RankState], now: Mapping[int, RankState]) -> l
     """
     silent = [state for state in now.values() if is_silent(state, before)]
     if silent:
-        return [_suspect(state, "gives no sign of life; last seen") for state in silent]
+        return [_suspect(state, _NO_SIGN) for state in silent]
     fewest = min((state.exchanges for state in now.values()), default=0)
     behind = [state for state in now.values() if state.exchanges == fewest]
     if len(behind) == len(now):
@@ -154,9 +198,18 @@ def named(suspected: Sequence[Suspect]) -> str:
     return "; ".join(map(str, suspected[:_MOST_NAMED])) + more
 
 
+def in_words(phase: str, step: int) -> str:
+    """A phase, with the steps that were done where they are known."""
+    if phase == "starting":  # the checkpoint may not be loaded yet
+        return phase
+    return f"{'ending' if phase in ('stopped', 'done') else phase}, {step} steps done"
+
+
 def _suspect(state: RankState, reason: str) -> Suspect:
     waits = f", waiting for data for {state.data_wait_s:.0f} s" if state.data_wait_s else ""
-    where = f"{state.phase}, {state.step} steps done{waits}"
+    where = f"{in_words(state.phase, state.step)}{waits}"
+    if not state.phase:
+        where = "its store of the ranks' states does not answer"
     return Suspect(state.rank, state.node, f"{reason} ({where})")
 
 

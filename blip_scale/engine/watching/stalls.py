@@ -16,11 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from blip_scale.config.step_limit import SHORTEST_S
+from blip_scale.engine.watching import batches
 from blip_scale.engine.watching.hang_limits import HangLimits, Phase
 from blip_scale.engine.watching.peers import (
     Peers,
     RankState,
+    RollCall,
     Suspect,
+    in_words,
     is_silent,
     named,
     node_name,
@@ -39,10 +43,10 @@ _TICKS = 20
 """Publications of a rank's state during the shortest limit, at least."""
 _FIRST_READING, _SECOND_READING = 5, 1
 """Ticks before the deadline at which the states of all ranks are read."""
-
-_SETTINGS: dict[Phase, str] = {
-    "starting": "start_s", "training": "step_s", "evaluating": "evaluation_s",
-}  # fmt: skip
+_SILENT_S = SHORTEST_S
+"""Time without a sign of life after which a rank is lost, whatever the limit of its phase."""
+_ROLL_CALL_TICKS = 6
+"""Ticks between two looks of rank 0 at the states of all ranks."""
 
 
 class StallTimer:
@@ -55,6 +59,9 @@ class StallTimer:
     A Python thread names the stall on the terminal, in the rank's log and in stalls.jsonl just
     before. Where the interpreter's lock is held, it can't, and the log has the stacks alone. The
     thread also postpones the end while a rank waits for data whose remote is being retried.
+
+    A stopped process or a lost node is noticed sooner than the limits of long phases are over: rank
+    0 looks for ranks that give no sign of life, and the others notice if it gives none.
     """
 
     def __init__(self, output_dir: Path, rank: int, limits: HangLimits) -> None:
@@ -73,15 +80,18 @@ class StallTimer:
         self._step = 0
         self._beat = time.monotonic()
         self._deadline = math.inf
+        self._is_ending = False
         self._arming = threading.Lock()
         self._closed = threading.Event()
         self._data_since: float | None = None
         self._exchanges: Callable[[], int] = int
         self._peers: Peers | None = None
         self._pulse = 0
+        self._roll_call = RollCall(math.ceil(_SILENT_S / self._tick_s))
         self._log = None if math.isinf(limits.shortest_s) else _opened(self._log_file)
         if self._log is not None:
             self._arm()
+            batches.listen(self.note_batch)
             threading.Thread(target=self._watch, name="stall", daemon=True).start()
 
     def join(self, world_size: int, exchanges: Callable[[], int]) -> None:
@@ -114,6 +124,18 @@ class StallTimer:
         self._phase, self._beat = phase, now
         self._arm()
 
+    def note_batch(self, is_next: bool) -> None:
+        """Note progress in an evaluation: its next batch begins, or a loop over batches is done."""
+        if self._phase != "evaluating":
+            return
+        now = time.monotonic()
+        if is_next:
+            self._limits.note_batch(now - self._beat)
+        else:
+            self._limits.end_batches()
+        self._beat = now
+        self._arm()
+
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Context manager around a wait for the loader."""
@@ -126,6 +148,7 @@ class StallTimer:
     def close(self) -> None:
         """Stop the timer."""
         self._closed.set()
+        batches.listen(None)
         with self._arming:
             if self._log is not None:
                 faulthandler.cancel_dump_traceback_later()
@@ -140,7 +163,8 @@ class StallTimer:
             deadline: do so only if the deadline is still this one.
         """
         with self._arming:
-            if self._log is None or (deadline is not None and deadline != self._deadline):
+            is_late = deadline is not None and deadline != self._deadline
+            if self._log is None or self._is_ending or is_late:
                 return
             limit_s = self._limits.of_phase(self._phase)
             self._deadline = time.monotonic() + limit_s
@@ -156,6 +180,9 @@ class StallTimer:
         before: dict[int, RankState] | None = None
         while not self._closed.wait(self._tick_s):
             self._publish()
+            if self._phase != "starting" and (lost := self._lost()):
+                self._end_for(lost)
+                return
             deadline = self._deadline
             ticks_left = (deadline - time.monotonic()) / self._tick_s
             if ticks_left > _FIRST_READING:
@@ -176,7 +203,10 @@ class StallTimer:
                     continue
                 self._closed.wait(max(0.0, deadline - time.monotonic()))
                 if deadline == self._deadline and not self._closed.is_set():
-                    self._report(suspects(before, states))
+                    limit_s = self._limits.of_phase(self._phase)
+                    setting = self._limits.setting_of(self._phase)
+                    suspected = suspects(before, states)
+                    self._report("no progress", limit_s, suspected, f" (hang_limits.{setting})")
                     return
 
     def _state(self) -> RankState:
@@ -188,10 +218,34 @@ class StallTimer:
 
     def _publish(self) -> None:
         self._pulse += 1
-        if self._peers is not None:
-            # A store that does not answer is named when the deadline comes.
+        if self._peers is None:
+            return
+        try:
+            self._peers.publish(self._state())
+        except RuntimeError:  # rank 0 is silent
+            if self._rank:
+                self._roll_call.note({0: self._peers.silent_main()})
+        else:
+            self._roll_call.answered(0)
+
+    def _lost(self) -> list[Suspect]:
+        """Ranks that have given no sign of life for a long time, as far as this rank watches."""
+        if self._peers is None:
+            return []
+        if self._rank == 0 and self._pulse % _ROLL_CALL_TICKS == 0:
             with contextlib.suppress(RuntimeError):
-                self._peers.publish(self._state())
+                self._roll_call.note(self._peers.read(), _ROLL_CALL_TICKS)
+        return self._roll_call.lost()
+
+    def _end_for(self, lost: list[Suspect]) -> None:
+        """End this process, as it would wait for ranks that are lost."""
+        with self._arming:
+            if self._log is None:
+                return
+            self._is_ending = True
+            faulthandler.dump_traceback_later(_MESSAGE_S, file=self._log, exit=True)
+            signal.setitimer(signal.ITIMER_REAL, _GRACE_S)
+        self._report("a rank has given no sign of life", _SILENT_S, lost)
 
     def _read(self) -> dict[int, RankState]:
         """States of all ranks; of this one alone if there are no others or the store is gone."""
@@ -200,8 +254,7 @@ class StallTimer:
             try:
                 states = self._peers.read()
             except RuntimeError:  # the same pulse in both readings: rank 0 is silent
-                node = self._peers.main_node
-                states = {0: RankState(0, node, "running the store of the ranks", 0, 0, 0.0, 0)}
+                states = {0: self._peers.silent_main()}
         return states | {self._rank: self._state()}
 
     def _retrying(
@@ -216,10 +269,17 @@ class StallTimer:
                 return state
         return None
 
-    def _report(self, suspected: list[Suspect]) -> None:
-        """Name the stall on the terminal, in the log and in stalls.jsonl."""
-        limit_s = self._limits.of_phase(self._phase)
-        setting = _SETTINGS.get(self._phase, "save_s")
+    def _report(
+        self, trouble: str, limit_s: float, suspected: list[Suspect], hint: str = ""
+    ) -> None:
+        """Name the stall on the terminal, in the log and in stalls.jsonl.
+
+        Args:
+            trouble: what is wrong.
+            limit_s: for how long.
+            suspected: ranks that the others wait for.
+            hint: setting that changes the limit.
+        """
         if [suspect.rank for suspect in suspected] == [self._rank]:
             waits = "the others wait for this rank"
         elif suspected:
@@ -228,10 +288,10 @@ class StallTimer:
             waits = "no rank is behind the others"
         else:
             waits = "other ranks are not known"
+        where = f"{in_words(self._phase, self._step)}{hint}"
         text = (
-            f"rank {self._rank} on {self._node} stalled: no progress for {limit_s:g} s while "
-            f"{self._phase}, {self._step} steps done (hang_limits.{setting}); {waits}; ends now, "
-            f"stacks in {self._log_file}\n"
+            f"rank {self._rank} on {self._node} stalled: {trouble} for {limit_s:g} s while "
+            f"{where}; {waits}; ends now, stacks in {self._log_file}\n"
         )
         sys.stderr.write(text)
         sys.stderr.flush()
