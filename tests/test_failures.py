@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -90,8 +91,18 @@ def test_hangs_cost_their_limit() -> None:
 
 
 def test_measured_times_come_from_a_run(tmp_path: Path) -> None:
+    """A cost that an option gives is taken as it is, and one that the run lacks is assumed."""
     saves = [{"checkpoint/pause_s": pause, "checkpoint/write_s": 4.0} for pause in (1.0, 2.0, 9.0)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [{"step": 1}, *saves])))
-    (tmp_path / "heartbeat.json").write_text('{"restarts": 2}')
-    (tmp_path / "goodput.json").write_text('{"seconds": {"start": 90.0}}')
-    assert simulation.measured(tmp_path) == {"pause_s": 2.0, "write_s": 4.0, "restart_s": 30.0}
+    points = [{"time": 100.0 + 10 * number, **save} for number, save in enumerate(saves)]
+    attempts = [{"failed": True, "failed_at": 85.0}, {"failed": False, "failed_at": 110.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, points)))
+    (tmp_path / "attempts.json").write_text(json.dumps(attempts))
+    arguments = argparse.ArgumentParser()
+    simulation.add_goodput(arguments.add_subparsers())
+    options = arguments.parse_args(["goodput", "--run", str(tmp_path), "--write-s", "7"])
+    costs, sources = simulation.costs_and_sources(options)
+    assert costs == Costs(pause_s=2.0, write_s=7.0, restart_s=15.0)
+    assert sources["pause_s"] == sources["restart_s"] == f"measured in {tmp_path}"
+    assert (sources["write_s"], sources["hang_limit_s"]) == ("given", "assumed")
+    (tmp_path / "stalls.jsonl").write_text('{"limit_s": 240.0}\n')
+    assert simulation.measured(tmp_path)["hang_limit_s"] == 240

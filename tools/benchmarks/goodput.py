@@ -26,6 +26,14 @@ from blip_scale.storage import run_folder  # noqa: E402
 
 DAY_S = 86_400.0
 GOAL = 0.99
+ASSUMED = Costs(pause_s=1.0, write_s=5.0)
+_HELP = {
+    "pause_s": "pause for a checkpoint",
+    "write_s": "time from the pause until it is committed",
+    "restart_s": "time from the end of the first rank to the next step",
+    "hang_limit_s": "time until a hang is noticed",
+    "hang_share": "share of the failures that are hangs",
+}
 
 
 @dataclass(frozen=True)
@@ -129,34 +137,56 @@ def months(case: Case, count: int, days: float, seed: int) -> list[dict[str, flo
 
 
 def measured(run: Path) -> dict[str, float]:
-    """Costs that a run's folder tells: pause and write of its checkpoints, and its starts.
+    """Costs that a run's folder tells; those that it does not tell are left out.
+
+    - `pause_s`, `write_s`: medians of its checkpoints.
+    - `restart_s`: median time from the end of the first rank to the next logged step, over the
+      failures in attempts.json.
+    - `hang_limit_s`: median limit of the hangs in stalls.jsonl.
 
     Raises:
-        OSError: a file is missing.
-        ValueError: the run saved no checkpoint.
+        OSError: there is no run in the folder.
     """
-    lines = (run / run_folder.METRICS).read_text(encoding="utf-8").splitlines()
-    points = [json.loads(line) for line in lines]
-    saves = [point for point in points if "checkpoint/pause_s" in point]
-    if not saves:
-        raise ValueError(f"{run} saved no checkpoint")
-    starts = 1 + json.loads((run / run_folder.HEARTBEAT).read_text())["restarts"]
-    seconds = json.loads((run / run_folder.GOODPUT).read_text())["seconds"]
-    return {
-        "pause_s": statistics.median(point["checkpoint/pause_s"] for point in saves),
-        "write_s": statistics.median(point["checkpoint/write_s"] for point in saves),
-        "restart_s": seconds["start"] / starts,
-    }
+    points = _json_lines(run / run_folder.METRICS)
+    costs: dict[str, float] = {}
+    for name in ("pause_s", "write_s"):
+        values = [point[f"checkpoint/{name}"] for point in points if f"checkpoint/{name}" in point]
+        if values:
+            costs[name] = statistics.median(values)
+    restarts = []
+    attempts = run / run_folder.ATTEMPTS
+    for attempt in json.loads(attempts.read_text()) if attempts.exists() else []:
+        later = [point["time"] for point in points if point["time"] > attempt["failed_at"]]
+        if attempt["failed"] and later:
+            restarts.append(later[0] - attempt["failed_at"])
+    if restarts:
+        costs["restart_s"] = statistics.median(restarts)
+    stalls = run / run_folder.STALLS
+    if stalls.exists():
+        costs["hang_limit_s"] = statistics.median(s["limit_s"] for s in _json_lines(stalls))
+    return costs
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def costs_and_sources(options: argparse.Namespace) -> tuple[Costs, dict[str, str]]:
+    """Costs of the planned case, and for each of them whether it was measured, given or assumed."""
+    costs = asdict(ASSUMED)
+    sources = dict.fromkeys(costs, "assumed")
+    from_run = measured(options.run) if options.run else {}
+    for name in costs:
+        if getattr(options, name) is not None:
+            costs[name], sources[name] = getattr(options, name), "given"
+        elif name in from_run:
+            costs[name], sources[name] = from_run[name], f"measured in {options.run}"
+    return Costs(**costs), sources
 
 
 def cases(options: argparse.Namespace) -> dict[str, Case]:
     """Cases of the table: the planned one first, then it with one thing changed."""
-    costs = Costs(
-        options.pause_s, options.write_s, options.restart_s, options.hang_limit_s,
-        options.hang_share,
-    )  # fmt: skip
-    if options.run:
-        costs = replace(costs, **measured(options.run))
+    costs, _ = costs_and_sources(options)
     between_s = 7 * DAY_S / options.failures_a_week
     best_s = best_interval_s(costs, between_s)
     planned = Case(costs, between_s, best_s)
@@ -204,7 +234,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "longest_restart_s": None if case.evaluate_every else _longest_restart_s(case),
             "shares": means,
         }  # fmt: skip
-    return {"nodes": options.nodes, "failures_a_week": options.failures_a_week, "cases": rows}
+    costs, sources = costs_and_sources(options)
+    return {
+        "nodes": options.nodes, "failures_a_week": options.failures_a_week,
+        "costs": asdict(costs), "sources": sources, "cases": rows,
+    }  # fmt: skip
 
 
 def _longest_restart_s(case: Case) -> float:
@@ -221,8 +255,12 @@ def _longest_restart_s(case: Case) -> float:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The result as a table in Markdown."""
-    lines = [
+    """The result as two tables in Markdown: the times that it rests on, and the cases."""
+    lines = ["| time | value | source |", "|---|---|---|"]
+    for name, value in result["costs"].items():
+        lines.append(f"| {name} | {value:g} | {result['sources'][name]} |")
+    lines += [
+        "",
         "| case | goodput | worst month of 20 | closed form | repeated | down, start | "
         "longest restart for 99 %, s |",
         "|---|---|---|---|---|---|---|",
@@ -251,17 +289,15 @@ def add_goodput(commands: Any) -> None:
         "written in the background, beside Daly's closed form. Times that were measured replace "
         "the assumed ones: by options, or from a run's folder.",
     )
-    add, costs = command.add_argument, Costs(pause_s=1.0, write_s=5.0)
+    add = command.add_argument
     add("--nodes", type=int, default=32, help="default: 32")
     add("--failures-a-week", type=float, default=3.0, help="of the whole cluster (default: 3)")
     add("--days", type=float, default=30.0, help="length of a simulated run (default: 30)")
     add("--months", type=int, default=400, help="simulated runs of each case (default: 400)")
     add("--seed", type=int, default=0)
-    add("--pause-s", type=float, default=costs.pause_s, help="checkpoint/pause_s (default: 1)")
-    add("--write-s", type=float, default=costs.write_s, help="checkpoint/write_s (default: 5)")
-    add("--restart-s", type=float, default=costs.restart_s, help="default: %(default)s")
-    add("--hang-limit-s", type=float, default=costs.hang_limit_s, help="default: %(default)s")
-    add("--hang-share", type=float, default=costs.hang_share, help="default: %(default)s")
-    add("--run", type=Path, help="folder of a run, for pause, write and restart")
+    for name, value in asdict(ASSUMED).items():
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=float, help=f"{_HELP[name]} (assumed: {value:g})")
+    add("--run", type=Path, help="folder of a run, whose measured times replace the assumed ones")
     add("--json", action="store_true", help="print one JSON object")
     command.set_defaults(measure=measure, show=show)
