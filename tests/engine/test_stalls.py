@@ -249,10 +249,12 @@ def test_a_stopped_rank_is_lost_before_the_limit_of_a_long_phase(
     monkeypatch.setattr(stalls, "_LONGEST_TICK_S", 0.1)
     monkeypatch.setattr(stalls, "_SILENT_S", 1.0)
     port = launcher.free_port()
-    ranks = [start(tmp_path, rank, port, target=wait_in_an_evaluation) for rank in range(2)]
-    while len(list(tmp_path.glob("joined_*"))) < 2:
-        assert all(process.is_alive() for process in ranks)
-        time.sleep(0.01)
+    ranks = []
+    for rank in range(2):  # rank 0 first, as it has the store
+        ranks.append(start(tmp_path, rank, port, target=wait_in_an_evaluation))
+        while not (tmp_path / f"joined_{rank}").exists():
+            assert ranks[rank].is_alive()
+            time.sleep(0.01)
     os.kill(ranks[stopped].pid, signal.SIGSTOP)
     waits = 1 - stopped
     ranks[waits].join(50)

@@ -95,15 +95,16 @@ class Peers:
 
         self._answer(publish)
 
-    def read(self) -> dict[int, RankState]:
-        """States of the ranks that have published one, by rank.
+    def read(self, only_main: bool = False) -> dict[int, RankState]:
+        """States of the ranks that have published one, or that of rank 0 alone, by rank.
 
         Raises:
             RuntimeError: the store does not answer.
         """
 
         def read() -> list[RankState]:
-            published = [key for key in self._keys if self._store.check([key])]
+            keys = self._keys[:1] if only_main else self._keys
+            published = [key for key in keys if self._store.check([key])]
             return [_parsed(text) for text in self._store.multi_get(published)]
 
         return {state.rank: state for state in self._answer(read)}
@@ -158,16 +159,12 @@ class RollCall:
                 self._silent_ticks[rank] += ticks
             self._latest[rank] = state
 
-    def answered(self, rank: int) -> None:
-        """Note a sign of life."""
-        self._latest.pop(rank, None)
-
     def lost(self) -> list[Suspect]:
         """Ranks that are lost."""
         return [
             _suspect(self._latest[rank], _NO_SIGN)
             for rank, ticks in self._silent_ticks.items()
-            if ticks >= self._most_ticks and rank in self._latest
+            if ticks >= self._most_ticks
         ]
 
 

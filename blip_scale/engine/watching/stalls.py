@@ -46,7 +46,7 @@ _FIRST_READING, _SECOND_READING = 5, 1
 _SILENT_S = SHORTEST_S
 """Time without a sign of life after which a rank is lost, whatever the limit of its phase."""
 _ROLL_CALL_TICKS = 6
-"""Ticks between two looks of rank 0 at the states of all ranks."""
+"""Ticks between two looks of rank 0 at the states of all ranks, and of the others at rank 0's."""
 
 
 class StallTimer:
@@ -218,23 +218,21 @@ class StallTimer:
 
     def _publish(self) -> None:
         self._pulse += 1
-        if self._peers is None:
-            return
-        try:
-            self._peers.publish(self._state())
-        except RuntimeError:  # rank 0 is silent
-            if self._rank:
-                self._roll_call.note({0: self._peers.silent_main()})
-        else:
-            self._roll_call.answered(0)
+        if self._peers is not None:
+            # A store that does not answer is noticed when states are read.
+            with contextlib.suppress(RuntimeError):
+                self._peers.publish(self._state())
 
     def _lost(self) -> list[Suspect]:
         """Ranks that have given no sign of life for a long time, as far as this rank watches."""
         if self._peers is None:
             return []
-        if self._rank == 0 and self._pulse % _ROLL_CALL_TICKS == 0:
-            with contextlib.suppress(RuntimeError):
-                self._roll_call.note(self._peers.read(), _ROLL_CALL_TICKS)
+        if self._pulse % _ROLL_CALL_TICKS == 0:
+            try:
+                states = self._peers.read(only_main=self._rank != 0)
+            except RuntimeError:
+                states = {0: self._peers.silent_main()} if self._rank else {}
+            self._roll_call.note(states, _ROLL_CALL_TICKS)
         return self._roll_call.lost()
 
     def _end_for(self, lost: list[Suspect]) -> None:
