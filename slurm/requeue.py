@@ -33,6 +33,7 @@ _TAIL_BYTES = 32 * 1024
 _LOGS_SHOWN, _LINES_SHOWN = 6, 20
 _STACK_LINES_SHOWN = 60
 _STALLED = re.compile(r"rank \d+ on .* stalled: ")
+_NO_CONTROLLER = re.compile("Unable to contact slurm controller|Socket timed out|Zero Bytes")
 _CONTROLLER_S, _CONTROLLER_EVERY_S = 1800, 10
 """Seconds for which a controller that is down is waited for, and between two tries."""
 _LAST_RESTART_S = 600
@@ -199,7 +200,7 @@ def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
     deadline = time.monotonic() + _CONTROLLER_S
     while True:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        is_down = done.returncode != 0 and "Unable to contact slurm controller" in done.stderr
+        is_down = done.returncode != 0 and _NO_CONTROLLER.search(done.stderr)
         if not is_down or time.monotonic() > deadline:
             return done
         print(f"waiting for SLURM's controller: {done.stderr.strip()}", flush=True)

@@ -45,6 +45,9 @@ _FIRST_READING, _SECOND_READING = 5, 1
 """Ticks before the deadline at which the states of all ranks are read."""
 _SILENT_S = SHORTEST_S
 """Time without a sign of life after which a rank is lost, whatever the limit of its phase."""
+_WATCHED: tuple[Phase, ...] = ("training", "evaluating", "saving")
+"""Phases in which all ranks give signs of life. A start may hold the interpreter's lock for long,
+and at the end some ranks are gone before the others."""
 _ROLL_CALL_TICKS = 6
 """Ticks between two looks of rank 0 at the states of all ranks, and of the others at rank 0's."""
 
@@ -180,7 +183,7 @@ class StallTimer:
         before: dict[int, RankState] | None = None
         while not self._closed.wait(self._tick_s):
             self._publish()
-            if self._phase != "starting" and (lost := self._lost()):
+            if self._phase in _WATCHED and (lost := self._lost()):
                 self._end_for(lost)
                 return
             deadline = self._deadline
