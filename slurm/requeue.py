@@ -36,6 +36,9 @@ _STALLED = re.compile(r"rank \d+ on .* stalled: ")
 _NO_CONTROLLER = re.compile("Unable to contact slurm controller|Socket timed out|Zero Bytes")
 _CONTROLLER_S, _CONTROLLER_EVERY_S = 1800, 10
 """Seconds for which a controller that is down is waited for, and between two tries."""
+_REGISTER_S = 30
+"""Seconds for which a controller that is back is given time: until its nodes have registered, it
+starts no step on them ("Memory required by task is not available")."""
 _LAST_RESTART_S = 600
 """A restart is not worth its time if less than this is left until the time limit."""
 _TROUBLE = re.compile(
@@ -198,11 +201,15 @@ def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run scontrol, again and again while the controller is down: that must not end the job."""
     command = ["scontrol", *arguments]
     deadline = time.monotonic() + _CONTROLLER_S
+    was_down = False
     while True:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         is_down = done.returncode != 0 and _NO_CONTROLLER.search(done.stderr)
         if not is_down or time.monotonic() > deadline:
+            if was_down:
+                time.sleep(_REGISTER_S)
             return done
+        was_down = True
         print(f"waiting for SLURM's controller: {done.stderr.strip()}", flush=True)
         time.sleep(_CONTROLLER_EVERY_S)
 

@@ -40,9 +40,6 @@ _CHECK_S = 30
 """Seconds in which a node must pass its check."""
 _AFTER_WAIT_S = 60
 """Seconds after a wait in which srun must have ended, even if a node has disappeared."""
-_SHARED = ("--overlap", "--mem=0")
-"""Arguments of srun that share CPUs and memory with other steps. SLURM may still count those of
-ranks on a node that has disappeared, and after its controller's restart it finds no memory free."""
 _ENDED = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<end>.+)")
 _NODE_FAILED = re.compile(r"srun: error: Node failure on (?P<node>[\w.-]+)")
 _REFUSED = f"Exited with exit code {exit_codes.REFUSED}"
@@ -252,8 +249,8 @@ def _srun(allocation: Allocation, nodes: list[str], launch: int, output_dir: Pat
         tasks = _tasks_per_node()
         command += [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
         command += [f"--ntasks={tasks * len(nodes)}", f"--ntasks-per-node={tasks}"]
-    if launch:
-        command += _SHARED
+    if launch:  # SLURM may still count the resources of ranks on a node that has disappeared
+        command.append("--overlap")
     return [*command, *os.environ.get("SRUN_ARGS", "").split()]
 
 
@@ -282,7 +279,7 @@ def answering(nodes: list[str]) -> list[str]:
     check = os.environ.get("NODE_CHECK", "true")
     probes = {}
     for node in nodes:
-        command = ["srun", *_SHARED, "--nodes=1", "--ntasks=1", "--cpus-per-task=1"]
+        command = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--cpus-per-task=1"]
         command += [f"--nodelist={node}", "bash", "-c", check]
         probes[node] = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL

@@ -63,7 +63,7 @@ class Goodput:
         """
         if not self._is_main:
             return
-        seconds = {use: saved.get(use, 0.0) for use in USES}
+        seconds: dict[str, float] = {use: saved.get(use, 0.0) for use in USES}
         if self._is_continued and sum(self._seconds.values()) >= sum(seconds.values()):
             kept_s = min(seconds["steps"], self._seconds["steps"])
             self._seconds["repeated"] += self._seconds["steps"] - kept_s
