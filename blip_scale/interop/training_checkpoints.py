@@ -127,14 +127,14 @@ def read_training_checkpoint(
     except SafetensorError as error:
         raise ValueError(f"{folder}: {error}") from error
     # The momentum copies of frozen parameters are equal to them, and not stored.
-    copies = {name: parameters[name] for name in manifest.frozen} | momentum
+    frozen = manifest.frozen if with_state else []
+    copies = {name: parameters[name] for name in frozen} | momentum
     if lora is not None:
-        averaged = {adapters.plain_name(name): 0 for name in averaged}
         parameters = adapters.merged(parameters, lora.scale)
         copies = adapters.merged(copies, lora.scale)
     state = to_published(parameters, head)
     unpublished = {name: t for name, t in parameters.items() if not is_published(name, head)}
-    for name in averaged if with_state else ():
+    for name in map(adapters.plain_name, momentum):
         if not is_published(name, head):
             unpublished[MOMENTUM_PREFIX + name.removeprefix(PREFIX)] = copies[name]
     if shared:

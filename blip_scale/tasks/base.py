@@ -221,8 +221,9 @@ class TrainingTask(ABC):
         saved, here = state.get(adapters.KEY), self._adapters()
         if saved != here:
             raise ValueError(
-                f"model.lora: {here}, but the checkpoint was trained with {saved}; give the same "
-                "settings, or begin a run from it with model.checkpoint and another output_dir"
+                f"model.lora: {here or 'no adapters'}, but the checkpoint was trained with "
+                f"{saved or 'no adapters'}; give the same settings, or begin a run from it with "
+                "model.checkpoint and another output_dir"
             )
 
     def _adapters(self) -> dict[str, Any] | None:

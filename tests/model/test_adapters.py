@@ -166,7 +166,7 @@ def test_a_missing_peft_is_named_with_its_command(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("way", ["compiled", "onednn"])
 def test_compiled_blocks_and_onednn_compute_the_same(way: str) -> None:
-    med = adapted(tiny_config())
+    med = adapted(tiny_config(layers=1))
     other: nn.Module = copy.deepcopy(med)
     if way == "compiled":
         torch._dynamo.reset()
