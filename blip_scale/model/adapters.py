@@ -185,10 +185,11 @@ def trained_shares(network: nn.Module) -> str:
 
 def are_complete(names: Collection[str]) -> bool:
     """Whether each adapter among the names has both factors and a base weight."""
-    layers = [name.removesuffix(_A).removesuffix(_B) for name in names if is_adapter(name)]
-    return all(
-        f"{layer}{suffix}" in names for layer in layers for suffix in (_A, _B, f"{_BASE}weight")
-    )
+    parts: set[str] = set()
+    for name in filter(is_adapter, names):
+        layer = name.removesuffix(_A).removesuffix(_B)
+        parts |= {f"{layer}{_A}", f"{layer}{_B}", f"{layer}{_BASE}weight"}
+    return parts <= set(names)
 
 
 def adapter_shape(name: str, rank: int, base: tuple[int, ...]) -> tuple[int, ...]:
