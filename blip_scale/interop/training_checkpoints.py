@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -115,7 +116,8 @@ def read_training_checkpoint(
         base = shapes.get(adapters.plain_name(name))
         if lora is not None and base is not None:
             is_adapter = adapters.is_adapter(name)
-            shapes[name] = adapters.adapter_shape(name, lora.rank, base) if is_adapter else base
+            shape = adapters.adapter_shape(name, lora.rank, base) if is_adapter else base
+            shapes[name] = torch.Size(shape)
     try:
         rank_files = [name for name in sorted(manifest.files) if name.startswith("rank_")]
         reader = Reader(folder / name for name in rank_files)
@@ -170,7 +172,7 @@ def _adapters_of(manifest: Manifest, folder: Path) -> Adapters | None:
     names = manifest.parameters.keys()
     if not any(map(adapters.is_adapter, names)):
         return None
-    lora = manifest.task.get(adapters.KEY)
+    lora: Any = manifest.task.get(adapters.KEY)
     try:
         if adapters.are_complete(names):
             return Adapters(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]))

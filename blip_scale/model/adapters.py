@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -121,10 +121,11 @@ def add_adapters(network: N, adapters: Adapters) -> N:
         if not is_adapter(name):
             plain = plain_name(name)
             parameter.requires_grad_(plain in trained and adapters.trains(part_of(plain)))
-    for module in network.modules():
-        if hasattr(module, "qkv_bias_separate") and hasattr(module.qkv, "base_layer"):
+    attention: Any
+    for attention in network.modules():
+        if hasattr(attention, "qkv_bias_separate") and hasattr(attention.qkv, "base_layer"):
             # Otherwise timm reads the weight of qkv itself and passes the adapter by.
-            module.qkv_bias_separate = True
+            attention.qkv_bias_separate = True
     return network
 
 
