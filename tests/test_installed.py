@@ -76,8 +76,8 @@ def test_its_metadata(wheel: Path) -> None:
     assert metadata["Name"] == "blip-scale" and metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "BSD-3-Clause"
     assert metadata["Author"] == "The blip_scale authors"
-    extras = {"demo", "web", "wandb", "dev", "flash", "aws", "onnx", "clip-benchmark", "faiss"}
-    assert set(metadata.get_all("Provides-Extra")) == extras
+    extras = {"demo", "web", "wandb", "dev", "flash", "aws", "onnx", "lora", "clip-benchmark"}
+    assert set(metadata.get_all("Provides-Extra")) == extras | {"faiss"}
     assert metadata.get_payload().startswith("# blip_scale")
     needed = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     always = {requirement.name for requirement in needed if requirement.marker is None}

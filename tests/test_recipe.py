@@ -352,6 +352,29 @@ class TestWhatCannotWork:
     def test_settings_that_contradict(self, override: str, expected: str, data: list[str]) -> None:
         assert expected in refusal([*data, override])
 
+    @pytest.mark.parametrize(
+        ("overrides", "expected"),
+        [
+            (["model.lora.rank=4", "model.lora.targets=[]"], "model.lora.targets: [] gives no"),
+            (
+                ["model.lora.rank=4", "model.vision.frozen=true"],
+                "vision gets adapters, but mo",
+            ),
+            (["model.lora.rank=4", "model.text.frozen=true"], "text gets adapters, but model.text"),
+            (
+                ["model.lora.rank=4", "objective.itm=none", "objective.lm=none"],
+                "model.lora.targets: no loss reads cross_attention",
+            ),
+            (["model.lora.rank=4"], "frozen weights of cross_attention, vision would be random"),
+            (["model.vision.frozen=true"], "model.checkpoint: null, so the frozen weights of vis"),
+            (["model.lora.dropout=1"], "model.lora.dropout: expected number >= 0, < 1, found 1"),
+        ],
+    )
+    def test_adapters_and_frozen_parts(
+        self, overrides: list[str], expected: str, data: list[str]
+    ) -> None:
+        assert expected in refusal([*data, *overrides])
+
     def test_a_stream_that_says_its_size_twice(self, data: list[str]) -> None:
         twice = ["data.streams.1.repeat=2", "data.streams.1.weight=2"]
         assert "(vendors): repeat and weight exclude each other" in refusal([*data, *twice])

@@ -233,6 +233,7 @@ def _check_model(recipe: Recipe) -> None:
     for name, value in (("checkpoint", text.checkpoint), ("tokenizer", text.tokenizer)):
         if value is not None:
             _check_package(f"model.text.{name}", expand(value, f"model.text.{name}"))
+    _check_frozen(recipe)
     if recipe.model.checkpoint is not None:
         whole = Path(expand(recipe.model.checkpoint, "model.checkpoint"))
         if not whole.exists():
@@ -247,6 +248,41 @@ def _check_model(recipe: Recipe) -> None:
                 f"model.vision.checkpoint: {file}: no such file; "
                 "give a .safetensors or .pth file, timm or null"
             )
+
+
+def _check_frozen(recipe: Recipe) -> None:
+    """Check that frozen parts have pretrained weights, and that adapters are on what can train."""
+    model = recipe.model
+    lora = model.lora
+    targets: set[str] = set(lora.targets) if lora.rank else set()
+    if lora.rank and not targets:
+        raise ValueError("model.lora.targets: [] gives no adapters; name a part, or set rank to 0")
+    for part, frozen in (("vision", model.vision.frozen), ("text", model.text.frozen)):
+        if frozen and part in targets:
+            raise ValueError(
+                f"model.lora.targets: {part} gets adapters, but model.{part}.frozen keeps it as it "
+                f"is; remove {part} from the targets, or set model.{part}.frozen to false"
+            )
+    objective = recipe.objective
+    is_contrastive = recipe.task in ("pretrain", "retrieval")
+    decodes = recipe.task == "pretrain" and objective.lm != "none"
+    if "cross_attention" in targets and is_contrastive and objective.itm == "none" and not decodes:
+        raise ValueError(
+            "model.lora.targets: no loss reads cross_attention; remove it, or train ITM or LM"
+        )
+    random = {
+        "vision": model.vision.checkpoint is None,
+        "text": model.text.checkpoint is None,
+        "cross_attention": True,
+    }
+    fixed = set(random) if lora.rank and lora.also_train != "rest" else targets
+    fixed = fixed | {part for part in ("vision", "text") if getattr(model, part).frozen}
+    unset = sorted(part for part in fixed if random[part])
+    if model.checkpoint is None and unset:
+        raise ValueError(
+            f"model.checkpoint: null, so the frozen weights of {', '.join(unset)} would be random; "
+            "give a checkpoint"
+        )
 
 
 def _check_package(setting: str, value: str) -> None:

@@ -66,6 +66,8 @@ class VisionRecipe:
     frozen_layers: Count = 0
     """Number of first ViT blocks to freeze, together with the patch and position embeddings. Meant
     for a pretrained ViT. Changes the mathematics; not in the paper."""
+    frozen: bool = False
+    """Freeze the whole image tower, which needs pretrained weights. Not in the paper."""
     normalization: Literal["auto", "blip", "tower"] = "auto"
     """Mean and deviation of the pixels: BLIP's, or those of the tower's timm weights. auto takes
     BLIP's for vit_SIZE_patchP_N and deit_SIZE_patchP_N, as published, and the tower's for all
@@ -106,9 +108,34 @@ class TextRecipe:
     """End of a caption with too many words or tokens. `published`: the last word or token that
     fits. `sentence`: the last whole sentence that fits, or as published if the first one does not
     fit; shards need captions with punctuation (`prepare-data --raw-captions`, overlays)."""
+    frozen: bool = False
+    """Freeze embeddings, self-attentions and MLPs of the text stack, which needs pretrained
+    weights. Cross-attention still trains. Not in the paper."""
     prompt: str = ""
     """Text at the start of every training caption and every generated one. It is left out of the
     loss (published for captioning: `a picture of `)."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LoraRecipe:
+    """Settings of LoRA adapters (docs/tasks.md). They need pretrained weights, and the package
+    peft. Exports hold the adapters merged into the weights."""
+
+    rank: Count = 0
+    """Rank of the adapters, e.g. 8. 0: no adapters; all weights train."""
+    alpha: Above0 = 16.0
+    """Numerator of the factor alpha / rank by which adapters are scaled."""
+    targets: list[Literal["vision", "text", "cross_attention"]] = field(
+        default_factory=lambda: ["vision", "text", "cross_attention"]
+    )
+    """Parts whose attention gets adapters: image tower, self-attention of the text stack,
+    cross-attention. All other weights of these parts are frozen."""
+    dropout: Fraction = 0.0
+    """Dropout rate of the adapters' input."""
+    also_train: Literal["heads", "rest", "none"] = "heads"
+    """Weights that train besides the adapters. `heads`: all outside image tower and text stack
+    (projections, temperature, matching head, LM head without word embeddings, classifiers). `rest`:
+    also the parts that are no targets. `none`: none."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -117,6 +144,7 @@ class ModelRecipe:
 
     vision: VisionRecipe = field(default_factory=VisionRecipe)
     text: TextRecipe = field(default_factory=TextRecipe)
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
     checkpoint: str | None = None
     """Initial weights of the whole network: a training checkpoint (step_N, or the folder of a run),
     a BLIP .pth file, or a Hugging Face folder. They replace the weights of model.vision.checkpoint

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip_scale.config.recipe import Recipe
+from blip_scale.config.recipe import ModelRecipe, Recipe
 from blip_scale.data.tokenizer import resolve_checkpoint, special_ids
 from blip_scale.interop.bert import ROBERTA
+from blip_scale.model.adapters import Adapters, N, add_adapters, freeze_text
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig
@@ -69,6 +70,7 @@ def network_config(
             vision.drop_path_rate,
             vision.patch_dropout,
             vision.frozen_layers,
+            vision.frozen,
             other_sizes=tuple(stage.size for stage in recipe.data.image_sizes),
             normalization=vision.normalization,
         ),
@@ -83,6 +85,30 @@ def network_config(
         kernel=recipe.model.attention,
         gradient_checkpointing=recipe.model.gradient_checkpointing,
     )
+
+
+def limited(network: N, model: ModelRecipe) -> N:
+    """Freeze the text stack and add LoRA adapters, as a recipe says. Returns the same network.
+
+    The image tower is frozen by its `VisionConfig`.
+
+    Raises:
+        ValueError: all blocks of a ViT with adapters are frozen, or peft is not installed.
+    """
+    if model.text.frozen:
+        freeze_text(network)
+    lora = model.lora
+    if not lora.rank:
+        return network
+    adapters = Adapters(
+        lora.rank,
+        lora.alpha,
+        tuple(lora.targets),
+        lora.dropout,
+        lora.also_train,
+        first_block=model.vision.frozen_layers,
+    )
+    return add_adapters(network, adapters)
 
 
 def checkpoint_sizes(checkpoint: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +32,8 @@ from blip_scale.interop.salesforce import (
     momentum_to_salesforce,
 )
 from blip_scale.interop.salesforce_files import at_their_resolution, med_config_from
+from blip_scale.model import adapters
+from blip_scale.model.adapters import Adapters
 from blip_scale.model.heads import Head
 from blip_scale.model.med import MEDConfig
 from blip_scale.model.towers import RELATIVE_TABLE
@@ -86,7 +89,7 @@ def read_training_checkpoint(
     """Read the weights of a head, with momentum copies and queues.
 
     The names of the parameters determine the head (`heads`). Parameters that the published network
-    lacks go to `BlipWeights.unpublished`.
+    lacks go to `BlipWeights.unpublished`. LoRA adapters are merged into their weights.
 
     Args:
         folder: checkpoint folder `step_N`.
@@ -102,11 +105,19 @@ def read_training_checkpoint(
         raise ValueError(f"{folder} does not state the sizes of its network; give --recipe")
     manifest = checkpoint_format.read_manifest(folder)
     checkpoint_format.verify(folder, manifest)
-    head = head_of_names(manifest.parameters, config) or "pretrain"
+    names = {adapters.plain_name(name) for name in manifest.parameters}
+    head = head_of_names(names, config) or "pretrain"
     shapes = shapes_of(head, config)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     checkpoint_format.check_vocabulary(folder, manifest.parameters, sizes)
-    _check_names(manifest.parameters, shapes, head, folder)
+    _check_names(names, shapes, head, folder)
+    lora = _adapters_of(manifest, folder)
+    for name in manifest.parameters:
+        base = shapes.get(adapters.plain_name(name))
+        if lora is not None and base is not None:
+            is_adapter = adapters.is_adapter(name)
+            shape = adapters.adapter_shape(name, lora.rank, base) if is_adapter else base
+            shapes[name] = torch.Size(shape)
     try:
         rank_files = [name for name in sorted(manifest.files) if name.startswith("rank_")]
         reader = Reader(folder / name for name in rank_files)
@@ -117,15 +128,19 @@ def read_training_checkpoint(
         shared = checkpoint_format.read_tensors(file) if with_state else {}
     except SafetensorError as error:
         raise ValueError(f"{folder}: {error}") from error
+    # The momentum copies of frozen parameters are equal to them, and not stored.
+    frozen = manifest.frozen if with_state else []
+    copies = {name: parameters[name] for name in frozen} | momentum
+    if lora is not None:
+        parameters = adapters.merged(parameters, lora.scale)
+        copies = adapters.merged(copies, lora.scale)
     state = to_published(parameters, head)
     unpublished = {name: t for name, t in parameters.items() if not is_published(name, head)}
-    for name, tensor in momentum.items():
+    for name in map(adapters.plain_name, momentum):
         if not is_published(name, head):
-            unpublished[MOMENTUM_PREFIX + name.removeprefix(PREFIX)] = tensor
+            unpublished[MOMENTUM_PREFIX + name.removeprefix(PREFIX)] = copies[name]
     if shared:
-        # The momentum copies of frozen parameters are equal to them, and not stored.
-        frozen = {name: parameters[name] for name in manifest.frozen}
-        copies = {name.removeprefix(PREFIX): p for name, p in (frozen | momentum).items()}
+        copies = {name.removeprefix(PREFIX): tensor for name, tensor in copies.items()}
         state |= momentum_to_salesforce(copies, state)
         state |= {f"{kind}_queue": shared[f"queue/{kind}"] for kind in ("image", "text")}
         pointer = torch.tensor([manifest.task["queue"]["pointer"]])
@@ -140,11 +155,33 @@ def read_training_checkpoint(
         state,
         str(folder),
         manifest.step,
+        notes=[] if lora is None else [f"LoRA adapters of rank {lora.rank} are merged"],
         unpublished=unpublished,
         output=_output_of(folder),
     )
     weights.config = at_their_resolution(config, state)
     return checked(weights)
+
+
+def _adapters_of(manifest: Manifest, folder: Path) -> Adapters | None:
+    """Read rank and scale of a checkpoint's LoRA adapters, or return None if it has none.
+
+    Raises:
+        ValueError: the manifest does not give them, or an adapter is incomplete.
+    """
+    names = manifest.parameters.keys()
+    if not any(map(adapters.is_adapter, names)):
+        return None
+    lora: Any = manifest.task.get(adapters.KEY)
+    try:
+        if adapters.are_complete(names):
+            return Adapters(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]))
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise ValueError(
+        f"{folder} has LoRA adapters, but lacks parts of them, their rank or their alpha: it is "
+        "damaged; take another checkpoint"
+    )
 
 
 def write_training_checkpoint(weights: BlipWeights, folder: Path) -> None:

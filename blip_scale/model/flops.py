@@ -2,7 +2,8 @@
 
 As usual for MFU, only matrix multiplications and attention products are counted, and only those
 that the mathematics needs. Recomputation by gradient checkpointing, dropped patches and the
-backward of frozen layers are not counted. A causal product counts whole.
+backward of frozen ViT blocks are not counted. A causal product counts whole. LoRA and a frozen text
+stack are counted as if all weights trained, which makes MFU read high.
 
 Letters: B batch, N image tokens, D width, E embed_dim, Q queue, T text tokens, V vocabulary.
 """

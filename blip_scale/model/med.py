@@ -190,6 +190,14 @@ class MomentumEncoder(UnimodalEncoder):
         give_pooled_alone(self.vision)  # project_image reads no other token
         self.requires_grad_(False)
 
+    def share_frozen(self, med: MED) -> None:
+        """Replace the copies of the MED's frozen parameters by these parameters themselves."""
+        online = dict(med.named_parameters())
+        for name, _ in list(self.named_parameters()):
+            if not online[name].requires_grad:
+                path, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(path), leaf, online[name])
+
     def pairs(self, med: MED) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """(name, momentum parameter, online parameter) of every parameter, always in this order."""
         online = dict(med.named_parameters())

@@ -48,6 +48,8 @@ class VisionConfig:
     """Share of the patches that a forward in training leaves out, drawn anew for each image."""
     frozen_layers: int = 0
     """Number of first blocks that don't train. What lies before them doesn't either."""
+    frozen: bool = False
+    """Whether nothing of the tower trains."""
     other_sizes: tuple[int, ...] = ()
     """Sides of further inputs in pixels, for which the forward interpolates position embeddings."""
     normalization: Normalization = "auto"
@@ -201,6 +203,8 @@ def build_vision(
             block.attn.kernel = kernel
     vision.set_grad_checkpointing(gradient_checkpointing)
     _freeze(vision, config.frozen_layers)
+    if config.frozen:
+        vision.requires_grad_(False)
     return vision
 
 

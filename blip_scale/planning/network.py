@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from blip_scale.config.recipe import Recipe, TextRecipe
 from blip_scale.data.tokenizer import load_tokenizer, resolve_checkpoint
-from blip_scale.inference.sizes import Vocabulary, checkpoint_sizes, network_config
+from blip_scale.inference.sizes import Vocabulary, checkpoint_sizes, limited, network_config
 from blip_scale.model.heads import cut_down, freeze_unread
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.text import SpecialTokens
@@ -53,8 +53,8 @@ class PlannedContrast(Protocol):
     exchanges: ClassVar[bool]
     """Whether the network's forward exchanges features between ranks."""
 
-    def build_network(self) -> nn.Module:
-        """The contrast's network, with unset weights."""
+    def build_network(self, med: MED) -> nn.Module:
+        """The contrast's network, with unset weights. It may share frozen parameters of the MED."""
 
     def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
         """FLOPs that the contrast adds to a micro-step, forward and backward."""
@@ -80,9 +80,9 @@ class Network:
     trainable: list[int]
     """Number of elements of each trainable parameter."""
     frozen: list[int]
-    """Number of elements of each frozen parameter of the MED. Each has a momentum copy."""
+    """Number of elements of each frozen parameter of the MED. None has a momentum copy."""
     momentum: list[int]
-    """Number of elements of each momentum parameter; empty for a contrast without them."""
+    """Number of elements of each momentum copy; empty for a contrast without them."""
     largest_module: int
     """Number of elements of the largest module that is gathered at once."""
     module_parameters: list[int]
@@ -120,19 +120,22 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
     text = recipe.model.text
     config = network_config(recipe, _text_sizes(text, notes), _vocabulary(text))
     contrast = contrast_of(recipe, config)
-    with torch.device("meta"):
-        med, beside = MED(config), contrast.build_network()
     decodes, matches = recipe.objective.lm != "none", recipe.objective.itm != "none"
-    med = freeze_unread(med if decodes else cut_down(med, "retrieval"), matches, decodes)
+    with torch.device("meta"):
+        med = MED(config)
+        med = limited(med if decodes else cut_down(med, "retrieval"), recipe.model)
+        med = freeze_unread(med, matches, decodes)
+        beside = contrast.build_network(med)
     owners = [module for module in [*med.modules(), *beside.modules()] if _elements(module)]
     trainable = [p.numel() for p in med.parameters() if p.requires_grad]
+    shared = set(med.parameters())
     return Network(
         config,
         vision_shape(config.vision),
         contrast,
         trainable + [p.numel() for p in beside.parameters() if p.requires_grad],
         [p.numel() for p in med.parameters() if not p.requires_grad],
-        [p.numel() for p in beside.parameters() if not p.requires_grad],
+        [p.numel() for p in beside.parameters() if not p.requires_grad and p not in shared],
         max(map(_elements, owners)),
         [max(p.numel() for p in module.parameters(recurse=False)) for module in owners],
         notes,
@@ -150,7 +153,7 @@ def vision_shape(config: VisionConfig) -> VisionShape:
         training_tokens(vision),
         vision.embed_dim,
         len(vision.blocks),
-        len(vision.blocks) - config.frozen_layers,
+        0 if config.frozen else len(vision.blocks) - config.frozen_layers,
         vision.heads,
         vision.mlp_width,
     )

@@ -118,7 +118,7 @@ def states(network: Network, sharding: Sharding, accumulation: int = 1) -> State
 
     Under ZeRO-1/2 a rank owns a stretch of all parameters laid end to end. In some stretches every
     parameter has a momentum copy, so that rank holds an average for each of its masters. Frozen
-    parameters have neither moments nor averages, and their masters lie on the host.
+    parameters have neither moments nor momentum copies, and their masters lie on the host.
     """
     if sharding.stage == 3 and sharding.whole:
         return _whole_states(network, sharding, accumulation)
@@ -128,7 +128,7 @@ def states(network: Network, sharding: Sharding, accumulation: int = 1) -> State
     if sharding.stage == 3:
         owned = _shares(network.trainable, ranks)
         copies = _shares(network.momentum, ranks)
-        averaged = max(copies - owned_still, 0)
+        averaged = copies
         sizes = [*network.trainable, *network.frozen, *network.momentum]
         kept = [numel for numel in sizes if numel <= sharding.persistent]
         resting = {
@@ -144,12 +144,12 @@ def states(network: Network, sharding: Sharding, accumulation: int = 1) -> State
         gradients = _FP32 * owned
     else:
         owned = -(-trained // ranks)
-        averaged = max(min(copied - still, owned), 0)
+        averaged = min(copied, owned)
         resting = {"weights": size * (trained + still), "momentum_weights": size * copied}
         buckets = (2 if sharding.overlap else 1) * sharding.reduce_bucket
         reduced = trained if sharding.stage == 1 else owned
         backward = {"reduce_bucket": size * buckets, "fresh_gradients": size * reduced}
-        update = {"gradient_copy": _FP32 * owned, "momentum_refresh": size * max(copied - still, 0)}
+        update = {"gradient_copy": _FP32 * owned, "momentum_refresh": size * copied}
         gradients = _FP32 * reduced
         backward["gradients"] = gradients
     # In fp32, masters and averages share memory with the weights.
@@ -186,7 +186,7 @@ def _whole_states(network: Network, sharding: Sharding, accumulation: int) -> St
     weights = size * (trained + other)
     buffers = weights // ranks + size * max(trained, other) if ranks > 1 else 0
     is_fp32 = size == _FP32  # on a single rank, masters and averages are then the weights
-    averaged = max(sum(network.momentum) - sum(network.frozen), 0)
+    averaged = sum(network.momentum)
     resting = {
         "weights": size * (trained + sum(network.frozen)),
         "momentum_weights": size * sum(network.momentum),
@@ -214,5 +214,5 @@ def _shares(numels: list[int], ranks: int) -> int:
 def checkpoint_bytes(network: Network) -> float:
     """Bytes of a checkpoint on the disk: masters, moments, averages and the contrast's state."""
     trained, still = sum(network.trainable), sum(network.frozen)
-    averaged = max(sum(network.momentum) - still, 0)
+    averaged = sum(network.momentum)
     return float(_FP32 * (3 * trained + still + averaged) + network.contrast_bytes)

@@ -217,9 +217,8 @@ def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[
         elements = (trained + still + copied) * micro_steps
         listed.insert(0, exchange("gathers", modules * micro_steps, elements, hidden=True))
     else:
-        moved = max(copied - still, 0)
-        calls = 2 if moved else 1
-        listed.insert(0, exchange("gathers", calls, trained + moved, hidden=False))
+        calls = 2 if copied else 1
+        listed.insert(0, exchange("gathers", calls, trained + copied, hidden=False))
     if network.contrast_bytes or network.contrast.exchanges:
         # fp32 keys of both modalities of all ranks.
         features = 2 * 4 * network.config.embed_dim * sizes.global_batch / size

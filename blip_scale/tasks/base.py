@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,13 +25,17 @@ from blip_scale.engine.watching.reference_alarms import chosen_reference
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.evaluation import captions_and_pairs
-from blip_scale.inference.sizes import med_config
+from blip_scale.inference.sizes import limited, med_config
+from blip_scale.model import adapters
+from blip_scale.model.adapters import renamed, trained_shares
 from blip_scale.model.heads import Head, cut_down
 from blip_scale.model.initialization import seeded
 from blip_scale.model.kernels import choose_kernel
 from blip_scale.model.med import MED
 from blip_scale.storage import files
 from blip_scale.tasks import networks
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,6 +53,9 @@ class TrainingTask(ABC):
         self.recipe, self.device = recipe, device
         self.tokenizer = load_tokenizer(recipe.model.text)
         self.config = med_config(recipe, self.tokenizer)
+        if recipe.model.lora.rank:  # refuse here what the engine could only fail at
+            with torch.device("meta"):
+                self.limited(MED(self.config))
         if is_auto(recipe):
             raise ValueError("train.max_micro_batch_size: auto was not resolved; give a number")
         sizes = batch_sizes(recipe, collectives.world_size())
@@ -114,17 +122,25 @@ class TrainingTask(ABC):
 
     def build_med(self) -> MED:
         """A MED cut down to the modules of the head, with unset weights."""
-        return cut_down(MED(self.config), self.head)
+        return self.limited(cut_down(MED(self.config), self.head))
+
+    def limited(self, network: M) -> M:
+        """The same network, with the recipe's adapters and frozen parts."""
+        return limited(network, self.recipe.model)
 
     def initial_weights(self) -> dict[str, Tensor]:
         """Weights of the recipe's checkpoints; weights without one are drawn from the seed.
 
-        Trainable parameters outside `med`, such as those of a loss, may be missing from
-        `model.checkpoint`. They keep the value that their constructor draws from the seed.
+        Adapters, and trainable parameters outside `med` such as those of a loss, may be missing
+        from `model.checkpoint`. They keep the value that their constructor draws from the seed.
         """
-        weights = networks.initial_parameters(self.recipe, self.config, self.head)
+        plain = networks.initial_parameters(self.recipe, self.config, self.head)
         with torch.device("meta"):
             network = self.build_network()
+        weights = renamed(plain, [name for name, _ in network.named_parameters()])
+        med = network.get_submodule("med")
+        if not all(parameter.requires_grad for parameter in med.parameters()):
+            logger.info("%s", trained_shares(med))
         trainable = {name for name, p in network.named_parameters() if p.requires_grad}
         if trainable - weights.keys():
             network = seeded(self.build_network, self.recipe.seed)
@@ -195,11 +211,27 @@ class TrainingTask(ABC):
         return med.eval()
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Position of the loader."""
-        return {"loader": self.loader.state_dict()}, {}
+        """Position of the loader, and settings of the adapters if there are any."""
+        state: dict[str, Any] = {"loader": self.loader.state_dict()}
+        lora = self._adapters()
+        return (state if lora is None else state | {adapters.KEY: lora}), {}
 
-    def check_state(self, state: dict[str, Any]) -> None:  # noqa: B027  most tasks check nothing
-        """Accept every state."""
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse to resume with other adapters."""
+        saved, here = state.get(adapters.KEY), self._adapters()
+        if saved != here:
+            raise ValueError(
+                f"model.lora: {here or 'no adapters'}, but the checkpoint was trained with "
+                f"{saved or 'no adapters'}; give the same settings, or begin a run from it with "
+                "model.checkpoint and another output_dir"
+            )
+
+    def _adapters(self) -> dict[str, Any] | None:
+        """Settings that give the adapters of a checkpoint their meaning; None without adapters."""
+        lora = self.recipe.model.lora
+        if not lora.rank:
+            return None
+        return {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore the position of the loader."""

@@ -19,7 +19,7 @@ from blip_scale.engine import collectives
 from blip_scale.engine.task import Progress
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
-from blip_scale.model.med import MEDConfig
+from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.packing import PackedText
 from blip_scale.objectives.contrastive import FeaturePair, Similarities
 
@@ -125,8 +125,8 @@ class Contrast(ABC):
         self.momentum_pairs = {}
 
     @abstractmethod
-    def build_network(self) -> nn.Module:
-        """The contrast's network, with unset weights.
+    def build_network(self, med: MED) -> nn.Module:
+        """The contrast's network, with unset weights. It may share frozen parameters of the MED.
 
         It is a module that maps `EncodedPairs` and the result of `inputs` to `Contrasted`, without
         side effects.

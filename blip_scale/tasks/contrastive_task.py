@@ -224,7 +224,8 @@ class ContrastiveTask(TrainingTask):
         return {"itc": objective.itc, "itm": objective.itm, "lm": objective.lm}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Refuse to resume with other losses; a checkpoint may not name them."""
+        """Refuse to resume with other adapters or losses; a checkpoint may not name the latter."""
+        super().check_state(state)
         for name, here in self.loss_names().items():
             saved = state.get("objective", {}).get(name, here)
             if saved != here:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from blip_scale.model.med import MEDConfig
+from blip_scale.model.med import MED, MEDConfig
 from blip_scale.objectives.contrastive import Similarities
 from blip_scale.objectives.in_batch import in_batch_loss
 from blip_scale.tasks.contrast import (
@@ -41,7 +41,7 @@ class InBatchContrast(Contrast):
 
     exchanges = True
 
-    def build_network(self) -> InBatchNetwork:
+    def build_network(self, med: MED) -> InBatchNetwork:
         """The loss; it has no weights."""
         return InBatchNetwork()
 

@@ -17,8 +17,9 @@ from blip_scale.engine.task import Progress
 from blip_scale.engine.transfers import to_device
 from blip_scale.engine.zero.engine import ZeroEngine
 from blip_scale.engine.zero.momentum import ShardedMomentum
+from blip_scale.inference.sizes import limited
 from blip_scale.model.flops import momentum_contrast_flops
-from blip_scale.model.med import MEDConfig, MomentumEncoder
+from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
 from blip_scale.objectives.contrastive import FeaturePair, alpha_at, itc_loss, similarities
 from blip_scale.objectives.feature_queue import FeatureQueue
 from blip_scale.objectives.momentum import momentum_update_
@@ -78,12 +79,17 @@ class MomentumContrast(Contrast):
         """Momentum features and image ids of the micro-steps since the last optimizer step."""
         self.step = 0
         with torch.device("meta"):
-            names = [name for name, _ in MomentumEncoder(config).named_parameters()]
+            names = [name for name, _ in self._encoder().named_parameters()]
         self.momentum_pairs = {f"momentum.{name}": name for name in names}
 
-    def build_network(self) -> MomentumContrastNetwork:
-        """Momentum encoders, with unset weights."""
-        return MomentumContrastNetwork(MomentumEncoder(self.config))
+    def build_network(self, med: MED) -> MomentumContrastNetwork:
+        """Momentum encoders, with unset weights. Frozen parameters are those of the MED."""
+        network = MomentumContrastNetwork(self._encoder())
+        network.momentum.share_frozen(med)
+        return network
+
+    def _encoder(self) -> MomentumEncoder:
+        return limited(MomentumEncoder(self.config), self.recipe.model)
 
     def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
         """FLOPs of the momentum encoders' forward and of the similarities to the keys."""

@@ -69,7 +69,7 @@ class ImagePairs(TrainingTask):
 
     def build_network(self) -> NLVR2Network:
         """Encoder of sentences and pairs, with unset weights."""
-        return NLVR2Network(NLVR2(self.config))
+        return NLVR2Network(self.limited(NLVR2(self.config)))
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
         """Pairs of images, sentences and labels.
@@ -97,7 +97,7 @@ class ImagePairs(TrainingTask):
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
         """Accuracy on all held-out sets. The score is that of the first."""
-        network = self.whole(engine, lambda: NLVR2(self.config))
+        network = self.whole(engine, lambda: self.limited(NLVR2(self.config)))
         evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
             judgements = judgements_of(network, pairs, self.recipe, self.tokenizer)

@@ -128,7 +128,7 @@ class Pretrain(ContrastiveTask):
     def build_network(self) -> PretrainNetwork:
         """MED and the contrast's network, with unset weights."""
         med = self.build_med()
-        return PretrainNetwork(med, self.contrast.build_network(), self.recipe.objective)
+        return PretrainNetwork(med, self.contrast.build_network(med), self.recipe.objective)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
         """Held-out retrieval and captions on a whole copy of the MED."""

@@ -78,8 +78,8 @@ class Retrieval(ContrastiveTask):
 
     def build_network(self) -> RetrievalNetwork:
         """The MED's encoders and the contrast's network, with unset weights."""
-        contrast = self.contrast.build_network()
-        return RetrievalNetwork(self.build_med(), contrast, self.recipe.objective)
+        med = self.build_med()
+        return RetrievalNetwork(med, self.contrast.build_network(med), self.recipe.objective)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
         """Recalls on the held-out sets, re-ranked if ITM is trained.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip_scale.engine import collectives
-from blip_scale.model.med import MEDConfig
+from blip_scale.model.med import MED, MEDConfig
 from blip_scale.objectives.contrastive import Similarities
 from blip_scale.objectives.sigmoid import sigmoid_loss
 from blip_scale.tasks.contrast import (
@@ -65,7 +65,7 @@ class SigmoidContrast(Contrast):
 
     exchanges = True
 
-    def build_network(self) -> SigmoidNetwork:
+    def build_network(self, med: MED) -> SigmoidNetwork:
         """The loss and its bias."""
         return SigmoidNetwork(self.recipe.objective.sigmoid_bias)
 

@@ -89,7 +89,7 @@ class VisualDialog(TrainingTask):
 
     def build_network(self) -> VisDialNetwork:
         """Encoder of image, caption and dialog, with unset weights."""
-        return VisDialNetwork(VisDial(self.config))
+        return VisDialNetwork(self.limited(VisDial(self.config)))
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
         """Images, captions, dialogs with candidate answers, and the dialogs' images and labels.
@@ -134,7 +134,7 @@ class VisualDialog(TrainingTask):
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
         """Ranks of the true answers on all held-out sets. The score is the first set's MRR."""
-        network = self.whole(engine, lambda: VisDial(self.config))
+        network = self.whole(engine, lambda: self.limited(VisDial(self.config)))
         evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
             scores = scores_of(network, pairs, self.recipe, self.tokenizer)

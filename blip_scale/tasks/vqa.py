@@ -101,7 +101,7 @@ class VisualQuestionAnswering(TrainingTask):
 
     def build_network(self) -> VQANetwork:
         """Encoder and decoder, with unset weights."""
-        return VQANetwork(VQA(self.config), self.recipe.objective.label_smoothing)
+        return VQANetwork(self.limited(VQA(self.config)), self.recipe.objective.label_smoothing)
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
         """Images, questions, answers, and each answer's question and weight.
@@ -146,7 +146,7 @@ class VisualQuestionAnswering(TrainingTask):
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
         """Accuracy on all held-out sets with answers. The score is that of the first."""
-        vqa = self.whole(engine, lambda: VQA(self.config))
+        vqa = self.whole(engine, lambda: self.limited(VQA(self.config)))
         evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
             answers = answers_of(vqa, pairs, self.recipe, self.tokenizer)

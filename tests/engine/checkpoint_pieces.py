@@ -76,7 +76,6 @@ class Pieces:
             slices=followed,
             averages=[torch.zeros(piece.numel) for piece in followed],
             refresh=lambda: self.refreshed.append("momentum"),
-            copy_frozen=lambda: None,
         )
         if filled:
             moments = {key: torch.zeros_like(flat) for key in KINDS[1:3]}

@@ -31,23 +31,25 @@ def ds_config(folder: Path, stage: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "precision", "frozen_layers"),
+    ("stage", "ranks", "precision", "adapts"),
     [
-        (3, 1, "bf16", 0),
-        (3, 2, "bf16", 0),
-        (3, 4, "fp32", 0),
-        (3, 2, "bf16", 2),
-        (2, 1, "fp32", 0),
-        (2, 2, "bf16", 0),
-        (2, 4, "bf16", 0),
-        (2, 2, "bf16", 2),
+        (3, 1, "bf16", False),
+        (3, 2, "bf16", False),
+        (3, 4, "fp32", False),
+        (3, 2, "bf16", True),
+        (2, 1, "fp32", False),
+        (2, 2, "bf16", False),
+        (2, 4, "bf16", False),
+        (2, 2, "bf16", True),
     ],
 )
 def test_states_are_what_deepspeed_holds(
-    tmp_path: Path, stage: int, ranks: int, precision: str, frozen_layers: int
+    tmp_path: Path, stage: int, ranks: int, precision: str, adapts: bool
 ) -> None:
     train = {"precision": precision, "micro_batch_size": 2}
-    sizes = WIDER | {"vision": WIDER["vision"] | {"frozen_layers": frozen_layers}}
+    sizes = dict(WIDER)
+    if adapts:
+        sizes |= {"vision": WIDER["vision"] | {"frozen_layers": 1}, "lora": {"rank": 8}}
     file = make_recipe(tmp_path, train=train, model=sizes)
     config = ds_config(tmp_path, stage)
     script = Path(__file__).with_name("held_by_a_run.py")

@@ -70,7 +70,7 @@ class PlainMomentum:
     """fp32 averages of whole parameters, and the momentum weights that are copied from them."""
 
     def __init__(self, engine: PlainEngine, pairs: dict[str, str]) -> None:
-        parameters = dict(engine.module.named_parameters())
+        parameters = dict(engine.module.named_parameters(remove_duplicate=False))
         masters = {piece.name: piece.weight for piece in engine.slices}
         for copy, online in pairs.items():
             parameters[copy].data.copy_(parameters[online].data)

@@ -104,7 +104,6 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
         reader.read("momentum", piece.name, piece.start, average)
     engine.refresh()
     momentum.refresh()
-    momentum.copy_frozen()
     shared = checkpoint_format.read_tensors(path / checkpoint_format.SHARED)
     return RunState(manifest.step, manifest.position, manifest.task, shared)
 
@@ -252,7 +251,8 @@ def _check_network(folder: Path, manifest: Manifest, engine: ZeroEngine) -> None
         raise ValueError(
             f"{folder} was made with other frozen layers ({differing[0]} and "
             f"{len(differing) - 1} more parameters): give the "
-            "model.vision.frozen_layers that it was made with, or begin a run from it with "
+            "model.vision.frozen_layers that it was made with, and the same model.vision.frozen, "
+            "model.text.frozen and model.lora.also_train, or begin a run from it with "
             "model.checkpoint and another output_dir."
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class ShardedMomentum:
     compute weights of the momentum forward are bf16, and `refresh` rewrites them from the averages.
     In fp32 under ZeRO-3, averages and compute weights share memory.
 
-    The average of a frozen parameter is the parameter itself, so none is kept.
+    A frozen parameter and its copy are the same `Parameter`, so no average is kept.
     """
 
     def __init__(self, engine: ZeroEngine, pairs: dict[str, str]) -> None:
@@ -32,12 +32,16 @@ class ShardedMomentum:
             engine: the wrapped network, which holds both parameters of each pair.
             pairs: momentum parameter name -> name of the parameter that it follows.
         """
-        parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        named = engine.module.named_parameters(remove_duplicate=False)
+        parameters: dict[str, nn.Parameter] = dict(named)
         self._engine = engine
-        self._copies = {online: parameters[momentum] for momentum, online in pairs.items()}
-        paired = [piece for piece in engine.slices if piece.name in self._copies]
-        self.slices: list[ParameterSlice] = [piece for piece in paired if piece.trains]
-        self._frozen = [piece for piece in paired if not piece.trains]
+        self._copies: dict[str, nn.Parameter] = {}
+        for momentum, online in pairs.items():
+            if parameters[momentum] is not parameters[online]:
+                self._copies[online] = parameters[momentum]
+        self.slices: list[ParameterSlice] = [
+            piece for piece in engine.slices if piece.name in self._copies
+        ]
         self._flat: FlatWeights | None = None
         """Compute weights of the momentum copies, if weights stay whole."""
         self._flat_averages: Tensor | None = None
@@ -48,7 +52,6 @@ class ShardedMomentum:
         """Averages and fp32 masters in fewer and larger tensors: slices that lie end to end in both
         are joined."""
         self.refresh()
-        self.copy_frozen()
 
     def _begun(self) -> list[Tensor]:
         """New averages, equal to the masters."""
@@ -88,27 +91,17 @@ class ShardedMomentum:
     def refresh(self) -> None:
         """Rewrite the compute weights of the momentum copies from the averages."""
         if self._flat is None:
-            self._assign(self._engine.trainable, self.slices, self.averages)
+            names = list(self._copies)
+            positions = {name: index for index, name in enumerate(names)}
+            parts = [
+                SliceValues(positions[piece.name], piece.start, average)
+                for piece, average in zip(self.slices, self.averages, strict=True)
+            ]
+            self._engine.assign([self._copies[name] for name in names], parts)
             return
         if self._flat_averages is not None:
             self._flat.parts.copy_(self._flat_averages)
         self._flat.is_stale = True
-
-    def copy_frozen(self) -> None:
-        """Rewrite the momentum copies of frozen parameters. Call it after these were set."""
-        self._assign(self._engine.frozen, self._frozen, [piece.weight for piece in self._frozen])
-
-    def _assign(
-        self, online: Container[str], slices: list[ParameterSlice], values: list[Tensor]
-    ) -> None:
-        """Write the copies of the parameters in `online`, which must be equal on all ranks."""
-        names = [name for name in self._copies if name in online]
-        positions = {name: index for index, name in enumerate(names)}
-        parts = [
-            SliceValues(positions[piece.name], piece.start, value)
-            for piece, value in zip(slices, values, strict=True)
-        ]
-        self._engine.assign([self._copies[name] for name in names], parts)
 
     def gap(self) -> float:
         """Relative distance |average - weight| / |weight| over all ranks: 0 right after a copy."""

@@ -1,0 +1,214 @@
+"""LoRA adapters (Hu et al. 2021) on the attention of a network, added by peft.
+
+The product W x of a linear layer becomes W x + B (A x) * alpha / rank. W is frozen; A and B train.
+peft renames the parameters of such a layer `X`: X.weight to X.base_layer.weight, X.bias to
+X.base_layer.bias. The adapter's are X.lora_A.default.weight [rank, in] and X.lora_B.default.weight
+[out, rank].
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor, nn
+
+N = TypeVar("N", bound=nn.Module)
+Part = Literal["vision", "text", "cross_attention"]
+"""Part of a network that can have adapters. What belongs to none of them is a head."""
+AlsoTrained = Literal["heads", "rest", "none"]
+
+KEY = "lora"
+"""Entry of a checkpoint's task state that holds rank, alpha and targets of its adapters."""
+_BASE = ".base_layer."
+_A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
+_ATTENTION: dict[Part, re.Pattern[str]] = {
+    "vision": re.compile(r"vision\.blocks\.(?P<block>\d+)\.attn\.\w+"),
+    "text": re.compile(r"text(_encoder|_decoder)?\.layers\.\d+\.self_attention_\w+\.\w+"),
+    "cross_attention": re.compile(
+        r"text(_encoder|_decoder)?\.layers\.\d+\.cross_attention\.(images\.\d\.)?(?!merge)\w+"
+    ),
+}
+"""Part -> names of the modules in its attention."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA adapters of a network, and what trains besides them."""
+
+    rank: int
+    alpha: float
+    """Numerator of the adapter's factor alpha / rank."""
+    targets: tuple[Part, ...]
+    """Parts whose attention gets adapters."""
+    dropout: float = 0.0
+    """Dropout probability of the adapter's input."""
+    also_train: AlsoTrained = "heads"
+    """Parameters that train besides the adapters: the heads, also the parts that are no targets, or
+    none."""
+    first_block: int = 0
+    """Index of the first ViT block with adapters. The blocks before it are frozen."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product B A."""
+        return self.alpha / self.rank
+
+    def trains(self, part: Part | None) -> bool:
+        """Whether the parameters of a part train. None stands for the heads."""
+        if self.also_train == "rest":
+            return part not in self.targets
+        return part is None and self.also_train == "heads"
+
+
+def part_of(name: str) -> Part | None:
+    """Part of the network that a parameter belongs to, by its name there; None for a head."""
+    section = name.partition(".")[0]
+    if section == "vision":
+        return "vision"
+    if section not in ("text", "text_encoder", "text_decoder") or ".merge_layer." in name:
+        return None  # NLVR2's merge layers are in no pretrained checkpoint
+    return "cross_attention" if ".cross_attention." in name else "text"
+
+
+def freeze_text(network: N) -> N:
+    """Freeze the text stacks, but for cross-attention. Returns the same network."""
+    for name, parameter in network.named_parameters():
+        if part_of(name) == "text":
+            parameter.requires_grad_(False)
+    return network
+
+
+def add_adapters(network: N, adapters: Adapters) -> N:
+    """Add adapters to the linear layers of the targets' attention, and freeze what won't train.
+
+    New weights are peft's: A random, B zero.
+
+    Args:
+        network: network of a head or momentum encoder; changed in place.
+        adapters: settings.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: all blocks of the ViT are frozen, or peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            "model.lora needs peft, which is not installed: run `pip install peft accelerate`, or "
+            "install blip-scale with the extra lora"
+        ) from error
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    layers = _target_layers(network, adapters)
+    settings = peft.LoraConfig(
+        r=adapters.rank,
+        lora_alpha=adapters.alpha,
+        lora_dropout=adapters.dropout,
+        target_modules="|".join(map(re.escape, layers)),
+    )
+    with warnings.catch_warnings():
+        # Under zero.Init a rank holds none of the new weights. `fill` sets them later.
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        peft.inject_adapter_in_model(settings, network)
+    for name, parameter in network.named_parameters():
+        if not is_adapter(name):
+            plain = plain_name(name)
+            parameter.requires_grad_(plain in trained and adapters.trains(part_of(plain)))
+    attention: Any
+    for attention in network.modules():
+        if hasattr(attention, "qkv_bias_separate") and hasattr(attention.qkv, "base_layer"):
+            # Otherwise timm reads the weight of qkv itself and passes the adapter by.
+            attention.qkv_bias_separate = True
+    return network
+
+
+def _target_layers(network: nn.Module, adapters: Adapters) -> list[str]:
+    """Names of the linear layers that get adapters."""
+    names = []
+    for name, module in network.named_modules():
+        for part in adapters.targets:
+            match = _ATTENTION[part].fullmatch(name)
+            if match and isinstance(module, nn.Linear):
+                block = match.groupdict().get("block")
+                if block is None or int(block) >= adapters.first_block:
+                    names.append(name)
+    if "vision" in adapters.targets and not any(part_of(name) == "vision" for name in names):
+        raise ValueError(
+            "model.lora.targets: no attention of the image tower can have adapters, as "
+            "model.vision.frozen_layers freezes all of its blocks; remove vision, or freeze fewer"
+        )
+    return names
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return name.endswith((_A, _B))
+
+
+def plain_name(name: str) -> str:
+    """Name of a parameter without adapters; of an adapter's, the weight that it is added to."""
+    for suffix in (_A, _B):
+        if name.endswith(suffix):
+            return f"{name.removesuffix(suffix)}.weight"
+    return name.replace(_BASE, ".")
+
+
+def renamed(plain: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Weights under the names that they have in a network with adapters.
+
+    Args:
+        plain: weights by plain name.
+        names: names of the network's parameters.
+    """
+    new_names = {plain_name(name): name for name in names if not is_adapter(name)}
+    return {new_names.get(name, name): weight for name, weight in plain.items()}
+
+
+def trained_shares(network: nn.Module) -> str:
+    """Number of parameters that train in each part of a network, for the log."""
+    trained: Counter[str] = Counter()
+    total = 0
+    for name, parameter in network.named_parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            kind = "adapters" if is_adapter(name) else part_of(plain_name(name)) or "heads"
+            trained[kind] += parameter.numel()
+    shares = ", ".join(f"{kind} {count / 1e6:.2f}M" for kind, count in sorted(trained.items()))
+    return f"{trained.total() / 1e6:.2f}M of {total / 1e6:.2f}M parameters train: {shares}"
+
+
+def are_complete(names: Collection[str]) -> bool:
+    """Whether each adapter among the names has both factors and a base weight."""
+    parts: set[str] = set()
+    for name in filter(is_adapter, names):
+        layer = name.removesuffix(_A).removesuffix(_B)
+        parts |= {f"{layer}{_A}", f"{layer}{_B}", f"{layer}{_BASE}weight"}
+    return parts <= set(names)
+
+
+def adapter_shape(name: str, rank: int, base: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of an adapter's parameter for a base weight [out, in]."""
+    return (rank, base[1]) if name.endswith(_A) else (base[0], rank)
+
+
+def merged(parameters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Add the adapters to their base weights: W + B A * scale, under the plain names.
+
+    Args:
+        parameters: parameters by name. An adapter without its base weight is left out.
+        scale: `Adapters.scale`.
+    """
+    plain = {plain_name(n): tensor for n, tensor in parameters.items() if not is_adapter(n)}
+    for name, tensor in parameters.items():
+        base = plain_name(name)
+        if name.endswith(_B) and base in plain:
+            down = parameters[f"{name.removesuffix(_B)}{_A}"]
+            plain[base] = plain[base] + scale * (tensor @ down)
+    return plain
