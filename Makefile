@@ -84,12 +84,12 @@ test: $(VENV)/.installed-dev $(OLDEST)/.installed
 	@echo "Tests with the oldest transformers and NumPy"
 	@PATH="$(CURDIR)/$(OLDEST)/bin:$(BIN):$$PATH" OMP_NUM_THREADS=1 \
 		python -m pytest -q -n 2 --dist loadfile -m "not s3 and not demo and not gpu and not slurm" $(OLDEST_TESTS)
-	@echo "Tests with several ranks and whole runs"
-	@$(RUN) python -m pytest -q -n 2 --dist loadfile -m "(multiprocess or s3 or gpu) and not demo and not slurm and not towers"
-	@echo "Jobs on a real SLURM of two nodes"
-	@$(RUN) python -m pytest -q -m slurm
+	@echo "Tests with several ranks, whole runs, and jobs on a real SLURM of two nodes"
+	@# Three at a time, as jobs wait for SLURM half of their time. The longest files come early.
+	@$(RUN) python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
+		-m "(multiprocess or s3 or gpu or slurm) and not demo and not towers"
 	@echo "The demo (about ten minutes)"
-	@$(RUN) python -m pytest -q -m demo
+	@$(RUN) python -m pytest -q -m demo tests/test_demo_command.py
 
 lint: $(VENV)/.installed-dev
 	@$(RUN) ruff check .

@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A run of one rank takes all cores. If threads spin while they wait, two runs at once take 13 times
 # as long as with threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Inductor's pool of compiling processes would import torch in each: more work than it saves here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # If pandas is installed (gradio needs it), transformers imports it and with it Arrow. Arrow's

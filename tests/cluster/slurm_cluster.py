@@ -54,6 +54,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 JobRequeue=1
+FirstJobId={first_job}
 KillWait=15
 SlurmdTimeout=10
 MinJobAge=3600
@@ -78,7 +79,11 @@ class SlurmCluster:
             (self.folder / f"spool.{node}").mkdir()
         port = launcher.free_port(1, 2, 3)  # the controller's and the three nodes'
         ports = range(port, port + 4)
-        conf = _CONF.format(ports=ports, user=getpass.getuser(), folder=self.folder)
+        # Ranks meet at a port that the job's number decides: two clusters at once differ in it.
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        conf = _CONF.format(
+            ports=ports, user=getpass.getuser(), folder=self.folder, first_job=1 + 100 * worker
+        )
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "gres.conf").write_text(_GPUS)
         (self.folder / "munge.key").write_bytes(os.urandom(1024))

@@ -102,7 +102,7 @@ def test_everything_that_happens_to_a_job(
     # No `GPUs` here: SLURM 22.05 forgets those of a requeued job whose node went down.
     job = slurm_runs.submit(
         slurm, "pretrain_129M.sh", tmp_path, RECORDED,
-        options=("--gpus-per-node=0",), **_server.environment,
+        options=("--gpus-per-node=0",), SLURM_WAIT="5", **_server.environment,
     )  # fmt: skip
     part = STEPS // 7
 

@@ -178,7 +178,7 @@ def _children(pid: int | None) -> list[int]:
 def _wait_for_end(pids: list[int]) -> None:
     """Wait until the workers of a killed parent have ended by themselves."""
     assert pids
-    until = time.monotonic() + 5
+    until = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < until, "a worker outlived its parent"
         time.sleep(0.01)

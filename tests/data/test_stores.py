@@ -331,11 +331,11 @@ def test_what_a_killed_job_leaves_behind_stops_nobody(
     assert list(cache.glob(".locks/*"))
     start_s = time.monotonic()
     assert [batch.ids for batch in take(make_loader(streams, workers=2), 6)] == expected
-    assert time.monotonic() - start_s < 20, "nobody waits for a lock of the dead"
+    assert time.monotonic() - start_s < 60, "nobody waits for a lock of the dead"
     while left := set(Path("/dev/shm").iterdir()) - shared_memory:  # the cleanup comes later
         if all("torch" in file.name for file in left):
             break
-        assert time.monotonic() - start_s < 30, left
+        assert time.monotonic() - start_s < 90, left
 
 
 @pytest.mark.multiprocess

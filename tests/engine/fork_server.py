@@ -34,7 +34,9 @@ import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent.parent
 WARM = (
-    "blip_scale.train", "blip_scale.engine", "blip_scale.tasks",
+    "blip_scale.train", "blip_scale.engine.loop", "blip_scale.tasks.by_name",
+    "blip_scale.engine.watching.loggers.tensorboard",
+    "transformers.models.auto.tokenization_auto",  # reads all of transformers' model files
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports when it starts
 )  # fmt: skip
 READ_LATE = (
@@ -191,6 +193,7 @@ def _warm_up() -> None:
     for module in WARM:
         importlib.import_module(module)
     del sys.path[0]
+    assert importlib.import_module("deepspeed.ops").__compatible_ops__  # first use runs compilers
     threads = len(list(Path("/proc/self/task").iterdir()))
     assert threads == 1, "a library started threads, which a fork would lack: OMP_NUM_THREADS=1?"
     gc.freeze()  # or each child's first collection would copy all that was imported

@@ -344,7 +344,7 @@ def test_a_slow_rank_and_a_jump_of_the_loss_are_seen(tmp_path: Path) -> None:
     by_step = {row["step"]: row for row in rows(tmp_path / "run") if "loss/total" in row}
     ratios = [by_step[step]["speed/slowest_rank_ratio"] for step in by_step]
     before, after = ratios[2 : slow.SLOW_FROM_STEP - 1], ratios[slow.SLOW_FROM_STEP :]
-    assert 1 <= statistics.median(before) < 1.3 < 1.8 < statistics.median(after)
+    assert 1 <= statistics.median(before) < 1.5 < 1.8 < statistics.median(after)
     named = re.findall(r"step \d+: rank (\d) on (\S+) is slow", output)
     assert ("1", socket.gethostname()) in named
     jumps = [step for step, row in by_step.items() if row["alarm/loss_spike"]]

@@ -132,7 +132,14 @@ def stall(run: Path, timeout_s: float, hang: Callable[[], None]) -> None:
     hang()
 
 
-def wait_for_data(run: Path, rank: int, port: int, data_retry_s: float) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+def wait_for_data(
+    run: Path, rank: int, port: int, data_retry_s: float, limit_s: float = 1.0
+) -> None:
     """One of two ranks: rank 0 has the store, and rank 1 waits for its data for ever."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -140,10 +147,14 @@ def wait_for_data(run: Path, rank: int, port: int, data_retry_s: float) -> None:
     store = None
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+        (run / "store").touch()
+    wait_until((run / "store").exists)
     (run / "logs").mkdir(exist_ok=True)
-    timer = StallTimer(run, rank, limits_of(1.0, data_retry_s))
+    timer = StallTimer(run, rank, limits_of(limit_s, data_retry_s))
     timer.join(2, lambda: 2 - rank)
-    time.sleep(0.4)  # ranks publish their states twenty times within a limit
+    peers = timer._peers
+    assert peers is not None
+    wait_until(lambda: peers._knows_main_node)  # rank 0 has published its state
     (run / f"joined_{rank}").touch()
     for step in range(5):
         timer.beat("training", step)
@@ -230,8 +241,9 @@ def test_a_rank_may_wait_for_data_while_its_remote_is_retried(
 def test_a_stopped_rank_0_is_named_though_the_store_stops_with_it(
     tmp_path: Path, start: Callable[..., Any]
 ) -> None:
+    """The limit exceeds the 2 s in which the store must answer, so that a message is possible."""
     port = launcher.free_port()
-    ranks = [start(tmp_path, rank, port, 0.0, target=wait_for_data) for rank in range(2)]
+    ranks = [start(tmp_path, rank, port, 0.0, 3.0, target=wait_for_data) for rank in range(2)]
     while len(list(tmp_path.glob("joined_*"))) < 2:
         assert all(process.is_alive() for process in ranks)
         time.sleep(0.01)

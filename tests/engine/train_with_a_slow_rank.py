@@ -15,7 +15,7 @@ from blip_scale.tasks.pretrain import Pretrain, PretrainNetwork
 
 SLOW_FROM_STEP = 13
 """Rank 1 sleeps in every forward from this step on (counted from 1)."""
-SLEEP_S = 0.4
+SLEEP_S = 0.8
 SPIKE_STEP = 25
 """The loss of this step is a hundred times as large, on all ranks."""
 

@@ -95,12 +95,12 @@ def hang_up(handler: _Handler, caption: str) -> None:
 
 
 def silence(handler: _Handler, caption: str) -> None:
-    time.sleep(2)
+    time.sleep(20)
 
 
 def trickle(handler: _Handler, caption: str) -> None:
     handler.reply(b"", length=1000)
-    for _ in range(20):
+    for _ in range(200):
         handler.wfile.write(b"x")
         time.sleep(0.1)
 
@@ -124,7 +124,7 @@ def drawing() -> bytes:
 
 
 def asked(server: _Server, image: bytes, **settings: Any) -> str:
-    return caption_of(Endpoint(server.url, "m", **({"timeout_s": 0.5} | settings)), image, 7)
+    return caption_of(Endpoint(server.url, "m", **({"timeout_s": 1.0} | settings)), image, 7)
 
 
 def test_a_request_has_prompt_image_and_key(
@@ -158,7 +158,7 @@ def test_what_may_pass_is_retried(server: _Server, drawing: bytes, answer: Answe
     begin = time.monotonic()
     with pytest.raises(RemoteError, match="what is finished is kept"):
         asked(server, drawing, retry_s=0)
-    assert time.monotonic() - begin < 1.5
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize(

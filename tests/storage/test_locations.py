@@ -145,6 +145,7 @@ def test_web_addresses_are_read_as_they_stand(web: str) -> None:
 
 
 def test_a_big_file_of_the_web_is_read_in_pieces(web: str, tmp_path: Path) -> None:
+    _Server.ranges = 0
     with open_file(f"{web}/big") as file:
         assert file.seek(-5, io.SEEK_END) == len(BIG) - 5
         assert file.read() == BIG[-5:]
