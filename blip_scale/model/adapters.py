@@ -109,7 +109,7 @@ def add_adapters(network: N, adapters: Adapters) -> N:
     layers = _target_layers(network, adapters)
     settings = peft.LoraConfig(
         r=adapters.rank,
-        lora_alpha=adapters.alpha,
+        lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft takes floats, too
         lora_dropout=adapters.dropout,
         target_modules="|".join(map(re.escape, layers)),
     )
