@@ -97,7 +97,7 @@ def _digest(location: str) -> bytes:
     return xxhash.xxh3_64_digest(path.encode("utf-8", "surrogatepass"))
 
 
-def _unnamed(files: Iterable[Entry], tables: set[Entry], named: bytes) -> list[Unused]:
+def _unnamed(files: Iterable[Entry], tables: set[Entry], named: bytearray) -> list[Unused]:
     """Count the files that no table names; `named` are the digests of those that one names."""
     others = [file for file in files if file not in tables]
     digests = b"".join(_digest(file.location) for file in others)
