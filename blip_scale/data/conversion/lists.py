@@ -20,11 +20,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Unused
+from blip_scale.data.conversion.repeats import repeats
 from blip_scale.errors import RefusedInput
 
 _SPACING = 16  # groups of consecutive pairs between two places that are kept
 _AHEAD_BYTES = 1 << 18  # a list is read on, rather than opened again, up to a place so far ahead
-_PARTITIONS = 16  # of the hashes, which are sorted one partition after the other
 
 
 class ChangedList(RefusedInput, OSError):
@@ -100,7 +100,7 @@ class StreamedList:
         """Places of every `_SPACING`-th run."""
         self._others = np.frombuffer(others, np.int64).reshape(-1, 3)
         """Places of the items that are no pairs."""
-        self._later, firsts = _later_runs(np.frombuffer(hashes, np.uint64))
+        self._later, firsts = repeats(np.frombuffer(hashes, np.uint64))
         """Numbers of the runs whose image has an earlier run, ascending."""
         order = np.argsort(firsts, kind="stable")
         self._firsts = firsts[order]
@@ -163,23 +163,6 @@ class StreamedPart:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._items.reader(self._start, self._stop).__reduce__()  # type: ignore[return-value]
-
-
-def _later_runs(hashes: NDArray[np.uint64]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Runs with the hash of an earlier run, ascending, and the first run with that hash."""
-    later, firsts = [], []
-    partitions = hashes.view(np.uint8)[::8] % _PARTITIONS
-    number = np.min_scalar_type(len(hashes))
-    for partition in range(_PARTITIONS):
-        runs = np.flatnonzero(partitions == partition)
-        runs = runs[np.argsort(hashes[runs], kind="stable")]
-        is_first = np.append(True, np.diff(hashes[runs]) != 0)[: len(runs)]
-        heads = runs[is_first][np.cumsum(is_first) - 1]
-        later.append(runs[~is_first].astype(number))
-        firsts.append(heads[~is_first].astype(number))
-    runs = np.concatenate(later)
-    order = np.argsort(runs, kind="stable")
-    return runs[order], np.concatenate(firsts)[order]
 
 
 def _read_part(
