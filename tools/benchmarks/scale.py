@@ -70,6 +70,10 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
         from tools.benchmarks.scale_merge import merge_figures
 
         result["merge"] = merge_figures(options.records, options.scratch)
+    if options.lines:
+        from tools.benchmarks.scale_lists import list_figures
+
+        result["lists"] = list_figures(options.lines, options.scratch)
     return result
 
 
@@ -227,6 +231,15 @@ def scale_table(result: dict[str, Any]) -> str:
             for count, figures in result["merge"][part].items():
                 seconds, megabytes = figures["merge_s"], figures["merge_mb"]
                 lines.append(f"{int(count):16,}{seconds:10.1f}{megabytes:10.0f}{note}")
+    if "lists" in result:
+        lines.append(f"{'lines of a list':>16}{'s to scan':>10}{'s to plan':>10}{'MB':>10}")
+        for form, columns in result["lists"].items():
+            for count, figures in columns.items():
+                cells = "".join(
+                    f"{figures[name]:10.1f}" for name in ("list_s", "plan_s", "list_mb")
+                )
+                lines.append(f"{int(count):16,}{cells}  {form}")
+        lines.append("the last line of each form is extrapolated")
     return "\n".join(lines)
 
 
@@ -249,6 +262,10 @@ def add_scale(commands: Any) -> None:
     command.add_argument(
         "--records", type=int, nargs="+", metavar="N",
         help="also: merge conversions of so many records, and extrapolate to 100 million",
+    )  # fmt: skip
+    command.add_argument(
+        "--lines", type=int, nargs="+", metavar="N",
+        help="also: scan lists of so many lines, plan their conversion, and extrapolate",
     )  # fmt: skip
     command.add_argument("--scratch", type=Path, help="where the files are made (default: /tmp)")
     command.add_argument("--json", action="store_true", help="print one JSON object")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -134,14 +134,12 @@ class Chunk:
     """Yields the items. It runs in another process, so it must be picklable (functools.partial of
     a function)."""
     fingerprint: str
-    """Text that changes when the input changes (see `fingerprints`); "" where it is made from
-    `listed`."""
+    """Text that changes when the input changes (see `fingerprints`); "" for pairs out of a list:
+    it is made from what `read` yields, and from the images that these pairs name."""
     pairs: int | None = None
     """Number of pairs, where it is known before reading."""
     input_bytes: int = 0
     """Size of a file that is read as a whole; 0 for a list of images."""
-    listed: Sequence[Found] = ()
-    """Pairs out of a list, whose content and images are the input."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Conversion:
             "shard_bytes": self.shard_bytes,
             "chunks": len(self.chunks),
             "input": [
-                f"{chunk.fingerprint or prints.of(chunk.listed)} {chunk.name}"
+                f"{chunk.fingerprint or prints.of(chunk.read())} {chunk.name}"
                 for chunk in self.chunks
             ],
         }

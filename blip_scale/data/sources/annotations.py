@@ -43,7 +43,7 @@ def load_json(location: str) -> Any:
         ValueError: the file is not JSON. The message names the place.
     """
     with open_file(location) as file:
-        return _parse(file.read(), location)
+        return parse_at(file.read(), location)
 
 
 def load_list(location: str, of: str) -> list[Any]:
@@ -59,23 +59,28 @@ def load_list(location: str, of: str) -> list[Any]:
     with open_file(location) as file:
         content = file.read()
     try:
-        items = _parse(content, location)
+        items = parse_at(content, location)
     except ValueError:
         lines = [line for line in content.split(b"\n") if line.strip()]
         if len(lines) < 2 or not lines[0].strip().startswith(b"{"):
             raise
-        return [_parse(line, f"{location}:{n}") for n, line in enumerate(lines, start=1)]
+        return [parse_at(line, f"{location}:{n}") for n, line in enumerate(lines, start=1)]
     if not isinstance(items, list):
         content_kind = note_of(items) if isinstance(items, dict) else type(items).__name__
         raise ValueError(f"{location} holds no list of {of} ({shortened(content_kind)})")
     return items
 
 
-def _parse(content: bytes, location: str) -> Any:
+def parse_at(content: bytes, place: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is not JSON. The message names the place.
+    """
     try:
         return parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{location} is not JSON: {error}") from error
+        raise ValueError(f"{place} is not JSON: {error}") from error
 
 
 def read_items(

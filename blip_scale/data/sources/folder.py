@@ -15,8 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+import xxhash
+
 from blip_scale.data.conversion.fingerprints import of_files
-from blip_scale.data.conversion.lists import group_by_image, in_chunks
+from blip_scale.data.conversion.lists import in_chunks, joint_chunks, listed
 from blip_scale.data.conversion.pairs import (
     LARGEST_FILE_BYTES,
     Chunk,
@@ -29,7 +32,7 @@ from blip_scale.data.conversion.pairs import (
 )
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.metadata import TEXT_ENDINGS, as_text
-from blip_scale.data.sources.tables import in_folder, read_table
+from blip_scale.data.sources.tables import Table
 from blip_scale.storage.locations import (
     Entry,
     FileTooLarge,
@@ -55,20 +58,27 @@ def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Ch
         ValueError: a table can't be read.
         FileNotFoundError: there is no image.
     """
-    read = partial(read_table, encoding=encoding, columns=columns)
     if not is_folder(source.location):
-        return in_chunks(group_by_image(read(source, source.location)), source.pairs_per_chunk)
+        table = Table.open(source, source.location, encoding, columns)
+        return in_chunks(listed(table.read, table.is_streamed), source.pairs_per_chunk)
     files = list_folder(source.location, deep=True)
     tables = _tables(files)
     if not tables:
         return _image_chunks(source, files)
-    pairs: list[Found] = []
-    for folder, table in tables.items():
+    lists = []
+    named = bytearray()
+
+    def note(pair: RawPair) -> None:
+        if isinstance(pair.image, str):
+            named.extend(_digest(pair.image))
+
+    for folder, entry in tables.items():
         images = join(source.images, folder) if source.images and folder else source.images
-        rows = read(replace(source, images=images), table.location)
-        pairs += [in_folder(item, folder) for item in group_by_image(rows)]
-    pairs += _unnamed(files, set(tables.values()), pairs)
-    return in_chunks(pairs, source.pairs_per_chunk)
+        here = replace(source, images=images)
+        table = Table.open(here, entry.location, encoding, columns, folder)
+        lists.append(listed(table.read, table.is_streamed, note))
+    unused: list[Found] = [*_unnamed(files, set(tables.values()), named)]
+    return joint_chunks([*lists, unused], source.pairs_per_chunk)
 
 
 def _tables(files: Iterable[Entry]) -> dict[str, Entry]:
@@ -81,16 +91,18 @@ def _tables(files: Iterable[Entry]) -> dict[str, Entry]:
     return dict(sorted(tables.items()))
 
 
-def _unnamed(files: Iterable[Entry], tables: set[Entry], pairs: Iterable[Found]) -> list[Unused]:
-    """Count the files that no table names."""
-    named = set()
-    for pair in pairs:
-        if isinstance(pair, RawPair) and isinstance(pair.image, str):
-            named.add(posixpath.normpath(pair.image))
-    rest = []
-    for file in files:
-        if file not in tables and posixpath.normpath(file.location) not in named:
-            rest.append(file)
+def _digest(location: str) -> bytes:
+    """8 bytes by which a file is recognised."""
+    path = posixpath.normpath(location)
+    return xxhash.xxh3_64_digest(path.encode("utf-8", "surrogatepass"))
+
+
+def _unnamed(files: Iterable[Entry], tables: set[Entry], named: bytearray) -> list[Unused]:
+    """Count the files that no table names; `named` are the digests of those that one names."""
+    others = [file for file in files if file not in tables]
+    digests = b"".join(_digest(file.location) for file in others)
+    is_named = np.isin(np.frombuffer(digests, np.uint64), np.frombuffer(named, np.uint64))
+    rest = [others[number] for number in np.flatnonzero(~is_named).tolist()]
     images = [file for file in rest if extension(file.name) in IMAGE_ENDINGS]
     counts = _by_ending(file for file in rest if extension(file.name) not in IMAGE_ENDINGS)
     return [*([Unused("images that no table names", len(images))] if images else []), *counts]

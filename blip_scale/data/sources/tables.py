@@ -9,27 +9,33 @@ option that decides. A row that can't be read is rejected alone.
 from __future__ import annotations
 
 import ast
+import codecs
 import csv
 import io
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
+from blip_scale.data.conversion.lists import START, Place
 from blip_scale.data.conversion.pairs import Found, Reason, Reject, Source, Unused
 from blip_scale.data.conversion.report import shortened
 from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.annotations import IMAGE_KEYS, pair_of_item, read_item
+from blip_scale.data.sources.json_lists import ListFile
 from blip_scale.data.sources.metadata import SCORE_KEYS, URL_KEYS, caption_keys
-from blip_scale.storage.locations import basename, extension, open_file
+from blip_scale.storage.locations import basename, extension
 from blip_scale.storage.untrusted import parse_json
 
 KINDS = ("csv", "tsv", "jsonl")
 _MARKS = (
     (b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"),
 )  # fmt: skip
+_BY_LINES = re.compile(r"utf-8(-sig)?|ascii|(iso8859-|cp125|koi8-|gb|big5|euc_|shift_jis).*")
+"""Encodings in which the byte 10 ends a line, and every line can be decoded by itself."""
 _DELIMITERS = ",;\t|"
 _LONGEST_FIELD = 1 << 20  # characters; csv's own limit of 128 kB stops at the first long text
 _LONGEST_ROW = 200  # lines of a quoted field
@@ -39,90 +45,157 @@ _LONGEST_LIST = 100_000  # characters of a cell that is parsed as a list
 _WITHOUT_COMMA = re.compile(r"""(['"])\s+(['"])""")
 
 
-def read_table(
-    source: Source, location: str, encoding: str = "", columns: str = ""
-) -> Iterator[Found]:
-    """Read every row of a table. A row that can't be read becomes a reject.
+class _Line(NamedTuple):
+    place: Place
+    text: str
 
-    Args:
-        source: the input.
-        location: the table.
-        encoding: encoding of a file without a byte order mark; "" for UTF-8.
-        columns: comma-separated names of the columns of a table without a header.
 
-    Raises:
-        ValueError: the kind of file is unknown, or the table is ambiguous.
-    """
-    kind = extension(location.removesuffix(".gz"))
-    if kind not in KINDS:
-        raise ValueError(f"{location} is neither a folder nor a .csv, .tsv or .jsonl table")
-    with open_file(location) as file:
-        lines = _lines(file, location, encoding)
+@dataclass(frozen=True)
+class Table:
+    """A table of images and captions."""
+
+    source: Source
+    file: ListFile
+    kind: str
+    """One of KINDS."""
+    encoding: str
+    folder: str = ""
+    """Folder of the table in the input, in front of the ids."""
+    delimiter: str = ""
+    header: tuple[str, ...] = ()
+    """Names of the columns; empty for JSON lines."""
+    has_header: bool = False
+    """Whether the header is the first line."""
+
+    @classmethod
+    def open(
+        cls, source: Source, location: str, encoding: str = "", columns: str = "", folder: str = ""
+    ) -> Table:
+        """Look at the beginning of a table.
+
+        Args:
+            source: the input.
+            location: the table.
+            encoding: encoding of a file without a byte order mark; "" for UTF-8.
+            columns: comma-separated names of the columns of a table without a header.
+            folder: folder of the table in the input.
+
+        Raises:
+            ValueError: the kind of file is unknown, or the table is ambiguous.
+        """
+        kind = extension(location.removesuffix(".gz"))
+        if kind not in KINDS:
+            raise ValueError(f"{location} is neither a folder nor a .csv, .tsv or .jsonl table")
+        file = ListFile.at(location)
+        with file.open() as opened:
+            head = opened.peek(4)[:4]  # type: ignore[attr-defined]
+        encoding = next((name for mark, name in _MARKS if head.startswith(mark)), encoding)
+        table = cls(source, file, kind, encoding, folder)
         if kind == "jsonl":
-            yield from _json_lines(source, location, lines)
-        else:
-            yield from _rows(source, location, lines, kind, columns)
+            return table
+        first = "" if columns else table.first_line()
+        if not (first or columns):
+            raise ValueError(f"{location} is empty")
+        delimiter = _delimiter(source, first) if kind == "csv" else "\t"
+        names = columns.split(",") if columns else _split(first, delimiter)
+        header = _usual_names([name.strip() for name in names])
+        _check_header(source, location, header)
+        return replace(table, delimiter=delimiter, header=tuple(header), has_header=not columns)
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the table can be read from any row on."""
+        return bool(_BY_LINES.fullmatch(self._codec)) and not self.file.location.endswith(".gz")
 
-def _lines(file: Any, location: str, encoding: str) -> Iterator[str]:
-    """Yield the lines of a file. Only line feeds end a line, as captions may hold U+2028."""
-    head = file.peek(4)[:4]
-    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), encoding)
-    errors = "surrogatepass" if encoding.startswith("utf-") else "surrogateescape"
-    try:
-        text = io.TextIOWrapper(file, encoding or "utf-8-sig", errors, newline="\n")
-        for number, line in enumerate(text):
-            if not number and "\0" in line:
-                raise ValueError(
-                    f"{location}:1 holds zero bytes: give --encoding, for example utf-16"
-                )
-            yield line
-    except LookupError as error:
-        raise ValueError(f"--encoding {encoding}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{location} is not {encoding}: {error}; see --encoding") from error
+    @property
+    def _codec(self) -> str:
+        """Python's name of the encoding.
 
-
-def _json_lines(source: Source, location: str, lines: Iterable[str]) -> Iterator[Found]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+        Raises:
+            ValueError: there is no such encoding.
+        """
         try:
-            item = parse_json(line)
-        except ValueError as error:
-            place = f"{basename(location)}:{number}"
-            yield Reject(place, Reason.DAMAGED_INPUT, describe(error), captions=1)
-            continue
-        yield read_item(location, number, item, lambda n, i: pair_of_item(source, location, n, i))
+            return codecs.lookup(self.encoding or "utf-8-sig").name
+        except LookupError as error:
+            raise ValueError(f"--encoding {self.encoding}: {error}") from error
 
-
-def _rows(
-    source: Source, location: str, lines: Iterator[str], kind: str, columns: str
-) -> Iterator[Found]:
-    first = "" if columns else next(lines, "")
-    if not (first or columns):
-        raise ValueError(f"{location} is empty")
-    delimiter = "\t"
-    if kind == "csv":
-        delimiter = _delimiter(source, first)
-    header = [name.strip() for name in columns.split(",")] if columns else _split(first, delimiter)
-    header = _usual_names(header)
-    _check_header(source, location, header)
-    records = _tab_records(lines) if kind == "tsv" else _csv_records(lines, delimiter)
-    for line_number, fields in records:
-        number = line_number + (not columns)
-        place = f"{basename(location)}:{number}"
-        if isinstance(fields, str):
-            yield Reject(place, Reason.DAMAGED_INPUT, fields, captions=1)
-        elif len(fields) > len(header):
-            detail = f"{len(fields)} fields, more than the {len(header)} columns; quote the text?"
-            yield Reject(place, Reason.DAMAGED_INPUT, detail, captions=1)
-        elif any(map(_ESCAPED.search, fields)):
-            detail = "not UTF-8: give --encoding, for example latin-1"
-            yield Reject(place, Reason.DAMAGED_INPUT, detail, captions=1)
+    def read(self, start: Place) -> Iterator[tuple[Place, Found]]:
+        """Read the rows from a place on. A row that can't be read becomes a reject."""
+        lines = self._lines(start)
+        if self.kind == "jsonl":
+            items = self._json_lines(lines)
         else:
-            row = dict(zip(header, fields, strict=False))
-            yield read_item(location, number, row, lambda n, item: _pair(source, location, n, item))
+            if self.has_header and start == START:
+                next(lines)
+            items = self._rows(lines)
+        for place, item in items:
+            yield place, in_folder(item, self.folder)
+
+    def first_line(self) -> str:
+        """The first line; "" in an empty file."""
+        return next((text for _, text in self._lines(START)), "")
+
+    def _lines(self, start: Place) -> Iterator[_Line]:
+        """The lines from a place on. Only line feeds end one, as captions may hold U+2028."""
+        location, codec = self.file.location, self._codec
+        errors = "surrogatepass" if self.encoding.startswith("utf-") else "surrogateescape"
+        place = start if start.offset else Place(0, 0, 1)
+        with self.file.open(place.offset) as file:
+            try:
+                lines: Iterable[str | bytes] = file
+                if not self.is_streamed:  # it is read once, as a whole, so places don't matter
+                    lines = io.TextIOWrapper(file, codec, errors, newline="\n")
+                for line in lines:
+                    text = line if isinstance(line, str) else line.decode(codec, errors)
+                    if not place.offset and "\0" in text:
+                        raise ValueError(
+                            f"{location}:1 holds zero bytes: give --encoding, for example utf-16"
+                        )
+                    yield _Line(place, text)
+                    place = Place(0, place.offset + len(line), place.number + 1)
+                    if codec == "utf-8-sig":  # a byte order mark is one at the start alone
+                        codec = "utf-8"
+            except LookupError as error:
+                raise ValueError(f"--encoding {self.encoding}: {error}") from error
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{location} is not {self.encoding}: {error}; see --encoding"
+                ) from error
+
+    def _json_lines(self, lines: Iterable[_Line]) -> Iterator[tuple[Place, Found]]:
+        location = self.file.location
+        make = partial(pair_of_item, self.source, location)
+        for place, text in lines:
+            if not text.strip():
+                continue
+            try:
+                item = parse_json(text)
+            except ValueError as error:
+                name = f"{basename(location)}:{place.number}"
+                yield place, Reject(name, Reason.DAMAGED_INPUT, describe(error), captions=1)
+                continue
+            yield place, read_item(location, place.number, item, make)
+
+    def _rows(self, lines: Iterator[_Line]) -> Iterator[tuple[Place, Found]]:
+        location, header = self.file.location, self.header
+        make = partial(_pair, self.source, location)
+        records = _tab_records(lines)
+        if self.kind == "csv":
+            records = _csv_records(lines, self.delimiter)
+        for place, fields in records:
+            problem = fields if isinstance(fields, str) else ""
+            if len(fields) > len(header) and not problem:
+                problem = (
+                    f"{len(fields)} fields, more than the {len(header)} columns; quote the text?"
+                )
+            elif not problem and any(map(_ESCAPED.search, fields)):
+                problem = "not UTF-8: give --encoding, for example latin-1"
+            if problem:
+                name = f"{basename(location)}:{place.number}"
+                yield place, Reject(name, Reason.DAMAGED_INPUT, problem, captions=1)
+            else:
+                row = dict(zip(header, fields, strict=False))
+                yield place, read_item(location, place.number, row, make)
 
 
 def _pair(source: Source, location: str, number: int, row: dict[str, Any]) -> Found:
@@ -202,14 +275,14 @@ def _check_header(source: Source, location: str, header: list[str]) -> None:
             )
 
 
-def _tab_records(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield number, line.rstrip("\r\n").split("\t")
+def _tab_records(lines: Iterable[_Line]) -> Iterator[tuple[Place, list[str] | str]]:
+    for place, text in lines:
+        if text.strip():
+            yield place, text.rstrip("\r\n").split("\t")
 
 
-def _csv_records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield the line number and the fields of each row, or the problem instead of the fields.
+def _csv_records(lines: Iterator[_Line], delimiter: str) -> Iterator[tuple[Place, list[str] | str]]:
+    """Yield the place and the fields of each row, or the problem instead of the fields.
 
     A quote that is not closed spoils only its own line, not the following ones.
     """
@@ -218,30 +291,25 @@ def _csv_records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, li
         rf"{re.escape(delimiter)}",
         re.IGNORECASE,
     )
-    waiting: deque[str] = deque()
-    number = 0
+    waiting: deque[_Line] = deque()
     while True:
-        text = waiting.popleft() if waiting else next(lines, None)
-        if text is None:
+        first = waiting.popleft() if waiting else next(lines, None)
+        if first is None:
             return
-        number += 1
-        fields = _parse(text, delimiter)
-        extra: list[str] = []
+        fields = _parse(first.text, delimiter)
+        extra: list[_Line] = []
         while fields == _OPEN and len(extra) < _LONGEST_ROW:
             line = waiting.popleft() if waiting else next(lines, None)
             if line is None:
                 break
             extra.append(line)
-            if row_start.match(line):  # the next row, swallowed by the open quote
+            if row_start.match(line.text):  # the next row, swallowed by the open quote
                 break
-            fields = _parse(text + "".join(extra), delimiter)
+            fields = _parse(first.text + "".join(more.text for more in extra), delimiter)
         if isinstance(fields, str):
             waiting.extendleft(reversed(extra))
-            yield number, fields
-        elif fields:
-            yield number, fields
-        if not isinstance(fields, str):
-            number += len(extra)
+        if fields:
+            yield first.place, fields
 
 
 def _parse(text: str, delimiter: str) -> list[str] | str:

@@ -1,0 +1,35 @@
+"""Search for repeated hashes, in little more memory than the hashes take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_PARTITIONS = 16  # which are sorted one after the other
+
+
+def repeats(hashes: NDArray[np.uint64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Hashes that came before.
+
+    Args:
+        hashes: uint64 [hashes].
+
+    Returns:
+        Unsigned [repeats], ascending positions of the hashes that an earlier one equals, and of
+        the first hash that each of them equals.
+    """
+    later, firsts = [], []
+    partitions = hashes.view(np.uint8)[::8] % _PARTITIONS
+    number = np.min_scalar_type(len(hashes))
+    for partition in range(_PARTITIONS):
+        places = np.flatnonzero(partitions == partition)
+        places = places[np.argsort(hashes[places], kind="stable")]
+        is_first = np.append(True, np.diff(hashes[places]) != 0)[: len(places)]
+        heads = places[is_first][np.cumsum(is_first) - 1]
+        later.append(places[~is_first].astype(number))
+        firsts.append(heads[~is_first].astype(number))
+    positions = np.concatenate(later)
+    order = np.argsort(positions, kind="stable")
+    return positions[order], np.concatenate(firsts)[order]

@@ -1,0 +1,101 @@
+"""What a conversion does with a list before it converts: time and memory, for `benchmark.py scale`.
+
+Run by itself, it lists the chunks of a file, plans their conversion and prints what that took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMS = {"jsonl": "folder", "csv": "folder", "json": "blip_json"}
+"""Ending of a list -> its reader."""
+TARGET = 100_000_000
+"""Lines that the figures are extrapolated to."""
+
+
+def list_figures(lines: list[int], scratch: Path | None) -> dict[str, Any]:
+    """CPU seconds and peak memory by form and lines, and what follows for `TARGET` lines."""
+    figures: dict[str, dict[int, dict[str, float]]] = {}
+    for form in FORMS:
+        figures[form] = {}
+        for count in lines:
+            with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch) as folder:
+                path = Path(folder) / f"list.{form}"
+                make_list(path, count)
+                done = subprocess.run(
+                    [sys.executable, __file__, str(path)],
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdout=subprocess.PIPE, text=True, check=True,
+                )  # fmt: skip
+                figures[form][count] = json.loads(done.stdout)
+        small, large = min(lines), max(lines)
+        few, many = figures[form][small], figures[form][large]
+        beyond = {}
+        for name, value in many.items():
+            slope = (value - few[name]) / (large - small) if large > small else value / large
+            beyond[name] = value + slope * (TARGET - large)
+        figures[form][TARGET] = beyond
+    return figures
+
+
+def make_list(path: Path, lines: int) -> None:
+    """A list of images that are not there, each with one caption of ten words."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(_rows(path.suffix[1:], lines))
+
+
+def _rows(form: str, lines: int) -> Iterator[str]:
+    if form == "csv":
+        yield "image,caption\n"
+    for number in range(lines):
+        image = f"{number // 10_000:05}/{number:09}.jpg"
+        caption = f"a photo of thing {number} on a table by the window"
+        if form == "csv":
+            yield f"{image},{caption}\n"
+            continue
+        item = json.dumps({"image": image, "caption": caption})
+        if form == "jsonl":
+            yield f"{item}\n"
+        else:
+            yield f"{', ' if number else '['}{item}"
+    if form == "json":
+        yield "]"
+
+
+def measure(path: Path) -> dict[str, float]:
+    """List the chunks of a file and plan their conversion, in this process."""
+    from blip_scale.data.conversion.pairs import Source
+    from blip_scale.data.conversion.run import Conversion
+    from blip_scale.data.conversion.screening import Rules
+    from blip_scale.data.sources.readers import READERS
+
+    before, start = _peak_mb(), time.process_time()
+    chunks = list(READERS[FORMS[path.suffix[1:]]].chunks(Source(str(path))))
+    listed = time.process_time()
+    Conversion(chunks, "out", Rules("bench", images_below=str(path.parent))).plan()
+    return {
+        "list_s": listed - start,
+        "plan_s": time.process_time() - listed,
+        "list_mb": _peak_mb() - before,
+    }
+
+
+def _peak_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+if __name__ == "__main__":
+    sys.path.append(str(ROOT))
+    print(json.dumps(measure(Path(sys.argv[1]))))
