@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -71,20 +72,43 @@ def report_error_of_rank(command: str, error: Exception, log_folder: Path | None
     return exit_codes.REFUSED if is_refused(error) else exit_codes.FAILED
 
 
-def interrupt_on_sigterm() -> None:
-    """Let SIGTERM raise KeyboardInterrupt, like Ctrl-C; `stopped` tells them apart."""
-    signal.signal(signal.SIGTERM, _interrupt)
+def run_command(prog: str, work: Callable[[], int], kept: str = "") -> int:
+    """Do a command's work, and return the exit code.
 
-
-def stopped(interrupt: KeyboardInterrupt, kept: str) -> int:
-    """Report an interrupted command, and return the exit code of the signal.
+    An error or a signal (SIGINT, SIGTERM) ends the work with one line on stderr.
 
     Args:
-        interrupt: the exception.
-        kept: finished work, in the plural, such as "finished shards".
+        prog: name of the command.
+        work: function that returns the exit code.
+        kept: finished work, in the plural, that a stopped command leaves and resumes from, such as
+            "finished shards"; "": there is none.
     """
-    sys.stderr.write(f"stopped; {kept} are kept, run the same command to resume\n")
-    return exit_codes.of_signal(int(str(interrupt) or signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return work()
+    except (OSError, ValueError) as error:
+        return report_error(prog, error)
+    except KeyboardInterrupt as stop:
+        advice = f"; {kept} are kept, run the same command to resume" if kept else ""
+        sys.stderr.write(f"stopped{advice}\n")
+        return exit_codes.of_signal(int(str(stop) or signal.SIGINT))
+
+
+def check_least(options: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """Check the numbers of options.
+
+    Args:
+        options: of the parser.
+        least: name of an option, with underscores -> smallest number that it takes.
+
+    Raises:
+        ValueError: a number is smaller.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name, None)
+        if value is not None and value < smallest:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value}: expected {smallest} or more")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

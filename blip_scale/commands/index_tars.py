@@ -16,13 +16,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import (
-    Parser,
-    interrupt_on_sigterm,
-    refuse,
-    report_error,
-    stopped,
-)
+from blip_scale.commands.command_line import Parser, check_least, refuse, run_command
 from blip_scale.commands.prepare_data import add_filters, filters_of
 from blip_scale.config import exit_codes
 from blip_scale.data.conversion.run import Part, Progress
@@ -35,16 +29,11 @@ from blip_scale.storage.locations import is_local, join
 def main(arguments: Sequence[str] | None = None, prog: str = "index_tars.py") -> int:
     """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
     options = _parser(prog).parse_args(arguments)
-    try:
-        interrupt_on_sigterm()
-        return _index(options, prog)
-    except (OSError, ValueError) as error:
-        return report_error(prog, error)
-    except KeyboardInterrupt as stop:
-        return stopped(stop, "finished tars")
+    return run_command(prog, lambda: _index(options, prog), "finished tars")
 
 
 def _index(options: argparse.Namespace, prog: str) -> int:
+    check_least(options, {"max_words": 1, "workers": 1})
     out = options.out or join(options.tars, TAR_INDEX)
     rules = Rules("tars", options.max_words, in_place=True, **filters_of(options))
     job = IndexJob(options.tars, out, rules, options.caption_key, options.workers, options.scratch)

@@ -21,13 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import (
-    Parser,
-    interrupt_on_sigterm,
-    refuse,
-    report_error,
-    stopped,
-)
+from blip_scale.commands.command_line import Parser, check_least, refuse, run_command
 from blip_scale.config import exit_codes
 from blip_scale.data.captions import parse_roles
 from blip_scale.data.conversion.holdout import HELDOUT, parse_holdout
@@ -58,22 +52,21 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
     """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
     options = _parser(prog).parse_args(arguments)
     options.prog = prog
+    work = _make_demo_set if options.name in DEMO_SETS else _convert
     try:
-        if options.name in DEMO_SETS:
-            print(f"{options.out}: {DEMO_SETS[options.name].make(options)}")
-            return exit_codes.DONE
-        return _convert(options)
+        return run_command(prog, lambda: work(options), "finished chunks")
     except ModuleNotFoundError as error:
         extra = "[demo]" if options.name in DEMO_SETS else ""
         return refuse(prog, f"{error}; in a clone, run `pip install '.{extra}'`")
-    except (OSError, ValueError) as error:
-        return report_error(prog, error)
-    except KeyboardInterrupt as stop:
-        return stopped(stop, "finished chunks")
+
+
+def _make_demo_set(options: argparse.Namespace) -> int:
+    print(f"{options.out}: {DEMO_SETS[options.name].make(options)}")
+    return exit_codes.DONE
 
 
 def _convert(options: argparse.Namespace) -> int:
-    interrupt_on_sigterm()
+    check_least(options, _LEAST)
     if options.merge:
         return _tell_summary(options, merge(options.out, options.scratch), None)
     source = _source(options)
@@ -257,6 +250,8 @@ def _refuse_nothing(
     )
 
 
+_LEAST = {"max_words": 1, "max_side": 1, "pairs_per_chunk": 1, "workers": 1, "sample": 1}
+"""Option -> smallest number that it takes."""
 _COLUMNS = "name the columns with --caption-key and --image-key"
 _IMAGES = (
     "say where the images lie with --images, and what to take off their paths (--strip-prefix)"
