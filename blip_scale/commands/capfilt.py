@@ -22,10 +22,10 @@ from blip_scale import logs
 from blip_scale.capfilt.endpoint import KEY_VARIABLE, Endpoint
 from blip_scale.capfilt.filtering import Settings
 from blip_scale.capfilt.job import Job, Task, run
-from blip_scale.commands.command_line import Parser, check_least, refuse, run_command
+from blip_scale.commands.command_line import Parser, check_least, progress_on, refuse, run_command
 from blip_scale.config import exit_codes
 from blip_scale.data.conversion.pairs import Reason
-from blip_scale.data.conversion.run import Part, Progress
+from blip_scale.data.conversion.run import Part
 from blip_scale.inference.loading import Loading
 from blip_scale.model.generation import NucleusSettings
 from blip_scale.storage.free_space import parse_bytes
@@ -54,13 +54,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
     task = Task(Part.parse(options.shard), workers, options.scratch)
     start_s = time.perf_counter()
     with tqdm(desc="capfilt", unit="image", mininterval=1.0, smoothing=0.05) as bar:
-
-        def show(progress: Progress) -> None:
-            bar.total = progress.pairs
-            bar.set_postfix_str(f"shard {progress.chunks_done}/{progress.chunks}", refresh=False)
-            bar.update(progress.read - bar.n)
-
-        statistics = run(job, task, show)
+        statistics = run(job, task, progress_on(bar, "shard"))
         images, seconds = bar.n, time.perf_counter() - start_s
     where = torch.cuda.get_device_name() if on_gpu else f"{workers} CPU processes"
     print(f"{images} images in {seconds:.0f} s: {images / seconds:.1f} images/s on {where}")

@@ -10,11 +10,16 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from blip_scale import launcher, logs
 from blip_scale.config import exit_codes
 from blip_scale.errors import RefusedInput, is_refused
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from blip_scale.data.conversion.run import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +114,24 @@ def check_least(options: argparse.Namespace, least: Mapping[str, int]) -> None:
         if value is not None and value < smallest:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {value}: expected {smallest} or more")
+
+
+def progress_on(bar: tqdm, chunk: str) -> Callable[[Progress], None]:
+    """Function that shows the progress of a conversion on a bar.
+
+    Args:
+        bar: bar of pairs.
+        chunk: name of a part of the input: tar, shard, chunk.
+    """
+
+    def show(progress: Progress) -> None:
+        bar.total = progress.pairs
+        share = progress.rejected / max(1, progress.read)
+        done = f"{chunk} {progress.chunks_done}/{progress.chunks}"
+        bar.set_postfix_str(f"{share:.1%} rejected, {done}", refresh=False)
+        bar.update(progress.read - bar.n)
+
+    return show
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -21,12 +21,12 @@ import yaml
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, check_least, refuse, run_command
+from blip_scale.commands.command_line import Parser, check_least, progress_on, refuse, run_command
 from blip_scale.config import exit_codes
 from blip_scale.data.captions import parse_roles
 from blip_scale.data.conversion.holdout import HELDOUT, parse_holdout
 from blip_scale.data.conversion.pairs import Reason, Source
-from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
+from blip_scale.data.conversion.run import Conversion, Part, convert, merge
 from blip_scale.data.conversion.screening import PIXEL_LIMIT, Rules
 from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
 from blip_scale.data.conversion.text_counts import text_lines, tokenizer_of
@@ -91,7 +91,9 @@ def _convert(options: argparse.Namespace) -> int:
     )  # fmt: skip
     start_s = time.perf_counter()
     with tqdm(desc=options.name, unit="pair", mininterval=1.0, smoothing=0.05) as bar:
-        summary = convert(job, Part.parse(options.shard), _shower(bar), options.overwrite)
+        summary = convert(
+            job, Part.parse(options.shard), progress_on(bar, "chunk"), options.overwrite
+        )
     if summary is None:
         print(f"{options.out}: part {options.shard} is done; other parts are not done yet")
         return exit_codes.DONE
@@ -142,18 +144,6 @@ def _source(options: argparse.Namespace) -> Source:
         image_key=options.image_key,
         pairs_per_chunk=options.pairs_per_chunk,
     )
-
-
-def _shower(bar: tqdm) -> Callable[[Progress], None]:
-    def show(progress: Progress) -> None:
-        bar.total = progress.pairs
-        share = progress.rejected / max(1, progress.read)
-        bar.set_postfix_str(
-            f"{share:.1%} rejected, chunk {progress.chunks_done}/{progress.chunks}", refresh=False
-        )
-        bar.update(progress.read - bar.n)
-
-    return show
 
 
 def _tell_summary(
