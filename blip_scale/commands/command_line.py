@@ -56,9 +56,9 @@ def report_error(command: str, error: Exception) -> int:
 def report_error_of_rank(command: str, error: Exception, log_folder: Path | None) -> int:
     """Report an error of one of several ranks.
 
-    Before a run begins, all ranks refuse the same input, so only rank 0 reports it. In a run, any
-    rank may fail, and the traceback is in its log. There, `errors.refusing` marks refused input,
-    and every other error is a failure.
+    Before a run begins, all ranks refuse the same input, so rank 0 reports it first; its launcher
+    then ends the others, unless rank 0 has no error. In a run, any rank may fail, and the traceback
+    is in its log. There, `errors.refusing` marks refused input, and every other error is a failure.
 
     Args:
         command: name of the command.
@@ -74,7 +74,7 @@ def report_error_of_rank(command: str, error: Exception, log_folder: Path | None
     if rank == 0:
         return report_error(command, error)
     time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once any has ended
-    return exit_codes.REFUSED if is_refused(error) else exit_codes.FAILED
+    return report_error(f"{command} (rank {rank})", error)
 
 
 def run_command(prog: str, work: Callable[[], int], kept: str = "") -> int:

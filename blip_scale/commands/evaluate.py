@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from blip_scale import launcher, logs
-from blip_scale.commands.command_line import Parser, check_least, report_error
+from blip_scale.commands.command_line import Parser, check_least, report_error_of_rank
 from blip_scale.config import recipe as recipes
 from blip_scale.config import settings
 from blip_scale.config.recipe import Recipe, StreamRecipe
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         figures = kind.measure(Subject(blip, pairs, recipe, options))
         everywhere = collectives.all_gather_objects(pairs.unreadable)
     except (ValueError, OSError) as error:
-        return report_error(prog, error)
+        return report_error_of_rank(prog, error, None)
     if is_main:
         report = {
             "task": options.task,
