@@ -146,10 +146,10 @@ def test_a_request_has_prompt_image_and_key(
 @pytest.mark.parametrize(
     "answer",
     [
-        saying(b"busy", 503), saying(b"", 429), saying(b"", 302), hang_up, silence, trickle,
+        saying(b"busy", 503), saying(b"", 429), hang_up, silence, trickle,
         saying(b"{", length=100), saying(b"x" * (2 << 20)),
     ],
-    ids=["busy", "too_many", "moved", "hangs_up", "silent", "trickles", "cut", "huge"],
+    ids=["busy", "too_many", "hangs_up", "silent", "trickles", "cut", "huge"],
 )  # fmt: skip
 def test_what_may_pass_is_retried(server: _Server, drawing: bytes, answer: Answer) -> None:
     server.answers = [answer]
