@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from blip_scale.commands.main import COMMANDS
 from blip_scale.config import settings
 from blip_scale.config.recipe import Recipe
 
@@ -16,6 +17,7 @@ DRILLS = "contributing.md"
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)#\s]+)(?:#[^)]*)?\)")
 FILE = re.compile(r"`((?:blip_scale|docs|ds_configs|slurm|tests|tools)/[\w/.-]+)`")
+COMMAND = re.compile(r"(?:^|[`$;] ?)blip-scale ([a-z][\w-]*)", re.MULTILINE)
 SECTIONS = "model|objective|data|optimizer|train|checkpoint|log|evaluation"
 SETTING = re.compile(rf"`((?:{SECTIONS})\.(?!py)[a-z][\w.]*)[=:`]")
 
@@ -40,6 +42,12 @@ def test_named_settings_are_there(page: Path) -> None:
     named = SETTING.findall(page.read_text(encoding="utf-8")) if page.name != DRILLS else []
     in_general = [re.sub(r"\.\d+\.", ".N.", name) for name in named]
     assert not [name for name in in_general if name not in setting_names]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_commands_are_there(page: Path) -> None:
+    named = COMMAND.findall(page.read_text(encoding="utf-8"))
+    assert set(named) <= COMMANDS.keys()
 
 
 def test_every_page_is_in_the_index() -> None:

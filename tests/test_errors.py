@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from blip_scale import train
-from blip_scale.commands.command_line import report_error
+from blip_scale.commands.command_line import check_least, report_error, run_command
 from blip_scale.config import exit_codes
 from blip_scale.config.recipe import load
 from blip_scale.data.tokenizer import resolve_checkpoint
@@ -63,6 +65,39 @@ def test_failures_are_none(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert not is_refused(error)
     assert report_error("tool", error) == exit_codes.FAILED
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ("", "stopped\n"),
+        ("shards", "stopped; shards are kept, run the same command to resume\n"),
+    ],
+)
+def test_a_signal_ends_a_command_in_one_line(
+    kept: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal does not end the work")
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_command("command", work, kept) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == message
+
+
+def test_numbers_below_the_least_are_refused() -> None:
+    check_least(Namespace(count=1, other=None), {"count": 1, "other": 5, "not_there": 1})
+    with pytest.raises(ValueError, match="--max-words 0: expected 1 or more"):
+        check_least(Namespace(max_words=0), {"max_words": 1})
+
+
+def test_the_command_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "blip_scale.commands.main", "--version"]
+    assert subprocess.check_output(command, text=True).startswith("blip-scale ")
 
 
 def test_what_is_missing_can_be_caught_as_such() -> None:

@@ -40,6 +40,10 @@ def test_the_interval_is_youngs_for_short_pauses_and_loses_least() -> None:
     assert best_interval_s(Costs(pause_s=5.0, write_s=3000.0), between_s) == 3000
 
 
+def test_a_run_that_fails_during_every_restart_never_gets_on() -> None:
+    assert goodput(600.0, Costs(pause_s=1.0), between_s=0.1) == 0.0
+
+
 def test_an_outlook_counts_in_steps() -> None:
     view = outlook(32, step_s=0.5, every_steps=1000, costs=Costs(pause_s=1.0))
     assert view.best_every_steps == pytest.approx(2 * math.sqrt(2 * 413_538), rel=0.01)

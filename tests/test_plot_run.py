@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "recipe.yaml").write_text(text)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(p)}\n" for p in POINTS))
     captions = [
-        {"set": "colors", "id": "blue", "caption": "blue", "truth": "blue"},
+        {"set": "colors", "id": "blue", "caption": "b lue", "truth": "blue", "exact": True},
         {"set": "colors", "id": "red", "caption": "costs $5 or $6", "truth": "red"},
     ]
     (folder / "summary.json").write_text(json.dumps({"captions": captions}))
@@ -71,7 +71,8 @@ def test_an_image_is_that_of_its_caption(run: Path) -> None:
     settings = recipe.load(str(run / "recipe.yaml"))
     entries = json.loads((run / "summary.json").read_text())["captions"]
     blue, red = plot_run.captioned_images(settings, "colors", entries, 2)
-    assert (blue.caption, tuple(blue.pixels[5, 5])) == ("blue", COLORS["blue"])
+    assert (blue.caption, tuple(blue.pixels[5, 5])) == ("b lue", COLORS["blue"])
+    assert blue.is_exact and not red.is_exact
     assert (red.truth, tuple(red.pixels[5, 5])) == ("red", COLORS["red"])
 
 

@@ -50,6 +50,8 @@ class Captioned:
     """uint8 [H, W, 3]."""
     caption: str
     truth: str
+    is_exact: bool
+    """Whether the run counts the caption as exactly right."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "plot_run.py") -> int:
@@ -140,10 +142,12 @@ def captioned_images(
         )
     images = pairs.images(place_of[entry["id"]] for entry in chosen)
     rows = images.permute(0, 2, 3, 1).numpy()
-    return [
-        Captioned(pixels, entry["caption"], entry["truth"])
-        for pixels, entry in zip(rows, chosen, strict=True)
-    ]
+    captioned = []
+    for pixels, entry in zip(rows, chosen, strict=True):
+        caption, truth = entry["caption"], entry["truth"]
+        # Summaries of older runs do not say which captions are exact.
+        captioned.append(Captioned(pixels, caption, truth, entry.get("exact", caption == truth)))
+    return captioned
 
 
 def draw(points: Points, name: str, captioned: Sequence[Captioned], file: Path) -> None:
@@ -191,7 +195,7 @@ def draw_images(cells: Iterable[Any], captioned: Sequence[Captioned]) -> None:
         axes.set_axis_off()
         if index < len(captioned):
             item = captioned[index]
-            color = "green" if item.caption.strip() == item.truth.strip() else "black"
+            color = "green" if item.is_exact else "black"
             axes.imshow(item.pixels)
             lines = ((item.caption, color, -0.04), (item.truth, "grey", -0.2))
             for text, ink, top in lines:

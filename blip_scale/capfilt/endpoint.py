@@ -11,6 +11,7 @@ import base64
 import http.client
 import io
 import json
+import math
 import os
 import time
 import urllib.parse
@@ -33,8 +34,9 @@ _USELESS_TRIES = 3
 """Answers without a caption after which an image has none."""
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
-_SETTINGS_AT_FAULT = (401, 403, 404, 405)
 _ITS_IMAGE_AT_FAULT = (400, 413, 415, 422)
+_MAY_PASS = (408, 409, 425, 429)
+"""Status codes below 500 of a server that is busy."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,12 @@ class Endpoint:
             raise ValueError(f"--captioner-url: give the key in {KEY_VARIABLE}, not in the URL")
         if not self.model:
             raise ValueError("--captioner-model is missing: name the server's model")
-        if min(self.max_tokens, self.requests) < 1 or self.timeout_s <= 0 or self.retry_s < 0:
-            raise ValueError("the numbers of the captioner must be positive")
+        seconds_fit = 0 < self.timeout_s < math.inf and 0 <= self.retry_s < math.inf
+        if min(self.max_tokens, self.requests) < 1 or not seconds_fit:
+            raise ValueError(
+                "--captioner-tokens, --captioner-requests and --captioner-timeout: expected "
+                "numbers above 0; --captioner-retry: 0 or more"
+            )
 
     @property
     def host(self) -> str:
@@ -196,7 +202,7 @@ def _post(endpoint: Endpoint, body: bytes) -> bytes:
     problem = f"status {answer.status}: {content[:200].decode('utf-8', 'replace')!r}"
     if answer.status in _ITS_IMAGE_AT_FAULT:
         raise NoCaption(problem)
-    if answer.status in _SETTINGS_AT_FAULT:
+    if answer.status < http.client.INTERNAL_SERVER_ERROR and answer.status not in _MAY_PASS:
         raise RefusedInput(
             f"the captioner {endpoint.url} refuses requests for {endpoint.model} ({problem}); "
             f"check --captioner-url, --captioner-model and {KEY_VARIABLE}"

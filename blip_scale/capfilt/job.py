@@ -21,7 +21,7 @@ from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.data.conversion.overlay import images_entry
 from blip_scale.data.conversion.pairs import Chunk, Reason
 from blip_scale.data.conversion.report import Report, report_name
-from blip_scale.data.conversion.run import Conversion, Part, Progress, convert
+from blip_scale.data.conversion.run import PLAN_NAME, Conversion, Part, Progress, convert
 from blip_scale.data.mds import INDEX_NAME, parse_shard
 from blip_scale.data.overlays import MANIFEST_NAME, VERSION, OverlayWriter
 from blip_scale.data.reading.stream_store import StreamStore
@@ -79,13 +79,18 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
     on_cpu = replace(settings, loading=replace(loading, device="cpu", precision="fp32"))
     plan = _plan(on_cpu, settings)
     if settings.endpoint is not None:
-        settings = replace(settings, answers=str(_answers_folder(job, task, plan)))
+        settings = replace(
+            settings, answers=str(_answers_folder(job, task, plan, store.shards.index_sha256))
+        )
     is_on_cpu = settings.loading == on_cpu.loading
     for number, shard in enumerate(store.shards):
         read = partial(filtering.read_shard, folder, remote, number, settings)
         fingerprint = json.dumps(shard.raw_data.hashes, sort_keys=True)
         chunks.append(Chunk(store.shard_name(number), read, fingerprint, shard.samples))
     made_in = f"{job.out.rstrip('/')}/{PARTS}" if settings.without_images else job.out
+    out, parts = OutputFolder(job.out, task.scratch), OutputFolder(made_in, task.scratch)
+    if settings.without_images and out.has(INDEX_NAME) and not parts.has(PLAN_NAME):
+        raise ValueError(f"{job.out} holds another set ({INDEX_NAME}): choose another OUT")
     conversion = Conversion(
         chunks, made_in, None, job.shard_bytes, task.workers, task.scratch,
         "fork" if local and is_on_cpu else "spawn", plan,
@@ -96,7 +101,6 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
     if settings.endpoint is not None:
         shutil.rmtree(settings.answers, ignore_errors=True)
     statistics = _statistics(summary)
-    out, parts = OutputFolder(job.out, task.scratch), OutputFolder(made_in, task.scratch)
     if settings.without_images:
         _write_overlay(job, store, out, parts, statistics)
     with out.workshop("statistics", per_process=True) as made:
@@ -129,9 +133,10 @@ def _plan(on_cpu: Settings, settings: Settings) -> dict[str, Any]:
     return plan
 
 
-def _answers_folder(job: Job, task: Task, plan: dict[str, Any]) -> Path:
+def _answers_folder(job: Job, task: Task, plan: dict[str, Any], images_sha256: str) -> Path:
     """Folder that keeps an external captioner's answers: in the output, or beside a remote one."""
-    name = f"answers-{xxhash.xxh3_64_hexdigest(json.dumps([job.source, job.out, plan]))}"
+    stated = json.dumps([job.source, images_sha256, job.out, plan])
+    name = f"answers-{xxhash.xxh3_64_hexdigest(stated)}"
     if is_local(job.out):
         return local_path(job.out) / name
     return private_folder(Path(task.scratch) / f"capfilt-{os.geteuid()}-{name}")
@@ -206,6 +211,7 @@ def _statistics(summary: dict[str, Any]) -> dict[str, Any]:
         "images": summary["pairs"],
         "undecodable_images": summary["rejects"].get("undecodable", 0),
         "images_without_answer": summary["rejects"].get(str(Reason.NO_ANSWER), 0),
+        "reject_examples": summary["reject_examples"],
         WEB: captions(WEB),
         SYNTHETIC: captions(SYNTHETIC),
         "histogram_edges": [n / BINS for n in range(BINS + 1)],

@@ -76,7 +76,7 @@ def _looked_up(
             score, _, text = reject.detail.partition(" ")
             kind = _KINDS.get(reject.reason)
             if kind:
-                captions.append((kind, float(score), text, False))
+                captions.append((kind, float(score) if score else None, text, False))
             else:
                 captions.append((str(reject.reason), 0.0, reject.detail, False))
     return _Shown(sample["id"], sample["image"], captions)

@@ -18,14 +18,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from blip_scale import logs
 from blip_scale.capfilt.endpoint import KEY_VARIABLE, Endpoint
 from blip_scale.capfilt.filtering import Settings
 from blip_scale.capfilt.job import Job, Task, run
-from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, report_error, stopped
-from blip_scale.data.conversion.run import Part, Progress
+from blip_scale.commands.command_line import Parser, check_least, progress_on, refuse, run_command
+from blip_scale.config import exit_codes
+from blip_scale.data.conversion.pairs import Reason
+from blip_scale.data.conversion.run import Part
 from blip_scale.inference.loading import Loading
 from blip_scale.model.generation import NucleusSettings
 from blip_scale.storage.free_space import parse_bytes
+
+_LEAST = {"image_size": 1, "batch_size": 1, "workers": 1, "threads": 1, "shown": 0}
+"""Option -> smallest number that it takes."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "capfilt.py") -> int:
@@ -34,16 +40,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "capfilt.py") -> in
     It is 0, 2 for refused input, and 130 or 143 after a signal.
     """
     options = _parser(prog).parse_args(arguments)
-    interrupt_on_sigterm()
-    try:
-        return _run(options)
-    except (OSError, ValueError) as error:
-        return report_error(prog, error)
-    except KeyboardInterrupt as stop:
-        return stopped(stop, "finished shards")
+    return run_command(prog, lambda: _run(options, prog), "finished shards")
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, prog: str) -> int:
+    check_least(options, _LEAST)
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     workers = options.workers or (1 if on_gpu else os.cpu_count() or 1)
     job = Job(
@@ -53,26 +54,30 @@ def _run(options: argparse.Namespace) -> int:
     task = Task(Part.parse(options.shard), workers, options.scratch)
     start_s = time.perf_counter()
     with tqdm(desc="capfilt", unit="image", mininterval=1.0, smoothing=0.05) as bar:
-
-        def show(progress: Progress) -> None:
-            bar.total = progress.pairs
-            bar.set_postfix_str(f"shard {progress.chunks_done}/{progress.chunks}", refresh=False)
-            bar.update(progress.read - bar.n)
-
-        statistics = run(job, task, show)
+        statistics = run(job, task, progress_on(bar, "shard"))
         images, seconds = bar.n, time.perf_counter() - start_s
     where = torch.cuda.get_device_name() if on_gpu else f"{workers} CPU processes"
     print(f"{images} images in {seconds:.0f} s: {images / seconds:.1f} images/s on {where}")
     if statistics is None:
         print(f"{options.out}: part {options.shard} is done; other parts are not done yet")
-    else:
-        _print(options.out, statistics)
-    return 0
+        return exit_codes.DONE
+    _print(options.out, statistics)
+    asked = statistics["images"]["read"] - statistics["undecodable_images"]
+    if 0 < asked == statistics["images_without_answer"]:
+        example = statistics["reject_examples"][Reason.NO_ANSWER]
+        return refuse(
+            prog,
+            f"{options.captioner_url}: no image got a caption ({logs.printable(example)}); check "
+            f"--captioner-model and --captioner-prompt, then remove {options.out} and start again",
+        )
+    return exit_codes.DONE
 
 
 def _settings(options: argparse.Namespace, on_gpu: bool) -> Settings:
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold {options.threshold}: expected a probability from 0 to 1")
+    if not options.role.strip() or set(options.role) & {",", "="}:
+        raise ValueError(f"--role {options.role!r}: expected a name without , and =")
     sampling = NucleusSettings(
         top_p=options.top_p,
         top_k=options.top_k,

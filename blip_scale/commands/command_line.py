@@ -7,13 +7,19 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from blip_scale import launcher, logs
 from blip_scale.config import exit_codes
 from blip_scale.errors import RefusedInput, is_refused
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from blip_scale.data.conversion.run import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +56,9 @@ def report_error(command: str, error: Exception) -> int:
 def report_error_of_rank(command: str, error: Exception, log_folder: Path | None) -> int:
     """Report an error of one of several ranks.
 
-    Before a run begins, all ranks refuse the same input, so only rank 0 reports it. In a run, any
-    rank may fail, and the traceback is in its log. There, `errors.refusing` marks refused input,
-    and every other error is a failure.
+    Before a run begins, all ranks refuse the same input, so rank 0 reports it first; its launcher
+    then ends the others, unless rank 0 has no error. In a run, any rank may fail, and the traceback
+    is in its log. There, `errors.refusing` marks refused input, and every other error is a failure.
 
     Args:
         command: name of the command.
@@ -68,23 +74,64 @@ def report_error_of_rank(command: str, error: Exception, log_folder: Path | None
     if rank == 0:
         return report_error(command, error)
     time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once any has ended
-    return exit_codes.REFUSED if is_refused(error) else exit_codes.FAILED
+    return report_error(f"{command} (rank {rank})", error)
 
 
-def interrupt_on_sigterm() -> None:
-    """Let SIGTERM raise KeyboardInterrupt, like Ctrl-C; `stopped` tells them apart."""
-    signal.signal(signal.SIGTERM, _interrupt)
+def run_command(prog: str, work: Callable[[], int], kept: str = "") -> int:
+    """Do a command's work, and return the exit code.
 
-
-def stopped(interrupt: KeyboardInterrupt, kept: str) -> int:
-    """Report an interrupted command, and return the exit code of the signal.
+    An error or a signal (SIGINT, SIGTERM) ends the work with one line on stderr.
 
     Args:
-        interrupt: the exception.
-        kept: finished work, in the plural, such as "finished shards".
+        prog: name of the command.
+        work: function that returns the exit code.
+        kept: finished work, in the plural, that a stopped command leaves and resumes from, such as
+            "finished shards"; "": there is none.
     """
-    sys.stderr.write(f"stopped; {kept} are kept, run the same command to resume\n")
-    return exit_codes.of_signal(int(str(interrupt) or signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return work()
+    except (OSError, ValueError) as error:
+        return report_error(prog, error)
+    except KeyboardInterrupt as stop:
+        advice = f"; {kept} are kept, run the same command to resume" if kept else ""
+        sys.stderr.write(f"stopped{advice}\n")
+        return exit_codes.of_signal(int(str(stop) or signal.SIGINT))
+
+
+def check_least(options: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """Check the numbers of options.
+
+    Args:
+        options: of the parser.
+        least: name of an option, with underscores -> smallest number that it takes.
+
+    Raises:
+        ValueError: a number is smaller.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name, None)
+        if value is not None and value < smallest:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value}: expected {smallest} or more")
+
+
+def progress_on(bar: tqdm, chunk: str) -> Callable[[Progress], None]:
+    """Function that shows the progress of a conversion on a bar.
+
+    Args:
+        bar: bar of pairs.
+        chunk: name of a part of the input: tar, shard, chunk.
+    """
+
+    def show(progress: Progress) -> None:
+        bar.total = progress.pairs
+        share = progress.rejected / max(1, progress.read)
+        done = f"{chunk} {progress.chunks_done}/{progress.chunks}"
+        bar.set_postfix_str(f"{share:.1%} rejected, {done}", refresh=False)
+        bar.update(progress.read - bar.n)
+
+    return show
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

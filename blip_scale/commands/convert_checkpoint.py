@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, report_error
+from blip_scale.commands.command_line import Parser, report_error, run_command
+from blip_scale.config import exit_codes
 from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
@@ -72,18 +73,22 @@ Target = Format | Literal["onnx"]
 def main(arguments: Sequence[str] | None = None, prog: str = "convert_checkpoint.py") -> int:
     """Run the command, and return its exit code: 0, or 2 for refused input."""
     options = _parser(prog).parse_args(arguments)
-    started = time.perf_counter()
     try:
-        target = _target(options)
-        _check_free(options.out, options.overwrite)
-        if target == "onnx":
-            _export(options)
-        else:
-            _convert(options, target)
-    except (ValueError, OSError, ExportError) as error:
+        return run_command(prog, lambda: _run(options))
+    except ExportError as error:
         return report_error(prog, error)
+
+
+def _run(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    target = _target(options)
+    _check_free(options.out, options.overwrite)
+    if target == "onnx":
+        _export(options)
+    else:
+        _convert(options, target)
     print(f"wrote {options.out} in {time.perf_counter() - started:.1f} s")
-    return 0
+    return exit_codes.DONE
 
 
 def _convert(options: argparse.Namespace, target: Format) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, report_error, stopped
+from blip_scale.commands.command_line import Parser, check_least, run_command
 from blip_scale.config import exit_codes
 from blip_scale.data.mds import INDEX_NAME
 from blip_scale.inference import embeddings
@@ -30,20 +30,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "blip-scale embed")
     It is 0, 1 if images could not be read, 2 for refused input, and 130 or 143 after a signal.
     """
     options = _parser(prog).parse_args(arguments)
-    interrupt_on_sigterm()
-    try:
-        return _embed(options)
-    except (OSError, ValueError) as error:
-        return report_error(prog, error)
-    except KeyboardInterrupt as stop:
-        return stopped(stop, "finished parts")
+    return run_command(prog, lambda: _embed(options), "finished parts")
 
 
 def _embed(options: argparse.Namespace) -> int:
-    for name in ("part_size", "batch_size", "threads"):
-        if getattr(options, name) < 1:
-            option = f"--{name.replace('_', '-')} {getattr(options, name)}"
-            raise ValueError(f"{option}: expected 1 or more")
+    check_least(options, dict.fromkeys(("part_size", "batch_size", "threads", "image_size"), 1))
     if options.faiss:
         embeddings.require_faiss()
     is_shards = options.remote or (options.data / INDEX_NAME).is_file()

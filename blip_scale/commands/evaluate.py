@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from blip_scale import launcher, logs
-from blip_scale.commands.command_line import Parser, report_error
+from blip_scale.commands.command_line import Parser, check_least, report_error_of_rank
 from blip_scale.config import recipe as recipes
 from blip_scale.config import settings
 from blip_scale.config.recipe import Recipe, StreamRecipe
@@ -95,6 +95,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
     try:
         launcher.adopt()
         recipes.check_overrides(overrides)
+        check_least(options, {"image_size": 1, "frames": 1})
+        _check_folders(options)
         is_main = os.environ.get("RANK", "0") == "0"
         logging.basicConfig(level="WARNING" if is_main else "ERROR")
         for handler in logging.getLogger().handlers:
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         figures = kind.measure(Subject(blip, pairs, recipe, options))
         everywhere = collectives.all_gather_objects(pairs.unreadable)
     except (ValueError, OSError) as error:
-        return report_error(prog, error)
+        return report_error_of_rank(prog, error, None)
     if is_main:
         report = {
             "task": options.task,
@@ -135,6 +137,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _check_folders(options: argparse.Namespace) -> None:
+    """Refuse, before hours of evaluation, files to write whose folder is missing.
+
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    for name in ("json", "submission"):
+        file = getattr(options, name)
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            raise FileNotFoundError(f"--{name} {file}: expected a file in a folder that exists")
 
 
 def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list[str]) -> Recipe:

@@ -16,16 +16,10 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import (
-    Parser,
-    interrupt_on_sigterm,
-    refuse,
-    report_error,
-    stopped,
-)
+from blip_scale.commands.command_line import Parser, check_least, progress_on, refuse, run_command
 from blip_scale.commands.prepare_data import add_filters, filters_of
 from blip_scale.config import exit_codes
-from blip_scale.data.conversion.run import Part, Progress
+from blip_scale.data.conversion.run import Part
 from blip_scale.data.conversion.screening import Rules
 from blip_scale.data.conversion.tar_index import IndexJob, write_index
 from blip_scale.data.reading.cache import TAR_INDEX
@@ -35,30 +29,19 @@ from blip_scale.storage.locations import is_local, join
 def main(arguments: Sequence[str] | None = None, prog: str = "index_tars.py") -> int:
     """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
     options = _parser(prog).parse_args(arguments)
-    try:
-        interrupt_on_sigterm()
-        return _index(options, prog)
-    except (OSError, ValueError) as error:
-        return report_error(prog, error)
-    except KeyboardInterrupt as stop:
-        return stopped(stop, "finished tars")
+    return run_command(prog, lambda: _index(options, prog), "finished tars")
 
 
 def _index(options: argparse.Namespace, prog: str) -> int:
+    check_least(options, {"max_words": 1, "workers": 1})
     out = options.out or join(options.tars, TAR_INDEX)
     rules = Rules("tars", options.max_words, in_place=True, **filters_of(options))
     job = IndexJob(options.tars, out, rules, options.caption_key, options.workers, options.scratch)
     start_s = time.perf_counter()
     with tqdm(desc="index", unit="pair", mininterval=1.0, smoothing=0.05) as bar:
-
-        def show(progress: Progress) -> None:
-            bar.total = progress.pairs
-            bar.set_postfix_str(f"tar {progress.chunks_done}/{progress.chunks}", refresh=False)
-            bar.update(progress.read - bar.n)
-
         # The client of a bucket hangs in a process that was forked beside it.
         start_method = "fork" if is_local(options.tars) and is_local(out) else "spawn"
-        summary = write_index(job, Part.parse(options.shard), show, start_method)
+        summary = write_index(job, Part.parse(options.shard), progress_on(bar, "tar"), start_method)
     if summary is None:
         print(f"{out}: part {options.shard} is done; other parts are not done yet")
         return exit_codes.DONE

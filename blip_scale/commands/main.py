@@ -82,3 +82,7 @@ def _help() -> str:
             "",
         ]
     )
+
+
+if __name__ == "__main__":
+    command()

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from blip_scale.commands.command_line import Parser, interrupt_on_sigterm, report_error, stopped
+from blip_scale.commands.command_line import Parser, run_command
 from blip_scale.config import exit_codes
 from blip_scale.data.captions import parse_roles
 from blip_scale.data.conversion.caption_files import KEYS, CaptionFiles
@@ -23,13 +23,7 @@ from blip_scale.data.conversion.overlay import OverlayJob, make_overlay
 def main(arguments: Sequence[str] | None = None, prog: str = "overlay.py") -> int:
     """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
     options = _parser(prog).parse_args(arguments)
-    interrupt_on_sigterm()
-    try:
-        return _run(options)
-    except (OSError, ValueError) as error:
-        return report_error(prog, error)
-    except KeyboardInterrupt as stop:
-        return stopped(stop, "images and captions")
+    return run_command(prog, lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from blip_scale.commands.chosen_recipe import chosen_recipe
-from blip_scale.commands.command_line import Parser, report_error
-from blip_scale.config import checks, recipe
+from blip_scale.commands.command_line import Parser, run_command
+from blip_scale.config import checks, exit_codes, recipe
 from blip_scale.planning.assumptions import GIB, Assumptions, duration
 from blip_scale.planning.hardware import GPUS, find_gpu
 from blip_scale.planning.plan import Plan, Way, make_plan
@@ -22,12 +23,13 @@ from blip_scale.planning.timing import EXECUTIONS, Cluster
 def main(arguments: Sequence[str] | None = None, prog: str = "plan.py") -> int:
     """Run the command, and return its exit code: 0, or 2 for refused input."""
     options, overrides = _parser(prog).parse_known_args(arguments)
-    try:
-        plan = _plan(options, overrides)
-    except (ValueError, FileNotFoundError) as error:
-        return report_error(prog, error)
+    return run_command(prog, lambda: _run(options, overrides))
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> int:
+    plan = _plan(options, overrides)
     print(json.dumps(plan.to_json(), indent=1) if options.json else table(plan))
-    return 0
+    return exit_codes.DONE
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
@@ -173,7 +175,7 @@ def _row(name: str, value: float, digits: int = 2) -> str:
 def _positive(kind: type) -> Any:
     def parse(text: str) -> Any:
         value = kind(text)
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise ValueError
         return value
 

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, report_error
+from blip_scale.commands.command_line import Parser, check_least, run_command
 from blip_scale.config import exit_codes
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.inference import predictions
@@ -55,10 +55,7 @@ _LEAST = {
 def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> int:
     """Return the exit code: 0, 1 if images failed, 2 if the input was refused."""
     options = _parser(prog).parse_args(arguments)
-    try:
-        return _predict(options)
-    except (OSError, ValueError) as error:
-        return report_error(prog, error)
+    return run_command(prog, lambda: _predict(options))
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -129,10 +126,7 @@ def _free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise ValueError for a number outside its range."""
-    for name, least in _LEAST.items():
-        value = getattr(options, name, None)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    check_least(options, _LEAST)
     if options.use != "caption":
         return
     if not 0 < options.top_p <= 1:

@@ -21,18 +21,12 @@ import yaml
 from tqdm import tqdm
 
 from blip_scale import logs
-from blip_scale.commands.command_line import (
-    Parser,
-    interrupt_on_sigterm,
-    refuse,
-    report_error,
-    stopped,
-)
+from blip_scale.commands.command_line import Parser, check_least, progress_on, refuse, run_command
 from blip_scale.config import exit_codes
 from blip_scale.data.captions import parse_roles
 from blip_scale.data.conversion.holdout import HELDOUT, parse_holdout
 from blip_scale.data.conversion.pairs import Reason, Source
-from blip_scale.data.conversion.run import Conversion, Part, Progress, convert, merge
+from blip_scale.data.conversion.run import Conversion, Part, convert, merge
 from blip_scale.data.conversion.screening import PIXEL_LIMIT, Rules
 from blip_scale.data.conversion.survey import QUANTILES, Survey, survey
 from blip_scale.data.conversion.text_counts import text_lines, tokenizer_of
@@ -58,22 +52,21 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
     """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
     options = _parser(prog).parse_args(arguments)
     options.prog = prog
+    work = _make_demo_set if options.name in DEMO_SETS else _convert
     try:
-        if options.name in DEMO_SETS:
-            print(f"{options.out}: {DEMO_SETS[options.name].make(options)}")
-            return exit_codes.DONE
-        return _convert(options)
+        return run_command(prog, lambda: work(options), "finished chunks")
     except ModuleNotFoundError as error:
         extra = "[demo]" if options.name in DEMO_SETS else ""
         return refuse(prog, f"{error}; in a clone, run `pip install '.{extra}'`")
-    except (OSError, ValueError) as error:
-        return report_error(prog, error)
-    except KeyboardInterrupt as stop:
-        return stopped(stop, "finished chunks")
+
+
+def _make_demo_set(options: argparse.Namespace) -> int:
+    print(f"{options.out}: {DEMO_SETS[options.name].make(options)}")
+    return exit_codes.DONE
 
 
 def _convert(options: argparse.Namespace) -> int:
-    interrupt_on_sigterm()
+    check_least(options, _LEAST)
     if options.merge:
         return _tell_summary(options, merge(options.out, options.scratch), None)
     source = _source(options)
@@ -98,7 +91,9 @@ def _convert(options: argparse.Namespace) -> int:
     )  # fmt: skip
     start_s = time.perf_counter()
     with tqdm(desc=options.name, unit="pair", mininterval=1.0, smoothing=0.05) as bar:
-        summary = convert(job, Part.parse(options.shard), _shower(bar), options.overwrite)
+        summary = convert(
+            job, Part.parse(options.shard), progress_on(bar, "chunk"), options.overwrite
+        )
     if summary is None:
         print(f"{options.out}: part {options.shard} is done; other parts are not done yet")
         return exit_codes.DONE
@@ -149,18 +144,6 @@ def _source(options: argparse.Namespace) -> Source:
         image_key=options.image_key,
         pairs_per_chunk=options.pairs_per_chunk,
     )
-
-
-def _shower(bar: tqdm) -> Callable[[Progress], None]:
-    def show(progress: Progress) -> None:
-        bar.total = progress.pairs
-        share = progress.rejected / max(1, progress.read)
-        bar.set_postfix_str(
-            f"{share:.1%} rejected, chunk {progress.chunks_done}/{progress.chunks}", refresh=False
-        )
-        bar.update(progress.read - bar.n)
-
-    return show
 
 
 def _tell_summary(
@@ -257,6 +240,8 @@ def _refuse_nothing(
     )
 
 
+_LEAST = {"max_words": 1, "max_side": 1, "pairs_per_chunk": 1, "workers": 1, "sample": 1}
+"""Option -> smallest number that it takes."""
 _COLUMNS = "name the columns with --caption-key and --image-key"
 _IMAGES = (
     "say where the images lie with --images, and what to take off their paths (--strip-prefix)"

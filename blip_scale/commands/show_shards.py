@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from blip_scale import logs
-from blip_scale.commands.command_line import Parser, refuse, report_error
+from blip_scale.commands.command_line import Parser, check_least, refuse, run_command
 from blip_scale.config import exit_codes
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data import contact_sheet
@@ -55,19 +55,15 @@ class Shown:
 def main(arguments: Sequence[str] | None = None, prog: str = "show_shards.py") -> int:
     """Returns the exit code: 0, or 2 for refused input and for ids that are not in the set."""
     options = _parser(prog).parse_args(arguments)
-    try:
-        _check(options)
-        with tempfile.TemporaryDirectory(prefix="blip_scale_show_") as cache:
-            return _show(options, _open(options.input, options.overlay, cache), prog)
-    except (OSError, ValueError) as error:
-        return report_error(prog, error)
+    return run_command(prog, lambda: _run(options, prog))
 
 
-def _check(options: argparse.Namespace) -> None:
-    if options.count < 1:
-        raise ValueError(f"--count {options.count}: expected at least 1")
+def _run(options: argparse.Namespace, prog: str) -> int:
+    check_least(options, {"count": 1})
     if options.sheet and options.sheet.suffix not in SHEETS:
         raise ValueError(f"--sheet {options.sheet}: expected a name in {' or '.join(SHEETS)}")
+    with tempfile.TemporaryDirectory(prefix="blip_scale_show_") as cache:
+        return _show(options, _open(options.input, options.overlay, cache), prog)
 
 
 def _open(location: str, overlays: list[str], cache: str) -> StreamStore:

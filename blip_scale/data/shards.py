@@ -145,13 +145,16 @@ def with_first(records: Iterable[Record]) -> tuple[Record | None, Iterator[Recor
 
 
 def shard_writer(
-    folder: Path, shard_size: str | int, compression: str | None = None, first: Record | None = None
+    folder: Path,
+    shard_size: str | int,
+    compression: str | None = None,
+    extra_columns: Mapping[str, str] | None = None,
 ) -> mds.Writer:
     """Open a writer for shards of at most `shard_size`, with checksums.
 
-    The shards have the columns of `COLUMNS` and the extra columns of the first record.
+    The shards have the columns of `COLUMNS` and `extra_columns`, some of `EXTRA_COLUMNS`.
     """
-    columns = COLUMNS | (first.extra_columns if first else {})
+    columns = COLUMNS | dict(extra_columns or {})
     return mds.Writer(folder, columns, shard_size, compression, (HASH,))
 
 
@@ -178,7 +181,8 @@ def write_shards(
     counts: list[int] = []
     roles: Counter[str] = Counter()
     first, records = with_first(records)
-    with shard_writer(partial, shard_size, compression, first) as writer:
+    extra_columns = first.extra_columns if first else {}
+    with shard_writer(partial, shard_size, compression, extra_columns) as writer:
         for record in records:
             if record.id in ids:
                 raise ValueError(f"{folder}: the id {record.id!r} occurs twice; ids must be unique")

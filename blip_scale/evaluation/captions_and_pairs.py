@@ -57,7 +57,10 @@ def evaluate(
         written = dict(zip(captioned, captions, strict=True))
         panels, entries = panels_of(name, pairs, shown, [written[image] for image in shown])
         if final and shown:
-            figures["exact"] = exact_share(captions, pairs.captions, tokenizer)
+            is_exact = exactly_right(captions, pairs.captions, tokenizer)
+            figures["exact"] = sum(is_exact) / len(is_exact)
+            for entry, image in zip(entries, shown, strict=True):
+                entry["exact"] = is_exact[image]
         if final and shown and matches:
             probabilities = match_probabilities(med, pairs, shown, written, recipe, tokenizer)
             pictures = zip(probabilities, panels, entries, strict=True)
@@ -215,17 +218,17 @@ def captions_of(
     return list(chain.from_iterable(collectives.all_gather_objects(captions)))
 
 
-def exact_share(
+def exactly_right(
     captions: Sequence[str],
     references: Sequence[Sequence[str]],
     tokenizer: PreTrainedTokenizerFast,
-) -> float:
-    """Share of the captions that equal a reference of their image, word piece by word piece."""
-    right = 0
+) -> list[bool]:
+    """Whether each caption equals a reference of its image, word piece by word piece."""
+    right = []
     for caption, truths in zip(captions, references, strict=True):
         token_ids = tokenizer([caption, *truths])["input_ids"]
-        right += token_ids[0] in token_ids[1:]
-    return right / max(1, len(captions))
+        right.append(token_ids[0] in token_ids[1:])
+    return right
 
 
 @torch.no_grad()

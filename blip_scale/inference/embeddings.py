@@ -31,6 +31,7 @@ from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 from blip_scale.errors import RefusedInput
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.images import batched, done_ahead, pixels_of
+from blip_scale.storage.untrusted import parse_json
 
 VERSION = 1
 MANIFEST = "embeddings.json"
@@ -163,7 +164,7 @@ def prepare(out: Path, content: Content) -> list[int]:
     file = out / MANIFEST
     stated = asdict(content)
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = _stated(file)
         differing = [name for name, value in stated.items() if before.get(name) != value]
         if differing:
             raise ValueError(
@@ -174,6 +175,21 @@ def prepare(out: Path, content: Content) -> list[int]:
         _replace(file, lambda place: place.write_text(json.dumps(stated, indent=2) + "\n"))
     numbers = range(len(content.parts))
     return [number for number in numbers if not part_file(out, "images", number).is_file()]
+
+
+def _stated(file: Path) -> dict[str, Any]:
+    """Content of a `MANIFEST`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        content = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); give another OUT, or delete it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no manifest of embeddings; give another OUT, or delete it")
+    return content
 
 
 def part_file(out: Path, kind: str, number: int) -> Path:
@@ -270,7 +286,13 @@ def write_faiss(out: Path, content: Content) -> int:
 
     index = faiss.IndexIDMap2(faiss.IndexFlatIP(content.width))
     for number, samples in enumerate(content.parts):
-        table = pq.read_table(part_file(out, "images", number), columns=["features"])
+        file = part_file(out, "images", number)
+        try:
+            table = pq.read_table(file, columns=["features"])
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}); delete it and run the same command"
+            ) from error
         column = table["features"].combine_chunks()
         numbers = np.array(samples)[column.is_valid().to_numpy(zero_copy_only=False)]
         features = column.drop_null().flatten().to_numpy(zero_copy_only=False).astype(np.float32)

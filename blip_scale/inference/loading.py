@@ -55,6 +55,20 @@ class Loading:
     """`bf16` or `fp32`; None takes bf16 on a GPU and fp32 on the CPU."""
 
 
+def _device(name: str | None) -> torch.device:
+    """Device by its name; None: the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        problem = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name}: torch can't use it here ({problem})") from error
+
+
 def load_blip(source: Path, loading: Loading | None = None) -> Blip:
     """Load the network of a checkpoint of any kind, on its device, with its tokenizer.
 
@@ -73,7 +87,7 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
         config = med_config(recipe, load_tokenizer(text))
     weights = read_checkpoint(source, config, with_state=False)
     tokenizer = tokenizer_of(source, weights.config, recipe, loading.tokenizer)
-    device = torch.device(loading.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(loading.device)
     precision = loading.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     fingerprint = _fingerprint(weights)

@@ -98,7 +98,10 @@ def goodput(interval_s: float, costs: Costs, between_s: float) -> float:
     """
     restart_s = costs.restart_s + costs.noticed_s + costs.write_s
     segment_s = interval_s + costs.pause_s
-    wall_s = between_s * math.exp(restart_s / between_s) * math.expm1(segment_s / between_s)
+    try:
+        wall_s = between_s * math.exp(restart_s / between_s) * math.expm1(segment_s / between_s)
+    except OverflowError:  # a run that fails before it has started again never gets on
+        return 0.0
     return interval_s / wall_s
 
 

@@ -16,7 +16,7 @@ from data_samples import MakeLoader, jpeg, stream, take
 from odd_files import members, write_tar
 from pyarrow import parquet
 
-from blip_scale.commands import overlay, show_shards
+from blip_scale.commands import overlay, prepare_data, show_shards
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.reading import shard_table
@@ -99,6 +99,43 @@ def test_captions_join_in_any_form_and_by_any_key(images: Path, tmp_path: Path) 
     assert joined[f"i/{COUNT - 1}"]["captions"] == [f"alt {COUNT - 1}"]
     both = captions_of(images, outs[0], outs[1])
     assert both["i/3"]["roles"] == ["caption", "re", "re"]
+
+
+def test_every_record_with_a_key_joins_whichever_records_lack_it(tmp_path: Path) -> None:
+    """A chunk whose first record lacks uid and hash keeps those of the others."""
+    lacking, other = {0, 1, 5}, {"caption": "alt"}
+    samples = []
+    for number in range(12):
+        keys = {} if number in lacking else {"uid": f"u{number}", "sha256": f"{number:064}"}
+        meta = json.dumps(other | keys).encode()
+        samples.append((str(number), {"jpg": jpeg(number), "json": meta}))
+    for number, part in enumerate((samples[:2], samples[2:5], samples[5:])):
+        write_tar(tmp_path / "tars" / f"{number}.tar", members(*part))
+    images, tars = str(tmp_path / "images"), str(tmp_path / "tars")
+    words = ["webdataset", tars, images, "--workers", "1", "--min-side", "8"]
+    assert prepare_data.main(words) == 0
+    summary = json.loads((tmp_path / "images" / "summary.json").read_text())
+    assert summary["pairs"]["written"] == 12 and not summary.get("tallies")
+    for key in ("uid", "sha256"):
+        rows = [{key: json.loads(meta["json"]).get(key, ""), "re": "new"} for _, meta in samples]
+        out = tmp_path / key
+        lines = write_lines(tmp_path / f"{key}.jsonl", rows)
+        words = [images, str(lines), str(out), "--join", key, "--caption-key", "re"]
+        assert overlay.main(words) == 0
+        manifest = json.loads((out / "overlay.json").read_text())
+        assert manifest["captions"]["joined"] == 9
+        joined = captions_of(tmp_path / "images", out)
+        got = {name.partition("/")[2] for name, row in joined.items() if len(row["captions"]) == 2}
+        assert got == {str(number) for number in range(12)} - {str(n) for n in lacking}
+
+
+def test_a_damaged_file_is_named_with_its_damage(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = write_lines(tmp_path / "bad.jsonl", ['{"url": '])
+    make(images, lines, tmp_path / "out", "--join", "url", "--caption-key", "re", code=2)
+    message = capsys.readouterr().err
+    assert "damaged input (bad.jsonl:1: no JSON" in message and "--caption-key" not in message
 
 
 def test_nothing_is_lost_silently(images: Path, tmp_path: Path) -> None:

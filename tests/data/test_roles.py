@@ -255,6 +255,16 @@ def test_a_caption_ends_at_a_sentence_that_fits_words_and_tokens(text: CaptionIn
     assert published.is_cut("a " * 7, "a " * 7, 8) and not published.is_cut("a " * 6, "a " * 6, 8)
 
 
+def test_samples_outside_the_mixture_are_counted_and_told_once(
+    folder: Path, make_loader: MakeLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = make_loader([StreamRecipe("set", str(folder), captions={"re": 1.0, "alt": 0.0})])
+    shares = [loader.caption_shares(batch) for batch in take(loader, 5)]
+    outside = [share["data/share_outside_mixture"] for share in shares]
+    assert sum(outside) / 5 == 0.25, "every fourth of 40 samples has no `re`"
+    assert caplog.text.count("without a caption of the roles re") == 1
+
+
 def test_cut_captions_are_counted(tmp_path: Path, make_loader: MakeLoader) -> None:
     texts = ["a pair", "a a a a a a a", "a " * 31, "a a a a a a"]
     records = [Record(f"{i}", jpeg(i), texts[i % 4], "set") for i in range(8)]

@@ -23,7 +23,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from blip_scale.config.recipe import Recipe
 from blip_scale.engine.interrupts import StopRequested
-from blip_scale.engine.watching.loggers import registry
+from blip_scale.engine.watching.loggers import registry, tensorboard
 from blip_scale.engine.watching.loggers.csv_file import CsvLogger
 from blip_scale.engine.watching.loggers.logger import LoggedRun
 from blip_scale.engine.watching.loggers.tensorboard import TensorBoardLogger
@@ -117,6 +117,13 @@ def test_the_command_ends_with_2_for_a_logger_that_is_not_there(tmp_path: Path) 
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
     assert "log.to: no logger 'csw'" in ended.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", tensorboard._SETTINGS)
+def test_settings_of_the_hparams_tab_exist(name: str) -> None:
+    value: Any = asdict(Recipe())
+    for part in name.split("."):
+        value = value[part]
 
 
 def test_every_logger_is_there() -> None:

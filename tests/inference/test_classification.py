@@ -101,6 +101,11 @@ def test_what_does_not_fit_is_refused(
     assert "1 names, but the images have 8 labels" in refused(ours, val, "--class-names", file)
     file.write_text(json.dumps(["a photo"]))
     assert "'a photo' has no {} for the class" in refused(ours, val, "--templates", file)
+    for odd in ([1, 2], [""] * 8, [["a"]] * 8):
+        file.write_text(json.dumps((odd * 8)[:8]))
+        assert "expected texts that are not empty" in refused(ours, val, "--class-names", file)
+    missing = tmp_path / "missing" / "figures.json"
+    assert "figures.json: expected a file in a folder" in refused(ours, val, "--json", missing)
     file.write_text("{")
     assert "file.json is no JSON" in refused(ours, val, "--templates", file)
     assert "images lie in no class folder" in refused(ours, val / "red")

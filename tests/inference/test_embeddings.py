@@ -98,6 +98,12 @@ def test_another_content_is_refused(
     assert "holds embeddings with another checkpoint, data, dtype; give another OUT" in message
     run(shards, out, "--model", ours, "--part-size", "0", code=2)
     assert "--part-size 0: expected 1 or more" in capsys.readouterr().err
+    run(shards, out, "--model", ours, "--device", "abacus", code=2)
+    assert "--device abacus: torch can't use it here" in capsys.readouterr().err
+    for damage, problem in (("{", "is no JSON"), ("[]", "is no manifest of embeddings")):
+        (out / embeddings.MANIFEST).write_text(damage)
+        run(shards, out, "--model", ours, code=2)
+        assert problem in capsys.readouterr().err
 
 
 def test_half_size_and_an_index_of_a_folder(
@@ -121,3 +127,6 @@ def test_half_size_and_an_index_of_a_folder(
     assert index.ntotal == 16
     assert [images[number]["id"] for number in numbers[:, 0]] == [row["id"] for row in images]
     np.testing.assert_allclose(cosines, 1, atol=2e-3)
+    (out / "images_00001.parquet").write_bytes(b"cut")
+    run(folder, out, "--model", ours, "--half", "--faiss", "--part-size", "7", code=2)
+    assert "images_00001.parquet is damaged" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -145,10 +146,10 @@ def test_a_request_has_prompt_image_and_key(
 @pytest.mark.parametrize(
     "answer",
     [
-        saying(b"busy", 503), saying(b"", 429), saying(b"", 302), hang_up, silence, trickle,
+        saying(b"busy", 503), saying(b"", 429), hang_up, silence, trickle,
         saying(b"{", length=100), saying(b"x" * (2 << 20)),
     ],
-    ids=["busy", "too_many", "moved", "hangs_up", "silent", "trickles", "cut", "huge"],
+    ids=["busy", "too_many", "hangs_up", "silent", "trickles", "cut", "huge"],
 )  # fmt: skip
 def test_what_may_pass_is_retried(server: _Server, drawing: bytes, answer: Answer) -> None:
     server.answers = [answer]
@@ -294,6 +295,17 @@ def test_a_killed_job_keeps_its_answers_and_gives_the_same_bytes(
     assert shards_of(out) == whole
 
 
+def test_an_overlay_never_replaces_another_set(
+    web: Path, server: _Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "web"
+    shutil.copytree(web, folder)
+    before = shards_of(folder)
+    assert run(folder, folder, server.url) == 2
+    assert "holds another set (index.json): choose another OUT" in capsys.readouterr().err
+    assert shards_of(folder) == before and not server.requests
+
+
 def test_a_server_that_stays_away_fails_the_job_and_bad_settings_refuse_it(
     web: Path, server: _Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,5 +318,15 @@ def test_a_server_that_stays_away_fails_the_job_and_bad_settings_refuse_it(
     server.answers = []
     assert run(web, tmp_path / "out", server.url, "--captioner-prompt", "other") == 2
     assert "was begun with other input or options" in capsys.readouterr().err
+    server.answers = [saying(b"", 302)] * 100
+    assert run(web, tmp_path / "moved", server.url) == 2
+    assert "refuses requests for" in capsys.readouterr().err
+    server.answers = [saying(b"", 400)] * 100
+    assert run(web, tmp_path / "none", server.url) == 2
+    message = capsys.readouterr().err
+    assert "no image got a caption (" in message and "status 400" in message
+    for option, value in (("--batch-size", "0"), ("--workers", "-1"), ("--role", "a,b")):
+        assert run(web, tmp_path / "other", server.url, option, value) == 2
+        assert f"{option} " in capsys.readouterr().err
     assert run(web, tmp_path / "other", "") == 2
     assert "give --captioner and --filter, or --captioner-url" in capsys.readouterr().err

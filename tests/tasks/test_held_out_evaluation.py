@@ -160,13 +160,15 @@ def test_the_summary_counts_right_captions_and_shows_the_surest_first(
     for name in ("heldout", "others"):
         entries = [entry for entry in evaluation.captions if entry["set"] == name]
         matches = [entry["match"] for entry in entries]
+        assert all(entry["exact"] is (entry["caption"] == entry["truth"]) for entry in entries)
         assert matches == sorted(matches, reverse=True) and 0 < matches[-1] < matches[0] < 1
         shown = [(panel.caption, panel.truth) for panel in evaluation.panels[name]]
         assert shown == [(entry["caption"], entry["truth"]) for entry in entries]
     tokenizer = load_tokenizer(recipe.model.text)
     references = [["a red dog", "a cat"], ["a dog"], ["a cat"]]
-    right = captions_and_pairs.exact_share(["a cat", "A dog", "a red cat"], references, tokenizer)
-    assert right == pytest.approx(2 / 3)
+    written = ["a cat", "A dog", "a red cat"]
+    right = captions_and_pairs.exactly_right(written, references, tokenizer)
+    assert right == [True, True, False]
 
 
 def test_limits_of_the_recipe(med: MED, recipe: Recipe) -> None:

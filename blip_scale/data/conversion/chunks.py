@@ -22,7 +22,7 @@ from blip_scale.data.conversion.report import REPORTS, Counts, Report, report_na
 from blip_scale.data.conversion.screening import Rules, screen
 from blip_scale.data.conversion.text_counts import count_text
 from blip_scale.data.pixels.decoding import describe
-from blip_scale.data.shards import Record, captions_by_shard, shard_writer, with_first
+from blip_scale.data.shards import Record, captions_by_shard, shard_writer
 
 Tick = Callable[[int, int], None]
 """tick(read, rejected): reports the pairs since the last call."""
@@ -58,15 +58,11 @@ def convert_chunk(
 
     def records() -> Iterable[Record]:
         seen: set[str] = set()
-        columns: Iterable[str] | None = None
         done = Counts()
         for item in chunk.read() if rules is None else read_safely(chunk):
             record = _take(item, rules, report, seen, tokenizer)
             if record is not None:
                 report.ids.append(record.id)
-                columns = record.extra_columns if columns is None else columns
-                for name in record.extra_columns.keys() - columns:
-                    _add(report, {f"values of {name} that the chunk's first record lacks": 1})
                 if rules is not None and rules.holdout is not None:
                     for key, value in image_keys(record).items():
                         report.keys.setdefault(key, []).append(value)
@@ -160,21 +156,37 @@ def write_chunk_shards(
 ) -> tuple[list[dict[str, Any]], list[list[int] | None]]:
     """Write shards named shard.PREFIX.NNNNN.mds into `folder`.
 
+    The records of a shard have the same columns. A record with a column that those before it lack
+    begins another shard, except in an index of tars, which has a shard a tar: its records hold no
+    image, so all of them are read first.
+
     Returns:
         Their entries in the index, and the numbers of captions by shard (see `captions_by_shard`).
     """
-    made = folder / f"mds.{prefix}"
     captions: list[int] = []
-    first, records = with_first(records)
-    with shard_writer(made, shard_bytes, first=first) as writer:
-        for record in records:
-            captions.append(len(record.captions))
-            writer.write(record.sample())
-    for number, shard in enumerate(writer.shards):
-        name = f"shard.{prefix}.{number:05}.mds"
-        (made / shard["raw_data"]["basename"]).rename(folder / name)
-        shard["raw_data"]["basename"] = name
-    return writer.shards, captions_by_shard(writer.shards, captions)
+    shards: list[dict[str, Any]] = []
+    columns: dict[str, str] = {}
+    rest = iter(records)
+    record = next(rest, None)
+    if record is not None and record.image_place is not None:
+        others = list(rest)
+        for other in others:
+            columns |= other.extra_columns
+        rest = iter(others)
+    while record is not None:
+        columns |= record.extra_columns
+        made = folder / f"mds.{prefix}.{len(shards)}"
+        with shard_writer(made, shard_bytes, extra_columns=columns) as writer:
+            while record is not None and record.extra_columns.keys() <= columns.keys():
+                captions.append(len(record.captions))
+                writer.write(record.sample())
+                record = next(rest, None)
+        for shard in writer.shards:
+            name = f"shard.{prefix}.{len(shards):05}.mds"
+            (made / shard["raw_data"]["basename"]).rename(folder / name)
+            shard["raw_data"]["basename"] = name
+            shards.append(shard)
+    return shards, captions_by_shard(shards, captions)
 
 
 def put_report(out: OutputFolder, folder: Path, report: Report) -> None:

@@ -38,6 +38,8 @@ from blip_scale.storage.locations import is_local
 REJECTS_NAME = "rejects.jsonl"
 _CACHE_BYTES = 4 << 30
 _TICK_EVERY = 1000
+_WRONG_COLUMN = (Reason.MISSING_KEY, Reason.MISSING_CAPTION, Reason.CAPTION_NO_TEXT)
+"""Reasons of rejects that other options may avoid."""
 
 Duplicates = Literal["refuse", "first", "all"]
 Texts = list[tuple[str, str]]
@@ -76,6 +78,8 @@ class _Captions:
         self.counts: Counter[str] = Counter()
         """Captions: read = joined + unjoined + rejected + duplicates."""
         self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, Reject] = {}
+        """First reject of each reason."""
 
     def close(self) -> None:
         self._table.close()
@@ -160,6 +164,7 @@ class _Captions:
 
     def _list(self, reject: Reject) -> None:
         self.reasons[str(reject.reason)] += 1
+        self.examples.setdefault(str(reject.reason), reject)
         self._rejects.write(json.dumps(reject_fields(reject)) + "\n")
 
 
@@ -244,9 +249,10 @@ def _counted(
 
 def _check_key(store: StreamStore, key: str) -> None:
     """Refuse shards without the column of the key; hashes can be computed."""
-    columns = store.shards.readable(0).columns.names
-    if key != "sha256" and key not in columns:
-        others = [name for name in KEYS if name in columns]
+    shards = store.shards
+    layouts = (shards.readable(number).columns.names for number in range(len(shards)))
+    if key != "sha256" and not any(key in names for names in layouts):
+        others = [name for name in KEYS if name in shards.readable(0).columns.names]
         raise ValueError(
             f"{store.folder}: the shards have no column {key}, as their source had none: join by "
             f"{' or '.join(others)}"
@@ -290,7 +296,11 @@ def _nothing_joined(job: OverlayJob, captions: _Captions) -> str:
         why = f"none of their keys is the {job.files.key} of an image: choose another --join"
     elif counts["rejected"]:
         reason = captions.reasons.most_common(1)[0][0]
-        why = f"all are rejected, most for: {reason}; see --caption-key and --key-column"
+        example = captions.examples[reason]
+        detail = f": {example.detail}" if example.detail else ""
+        why = f"all are rejected, most for {reason} ({example.id}{detail})"
+        if example.reason in _WRONG_COLUMN:
+            why += "; name the columns with --caption-key and --key-column"
     else:
         why = "there are none"
     return f"{', '.join(job.files.locations)}: {counts['read']} captions, {why}"

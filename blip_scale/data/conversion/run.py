@@ -207,7 +207,7 @@ def _agree_on_plan(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> 
         if differences:
             raise ValueError(
                 f"{out.location} was begun with other input or options ({'; '.join(differences)}): "
-                "give the same again, another OUT, or --overwrite to begin anew"
+                "give the same again or another OUT, or remove it (prepare-data: --overwrite)"
             )
         return
     with out.workshop("plan", per_process=True) as folder:

@@ -91,13 +91,13 @@ def read_class_names(file: Path | None, labels: Iterable[str]) -> dict[str, str]
                 f"{file}: {len(nameless)} labels of the images have no name, the first: "
                 f"{nameless[0]}"
             )
-        return {str(label): str(name) for label, name in content.items()}
+        return dict(zip(content, _texts(file, content.values()), strict=True))
     if len(content) != len(distinct):
         raise ValueError(
             f"{file}: {len(content)} names, but the images have {len(distinct)} labels; give a "
             "JSON object of label and name if some classes have no image"
         )
-    return dict(zip(distinct, map(str, content), strict=True))
+    return dict(zip(distinct, _texts(file, content), strict=True))
 
 
 def read_templates(file: Path | None) -> list[str]:
@@ -109,11 +109,11 @@ def read_templates(file: Path | None) -> list[str]:
     if file is None:
         return list(CLIP_TEMPLATES)
     content = _read(file)
-    templates = [str(template) for template in content]
+    templates = [] if isinstance(content, dict) else _texts(file, content)
     for template in templates:
         if not any(place in template for place in _PLACES):
             raise ValueError(f"{file}: the template {template!r} has no {{}} for the class name")
-    if not templates or isinstance(content, dict):
+    if not templates:
         raise ValueError(f"{file}: expected a list of templates, such as `a photo of a {{}}.`")
     return templates
 
@@ -131,9 +131,25 @@ def label_numbers(labels: Sequence[str], classes: Iterable[str]) -> Tensor:
     return torch.tensor([numbers[label] for label in labels], dtype=torch.int64)
 
 
+def _texts(file: Path, values: Iterable[Any]) -> list[str]:
+    """The values as texts.
+
+    Raises:
+        ValueError: one is no text, or an empty one.
+    """
+    texts = list(values)
+    odd = [text for text in texts if not isinstance(text, str) or not text.strip()]
+    if odd:
+        raise ValueError(f"{file}: expected texts that are not empty, not {odd[0]!r}")
+    return texts
+
+
 def _read(file: Path) -> Any:
     """A JSON list or object, or the lines of a text that are not empty."""
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text ({error}); save it as UTF-8") from error
     if file.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:

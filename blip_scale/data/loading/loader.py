@@ -114,6 +114,8 @@ class TrainLoader:
         self._iterator: Iterator[Batch | Exception] | None = None
         self._processes: list[BaseProcess] = []
         self._generation = 0
+        self._told: set[str] = set()
+        """Streams whose captions outside of the mixture were warned of."""
         self._batches = MicroBatches(
             stores=stores,
             order=order,
@@ -222,7 +224,32 @@ class TrainLoader:
                 shares[f"data/share_{store.name}_{role}"] = count / len(pairs)
         if len(shares) > 1:
             shares["data/share_lacking_role"] = batch.lacking / len(pairs)
+            shares["data/share_outside_mixture"] = self._outside_mixture(pairs) / len(pairs)
         return shares
+
+    def _outside_mixture(self, pairs: Sequence[tuple[str, str]]) -> int:
+        """Number of captions whose role their stream does not mix, as the sample has no other.
+
+        The first one of a stream is a warning.
+
+        Args:
+            pairs: stream and role of each caption.
+        """
+        count = 0
+        for store in self.stores:
+            mixed = [role for role, share in store.caption_shares.items() if share > 0]
+            if not mixed:
+                continue
+            others = sum(name == store.name and role not in mixed for name, role in pairs)
+            if others and store.name not in self._told and self._position.rank == 0:
+                self._told.add(store.name)
+                logger.warning(
+                    "stream '%s' has samples without a caption of the roles %s: they give any "
+                    "caption; data/share_outside_mixture counts them",
+                    store.name, ", ".join(mixed),
+                )  # fmt: skip
+            count += others
+        return count
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the batch that was handed out last; the same on all ranks."""

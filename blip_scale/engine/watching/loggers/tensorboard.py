@@ -62,7 +62,7 @@ _LAYOUT = {
 """Category of the Custom Scalars tab -> chart -> regular expressions for the beginnings of tags."""
 
 _SETTINGS = (
-    "task", "seed", "model.vision.name", "model.image_size", "objective.momentum",
+    "task", "seed", "model.vision.name", "model.vision.image_size", "objective.momentum",
     "objective.queue_size", "objective.alpha", "objective.itm", "data.min_crop_scale",
     "optimizer.schedule", "optimizer.peak_lr", "optimizer.min_lr", "optimizer.warmup_steps",
     "optimizer.lr_decay", "optimizer.weight_decay", "optimizer.gradient_clip",
