@@ -115,6 +115,7 @@ def _run(
         torch.set_num_threads(
             max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size())
         )
+    torch.set_float32_matmul_precision(recipe.train.matmul_precision)
     if device.type == "cuda":
         # Autograd accumulates gradients on the stream of their first use, and a CUDA graph can't
         # capture the default stream. So all work runs on another stream from the start.

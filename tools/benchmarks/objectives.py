@@ -1,4 +1,4 @@
-"""`benchmark.py objectives`: short pretrainings with other losses, image sizes, patch dropout."""
+"""`benchmark.py objectives`: short pretrainings with other losses, image sizes and towers."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "image sizes": (_SIZES,),
     "patch dropout 0.25": ("model.vision.patch_dropout=0.25",),
     "sizes and dropout": (_SIZES, "model.vision.patch_dropout=0.25"),
+    "SigLIP tower": ("model.vision.name=vit_base_patch16_siglip_224",),
+    "DINOv3 tower": ("model.vision.name=vit_small_patch16_dinov3",),
+    "EVA02 tower": ("model.vision.name=eva02_base_patch16_clip_224",),
 }
 """Row of the table -> settings that differ from the recipe's. SHARE_60 and SHARE_90 stand for the
 epochs that end 60 % and 90 % of the steps."""
@@ -121,7 +124,7 @@ def add_objectives(commands: Any) -> None:
     """Add the command to the parser's commands."""
     command = commands.add_parser(
         "objectives",
-        help="short pretrainings with other losses, image sizes and patch dropout",
+        help="short pretrainings with other losses, image sizes and towers",
         description="Held-out recall, captions, seconds a step and peak memory of short "
         "pretrainings on one rank, one after another: BLIP's losses, and one choice changed at a "
         "time. Make the demo's data first: `python tools/prepare_data.py demo data/demo`.",
