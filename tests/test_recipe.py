@@ -436,8 +436,8 @@ class TestDeepSpeed:
             ({"bf16": {"enabled": True}}, ["bf16.enabled is true", "train.precision fp32"]),
             ({"torch_autocast": {"enabled": True}}, ["torch_autocast", "train.precision fp32"]),
             (
-                {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
-                ["optimizer.params.lr is 0.001", "optimizer.peak_lr gives"],
+                {"optimizer": {"type": "AdamW", "params": {"lr": 2e-3}}},
+                ["optimizer.params.lr is 0.002", "optimizer.peak_lr gives"],
             ),
             ({"optimizer": {"type": "Lamb"}}, ['optimizer.type is "Lamb"', '"AdamW"']),
             ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optimizer.schedule"]),

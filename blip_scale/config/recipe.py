@@ -367,10 +367,9 @@ class TrainRecipe:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Data type of weights and activations. Master weights, momentum averages, queues and losses
     are always fp32."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    matmul_precision: Literal["highest", "high"] = "highest"
     """Inner precision of fp32 matrix products, as in torch.set_float32_matmul_precision. highest:
-    fp32. high: TF32 on GPUs that have it. medium: as high, and bf16 on CPUs with AMX or
-    AVX512_BF16. Sums and stored values stay fp32. No effect on bf16."""
+    fp32. high: TF32 on GPUs that have it. Stored values stay fp32. No effect on bf16."""
     whole_weights: Literal["auto"] | bool = "auto"
     """ZeRO-3: keep all weights gathered on every rank between the passes. This saves hundreds of
     collectives per step; master weights and moments stay partitioned. auto: true if the states need

@@ -239,9 +239,7 @@ def _seen(layout: AttentionLayout, x_THC: Tensor) -> Tensor:
 def _is_slow(q: Tensor, p: float) -> bool:
     """Whether SDPA is slower than plain products.
 
-    On a CPU it is 2 to 4 times slower in bf16, forward and backward, and 15 times in fp32 whose
-    products are in bf16 (`train.matmul_precision: medium`). With dropout SDPA computes plain
-    products itself, in fp32 and with torch's slow dropout.
+    On a CPU it is 2 to 4 times slower in bf16, forward and backward. With dropout SDPA computes
+    plain products itself, in fp32 and with torch's slow dropout.
     """
-    has_bf16_products = torch.get_float32_matmul_precision() == "medium"
-    return q.device.type == "cpu" and (q.dtype == torch.bfloat16 or p > 0 or has_bf16_products)
+    return q.device.type == "cpu" and (q.dtype == torch.bfloat16 or p > 0)

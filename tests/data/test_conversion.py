@@ -341,7 +341,7 @@ def _die() -> Iterator[Found]:
 
 def test_a_killed_worker_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"a worker was killed .*the same command goes on"):
-        convert(Conversion([Chunk("0", _die, "")], str(tmp_path / "out"), RULES), Part())
+        convert(Conversion([Chunk("0", _die, "never read")], str(tmp_path / "out"), RULES), Part())
 
 
 def _limited(read: partial[Iterator[Found]]) -> Iterator[Found]:

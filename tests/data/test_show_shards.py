@@ -96,7 +96,7 @@ def test_a_damaged_sample_has_a_line(shards: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--count", "0"], "--count 0: expected at least 1"),
+        (["--count", "0"], "--count 0: expected 1 or more"),
         (["--sheet", "x.gif"], "expected a name in .html or .png"),
     ],
 )
