@@ -26,6 +26,7 @@ STREAMS = ("emoji", "vendors", "heldout_drawing", "heldout_concept")
 
 SIZES = [
     "train.global_batch_size=128",
+    "objective.itc=momentum",
     "objective.queue_size=512",
     "optimizer.gradient_clip=0",
     "optimizer.betas=[0.9,0.999]",

@@ -15,23 +15,27 @@ from typing import Any
 from blip_scale.storage import run_folder
 
 REPO = Path(__file__).resolve().parents[2]
+_MOMENTUM = (
+    "objective.itc=momentum", "objective.queue_size=64", "objective.momentum=0.9",
+    "objective.alpha_ramp_epochs=9",
+)  # fmt: skip
 _SIGMOID = ("objective.itc=sigmoid", "objective.temperature=0.1")
 _TOWERS = ("objective.itm=none", "objective.lm=none")
 _SIZES = "data.image_sizes=[{size: 32, until_epoch: SHARE_60}, {size: 48, until_epoch: SHARE_90}]"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "BLIP": (),
+    "BLIP": _MOMENTUM,
     "ITC in_batch": ("objective.itc=in_batch",),
     "ITC sigmoid": _SIGMOID,
-    "no ITM": ("objective.itm=none",),
-    "no LM": ("objective.lm=none",),
+    "no ITM": (*_MOMENTUM, "objective.itm=none"),
+    "no LM": (*_MOMENTUM, "objective.lm=none"),
     "ITC in_batch alone": ("objective.itc=in_batch", *_TOWERS),
     "ITC sigmoid alone": (*_SIGMOID, *_TOWERS),
-    "image sizes": (_SIZES,),
-    "patch dropout 0.25": ("model.vision.patch_dropout=0.25",),
-    "sizes and dropout": (_SIZES, "model.vision.patch_dropout=0.25"),
-    "SigLIP tower": ("model.vision.name=vit_base_patch16_siglip_224",),
-    "DINOv3 tower": ("model.vision.name=vit_small_patch16_dinov3",),
-    "EVA02 tower": ("model.vision.name=eva02_base_patch16_clip_224",),
+    "image sizes": (*_MOMENTUM, _SIZES),
+    "patch dropout 0.25": (*_MOMENTUM, "model.vision.patch_dropout=0.25"),
+    "sizes and dropout": (*_MOMENTUM, _SIZES, "model.vision.patch_dropout=0.25"),
+    "SigLIP tower": (*_MOMENTUM, "model.vision.name=vit_base_patch16_siglip_224"),
+    "DINOv3 tower": (*_MOMENTUM, "model.vision.name=vit_small_patch16_dinov3"),
+    "EVA02 tower": (*_MOMENTUM, "model.vision.name=eva02_base_patch16_clip_224"),
 }
 """Row of the table -> settings that differ from the recipe's. SHARE_60 and SHARE_90 stand for the
 epochs that end 60 % and 90 % of the steps."""
