@@ -88,6 +88,8 @@ class Network:
     module_parameters: list[int]
     """Number of elements of the largest parameter of each module that holds parameters."""
     notes: list[str]
+    swept: int = 0
+    """Number of elements of the frozen parameters that the backward pass reads, at most."""
     decodes: bool = True
     """Whether LM is trained."""
     matches: bool = True
@@ -124,6 +126,7 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
     with torch.device("meta"):
         med = MED(config)
         med = limited(med if decodes else cut_down(med, "retrieval"), recipe.model)
+        swept = _swept(med, recipe)
         med = freeze_unread(med, matches, decodes)
         beside = contrast.build_network(med)
     owners = [module for module in [*med.modules(), *beside.modules()] if _elements(module)]
@@ -139,9 +142,25 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
         max(map(_elements, owners)),
         [max(p.numel() for p in module.parameters(recurse=False)) for module in owners],
         notes,
+        swept,
         decodes,
         matches,
     )
+
+
+def _swept(med: MED, recipe: Recipe) -> int:
+    """Elements of the frozen parameters above something that trains: text layers, and the ViT
+    blocks among and behind those with adapters."""
+    lora, first_block = recipe.model.lora, recipe.model.vision.frozen_layers
+    has_adapters = lora.rank > 0 and "vision" in lora.targets
+    elements = 0
+    for name, parameter in med.named_parameters():
+        if parameter.requires_grad:
+            continue
+        in_block = name.startswith("vision.blocks.") and int(name.split(".")[2]) >= first_block
+        if name.startswith("text.layers.") or (has_adapters and in_block):
+            elements += parameter.numel()
+    return elements
 
 
 def vision_shape(config: VisionConfig) -> VisionShape:

@@ -137,8 +137,9 @@ def states(network: Network, sharding: Sharding, accumulation: int = 1) -> State
             "persistent_weights": size * sum(kept) if ranks > 1 else 0,
             "reduce_bucket": size * sharding.reduce_bucket if sharding.has_bucket else 0,
         }
-        # Frozen and momentum weights are used and released before the sweep.
-        live = min(trained, max(sharding.live, network.largest_module + sharding.prefetch))
+        # Other frozen weights, and momentum weights, are used and released before the sweep.
+        swept = trained + network.swept
+        live = min(swept, max(sharding.live, network.largest_module + sharding.prefetch))
         backward = {"gathered_weights": size * live if ranks > 1 else 0}
         update = {"gradient_copy": _FP32 * owned}
         gradients = _FP32 * owned

@@ -144,7 +144,7 @@ def test_killed_again_and_again(tars: Path, tmp_path: Path, undisturbed: dict[st
     job = job_of(tars, out, workers=2)
     slow = [replace(chunk, read=partial(_slowly, chunk.read)) for chunk in job.chunks]
     kills = 0
-    while not (out / "index.json").exists():
+    while not (out / "index.json").exists() or (out / ".merging").exists():
         done = len(list(out.glob("chunks/*.json")))
         process = context.Process(
             target=convert, args=(Conversion(slow, job.out, RULES, 20_000, 2), Part())

@@ -66,4 +66,7 @@ def test_states_are_what_deepspeed_holds(
     gradients = planned.backward.get("gradients", 0)
     assert resting + gradients == pytest.approx(most["backward"], rel=0.1)
     gathered = planned.backward.get("gathered_weights", 0)
-    assert gathered == pytest.approx(most["gathered"], rel=0.1)
+    if adapts:  # what the frozen layers hold is an upper limit
+        assert most["gathered"] <= gathered <= 1.3 * most["gathered"]
+    else:
+        assert gathered == pytest.approx(most["gathered"], rel=0.1)

@@ -158,7 +158,7 @@ def test_the_summary(finished: Path) -> None:
     assert summary["evaluation"].pop("heldout/candidates") == 16
     assert summary["evaluation"].pop("heldout/texts") == 16
     assert all(0 <= value <= 1 for value in summary["evaluation"].values())
-    keys = {"set", "id", "caption", "truth", "match"}
+    keys = {"set", "id", "caption", "truth", "exact", "match"}
     assert [set(entry) for entry in summary["captions"]] == [keys] * 2
     seconds = summary["goodput"]["seconds"]
     assert all(seconds[use] > 0 for use in ("steps", "start", "evaluation", "saving"))
