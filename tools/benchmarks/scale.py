@@ -106,15 +106,10 @@ def make_set(folder: Path, count: int) -> None:
 
 def memory_mb() -> float:
     """Memory of this process that no file backs."""
+    from tools.benchmarks.scripts_at_scale import status_kb
+
     gc.collect()
-    return (_status_kb("RssAnon") + _status_kb("RssShmem")) / 1024
-
-
-def _status_kb(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    return 0
+    return (status_kb("RssAnon") + status_kb("RssShmem")) / 1024
 
 
 def seconds_of(action: Callable[[], object]) -> float:
@@ -128,10 +123,11 @@ def measure_first(folder: Path, rounds: int) -> dict[str, float]:
     """The first opening."""
     from blip_scale.config.recipe import StreamRecipe
     from blip_scale.data.reading.stream_store import StreamStore
+    from tools.benchmarks.scripts_at_scale import status_kb
 
     before = memory_mb()
     seconds = seconds_of(lambda: StreamStore(StreamRecipe("laion", str(folder))))
-    return {"first_open_s": seconds, "peak_mb": _status_kb("VmHWM") / 1024 - before}
+    return {"first_open_s": seconds, "peak_mb": status_kb("VmHWM") / 1024 - before}
 
 
 def measure_later(folder: Path, rounds: int) -> dict[str, float]:

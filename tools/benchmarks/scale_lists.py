@@ -6,8 +6,6 @@ Run by itself, it lists the chunks of a file, plans their conversion and prints 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,12 +16,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = {"jsonl": "folder", "csv": "folder", "json": "blip_json"}
 """Ending of a list -> its reader."""
-TARGET = 100_000_000
-"""Lines that the figures are extrapolated to."""
 
 
 def list_figures(lines: list[int], scratch: Path | None) -> dict[str, Any]:
-    """CPU seconds and peak memory by form and lines, and what follows for `TARGET` lines."""
+    """CPU seconds and peak memory by form and lines, and what follows for 100 million lines."""
+    from tools.benchmarks.scripts_at_scale import TARGET, extrapolated, figures_of
+
     figures: dict[str, dict[int, dict[str, float]]] = {}
     for form in FORMS:
         figures[form] = {}
@@ -31,19 +29,8 @@ def list_figures(lines: list[int], scratch: Path | None) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch) as folder:
                 path = Path(folder) / f"list.{form}"
                 make_list(path, count)
-                done = subprocess.run(
-                    [sys.executable, __file__, str(path)],
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.PIPE, text=True, check=True,
-                )  # fmt: skip
-                figures[form][count] = json.loads(done.stdout)
-        small, large = min(lines), max(lines)
-        few, many = figures[form][small], figures[form][large]
-        beyond = {}
-        for name, value in many.items():
-            slope = (value - few[name]) / (large - small) if large > small else value / large
-            beyond[name] = value + slope * (TARGET - large)
-        figures[form][TARGET] = beyond
+                figures[form][count] = figures_of(__file__, path)
+        figures[form][TARGET] = extrapolated(figures[form])
     return figures
 
 
@@ -77,23 +64,17 @@ def measure(path: Path) -> dict[str, float]:
     from blip_scale.data.conversion.run import Conversion
     from blip_scale.data.conversion.screening import Rules
     from blip_scale.data.sources.readers import READERS
+    from tools.benchmarks.scripts_at_scale import status_kb
 
-    before, start = _peak_mb(), time.process_time()
+    before_mb, start = status_kb("VmHWM") / 1024, time.process_time()
     chunks = list(READERS[FORMS[path.suffix[1:]]].chunks(Source(str(path))))
     listed = time.process_time()
     Conversion(chunks, "out", Rules("bench", images_below=str(path.parent))).plan()
     return {
         "list_s": listed - start,
         "plan_s": time.process_time() - listed,
-        "list_mb": _peak_mb() - before,
+        "list_mb": status_kb("VmHWM") / 1024 - before_mb,
     }
-
-
-def _peak_mb() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 if __name__ == "__main__":

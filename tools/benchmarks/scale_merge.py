@@ -6,8 +6,6 @@ Run by itself, it merges a folder of made-up reports of chunks and prints what t
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,27 +17,18 @@ CHUNK = 10_000
 """Records of a chunk: a tar of img2dataset, or `--pairs-per-chunk`."""
 SHARDS = 5
 """Shards of a chunk: 64 MB each, at 32 kB a record."""
-TARGET = 100_000_000
-"""Records that the figures are extrapolated to."""
 
 
 def merge_figures(records: list[int], scratch: Path | None) -> dict[str, Any]:
-    """CPU seconds and peak memory of merges, and what follows for `TARGET` records."""
+    """CPU seconds and peak memory of merges, and what follows for 100 million records."""
+    from tools.benchmarks.scripts_at_scale import TARGET, extrapolated, figures_of
+
     figures: dict[int, dict[str, float]] = {}
     for count in records:
         with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch) as folder:
             make_reports(Path(folder), count)
-            done = subprocess.run(
-                [sys.executable, __file__, folder], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE, text=True, check=True,
-            )  # fmt: skip
-            figures[count] = json.loads(done.stdout)
-    (small, few), (large, many) = sorted(figures.items())[0], sorted(figures.items())[-1]
-    beyond = {}
-    for name, value in many.items():
-        slope = (value - few[name]) / (large - small) if large > small else value / large
-        beyond[name] = value + slope * (TARGET - large)
-    return {"records": figures, "extrapolated": {TARGET: beyond}}
+            figures[count] = figures_of(__file__, Path(folder))
+    return {"records": figures, "extrapolated": {TARGET: extrapolated(figures)}}
 
 
 def make_reports(folder: Path, records: int) -> None:
@@ -70,19 +59,16 @@ def merge(folder: Path) -> dict[str, float]:
     """Merge, in this process."""
     from blip_scale.data.conversion.merge import merge_chunks
     from blip_scale.data.conversion.output import OutputFolder
+    from tools.benchmarks.scripts_at_scale import status_kb
 
     chunks = len(list((folder / "chunks").iterdir()))
     out = OutputFolder(str(folder))
-    before, start = _peak_mb(), time.process_time()
+    before_mb, start = status_kb("VmHWM") / 1024, time.process_time()
     merge_chunks(out, {"chunks": chunks, "shard_bytes": 64_000_000, "rules": {}})
-    return {"merge_s": time.process_time() - start, "merge_mb": _peak_mb() - before}
-
-
-def _peak_mb() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+    return {
+        "merge_s": time.process_time() - start,
+        "merge_mb": status_kb("VmHWM") / 1024 - before_mb,
+    }
 
 
 if __name__ == "__main__":

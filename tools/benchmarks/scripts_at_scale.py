@@ -1,0 +1,43 @@
+"""What the scripts behind `benchmark.py scale` share: they run alone, and are extrapolated."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+TARGET = 100_000_000
+"""Records or lines that the figures are extrapolated to."""
+
+
+def figures_of(script: str, argument: Path) -> dict[str, float]:
+    """Figures that a script prints, run on one thread in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, script, str(argument)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def extrapolated(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Figures at `TARGET`, on the line through those at the smallest and the largest count."""
+    small, large = min(figures), max(figures)
+    few, many = figures[small], figures[large]
+    beyond = {}
+    for name, value in many.items():
+        slope = (value - few[name]) / (large - small) if large > small else value / large
+        beyond[name] = value + slope * (TARGET - large)
+    return beyond
+
+
+def status_kb(name: str) -> int:
+    """A field of /proc/self/status, in kB, such as VmHWM, the peak of the resident memory;
+    0 without it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    return 0
