@@ -29,6 +29,8 @@ from blip_scale.data.sources.demo_sets.emoji_names import (
     code_points,
     code_points_of_stem,
     concept,
+    is_gendered,
+    is_sign,
     names,
 )
 from blip_scale.data.sources.demo_sets.small_bert import SmallerSizes, write_small_bert
@@ -85,14 +87,22 @@ def test_the_promised_sizes(streams: dict[str, list[Record]]) -> None:
         == demo.HELDOUT_PAIRS
         >= 500
     )
-    assert len(streams["emoji"]) > 2000
-    assert len(streams["vendors"]) > 7000
+    assert len(streams["emoji"]) > 1700
+    assert len(streams["vendors"]) > 5200
 
 
-def test_no_skin_tones(streams: dict[str, list[Record]]) -> None:
+def test_no_skin_tones_genders_or_signs(streams: dict[str, list[Record]]) -> None:
     for name in streams:
         points = [code_points_of_stem(record.id.split("/")[1]) for record in streams[name]]
         assert all(concept(emoji) == emoji for emoji in points)
+        assert not any(is_gendered(emoji) or is_sign(emoji) for emoji in points)
+
+
+def test_genders_and_signs_are_told_from_people_and_things() -> None:
+    assert all(map(is_gendered, map(code_points, ("🏃‍♂️", "👩‍🌾", "👨‍👩‍👧"))))
+    assert not any(map(is_gendered, map(code_points, ("🏃", "🧑‍🌾", "👩", "🏳️‍⚧️"))))
+    assert all(map(is_sign, map(code_points, ("1️⃣", "➡️", "🔘", "🕐", "♈", "🅰️"))))
+    assert not any(map(is_sign, map(code_points, ("🇫🇷", "⌛", "☎️", "⭐", "🔔", "❤️", "🐈"))))
 
 
 def test_held_out_concepts_are_nowhere_else(streams: dict[str, list[Record]]) -> None:

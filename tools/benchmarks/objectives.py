@@ -137,7 +137,7 @@ def add_objectives(commands: Any) -> None:
     command.add_argument("--recipe", default="demo", help="default: demo")
     command.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
     command.add_argument(
-        "--steps-per-epoch", type=float, default=153, help="of the recipe (default: 153, the demo)"
+        "--steps-per-epoch", type=float, default=108, help="of the recipe (default: 108, the demo)"
     )
     command.add_argument("--seeds", type=int, default=1, help="runs of each (default: 1)")
     command.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

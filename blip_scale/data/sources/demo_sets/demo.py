@@ -33,7 +33,14 @@ from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.shards import Record, write_shards
 from blip_scale.data.sources.demo_sets import icons, openmoji, twemoji, vendors
 from blip_scale.data.sources.demo_sets.drawings import Drawing, render_all
-from blip_scale.data.sources.demo_sets.emoji_names import CodePoints, concept, keywords, names
+from blip_scale.data.sources.demo_sets.emoji_names import (
+    CodePoints,
+    concept,
+    is_gendered,
+    is_sign,
+    keywords,
+    names,
+)
 from blip_scale.data.sources.demo_sets.small_bert import SmallerSizes, write_small_bert
 
 TRAINING_STREAMS = ("emoji", "vendors", "keywords", "icons")
@@ -57,7 +64,7 @@ _SUMMARY_NAME = "summary.json"
 _FREE_HANDS = frozenset({openmoji.STYLE, twemoji.STYLE, vendors.GOOGLE})
 _FEWEST_HANDS = 6  # that drew a concept which is held out
 _COPY = 13  # mean difference of colours, of 255: below it, two drawings look like copies
-_SPLIT_VERSION = 8  # change it when the same packages would give another set
+_SPLIT_VERSION = 9  # change it when the same packages would give another set
 
 
 @dataclass(frozen=True)
@@ -208,9 +215,16 @@ def choose_split(pictures: list[Picture]) -> Split:
 
 
 def _named_drawings() -> list[Drawing]:
-    """All drawings of named concepts; skin tones are left out, as their names hardly differ."""
+    """All drawings of named things and people.
+
+    Left out are skin tones and genders, whose drawings hardly differ, and signs.
+    """
     drawings = openmoji.drawings() + twemoji.drawings() + vendors.drawings()
-    concepts = {points for points in names() if concept(points) == points}
+    concepts = {
+        points
+        for points in names()
+        if concept(points) == points and not is_gendered(points) and not is_sign(points)
+    }
     return [drawing for drawing in drawings if drawing.points in concepts]
 
 

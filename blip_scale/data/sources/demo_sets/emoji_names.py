@@ -11,6 +11,29 @@ _VARIATION_SELECTOR = 0xFE0F
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 _BLACK_FLAG, _TAG_END = 0x1F3F4, 0xE007F
+_GENDERS = frozenset({0x2640, 0x2642})  # signs that end a sequence such as 1F3C3-200D-2642
+_GENDERED_PEOPLE = frozenset({0x1F468, 0x1F469})  # man, woman; a person is 1F9D1
+_KEYCAP = 0x20E3
+_SIGNS = (
+    *(0xA9, 0xAE, 0x203C, 0x2049, 0x2122, 0x2139, 0x24C2),
+    *range(0x2190, 0x2200),  # arrows
+    *range(0x23E9, 0x23F0),  # buttons of a player
+    *range(0x23F8, 0x23FB),
+    *range(0x25A0, 0x2600),  # squares and triangles
+    *range(0x2648, 0x2654),  # zodiac
+    *range(0x2714, 0x2717),  # check mark, multiply
+    *range(0x2753, 0x2758),  # question and exclamation marks
+    *range(0x2795, 0x27C0),  # plus, minus, arrows, loops
+    *range(0x2900, 0x2980),  # arrows
+    *range(0x2B00, 0x2B1D),  # arrows and squares
+    *range(0x3000, 0x3300),  # Japanese buttons
+    *range(0x1F170, 0x1F252),  # letters and buttons
+    *range(0x1F500, 0x1F50B),  # buttons and loudspeakers
+    *range(0x1F518, 0x1F525),  # buttons and arrows
+    *range(0x1F532, 0x1F53E),  # buttons and triangles
+    *range(0x1F550, 0x1F568),  # clock faces
+    *range(0x1F7E0, 0x1F800),  # circles and squares
+)
 _COMPONENT, _FULLY_QUALIFIED = 1, 2  # statuses of emoji.EMOJI_DATA
 
 
@@ -34,6 +57,17 @@ def is_flag(points: CodePoints) -> bool:
     """Whether the sequence is the flag of a country or region."""
     of_region = points[0] == _BLACK_FLAG and points[-1] == _TAG_END
     return of_region or (len(points) == 2 and all(p in _REGIONAL_INDICATORS for p in points))
+
+
+def is_gendered(points: CodePoints) -> bool:
+    """Whether the sequence is the man or the woman of a concept that has a person as well, or a
+    family of men and women."""
+    return len(points) > 1 and (points[0] in _GENDERED_PEOPLE or not _GENDERS.isdisjoint(points))
+
+
+def is_sign(points: CodePoints) -> bool:
+    """Whether the sequence is an arrow, a button or a clock face, not a picture of a thing."""
+    return points[-1] == _KEYCAP or (len(points) == 1 and points[0] in _SIGNS)
 
 
 @cache
