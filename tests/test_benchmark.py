@@ -51,7 +51,7 @@ def test_the_table_of_objectives_is_read_from_finished_runs(tmp_path: Path) -> N
     arguments = ["objectives", "--variants", "no LM", "--seeds", "2", "--out", str(tmp_path)]
     options = benchmark._parser().parse_args(arguments)
     table = options.show(options.measure(options)).splitlines()
-    assert table[-1] == "| no LM | 20.0 % | 50.0 % | - | - | 0.500 | 1.50 |"
+    assert table[-1] == "| no LM | 20.0 ± 14.1 % | 50.0 ± 0.0 % | - | - | 0.500 | 1.50 |"
     variants = set()
     for settings in objectives.VARIANTS.values():
         epochs = [text.replace("SHARE_60", "3").replace("SHARE_90", "5") for text in settings]

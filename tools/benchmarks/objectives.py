@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run every variant with every seed. Finished runs in `--out` are kept."""
     with tempfile.TemporaryDirectory(prefix="objectives-") as folder:
         out = Path(options.out or folder).resolve()
-        rows = {}
+        rows: dict[str, dict[str, dict[str, float]]] = {}
         for name in options.variants:
             runs = [_figures(_train(name, seed, out, options)) for seed in range(options.seeds)]
-            rows[name] = _mean(runs)
+            rows[name] = {"mean": _over(runs, statistics.fmean)}
+            if len(runs) > 1:
+                rows[name]["deviation"] = _over(runs, statistics.stdev)
     return {"steps": options.steps, "seeds": options.seeds, "rows": rows}
 
 
-def _mean(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each figure over runs with the same figures."""
-    means = {}
-    for figure in runs[0]:
-        means[figure] = statistics.fmean(run[figure] for run in runs)
-    return means
+def _over(
+    runs: list[dict[str, float]], statistic: Callable[[list[float]], float]
+) -> dict[str, float]:
+    """A statistic of each figure over runs with the same figures."""
+    return {figure: statistic([run[figure] for run in runs]) for figure in runs[0]}
 
 
 def _train(name: str, seed: int, out: Path, options: argparse.Namespace) -> Path:
@@ -118,10 +120,21 @@ def show(result: dict[str, Any]) -> str:
         "|" + "---|" * len(heads),
     ]
     for name, row in result["rows"].items():
-        shares = [f"{100 * row[f]:.1f} %" if f in row else "-" for f in _FIGURES]
-        cells = [name, *shares, f"{row['step_s']:.3f}", f"{row['peak_gib']:.2f}"]
+        shares = [_share(row, figure) for figure in _FIGURES]
+        mean = row["mean"]
+        cells = [name, *shares, f"{mean['step_s']:.3f}", f"{mean['peak_gib']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _share(row: dict[str, dict[str, float]], figure: str) -> str:
+    """A cell: the mean in percent, and the deviation between seeds if there are several."""
+    if figure not in row["mean"]:
+        return "-"
+    cell = f"{100 * row['mean'][figure]:.1f}"
+    if "deviation" in row:
+        cell += f" ± {100 * row['deviation'][figure]:.1f}"
+    return f"{cell} %"
 
 
 def add_objectives(commands: Any) -> None:
