@@ -155,4 +155,4 @@ def test_an_epoch_of_400_million_samples_is_held_by_its_shards() -> None:
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(set(slots)) == 3
-    assert held < 25e6 and peak < 75e6
+    assert held < 10e6 and peak < 40e6

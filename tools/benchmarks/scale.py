@@ -7,6 +7,7 @@ real ones of small samples. CPU time, so that a busy machine disturbs less; medi
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import multiprocessing
@@ -31,18 +32,23 @@ LINKS = 50_000
 """Names of a file at most: ext4 allows 65,000."""
 BLOCK = 262_144
 """Samples that are shuffled together: the recipes' own."""
-READERS = 256 * 8
-"""Ranks times workers: each lays out every block and reads its share of it."""
+WORKERS = 8
+"""Loader workers of a rank: one of them lays a block out for all."""
+READERS = 256 * WORKERS
+"""Ranks times workers: each reads its share of every block."""
 ROWS = (
     ("us a sample, one reader", "sample_us"),
-    (f"us a sample, one of {READERS:,} readers", "share_us"),
-    ("  and its layout of the block", "layout_us"),
-    ("  and its plan of fetching", "plan_us"),
+    (f"us a sample, one of {READERS:,} readers", "reader_us"),
+    ("  of it reading", "share_us"),
+    ("  of it laying blocks out", "layout_us"),
+    ("  of it planning what to fetch", "plan_us"),
     ("s to open, first time", "first_open_s"),
     ("s to open, later", "open_s"),
     ("s to lay out an epoch", "epoch_s"),
-    ("MB more in the rank", "rank_mb"),
+    ("MB more in a rank that reads itself", "rank_mb"),
+    ("  of it private", "rank_private_mb"),
     ("MB more in a loader worker", "worker_mb"),
+    ("  of it private", "worker_private_mb"),
     ("MB at the peak of the first opening", "peak_mb"),
     ("kB sent to a loader worker", "sent_kb"),
     ("bytes of inventory", "inventory_bytes"),
@@ -104,12 +110,19 @@ def make_set(folder: Path, count: int) -> None:
     os.link(folder / "index.json", remote / "index.json")
 
 
-def memory_mb() -> float:
-    """Memory of this process that no file backs."""
+def memory_mb() -> dict[str, float]:
+    """Memory of this process that no file backs, and the part that it shares with no other."""
     from tools.benchmarks.scripts_at_scale import status_kb
 
     gc.collect()
-    return (status_kb("RssAnon") + status_kb("RssShmem")) / 1024
+    private = status_kb("RssAnon") / 1024
+    return {"mb": private + status_kb("RssShmem") / 1024, "private_mb": private}
+
+
+def memory_since(before: dict[str, float], process: str) -> dict[str, float]:
+    """What a process needs more than `before`, by the names of the figures."""
+    now = memory_mb()
+    return {f"{process}_{name}": now[name] - before[name] for name in now}
 
 
 def seconds_of(action: Callable[[], object]) -> float:
@@ -127,7 +140,7 @@ def measure_first(folder: Path, rounds: int) -> dict[str, float]:
 
     before = memory_mb()
     seconds = seconds_of(lambda: StreamStore(StreamRecipe("laion", str(folder))))
-    return {"first_open_s": seconds, "peak_mb": status_kb("VmHWM") / 1024 - before}
+    return {"first_open_s": seconds, "peak_mb": status_kb("VmHWM") / 1024 - before["mb"]}
 
 
 def measure_later(folder: Path, rounds: int) -> dict[str, float]:
@@ -140,42 +153,54 @@ def measure_later(folder: Path, rounds: int) -> dict[str, float]:
     from blip_scale.data.reading.stream_store import StreamStore
 
     open_s = seconds_of(lambda: StreamStore(StreamRecipe("laion", str(folder))))
-    before_mb = memory_mb()
+    before = memory_mb()
     store = StreamStore(StreamRecipe("laion", str(folder), str(folder.with_name("remote"))))
     epoch_samples = store.samples
-    order = SampleOrder([StreamShape("laion", store.shard_items, epoch_samples)], 0, BLOCK)
+    order = SampleOrder([StreamShape("laion", store.shared_items, epoch_samples)], 0, BLOCK)
     sent = pickle.dumps((store, order))
-    worker_mb = _in_worker((store, order))
+    of_worker = _in_worker((store, order))
     epoch_s = seconds_of(lambda: order.block_of(0, 0))
-    times: dict[str, list[float]] = {"block": [], "plan": [], "share": [], "sample": []}
+    parts = ("made", "taken", "plan", "share", "sample")
+    times: dict[str, list[float]] = {part: [] for part in parts}
+    other = copy.copy(order)
     share = BLOCK // READERS
     prefetcher = Prefetcher([store], order)
     for number in range(rounds):
-        begin = (1 + number * 7) % max(1, epoch_samples // BLOCK - 1) * BLOCK + BLOCK // 2
-        times["block"].append(seconds_of(partial(order.locate, 0, begin)))
-        times["plan"].append(seconds_of(partial(prefetcher._plan, 0, begin)))
+        begin = number * 7 % max(1, epoch_samples // BLOCK - 2) * BLOCK + BLOCK // 2
+        for each in (order, other):
+            each.block_of(number, begin)
+        prefetcher._plan(number, begin)  # it plans block after block
+        begin = (begin + BLOCK) % (epoch_samples - share - 4 * SAMPLES)
+        times["made"].append(seconds_of(partial(order.locate, number, begin)))
+        times["taken"].append(seconds_of(partial(other.locate, number, begin)))
+        times["plan"].append(seconds_of(partial(prefetcher._plan, number, begin)))
         places = range(begin, begin + share)
-        times["share"].append(seconds_of(partial(read, store, order, places)) / share)
+        times["share"].append(seconds_of(partial(read, store, order, number, places)) / share)
         places = range(begin + share, begin + share + 4 * SAMPLES)
-        read(store, order, places[: 2 * SAMPLES])
-        seconds = seconds_of(partial(read, store, order, places[2 * SAMPLES :]))
+        read(store, order, number, places[: 2 * SAMPLES])
+        seconds = seconds_of(partial(read, store, order, number, places[2 * SAMPLES :]))
         times["sample"].append(seconds / (2 * SAMPLES))
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    return {
-        "sample_us": (median["sample"] + median["block"] / BLOCK) * 1e6,
+    layout_s = (median["made"] + (WORKERS - 1) * median["taken"]) / WORKERS
+    reader = {
         "share_us": median["share"] * 1e6,
-        "layout_us": median["block"] / share * 1e6,
+        "layout_us": layout_s / share * 1e6,
         "plan_us": median["plan"] / share * 1e6,
+    }
+    return {
+        "sample_us": (median["sample"] + median["made"] / BLOCK) * 1e6,
+        "reader_us": sum(reader.values()),
+        **reader,
         "open_s": open_s,
         "epoch_s": epoch_s,
-        "rank_mb": memory_mb() - before_mb,
-        "worker_mb": worker_mb,
+        **memory_since(before, "rank"),
+        **of_worker,
         "sent_kb": len(sent) / 1e3,
         "inventory_bytes": len(json.dumps(inventory([store]))),
     }
 
 
-def read(store: Any, order: Any, places: Iterable[int]) -> None:
+def read(store: Any, order: Any, epoch: int, places: Iterable[int]) -> None:
     """What a loader worker does for each sample, beside decoding its image."""
     import torch
 
@@ -183,34 +208,38 @@ def read(store: Any, order: Any, places: Iterable[int]) -> None:
 
     pixels, skipped = torch.empty(0), list[str]()
     for place in places:
-        slot = order.locate(0, place)
+        slot = order.locate(epoch, place)
         sample, _ = store.locate(slot.shard, slot.sample)
         read_or_replace(store, replace(slot, sample=sample), lambda sample: pixels, skipped)
     if skipped:
         raise RuntimeError(skipped[0])
 
 
-def _in_worker(sent: tuple[Any, Any]) -> float:
-    """MB that a process needs to hold and use a store and an order that are sent to it."""
+def _in_worker(sent: tuple[Any, Any]) -> dict[str, float]:
+    """MB that a process needs to hold and use a store and an order that are sent to it, and to
+    plan what is fetched."""
     context = multiprocessing.get_context("spawn")
     ours, workers_end = context.Pipe()
     process = context.Process(target=_work, args=(workers_end,))
     process.start()
     ours.recv()  # it has imported what the two need
     ours.send(sent)
-    held = float(ours.recv())
+    held: dict[str, float] = ours.recv()
     process.join()
     return held
 
 
 def _work(pipe: Any) -> None:
     from blip_scale.data.loading import loader
+    from blip_scale.data.reading.prefetch import Prefetcher
 
     pipe.send(loader.__name__)
-    before_mb = memory_mb()
+    before = memory_mb()
     store, order = pipe.recv()
-    read(store, order, range(SAMPLES))
-    pipe.send(memory_mb() - before_mb)
+    read(store, order, 0, range(SAMPLES))
+    prefetcher = Prefetcher([store], order)
+    prefetcher._plan(0, 0)
+    pipe.send(memory_since(before, "worker"))
 
 
 def scale_table(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ import re
 import shutil
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,18 @@ class SharedArrays:
             arrays[name] = np.frombuffer(self._map, dtype, length, start) if length else _NONE
             start += _aligned(size)
         return arrays
+
+
+@dataclass(frozen=True)
+class SharedArray:
+    """One of the arrays. Pickling sends a reference, where a NumPy array would be copied."""
+
+    arrays: SharedArrays
+    name: str
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        array = self.arrays[self.name]
+        return array if dtype is None and not copy else np.array(array, dtype)
 
 
 def _opened(process: int, descriptor: int, expected: str) -> SharedArrays:
