@@ -80,6 +80,10 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
         from tools.benchmarks.scale_lists import list_figures
 
         result["lists"] = list_figures(options.lines, options.scratch)
+    if options.overlays:
+        from tools.benchmarks.scale_overlays import overlay_figures
+
+        result["overlays"] = overlay_figures(options.overlays, options.scratch)
     return result
 
 
@@ -265,6 +269,14 @@ def scale_table(result: dict[str, Any]) -> str:
                 )
                 lines.append(f"{int(count):16,}{cells}  {form}")
         lines.append("the last line of each form is extrapolated")
+    if "overlays" in result:
+        names = {"s": "make_s", "MB": "make_mb", "s to open": "open_s", "MB open": "open_mb"}
+        names |= {"us a sample": "read_us"}
+        lines.append(f"{'overlay, records':>16}" + "".join(f"{name:>12}" for name in names))
+        for part, note in (("records", ""), ("extrapolated", "  (extrapolated)")):
+            for count, figures in result["overlays"][part].items():
+                cells = "".join(f"{figures[name]:12.1f}" for name in names.values())
+                lines.append(f"{int(count):16,}{cells}{note}")
     return "\n".join(lines)
 
 
@@ -291,6 +303,10 @@ def add_scale(commands: Any) -> None:
     command.add_argument(
         "--lines", type=int, nargs="+", metavar="N",
         help="also: scan lists of so many lines, plan their conversion, and extrapolate",
+    )  # fmt: skip
+    command.add_argument(
+        "--overlays", type=int, nargs="+", metavar="N",
+        help="also: make, open and read an overlay of so many records, and extrapolate",
     )  # fmt: skip
     command.add_argument("--scratch", type=Path, help="where the files are made (default: /tmp)")
     command.add_argument("--json", action="store_true", help="print one JSON object")
