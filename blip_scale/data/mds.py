@@ -213,7 +213,8 @@ def read_sample(path: str, columns: Columns, size: ShardSize, index: int) -> dic
         ValueError: the sample is damaged.
     """
     if not 0 <= index < size.samples:
-        raise IndexError(f"{path} has no sample {index}, it has {size.samples} samples")
+        name = path.rpartition("/")[2]
+        raise IndexError(f"{name} has no sample {index}, it has {size.samples} samples")
     file = os.open(path, os.O_RDONLY)
     try:
         # After the number of samples, the header has the offset of each sample and of the end.
@@ -224,7 +225,7 @@ def read_sample(path: str, columns: Columns, size: ShardSize, index: int) -> dic
     finally:
         os.close(file)
     if not data or len(data) != end - begin:
-        raise ValueError(f"sample {index} lies outside {path}")
+        raise ValueError(f"sample {index} lies outside {path.rpartition('/')[2]}")
     return columns.decode(data)
 
 

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip_scale.data.loading.block_layouts import BlockLayouts
-from blip_scale.data.reading.shared_arrays import SharedArray
+from blip_scale.data.reading.shared_arrays import SharedArray, return_freed_memory
 
+_MANY_PIECES = 10_000  # of an epoch, whose layout takes megabytes for a moment
 _PASS, _SHARD, _EPOCH, _BLOCK = range(4)  # keep the uses of the seed apart
 
 
@@ -183,6 +184,9 @@ class SampleOrder:
         self._block_starts = starts[self._block_firsts]
         self._block_range = range(0)
         self._epoch = epoch
+        if len(lengths) >= _MANY_PIECES:
+            del read, order, lengths, starts
+            return_freed_memory()
 
     def _stream_passes(self, number: int, epoch: int) -> list[tuple[_Pass, NDArray[np.int32]]]:
         """The passes over a stream that an epoch reads from, and the shards that it reads."""

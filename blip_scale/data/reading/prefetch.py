@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-import time
 from collections.abc import Sequence
 
 from blip_scale.data.loading.order import SampleOrder
@@ -37,8 +36,6 @@ class Prefetcher:
         self._order = copy.copy(order)  # an order holds one block, and the reader's is another
         self._position = (0, 0)
         self._stop: threading.Event | None = None
-        self._seen: dict[tuple[int, int], float] = {}
-        """Time when a planned shard was last seen in the cache."""
 
     def advance(self, epoch: int, position: int) -> None:
         """Note that reading is at `position` of `epoch`. The first call starts the thread."""
@@ -78,11 +75,10 @@ class Prefetcher:
         left_bytes = UNLIMITED_BYTES if limit is None else LIMIT_SHARE * limit
         # The order of first use takes milliseconds to find out. It matters at the start of a run.
         current = next(self._order.upcoming(epoch, position, by_use=False))
-        self._forget()
-        missing = [place for place in current if not self._is_cached(place)]
+        here = {place for place in current if self._is_cached(place)}
         plan: list[tuple[int, int]] = []
         planned: set[tuple[int, int]] = set()
-        upcoming = self._order.upcoming(epoch, position, by_use=bool(missing))
+        upcoming = self._order.upcoming(epoch, position, by_use=len(here) < len(current))
         for place in itertools.chain.from_iterable(itertools.islice(upcoming, BLOCKS)):
             store = self._stores[place[0]]
             if place in planned or not store.remote:
@@ -91,24 +87,11 @@ class Prefetcher:
             if left_bytes < 0:
                 break
             planned.add(place)
-            if not self._is_cached(place):
+            if place not in here and not self._is_cached(place):
                 plan.append(place)
         return plan
-
-    def _forget(self) -> None:
-        """Forget which shards are cached where that was seen too long ago."""
-        now = time.monotonic()
-        for place, seen_s in list(self._seen.items()):
-            cache = self._stores[place[0]].cache
-            if cache is not None and now - seen_s >= cache.mark_every_s:
-                del self._seen[place]
 
     def _is_cached(self, place: tuple[int, int]) -> bool:
         """Whether a shard, by its stream and number, needs not be fetched."""
         store = self._stores[place[0]]
-        if not store.remote or place in self._seen:
-            return True
-        is_cached = store.is_cached(place[1])
-        if is_cached:
-            self._seen[place] = time.monotonic()
-        return is_cached
+        return store.remote is None or store.is_cached(place[1])

@@ -23,7 +23,7 @@ from blip_scale.data import mds
 from blip_scale.data.captions import DEFAULT_ROLE
 from blip_scale.data.mds import INDEX_NAME, Columns, Shard, ShardSize
 from blip_scale.data.overlays import OVERLAY_KEY
-from blip_scale.data.reading.shared_arrays import SharedArray, SharedArrays
+from blip_scale.data.reading.shared_arrays import SharedArray, SharedArrays, return_freed_memory
 from blip_scale.data.shards import (
     COLUMNS,
     ROLES_KEY,
@@ -313,6 +313,8 @@ def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
 
     cached = _load(folder, SHARDS_CACHE, checked)
     if cached is not None:
+        if len(cached) >= CACHED_FROM:
+            return_freed_memory()
         return cached
     content = mds.index_file(folder).read_bytes()
     shards, document = mds.parse_index(folder, content)
@@ -323,6 +325,8 @@ def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
         raise ValueError(f"{folder / INDEX_NAME}: {error}: write the set again") from error
     if len(table) >= CACHED_FROM:
         _save(table, folder / SHARDS_CACHE)
+        del shards, document, content
+        return_freed_memory()
     return table
 
 

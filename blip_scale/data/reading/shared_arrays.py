@@ -11,6 +11,7 @@ then the arrays, each at a multiple of 64 bytes. Integers and JSON only; nothing
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import mmap
@@ -163,6 +164,14 @@ class SharedArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         array = self.arrays[self.name]
         return array if dtype is None and not copy else np.array(array, dtype)
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, if the C library can. glibc keeps it, so
+    that a process would hold for good what it needed for a moment."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _opened(process: int, descriptor: int, expected: str) -> SharedArrays:

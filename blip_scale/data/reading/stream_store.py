@@ -28,6 +28,7 @@ from blip_scale.data.overlays import add_captions, check_overlay
 from blip_scale.data.reading import cache as caching
 from blip_scale.data.reading.cache import ShardCache, locked
 from blip_scale.data.reading.fetching import Fetcher
+from blip_scale.data.reading.seen_shards import SeenShards
 from blip_scale.data.reading.shard_table import open_captions, open_shards
 from blip_scale.data.reading.shared_arrays import SharedArray
 from blip_scale.data.reading.slow_fetches import warned_if_slow
@@ -40,7 +41,6 @@ from blip_scale.storage.objects import DamagedFile, MissingFile, RemoteError
 INDEX_RETRY_S = 10.0
 """Seconds of retrying the remote's index before a cached one is used."""
 _LOOK_EVERY_S = 60.0  # whether a shard is still there is looked up so often
-_SEEN = 4096  # shards that were looked up
 _OVERLAYS = "overlays"
 """Folder below `local` that caches the overlays of a remote."""
 _LOCKS = 256  # shards that share a lock are not fetched at the same time
@@ -85,7 +85,6 @@ class StreamStore:
         self.remote = os.path.expandvars(stream.remote).rstrip("/") if stream.remote else None
         self.cache: ShardCache | None = None
         self._make_with = make_with
-        self._seen: dict[int, float] = {}
         self._damaged: dict[int, str] = {}
         if self.remote:
             self.cache = cache or ShardCache([self.folder])
@@ -100,6 +99,7 @@ class StreamStore:
             raise FileNotFoundError(self._message(str(error))) from error
         except ValueError as error:
             raise ValueError(self._message(str(error))) from error
+        self._seen = SeenShards(len(self.shards))
         self.samples = int(self.shard_samples.sum())
         """Samples of all shards."""
         if not self.samples:
@@ -194,7 +194,7 @@ class StreamStore:
             try:
                 return read()
             except FileNotFoundError:  # evicted by another process: fetch it again
-                self._seen.pop(number, None)
+                self._seen.forget(number)
             except Exception as error:  # whatever the decoder makes of damaged bytes
                 raise CorruptSample(f"{type(error).__name__}: {error}") from error
         path = self.folder / self.shards.name(number)
@@ -237,16 +237,24 @@ class StreamStore:
     def is_cached(self, number: int) -> bool:
         """Whether a shard and its overlays lie in their folders, whole. If so, they count as used
         now, and stay in the cache for longer."""
-        is_cached = self._has(number)
+        is_cached = self._has_lately(number)
         for overlay in self.overlays:
-            is_cached = overlay._has(number) and is_cached
+            is_cached = overlay._has_lately(number) and is_cached
         return is_cached
+
+    def _has_lately(self, number: int) -> bool:
+        """`_has`, or that it was so a moment ago, as this process or another of the rank saw."""
+        every_s = 0.0 if self.cache is None else self.cache.mark_every_s
+        return self._seen.is_fresh(number, every_s) or self._has(number)
 
     def _has(self, number: int) -> bool:
         """Whether a shard lies in the folder, whole; one in a cache counts as used now."""
         path = f"{self._root}/{self.shards.name(number)}"
         mark_after_s = None if self.cache is None else self.cache.mark_every_s
-        return caching.has_size(path, self.shard_bytes(number), mark_after_s)
+        has_it = caching.has_size(path, self.shard_bytes(number), mark_after_s)
+        if has_it:
+            self._seen.note(number)
+        return has_it
 
     def _path(self, info: FileInfo) -> Path:
         return self.folder / info.basename
@@ -304,8 +312,7 @@ class StreamStore:
         """Fetch or decompress a shard unless it lies in the folder, whole."""
         if number in self._damaged:
             raise DamagedShard(self._damaged[number])
-        now = time.monotonic()
-        if now - self._seen.get(number, -_LOOK_EVERY_S) < _LOOK_EVERY_S:
+        if self._seen.is_fresh(number, _LOOK_EVERY_S):
             return
         if not self._has(number):
             if self.remote is None and self.shards.packed_name(number) is None:
@@ -314,9 +321,7 @@ class StreamStore:
             with self._warned_if_slow(number), locked(self.folder, number % _LOCKS):
                 if not self._has(number):
                     self._obtain_or_give_up(number)
-        if len(self._seen) >= _SEEN:
-            self._seen.clear()
-        self._seen[number] = now
+        self._seen.note(number)
 
     def _warned_if_slow(self, number: int) -> AbstractContextManager[None]:
         """Inside, a wait for a shard is a warning while nothing of it arrives."""
