@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 1_000
 """Samples of a shard."""
 READ_EVERY = 997
-"""Of the samples, one in so many is read."""
+"""Samples from one that is read to the next."""
 
 
 def overlay_figures(records: list[int], scratch: Path | None) -> dict[str, Any]:
