@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -191,6 +191,44 @@ class Columns:
         return sample
 
 
+class ShardSize(NamedTuple):
+    """Size of a shard's file, from the index."""
+
+    samples: int
+    bytes: int
+
+
+def read_sample(path: str, columns: Columns, size: ShardSize, index: int) -> dict[str, Any]:
+    """Read a sample of an uncompressed shard as a mapping from column to value.
+
+    Args:
+        path: file of the shard.
+        columns: its columns.
+        size: its size.
+        index: number of the sample.
+
+    Raises:
+        IndexError: the shard has fewer samples.
+        FileNotFoundError: the file is missing.
+        ValueError: the sample is damaged.
+    """
+    if not 0 <= index < size.samples:
+        name = path.rpartition("/")[2]
+        raise IndexError(f"{name} has no sample {index}, it has {size.samples} samples")
+    file = os.open(path, os.O_RDONLY)
+    try:
+        # After the number of samples, the header has the offset of each sample and of the end.
+        span = os.pread(file, 8, 4 + 4 * index)
+        begin, end = struct.unpack("<II", span) if len(span) == 8 else (0, 0)
+        is_inside = 8 + 4 * size.samples <= begin < end <= size.bytes
+        data = os.pread(file, end - begin, begin) if is_inside else b""
+    finally:
+        os.close(file)
+    if not data or len(data) != end - begin:
+        raise ValueError(f"sample {index} lies outside {path.rpartition('/')[2]}")
+    return columns.decode(data)
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """An entry of an index: a file of samples."""
@@ -205,29 +243,9 @@ class Shard:
     compression: str | None = None
 
     def read(self, index: int) -> dict[str, Any]:
-        """Read a sample as a mapping from column to value.
-
-        Raises:
-            IndexError: the shard has fewer samples.
-            FileNotFoundError: the uncompressed file is missing.
-            ValueError: the sample is damaged.
-        """
-        if not 0 <= index < self.samples:
-            raise IndexError(
-                f"{self.raw_data.basename} has no sample {index}, it has {self.samples} samples"
-            )
-        file = os.open(self.folder / self.raw_data.basename, os.O_RDONLY)
-        try:
-            # After the number of samples, the header has the offset of each sample and of the end.
-            span = os.pread(file, 8, 4 + 4 * index)
-            begin, end = struct.unpack("<II", span) if len(span) == 8 else (0, 0)
-            is_inside = 8 + 4 * self.samples <= begin < end <= self.raw_data.bytes
-            data = os.pread(file, end - begin, begin) if is_inside else b""
-        finally:
-            os.close(file)
-        if not data or len(data) != end - begin:
-            raise ValueError(f"sample {index} lies outside {self.raw_data.basename}")
-        return self.columns.decode(data)
+        """Read a sample; see `read_sample`."""
+        size = ShardSize(self.samples, self.raw_data.bytes)
+        return read_sample(f"{self.folder}/{self.raw_data.basename}", self.columns, size, index)
 
     def decompress(self, data: bytes, target: Path) -> None:
         """Decompress the content of the compressed file to `target`.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
+import multiprocessing
+import os
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterable
@@ -11,6 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
+from blip_scale.data.loading.block_layouts import BlockLayouts
 from blip_scale.data.loading.order import SampleOrder, Slot, StreamShape
 
 Place = tuple[int, int, int]
@@ -146,6 +150,45 @@ def test_the_order_is_that_of_older_checkpoints(expected: str) -> None:
     assert hasher.hexdigest() == expected
 
 
+def test_workers_share_the_layout_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [StreamShape("a", (10,) * 9, 90)]
+    order = SampleOrder(shapes, seed=0, block_samples=20)
+    expected = epoch_slots(SampleOrder(shapes, seed=0, block_samples=20), 1)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(epoch_slots, (order, 1)) == expected, "it makes all five blocks"
+    made = []
+    lay_out = SampleOrder._lay_out
+
+    def counted(self: SampleOrder) -> np.ndarray:
+        made.append(self._block)
+        return lay_out(self)
+
+    monkeypatch.setattr(SampleOrder, "_lay_out", counted)
+    for reader in (order, copy.copy(order)):
+        assert [reader.locate(1, place) for place in range(20, 90)] == expected[20:]
+    assert made == [], "those of the last four blocks are taken"
+    assert order.locate(1, 0) == expected[0]
+    assert made == [0], "a block that has left the file is made again"
+
+
+def test_a_worker_that_is_killed_leaves_no_layout_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = BlockLayouts(4)
+    layout = np.arange(8, dtype=np.int32).reshape(2, 4)
+    write, writes = os.pwrite, []
+
+    def killed(file: int, data: bytes, place: int) -> int:
+        writes.append(place)
+        if len(writes) == 3:  # the data are there, but not what they are
+            raise KeyboardInterrupt
+        return write(file, data, place)
+
+    monkeypatch.setattr(os, "pwrite", killed)
+    with pytest.raises(KeyboardInterrupt):
+        layouts.get(0, 1, 4, lambda: layout + 1)
+    assert layouts.get(0, 1, 4, lambda: layout).tolist() == layout.tolist()
+    assert layouts.get(0, 1, 4, lambda: layout + 1).tolist() == layout.tolist()
+
+
 def test_an_epoch_of_400_million_samples_is_held_by_its_shards() -> None:
     shards, each = 400_000, 1_000
     tracemalloc.start()
@@ -155,4 +198,4 @@ def test_an_epoch_of_400_million_samples_is_held_by_its_shards() -> None:
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(set(slots)) == 3
-    assert held < 25e6 and peak < 75e6
+    assert held < 10e6 and peak < 40e6

@@ -238,6 +238,22 @@ def test_a_rank_may_wait_for_data_while_its_remote_is_retried(
     assert "waiting for data" in (tmp_path / "logs" / "rank_0.log").read_text()
 
 
+def test_a_long_wait_for_data_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stalls, "_LONGEST_TICK_S", 0.02)
+    monkeypatch.setattr(stalls, "_LONG_WAIT_S", 0.1)
+    (tmp_path / "logs").mkdir()
+    timer = StallTimer(tmp_path, 3, limits_of(60.0))
+    timer.beat("training", 7)
+    for seconds in (0.5, 0.0):
+        with timer.waiting_for_data():
+            time.sleep(seconds)
+    timer.close()
+    (warning,) = [text for text in caplog.messages if "for data" in text]
+    assert warning.startswith("step 7: rank 3 on ")
+
+
 def test_a_stopped_rank_0_is_named_though_the_store_stops_with_it(
     tmp_path: Path, start: Callable[..., Any]
 ) -> None:

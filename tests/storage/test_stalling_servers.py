@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.reading import slow_fetches
+from blip_scale.data.reading.stream_store import StreamStore
+from blip_scale.data.shards import Record, write_shards
 from blip_scale.storage import objects
 from blip_scale.storage.objects import ObjectFolder, RemoteError
 
@@ -112,6 +116,28 @@ def test_a_server_that_stalls_once_is_asked_again(
     folder = ObjectFolder(serve([headers_alone, two_bytes_a_second, whole]), retry_s=30)
     folder.fetch("a", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == bytes(1000)
+
+
+def test_a_shard_that_hangs_is_named_before_its_remote_is_given_up(
+    serve: Callable[[list[Answer]], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(slow_fetches, "SLOW_S", 0.2)
+    write_shards(tmp_path / "set", [Record("a", b"image", "a cat", "s", 64, 48)])
+    index = (tmp_path / "set" / "index.json").read_bytes().ljust(1000)
+    remote = serve([lambda client: client.sendall(HEAD + index), headers_alone])
+    store = StreamStore(StreamRecipe("web", str(tmp_path / "cache"), remote), retry_s=0)
+    began = time.monotonic()
+    with pytest.raises(FileNotFoundError, match="can't be fetched"):
+        store.read(0, 0)
+    waited_s = time.monotonic() - began
+    warnings = [text for text in caplog.messages if "nothing has arrived" in text]
+    assert f"stream 'web': shard shard.00000.mds of {remote}: awaited for 0 s" in warnings[0]
+    assert 2 <= len(warnings) <= waited_s / 0.2
+    time.sleep(0.5)
+    assert [text for text in caplog.messages if "nothing has arrived" in text] == warnings
 
 
 USES: dict[str, Callable[[ObjectFolder], object]] = {

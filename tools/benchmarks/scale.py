@@ -7,6 +7,7 @@ real ones of small samples. CPU time, so that a busy machine disturbs less; medi
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import multiprocessing
@@ -27,22 +28,29 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 1_000
 """Samples of a shard."""
 IMAGE_BYTES = 2_000
+FILES = 8
+"""Real files at least, so that few shards are not read from the processor's caches alone."""
 LINKS = 50_000
 """Names of a file at most: ext4 allows 65,000."""
 BLOCK = 262_144
 """Samples that are shuffled together: the recipes' own."""
-READERS = 256 * 8
-"""Ranks times workers: each lays out every block and reads its share of it."""
+WORKERS = 8
+"""Loader workers of a rank: one of them lays a block out for all."""
+READERS = 256 * WORKERS
+"""Ranks times workers: each reads its share of every block."""
 ROWS = (
     ("us a sample, one reader", "sample_us"),
-    (f"us a sample, one of {READERS:,} readers", "share_us"),
-    ("  and its layout of the block", "layout_us"),
-    ("  and its plan of fetching", "plan_us"),
+    (f"us a sample, one of {READERS:,} readers", "reader_us"),
+    ("  of it reading", "share_us"),
+    ("  of it laying blocks out", "layout_us"),
+    ("  of it planning what to fetch", "plan_us"),
     ("s to open, first time", "first_open_s"),
     ("s to open, later", "open_s"),
     ("s to lay out an epoch", "epoch_s"),
-    ("MB more in the rank", "rank_mb"),
+    ("MB more in a rank that reads itself", "rank_mb"),
+    ("  of it private", "rank_private_mb"),
     ("MB more in a loader worker", "worker_mb"),
+    ("  of it private", "worker_private_mb"),
     ("MB at the peak of the first opening", "peak_mb"),
     ("kB sent to a loader worker", "sent_kb"),
     ("bytes of inventory", "inventory_bytes"),
@@ -74,6 +82,10 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
         from tools.benchmarks.scale_lists import list_figures
 
         result["lists"] = list_figures(options.lines, options.scratch)
+    if options.overlays:
+        from tools.benchmarks.scale_overlays import overlay_figures
+
+        result["overlays"] = overlay_figures(options.overlays, options.scratch)
     return result
 
 
@@ -82,7 +94,7 @@ def make_set(folder: Path, count: int) -> None:
     from blip_scale.data.shards import Record, write_shards
 
     files = []
-    for number in range(-(-count // LINKS)):
+    for number in range(max(FILES, -(-count // LINKS))):
         records = (
             Record(f"{number}/{i}", bytes(IMAGE_BYTES), f"a photo of thing {i}", "laion", 640, 480)
             for i in range(SAMPLES)
@@ -104,12 +116,19 @@ def make_set(folder: Path, count: int) -> None:
     os.link(folder / "index.json", remote / "index.json")
 
 
-def memory_mb() -> float:
-    """Memory of this process that no file backs."""
+def memory_mb() -> dict[str, float]:
+    """Memory of this process that no file backs, and the part that it shares with no other."""
     from tools.benchmarks.scripts_at_scale import status_kb
 
     gc.collect()
-    return (status_kb("RssAnon") + status_kb("RssShmem")) / 1024
+    private = status_kb("RssAnon") / 1024
+    return {"mb": private + status_kb("RssShmem") / 1024, "private_mb": private}
+
+
+def memory_since(before: dict[str, float], process: str) -> dict[str, float]:
+    """What a process needs more than `before`, by the names of the figures."""
+    now = memory_mb()
+    return {f"{process}_{name}": now[name] - before[name] for name in now}
 
 
 def seconds_of(action: Callable[[], object]) -> float:
@@ -127,7 +146,7 @@ def measure_first(folder: Path, rounds: int) -> dict[str, float]:
 
     before = memory_mb()
     seconds = seconds_of(lambda: StreamStore(StreamRecipe("laion", str(folder))))
-    return {"first_open_s": seconds, "peak_mb": status_kb("VmHWM") / 1024 - before}
+    return {"first_open_s": seconds, "peak_mb": status_kb("VmHWM") / 1024 - before["mb"]}
 
 
 def measure_later(folder: Path, rounds: int) -> dict[str, float]:
@@ -140,42 +159,59 @@ def measure_later(folder: Path, rounds: int) -> dict[str, float]:
     from blip_scale.data.reading.stream_store import StreamStore
 
     open_s = seconds_of(lambda: StreamStore(StreamRecipe("laion", str(folder))))
-    before_mb = memory_mb()
+    before = memory_mb()
     store = StreamStore(StreamRecipe("laion", str(folder), str(folder.with_name("remote"))))
     epoch_samples = store.samples
-    order = SampleOrder([StreamShape("laion", store.shard_items, epoch_samples)], 0, BLOCK)
+    order = SampleOrder([StreamShape("laion", store.shared_items, epoch_samples)], 0, BLOCK)
     sent = pickle.dumps((store, order))
-    worker_mb = _in_worker((store, order))
+    of_worker = _in_worker((store, order))
     epoch_s = seconds_of(lambda: order.block_of(0, 0))
-    times: dict[str, list[float]] = {"block": [], "plan": [], "share": [], "sample": []}
+    parts = ("made", "taken", "plan", "replan", "share", "sample")
+    times: dict[str, list[float]] = {part: [] for part in parts}
+    other = copy.copy(order)
     share = BLOCK // READERS
     prefetcher = Prefetcher([store], order)
     for number in range(rounds):
-        begin = (1 + number * 7) % max(1, epoch_samples // BLOCK - 1) * BLOCK + BLOCK // 2
-        times["block"].append(seconds_of(partial(order.locate, 0, begin)))
-        times["plan"].append(seconds_of(partial(prefetcher._plan, 0, begin)))
+        begin = number * 7 % max(1, epoch_samples // BLOCK - 2) * BLOCK + BLOCK // 2
+        for each in (order, other):
+            each.block_of(number, begin)
+        prefetcher._plan(number, begin)  # it plans block after block
+        begin = (begin + BLOCK) % (epoch_samples - share - 4 * SAMPLES)
+        times["made"].append(seconds_of(partial(order.locate, number, begin)))
+        times["taken"].append(seconds_of(partial(other.locate, number, begin)))
+        for part in ("plan", "replan"):
+            times[part].append(seconds_of(partial(prefetcher._plan, number, begin)))
         places = range(begin, begin + share)
-        times["share"].append(seconds_of(partial(read, store, order, places)) / share)
+        times["share"].append(seconds_of(partial(read, store, order, number, places)) / share)
         places = range(begin + share, begin + share + 4 * SAMPLES)
-        read(store, order, places[: 2 * SAMPLES])
-        seconds = seconds_of(partial(read, store, order, places[2 * SAMPLES :]))
+        read(store, order, number, places[: 2 * SAMPLES])
+        seconds = seconds_of(partial(read, store, order, number, places[2 * SAMPLES :]))
         times["sample"].append(seconds / (2 * SAMPLES))
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    return {
-        "sample_us": (median["sample"] + median["block"] / BLOCK) * 1e6,
+    reader = {
         "share_us": median["share"] * 1e6,
-        "layout_us": median["block"] / share * 1e6,
-        "plan_us": median["plan"] / share * 1e6,
+        "layout_us": _of_workers(median["made"], median["taken"]) / share * 1e6,
+        "plan_us": _of_workers(median["plan"], median["replan"]) / share * 1e6,
+    }
+    return {
+        "sample_us": (median["sample"] + median["made"] / BLOCK) * 1e6,
+        "reader_us": sum(reader.values()),
+        **reader,
         "open_s": open_s,
         "epoch_s": epoch_s,
-        "rank_mb": memory_mb() - before_mb,
-        "worker_mb": worker_mb,
+        **memory_since(before, "rank"),
+        **of_worker,
         "sent_kb": len(sent) / 1e3,
         "inventory_bytes": len(json.dumps(inventory([store]))),
     }
 
 
-def read(store: Any, order: Any, places: Iterable[int]) -> None:
+def _of_workers(first_s: float, others_s: float) -> float:
+    """Mean over the workers of a rank, where the first one spares the others some work."""
+    return (first_s + (WORKERS - 1) * others_s) / WORKERS
+
+
+def read(store: Any, order: Any, epoch: int, places: Iterable[int]) -> None:
     """What a loader worker does for each sample, beside decoding its image."""
     import torch
 
@@ -183,34 +219,38 @@ def read(store: Any, order: Any, places: Iterable[int]) -> None:
 
     pixels, skipped = torch.empty(0), list[str]()
     for place in places:
-        slot = order.locate(0, place)
+        slot = order.locate(epoch, place)
         sample, _ = store.locate(slot.shard, slot.sample)
         read_or_replace(store, replace(slot, sample=sample), lambda sample: pixels, skipped)
     if skipped:
         raise RuntimeError(skipped[0])
 
 
-def _in_worker(sent: tuple[Any, Any]) -> float:
-    """MB that a process needs to hold and use a store and an order that are sent to it."""
+def _in_worker(sent: tuple[Any, Any]) -> dict[str, float]:
+    """MB that a process needs to hold and use a store and an order that are sent to it, and to
+    plan what is fetched."""
     context = multiprocessing.get_context("spawn")
     ours, workers_end = context.Pipe()
     process = context.Process(target=_work, args=(workers_end,))
     process.start()
     ours.recv()  # it has imported what the two need
     ours.send(sent)
-    held = float(ours.recv())
+    held: dict[str, float] = ours.recv()
     process.join()
     return held
 
 
 def _work(pipe: Any) -> None:
     from blip_scale.data.loading import loader
+    from blip_scale.data.reading.prefetch import Prefetcher
 
     pipe.send(loader.__name__)
-    before_mb = memory_mb()
+    before = memory_mb()
     store, order = pipe.recv()
-    read(store, order, range(SAMPLES))
-    pipe.send(memory_mb() - before_mb)
+    read(store, order, 0, range(SAMPLES))
+    prefetcher = Prefetcher([store], order)
+    prefetcher._plan(0, 0)
+    pipe.send(memory_since(before, "worker"))
 
 
 def scale_table(result: dict[str, Any]) -> str:
@@ -236,6 +276,14 @@ def scale_table(result: dict[str, Any]) -> str:
                 )
                 lines.append(f"{int(count):16,}{cells}  {form}")
         lines.append("the last line of each form is extrapolated")
+    if "overlays" in result:
+        names = {"s": "make_s", "MB": "make_mb", "s to open": "open_s", "MB open": "open_mb"}
+        names |= {"us a sample": "read_us"}
+        lines.append(f"{'overlay, records':>16}" + "".join(f"{name:>12}" for name in names))
+        for part, note in (("records", ""), ("extrapolated", "  (extrapolated)")):
+            for count, figures in result["overlays"][part].items():
+                cells = "".join(f"{figures[name]:12.1f}" for name in names.values())
+                lines.append(f"{int(count):16,}{cells}{note}")
     return "\n".join(lines)
 
 
@@ -262,6 +310,10 @@ def add_scale(commands: Any) -> None:
     command.add_argument(
         "--lines", type=int, nargs="+", metavar="N",
         help="also: scan lists of so many lines, plan their conversion, and extrapolate",
+    )  # fmt: skip
+    command.add_argument(
+        "--overlays", type=int, nargs="+", metavar="N",
+        help="also: make, open and read an overlay of so many records, and extrapolate",
     )  # fmt: skip
     command.add_argument("--scratch", type=Path, help="where the files are made (default: /tmp)")
     command.add_argument("--json", action="store_true", help="print one JSON object")

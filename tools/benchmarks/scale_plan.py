@@ -39,7 +39,7 @@ INDEX_BYTES = 500
 """Bytes of index.json a shard."""
 TABLE_BYTES = 75
 """Bytes of the cached table a shard."""
-PARSE_US, OPEN_US, EPOCH_US, LAYOUT_NS = 40.0, 3.0, 0.4, 20.0
+PARSE_US, OPEN_US, EPOCH_US, LAYOUT_NS = 40.0, 3.0, 0.4, 12.0
 """A shard parsed, opened later, laid out in an epoch; a sample of a block laid out."""
 
 
@@ -102,7 +102,7 @@ def table(case: Case) -> list[tuple[str, str]]:
         ("opening, first time", f"{case.shards * PARSE_US / 1e6:.0f} s"),
         ("opening, later", f"{case.shards * OPEN_US / 1e6:.1f} s"),
         ("laying out an epoch", f"{case.shards * EPOCH_US / 1e6:.1f} s"),
-        ("order in memory of each worker", f"{case.shards * 36 / 1e6:.0f} MB"),
+        ("order in memory of each worker", f"{case.shards * 10 / 1e6:.0f} MB"),
         ("laying out blocks, a sample of a worker", f"{readers * LAYOUT_NS / 1e3:.0f} us"),
         ("a block of 262,144 samples is read in", f"{block_s:.2f} s"),
         ("shards of a block that a node reads", f"{node_shards:.0f} of {block_shards:.0f}"),

@@ -250,9 +250,9 @@ def _counted(
 def _check_key(store: StreamStore, key: str) -> None:
     """Refuse shards without the column of the key; hashes can be computed."""
     shards = store.shards
-    layouts = (shards.readable(number).columns.names for number in range(len(shards)))
+    layouts = (shards.columns(number).names for number in range(len(shards)))
     if key != "sha256" and not any(key in names for names in layouts):
-        others = [name for name in KEYS if name in shards.readable(0).columns.names]
+        others = [name for name in KEYS if name in shards.columns(0).names]
         raise ValueError(
             f"{store.folder}: the shards have no column {key}, as their source had none: join by "
             f"{' or '.join(others)}"

@@ -347,7 +347,7 @@ def _order_of(
     parts: Sequence[Part], stores: Sequence[StreamStore], seed: int, block_samples: int
 ) -> SampleOrder:
     shapes = [
-        StreamShape(part.name, store.shard_items, part.samples_per_epoch, part.offset)
+        StreamShape(part.name, store.shared_items, part.samples_per_epoch, part.offset)
         for part, store in zip(parts, stores, strict=True)
     ]
     return SampleOrder(shapes, seed, block_samples)

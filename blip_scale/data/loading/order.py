@@ -7,21 +7,24 @@ Shards are fetched whole and sets may be larger than memory, so shuffling has tw
 of all streams are shuffled and cut into blocks of about `block_samples`, then the samples of a
 block are shuffled together. Smaller sets are one block, shuffled perfectly.
 
-Memory grows with the shards (28 bytes each) and the block (8 bytes a sample), not with the samples
-of an epoch.
+Memory grows with the shards (5 bytes each) and the block (8 bytes a sample), not with the samples
+of an epoch. While an epoch is laid out, it takes some 50 bytes a shard more.
 """
 
 from __future__ import annotations
 
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from blip_scale.data.loading.block_layouts import BlockLayouts
+from blip_scale.data.reading.shared_arrays import SharedArray, return_freed_memory
+
+_MANY_PIECES = 10_000  # of an epoch, whose layout takes megabytes for a moment
 _PASS, _SHARD, _EPOCH, _BLOCK = range(4)  # keep the uses of the seed apart
 
 
@@ -30,7 +33,7 @@ class StreamShape:
     """What the order needs to know of a stream."""
 
     name: str
-    shard_samples: Sequence[int] | NDArray[np.int64]
+    shard_samples: Sequence[int] | NDArray[np.int64] | SharedArray
     """Samples of each shard: images, or captions where an epoch reads each of them once."""
     samples_per_epoch: int
     offset: int = 0
@@ -48,17 +51,16 @@ class Slot:
     """Number of complete passes over the stream before this one; decides which caption is due."""
 
 
-class _Piece(NamedTuple):
-    """The part of a shard that an epoch reads: a range of the shard's own permutation."""
+class _Pass(NamedTuple):
+    """The part of a pass over a stream that an epoch reads.
+
+    It consists of pieces: each is a shard, or a range of the shard's own permutation.
+    """
 
     stream: int
-    shard: int
     passing: int
-    start: int
-    stop: int
-
-
-_PIECE = np.dtype([(name, np.int32) for name in _Piece._fields])
+    ranges: dict[int, tuple[int, int]]
+    """Range of the shard's permutation for shards that are not read as a whole: at most two."""
 
 
 class SampleOrder:
@@ -68,43 +70,57 @@ class SampleOrder:
     own; every epoch takes the next `samples_per_epoch` of the row. So an epoch of as many samples
     as the stream has reads each of them once, twice as many twice, and half as many a different
     half in each of two epochs.
+
+    A copy, in this process or pickled to another, begins anew, but shares the layouts of blocks.
     """
 
-    def __init__(self, streams: Sequence[StreamShape], seed: int, block_samples: int):
+    def __init__(
+        self,
+        streams: Sequence[StreamShape],
+        seed: int,
+        block_samples: int,
+        layouts: BlockLayouts | None = None,
+    ):
         self.samples_per_epoch = sum(stream.samples_per_epoch for stream in streams)
         self._streams = tuple(streams)
-        self._sizes = [np.asarray(stream.shard_samples, np.int64) for stream in streams]
+        self._sizes = [np.asarray(stream.shard_samples) for stream in streams]
         self._seed = seed
+        self._seed_words = _words(seed)
         self._block_samples = block_samples
+        if layouts is None:
+            largest = max((int(sizes.max(initial=0)) for sizes in self._sizes), default=0)
+            layouts = BlockLayouts(block_samples + largest)
+        self._layouts = layouts
         self._epoch = -1
-        self._pieces = np.zeros(0, _PIECE)
-        """Pieces of the epoch in their order."""
-        self._starts: NDArray[np.int64] = np.zeros(1, np.int64)
-        """First position of each piece, and the end of the epoch."""
+        self._passes: list[_Pass] = []
+        """Passes of the epoch."""
+        self._piece_passes: NDArray[Any] = np.zeros(0, np.uint8)
+        """Number of the pass of each piece of the epoch, in the order of the epoch."""
+        self._piece_shards = np.zeros(0, np.int32)
+        """Shard of each piece."""
+        self._block_firsts = np.zeros(1, np.int64)
+        """Number of each block's first piece, and the number of pieces."""
+        self._block_starts = np.zeros(1, np.int64)
+        """First position of each block, and the end of the epoch."""
         self._block_range = range(0)
-        self._block_first = 0
-        """Number of the block's first piece."""
-        self._block_ends: list[int] = []
-        """End of each of the block's pieces, counted in samples from the start of the block."""
+        self._block_slice = slice(0)
+        """Numbers of the block's pieces."""
         self._block = 0
         """Number of the block in the epoch."""
-        self._block_rows: NDArray[np.int64] | None = None
-        """For each position of the block, the sample's place in the row of the block's pieces; None
-        until it is needed."""
-        self._piece_orders: dict[int, NDArray[np.int64]] = {}
-        """Order of samples inside those pieces of the block that were asked for."""
+        self._layout: NDArray[np.int32] | None = None
+        """Piece of the block and number in its shard for each position of the block, [2, samples];
+        None until it is needed."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleOrder, (self._streams, self._seed, self._block_samples, self._layouts)
 
     def locate(self, epoch: int, position: int) -> Slot:
         """The sample at `position` of `epoch`, 0 <= position < samples_per_epoch."""
         self._enter(epoch, position)
-        row = int(self._rows()[position - self._block_range.start])
-        number = bisect_right(self._block_ends, row)
-        place = row - (self._block_ends[number - 1] if number else 0)
-        piece = _Piece(*self._pieces[self._block_first + number].item())
-        if number not in self._piece_orders:
-            self._piece_orders[number] = self._order_of(piece)
-        sample = int(self._piece_orders[number][place])
-        return Slot(piece.stream, piece.shard, sample, piece.passing)
+        number, sample = self._laid_out()[:, position - self._block_range.start].tolist()
+        piece = self._block_slice.start + number
+        part = self._passes[self._piece_passes[piece]]
+        return Slot(part.stream, int(self._piece_shards[piece]), sample, part.passing)
 
     def block_of(self, epoch: int, position: int) -> tuple[int, int]:
         """The block that holds a position, as its epoch and first position."""
@@ -121,12 +137,9 @@ class SampleOrder:
         """
         while True:
             self._enter(epoch, position)
-            if by_use:
-                pieces = self._pieces[self._used_pieces(position)]
-            else:
-                last = self._block_first + len(self._block_ends)
-                pieces = self._pieces[self._block_first : last]
-            shards = zip(pieces["stream"].tolist(), pieces["shard"].tolist(), strict=True)
+            pieces = self._used_pieces(position) if by_use else self._block_slice
+            streams = np.array([part.stream for part in self._passes])[self._piece_passes[pieces]]
+            shards = zip(streams.tolist(), self._piece_shards[pieces].tolist(), strict=True)
             position = self._block_range.stop
             if position == self.samples_per_epoch:
                 epoch, position = epoch + 1, 0
@@ -144,27 +157,39 @@ class SampleOrder:
 
     def _used_pieces(self, position: int) -> NDArray[np.int64]:
         """Numbers of the pieces that the rest of the block reads, by first use."""
-        rows = self._rows()[position - self._block_range.start :]
-        count = len(self._block_ends)
-        piece_of_row = np.repeat(np.arange(count), np.diff(self._block_ends, prepend=0))
-        first_use = np.full(count, len(rows))
+        numbers = self._laid_out()[0, position - self._block_range.start :]
+        first_use = np.full(self._block_slice.stop - self._block_slice.start, len(numbers))
         # Of the places that an index is assigned, the last one stays: backwards, the first use.
-        first_use[piece_of_row[rows[::-1]]] = np.arange(len(rows))[::-1]
+        first_use[numbers[::-1]] = np.arange(len(numbers))[::-1]
         by_use = np.argsort(first_use, kind="stable")
-        return self._block_first + by_use[: np.count_nonzero(first_use < len(rows))]
+        used = by_use[: np.count_nonzero(first_use < len(numbers))]
+        return self._block_slice.start + used
 
     def _enter_epoch(self, epoch: int) -> None:
-        pieces = np.concatenate(
-            [self._stream_pieces(number, epoch) for number in range(len(self._streams))]
-        )
-        self._pieces = pieces[self._rng(_EPOCH, epoch).permutation(len(pieces))]
-        self._starts = np.zeros(len(pieces) + 1, np.int64)
-        np.cumsum(self._pieces["stop"] - self._pieces["start"], out=self._starts[1:])
+        read = []
+        for number in range(len(self._streams)):
+            read += self._stream_passes(number, epoch)
+        self._passes = [part for part, _ in read]
+        counts = [len(shards) for _, shards in read]
+        order = self._rng(_EPOCH, epoch).permutation(sum(counts))
+        kind = np.min_scalar_type(len(read))
+        self._piece_passes = np.repeat(np.arange(len(read), dtype=kind), counts)[order]
+        self._piece_shards = np.concatenate([shards for _, shards in read])[order]
+        lengths = np.concatenate([self._lengths(*part) for part in read])[order]
+        starts = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        # A block is made of the pieces that start in its span. It is empty in a longer piece.
+        spans = np.arange(int(starts[-2]) // self._block_samples + 2) * self._block_samples
+        self._block_firsts = np.searchsorted(starts[:-1], spans, side="left")
+        self._block_starts = starts[self._block_firsts]
         self._block_range = range(0)
         self._epoch = epoch
+        if len(lengths) >= _MANY_PIECES:
+            del read, order, lengths, starts
+            return_freed_memory()
 
-    def _stream_pieces(self, number: int, epoch: int) -> NDArray[np.void]:
-        """The pieces of a stream in an epoch, pass after pass."""
+    def _stream_passes(self, number: int, epoch: int) -> list[tuple[_Pass, NDArray[np.int32]]]:
+        """The passes over a stream that an epoch reads from, and the shards that it reads."""
         stream, sizes = self._streams[number], self._sizes[number]
         samples = int(sizes.sum())
         begin = stream.offset + stream.samples_per_epoch * epoch
@@ -172,43 +197,66 @@ class SampleOrder:
         passes = []
         for passing in range(begin // samples, -(-end // samples)):
             rng = self._rng(_PASS, zlib.crc32(stream.name.encode()), passing)
-            shards = rng.permutation(len(sizes))
-            lengths = sizes[shards]
+            shards = rng.permutation(len(sizes)).astype(np.int32)
+            lengths = sizes[shards].astype(np.int64)
             offsets = passing * samples + np.cumsum(lengths) - lengths
             starts = np.maximum(begin - offsets, 0)
             stops = np.minimum(end - offsets, lengths)
-            is_read = starts < stops
-            pieces = np.empty(np.count_nonzero(is_read), _PIECE)
-            pieces["stream"], pieces["passing"] = number, passing
-            pieces["shard"] = shards[is_read]
-            pieces["start"], pieces["stop"] = starts[is_read], stops[is_read]
-            passes.append(pieces)
-        return np.concatenate(passes)
+            is_part = (starts < stops) & (stops - starts < lengths)
+            ranges = {
+                int(shards[part]): (int(starts[part]), int(stops[part]))
+                for part in np.flatnonzero(is_part)
+            }
+            passes.append((_Pass(number, passing, ranges), shards[starts < stops]))
+        return passes
+
+    def _lengths(self, part: _Pass, shards: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Samples that a pass reads of each shard."""
+        lengths = self._sizes[part.stream][shards].astype(np.int64)
+        for shard, (start, stop) in part.ranges.items():
+            lengths[shards == shard] = stop - start
+        return lengths
 
     def _enter_block(self, position: int) -> None:
-        """Find the block that holds `position`: the pieces that start in its span."""
-        piece = int(np.searchsorted(self._starts, position, side="right")) - 1
-        self._block = int(self._starts[piece]) // self._block_samples
-        span = np.array([self._block, self._block + 1]) * self._block_samples
-        first, last = np.searchsorted(self._starts[:-1], span, side="left").tolist()
-        self._block_range = range(int(self._starts[first]), int(self._starts[last]))
-        self._block_first = first
-        self._block_ends = (self._starts[first + 1 : last + 1] - self._starts[first]).tolist()
-        self._block_rows = None
-        self._piece_orders = {}
+        """Find the block that holds `position`."""
+        block = int(np.searchsorted(self._block_starts, position, side="right")) - 1
+        start, stop = self._block_starts[block : block + 2].tolist()
+        self._block, self._block_range = block, range(start, stop)
+        self._block_slice = slice(*self._block_firsts[block : block + 2].tolist())
+        self._layout = None
 
-    def _rows(self) -> NDArray[np.int64]:
-        if self._block_rows is None:
-            rng = self._rng(_BLOCK, self._epoch, self._block)
-            self._block_rows = rng.permutation(len(self._block_range))
-        return self._block_rows
+    def _laid_out(self) -> NDArray[np.int32]:
+        """`_layout` of the block."""
+        if self._layout is None:
+            count = len(self._block_range)
+            self._layout = self._layouts.get(self._epoch, self._block, count, self._lay_out)
+        return self._layout
 
-    def _order_of(self, piece: _Piece) -> NDArray[np.int64]:
-        """Numbers of the samples of a piece, in their order."""
-        name = zlib.crc32(self._streams[piece.stream].name.encode())
-        rng = self._rng(_SHARD, name, piece.passing, piece.shard)
-        samples = rng.permutation(int(self._sizes[piece.stream][piece.shard]))
-        return samples[piece.start : piece.stop]
+    def _lay_out(self) -> NDArray[np.int32]:
+        rows = self._rng(_BLOCK, self._epoch, self._block).permutation(len(self._block_range))
+        passes = self._piece_passes[self._block_slice].tolist()
+        shards = self._piece_shards[self._block_slice].tolist()
+        samples = [self._order_of(*piece) for piece in zip(passes, shards, strict=True)]
+        numbers = np.repeat(np.arange(len(samples), dtype=np.int32), list(map(len, samples)))
+        return np.stack([numbers[rows], np.concatenate(samples, dtype=np.int32)[rows]])
+
+    def _order_of(self, number: int, shard: int) -> NDArray[np.int64]:
+        """Numbers of the samples that pass `number` of the epoch reads of a shard, in order."""
+        part = self._passes[number]
+        name = zlib.crc32(self._streams[part.stream].name.encode())
+        rng = self._rng(_SHARD, name, part.passing, shard)
+        samples = rng.permutation(int(self._sizes[part.stream][shard]))
+        start, stop = part.ranges.get(shard, (0, len(samples)))
+        return samples[start:stop]
 
     def _rng(self, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng((self._seed, *purpose))
+        # The same generator as from a tuple of the seed and the purpose, in half of the time.
+        return np.random.default_rng(np.array([*self._seed_words, *purpose], np.uint32))
+
+
+def _words(seed: int) -> list[int]:
+    """The 32-bit words of a seed, as NumPy takes it apart."""
+    words = [seed & 0xFFFFFFFF]
+    while seed := seed >> 32:
+        words.append(seed & 0xFFFFFFFF)
+    return words

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,11 @@ TAR_LIST = "tars"
 """Folder in such an index with the list of the tars."""
 _COUNT_EVERY_S = 60.0
 """Shards of the cache are counted anew so often, as other jobs add and drop some."""
+_MARK_EVERY_S = 30.0
+"""Longest time between two marks of a shard as used."""
+_FASTEST = 40e9
+"""Bytes a second. Marks are set so often that a cache that is filled at a quarter of this rate
+keeps the shards in the order of their use."""
 _SLACK = 64
 """Eviction goes on for this part of the limit, so that it does not list the cache every time."""
 _REMOTE = "remote.txt"
@@ -74,6 +81,13 @@ class ShardCache:
             self._drop_until(self.limit_bytes)
             self._count.unlink(missing_ok=True)
             return True
+
+    @property
+    def mark_every_s(self) -> float:
+        """Time between two marks of a shard as used, by all processes together. A small cache is
+        filled anew within seconds, and needs them more often."""
+        limit_bytes = math.inf if self.limit_bytes is None else self.limit_bytes
+        return min(_MARK_EVERY_S, limit_bytes / _FASTEST)
 
     @property
     def _count(self) -> Path:
@@ -163,20 +177,31 @@ def _shards_below(folders: Sequence[Path]) -> Iterator[Path]:
                     yield path
 
 
-def has_size(path: str, size: int) -> bool:
-    """Whether there is a file of `size` bytes."""
+def has_size(path: str, size: int, mark_after_s: float | None = None) -> bool:
+    """Whether there is a file of `size` bytes.
+
+    Args:
+        path: the file.
+        size: in bytes.
+        mark_after_s: set the time of its last use, which decides what is evicted, if that time is
+            so many seconds old; None: don't.
+    """
     try:
-        return os.stat(path).st_size == size  # noqa: PTH116  half the time of Path.stat
-    except FileNotFoundError:
+        status = os.stat(path)  # noqa: PTH116  half the time of Path.stat
+        if mark_after_s is not None and not 0 <= time.time() - status.st_mtime < mark_after_s:
+            os.utime(path)
+    except FileNotFoundError:  # or evicted at this moment: the reader fetches it again
         return False
+    return status.st_size == size
 
 
-def mark_used(path: Path) -> None:
-    """Set the time of a shard's last use, which decides what is evicted."""
-    try:
-        os.utime(path)
-    except FileNotFoundError:  # evicted at this moment: the reader fetches it again
-        return
+def fetched_bytes(path: Path) -> int:
+    """Bytes of a file, and of its parts that are on the way, compressed ones included."""
+    held = 0
+    for part in path.parent.glob(f"{glob.escape(path.name)}*"):
+        with contextlib.suppress(FileNotFoundError):
+            held += part.stat().st_size
+    return held
 
 
 def make_durable(path: Path) -> None:

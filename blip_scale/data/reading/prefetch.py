@@ -75,10 +75,10 @@ class Prefetcher:
         left_bytes = UNLIMITED_BYTES if limit is None else LIMIT_SHARE * limit
         # The order of first use takes milliseconds to find out. It matters at the start of a run.
         current = next(self._order.upcoming(epoch, position, by_use=False))
-        cached = set(filter(self._is_cached, current))
+        here = {place for place in current if self._is_cached(place)}
         plan: list[tuple[int, int]] = []
         planned: set[tuple[int, int]] = set()
-        upcoming = self._order.upcoming(epoch, position, by_use=len(cached) < len(current))
+        upcoming = self._order.upcoming(epoch, position, by_use=len(here) < len(current))
         for place in itertools.chain.from_iterable(itertools.islice(upcoming, BLOCKS)):
             store = self._stores[place[0]]
             if place in planned or not store.remote:
@@ -87,8 +87,7 @@ class Prefetcher:
             if left_bytes < 0:
                 break
             planned.add(place)
-            store.mark_used(place[1])
-            if not self._is_cached(place):
+            if place not in here and not self._is_cached(place):
                 plan.append(place)
         return plan
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from blip_scale.data import mds
 from blip_scale.data.captions import DEFAULT_ROLE
-from blip_scale.data.mds import INDEX_NAME, Columns, FileInfo, Shard
+from blip_scale.data.mds import INDEX_NAME, Columns, Shard, ShardSize
 from blip_scale.data.overlays import OVERLAY_KEY
-from blip_scale.data.reading.shared_arrays import SharedArrays
+from blip_scale.data.reading.shared_arrays import SharedArray, SharedArrays, return_freed_memory
 from blip_scale.data.shards import (
     COLUMNS,
     ROLES_KEY,
@@ -38,8 +38,6 @@ CAPTIONS_CACHE = ".index.captions"
 """The hidden files beside an index. No shard can have such a name."""
 CACHED_FROM = 1_000
 """Smaller sets are parsed at every start, in some 20 ms."""
-_RECENT = 4096
-"""Shards that are kept as objects."""
 _PLAIN_NAME = re.compile(rb"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")
 
 logger = logging.getLogger(__name__)
@@ -52,14 +50,15 @@ class ShardTable:
 
     def __init__(self, folder: Path, arrays: SharedArrays) -> None:
         self.folder = folder
+        self._root = str(folder)
         self.samples: NDArray[np.int64] = arrays["samples"]
         """Samples of each shard."""
         self.raw_bytes: NDArray[np.int64] = arrays["raw_bytes"]
         """Bytes of each uncompressed shard."""
         self._arrays = arrays
+        self._settings = arrays["settings"]
         self._columns: dict[int, Columns] = {}
         """Columns by the number of the settings."""
-        self._recent: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -109,19 +108,23 @@ class ShardTable:
                 f"{self.folder / SHARDS_CACHE} is damaged at shard {number} ({error}): remove it"
             ) from error
 
-    def readable(self, number: int) -> Shard:
-        """A shard without its hashes and its compressed file, for whoever reads samples."""
-        shard = self._recent.get(number)
-        if shard is None:
-            if len(self._recent) >= _RECENT:
-                self._recent.clear()
-            settings = int(self._arrays["settings"][number])
-            if settings not in self._columns:
-                self._columns[settings] = self[number].columns
-            file = FileInfo(self.name(number), int(self.raw_bytes[number]), {})
-            shard = Shard(self.folder, self._columns[settings], int(self.samples[number]), file)
-            self._recent[number] = shard
-        return shard
+    @property
+    def shared_samples(self) -> SharedArray:
+        """`samples`, to be sent to other processes of this machine."""
+        return SharedArray(self._arrays, "samples")
+
+    def columns(self, number: int) -> Columns:
+        """Columns of a shard."""
+        settings = int(self._settings[number])
+        if settings not in self._columns:
+            self._columns[settings] = self[number].columns
+        return self._columns[settings]
+
+    def read(self, number: int, sample: int) -> dict[str, Any]:
+        """A sample of an uncompressed shard that lies in the folder; see `mds.read_sample`."""
+        path = f"{self._root}/{self.name(number)}"
+        size = ShardSize(int(self.samples[number]), int(self.raw_bytes[number]))
+        return mds.read_sample(path, self.columns(number), size, sample)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardTable, (self.folder, self._arrays)
@@ -227,6 +230,11 @@ class CaptionTable:
         self._counts = arrays["counts"]
         self._arrays = arrays
 
+    @property
+    def shared_items(self) -> SharedArray:
+        """`items`, to be sent to other processes of this machine."""
+        return SharedArray(self._arrays, "items")
+
     def __reduce__(self) -> tuple[Any, ...]:
         return CaptionTable, (self._arrays,)
 
@@ -305,6 +313,8 @@ def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
 
     cached = _load(folder, SHARDS_CACHE, checked)
     if cached is not None:
+        if len(cached) >= CACHED_FROM:
+            return_freed_memory()
         return cached
     content = mds.index_file(folder).read_bytes()
     shards, document = mds.parse_index(folder, content)
@@ -315,6 +325,8 @@ def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
         raise ValueError(f"{folder / INDEX_NAME}: {error}: write the set again") from error
     if len(table) >= CACHED_FROM:
         _save(table, folder / SHARDS_CACHE)
+        del shards, document, content
+        return_freed_memory()
     return table
 
 

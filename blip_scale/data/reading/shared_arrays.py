@@ -11,6 +11,7 @@ then the arrays, each at a multiple of 64 bytes. Integers and JSON only; nothing
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import mmap
@@ -19,6 +20,7 @@ import re
 import shutil
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,26 @@ class SharedArrays:
             arrays[name] = np.frombuffer(self._map, dtype, length, start) if length else _NONE
             start += _aligned(size)
         return arrays
+
+
+@dataclass(frozen=True)
+class SharedArray:
+    """One of the arrays. Pickling sends a reference, where a NumPy array would be copied."""
+
+    arrays: SharedArrays
+    name: str
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        array = self.arrays[self.name]
+        return array if dtype is None and not copy else np.array(array, dtype)
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, if the C library can. glibc keeps it, so
+    that a process would hold for good what it needed for a moment."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _opened(process: int, descriptor: int, expected: str) -> SharedArrays:

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,10 @@ from blip_scale.data.overlays import add_captions, check_overlay
 from blip_scale.data.reading import cache as caching
 from blip_scale.data.reading.cache import ShardCache, locked
 from blip_scale.data.reading.fetching import Fetcher
+from blip_scale.data.reading.seen_shards import SeenShards
 from blip_scale.data.reading.shard_table import open_captions, open_shards
+from blip_scale.data.reading.shared_arrays import SharedArray
+from blip_scale.data.reading.slow_fetches import warned_if_slow
 from blip_scale.data.shards import COLUMNS, require_captions
 from blip_scale.errors import RefusedInput
 from blip_scale.storage.free_space import is_disk_full
@@ -36,8 +40,7 @@ from blip_scale.storage.objects import DamagedFile, MissingFile, RemoteError
 
 INDEX_RETRY_S = 10.0
 """Seconds of retrying the remote's index before a cached one is used."""
-_TOUCH_EVERY_S = 60.0  # the time of a shard's last use is set so often
-_TOUCHED = 4096  # shards whose last use is remembered
+_LOOK_EVERY_S = 60.0  # whether a shard is still there is looked up so often
 _OVERLAYS = "overlays"
 """Folder below `local` that caches the overlays of a remote."""
 _LOCKS = 256  # shards that share a lock are not fetched at the same time
@@ -82,7 +85,6 @@ class StreamStore:
         self.remote = os.path.expandvars(stream.remote).rstrip("/") if stream.remote else None
         self.cache: ShardCache | None = None
         self._make_with = make_with
-        self._touched: dict[int, float] = {}
         self._damaged: dict[int, str] = {}
         if self.remote:
             self.cache = cache or ShardCache([self.folder])
@@ -97,8 +99,7 @@ class StreamStore:
             raise FileNotFoundError(self._message(str(error))) from error
         except ValueError as error:
             raise ValueError(self._message(str(error))) from error
-        self.shard_samples: NDArray[np.int64] = self.shards.samples
-        """Samples of each shard."""
+        self._seen = SeenShards(len(self.shards))
         self.samples = int(self.shard_samples.sum())
         """Samples of all shards."""
         if not self.samples:
@@ -129,9 +130,19 @@ class StreamStore:
         return sorted({role for store in stores for role in store.shards.roles})
 
     @property
+    def shard_samples(self) -> NDArray[np.int64]:
+        """Samples of each shard."""
+        return self.shards.samples
+
+    @property
     def shard_items(self) -> NDArray[np.int64]:
         """What an epoch takes of each shard: samples or, with `repeat: captions`, captions."""
         return self.shard_samples if self._captions is None else self._captions.items
+
+    @property
+    def shared_items(self) -> SharedArray:
+        """`shard_items`, to be sent to other processes of this machine."""
+        return self.shards.shared_samples if self._captions is None else self._captions.shared_items
 
     def locate(self, shard: int, item: int) -> tuple[int, int | None]:
         """The sample that an item of `shard_items` is, and which of its captions (None: any)."""
@@ -174,8 +185,7 @@ class StreamStore:
         return columns
 
     def _read(self, number: int, sample: int) -> dict[str, Any]:
-        shard = self.shards.readable(number)
-        return self._read_from(number, lambda: shard.read(sample))
+        return self._read_from(number, lambda: self.shards.read(number, sample))
 
     def _read_from(self, number: int, read: Callable[[], T]) -> T:
         """What `read` takes out of a shard that lies in the folder; raises as `read` does."""
@@ -184,7 +194,7 @@ class StreamStore:
             try:
                 return read()
             except FileNotFoundError:  # evicted by another process: fetch it again
-                self._touched.pop(number, None)
+                self._seen.forget(number)
             except Exception as error:  # whatever the decoder makes of damaged bytes
                 raise CorruptSample(f"{type(error).__name__}: {error}") from error
         path = self.folder / self.shards.name(number)
@@ -215,7 +225,8 @@ class StreamStore:
                 return False
             try:
                 if not self._has(number):
-                    self._obtain(self.shards[number], retry_s=0)
+                    with self._warned_if_slow(number):
+                        self._obtain(self.shards[number], retry_s=0)
             except DamagedFile:  # left to the reader, which tries more often
                 return True
             except (OSError, ValueError) as error:
@@ -224,19 +235,26 @@ class StreamStore:
             return True
 
     def is_cached(self, number: int) -> bool:
-        """Whether a shard and its overlays lie in their folders, whole."""
-        return all(store._has(number) for store in (self, *self.overlays))
+        """Whether a shard and its overlays lie in their folders, whole. If so, they count as used
+        now, and stay in the cache for longer."""
+        is_cached = self._has_lately(number)
+        for overlay in self.overlays:
+            is_cached = overlay._has_lately(number) and is_cached
+        return is_cached
 
-    def mark_used(self, number: int) -> None:
-        """Keep a shard and its overlays in the cache for longer, if they are there."""
-        for store in (self, *self.overlays):
-            if store.remote:
-                caching.mark_used(store.folder / store.shards.name(number))
+    def _has_lately(self, number: int) -> bool:
+        """`_has`, or that it was so a moment ago, as this process or another of the rank saw."""
+        every_s = 0.0 if self.cache is None else self.cache.mark_every_s
+        return self._seen.is_fresh(number, every_s) or self._has(number)
 
     def _has(self, number: int) -> bool:
-        """Whether a shard lies in the folder, whole."""
+        """Whether a shard lies in the folder, whole; one in a cache counts as used now."""
         path = f"{self._root}/{self.shards.name(number)}"
-        return caching.has_size(path, self.shard_bytes(number))
+        mark_after_s = None if self.cache is None else self.cache.mark_every_s
+        has_it = caching.has_size(path, self.shard_bytes(number), mark_after_s)
+        if has_it:
+            self._seen.note(number)
+        return has_it
 
     def _path(self, info: FileInfo) -> Path:
         return self.folder / info.basename
@@ -294,21 +312,22 @@ class StreamStore:
         """Fetch or decompress a shard unless it lies in the folder, whole."""
         if number in self._damaged:
             raise DamagedShard(self._damaged[number])
-        now = time.monotonic()
-        if now - self._touched.get(number, -_TOUCH_EVERY_S) < _TOUCH_EVERY_S:
+        if self._seen.is_fresh(number, _LOOK_EVERY_S):
             return
-        file = self.shards.readable(number).raw_data
         if not self._has(number):
             if self.remote is None and self.shards.packed_name(number) is None:
+                file = self.shards[number].raw_data
                 raise self._broken(self._path(file), file)
-            with locked(self.folder, number % _LOCKS):
+            with self._warned_if_slow(number), locked(self.folder, number % _LOCKS):
                 if not self._has(number):
                     self._obtain_or_give_up(number)
-        if self.remote is not None:
-            caching.mark_used(self._path(file))
-        if len(self._touched) >= _TOUCHED:
-            self._touched.clear()
-        self._touched[number] = now
+        self._seen.note(number)
+
+    def _warned_if_slow(self, number: int) -> AbstractContextManager[None]:
+        """Inside, a wait for a shard is a warning while nothing of it arrives."""
+        name = self.shards.name(number)
+        what = f"stream {self.name!r}: shard {name} of {self.remote or self.folder}"
+        return warned_if_slow(what, lambda: caching.fetched_bytes(self.folder / name))
 
     def _broken(self, path: Path, info: FileInfo) -> Exception:
         if not path.is_file():

@@ -45,6 +45,8 @@ _FIRST_READING, _SECOND_READING = 5, 1
 """Ticks before the deadline at which the states of all ranks are read."""
 _SILENT_S = SHORTEST_S
 """Time without a sign of life after which a rank is lost, whatever the limit of its phase."""
+_LONG_WAIT_S = 30.0
+"""Wait for the loader that is a warning."""
 _WATCHED: tuple[Phase, ...] = ("training", "evaluating", "saving")
 """Phases in which all ranks give signs of life. A start may hold the interpreter's lock for long,
 and at the end some ranks are gone before the others."""
@@ -87,6 +89,7 @@ class StallTimer:
         self._arming = threading.Lock()
         self._closed = threading.Event()
         self._data_since: float | None = None
+        self._warned_since: float | None = None
         self._exchanges: Callable[[], int] = int
         self._peers: Peers | None = None
         self._pulse = 0
@@ -183,6 +186,7 @@ class StallTimer:
         before: dict[int, RankState] | None = None
         while not self._closed.wait(self._tick_s):
             self._publish()
+            self._warn_of_data_wait()
             if self._phase in _WATCHED and (lost := self._lost()):
                 self._end_for(lost)
                 return
@@ -225,6 +229,20 @@ class StallTimer:
             # A store that does not answer is noticed when states are read.
             with contextlib.suppress(RuntimeError):
                 self._peers.publish(self._state())
+
+    def _warn_of_data_wait(self) -> None:
+        """Warn of a long wait for the loader, once for each."""
+        since = self._data_since
+        if since is None or since == self._warned_since:
+            return
+        waited_s = time.monotonic() - since
+        if waited_s >= _LONG_WAIT_S:
+            self._warned_since = since
+            logger.warning(
+                "step %d: rank %d on %s has waited %.0f s for data; if a remote is why, its loader "
+                "workers log the stream and the shard",
+                self._step, self._rank, self._node, waited_s,
+            )  # fmt: skip
 
     def _lost(self) -> list[Suspect]:
         """Ranks that have given no sign of life for a long time, as far as this rank watches."""
