@@ -78,7 +78,7 @@ demo: install
 
 # mypy uses one core, and some tests wait.
 unit: $(VENV)/.installed-dev
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line lint unit-tests
+	@$(MAKE) --no-print-directory --jobs 2 lint unit-tests
 
 unit-tests: $(VENV)/.installed-dev
 	@echo "Unit tests"
@@ -86,7 +86,7 @@ unit-tests: $(VENV)/.installed-dev
 
 # The environment with the oldest packages is downloaded while other tests run.
 test: $(VENV)/.installed-dev
-	@$(MAKE) --no-print-directory --jobs 3 --output-sync=line lint unit-tests $(OLDEST)/.installed
+	@$(MAKE) --no-print-directory --jobs 3 lint unit-tests $(OLDEST)/.installed
 	@echo "Tests with the oldest transformers and NumPy"
 	@PATH="$(CURDIR)/$(OLDEST)/bin:$(BIN):$$PATH" OMP_NUM_THREADS=1 \
 		python -m pytest -q -n 2 --dist loadfile -m "not s3 and not demo and not gpu and not slurm" $(OLDEST_TESTS)

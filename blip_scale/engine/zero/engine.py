@@ -48,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 _AFTER_STACKS_S = 10.0
 _FOREVER_S = 365 * 86_400.0
-_SHARED_MEMORY = "deepspeed_shm_comm"
-"""Name of the operation with which DeepSpeed's inference engine sums over the ranks of a CPU."""
 
 
 class AdamW(torch.optim.AdamW):
@@ -390,8 +388,9 @@ def start(timeout_s: float) -> torch.device:
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    # Training never calls the operation. DeepSpeed would compile it for a minute all the same.
-    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
+    # DeepSpeed 0.19.8 asks this table once, whether it can compile a sum over the ranks of a CPU in
+    # shared memory. Training never calls that sum, which would take a minute to compile.
+    deepspeed.ops.__compatible_ops__ = {}
     with logs.prints_to_log("DeepSpeed"):
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s),
