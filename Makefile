@@ -76,7 +76,7 @@ demo: install
 		blip_scale/train.py --deepspeed ds_configs/zero3.json output_dir=$(DEMO_RUN)
 	@$(RUN) python tools/show_summary.py $(DEMO_RUN) --started $(STARTED)
 
-# mypy uses one core, and some tests wait.
+# Linters and tests run beside each other, as mypy uses one core and some tests wait.
 unit: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory --jobs 2 lint unit-tests
 
