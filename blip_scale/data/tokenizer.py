@@ -15,13 +15,11 @@ from pathlib import Path
 from statistics import pstdev
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from blip_scale.config.recipe import TextRecipe
 from blip_scale.storage import hub
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 DECODE_TOKEN = "[DEC]"
@@ -187,6 +185,8 @@ def pack_captions(
         max_tokens: longest caption, [CLS] and [SEP] included; longer ones are cut before [SEP].
         pad_tokens_to: filler sequences make the number of tokens a multiple of this; 1: none.
     """
+    import torch  # here, as conversions count tokens without it
+
     rows = tokenizer(
         list(captions), truncation=True, max_length=max_tokens, return_attention_mask=False
     )["input_ids"]

@@ -23,6 +23,7 @@ from blip_scale.data.conversion.pairs import Chunk, RawPair, Source
 from blip_scale.data.shards import read_index
 from blip_scale.data.sources.readers import READERS, SourceReader
 
+REPO = Path(__file__).resolve().parent.parent.parent
 Main = Callable[[list[str]], int]
 
 
@@ -36,6 +37,16 @@ def prepare() -> Main:
 def tars(tmp_path: Path) -> Path:
     write_img2dataset_tars(tmp_path / "tars", 4, 25)
     return tmp_path / "tars"
+
+
+def test_converting_imports_nothing_heavy() -> None:
+    """Where the output is remote, each worker starts as a new interpreter."""
+    code = (
+        "import sys; import blip_scale.commands.prepare_data, blip_scale.data.sources.img2dataset\n"
+        "sys.exit(str({'torch', 'deepspeed', 'timm', 'transformers'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.stderr.strip() == ""
 
 
 def test_every_reader_is_offered(prepare: Main, capsys: pytest.CaptureFixture[str]) -> None:

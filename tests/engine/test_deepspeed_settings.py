@@ -6,6 +6,7 @@ Where a setting says how parameters and gradients travel, the losses are those o
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import tiny_runs
 
 from blip_scale.config.deepspeed_keys import TOP, ZERO_BY_STAGE
+from blip_scale.engine.zero import engine
 
 pytestmark = pytest.mark.multiprocess
 
@@ -68,13 +70,25 @@ def losses(folder: Path, name: str, changes: dict[str, Any], stage: int) -> list
     return [step["loss/total"] for step in tiny_runs.losses(run).values()]
 
 
+def compiled_files() -> list[str]:
+    """Files of the optimizer for offloaded states that ninja has made for this environment."""
+    engine._set_up_compiling()
+    log = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam" / ".ninja_log"
+    lines = log.read_text().splitlines()[1:] if log.is_file() else []
+    return [line.split("\t")[3] for line in lines]
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_takes_every_setting(tmp_path: Path, stage: int) -> None:
+    """Both ranks need an operation that is compiled at its first use, and one of them does it."""
+    before = compiled_files()
     expected = losses(tmp_path, "shipped", {}, stage)
     for name in (f"{stage}", f"{stage} offloaded"):
         changes = TALKATIVE | {"zero_optimization": ZERO[name]}
         measured = losses(tmp_path, name.replace(" ", "_"), changes, stage)
         assert measured == pytest.approx(expected, rel=1e-4), name
+    made = compiled_files()[len(before) :]
+    assert len(made) == len(set(made)), "each file once"
 
 
 def test_nothing_on_the_list_is_left_out() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -158,6 +159,26 @@ def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, contrast
             torch.testing.assert_close(tensor, ends[0][name], rtol=1e-4, atol=2e-5, msg=name)
 
 
+def recipe_of_losses(folder: Path, **objective: Any) -> Path:
+    """Recipe of a run of one step with some losses left out. Negatives come from all ranks."""
+    return tiny_runs.make_recipe(
+        folder,
+        model={"text": {"dropout": 0.0}},
+        objective={"itm": "global", **objective},
+        train={"max_steps": 1},
+        evaluation={"captions": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def all_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Losses of the first step of a run that has all of them."""
+    folder = tmp_path_factory.mktemp("everything")
+    file = recipe_of_losses(folder)
+    assert tiny_runs.finish(tiny_runs.launch(file, 1)) == [0], tiny_runs.said(file)
+    return tiny_runs.losses(folder / "run")[1]
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("itm", "lm", "untrained"),
@@ -168,35 +189,27 @@ def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, contrast
     ],
 )
 def test_a_network_without_itm_or_lm(
-    tmp_path: Path, itm: str, lm: str, untrained: list[str]
+    tmp_path: Path, all_losses: dict[str, float], itm: str, lm: str, untrained: list[str]
 ) -> None:
     """Untrained modules keep their initial weights, and the decoder is absent without LM.
 
     The losses that remain, with their weights, are those of a run with all losses in the first
     step. Another choice of losses at a resume is refused, and the checkpoint converts.
     """
-    everything, some = tmp_path / "everything", tmp_path / "some"
-    for folder, changes in ((everything, {}), (some, {"itm": itm, "lm": lm, "itc_weight": 0.5})):
-        folder.mkdir()
-        file = tiny_runs.make_recipe(
-            folder,
-            model={"text": {"dropout": 0.0}},
-            objective={"itm": "global", **changes},
-            train={"max_steps": 1},
-            evaluation={"captions": 2},
-        )
-        assert tiny_runs.finish(tiny_runs.launch(file, 1)) == [0], tiny_runs.said(file)
-    expected, measured = (tiny_runs.losses(f / "run")[1] for f in (everything, some))
+    changes = {"itm": itm, "lm": lm}
+    file = recipe_of_losses(tmp_path, **changes, itc_weight=0.5)
+    assert tiny_runs.finish(tiny_runs.launch(file, 1)) == [0], tiny_runs.said(file)
+    run = tmp_path / "run"
+    measured = tiny_runs.losses(run)[1]
     names = {"itc", *(["itm"] if itm != "none" else []), *(["lm"] if lm != "none" else [])}
     assert set(measured) == {"loss/total", *(f"loss/{name}" for name in names)}
     for name in names:
-        assert measured[f"loss/{name}"] == pytest.approx(expected[f"loss/{name}"], abs=1e-6)
+        assert measured[f"loss/{name}"] == pytest.approx(all_losses[f"loss/{name}"], abs=1e-6)
     weighed = 0.5 * measured["loss/itc"] + sum(measured[f"loss/{n}"] for n in names - {"itc"})
     assert measured["loss/total"] == pytest.approx(weighed, abs=1e-5)
 
     task = task_of(recipes.load(str(file)))
     initial = task.initial_weights()
-    run = some / "run"
     weights = tiny_runs.whole_tensors(run / "checkpoints" / "step_00000001", "weight")
     still = [n for n, tensor in weights.items() if torch.equal(tensor, initial[n].flatten())]
     assert {name for name in still if any(part in name for part in untrained)} == set(still)

@@ -48,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 _AFTER_STACKS_S = 10.0
 _FOREVER_S = 365 * 86_400.0
-_SHARED_MEMORY = "deepspeed_shm_comm"
-"""Name of DeepSpeed's operation for exchanges between ranks on a CPU."""
 
 
 class AdamW(torch.optim.AdamW):
@@ -390,18 +388,14 @@ def start(timeout_s: float) -> torch.device:
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    elif int(os.environ["WORLD_SIZE"]) > 1:
-        _announce_compilation()
-    else:  # nothing to exchange, so DeepSpeed need not compile the operation
-        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False
+    # DeepSpeed 0.19.8 asks this table once, whether it can compile a sum over the ranks of a CPU in
+    # shared memory. Training never calls that sum, which would take a minute to compile.
+    deepspeed.ops.__compatible_ops__ = {}
     with logs.prints_to_log("DeepSpeed"):
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, timeout=_patience(timeout_s),
             init_method=f"{rendezvous.SCHEME}://",
         )  # fmt: skip
-    if accelerator.device_name() == "cpu":
-        collectives.barrier()  # all ranks of this node have opened each other's buffers
-        _unlink_shared_buffer()
     return torch.device(accelerator.current_device_name())
 
 
@@ -422,25 +416,6 @@ def _set_up_compiling() -> None:
     folder = cache / "blip_scale" / "compiled" / name
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))  # blocks
-
-
-def _announce_compilation() -> None:
-    """Log that DeepSpeed will compile its exchange between CPU ranks, unless it is compiled."""
-    library = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / _SHARED_MEMORY / f"{_SHARED_MEMORY}.so"
-    if not library.is_file():
-        logger.info(
-            "building DeepSpeed's shared-memory operation, once per environment: about a minute"
-        )
-
-
-def _unlink_shared_buffer() -> None:
-    """Unlink DeepSpeed's buffer in shared memory, so that it is freed when its process ends.
-
-    DeepSpeed 0.19.8 makes a buffer of 64 MB for every rank on a CPU and never removes it.
-    """
-    place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
-    buffer = Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_{place}"
-    buffer.unlink(missing_ok=True)
 
 
 def _patience(timeout_s: float) -> timedelta:

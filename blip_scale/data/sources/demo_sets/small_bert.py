@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from blip_scale.data.tokenizer import resolve_checkpoint
 from blip_scale.storage import files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WORDS = "embeddings.word_embeddings.weight"
 _INIT_STD = (
@@ -45,6 +45,7 @@ def write_small_bert(
     principal components and all other weights are random, the same in every call. Returns the
     number of word pieces.
     """
+    from safetensors.torch import load_file, save_file  # here, as other sets need no torch
     from transformers import AutoTokenizer, BertTokenizerFast
 
     source = Path(resolve_checkpoint(checkpoint))
@@ -76,6 +77,7 @@ def _narrowed(word_embeddings: Tensor, config: dict) -> dict[str, Tensor]:
     `word_embeddings` are (words, any width). They are projected on as many principal components as
     the BERT is wide, and scaled to the standard deviation of the other weights.
     """
+    import torch
     from transformers import BertConfig, BertModel
 
     with torch.random.fork_rng(devices=[]):
