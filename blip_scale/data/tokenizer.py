@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from blip_scale.config.recipe import TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
 from blip_scale.storage import hub
 
 if TYPE_CHECKING:
