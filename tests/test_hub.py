@@ -18,7 +18,8 @@ import psutil
 import pytest
 from huggingface_hub import constants
 
-from blip_scale.config.recipe import Recipe, TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
+from blip_scale.config.recipe import Recipe
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.sizes import med_config
 from blip_scale.interop import bert, vision

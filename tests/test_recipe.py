@@ -369,6 +369,11 @@ class TestWhatCannotWork:
             (["model.lora.rank=4"], "frozen weights of cross_attention, vision would be random"),
             (["model.vision.frozen=true"], "model.checkpoint: null, so the frozen weights of vis"),
             (["model.lora.dropout=1"], "model.lora.dropout: expected number >= 0, < 1, found 1"),
+            (
+                ["model.lora.targets=[visoin]"],
+                'targets.0: expected one of vision, text, cross_attention, found "visoin"',
+            ),
+            (["model.lora.targets=text"], "expected list, each one of vision, text, cross_"),
         ],
     )
     def test_adapters_and_frozen_parts(

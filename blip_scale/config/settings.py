@@ -29,7 +29,7 @@ _MOST_BYTES = 512 << 10
 _MOST_NODES = 20_000
 """Largest number of values in a file, where each alias counts as often as its anchor's values."""
 _MOST_LEVELS = 40
-_NAMES = "names, each with "
+_NAMES, _ITEMS = "names, each with ", "list, each "
 _PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -333,9 +333,10 @@ def _explain(cls: type, error: Any, source: str, overrides: Sequence[Override]) 
     setting_name = ".".join("N" if part.isdigit() else part for part in name.split("."))
     if setting_name in all_allowed:
         allowed = all_allowed[setting_name]
-    else:  # a value in a mapping, or a whole section
+    else:  # a value in a mapping, an item of a list, or a whole section
         outer = setting_name.rpartition(".")[0]
-        allowed = all_allowed.get(outer, "a section of settings").removeprefix(_NAMES)
+        allowed = all_allowed.get(outer, "a section of settings")
+        allowed = allowed.removeprefix(_NAMES).removeprefix(_ITEMS)
     if error["type"] == "missing" and not str(error["loc"][-1]).isdigit():
         return f"{where}: missing; expected {allowed}"
     return f"{where}: expected {allowed}, found {_show(error['input'])}"
@@ -380,7 +381,7 @@ def _allowed(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {len(arguments)}: {', '.join(map(_allowed, arguments))}"
     if origin is list:
-        return "list"
+        return _ITEMS + _allowed(arguments[0])
     if origin is dict:
         return _NAMES + _allowed(arguments[1])
     return "a section of settings" if is_dataclass(annotation) else str(annotation)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import pstdev
 from typing import TYPE_CHECKING
 
-from blip_scale.config.recipe import TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
 from blip_scale.storage import hub
 
 if TYPE_CHECKING:

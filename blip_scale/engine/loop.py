@@ -430,6 +430,7 @@ def _evaluate(run: Run) -> bool:
 def _note_evaluation(run: Run) -> None:
     """Evaluate, log the results, and mark this step's checkpoint if it is the best so far."""
     began = time.perf_counter()
+    logger.info("step %d, evaluating", run.step)  # it may take minutes
     evaluation = run.task.evaluate(run.engine, final=run.step == run.total_steps)
     run.monitor.scalars(run.step, evaluation.scalars)
     for name, panels in evaluation.panels.items():

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from blip_scale.config import recipe as recipes
-from blip_scale.config.recipe import Recipe, TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
+from blip_scale.config.recipe import Recipe
 from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.blip import Blip

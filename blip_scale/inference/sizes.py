@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip_scale.config.recipe import ModelRecipe, Recipe
+from blip_scale.config.model_recipe import ModelRecipe
+from blip_scale.config.recipe import Recipe
 from blip_scale.data.tokenizer import resolve_checkpoint, special_ids
 from blip_scale.interop.bert import ROBERTA
 from blip_scale.model.adapters import Adapters, N, add_adapters, freeze_text

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from blip_scale.config.recipe import ModelRecipe, Recipe, TextRecipe, VisionRecipe
+from blip_scale.config.model_recipe import ModelRecipe, TextRecipe, VisionRecipe
+from blip_scale.config.recipe import Recipe
 from blip_scale.config.settings import expand
 from blip_scale.data.tokenizer import load_tokenizer
 from blip_scale.inference.loading import PUBLISHED_TOKENIZER, recipe_of, tokenizer_beside

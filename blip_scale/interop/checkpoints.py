@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,7 +113,12 @@ def load_checkpoint(med: MED, path: Path) -> None:
 
 
 def head_parameters(
-    path: Path, head: Head, config: MEDConfig, seed: int = 0, text_std: float = INIT_STD
+    path: Path,
+    head: Head,
+    config: MEDConfig,
+    seed: int = 0,
+    text_std: float = INIT_STD,
+    frozen: Collection[str] = (),
 ) -> State:
     """Read the parameters of a head's network from a checkpoint.
 
@@ -127,6 +133,7 @@ def head_parameters(
         config: sizes of the network.
         seed: seed of the random parameters.
         text_std: standard deviation of random linear layers of the text stacks.
+        frozen: see `grown`.
 
     Returns:
         the parameters by full name.
@@ -134,7 +141,7 @@ def head_parameters(
     Raises:
         FileNotFoundError: the path does not exist, or a part of the checkpoint is missing.
         ValueError: the checkpoint is not BLIP, damaged, unsafe, of another network, or of a head
-            that cannot be converted to `head`.
+            that cannot be converted to `head`; or a frozen parameter would be random.
     """
     weights = read_checkpoint(path, config, with_state=False)
     grows = head in OWN_NETWORKS and weights.head != head
@@ -151,25 +158,51 @@ def head_parameters(
     state = fitted_positions(state, vision, f"{PREFIX}vision.")
     log.info("all weights from %s%s", path, "".join(f"; {note}" for note in weights.notes))
     if grows:
-        state = grown(state, head, config, seed, text_std)
+        state = grown(state, head, config, seed, text_std, frozen)
     prefixes = (PREFIX, MOMENTUM_PREFIX)
     losses = {n: t for n, t in weights.unpublished.items() if not n.startswith(prefixes)}
     return state | losses
 
 
 def grown(
-    pretrained: State, head: Head, config: MEDConfig, seed: int, text_std: float = INIT_STD
+    pretrained: State,
+    head: Head,
+    config: MEDConfig,
+    seed: int,
+    text_std: float = INIT_STD,
+    frozen: Collection[str] = (),
 ) -> State:
     """Build the parameters of a head with a network of its own from those of a whole MED.
 
     Parameters that MED lacks are random, drawn from `seed`. The log names their modules.
+
+    Args:
+        pretrained: parameters of the MED by name, with or without the prefix `med.`.
+        head: head of the network.
+        config: sizes of the network.
+        seed: seed of the random parameters.
+        text_std: standard deviation of random linear layers of the text stacks.
+        frozen: full plain names of the parameters that will not train.
+
+    Raises:
+        ValueError: a frozen parameter would be random. The message names the modules.
     """
     network = seeded(lambda: build_network(head, config), seed)
     drawn = fill_from_med(network, pretrained, seed, text_std)
+    stuck = [name for name in drawn if f"{PREFIX}{name}" in frozen]
+    if stuck:
+        raise ValueError(
+            f"model.lora.also_train: none would keep {_modules(stuck)} at random values, as "
+            f"pretraining lacks them; set it to heads, or give a checkpoint of {head}"
+        )
     if drawn:
-        modules = sorted({name.rpartition(".")[0] for name in drawn})
-        log.info("randomly initialised, not from pretraining: %s", ", ".join(modules))
+        log.info("randomly initialised, not from pretraining: %s", _modules(drawn))
     return {f"{PREFIX}{name}": parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def _modules(names: Collection[str]) -> str:
+    """Modules of some parameters, for the log."""
+    return ", ".join(sorted({name.rpartition(".")[0] for name in names}))
 
 
 def sizes_of(path: Path) -> MEDConfig | None:

@@ -75,6 +75,23 @@ def part_of(name: str) -> Part | None:
     return "cross_attention" if ".cross_attention." in name else "text"
 
 
+def begins_at_random(name: str, network: nn.Module) -> bool:
+    """Whether no pretrained weights fit a layer of the text stack, which thus counts as a head.
+
+    These are the keys and values of VQA's decoder if images and text differ in width (ViT-L): they
+    read the states of questions, and the pretrained ones image tokens.
+
+    Args:
+        name: plain name of the layer or of one of its parameters.
+        network: network that holds it.
+    """
+    if not name.startswith("text_decoder.") or ".cross_attention.key_value" not in name:
+        return False
+    config: Any = network.config
+    vision: Any = network.vision
+    return bool(config.text.width != vision.embed_dim)
+
+
 def freeze_text(network: N) -> N:
     """Freeze the text stacks, but for cross-attention. Returns the same network."""
     for name, parameter in network.named_parameters():
@@ -86,7 +103,7 @@ def freeze_text(network: N) -> N:
 def add_adapters(network: N, adapters: Adapters) -> N:
     """Add adapters to the linear layers of the targets' attention, and freeze what won't train.
 
-    New weights are peft's: A random, B zero.
+    New weights are peft's: A random, B zero. Layers that begin at random get no adapters.
 
     Args:
         network: network of a head or momentum encoder; changed in place.
@@ -120,7 +137,8 @@ def add_adapters(network: N, adapters: Adapters) -> N:
     for name, parameter in network.named_parameters():
         if not is_adapter(name):
             plain = plain_name(name)
-            parameter.requires_grad_(plain in trained and adapters.trains(part_of(plain)))
+            part = None if begins_at_random(plain, network) else part_of(plain)
+            parameter.requires_grad_(plain in trained and adapters.trains(part))
     attention: Any
     for attention in network.modules():
         if hasattr(attention, "qkv_bias_separate") and hasattr(attention.qkv, "base_layer"):
@@ -135,7 +153,7 @@ def _target_layers(network: nn.Module, adapters: Adapters) -> list[str]:
     for name, module in network.named_modules():
         for part in adapters.targets:
             match = _ATTENTION[part].fullmatch(name)
-            if match and isinstance(module, nn.Linear):
+            if match and isinstance(module, nn.Linear) and not begins_at_random(name, network):
                 block = match.groupdict().get("block")
                 if block is None or int(block) >= adapters.first_block:
                     names.append(name)

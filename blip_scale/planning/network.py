@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from blip_scale.config.recipe import Recipe, TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
+from blip_scale.config.recipe import Recipe
 from blip_scale.data.tokenizer import load_tokenizer, resolve_checkpoint
 from blip_scale.inference.sizes import Vocabulary, checkpoint_sizes, limited, network_config
 from blip_scale.model.heads import cut_down, freeze_unread

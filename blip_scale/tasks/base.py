@@ -27,7 +27,7 @@ from blip_scale.engine.zero.momentum import ShardedMomentum
 from blip_scale.evaluation import captions_and_pairs
 from blip_scale.inference.sizes import limited, med_config
 from blip_scale.model import adapters
-from blip_scale.model.adapters import renamed, trained_shares
+from blip_scale.model.adapters import plain_name, renamed, trained_shares
 from blip_scale.model.heads import Head, cut_down
 from blip_scale.model.initialization import seeded
 from blip_scale.model.kernels import choose_kernel
@@ -134,9 +134,10 @@ class TrainingTask(ABC):
         Adapters, and trainable parameters outside `med` such as those of a loss, may be missing
         from `model.checkpoint`. They keep the value that their constructor draws from the seed.
         """
-        plain = networks.initial_parameters(self.recipe, self.config, self.head)
         with torch.device("meta"):
             network = self.build_network()
+        frozen = {plain_name(n) for n, p in network.named_parameters() if not p.requires_grad}
+        plain = networks.initial_parameters(self.recipe, self.config, self.head, frozen)
         weights = renamed(plain, [name for name, _ in network.named_parameters()])
         med = network.get_submodule("med")
         if not all(parameter.requires_grad for parameter in med.parameters()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -45,18 +46,23 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
     return med
 
 
-def initial_parameters(recipe: Recipe, config: MEDConfig, head: Head) -> dict[str, Tensor]:
+def initial_parameters(
+    recipe: Recipe, config: MEDConfig, head: Head, frozen: Collection[str] = ()
+) -> dict[str, Tensor]:
     """All parameters of a head's network (`model.heads`) by full name, whole, in fp32 on the CPU.
 
     They come from `model.checkpoint`, of this head or of pretraining, or else from
     `initialized_med`.
+
+    Raises:
+        ValueError: one of the `frozen` parameters would be random; see `interop.checkpoints.grown`.
     """
     std = recipe.model.text.init_std
     if recipe.model.checkpoint is not None:
-        return head_parameters(_whole_checkpoint(recipe), head, config, recipe.seed, std)
+        return head_parameters(_whole_checkpoint(recipe), head, config, recipe.seed, std, frozen)
     med = initialized_med(recipe, config)
     if head in OWN_NETWORKS:
-        return grown(dict(med.named_parameters()), head, config, recipe.seed, std)
+        return grown(dict(med.named_parameters()), head, config, recipe.seed, std, frozen)
     network = cut_down(med, head)
     return {f"{PREFIX}{name}": parameter.detach() for name, parameter in network.named_parameters()}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from data_samples import VOCABULARY, MakeLoader, MakeShards, hurry, jpeg
 
-from blip_scale.config.recipe import DataRecipe, StreamRecipe, TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
+from blip_scale.config.recipe import DataRecipe, StreamRecipe
 from blip_scale.data.loading.loader import TrainLoader
 from blip_scale.data.loading.micro_batches import CaptionInput, LoaderPosition
 from blip_scale.data.shards import Record, write_shards

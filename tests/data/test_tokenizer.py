@@ -11,7 +11,7 @@ from data_samples import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, RobertaTokenizerFast
 
-from blip_scale.config.recipe import TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
 from blip_scale.data.loading.micro_batches import CaptionInput
 from blip_scale.data.tokenizer import load_tokenizer, pack_captions, resolve_checkpoint, special_ids
 

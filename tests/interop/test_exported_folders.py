@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from virtual_environments import make_environment
 
-from blip_scale.config.recipe import TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
 from blip_scale.data.pixels.transforms import (
     IMAGE_MEAN,
     IMAGE_STD,

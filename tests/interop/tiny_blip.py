@@ -12,13 +12,8 @@ from torch import Tensor
 from transformers import BertTokenizerFast
 
 from blip_scale.config import recipe as recipes
-from blip_scale.config.recipe import (
-    EvaluationRecipe,
-    ModelRecipe,
-    Recipe,
-    TextRecipe,
-    VisionRecipe,
-)
+from blip_scale.config.model_recipe import ModelRecipe, TextRecipe, VisionRecipe
+from blip_scale.config.recipe import EvaluationRecipe, Recipe
 from blip_scale.data.tokenizer import load_tokenizer, special_ids
 from blip_scale.interop.blip_weights import BlipWeights
 from blip_scale.interop.salesforce import from_salesforce, momentum_to_salesforce, to_salesforce

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from dataclasses import replace
 
@@ -22,9 +23,9 @@ from blip_scale.model.adapters import (
     plain_name,
 )
 from blip_scale.model.compiling import compile_blocks
+from blip_scale.model.heads import Head, build_network
 from blip_scale.model.initialization import init_weights, seeded
 from blip_scale.model.med import MED, MEDConfig, MomentumEncoder
-from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.packing import PackedText
 from blip_scale.model.vision import VisionConfig
 
@@ -143,14 +144,45 @@ def test_the_momentum_encoder_shares_frozen_weights() -> None:
     assert copies < 0.3 * sum(p.numel() for p in MomentumEncoder(config).parameters())
 
 
-def test_merge_layers_of_nlvr2_train_and_have_no_adapter() -> None:
-    network = add_adapters(NLVR2(tiny_config()), Adapters(4, 6.0, ALL))
+HEADS_THAT_TRAIN: dict[Head, set[str]] = {
+    "pretrain": {"vision_proj", "text_proj", "itm_head", "lm_head.dense", "lm_head.norm", "lm_head",
+                 "temperature"},
+    "retrieval": {"vision_proj", "text_proj", "itm_head", "temperature"},
+    "captioning": {"lm_head.dense", "lm_head.norm", "lm_head"},
+    "vqa": {"lm_head.dense", "lm_head.norm", "lm_head",
+            "text_decoder.layers.N.cross_attention.key_value"},
+    "nlvr2": {"cls_head.N", "text_encoder.layers.N.cross_attention.merge_layer"},
+    "visdial": {"itm_head", "caption_proj"},
+}  # fmt: skip
+"""Modules of each head that train besides the adapters, where images and text differ in width."""
+
+
+@pytest.mark.parametrize("head", HEADS_THAT_TRAIN)
+def test_what_pretraining_lacks_trains_as_a_whole(head: Head) -> None:
+    """Everything else keeps its weights, and every layer of an attention has an adapter."""
+    plain = build_network(head, tiny_config())
+    attentions = {
+        name
+        for name, module in plain.named_modules()
+        if isinstance(module, nn.Linear) and re.search(r"attn|attention", name)
+    }
+    parameters = {name for name, _ in plain.named_parameters()}
+    network = add_adapters(plain, Adapters(4, 6.0, ALL))
     names = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    assert {plain_name(name).split(".")[-2] for name in names if not is_adapter(name)} == {
-        "merge_layer", "0", "2",
-    }  # fmt: skip
-    both = [name for name in names if ".images.1.query.lora_A" in name]
-    assert len(both) == tiny_config().text.layers
+    layers = {plain_name(name).rpartition(".")[0] for name in filter(is_adapter, names)}
+    whole = {plain_name(name).rpartition(".")[0] for name in names if not is_adapter(name)}
+    assert {re.sub(r"\.\d+", ".N", module) for module in whole} == HEADS_THAT_TRAIN[head]
+    assert layers == attentions - whole
+    assert merged(dict(network.named_parameters()), 1.5).keys() == parameters
+
+
+def test_equal_widths_leave_vqa_no_random_weights() -> None:
+    """All of its decoder comes from pretraining, and so keeps it."""
+    network = add_adapters(
+        build_network("vqa", tiny_config(width=24, heads=2)), Adapters(4, 6, ALL)
+    )
+    names = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[0] for name in names if not is_adapter(name)} == {"lm_head"}
 
 
 def test_frozen_blocks_alone_cant_have_adapters() -> None:

@@ -152,3 +152,8 @@ def test_initial_weights_of_other_networks_are_meds(
         assert torch.equal(tensor, again[name]), name
     assert {kind for kind in random if any(kind in name for name in drawn)} == set(random)
     assert all(any(kind in name for kind in random) for name in drawn)
+    if drawn:
+        fixed = {"med.cls_head.0.weight"}
+        with pytest.raises(ValueError, match=r"also_train: none would keep cls_head\.0 at random"):
+            networks.initial_parameters(recipe, config, head, fixed)
+    networks.initial_parameters(recipe, config, head, initial.keys() - drawn)

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip_scale.config.batch_sizes import token_bucket
-from blip_scale.config.recipe import DataRecipe, ObjectiveRecipe, Recipe, TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
+from blip_scale.config.recipe import DataRecipe, ObjectiveRecipe, Recipe
 from blip_scale.data.loading.micro_batches import Batch
 from blip_scale.data.tokenizer import load_tokenizer, pack_captions, special_ids
 from blip_scale.inference.inputs import packed_text

@@ -15,7 +15,8 @@ import torch
 import webdataset
 from PIL import Image, ImageOps
 
-from blip_scale.config.recipe import DataRecipe, StreamRecipe, TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
+from blip_scale.config.recipe import DataRecipe, StreamRecipe
 from blip_scale.data.loading.loader import TrainLoader
 from blip_scale.data.loading.micro_batches import CaptionInput, LoaderPosition
 from blip_scale.data.pixels.decoding import decode_jpeg

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from blip_scale.config.recipe import TextRecipe
+from blip_scale.config.model_recipe import TextRecipe
 from blip_scale.data.captions import RoleText, clean_caption, is_long
 from blip_scale.data.conversion.pairs import RawPair
 from blip_scale.data.shards import Record
