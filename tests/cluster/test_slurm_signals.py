@@ -5,6 +5,7 @@ The ranks have no network. All jobs run at the same time, as they wait for SLURM
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,13 @@ def reach_the_limit_in_a_save(job: Job) -> None:
     come_near_the_limit(job)
 
 
+def be_requeued(job: Job) -> None:
+    """An administrator requeues the job while it runs."""
+    job.cluster.run("scontrol", "requeue", job.number)
+    job.wait_for_line("not requeued here: SLURM has the job as")
+    wait_until_requeued(job)
+
+
 EVENTS: dict[Callable[[Job], None], dict[str, str]] = {
     reach_the_limit_in_a_save: {},
     come_near_the_limit: {},
@@ -71,6 +79,7 @@ EVENTS: dict[Callable[[Job], None], dict[str, str]] = {
     cancel_during_checks: {"FAILURE_WAIT": "1", "NODE_CHECK": "sleep 6"},
     stop_during_checks: {"FAILURE_WAIT": "1", "NODE_CHECK": "sleep 6"},
     stop_during_imports: {"FAILURE_WAIT": "1"},
+    be_requeued: {},
 }
 """Events -> environment variables of the job. Four jobs fit on the nodes at once."""
 
@@ -101,7 +110,8 @@ def jobs(
         )
         wait_for(lambda: job.newest_checkpoint() >= quick_rank.EVERY_STEPS, "a checkpoint", 120)
         event(job)
-        slurm.run("scancel", job.number)
+        with contextlib.suppress(RuntimeError):  # it is cancelled already
+            slurm.run("scancel", job.number)
         return job
 
     with ThreadPoolExecutor(len(EVENTS)) as threads:
@@ -125,6 +135,13 @@ def test_a_job_is_requeued_once(
     log = jobs[event].output()
     assert words in log and log.count("requeued: ") == 1
     assert "start 2 on" not in log and "could not requeue" not in log
+
+
+def test_slurm_requeues_a_job_itself(jobs: dict[Callable[[Job], None], Job]) -> None:
+    """Its ranks save, and the script leaves the job alone."""
+    log = jobs[be_requeued].output()
+    assert "Exited with exit code 75" in log
+    assert "not requeued here: SLURM has the job as" in log
 
 
 def test_a_stop_in_a_restart_is_no_failure(jobs: dict[Callable[[Job], None], Job]) -> None:
