@@ -114,6 +114,7 @@ class Signals:
         """Whether a stop was requested."""
         self.srun: subprocess.Popen[str] | None = None
         """Process that runs the ranks, if any."""
+        self._wait_s = max(1.0, requeue.kill_wait_s() - _KILL_MARGIN_S)
         signal.signal(signal.SIGUSR1, self._pass_on)
         signal.signal(signal.SIGTERM, self._survive)
 
@@ -128,7 +129,7 @@ class Signals:
         At the time limit SLURM sends SIGTERM to ranks and script, and SIGKILL after its KillWait.
         The ranks keep that time, as the end of srun does not end them.
         """
-        _after(max(1.0, requeue.kill_wait_s() - _KILL_MARGIN_S), self._leave_ranks)
+        _after(self._wait_s, self._leave_ranks)
 
     def _leave_ranks(self) -> None:
         is_over = requeue.job_fields(os.environ["SLURM_JOB_ID"]).get("JobState") != "RUNNING"
@@ -292,8 +293,9 @@ def run_ranks(
 
 
 def _after(seconds: float, action: Callable[[], None]) -> threading.Timer:
-    """Start a timer."""
+    """Start a timer, for which the end of the script does not wait."""
     timer = threading.Timer(seconds, action)
+    timer.daemon = True
     timer.start()
     return timer
 

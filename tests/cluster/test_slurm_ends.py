@@ -27,7 +27,7 @@ def test_a_job_that_fails_at_the_same_step_stops_with_a_report(
     )  # fmt: skip
     slurm.wait(job.number, "FAILED", timeout_s=300)
     status = slurm.job(job.number)
-    assert (status["Restarts"], status["ExitCode"]) == ("1", "1:0"), job.output()
+    assert (status["Restarts"], status["ExitCode"]) == ("1", "137:0"), job.output()
     attempts = json.loads((job.run / "attempts.json").read_text())
     assert [attempt["checkpoint_step"] for attempt in attempts] == [5, 5, 5]
     starts = [(attempt["restart"], attempt["launch"]) for attempt in attempts]
