@@ -56,12 +56,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluations(run: Path) -> list[dict[str, float]]:
     """Step and figures of all evaluations in metrics.jsonl, in its order."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [
-        {name: value for name, value in line.items() if name.startswith(("heldout/", "step"))}
-        for line in lines
-        if any(name.startswith("heldout/") for name in line)
-    ]
+    figures = []
+    for text in (run / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        heldout = {name: value for name, value in line.items() if name.startswith("heldout/")}
+        if heldout:
+            figures.append({"step": line["step"], **heldout})
+    return figures
 
 
 def is_evaluating(run: Path) -> bool:
