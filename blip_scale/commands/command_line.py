@@ -69,7 +69,8 @@ def report_error_of_rank(command: str, error: Exception, log_folder: Path | None
     if log_folder is not None:
         logger.debug("stopped by", exc_info=error)
         speaker = f"{command} (rank {rank})" if rank else command
-        refuse(speaker, f"{error} (traceback in {log_folder})")
+        where = f" (traceback in {log_folder})" if log_folder.is_dir() else ""
+        refuse(speaker, f"{error}{where}")
         return exit_codes.REFUSED if isinstance(error, RefusedInput) else exit_codes.FAILED
     if rank == 0:
         return report_error(command, error)
