@@ -9,8 +9,8 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
+import psutil
 import pytest
 import quick_rank
 import slurm_runs
@@ -31,7 +31,7 @@ def stop_while_ranks_wait(job: Job) -> None:
 def stop_during_checks(job: Job) -> None:
     """The same while nodes are checked. The signal goes to steps alone, which are the checks."""
     job.cluster.ranks(job.number)[1].kill()
-    wait_for(lambda: len(checks_of(job)) == 2, "checks on both nodes")
+    wait_for_checks(job)
     job.cluster.run("scancel", "--signal=USR1", job.number)
     wait_until_requeued(job)
 
@@ -48,7 +48,7 @@ def stop_during_imports(job: Job) -> None:
 def cancel_during_checks(job: Job) -> None:
     """A person cancels the job while nodes are checked."""
     job.cluster.ranks(job.number)[1].kill()
-    wait_for(lambda: len(checks_of(job)) == 2, "checks on both nodes")
+    wait_for_checks(job)
     job.cluster.run("scancel", job.number)
     wait_for(lambda: state_of(job) not in ("RUNNING", "COMPLETING"), "the end of the job")
 
@@ -84,10 +84,20 @@ EVENTS: dict[Callable[[Job], None], dict[str, str]] = {
 """Events -> environment variables of the job. Four jobs fit on the nodes at once."""
 
 
-def checks_of(job: Job) -> list[Any]:
-    """Processes of NODE_CHECK."""
-    processes = [p for node in ("n1", "n2") for p in job.cluster.processes(node)]
-    return [p for p in processes if p.name() == "sleep"]
+def processes_of(job: Job) -> list[str]:
+    """Names of the processes of a job on its nodes."""
+    names = []
+    for node in ("n1", "n2"):
+        for process in job.cluster.processes(node):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if process.environ().get("SLURM_JOB_ID") == job.number:
+                    names.append(process.name())
+    return names
+
+
+def wait_for_checks(job: Job) -> None:
+    """Wait until NODE_CHECK runs on both nodes."""
+    wait_for(lambda: processes_of(job).count("sleep") == 2, "checks on both nodes", 120)
 
 
 def state_of(job: Job) -> str:
@@ -163,8 +173,6 @@ def test_a_cancelled_job_does_not_come_back(jobs: dict[Callable[[Job], None], Jo
 
 
 def test_no_process_is_left(jobs: dict[Callable[[Job], None], Job], slurm: SlurmCluster) -> None:
-    numbers = {job.number for job in jobs.values()}
     wait_for(lambda: slurm.idle_nodes() == 2, "the end of the jobs")
-    for node in ("n1", "n2"):
-        processes = slurm.processes(node)
-        assert not [p for p in processes if p.environ().get("SLURM_JOB_ID") in numbers]
+    for job in jobs.values():
+        assert processes_of(job) == []
