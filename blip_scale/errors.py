@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class RefusedInput(ValueError):
@@ -34,6 +35,18 @@ def is_refused(error: BaseException) -> bool:
     return isinstance(error, ValueError) and _is_ours(error)
 
 
+def in_words(error: BaseException) -> str:
+    """Message of an error. It names a file that stands where a folder is needed, and the fix."""
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
+        path = Path(error.filename)
+        for place in (path, *path.parents):
+            if place.is_file():
+                return (
+                    f"{place} is a file, but a folder is needed: remove it or give another folder"
+                )
+    return str(error) or type(error).__name__
+
+
 def _is_ours(error: BaseException) -> bool:
     """Return True if the innermost function in the error's traceback is in this package."""
     trace = error.__traceback__
@@ -55,4 +68,4 @@ def refusing() -> Iterator[None]:
         if not is_refused(error):
             raise
         kind = MissingInput if isinstance(error, FileNotFoundError) else RefusedInput
-        raise kind(str(error)) from error
+        raise kind(in_words(error)) from error

@@ -39,6 +39,8 @@ _CONTROLLER_S, _CONTROLLER_EVERY_S = 1800, 10
 _REGISTER_S = 30
 """Seconds for which a controller that is back is given time: until its nodes have registered, it
 starts no step on them ("Memory required by task is not available")."""
+_KILL_WAIT_S = 30.0
+"""SLURM's default of KillWait."""
 _LAST_RESTART_S = 600
 """A restart is not worth its time if less than this is left until the time limit."""
 _TROUBLE = re.compile(
@@ -78,13 +80,17 @@ class Attempt:
     seconds: int
 
 
-def decide(attempts: list[Attempt], job: Mapping[str, str], limit: int) -> tuple[Next, str]:
+def decide(
+    attempts: list[Attempt], job: Mapping[str, str], limit: int, is_stop_requested: bool = False
+) -> tuple[Next, str]:
     """Decide what follows the newest attempt, which has not reached the end of the recipe.
 
     Args:
         attempts: attempts of the job, oldest first.
         job: SLURM's fields of the job.
         limit: failures without a newer checkpoint that stop the job.
+        is_stop_requested: whether the batch script was asked to stop. The ranks may have failed
+            before they could.
 
     Returns:
         The decision, and its reason.
@@ -94,7 +100,7 @@ def decide(attempts: list[Attempt], job: Mapping[str, str], limit: int) -> tuple
         return Next.STOP, "the input was refused (see above); fix it and submit again"
     if last.failed and failures >= limit:
         return Next.STOP, f"failed {failures} times without a newer checkpoint"
-    if not last.failed:
+    if not last.failed or is_stop_requested:
         decision, reason = Next.REQUEUE, "stopped on request"
     elif job.get("Reason") == "TimeLimit" or _seconds_left(job) < _LAST_RESTART_S:
         decision, reason = Next.REQUEUE, "the time limit is near"
@@ -183,7 +189,7 @@ def failures_without_progress(attempts: list[Attempt]) -> int:
 def requeue(job_id: str) -> int:
     """Requeue the job, and return the exit code of the batch script. SLURM ends it meanwhile."""
     done = _scontrol("requeue", job_id)
-    if done.returncode:
+    if done.returncode > 0:  # less: SLURM ended scontrol together with the job
         reason = done.stderr.strip()
         print(f"scontrol could not requeue the job ({reason}); submit again to resume", flush=True)
         return exit_codes.FAILED
@@ -195,6 +201,12 @@ def job_fields(job_id: str) -> dict[str, str]:
     """SLURM's fields of the job: JobState, Reason, Requeue, StdOut ..."""
     shown = _scontrol("show", "job", "--oneliner", job_id).stdout
     return dict(re.findall(r"(\w+)=(\S+)", shown))
+
+
+def kill_wait_s() -> float:
+    """Seconds from SIGTERM to SIGKILL when SLURM ends a job, by its configuration."""
+    shown = re.search(r"^KillWait\s*=\s*(\d+)", _scontrol("show", "config").stdout, re.MULTILINE)
+    return float(shown[1]) if shown else _KILL_WAIT_S
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,10 @@ variables:
   their last words alone: ranks that wait for a dead one in NCCL never end by themselves.
 - SLURM_WAIT (60): the same after a rank that is done, stopped on request or refused its input.
 - SRUN_ARGS: further arguments of srun, separated by spaces.
+
+SIGUSR1 asks for a stop: the ranks save, and the job is requeued. The batch script gets the signal
+(`--signal=B:USR1@300`, `scancel --batch --signal=USR1`) and passes it on to the ranks. So it is
+obeyed also while ranks start again, or wait for a dead one. Ranks that get it directly stop, too.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,8 +46,15 @@ _AFTER_WAIT_S = 60
 """Seconds after a wait in which srun must have ended, even if a node has disappeared."""
 _ENDED = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<end>.+)")
 _NODE_FAILED = re.compile(r"srun: error: Node failure on (?P<node>[\w.-]+)")
+_USR1 = "User defined signal 1"
+"""End of a rank that gets SIGUSR1 before it handles it, in its imports."""
+_KILL_MARGIN_S = 8
+"""Seconds of SLURM's KillWait that are kept for the requeue of the job."""
 _REFUSED = f"Exited with exit code {exit_codes.REFUSED}"
-_NO_FAILURE = {f"Exited with exit code {code}" for code in (exit_codes.REQUEUE, exit_codes.DONE)}
+_STOPPED = {f"Exited with exit code {exit_codes.REQUEUE}", _USR1}
+_NO_FAILURE = {f"Exited with exit code {exit_codes.DONE}", *_STOPPED}
+_ENDED_FOR_OTHERS = {"Killed", "Terminated"}
+"""Ends of ranks that waited for one that has stopped."""
 
 
 @dataclass
@@ -95,11 +106,41 @@ class Ending:
     """Unix time at which the first rank ended."""
 
 
+class Signals:
+    """Signals of the batch script. SIGUSR1 asks for a stop, SIGTERM comes as SLURM ends the job."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        """Whether a stop was requested."""
+        self.srun: subprocess.Popen[str] | None = None
+        """Process that runs the ranks, if any."""
+        self._wait_s = max(1.0, requeue.kill_wait_s() - _KILL_MARGIN_S)
+        signal.signal(signal.SIGUSR1, self._pass_on)
+        signal.signal(signal.SIGTERM, self._survive)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self.stop = True
+        if self.srun is not None:
+            self.srun.send_signal(number)
+
+    def _survive(self, number: int, frame: object) -> None:
+        """Stop waiting for ranks that hang or save for long while there is time for the requeue.
+
+        At the time limit SLURM sends SIGTERM to ranks and script, and SIGKILL after its KillWait.
+        The ranks keep that time, as the end of srun does not end them.
+        """
+        _after(self._wait_s, self._leave_ranks)
+
+    def _leave_ranks(self) -> None:
+        is_over = requeue.job_fields(os.environ["SLURM_JOB_ID"]).get("JobState") != "RUNNING"
+        if is_over and self.srun is not None:
+            self.srun.kill()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return the exit code of the batch script."""
     options = _parser().parse_args(arguments)
-    # At the time limit SLURM ends ranks and script, but the job must still be requeued.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signals = Signals()
     try:
         allocation = Allocation.of_job()
     except ValueError as error:
@@ -113,34 +154,39 @@ def main(arguments: list[str] | None = None) -> int:
             f"start {launch} on {','.join(nodes)}{after if launch else ''}"
             f"{'; not used: ' if idle else ''}{','.join(idle)}"
         )
-        ending = run_ranks(allocation, nodes, launch, options)
+        ending = run_ranks(allocation, nodes, launch, options, signals)
         if ending.exit_code == exit_codes.DONE:
             (options.output_dir / run_folder.FAILURE_REPORT).unlink(missing_ok=True)
             _say("the run is done")
             return exit_codes.DONE
         if ending.cause:
             _say(f"first to end: {ending.cause}")
-        code = _stops(allocation, nodes, launch, ending, options.output_dir)
+        code = _stops(allocation, nodes, launch, ending, options.output_dir, signals)
         if code is not None:
             return code
-        usable = answering(allocation.nodes)
+        usable = answering(allocation.nodes, signals)
+        if signals.stop:
+            return _requeue_or_stop("stopped on request before the ranks started again")
         silent = [node for node in allocation.nodes if node not in usable]
         if silent:
             _say(f"no answer or NODE_CHECK failed: {','.join(silent)}")
         nodes, launch, failed_at = allocation.select(usable), launch + 1, ending.first_ended
         if not nodes:
-            _say(f"too few nodes: {len(usable)} answer, {allocation.least} must")
-            return _requeue_or_stop()
+            reason = f"too few nodes: {len(usable)} answer, {allocation.least} must"
+            return _requeue_or_stop(reason)
 
 
 def _stops(
-    allocation: Allocation, nodes: list[str], launch: int, ending: Ending, output_dir: Path
+    allocation: Allocation,
+    nodes: list[str],
+    launch: int,
+    ending: Ending,
+    output_dir: Path,
+    signals: Signals,
 ) -> int | None:
     """Record an attempt. Returns the exit code of the batch script; None: start again here."""
     job = requeue.job_fields(os.environ["SLURM_JOB_ID"])
-    if job.get("JobState") != "RUNNING" and job.get("Reason") != "TimeLimit":
-        # The job was cancelled, or SLURM requeued it after preemption or the failure of a node.
-        _say(f"not requeued here: SLURM has the job as {job.get('JobState', 'unknown')}")
+    if _is_ended_by_slurm(job):
         return ending.exit_code
     is_whole = nodes == allocation.nodes
     shown = os.environ["SLURM_JOB_NODELIST"] if is_whole else ",".join(nodes)
@@ -157,7 +203,8 @@ def _stops(
         f"attempt {last.restart}.{launch} ended with exit code {last.exit_code} after "
         f"{last.seconds} s; newest checkpoint: step {last.checkpoint_step}"
     )
-    decision, reason = requeue.decide(attempts, job, int(os.environ.get("MAX_FAILURES", "3")))
+    limit = int(os.environ.get("MAX_FAILURES", "3"))
+    decision, reason = requeue.decide(attempts, job, limit, signals.stop)
     if decision is requeue.Next.RESTART:
         if last.failed and ending.node:
             allocation.failures[ending.node] += 1
@@ -173,8 +220,23 @@ def _stops(
     return ending.exit_code
 
 
+def _is_ended_by_slurm(job: Mapping[str, str]) -> bool:
+    """Whether the job must be left alone, and a line that says so.
+
+    It was cancelled, or SLURM requeued it after preemption or the failure of a node.
+    """
+    if job.get("JobState") == "RUNNING" or job.get("Reason") == "TimeLimit":
+        return False
+    _say(f"not requeued here: SLURM has the job as {job.get('JobState', 'unknown')}")
+    return True
+
+
 def run_ranks(
-    allocation: Allocation, nodes: list[str], launch: int, options: argparse.Namespace
+    allocation: Allocation,
+    nodes: list[str],
+    launch: int,
+    options: argparse.Namespace,
+    signals: Signals,
 ) -> Ending:
     """Start all ranks on some nodes, and wait for their end."""
     began, began_at = time.monotonic(), time.time()
@@ -184,9 +246,12 @@ def run_ranks(
         stderr=subprocess.PIPE, text=True, errors="replace",
     )  # fmt: skip
     assert process.stderr is not None
+    signals.srun = process
+    if signals.stop:  # it came before there was a process to pass it on to
+        process.send_signal(signal.SIGUSR1)
     ending = Ending(exit_codes.FAILED, 0.0)
     wait_s, failure_wait_s = int(os.environ["SLURM_WAIT"]), int(os.environ["FAILURE_WAIT"])
-    refused = False
+    refused = stopped = False
     timers: list[threading.Timer] = []
     for line in process.stderr:
         sys.stderr.write(line)
@@ -197,9 +262,12 @@ def run_ranks(
         node, end = match["node"], match.groupdict().get("end")
         if not ending.first_ended:
             ending.first_ended = time.time()
-            refused = end == _REFUSED
+            refused, stopped = end == _REFUSED, end in _STOPPED
             timers.append(_after(wait_s + _AFTER_WAIT_S, process.kill))
-        if end in _NO_FAILURE or ending.cause:
+            if end == _USR1:
+                timers.append(_after(failure_wait_s, process.terminate))
+        is_waiting = stopped and end in _ENDED_FOR_OTHERS
+        if end in _NO_FAILURE or ending.cause or is_waiting:
             continue
         ending.node = node
         ending.cause = f"rank {match['ranks']} on {node}: {end}" if end else f"node {node} failed"
@@ -207,20 +275,27 @@ def run_ranks(
             timers.append(_after(failure_wait_s, process.terminate))
             timers.append(_after(failure_wait_s + _AFTER_WAIT_S, process.kill))
     code = process.wait()
+    signals.srun = None
     for timer in timers:
         timer.cancel()
     ending.exit_code = code if code >= 0 else 128 - code
+    is_early = ending.exit_code == exit_codes.of_signal(signal.SIGUSR1)  # srun itself
+    if (stopped or is_early) and not ending.cause:
+        ending.exit_code = exit_codes.REQUEUE
     if refused:  # ranks that wait for the one that refused were killed
         ending.exit_code = exit_codes.REFUSED
     ending.seconds = time.monotonic() - began
     ending.first_ended = ending.first_ended or time.time()
+    if code == -signal.SIGKILL and not ending.cause:
+        ending.cause = "ranks that had not ended in time"
     blame_hanging_rank(ending, options.output_dir, began_at)
     return ending
 
 
 def _after(seconds: float, action: Callable[[], None]) -> threading.Timer:
-    """Start a timer."""
+    """Start a timer, for which the end of the script does not wait."""
     timer = threading.Timer(seconds, action)
+    timer.daemon = True
     timer.start()
     return timer
 
@@ -273,8 +348,11 @@ def _rendezvous(node: str, launch: int) -> dict[str, str]:
     }
 
 
-def answering(nodes: list[str]) -> list[str]:
-    """Nodes that start a task and pass NODE_CHECK within 30 s."""
+def answering(nodes: list[str], signals: Signals) -> list[str]:
+    """Nodes that start a task and pass NODE_CHECK within 30 s.
+
+    SIGUSR1 that ends a check is noted in `signals`.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "SLURM_NTASKS_PER_NODE"}
     check = os.environ.get("NODE_CHECK", "true")
     probes = {}
@@ -291,16 +369,20 @@ def answering(nodes: list[str]) -> list[str]:
     for probe in probes.values():
         if probe.poll() is None:
             probe.kill()
+        signals.stop |= probe.returncode == exit_codes.of_signal(signal.SIGUSR1)
     return [node for node, probe in probes.items() if probe.returncode == 0]
 
 
-def _requeue_or_stop() -> int:
-    """Requeue the job for other nodes, unless it has Requeue=0."""
-    job_id = os.environ["SLURM_JOB_ID"]
-    if requeue.job_fields(job_id).get("Requeue") == "0":
-        _say("not requeued: the job has Requeue=0; submit again to resume")
+def _requeue_or_stop(reason: str) -> int:
+    """Requeue the job, unless SLURM ended it or it has Requeue=0."""
+    job = requeue.job_fields(os.environ["SLURM_JOB_ID"])
+    if _is_ended_by_slurm(job):
         return exit_codes.FAILED
-    return requeue.requeue(job_id)
+    if job.get("Requeue") == "0":
+        _say(f"not requeued: {reason}, and the job has Requeue=0; submit again to resume")
+        return exit_codes.FAILED
+    _say(f"requeued: {reason}")
+    return requeue.requeue(os.environ["SLURM_JOB_ID"])
 
 
 def _say(text: str) -> None:

@@ -89,6 +89,17 @@ def test_a_signal_ends_a_command_in_one_line(
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize("folder", ["out", "out/deeper"])
+def test_a_file_where_a_folder_is_needed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    (tmp_path / "out").touch()
+    error = caught(lambda: (tmp_path / folder).mkdir(parents=True, exist_ok=True))
+    assert report_error("tool", error) == exit_codes.REFUSED
+    words = f"tool: {tmp_path}/out is a file, but a folder is needed: remove it or give another"
+    assert capsys.readouterr().err.startswith(words)
+
+
 def test_numbers_below_the_least_are_refused() -> None:
     check_least(Namespace(count=1, other=None), {"count": 1, "other": 5, "not_there": 1})
     with pytest.raises(ValueError, match="--max-words 0: expected 1 or more"):

@@ -59,6 +59,10 @@ def test_what_follows_an_attempt(requeue: ModuleType, tmp_path: Path) -> None:
     assert follows(1, {"EndTime": soon}) == "requeue"
     commit(tmp_path, 12)
     assert follows(1, {"Reason": "TimeLimit"}) == "requeue"
+    commit(tmp_path, 16)
+    attempts = requeue.note_attempt(tmp_path, 137, 10)
+    decision, reason = requeue.decide(attempts, job, limit=3, is_stop_requested=True)
+    assert (decision.value, reason) == ("requeue", "stopped on request")
 
 
 def test_spare_nodes_replace_those_that_failed(run_ranks: ModuleType) -> None:

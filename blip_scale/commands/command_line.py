@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from blip_scale import launcher, logs
 from blip_scale.config import exit_codes
-from blip_scale.errors import RefusedInput, is_refused
+from blip_scale.errors import RefusedInput, in_words, is_refused
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -49,7 +49,7 @@ def report_error(command: str, error: Exception) -> int:
 
     The code is that of refused input if the input is to blame, else that of a failure.
     """
-    code = refuse(command, str(error) or type(error).__name__)
+    code = refuse(command, in_words(error))
     return code if is_refused(error) else exit_codes.FAILED
 
 
@@ -69,7 +69,8 @@ def report_error_of_rank(command: str, error: Exception, log_folder: Path | None
     if log_folder is not None:
         logger.debug("stopped by", exc_info=error)
         speaker = f"{command} (rank {rank})" if rank else command
-        refuse(speaker, f"{error} (traceback in {log_folder})")
+        where = f" (traceback in {log_folder})" if log_folder.is_dir() else ""
+        refuse(speaker, f"{error}{where}")
         return exit_codes.REFUSED if isinstance(error, RefusedInput) else exit_codes.FAILED
     if rank == 0:
         return report_error(command, error)

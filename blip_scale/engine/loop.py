@@ -82,7 +82,8 @@ def run(
         RefusedInput: input can't be used, or another run owns the output folder.
     """
     is_main = os.environ.get("RANK", "0") == "0"
-    lock = RunLock(Path(recipe.output_dir)) if is_main else None
+    with refusing():
+        lock = RunLock(Path(recipe.output_dir)) if is_main else None
     try:
         return _run(build_task, recipe, ds_config, settle, allowed_changes)
     finally:

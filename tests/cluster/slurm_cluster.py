@@ -153,14 +153,16 @@ class SlurmCluster:
                         processes[parent.pid] = parent
         return list(processes.values())
 
-    def ranks(self) -> dict[int, psutil.Process]:
-        """Training processes of the running job, by rank, without loader workers."""
+    def ranks(self, job: str | None = None) -> dict[int, psutil.Process]:
+        """Training processes of a job, or of the only one, by rank, without loader workers."""
         by_rank: dict[int, psutil.Process] = {}
         for node in NODES:
             for process in self.processes(node):
                 with contextlib.suppress(psutil.Error):
-                    if "--recipe" in process.cmdline() and process.name().startswith("python"):
-                        rank = int(process.environ()["SLURM_PROCID"])
+                    words, variables = process.cmdline(), process.environ()
+                    is_rank = "--recipe" in words and process.name().startswith("python")
+                    if is_rank and job in (None, variables["SLURM_JOB_ID"]):
+                        rank = int(variables["SLURM_PROCID"])
                         if rank not in by_rank or process.ppid() != by_rank[rank].pid:
                             by_rank[rank] = process
         return by_rank

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import quick_rank
 import tiny_runs
 from s3_server import S3Server
 from slurm_cluster import SlurmCluster, wait_for
@@ -52,6 +53,10 @@ class Job:
         names = [path.name for path in self.run.glob("checkpoints/step_????????")]
         return max([0, *(int(name.removeprefix("step_")) for name in names)])
 
+    def wait_for_line(self, text: str) -> None:
+        """Wait until the log of the job has a text."""
+        wait_for(lambda: text in self.cluster.log_of(self.number), f"{text}\n{self.output()}")
+
     def resumed_at(self) -> list[int]:
         """Steps from which the run resumed, in order."""
         return [int(step) for step in re.findall(r"resuming at step (\d+)", self.rank_log())]
@@ -94,6 +99,22 @@ def submit(
         str(REPO / "slurm" / script), *settings, **(defaults | environment),
     ).strip()  # fmt: skip
     return Job(cluster, number, folder)
+
+
+def submit_quick(cluster: SlurmCluster, folder: Path, *settings: str, **environment: Any) -> Job:
+    """Submit a job whose ranks have no network (`quick_rank`) and need no `GPUs`.
+
+    Args:
+        cluster: cluster to submit to.
+        folder: folder for the run and the job's log.
+        settings: arguments of the ranks.
+        environment: as for `submit`, with its `options`.
+    """
+    options = ("--gpus-per-node=0", *environment.pop("options", ()))
+    rank = f"{sys.executable} {quick_rank.__file__}"
+    return submit(
+        cluster, "pretrain_14M.sh", folder, *settings, options=options, TRAIN=rank, **environment
+    )
 
 
 def make_recipe(folder: Path, s3: S3Server, steps: int, **changes: Any) -> Path:

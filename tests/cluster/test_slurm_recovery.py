@@ -19,6 +19,7 @@ from slurm_runs import Job
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 STEPS = 24
+EVALUATED_STEP = 8
 RECOVERY_S = 120
 """Longest time from the death of a rank to the next optimizer step."""
 HANG_S = 20
@@ -40,16 +41,34 @@ def make_recipe(folder: Path) -> Path:
         },
         train={"max_steps": STEPS},
         checkpoint={"every_steps": 3, "keep_last": 2},
+        evaluation={"every_steps": EVALUATED_STEP},
         hang_limits={"step_s": HANG_S},
     )
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, float]]:
-    """Losses of two ranks that nothing happens to."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run of two ranks that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed")
     tiny_runs.train(make_recipe(folder), 2)
-    return tiny_runs.losses(folder / "run")
+    return folder / "run"
+
+
+def evaluations(run: Path) -> list[dict[str, float]]:
+    """Step and figures of all evaluations in metrics.jsonl, in its order."""
+    figures = []
+    for text in (run / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        heldout = {name: value for name, value in line.items() if name.startswith("heldout/")}
+        if heldout:
+            figures.append({"step": line["step"], **heldout})
+    return figures
+
+
+def is_evaluating(run: Path) -> bool:
+    """Whether the heartbeat says that an evaluation is under way."""
+    file = run / "heartbeat.json"
+    return file.exists() and '"phase": "evaluating"' in file.read_text()
 
 
 def next_step_after(job: Job, moment: float) -> float:
@@ -69,12 +88,12 @@ def next_step_after(job: Job, moment: float) -> float:
 
 
 def test_a_rank_that_dies_or_hangs_costs_two_minutes(
-    undisturbed: dict[int, dict[str, float]],
+    undisturbed: Path,
     slurm: SlurmCluster,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Rank 1 is killed, and in the next start it is stopped without ending.
+    """Rank 1 is killed in an evaluation, and in the next start it is stopped without ending.
 
     Rank 0 does not notice the death, as ranks that wait in NCCL.
     """
@@ -83,18 +102,21 @@ def test_a_rank_that_dies_or_hangs_costs_two_minutes(
         slurm, "pretrain_14M.sh", tmp_path,
         SRUN_ARGS=f"--error={tmp_path}/step_%t.log --unbuffered",
     )  # fmt: skip
-    job.wait_for_step(5)
-    died = time.time()
+    job.wait_for_step(EVALUATED_STEP - 2)
     ranks = slurm.ranks()
+    wait_for(lambda: is_evaluating(job.run), "the evaluation")
+    died = time.time()
     ranks[0].suspend()
     ranks[1].kill()
     after_death_s = next_step_after(job, died)
+    assert len(evaluations(job.run)) == 1, "the evaluation that was cut off, done again"
     job.wait_for_step(12)
     stopped = time.time()
     slurm.ranks()[1].suspend()
     after_hang_s = next_step_after(job, stopped)
     slurm.wait(job.number, "COMPLETED")
-    assert tiny_runs.losses(job.run) == undisturbed, job.output()
+    assert tiny_runs.losses(job.run) == tiny_runs.losses(undisturbed), job.output()
+    assert evaluations(job.run) == evaluations(undisturbed), "all once, with the same figures"
     assert slurm.job(job.number)["Restarts"] == "0"
     assert after_death_s <= RECOVERY_S and after_hang_s <= RECOVERY_S + HANG_S
 
@@ -115,7 +137,7 @@ def test_a_rank_that_dies_or_hangs_costs_two_minutes(
 
 
 def test_a_spare_node_replaces_one_without_power(
-    undisturbed: dict[int, dict[str, float]], slurm: SlurmCluster, tmp_path: Path
+    undisturbed: Path, slurm: SlurmCluster, tmp_path: Path
 ) -> None:
     make_recipe(tmp_path)
     job = slurm_runs.submit(
@@ -132,7 +154,7 @@ def test_a_spare_node_replaces_one_without_power(
     finally:
         slurm.start_node("n2")
         wait_for(lambda: slurm.idle_nodes("wide") == 3, "n2 is back")
-    assert tiny_runs.losses(job.run) == undisturbed, job.output()
+    assert tiny_runs.losses(job.run) == tiny_runs.losses(undisturbed), job.output()
     log = job.output()
     assert "start 0 on n1,n2; not used: n3" in log
     assert "no answer or NODE_CHECK failed: n2" in log and "start 1 on n1,n3" in log

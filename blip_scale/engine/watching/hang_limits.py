@@ -8,7 +8,7 @@ from collections import deque
 from typing import Literal
 
 from blip_scale.config.recipe import HangLimitsRecipe, Recipe
-from blip_scale.config.step_limit import SHORTEST_S, of_median, step_limit_s
+from blip_scale.config.step_limit import of_median, step_limit_s
 
 Phase = Literal["starting", "training", "evaluating", "saving", "stopped", "done"]
 
@@ -39,7 +39,6 @@ class HangLimits:
         self._start_s = _or_inf(settings.start_s) + data_retry_s + upload_retry_s
         self._evaluation_s = _or_inf(settings.evaluation_s) + data_retry_s
         self._save_s = _or_inf(settings.save_s) + upload_retry_s
-        self._step_s = None if settings.step_s == "auto" else _or_inf(settings.step_s)
         self._steps_s: deque[float] = deque(maxlen=_STEPS_MEASURED)
         self._batches_s: deque[float] = deque(maxlen=_STEPS_MEASURED)
 
@@ -76,8 +75,8 @@ class HangLimits:
         if phase != "training":
             return self._save_s
         if self._is_starting():
-            return max(self._start_s, self._step_s or 0.0)
-        return self._of_step()
+            return max(self._start_s, self._of_step(0.0))
+        return self._of_step(statistics.median(self._steps_s))
 
     def setting_of(self, phase: Phase) -> str:
         """Name of the setting in `hang_limits` that `of_phase` follows."""
@@ -93,14 +92,12 @@ class HangLimits:
     @property
     def shortest_s(self) -> float:
         """Shortest limit that a phase may have, in seconds."""
-        step_s = SHORTEST_S if self._step_s is None else self._step_s
-        return min(self._start_s, self._evaluation_s, self._save_s, step_s)
+        return min(self._start_s, self._evaluation_s, self._save_s, self._of_step(0.0))
 
     @property
     def longest_s(self) -> float:
         """Longest limit that a phase may have, in seconds."""
-        step_s = SHORTEST_S if self._step_s is None else self._step_s + self.data_retry_s
-        return max(self._longest_beside_steps(), step_s)
+        return max(self._longest_beside_steps(), self._of_step(0.0) + self.data_retry_s)
 
     def _is_starting(self) -> bool:
         """Whether steps still belong to the start."""
@@ -116,8 +113,8 @@ class HangLimits:
         batch_s = of_median(statistics.median(self._batches_s)) + self.data_retry_s
         return min(batch_s, self._evaluation_s)
 
-    def _of_step(self) -> float:
-        median_s = statistics.median(self._steps_s)
+    def _of_step(self, median_s: float) -> float:
+        """Limit of a step by the median time of a step, in seconds; 0: the shortest limit."""
         return step_limit_s(self._settings, median_s, self._longest_beside_steps())
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from blip_scale.config.step_limit import SHORTEST_S
 from blip_scale.engine.watching import batches
 from blip_scale.engine.watching.hang_limits import HangLimits, Phase
 from blip_scale.engine.watching.peers import (
@@ -43,14 +42,15 @@ _TICKS = 20
 """Publications of a rank's state during the shortest limit, at least."""
 _FIRST_READING, _SECOND_READING = 5, 1
 """Ticks before the deadline at which the states of all ranks are read."""
-_SILENT_S = SHORTEST_S
-"""Time without a sign of life after which a rank is lost, whatever the limit of its phase."""
+_SILENT_S = 60.0
+"""Time without a sign of life after which a rank is lost, whatever the limit of its phase. A thread
+gives it every few seconds, so steps and exchanges may take longer."""
 _LONG_WAIT_S = 30.0
 """Wait for the loader that is a warning."""
 _WATCHED: tuple[Phase, ...] = ("training", "evaluating", "saving")
 """Phases in which all ranks give signs of life. A start may hold the interpreter's lock for long,
 and at the end some ranks are gone before the others."""
-_ROLL_CALL_TICKS = 6
+_ROLL_CALL_TICKS = 3
 """Ticks between two looks of rank 0 at the states of all ranks, and of the others at rank 0's."""
 
 
