@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from tqdm import tqdm
 
 from blip_scale import launcher, logs
 from blip_scale.commands.command_line import Parser, check_least, report_error_of_rank
@@ -37,6 +38,7 @@ from blip_scale.data.heldout.pairs import HeldoutPairs, heldout_pairs
 from blip_scale.data.heldout.videos import VideoSet
 from blip_scale.data.sources.readers import READERS
 from blip_scale.engine import collectives
+from blip_scale.engine.watching import batches
 from blip_scale.engine.zero.engine import start
 from blip_scale.evaluation import answers, captions_and_pairs, classification, video
 from blip_scale.inference.blip import Blip
@@ -101,10 +103,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         logging.basicConfig(level="WARNING" if is_main else "ERROR")
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logs.MessageFormatter())
-        if is_main:
-            logging.getLogger("blip_scale.engine").setLevel(
-                "INFO"
-            )  # reports the progress of the start
+        if is_main:  # the engine logs how far the start has come
+            logging.getLogger("blip_scale.engine").setLevel("INFO")
         device = start(_TIMEOUT_S)
         if device.type == "cpu":  # ranks that all use every core would slow each other down
             cores = len(os.sched_getaffinity(0))
@@ -116,7 +116,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         blip = load_blip(options.checkpoint, loading)
         recipe = _recipe(options, kind, blip, overrides)
         pairs = _open(options, kind, blip.image_size)
-        figures = kind.measure(Subject(blip, pairs, recipe, options))
+        with tqdm(desc="evaluating", unit=" batches", mininterval=1.0, disable=not is_main) as bar:
+            batches.listen(lambda begins: bar.update(begins))
+            figures = kind.measure(Subject(blip, pairs, recipe, options))
+            batches.listen(None)
         everywhere = collectives.all_gather_objects(pairs.unreadable)
     except (ValueError, OSError) as error:
         return report_error_of_rank(prog, error, None)
@@ -152,7 +155,15 @@ def _check_folders(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list[str]) -> Recipe:
-    """Recipe of the run, or the published settings, with overrides."""
+    """Recipe of the run, or the published settings, with overrides.
+
+    Raises:
+        ValueError: an override is unknown, or would have no effect.
+    """
+    if any(override.startswith("evaluation.max_pairs=") for override in overrides):
+        raise ValueError(
+            "evaluation.max_pairs: this command evaluates the whole set; give a smaller one"
+        )
     run_recipe = recipe_of(options.checkpoint, format_of(options.checkpoint), options.recipe)
     tree = deepcopy(kind.published)
     if run_recipe is not None:

@@ -29,6 +29,7 @@ def test_images_with_one_id_make_no_submission(
     assert f"{names[0]} and {names[1]} would both have the image_id 42" in message
     listed.write_text(json.dumps([{"image": n, "img_id": i} for i, n in enumerate(names)]))
     assert evaluate.main(arguments) == 0
+    assert "evaluating: 1 batches" in capsys.readouterr().err
     assert [entry["image_id"] for entry in json.loads(out.read_text())] == [0, 1]
 
 
@@ -39,3 +40,10 @@ def test_ranks_of_mpirun_that_are_not_whole_are_refused(
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert evaluate.main(["captioning", str(ours), "list.json"]) == 2
     assert "MPI started several processes" in capsys.readouterr().err
+
+
+def test_a_setting_without_effect_is_refused(
+    ours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main(["captioning", str(ours), "list.json", "evaluation.max_pairs=3"]) == 2
+    assert "evaluation.max_pairs: this command evaluates the whole set" in capsys.readouterr().err
