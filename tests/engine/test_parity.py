@@ -39,7 +39,7 @@ PARTITIONED_AND_MORE: dict[str, Any] = {
         (3, 1, {"train": {"whole_weights": False}}),
         (3, 2, PARTITIONED_AND_MORE),
         (3, 4, {"train": {"whole_weights": False}}),
-        (3, 1, {"model": COMPILED}),
+        (3, 1, {"model": COMPILED, "train": {"micro_batch_size": 8}}),  # shapes of the next case
         (3, 2, {"model": COMPILED}),
         (2, 2, {"model": {**COMPILED, "gradient_checkpointing": True}}),
     ],
@@ -57,7 +57,7 @@ PARTITIONED_AND_MORE: dict[str, Any] = {
         "zero3-partitioned-one-rank",
         "zero3-partitioned-checkpointed-frozen-accumulation-clipping",
         "zero3-partitioned-four-ranks",
-        "zero3-one-rank-compiled",
+        "zero3-one-rank-compiled-accumulation",
         "zero3-compiled",
         "zero2-compiled-checkpointed-blocks",
     ],

@@ -172,7 +172,7 @@ def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Pope
         )
 
 
-def finish(processes: list[Rank], timeout_s: float = 300) -> list[int]:
+def finish(processes: list[Rank], timeout_s: float = 540) -> list[int]:
     """Wait for all ranks and return their exit codes. If a rank fails, the others are killed."""
     codes = []
     for process in processes:
