@@ -192,8 +192,9 @@ def grown(
     stuck = [name for name in drawn if f"{PREFIX}{name}" in frozen]
     if stuck:
         raise ValueError(
-            f"model.lora.also_train: none would keep {_modules(stuck)} at random values, as "
-            f"pretraining lacks them; set it to heads, or give a checkpoint of {head}"
+            f"model: {_modules(stuck)} would stay at random values, as pretraining lacks them and "
+            "they are frozen; set model.lora.also_train to heads or model.text.frozen to false, "
+            f"or give a checkpoint of {head}"
         )
     if drawn:
         log.info("randomly initialised, not from pretraining: %s", _modules(drawn))
