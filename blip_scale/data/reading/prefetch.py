@@ -51,12 +51,14 @@ class Prefetcher:
         self._stop = None
 
     def _run(self, stop: threading.Event) -> None:
-        block: tuple[int, int] | None = None
+        """Make a plan in every block that the reader enters, and fetch what it misses."""
+        planned_block: tuple[int, int] | None = None
         missing: list[tuple[int, int]] = []
         while not stop.is_set():
             position = self._position
-            if block != (block := self._order.block_of(*position)):
-                missing = self._plan(*position)
+            block = self._order.block_of(*position)
+            if block != planned_block:
+                planned_block, missing = block, self._plan(*position)
             for stream, shard in missing.copy():
                 if stop.is_set() or self._order.block_of(*self._position) != block:
                     break
