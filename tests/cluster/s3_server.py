@@ -25,9 +25,11 @@ class S3Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bucket = "sets"
-        # SeaweedFS adds 10,000 for the gRPC port of each.
-        names = ("master", "volume", "filer", "s3")
-        self._ports = {name: launcher.free_port(10_000) for name in names}
+        # SeaweedFS adds 10,000 for the gRPC port of each. All are drawn together, so none is equal.
+        first = launcher.free_port(1, 2, 3, *range(10_000, 10_004))
+        self._ports = dict(
+            zip(("master", "volume", "filer", "s3"), range(first, first + 4), strict=True)
+        )
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True)
         identity = {
