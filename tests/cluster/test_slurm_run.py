@@ -127,12 +127,13 @@ def test_everything_that_happens_to_a_job(
     slurm.wait(job.number, "RUNNING", restarts=3)
     slurm.wait(job.number, "COMPLETED")
     assert_equal(job, undisturbed)
-    assert len(job.resumed_at()) == 3
     attempts = json.loads((job.run / "attempts.json").read_text())
     assert not (job.run / "failure_report.txt").exists()
     failed = [attempt["failed"] for attempt in attempts]
-    # SLURM 22.05 may kill a rank on the node that has just come back.
+    # A minute after a node is lost, SLURM 22.05 kills what runs there under the number of the lost
+    # step. In a job that was requeued, that is a rank of the next attempt.
     assert failed[1] and failed.count(True) <= 2
+    assert 3 <= len(job.resumed_at()) <= 4
     assert 75 in [attempt["exit_code"] for attempt in attempts]
 
 
