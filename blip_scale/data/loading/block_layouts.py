@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blip_scale.data.reading.shared_arrays import file_of
+
 _SLOTS = 4
 """Blocks that are kept. Workers are ahead of each other by the batches that they prefetch."""
 _HEADER = np.dtype([("epoch", np.int64), ("block", np.int64), ("samples", np.int64)])
@@ -93,11 +95,7 @@ def _opened(largest: int, process: int, descriptor: int) -> BlockLayouts:
     Raises:
         RuntimeError: it has ended.
     """
-    try:
-        path = f"/proc/{process}/fd/{descriptor}"
-        return BlockLayouts(largest, os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        raise RuntimeError(f"process {process} no longer shares its layouts ({error})") from error
+    return BlockLayouts(largest, file_of(process, descriptor, os.O_RDWR, "layouts"))
 
 
 def _header(epoch: int, block: int, samples: int) -> bytes:

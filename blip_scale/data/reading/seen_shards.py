@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from blip_scale.data.reading.shared_arrays import file_of
+
 
 class SeenShards:
     """Time of the last look at each shard, in seconds of the machine's monotonic clock.
@@ -58,8 +60,4 @@ def _opened(shards: int, process: int, descriptor: int) -> SeenShards:
     Raises:
         RuntimeError: it has ended.
     """
-    try:
-        path = f"/proc/{process}/fd/{descriptor}"
-        return SeenShards(shards, os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        raise RuntimeError(f"process {process} no longer shares its notes ({error})") from error
+    return SeenShards(shards, file_of(process, descriptor, os.O_RDWR, "notes"))

@@ -174,15 +174,33 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+def file_of(process: int, descriptor: int, access: int, content: str) -> int:
+    """Open the memory file of another process of this machine, and return its descriptor here.
+
+    Args:
+        process: the other process.
+        descriptor: descriptor of the file there.
+        access: os.O_RDONLY or os.O_RDWR.
+        content: what the file holds, for the error.
+
+    Raises:
+        RuntimeError: the process has ended.
+    """
+    try:
+        return os.open(f"/proc/{process}/fd/{descriptor}", access | os.O_CLOEXEC)
+    except OSError as error:
+        raise RuntimeError(f"process {process} no longer shares its {content} ({error})") from error
+
+
 def _opened(process: int, descriptor: int, expected: str) -> SharedArrays:
     """Map the arrays of another process.
 
     Raises:
         RuntimeError: it has ended.
     """
+    file = file_of(process, descriptor, os.O_RDONLY, "arrays")
     try:
-        path = f"/proc/{process}/fd/{descriptor}"
-        arrays = SharedArrays(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        arrays = SharedArrays(file)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"process {process} no longer shares its arrays ({error})") from error
     if arrays.hash != expected:
