@@ -13,8 +13,11 @@ logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class StopRequested(Exception):
-    """A signal arrived while everything was saved, so the run can stop at once."""
+class StopRequested(BaseException):
+    """A signal arrived while everything was saved, so the run can stop at once.
+
+    It is no `Exception`, as a signal can arrive anywhere: `logging`, for one, swallows those.
+    """
 
 
 class Interrupts:
@@ -55,7 +58,7 @@ class Interrupts:
                 raise StopRequested(self.received)
             yield
         except Exception as error:
-            if self.received is None or isinstance(error, StopRequested):
+            if self.received is None:
                 raise
             raise StopRequested(self.received) from error
         finally:

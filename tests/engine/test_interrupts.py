@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -58,6 +59,21 @@ def test_where_all_is_saved_a_signal_stops_at_once(interrupts: Interrupts) -> No
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it went on")
     os.kill(os.getpid(), signal.SIGUSR1)  # outside again, it is noted
+
+
+def test_a_signal_while_a_line_is_logged_stops_at_once(interrupts: Interrupts) -> None:
+    """`logging` swallows every `Exception` of its handlers."""
+
+    class Interrupted(logging.StreamHandler):
+        def format(self, record: logging.LogRecord) -> str:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().format(record)
+
+    logger = logging.Logger("interrupted")
+    logger.addHandler(Interrupted())
+    with pytest.raises(StopRequested, match="SIGTERM"), interrupts.stopping_at_once():
+        logger.warning("evaluating")
+        pytest.fail("it went on")
 
 
 def test_a_signal_from_before_stops_there_too(interrupts: Interrupts) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from blip_scale.engine.interrupts import StopRequested
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -104,8 +102,6 @@ class LoggerGroup:
             try:
                 action(self._opened(name))
                 self._failing.discard(name)
-            except StopRequested:
-                raise
             except OSError as error:
                 if name not in self._failing:
                     logger.warning(
