@@ -82,7 +82,7 @@ unit: $(VENV)/.installed-dev
 
 unit-tests: $(VENV)/.installed-dev
 	@echo "Unit tests"
-	@$(RUN) python -m pytest -q -n 2 -m "not multiprocess and not s3 and not demo and not gpu and not slurm"
+	@$(RUN) python -m pytest -q -n 2 --dist worksteal -m "not multiprocess and not s3 and not demo and not gpu and not slurm"
 
 # The environment with the oldest packages is downloaded while other tests run.
 test: $(VENV)/.installed-dev
