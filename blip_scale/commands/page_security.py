@@ -32,7 +32,8 @@ _TAG = re.compile(
 
 
 class SameHostOnly:
-    """Sends the policy with every answer, and takes tags that point elsewhere out of the HTML."""
+    """Sends the policy with every answer. Takes tags that point elsewhere out of the HTML, and
+    answers 404 in place of a redirect to another host."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -52,6 +53,10 @@ class SameHostOnly:
                 headers = MutableHeaders(raw=message["headers"])
                 headers["content-security-policy"] = POLICY
                 headers["referrer-policy"] = "no-referrer"
+                # Gradio redirects to whatever URL stands behind "file=".
+                if urlsplit(headers.get("location", "")).netloc not in ("", host):
+                    del headers["location"]
+                    message["status"] = 404
                 if headers.get("content-type", "").startswith("text/html"):
                     html_start = message  # its length is known once the HTML is whole
                     return

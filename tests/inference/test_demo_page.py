@@ -259,6 +259,9 @@ def test_the_page_names_no_other_host(page: str) -> None:
     assert {urlsplit(tag).netloc for tag in tags} <= {"", urlsplit(page).netloc}
     assert int(answer.headers["content-length"]) == len(answer.content)
     assert answer.headers["content-security-policy"].startswith("default-src 'self' data: blob:;")
+    for place in ("http://127.0.0.1:9/a", "https://example.org/a.png"):
+        answer = httpx.get(f"{page}gradio_api/file={place}")
+        assert answer.status_code == 404 and "location" not in answer.headers, place
 
 
 @pytest.mark.multiprocess
