@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import finish, launch, make_recipe, said
+from tiny_runs import finish, launch, make_recipe, run_forked, said
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -30,6 +30,10 @@ def dry_run(
     return train("--recipe", str(recipe), "--dry-run", *arguments, timeout_s=300, **environment)
 
 
+def dry_run_forked(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_forked(recipe.parent, "--recipe", str(recipe), "--dry-run", *arguments)
+
+
 @pytest.mark.multiprocess
 def test_a_sound_set_up_is_ready(tmp_path: Path, train: Command) -> None:
     done = dry_run(train, make_recipe(tmp_path), "--ranks", "2", "--gpu", "h100")
@@ -47,15 +51,15 @@ def test_a_sound_set_up_is_ready(tmp_path: Path, train: Command) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("more", "level"), [([], "FAILED"), (["--gpu", "H100"], "warning")])
 def test_attention_that_a_run_refuses_is_not_passed(
-    more: list[str], level: str, tmp_path: Path, train: Command
+    more: list[str], level: str, tmp_path: Path
 ) -> None:
     file = make_recipe(tmp_path)
-    done = dry_run(train, file, "model.attention=flash", *more, DS_ACCELERATOR="cpu")
+    done = dry_run_forked(file, "model.attention=flash", *more)
     assert lines(done.stderr)["attention"][0] == level
     assert "model.attention: flash cannot run" in lines(done.stderr)["attention"][1]
     assert done.returncode == (2 if level == "FAILED" else 0), done.stderr
     if not more:
-        done = train("--recipe", str(file), "model.attention=flash", timeout_s=300)
+        done = run_forked(tmp_path, "--recipe", str(file), "model.attention=flash")
         assert done.returncode == 2 and "flash cannot run" in done.stderr, "as the run says"
 
 
@@ -67,14 +71,14 @@ def test_a_gpu_of_no_clear_name_is_refused_at_once(tmp_path: Path, train: Comman
 
 
 @pytest.mark.multiprocess
-def test_all_problems_are_seen_at_once(tmp_path: Path, train: Command) -> None:
+def test_all_problems_are_seen_at_once(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "data": {"streams": [{"name": "lost", "local": str(tmp_path / "nowhere")}]},
         "model": {"text": {"tokenizer": str(tmp_path / "no" / "such" / "tokenizer")}},
         "output_dir": str(tmp_path / "recipe.yaml" / "run"),  # a path below a file
     }
     file = make_recipe(tmp_path, **changes)
-    done = dry_run(train, file, "--ranks", "3")
+    done = dry_run_forked(file, "--ranks", "3")
     checks = lines(done.stderr)
     assert done.returncode == 2
     broken = {name for name, (level, _) in checks.items() if level == "FAILED"}
@@ -88,12 +92,12 @@ def test_all_problems_are_seen_at_once(tmp_path: Path, train: Command) -> None:
 
 
 @pytest.mark.multiprocess
-def test_too_little_memory_is_named_with_its_mend(tmp_path: Path, train: Command) -> None:
+def test_too_little_memory_is_named_with_its_mend(tmp_path: Path) -> None:
     wide = {"vision": {"overrides": {"patch_size": 8, "embed_dim": 768, "depth": 72}}}
     train_section = {"global_batch_size": 4096}
     objective = {"queue_size": 4096}
     file = make_recipe(tmp_path, model=wide, train=train_section, objective=objective)
-    done = dry_run(train, file, "--gpu", "rtx4090")
+    done = dry_run_forked(file, "--gpu", "rtx4090")
     level, message = lines(done.stderr)["GPU memory"]
     assert done.returncode == 2 and level == "FAILED"
     assert "does not fit" in message and "train.micro_batch_size=" in message

@@ -182,8 +182,8 @@ config = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
 logs.set_up(Path(os.environ["RUN"]), int(os.environ["RANK"]))
-with logs.prints_to_log("DeepSpeed"):
-    deepspeed.init_distributed(verbose=False)
+from blip_scale.engine.zero.engine import start
+start(300.0)
 with deepspeed.zero.Init(config_dict_or_path=config):
     network = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
 optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)

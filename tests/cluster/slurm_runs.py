@@ -117,16 +117,16 @@ def submit_quick(cluster: SlurmCluster, folder: Path, *settings: str, **environm
     )
 
 
-def make_recipe(folder: Path, s3: S3Server, steps: int, **changes: Any) -> Path:
+def make_recipe(folder: Path, s3: S3Server, steps: int, workers: int = 0) -> Path:
     """Write a recipe that reads from a bucket, with a separate cache for each node."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_runs.make_recipe(folder)
     remote = s3.upload(folder / "shapes")
     cache = str(folder / "cache-${SLURMD_NODENAME}")
+    stream = {"name": "shapes", "local": cache, "remote": remote}
     return tiny_runs.make_recipe(
         folder,
-        data={"streams": [{"name": "shapes", "local": cache, "remote": remote}], "workers": 1},
+        data={"streams": [stream], "workers": workers},
         train={"max_steps": steps},
         checkpoint={"every_steps": EVERY_STEPS, "keep_last": 2},
-        **changes,
     )

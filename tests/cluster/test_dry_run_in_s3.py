@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from s3_server import S3Server
-from tiny_runs import make_recipe
+from tiny_runs import make_recipe, run_forked
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
-
-def test_rights_of_a_bucket(
-    s3: S3Server, tmp_path: Path, train: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rights_of_a_bucket(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_recipe(tmp_path)
     remote = s3.upload(tmp_path / "shapes")
     stream = json.dumps([{"name": "shapes", "local": str(tmp_path / "cache"), "remote": remote}])
@@ -26,7 +20,7 @@ def test_rights_of_a_bucket(
     arguments = ["--recipe", str(recipe), "--dry-run", "--gpu", "h100"]
     arguments += [f"data.streams={stream}", "data.cache_limit=100mb"]
     arguments += [f"checkpoint.folder=s3://{s3.bucket}/checkpoints"]
-    done = train(*arguments, timeout_s=300)
+    done = run_forked(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     assert "ok      stream shapes: 64 samples" in done.stderr
     assert "ok      cache" in done.stderr
@@ -35,7 +29,7 @@ def test_rights_of_a_bucket(
     assert listed["KeyCount"] == 0
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    done = train(*arguments, "data.retry_s=2", timeout_s=300)
+    done = run_forked(tmp_path, *arguments, "data.retry_s=2")
     assert done.returncode == 2
     assert "FAILED  stream shapes" in done.stderr and "can't be fetched" in done.stderr
     assert "FAILED  checkpoints" in done.stderr

@@ -140,11 +140,11 @@ def test_everything_that_happens_to_a_job(
 def test_killed_at_random_moments(
     undisturbed: Job, slurm: SlurmCluster, _server: S3Server, tmp_path: Path
 ) -> None:
-    """SIGKILL a random rank at a random moment, BLIP_KILLS times.
+    """SIGKILL a random rank at a random moment, BLIP_KILLS times. Each has a loader worker.
 
     One in four kills hits the start, the others a step or a save.
     """
-    slurm_runs.make_recipe(tmp_path, _server, STEPS)
+    slurm_runs.make_recipe(tmp_path, _server, STEPS, workers=1)
     job = slurm_runs.submit(
         slurm, "pretrain_129M.sh", tmp_path, RECORDED,
         MAX_FAILURES="1000", **_server.environment,

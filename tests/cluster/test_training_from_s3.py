@@ -29,22 +29,23 @@ def make_recipe(folder: Path, **data: object) -> Path:
         folder,
         checkpoint={"every_steps": 6, "keep_last": 2},
         train={"max_steps": STEPS},
-        data={"workers": 1, **data},
+        data=data,
     )
 
 
 def from_bucket(folder: Path, s3: S3Server) -> Path:
-    """Write a recipe whose cache holds two of the four shards, so that it never stops fetching."""
+    """Write a recipe whose loader workers never stop fetching: half of the shards fit the cache."""
     make_recipe(folder)
     shapes = folder / "shapes"
     size = max(path.stat().st_size for path in shapes.glob("shard.*"))
     remote = {"name": "shapes", "local": str(folder / "cache"), "remote": s3.upload(shapes)}
-    return make_recipe(folder, streams=[remote], cache_limit=str(2 * size), retry_s=120)
+    limit = str(2 * size)
+    return make_recipe(folder, streams=[remote], cache_limit=limit, retry_s=120, workers=1)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, float]]:
-    """Losses of a run from the folder."""
+    """Losses of a run from the folder without loader workers."""
     folder = tmp_path_factory.mktemp("undisturbed")
     tiny_runs.train(make_recipe(folder), RANKS)
     return tiny_runs.losses(folder / "run")

@@ -41,6 +41,7 @@ WARM = (
 )  # fmt: skip
 READ_LATE = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "AWS_", "S3_", "PYTEST_",
+    "CXX", "TORCH_EXTENSIONS_DIR",
 )  # fmt: skip
 """Prefixes of the names of variables that no import reads. They may differ between ranks."""
 _PR_SET_PDEATHSIG = 1

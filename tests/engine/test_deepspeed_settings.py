@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,29 @@ def compiled_files() -> list[str]:
     return [line.split("\t")[3] for line in lines]
 
 
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables of a compiler that does not optimise, and of a folder for its output.
+
+    DeepSpeed's flags would take twice as long.
+    """
+    folder = tmp_path_factory.mktemp("compiled")
+    script = folder / "c++"
+    script.write_text('#!/bin/sh\nexec c++ "$@" -O0 -g0\n')
+    script.chmod(0o755)
+    return {"CXX": str(script), "TORCH_EXTENSIONS_DIR": str(folder)}
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_takes_every_setting(tmp_path: Path, stage: int) -> None:
-    """Both ranks need an operation that is compiled at its first use, and one of them does it."""
+def test_a_run_takes_every_setting(
+    tmp_path: Path, stage: int, compiler: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks need an operation that is compiled at its first use, and one of them does it.
+
+    Nothing of the compiler and of DeepSpeed is on the terminal.
+    """
+    for name, value in compiler.items():
+        monkeypatch.setenv(name, value)
     before = compiled_files()
     expected = losses(tmp_path, "shipped", {}, stage)
     for name in (f"{stage}", f"{stage} offloaded"):
@@ -89,6 +110,9 @@ def test_a_run_takes_every_setting(tmp_path: Path, stage: int) -> None:
         assert measured == pytest.approx(expected, rel=1e-4), name
     made = compiled_files()[len(before) :]
     assert len(made) == len(set(made)), "each file once"
+    assert compiled_files()
+    for line in tiny_runs.said(tmp_path / "recipe.yaml").splitlines():
+        assert re.match(r"\d\d:\d\d:\d\d |blip_scale ", line), line
 
 
 def test_nothing_on_the_list_is_left_out() -> None:

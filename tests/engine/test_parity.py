@@ -14,8 +14,15 @@ import torch
 pytestmark = pytest.mark.multiprocess
 
 STEPS = 5
-COMPILED = {"compile": True, "text": {"dropout": 0.0}}
-"""Compiled dropout draws other numbers."""
+COMPILED: dict[str, Any] = {
+    "compile": True,
+    "vision": {"overrides": {"depth": 1}},
+    "text": {"layers": 1, "dropout": 0.0},
+}
+"""A network with few graphs, as each takes seconds to compile. Kinds of layers are in
+tests/model/test_compiling.py. Compiled dropout draws other numbers."""
+PADDED = {"pad_tokens_to": 64}
+"""Batches of equal sizes: all ranks and steps share their graphs."""
 PARTITIONED_AND_MORE: dict[str, Any] = {
     "train": {"whole_weights": False, "micro_batch_size": 4},
     "optimizer": {"gradient_clip": 5.0},
@@ -39,9 +46,9 @@ PARTITIONED_AND_MORE: dict[str, Any] = {
         (3, 1, {"train": {"whole_weights": False}}),
         (3, 2, PARTITIONED_AND_MORE),
         (3, 4, {"train": {"whole_weights": False}}),
-        (3, 1, {"model": COMPILED, "train": {"micro_batch_size": 8}}),  # shapes of the next case
-        (3, 2, {"model": COMPILED}),
-        (2, 2, {"model": {**COMPILED, "gradient_checkpointing": True}}),
+        (3, 1, {"model": COMPILED, "train": {"micro_batch_size": 8}}),
+        (3, 2, {"model": COMPILED, "train": PADDED}),
+        (2, 2, {"model": {**COMPILED, "gradient_checkpointing": True}, "train": PADDED}),
     ],
     ids=[
         "zero3",

@@ -146,6 +146,18 @@ def launch(
     return processes
 
 
+def run_forked(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the train command to its end in a forked process, as one rank without a launcher.
+
+    Its stderr includes what it prints to stdout. A file in `folder` keeps it.
+    """
+    file = folder / "command_output.txt"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    with file.open("w") as output:
+        process = fork_server().start([str(TRAIN), *arguments], environment, REPO, output)
+    return subprocess.CompletedProcess(arguments, process.wait(300), "", file.read_text())
+
+
 @cache
 def fork_server() -> ForkServer:
     return ForkServer(os.environ | {"DS_ACCELERATOR": "cpu"})

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from tiny_runs import fork_server
 
 from blip_scale import launcher
 from blip_scale.engine import rendezvous
@@ -27,33 +26,32 @@ def other_addresses() -> list[str]:
     return [address for address in ipv4 if not address.startswith("127.")]
 
 
-def listened(address: str) -> list[list[str]]:
+def listened(address: str, folder: Path) -> list[list[str]]:
     """Addresses on which two ranks listen whose MASTER_ADDR is `address`."""
     port = str(launcher.free_port())
     ranks = []
     for rank in ("0", "1"):
         environment = os.environ | {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": address, "MASTER_PORT": port, "PYTHONPATH": str(REPO),
-            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": address, "MASTER_PORT": port, "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             environment.pop(name, None)
-        command = [sys.executable, str(RANK)]
-        pipe = subprocess.PIPE
-        ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, text=True))
-    outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
-    addresses: list[list[str]] = json.loads(outputs[0].splitlines()[-1])
+        with (folder / f"rank_{rank}").open("w") as output:
+            ranks.append(fork_server().start([str(RANK)], environment, REPO, output))
+    for process in ranks:
+        process.wait(400)
+    addresses: list[list[str]] = json.loads((folder / "rank_0").read_text().splitlines()[-1])
     return addresses
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("place", ["loopback", "network"])
-def test_ranks_listen_where_they_meet(place: str) -> None:
+def test_ranks_listen_where_they_meet(place: str, tmp_path: Path) -> None:
     addresses = ["127.0.0.1"] if place == "loopback" else other_addresses()
     if not addresses:
         pytest.skip("this machine has the loopback alone")
-    listening = listened(addresses[0])
+    listening = listened(addresses[0], tmp_path)
     assert len(listening) == 2 and len(listening[0]) >= 2, "the store, and gloo on both ranks"
     assert {address for rank in listening for address in rank} == {addresses[0]}
 
