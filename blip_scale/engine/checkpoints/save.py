@@ -117,6 +117,10 @@ class Saver:
         """Step of the newest committed checkpoint, 0 without any."""
         return max(self._steps, default=0)
 
+    def folder_of(self, step: int) -> Path:
+        """Folder of the checkpoint of a step, as this rank sees it."""
+        return self._place.folder / run_folder.step_folder(step)
+
     def begin(self, state: RunState) -> None:
         """Copy the run and start writing it, once the previous save has ended.
 
