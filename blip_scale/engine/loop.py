@@ -9,7 +9,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -363,7 +362,7 @@ def _train(run: Run) -> int:
         if history.evaluation_due and not _evaluate(run):
             return exit_codes.REQUEUE
     heartbeat.beat("saving")
-    is_saved = run.saver.finish()
+    is_saved = run.saver.finish(lambda: heartbeat.beat("saving"))
     run.goodput.spend("saving")
     if not is_saved:
         return exit_codes.FAILED
@@ -426,18 +425,18 @@ def _evaluate(run: Run) -> bool:
     """
     run.heartbeat.beat("saving")
     run.saver.settle()
+    run.saver.begin_upload()
     run.goodput.spend("saving")
     run.heartbeat.beat("evaluating")
-    # Uploads need all ranks. With uploads a signal waits for the end of the evaluation.
-    at_once = nullcontext() if run.saver.uploads else run.interrupts.stopping_at_once()
     began = time.perf_counter()
     try:
-        with at_once:
+        with run.interrupts.stopping_at_once():
             logger.info("step %d, evaluating", run.step)  # it may take minutes
             evaluation = run.task.evaluate(run.engine, final=run.step == run.total_steps)
     except StopRequested as request:
         logger.info("%s: stopping; the evaluation of step %d comes next", request, run.step)
         run.heartbeat.beat("stopped")
+        run.saver.finish_upload_alone()
         return False
     finally:
         run.goodput.spend("evaluation")

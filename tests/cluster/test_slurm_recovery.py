@@ -102,7 +102,7 @@ def test_a_rank_that_dies_or_hangs_costs_two_minutes(
     make_recipe(tmp_path)
     job = slurm_runs.submit(
         slurm, "pretrain_14M.sh", tmp_path,
-        SRUN_ARGS=f"--error={tmp_path}/step_%t.log --unbuffered",
+        SRUN_ARGS=f"--error={tmp_path}/step_%t.log --unbuffered", MAX_FAILURES="4",
     )  # fmt: skip
     job.wait_for_step(EVALUATED_STEP - 2)
     ranks = slurm.ranks()
@@ -126,7 +126,7 @@ def test_a_rank_that_dies_or_hangs_costs_two_minutes(
     assert "first to end: rank 1 on n2: Killed" in log
     waited = re.search(r"start 2 on n1,n2, (\d+) s after the first rank ended", log)
     assert waited and int(waited[1]) < FAILURE_WAIT_S + 30, log
-    assert "restart 2 in this allocation: failure 2 of 3 without a newer checkpoint" in log
+    assert "restart 2 in this allocation: failure 2 of 4 without a newer checkpoint" in log
     assert job.resumed_at() == [EVALUATED_STEP] * 2
     assert f"step {EVALUATED_STEP} was evaluated before" in job.rank_log()
     hang = f"no progress for {HANG_S} s while evaluating"
