@@ -209,12 +209,12 @@ def tasks_on_node(tasks_per_node: str, node: int) -> int:
 
 
 def stop_at_once_on_signals() -> None:
-    """End the process with the exit code of a clean stop on SIGTERM and SIGUSR1.
+    """End the process with the exit code of a clean stop on SIGTERM, SIGUSR1 and Ctrl-C.
 
     Until the engine installs its own handlers, there is no work to lose. Without this handler, the
     signal would end the process, which would count as a failure.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _stop)
 
 

@@ -19,6 +19,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
 # ... or in the environment: slurm/train.sh lists them (REPO, PYTHON, OUTPUT_DIR, a bucket's keys).
+trap 'export STOP_REQUESTED=1' USR1  # until run_ranks.py handles it
 set -euo pipefail
 
 : "${RECIPE:?a recipe of the package or a YAML file}" "${INIT:?the checkpoint to start from}"

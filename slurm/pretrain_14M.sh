@@ -17,6 +17,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
 # ... or in the environment: slurm/train.sh lists them (REPO, PYTHON, OUTPUT_DIR, a bucket's keys).
+trap 'export STOP_REQUESTED=1' USR1  # until run_ranks.py handles it
 set -euo pipefail
 
 export RECIPE=${RECIPE:-base_14M}

@@ -110,13 +110,14 @@ class Signals:
     """Signals of the batch script. SIGUSR1 asks for a stop, SIGTERM comes as SLURM ends the job."""
 
     def __init__(self) -> None:
-        self.stop = False
-        """Whether a stop was requested."""
+        self.stop = bool(os.environ.pop("STOP_REQUESTED", ""))
+        """Whether a stop was requested, by a signal to the shell or to this process."""
         self.srun: subprocess.Popen[str] | None = None
         """Process that runs the ranks, if any."""
         self._wait_s = max(1.0, requeue.kill_wait_s() - _KILL_MARGIN_S)
         signal.signal(signal.SIGUSR1, self._pass_on)
         signal.signal(signal.SIGTERM, self._survive)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # slurm/train.sh blocks it
 
     def _pass_on(self, number: int, frame: object) -> None:
         self.stop = True
@@ -146,6 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         _say(f"SPARE_NODES and MIN_NODES are numbers of nodes: {error}")
         return exit_codes.REFUSED
+    if signals.stop:
+        return _requeue_or_stop("stopped on request before the ranks started")
     nodes, launch, failed_at = allocation.select(allocation.nodes), 0, time.time()
     while True:
         idle = [node for node in allocation.nodes if node not in nodes]

@@ -24,7 +24,12 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}       # a rank and its loaders shar
 export SLURM_KILL_BAD_EXIT=0 SLURM_WAIT=${SLURM_WAIT:-60} FAILURE_WAIT=${FAILURE_WAIT:-15}
 mkdir -p "$OUTPUT_DIR/logs"
 read -ra command <<<"$TRAIN"
+# From here to run_ranks.py's handler SIGUSR1 waits, or is ignored if coreutils is older than 8.31. By
+# default it would kill the job.
+trap '' USR1
+waiting=(env --block-signal=USR1)
+"${waiting[@]}" true 2>/dev/null || waiting=()
 # Every rank sees all GPUs of its node and takes that of its local rank, so --gpus-per-task must not
 # be set.
-exec "$PYTHON" "$REPO/slurm/run_ranks.py" "$OUTPUT_DIR" \
+exec "${waiting[@]}" "$PYTHON" "$REPO/slurm/run_ranks.py" "$OUTPUT_DIR" \
     "${command[@]}" --recipe "$RECIPE" --deepspeed "$DEEPSPEED" output_dir="$OUTPUT_DIR" "$@"

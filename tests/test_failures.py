@@ -97,7 +97,8 @@ def test_hangs_cost_their_limit() -> None:
 def test_measured_times_come_from_a_run(tmp_path: Path) -> None:
     """A cost that an option gives is taken as it is, and one that the run lacks is assumed."""
     saves = [{"checkpoint/pause_s": pause, "checkpoint/write_s": 4.0} for pause in (1.0, 2.0, 9.0)]
-    points = [{"time": 100.0 + 10 * number, **save} for number, save in enumerate(saves)]
+    points = [{"time": 90.0 + number, **save} for number, save in enumerate(saves)]
+    points += [{"time": 95.0, "heldout/r1": 0.5}, {"time": 100.0, "loss/total": 2.0}]
     attempts = [{"failed": True, "failed_at": 85.0}, {"failed": False, "failed_at": 110.0}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, points)))
     (tmp_path / "attempts.json").write_text(json.dumps(attempts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import time
@@ -78,6 +79,15 @@ def report_error_of_rank(command: str, error: Exception, log_folder: Path | None
     return report_error(f"{command} (rank {rank})", error)
 
 
+def stop_at_once_on_signals() -> None:
+    """End the process on SIGINT or SIGTERM in one line, until `run_command` replaces this.
+
+    The imports of a command take seconds, and there is nothing to clean up yet.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        _handle(number, _stop)
+
+
 def run_command(prog: str, work: Callable[[], int], kept: str = "") -> int:
     """Do a command's work, and return the exit code.
 
@@ -89,7 +99,8 @@ def run_command(prog: str, work: Callable[[], int], kept: str = "") -> int:
         kept: finished work, in the plural, that a stopped command leaves and resumes from, such as
             "finished shards"; "": there is none.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        _handle(number, _interrupt)
     try:
         return work()
     except (OSError, ValueError) as error:
@@ -133,6 +144,17 @@ def progress_on(bar: tqdm, chunk: str) -> Callable[[Progress], None]:
         bar.update(progress.read - bar.n)
 
     return show
+
+
+def _handle(number: int, handler: Callable[[int, FrameType | None], None]) -> None:
+    """Handle a signal, unless it is ignored: shells do so for SIGINT in the background."""
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"stopped\n")  # sys.stderr may be in use
+    os._exit(exit_codes.of_signal(number))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

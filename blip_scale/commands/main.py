@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from blip_scale import __version__
-from blip_scale.commands.command_line import refuse
+from blip_scale.commands.command_line import refuse, stop_at_once_on_signals
 from blip_scale.config import exit_codes
 
 COMMANDS = {
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command() -> None:
     """Run `blip-scale`, then end the process with its exit code."""
+    stop_at_once_on_signals()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("train", "evaluate"):  # they start process groups and end them themselves
         module = importlib.import_module(COMMANDS[name][0])

@@ -9,7 +9,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,11 @@ from blip_scale.engine.run import History, Run
 from blip_scale.engine.run_lock import RunLock
 from blip_scale.engine.schedule import warmup_leap
 from blip_scale.engine.step import optimizer_step
-from blip_scale.engine.task import Task
+from blip_scale.engine.task import Evaluation, Task
 from blip_scale.engine.watching import reporting
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
+from blip_scale.engine.watching.evaluation_record import EvaluationRecord
 from blip_scale.engine.watching.goodput import Goodput
 from blip_scale.engine.watching.hang_limits import HangLimits
 from blip_scale.engine.watching.heartbeat import Heartbeat
@@ -210,6 +210,7 @@ def _open(
         monitor,
         heartbeat,
         _resumed_goodput(recipe, history),
+        EvaluationRecord(recipe),
         manifest,
         SampleRecord(Path(recipe.output_dir), state.step, recipe.log.sample_ids),
         meter,
@@ -315,9 +316,11 @@ def _train(run: Run) -> int:
     """
     recipe, history, heartbeat = run.recipe, run.history, run.heartbeat
     heartbeat.beat("training", step=run.step, total_steps=run.total_steps, checkpoint_step=run.step)
-    is_evaluation_left, is_step_left = _is_evaluation_left(run), run.step < run.total_steps
-    if not (is_evaluation_left or is_step_left):
+    is_step_left = run.step < run.total_steps
+    is_over = not is_step_left and collectives.all_gather_objects(reporting.has_summary(run))[0]
+    if is_over:
         run.goodput.stop()
+    is_evaluation_left = not is_over and _is_evaluation_left(run)
     run.goodput.spend("start")
     if is_evaluation_left and not _evaluate(run):
         return exit_codes.REQUEUE
@@ -359,7 +362,7 @@ def _train(run: Run) -> int:
         if history.evaluation_due and not _evaluate(run):
             return exit_codes.REQUEUE
     heartbeat.beat("saving")
-    is_saved = run.saver.finish()
+    is_saved = run.saver.finish(lambda: heartbeat.beat("saving"))
     run.goodput.spend("saving")
     if not is_saved:
         return exit_codes.FAILED
@@ -383,13 +386,25 @@ def _is_evaluation_step(run: Run) -> bool:
 
 
 def _is_evaluation_left(run: Run) -> bool:
-    """Whether the run resumed from a checkpoint that was saved before its evaluation was done.
+    """Whether the run resumed from a checkpoint whose evaluation was not done yet.
 
-    A checkpoint can't tell whether the evaluation ended later. The summary of a finished run can.
+    The results of one that was done since are restored from its record.
     """
-    summary = Path(run.recipe.output_dir) / run_folder.SUMMARY
-    is_finished = run.step == run.total_steps and summary.exists()
-    return run.history.evaluation_due and not collectives.all_gather_objects(is_finished)[0]
+    if not run.history.evaluation_due:
+        return False
+    results = None
+    if collectives.rank() == 0:
+        checkpoint, is_final = run.saver.folder_of(run.step), run.step == run.total_steps
+        results = run.evaluations.read(checkpoint, is_final)
+    results = collectives.all_gather_objects(results)[0]
+    if results is None:
+        return True
+    run.history.restore_evaluation(results)
+    best = run.history.best
+    run.saver.best = int(best["step"]) if best else None
+    run.monitor.add_missing(run.step, run.history.evaluation)
+    logger.info("step %d was evaluated before", run.step)
+    return False
 
 
 def _save(run: Run) -> None:
@@ -410,40 +425,42 @@ def _evaluate(run: Run) -> bool:
     """
     run.heartbeat.beat("saving")
     run.saver.settle()
+    run.saver.begin_upload()
     run.goodput.spend("saving")
     run.heartbeat.beat("evaluating")
-    # Uploads need all ranks. With uploads a signal waits for the end of the evaluation.
-    at_once = nullcontext() if run.saver.uploads else run.interrupts.stopping_at_once()
+    began = time.perf_counter()
     try:
-        with at_once:
-            _note_evaluation(run)
+        with run.interrupts.stopping_at_once():
+            logger.info("step %d, evaluating", run.step)  # it may take minutes
+            evaluation = run.task.evaluate(run.engine, final=run.step == run.total_steps)
     except StopRequested as request:
         logger.info("%s: stopping; the evaluation of step %d comes next", request, run.step)
         run.heartbeat.beat("stopped")
+        run.saver.finish_upload_alone()
         return False
     finally:
         run.goodput.spend("evaluation")
+    _note_evaluation(run, evaluation, time.perf_counter() - began)
+    run.goodput.spend("evaluation")
     run.history.evaluation_due = False
     run.heartbeat.beat("training")
     return True
 
 
-def _note_evaluation(run: Run) -> None:
-    """Evaluate, log the results, and mark this step's checkpoint if it is the best so far."""
-    began = time.perf_counter()
-    logger.info("step %d, evaluating", run.step)  # it may take minutes
-    evaluation = run.task.evaluate(run.engine, final=run.step == run.total_steps)
+def _note_evaluation(run: Run, evaluation: Evaluation, seconds: float) -> None:
+    """Record and log results, and mark this step's checkpoint if it is the best so far."""
+    history, score = run.history, evaluation.score
+    history.evaluation, history.captions = evaluation.scalars, evaluation.captions
+    history.seconds += seconds
+    best = history.best["score"] if history.best else -math.inf
+    if score is not None and best < score < math.inf:
+        history.best = {"step": run.step, "score": score}
+        run.saver.best = run.step
+    if collectives.rank() == 0:
+        checkpoint, is_final = run.saver.folder_of(run.step), run.step == run.total_steps
+        run.evaluations.write(checkpoint, is_final, history.evaluated())
     run.monitor.scalars(run.step, evaluation.scalars)
     for name, panels in evaluation.panels.items():
         run.monitor.pictures(run.step, name, panels)
-    run.history.evaluation, run.history.captions = evaluation.scalars, evaluation.captions
-    seconds = time.perf_counter() - began
-    run.history.seconds += seconds
     figures = "  ".join(f"{name} {value:.3g}" for name, value in evaluation.scalars.items())
     logger.info("step %d, evaluated in %.1f s: %s", run.step, seconds, figures)
-    best = run.history.best
-    if evaluation.score is None or not math.isfinite(evaluation.score):
-        return
-    if not best or evaluation.score > best["score"]:
-        run.history.best = {"step": run.step, "score": evaluation.score}
-        run.saver.best = run.step

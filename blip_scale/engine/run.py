@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +14,7 @@ from blip_scale.engine.micro_step import CapturedMicroStep, EagerMicroStep
 from blip_scale.engine.task import Task
 from blip_scale.engine.watching.anomalies import Stragglers
 from blip_scale.engine.watching.communication import CommunicationMeter
+from blip_scale.engine.watching.evaluation_record import EvaluationRecord
 from blip_scale.engine.watching.goodput import Goodput
 from blip_scale.engine.watching.heartbeat import Heartbeat
 from blip_scale.engine.watching.monitor import Monitor
@@ -53,6 +54,20 @@ class History:
     goodput: dict[str, float] = field(default_factory=dict)
     """`Goodput.record` when the checkpoint was made."""
 
+    def evaluated(self) -> dict[str, Any]:
+        """Fields that an evaluation changes."""
+        return {name: getattr(self, name) for name in _EVALUATED}
+
+    def restore_evaluation(self, values: Mapping[str, Any]) -> None:
+        """Set the fields of `evaluated`: this step's evaluation was done by an earlier start.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        for name in _EVALUATED:
+            setattr(self, name, values[name])
+        self.evaluation_due = False
+
     @classmethod
     def from_checkpoint(cls, position: dict[str, Any]) -> History:
         """The history that a checkpoint holds. Fields that it lacks get their defaults.
@@ -70,6 +85,8 @@ class History:
             )
         return cls(**values)
 
+
+_EVALUATED = ("seconds", "evaluation", "captions", "best")
 
 _RENAMED: dict[str, str] = {}
 """Name of a field of `History` in older checkpoints -> its present name."""
@@ -98,6 +115,7 @@ class Run:
     monitor: Monitor
     heartbeat: Heartbeat
     goodput: Goodput
+    evaluations: EvaluationRecord
     manifest: RunManifest
     samples: SampleRecord
     meter: CommunicationMeter

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -101,6 +102,26 @@ def add_line(file: Path, step: int, entry: Mapping[str, Any]) -> None:
     """
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"step": step, **entry}) + "\n")
+
+
+def has_line(file: Path, step: int, keys: Iterable[str]) -> bool:
+    """Whether a line that `add_line` wrote for a step has all `keys`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if not file.exists():
+        return False
+    wanted = {"step", *keys}
+    with file.open("rb") as stream:
+        for line in stream:
+            number = _STEP.match(line)
+            if number is None or int(number[1]) != step:
+                continue
+            with contextlib.suppress(ValueError):  # a line that a kill left incomplete
+                if wanted <= json.loads(line).keys():
+                    return True
+    return False
 
 
 def take_back(file: Path, last_step: int) -> None:

@@ -202,6 +202,9 @@ class ObjectFolder:
         self.is_web = scheme.startswith("http")
         self._root = f"{scheme}://{host}"
         self._prefix = urllib.parse.unquote(path) if self.is_web else path
+        self.progress = 0
+        """Count that grows with every request that succeeds and every part of a file that is sent.
+        """
         self._store()
 
     def has_any(self, folder: str) -> bool:
@@ -211,7 +214,7 @@ class ObjectFolder:
             pages = obstore.list(self._store(), prefix=self._key(folder) or None, chunk_size=1)
             return any(page for page in pages)
 
-        return retried(has_object, "listed", self._location(folder), self._retry_s)
+        return self._request(has_object, "listed", folder)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Size in bytes of every object below a folder, by name relative to `url`."""
@@ -225,7 +228,7 @@ class ObjectFolder:
             pages = obstore.list(self._store(), prefix=key or None, chunk_size=1000)
             return {entry["path"]: _info(entry) for page in pages for entry in page}
 
-        objects = retried(list_objects, "listed", self._location(folder), self._retry_s)
+        objects = self._request(list_objects, "listed", folder)
         return _without_folders(self._named(objects, key))
 
     def entries(self, folder: str = "") -> tuple[dict[str, ObjectInfo], list[str]]:
@@ -235,10 +238,9 @@ class ObjectFolder:
             the objects in the folder and the names of its subfolders, all relative to `url`.
         """
         key = self._key(folder)
-        listed = retried(
-            lambda: obstore.list_with_delimiter(self._store(), prefix=key or None),
-            "listed", self._location(folder), self._retry_s,
-        )  # fmt: skip
+        listed = self._request(
+            lambda: obstore.list_with_delimiter(self._store(), prefix=key or None), "listed", folder
+        )
         folders = self._named(dict.fromkeys(listed["common_prefixes"], 0), key)
         objects = {entry["path"]: _info(entry) for entry in listed["objects"]}
         files = self._named(objects, key)
@@ -250,24 +252,17 @@ class ObjectFolder:
 
     def info(self, name: str) -> ObjectInfo:
         """Size and version of an object."""
-        return retried(
-            lambda: _info(obstore.head(*self._at(name))),
-            "found", self._location(name), self._retry_s,
-        )  # fmt: skip
+        return self._request(lambda: _info(obstore.head(*self._at(name))), "found", name)
 
     def get(self, name: str) -> bytes:
         """Content of a small object."""
-        return retried(
-            lambda: bytes(obstore.get(*self._at(name)).bytes()),
-            "read", self._location(name), self._retry_s,
-        )  # fmt: skip
+        return self._request(lambda: bytes(obstore.get(*self._at(name)).bytes()), "read", name)
 
     def get_range(self, name: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of an object."""
-        return retried(
-            lambda: bytes(obstore.get_range(*self._at(name), start=start, end=end)),
-            "read", self._location(name), self._retry_s,
-        )  # fmt: skip
+        return self._request(
+            lambda: bytes(obstore.get_range(*self._at(name), start=start, end=end)), "read", name
+        )
 
     def fetch(self, name: str, target: Path, size: int | None = None) -> None:
         """Download an object to a file, through the temporary file `target.fetched`.
@@ -312,12 +307,25 @@ class ObjectFolder:
         # obstore retries a failed part by itself, so that the other parts are not sent again.
         retries = _PART_RETRIES if size > chunk else 0
         target, key = self._store(retries), self._key(name)
-        retried(
-            lambda: obstore.put(
-                target, key, content, chunk_size=chunk, max_concurrency=_CONNECTIONS
-            ),
-            "written", self._location(name), self._retry_s,
-        )  # fmt: skip
+        furthest = 0
+
+        def parts(file: Path) -> Iterator[bytes]:
+            nonlocal furthest
+            with file.open("rb") as stream:
+                for number in itertools.count(1):
+                    part = stream.read(chunk)
+                    if not part:
+                        return
+                    yield part
+                    if number > furthest:  # parts that are sent once more are no progress
+                        furthest = number
+                        self.progress += 1
+
+        def put() -> None:
+            source = parts(content) if isinstance(content, Path) and size > chunk else content
+            obstore.put(target, key, source, chunk_size=chunk, max_concurrency=_CONNECTIONS)
+
+        self._request(put, "written", name)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects. A missing object is not an error."""
@@ -326,13 +334,16 @@ class ObjectFolder:
             return
         keys = [self._key(name) for name in pending]
         try:
-            retried(
-                lambda: obstore.delete(self._store(), keys),
-                "deleted", self._location(pending[0]), self._retry_s,
-            )  # fmt: skip
+            self._request(lambda: obstore.delete(self._store(), keys), "deleted", pending[0])
         except MissingFile:  # some storages refuse to delete a missing object
             for name in pending if len(pending) > 1 else []:
                 self.delete([name])
+
+    def _request(self, action: Callable[[], T], verb: str, name: str) -> T:
+        """Run `action` on an object or folder, with retries; see `retried`."""
+        result = retried(action, verb, self._location(name), self._retry_s)
+        self.progress += 1
+        return result
 
     def _location(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ class FaultyProxy(ThreadingHTTPServer):
         self.faults = {"refused": 0, "cut": 0}
         self.share = share
         """Of the requests that fail; may be changed while it runs."""
+        self.pause_s = 0.0
+        """Time that every request takes longer; may be changed while it runs."""
         self._dice = random.Random(seed)
         self._lock = threading.Lock()
 
@@ -62,6 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        time.sleep(self.server.pause_s)
         fault = self.server.draw(self.command, self.path)
         if fault == "refused":
             self.send_response(503)

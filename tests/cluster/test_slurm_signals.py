@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,6 +54,13 @@ def cancel_during_checks(job: Job) -> None:
     wait_for(lambda: state_of(job) not in ("RUNNING", "COMPLETING"), "the end of the job")
 
 
+def stop_before_python_runs(job: Job) -> None:
+    """The same before the job script handles signals in Python. The interpreter is a slow one."""
+    job.wait_for_line(SLOW_START)
+    job.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    wait_until_requeued(job)
+
+
 def come_near_the_limit(job: Job) -> None:
     """Less than five minutes are left, so SLURM sends the signal that the script asks for."""
     job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
@@ -72,6 +80,12 @@ def be_requeued(job: Job) -> None:
     wait_until_requeued(job)
 
 
+SLOW_START = "the interpreter is being read from a slow disk"
+SLOW_PYTHON = f"""#!/usr/bin/env bash
+echo {SLOW_START}
+sleep 2
+exec {sys.executable} "$@"
+"""
 EVENTS: dict[Callable[[Job], None], dict[str, str]] = {
     reach_the_limit_in_a_save: {},
     come_near_the_limit: {},
@@ -79,6 +93,7 @@ EVENTS: dict[Callable[[Job], None], dict[str, str]] = {
     cancel_during_checks: {"FAILURE_WAIT": "1", "NODE_CHECK": "sleep 6"},
     stop_during_checks: {"FAILURE_WAIT": "1", "NODE_CHECK": "sleep 6"},
     stop_during_imports: {"FAILURE_WAIT": "1"},
+    stop_before_python_runs: {"PYTHON": SLOW_PYTHON},
     be_requeued: {},
 }
 """Events -> environment variables of the job. Four jobs fit on the nodes at once."""
@@ -115,10 +130,15 @@ def jobs(
     """Jobs to which the events have happened."""
 
     def happen(event: Callable[[Job], None]) -> Job:
-        job = slurm_runs.submit_quick(
-            slurm, tmp_path_factory.mktemp(event.__name__), **EVENTS[event]
-        )
-        wait_for(lambda: job.newest_checkpoint() >= quick_rank.EVERY_STEPS, "a checkpoint", 120)
+        folder, environment = tmp_path_factory.mktemp(event.__name__), EVENTS[event]
+        if "PYTHON" in environment:
+            python = folder / "python"
+            python.write_text(environment["PYTHON"])
+            python.chmod(0o755)
+            environment = {"PYTHON": str(python)}
+        job = slurm_runs.submit_quick(slurm, folder, **environment)
+        if event is not stop_before_python_runs:
+            wait_for(lambda: job.newest_checkpoint() >= quick_rank.EVERY_STEPS, "a checkpoint", 120)
         event(job)
         with contextlib.suppress(RuntimeError):  # it is cancelled already
             slurm.run("scancel", job.number)
@@ -135,6 +155,7 @@ def jobs(
         (stop_while_ranks_wait, "requeued: stopped on request; resumes at step"),
         (stop_during_checks, "requeued: stopped on request before the ranks started again"),
         (stop_during_imports, "requeued: stopped on request; resumes at step"),
+        (stop_before_python_runs, "requeued: stopped on request before the ranks started"),
         (come_near_the_limit, "requeued: stopped on request; resumes at step"),
         (reach_the_limit_in_a_save, "requeued: stopped on request; resumes at step"),
     ],

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import tiny_runs
 import train_on_nodes
+import train_with_a_long_evaluation as long_evaluation
 from faulty_proxy import faulty_proxy
 from s3_server import S3Server
 
@@ -56,6 +57,20 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     while not (file.exists() and f'"step": {step},' in file.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, "the step never came"
         time.sleep(0.005)
+
+
+def wait_for_evaluation(run: Path, process: subprocess.Popen) -> None:
+    """Wait until an evaluation is under way."""
+    file, deadline = run / "heartbeat.json", time.monotonic() + 240
+    while not (file.exists() and '"phase": "evaluating"' in file.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, "no evaluation came"
+        time.sleep(0.02)
+
+
+def upload_s(run: Path) -> float:
+    """Seconds that the uploads of the newest start took."""
+    logged = (run / "logs" / "rank_0.log").read_text().rpartition("resuming at step")[2]
+    return sum(map(float, re.findall(r"uploaded step_\d+ to \S+ in ([\d.]+) s", logged)))
 
 
 def assert_nothing_lost(recipe: Path, undisturbed: dict[int, dict[str, float]]) -> None:
@@ -160,18 +175,38 @@ def test_checkpoints_in_a_bucket(
 def test_a_run_whose_last_upload_fails_does_not_end_well(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same command again uploads what is missing, and then the run is done."""
-    recipe = make_recipe(tmp_path)
+    """The same command again uploads what is missing, and then the run is done.
+
+    Before that, a signal stops an evaluation at once, and its checkpoint is uploaded all the same.
+    """
+    evaluated = STEPS // 2
+    recipe = make_recipe(tmp_path, workers=0)
     bucket = f"s3://{s3.bucket}/{uuid.uuid4().hex[:8]}"
-    folder = f"checkpoint.folder={bucket}"
+    settings = [f"checkpoint.folder={bucket}", f"evaluation.every_steps={evaluated}"]
+    script, slow = Path(long_evaluation.__file__), tmp_path / long_evaluation.SLOW
     with faulty_proxy(s3.port, monkeypatch, share=0) as proxy:
-        processes = tiny_runs.launch(recipe, RANKS, folder, "checkpoint.retry_s=1")
-        wait_for_step(tmp_path, 4, processes[0])
+        slow.touch()
+        processes = tiny_runs.launch(recipe, RANKS, *settings, script=script)
+        wait_for_evaluation(tmp_path / "run", processes[0])
+        began = time.monotonic()
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        assert tiny_runs.finish(processes) == [75] * RANKS, tiny_runs.said(recipe)
+        assert time.monotonic() - began < long_evaluation.SECONDS / 2
+        assert f"step_{evaluated:08}: uploaded" in tiny_runs.said(recipe)
+        assert "manifest.json" in s3.names(f"{bucket}/step_{evaluated:08}/")
+        slow.unlink()
+
+        settings.append("checkpoint.retry_s=1")
+        processes = tiny_runs.launch(recipe, RANKS, *settings)
+        wait_for_step(tmp_path, evaluated + 1, processes[0])
         proxy.share = 1
         assert tiny_runs.finish(processes) == [1] * RANKS, tiny_runs.said(recipe)
         assert f"step_{STEPS:08} not uploaded to {bucket}" in tiny_runs.said(recipe)
-        proxy.share = 0
-        # It has no step left, so on a busy machine a second would not do for its uploads.
-        again = tiny_runs.finish(tiny_runs.launch(recipe, RANKS, folder, "checkpoint.retry_s=60"))
+        proxy.share, proxy.pause_s = 0, 0.6
+        retry_s = 5  # the uploads take longer, but each request less
+        settings[-1] = f"checkpoint.retry_s={retry_s}"
+        again = tiny_runs.finish(tiny_runs.launch(recipe, RANKS, *settings))
         assert again == [0] * RANKS, tiny_runs.said(recipe)
+        assert upload_s(tmp_path / "run") > retry_s
     assert "manifest.json" in s3.names(f"{bucket}/step_{STEPS:08}/")

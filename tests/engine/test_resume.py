@@ -259,8 +259,14 @@ def test_a_signal_in_an_evaluation_stops_at_once_with_everything_saved(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["step"] for line in lines if "heldout/itc_image_to_text_r1" in line]
     assert evaluated == [16, STEPS]
+    metrics = (run / "metrics.jsonl").read_bytes()
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()  # as if it was killed between the evaluation and the end
     tiny_runs.train(recipe, 2)
-    assert tiny_runs.said(recipe).count("nothing left to do") == 1
+    assert f"step {STEPS} was evaluated before" in tiny_runs.said(recipe)
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    again = json.loads((run / "summary.json").read_text())
+    assert {**again, "goodput": summary["goodput"]} == summary
 
 
 def test_resume_with_everything_on(tmp_path: Path) -> None:

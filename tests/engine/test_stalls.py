@@ -93,11 +93,11 @@ def test_who_stands_still_or_is_behind_is_named() -> None:
 
 
 def lost_after(*pulses: int, phase: str = "evaluating") -> list[int]:
-    """Ranks that are lost once rank 1 has shown these pulses, six ticks apart."""
-    calls = RollCall(most_ticks=12)
+    """Ranks that are lost once rank 1 has shown these pulses, a tick apart."""
+    calls = RollCall(most_ticks=2)
     for round, pulse in enumerate(pulses):
         silent = RankState(1, "n1", phase, 0, 5, 0.0, pulse)
-        calls.note(readings(state(0, round), silent), ticks=6)
+        calls.note(readings(state(0, round), silent))
     return [suspect.rank for suspect in calls.lost()]
 
 

@@ -153,10 +153,11 @@ def measured(run: Path) -> dict[str, float]:
         values = [point[f"checkpoint/{name}"] for point in points if f"checkpoint/{name}" in point]
         if values:
             costs[name] = statistics.median(values)
+    stepped = [point["time"] for point in points if "loss/total" in point]
     restarts = []
     attempts = run / run_folder.ATTEMPTS
     for attempt in json.loads(attempts.read_text()) if attempts.exists() else []:
-        later = [point["time"] for point in points if point["time"] > attempt["failed_at"]]
+        later = [time for time in stepped if time > attempt["failed_at"]]
         if attempt["failed"] and later:
             restarts.append(later[0] - attempt["failed_at"])
     if restarts:

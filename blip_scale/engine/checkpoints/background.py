@@ -19,6 +19,9 @@ from blip_scale.engine import collectives
 
 logger = logging.getLogger(__name__)
 
+_ROUND_S = 5.0
+"""Seconds between two exchanges of the ranks' progress."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -76,14 +79,46 @@ class Background:
         if not self.is_done and not self._is_busy():
             self._resume()
 
-    def finish(self, timeout_s: float | None = None) -> None:
-        """Wait until the procedure is done, or until `timeout_s` have passed on some rank."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    def finish(self) -> None:
+        """Wait until the procedure is done."""
         while not self.is_done:
-            self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if self._is_busy():
-                return
+            self._thread.join()
             self._resume()
+
+    def finish_while_moving(
+        self, patience_s: float, progress: Callable[[], int], beat: Callable[[], None]
+    ) -> float:
+        """Wait until the procedure is done, or until no rank makes progress.
+
+        Args:
+            patience_s: time without progress after which to give up.
+            progress: returns a count of this rank that grows with its progress.
+            beat: is called on every rank when a rank has made progress.
+
+        Returns:
+            Seconds for which no rank had made progress at the end.
+        """
+        seen: list[int] = []
+        since = time.monotonic()
+        while not self.is_done:
+            self._thread.join(min(_ROUND_S, patience_s))
+            is_late = time.monotonic() - since >= patience_s
+            ranks = collectives.all_gather_objects((self._thread.is_alive(), is_late, progress()))
+            counts = [count for _, _, count in ranks]
+            is_moving = counts != seen
+            if is_moving:
+                beat()
+                seen, since = counts, time.monotonic()
+            if not any(busy for busy, _, _ in ranks):
+                self._resume()
+            elif any(late for _, late, _ in ranks) and not is_moving:
+                break
+        return time.monotonic() - since
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the work of this rank alone. Returns whether it has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _is_busy(self) -> bool:
         return collectives.any_rank(self._thread.is_alive(), self._device)

@@ -117,6 +117,10 @@ class Saver:
         """Step of the newest committed checkpoint, 0 without any."""
         return max(self._steps, default=0)
 
+    def folder_of(self, step: int) -> Path:
+        """Folder of the checkpoint of a step, as this rank sees it."""
+        return self._place.folder / run_folder.step_folder(step)
+
     def begin(self, state: RunState) -> None:
         """Copy the run and start writing it, once the previous save has ended.
 
@@ -141,11 +145,6 @@ class Saver:
         if self._uploads:
             self._uploads.poll()
 
-    @property
-    def uploads(self) -> bool:
-        """Whether checkpoints are copied to object storage."""
-        return self._uploads is not None
-
     def settle(self) -> bool:
         """Wait for a save in progress, but not for uploads.
 
@@ -155,15 +154,28 @@ class Saver:
         self._finish_writing()
         return self._is_saved
 
-    def finish(self) -> bool:
-        """Wait for a save in progress, and a bounded time for uploads.
+    def begin_upload(self) -> None:
+        """Begin to upload the newest checkpoint, so that it goes on while ranks do not poll."""
+        if self._uploads:
+            self._uploads.begin()
+
+    def finish_upload_alone(self) -> None:
+        """Wait a bounded time for this rank's part of an upload, without the other ranks."""
+        if self._uploads:
+            self._uploads.finish_alone()
+
+    def finish(self, beat: Callable[[], None] = lambda: None) -> bool:
+        """Wait for a save in progress, and for uploads as long as they move.
+
+        Args:
+            beat: is called whenever uploads have moved.
 
         Returns:
             Whether the last save was committed.
         """
         self._finish_writing()
         if self._uploads:
-            self._uploads.finish()
+            self._uploads.finish(beat)
             kept = set(self._steps) | self._uploads.busy_with
             self._prune(self.newest, kept)  # checkpoints that were kept only for their upload
         return self._is_saved

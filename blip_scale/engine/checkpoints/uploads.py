@@ -14,12 +14,25 @@ from functools import partial
 import torch
 
 from blip_scale.config.recipe import CheckpointRecipe
-from blip_scale.engine.checkpoints.background import Background, Outcome, Procedure, errors_of
+from blip_scale.engine.checkpoints.background import (
+    Background,
+    Outcome,
+    Procedure,
+    attempt,
+    errors_of,
+)
 from blip_scale.engine.checkpoints.location import Place
 from blip_scale.storage import checkpoint_format, run_folder
 from blip_scale.storage.objects import ObjectFolder
 
 logger = logging.getLogger(__name__)
+
+_READY_S = 10.0
+"""Longest wait for the storage to list what it has of a checkpoint."""
+_ALONE_S = 45.0
+"""Time to finish an upload without the other ranks. SLURM's scripts give ranks a minute from the
+end of the first one."""
+_LISTED_EVERY_S = 1.0
 
 
 class Uploads:
@@ -42,6 +55,7 @@ class Uploads:
         self._waiting: list[int] = []
         self._job: Background | None = None
         self._under_way: int | None = None
+        self._is_sending = False
 
     def resume(self, steps: list[int]) -> None:
         """Upload these committed checkpoints, unless the storage has them."""
@@ -68,20 +82,53 @@ class Uploads:
         if self._job:
             self._job.poll()
 
-    def finish(self) -> None:
-        """Wait until all is uploaded or `retry_s` have passed. Warn about the rest."""
-        deadline = time.monotonic() + self._settings.retry_s
+    def finish(self, beat: Callable[[], None]) -> None:
+        """Wait until all is uploaded, or nothing has moved for `retry_s`. Warn about the rest.
+
+        Args:
+            beat: is called whenever something has moved.
+        """
+        patience_s = self._settings.retry_s
         for is_again in (False, True):  # the running upload, then those that it left queued
             if is_again:
                 self._start()
             if self._job:
-                self._job.finish(max(0.0, deadline - time.monotonic()))
+                patience_s -= self._job.finish_while_moving(
+                    patience_s, lambda: self._remote.progress, beat
+                )
         if self._waiting:
             names = ", ".join(map(run_folder.step_folder, self._waiting))
             logger.warning(
                 "%s not uploaded to %s. Whole in %s; start the same command again to upload.",
                 names, self._remote.url, self._place.folder,
             )  # fmt: skip
+
+    def begin(self) -> None:
+        """Begin to send the files of a checkpoint that was just added, if no other is under way.
+
+        The ranks then send them without each other until the next `poll`.
+        """
+        if self._job and self._job.join(_READY_S):
+            self._job.poll()
+
+    def finish_alone(self) -> None:
+        """Send the rest of this rank's files, when the ranks can't meet any more.
+
+        Rank 0 commits the checkpoint once the storage lists the files of all ranks. What is not
+        there in time is uploaded by the next start.
+        """
+        step, until = self._under_way, time.monotonic() + _ALONE_S
+        if self._job is None or step is None or not self._is_sending:
+            return
+        is_committed = False
+        if self._job.join(_ALONE_S) and self._place.rank == 0:
+            while not is_committed and time.monotonic() < until:
+                outcome = attempt(partial(self._commit, step), self._place.rank)
+                is_committed = not outcome.error
+                time.sleep(0 if is_committed else _LISTED_EVERY_S)
+        if self._place.rank == 0:
+            end = "uploaded" if is_committed else "not uploaded yet, the next start does it"
+            logger.info("%s: %s", run_folder.step_folder(step), end)
 
     def _start(self) -> None:
         if self._waiting and (self._job is None or self._job.is_done):
@@ -94,11 +141,12 @@ class Uploads:
             began = time.perf_counter()
             errors: list[str] = []
             for work in (self._make_ready, self._upload_share, self._commit):
+                self._is_sending = work == self._upload_share
                 outcomes: list[Outcome] = yield partial(work, step)
                 errors = errors_of(outcomes)
                 if errors or outcomes[0].value is True:  # True: the storage has it already
                     break
-            self._under_way = None
+            self._under_way, self._is_sending = None, False
             name = run_folder.step_folder(step)
             if errors:
                 logger.warning(
@@ -115,17 +163,19 @@ class Uploads:
     def _make_ready(self, step: int) -> bool:
         """On rank 0, whether the storage already has this checkpoint.
 
-        Another checkpoint of the same step loses its manifest, so that a mixture of both never
-        counts as whole.
+        Another checkpoint of the same step, or what was uploaded of one, is deleted, so that a
+        mixture of both never counts as whole.
         """
         if self._place.rank != 0:
             return False
-        manifest = f"{run_folder.step_folder(step)}/{checkpoint_format.MANIFEST}"
-        if manifest not in self._remote.sizes(run_folder.step_folder(step)):
-            return False
-        if self._remote.get(manifest) == (self._place.folder / manifest).read_bytes():
-            return True
-        self._remote.delete([manifest])
+        folder = run_folder.step_folder(step)
+        manifest = f"{folder}/{checkpoint_format.MANIFEST}"
+        there = [*self._remote.sizes(folder)]
+        if manifest in there:
+            if self._remote.get(manifest) == (self._place.folder / manifest).read_bytes():
+                return True
+            self._remote.delete([manifest])
+        self._remote.delete(name for name in there if name != manifest)
         return False
 
     def _upload_share(self, step: int) -> None:

@@ -183,6 +183,15 @@ class Monitor:
             files.add_line(self._metrics_file, step, {**head, **_strict(metrics)})
         self._loggers.scalars(step, {**head, **metrics})
 
+    def add_missing(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a point of `scalars` unless metrics.jsonl has it: an earlier start may have."""
+        if not self._is_main:
+            return
+        with self._disk:
+            if files.has_line(self._metrics_file, step, metrics):
+                return
+        self.scalars(step, metrics)
+
     def pictures(self, step: int, name: str, panels: list[Panel]) -> None:
         """Show images of a held-out set with the generated and the true caption under each."""
         if self._is_main and panels:

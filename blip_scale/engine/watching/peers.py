@@ -72,6 +72,7 @@ class Peers:
         """Node of rank 0; its address until rank 0 has published its state."""
         self._keys = [f"blip_scale/state/{peer}" for peer in range(world_size)]
         self._key = self._keys[rank]
+        self._published: set[str] = set()
         self._knows_main_node = False
         self._request = threading.Thread()
         self._store = TCPStore(
@@ -104,7 +105,9 @@ class Peers:
 
         def read() -> list[RankState]:
             keys = self._keys[:1] if only_main else self._keys
-            published = [key for key in keys if self._store.check([key])]
+            missing = [key for key in keys if key not in self._published]
+            self._published |= {key for key in missing if self._store.check([key])}
+            published = [key for key in keys if key in self._published]
             return [_parsed(text) for text in self._store.multi_get(published)]
 
         return {state.rank: state for state in self._answer(read)}
@@ -147,8 +150,8 @@ class RollCall:
         self._latest: dict[int, RankState] = {}
         self._silent_ticks: Counter[int] = Counter()
 
-    def note(self, states: Mapping[int, RankState], ticks: int = 1) -> None:
-        """Compare states with those of the last call, which was `ticks` ago.
+    def note(self, states: Mapping[int, RankState]) -> None:
+        """Compare states with those of the last call, a tick ago.
 
         A rank that starts may be silent: imports and compilation can hold the interpreter's lock.
         """
@@ -156,7 +159,7 @@ class RollCall:
             if state.phase == "starting" or not is_silent(state, self._latest):
                 self._silent_ticks[rank] = 0
             else:
-                self._silent_ticks[rank] += ticks
+                self._silent_ticks[rank] += 1
             self._latest[rank] = state
 
     def lost(self) -> list[Suspect]:

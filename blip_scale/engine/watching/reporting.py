@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -140,13 +141,19 @@ def _loss_level(run: Run, means: Mapping[str, float]) -> dict[str, float]:
     return {"alarm/loss_spike": float(spikes), "alarm/loss_spike_ratio": ratio}
 
 
+def has_summary(run: Run) -> bool:
+    """Whether summary.json is of this step: an earlier start ended here."""
+    file = Path(run.recipe.output_dir) / run_folder.SUMMARY
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8"))["steps"] == run.step)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def finish(run: Run) -> None:
     """Write summary.json and say where to look; a run that had ended before keeps its summary."""
     history = run.history
-    if (
-        run.step == run.monitor.start_step
-        and (Path(run.recipe.output_dir) / run_folder.SUMMARY).exists()
-    ):
+    if run.step == run.monitor.start_step and has_summary(run):
         logger.info("nothing left to do: all %d steps were done before", run.step)
         return
     run.monitor.summary(

@@ -50,8 +50,6 @@ _LONG_WAIT_S = 30.0
 _WATCHED: tuple[Phase, ...] = ("training", "evaluating", "saving")
 """Phases in which all ranks give signs of life. A start may hold the interpreter's lock for long,
 and at the end some ranks are gone before the others."""
-_ROLL_CALL_TICKS = 3
-"""Ticks between two looks of rank 0 at the states of all ranks, and of the others at rank 0's."""
 
 
 class StallTimer:
@@ -248,12 +246,11 @@ class StallTimer:
         """Ranks that have given no sign of life for a long time, as far as this rank watches."""
         if self._peers is None:
             return []
-        if self._pulse % _ROLL_CALL_TICKS == 0:
-            try:
-                states = self._peers.read(only_main=self._rank != 0)
-            except RuntimeError:
-                states = {0: self._peers.silent_main()} if self._rank else {}
-            self._roll_call.note(states, _ROLL_CALL_TICKS)
+        try:
+            states = self._peers.read(only_main=self._rank != 0)
+        except RuntimeError:
+            states = {0: self._peers.silent_main()} if self._rank else {}
+        self._roll_call.note(states)
         return self._roll_call.lost()
 
     def _end_for(self, lost: list[Suspect]) -> None:
