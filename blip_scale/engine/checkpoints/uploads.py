@@ -108,8 +108,9 @@ class Uploads:
 
         The ranks then send them without each other until the next `poll`.
         """
-        if self._job and self._job.join(_READY_S):
-            self._job.poll()
+        if self._job:
+            self._job.join(_READY_S)
+            self._job.poll()  # on all ranks, also where the work has not ended
 
     def finish_alone(self) -> None:
         """Send the rest of this rank's files, when the ranks can't meet any more.
