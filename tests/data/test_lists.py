@@ -216,7 +216,7 @@ def test_a_spool_holds_the_items_and_has_no_name(tmp_path: Path) -> None:
     for number in (0, 63, 64, 150):
         assert list(borrowed(placed[number][0])) == placed[number:]
     del spooled
-    with pytest.raises(RuntimeError, match="no longer shares its list"):
+    with pytest.raises(OSError, match="no longer shares its list"):
         next(borrowed(START))
 
 

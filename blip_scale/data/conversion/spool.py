@@ -10,7 +10,6 @@ import tempfile
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO
 
 from blip_scale.data.conversion.pairs import Found, Place, RawPair
 from blip_scale.data.reading.shared_arrays import file_of
@@ -28,11 +27,9 @@ class Spool:
     opens the file of the process that wrote it.
     """
 
-    def __init__(self, process: int, descriptor: int, file: IO[bytes] | None = None) -> None:
-        """`file`: the open file, in the process that owns it."""
-        self._process, self._descriptor = process, descriptor
-        if file is not None:
-            weakref.finalize(self, file.close)
+    def __init__(self, process: int, descriptor: int, inode: int) -> None:
+        """Name the open file of a process."""
+        self._process, self._descriptor, self._inode = process, descriptor, inode
 
     @classmethod
     def of(cls, items: Iterable[Found], folder: str = "") -> Spool:
@@ -43,7 +40,8 @@ class Spool:
         """
         folder = folder or tempfile.gettempdir()
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  it stays open
-        spool = cls(os.getpid(), file.fileno(), file)
+        spool = cls(os.getpid(), file.fileno(), os.fstat(file.fileno()).st_ino)
+        weakref.finalize(spool, file.close)
         count = size = 0
         for batch in _batches(items):
             content = zlib.compress(pickle.dumps(batch, pickle.HIGHEST_PROTOCOL), level=1)
@@ -63,9 +61,18 @@ class Spool:
         return spool
 
     def __call__(self, start: Place) -> Iterator[tuple[Place, Found]]:
-        """Read the items from a place on."""
-        descriptor = file_of(self._process, self._descriptor, os.O_RDONLY, "list")
+        """Read the items from a place on.
+
+        Raises:
+            OSError: the process that wrote them has ended, which is no damage of the list.
+        """
+        try:
+            descriptor = file_of(self._process, self._descriptor, os.O_RDONLY, "list")
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
         with os.fdopen(descriptor, "rb") as file:
+            if os.fstat(descriptor).st_ino != self._inode:
+                raise OSError(f"process {self._process} no longer shares its list")
             offset, first = start.offset, start.number
             file.seek(offset)
             while header := file.read(_LENGTH.size):
@@ -75,8 +82,8 @@ class Spool:
                     yield Place(0, offset, number), batch[number]
                 offset, first = offset + _LENGTH.size + length, 0
 
-    def __reduce__(self) -> tuple[type[Spool], tuple[int, int]]:
-        return Spool, (self._process, self._descriptor)
+    def __reduce__(self) -> tuple[type[Spool], tuple[int, int, int]]:
+        return Spool, (self._process, self._descriptor, self._inode)
 
 
 def _batches(items: Iterable[Found]) -> Iterator[list[Found]]:
