@@ -431,5 +431,6 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
         "tokenizer that counts tokens for the summary",
     )
     running.add_argument(
-        "--scratch", help="folder where shards for a remote are made (default: the system's)"
+        "--scratch",
+        help="folder for temporary files, as shards for a remote (default: the system's)",
     )

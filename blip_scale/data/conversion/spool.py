@@ -10,6 +10,7 @@ import tempfile
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from blip_scale.data.conversion.pairs import Found, Place, RawPair
 from blip_scale.data.reading.shared_arrays import file_of
@@ -39,6 +40,7 @@ class Spool:
             OSError: the disk is full.
         """
         folder = folder or tempfile.gettempdir()
+        Path(folder).mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  it stays open
         spool = cls(os.getpid(), file.fileno(), os.fstat(file.fileno()).st_ino)
         weakref.finalize(spool, file.close)
