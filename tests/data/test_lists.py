@@ -34,10 +34,11 @@ from blip_scale.data.conversion.pairs import (
 from blip_scale.data.conversion.run import Conversion, Part, convert
 from blip_scale.data.conversion.screening import Rules
 from blip_scale.data.conversion.spool import Spool
-from blip_scale.data.sources import json_lists
+from blip_scale.data.sources import annotations, json_lists
 from blip_scale.data.sources.blip_json import chunks as json_chunks
 from blip_scale.data.sources.folder import chunks as folder_chunks
 from blip_scale.data.sources.json_lists import JsonList
+from blip_scale.data.sources.readers import READERS
 from blip_scale.errors import RefusedInput
 
 CAPTIONS = ('two "dogs", \u00e9\U0001f600', "line\nbreak", "", "\u2028", '["a", "b"]')
@@ -260,6 +261,17 @@ def test_a_list_that_unpacks_to_far_more_than_any_text(
         chunks_of(path, 10)
     monkeypatch.setattr(json_lists, "_UNPACKED_RATIO", 10_000)
     chunks_of(path, 10)
+
+
+def test_an_object_that_unpacks_to_more_than_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(annotations, "_LARGEST_UNPACKED_BYTES", 10_000)
+    path = tmp_path / "captions.json.gz"
+    path.write_bytes(gzip.compress(b'{"images": [' + b" " * 20_000))
+    for name in ("coco", "blip_json"):
+        with pytest.raises(RefusedInput, match=r"captions\.json\.gz unpacks to more than 0 GB"):
+            list(READERS[name].chunks(Source(str(path))))
 
 
 def test_a_damaged_packed_list_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
+from blip_scale.data.sources.json_lists import ListFile
 from blip_scale.data.sources.metadata import (
     ID_KEYS,
     URL_KEYS,
@@ -139,7 +140,7 @@ def _columns(files: CaptionFiles, names: list[str]) -> list[str]:
 
 def _from_lines(files: CaptionFiles, name: str, location: str) -> Iterator[KeyedCaptions | Reject]:
     try:
-        with open_file(location) as file:
+        with ListFile.at(location).open() as file:
             number = 0
             while line := file.readline(_LONGEST_LINE):
                 number += 1

@@ -25,7 +25,7 @@ from blip_scale.data.conversion.pairs import (
 )
 from blip_scale.data.sources import blip_json
 from blip_scale.data.sources.annotations import image_location, load_json, read_item, read_items
-from blip_scale.data.sources.json_lists import JsonList
+from blip_scale.data.sources.json_lists import is_array
 from blip_scale.data.sources.metadata import note_of
 from blip_scale.storage.locations import basename, is_folder, join
 
@@ -44,7 +44,7 @@ def chunks(source: Source, split: str = "") -> Iterator[Chunk]:
     """
     if is_folder(source.location):
         source = replace(source, location=join(source.location, "dataset_coco.json"))
-    if JsonList.open(source.location).form:
+    if is_array(source.location):
         if split:
             raise ValueError(f"{source.location} is the list of one split: leave --split out")
         return blip_json.chunks(source)

@@ -198,15 +198,25 @@ def _read_lists(
             yield Place(number, offset, index), read_item(location, index, item, make)
 
 
-def _form(file: ListFile) -> tuple[str, str]:
-    """Form and encoding of a list."""
+def is_array(location: str) -> bool:
+    """Whether a file begins as a JSON array does."""
+    return _start(ListFile.at(location))[0] == "["
+
+
+def _start(file: ListFile) -> tuple[str, str]:
+    """First character of a JSON file, "" if there is none near its start, and the encoding."""
     with file.open() as opened:
         head = opened.read(_HEAD_BYTES)
     encoding = json.detect_encoding(head).removesuffix("-sig")
-    start = head.decode(encoding, "ignore").removeprefix("\ufeff").lstrip()
-    if start.startswith("["):
+    return head.decode(encoding, "ignore").removeprefix("\ufeff").lstrip()[:1], encoding
+
+
+def _form(file: ListFile) -> tuple[str, str]:
+    """Form and encoding of a list."""
+    start, encoding = _start(file)
+    if start == "[":
         return "array", encoding
-    if encoding != "utf-8" or not start.startswith("{"):
+    if encoding != "utf-8" or start != "{":
         return "", encoding
     with file.open() as opened:
         lines = filter(None, map(bytes.strip, lines_of(opened, file.location)))
