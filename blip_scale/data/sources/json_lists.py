@@ -91,10 +91,11 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
-            count = self._file.readinto(buffer)
+            content = self._file.read1(len(buffer))  # `read` loses what is before a damage
         except gzip.BadGzipFile as error:
             raise gzip.BadGzipFile(f"{self._location}: {error}") from error
-        self._bytes += count
+        buffer[: len(content)] = content
+        self._bytes += len(content)
         packed_bytes: int = self._file.fileobj.tell()  # type: ignore[union-attr]
         if self._bytes > max(_UNPACKED_BYTES, _UNPACKED_RATIO * packed_bytes):
             raise RefusedInput(
@@ -102,7 +103,7 @@ class _Unpacked(io.RawIOBase):
                 f"{self._bytes / 1e6:.0f} MB, as an attack on the disk would: unpack it yourself "
                 "if that is right"
             )
-        return count
+        return len(content)
 
     def tell(self) -> int:
         return self._bytes
