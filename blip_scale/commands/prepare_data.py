@@ -84,7 +84,7 @@ def _convert(options: argparse.Namespace) -> int:
     places = (options.input, options.images, options.out)
     local = all(map(is_local, places)) and not options.allow_outside
     reading = {"reader": options.name, **asdict(source), **reader_options}
-    del reading["location"]
+    del reading["location"], reading["scratch"]
     job = Conversion(
         chunks, options.out, rules, parse_bytes(options.shard_size), options.workers,
         options.scratch, "fork" if local else "spawn", None, reading, _tokenizer(options),
@@ -143,6 +143,7 @@ def _source(options: argparse.Namespace) -> Source:
         caption_key=",".join(options.caption_key),
         image_key=options.image_key,
         pairs_per_chunk=options.pairs_per_chunk,
+        scratch=options.scratch or "",
     )
 
 
@@ -430,5 +431,6 @@ def _add_reader_options(command: argparse.ArgumentParser, reader: SourceReader) 
         "tokenizer that counts tokens for the summary",
     )
     running.add_argument(
-        "--scratch", help="folder where shards for a remote are made (default: the system's)"
+        "--scratch",
+        help="folder for temporary files, as shards for a remote (default: the system's)",
     )

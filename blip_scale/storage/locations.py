@@ -29,7 +29,7 @@ class NotRegularFile(RefusedInput, OSError):
     """A FIFO, a device or a socket where a file is expected: reading it may never end."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A file or folder in a listing."""
 

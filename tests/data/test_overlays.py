@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import threading
@@ -138,6 +139,35 @@ def test_a_damaged_file_is_named_with_its_damage(
     assert "damaged input (bad.jsonl:1: no JSON" in message and "--caption-key" not in message
 
 
+def test_hashes_in_upper_case_and_files_that_are_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows up to the damage of a file count."""
+    shas = [hashlib.sha256(jpeg(number)).hexdigest() for number in range(4)]
+    records = [
+        Record(f"{number}", jpeg(number), "alt", "web", sha256=sha.upper() if number else "")
+        for number, sha in enumerate(shas)
+    ]
+    write_shards(tmp_path / "images", records)
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    upper = [{"sha256": sha.upper(), "re": "new"} for sha in shas[:2]]
+    write_lines(folder / "a.jsonl", [*upper, {"sha256": shas[2], "re": "new"}])
+    packed = gzip.compress(json.dumps({"sha256": shas[3], "re": "new"}).encode() + b"\n")
+    (folder / "b.jsonl.gz").write_bytes(packed + packed[:-4])
+    table = pa.table({"a": ["x"], "b": ["y"]}).rename_columns(["re", "re"])
+    parquet.write_table(table, folder / "c.parquet")
+    (folder / "d.csv").write_text("sha256,re\n")
+    words = [str(tmp_path / "images"), str(folder), str(tmp_path / "out"), "--join", "sha256"]
+    assert overlay.main([*words, "--caption-key", "re"]) == 0
+    manifest = json.loads((tmp_path / "out" / "overlay.json").read_text())
+    assert manifest["captions"]["joined"] == 4
+    assert manifest["rejects"] == {"damaged input": 2}
+    assert "1 files are no parquet, JSON lines or tars and are not read, the first: d.csv" in (
+        caplog.text
+    )
+
+
 def test_nothing_is_lost_silently(images: Path, tmp_path: Path) -> None:
     rows = [
         {"url": "http://x/0", "re": ["one", "", 7, None], "syn": "two"},
@@ -150,6 +180,7 @@ def test_nothing_is_lost_silently(images: Path, tmp_path: Path) -> None:
         {"url": "http://x/1", "re": "again"},
         {"url": "http://x/1", "re": "again"},
         {"url": "http://x/2"},
+        {"url": "http://x/3", "re": []},
     ]
     out = tmp_path / "out"
     manifest = make(
@@ -157,7 +188,7 @@ def test_nothing_is_lost_silently(images: Path, tmp_path: Path) -> None:
         "--join", "url", "--caption-key", "re,syn",
     )  # fmt: skip
     assert manifest["captions"] == {
-        "read": 14, "joined": 3, "unjoined": 1, "rejected": 9, "duplicates": 1,
+        "read": 15, "joined": 3, "unjoined": 1, "rejected": 10, "duplicates": 1,
     }  # fmt: skip
     assert manifest["roles"] == {"re": 4, "syn": 2}, "two images have each URL"
     assert manifest["samples"] == {"all": 30, "with_captions": 4, "without_captions": 26}
@@ -168,7 +199,7 @@ def test_nothing_is_lost_silently(images: Path, tmp_path: Path) -> None:
         "detail": "http://x/99",
         "captions": 1,
     } in (rejects)
-    assert len(rejects) == 10
+    assert len(rejects) == 11
     assert captions_of(images, out)["i/1"]["captions"] == ["alt 1", "one", "two"]
 
 

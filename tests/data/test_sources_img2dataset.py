@@ -194,6 +194,17 @@ def test_no_tar_at_all(content: bytes, tmp_path: Path) -> None:
     assert rejects(read_tar(tmp_path / "a.tar")) == [("a.tar", "damaged input")]
 
 
+@pytest.mark.parametrize("name", ["a.tar.zst", "a.tar"])
+def test_a_tar_that_zstd_compressed(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd rest")
+    write_tar(tmp_path / "b.tar", members(("0", {"jpg": b"image", "txt": b"a cat"})))
+    items = read_all(list(READERS["datacomp"].chunks(Source(str(tmp_path)))))
+    assert contents(items) == [("0", b"image", "a cat")]
+    (reject,) = [item for item in items if isinstance(item, Reject)]
+    assert (reject.id, reject.reason) == (name, "damaged input")
+    assert "unpack it first (zstd -d)" in reject.detail
+
+
 def test_a_flipped_header_in_a_tar(tmp_path: Path) -> None:
     samples = img2dataset_samples(0, 6)
     path = write_tar(tmp_path / "a.tar", members(*((key, parts) for key, parts, _ in samples)))
@@ -217,6 +228,33 @@ def test_a_damaged_parquet(tmp_path: Path) -> None:
     assert rejects(read_all(list(READERS["laion"].chunks(Source(str(path)))))) == [
         ("00000.parquet", "damaged input")
     ]
+
+
+def test_columns_of_one_name_in_a_parquet(tmp_path: Path) -> None:
+    """All but one of them would be lost, so the file is rejected; others may come twice."""
+    for name, column in (("a", "caption"), ("b", "notes")):
+        columns = {"jpg": [b"image"], "caption": ["a cat"], "second": ["a dog"], "third": ["a cow"]}
+        names = ["jpg", "caption", column, column]
+        table = pyarrow.table(columns).rename_columns(names)
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    items = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
+    assert contents(items) == [("b/0", b"image", "a cat")]
+    (reject,) = [item for item in items if isinstance(item, Reject)]
+    assert reject.reason == "damaged input" and "are called 'caption'" in reject.detail
+
+
+def test_odd_values_in_a_parquet(tmp_path: Path) -> None:
+    maps = [[("en", "a cat"), ("de", None)], []]
+    table = pyarrow.table({
+        "jpg": [b"0", b"1"], "uid": [2**60, None],
+        "caption": pyarrow.array(maps, pyarrow.map_(pyarrow.string(), pyarrow.string())),
+    })  # fmt: skip
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    first, second = read_all(list(READERS["datacomp"].chunks(Source(str(tmp_path)))))
+    assert isinstance(first, RawPair) and isinstance(second, RawPair)
+    assert first.captions == ["a cat", None], "languages are no captions"
+    assert second.captions == []
+    assert (first.uid, second.uid) == (str(2**60), "")
 
 
 def test_parquet_of_the_hub(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Run by itself, it lists the chunks of a file, plans their conversion and prints 
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMS = {"jsonl": "folder", "csv": "folder", "json": "blip_json"}
+FORMS = {"jsonl": "folder", "csv": "folder", "json": "blip_json", "jsonl.gz": "folder"}
 """Ending of a list -> its reader."""
 
 
@@ -36,8 +37,14 @@ def list_figures(lines: list[int], scratch: Path | None) -> dict[str, Any]:
 
 def make_list(path: Path, lines: int) -> None:
     """A list of images that are not there, each with one caption of ten words."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(_rows(path.suffix[1:], lines))
+    form = _form(path)
+    open_text = gzip.open if form.endswith(".gz") else open
+    with open_text(path, "wt", encoding="utf-8") as file:
+        file.writelines(_rows(form.removesuffix(".gz"), lines))
+
+
+def _form(path: Path) -> str:
+    return path.name.partition(".")[2]
 
 
 def _rows(form: str, lines: int) -> Iterator[str]:
@@ -67,7 +74,7 @@ def measure(path: Path) -> dict[str, float]:
     from tools.benchmarks.scripts_at_scale import status_kb
 
     before_mb, start = status_kb("VmHWM") / 1024, time.process_time()
-    chunks = list(READERS[FORMS[path.suffix[1:]]].chunks(Source(str(path))))
+    chunks = list(READERS[FORMS[_form(path)]].chunks(Source(str(path))))
     listed = time.process_time()
     Conversion(chunks, "out", Rules("bench", images_below=str(path.parent))).plan()
     return {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
+from blip_scale.data.sources.json_lists import ListFile
 from blip_scale.data.sources.metadata import (
     ID_KEYS,
     URL_KEYS,
@@ -14,7 +17,9 @@ from blip_scale.data.sources.metadata import (
     captions_of,
     first_of,
     id_of,
+    key_text,
 )
+from blip_scale.data.sources.parquet import check_columns
 from blip_scale.data.sources.webdataset import TAR_ENDINGS, read_tar, without_ending
 from blip_scale.storage.locations import (
     Entry,
@@ -33,6 +38,8 @@ _PARQUET = (".parquet", ".parq")
 _LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _ROWS = 1024  # read at once
 _LONGEST_LINE = 64 << 20
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,12 @@ def _listed(location: str) -> list[tuple[str, str]]:
     chosen = [place for place in places if place[0].lower().endswith(endings)]
     if not chosen:
         raise FileNotFoundError(f"{location}: no captions in it ({', '.join(endings)})")
+    others = [name for name, _ in places if not name.lower().endswith(endings)]
+    if others:
+        logger.warning(
+            "%s: %d files are no parquet, JSON lines or tars and are not read, the first: %s",
+            location, len(others), others[0],
+        )  # fmt: skip
     return sorted(chosen)
 
 
@@ -105,6 +118,7 @@ def _from_parquet(
 
             table = ParquetFile(file)
             columns = _columns(files, table.schema_arrow.names)
+            check_columns(columns)
             row = 0
             for batch in table.iter_batches(_ROWS, columns=columns):
                 for fields in batch.to_pylist():
@@ -126,7 +140,7 @@ def _columns(files: CaptionFiles, names: list[str]) -> list[str]:
 
 def _from_lines(files: CaptionFiles, name: str, location: str) -> Iterator[KeyedCaptions | Reject]:
     try:
-        with open_file(location) as file:
+        with ListFile.at(location).open() as file:
             number = 0
             while line := file.readline(_LONGEST_LINE):
                 number += 1
@@ -145,7 +159,7 @@ def _from_lines(files: CaptionFiles, name: str, location: str) -> Iterator[Keyed
                     yield Reject(place, Reason.DAMAGED_INPUT, detail, captions=1)
     except NotRegularFile as error:
         yield Reject(name, Reason.NOT_REGULAR, str(error))
-    except EOFError as error:  # a .gz that was cut
+    except gzip.BadGzipFile as error:
         yield Reject(name, Reason.DAMAGED_INPUT, str(error))
 
 
@@ -155,14 +169,18 @@ def _from_tar(files: CaptionFiles, name: str, location: str) -> Iterator[KeyedCa
         if isinstance(item, Reject):
             yield item
         elif isinstance(item, RawPair):
-            texts = item.captions if isinstance(item.captions, list) else [item.captions]
-            yield KeyedCaptions(f"{name}, {item.id}", getattr(item, files.key) or "", texts)
+            key = comparable(files.key, getattr(item, files.key) or "")
+            yield KeyedCaptions(f"{name}, {item.id}", key, _texts(item.captions))
 
 
 def _row(files: CaptionFiles, place: str, fields: Mapping[str, Any]) -> KeyedCaptions:
     captions = captions_of(fields, files.caption_key)
-    texts = captions if isinstance(captions, list) else [captions]
-    return KeyedCaptions(place, _key(files, fields), texts)
+    return KeyedCaptions(place, _key(files, fields), _texts(captions))
+
+
+def _texts(captions: Any) -> list[Any]:
+    """Captions in a list, which is not empty: a row without any counts as a missing caption."""
+    return (captions if isinstance(captions, list) else [captions]) or [None]
 
 
 def _key(files: CaptionFiles, fields: Mapping[str, Any]) -> str:
@@ -173,5 +191,9 @@ def _key(files: CaptionFiles, fields: Mapping[str, Any]) -> str:
         return id_of(fields)
     else:
         value = first_of(fields, URL_KEYS if files.key == "url" else (files.key,))
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return str(value) if isinstance(value, str) or is_number else ""
+    return comparable(files.key, key_text(value))
+
+
+def comparable(key: str, value: str) -> str:
+    """A key as it is compared: hashes are written in upper or in lower case."""
+    return value.lower() if key == "sha256" else value

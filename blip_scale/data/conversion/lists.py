@@ -1,7 +1,8 @@
 """Pairs out of a list: grouped by image and cut into chunks.
 
 A list that can be read from any of its items on stays in its file: `StreamedList` keeps some bytes
-an item, and every process reads the chunks that it converts. Other lists are held in memory.
+an item, and every process reads the chunks that it converts. Another list is read once, into a
+`Spool`, which takes the place of its file.
 """
 
 from __future__ import annotations
@@ -13,14 +14,23 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Unused
+from blip_scale.data.conversion.pairs import (
+    START,
+    Chunk,
+    Found,
+    Place,
+    RawPair,
+    ReadList,
+    Unused,
+)
 from blip_scale.data.conversion.repeats import repeats
+from blip_scale.data.conversion.spool import Spool
 from blip_scale.errors import RefusedInput
 
 _SPACING = 16  # groups of consecutive pairs between two places that are kept
@@ -31,45 +41,27 @@ class ChangedList(RefusedInput, OSError):
     """A list that was written while its conversion was running."""
 
 
-class Place(NamedTuple):
-    """Where an item of a list begins."""
-
-    file: int
-    """Number of the file, where a list has several."""
-    offset: int
-    """First byte."""
-    number: int
-    """Number of the line in a table, of the item in JSON."""
-
-
-START = Place(0, 0, 0)
-
-ReadList = Callable[[Place], Iterator[tuple[Place, Found]]]
-"""read(start): the items of a list from a place on. It runs in other processes, so it must be
-picklable."""
-
-
 def _no_note(pair: RawPair) -> None:
     """Ignore a pair."""
 
 
 def listed(
-    read: ReadList, is_streamed: bool, note: Callable[[RawPair], None] = _no_note
-) -> list[Found] | StreamedList:
+    read: ReadList,
+    is_streamed: bool,
+    scratch: str = "",
+    note: Callable[[RawPair], None] = _no_note,
+) -> StreamedList:
     """The pairs of a list, grouped by image, and then its other items.
 
     Args:
         read: reads the list.
-        is_streamed: whether it can be read from any place on; else it is held in memory.
+        is_streamed: whether it can be read from any place on; else it is read once.
+        scratch: folder for the spool of such a list (see `Source`).
         note: called with the pairs, of which consecutive ones of an image may be left out.
     """
-    if is_streamed:
-        return StreamedList(read, note)
-    items = group_by_image(item for _, item in read(START))
-    for item in items:
-        if isinstance(item, RawPair):
-            note(item)
-    return items
+    if not is_streamed:
+        read = Spool.of((item for _, item in read(START)), scratch)
+    return StreamedList(read, note)
 
 
 class StreamedList:

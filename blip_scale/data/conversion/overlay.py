@@ -22,6 +22,7 @@ from blip_scale.data.conversion.caption_files import (
     KEYS,
     CaptionFiles,
     KeyedCaptions,
+    comparable,
     read_captions,
 )
 from blip_scale.data.conversion.locks import held
@@ -287,7 +288,7 @@ def _join(
 def _key_of(sample: dict[str, Any], key: str) -> str:
     if key == "sha256" and not sample.get("sha256"):
         return hashlib.sha256(sample["image"]).hexdigest()
-    return str(sample.get(key) or "")
+    return comparable(key, str(sample.get(key) or ""))
 
 
 def _nothing_joined(job: OverlayJob, captions: _Captions) -> str:

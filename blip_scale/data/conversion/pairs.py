@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from blip_scale.data.shards import Record
 from blip_scale.storage.locations import is_folder, parent
@@ -122,6 +122,24 @@ class Screened:
 Found = RawPair | Reject | Screened | Unused
 
 
+class Place(NamedTuple):
+    """Where an item of a list begins."""
+
+    file: int
+    """Number of the file, where a list has several."""
+    offset: int
+    """First byte."""
+    number: int
+    """Number of the line in a table, of the item in JSON or in its batch of a spool."""
+
+
+START = Place(0, 0, 0)
+
+ReadList = Callable[[Place], Iterator[tuple[Place, Found]]]
+"""read(start): the items of a list from a place on. It runs in other processes, so it must be
+picklable."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A piece of the input that one process converts to shards of its own.
@@ -159,6 +177,8 @@ class Source:
     """Column with the image, where it has an unusual name."""
     pairs_per_chunk: int = 4000
     """Pairs a chunk, of lists and folders; tars and parquet files are a chunk each."""
+    scratch: str = ""
+    """Folder for temporary files; "": the system's."""
 
     def image_root(self) -> str:
         """Folder that must hold the images that a list names.

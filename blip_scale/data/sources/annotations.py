@@ -17,6 +17,7 @@ from blip_scale.data.sources.metadata import (
     note_of,
     pair_of,
 )
+from blip_scale.errors import RefusedInput
 from blip_scale.storage.locations import (
     basename,
     is_folder,
@@ -34,6 +35,7 @@ IMAGE_KEYS = (
     "file_path",
 )  # fmt: skip
 """Names of fields that hold the path of an image."""
+_LARGEST_UNPACKED_BYTES = 2_000_000_000
 
 
 def load_json(location: str) -> Any:
@@ -42,8 +44,7 @@ def load_json(location: str) -> Any:
     Raises:
         ValueError: the file is not JSON. The message names the place.
     """
-    with open_file(location) as file:
-        return parse_at(file.read(), location)
+    return parse_at(_whole(location), location)
 
 
 def load_list(location: str, of: str) -> list[Any]:
@@ -56,8 +57,7 @@ def load_list(location: str, of: str) -> list[Any]:
     Raises:
         ValueError: the file holds neither.
     """
-    with open_file(location) as file:
-        content = file.read()
+    content = _whole(location)
     try:
         items = parse_at(content, location)
     except ValueError:
@@ -69,6 +69,19 @@ def load_list(location: str, of: str) -> list[Any]:
         content_kind = note_of(items) if isinstance(items, dict) else type(items).__name__
         raise ValueError(f"{location} holds no list of {of} ({shortened(content_kind)})")
     return items
+
+
+def _whole(location: str) -> bytes:
+    """Content of a file that is parsed as a whole."""
+    is_packed = location.endswith(".gz")
+    with open_file(location) as file:
+        content = file.read(_LARGEST_UNPACKED_BYTES + 1 if is_packed else -1)
+    if is_packed and len(content) > _LARGEST_UNPACKED_BYTES:
+        raise RefusedInput(
+            f"{location} unpacks to more than {_LARGEST_UNPACKED_BYTES / 1e9:.0f} GB: unpack it "
+            "yourself if that is right"
+        )
+    return content
 
 
 def parse_at(content: bytes, place: str) -> Any:

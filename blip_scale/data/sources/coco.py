@@ -25,6 +25,7 @@ from blip_scale.data.conversion.pairs import (
 )
 from blip_scale.data.sources import blip_json
 from blip_scale.data.sources.annotations import image_location, load_json, read_item, read_items
+from blip_scale.data.sources.json_lists import is_array
 from blip_scale.data.sources.metadata import note_of
 from blip_scale.storage.locations import basename, is_folder, join
 
@@ -43,11 +44,11 @@ def chunks(source: Source, split: str = "") -> Iterator[Chunk]:
     """
     if is_folder(source.location):
         source = replace(source, location=join(source.location, "dataset_coco.json"))
-    annotations = load_json(source.location)
-    if isinstance(annotations, list):
+    if is_array(source.location):
         if split:
             raise ValueError(f"{source.location} is the list of one split: leave --split out")
         return blip_json.chunks(source)
+    annotations = load_json(source.location)
     if not isinstance(annotations, dict) or not isinstance(annotations.get("images"), list):
         content = note_of(annotations) if isinstance(annotations, dict) else "no object"
         raise ValueError(

@@ -11,8 +11,9 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from blip_scale.data.conversion.lists import group_by_image, in_chunks
+from blip_scale.data.conversion.lists import StreamedList, in_chunks
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Source
+from blip_scale.data.conversion.spool import Spool
 from blip_scale.data.sources.annotations import image_location
 from blip_scale.storage.locations import (
     basename,
@@ -47,7 +48,9 @@ def chunks(source: Source) -> Iterator[Chunk]:
         folders = [e.name for e in list_folder(parent(location)) if e.is_folder]
         inner = next((name for name in _IMAGES if name in folders), "")
         source = replace(source, images=join(parent(location), inner) if inner else "")
-    return in_chunks(group_by_image(list(_read(source, location))), source.pairs_per_chunk)
+    return in_chunks(
+        StreamedList(Spool.of(_read(source, location), source.scratch)), source.pairs_per_chunk
+    )
 
 
 def _read(source: Source, location: str) -> Iterator[Found]:

@@ -60,7 +60,9 @@ def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Ch
     """
     if not is_folder(source.location):
         table = Table.open(source, source.location, encoding, columns)
-        return in_chunks(listed(table.read, table.is_streamed), source.pairs_per_chunk)
+        return in_chunks(
+            listed(table.read, table.is_streamed, source.scratch), source.pairs_per_chunk
+        )
     files = list_folder(source.location, deep=True)
     tables = _tables(files)
     if not tables:
@@ -76,7 +78,7 @@ def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Ch
         images = join(source.images, folder) if source.images and folder else source.images
         here = replace(source, images=images)
         table = Table.open(here, entry.location, encoding, columns, folder)
-        lists.append(listed(table.read, table.is_streamed, note))
+        lists.append(listed(table.read, table.is_streamed, source.scratch, note))
     unused: list[Found] = [*_unnamed(files, set(tables.values()), named)]
     return joint_chunks([*lists, unused], source.pairs_per_chunk)
 

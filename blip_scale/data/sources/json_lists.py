@@ -1,25 +1,41 @@
 """Read JSON lists item by item: one array, or one object per line.
 
-A UTF-8 file that is not compressed can be read from any item on. Other files are parsed whole.
+A UTF-8 file that is not compressed can be read from any item on, others from their start.
 """
 
 from __future__ import annotations
 
 import codecs
+import gzip
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from json import JSONDecodeError
-from typing import IO, Any
+from typing import IO, Any, AnyStr
 
-from blip_scale.data.conversion.lists import ChangedList
-from blip_scale.data.conversion.pairs import LARGEST_FILE_BYTES
-from blip_scale.data.sources.annotations import load_list, parse_at
+from blip_scale.data.conversion.lists import ChangedList, in_chunks, listed
+from blip_scale.data.conversion.pairs import (
+    LARGEST_FILE_BYTES,
+    START,
+    Chunk,
+    Found,
+    Place,
+    Source,
+)
+from blip_scale.data.sources.annotations import load_list, parse_at, read_item
+from blip_scale.errors import RefusedInput
 from blip_scale.storage.locations import file_version, open_file
 
 _BLOCK_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 16
+_UNPACKED_BYTES, _UNPACKED_RATIO = 1 << 30, 100
+"""A .gz list that becomes larger and more than so many times its size is refused. Lists of URLs and
+captions become 3 to 10 times as large; a hostile file can become 1,000 times as large."""
+MakePair = Callable[[int, Any], Found]
+"""make(number, item): the pair of an item; picklable."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _decode_from = json.JSONDecoder().raw_decode
 
@@ -37,11 +53,17 @@ class ListFile:
         """The file as it is now."""
         return cls(location, file_version(location))
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the file is compressed, so that it can be read only from its start."""
+        return self.location.endswith(".gz")
+
     def open(self, offset: int = 0) -> IO[bytes]:
         """Open the file at a byte.
 
         Raises:
             ChangedList: the file was written since `at`.
+            RefusedInput: when it is read, a compressed file becomes too large.
         """
         if file_version(self.location) != self.version:
             raise ChangedList(
@@ -49,9 +71,63 @@ class ListFile:
                 "--overwrite"
             )
         file = open_file(self.location)
+        if isinstance(file, gzip.GzipFile):
+            return io.BufferedReader(_Unpacked(file, self.location), _BLOCK_BYTES)
         if offset:
             file.seek(offset)
         return file
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a .gz file, up to the size at which the file is refused."""
+
+    def __init__(self, file: gzip.GzipFile, location: str) -> None:
+        super().__init__()
+        self._file, self._location = file, location
+        self._bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            content = self._file.read1(len(buffer))  # `read` loses what is before a damage
+        except gzip.BadGzipFile as error:
+            raise gzip.BadGzipFile(f"{self._location}: {error}") from error
+        buffer[: len(content)] = content
+        self._bytes += len(content)
+        packed_bytes: int = self._file.fileobj.tell()  # type: ignore[union-attr]
+        if self._bytes > max(_UNPACKED_BYTES, _UNPACKED_RATIO * packed_bytes):
+            raise RefusedInput(
+                f"{self._location}: {packed_bytes / 1e6:.0f} MB of it unpack to more than "
+                f"{self._bytes / 1e6:.0f} MB, as an attack on the disk would: unpack it yourself "
+                "if that is right"
+            )
+        return len(content)
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def lines_of(file: IO[AnyStr], location: str) -> Iterator[AnyStr]:
+    """The lines of a file with their ends.
+
+    Raises:
+        RefusedInput: a line is longer than any item.
+    """
+    number = 0
+    while line := file.readline(LARGEST_FILE_BYTES):
+        number += 1
+        if len(line) == LARGEST_FILE_BYTES:
+            raise RefusedInput(
+                f"{location}:{number} has more than {LARGEST_FILE_BYTES / 1e6:.0f} MB in a line: "
+                "remove it"
+            )
+        yield line
 
 
 @dataclass(frozen=True)
@@ -61,12 +137,21 @@ class JsonList:
     file: ListFile
     form: str
     """`array` or `lines`; "" where the file has to be parsed whole."""
+    encoding: str
+    """Python's name of the encoding."""
+    content: str
+    """Description of the items, for errors."""
 
     @classmethod
-    def open(cls, location: str) -> JsonList:
+    def open(cls, location: str, content: str = "{image, caption}") -> JsonList:
         """Look at the beginning of a file."""
         file = ListFile.at(location)
-        return cls(file, _form(file))
+        return cls(file, *_form(file), content)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the file can be read from any item on."""
+        return bool(self.form) and self.encoding == "utf-8" and not self.file.is_packed
 
     def read(self, offset: int = 0, number: int = 0) -> Iterator[tuple[int, int, Any]]:
         """First byte, number and content of every item, from one of them on.
@@ -80,31 +165,65 @@ class JsonList:
         """
         location = self.file.location
         if not self.form:
-            for index, item in enumerate(load_list(location, "{image, caption}")):
+            for index, item in enumerate(load_list(location, self.content)):
                 yield 0, index, item
             return
-        read = _read_array if self.form == "array" else _read_lines
         with self.file.open(offset) as opened:
-            for place, item in read(opened, location, offset, number):
+            items = _read_lines(opened, location, offset, number)
+            if self.form == "array":
+                items = _read_array(opened, location, offset, self.encoding)
+            for place, item in items:
                 yield place, number, item
                 number += 1
 
 
-def _form(file: ListFile) -> str:
-    if file.location.endswith(".gz"):
-        return ""
+def pairs_in_chunks(source: Source, lists: Sequence[tuple[JsonList, MakePair]]) -> Iterator[Chunk]:
+    """Chunks of the items of lists, each with what makes its items pairs.
+
+    Raises:
+        ValueError: a file does not hold a list.
+    """
+    is_streamed = all(json_list.is_streamed for json_list, _ in lists)
+    pairs = listed(partial(_read_lists, lists), is_streamed, source.scratch)
+    return in_chunks(pairs, source.pairs_per_chunk)
+
+
+def _read_lists(
+    lists: Sequence[tuple[JsonList, MakePair]], start: Place
+) -> Iterator[tuple[Place, Found]]:
+    for number in range(start.file, len(lists)):
+        json_list, make = lists[number]
+        location = json_list.file.location
+        first = start if number == start.file else START
+        for offset, index, item in json_list.read(first.offset, first.number):
+            yield Place(number, offset, index), read_item(location, index, item, make)
+
+
+def is_array(location: str) -> bool:
+    """Whether a file begins as a JSON array does."""
+    return _start(ListFile.at(location))[0] == "["
+
+
+def _start(file: ListFile) -> tuple[str, str]:
+    """First character of a JSON file, "" if there is none near its start, and the encoding."""
     with file.open() as opened:
         head = opened.read(_HEAD_BYTES)
-        if json.detect_encoding(head) not in ("utf-8", "utf-8-sig"):
-            return ""
-        if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            return "array"
-        if not head.lstrip().startswith(b"{"):
-            return ""
-        opened.seek(0)
-        lines = filter(None, map(bytes.strip, opened))
+    encoding = json.detect_encoding(head).removesuffix("-sig")
+    return head.decode(encoding, "ignore").removeprefix("\ufeff").lstrip()[:1], encoding
+
+
+def _form(file: ListFile) -> tuple[str, str]:
+    """Form and encoding of a list."""
+    start, encoding = _start(file)
+    if start == "[":
+        return "array", encoding
+    if encoding != "utf-8" or start != "{":
+        return "", encoding
+    with file.open() as opened:
+        lines = filter(None, map(bytes.strip, lines_of(opened, file.location)))
         # A line that is an object, with others after it, is no part of one JSON text.
-        return "lines" if _is_object(next(lines)) and next(lines, b"") else ""
+        is_lines = _is_object(next(lines)) and next(lines, b"")
+    return "lines" if is_lines else "", encoding
 
 
 def _is_object(line: bytes) -> bool:
@@ -118,7 +237,7 @@ def _read_lines(
     file: IO[bytes], location: str, offset: int, number: int
 ) -> Iterator[tuple[int, Any]]:
     """First byte and content of every item; `offset` and `number` are those of the first."""
-    for line in file:
+    for line in lines_of(file, location):
         if line.strip():
             number += 1
             yield offset, parse_at(line.removesuffix(b"\n"), f"{location}:{number}")
@@ -126,11 +245,11 @@ def _read_lines(
 
 
 def _read_array(
-    file: IO[bytes], location: str, offset: int, number: int
+    file: IO[bytes], location: str, offset: int, encoding: str
 ) -> Iterator[tuple[int, Any]]:
     """First byte and content of every item from the one at `offset` on; 0 is the array's start."""
     try:
-        text = _Text(file, offset)
+        text = _Text(file, offset, encoding)
         if not offset:
             text.take("[", "Expecting value")
         is_item = bool(offset) or text.next() != "]"
@@ -149,18 +268,19 @@ def _read_array(
         raise ValueError(f"{location} is not JSON: {error}") from error
     except UnicodeDecodeError as error:
         byte = file.tell() - len(error.object) + error.start
-        raise ValueError(f"{location} is not JSON: byte {byte} is not UTF-8") from error
+        name = encoding.upper()
+        raise ValueError(f"{location} is not JSON: byte {byte} is not {name}") from error
 
 
 class _Text:
     """The text of a file, of which only what is around the current place is held."""
 
-    def __init__(self, file: IO[bytes], offset: int) -> None:
-        """`file`: opened at the byte `offset`."""
+    def __init__(self, file: IO[bytes], offset: int, encoding: str) -> None:
+        """`file`: opened at the byte `offset`, which is 0 in another encoding than UTF-8."""
         self.offset = offset
         """First byte of the current place."""
         self._file = file
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
         self._text, self._at = "", 0
         self._is_whole = False
         self._passed = self._lines = self._column = 0

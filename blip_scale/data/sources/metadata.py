@@ -80,7 +80,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         text = first_of(value, _INNER_KEYS)
         return dict(value) if text is None else _plain(text)
-    if not isinstance(value, list | tuple):
+    if isinstance(value, tuple):  # key and value of a map in a parquet file
+        return _plain(value[1])
+    if not isinstance(value, list):
         return value
     flat: list[Any] = []
     for item in map(_plain, value):
@@ -129,7 +131,7 @@ def pair_of(
         name, image, captions, url if isinstance(url, str) else "",
         _number(first_of(fields, SIMILARITY_KEYS)), note=note_of(fields),
         punsafe=_number(first_of(fields, UNSAFE_KEYS)), pwatermark=_watermark(fields),
-        uid=_text_at(fields, "uid"), sha256=_text_at(fields, "sha256"),
+        uid=key_text(fields["uid"]) if "uid" in fields else None, sha256=_text_at(fields, "sha256"),
     )  # fmt: skip
 
 
@@ -137,6 +139,12 @@ def _text_at(fields: Mapping[str, Any], key: str) -> str | None:
     """Text of a key: "" if it holds something else, None if there is no such key."""
     value = fields.get(key)
     return value if isinstance(value, str) else "" if key in fields else None
+
+
+def key_text(value: Any) -> str:
+    """Text of a uid or another key; integers become text, whatever else is no text becomes ""."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if isinstance(value, str) or is_number else ""
 
 
 def parse_json(data: bytes) -> dict[str, Any]:

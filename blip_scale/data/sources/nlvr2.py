@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from blip_scale.data.conversion.lists import group_by_image, in_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -24,9 +23,8 @@ from blip_scale.data.sources.annotations import (
     image_id,
     image_location,
     json_files,
-    load_list,
-    read_items,
 )
+from blip_scale.data.sources.json_lists import JsonList, pairs_in_chunks
 from blip_scale.data.sources.metadata import note_of
 from blip_scale.storage.locations import basename
 
@@ -35,13 +33,11 @@ _LABELS = {"True": True, "False": False, "true": True, "false": False}
 
 def chunks(source: Source) -> Iterator[Chunk]:
     """Chunks of all lists that `source` names."""
-    return in_chunks(group_by_image(_read_lists(source)), source.pairs_per_chunk)
-
-
-def _read_lists(source: Source) -> Iterator[Found]:
+    lists = []
     for location in json_files(source.location):
-        items = load_list(location, "{images, sentence, label}")
-        yield from read_items(location, items, partial(_pair, source, location))
+        json_list = JsonList.open(location, "{images, sentence, label}")
+        lists.append((json_list, partial(_pair, source, location)))
+    return pairs_in_chunks(source, lists)
 
 
 def _pair(source: Source, annotations: str, number: int, item: Any) -> Found:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Reason, Reject, Source, Unused
+from blip_scale.data.conversion.repeats import repeats
 from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.annotations import image_location
@@ -86,7 +88,7 @@ def read_parquet(source: Source, location: str, name: str) -> Iterator[Found]:
 
         try:
             yield from _read(ParquetFile(file), source, location, name)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, RepeatedColumn, OSError) as error:
             if isinstance(error, RemoteError) or (isinstance(error, OSError) and error.errno):
                 raise  # the network or the disk failed, not the file
             yield Reject(basename(location), Reason.DAMAGED_INPUT, str(error))
@@ -106,6 +108,7 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
         "sha256", "error_message",
     }  # fmt: skip
     columns = [column for column in names if column in wanted]
+    check_columns(columns)
     repeated = _repeated(table, columns, images, source)
     row = 0
     for batch in table.iter_batches(_ROWS, columns=columns):
@@ -120,6 +123,17 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
                 item = replace(item, note=note_of(names, "columns"))
             if item is not None:
                 yield item
+
+
+class RepeatedColumn(ValueError):
+    """A parquet file with several columns of one name, of which all but one would be lost."""
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Raise RepeatedColumn where a name comes twice."""
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise RepeatedColumn(f"several of its columns are called {twice[0]!r}: rename one")
 
 
 def _without_images(names: list[str]) -> str:
@@ -169,20 +183,27 @@ def _repeated(
     id_columns = [column for column in columns if column in ID_KEYS]
     if not id_columns:
         return {}
-    counts: Counter[str] = Counter()
+    hashes = bytearray()
     for batch in table.iter_batches(columns=id_columns):
-        counts.update(filter(None, map(id_of, batch.to_pylist())))
-    if max(counts.values(), default=1) == 1:
+        for row_id in filter(None, map(id_of, batch.to_pylist())):
+            hashes += _id_hash(row_id)
+    later, _ = repeats(np.frombuffer(hashes, np.uint64))
+    several = {bytes(hashes[8 * row : 8 * row + 8]) for row in later.tolist()}
+    if not several:
         return {}
     captions: dict[tuple[str, str], list[Any]] = {}
     for batch in table.iter_batches(_ROWS, columns=columns):
         for fields in batch.to_pylist():
             row_id = id_of(fields)
-            if row_id and counts[row_id] > 1:
+            if row_id and _id_hash(row_id) in several:
                 texts = captions_of(fields, source.caption_key)
                 image_captions = captions.setdefault((row_id, _image_hash(fields, images)), [])
                 image_captions += texts if isinstance(texts, list) else [texts]
     return captions
+
+
+def _id_hash(row_id: str) -> bytes:
+    return xxhash.xxh3_64_digest(row_id.encode("utf-8", "surrogatepass"))
 
 
 def _image_hash(fields: Row, images: tuple[str, ...]) -> str:

@@ -8,10 +8,12 @@ image in --images is named by the last part of its URL (4385058960_b0f291553e.jp
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 
-from blip_scale.data.conversion.lists import group_by_image, in_chunks
-from blip_scale.data.conversion.pairs import Chunk, Found, RawPair, Source
+from blip_scale.data.conversion.lists import StreamedList, in_chunks
+from blip_scale.data.conversion.pairs import Chunk, RawPair, Source
+from blip_scale.data.conversion.spool import Spool
 from blip_scale.data.sources import img2dataset
 from blip_scale.data.sources.annotations import image_location
 from blip_scale.storage.locations import basename, is_folder, join, list_folder, open_file, parent
@@ -33,22 +35,26 @@ def chunks(source: Source) -> Iterable[Chunk]:
         folder = parent(folder)
     if URLS not in {entry.name for entry in list_folder(folder)}:
         return img2dataset.chunks(source)
-    places = [join(folder, name) for name in (URLS, CAPTIONS)]
-    urls, captions = map(_lines, places)
-    if len(urls) != len(captions):
-        raise ValueError(
-            f"{places[0]} has {len(urls)} lines but {places[1]} {len(captions)}: lines with the "
-            "same number belong together, so one file is incomplete"
-        )
-    pairs: list[Found] = []
-    for url, caption in zip(urls, captions, strict=True):
+    pairs = _pairs(source, join(folder, URLS), join(folder, CAPTIONS))
+    return in_chunks(StreamedList(Spool.of(pairs, source.scratch)), source.pairs_per_chunk)
+
+
+def _pairs(source: Source, urls: str, captions: str) -> Iterator[RawPair]:
+    lines = zip_longest(_lines(urls), _lines(captions))
+    for number, (url, caption) in enumerate(lines):
+        if url is None or caption is None:
+            rest = 1 + sum(1 for _ in lines)
+            counts = (number, number + rest) if url is None else (number + rest, number)
+            raise ValueError(
+                f"{urls} has {counts[0]} lines but {captions} {counts[1]}: lines with the same "
+                "number belong together, so one file is incomplete"
+            )
         name = basename(url)
-        image = image_location(source, places[0], name) if source.images else url
-        pairs.append(RawPair(name, image, caption, url))
-    return in_chunks(group_by_image(pairs), source.pairs_per_chunk)
+        image = image_location(source, urls, name) if source.images else url
+        yield RawPair(name, image, caption, url)
 
 
-def _lines(location: str) -> list[str]:
+def _lines(location: str) -> Iterator[str]:
     with open_file(location) as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n").read()
-    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+        for line in io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n"):
+            yield line.removesuffix("\n").rstrip("\r")

@@ -17,15 +17,22 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from blip_scale.data.conversion.lists import START, Place
-from blip_scale.data.conversion.pairs import Found, Reason, Reject, Source, Unused
+from blip_scale.data.conversion.pairs import (
+    START,
+    Found,
+    Place,
+    Reason,
+    Reject,
+    Source,
+    Unused,
+)
 from blip_scale.data.conversion.report import shortened
 from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.sources.annotations import IMAGE_KEYS, pair_of_item, read_item
-from blip_scale.data.sources.json_lists import ListFile
+from blip_scale.data.sources.json_lists import ListFile, lines_of
 from blip_scale.data.sources.metadata import SCORE_KEYS, URL_KEYS, caption_keys
 from blip_scale.storage.locations import basename, extension
 from blip_scale.storage.untrusted import parse_json
@@ -105,7 +112,7 @@ class Table:
     @property
     def is_streamed(self) -> bool:
         """Whether the table can be read from any row on."""
-        return bool(_BY_LINES.fullmatch(self._codec)) and not self.file.location.endswith(".gz")
+        return bool(_BY_LINES.fullmatch(self._codec)) and not self.file.is_packed
 
     @property
     def _codec(self) -> str:
@@ -142,10 +149,10 @@ class Table:
         place = start if start.offset else Place(0, 0, 1)
         with self.file.open(place.offset) as file:
             try:
-                lines: Iterable[str | bytes] = file
+                lines: IO[Any] = file
                 if not self.is_streamed:  # it is read once, as a whole, so places don't matter
                     lines = io.TextIOWrapper(file, codec, errors, newline="\n")
-                for line in lines:
+                for line in lines_of(lines, location):
                     text = line if isinstance(line, str) else line.decode(codec, errors)
                     if not place.offset and "\0" in text:
                         raise ValueError(

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from blip_scale.data.conversion.lists import group_by_image, in_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -22,7 +21,8 @@ from blip_scale.data.conversion.pairs import (
     Reject,
     Source,
 )
-from blip_scale.data.sources.annotations import json_files, load_list, pair_of_item, read_items
+from blip_scale.data.sources.annotations import json_files, pair_of_item
+from blip_scale.data.sources.json_lists import JsonList, pairs_in_chunks
 from blip_scale.storage.locations import basename
 
 
@@ -30,14 +30,13 @@ def chunks(source: Source) -> Iterator[Chunk]:
     """Chunks of all lists that `source` names."""
     if not source.caption_key:
         source = replace(source, caption_key="question")
-    return in_chunks(group_by_image(_read_lists(source)), source.pairs_per_chunk)
-
-
-def _read_lists(source: Source) -> Iterator[Found]:
+    lists = []
     for location in json_files(source.location):
-        items = load_list(location, "{question, answer, image}")
+        json_list = JsonList.open(location, "{question, answer, image}")
+        items = (item for _, _, item in json_list.read())
         answered = any(isinstance(item, Mapping) and "answer" in item for item in items)
-        yield from read_items(location, items, partial(_pair, source, location, answered))
+        lists.append((json_list, partial(_pair, source, location, answered)))
+    return pairs_in_chunks(source, lists)
 
 
 def _pair(source: Source, location: str, answered: bool, number: int, item: Any) -> Found:

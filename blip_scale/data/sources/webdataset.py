@@ -51,7 +51,12 @@ from blip_scale.storage.locations import (
 )
 from blip_scale.storage.objects import RemoteError
 
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+TAR_ENDINGS = (
+    ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst",
+)  # fmt: skip
+"""Endings of tars. Those of zstd are rejected by name, as Python 3.11 does not unpack them."""
+_ZSTD = b"\x28\xb5\x2f\xfd"
+"""First bytes of a file that zstd compressed."""
 _COMPANIONS = (".parquet", ".json", ".idx")
 """Endings of files that img2dataset and indexers write beside tars."""
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
@@ -144,13 +149,13 @@ def read_tar(location: str, caption_key: str = "", prefix: str = "") -> Iterator
     unused: Counter[str] = Counter()
     try:
         # Read as a stream without seeking, so that it can come over a network.
-        with (
-            open_file(location) as file,
-            tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar,
-        ):
-            for sample in _samples(tar, _Links(location), unused):
-                for pair in sample_pairs(sample, caption_key, unused):
-                    yield replace(pair, id=prefix + pair.id)
+        with open_file(location) as file:
+            if file.peek(4)[:4] == _ZSTD:  # type: ignore[attr-defined]
+                raise tarfile.ReadError("compressed by zstd: unpack it first (zstd -d)")
+            with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
+                for sample in _samples(tar, _Links(location), unused):
+                    for pair in sample_pairs(sample, caption_key, unused):
+                        yield replace(pair, id=prefix + pair.id)
     except _CutSample as cut:
         problem = f"the tar is damaged here: {cut.__cause__}"
         yield Reject(prefix + cut.name, Reason.DAMAGED_INPUT, problem)
