@@ -21,6 +21,8 @@ COMPILED: dict[str, Any] = {
 }
 """A network with few graphs, as each takes seconds to compile. Kinds of layers are in
 tests/model/test_compiling.py. Compiled dropout draws other numbers."""
+PADDED = {"pad_tokens_to": 64}
+"""Batches of equal sizes, as on a GPU: all ranks and steps of these cases share their graphs."""
 PARTITIONED_AND_MORE: dict[str, Any] = {
     "train": {"whole_weights": False, "micro_batch_size": 4},
     "optimizer": {"gradient_clip": 5.0},
@@ -44,9 +46,9 @@ PARTITIONED_AND_MORE: dict[str, Any] = {
         (3, 1, {"train": {"whole_weights": False}}),
         (3, 2, PARTITIONED_AND_MORE),
         (3, 4, {"train": {"whole_weights": False}}),
-        (3, 1, {"model": COMPILED, "train": {"micro_batch_size": 8}}),  # shapes of the next case
-        (3, 2, {"model": COMPILED}),
-        (2, 2, {"model": {**COMPILED, "gradient_checkpointing": True}}),
+        (3, 1, {"model": COMPILED, "train": {"micro_batch_size": 8}}),
+        (3, 2, {"model": COMPILED, "train": PADDED}),
+        (2, 2, {"model": {**COMPILED, "gradient_checkpointing": True}, "train": PADDED}),
     ],
     ids=[
         "zero3",
