@@ -233,8 +233,8 @@ class SlurmCluster:
 def wait_for(moment: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
     """Wait until `moment()` returns True.
 
-    Most moments run a command of SLURM, which takes a core 20 ms. Between two of them are at least
-    nine times as long, up to 0.3 s.
+    Most checks run a command of SLURM, which takes 20 ms of a core. The pause after a check is nine
+    times as long as the check, within 0.05 and 0.3 s.
     """
     deadline = time.monotonic() + timeout_s
     began = time.monotonic()
