@@ -60,11 +60,10 @@ def test_the_table_of_objectives_is_read_from_finished_runs(tmp_path: Path) -> N
 
 
 @pytest.mark.multiprocess
-def test_the_data_benchmark_runs() -> None:
-    command = [sys.executable, REPO / "tools" / "benchmark.py", "data", "--json"]
-    command += ["--sizes", "64x48", "--rounds", "1", "--workers", "1", "--crop", "16"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
-    result = json.loads(done.stdout)
+def test_the_data_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--sizes", "64x48", "--rounds", "1", "--workers", "1", "--crop", "16"]
+    assert benchmark.main(["data", "--json", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
     rates = result["sizes"]["64x48"]
     for name in ("images_per_s", "published_images_per_s", "ratio", "webdataset_images_per_s"):
         assert rates[name] > 0

@@ -93,7 +93,7 @@ def test_all_problems_are_seen_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_too_little_memory_is_named_with_its_mend(tmp_path: Path) -> None:
-    wide = {"vision": {"overrides": {"patch_size": 8, "embed_dim": 768, "depth": 72}}}
+    wide = {"vision": {"overrides": {"patch_size": 8, "embed_dim": 768, "depth": 24}}}
     train_section = {"global_batch_size": 4096}
     objective = {"queue_size": 4096}
     file = make_recipe(tmp_path, model=wide, train=train_section, objective=objective)

@@ -102,11 +102,10 @@ EVENTS: dict[Callable[[Job], None], dict[str, str]] = {
 def processes_of(job: Job) -> list[str]:
     """Names of the processes of a job on its nodes."""
     names = []
-    for node in ("n1", "n2"):
-        for process in job.cluster.processes(node):
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                if process.environ().get("SLURM_JOB_ID") == job.number:
-                    names.append(process.name())
+    for process in job.cluster.processes("n1", "n2"):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if process.environ().get("SLURM_JOB_ID") == job.number:
+                names.append(process.name())
     return names
 
 

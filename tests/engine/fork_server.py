@@ -43,7 +43,8 @@ READ_LATE = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "AWS_", "S3_", "PYTEST_",
     "CXX", "TORCH_EXTENSIONS_DIR",
 )  # fmt: skip
-"""Prefixes of the names of variables that no import reads. They may differ between ranks."""
+"""Prefixes of the names of variables that may differ between ranks. No import reads them, except
+that inductor reads CXX: tests that set it compile no blocks."""
 _PR_SET_PDEATHSIG = 1
 _LONGEST_REQUEST = 1 << 20
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +95,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_run_takes_every_setting(
     tmp_path: Path, stage: int, compiler: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ranks need an operation that is compiled at its first use, and one of them does it.
-
-    Nothing of the compiler and of DeepSpeed is on the terminal.
-    """
+    """Both ranks need an operation that is compiled at its first use, and one of them does it."""
     for name, value in compiler.items():
         monkeypatch.setenv(name, value)
     before = compiled_files()
@@ -111,8 +107,6 @@ def test_a_run_takes_every_setting(
     made = compiled_files()[len(before) :]
     assert len(made) == len(set(made)), "each file once"
     assert compiled_files()
-    for line in tiny_runs.said(tmp_path / "recipe.yaml").splitlines():
-        assert re.match(r"\d\d:\d\d:\d\d |blip_scale ", line), line
 
 
 def test_nothing_on_the_list_is_left_out() -> None:

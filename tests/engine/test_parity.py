@@ -22,7 +22,7 @@ COMPILED: dict[str, Any] = {
 """A network with few graphs, as each takes seconds to compile. Kinds of layers are in
 tests/model/test_compiling.py. Compiled dropout draws other numbers."""
 PADDED = {"pad_tokens_to": 64}
-"""Batches of equal sizes: all ranks and steps share their graphs."""
+"""Batches of equal sizes, as on a GPU: all ranks and steps of these cases share their graphs."""
 PARTITIONED_AND_MORE: dict[str, Any] = {
     "train": {"whole_weights": False, "micro_batch_size": 4},
     "optimizer": {"gradient_clip": 5.0},
