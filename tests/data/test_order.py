@@ -30,7 +30,8 @@ def places(slots: Iterable[Slot]) -> set[Place]:
 
 
 def pairs(places: np.ndarray) -> list[tuple[int, int]]:
-    return [(stream, shard) for stream, shard in places.tolist()]
+    """Stream and shard of each shard, where it comes first."""
+    return list(dict.fromkeys((stream, shard) for stream, shard in places.tolist()))
 
 
 def epoch_slots(order: SampleOrder, epoch: int) -> list[Slot]:

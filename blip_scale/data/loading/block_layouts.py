@@ -115,7 +115,7 @@ def _transfer(
     start: int,
 ) -> None:
     """Read or write all rows at a place of a file. One call of the kernel moves less than 2 GiB."""
-    left = memoryview(rows).cast("B")
+    left = rows.data.cast("B")
     while left:
         moved = action(file, [left], start)
         left, start = left[moved:], start + moved

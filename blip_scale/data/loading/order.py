@@ -140,18 +140,19 @@ class SampleOrder:
         ever.
 
         With `by_use`, the first array holds what the rest of the block reads, by first use. The
-        others hold all that a block reads, in no particular order, which takes less time.
+        others hold all that a block reads, in no particular order, which takes less time. A shard
+        that a block reads in several pieces is repeated.
         """
         while True:
             self._enter(epoch, position)
             pieces = self._used_pieces(position) if by_use else self._block_slice
             streams = self._pass_places[self._piece_passes[pieces], 0]
-            places = np.stack([streams, self._piece_shards[pieces]], axis=1)
+            shards = self._piece_shards[pieces]
             position = self._block_range.stop
             if position == self.samples_per_epoch:
                 epoch, position = epoch + 1, 0
             by_use = False
-            yield distinct(places)
+            yield np.stack([streams, shards], axis=1)
 
     def _enter(self, epoch: int, position: int) -> None:
         """Find the epoch and the block of a position, unless it is in those of the last call."""
@@ -299,12 +300,6 @@ class SampleOrder:
 
     def _words(self, *purpose: int) -> NDArray[np.uint32]:
         return np.array([*self._seed_words, *purpose], np.uint32)
-
-
-def distinct(places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Streams and shards, [shards, 2], each where it occurs first."""
-    _, firsts = np.unique(places[:, 0] << 32 | places[:, 1], return_index=True)
-    return places[np.sort(firsts)]
 
 
 def _words(seed: int) -> list[int]:

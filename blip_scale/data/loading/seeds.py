@@ -37,7 +37,7 @@ def generators(shared: NDArray[np.uint32], last: NDArray[np.uint32]) -> Iterator
     pool ^= pool >> _SHIFT
     states = _hash(np.concatenate([pool, pool]), _constants(_STATE_HASH, 0))
     for words in np.ascontiguousarray(states.T).view(np.uint64):
-        yield Generator(PCG64(_Words(words)))
+        yield Generator(PCG64(_Words(words)))  # type: ignore[arg-type]
 
 
 class _Words(ISeedSequence):
@@ -46,7 +46,7 @@ class _Words(ISeedSequence):
     def __init__(self, words: NDArray[np.uint64]) -> None:
         self._words = words
 
-    def generate_state(self, n_words: int, dtype: object = np.uint32) -> NDArray[np.uint64]:  # type: ignore[override]
+    def generate_state(self, n_words: int, dtype: object = np.uint32) -> NDArray[np.uint64]:
         """The words. PCG64 asks for four of 64 bits."""
         return self._words
 

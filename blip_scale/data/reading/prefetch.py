@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from blip_scale.data.loading.order import SampleOrder, distinct
+from blip_scale.data.loading.order import SampleOrder
 from blip_scale.data.reading.stream_store import StreamStore
 
 UNLIMITED_BYTES = 16 << 30
@@ -78,11 +78,12 @@ class Prefetcher:
         cache = next(store.cache for store in self._stores if store.cache)
         limit = cache.limit_bytes
         ahead_bytes = UNLIMITED_BYTES if limit is None else LIMIT_SHARE * limit
+        upcoming = self._order.upcoming(epoch, position, by_use=False)
+        blocks = list(itertools.islice(upcoming, BLOCKS))
         # The order of first use takes milliseconds to find out. It matters at the start of a run.
-        current = next(self._order.upcoming(epoch, position, by_use=False))
-        by_use = not self._are_cached(current).all()
-        upcoming = self._order.upcoming(epoch, position, by_use)
-        places = distinct(np.concatenate(list(itertools.islice(upcoming, BLOCKS))))
+        if not self._are_cached(blocks[0]).all():
+            blocks[0] = next(self._order.upcoming(epoch, position))
+        places = _distinct(np.concatenate(blocks))
         places = places[np.cumsum(self._bytes_to_fetch(places)) <= ahead_bytes]
         return [(stream, shard) for stream, shard in places[~self._are_cached(places)].tolist()]
 
@@ -103,3 +104,9 @@ class Prefetcher:
                 is_of_stream = places[:, 0] == stream
                 are_cached[is_of_stream] = store.are_cached(places[is_of_stream, 1])
         return are_cached
+
+
+def _distinct(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Streams and shards, [shards, 2], each where it occurs first."""
+    _, firsts = np.unique(places[:, 0] << 32 | places[:, 1], return_index=True)
+    return places[np.sort(firsts)]
