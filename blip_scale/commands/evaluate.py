@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         recipe = _recipe(options, kind, blip, overrides)
         pairs = _open(options, kind, blip.image_size)
         with tqdm(desc="evaluating", unit=" batches", mininterval=1.0, disable=not is_main) as bar:
-            batches.listen(lambda begins: bar.update(begins))
+            batches.listen(lambda begins: bar.update(begins), counter=bar.reset)
             figures = kind.measure(Subject(blip, pairs, recipe, options))
             batches.listen(None)
         everywhere = collectives.all_gather_objects(pairs.unreadable)

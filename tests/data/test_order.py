@@ -14,8 +14,9 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from blip_scale.data.loading.block_layouts import BlockLayouts
+from blip_scale.data.loading.block_layouts import BlockKey, BlockLayouts
 from blip_scale.data.loading.order import SampleOrder, Slot, StreamShape
+from blip_scale.data.loading.seeds import generators
 
 Place = tuple[int, int, int]
 
@@ -26,6 +27,11 @@ def place(slot: Slot) -> Place:
 
 def places(slots: Iterable[Slot]) -> set[Place]:
     return {place(slot) for slot in slots}
+
+
+def pairs(places: np.ndarray) -> list[tuple[int, int]]:
+    """Stream and shard of each shard, where it comes first."""
+    return list(dict.fromkeys((stream, shard) for stream, shard in places.tolist()))
 
 
 def epoch_slots(order: SampleOrder, epoch: int) -> list[Slot]:
@@ -100,7 +106,7 @@ def test_what_comes_is_known_before(block_samples: int) -> None:
     for block in blocks:
         slots = [order.locate(*at) for at in row if order.block_of(*at) == block]
         expected.append(list(dict.fromkeys((slot.stream, slot.shard) for slot in slots)))
-    upcoming = list(itertools.islice(order.upcoming(*start), len(blocks)))
+    upcoming = [pairs(places) for places in itertools.islice(order.upcoming(*start), len(blocks))]
     assert upcoming[0] == expected[0], "the rest of the block, by first use"
     assert list(map(sorted, upcoming)) == list(map(sorted, expected))
 
@@ -145,9 +151,19 @@ def test_the_order_is_that_of_older_checkpoints(expected: str) -> None:
         for slot in epoch_slots(order, epoch):
             line = f"{slot.stream} {slot.shard} {slot.sample} {slot.passing}\n"
             hasher.update(line.encode())
-    first, *others = itertools.islice(order.upcoming(1, order.samples_per_epoch // 3), 5)
+    coming = itertools.islice(order.upcoming(1, order.samples_per_epoch // 3), 5)
+    first, *others = map(pairs, coming)
     hasher.update(repr([first, [sorted(shards) for shards in others]]).encode())
     assert hasher.hexdigest() == expected
+
+
+@pytest.mark.parametrize("words", [4, 5, 7])
+def test_seeds_that_are_made_together_are_those_of_numpy(words: int) -> None:
+    shared = np.arange(2**32 - 3, 2**32 - 3 + words).astype(np.uint32)
+    last = np.array([0, 1, 399_999, 2**32 - 1], np.uint32)
+    for number, rng in zip(last, generators(shared, last), strict=True):
+        expected = np.random.default_rng([*shared.tolist(), int(number)])
+        assert rng.bit_generator.state == expected.bit_generator.state
 
 
 def test_workers_share_the_layout_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,20 +189,20 @@ def test_workers_share_the_layout_of_a_block(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_worker_that_is_killed_leaves_no_layout_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = BlockLayouts(4)
-    layout = np.arange(8, dtype=np.int32).reshape(2, 4)
+    layout, block = np.arange(8, dtype=np.int32).reshape(4, 2), BlockKey(0, 1, 4)
     write, writes = os.pwrite, []
 
     def killed(file: int, data: bytes, place: int) -> int:
         writes.append(place)
-        if len(writes) == 3:  # the data are there, but not what they are
+        if len(writes) == 2:  # the data are there, but not what they are
             raise KeyboardInterrupt
         return write(file, data, place)
 
     monkeypatch.setattr(os, "pwrite", killed)
     with pytest.raises(KeyboardInterrupt):
-        layouts.get(0, 1, 4, lambda: layout + 1)
-    assert layouts.get(0, 1, 4, lambda: layout).tolist() == layout.tolist()
-    assert layouts.get(0, 1, 4, lambda: layout + 1).tolist() == layout.tolist()
+        layouts.get(block, range(4), lambda: layout + 1)
+    assert layouts.get(block, range(4), lambda: layout).tolist() == layout.tolist()
+    assert layouts.get(block, range(1, 3), lambda: layout + 1).tolist() == layout[1:3].tolist()
 
 
 def test_an_epoch_of_400_million_samples_is_held_by_its_shards() -> None:

@@ -82,7 +82,8 @@ def test_what_comes_next_is_there_within_the_limit(
     for step in range(20):
         next(batches)
         upcoming = order.upcoming(0, step * 8)
-        wanted = {f"shard.{shard:05}.mds" for _, shard in next(upcoming) + next(upcoming)[:1]}
+        places = [*next(upcoming), *next(upcoming)[:1]]
+        wanted = {f"shard.{shard:05}.mds" for _, shard in places}
         wait_for(lambda wanted=wanted: wanted <= shards_in(cache))  # type: ignore[misc]
         assert sum(sizes[name] for name in shards_in(cache)) <= limit
     loader.close()

@@ -29,7 +29,8 @@ def test_images_with_one_id_make_no_submission(
     assert f"{names[0]} and {names[1]} would both have the image_id 42" in message
     listed.write_text(json.dumps([{"image": n, "img_id": i} for i, n in enumerate(names)]))
     assert evaluate.main(arguments) == 0
-    assert "evaluating: 1 batches" in capsys.readouterr().err
+    bar = capsys.readouterr().err
+    assert "evaluating: 100%" in bar and "1/1 " in bar
     assert [entry["image_id"] for entry in json.loads(out.read_text())] == [0, 1]
 
 

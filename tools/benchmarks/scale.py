@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -221,7 +220,7 @@ def read(store: Any, order: Any, epoch: int, places: Iterable[int]) -> None:
     for place in places:
         slot = order.locate(epoch, place)
         sample, _ = store.locate(slot.shard, slot.sample)
-        read_or_replace(store, replace(slot, sample=sample), lambda sample: pixels, skipped)
+        read_or_replace(store, slot._replace(sample=sample), lambda sample: pixels, skipped)
     if skipped:
         raise RuntimeError(skipped[0])
 

@@ -39,7 +39,7 @@ INDEX_BYTES = 500
 """Bytes of index.json a shard."""
 TABLE_BYTES = 75
 """Bytes of the cached table a shard."""
-PARSE_US, OPEN_US, EPOCH_US, LAYOUT_NS = 40.0, 3.0, 0.4, 12.0
+PARSE_US, OPEN_US, EPOCH_US, LAYOUT_NS = 40.0, 3.0, 0.4, 8.0
 """A shard parsed, opened later, laid out in an epoch; a sample of a block laid out."""
 
 

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,22 @@ from blip_scale.data.reading.shared_arrays import file_of
 
 _SLOTS = 4
 """Blocks that are kept. Workers are ahead of each other by the batches that they prefetch."""
-_HEADER = np.dtype([("epoch", np.int64), ("block", np.int64), ("samples", np.int64)])
+_ROW_BYTES = 8
 _EMPTY = -1
-_MOST_SHARED = 1 << 27
-"""Samples of the largest block that is shared: one call of the kernel moves less than 2 GiB."""
+
+
+class BlockKey(NamedTuple):
+    """A block, and its size."""
+
+    epoch: int
+    number: int
+    """Number in the epoch."""
+    samples: int
+
+    @property
+    def header(self) -> bytes:
+        """What stands in front of the layout."""
+        return np.array(self, np.int64).tobytes()
 
 
 class BlockLayouts:
@@ -41,8 +53,9 @@ class BlockLayouts:
         """
         if descriptor is None:
             descriptor = os.memfd_create("blip_scale_layouts", os.MFD_CLOEXEC)
+            header = BlockKey(_EMPTY, 0, 0).header
             for slot in range(_SLOTS):
-                os.pwrite(descriptor, _header(_EMPTY, 0, 0), slot * _HEADER.itemsize)
+                os.pwrite(descriptor, header, slot * len(header))
         self._largest = largest
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         self._threads = threading.Lock()
@@ -51,32 +64,29 @@ class BlockLayouts:
         return _opened, (self._largest, os.getpid(), self._file.fileno())
 
     def get(
-        self, epoch: int, block: int, samples: int, make: Callable[[], NDArray[np.int32]]
+        self, block: BlockKey, rows: range, make: Callable[[], NDArray[np.int32]]
     ) -> NDArray[np.int32]:
-        """A copy of the layout of a block; `make` makes it where no process has.
+        """A copy of some rows of a block's layout; `make` makes it where no process has.
 
         Args:
-            epoch: epoch of the block.
-            block: number in the epoch.
-            samples: of the block.
-            make: returns the layout, [2, samples].
+            block: the block.
+            rows: the rows, in one piece.
+            make: returns the layout, [samples, 2].
         """
-        if samples > _MOST_SHARED:
-            return make()
-        slot, file = block % _SLOTS, self._file.fileno()
-        header_at = slot * _HEADER.itemsize
-        data_at = _SLOTS * _HEADER.itemsize + slot * 8 * self._largest
-        wanted = _header(epoch, block, samples)
+        slot, file = block.number % _SLOTS, self._file.fileno()
+        header_at = slot * len(block.header)
+        data_at = _SLOTS * len(block.header) + slot * _ROW_BYTES * self._largest
         with self._locked():
-            if os.pread(file, len(wanted), header_at) == wanted:
-                data = os.pread(file, 8 * samples, data_at)
-                return np.frombuffer(data, np.int32).reshape(2, samples)
+            if os.pread(file, len(block.header), header_at) == block.header:
+                copy = np.empty((len(rows), 2), np.int32)
+                _transfer(os.preadv, file, copy, data_at + rows.start * _ROW_BYTES)
+                return copy
             layout = make()
             # A process that is killed in between leaves an empty slot.
-            os.pwrite(file, _header(_EMPTY, 0, 0), header_at)
-            os.pwrite(file, layout.data, data_at)
-            os.pwrite(file, wanted, header_at)
-            return layout
+            os.pwrite(file, BlockKey(_EMPTY, 0, 0).header, header_at)
+            _transfer(os.pwritev, file, layout, data_at)
+            os.pwrite(file, block.header, header_at)
+            return layout[rows.start : rows.stop]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -98,5 +108,14 @@ def _opened(largest: int, process: int, descriptor: int) -> BlockLayouts:
     return BlockLayouts(largest, file_of(process, descriptor, os.O_RDWR, "layouts"))
 
 
-def _header(epoch: int, block: int, samples: int) -> bytes:
-    return np.array((epoch, block, samples), _HEADER).tobytes()
+def _transfer(
+    action: Callable[[int, list[memoryview], int], int],
+    file: int,
+    rows: NDArray[np.int32],
+    start: int,
+) -> None:
+    """Read or write all rows at a place of a file. One call of the kernel moves less than 2 GiB."""
+    left = rows.data.cast("B")
+    while left:
+        moved = action(file, [left], start)
+        left, start = left[moved:], start + moved

@@ -211,7 +211,7 @@ class MicroBatches(Dataset["Batch | Exception"]):
             slot = self.order.locate(epoch, place)
             store = self.stores[slot.stream]
             index, caption = store.locate(slot.shard, slot.sample)
-            slot = replace(slot, sample=index)
+            slot = slot._replace(sample=index)
             sample, image = read_or_replace(
                 store, slot, partial(self._pixels, transform, epoch, place), skipped
             )

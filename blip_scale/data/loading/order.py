@@ -7,8 +7,9 @@ Shards are fetched whole and sets may be larger than memory, so shuffling has tw
 of all streams are shuffled and cut into blocks of about `block_samples`, then the samples of a
 block are shuffled together. Smaller sets are one block, shuffled perfectly.
 
-Memory grows with the shards (5 bytes each) and the block (8 bytes a sample), not with the samples
-of an epoch. While an epoch is laid out, it takes some 50 bytes a shard more.
+Memory grows with the shards (5 bytes each) and, in a process that lays a block out, with the block
+(8 bytes a sample), not with the samples of an epoch. While an epoch is laid out, it takes some 50
+bytes a shard more.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from blip_scale.data.loading.block_layouts import BlockLayouts
+from blip_scale.data.loading.block_layouts import BlockKey, BlockLayouts
+from blip_scale.data.loading.seeds import generators
 from blip_scale.data.reading.shared_arrays import SharedArray, return_freed_memory
 
 _MANY_PIECES = 10_000  # of an epoch, whose layout takes megabytes for a moment
+_WINDOW = 256
+"""Positions that are looked up together: a few micro-batches, or a part of one."""
 _PASS, _SHARD, _EPOCH, _BLOCK = range(4)  # keep the uses of the seed apart
 
 
@@ -40,8 +44,7 @@ class StreamShape:
     """Place in the stream's row of passes at which epoch 0 begins, see `course.Part`."""
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """A sample by its place: the number of its stream, shard and place in the shard."""
 
     stream: int
@@ -94,6 +97,8 @@ class SampleOrder:
         self._epoch = -1
         self._passes: list[_Pass] = []
         """Passes of the epoch."""
+        self._pass_places = np.zeros((0, 2), np.int64)
+        """Stream and number of each pass."""
         self._piece_passes: NDArray[Any] = np.zeros(0, np.uint8)
         """Number of the pass of each piece of the epoch, in the order of the epoch."""
         self._piece_shards = np.zeros(0, np.int32)
@@ -108,19 +113,20 @@ class SampleOrder:
         self._block = 0
         """Number of the block in the epoch."""
         self._layout: NDArray[np.int32] | None = None
-        """Piece of the block and number in its shard for each position of the block, [2, samples];
-        None until it is needed."""
+        """Layout of the block where this object made it, see `_lay_out`."""
+        self._window = range(0)
+        """Positions of the epoch that were looked up last."""
+        self._window_slots: list[tuple[int, int, int, int]] = []
+        """The fields of their slots."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SampleOrder, (self._streams, self._seed, self._block_samples, self._layouts)
 
     def locate(self, epoch: int, position: int) -> Slot:
         """The sample at `position` of `epoch`, 0 <= position < samples_per_epoch."""
-        self._enter(epoch, position)
-        number, sample = self._laid_out()[:, position - self._block_range.start].tolist()
-        piece = self._block_slice.start + number
-        part = self._passes[self._piece_passes[piece]]
-        return Slot(part.stream, int(self._piece_shards[piece]), sample, part.passing)
+        if epoch != self._epoch or position not in self._window:
+            self._look_up(epoch, position)
+        return Slot(*self._window_slots[position - self._window.start])
 
     def block_of(self, epoch: int, position: int) -> tuple[int, int]:
         """The block that holds a position, as its epoch and first position."""
@@ -129,22 +135,24 @@ class SampleOrder:
 
     def upcoming(
         self, epoch: int, position: int, by_use: bool = True
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Stream and shard of what is read from a position on, block after block, for ever.
+    ) -> Iterator[NDArray[np.int64]]:
+        """Stream and shard of what is read from a position on, [shards, 2], block after block, for
+        ever.
 
-        With `by_use`, the first list holds what the rest of the block reads, by first use. The
-        others hold all that a block reads, in no particular order, which takes less time.
+        With `by_use`, the first array holds what the rest of the block reads, by first use. The
+        others hold all that a block reads, in no particular order, which takes less time. A shard
+        that a block reads in several pieces is repeated.
         """
         while True:
             self._enter(epoch, position)
             pieces = self._used_pieces(position) if by_use else self._block_slice
-            streams = np.array([part.stream for part in self._passes])[self._piece_passes[pieces]]
-            shards = zip(streams.tolist(), self._piece_shards[pieces].tolist(), strict=True)
+            streams = self._pass_places[self._piece_passes[pieces], 0]
+            shards = self._piece_shards[pieces]
             position = self._block_range.stop
             if position == self.samples_per_epoch:
                 epoch, position = epoch + 1, 0
             by_use = False
-            yield list(dict.fromkeys(shards))
+            yield np.stack([streams, shards], axis=1)
 
     def _enter(self, epoch: int, position: int) -> None:
         """Find the epoch and the block of a position, unless it is in those of the last call."""
@@ -155,9 +163,19 @@ class SampleOrder:
         if position not in self._block_range:
             self._enter_block(position)
 
+    def _look_up(self, epoch: int, position: int) -> None:
+        """Look up a window that begins at `position`."""
+        self._enter(epoch, position)
+        self._window = range(position, min(position + _WINDOW, self._block_range.stop))
+        numbers, samples = self._laid_out(self._window).T
+        pieces = self._block_slice.start + numbers
+        streams, passings = self._pass_places[self._piece_passes[pieces]].T
+        columns = (streams, self._piece_shards[pieces], samples, passings)
+        self._window_slots = list(zip(*(column.tolist() for column in columns), strict=True))
+
     def _used_pieces(self, position: int) -> NDArray[np.int64]:
         """Numbers of the pieces that the rest of the block reads, by first use."""
-        numbers = self._laid_out()[0, position - self._block_range.start :]
+        numbers = self._laid_out(range(position, self._block_range.stop))[:, 0]
         first_use = np.full(self._block_slice.stop - self._block_slice.start, len(numbers))
         # Of the places that an index is assigned, the last one stays: backwards, the first use.
         first_use[numbers[::-1]] = np.arange(len(numbers))[::-1]
@@ -170,6 +188,7 @@ class SampleOrder:
         for number in range(len(self._streams)):
             read += self._stream_passes(number, epoch)
         self._passes = [part for part, _ in read]
+        self._pass_places = np.array([(part.stream, part.passing) for part in self._passes])
         counts = [len(shards) for _, shards in read]
         order = self._rng(_EPOCH, epoch).permutation(sum(counts))
         kind = np.min_scalar_type(len(read))
@@ -182,7 +201,7 @@ class SampleOrder:
         spans = np.arange(int(starts[-2]) // self._block_samples + 2) * self._block_samples
         self._block_firsts = np.searchsorted(starts[:-1], spans, side="left")
         self._block_starts = starts[self._block_firsts]
-        self._block_range = range(0)
+        self._block_range = self._window = range(0)
         self._epoch = epoch
         if len(lengths) >= _MANY_PIECES:
             del read, order, lengths, starts
@@ -225,33 +244,57 @@ class SampleOrder:
         self._block_slice = slice(*self._block_firsts[block : block + 2].tolist())
         self._layout = None
 
-    def _laid_out(self) -> NDArray[np.int32]:
-        """`_layout` of the block."""
+    def _laid_out(self, positions: range) -> NDArray[np.int32]:
+        """Rows of the block's layout for some of its positions; see `_lay_out`."""
+        start = self._block_range.start
+        rows = range(positions.start - start, positions.stop - start)
         if self._layout is None:
-            count = len(self._block_range)
-            self._layout = self._layouts.get(self._epoch, self._block, count, self._lay_out)
-        return self._layout
+            key = BlockKey(self._epoch, self._block, len(self._block_range))
+            return self._layouts.get(key, rows, self._lay_out)
+        return self._layout[rows.start : rows.stop]
 
     def _lay_out(self) -> NDArray[np.int32]:
-        rows = self._rng(_BLOCK, self._epoch, self._block).permutation(len(self._block_range))
+        """Lay the block out, and keep it as long as the block is in use.
+
+        Returns:
+            Piece of the block and number in its shard for each position of the block, [samples, 2].
+        """
+        layout = np.empty((len(self._block_range), 2), np.int32)
         passes = self._piece_passes[self._block_slice].tolist()
         shards = self._piece_shards[self._block_slice].tolist()
-        samples = [self._order_of(*piece) for piece in zip(passes, shards, strict=True)]
-        numbers = np.repeat(np.arange(len(samples), dtype=np.int32), list(map(len, samples)))
-        return np.stack([numbers[rows], np.concatenate(samples, dtype=np.int32)[rows]])
+        stop = 0
+        for piece, rng in enumerate(self._shard_rngs()):
+            part, shard = self._passes[passes[piece]], shards[piece]
+            samples = rng.permutation(int(self._sizes[part.stream][shard]))
+            if shard in part.ranges:
+                samples = samples[slice(*part.ranges[shard])]
+            start, stop = stop, stop + len(samples)
+            layout[start:stop, 0] = piece
+            layout[start:stop, 1] = samples
+        # As whole rows, which takes less time than rows in the order of a permutation.
+        self._rng(_BLOCK, self._epoch, self._block).shuffle(layout.view(np.int64)[:, 0])
+        self._layout = layout
+        return layout
 
-    def _order_of(self, number: int, shard: int) -> NDArray[np.int64]:
-        """Numbers of the samples that pass `number` of the epoch reads of a shard, in order."""
-        part = self._passes[number]
-        name = zlib.crc32(self._streams[part.stream].name.encode())
-        rng = self._rng(_SHARD, name, part.passing, shard)
-        samples = rng.permutation(int(self._sizes[part.stream][shard]))
-        start, stop = part.ranges.get(shard, (0, len(samples)))
-        return samples[start:stop]
+    def _shard_rngs(self) -> list[np.random.Generator]:
+        """The generator of each piece of the block, which shuffles its shard."""
+        passes = self._piece_passes[self._block_slice]
+        shards = self._piece_shards[self._block_slice].astype(np.uint32)
+        rngs = np.empty(len(passes), object)
+        for number in np.unique(passes):
+            part = self._passes[number]
+            name = zlib.crc32(self._streams[part.stream].name.encode())
+            is_of_pass = passes == number
+            of_pass = generators(self._seed_of(_SHARD, name, part.passing), shards[is_of_pass])
+            rngs[is_of_pass] = list(of_pass)
+        return rngs.tolist()
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         # The same generator as from a tuple of the seed and the purpose, in half of the time.
-        return np.random.default_rng(np.array([*self._seed_words, *purpose], np.uint32))
+        return np.random.default_rng(self._seed_of(*purpose))
+
+    def _seed_of(self, *purpose: int) -> NDArray[np.uint32]:
+        return np.array([*self._seed_words, *purpose], np.uint32)
 
 
 def _words(seed: int) -> list[int]:

@@ -11,6 +11,9 @@ import itertools
 import threading
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blip_scale.data.loading.order import SampleOrder
 from blip_scale.data.reading.stream_store import StreamStore
 
@@ -74,26 +77,36 @@ class Prefetcher:
         """
         cache = next(store.cache for store in self._stores if store.cache)
         limit = cache.limit_bytes
-        left_bytes = UNLIMITED_BYTES if limit is None else LIMIT_SHARE * limit
+        ahead_bytes = UNLIMITED_BYTES if limit is None else LIMIT_SHARE * limit
+        upcoming = self._order.upcoming(epoch, position, by_use=False)
+        blocks = list(itertools.islice(upcoming, BLOCKS))
         # The order of first use takes milliseconds to find out. It matters at the start of a run.
-        current = next(self._order.upcoming(epoch, position, by_use=False))
-        here = {place for place in current if self._is_cached(place)}
-        plan: list[tuple[int, int]] = []
-        planned: set[tuple[int, int]] = set()
-        upcoming = self._order.upcoming(epoch, position, by_use=len(here) < len(current))
-        for place in itertools.chain.from_iterable(itertools.islice(upcoming, BLOCKS)):
-            store = self._stores[place[0]]
-            if place in planned or not store.remote:
-                continue
-            left_bytes -= store.shard_bytes(place[1])
-            if left_bytes < 0:
-                break
-            planned.add(place)
-            if place not in here and not self._is_cached(place):
-                plan.append(place)
-        return plan
+        if not self._are_cached(blocks[0]).all():
+            blocks[0] = next(self._order.upcoming(epoch, position))
+        places = _distinct(np.concatenate(blocks))
+        places = places[np.cumsum(self._bytes_to_fetch(places)) <= ahead_bytes]
+        return [(stream, shard) for stream, shard in places[~self._are_cached(places)].tolist()]
 
-    def _is_cached(self, place: tuple[int, int]) -> bool:
-        """Whether a shard, by its stream and number, needs not be fetched."""
-        store = self._stores[place[0]]
-        return store.remote is None or store.is_cached(place[1])
+    def _bytes_to_fetch(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes that shards, [shards, 2] by stream and number, take of the cache."""
+        sizes = np.zeros(len(places), np.int64)
+        for stream, store in enumerate(self._stores):
+            if store.remote:
+                is_of_stream = places[:, 0] == stream
+                sizes[is_of_stream] = store.shards.raw_bytes[places[is_of_stream, 1]]
+        return sizes
+
+    def _are_cached(self, places: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether shards, [shards, 2] by stream and number, need not be fetched."""
+        are_cached = np.ones(len(places), np.bool_)
+        for stream, store in enumerate(self._stores):
+            if store.remote:
+                is_of_stream = places[:, 0] == stream
+                are_cached[is_of_stream] = store.are_cached(places[is_of_stream, 1])
+        return are_cached
+
+
+def _distinct(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Streams and shards, [shards, 2], each where it occurs first."""
+    _, firsts = np.unique(places[:, 0] << 32 | places[:, 1], return_index=True)
+    return places[np.sort(firsts)]

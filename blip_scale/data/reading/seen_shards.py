@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blip_scale.data.reading.shared_arrays import file_of
 
@@ -52,6 +53,11 @@ class SeenShards:
         """Whether a shard was seen in the last `seconds`."""
         seen_s = int(self._times[number]) - 1
         return seen_s >= 0 and time.monotonic() - seen_s < seconds
+
+    def are_fresh(self, numbers: NDArray[np.int64], seconds: float) -> NDArray[np.bool_]:
+        """`is_fresh` of many shards, [shards]."""
+        seen_s = self._times[numbers].astype(np.int64) - 1
+        return (seen_s >= 0) & (time.monotonic() - seen_s < seconds)
 
 
 def _opened(shards: int, process: int, descriptor: int) -> SeenShards:

@@ -237,15 +237,18 @@ class StreamStore:
     def is_cached(self, number: int) -> bool:
         """Whether a shard and its overlays lie in their folders, whole. If so, they count as used
         now, and stay in the cache for longer."""
-        is_cached = self._has_lately(number)
-        for overlay in self.overlays:
-            is_cached = overlay._has_lately(number) and is_cached
-        return is_cached
+        return bool(self.are_cached(np.array([number]))[0])
 
-    def _has_lately(self, number: int) -> bool:
-        """`_has`, or that it was so a moment ago, as this process or another of the rank saw."""
+    def are_cached(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`is_cached` of many shards, [shards]. Those that this process or another of the rank saw
+        a moment ago are not looked up again."""
         every_s = 0.0 if self.cache is None else self.cache.mark_every_s
-        return self._seen.is_fresh(number, every_s) or self._has(number)
+        are_cached = self._seen.are_fresh(numbers, every_s)
+        for place in np.flatnonzero(~are_cached).tolist():
+            are_cached[place] = self._has(int(numbers[place]))
+        for overlay in self.overlays:
+            are_cached &= overlay.are_cached(numbers)
+        return are_cached
 
     def _has(self, number: int) -> bool:
         """Whether a shard lies in the folder, whole; one in a cache counts as used now."""
