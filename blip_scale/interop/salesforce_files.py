@@ -84,6 +84,15 @@ def read_sizes(path: Path) -> MEDConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
+def states_sizes(path: Path) -> bool:
+    """Whether a file states the sizes of its network, as those written by this package do.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_pth`.
+    """
+    return _NETWORK in load_pth(path)
+
+
 def _sizes(loaded: dict[str, Any], state: State, config: MEDConfig | None) -> MEDConfig:
     """Sizes stated in the file, else `config`, else sizes inferred from the shapes."""
     return at_their_resolution(_network(loaded) or config or _guessed(state), state)

@@ -124,6 +124,17 @@ def test_a_folder_of_ones_own(
     assert summary["made_by"]["rules"]["source"] == "mine"
 
 
+@pytest.mark.parametrize("out", ["", "shards"])
+def test_an_output_among_the_pictures_is_refused(
+    prepare: Main, tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "a.txt").write_text("a caption")
+    assert prepare(["folder", str(tmp_path), str(tmp_path / out)]) == 2
+    assert "the input" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "a.txt"]
+
+
 def test_a_dry_run_writes_nothing(
     prepare: Main, tars: Path, capsys: pytest.CaptureFixture[str], vocabulary: Path
 ) -> None:

@@ -41,6 +41,11 @@ class OutputFolder:
         if self.is_remote:
             self._remote = ObjectFolder(self.location)
 
+    @property
+    def workplace(self) -> Path:
+        """Local folder where files are made: the output itself, or the scratch of a remote."""
+        return Path(self._scratch or tempfile.gettempdir()) if self.is_remote else self.folder
+
     @contextmanager
     def workshop(self, name: str, per_process: bool = False) -> Iterator[Path]:
         """An empty folder to make files in; leftovers of a killed run under its name are removed.
@@ -51,7 +56,7 @@ class OutputFolder:
         """
         if per_process:
             name = f"{name}-{socket.gethostname()}-{os.getpid()}"
-        parent = Path(self._scratch or tempfile.gettempdir()) if self.is_remote else self.folder
+        parent = self.workplace
         stamp = "".join(c if c.isalnum() else "-" for c in self.location) if self.is_remote else ""
         stamp = f"{os.geteuid()}{stamp[-80:]}" if stamp else ""
         folder = parent / f".making-{stamp}{name}"
