@@ -96,10 +96,10 @@ def test_a_full_disk_is_named_with_the_remedy(
     report_error("tool", OSError(28, "No space left on device"))
     assert "the disk is full; make room" in capsys.readouterr().err
     for error in (OSError(28, "No space left"), RuntimeError(f"rust: {os.strerror(28)}")):
-        with pytest.raises(OSError, match=f"cannot write {tmp_path}/new: the disk is full"):
-            with naming_full_disk(tmp_path / "new"):
-                raise error
-    with pytest.raises(RuntimeError, match="^a bug$"), naming_full_disk(tmp_path / "new"):
+        message = f"cannot write {tmp_path}/new: the disk is full"
+        with pytest.raises(OSError, match=message), naming_full_disk(tmp_path / "new"):
+            raise error
+    with pytest.raises(RuntimeError, match=r"^a bug$"), naming_full_disk(tmp_path / "new"):
         raise RuntimeError("a bug")
 
 

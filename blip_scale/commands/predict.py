@@ -185,15 +185,17 @@ def _check_run(options: argparse.Namespace) -> None:
         return
     require_head(str(options.model), recipe.task, _USES[options.use])
     if options.use == "caption":
-        decoding = _decoding(options, output_of(recipe))
-        if isinstance(decoding, BeamSettings):
-            replace(decoding, captions=options.captions)  # checks itself
+        _decoding(options, output_of(recipe))
 
 
 def _decoding(
     options: argparse.Namespace, output: OutputSettings
 ) -> BeamSettings | NucleusSettings:
-    """The checkpoint's settings, overridden by the options of the command."""
+    """The checkpoint's settings, overridden by the options of the command.
+
+    Raises:
+        ValueError: more captions are asked for than beam search finds.
+    """
     options_of_beam = {
         "max_length": options.max_tokens,
         "min_length": options.min_tokens,
@@ -205,6 +207,11 @@ def _decoding(
     if options.sample:
         return NucleusSettings(
             top_p=options.top_p, max_length=beam.max_length, min_length=beam.min_length
+        )
+    if options.captions > beam.num_beams:
+        raise ValueError(
+            f"--captions {options.captions}: beam search of width {beam.num_beams} finds 1 to "
+            f"{beam.num_beams} captions of an image; give more --beams, or --sample"
         )
     return beam
 
