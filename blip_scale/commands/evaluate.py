@@ -45,6 +45,7 @@ from blip_scale.inference.blip import Blip
 from blip_scale.inference.loading import Loading, load_blip, recipe_of
 from blip_scale.interop.checkpoints import format_of
 from blip_scale.interop.output_settings import OutputSettings
+from blip_scale.interop.training_checkpoints import step_folder
 from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.visdial import VisDial
 from blip_scale.model.vqa import VQA
@@ -150,7 +151,8 @@ def _check_folders(options: argparse.Namespace) -> None:
         FileNotFoundError: their folder is missing.
         RefusedInput: see `check_output`.
     """
-    inputs = (options.data, options.checkpoint, options.references, options.class_names)
+    checkpoint = step_folder(options.checkpoint) or options.checkpoint
+    inputs = (options.data, checkpoint, options.references, options.class_names)
     for name in ("json", "submission"):
         file = getattr(options, name)
         if file and (file.is_dir() or not file.parent.is_dir()):

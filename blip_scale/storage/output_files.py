@@ -51,8 +51,9 @@ def check_output(file: Path, overwrite: bool, inputs: Iterable[Path | str] = ())
         return
     target = file.resolve()
     for source in map(Path, inputs):
-        is_below = source.is_dir() and source.resolve() in target.parents
-        if is_below or (source.is_file() and source.samefile(file)):
+        if source.is_dir() and source.resolve() in target.parents:
+            raise RefusedInput(f"{file} lies in the input {source}: give another name")
+        if source.is_file() and source.samefile(file):
             raise RefusedInput(f"{file} is an input of this command: give another name")
     if not overwrite:
         raise RefusedInput(f"{file} exists: give another name, or --overwrite")
@@ -86,8 +87,8 @@ def written_whole(file: Path) -> Iterator[Path]:
 def naming_full_disk(place: Path | str) -> Iterator[None]:
     """Turn errors of a full disk into an OSError that names what was to be written.
 
-    safetensors, torch and ONNX raise errors of their own. They count if they say so, or if the disk
-    has no room left.
+    safetensors says so in an error of its own. torch and faiss raise a RuntimeError that does not,
+    which counts if the disk has no room left.
 
     Args:
         place: file or folder that is written inside.
@@ -95,7 +96,8 @@ def naming_full_disk(place: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (is_disk_full(error) or _NO_SPACE in str(error) or _is_full(Path(place))):
+        is_told = is_disk_full(error) or _NO_SPACE in str(error)
+        if not is_told and not (isinstance(error, RuntimeError) and _is_full(Path(place))):
             raise
         message = f"cannot write {place}: the disk is full; make room, or write to another disk"
         raise OSError(message) from error

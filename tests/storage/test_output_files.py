@@ -58,6 +58,6 @@ def test_inputs_and_existing_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="exists: give another name, or --overwrite"):
             check_output(out, False)
         check_output(out, True, [tmp_path / "other"])
-    with pytest.raises(ValueError, match="is an input of this command"):
+    with pytest.raises(ValueError, match="lies in the input"):
         check_output(photo, True, [tmp_path / "photos"])
     check_output(tmp_path / "photos/new", False, [tmp_path / "photos"])
