@@ -71,6 +71,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ALL = "all"
+_FILES = (".pth", ".pt")
+"""Endings of an OUT that is a file."""
 _WRITTEN = re.compile(
     rf"(({'|'.join(HEADS)}|tokenizer)(/|$))?"
     r"((config|generation_config|processor_config|preprocessor_config|tokenizer|tokenizer_config"
@@ -165,7 +167,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _target(options: argparse.Namespace) -> Target:
     """Format to write, from --to or the name of OUT."""
-    is_file = options.out.suffix in (".pth", ".pt")
+    is_file = options.out.suffix in _FILES
     by_name: Target = "salesforce" if is_file else "hf"
     target: Target = options.to or by_name
     if target == "onnx" and options.head is not None:
@@ -239,7 +241,7 @@ def _check_free(options: argparse.Namespace) -> None:
         return
     if not options.overwrite:
         raise RefusedInput(f"{out} exists; give another name, or --overwrite")
-    if not _is_converted(out):
+    if out.is_dir() == (out.suffix in _FILES) or not _is_converted(out):
         raise RefusedInput(
             f"{out} is not a checkpoint that this command wrote, and is not overwritten; give "
             "another name"

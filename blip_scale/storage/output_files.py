@@ -23,8 +23,8 @@ def is_stream(file: Path) -> bool:
 
     Such a path is written straight. It can be neither replaced nor lost.
     """
-    place = str(file.readlink()) if file.is_symlink() else str(file.parent.resolve())
-    if place.startswith("/proc/"):
+    link = str(file.readlink()) if file.is_symlink() else ""
+    if link.startswith("/proc/") or str(file.parent.resolve()).startswith("/proc/"):
         return True
     return file.exists() and not file.is_file() and not file.is_dir()
 

@@ -307,8 +307,9 @@ def test_overwriting_deletes_conversions_alone(
         convert(ours, tmp_path / "out", *arguments, "--overwrite")
     link.unlink()
     link.symlink_to(pth)
-    convert(ours, link, "--overwrite")
-    assert link.is_symlink()
+    assert "not a checkpoint that this" in refusal(capsys, ours, link, "--overwrite")
+    convert(ours, link.rename(tmp_path / "link.pth"), "--overwrite")
+    assert (tmp_path / "link.pth").is_symlink() and read_checkpoint(pth).head == "pretrain"
     pth.write_bytes(b"another file")
     assert "not a checkpoint that this" in refusal(capsys, ours, pth, "--overwrite")
 
