@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blip_scale.storage.locations import is_local, local_path
 from blip_scale.storage.objects import MissingFile, ObjectFolder
+from blip_scale.storage.output_files import naming_full_disk
 
 _CONNECTIONS = 8
 _AT_HAND = 64  # files held in memory at a time
@@ -41,11 +42,6 @@ class OutputFolder:
         if self.is_remote:
             self._remote = ObjectFolder(self.location)
 
-    @property
-    def workplace(self) -> Path:
-        """Local folder where files are made: the output itself, or the scratch of a remote."""
-        return Path(self._scratch or tempfile.gettempdir()) if self.is_remote else self.folder
-
     @contextmanager
     def workshop(self, name: str, per_process: bool = False) -> Iterator[Path]:
         """An empty folder to make files in; leftovers of a killed run under its name are removed.
@@ -56,7 +52,7 @@ class OutputFolder:
         """
         if per_process:
             name = f"{name}-{socket.gethostname()}-{os.getpid()}"
-        parent = self.workplace
+        parent = Path(self._scratch or tempfile.gettempdir()) if self.is_remote else self.folder
         stamp = "".join(c if c.isalnum() else "-" for c in self.location) if self.is_remote else ""
         stamp = f"{os.geteuid()}{stamp[-80:]}" if stamp else ""
         folder = parent / f".making-{stamp}{name}"
@@ -64,7 +60,8 @@ class OutputFolder:
         parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700 if self.is_remote else 0o777)  # fails if another user has it
         try:
-            yield folder
+            with naming_full_disk(parent):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

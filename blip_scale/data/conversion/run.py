@@ -24,7 +24,6 @@ from blip_scale.data.conversion.report import REPORTS, report_name
 from blip_scale.data.conversion.screening import Rules
 from blip_scale.data.loading.workers import end_with_parent
 from blip_scale.data.mds import INDEX_NAME
-from blip_scale.storage.output_files import naming_full_disk
 
 PLAN_NAME = "conversion.json"
 _FORMAT = 4
@@ -146,7 +145,7 @@ def convert(
     if job.rules and isinstance(job.rules.holdout, int):
         _refuse_large_holdout(job.chunks, job.rules.holdout)
     out = OutputFolder(job.out, job.scratch)
-    with naming_full_disk(out.workplace), held(out, part.number, part.of):
+    with held(out, part.number, part.of):
         _agree_on_plan(out, job.plan(), overwrite)
         numbers = range(part.number, len(job.chunks), part.of)
         done = out.names(REPORTS)
