@@ -236,6 +236,7 @@ def _check_free(options: argparse.Namespace) -> None:
         RefusedInput: OUT exists and is not to be replaced, or is not apart from the input.
     """
     out: Path = options.out
+    format_of(options.source)  # refuses an IN that is no checkpoint
     check_apart(out, options.source)
     if not out.exists():
         return

@@ -92,7 +92,7 @@ def test_a_damaged_sample_has_a_line(shards: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr()
     out = printed.out
     assert f"{shard.name}[0]" in out and "can't be read" in out and "id37" in out
-    assert "1 of 40 samples can't be read; " in printed.err and printed.err.count("\n") == 1
+    assert "2 of 40 samples can't be read; " in printed.err and printed.err.count("\n") == 1
     assert f"{shard.name} is damaged ({len(data)} bytes with a wrong checksum)" in printed.err
 
 

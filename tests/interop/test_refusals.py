@@ -61,6 +61,8 @@ def test_files_that_are_damaged_or_unsafe(pth: Path, tmp_path: Path, capsys: Cap
     assert "incomplete: the end of the file is missing" in refusal(capsys, bad, out)
     bad.write_bytes(b"")
     assert f"{bad} is damaged" in refusal(capsys, bad, out)
+    bad.write_bytes(b"another file")  # whose first byte is an opcode
+    assert f"{bad} is damaged" in refusal(capsys, bad, out)
     bad.write_bytes(b"no pickle at all")
     assert f"{bad} is not a PyTorch file, or damaged" in refusal(capsys, bad, out)
     torch.save({"model": {"a": torch.zeros(1)}, "extra": Exploit()}, bad)
