@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def is_refused(error: BaseException) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """Message of an error. It names a file that stands where a folder is needed, and the fix."""
+    """Message of an error. It names a file that stands where a folder is needed, or a full
+    disk, and the fix."""
     if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
         path = Path(error.filename)
         for place in (path, *path.parents):
@@ -44,7 +46,10 @@ def in_words(error: BaseException) -> str:
                 return (
                     f"{place} is a file, but a folder is needed: remove it or give another folder"
                 )
-    return str(error) or type(error).__name__
+    message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{message}: the disk is full; make room, or write to another disk"
+    return message
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from blip_scale.config.recipe import load
 from blip_scale.data.tokenizer import resolve_checkpoint
 from blip_scale.errors import MissingInput, RefusedInput, is_refused, refusing
 from blip_scale.storage.objects import RemoteError
+from blip_scale.storage.output_files import naming_full_disk
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -87,6 +88,19 @@ def test_a_signal_ends_a_command_in_one_line(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == message
+
+
+def test_a_full_disk_is_named_with_the_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_error("tool", OSError(28, "No space left on device"))
+    assert "the disk is full; make room" in capsys.readouterr().err
+    for error in (OSError(28, "No space left"), RuntimeError(f"rust: {os.strerror(28)}")):
+        message = f"cannot write {tmp_path}/new: the disk is full"
+        with pytest.raises(OSError, match=message), naming_full_disk(tmp_path / "new"):
+            raise error
+    with pytest.raises(RuntimeError, match=r"^a bug$"), naming_full_disk(tmp_path / "new"):
+        raise RuntimeError("a bug")
 
 
 @pytest.mark.parametrize("folder", ["out", "out/deeper"])

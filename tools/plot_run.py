@@ -24,6 +24,7 @@ from blip_scale.config.recipe import Recipe
 from blip_scale.data.heldout.pairs import heldout_pairs
 from blip_scale.errors import RefusedInput
 from blip_scale.storage import run_folder
+from blip_scale.storage.output_files import OVERWRITE_HELP, check_output, written_whole
 from blip_scale.storage.untrusted import parse_json
 
 LOSSES = {"loss/itc": "ITC", "loss/lm": "LM", "loss/itm": "ITM"}
@@ -35,6 +36,8 @@ RECALLS = {
 }
 DRAWN_PIXELS = 144
 """Side of a held-out image in the picture."""
+PICTURES = (".png", ".svg", ".pdf")
+"""Endings of a picture's name."""
 COLUMNS = 6
 """Captioned images in a row."""
 
@@ -61,12 +64,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "plot_run.py") -> i
     parser.add_argument("picture", type=Path, help="file to write")
     parser.add_argument("--set", default="", help="held-out set (default: the recipe's first)")
     parser.add_argument("--images", type=int, default=12, help="captioned images (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     options = parser.parse_args(arguments)
     try:
         import matplotlib as _  # noqa: F401
     except ModuleNotFoundError as error:
         return refuse(prog, f"{error}; in a clone, run `pip install matplotlib`")
     try:
+        check_output(options.picture, options.overwrite)
+        if options.picture.suffix not in PICTURES:
+            raise RefusedInput(f"{options.picture}: expected a name in {', '.join(PICTURES)}")
         points = read_points(options.run / run_folder.METRICS)
         settings = recipe.load(str(options.run / run_folder.RECIPE))
         name = set_of(settings, options.set)
@@ -185,7 +192,8 @@ def draw(points: Points, name: str, captioned: Sequence[Captioned], file: Path) 
         )
         draw_images(panel.subplots(rows, COLUMNS, squeeze=False).flat, captioned)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    with written_whole(file) as place:
+        figure.savefig(place, dpi=110, format=file.suffix.lstrip("."))
     pyplot.close(figure)
 
 

@@ -11,6 +11,8 @@ docs/checkpoints.md describes the formats and the possible conversions.
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -28,6 +30,7 @@ from blip_scale.config import recipe as recipes
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
 from blip_scale.data.tokenizer import load_tokenizer
+from blip_scale.errors import RefusedInput
 from blip_scale.inference.loading import (
     PUBLISHED_TOKENIZER,
     Loading,
@@ -45,6 +48,7 @@ from blip_scale.inference.onnx_export import (
     write_onnx,
 )
 from blip_scale.inference.sizes import med_config
+from blip_scale.interop import output_settings
 from blip_scale.interop.blip_weights import (
     BlipWeights,
     published_alone,
@@ -55,17 +59,28 @@ from blip_scale.interop.checkpoints import Format, format_of, read_checkpoint
 from blip_scale.interop.huggingface import write_huggingface, write_processor
 from blip_scale.interop.huggingface_config import inexpressible
 from blip_scale.interop.model_card import Origin, model_card
-from blip_scale.interop.salesforce_files import write_salesforce
+from blip_scale.interop.salesforce_files import states_sizes, write_salesforce
 from blip_scale.interop.training_checkpoints import step_folder, write_training_checkpoint
 from blip_scale.model.heads import HEADS, Head
 from blip_scale.model.med import MEDConfig
 from blip_scale.storage import files, run_folder
+from blip_scale.storage.output_files import check_apart, naming_full_disk
 from blip_scale.storage.untrusted import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ALL = "all"
+_FILES = (".pth", ".pt")
+"""Endings of an OUT that is a file."""
+_WRITTEN = re.compile(
+    rf"(({'|'.join(HEADS)}|tokenizer)(/|$))?"
+    r"((config|generation_config|processor_config|preprocessor_config|tokenizer|tokenizer_config"
+    r"|special_tokens_map|added_tokens|manifest|network|output_settings)\.json"
+    r"|vocab\.txt|README\.md|chat_template\.jinja|model[\w.-]*\.safetensors(\.index\.json)?"
+    r"|(rank_\d+|shared)\.safetensors|(image|text)_encoder\.onnx[\w.]*)?"
+)
+"""Relative paths that a conversion writes into its folder."""
 Target = Format | Literal["onnx"]
 """Format to write."""
 
@@ -82,7 +97,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "convert_checkpoint
 def _run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     target = _target(options)
-    _check_free(options.out, options.overwrite)
+    _check_free(options)
     if target == "onnx":
         _export(options)
     else:
@@ -152,7 +167,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _target(options: argparse.Namespace) -> Target:
     """Format to write, from --to or the name of OUT."""
-    is_file = options.out.suffix in (".pth", ".pt")
+    is_file = options.out.suffix in _FILES
     by_name: Target = "salesforce" if is_file else "hf"
     target: Target = options.to or by_name
     if target == "onnx" and options.head is not None:
@@ -214,36 +229,76 @@ def _write_folder(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
-    """Refuse an existing OUT, unless --overwrite is given and OUT is a checkpoint."""
+def _check_free(options: argparse.Namespace) -> None:
+    """Refuse an OUT that would replace anything but an earlier conversion.
+
+    Raises:
+        RefusedInput: OUT exists and is not to be replaced, or is not apart from the input.
+    """
+    out: Path = options.out
+    format_of(options.source)  # refuses an IN that is no checkpoint
+    check_apart(out, options.source)
     if not out.exists():
         return
-    if not overwrite:
-        raise FileExistsError(f"{out} exists; give another name, or --overwrite")
-    if out.is_dir() and not (out / IMAGE_ENCODER).is_file():
+    if not options.overwrite:
+        raise RefusedInput(f"{out} exists; give another name, or --overwrite")
+    if out.is_dir() == (out.suffix in _FILES) or not _is_converted(out):
+        raise RefusedInput(
+            f"{out} is not a checkpoint that this command wrote, and is not overwritten; give "
+            "another name"
+        )
+    others = [path for path in _entries(out) if not _WRITTEN.fullmatch(path)]
+    if others:
+        raise RefusedInput(
+            f"{out} also holds {min(others)}, and is not overwritten; give another name"
+        )
+
+
+def _entries(folder: Path) -> list[str]:
+    """Paths below a folder, relative to it."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+
+
+def _is_converted(path: Path) -> bool:
+    """Whether this command wrote a checkpoint, which then states its output settings or sizes."""
+    if path.is_file():
         try:
-            format_of(out)
-        except ValueError as error:
-            raise FileExistsError(
-                f"{out} is not a checkpoint, and is not overwritten; give another name"
-            ) from error
+            return states_sizes(path)
+        except ValueError:  # no .pth, or a damaged one
+            return False
+    if (path / IMAGE_ENCODER).is_file() or (path / f"{output_settings.KEY}.json").is_file():
+        return True
+    files = [path / sub / "config.json" for sub in ("", *HEADS)]
+    files = [file for file in files if file.is_file()]
+    return bool(files) and all(_states_output(file) for file in files)
+
+
+def _states_output(config: Path) -> bool:
+    """Whether the config.json of a Hugging Face folder states output settings."""
+    try:
+        return output_settings.KEY in parse_json(config.read_bytes())
+    except (ValueError, TypeError):
+        return False
 
 
 @contextmanager
 def _placed(out: Path, folder: bool) -> Iterator[Path]:
-    """Yield a temporary path that replaces `out` at the end, if there was no error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    """Yield a temporary path that replaces `out` at the end, if there was no error. A link is
+    followed."""
+    target = Path(os.path.realpath(out))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     place = work / "new"
     try:
-        if folder:
-            place.mkdir()
-        yield place
+        with naming_full_disk(out):
+            if folder:
+                place.mkdir()
+            yield place
         for path in [place, *place.rglob("*")]:
             files.follow_umask(path)
-        if folder and out.exists():
-            out.rename(work / "old")
-        place.replace(out)
+        if folder and target.exists():
+            target.rename(work / "old")
+        place.replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -279,5 +334,8 @@ def _parser(prog: str) -> Parser:
         "--tokenizer", metavar="FOLDER_OR_HUB_NAME",
         help=f"default: that of the recipe, else the one in IN, else {PUBLISHED_TOKENIZER}",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="delete an OUT that holds a conversion of this command and nothing else",
+    )  # fmt: skip
     return parser

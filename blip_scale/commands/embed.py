@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "blip-scale embed")
 
 def _embed(options: argparse.Namespace) -> int:
     check_least(options, dict.fromkeys(("part_size", "batch_size", "threads", "image_size"), 1))
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out} is a file, but a folder is needed: give another OUT")
     if options.faiss:
         embeddings.require_faiss()
     is_shards = options.remote or (options.data / INDEX_NAME).is_file()

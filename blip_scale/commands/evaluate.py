@@ -50,10 +50,12 @@ from blip_scale.inference.blip import Blip
 from blip_scale.inference.loading import Loading, load_blip, recipe_of
 from blip_scale.interop.checkpoints import format_of
 from blip_scale.interop.output_settings import OutputSettings
+from blip_scale.interop.training_checkpoints import step_folder
 from blip_scale.model.nlvr2 import NLVR2
 from blip_scale.model.visdial import VisDial
 from blip_scale.model.vqa import VQA
-from blip_scale.storage import locations
+from blip_scale.storage import files, locations
+from blip_scale.storage.output_files import OVERWRITE_HELP, check_output
 from blip_scale.tasks import captioning, nlvr2, visdial, vqa
 
 _TIMEOUT_S = 1800.0
@@ -144,20 +146,25 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         }
         _show(report)
         if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            files.write_whole(options.json, json.dumps(report, indent=2) + "\n")
     return 0
 
 
 def _check_folders(options: argparse.Namespace) -> None:
-    """Refuse, before hours of evaluation, files to write whose folder is missing.
+    """Refuse, before hours of evaluation, files that cannot be written or must not be replaced.
 
     Raises:
-        FileNotFoundError: it is missing.
+        FileNotFoundError: their folder is missing.
+        RefusedInput: see `check_output`.
     """
+    checkpoint = step_folder(options.checkpoint) or options.checkpoint
+    inputs = (options.data, checkpoint, options.references, options.class_names)
     for name in ("json", "submission"):
         file = getattr(options, name)
         if file and (file.is_dir() or not file.parent.is_dir()):
             raise FileNotFoundError(f"--{name} {file}: expected a file in a folder that exists")
+        if file:
+            check_output(file, options.overwrite, filter(None, inputs))
 
 
 def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list[str]) -> Recipe:
@@ -282,7 +289,7 @@ def _captioning(subject: Subject) -> dict[str, Any]:
     )
     if options.submission and collectives.rank() == 0:
         entries = [{"image_id": i, "caption": text} for i, text in zip(ids, captions, strict=True)]
-        options.submission.write_text(json.dumps(entries), encoding="utf-8")
+        files.write_whole(options.submission, json.dumps(entries))
     references = pairs.captions
     if options.references:
         references = captioning.references_of(options.references, ids)
@@ -317,7 +324,7 @@ def _vqa(subject: Subject) -> dict[str, Any]:
     predictions = answers.answers_of(blip.network, subject.pairs, subject.recipe, blip.tokenizer)
     if options.submission and collectives.rank() == 0:
         rows = answers.submission(subject.pairs, predictions)
-        options.submission.write_text(json.dumps(rows), encoding="utf-8")
+        files.write_whole(options.submission, json.dumps(rows))
     figures = vqa.accuracy(predictions, subject.pairs)
     return _counted(figures, "questions") or {"note": "no answers: nothing to compare with"}
 
@@ -421,6 +428,7 @@ def _parser(prog: str) -> Parser:
         help="split of an annotation file that has several: train, val or test",
     )
     add("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    add("--overwrite", action="store_true", help=OVERWRITE_HELP)
     add("--submission", type=Path, metavar="FILE",
         help="write a file for the test server; captioning: [{image_id, caption}] (NoCaps, COCO), "
         "vqa: [{question_id, answer}]")  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from blip_scale.commands.command_line import Parser, run_command
+from blip_scale.commands.prepare_data import check_not_read
 from blip_scale.config import exit_codes
 from blip_scale.data.captions import parse_roles
 from blip_scale.data.conversion.caption_files import KEYS, CaptionFiles
@@ -32,6 +33,8 @@ def _run(options: argparse.Namespace) -> int:
     files = CaptionFiles(
         tuple(options.captions), options.join, caption_key, options.key_column, options.tar_ids
     )
+    for location in options.captions:
+        check_not_read(options.out, location)
     job = OverlayJob(options.images, files, options.out, options.duplicates, options.scratch)
     with tqdm(desc="overlay", unit="row", mininterval=1.0) as bar:
         manifest = make_overlay(job, bar.update)

@@ -29,13 +29,22 @@ from blip_scale.commands.command_line import Parser, check_least, run_command
 from blip_scale.config import exit_codes
 from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.inference import predictions
+from blip_scale.inference.blip import Use, require_head
 from blip_scale.inference.heat_sheet import draw_sheet
 from blip_scale.inference.images import find_images
-from blip_scale.inference.loading import Loading, load_blip
+from blip_scale.inference.loading import Loading, load_blip, output_of, recipe_of
 from blip_scale.inference.predictions import Answer, CaptionSettings, Reader
 from blip_scale.inference.word_maps import WordMaps
+from blip_scale.interop.checkpoints import format_of
 from blip_scale.interop.output_settings import OutputSettings
+from blip_scale.interop.training_checkpoints import step_folder
 from blip_scale.model.generation import BeamSettings, NucleusSettings
+from blip_scale.storage.output_files import (
+    OVERWRITE_HELP,
+    check_output,
+    is_stream,
+    written_whole,
+)
 
 _LEAST = {
     "batch_size": 1,
@@ -50,6 +59,15 @@ _LEAST = {
     "rerank": 0,
 }
 """Option -> smallest number that it takes."""
+_USES: dict[str, Use] = {
+    "caption": "caption",
+    "vqa": "vqa",
+    "match": "match",
+    "embed": "embed",
+    "search": "embed",
+    "explain": "match",
+}
+"""Verb -> use of the checkpoint."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> int:
@@ -61,6 +79,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> in
 def _predict(options: argparse.Namespace) -> int:
     _check(options)
     paths = find_images(options.images)
+    if options.out:
+        _check_name(options.out, options.use)
+        model = step_folder(options.model) or options.model
+        inputs = [*paths, model, *filter(None, (options.recipe, options.tokenizer))]
+        check_output(options.out, options.overwrite, inputs)
+    _check_run(options)
     loading = Loading(
         options.recipe, options.tokenizer, options.image_size, options.device, options.precision
     )
@@ -124,6 +148,20 @@ def _free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
     return file
 
 
+def _check_name(out: Path, use: str) -> None:
+    """Refuse a file whose name promises another content than it gets.
+
+    Raises:
+        ValueError: it does.
+    """
+    if is_stream(out) or out.suffix in ("", ".jsonl") or (out.suffix == ".npz" and use == "embed"):
+        return
+    if out.suffix == ".npz":
+        raise ValueError(f"{out}: only features go into an .npz; give a name that ends in .jsonl")
+    arrays = ", or in .npz for arrays" if use == "embed" else ""
+    raise ValueError(f"{out}: answers are lines of JSON; give a name that ends in .jsonl{arrays}")
+
+
 def _check(options: argparse.Namespace) -> None:
     """Raise ValueError for a number outside its range."""
     check_least(options, _LEAST)
@@ -135,10 +173,29 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--captions of greedy search (--beams 1): give --sample or more --beams")
 
 
+def _check_run(options: argparse.Namespace) -> None:
+    """Refuse, before the weights are read, what the recipe of a run rules out.
+
+    Raises:
+        ValueError: the run trained another head, or its beams are too few.
+    """
+    kind = format_of(options.model)
+    recipe = recipe_of(options.model, kind, None) if kind == "ours" and not options.recipe else None
+    if recipe is None:
+        return
+    require_head(str(options.model), recipe.task, _USES[options.use])
+    if options.use == "caption":
+        _decoding(options, output_of(recipe))
+
+
 def _decoding(
     options: argparse.Namespace, output: OutputSettings
 ) -> BeamSettings | NucleusSettings:
-    """The checkpoint's settings, overridden by the options of the command."""
+    """The checkpoint's settings, overridden by the options of the command.
+
+    Raises:
+        ValueError: more captions are asked for than beam search finds.
+    """
     options_of_beam = {
         "max_length": options.max_tokens,
         "min_length": options.min_tokens,
@@ -150,6 +207,11 @@ def _decoding(
     if options.sample:
         return NucleusSettings(
             top_p=options.top_p, max_length=beam.max_length, min_length=beam.min_length
+        )
+    if options.captions > beam.num_beams:
+        raise ValueError(
+            f"--captions {options.captions}: beam search of width {beam.num_beams} finds 1 to "
+            f"{beam.num_beams} captions of an image; give more --beams, or --sample"
         )
     return beam
 
@@ -163,35 +225,29 @@ def _line(answer: Answer) -> str:
 
 @contextmanager
 def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
-    """Write answers to stdout, to the lines of a file, or to the arrays of an .npz. The file gets
-    its name at the end. An interrupted command leaves FILE.partial."""
+    """Write answers to stdout, to the lines of a file, or to the arrays of an .npz."""
     out: Path | None = options.out
     if out is None:
         yield lambda answer: print(_line(answer), flush=True)
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    if out.suffix == ".npz":
-        if options.use != "embed":
-            raise ValueError(
-                f"{out}: only features go into an .npz; give a name that ends in .jsonl"
-            )
+    with written_whole(out) as place:
+        if out.suffix != ".npz":
+            with place.open("w", encoding="utf-8") as lines:
+                yield lambda answer: print(_line(answer), file=lines)
+            return
         rows: list[Answer] = []
         yield rows.append
         good = [row for row in rows if "error" not in row]
         for row in rows:
             if "error" in row:
                 print(_line(row), flush=True)
-        with partial.open("wb") as file:
+        with place.open("wb") as file:
             np.savez(
                 file,
                 images=np.array([row["image"] for row in good], np.str_),
                 features=np.array([row["features"] for row in good], np.float32),
             )
-    else:
-        with partial.open("w", encoding="utf-8") as lines:
-            yield lambda answer: print(_line(answer), file=lines)
-    partial.replace(out)
 
 
 def _parser(prog: str) -> Parser:
@@ -265,8 +321,10 @@ def _shared_options() -> Parser:
         help="a run's folder, step_N, BLIP's .pth, or a Hugging Face folder",
     )  # fmt: skip
     shared.add_argument(
-        "--out", type=Path, metavar="FILE", help="file of the answers; default: stdout"
-    )
+        "--out", type=Path, metavar="FILE",
+        help="file of the answers: NAME.jsonl, or NAME.npz for embed; default: stdout",
+    )  # fmt: skip
+    shared.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     shared.add_argument(
         "--recipe",
         help="recipe with the sizes of the network, if the checkpoint does not hold them",

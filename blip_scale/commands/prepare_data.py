@@ -33,7 +33,8 @@ from blip_scale.data.conversion.text_counts import text_lines, tokenizer_of
 from blip_scale.data.sources.demo_sets import demo, demo_visdial, easy_nlvr2, easy_vqa
 from blip_scale.data.sources.readers import READERS, SourceReader
 from blip_scale.storage.free_space import parse_bytes
-from blip_scale.storage.locations import is_local
+from blip_scale.storage.locations import is_local, local_path
+from blip_scale.storage.output_files import check_apart
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def _convert(options: argparse.Namespace) -> int:
         return _tell_survey(survey(chunks, rules, options.sample, _tokenizer(options)), options)
     if not options.out:
         raise ValueError("OUT is missing: name a folder or a remote such as s3://b/p")
+    check_not_read(options.out, options.input)
     # The client of a bucket or a web server hangs in a process that was forked beside it.
     places = (options.input, options.images, options.out)
     local = all(map(is_local, places)) and not options.allow_outside
@@ -98,6 +100,16 @@ def _convert(options: argparse.Namespace) -> int:
         print(f"{options.out}: part {options.shard} is done; other parts are not done yet")
         return exit_codes.DONE
     return _tell_summary(options, summary, time.perf_counter() - start_s)
+
+
+def check_not_read(out: str, source: str) -> None:
+    """Refuse an output in a folder that is read with everything below it.
+
+    Raises:
+        RefusedInput: the local output is such a folder or lies in it.
+    """
+    if is_local(out) and is_local(source) and local_path(source).is_dir():
+        check_apart(local_path(out), local_path(source), may_contain=True)
 
 
 def _rules(options: argparse.Namespace, source: Source) -> Rules:

@@ -28,7 +28,9 @@ from blip_scale.data.conversion.report import shortened
 from blip_scale.data.reading.cache import ShardCache
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 from blip_scale.data.shards import read_caption_counts, roles_of
+from blip_scale.storage import files
 from blip_scale.storage.locations import is_local
+from blip_scale.storage.output_files import OVERWRITE_HELP, check_output, written_whole
 
 _RETRY_S = 30.0
 _CACHE_BYTES = 2 << 30
@@ -49,19 +51,24 @@ class Shown:
     """Width x height in pixels."""
     source: str
     captions: Sequence[str]
+    shard: int
+    """Number of the shard that holds it."""
     image: bytes = b""
+    is_readable: bool = True
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "show_shards.py") -> int:
-    """Returns the exit code: 0, or 2 for refused input and for ids that are not in the set."""
+    """Returns the exit code: 0, 1 for damaged shards, 2 for refused input and unknown ids."""
     options = _parser(prog).parse_args(arguments)
     return run_command(prog, lambda: _run(options, prog))
 
 
 def _run(options: argparse.Namespace, prog: str) -> int:
     check_least(options, {"count": 1})
-    if options.sheet and options.sheet.suffix not in SHEETS:
-        raise ValueError(f"--sheet {options.sheet}: expected a name in {' or '.join(SHEETS)}")
+    if options.sheet:
+        if options.sheet.suffix not in SHEETS:
+            raise ValueError(f"--sheet {options.sheet}: expected a name in {' or '.join(SHEETS)}")
+        check_output(options.sheet, options.overwrite)
     with tempfile.TemporaryDirectory(prefix="blip_scale_show_") as cache:
         return _show(options, _open(options.input, options.overlay, cache), prog)
 
@@ -90,7 +97,25 @@ def _show(options: argparse.Namespace, store: StreamStore, prog: str) -> int:
     missing = sorted(set(options.ids) - {sample.id for sample in samples})
     if missing:
         return refuse(prog, f"{options.input}: no sample has the id {', '.join(missing)}")
-    return exit_codes.DONE
+    return _tell_damage(options.input, store, samples, prog)
+
+
+def _tell_damage(location: str, store: StreamStore, samples: Sequence[Shown], prog: str) -> int:
+    """Name in one line the samples and shards that are damaged, and return the exit code."""
+    problems = []
+    unreadable = sum(not sample.is_readable for sample in samples)
+    if unreadable:
+        problems.append(f"{unreadable} of {len(samples)} samples can't be read")
+    for shard in sorted({sample.shard for sample in samples}):
+        file = store.shards[shard].raw_data
+        path = store.folder / file.basename
+        difference = file.difference(path.read_bytes()) if path.is_file() else ""
+        if difference:
+            problems.append(f"{file.basename} is damaged ({difference})")
+    if not problems:
+        return exit_codes.DONE
+    refuse(prog, f"{location}: {'; '.join(problems)}; fetch or make these shards again")
+    return exit_codes.FAILED
 
 
 def _drawn(samples: int, count: int, seed: int) -> list[int]:
@@ -124,11 +149,12 @@ def _read(store: StreamStore, places: Iterable[tuple[int, int]]) -> Iterator[Sho
             sample = store.read(shard, place)
         except CorruptSample as error:
             name = f"{store.shard_name(shard)}[{place}]"
-            yield Shown(name, "?", "?", [f"can't be read: {error}"])
+            captions = [f"can't be read: {error}"]
+            yield Shown(name, "?", "?", captions, shard, is_readable=False)
             continue
         yield Shown(
             sample["id"], f"{sample['width']}x{sample['height']}", sample["source"],
-            _captions(sample), sample["image"],
+            _captions(sample), shard, sample["image"],
         )  # fmt: skip
 
 
@@ -173,15 +199,18 @@ def _totals(store: StreamStore) -> str:
 
 
 def _write_sheet(file: Path, title: str, samples: Sequence[Shown]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".png":
-        _draw(samples).save(file)
+        picture = _draw(samples)
+        with written_whole(file) as place:
+            picture.save(place, "PNG")
         return
     cards = []
     for sample in samples:
         texts = [f'<div class="text">{html.escape(caption)}</div>' for caption in sample.captions]
         name = f"{sample.id}, {sample.size}, {sample.source}"
         cards.append(contact_sheet.card(sample.image, "".join(texts), name))
-    file.write_text(contact_sheet.page(title, contact_sheet.cards(cards)), encoding="utf-8")
+    files.write_whole(file, contact_sheet.page(title, contact_sheet.cards(cards)))
 
 
 def _draw(samples: Sequence[Shown]) -> Image.Image:
@@ -221,4 +250,5 @@ def _parser(prog: str) -> Parser:
         "--sheet", type=Path, metavar="FILE",
         help="write a contact sheet with images and captions: FILE.html or FILE.png",
     )  # fmt: skip
+    add("--overwrite", action="store_true", help=OVERWRITE_HELP)
     return parser

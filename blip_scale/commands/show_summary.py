@@ -10,7 +10,7 @@ from typing import Any
 
 from blip_scale import logs
 from blip_scale.commands.command_line import Parser, refuse
-from blip_scale.storage import run_folder
+from blip_scale.storage import files, run_folder
 from blip_scale.storage.untrusted import parse_json
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") 
     if options.started is not None:
         # A call that found the run finished keeps the figure of the one that made it.
         summary.setdefault("seconds_whole_command", int(time.time()) - options.started)
-        file.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files.write_whole(file, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     captions = summary.pop("captions", [])
     rows = list(_rows(summary))
     width = max((len(name) for name, _ in rows), default=0)

@@ -220,11 +220,15 @@ class Blip:
                 f"{self.origin} was trained with objective.itm: none, so its matching head has its "
                 "initial weights; take a checkpoint that was trained with ITM"
             )
-        if not self.serves(use):
-            raise ValueError(
-                f"{self.origin} is a {self.head} checkpoint; {use} takes one of: "
-                f"{', '.join(_HEADS[use])}"
-            )
+        require_head(self.origin, self.head, use)
+
+
+def require_head(origin: str, head: Head, use: Use) -> None:
+    """Raise ValueError if a checkpoint of a head cannot serve a use."""
+    if head not in _HEADS[use]:
+        raise ValueError(
+            f"{origin} is a {head} checkpoint; {use} takes one of: {', '.join(_HEADS[use])}"
+        )
 
 
 def draws_of(ids: Sequence[str], seed: int, length: int) -> Tensor:

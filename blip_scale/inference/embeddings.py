@@ -31,6 +31,7 @@ from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 from blip_scale.errors import RefusedInput
 from blip_scale.inference.blip import Blip
 from blip_scale.inference.images import batched, done_ahead, pixels_of
+from blip_scale.storage.output_files import naming_full_disk
 from blip_scale.storage.untrusted import parse_json
 
 VERSION = 1
@@ -264,8 +265,12 @@ def _write_table(file: Path, columns: dict[str, list[Any]], content: Content) ->
 def _replace(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name, and rename it when it is whole."""
     place = file.with_name(f".{file.name}.{os.getpid()}")
-    write(place)
-    place.replace(file)
+    try:
+        with naming_full_disk(file):
+            write(place)
+        place.replace(file)
+    finally:
+        place.unlink(missing_ok=True)
 
 
 def require_faiss() -> None:

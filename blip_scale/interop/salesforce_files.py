@@ -36,6 +36,8 @@ _BERT_WORDS = 30522
 """Vocabulary size of bert-base-uncased, without [DEC] and [ENC]."""
 _NETWORK = "network"
 """Key of the network's sizes in files that this package writes, beside `model`."""
+_DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
+"""Errors of torch's unpickler on bytes that are no pickle."""
 
 
 class UnknownSizesError(ValueError):
@@ -82,6 +84,15 @@ def read_sizes(path: Path) -> MEDConfig:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def states_sizes(path: Path) -> bool:
+    """Whether a file states the sizes of its network, as those written by this package do.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_pth`.
+    """
+    return _NETWORK in load_pth(path)
 
 
 def _sizes(loaded: dict[str, Any], state: State, config: MEDConfig | None) -> MEDConfig:
@@ -157,7 +168,7 @@ def load_pth(path: Path) -> dict[str, Any]:
             "trust its author, save the tensors alone: torch.save({'model': "
             "torch.load(FILE, weights_only=False)['model']}, NEW_FILE)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; expected a dict with `model`")

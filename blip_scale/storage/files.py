@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from blip_scale.storage.output_files import written_whole
+
 logger = logging.getLogger(__name__)
 
 _STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
@@ -75,7 +77,7 @@ def _umask() -> int:
 
 
 def write_whole(file: Path, text: str, through: bool = True) -> None:
-    """Replace a file atomically.
+    """Replace a file atomically, see `written_whole`.
 
     Args:
         file: file to create or replace.
@@ -85,13 +87,11 @@ def write_whole(file: Path, text: str, through: bool = True) -> None:
     Raises:
         OSError: the write failed; the file is unchanged.
     """
-    draft = file.with_name(file.name + ".partial")
-    with draft.open("w", encoding="utf-8") as stream:
+    with written_whole(file) as place, place.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
-        if through:
+        if through and place.is_file():  # no device
             os.fsync(stream.fileno())
-    draft.replace(file)
 
 
 def add_line(file: Path, step: int, entry: Mapping[str, Any]) -> None:

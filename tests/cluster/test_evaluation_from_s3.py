@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.s3]
 
 
 def report(out: Path, *arguments: str) -> dict[str, Any]:
-    assert evaluate.main(["retrieval", *arguments, "--json", str(out)]) == 0
+    assert evaluate.main(["retrieval", *arguments, "--json", str(out), "--overwrite"]) == 0
     figures: dict[str, Any] = json.loads(out.read_text())
     return figures
 

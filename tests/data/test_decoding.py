@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -116,7 +118,7 @@ def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) ->
     assert jpeg_size(encoded) == (100, 100)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     assert jpeg_size(encoded) is None
-    with pytest.raises(CorruptSample, match="DecompressionBomb"):
+    with pytest.raises(CorruptSample, match="more than max_pixels"):
         TrainTransform(16)(encoded, np.random.default_rng(0))
     assert Image.open(io.BytesIO(saved(photo(60, 60), "JPEG"))).size == (60, 60)
 
@@ -181,8 +183,25 @@ def test_floating_point_pixels_of_another_range_are_refused(values: list[float])
 
 def test_postscript_is_never_opened() -> None:
     """Pillow would pass the file to Ghostscript."""
-    with pytest.raises(CorruptSample, match="not an image of a known format"):
+    with pytest.raises(CorruptSample, match=r"a known format \(JPEG, .*; HEIC and SVG are not"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_a_bomb_gives_the_limit_of_this_package_alone(side: int) -> None:
+    """Pillow warns of the first size, and refuses the second in other words."""
+    program = (
+        "import io\n"
+        "from PIL import Image\n"
+        "from blip_scale.data.pixels.decoding import decode_image\n"
+        "file = io.BytesIO()\n"
+        f"Image.new('1', ({side}, {side})).save(file, 'PNG')\n"
+        "try:\n    decode_image(file.getvalue())\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "more than max_pixels (89478485)" in ended.stdout and not ended.stderr
 
 
 @pytest.mark.parametrize("path", ["fast", "exact", "published"])

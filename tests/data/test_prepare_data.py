@@ -124,6 +124,37 @@ def test_a_folder_of_ones_own(
     assert summary["made_by"]["rules"]["source"] == "mine"
 
 
+@pytest.mark.parametrize("out", ["", "shards"])
+def test_an_output_among_the_pictures_is_refused(
+    prepare: Main, tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "a.txt").write_text("a caption")
+    assert prepare(["folder", str(tmp_path), str(tmp_path / out)]) == 2
+    assert "the input" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "a.txt"]
+
+
+def test_a_full_disk_is_one_line(
+    prepare: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk, pictures = tmp_path / "disk", tmp_path / "pictures"
+    disk.mkdir()
+    pictures.mkdir()
+    for number in range(40):
+        (pictures / f"{number}.jpg").write_bytes(jpeg(number, (200, 200)))
+        (pictures / f"{number}.txt").write_text("a caption")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        assert prepare(["folder", str(pictures), str(disk / "out"), "--workers", "1"]) == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"cannot write {disk / 'out'}: the disk is full; make room" in message
+
+
 def test_a_dry_run_writes_nothing(
     prepare: Main, tars: Path, capsys: pytest.CaptureFixture[str], vocabulary: Path
 ) -> None:

@@ -88,9 +88,12 @@ def test_a_damaged_sample_has_a_line(shards: Path, capsys: pytest.CaptureFixture
     data = bytearray(shard.read_bytes())
     data[4:12] = b"\xff" * 8
     shard.write_bytes(bytes(data))
-    assert show([str(shards), "--count", "40"]) == 0
-    out = capsys.readouterr().out
+    assert show([str(shards), "--count", "40"]) == 1
+    printed = capsys.readouterr()
+    out = printed.out
     assert f"{shard.name}[0]" in out and "can't be read" in out and "id37" in out
+    assert "2 of 40 samples can't be read; " in printed.err and printed.err.count("\n") == 1
+    assert f"{shard.name} is damaged ({len(data)} bytes with a wrong checksum)" in printed.err
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,10 @@ def test_filters_of_a_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "json": json.dumps(scores).encode(),
         }
         samples.append((f"00000000{number}", files))
-    write_tar(tmp_path / "00000.tar", members(*samples))
+    write_tar(tmp_path / "in" / "00000.tar", members(*samples))
 
     def convert(out: str, *options: str) -> int:
-        places = [str(tmp_path), str(tmp_path / out)]
+        places = [str(tmp_path / "in"), str(tmp_path / out)]
         limits = ["--min-similarity", "0.25", "--max-punsafe", "0.5"]
         tokens = ["--workers", "1", "--tokenizer", "/nowhere"]
         return prepare_data.main(["relaion", *places, *limits, *tokens, *options])

@@ -44,7 +44,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(*arguments: Any, out: Path) -> dict[str, Any]:
     """Figures of the command."""
-    words = ["classification", *map(str, arguments), "--json", str(out)]
+    words = ["classification", *map(str, arguments), "--json", str(out), "--overwrite"]
     assert evaluate.main(words) == 0
     return json.loads(out.read_text())["figures"]
 

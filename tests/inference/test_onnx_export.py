@@ -77,7 +77,7 @@ def test_refusals_say_what_to_do(
     out = tmp_path / "out"
     assert "exists; give another name, or --overwrite" in refused(ours, tmp_path, "--to", "onnx")
     arguments = ("--to", "onnx", "--overwrite")
-    assert "is not a checkpoint, and is not overwritten" in refused(ours, tmp_path, *arguments)
+    assert "is not a checkpoint that this command wrote" in refused(ours, tmp_path, *arguments)
     assert "leave --head out" in refused(ours, out, "--to", "onnx", "--head", "captioning")
     assert "needs the name of a folder" in refused(ours, tmp_path / "x.pth", "--to", "onnx")
     monkeypatch.setattr(onnx_export, "PACKAGES", ("torch", "no_such_package"))

@@ -162,7 +162,7 @@ def test_figures_are_those_of_the_run(
         for model in (run, hf / head):
             out = tmp_path / "report.json"
             arguments = [task, str(model), str(tmp_path / "list.json"), "--images", str(pictures)]
-            assert evaluate.main([*arguments, "--json", str(out)]) == 0
+            assert evaluate.main([*arguments, "--json", str(out), "--overwrite"]) == 0
             reports.append(json.loads(out.read_text()))
         first, second = reports
         assert first["figures"] == pytest.approx(second["figures"])

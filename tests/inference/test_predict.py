@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from blip_scale.commands import predict
+from blip_scale.config import recipe as recipes
 
 REPO = Path(__file__).resolve().parent.parent.parent
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -309,6 +310,12 @@ def test_several_captions_of_an_image(
         (["caption"], "TMP/cut", "is damaged: size or checksum"),
         (["caption", "--tokenizer", "TMP/other"], "OURS", "tokens with [DEC] and [ENC], the netw"),
         (["caption", "--out", "TMP/x.npz"], "OURS", "only features go into an .npz"),
+        (["caption", "--out", "TMP"], "OURS", "is a folder: give the name of a file"),
+        (["caption", "--out", "TMP/x.csv"], "OURS", "answers are lines of JSON; give a name that"),
+        (["embed", "--out", "TMP/x.csv"], "OURS", "ends in .jsonl, or in .npz for arrays"),
+        (["caption", "--out", "TMP/other/vocab.txt/x"], "OURS", "is a file, but a folder is need"),
+        (["vqa", "--question", "a"], "TMP/run", "is a pretrain checkpoint; vqa takes one of"),
+        (["caption", "--captions", "2"], "TMP/run", "width 1 finds 1 to 1 captions"),
         (["caption", "--batch-size", "0"], "OURS", "--batch-size 0: expected 1 or more"),
         (["caption", "--threads", "0"], "OURS", "--threads 0: expected 1 or more"),
         (["caption", "--beams", "0"], "OURS", "--beams 0: expected 1 or more"),
@@ -344,7 +351,8 @@ def test_what_cannot_be_is_refused_in_a_line(
 
 @pytest.fixture
 def spoilt(ours: Path, hf: Path, tmp_path: Path) -> dict[str, str]:
-    """Places by their names in the cases: a checkpoint that was cut, another tokenizer."""
+    """Places by their names in the cases: a checkpoint that was cut, another tokenizer, and
+    a run without weights."""
     from transformers import BertTokenizerFast
 
     shutil.copytree(ours, tmp_path / "cut")
@@ -355,7 +363,31 @@ def spoilt(ours: Path, hf: Path, tmp_path: Path) -> dict[str, str]:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abc"]
     (other / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast.from_pretrained(other).save_pretrained(other)
+    step = tmp_path / "run" / "checkpoints" / "step_00000001"
+    step.mkdir(parents=True)
+    (step / "manifest.json").touch()  # no weights
+    greedy = recipes.load("demo", ["evaluation.num_beams=1"])
+    (tmp_path / "run" / "recipe.yaml").write_text(recipes.to_yaml(greedy))
     return {"OURS": str(ours), "HF": str(hf), "TMP": str(tmp_path)}
+
+
+def test_existing_files_and_images_are_kept(
+    ours: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "a.jsonl"  # an image by its content
+    image.write_bytes(next(pictures.glob("*.png")).read_bytes())
+    before = image.read_bytes()
+    arguments = ["embed", str(image), "--model", str(ours), "--out"]
+    for out, flags, message in (
+        (image, [], "is an input of this command"),
+        (image, ["--overwrite"], "is an input of this command"),
+        (tmp_path / "b.jsonl", [], ""),
+        (tmp_path / "b.jsonl", [], "exists: give another name, or --overwrite"),
+        (tmp_path / "b.jsonl", ["--overwrite"], ""),
+    ):
+        assert predict.main([*arguments, str(out), *flags]) == (2 if message else 0)
+        assert message in capsys.readouterr().err
+    assert image.read_bytes() == before
 
 
 def test_without_an_image(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

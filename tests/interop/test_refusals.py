@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def test_files_that_are_damaged_or_unsafe(pth: Path, tmp_path: Path, capsys: Cap
     bad.write_bytes(content[: len(content) // 2])
     assert "incomplete: the end of the file is missing" in refusal(capsys, bad, out)
     bad.write_bytes(b"")
+    assert f"{bad} is damaged" in refusal(capsys, bad, out)
+    bad.write_bytes(b"another file")  # whose first byte is an opcode
     assert f"{bad} is damaged" in refusal(capsys, bad, out)
     bad.write_bytes(b"no pickle at all")
     assert f"{bad} is not a PyTorch file, or damaged" in refusal(capsys, bad, out)
@@ -276,10 +279,57 @@ def test_what_exists_is_kept(
     other = tmp_path / "holiday"
     other.mkdir()
     (other / "photo.jpg").write_bytes(b"mine")
-    assert "is not a checkpoint, and is not overwritten" in refusal(
-        capsys, ours, other, "--overwrite"
-    )
+    assert "that this command wrote, and is not" in refusal(capsys, ours, other, "--overwrite")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_overwriting_deletes_conversions_alone(
+    ours: Path, captioner: Path, pth: Path, tmp_path: Path, convert: Convert, capsys: Capture
+) -> None:
+    run = tmp_path / "run"
+    step = shutil.copytree(ours, run / "checkpoints" / "step_00000007")
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    for source, out, message in (
+        (run, run, "is the input"),
+        (run, link, "is the input"),
+        (step, run, "contains the input"),
+        (run, run / "checkpoints" / "step_00000008", "lies in the input"),
+        (captioner, run, "not a checkpoint that this command wrote"),
+    ):
+        assert message in refusal(capsys, source, out, "--overwrite")
+    (captioner / "thesis.txt").write_text("years of work")
+    assert "also holds thesis.txt" in refusal(capsys, ours, captioner, "--overwrite")
+    (captioner / "thesis.txt").unlink()
+    config = json.loads((captioner / "config.json").read_text())
+    del config["output_settings"]
+    (captioner / "config.json").write_text(json.dumps(config))
+    assert "not a checkpoint that this" in refusal(capsys, ours, captioner, "--overwrite")
+    for arguments in (("--to", "ours"), ("--head", "all"), ("--head", "all")):
+        convert(ours, tmp_path / "out", *arguments, "--overwrite")
+    link.unlink()
+    link.symlink_to(pth)
+    assert "not a checkpoint that this" in refusal(capsys, ours, link, "--overwrite")
+    convert(ours, link.rename(tmp_path / "link.pth"), "--overwrite")
+    assert (tmp_path / "link.pth").is_symlink() and read_checkpoint(pth).head == "pretrain"
+    pth.write_bytes(b"another file")
+    assert "not a checkpoint that this" in refusal(capsys, ours, pth, "--overwrite")
+
+
+@pytest.mark.parametrize("name", ["out", "out.pth"])
+def test_a_full_disk_is_one_line(ours: Path, tmp_path: Path, capsys: Capture, name: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        assert convert_checkpoint.main([str(ours), str(disk / name)]) == 1
+        message = capsys.readouterr().err
+        assert f"cannot write {disk / name}: the disk is full; make room" in message
+        assert message.count("\n") == 1 and not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
 
 
 def test_names_and_heads_that_contradict(ours: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -190,7 +190,7 @@ def rank(arguments: list[str], folder: Path, number: int, ranks: int, port: int)
 def evaluated(arguments: list[str], folder: Path, ranks: int = 1) -> dict[str, Any]:
     """The report of an evaluation."""
     report = folder / "report.json"
-    arguments = [*arguments, "--json", str(report)]
+    arguments = [*arguments, "--json", str(report), "--overwrite"]
     port = launcher.free_port()
     codes = tiny_runs.finish([rank(arguments, folder, r, ranks, port) for r in range(ranks)])
     assert codes == [0] * ranks, (folder / "evaluate_0.txt").read_text()

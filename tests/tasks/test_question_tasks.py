@@ -116,7 +116,14 @@ def test_a_run(task: str, tmp_path: Path) -> None:
     assert back.head == again.head == task
     assert all(again.state[name].equal(tensor) for name, tensor in back.state.items())
     measured = tmp_path / "figures.json"
-    arguments = [task, str(tmp_path / "run"), str(tmp_path / "few"), "--json", str(measured)]
+    arguments = [
+        task,
+        str(tmp_path / "run"),
+        str(tmp_path / "few"),
+        "--json",
+        str(measured),
+        "--overwrite",
+    ]
     assert evaluate.main(arguments) == 0
     evaluated = json.loads(measured.read_text())["figures"]
     assert evaluated[main] == pytest.approx(figures[f"few/{main}"], abs=1e-6)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blip_scale.storage.locations import is_local, local_path
 from blip_scale.storage.objects import MissingFile, ObjectFolder
+from blip_scale.storage.output_files import naming_full_disk
 
 _CONNECTIONS = 8
 _AT_HAND = 64  # files held in memory at a time
@@ -59,7 +60,8 @@ class OutputFolder:
         parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700 if self.is_remote else 0o777)  # fails if another user has it
         try:
-            yield folder
+            with naming_full_disk(parent):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -25,7 +25,7 @@ from blip_scale.data.captions import (
 )
 from blip_scale.data.conversion.pairs import LARGEST_FILE_BYTES, RawPair, Reason, Reject
 from blip_scale.data.pixels.decoding import describe, to_rgb
-from blip_scale.data.pixels.formats import open_image
+from blip_scale.data.pixels.formats import UNKNOWN_FORMAT, open_image
 from blip_scale.data.reading.stream_store import CorruptSample
 from blip_scale.data.shards import Record
 from blip_scale.storage.locations import FileTooLarge, NotRegularFile, is_web, read_file
@@ -309,7 +309,7 @@ def check_image(data: bytes, rules: Rules) -> Picture:
     except CorruptSample as error:
         raise _Refused(Reason.UNDECODABLE, str(error)) from error
     except UnidentifiedImageError as error:
-        detail = "no known image format" if data else "no bytes"
+        detail = UNKNOWN_FORMAT if data else "no bytes"
         raise _Refused(Reason.UNDECODABLE, detail) from error
     except Exception as error:  # each format's decoder has its own ways to fail
         raise _Refused(Reason.UNDECODABLE, describe(error)) from error

@@ -17,7 +17,7 @@ import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip_scale.config.recipe import MAX_PIXELS
-from blip_scale.data.pixels.formats import FORMATS, open_image
+from blip_scale.data.pixels.formats import UNKNOWN_FORMAT, open_image
 from blip_scale.data.reading.stream_store import CorruptSample
 
 _WHITE = 255
@@ -93,7 +93,9 @@ def decode_image(
     except (MemoryError, CorruptSample):
         raise
     except UnidentifiedImageError as error:
-        raise CorruptSample(f"not an image of a known format ({', '.join(FORMATS)})") from error
+        raise CorruptSample(UNKNOWN_FORMAT) from error
+    except Image.DecompressionBombError as error:
+        raise CorruptSample(f"more than max_pixels ({max_pixels}) pixels") from error
     except Exception as error:  # every format's decoder has its own ways to fail
         raise CorruptSample(describe(error)) from error
 

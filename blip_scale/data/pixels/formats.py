@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "ICO", "JPEG2000")
 """Pillow's formats that are decoded. Others run programs (EPS runs Ghostscript) or are rare."""
+UNKNOWN_FORMAT = (
+    f"not an image of a known format ({', '.join(FORMATS)}; HEIC and SVG are not supported)"
+)
+"""Reason why an image of another format is refused."""
 IMAGE_ENDINGS = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ico", "jp2",
     "heic", "heif", "jxl",
 )  # fmt: skip
 """File endings of images, in lower case. Pillow can't decode heic, heif and jxl: such files are
 read, and rejected by name."""
+
+# Sizes are checked after the header is read, with a message that names the image.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def open_image(encoded: bytes) -> Image.Image:
