@@ -11,12 +11,14 @@ for a terminal, a log or a page must pass `printable` and `without_secrets`.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import logging
 import logging.handlers
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,6 +29,8 @@ from tqdm import tqdm
 from blip_scale.storage import run_folder
 
 PACKAGE = "blip_scale"
+STACKS = signal.SIGUSR2
+"""Signal at which a process writes the stacks of its threads, see `stacks_on_signal`."""
 _EARLY_RECORDS = 10_000
 
 _QUIET_ENVIRONMENT = {
@@ -136,6 +140,15 @@ def set_up(output_dir: Path, rank: int) -> Path:
     _strip_third_party_handlers()
     threading.excepthook = _log_thread_failure
     return file
+
+
+def stacks_on_signal() -> None:
+    """From now on, `STACKS` makes this process write the stacks of its threads to the log file.
+
+    It does so whatever holds the process up, also with the interpreter locked.
+    """
+    files = [handler.stream for handler in logging.root.handlers if isinstance(handler, _RankFile)]
+    faulthandler.register(STACKS, file=files[0] if files else sys.stderr)
 
 
 @contextlib.contextmanager

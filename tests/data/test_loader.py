@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,13 +18,17 @@ import torch
 from data_samples import MakeLoader, MakeShards, jpeg, stream, take
 from torch.utils.data import Dataset
 
-from blip_scale.config.recipe import ImageSizeRecipe
+from blip_scale import logs
+from blip_scale.config.recipe import HangLimitsRecipe, ImageSizeRecipe
 from blip_scale.data.loading.course import Course, Part
 from blip_scale.data.loading.micro_batches import Batch, CaptionInput
 from blip_scale.data.loading.order import SampleOrder
 from blip_scale.data.reading.prefetch import Prefetcher
 from blip_scale.data.reading.stream_store import StreamStore
 from blip_scale.data.shards import Record, write_shards
+from blip_scale.engine.watching import stalls
+from blip_scale.engine.watching.hang_limits import HangLimits
+from blip_scale.engine.watching.stalls import StallTimer
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -269,6 +275,32 @@ def test_close_ends_an_iterator_that_is_still_held(
     next(batches)
     loader.close()
     assert list(batches) == []
+
+
+@pytest.mark.multiprocess
+def test_a_long_wait_brings_the_stacks_of_the_workers(
+    make_shards: MakeShards,
+    make_loader: MakeLoader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stalls, "_LONGEST_TICK_S", 0.02)
+    monkeypatch.setattr(stalls, "_LONG_WAIT_S", 0.1)
+    log = tmp_path / "logs" / "rank_3.log"
+    log.parent.mkdir()
+    loader = make_loader([stream(make_shards("red", 20))], workers=1)
+    loader._set_up_worker = partial(logs.set_up, tmp_path, 3)
+    batches = iter(loader)
+    next(batches)
+    timer = StallTimer(tmp_path, 3, HangLimits(HangLimitsRecipe(), 0.0))
+    deadline = time.monotonic() + 60
+    with timer.waiting_for_data():
+        while "most recent call first" not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    timer.close()
+    next(batches)  # the worker goes on
+    loader.close()
 
 
 @pytest.mark.multiprocess

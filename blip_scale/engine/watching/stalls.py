@@ -7,15 +7,18 @@ import faulthandler
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import TextIO
 
+from blip_scale import logs
 from blip_scale.engine.watching import batches
 from blip_scale.engine.watching.hang_limits import HangLimits, Phase
 from blip_scale.engine.watching.peers import (
@@ -238,9 +241,14 @@ class StallTimer:
             self._warned_since = since
             logger.warning(
                 "step %d: rank %d on %s has waited %.0f s for data; if a remote is why, its loader "
-                "workers log the stream and the shard",
-                self._step, self._rank, self._node, waited_s,
+                "workers log the stream and the shard; their stacks are in %s",
+                self._step, self._rank, self._node, waited_s, self._log_file,
             )  # fmt: skip
+            for process in multiprocessing.active_children():
+                is_worker = isinstance(process, ForkServerProcess)
+                if is_worker and process.pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, logs.STACKS)
 
     def _lost(self) -> list[Suspect]:
         """Ranks that have given no sign of life for a long time, as far as this rank watches."""
