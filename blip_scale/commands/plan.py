@@ -192,13 +192,8 @@ def _parser(prog: str) -> Parser:
         metavar="N",
         help="number of machines (default: 1)",
     )
-    add(
-        "--gpus-per-node",
-        type=within(int, 1, 1024),
-        default=8,
-        metavar="G",
-        help="GPUs per node (default: 8)",
-    )
+    add("--gpus-per-node", type=within(int, 1, 1024), default=8, metavar="G",
+        help="GPUs per node (default: 8)")  # fmt: skip
     add("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: h100)")
     add("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage (default: that of the file, 3)")
     add("--offload", action="store_true", help="keep optimizer and gradients in host memory")
@@ -233,13 +228,10 @@ def _parser(prog: str) -> Parser:
         help="host time per module call in microseconds (default: a range from measurements)",
     )
     add("--caption-tokens", type=within(float, 1, 100_000), default=Assumptions.tokens_each,
-        metavar="T", help="mean tokens per caption, [CLS] and [SEP] included (default: 12.5)")  # fmt: skip
-    add(
-        "--sample-kb",
-        type=within(float, 0.001, 1_000_000),
-        metavar="KB",
-        help="size of a stored sample in kB (default: 30)",
-    )
+        metavar="T",
+        help="mean tokens per caption, [CLS] and [SEP] included (default: 12.5)")  # fmt: skip
+    add("--sample-kb", type=within(float, 0.001, 1_000_000), metavar="KB",
+        help="size of a stored sample in kB (default: 30)")  # fmt: skip
     add("--failures", type=within(float, 0.001, 100_000), metavar="N",
         help="failures per 1,000 node-days (default: 6.5, from 3.8 to 26)")  # fmt: skip
     add("--pause-s", type=seconds, metavar="S",
