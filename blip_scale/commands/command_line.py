@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from blip_scale import launcher, logs
 from blip_scale.config import exit_codes
-from blip_scale.config.bounds import MOST_BATCH, MOST_BEAMS, MOST_PROCESSES, MOST_WIDTH
+from blip_scale.config.bounds import MOST_BATCH, MOST_BEAMS, MOST_PROCESSES, MOST_SIDE, MOST_WIDTH
 from blip_scale.errors import RefusedInput, in_words, is_refused
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _MOST_OF = {
     "beams": MOST_BEAMS,
     "captions": MOST_BEAMS,
     "batch_size": MOST_BATCH,
-    "image_size": MOST_WIDTH,
+    "image_size": MOST_SIDE,
     "max_tokens": MOST_WIDTH,
     "threads": MOST_PROCESSES,
     "workers": MOST_PROCESSES,

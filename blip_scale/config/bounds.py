@@ -16,8 +16,10 @@ MOST_S = 10**9
 """Largest number of seconds (32 years; Python's timeouts end at 292), rate or factor."""
 MOST_BATCH = 10**6
 """Largest number of epochs, and of pairs, images or texts in a batch."""
+MOST_SIDE = 4096
+"""Largest side of the network's images in pixels."""
 MOST_WIDTH = 2**16
-"""Largest side of an image in pixels, and number of channels, tokens or words."""
+"""Largest number of channels, tokens or words."""
 MOST_LAYERS = 1000
 MOST_PROCESSES = 1024
 """Largest number of processes or threads beside each other on a machine."""
@@ -36,6 +38,7 @@ def _one_line(text: str) -> str:
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 BatchSize = Annotated[int, Field(ge=1, le=MOST_BATCH)]
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
 Width = Annotated[int, Field(ge=1, le=MOST_WIDTH)]
 Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 Rate = Annotated[float, Field(ge=0, le=MOST_S)]

@@ -20,6 +20,7 @@ from blip_scale.config.bounds import (
     Fraction,
     Layers,
     Line,
+    Side,
     Width,
 )
 
@@ -31,7 +32,7 @@ class VisionRecipe:
     name: Line = "vit_base_patch16_224"
     """timm name of a ViT, such as vit_base_patch16_224, vit_base_patch16_siglip_224.v2_webli or
     vit_base_patch16_dinov3.lvd1689m. docs/towers.md lists the families."""
-    image_size: Width = 224
+    image_size: Side = 224
     """Side of the square input image in pixels. Position embeddings are interpolated to it."""
     overrides: dict[str, float | int | bool] = field(default_factory=dict)
     """Further arguments of the timm constructor, e.g. {embed_dim: 192, depth: 6, num_heads: 3}."""

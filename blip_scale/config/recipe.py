@@ -28,6 +28,7 @@ from blip_scale.config.bounds import (
     Positive,
     Rate,
     Share,
+    Side,
     Width,
 )
 from blip_scale.config.model_recipe import ModelRecipe
@@ -136,7 +137,7 @@ class StreamRecipe:
 class ImageSizeRecipe:
     """A size of the training images in early epochs."""
 
-    size: Width
+    size: Side
     """Side of the training images in pixels, a multiple of the patch size."""
     until_epoch: Above0
     """Epoch at whose start the next size begins; 1.5 is the middle of the second epoch."""

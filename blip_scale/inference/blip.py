@@ -128,7 +128,7 @@ class Blip:
             draws: random numbers of nucleus sampling, see `draws_of`.
         """
         self.require("caption")
-        self._check_tokens(image_embeds)
+        self.check_tokens(image_embeds)
         settings = self._checked(settings)
         prompt_ids = self.prompt_ids(self.prompt if prompt is None else prompt)
         if isinstance(settings, BeamSettings):
@@ -156,7 +156,7 @@ class Blip:
         """
         self.require("vqa")
         assert isinstance(self.network, VQA)
-        self._check_tokens(image_embeds)
+        self.check_tokens(image_embeds)
         questions = arguments.texts_of(questions, "questions")
         settings = self._checked(settings)
         index = arguments.owner_index(owners, len(questions), len(image_embeds), self.device)
@@ -193,7 +193,7 @@ class Blip:
             owners: index of the image of each text.
         """
         self.require("match")
-        self._check_tokens(image_embeds)
+        self.check_tokens(image_embeds)
         texts = arguments.texts_of(texts)
         index = arguments.owner_index(owners, len(texts), len(image_embeds), self.device)
         if not texts:
@@ -205,7 +205,7 @@ class Blip:
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """Project image tokens [I, N, D] to features of norm 1, fp32 [I, E] on the CPU."""
         self.require("embed")
-        self._check_tokens(image_embeds)
+        self.check_tokens(image_embeds)
         return self.med.project_image(image_embeds).cpu()
 
     @torch.no_grad()
@@ -235,16 +235,16 @@ class Blip:
         texts = arguments.texts_of(texts)
         return self.tokenizer(texts, truncation=True, max_length=self.text_tokens)
 
-    def _check_tokens(self, image_embeds: Tensor) -> None:
-        """Raise ValueError for what `image_embeds` does not return."""
+    def check_tokens(self, image_embeds: Tensor) -> None:
+        """Raise ValueError for tokens that `image_embeds` of this checkpoint does not return."""
         vision = self.network.vision
         arguments.check_tokens(image_embeds, vision.embed_dim, vision.patch_embed.proj.weight)
 
     def _checked(self, settings: Decoding | None) -> Decoding:
-        """The settings, or the checkpoint's; raises ValueError for too many beams."""
+        """The settings, or the checkpoint's; raises ValueError for no beam or too many."""
         settings = settings or self.output.beam()
-        if isinstance(settings, BeamSettings) and settings.num_beams > MOST_BEAMS:
-            raise ValueError(f"num_beams: {settings.num_beams}, at most {MOST_BEAMS} are possible")
+        if isinstance(settings, BeamSettings) and not 1 <= settings.num_beams <= MOST_BEAMS:
+            raise ValueError(f"num_beams: {settings.num_beams}: expected 1 to {MOST_BEAMS}")
         return settings
 
     def serves(self, use: Use) -> bool:
@@ -270,8 +270,8 @@ def draws_of(ids: str | Sequence[str], seed: int, length: int) -> Tensor:
 
     Each row is a pure function of the seed and its id, which may be a path that is not UTF-8.
     """
-    rows = []
+    rows = [np.empty((0, length), np.float32)]
     for name in arguments.texts_of(ids, "ids"):
         digest = xxhash.xxh3_64_intdigest(name.encode(errors="surrogateescape"))
-        rows.append(np.random.default_rng((seed, digest)).random(length, np.float32))
-    return torch.from_numpy(np.stack(rows))
+        rows.append(np.random.default_rng((seed, digest)).random((1, length), np.float32))
+    return torch.from_numpy(np.concatenate(rows))

@@ -47,6 +47,8 @@ def find_images(patterns: str | Path | Sequence[str | Path]) -> list[str]:
     """
     unique: dict[str, None] = {}
     for pattern in paths_of(patterns):
+        if not pattern:  # Path("") would be the working directory
+            raise FileNotFoundError("'': there is no image; give a file, a folder or a glob")
         paths = [Path(pattern)]
         if not paths[0].exists():
             paths = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207  any root

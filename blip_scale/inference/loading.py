@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip_scale.config import recipe as recipes
+from blip_scale.config.bounds import MOST_SIDE
 from blip_scale.config.model_recipe import TextRecipe
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
@@ -82,6 +83,8 @@ def load_blip(source: str | Path, loading: Loading | None = None) -> Blip:
     source, loading = Path(source), loading or Loading()
     if loading.precision not in (None, *_DTYPES):
         raise ValueError(f"precision {loading.precision}: expected one of {', '.join(_DTYPES)}")
+    if loading.image_size is not None and not 1 <= loading.image_size <= MOST_SIDE:
+        raise ValueError(f"image_size {loading.image_size}: expected 1 to {MOST_SIDE} pixels")
     kind = format_of(source)
     check_pixels(source, kind)
     recipe = recipe_of(source, kind, loading.recipe)

@@ -66,6 +66,7 @@ def word_maps(blip: Blip, image_embeds: Tensor, captions: str | Sequence[str]) -
             no word, or there is not one caption for each image.
     """
     blip.require("match")
+    blip.check_tokens(image_embeds)
     captions = texts_of(captions, "captions")
     if len(captions) != len(image_embeds):
         raise ValueError(f"captions: {len(captions)} for {len(image_embeds)} images; give one each")

@@ -75,7 +75,7 @@ REFUSED: list[tuple[Callable[[Blip, Tensor], object], str]] = [
     (lambda blip, t: blip.captions(t.double()), "float64 on cpu, but"),
     (lambda blip, t: blip.captions(t[..., :8]), "found [2, 17, 8]"),
     (lambda blip, t: blip.captions(t, prompt=["a"]), "prompt: expected one str for all images"),  # type: ignore[arg-type]
-    (lambda blip, t: blip.captions(t, BeamSettings(10**5)), "num_beams: 100000, at most 100"),
+    (lambda blip, t: blip.captions(t, BeamSettings(10**5)), "num_beams: 100000: expected 1 to 100"),
     (
         lambda blip, t: blip.captions(t, NucleusSettings(), draws=draws_of("a", 0, 30)),
         "draws: expected [2, 30], a row for each image, found [1, 30]",
@@ -123,11 +123,14 @@ def test_nothing_gives_nothing(blip: Blip, tokens: Tensor) -> None:
     assert blip.text_features([]).shape == (0, 16)
     assert blip.match(tokens, [], []).shape == (0,)
     assert blip.image_features(tokens[:0]).shape == (0, 16)
+    assert draws_of([], 0, 3).shape == (0, 3)
 
 
 def test_a_single_path_is_one_path(blip: Blip, pictures: Path) -> None:
     paths = find_images(pictures)
     assert paths == find_images(str(pictures)) == find_images([pictures]) and len(paths) == 16
+    with pytest.raises(FileNotFoundError, match="'': there is no image; give a file"):
+        find_images([""])
     (answer,) = predictions.features(Reader(blip), paths[0])
     assert answer["image"] == paths[0] and "features" in answer
 
@@ -149,6 +152,8 @@ def test_tokens_can_have_gradients(blip: Blip, tokens: Tensor) -> None:
 def test_loading_is_checked(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="precision fp16: expected one of bf16, fp32"):
         load_blip(ours, Loading(precision="fp16"))
+    with pytest.raises(ValueError, match="image_size 10000000: expected 1 to 4096 pixels"):
+        load_blip(ours, Loading(image_size=10**7))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="hf download some/blip --local-dir blip, then"):
         load_blip("some/blip")
