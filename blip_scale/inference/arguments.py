@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip_scale.config.bounds import MOST_BEAMS
+
 
 def check_pixels(pixels: Any, size: int) -> None:
     """Check that `pixels` are uint8 [I, 3, size, size].
@@ -53,6 +55,12 @@ def check_tokens(tokens: Any, width: int, like: Tensor) -> None:
             f"image_embeds: {_name(tokens.dtype)} on {tokens.device}, but the network is "
             f"{_name(like.dtype)} on {like.device}; give image_embeds.to(blip.device, blip.dtype)"
         )
+
+
+def check_beams(beams: int) -> None:
+    """Raise ValueError for no beam, or for more than fit into the time and memory of a search."""
+    if not 1 <= beams <= MOST_BEAMS:
+        raise ValueError(f"num_beams: {beams}: expected 1 to {MOST_BEAMS}")
 
 
 def check_draws(draws: Tensor | None, images: int, length: int) -> None:

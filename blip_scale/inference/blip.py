@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from blip_scale.config.bounds import MOST_BEAMS
 from blip_scale.data.captions import clean_caption, clean_question
 from blip_scale.data.pixels.transforms import normalize_images
 from blip_scale.data.tokenizer import prompt_ids
@@ -43,9 +42,6 @@ _HEADS: dict[Use, tuple[Head, ...]] = {
     "visdial": ("visdial",),
 }
 """Use -> heads of the checkpoints that serve it."""
-
-
-Decoding = TypeVar("Decoding", BeamSettings, BeamSettings | NucleusSettings)
 
 
 @dataclass(frozen=True)
@@ -129,9 +125,10 @@ class Blip:
         """
         self.require("caption")
         self.check_tokens(image_embeds)
-        settings = self._checked(settings)
+        settings = settings or self.output.beam()
         prompt_ids = self.prompt_ids(self.prompt if prompt is None else prompt)
         if isinstance(settings, BeamSettings):
+            arguments.check_beams(settings.num_beams)
             sequences = caption_beam(self.med, image_embeds, prompt_ids, settings)
         else:
             arguments.check_draws(draws, len(image_embeds), settings.max_length)
@@ -158,7 +155,8 @@ class Blip:
         assert isinstance(self.network, VQA)
         self.check_tokens(image_embeds)
         questions = arguments.texts_of(questions, "questions")
-        settings = self._checked(settings)
+        settings = settings or self.output.beam()
+        arguments.check_beams(settings.num_beams)
         index = arguments.owner_index(owners, len(questions), len(image_embeds), self.device)
         if not questions:
             return []
@@ -239,13 +237,6 @@ class Blip:
         """Raise ValueError for tokens that `image_embeds` of this checkpoint does not return."""
         vision = self.network.vision
         arguments.check_tokens(image_embeds, vision.embed_dim, vision.patch_embed.proj.weight)
-
-    def _checked(self, settings: Decoding | None) -> Decoding:
-        """The settings, or the checkpoint's; raises ValueError for no beam or too many."""
-        settings = settings or self.output.beam()
-        if isinstance(settings, BeamSettings) and not 1 <= settings.num_beams <= MOST_BEAMS:
-            raise ValueError(f"num_beams: {settings.num_beams}: expected 1 to {MOST_BEAMS}")
-        return settings
 
     def serves(self, use: Use) -> bool:
         """Whether the checkpoint can serve a use."""
