@@ -30,7 +30,7 @@ from blip_scale.storage import run_folder
 
 PACKAGE = "blip_scale"
 STACKS = signal.SIGUSR2
-"""Signal at which a process writes the stacks of its threads, see `stacks_on_signal`."""
+"""Signal at which a loader worker writes the stacks of its threads, see `set_up_worker`."""
 _EARLY_RECORDS = 10_000
 
 _QUIET_ENVIRONMENT = {
@@ -142,13 +142,14 @@ def set_up(output_dir: Path, rank: int) -> Path:
     return file
 
 
-def stacks_on_signal() -> None:
-    """From now on, `STACKS` makes this process write the stacks of its threads to the log file.
+def set_up_worker(output_dir: Path, rank: int) -> None:
+    """`set_up` in a loader worker, which from now on handles `STACKS`.
 
-    It does so whatever holds the process up, also with the interpreter locked.
+    It then writes the stacks of its threads to the rank's log, whatever holds it up.
     """
-    files = [handler.stream for handler in logging.root.handlers if isinstance(handler, _RankFile)]
-    faulthandler.register(STACKS, file=files[0] if files else sys.stderr)
+    file = set_up(output_dir, rank)
+    faulthandler.register(STACKS, file=file.open("a"))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACKS])  # workers begin with it blocked
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ if not __package__:  # run as a script: put the package's parent on the path ins
 
 from blip_scale import __version__, launcher  # noqa: E402
 from blip_scale.commands import dry_run, micro_batch  # noqa: E402
-from blip_scale.commands.chosen_recipe import chosen_recipe  # noqa: E402
+from blip_scale.commands.chosen_recipe import chosen_recipe, warn_of_repeats  # noqa: E402
 from blip_scale.commands.command_line import Parser, report_error_of_rank  # noqa: E402
 from blip_scale.config import checks, recipe, settings  # noqa: E402
 from blip_scale.data.loading.course import CHANGEABLE  # noqa: E402
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         options, overrides = _parser(prog).parse_known_args(arguments)
         if options.print_recipe:
             recipe.check_overrides(overrides)
+            warn_of_repeats(overrides)
             sys.stdout.write(recipe.to_yaml(recipe.load(options.recipe, overrides)))
             return 0
         chosen = chosen_recipe(options.recipe, overrides)

@@ -248,7 +248,8 @@ def test_says_what_to_change() -> None:
     assert "no bf16" in text and "ZeRO-1 is shown for comparison" in text
     refused = plan("base_129M", "--zero", "2", "--way", "partitioned", code=2)
     assert "--way partitioned: weights are whole under ZeRO-2" in refused
-    assert "captioning is not modelled" in plan("finetune_captioning_coco")
+    for task in ("captioning_coco", "vqa", "nlvr2", "visdial", "retrieval_flickr"):
+        assert "is not modelled" in plan(f"finetune_{task}", "--nodes", "2"), task
 
 
 def test_a_larger_micro_batch_is_proposed_where_it_is_faster() -> None:
@@ -321,8 +322,36 @@ def test_refuses_in_one_line() -> None:
     )
     refused = plan("base_129M", "--gpu", "a100", code=2)
     assert refused.startswith("plan.py: --gpu a100: which one, a100-40 or a100-80? give one of")
+    # More ranks than pairs.
+    refused = plan("base_129M", "--nodes", "99999", code=2)
+    assert (
+        "not a multiple of 799992 (799992 ranks)" in refused
+        and "or --nodes 120 or 180 or 360" in refused
+    )
     stream = "data.streams=[{name: mine, local: /nowhere}]"
     assert "data.streams.0 (mine)" in plan("base_129M", stream, code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--nodes", "99999999999", "an integer from 1 to 100,000"),
+        ("--nodes", "1.5", "an integer from 1 to 100,000"),
+        ("--gpus-per-node", "0", "an integer from 1 to 1,024"),
+        ("--efficiency", "5", "a number from 0.001 to 1"),
+        ("--efficiency", "1e-300", "a number from 0.001 to 1"),
+        ("--efficiency", "nan", "a number from 0.001 to 1"),
+        ("--network-gbit", "1e300", "a number from 0.001 to 1,000,000"),
+        ("--restart-s", "inf", "a number from 0.001 to 1,000,000"),
+        ("--failures", "-1", "a number from 0.001 to 100,000"),
+    ],
+)
+def test_options_have_bounds(
+    option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        plan_command.main(["base_129M", f"{option}={value}"], "plan.py")
+    assert f"argument {option}: {value}: expected {expected}" in capsys.readouterr().err
 
 
 def test_the_tables_of_the_docs_are_the_commands_output() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from blip_scale import __version__
+from blip_scale.commands.chosen_recipe import chosen_recipe
 from blip_scale.config import checks, recipe, settings
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.loading.mixing import samples_per_epoch
@@ -199,17 +200,23 @@ class TestUnknownAndWrong:
     @pytest.mark.parametrize(
         ("override", "expected"),
         [
-            ("train.epochs=many", 'train.epochs: expected integer >= 1, found "many"'),
-            ("train.epochs=0", "expected integer >= 1, found 0"),
-            ("train.epochs=2.5", "expected integer >= 1, found 2.5"),
-            ("train.epochs=true", "expected integer >= 1, found true"),
+            ("train.epochs=many", 'train.epochs: expected integer >= 1, <= 1e6, found "many"'),
+            ("train.epochs=0", "expected integer >= 1, <= 1e6, found 0"),
+            ("train.epochs=2.5", "expected integer >= 1, <= 1e6, found 2.5"),
+            ("train.epochs=true", "expected integer >= 1, <= 1e6, found true"),
             ("train.precision=fp64", 'expected one of fp32, bf16, found "fp64"'),
             ("train.precision=fp16", "fp16 is not supported"),
-            ("optimizer.peak_lr=.nan", "optimizer.peak_lr: expected number > 0"),
+            ("optimizer.peak_lr=.nan", "optimizer.peak_lr: expected number > 0, <= 1e9"),
             ("optimizer.betas=[0.9]", "optimizer.betas: expected list of 2"),
             ("model.text.dropout=1", "model.text.dropout: expected number >= 0, < 1, found 1"),
-            ("model.text.layers=x", "model.text.layers: expected integer >= 1 or null"),
+            ("model.text.layers=x", "model.text.layers: expected integer >= 1, <= 1000 or null"),
             ("model.vision.overrides.depth=x", "model.vision.overrides.depth: expected number"),
+            ("train.epochs=99999999999999999999999999", "integer >= 1, <= 1e6, found 99999"),
+            ("hang_limits.start_s=1e300", "expected number >= 0, <= 1e9, found 1e+300"),
+            ("model.vision.overrides.depth=999999", "depth: 999999: expected at most 1000"),
+            ("model.vision.overrides.embed_dim=-99999", "-99999: expected at most 65536"),
+            ("output_dir='a\n\nb'", "output_dir: 'a\\nb' has the control character '\\n'"),
+            ('data.streams.0.local="a\\0b"', "has the control character '\\x00'; remove it"),
             ("output_dir=5", "output_dir: expected text, found 5"),
             ("train=5", "train: expected a section of settings, found 5"),
             ("data.streams=[{name: a}]", "data.streams.0.local: missing; expected text"),
@@ -228,15 +235,27 @@ class TestUnknownAndWrong:
         assert expected in message
         assert override in message
 
+    def test_what_is_no_file_is_called_so(self, tmp_path: Path) -> None:
+        (tmp_path / "own.yaml").mkdir()
+        for folder in (tmp_path, tmp_path / "own.yaml"):
+            assert refusal([], name=str(folder)).startswith(f"--recipe {folder}: is a folder; give")
+        assert "--recipe /dev/null: is no regular file" in refusal([], name="/dev/null")
+
+    def test_a_setting_given_twice_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        """No error: job scripts put a user's settings behind their own."""
+        twice = ["seed=1", "train.epochs=2", "--seed", "3"]
+        assert chosen_recipe("demo", twice).seed == 3
+        assert caplog.messages == ["seed is given twice: --seed 3 replaces seed=1"]
+
     def test_all_faults_are_shown(self, tmp_path: Path) -> None:
         file = tmp_path / "own.yaml"
         file.write_text("seed: -1\ntrain: {epoch: 2, precision: 5}\ndata: {streams: [{name: a}]}")
         message = refusal(["optimizer.peak_lr=x"], name=str(file))
         assert message == (
-            f"5 faults: (1) {file}: seed: expected integer >= 0, found -1 "
+            f"5 faults: (1) {file}: seed: expected integer >= 0, < 9.22337e18, found -1 "
             f"(2) {file}: data.streams.0.local: missing; expected text "
-            "(3) override optimizer.peak_lr=x: optimizer.peak_lr: expected number > 0, found "
-            f'"x" (4) {file}: train.precision: expected one of fp32, bf16, found 5 '
+            "(3) override optimizer.peak_lr=x: optimizer.peak_lr: expected number > 0, <= 1e9, "
+            f'found "x" (4) {file}: train.precision: expected one of fp32, bf16, found 5 '
             f"(5) {file}: train.epoch: unknown setting; the nearest is train.epochs"
         )
         file.write_text("".join(f"setting_{i}: 1\n" for i in range(13)))

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
+from blip_scale import launcher
 from blip_scale.config import recipe as recipes
+from blip_scale.config import settings
 from blip_scale.config.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_repeats(overrides: Sequence[str]) -> None:
+    """Log on rank 0 what is set twice. It is no error: job scripts put a user's settings behind
+    their own."""
+    if launcher.rank() == 0:
+        for sentence in settings.repeats(settings.parse_overrides(overrides)):
+            logger.warning(sentence)
 
 
 def chosen_recipe(name: str, overrides: Sequence[str]) -> Recipe:
@@ -18,6 +31,7 @@ def chosen_recipe(name: str, overrides: Sequence[str]) -> Recipe:
         ValueError, FileNotFoundError: those of `recipe.load` and `with_sizes_of_checkpoint`.
     """
     recipes.check_overrides(overrides)
+    warn_of_repeats(overrides)
     recipe = recipes.load(name, overrides)
     if recipe.model.checkpoint is None:
         return recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from blip_scale import launcher, logs
 from blip_scale.config import exit_codes
+from blip_scale.config.bounds import MOST_BATCH, MOST_BEAMS, MOST_PROCESSES, MOST_SIDE, MOST_WIDTH
 from blip_scale.errors import RefusedInput, in_words, is_refused
 
 if TYPE_CHECKING:
@@ -25,6 +27,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RANK_0_SPEAKS_S = 3.0
+_MOST_OF = {
+    "beams": MOST_BEAMS,
+    "captions": MOST_BEAMS,
+    "batch_size": MOST_BATCH,
+    "image_size": MOST_SIDE,
+    "max_tokens": MOST_WIDTH,
+    "threads": MOST_PROCESSES,
+    "workers": MOST_PROCESSES,
+}
+"""Option, with underscores -> largest number that it takes in any command."""
 
 # Warnings of commands that do not configure logging go to stderr through this handler.
 if logging.lastResort is not None:
@@ -119,13 +131,29 @@ def check_least(options: argparse.Namespace, least: Mapping[str, int]) -> None:
         least: name of an option, with underscores -> smallest number that it takes.
 
     Raises:
-        ValueError: a number is smaller.
+        ValueError: a number is smaller, or larger than `_MOST_OF` has it.
     """
     for name, smallest in least.items():
-        value = getattr(options, name, None)
+        value, option = getattr(options, name, None), name.replace("_", "-")
         if value is not None and value < smallest:
-            option = name.replace("_", "-")
             raise ValueError(f"--{option} {value}: expected {smallest} or more")
+        most = _MOST_OF.get(name)
+        if value is not None and most is not None and value > most:
+            raise ValueError(f"--{option} {value}: expected at most {most}")
+
+
+def within(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
+    """Type of an option for argparse: a number from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most:
+                return value
+        name = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text}: expected {name} from {least:,} to {most:,}")
+
+    return parse
 
 
 def progress_on(bar: tqdm, chunk: str) -> Callable[[Progress], None]:

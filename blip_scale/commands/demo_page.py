@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip_scale.commands.command_line import Parser, refuse, report_error
+from blip_scale.commands.command_line import Parser, refuse, report_error, within
 from blip_scale.commands.page_service import Service
 from blip_scale.config.recipe import StreamRecipe
 from blip_scale.data.mds import INDEX_NAME
@@ -131,6 +131,8 @@ def parser(prog: str = "demo.py") -> Parser:
         "--host", default="127.0.0.1",
         help="address to serve on; 0.0.0.0 serves other machines too (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--port", type=within(int, 1, 65_535), help="default: the first free one from 7860 on"
+    )
     parser.add_argument("--open", action="store_true", help="open the browser")
     return parser

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip_scale.commands.command_line import within
 from blip_scale.config import checks
 from blip_scale.config.batch_sizes import is_auto
 from blip_scale.config.recipe import Recipe, StreamRecipe
@@ -116,12 +117,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--ranks",
-        type=int,
+        type=within(int, 1, 1_000_000),
         help="for --dry-run: number of ranks of the run (default: the launcher's, or 1)",
     )
     add(
         "--gpus-per-node",
-        type=int,
+        type=within(int, 1, 1024),
         help="for --dry-run: number of ranks per node (default: the launcher's, or 8)",
     )
     add("--gpu", help="for --dry-run: GPU of the run, such as h100 (default: this machine's)")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blip_scale.commands.chosen_recipe import chosen_recipe
-from blip_scale.commands.command_line import Parser, run_command
+from blip_scale.commands.chosen_recipe import chosen_recipe, warn_of_repeats
+from blip_scale.commands.command_line import Parser, run_command, within
 from blip_scale.config import checks, exit_codes, recipe
 from blip_scale.planning.assumptions import GIB, Assumptions, duration
 from blip_scale.planning.hardware import GPUS, find_gpu
@@ -33,6 +32,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
+    warn_of_repeats(overrides)
     chosen = recipe.load(options.recipe, overrides)
     checkpoint = chosen.model.checkpoint
     if checkpoint and Path(os.path.expandvars(checkpoint)).exists():
@@ -172,17 +172,6 @@ def _row(name: str, value: float, digits: int = 2) -> str:
     return f"  {name.replace('_', ' '):32}{value:10.{digits}f}"
 
 
-def _positive(kind: type) -> Any:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
-
-
 def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
@@ -193,11 +182,18 @@ def _parser(prog: str) -> Parser:
         "refused input.",
         allow_abbrev=False,
     )
-    count, number = _positive(int), _positive(float)
+    seconds = within(float, 0.001, 1_000_000)
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help=f"one of {', '.join(recipe.names())}, or a YAML file")
-    add("--nodes", type=count, default=1, metavar="N", help="number of machines (default: 1)")
-    add("--gpus-per-node", type=count, default=8, metavar="G", help="GPUs per node (default: 8)")
+    add(
+        "--nodes",
+        type=within(int, 1, 100_000),
+        default=1,
+        metavar="N",
+        help="number of machines (default: 1)",
+    )
+    add("--gpus-per-node", type=within(int, 1, 1024), default=8, metavar="G",
+        help="GPUs per node (default: 8)")  # fmt: skip
     add("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: h100)")
     add("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage (default: that of the file, 3)")
     add("--offload", action="store_true", help="keep optimizer and gradients in host memory")
@@ -209,7 +205,7 @@ def _parser(prog: str) -> Parser:
     )
     add(
         "--network-gbit",
-        type=number,
+        type=within(float, 0.001, 1_000_000),
         metavar="X",
         help="bandwidth of a node's network in Gbit/s, all cards together (default: by GPU)",
     )
@@ -221,28 +217,28 @@ def _parser(prog: str) -> Parser:
     )
     add(
         "--efficiency",
-        type=number,
+        type=within(float, 0.001, 1),
         metavar="SHARE",
         help="share of peak speed that kernels reach (default: a range from measurements)",
     )
     add(
         "--module-us",
-        type=number,
+        type=within(float, 0.001, 1_000_000),
         metavar="US",
         help="host time per module call in microseconds (default: a range from measurements)",
     )
-    add("--caption-tokens", type=number, default=Assumptions.tokens_each, metavar="T",
+    add("--caption-tokens", type=within(float, 1, 100_000), default=Assumptions.tokens_each,
+        metavar="T",
         help="mean tokens per caption, [CLS] and [SEP] included (default: 12.5)")  # fmt: skip
-    add(
-        "--sample-kb", type=number, metavar="KB", help="size of a stored sample in kB (default: 30)"
-    )
-    add("--failures", type=number, metavar="N",
+    add("--sample-kb", type=within(float, 0.001, 1_000_000), metavar="KB",
+        help="size of a stored sample in kB (default: 30)")  # fmt: skip
+    add("--failures", type=within(float, 0.001, 100_000), metavar="N",
         help="failures per 1,000 node-days (default: 6.5, from 3.8 to 26)")  # fmt: skip
-    add("--pause-s", type=number, metavar="S",
+    add("--pause-s", type=seconds, metavar="S",
         help="pause for a checkpoint, checkpoint/pause_s of a run (default: by size)")  # fmt: skip
-    add("--restart-s", type=number, metavar="S",
+    add("--restart-s", type=seconds, metavar="S",
         help="time from a failure to the next step (default: 120)")  # fmt: skip
-    add("--hang-limit-s", type=number, metavar="S",
+    add("--hang-limit-s", type=seconds, metavar="S",
         help="time until a hang is noticed (default: 180)")  # fmt: skip
     add("--json", action="store_true", help="one JSON object instead of the table")
     return parser

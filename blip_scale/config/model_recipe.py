@@ -8,24 +8,35 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
-from blip_scale.config.bounds import STRICT, Above0, Count, Fraction, Positive
+from blip_scale.config.bounds import (
+    MOST_LAYERS,
+    MOST_WIDTH,
+    STRICT,
+    Above0,
+    Count,
+    Fraction,
+    Layers,
+    Line,
+    Side,
+    Width,
+)
 
 
 @dataclass(frozen=True, config=STRICT)
 class VisionRecipe:
     """Settings of the image tower."""
 
-    name: str = "vit_base_patch16_224"
+    name: Line = "vit_base_patch16_224"
     """timm name of a ViT, such as vit_base_patch16_224, vit_base_patch16_siglip_224.v2_webli or
     vit_base_patch16_dinov3.lvd1689m. docs/towers.md lists the families."""
-    image_size: Positive = 224
+    image_size: Side = 224
     """Side of the square input image in pixels. Position embeddings are interpolated to it."""
     overrides: dict[str, float | int | bool] = field(default_factory=dict)
     """Further arguments of the timm constructor, e.g. {embed_dim: 192, depth: 6, num_heads: 3}."""
-    checkpoint: str | None = None
+    checkpoint: Line | None = None
     """Initial weights of the ViT: a .safetensors or .pth file, `timm` for timm's pretrained
     weights, or null for random weights."""
     init_std: Above0 = 0.02
@@ -47,35 +58,44 @@ class VisionRecipe:
     BLIP's for vit_SIZE_patchP_N and deit_SIZE_patchP_N, as published, and the tower's for all
     others."""
 
+    @field_validator("overrides")
+    @classmethod
+    def _bounded(cls, values: dict[str, float | int | bool]) -> dict[str, float | int | bool]:
+        for name, value in values.items():
+            most = MOST_LAYERS if name == "depth" else MOST_WIDTH
+            if abs(value) > most:
+                raise ValueError(f"{name}: {value}: expected at most {most}")
+        return values
+
 
 @dataclass(frozen=True, config=STRICT)
 class TextRecipe:
     """Settings of tokenizer and text stack."""
 
-    checkpoint: str | None = "bert-base-uncased"
+    checkpoint: Line | None = "bert-base-uncased"
     """Hugging Face checkpoint of BERT, RoBERTa or XLM-R that gives sizes, weights and tokenizer: a
     folder, a hub name, or `package:NAME` for a folder with config.json in an installed Python
     package. null: random weights, which needs model.text.tokenizer."""
-    tokenizer: str | None = None
+    tokenizer: Line | None = None
     """Tokenizer: a folder, a hub name or `package:NAME`. null: the tokenizer of
     model.text.checkpoint."""
-    layers: Positive | None = None
+    layers: Layers | None = None
     """Number of layers. With fewer layers than the checkpoint has, its first layers are used. null:
     as many as the checkpoint has."""
-    width: Positive = 768
+    width: Width = 768
     """Hidden width, if there is no checkpoint."""
-    heads: Positive = 12
+    heads: Width = 12
     """Number of attention heads, if there is no checkpoint."""
-    mlp_width: Positive = 3072
+    mlp_width: Width = 3072
     """Hidden width of the MLP, if there is no checkpoint."""
     dropout: Fraction = 0.1
     """Dropout rate of hidden states and attention probabilities."""
     init_std: Above0 = 0.02
     """Standard deviation of randomly initialised linear layers (BERT: 0.02)."""
-    max_tokens: Annotated[int, Field(ge=3)] = 30
+    max_tokens: Annotated[int, Field(ge=3, le=MOST_WIDTH)] = 30
     """Largest number of tokens in a caption, [CLS] and [SEP] included. Longer captions are
     truncated (published: 30, 35 for retrieval, 40 for captioning)."""
-    max_words: Positive | None = None
+    max_words: Width | None = None
     """Largest number of words in a caption; raise it together with max_tokens for long captions.
     null: as published (30; 40 for NLVR2, 50 for questions)."""
     truncation: Literal["published", "sentence"] = "published"
@@ -95,7 +115,7 @@ class LoraRecipe:
     """Settings of LoRA adapters (docs/tasks.md). They need pretrained weights, and the package
     peft. Exports hold the adapters merged into the weights."""
 
-    rank: Count = 0
+    rank: Annotated[int, Field(ge=0, le=MOST_WIDTH)] = 0
     """Rank of the adapters, e.g. 8. 0: no adapters; all weights train."""
     alpha: Above0 = 16.0
     """Numerator of the factor alpha / rank by which adapters are scaled."""
@@ -120,11 +140,11 @@ class ModelRecipe:
     vision: VisionRecipe = field(default_factory=VisionRecipe)
     text: TextRecipe = field(default_factory=TextRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
-    checkpoint: str | None = None
+    checkpoint: Line | None = None
     """Initial weights of the whole network: a training checkpoint (step_N, or the folder of a run),
     a BLIP .pth file, or a Hugging Face folder. They replace the weights of model.vision.checkpoint
     and model.text.checkpoint; sizes and tokenizer still come from these settings."""
-    embed_dim: Positive = 256
+    embed_dim: Width = 256
     """Width of the contrastive embeddings."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     """Attention kernel. auto: FlashAttention if it is installed and the GPU supports it, else

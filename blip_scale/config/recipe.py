@@ -16,7 +16,21 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from blip_scale.config import settings
-from blip_scale.config.bounds import STRICT, Above0, Count, Fraction, Positive, Rate, Share
+from blip_scale.config.bounds import (
+    MOST_BEAMS,
+    MOST_PROCESSES,
+    STRICT,
+    Above0,
+    BatchSize,
+    Count,
+    Fraction,
+    Line,
+    Positive,
+    Rate,
+    Share,
+    Side,
+    Width,
+)
 from blip_scale.config.model_recipe import ModelRecipe
 
 logger = logging.getLogger(__name__)
@@ -57,7 +71,7 @@ class ObjectiveRecipe:
     sigmoid_bias: float = -10.0
     """Initial value of the learned bias that `itc: sigmoid` adds to all similarities (SigLIP:
     -10)."""
-    queue_size: Positive = 57600
+    queue_size: BatchSize = 57600
     """Number of momentum features kept per modality. Must be at least the global batch size."""
     momentum: Share = 0.995
     """Decay of the momentum encoders: p_m <- momentum * p_m + (1 - momentum) * p, once per
@@ -88,12 +102,12 @@ class ObjectiveRecipe:
 class StreamRecipe:
     """Settings of a training or held-out set."""
 
-    name: str
+    name: Line
     """Name of the stream in logs and statistics; must be unique."""
-    local: str
+    local: Line
     """Folder of the MDS shards, or the local cache if `remote` is set. Environment variables are
     expanded."""
-    remote: str | None = None
+    remote: Line | None = None
     """Source of the shards: another folder, or a URL with s3://, gs://, az:// or https://. null:
     the shards are in `local`."""
     format: Literal["mds", "tars"] = "mds"
@@ -114,7 +128,7 @@ class StreamRecipe:
     """Share of each caption role, e.g. {re_caption: 0.75, alt: 0.25}. A sample that lacks a role
     leaves its share to the others. Captions without a role have the role `caption`. Held-out sets
     keep the captions of these roles. {}: captions of all roles take turns."""
-    overlays: list[str] = field(default_factory=list)
+    overlays: list[Line] = field(default_factory=list)
     """Further captions for the same images: folders or URLs that `blip-scale overlay` or `capfilt
     --as overlay` made for these shards. Their roles join those of the shards."""
 
@@ -123,7 +137,7 @@ class StreamRecipe:
 class ImageSizeRecipe:
     """A size of the training images in early epochs."""
 
-    size: Positive
+    size: Side
     """Side of the training images in pixels, a multiple of the patch size."""
     until_epoch: Above0
     """Epoch at whose start the next size begins; 1.5 is the middle of the second epoch."""
@@ -156,7 +170,7 @@ class DataRecipe:
     """Flip training images horizontally with probability 0.5."""
     augment: bool = True
     """Apply RandAugment with N=2 and M=5 over the published ten operations."""
-    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
+    max_pixels: Positive = MAX_PIXELS
     """Largest image in pixels (width times height), according to its header. A larger image counts
     as a corrupt sample."""
     transform: Literal["fast", "exact", "published"] = "exact"
@@ -164,7 +178,7 @@ class DataRecipe:
     nearly the same pixels (PSNR 63 to 74 dB) at twice the speed. `fast` also decodes JPEGs at 1/2,
     1/4 or 1/8 size where the crop is large enough (PSNR 35 to 44 dB). All draw the same crops,
     flips and operations."""
-    workers: Count = 4
+    workers: Annotated[int, Field(ge=0, le=MOST_PROCESSES)] = 4
     """Number of loader processes per rank."""
     cache_limit: str | None = None
     """Largest size of the local cache, e.g. `200gb`. null: no limit."""
@@ -211,22 +225,22 @@ class OptimizerRecipe:
 class TrainRecipe:
     """Settings of batches, precision and the run's length."""
 
-    global_batch_size: Positive = 2880
+    global_batch_size: BatchSize = 2880
     """Number of pairs per optimizer step, over all ranks and accumulation micro-steps."""
-    micro_batch_size: Positive | None = None
+    micro_batch_size: BatchSize | None = None
     """Number of pairs that a rank takes through the network at once. Local ITM negatives come from
     these pairs. null: global_batch_size / ranks (no accumulation), limited by
     max_micro_batch_size."""
-    max_micro_batch_size: Positive | Literal["auto"] | None = None
+    max_micro_batch_size: BatchSize | Literal["auto"] | None = None
     """Upper limit of the micro-batch if micro_batch_size is null. The largest size up to this one
     that divides global_batch_size / ranks is used, with gradient accumulation for the rest. A
     recipe thus keeps its global batch on any number of ranks. auto (pretraining and retrieval): the
     largest size that fits into the device's memory, chosen once when the run starts."""
-    pad_tokens_to: Positive | Literal["auto"] = "auto"
+    pad_tokens_to: Width | Literal["auto"] = "auto"
     """Pretraining and retrieval: pad the packed captions of a micro-batch to a multiple of this
     many tokens, so that tensors have few static sizes. Losses and gradients stay equal. auto: on a
     GPU the largest power of two that costs at most 3 % time (128 for 90 pairs), else 1."""
-    epochs: Positive = 20
+    epochs: BatchSize = 20
     """Number of epochs; what an epoch reads is set per stream."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps, whatever train.epochs says. null: no limit."""
@@ -292,7 +306,7 @@ class CheckpointRecipe:
     keep_every: Positive | None = None
     """Never delete the checkpoints of steps that are multiples of this number. null: only keep_last
     applies."""
-    folder: str | None = None
+    folder: Line | None = None
     """Folder of the checkpoints; null: output_dir/checkpoints. A path may be a local disk of each
     node. With s3://bucket/prefix, checkpoints are committed in output_dir/checkpoints and uploaded
     from there, and downloaded if output_dir lacks them. Environment variables are expanded."""
@@ -321,7 +335,7 @@ class LogRecipe:
     peak_tflops: Above0 | None = None
     """Peak matrix-multiply speed of one rank's device in TFLOP/s, for MFU. null: measured at the
     start."""
-    reference: str | None = None
+    reference: Line | None = None
     """Losses of another run to draw beside this run's, with an alarm when a comparable run leaves
     them: `blip_14M` (the author's log), or a JSON or CSV file (docs/running.md)."""
     sample_ids: bool = False
@@ -337,7 +351,7 @@ class EvaluationRecipe:
     each epoch. The end of the run is always evaluated."""
     max_pairs: Positive = 5000
     """Number of images taken from each held-out set, with all their captions."""
-    batch_size: Positive = 64
+    batch_size: BatchSize = 64
     """Number of images or texts that a rank takes through the network at once."""
     rerank_top_k: Count = 128
     """Retrieval: number of candidates with the highest contrastive similarity that ITM re-ranks.
@@ -345,13 +359,13 @@ class EvaluationRecipe:
     a whole."""
     captions: Count = 8
     """Number of held-out images shown with generated captions in TensorBoard."""
-    num_beams: Positive = 3
+    num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS)] = 3
     """Number of beams in beam search."""
-    max_caption_tokens: Positive = 20
+    max_caption_tokens: Width = 20
     """Largest number of tokens in a generated caption, prompt included."""
     min_caption_tokens: Count = 5
     """Smallest number of tokens in a generated caption, prompt included."""
-    answer_list: str | None = None
+    answer_list: Line | None = None
     """VQA: JSON file with the list of answers to choose from. null: beam search generates the
     answer."""
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
@@ -369,9 +383,9 @@ class Recipe:
 
     task: Literal["pretrain", "retrieval", "captioning", "vqa", "nlvr2", "visdial"] = "pretrain"
     """Training task: a name in blip_scale.tasks.TASKS."""
-    output_dir: str = "runs/default"
+    output_dir: Line = "runs/default"
     """Folder for checkpoints, logs, TensorBoard files and summary.json."""
-    seed: Count = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Seed of all random numbers. A step is a pure function of the recipe, the seed and the samples
     seen."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -395,8 +409,8 @@ def load(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         FileNotFoundError: there is no such recipe or file.
-        ValueError: a setting is unknown, or a value is not allowed. The message names the file or
-            override, the setting and the fix.
+        ValueError: a setting is unknown, a value is not allowed, or the recipe is no file. The
+            message names the file or override, the setting and the fix.
     """
     file = _find(name_or_file)
     tree = settings.read_yaml(file)
@@ -451,6 +465,11 @@ def _find(name_or_file: str) -> Path:
     if name_or_file in names():
         return RECIPES / f"{name_or_file}.yaml"
     file = Path(name_or_file)
+    if file.exists() and not file.is_file():
+        kind = "a folder" if file.is_dir() else "no regular file"
+        raise ValueError(
+            f"--recipe {name_or_file}: is {kind}; give a YAML file, or a recipe's name"
+        )
     if file.suffix in (".yaml", ".yml") or file.is_file():
         return file
     close = difflib.get_close_matches(name_or_file, names(), n=1)

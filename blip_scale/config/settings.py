@@ -175,6 +175,18 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
     return overrides
 
 
+def repeats(overrides: Sequence[Override]) -> list[str]:
+    """A sentence for each setting that several overrides set; the last one holds."""
+    last: dict[str, Override] = {}
+    sentences = []
+    for override in overrides:
+        if override.name in last:
+            earlier = last[override.name].text
+            sentences.append(f"{override.name} is given twice: {override.text} replaces {earlier}")
+        last[override.name] = override
+    return sentences
+
+
 def build(cls: type[T], tree: Tree, source: str, overrides: Sequence[Override] = ()) -> T:
     """Build an instance of the dataclass `cls` from plain values and overrides.
 
@@ -396,8 +408,13 @@ def _limits(metadata: Sequence[Any]) -> str:
             for name, sign in signs.items():
                 bound = getattr(constraint, name, None)
                 if bound is not None:
-                    bounds.append(f"{sign} {bound}")
+                    bounds.append(f"{sign} {_number(bound)}")
     return f" {', '.join(bounds)}" if bounds else ""
+
+
+def _number(bound: float) -> str:
+    """A bound as text; a large one as a power, such as 1e12."""
+    return str(bound) if bound < 10**6 else re.sub(r"e\+0*", "e", f"{bound:g}")
 
 
 def _show(value: Any) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from blip_scale.data.captions import clean_caption, clean_question
 from blip_scale.data.pixels.transforms import normalize_images
 from blip_scale.data.tokenizer import prompt_ids
+from blip_scale.inference import arguments
 from blip_scale.interop.output_settings import OutputSettings
 from blip_scale.model.generation import BeamSettings, NucleusSettings, caption_beam, caption_nucleus
 from blip_scale.model.heads import Head
@@ -95,17 +96,21 @@ class Blip:
         """Type of the weights."""
         return self.network.vision.patch_embed.proj.weight.dtype
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def image_embeds(self, pixels: Tensor) -> Tensor:
-        """Encode images: uint8 [I, 3, H, W] to image tokens [I, N, D]."""
-        assert isinstance(self.network, MED | VQA)
+        """Encode images: uint8 [I, 3, image_size, image_size] to image tokens [I, N, D]."""
+        if not isinstance(self.network, MED | VQA):
+            raise ValueError(
+                f"{self.origin} is a {self.head} checkpoint; blip.network takes its batches"
+            )
+        arguments.check_pixels(pixels, self.image_size)
         return self.network.encode_image(normalize_images(pixels.to(self.device), self.dtype))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def captions(
         self,
         image_embeds: Tensor,
-        settings: BeamSettings | NucleusSettings,
+        settings: BeamSettings | NucleusSettings | None = None,
         prompt: str | None = None,
         draws: Tensor | None = None,
     ) -> list[str]:
@@ -113,23 +118,28 @@ class Blip:
 
         Args:
             image_embeds: [I, N, D].
-            settings: beam search or nucleus sampling; lengths count [DEC], prompt and [SEP].
+            settings: beam search or nucleus sampling; lengths count [DEC], prompt and [SEP]. None
+                takes the checkpoint's beam search.
             prompt: first words of every caption; None takes the checkpoint's.
             draws: random numbers of nucleus sampling, see `draws_of`.
         """
         self.require("caption")
+        self.check_tokens(image_embeds)
+        settings = settings or self.output.beam()
         prompt_ids = self.prompt_ids(self.prompt if prompt is None else prompt)
         if isinstance(settings, BeamSettings):
+            arguments.check_beams(settings.num_beams)
             sequences = caption_beam(self.med, image_embeds, prompt_ids, settings)
         else:
+            arguments.check_draws(draws, len(image_embeds), settings.max_length)
             sequences = caption_nucleus(self.med, image_embeds, prompt_ids, settings, draws)
         return self._decoded(sequences)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answers(
         self,
         image_embeds: Tensor,
-        questions: Sequence[str],
+        questions: str | Sequence[str],
         owners: Sequence[int],
         settings: BeamSettings | None = None,
     ) -> list[str]:
@@ -137,19 +147,22 @@ class Blip:
 
         Args:
             image_embeds: [I, N, D].
-            questions: any texts; they are cleaned as in training.
+            questions: any texts, or a single one; they are cleaned as in training.
             owners: index of the image of each question.
             settings: None takes the checkpoint's beam search.
         """
         self.require("vqa")
         assert isinstance(self.network, VQA)
+        self.check_tokens(image_embeds)
+        questions = arguments.texts_of(questions, "questions")
+        settings = settings or self.output.beam()
+        arguments.check_beams(settings.num_beams)
+        index = arguments.owner_index(owners, len(questions), len(image_embeds), self.device)
         if not questions:
             return []
         text = self._packed([clean_question(q) for q in questions])
         text = text.with_first_token(self.network.config.text.special.enc)
-        index = torch.tensor(owners, dtype=torch.int64, device=self.device)
         states = self.network.encode_questions(text, image_embeds, index)
-        settings = settings or self.output.beam()
         prompt = self.prompt_ids("")
         return self._decoded(
             caption_beam(self.network, states[None], prompt, settings, text.segments)
@@ -162,37 +175,47 @@ class Blip:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids that open a caption: [DEC] and the prompt."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt: expected one str for all images, found {prompt!r}")
         return prompt_ids(prompt, self.tokenizer)
 
-    @torch.inference_mode()
-    def match(self, image_embeds: Tensor, texts: Sequence[str], owners: Sequence[int]) -> Tensor:
+    @torch.no_grad()
+    def match(
+        self, image_embeds: Tensor, texts: str | Sequence[str], owners: Sequence[int]
+    ) -> Tensor:
         """Compute the probability that image and text belong together, fp32 [S] on the CPU.
 
         Args:
             image_embeds: [I, N, D].
-            texts: S texts; they are cleaned as captions are in training.
+            texts: S texts, or a single one; they are cleaned as captions are in training.
             owners: index of the image of each text.
         """
         self.require("match")
+        self.check_tokens(image_embeds)
+        texts = arguments.texts_of(texts)
+        index = arguments.owner_index(owners, len(texts), len(image_embeds), self.device)
         if not texts:
             return torch.empty(0)
         text = self._captions(texts).with_first_token(self.med.config.text.special.enc)
-        index = torch.tensor(owners, dtype=torch.int64, device=self.device)
         return self.med.match(text, image_embeds, index).float().softmax(-1)[:, 1].cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """Project image tokens [I, N, D] to features of norm 1, fp32 [I, E] on the CPU."""
         self.require("embed")
+        self.check_tokens(image_embeds)
         return self.med.project_image(image_embeds).cpu()
 
-    @torch.inference_mode()
-    def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts to features of norm 1, fp32 [S, E] on the CPU."""
+    @torch.no_grad()
+    def text_features(self, texts: str | Sequence[str]) -> Tensor:
+        """Encode texts, or a single one, to features of norm 1, fp32 [S, E] on the CPU."""
         self.require("embed")
+        texts = arguments.texts_of(texts)
+        if not texts:
+            return torch.empty(0, self.med.config.embed_dim)
         return self.features_of(self._captions(texts))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features_of(self, text: PackedText) -> Tensor:
         """Encode packed texts that begin with [CLS]; see `text_features`."""
         return self.med.project_text(self.med.encode_text(text)).cpu()
@@ -205,9 +228,15 @@ class Blip:
         """Packed tokens of cleaned texts, [CLS] first."""
         return PackedText.from_lists(self.tokenized(texts)["input_ids"], self.device)
 
-    def tokenized(self, texts: Sequence[str]) -> BatchEncoding:
+    def tokenized(self, texts: str | Sequence[str]) -> BatchEncoding:
         """Token ids of cleaned texts with [CLS] and [SEP], cut to the checkpoint's length."""
-        return self.tokenizer(list(texts), truncation=True, max_length=self.text_tokens)
+        texts = arguments.texts_of(texts)
+        return self.tokenizer(texts, truncation=True, max_length=self.text_tokens)
+
+    def check_tokens(self, image_embeds: Tensor) -> None:
+        """Raise ValueError for tokens that `image_embeds` of this checkpoint does not return."""
+        vision = self.network.vision
+        arguments.check_tokens(image_embeds, vision.embed_dim, vision.patch_embed.proj.weight)
 
     def serves(self, use: Use) -> bool:
         """Whether the checkpoint can serve a use."""
@@ -231,13 +260,13 @@ def require_head(origin: str, head: Head, use: Use) -> None:
         )
 
 
-def draws_of(ids: Sequence[str], seed: int, length: int) -> Tensor:
-    """Random numbers of nucleus sampling, fp32 [len(ids), length].
+def draws_of(ids: str | Sequence[str], seed: int, length: int) -> Tensor:
+    """Random numbers of nucleus sampling, fp32 [len(ids), length]; a single str is one id.
 
     Each row is a pure function of the seed and its id, which may be a path that is not UTF-8.
     """
-    rows = []
-    for name in ids:
+    rows = [np.empty((0, length), np.float32)]
+    for name in arguments.texts_of(ids, "ids"):
         digest = xxhash.xxh3_64_intdigest(name.encode(errors="surrogateescape"))
-        rows.append(np.random.default_rng((seed, digest)).random(length, np.float32))
-    return torch.from_numpy(np.stack(rows))
+        rows.append(np.random.default_rng((seed, digest)).random((1, length), np.float32))
+    return torch.from_numpy(np.concatenate(rows))

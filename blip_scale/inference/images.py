@@ -11,12 +11,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from blip_scale.data.pixels.decoding import decode_image
+from blip_scale.data.pixels.decoding import decode_image, to_rgb
 from blip_scale.data.pixels.formats import IMAGE_ENDINGS
 from blip_scale.data.pixels.transforms import EvalTransform
 from blip_scale.data.reading.stream_store import CorruptSample
+from blip_scale.inference.arguments import paths_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -33,18 +35,20 @@ class Done(Generic[T, R]):
     error: str = ""
 
 
-def find_images(patterns: Sequence[str]) -> list[str]:
+def find_images(patterns: str | Path | Sequence[str | Path]) -> list[str]:
     """List the paths of images, each once.
 
     Args:
-        patterns: files, folders (all images below them) and globs. A pattern that is an existing
-            path means that path, whatever it would match.
+        patterns: files, folders (all images below them) and globs, or a single one. A pattern that
+            is an existing path means that path, whatever it would match.
 
     Raises:
         FileNotFoundError: no image matches a pattern; names the pattern.
     """
     unique: dict[str, None] = {}
-    for pattern in patterns:
+    for pattern in paths_of(patterns):
+        if not pattern:  # Path("") would be the working directory
+            raise FileNotFoundError("'': there is no image; give a file, a folder or a glob")
         paths = [Path(pattern)]
         if not paths[0].exists():
             paths = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207  any root
@@ -62,19 +66,29 @@ def _images_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def pixels_of(encoded: bytes, size: int, upright: bool = False) -> Tensor:
+def pixels_of(image: bytes | Image.Image, size: int, upright: bool = False) -> Tensor:
     """Decode an image as the published evaluation does: uint8 [3, size, size], resized to a square
     by bicubic interpolation.
 
     Args:
-        encoded: content of an image file.
+        image: content of an image file, or a PIL image of any mode.
         size: pixels of a side.
-        upright: see `decode_image`.
+        upright: rotate the image as EXIF says.
 
     Raises:
         CorruptSample: the image cannot be decoded.
+        ValueError: `image` is neither, such as a path.
     """
-    return EvalTransform(size)(decode_image(encoded, upright)).contiguous()
+    if isinstance(image, Image.Image):
+        decoded = to_rgb(ImageOps.exif_transpose(image) if upright else image)
+    elif isinstance(image, bytes):
+        decoded = decode_image(image, upright)
+    else:
+        raise ValueError(
+            f"image: expected the bytes of a file (Path(...).read_bytes()) or a PIL image, found "
+            f"{type(image).__name__}"
+        )
+    return EvalTransform(size)(decoded).contiguous()
 
 
 def done_ahead(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterator[Done[T, R]]:

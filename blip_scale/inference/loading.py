@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip_scale.config import recipe as recipes
+from blip_scale.config.bounds import MOST_SIDE
 from blip_scale.config.model_recipe import TextRecipe
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.pixels.transforms import IMAGE_MEAN, IMAGE_STD
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PUBLISHED_TOKENIZER = "bert-base-uncased"
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,19 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name}: torch can't use it here ({problem})") from error
 
 
-def load_blip(source: Path, loading: Loading | None = None) -> Blip:
+def load_blip(source: str | Path, loading: Loading | None = None) -> Blip:
     """Load the network of a checkpoint of any kind, on its device, with its tokenizer.
 
     Raises:
         FileNotFoundError: the checkpoint or a part of it is missing.
         ValueError: the checkpoint is not BLIP's, is damaged or unsafe, has a head that nothing here
-            uses, or the tokenizer is not that of the network.
+            uses, the tokenizer is not that of the network, or `loading` asks for what there is not.
     """
-    loading = loading or Loading()
+    source, loading = Path(source), loading or Loading()
+    if loading.precision not in (None, *_DTYPES):
+        raise ValueError(f"precision {loading.precision}: expected one of {', '.join(_DTYPES)}")
+    if loading.image_size is not None and not 1 <= loading.image_size <= MOST_SIDE:
+        raise ValueError(f"image_size {loading.image_size}: expected 1 to {MOST_SIDE} pixels")
     kind = format_of(source)
     check_pixels(source, kind)
     recipe = recipe_of(source, kind, loading.recipe)
@@ -90,7 +96,7 @@ def load_blip(source: Path, loading: Loading | None = None) -> Blip:
     tokenizer = tokenizer_of(source, weights.config, recipe, loading.tokenizer)
     device = _device(loading.device)
     precision = loading.precision or ("bf16" if device.type == "cuda" else "fp32")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    dtype = _DTYPES[precision]
     fingerprint = _fingerprint(weights)
     network = _filled(_resized(weights.config, loading.image_size), weights, device, dtype)
     if recipe:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip_scale.config.bounds import MOST_BEAMS
 from blip_scale.data.captions import clean_caption
+from blip_scale.inference.arguments import paths_of, texts_of
 from blip_scale.inference.blip import Blip, draws_of
 from blip_scale.inference.images import batched, done_ahead, pixels_of
 from blip_scale.inference.word_maps import word_maps
@@ -35,13 +37,13 @@ class Reader:
     batch_size: int = 32
     threads: int = 4
 
-    def ask(self, paths: Sequence[str], about: About) -> Iterator[Answer]:
-        """Answers of `about` for every image, or the image's error."""
+    def ask(self, paths: str | Sequence[str], about: About) -> Iterator[Answer]:
+        """Answers of `about` for every image, or the image's error; a single str is one path."""
 
         def read(path: str) -> Tensor:
             return pixels_of(Path(path).read_bytes(), self.blip.image_size, upright=True)
 
-        for group in batched(done_ahead(paths, read, self.threads), self.batch_size):
+        for group in batched(done_ahead(paths_of(paths), read, self.threads), self.batch_size):
             pixels, names = [], []
             for image in group:
                 if image.result is not None:
@@ -70,10 +72,14 @@ class CaptionSettings:
     """Captions of each image: the best of beam search, or as many draws."""
 
 
-def captions(reader: Reader, paths: Sequence[str], settings: CaptionSettings) -> Iterator[Answer]:
+def captions(
+    reader: Reader, paths: str | Sequence[str], settings: CaptionSettings
+) -> Iterator[Answer]:
     """Answer with the `caption` of every image, or with the list `captions` of several."""
     blip, decoding, count = reader.blip, settings.decoding, settings.count
     blip.require("caption")
+    if not 1 <= count <= MOST_BEAMS:
+        raise ValueError(f"captions: {count} of an image, expected 1 to {MOST_BEAMS}")
     if isinstance(decoding, BeamSettings):
         decoding = replace(decoding, captions=count)
 
@@ -101,11 +107,18 @@ def _draw_ids(names: Sequence[str], count: int) -> list[str]:
     return ids
 
 
-def matches(reader: Reader, paths: Sequence[str], texts: Sequence[str]) -> Iterator[Answer]:
+def matches(
+    reader: Reader, paths: str | Sequence[str], texts: str | Sequence[str]
+) -> Iterator[Answer]:
     """Answer for every image and text with `itm`, the probability that they belong together, and
-    `itc`, the cosine of their features."""
+    `itc`, the cosine of their features.
+
+    Raises:
+        ValueError: the checkpoint cannot match, or a text has no word.
+    """
     blip = reader.blip
     blip.require("match")
+    texts = _with_words(texts, "text")
     text_features = blip.text_features(texts)
 
     def about(names: list[str], embeds: Tensor) -> list[list[Answer]]:
@@ -125,10 +138,17 @@ def matches(reader: Reader, paths: Sequence[str], texts: Sequence[str]) -> Itera
     return reader.ask(paths, about)
 
 
-def replies(reader: Reader, paths: Sequence[str], questions: Sequence[str]) -> Iterator[Answer]:
-    """Answer with the `answer` to every question about every image."""
+def replies(
+    reader: Reader, paths: str | Sequence[str], questions: str | Sequence[str]
+) -> Iterator[Answer]:
+    """Answer with the `answer` to every question about every image.
+
+    Raises:
+        ValueError: the checkpoint cannot answer, or a question has no word.
+    """
     blip = reader.blip
     blip.require("vqa")
+    questions = _with_words(questions, "question")
 
     def about(names: list[str], embeds: Tensor) -> list[list[Answer]]:
         owners = _repeated(len(names), len(questions))
@@ -147,7 +167,7 @@ def _repeated(images: int, texts: int) -> list[int]:
     return torch.arange(images).repeat_interleave(texts).tolist()
 
 
-def features(reader: Reader, paths: Sequence[str]) -> Iterator[Answer]:
+def features(reader: Reader, paths: str | Sequence[str]) -> Iterator[Answer]:
     """Answer with the `features` of every image, a list of numbers of norm 1."""
     blip = reader.blip
     blip.require("embed")
@@ -159,7 +179,7 @@ def features(reader: Reader, paths: Sequence[str]) -> Iterator[Answer]:
     return reader.ask(paths, about)
 
 
-def explanations(reader: Reader, paths: Sequence[str], text: str | None) -> Iterator[Answer]:
+def explanations(reader: Reader, paths: str | Sequence[str], text: str | None) -> Iterator[Answer]:
     """Answer with the `text`, its matching probability `itm`, and `maps`, the `WordMaps` of its
     words, for every image.
 
@@ -176,8 +196,8 @@ def explanations(reader: Reader, paths: Sequence[str], text: str | None) -> Iter
         raise ValueError(
             f"{blip.origin} is a {blip.head} checkpoint and writes no captions; give --text"
         )
-    if text is not None and not has_words(text):
-        raise ValueError(f"the text {text!r} holds no word; give one with words")
+    if text is not None:
+        _with_words(text, "text")
 
     def about(names: list[str], embeds: Tensor) -> list[list[Answer]]:
         texts = [text] * len(names) if text else blip.captions(embeds, blip.output.beam())
@@ -201,9 +221,19 @@ def has_words(text: str) -> bool:
     return any(letter.isalnum() for letter in clean_caption(text))
 
 
+def _with_words(texts: str | Sequence[str], kind: str) -> list[str]:
+    """List of the texts; raises ValueError for one without a word, which the network would score
+    all the same."""
+    texts = texts_of(texts, f"{kind}s")
+    for text in texts:
+        if not has_words(text):
+            raise ValueError(f"the {kind} {text!r} holds no word; give one with words")
+    return texts
+
+
 def search(
     reader: Reader,
-    paths: Sequence[str],
+    paths: str | Sequence[str],
     text: str,
     top: int,
     rerank: int,
@@ -214,8 +244,11 @@ def search(
 
     Args:
         cache: features of images by path, which are not computed again; takes the new ones.
+
+    Raises:
+        ValueError: the checkpoint has no features, or the text has no word.
     """
-    query = reader.blip.text_features([text])[0]
+    paths, query = paths_of(paths), reader.blip.text_features(_with_words(text, "text"))[0]
     cache = {} if cache is None else cache
     for answer in features(reader, [path for path in paths if path not in cache]):
         if "error" in answer:

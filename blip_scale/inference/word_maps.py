@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from blip_scale.data.captions import clean_caption
+from blip_scale.inference.arguments import texts_of
 from blip_scale.inference.blip import Blip
 from blip_scale.model.attention import Segments
 from blip_scale.model.packing import ImageIndex, PackedText, plan_pass
@@ -50,7 +51,7 @@ class WordMaps:
         return self.maps.mean(0)
 
 
-def word_maps(blip: Blip, image_embeds: Tensor, captions: Sequence[str]) -> list[WordMaps]:
+def word_maps(blip: Blip, image_embeds: Tensor, captions: str | Sequence[str]) -> list[WordMaps]:
     """Maps of every word of one caption an image.
 
     A word of several tokens has the mean of their maps.
@@ -58,13 +59,17 @@ def word_maps(blip: Blip, image_embeds: Tensor, captions: Sequence[str]) -> list
     Args:
         blip: a checkpoint that can match.
         image_embeds: [I, N, D] of `Blip.image_embeds`.
-        captions: I captions.
+        captions: I captions; a single str is that of the only image.
 
     Raises:
-        ValueError: the checkpoint cannot match, its text stack has a single layer, or a caption
-            holds no word.
+        ValueError: the checkpoint cannot match, its text stack has a single layer, a caption holds
+            no word, or there is not one caption for each image.
     """
     blip.require("match")
+    blip.check_tokens(image_embeds)
+    captions = texts_of(captions, "captions")
+    if len(captions) != len(image_embeds):
+        raise ValueError(f"captions: {len(captions)} for {len(image_embeds)} images; give one each")
     if not captions:
         return []
     number = explained_layer(len(blip.med.text.layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,13 @@ def format_of(path: Path) -> Format:
         ValueError: the path is a folder of no known format.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        hint = ""
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and not path.parent.exists():
+            hint = (
+                "; a repository of the Hugging Face hub is downloaded first: hf download "
+                f"{path} --local-dir {path.name}, then give {path.name}"
+            )
+        raise FileNotFoundError(f"{path}: no such file or folder{hint}")
     if path.is_file():
         return "salesforce"
     if step_folder(path):

@@ -20,10 +20,26 @@ PUBLISHED = {
     "conceptual_captions_3m": 3_000_000,
     "conceptual_captions_12m": 10_000_000,
     "laion": 115_000_000,
+    "flickr30k": 29_000,
+    "vqa_train": 82_783,
+    "vqa_val": 40_504,
+    "vg_qa": 108_077,
+    "nlvr2_train": 86_373,
+    "visdial_train": 123_287,
 }
-"""Number of images of the published sets, by stream name (Li et al. 2022, table 15)."""
-PUBLISHED_CAPTIONS = {"coco": 5 * 113_000, "visual_genome": 821_000}
-"""Number of captions of published sets with several per image (Visual Genome: BLIP's list)."""
+"""Number of images of the published sets, by stream name (Li et al. 2022, table 15; fine-tuning:
+the sets' own figures). A sample of NLVR2 is a pair of images, counted by its sentences."""
+PUBLISHED_CAPTIONS = {
+    "coco": 5 * 113_000,
+    "visual_genome": 821_000,
+    "flickr30k": 145_000,
+    "vqa_train": 443_757,
+    "vqa_val": 214_354,
+    "vg_qa": 1_445_322,
+    "visdial_train": 10 * 123_287,
+}
+"""Number of captions, questions or rounds of published sets with several per image (Visual Genome:
+BLIP's list of captions, and the set's own questions)."""
 
 SAMPLE_BYTES = 30_000
 """Assumed bytes of a sample of streams that are not local: a JPEG of web size and a caption."""

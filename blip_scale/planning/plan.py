@@ -454,7 +454,8 @@ def _sizes(recipe: Recipe, cluster: Cluster) -> BatchSizes:
     except ValueError as error:
         unit = cluster.gpus_per_node * (recipe.train.micro_batch_size or 1)
         batch = recipe.train.global_batch_size
-        nodes = [n for n in range(1, 2 * cluster.nodes + 1) if batch % (n * unit) == 0]
+        most = min(2 * cluster.nodes, batch // unit)  # more ranks than pairs never divide
+        nodes = [n for n in range(1, most + 1) if batch % (n * unit) == 0]
         near = sorted(sorted(nodes, key=lambda n: abs(n - cluster.nodes))[:3])
         others = f"; or --nodes {' or '.join(map(str, near))}" if near else ""
         raise ValueError(f"{error}{others}") from error

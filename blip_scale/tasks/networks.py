@@ -86,7 +86,7 @@ def train_loader(recipe: Recipe, text: CaptionInput, micro_batch_size: int) -> T
         text,
         recipe.seed,
         position,
-        partial(logs.set_up, Path(recipe.output_dir), position.rank),
+        partial(logs.set_up_worker, Path(recipe.output_dir), position.rank),
     )
 
 

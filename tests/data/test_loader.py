@@ -289,7 +289,7 @@ def test_a_long_wait_brings_the_stacks_of_the_workers(
     log = tmp_path / "logs" / "rank_3.log"
     log.parent.mkdir()
     loader = make_loader([stream(make_shards("red", 20))], workers=1)
-    loader._set_up_worker = partial(logs.set_up, tmp_path, 3)
+    loader._set_up_worker = partial(logs.set_up_worker, tmp_path, 3)
     batches = iter(loader)
     next(batches)
     timer = StallTimer(tmp_path, 3, HangLimits(HangLimitsRecipe(), 0.0))

@@ -19,13 +19,13 @@ from multiprocessing.connection import wait
 from multiprocessing.queues import Queue
 from pathlib import Path
 
-from blip_scale import logs
-
 logger = logging.getLogger(__name__)
 
 CONTEXT = "forkserver"
 _ROOT = Path(__file__).resolve().parents[3]
 _OF_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_OF_A_WORKER = signal.SIGUSR2
+"""Asks for a worker's stacks. Until the worker is set up for it, the signal would end it."""
 
 
 def start_server() -> None:
@@ -54,8 +54,6 @@ def begin(environment: dict[str, str], set_up: Callable[[], object] | None, work
     end_with_parent()  # the server is still there when the rank is killed
     if set_up is not None:
         set_up()
-    logs.stacks_on_signal()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [logs.STACKS])
 
 
 def _end_with_feeder(error: BaseException, batch: object) -> None:
@@ -102,11 +100,8 @@ def _environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Inside, signals for the rank wait; a process that is started inside never sees them.
-
-    `logs.STACKS` waits until a worker has begun: it would end a process that does not handle it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*_OF_THE_RANK, logs.STACKS])
+    """Inside, signals for the rank wait; a process that is started inside never sees them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [*_OF_THE_RANK, _OF_A_WORKER])
     try:
         yield
     finally:
