@@ -226,7 +226,7 @@ def test_summary_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_room)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="the disk is full"):
         monitor.summary({"losses": {}})
     assert json.loads(file.read_text(encoding="utf-8"))["captions"] == ["größer"]
 
