@@ -234,7 +234,7 @@ def _clean(caption: object, max_words: int, clean: Clean) -> str:
     if caption is None or (isinstance(caption, float) and math.isnan(caption)):
         raise _Refused(Reason.MISSING_CAPTION)
     if isinstance(caption, bytes):
-        raise _Refused(Reason.CAPTION_NO_TEXT, "not UTF-8")
+        raise _Refused(Reason.CAPTION_NO_TEXT, "not UTF-8: convert the text, as with iconv")
     if not isinstance(caption, str):
         raise _Refused(Reason.CAPTION_NO_TEXT, type(caption).__name__)
     if not is_unicode(caption):
