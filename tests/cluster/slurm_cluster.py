@@ -154,12 +154,17 @@ class SlurmCluster:
         return list(processes.values())
 
     def ranks(self, job: str | None = None) -> dict[int, psutil.Process]:
-        """Training processes of a job, or of the only one, by rank, without loader workers."""
+        """Training processes of a job, or of the only one, by rank, without loader workers.
+
+        The batch script has the arguments and the variables of rank 0, and is none.
+        """
         by_rank: dict[int, psutil.Process] = {}
         for process in self.processes(*NODES):
             with contextlib.suppress(psutil.Error):
                 words, variables = process.cmdline(), process.environ()
-                is_rank = "--recipe" in words and process.name().startswith("python")
+                is_script = any(word.endswith("run_ranks.py") for word in words)
+                is_python = process.name().startswith("python")
+                is_rank = is_python and "--recipe" in words and not is_script
                 if is_rank and job in (None, variables["SLURM_JOB_ID"]):
                     rank = int(variables["SLURM_PROCID"])
                     if rank not in by_rank or process.ppid() != by_rank[rank].pid:
