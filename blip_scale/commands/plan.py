@@ -32,11 +32,12 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
-    warn_of_repeats(overrides)
     chosen = recipe.load(options.recipe, overrides)
     checkpoint = chosen.model.checkpoint
     if checkpoint and Path(os.path.expandvars(checkpoint)).exists():
         chosen = chosen_recipe(options.recipe, overrides)
+    else:
+        warn_of_repeats(overrides)
     gpu = find_gpu(options.gpu)
     if options.network_gbit:
         gpu = dataclasses.replace(gpu, network_gbit=options.network_gbit)
@@ -182,7 +183,7 @@ def _parser(prog: str) -> Parser:
         "refused input.",
         allow_abbrev=False,
     )
-    seconds = within(float, 0.001, 1_000_000)
+    positive = within(float, 0.001, 1_000_000)
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help=f"one of {', '.join(recipe.names())}, or a YAML file")
     add(
@@ -205,7 +206,7 @@ def _parser(prog: str) -> Parser:
     )
     add(
         "--network-gbit",
-        type=within(float, 0.001, 1_000_000),
+        type=positive,
         metavar="X",
         help="bandwidth of a node's network in Gbit/s, all cards together (default: by GPU)",
     )
@@ -223,22 +224,22 @@ def _parser(prog: str) -> Parser:
     )
     add(
         "--module-us",
-        type=within(float, 0.001, 1_000_000),
+        type=positive,
         metavar="US",
         help="host time per module call in microseconds (default: a range from measurements)",
     )
     add("--caption-tokens", type=within(float, 1, 100_000), default=Assumptions.tokens_each,
         metavar="T",
         help="mean tokens per caption, [CLS] and [SEP] included (default: 12.5)")  # fmt: skip
-    add("--sample-kb", type=within(float, 0.001, 1_000_000), metavar="KB",
+    add("--sample-kb", type=positive, metavar="KB",
         help="size of a stored sample in kB (default: 30)")  # fmt: skip
     add("--failures", type=within(float, 0.001, 100_000), metavar="N",
         help="failures per 1,000 node-days (default: 6.5, from 3.8 to 26)")  # fmt: skip
-    add("--pause-s", type=seconds, metavar="S",
+    add("--pause-s", type=positive, metavar="S",
         help="pause for a checkpoint, checkpoint/pause_s of a run (default: by size)")  # fmt: skip
-    add("--restart-s", type=seconds, metavar="S",
+    add("--restart-s", type=positive, metavar="S",
         help="time from a failure to the next step (default: 120)")  # fmt: skip
-    add("--hang-limit-s", type=seconds, metavar="S",
+    add("--hang-limit-s", type=positive, metavar="S",
         help="time until a hang is noticed (default: 180)")  # fmt: skip
     add("--json", action="store_true", help="one JSON object instead of the table")
     return parser
