@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -29,12 +30,25 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
-def _environment_as_before() -> Iterator[None]:
+def _environment_after_a_test() -> Iterator[None]:
     """Restore the environment after each test.
 
     A tool that runs in this process joins a process group and leaves its address in the
     environment. A later run would join that group.
     """
+    with _environment_restored():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment_after_a_module() -> Iterator[None]:
+    """Restore the environment after each module, whose fixtures run tools as well."""
+    with _environment_restored():
+        yield
+
+
+@contextlib.contextmanager
+def _environment_restored() -> Iterator[None]:
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -40,8 +40,8 @@ WARM = (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports when it starts
 )  # fmt: skip
 READ_LATE = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "AWS_", "S3_", "PYTEST_",
-    "CXX", "TORCH_EXTENSIONS_DIR",
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "GLOO_", "NCCL_", "AWS_",
+    "S3_", "PYTEST_", "CXX", "TORCH_EXTENSIONS_DIR",
 )  # fmt: skip
 """Prefixes of the names of variables that may differ between ranks. No import reads them, except
 that inductor reads CXX: tests that set it compile no blocks."""
@@ -114,6 +114,7 @@ class ForkServer:
         """Run a Python script like `subprocess.Popen`.
 
         If a variable that imports may read differs from the server's, a new interpreter is started.
+        It finds the repository's packages as well.
 
         Args:
             command: script and arguments, without the interpreter.
@@ -123,6 +124,8 @@ class ForkServer:
         """
         if _without_late(environment) != self._environment:
             command = [sys.executable, *command]
+            path = [str(REPO), *filter(None, [environment.get("PYTHONPATH")])]
+            environment = environment | {"PYTHONPATH": os.pathsep.join(path)}
             return subprocess.Popen(
                 command, env=environment, stdout=output, stderr=output, cwd=folder
             )
