@@ -125,6 +125,27 @@ def test_the_command_runs_as_a_module() -> None:
     assert subprocess.check_output(command, text=True).startswith("blip-scale ")
 
 
+SCRIPTS = ["capfilt", "evaluate", "plan", "predict", "prepare_data", "show_shards"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_during_imports_ends_a_script_in_one_line(script: str) -> None:
+    """Signals are handled before the imports that take long."""
+    program = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in ('numpy', 'pydantic', 'torch', 'yaml'):\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", program, str(REPO / "tools" / f"{script}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (exit_codes.of_signal(signal.SIGINT), "stopped\n")
+
+
 def test_what_is_missing_can_be_caught_as_such() -> None:
     with pytest.raises(FileNotFoundError, match=r"^gone$"), refusing():
         raise FileNotFoundError("gone")

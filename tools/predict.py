@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from blip_scale.commands.predict import main
+from blip_scale.commands.main import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command("predict")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from blip_scale import launcher, logs
+from blip_scale.commands.signals import handle_signals
 from blip_scale.config import exit_codes
 from blip_scale.config.bounds import MOST_BATCH, MOST_BEAMS, MOST_PROCESSES, MOST_SIDE, MOST_WIDTH
 from blip_scale.errors import RefusedInput, in_words, is_refused
@@ -91,15 +91,6 @@ def report_error_of_rank(command: str, error: Exception, log_folder: Path | None
     return report_error(f"{command} (rank {rank})", error)
 
 
-def stop_at_once_on_signals() -> None:
-    """End the process on SIGINT or SIGTERM in one line, until `run_command` replaces this.
-
-    The imports of a command take seconds, and there is nothing to clean up yet.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        _handle(number, _stop)
-
-
 def run_command(prog: str, work: Callable[[], int], kept: str = "") -> int:
     """Do a command's work, and return the exit code.
 
@@ -111,8 +102,7 @@ def run_command(prog: str, work: Callable[[], int], kept: str = "") -> int:
         kept: finished work, in the plural, that a stopped command leaves and resumes from, such as
             "finished shards"; "": there is none.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        _handle(number, _interrupt)
+    handle_signals(_interrupt)
     try:
         return work()
     except (OSError, ValueError) as error:
@@ -172,17 +162,6 @@ def progress_on(bar: tqdm, chunk: str) -> Callable[[Progress], None]:
         bar.update(progress.read - bar.n)
 
     return show
-
-
-def _handle(number: int, handler: Callable[[int, FrameType | None], None]) -> None:
-    """Handle a signal, unless it is ignored: shells do so for SIGINT in the background."""
-    if signal.getsignal(number) is not signal.SIG_IGN:
-        signal.signal(number, handler)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"stopped\n")  # sys.stderr may be in use
-    os._exit(exit_codes.of_signal(number))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -30,7 +30,6 @@ from blip_scale.commands.command_line import (
     Parser,
     check_least,
     report_error_of_rank,
-    stop_at_once_on_signals,
 )
 from blip_scale.config import recipe as recipes
 from blip_scale.config import settings
@@ -94,7 +93,6 @@ class Kind:
 
 def command(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> NoReturn:
     """Run the command and end the process with its exit code."""
-    stop_at_once_on_signals()
     launcher.end_process(main(arguments, prog))
 
 

@@ -6,9 +6,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from blip_scale import __version__
-from blip_scale.commands.command_line import refuse, stop_at_once_on_signals
+from blip_scale.commands.signals import stop_at_once_on_signals
 from blip_scale.config import exit_codes
 
 COMMANDS = {
@@ -33,8 +34,13 @@ COMMANDS = {
 """Name of a command -> (module with `main(arguments, prog)`, help text)."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Only that command's module is imported."""
+def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:
+    """Run one command and return its exit code. Only that command's module is imported.
+
+    Args:
+        arguments: name of the command and its arguments; None: those of the process.
+        script: name that messages have for the command; None: `blip-scale NAME`.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(_help())
@@ -43,22 +49,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"blip-scale {__version__}\n")
         return exit_codes.DONE
     if words[0] not in COMMANDS:
+        from blip_scale.commands.command_line import refuse
+
         names = ", ".join(COMMANDS)
         return refuse("blip-scale", f"no command {words[0]!r}; give one of {names}")
     module = importlib.import_module(COMMANDS[words[0]][0])
-    code: int = module.main(words[1:], f"blip-scale {words[0]}")
+    code: int = module.main(words[1:], script or f"blip-scale {words[0]}")
     return code
 
 
-def command() -> None:
-    """Run `blip-scale`, then end the process with its exit code."""
+def command(name: str | None = None) -> None:
+    """Run a command with the arguments of the process, then end the process with its exit code.
+
+    Args:
+        name: the command that the script of this process runs; None: the first argument names it.
+    """
     stop_at_once_on_signals()
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("train", "evaluate"):  # they start process groups and end them themselves
-        module = importlib.import_module(COMMANDS[name][0])
-        module.command(sys.argv[2:], f"blip-scale {name}")
+    script = Path(sys.argv[0]).name if name else None
+    words = [name, *sys.argv[1:]] if name else sys.argv[1:]
+    if words and words[0] in ("train", "evaluate"):  # they end their process groups themselves
+        module = importlib.import_module(COMMANDS[words[0]][0])
+        module.command(words[1:], script or f"blip-scale {words[0]}")
     try:
-        code = main()
+        code = main(words, script)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough: blip-scale summary RUN | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
