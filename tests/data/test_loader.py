@@ -228,7 +228,7 @@ def test_a_shard_without_a_whole_image_is_replaced_and_counted(
     skipped = [line for batch in batches for line in batch.skipped]
     assert len(skipped) == first
     shard = "red/shard.00000.mds"
-    beginning = f"{shard}: none of its samples can be decoded, such as {shard}[0] red-0: "
+    beginning = f"{shard}: none of its samples can be decoded, for example {shard}[0] red-0: "
     assert all(line.startswith(beginning) for line in skipped)
     ids = {sample for batch in batches for sample in batch.ids}
     assert ids == {f"red-{i}" for i in range(first, 40)}
@@ -250,7 +250,7 @@ def test_a_batch_that_does_not_fit_is_refused(
         ValueError, match="global_batch_size 32 is larger than an epoch of 20 pairs"
     ):
         make_loader(streams, global_batch=32)
-    with pytest.raises(ValueError, match="global_batch_size 8 is no multiple of 3 ranks"):
+    with pytest.raises(ValueError, match="global_batch_size 8 is not a multiple of 3 ranks"):
         make_loader(streams, world_size=3, micro_batch=2)
 
 
@@ -337,7 +337,7 @@ def test_workers_that_die_again_and_again_end_the_run(
 ) -> None:
     loader = make_loader([stream(make_shards("red", 45))], workers=1)
     monkeypatch.setattr(loader, "_batches", _Deadly())
-    with pytest.raises(RuntimeError, match=r"workers die again and again .*lower data.workers"):
+    with pytest.raises(RuntimeError, match=r"workers died 3 times in a row .*lower data.workers"):
         next(iter(loader))
 
 

@@ -265,10 +265,10 @@ def test_an_overlay_of_other_images_is_refused(images: Path, joined: Path, damag
         index["overlay"]["version"], message = 2, "its version is 2"
     elif damage == "shards":
         del index["shards"][-1]
-        message = "do not have the samples"
+        message = "other numbers of samples"
     else:
         del index["overlay"]
-        message = "it is no overlay"
+        message = "it is not an overlay"
     (joined / INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=message):
         captions_of(images, joined)

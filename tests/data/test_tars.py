@@ -184,7 +184,7 @@ def test_what_is_no_folder_of_tars(tmp_path: Path, tars: Path) -> None:
         open_stream(of_tars(tars))
     (tars / "packed.tar.gz").unlink()
     write_tar(tmp_path / "bad" / "a.tar", members(("a", {"jpg": b"no image", "txt": b"a"})))
-    with pytest.raises(ValueError, match=r"no pair is in the tars .*undecodable': 1"):
+    with pytest.raises(ValueError, match=r"the tars hold no pairs .*undecodable': 1"):
         open_stream(of_tars(tmp_path / "bad"))
     (tars / "gz.tar").write_bytes(b"")
     assert open_stream(of_tars(tars)).samples == 25
