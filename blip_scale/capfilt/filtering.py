@@ -57,8 +57,8 @@ class Settings:
     captioner: str
     """Captioning or pretraining checkpoint that writes captions; "" if `endpoint` is set."""
     judge: str
-    """Retrieval or pretraining checkpoint that filters captions. With `endpoint` it may be "", which
-    keeps all captions."""
+    """Retrieval or pretraining checkpoint that filters captions. With `endpoint`, "" keeps all
+    captions."""
     threshold: float = 0.5
     """Lowest matching probability at which a caption is kept (published: 0.5)."""
     sampling: NucleusSettings = field(

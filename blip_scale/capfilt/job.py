@@ -134,7 +134,7 @@ def _plan(on_cpu: Settings, settings: Settings) -> dict[str, Any]:
 
 
 def _answers_folder(job: Job, task: Task, plan: dict[str, Any], images_sha256: str) -> Path:
-    """Folder for an external captioner's captions: in a local output, else in the scratch folder."""
+    """Folder for captions of an external captioner: in a local output, else in `scratch`."""
     stated = json.dumps([job.source, images_sha256, job.out, plan])
     name = f"answers-{xxhash.xxh3_64_hexdigest(stated)}"
     if is_local(job.out):

@@ -294,7 +294,7 @@ def test_a_stream_mixes_roles_of_an_overlay(
     assert sum(batch.lacking for batch in batches) == COUNT // 2
     again = take(make_loader([recipe], global_batch=10), 3)
     assert [b.captions for b in again] == [b.captions for b in batches], "from cached tables"
-    with pytest.raises(ValueError, match=r"role syn, which .* there are caption, re"):
+    with pytest.raises(ValueError, match=r"role syn, but .* its roles are caption, re"):
         StreamStore(StreamRecipe("set", str(images), overlays=[str(joined)], captions={"syn": 1}))
 
 

@@ -134,7 +134,9 @@ def test_changed_tars_are_indexed_anew(tars: Path, monkeypatch: pytest.MonkeyPat
     write_tar(tars / "00001.tar", members(*((key, parts) for key, parts, _ in samples)))
     with monkeypatch.context() as patch:
         patch.setattr(tar_store, "_LARGEST_UNINDEXED", 1000)
-        with pytest.raises(FileNotFoundError, match=r"4 tars .* other tars; run `blip-scale index"):
+        with pytest.raises(
+            FileNotFoundError, match=r"4 tars .* no current index; run `blip-scale index"
+        ):
             open_stream(stream)
     with pytest.raises(ValueError, match=r"00001\.tar is damaged: \d+ bytes, not \d+"):
         all_samples(opened)

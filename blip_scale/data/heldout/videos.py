@@ -29,7 +29,7 @@ MAX_WORDS = 40
 _DIGITS = re.compile(r"(\d+)")
 _VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov")
 _FFMPEG = {"format_whitelist": "mov,mp4,avi,matroska,webm", "protocol_whitelist": "file"}
-"""Options that limit FFmpeg to `_VIDEO_ENDINGS`. A playlist could make it read other files or URLs."""
+"""Options that limit FFmpeg to `_VIDEO_ENDINGS`. Playlists could read other files or URLs."""
 
 
 class VideoSet:

@@ -363,7 +363,7 @@ def _warn_of_unknown_tokens(stores: Sequence[StreamStore], text: CaptionInput) -
         share = unknown_share(store, text.tokenizer)
         if share > MOST_UNKNOWN:
             logger.warning(
-                "stream %s: %.0f %% of the tokens in its first captions are [UNK]: set "
+                "stream %s: %.0f %% of the tokens of its first captions are [UNK]: set "
                 "model.text.tokenizer to a tokenizer for this language",
                 store.name, 100 * share,
             )  # fmt: skip
