@@ -187,7 +187,7 @@ def failures_without_progress(attempts: list[Attempt]) -> int:
 
 
 def requeue(job_id: str) -> int:
-    """Requeue the job and return the exit code of the batch script. SLURM may kill the script first."""
+    """Requeue the job and return the batch script's exit code. SLURM may kill the script first."""
     done = _scontrol("requeue", job_id)
     if done.returncode > 0:  # < 0: SLURM killed scontrol together with the job
         reason = done.stderr.strip()

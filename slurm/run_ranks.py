@@ -108,8 +108,10 @@ class Ending:
 
 
 class Signals:
-    """Signal handlers of the batch script: SIGUSR1 requests a stop, SIGTERM means that SLURM ends the
-    job."""
+    """Signal handlers of the batch script.
+
+    SIGUSR1 requests a stop. SIGTERM means that SLURM is ending the job.
+    """
 
     def __init__(self) -> None:
         self.stop = bool(os.environ.pop("STOP_REQUESTED", ""))
@@ -189,7 +191,7 @@ def _stops(
     output_dir: Path,
     signals: Signals,
 ) -> int | None:
-    """Record an attempt. Returns the exit code of the batch script, or None to restart the ranks."""
+    """Record an attempt. Returns the batch script's exit code, or None to restart the ranks."""
     job = requeue.job_fields(os.environ["SLURM_JOB_ID"])
     if _is_ended_by_slurm(job):
         return ending.exit_code

@@ -63,7 +63,7 @@ def data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _summary(rates: dict[str, list[float]]) -> dict[str, float]:
-    """Medians over the rounds of the rates and their ratios. Contenders take turns in each round."""
+    """Medians over the rounds of rates and their ratios. Contenders take turns in each round."""
 
     def ratio(ours: str, other: str) -> float:
         pairs = zip(rates[ours], rates[other], strict=True)
@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
             "step",
             help="time, operations and memory of a pretraining step, ours and the published one",
             description="Measure one optimizer step of a recipe on one rank under the DeepSpeed "
-            "engine: seconds, samples/s, FLOPs (torch's counter), share of the matrix-multiply peak "
+            "engine: seconds, samples/s, FLOPs (torch's counter), share of the matrix product peak "
             "of the same run, peak memory, and time of each part. Images are noise, captions have "
             "12.5 tokens on average. Each contender runs in its own process, and they take turns.",
         )

@@ -67,8 +67,8 @@ def cases(batch: int, image_tokens: int, device: torch.device) -> list[Case]:
 def kernels() -> dict[str, Function]:
     """Kernels by name.
 
-    They are the kernels for packed sequences in `blip_scale.model.kernels`, torch's varlen_attn, and
-    the backends of SDPA on padded sequences, which `model.attention: sdpa` uses.
+    They are the packed kernels of `blip_scale.model.kernels`, torch's varlen_attn, and the backends
+    of SDPA on padded sequences, which `model.attention: sdpa` uses.
     """
     functions: dict[str, Function] = {"torch_flash": _packed("torch_flash")}
     functions["SDPA, torch's choice"] = _sdpa(None)

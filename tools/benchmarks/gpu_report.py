@@ -155,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""Packages: a part is skipped if its packages are not installed; the report gives the
-reason. For a machine without a network, download wheels and pass their folder:
+        epilog="""Packages: a part is skipped if its packages are not installed; the report says so.
+For a machine without a network, download wheels and pass their folder:
     pip download --no-deps --only-binary=:all: --python-version 3.12 \\
         --platform manylinux_2_28_x86_64 -d wheels simplejpeg obstore pydantic pydantic-core ...
     DS_BUILD_OPS=0 pip wheel --no-deps -w wheels deepspeed==0.19.8   # source only on PyPI

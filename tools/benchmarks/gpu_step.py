@@ -122,7 +122,7 @@ class _Turns(StepContest):
     def begin(self, contenders: dict[str, Contender]) -> None:
         """Start all contenders, build their networks in parallel, and run the first steps.
 
-        If all fit on the device together, the first steps run in parallel too, because they compile.
+        If all fit on the device together, the first steps, which compile, run in parallel too.
         """
         for title, contender in contenders.items():
             self.add(title, contender)
