@@ -144,7 +144,7 @@ def add_objectives(commands: Any) -> None:
         help="short pretrainings with other losses, image sizes and towers",
         description="Run short pretrainings on one rank, one after another, with BLIP's losses and "
         "with one change at a time. The table shows held-out recall, captions, seconds per step "
-        "and peak memory. Make the demo's data first: `python tools/prepare_data.py demo data/demo`.",
+        "and peak memory. Make the demo's data first: `tools/prepare_data.py demo data/demo`.",
     )
     command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of all runs")
     command.add_argument("--recipe", default="demo", help="default: demo")

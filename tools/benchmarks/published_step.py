@@ -1,9 +1,9 @@
 """BLIP's pretraining step as the published code computes it, the baseline of the benchmarks.
 
 Captions are padded to 30 tokens. There are four passes through the text layers: text alone, matched
-pairs, mismatched pairs, and decoder. Queries, keys and values are projected separately, and those of
-the images are recomputed in each pass. Negatives are drawn row by row, the queue is cloned, and
-momentum and AdamW update one parameter at a time. The layers are those of timm and of
+pairs, mismatched pairs, and decoder. Queries, keys and values are projected separately. Keys and
+values of the images are recomputed in each pass. Negatives are drawn row by row, the queue is
+cloned, and momentum and AdamW update one parameter at a time. The layers are those of timm and of
 transformers' BLIP. The step is not used for training.
 
 Legend: B batch, N image tokens, D width, L padded length, E embed_dim, Q queue.
