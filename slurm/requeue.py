@@ -188,9 +188,9 @@ def failures_without_progress(attempts: list[Attempt]) -> int:
 
 def requeue(job_id: str) -> int:
     """Requeue the job and return the batch script's exit code. SLURM may kill the script first."""
-    done = _scontrol("requeue", job_id)
-    if done.returncode > 0:  # < 0: SLURM killed scontrol together with the job
-        reason = done.stderr.strip()
+    result = _scontrol("requeue", job_id)
+    if result.returncode > 0:  # < 0: SLURM killed scontrol together with the job
+        reason = result.stderr.strip()
         print(f"scontrol could not requeue the job ({reason}); submit again to resume", flush=True)
         return exit_codes.FAILED
     time.sleep(60)
@@ -215,14 +215,14 @@ def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
     deadline = time.monotonic() + _CONTROLLER_S
     was_down = False
     while True:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        is_down = done.returncode != 0 and _NO_CONTROLLER.search(done.stderr)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        is_down = result.returncode != 0 and _NO_CONTROLLER.search(result.stderr)
         if not is_down or time.monotonic() > deadline:
             if was_down:
                 time.sleep(_REGISTER_S)
-            return done
+            return result
         was_down = True
-        print(f"waiting for SLURM's controller: {done.stderr.strip()}", flush=True)
+        print(f"waiting for SLURM's controller: {result.stderr.strip()}", flush=True)
         time.sleep(_CONTROLLER_EVERY_S)
 
 

@@ -135,8 +135,8 @@ def _plan(on_cpu: Settings, settings: Settings) -> dict[str, Any]:
 
 def _answers_folder(job: Job, task: Task, plan: dict[str, Any], images_sha256: str) -> Path:
     """Folder for captions of an external captioner: in a local output, else in `scratch`."""
-    stated = json.dumps([job.source, images_sha256, job.out, plan])
-    name = f"answers-{xxhash.xxh3_64_hexdigest(stated)}"
+    identity = json.dumps([job.source, images_sha256, job.out, plan])
+    name = f"answers-{xxhash.xxh3_64_hexdigest(identity)}"
     if is_local(job.out):
         return local_path(job.out) / name
     return private_folder(Path(task.scratch) / f"capfilt-{os.geteuid()}-{name}")

@@ -158,11 +158,11 @@ def _text_layer(
     attention = 6 * text.width * size + mask * text.width + statistics
     attention += _probabilities(text.heads * micro.length, text.dropout, micro)
     mlp = (2 * text.width + 2 * text.mlp_width) * size + mask * text.width + 2 * _FP32
-    kept = rows * attention + read_rows * mlp
+    saved = rows * attention + read_rows * mlp
     if image_tokens:
         # Rows are sorted by image and back, which needs two more copies than self-attention.
         cross = 6 * text.width * size + mask * text.width + statistics
         cross += _probabilities(text.heads * image_tokens, text.dropout, micro)
         keys_and_values = micro.batch * image_tokens * 2 * text.width * size
-        kept += read_rows * cross + keys_and_values
-    return float(kept)
+        saved += read_rows * cross + keys_and_values
+    return float(saved)

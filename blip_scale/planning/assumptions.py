@@ -95,10 +95,10 @@ def _kernels(cluster: Cluster, execution: Execution, compute_bytes: int) -> str:
 
 def _host(cluster: Cluster, execution: Execution, modules: int) -> str:
     if not execution.module_s.expected:
-        beside = execution.micro_step_s
+        micro_step = execution.micro_step_s
         return (
-            f"{beside.expected * 1e3:.0f} ms a micro-step ({beside.fast * 1e3:.0f} to "
-            f"{beside.slow * 1e3:.0f}; {execution.evidence})"
+            f"{micro_step.expected * 1e3:.0f} ms a micro-step ({micro_step.fast * 1e3:.0f} to "
+            f"{micro_step.slow * 1e3:.0f}; {execution.evidence})"
         )
     if cluster.module_call_s is not None:
         return f"{cluster.module_call_s * 1e6:.0f} us for each call of {modules} modules, as given"

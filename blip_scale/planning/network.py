@@ -129,17 +129,23 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
         med = limited(med if decodes else cut_down(med, "retrieval"), recipe.model)
         swept = _swept(med, recipe)
         med = freeze_unread(med, matches, decodes)
-        beside = contrast.build_network(med)
-    owners = [module for module in [*med.modules(), *beside.modules()] if _elements(module)]
+        contrast_network = contrast.build_network(med)
+    owners = [
+        module for module in [*med.modules(), *contrast_network.modules()] if _elements(module)
+    ]
     trainable = [p.numel() for p in med.parameters() if p.requires_grad]
     shared = set(med.parameters())
     return Network(
         config,
         vision_shape(config.vision),
         contrast,
-        trainable + [p.numel() for p in beside.parameters() if p.requires_grad],
+        trainable + [p.numel() for p in contrast_network.parameters() if p.requires_grad],
         [p.numel() for p in med.parameters() if not p.requires_grad],
-        [p.numel() for p in beside.parameters() if not p.requires_grad and p not in shared],
+        [
+            p.numel()
+            for p in contrast_network.parameters()
+            if not p.requires_grad and p not in shared
+        ],
         max(map(_elements, owners)),
         [max(p.numel() for p in module.parameters(recurse=False)) for module in owners],
         notes,

@@ -345,8 +345,8 @@ def _costs(
         "restart_s": assumed.restart_s,
         "hang_limit_s": assumed.hang_limit_s,
     }
-    stated = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(costs, **stated)
+    overrides = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(costs, **overrides)
 
 
 def _failures_json(failures: Outlook) -> dict[str, Any]:
@@ -455,8 +455,8 @@ def _sizes(recipe: Recipe, cluster: Cluster) -> BatchSizes:
     except ValueError as error:
         unit = cluster.gpus_per_node * (recipe.train.micro_batch_size or 1)
         batch = recipe.train.global_batch_size
-        most = min(2 * cluster.nodes, batch // unit)  # more ranks than pairs never divide
-        nodes = [n for n in range(1, most + 1) if batch % (n * unit) == 0]
+        max_nodes = min(2 * cluster.nodes, batch // unit)  # more ranks than pairs never divide
+        nodes = [n for n in range(1, max_nodes + 1) if batch % (n * unit) == 0]
         near = sorted(sorted(nodes, key=lambda n: abs(n - cluster.nodes))[:3])
         others = f"; or --nodes {' or '.join(map(str, near))}" if near else ""
         raise ValueError(f"{error}{others}") from error

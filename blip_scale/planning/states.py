@@ -132,11 +132,11 @@ def states(network: Network, sharding: Sharding, accumulation: int = 1) -> State
         copies = _shares(network.momentum, ranks)
         averaged = copies
         sizes = [*network.trainable, *network.frozen, *network.momentum]
-        kept = [numel for numel in sizes if numel <= sharding.persistent]
+        persistent = [numel for numel in sizes if numel <= sharding.persistent]
         resting = {
             "weights": size * (owned + owned_still),
             "momentum_weights": size * copies,
-            "persistent_weights": size * sum(kept) if ranks > 1 else 0,
+            "persistent_weights": size * sum(persistent) if ranks > 1 else 0,
             "reduce_bucket": size * sharding.reduce_bucket if sharding.has_bucket else 0,
         }
         # Other frozen weights and momentum weights are used and released before the backward pass.

@@ -127,8 +127,8 @@ class Manifest:
             return cls(**content)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{place}: {first['msg']}") from error
+            field_path = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{field_path}: {first['msg']}") from error
 
 
 def _digest(text: str) -> str:

@@ -45,9 +45,9 @@ def check_output(file: Path, overwrite: bool, inputs: Iterable[Path | str] = ())
     if file.is_dir():
         raise RefusedInput(f"{file} is a folder: give the name of a file")
     if not file.exists():
-        place = next(parent for parent in file.absolute().parents if parent.exists())
-        if not place.is_dir():
-            raise RefusedInput(f"{file}: {place} is a file, but a folder is needed")
+        ancestor = next(parent for parent in file.absolute().parents if parent.exists())
+        if not ancestor.is_dir():
+            raise RefusedInput(f"{file}: {ancestor} is a file, but a folder is needed")
         return
     target = file.resolve()
     for source in map(Path, inputs):

@@ -124,10 +124,10 @@ def _cpu_model() -> str:
 def _output(*command: str) -> str | None:
     """First line of a command's output; None if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip().partition("\n")[0]
+    return process.stdout.strip().partition("\n")[0]
 
 
 def step(precision: str, batch_size: int) -> Callable[[Settings, Rows], None]:

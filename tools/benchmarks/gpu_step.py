@@ -96,7 +96,7 @@ def _matches(part: StepPart, folder: Path, rows: Rows) -> dict[str, Contender]:
     ]
     threads = max(1, len(os.sched_getaffinity(0)) // len(CONTENDERS))
     ds_config = str(ROOT / "ds_configs" / "zero3.json")
-    made = make_match(recipe.load("base_129M", common), ds_config, threads, folder)
+    match = make_match(recipe.load("base_129M", common), ds_config, threads, folder)
     chosen = {}
     for title, (kind, settings) in CONTENDERS.items():
         if part.tiny and title == _COMPILED:  # compiling takes a minute on a CPU
@@ -107,7 +107,7 @@ def _matches(part: StepPart, folder: Path, rows: Rows) -> dict[str, Contender]:
             reason = " ".join(str(error).split())
             rows.add(contender=title, refused=f"refused: {reason}"[:300], **part.key)
             continue
-        wanted = replace(wanted, data=made.recipe.data, output_dir=made.recipe.output_dir)
+        wanted = replace(wanted, data=match.recipe.data, output_dir=match.recipe.output_dir)
         chosen[title] = Contender(kind, Match(wanted, ds_config, threads, folder))
     return chosen
 

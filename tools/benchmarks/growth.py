@@ -259,9 +259,10 @@ def add_growth(commands: Any, ds_config: Path) -> None:
         "median seconds of an optimizer step, FLOPs by torch's counter and by formula, peak memory "
         "of a process minus its memory before the network, and bytes by formula (weights, "
         "gradients, optimizer, activations). Growth of time is compared without exchanges between "
-        "ranks. Each point is measured in new processes. Every term that grows faster than its formula gets a "
-        "line. The default is base_129M's ViT-B and BERT with 6 of their 12 layers, which takes "
-        "about ten minutes on two cores. Use more --rounds or a larger --tolerance if it is busy.",
+        "ranks. Each point is measured in new processes. Every term that grows faster than its "
+        "formula gets a line. The default is base_129M's ViT-B and BERT with 6 of their 12 layers, "
+        "which takes about ten minutes on two cores. Use more --rounds or a larger --tolerance if "
+        "they are busy.",
     )
     command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the recipe")
     command.add_argument("--recipe", default="base_129M", help="default: base_129M")

@@ -108,10 +108,10 @@ class Growing(Ours):
                 network.config, network.vision, micro, chosen.model.gradient_checkpointing
             )
         )
-        most = max(sum(sum(part.values()) for part in running), sum(held.update.values()))
+        peak_bytes = max(sum(sum(part.values()) for part in running), sum(held.update.values()))
         return {
             "flops": pretraining_flops(self.task.config, batch, tokens, queue),
-            "gib": (sum(held.resting.values()) + most) / 2**30,
+            "gib": (sum(held.resting.values()) + peak_bytes) / 2**30,
         }
 
 

@@ -91,9 +91,9 @@ def _train(name: str, seed: int, out: Path, options: argparse.Namespace) -> Path
         *settings, *options.settings,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{name}, seed {seed}: {process.stderr.strip().splitlines()[-1]}")
     return run
 
 

@@ -67,11 +67,11 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
             figures[count] = {}
             for part in ("first", "later"):
                 command = [sys.executable, __file__, part, str(folder), str(options.rounds)]
-                done = subprocess.run(
+                process = subprocess.run(
                     command, env=os.environ | {"OMP_NUM_THREADS": "1"},
                     stdout=subprocess.PIPE, text=True, check=True,
                 )  # fmt: skip
-                figures[count] |= json.loads(done.stdout)
+                figures[count] |= json.loads(process.stdout)
     result: dict[str, Any] = {"rounds": options.rounds, "shards": figures}
     if options.records:
         from tools.benchmarks.scale_merge import merge_figures

@@ -30,9 +30,9 @@ def overlay_figures(records: list[int], scratch: Path | None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch) as folder:
             make_inputs(Path(folder), count)
             figures[count] = figures_of(__file__, Path(folder)) | figures_of(__file__, Path(folder))
-    beyond = extrapolated(figures)
-    beyond["read_us"] = figures[max(figures)]["read_us"]  # constant
-    return {"records": figures, "extrapolated": {TARGET: beyond}}
+    extrapolation = extrapolated(figures)
+    extrapolation["read_us"] = figures[max(figures)]["read_us"]  # constant
+    return {"records": figures, "extrapolated": {TARGET: extrapolation}}
 
 
 def make_inputs(folder: Path, records: int) -> None:

@@ -15,11 +15,11 @@ TARGET = 100_000_000
 
 def figures_of(script: str, argument: Path) -> dict[str, float]:
     """Run a script on one thread in a new process, and return the figures that it prints."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, script, str(argument)], env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
-    figures: dict[str, float] = json.loads(done.stdout)
+    figures: dict[str, float] = json.loads(process.stdout)
     return figures
 
 

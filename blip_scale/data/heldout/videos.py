@@ -80,10 +80,10 @@ class VideoSet:
             return torch.full((count, 3, size, size), 128, dtype=torch.uint8)
 
     def _images(self, index: int, count: int) -> list[Image.Image]:
-        place = self._places[index]
-        if place.is_file():
-            return _decode(place, count)
-        files = _frames_in(place)
+        path = self._places[index]
+        if path.is_file():
+            return _decode(path, count)
+        files = _frames_in(path)
         try:
             chosen = [files[index] for index in frame_indices(len(files), count)]
             return [decode_image(read_file(str(file)), upright=True) for file in chosen]

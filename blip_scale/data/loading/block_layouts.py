@@ -115,7 +115,7 @@ def _transfer(
     start: int,
 ) -> None:
     """Read or write all rows at offset `start`. One system call moves less than 2 GiB."""
-    left = rows.data.cast("B")
-    while left:
-        moved = action(file, [left], start)
-        left, start = left[moved:], start + moved
+    remaining = rows.data.cast("B")
+    while remaining:
+        moved = action(file, [remaining], start)
+        remaining, start = remaining[moved:], start + moved

@@ -49,10 +49,10 @@ class CaptionMixture:
         parts = [self._shares[roles[number]] / roles.count(roles[number]) for number in order]
         if not order:
             order, parts = list(range(len(roles))), [1.0] * len(roles)
-        left = self._uniform(shard, index, passing) * sum(parts)
+        remaining = self._uniform(shard, index, passing) * sum(parts)
         for number, part in zip(order, parts, strict=True):
-            left -= part
-            if left < 0:
+            remaining -= part
+            if remaining < 0:
                 return number
         return order[-1]
 

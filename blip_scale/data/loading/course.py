@@ -103,8 +103,8 @@ class Course:
         epoch_steps = self.samples_per_epoch // self.global_batch_size
         rest_steps = self.rest // self.global_batch_size
         begun = max(self.epoch, 0) * epoch_steps
-        done = max(begun, (self.epoch + 1) * epoch_steps - rest_steps)
-        return done + (number - self.seen) // self.global_batch_size
+        completed = max(begun, (self.epoch + 1) * epoch_steps - rest_steps)
+        return completed + (number - self.seen) // self.global_batch_size
 
     def changed(self, parts: Sequence[Part], global_batch_size: int, number: int) -> Course:
         """Return the course after a change at sample `number`.
@@ -118,15 +118,15 @@ class Course:
             number: number of samples that the run has seen.
         """
         is_former, epoch, position = self.locate(number)
-        present = self.former if is_former else self.parts
+        current = self.former if is_former else self.parts
         sizes = {part.name: part.samples for part in parts}
-        is_whole = all(sizes.get(part.name) == part.samples for part in present)
-        rest = sum(part.samples_per_epoch for part in present) - position
+        is_whole = all(sizes.get(part.name) == part.samples for part in current)
+        rest = sum(part.samples_per_epoch for part in current) - position
         if position == 0:  # the epoch has not begun, so it uses the new mixture
             epoch, rest = epoch - 1, 0
         elif not is_whole:
             rest = 0
-        before = {part.name: part for part in present}
+        before = {part.name: part for part in current}
         placed = []
         for part in parts:
             reached = 0
@@ -137,4 +137,4 @@ class Course:
                     reached = -(-reached // last.samples) * part.samples
             placed.append(part._replace(offset=reached - part.reached(epoch + 1)))
         rest -= rest % global_batch_size
-        return Course(tuple(placed), global_batch_size, number, epoch, position, rest, present)
+        return Course(tuple(placed), global_batch_size, number, epoch, position, rest, current)

@@ -258,8 +258,10 @@ class CaptionTable:
                 items[shard] = sum(part)
         lengths = np.array([0 if part is None else len(part) for part in counts], np.int64)
         starts = np.where([part is None for part in counts], -1, np.cumsum(lengths) - lengths)
-        most = max((max(part, default=0) for part in counts if part is not None), default=0)
-        parts = [np.array(part, np.min_scalar_type(most)) for part in counts if part is not None]
+        max_captions = max((max(part, default=0) for part in counts if part is not None), default=0)
+        parts = [
+            np.array(part, np.min_scalar_type(max_captions)) for part in counts if part is not None
+        ]
         arrays = {
             "items": items,
             "starts": starts.astype(np.int64),

@@ -276,18 +276,18 @@ class StreamStore:
 
     def _overlay(self, location: str, cache: ShardCache | None, retry_s: float) -> StreamStore:
         """Open an overlay of these shards. A remote one is cached below `local`."""
-        place = os.path.expandvars(location).rstrip("/")
-        name = f"{self.name}, overlay {place}"
-        below = self.folder / _OVERLAYS / xxhash.xxh3_64_hexdigest(place)
-        recipe = StreamRecipe(name, str(below), place)
-        if is_local(place):
-            recipe = StreamRecipe(name, str(local_path(place)))
+        expanded = os.path.expandvars(location).rstrip("/")
+        name = f"{self.name}, overlay {expanded}"
+        below = self.folder / _OVERLAYS / xxhash.xxh3_64_hexdigest(expanded)
+        recipe = StreamRecipe(name, str(below), expanded)
+        if is_local(expanded):
+            recipe = StreamRecipe(name, str(local_path(expanded)))
         overlay = StreamStore(recipe, "", cache, retry_s, OVERLAY_COLUMNS)
         table, images = overlay.shards, self.shards
         try:
             check_overlay(table.overlay, table.samples, images.index_sha256, images.samples)
         except ValueError as error:
-            raise ValueError(f"stream {self.name!r}: overlay {place}: {error}") from error
+            raise ValueError(f"stream {self.name!r}: overlay {expanded}: {error}") from error
         return overlay
 
     def _check_roles(self) -> None:

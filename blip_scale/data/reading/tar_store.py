@@ -60,8 +60,8 @@ class TarStore(StreamStore):
         location = self.remote or str(self.folder)
         try:
             tars = list_tars(location)
-            beside = join(location, TAR_INDEX)
-            remote = beside if self.remote and is_current(beside, tars) else None
+            remote_index = join(location, TAR_INDEX)
+            remote = remote_index if self.remote and is_current(remote_index, tars) else None
             self._index = self.folder / (FETCHED_TAR_INDEX if remote else TAR_INDEX)
             if remote is None and not is_current(str(self._index), tars):
                 self._make_index(location, tars)
@@ -77,7 +77,7 @@ class TarStore(StreamStore):
         return self._index
 
     def _make_index(self, location: str, tars: list[Entry]) -> None:
-        here = self._index
+        index_folder = self._index
         size = sum(tar.size for tar in tars)
         command = f"blip-scale index-tars {location}"
         if size > _LARGEST_UNINDEXED:
@@ -86,15 +86,15 @@ class TarStore(StreamStore):
                 f"run `{command}` first"
             )
         try:
-            here.mkdir(parents=True, exist_ok=True)
+            index_folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder, TAR_INDEX):
-                if is_current(str(here), tars):  # another process has built it
+                if is_current(str(index_folder), tars):  # another process has built it
                     return
-                logger.info("stream %s: indexing %d tars in %s", self.name, len(tars), here)
+                logger.info("stream %s: indexing %d tars in %s", self.name, len(tars), index_folder)
                 if self.remote:
                     drop_shards(self.folder)  # the tars have changed
                 workers.start_server()
-                job = IndexJob(location, str(here))
+                job = IndexJob(location, str(index_folder))
                 summary = write_index(job, start_method=workers.CONTEXT)
         except PermissionError as error:
             raise FileNotFoundError(
@@ -118,8 +118,8 @@ class TarStore(StreamStore):
             FileNotFoundError: the tar can't be fetched, or is evicted at once.
         """
         columns = self._texts.read(number, sample)
-        place = columns.pop("image_place", ())
-        columns["image"] = self._read_from(number, lambda: self._image(number, *place))
+        image_place = columns.pop("image_place", ())
+        columns["image"] = self._read_from(number, lambda: self._image(number, *image_place))
         columns["source"] = self.name
         return columns
 
@@ -141,8 +141,8 @@ class TarStore(StreamStore):
             data = os.pread(file, _BLOCK + size, offset - _BLOCK)
         finally:
             os.close(file)
-        stated = data[_SIZE].rstrip(b" \0")
-        if len(data) != _BLOCK + size or not stated.isdigit() or int(stated, 8) != size:
+        size_field = data[_SIZE].rstrip(b" \0")
+        if len(data) != _BLOCK + size or not size_field.isdigit() or int(size_field, 8) != size:
             raise ValueError(f"no file of {size} bytes at byte {offset}: the tar has changed")
         image = data[_BLOCK:]
         return turned_upright(image) if is_turned else image
