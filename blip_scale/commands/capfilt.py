@@ -205,7 +205,7 @@ def _add_endpoint_options(
         f"one, is in {KEY_VARIABLE}",
     )  # fmt: skip
     add(group, "--captioner-model", "", "name of its model")
-    add(group, "--captioner-prompt", Endpoint.prompt, "what it is asked with each image")
+    add(group, "--captioner-prompt", Endpoint.prompt, "prompt sent with each image")
     add(group, "--captioner-tokens", Endpoint.max_tokens, "most tokens of a caption")
     add(group, "--captioner-requests", Endpoint.requests, "requests at a time, of each process")
     add(group, "--captioner-timeout", Endpoint.timeout_s, "seconds that a request may take")

@@ -317,7 +317,7 @@ def test_a_server_that_stays_away_fails_the_job_and_bad_settings_refuse_it(
     assert endpoints.KEY_VARIABLE in capsys.readouterr().err
     server.answers = []
     assert run(web, tmp_path / "out", server.url, "--captioner-prompt", "other") == 2
-    assert "was begun with other input or options" in capsys.readouterr().err
+    assert "was started with other input or options" in capsys.readouterr().err
     server.answers = [saying(b"", 302)] * 100
     assert run(web, tmp_path / "moved", server.url) == 2
     assert "refuses requests for" in capsys.readouterr().err
