@@ -90,7 +90,7 @@ class Endpoint:
         return urllib.parse.urlsplit(self.url).netloc
 
     def provenance(self) -> dict[str, Any]:
-        """What the captions depend on."""
+        """Settings that determine the captions."""
         return {
             "model": self.model,
             "url_host": self.host,

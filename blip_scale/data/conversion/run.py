@@ -217,7 +217,7 @@ def _agree_on_plan(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> 
 
 
 def _differences(begun: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """What differs between the plan in an output and this one, by name."""
+    """Names and values that differ between the plan in an output and this plan."""
     if begun.get("format") != plan["format"]:
         return [f"by a release whose format is {begun.get('format')}, not {plan['format']}"]
     changed: list[str] = []

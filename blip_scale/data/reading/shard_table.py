@@ -70,7 +70,7 @@ class ShardTable:
 
     @property
     def overlay(self) -> Any:
-        """What the index of an overlay says of its images; None in other sets."""
+        """Description of the images in the index of an overlay; None in other sets."""
         return self._arrays.meta["overlay"]
 
     @property
@@ -331,7 +331,7 @@ def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
 
 
 def open_captions(folder: Path, shards: ShardTable) -> CaptionTable:
-    """What `folder`/index.json says of the captions, out of the cached table where there is one.
+    """Captions per sample from `folder`/index.json, or from its cached table if there is one.
 
     Raises:
         ValueError: the index does not say it.
