@@ -100,7 +100,7 @@ def read_points(file: Path) -> list[dict[str, Any]]:
         try:
             points.append({"step": 0, **json.loads(line)})
         except (ValueError, TypeError) as error:
-            raise RefusedInput(f"{file}:{number}: no JSON object: {line[:60]!r}") from error
+            raise RefusedInput(f"{file}:{number}: not a JSON object:  {line[:60]!r}") from error
     if not points:
         raise RefusedInput(f"{file}: the run has logged nothing yet")
     return sorted(points, key=lambda point: point["step"])
@@ -144,7 +144,7 @@ def captioned_images(
     missing = [entry["id"] for entry in chosen if entry["id"] not in place_of]
     if missing:
         raise RefusedInput(
-            f"{stream.local} does not hold the image {missing[0]}, which the summary names: the "
+            f"{stream.local} lacks the image {missing[0]}, which the summary names: the "
             "data were made anew since the run"
         )
     images = pairs.images(place_of[entry["id"]] for entry in chosen)

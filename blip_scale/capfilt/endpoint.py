@@ -90,7 +90,7 @@ class Endpoint:
         return urllib.parse.urlsplit(self.url).netloc
 
     def provenance(self) -> dict[str, Any]:
-        """What the captions depend on."""
+        """Settings that determine the captions."""
         return {
             "model": self.model,
             "url_host": self.host,
@@ -138,8 +138,8 @@ def caption_of(endpoint: Endpoint, image: bytes, seed: int) -> str:
         except _Failed as error:
             if time.monotonic() + pause_s > deadline:
                 raise RemoteError(
-                    f"the captioner {endpoint.url} fails for {endpoint.retry_s:g} s ({error}); "
-                    "what is finished is kept, the same command goes on"
+                    f"the captioner {endpoint.url} has failed for {endpoint.retry_s:g} s "
+                    f"({error}); finished work is kept; the same command continues"
                 ) from error
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -223,7 +223,7 @@ def _read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
         if len(content) > _LARGEST_ANSWER_BYTES:
             raise ValueError(f"an answer of more than {_LARGEST_ANSWER_BYTES} bytes")
         if time.monotonic() > deadline:
-            raise TimeoutError("the answer is not whole in time")
+            raise TimeoutError("the answer was not complete in time")
     if answer.length:  # it promised more
         raise http.client.IncompleteRead(content, answer.length)
     return content

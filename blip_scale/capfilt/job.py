@@ -111,7 +111,7 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
 
 
 def _plan(on_cpu: Settings, settings: Settings) -> dict[str, Any]:
-    """What the output depends on, which all parts and restarts must agree on."""
+    """Everything that determines the output. All parts and restarts must have the same."""
     captioner, judge = filtering.models(on_cpu)
     plan = {
         "captioner": captioner.fingerprint if captioner else "",

@@ -33,7 +33,7 @@ th:first-child, td:first-child { text-align: left; }
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """A whole page.
+    """A complete page.
 
     Args:
         title: text of the title and the heading.

@@ -110,7 +110,7 @@ def check_overlay(
         ValueError: it does not.
     """
     if not isinstance(description, dict):
-        raise ValueError("it is no overlay: make one with `blip-scale overlay`")
+        raise ValueError(" it is not an overlay: make one with `blip-scale overlay`")
     if description.get("version") != VERSION:
         raise ValueError(
             f"its version is {description.get('version')!r}, this release reads {VERSION}: make "

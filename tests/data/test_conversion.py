@@ -308,7 +308,7 @@ def test_a_restart_must_be_the_same_job(tmp_path: Path) -> None:
     (tmp_path / "other" / "index.json").write_text("{}")
     with pytest.raises(ValueError, match="holds another set"):
         convert(job_of(tars, tmp_path / "other"), Part())
-    with pytest.raises(FileNotFoundError, match="no conversion was begun here"):
+    with pytest.raises(FileNotFoundError, match="no conversion was started here"):
         merge(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="parts are counted from 0 to 1"):
         Part(2, 2)
@@ -340,7 +340,7 @@ def _die() -> Iterator[Found]:
 
 
 def test_a_killed_worker_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"a worker was killed .*the same command goes on"):
+    with pytest.raises(OSError, match=r"a worker was killed .*the same command continues"):
         convert(Conversion([Chunk("0", _die, "never read")], str(tmp_path / "out"), RULES), Part())
 
 

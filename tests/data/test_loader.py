@@ -250,7 +250,7 @@ def test_a_batch_that_does_not_fit_is_refused(
         ValueError, match="global_batch_size 32 is larger than an epoch of 20 pairs"
     ):
         make_loader(streams, global_batch=32)
-    with pytest.raises(ValueError, match="global_batch_size 8 is no multiple of 3 ranks"):
+    with pytest.raises(ValueError, match="global_batch_size 8 is not a multiple of 3 ranks"):
         make_loader(streams, world_size=3, micro_batch=2)
 
 

@@ -268,7 +268,7 @@ def test_an_overlay_of_other_images_is_refused(images: Path, joined: Path, damag
         message = "do not have the samples"
     else:
         del index["overlay"]
-        message = "it is no overlay"
+        message = "it is not an overlay"
     (joined / INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=message):
         captions_of(images, joined)

@@ -287,7 +287,7 @@ def test_dialects_of_csv(text: str | bytes, captions: list[str], tmp_path: Path)
             r"a\.csv:1: the first line is 'a\.jpg, a dog'.*--columns",
         ),
         ("image,label\na.jpg,a dog\n", {}, r"no column for the caption .* give --caption-key"),
-        ("image,text,text\na.jpg,a,b\n", {}, r"several of 3 columns are called 'text'"),
+        ("image,text,text\na.jpg,a,b\n", {}, r"several of 3 columns have the name 'text'"),
         ("image,caption\n".encode("utf-16-le"), {}, r"a\.csv:1 holds zero bytes: give --encoding"),
         ("", {}, r"a\.csv is empty"),
         ("image,caption\n", {"encoding": "no-such"}, "--encoding no-such"),

@@ -57,7 +57,7 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_is_not_in_the_way(
 ) -> None:
     process = hold(tmp_path)
     message = (
-        rf"{tmp_path} belongs to a run that is under way \(process {process.pid} on .*\): give"
+        rf"{tmp_path} belongs to a run that is still running \(process {process.pid} on .*\): give"
     )
     with pytest.raises(RefusedInput, match=message):
         RunLock(tmp_path)
@@ -103,7 +103,7 @@ def test_signs_of_life_of_another_machine_are_waited_for(
     monkeypatch.setattr(run_lock, "BEAT_S", 0.5)
     alive = RunLock(tmp_path)
     monkeypatch.setattr(run_lock, "_is_alive", lambda holder: None)
-    with pytest.raises(RefusedInput, match="is under way"):
+    with pytest.raises(RefusedInput, match="is still running"):
         RunLock(tmp_path)
     alive.release()
 

@@ -146,6 +146,6 @@ def test_a_set_of_another_task(task: str, tmp_path: Path) -> None:
     output = tiny_runs.said(recipe)
     assert {
         "vqa": "has no answers to",
-        "nlvr2": "is no pair of images with a label: make the set with",
-        "visdial": "is no dialog with candidates: make the set with",
+        "nlvr2": "is not a pair of images with a label: make the set with",
+        "visdial": "is not a dialog with candidates: make the set with",
     }[task] in output

@@ -65,7 +65,7 @@ def listed(
 
 
 class StreamedList:
-    """What `group_by_image` makes of a list, in 15 bytes a pair while the list is scanned.
+    """Result of `group_by_image` for a list, in 15 bytes a pair while the list is scanned.
 
     Consecutive pairs of the same id form a run. Most images have one run. The later runs of the
     others are known by number, and read with the first one. Runs are compared by a 64-bit hash of

@@ -149,13 +149,13 @@ def _read(file: Path) -> Any:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text ({error}); save it as UTF-8") from error
+        raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
     if file.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise ValueError(f"{file} is not JSON:  {error}") from error
     if not isinstance(content, list | dict):
         raise ValueError(f"{file}: expected a list or an object, not {type(content).__name__}")
     return content

@@ -34,7 +34,7 @@ class BlockKey(NamedTuple):
 
     @property
     def header(self) -> bytes:
-        """What stands in front of the layout."""
+        """Header in front of the layout."""
         return np.array(self, np.int64).tobytes()
 
 

@@ -150,7 +150,7 @@ class LoaderPosition:
     def __post_init__(self) -> None:
         if self.global_batch_size % self.micro_samples:
             raise ValueError(
-                f"train.global_batch_size {self.global_batch_size} is no multiple of "
+                f"train.global_batch_size {self.global_batch_size} is not a multiple of "
                 f"{self.world_size} ranks x micro batch {self.micro_batch_size}: change one of them"
             )
 

@@ -34,7 +34,7 @@ _PASS, _SHARD, _EPOCH, _BLOCK = range(4)  # keep the uses of the seed apart
 
 @dataclass(frozen=True)
 class StreamShape:
-    """What the order needs to know of a stream."""
+    """Properties of a stream that determine the order."""
 
     name: str
     shard_samples: Sequence[int] | NDArray[np.int64] | SharedArray

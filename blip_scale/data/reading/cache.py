@@ -73,7 +73,7 @@ class ShardCache:
             if self.limit_bytes is None or self.limit_bytes > held:
                 logger.warning(
                     "the disk of the cache %s is full at %.1f GB of shards: the least recently "
-                    "used are evicted from now on; make room, or set data.cache_limit",
+                    "used are evicted from now on; free some disk space, or set data.cache_limit",
                     self.folders[0],
                     held / 1e9,
                 )

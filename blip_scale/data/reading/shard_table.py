@@ -70,7 +70,7 @@ class ShardTable:
 
     @property
     def overlay(self) -> Any:
-        """What the index of an overlay says of its images; None in other sets."""
+        """Description of the images in the index of an overlay; None in other sets."""
         return self._arrays.meta["overlay"]
 
     @property
@@ -331,7 +331,7 @@ def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
 
 
 def open_captions(folder: Path, shards: ShardTable) -> CaptionTable:
-    """What `folder`/index.json says of the captions, out of the cached table where there is one.
+    """Captions per sample from `folder`/index.json, or from its cached table if there is one.
 
     Raises:
         ValueError: the index does not say it.
@@ -363,11 +363,11 @@ def _load(folder: Path, name: str, checked: Callable[[SharedArrays], T]) -> T | 
     try:
         arrays = SharedArrays.load(path, 2 * index.stat().st_size + (1 << 20))
         if arrays.meta["index_sha256"] != _hash_of(folder):
-            logger.info("%s was made of another index: made again", path)
+            logger.info("%s belongs to another index: making it again", path)
             return None
         return checked(arrays)
     except (OSError, ValueError, TypeError, LookupError) as error:
-        logger.warning("%s is not used (%s): made again from %s", path, error, INDEX_NAME)
+        logger.warning("%s is not used (%s): making it again from %s", path, error, INDEX_NAME)
         return None
 
 
@@ -375,7 +375,7 @@ def _save(table: ShardTable | CaptionTable, path: Path) -> None:
     try:
         table.save(path)
     except OSError as error:
-        logger.info("%s is not written (%s): each start reads the index anew", path, error)
+        logger.info("%s can't be written (%s): every start parses the index again", path, error)
 
 
 def _hash_of(folder: Path) -> str:

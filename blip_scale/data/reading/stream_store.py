@@ -136,7 +136,7 @@ class StreamStore:
 
     @property
     def shard_items(self) -> NDArray[np.int64]:
-        """What an epoch takes of each shard: samples or, with `repeat: captions`, captions."""
+        """Items per shard that an epoch reads: samples or, with `repeat: captions`, captions."""
         return self.shard_samples if self._captions is None else self._captions.items
 
     @property
@@ -188,7 +188,7 @@ class StreamStore:
         return self._read_from(number, lambda: self.shards.read(number, sample))
 
     def _read_from(self, number: int, read: Callable[[], T]) -> T:
-        """What `read` takes out of a shard that lies in the folder; raises as `read` does."""
+        """Part of `read` for a shard that is in the folder; raises as `read` does."""
         for _ in range(_READ_ATTEMPTS):
             self._ensure(number)
             try:

@@ -133,7 +133,7 @@ class TarStore(StreamStore):
             offset >= _BLOCK and 0 <= size <= LARGEST_FILE_BYTES and end <= self.shard_bytes(number)
         ):
             raise ValueError(
-                f"no file of {size} bytes can be at byte {offset}: index the tars anew"
+                f"no file of {size} bytes can be at byte {offset}: index the tars again"
             )
         path = self.folder / self.shards.name(number)
         file = os.open(path, os.O_RDONLY)

@@ -133,7 +133,7 @@ def check_columns(columns: Sequence[str]) -> None:
     """Raise RepeatedColumn where a name comes twice."""
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
-        raise RepeatedColumn(f"several of its columns are called {twice[0]!r}: rename one")
+        raise RepeatedColumn(f"several of its columns have the name {twice[0]!r}: rename one")
 
 
 def _without_images(names: list[str]) -> str:

@@ -68,7 +68,7 @@ READERS: dict[str, SourceReader] = {
         },
     ),
     "webdataset": SourceReader(webdataset_chunks, "tars of NAME.jpg, NAME.txt, NAME.json"),
-    "mds": SourceReader(mds_chunks, "MDS shards of other makers, with --image-key, --caption-key"),
+    "mds": SourceReader(mds_chunks, "MDS shards of other tools, with --image-key, --caption-key"),
     "vqa": SourceReader(
         vqa_chunks, "BLIP's vqa_*.json and vg_qa.json: {question, answer, image}", max_words=50
     ),

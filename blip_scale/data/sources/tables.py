@@ -277,8 +277,8 @@ def _check_header(source: Source, location: str, header: list[str]) -> None:
         twice = [name for name, count in Counter(header).items() if count > 1 and name in keys]
         if twice:
             raise ValueError(
-                f"{place}: several of {len(header)} columns are called {twice[0]!r}: rename one, "
-                f"or name another with {option}"
+                f"{place}: several of {len(header)} columns have the name {twice[0]!r}: rename "
+                f"one, or name another with {option}"
             )
 
 
