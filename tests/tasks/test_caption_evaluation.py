@@ -117,8 +117,8 @@ def test_vqa_lists_are_read_as_their_shards_are(tmp_path: Path, images: Path) ->
         )
     )
     chunks = READERS["vqa"].chunks(Source(str(file), str(images)))
-    found = [pair for chunk in chunks for pair in chunk.read()]
-    pairs = listed_pairs(file.name, found, 32, clean_question)
+    items = [pair for chunk in chunks for pair in chunk.read()]
+    pairs = listed_pairs(file.name, items, 32, clean_question)
     assert pairs.captions == [["is it red?", "what is it?"]]
     assert [answer["answers"] for answer in pairs.annotations[0]] == [["yes"], ["a disc"]]
 
