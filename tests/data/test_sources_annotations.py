@@ -290,6 +290,9 @@ def test_dialects_of_csv(text: str | bytes, captions: list[str], tmp_path: Path)
         ("image,text,text\na.jpg,a,b\n", {}, r"several of 3 columns are called 'text'"),
         ("image,caption\n".encode("utf-16-le"), {}, r"a\.csv:1 holds zero bytes: give --encoding"),
         ("", {}, r"a\.csv is empty"),
+        ("sep=;\n", {}, r"a\.csv is empty"),
+        ("image,caption\ra.jpg,a dog\r", {}, r"a\.csv: its lines end as on a classic Mac"),
+        ("a.jpg,a dog\rb.jpg,two\r", {"columns": "image,caption"}, r"tr '\\r' '\\n' < a\.csv"),
         ("image,caption\n", {"encoding": "no-such"}, "--encoding no-such"),
     ],
 )
@@ -298,6 +301,39 @@ def test_a_table_that_leaves_room_for_doubt(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_text(tmp_path, "a.csv", text, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"columns": "image,caption"}])
+@pytest.mark.parametrize("separator", [";", "|", "\t"])
+def test_the_first_line_of_excel(separator: str, options: dict[str, str], tmp_path: Path) -> None:
+    header = "" if options else f"image{separator}caption\r\n"
+    text = f'sep={separator}\r\n{header}a.jpg{separator}"a, b"\r\nb.jpg{separator}c\r\n'
+    items = read_text(tmp_path, "a.csv", text, **options)
+    assert {name: pair.captions for name, pair in pairs(items).items()} == {
+        "a.jpg": ["a, b"], "b.jpg": ["c"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.tsv", "image\tcaption\ra.jpg\ta dog\r"),
+        ("a.jsonl", '{"image": "a.jpg", "caption": "a"}\r{"image": "b.jpg", "caption": "b"}\r'),
+    ],
+)
+def test_line_ends_of_a_classic_mac(name: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its lines end as on a classic Mac"):
+        read_text(tmp_path, name, text)
+
+
+def test_carriage_returns_inside_rows(tmp_path: Path) -> None:
+    for name, text, options in (
+        ("a.csv", 'a.jpg,"a\rb"\n', {"columns": "image,caption"}),
+        ("b.tsv", "a.jpg\ta\rb\n", {"columns": "image,caption"}),
+        ("c.jsonl", '{"image":\r"a.jpg",\r"caption": "a\\rb"}\n', {}),
+    ):
+        items = read_text(tmp_path, name, text, **options)
+        assert pairs(items)["a.jpg"].captions == ["a\rb"]
 
 
 def test_a_table_of_bad_rows(tmp_path: Path) -> None:
