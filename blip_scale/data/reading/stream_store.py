@@ -221,15 +221,17 @@ class StreamStore:
     @property
     def caches(self) -> list[ShardCache]:
         """Caches that shards and their overlays are fetched into; [] where all of them lie here."""
-        own = [] if self.cache is None else [self.cache]
-        return [*own, *(cache for overlay in self.overlays for cache in overlay.caches)]
+        stores: list[StreamStore] = [self, *self.overlays]
+        return [store.cache for store in stores if store.cache is not None]
 
     def fetched_bytes(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bytes that each shard and its overlays, [shards], take of the cache."""
         sizes = np.zeros(len(numbers), np.int64)
         if self.remote:
             sizes += self.shards.raw_bytes[numbers]
-        return sum((overlay.fetched_bytes(numbers) for overlay in self.overlays), sizes)
+        for overlay in self.overlays:
+            sizes += overlay.fetched_bytes(numbers)
+        return sizes
 
     def _prefetch(self, number: int) -> bool:
         if number in self._damaged or self._has(number):
