@@ -77,11 +77,11 @@ class Spool(Generic[T]):
     @classmethod
     def of_sorted(cls, items: Iterable[tuple[Any, ...]], folder: str = "") -> Spool[Any]:
         """Write tuples in ascending order. `_RUN` of them are sorted in memory at a time."""
-        runs = cls.of(_sorted_runs(items), folder)
+        runs: Spool[Any] = Spool.of(_sorted_runs(items), folder)
         firsts = runs._starts[:: _RUN // _BATCH]
         if len(firsts) < 2:
             return runs
-        return cls.of(heapq.merge(*map(runs._run, firsts)), folder)
+        return Spool.of(heapq.merge(*map(runs._run, firsts)), folder)
 
     def __call__(self, start: Place) -> Iterator[tuple[Place, T]]:
         """Read the items from a place on.
