@@ -196,7 +196,6 @@ class ShardTable:
             and np.all(np.diff(arrays["file_ends"], prepend=0) > 0)
             and arrays["file_ends"][-1] == len(arrays["files"])
             and np.all(self.samples >= 0)
-            and np.all(self.raw_bytes >= 8 + 4 * self.samples)
             and np.all(self.raw_bytes < mds.OFFSET_LIMIT)
         )
         if not is_whole:
@@ -204,8 +203,12 @@ class ShardTable:
         for name in names:
             if not _PLAIN_NAME.fullmatch(name) or name == INDEX_NAME.encode():
                 mds.check_shard_name(name.decode())
-        _, firsts = np.unique(arrays["settings"], return_index=True)
-        require_columns(self.folder, map(self.__getitem__, firsts.tolist()), columns)
+        _, firsts, kinds = np.unique(arrays["settings"], return_index=True, return_inverse=True)
+        shards = [self[number] for number in firsts.tolist()]
+        least = np.array([shard.columns.least_bytes for shard in shards], np.int64)[kinds]
+        if np.any(self.samples > (self.raw_bytes - 8) // least):
+            raise ValueError("a shard is too small for its samples")
+        require_columns(self.folder, shards, columns)
 
     def save(self, path: Path) -> None:
         """Write the arrays for `SharedArrays.load`; raises OSError where the disk takes none."""

@@ -63,7 +63,7 @@ READERS: dict[str, SourceReader] = {
         folder_chunks,
         "images with captions.csv, metadata.jsonl or a .txt beside each",
         {
-            "encoding": "encoding of a CSV or TSV that is not UTF-8: latin-1, utf-16, ...",
+            "encoding": "encoding of tables and .txt that are not UTF-8: latin-1, utf-16, ...",
             "columns": "names of the columns of a table without a header: image,caption",
         },
     ),
