@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from data_samples import jpeg, stream
 from odd_files import (
@@ -175,11 +176,19 @@ def _children(pid: int | None) -> list[int]:
     return [int(child) for child in text.split()]
 
 
+def _is_running(pid: int) -> bool:
+    """Whether a process has not ended. Some containers never reap one that lost its parent."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _wait_for_end(pids: list[int]) -> None:
     """Wait until the workers of a killed parent have ended by themselves."""
     assert pids
-    until = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+    until = time.monotonic() + 120
+    while any(map(_is_running, pids)):
         assert time.monotonic() < until, "a worker outlived its parent"
         time.sleep(0.01)
 

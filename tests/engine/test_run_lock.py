@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from blip_scale.engine import run_lock
@@ -63,7 +64,8 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_is_not_in_the_way(
         RunLock(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
     process.send_signal(signal.SIGKILL)
-    time.sleep(0.2)  # a zombie now
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
     lock = RunLock(tmp_path)
     process.wait()
     assert "took over the lock of a run that ended" in caplog.text
