@@ -94,7 +94,8 @@ test: $(VENV)/.installed-dev
 	@PATH="$(CURDIR)/$(OLDEST)/bin:$(BIN):$$PATH" OMP_NUM_THREADS=1 \
 		python -m pytest -q -n 2 --dist loadfile -m "not s3 and not demo and not gpu and not slurm" $(OLDEST_TESTS)
 	@echo "Tests with several ranks, whole runs, and jobs on a real SLURM of two nodes"
-	@# Three at a time, as jobs wait for SLURM half of their time. The longest files come early.
+	@# Three at a time, as jobs wait for SLURM half of their time. tests/conftest.py puts the longest
+	@# files first.
 	@$(RUN) python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
 		-m "(multiprocess or s3 or gpu or slurm) and not demo and not towers"
 	@echo "The demo, a third of its epochs (about five minutes)"

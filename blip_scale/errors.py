@@ -48,7 +48,7 @@ def in_words(error: BaseException) -> str:
                 )
     message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{message}: the disk is full; make room, or write to another disk"
+        return f"{message}: the disk is full; free some space, or write to another disk"
     return message
 
 

@@ -28,6 +28,23 @@ REPO = Path(__file__).resolve().parent.parent
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
+LONGEST = (
+    "cluster/test_slurm_run.py", "engine/test_parity.py", "cluster/test_slurm_recovery.py",
+    "test_benchmark.py", "test_gpu_report.py", "cluster/test_slurm_signals.py",
+    "cluster/test_reading_from_s3.py", "engine/test_resume.py", "cluster/test_training_from_s3.py",
+    "test_installed.py", "cluster/test_slurm_ends.py", "engine/test_deepspeed_settings.py",
+    "engine/test_run.py", "engine/test_planned_memory.py",
+)  # fmt: skip
+"""Files that take a minute or more. They come first, so that none is left to run alone at the end.
+Files that wait for SLURM lie between those that compute."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests by `LONGEST`, and leave the others in their order."""
+    ranks = {REPO / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    assert all(file.is_file() for file in ranks), "a file of LONGEST was renamed"
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
 
 @pytest.fixture(autouse=True)
 def _environment_after_a_test() -> Iterator[None]:

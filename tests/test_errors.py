@@ -94,7 +94,7 @@ def test_a_full_disk_is_named_with_the_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report_error("tool", OSError(28, "No space left on device"))
-    assert "the disk is full; make room" in capsys.readouterr().err
+    assert "the disk is full; free some space" in capsys.readouterr().err
     for error in (OSError(28, "No space left"), RuntimeError(f"rust: {os.strerror(28)}")):
         message = f"cannot write {tmp_path}/new: the disk is full"
         with pytest.raises(OSError, match=message), naming_full_disk(tmp_path / "new"):

@@ -299,7 +299,10 @@ def test_the_losses_say_what_they_need() -> None:
     assert towers["step"]["useful_flops"] < 0.75 * sigmoid["step"]["useful_flops"]
     assert "activations_language_head" not in towers["memory_terms_gib"]
     refused = plan("base_129M", "objective.itc=nce", code=2)
-    assert "objective.itc: 'nce' is no contrast; give momentum or in_batch or sigmoid" in refused
+    assert (
+        "objective.itc: 'nce' is not a contrastive loss; give momentum or in_batch or sigmoid"
+        in refused
+    )
 
 
 def test_gpus_are_taken_by_a_clear_name_alone() -> None:

@@ -138,8 +138,8 @@ def caption_of(endpoint: Endpoint, image: bytes, seed: int) -> str:
         except _Failed as error:
             if time.monotonic() + pause_s > deadline:
                 raise RemoteError(
-                    f"the captioner {endpoint.url} still fails after {endpoint.retry_s:g} s "
-                    f"({error}); finished captions are kept: run the same command to continue"
+                    f"the captioner {endpoint.url} has failed for {endpoint.retry_s:g} s "
+                    f"({error}); finished work is kept; the same command continues"
                 ) from error
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -201,11 +201,11 @@ def _add_endpoint_options(
     """Add the options of a captioner behind HTTP."""
     group.add_argument(
         "--captioner-url", default="", metavar="URL",
-        help="base of an API like OpenAI's, such as http://127.0.0.1:8000/v1; its key, if it wants "
+        help="URL of an API like OpenAI's, such as http://127.0.0.1:8000/v1; its key, if it wants "
         f"one, is in {KEY_VARIABLE}",
     )  # fmt: skip
     add(group, "--captioner-model", "", "name of its model")
-    add(group, "--captioner-prompt", Endpoint.prompt, "what it is asked with each image")
+    add(group, "--captioner-prompt", Endpoint.prompt, "prompt sent with each image")
     add(group, "--captioner-tokens", Endpoint.max_tokens, "most tokens of a caption")
     add(group, "--captioner-requests", Endpoint.requests, "requests at a time, of each process")
     add(group, "--captioner-timeout", Endpoint.timeout_s, "seconds that a request may take")

@@ -230,7 +230,7 @@ def _launcher(setting: Setting) -> str:
     if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"LOCAL_RANK {local_rank}, but the node shows {torch.cuda.device_count()} "
-            "GPUs: start as many ranks as GPUs"
+            "GPUs: start one rank per GPU"
         )
     return f"{ranks} ranks"
 

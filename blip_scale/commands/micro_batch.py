@@ -67,7 +67,8 @@ def settle(recipe: Recipe, ds_config: str | Path, device: torch.device) -> Settl
     place = "host memory a rank" if device.type == "cpu" else "the card"
     if micro_batch == 0:
         raise ValueError(
-            f"train.max_micro_batch_size: auto finds no room: a micro-batch of {possible[0]} does "
+            "train.max_micro_batch_size: auto finds no size that fits: a micro-batch of "
+            f"{possible[0]} does "
             f"not fit {least / _GIB:.1f} GiB ({place}); set model.gradient_checkpointing=true or "
             "--deepspeed ds_configs/zero3_offload.json"
         )

@@ -65,7 +65,7 @@ def _parser(prog: str) -> Parser:
         help="parquet, JSON lines or tars with the captions: files or folders",
     )  # fmt: skip
     add("out", metavar="OUT", help="folder, or a remote: s3://b/p")
-    add("--join", choices=KEYS, required=True, help="what captions and images are joined by")
+    add("--join", choices=KEYS, required=True, help="key that matches captions to images")
     add(
         "--caption-key", action="append", required=True, metavar="KEY,ROLE=KEY,...",
         help="keys or columns of captions, and their roles; may be repeated",
@@ -77,7 +77,7 @@ def _parser(prog: str) -> Parser:
     )  # fmt: skip
     add(
         "--duplicates", choices=("refuse", "first", "all"), default="refuse",
-        help="what becomes of a key that comes again with other captions (%(default)s)",
+        help="rule for a key that occurs again with other captions (%(default)s)",
     )  # fmt: skip
     add("--scratch", help="folder for files of remotes (default: the system's)")
     return parser

@@ -1,4 +1,4 @@
-"""What the demo page asks for, without the page: answers of checkpoints about images."""
+"""Answers of checkpoints for the demo page. No code of the page itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _RERANKED = 32
 
 @dataclass
 class Service:
-    """What the page asks for. Methods raise ValueError with a line for the user."""
+    """Answers for the page. Methods raise ValueError with a line for the user."""
 
     blips: list[Blip]
     images: list[str]

@@ -153,7 +153,7 @@ def _way_rows(plan: Plan) -> list[str]:
 
 
 def _exchange_rows(plan: Plan) -> list[str]:
-    """What ranks exchange in a step, for partitioned and for whole weights; nothing on one rank."""
+    """Exchanges between ranks in a step, for partitioned and whole weights; none on one rank."""
     ways = {way.execution.whole: way for way in plan.ways if way.exchanges}
     if not ways:
         return []

@@ -271,7 +271,7 @@ def _parser(prog: str) -> Parser:
     search.add_argument("--text", required=True, help="what to look for")
     _add(search, "--top", 10, "number of images to return")
     _add(search, "--rerank", 0, "number of best images to re-rank by matching probability; 0: none")
-    explain = use("explain", "draw where the words of a caption are seen, a PNG for every image")
+    explain = use("explain", "draw a heat map for each word of a caption, a PNG for every image")
     explain.add_argument("--text", help="caption to look for; default: the checkpoint's own")
     explain.add_argument(
         "--sheets", type=Path, default=Path("word_maps"), metavar="FOLDER",

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") 
     parser.add_argument("run", type=Path, help="output folder of the run")
     parser.add_argument(
         "--started", type=int, metavar="UNIX_TIME",
-        help="when the whole command began: its seconds are added to summary.json",
+        help="start of the whole command; its duration is added to summary.json",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     file = options.run / run_folder.SUMMARY

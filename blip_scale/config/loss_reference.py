@@ -108,7 +108,7 @@ def _table(file: Path) -> dict[str, Any]:
                 losses.setdefault(name, []).append(float(cell) if cell else None)
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{file}, line {number + 2}: {name}: {cell!r} is no number; give one, or leave "
-                    "the cell empty"
+                    f"{file}, line {number + 2}: {name}: {cell!r} is not a number; give one, or "
+                    "leave the cell empty"
                 ) from error
     return {"losses": losses}

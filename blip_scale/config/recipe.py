@@ -352,7 +352,7 @@ class EvaluationRecipe:
     max_pairs: Positive = 5000
     """Number of images taken from each held-out set, with all their captions."""
     batch_size: BatchSize = 64
-    """Number of images or texts that a rank takes through the network at once."""
+    """Number of images or texts that a rank processes at once."""
     rerank_top_k: Count = 128
     """Retrieval: number of candidates with the highest contrastive similarity that ITM re-ranks.
     VQA: number of answers from the list, preselected by their first word piece, that are scored as

@@ -150,6 +150,12 @@ class Columns:
         """Size of each column in bytes; None if sizes vary."""
         return [ENCODINGS[encoding].size for encoding in self.encodings]
 
+    @property
+    def least_bytes(self) -> int:
+        """Smallest size of a sample in a shard: its offset, and a size for each column whose
+        values vary in size."""
+        return 4 + sum(4 if size is None else size for size in self.sizes)
+
     def encode(self, sample: Mapping[str, Any]) -> bytes:
         """Encode a sample.
 
@@ -330,10 +336,6 @@ def parse_shard(folder: Path, entry: Any) -> Shard:
             raise ValueError(f"{name} is {entry[name]!r}, only {expected!r} is supported")
     samples = _field(entry, "samples", int)
     raw_data = _file_info(_field(entry, "raw_data", dict))
-    if not (samples >= 0 and 8 + 4 * samples <= raw_data.bytes < OFFSET_LIMIT):
-        raise ValueError(
-            f"{raw_data.basename} can't hold {samples} samples in {raw_data.bytes} bytes"
-        )
     compression, packed = entry.get("compression"), entry.get("zip_data")
     if (compression is None) != (packed is None):
         raise ValueError(f"{raw_data.basename}: compression without zip_data, or the reverse")
@@ -342,6 +344,12 @@ def parse_shard(folder: Path, entry: Any) -> Shard:
     columns = _columns(_texts(entry, "column_names"), _texts(entry, "column_encodings"))
     if _field(entry, "column_sizes", list) != columns.sizes:
         raise ValueError(f"column_sizes {entry['column_sizes']} do not fit {columns.encodings}")
+    least = columns.least_bytes
+    if not (samples >= 0 and 8 + least * samples <= raw_data.bytes < OFFSET_LIMIT):
+        raise ValueError(
+            f"{raw_data.basename} can't hold {samples} samples of at least {least} bytes in "
+            f"{raw_data.bytes} bytes"
+        )
     zip_data = None if packed is None else _file_info(packed)
     return Shard(folder, columns, samples, raw_data, zip_data, compression)
 

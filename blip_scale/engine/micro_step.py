@@ -152,7 +152,7 @@ class CapturedMicroStep:
                 if self._must_capture:
                     raise
                 reason = str(error).splitlines()[0]
-                logger.warning("a CUDA graph can't be captured, steps run eager: %s", reason)
+                logger.warning("a CUDA graph can't be captured, steps run eagerly: %s", reason)
                 self._is_off = True
                 return self._eager(inputs, is_last)
             self._graphs[key] = graph
@@ -203,7 +203,7 @@ def choose_micro_step(
     if obstacle:
         is_expected = setting is False or engine.device.type == "cpu"
         level = logging.DEBUG if is_expected else logging.INFO
-        logger.log(level, "micro-steps run eager: %s", obstacle)
+        logger.log(level, "micro-steps run eagerly: %s", obstacle)
         return EagerMicroStep(engine)
     logger.info("micro-steps run as CUDA graphs after %d eager ones", WARM_UP_STEPS)
     return CapturedMicroStep(engine, cuda_graph(), must_capture=setting is True)

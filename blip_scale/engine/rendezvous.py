@@ -119,6 +119,7 @@ def _listen(host: str, port: int) -> int | None:
                 continue
             return listening.detach()
     logger.warning(
-        "MASTER_ADDR %s is no address at which others reach this machine: listening on all", host
+        "MASTER_ADDR %s is not an address at which others reach this machine: listening on all",
+        host,
     )
     return None

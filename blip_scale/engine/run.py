@@ -80,8 +80,8 @@ class History:
         if unknown:
             raise ValueError(
                 f"the checkpoint's history has {', '.join(unknown)}, which this blip_scale doesn't "
-                "know: update blip_scale, or begin a run from the checkpoint with model.checkpoint "
-                "and another output_dir"
+                "know: update blip_scale, or start a new run from the checkpoint with "
+                "model.checkpoint and another output_dir"
             )
         return cls(**values)
 

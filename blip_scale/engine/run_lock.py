@@ -99,7 +99,8 @@ class RunLock:
             is_alive = not self._falls_silent(text, holder)
         if is_alive:
             raise RefusedInput(
-                f"{self._file.parent} belongs to a run that is under way ({_described(holder)}): "
+                f"{self._file.parent} belongs to a run that is still running "
+                f"({_described(holder)}): "
                 f"give another output_dir, or end that run. If there is none, remove {self._file}"
             )
         aside = self._draft.with_suffix(".stale")
@@ -122,7 +123,7 @@ class RunLock:
                 return True
             if before_s is None:
                 logger.warning(
-                    "%s is locked (%s): waiting up to %.0f s for a sign of life",
+                    "%s is locked (%s): waiting up to %.0f s for its heartbeat",
                     self._file.parent, _described(holder), STALE_S - age_s,
                 )  # fmt: skip
             elif age_s < before_s:
@@ -146,7 +147,8 @@ class RunLock:
                     continue
                 if text != self._text:
                     logger.error(
-                        "%s was taken over by another run: this one gave no sign of life and ends",
+                        "%s was taken over by another run, because this one sent no heartbeat; "
+                        "stopping",
                         self._file,
                     )
                     logging.shutdown()

@@ -106,7 +106,7 @@ def owner_index(
     """Image of each text, int64 [S].
 
     Raises:
-        ValueError: there is not one for each text, or it is no index of an image.
+        ValueError: there is not one for each text, or it is not the index of one of an image.
     """
     try:
         numbers = [operator.index(owner) for owner in owners]
@@ -122,7 +122,7 @@ def owner_index(
     for place, number in enumerate(numbers):
         if not 0 <= number < images:
             raise ValueError(
-                f"owners: {number} (item {place}) is no index of {images} "
+                f"owners: {number} (item {place}) is not the index of one of {images} "
                 f"image{'s' * (images != 1)}; the first image is 0"
             )
     return torch.tensor(numbers, dtype=torch.int64, device=device)

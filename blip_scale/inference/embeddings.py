@@ -187,9 +187,9 @@ def _stated(file: Path) -> dict[str, Any]:
     try:
         content = parse_json(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); give another OUT, or delete it") from error
+        raise ValueError(f"{file} is not JSON ({error}); give another OUT, or delete it") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is no manifest of embeddings; give another OUT, or delete it")
+        raise ValueError(f"{file} is not a manifest of embeddings; give another OUT, or delete it")
     return content
 
 

@@ -225,7 +225,7 @@ def tokenizer_of(
         raise ValueError(
             f"{source} has word embeddings of {config.text.vocab_size} tokens, as many as the "
             f"tokenizer {text.tokenizer or text.checkpoint} has without [DEC] and [ENC], which "
-            "BLIP needs: the checkpoint is not BLIP's, or not whole"
+            "BLIP needs: the checkpoint is not BLIP's, or incomplete"
         )
     if len(tokenizer) != config.text.vocab_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained on: read from the files of its run, or from the card of its export.
+"""Training data of a checkpoint: read from the files of its run, or from the card of its export.
 
 Whoever wrote these files may be a stranger, so their texts are data: they are never rendered as
 Markdown or HTML.

@@ -101,8 +101,10 @@ def text_config(text: TextConfig, image_width: int) -> BlipTextConfig:
 def inexpressible(weights: BlipWeights) -> str | None:
     """Reason why transformers' BLIP classes cannot hold this network, or None if they can."""
     if weights.head not in CLASSES:
-        expected = ", ".join(CLASSES)
-        return f"transformers has no such class; give --head: one of {expected}"
+        fix = f"give --head: one of {', '.join(CLASSES)}"
+        if weights.head != "pretrain":  # a fine-tuned head becomes no other
+            fix = "give OUT a name that ends in .pth"
+        return f"transformers has no such class; {fix}"
     with torch.device("meta"):
         vision = build_vision(weights.config.vision)
     reason = _unlike_blips(vision)

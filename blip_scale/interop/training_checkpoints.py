@@ -241,7 +241,7 @@ def _check_names(
     saved = set(saved)
     unknown = sorted(name for name in saved - set(shapes) if name.startswith(PREFIX))
     if unknown:
-        raise ValueError(f"{folder} holds another network: {unknown[0]} is left over")
+        raise ValueError(f"{folder} holds another network: {unknown[0]} is unexpected")
     missing = sorted(name for name in set(shapes) - saved if is_published(name, head))
     if missing:
         raise ValueError(

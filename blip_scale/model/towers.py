@@ -104,7 +104,7 @@ class ImageTower(nn.Module):
 
     @property
     def description(self) -> str:
-        """What distinguishes towers of equal sizes."""
+        """Properties that distinguish towers of equal sizes."""
         block = self.blocks[0]
         act = getattr(block.mlp, "act", block.mlp)
         rope = getattr(self, "rope", None)

@@ -145,7 +145,7 @@ def build_vision(
 
     Raises:
         ValueError: the name is unknown or not that of a tower, timm refuses the overrides, the
-            image size is no multiple of the patch size, or the ViT has fewer blocks than
+            image size is not a multiple of the patch size, or the ViT has fewer blocks than
             `frozen_layers`.
     """
     if not timm.is_model(config.name):
@@ -188,12 +188,13 @@ def build_vision(
     patch = vision.patch_embed.patch_size[0]
     if config.image_size % patch:
         raise ValueError(
-            f"model.vision.image_size: {config.image_size} is no multiple of the patch size {patch}"
+            f"model.vision.image_size: {config.image_size} is not a multiple of the patch size "
+            f"{patch}"
         )
     for size in config.other_sizes:
         if size % patch:
             raise ValueError(
-                f"data.image_sizes: {size} is no multiple of the patch size {patch} of "
+                f"data.image_sizes: {size} is not a multiple of the patch size {patch} of "
                 f"{config.name}; give one"
             )
     vision.statistics = config.statistics

@@ -45,7 +45,7 @@ class Spared(AbstractContextManager[None]):
         if isinstance(error, OSError):
             if not self._failed:
                 logger.warning(
-                    "cannot write %s (%s); training continues without it; make room on the disk",
+                    "cannot write %s (%s); training continues without it; free some disk space",
                     self._lost, error,
                 )  # fmt: skip
             self._failed = True

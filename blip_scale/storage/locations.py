@@ -9,14 +9,23 @@ import io
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from blip_scale.errors import RefusedInput
-from blip_scale.storage.objects import CHUNK_BYTES, RETRY_S, ObjectFolder, RemoteError, split_url
+from blip_scale.storage.objects import (
+    CHUNK_BYTES,
+    RETRY_S,
+    ObjectFolder,
+    ObjectInfo,
+    RemoteError,
+    split_url,
+)
+
+T = TypeVar("T")
 
 _BUFFER_BYTES = 4 << 20  # buffer of a remote file
 
@@ -109,6 +118,25 @@ def list_folder(location: str, deep: bool = False) -> list[Entry]:
     else:
         entries = _remote_entries(location, deep)
     return sorted(entries, key=lambda entry: entry.location)
+
+
+def read_folder(location: str, take: Callable[[Iterator[Entry]], T]) -> T:
+    """Return what `take` makes of all files below a folder, in any order, none of them held.
+
+    Where a remote fails, `take` begins again. The empty objects that mark its folders are among the
+    files, unlike in `list_folder`. Errors are those of `list_folder`.
+    """
+    if not is_folder(location):
+        raise NotADirectoryError(f"{location} is not a folder")
+    if is_local(location):
+        return take(_local_entries(location, deep=True))
+    remote, name = _remote(location)
+    start = len(name.rstrip("/")) + 1 if name else 0
+
+    def taken(files: Iterator[tuple[str, ObjectInfo]]) -> T:
+        return take(_remote_entry(location, file[start:], info) for file, info in files)
+
+    return remote.read_files(name, taken)
 
 
 def is_folder(location: str) -> bool:
@@ -320,10 +348,13 @@ def _remote_entries(location: str, deep: bool) -> Iterator[Entry]:
     start = len(name.rstrip("/")) + 1 if name else 0
     files, folders = (remote.files(name), []) if deep else remote.entries(name)
     for file, info in files.items():
-        place = f"{location.rstrip('/')}/{file[start:]}"
-        yield Entry(file[start:], place, False, info.size, info.version)
+        yield _remote_entry(location, file[start:], info)
     for folder in folders:
         yield Entry(folder[start:], f"{location.rstrip('/')}/{folder[start:]}", True, 0)
+
+
+def _remote_entry(location: str, name: str, info: ObjectInfo) -> Entry:
+    return Entry(name, f"{location.rstrip('/')}/{name}", False, info.size, info.version)
 
 
 def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
@@ -336,14 +367,16 @@ def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
+        below: list[tuple[bool, str, str]] = []
         with os.scandir(folder) as listed:
-            # Links come last, so that a folder that is also linked always gets the same name.
-            for item in sorted(listed, key=lambda item: (not item.is_symlink(), item.name)):
+            for item in listed:
                 name, is_dir = inner + item.name, item.is_dir()
                 if is_dir and deep:
-                    waiting.append((f"{name}/", item.path))
+                    below.append((not item.is_symlink(), item.name, item.path))
                     continue
                 size, version = 0, ""
                 if item.is_file():
                     size, version = item.stat().st_size, str(item.stat().st_mtime_ns)
                 yield Entry(name, f"{location.rstrip('/')}/{name}", is_dir, size, version)
+        # Folders come before links to them, so that the same tree always gets the same names.
+        waiting += [(f"{inner}{name}/", path) for _, name, path in sorted(below)]

@@ -221,14 +221,22 @@ class ObjectFolder:
 
     def files(self, folder: str = "") -> dict[str, ObjectInfo]:
         """Every object below a folder, by name relative to `url`."""
+        return _without_folders(self.read_files(folder, dict))
+
+    def read_files(self, folder: str, take: Callable[[Iterator[tuple[str, ObjectInfo]]], T]) -> T:
+        """Return what `take` makes of every object below a folder, with its name relative to `url`.
+
+        Where the remote fails, it begins again. Empty objects that mark folders are among them.
+        """
         key = self._key(folder)
+        start = len(self._prefix) + 1 if self._prefix else 0
 
-        def list_objects() -> dict[str, ObjectInfo]:
+        def list_objects() -> T:
             pages = obstore.list(self._store(), prefix=key or None, chunk_size=1000)
-            return {entry["path"]: _info(entry) for page in pages for entry in page}
+            entries = (entry for page in pages for entry in page if entry["path"] != key)
+            return take((entry["path"][start:], _info(entry)) for entry in entries)
 
-        objects = self._request(list_objects, "listed", folder)
-        return _without_folders(self._named(objects, key))
+        return self._request(list_objects, "listed", folder)
 
     def entries(self, folder: str = "") -> tuple[dict[str, ObjectInfo], list[str]]:
         """List a folder without its subfolders. A missing folder is empty.

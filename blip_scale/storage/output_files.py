@@ -99,7 +99,9 @@ def naming_full_disk(place: Path | str) -> Iterator[None]:
         is_told = is_disk_full(error) or _NO_SPACE in str(error)
         if not is_told and not (isinstance(error, RuntimeError) and _is_full(Path(place))):
             raise
-        message = f"cannot write {place}: the disk is full; make room, or write to another disk"
+        message = (
+            f"cannot write {place}: the disk is full; free some space, or write to another disk"
+        )
         raise OSError(message) from error
 
 

@@ -231,8 +231,8 @@ class ContrastiveTask(TrainingTask):
             if saved != here:
                 raise ValueError(
                     f"objective.{name}: {here}, but the checkpoint was trained with {saved}; give "
-                    f"objective.{name}={saved}, or begin a run from it with model.checkpoint and "
-                    "another output_dir"
+                    f"objective.{name}={saved}, or start a new run from it with model.checkpoint "
+                    "and another output_dir"
                 )
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -248,7 +248,9 @@ def contrast_named(name: str) -> type[Contrast]:
         ValueError: no contrast has this name.
     """
     if name not in CONTRASTS:
-        raise ValueError(f"objective.itc: {name!r} is no contrast; give {' or '.join(CONTRASTS)}")
+        raise ValueError(
+            f"objective.itc: {name!r} is not a contrastive loss; give {' or '.join(CONTRASTS)}"
+        )
     return CONTRASTS[name]
 
 

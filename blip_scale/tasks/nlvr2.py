@@ -75,13 +75,13 @@ class ImagePairs(TrainingTask):
         """Pairs of images, sentences and labels.
 
         Raises:
-            RefusedInput: a sample is no pair of images with a label.
+            RefusedInput: a sample is not a pair of images with a label.
         """
         has_labels = all("label" in annotation for annotation in batch.annotations)
         if batch.images.dim() != 5 or not has_labels:
             raise RefusedInput(
-                f"stream {batch.streams[0]!r}: {batch.ids[0]} is no pair of images with a label: "
-                "make the set with `python tools/prepare_data.py nlvr2`"
+                f"stream {batch.streams[0]!r}: {batch.ids[0]} is not a pair of images with a "
+                "label: make the set with `python tools/prepare_data.py nlvr2`"
             )
         self._tokens = len(batch.token_ids)
         images, sentences = to_model_input(batch, self.device, self.dtype)

@@ -99,8 +99,8 @@ class VisualDialog(TrainingTask):
         """
         if not batch.annotations or "candidates" not in batch.annotations[0]:
             raise RefusedInput(
-                f"stream {batch.streams[0]!r}: {batch.ids[0]} is no dialog with candidates: make "
-                "the set with `python tools/prepare_data.py visdial`"
+                f"stream {batch.streams[0]!r}: {batch.ids[0]} is not a dialog with candidates: "
+                "make the set with `python tools/prepare_data.py visdial`"
             )
         generator = torch.Generator().manual_seed(own_seed())
         false_answers = self.recipe.objective.false_answers
@@ -213,7 +213,7 @@ def scores_of(
         (index,) = indices
         rounds = list(zip(pairs.captions[index], pairs.annotations[index], strict=True))
         if any("candidates" not in annotation for _, annotation in rounds):
-            raise ValueError(f"{pairs.name}: {pairs.ids[index]} is no dialog with candidates")
+            raise ValueError(f"{pairs.name}: {pairs.ids[index]} is not a dialog with candidates")
         captions = text.captions([rounds[0][1]["caption"]])
         pixels = to_pixels(pairs.images(indices), network)
         context = network.encode_context(pixels, captions)

@@ -15,6 +15,7 @@ import pytest
 from faulty_proxy import faulty_proxy
 from s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 
+from blip_scale.data.conversion.listing import Listing
 from blip_scale.data.conversion.pairs import Found, Source
 from blip_scale.data.sources.parquet import read_parquet
 from blip_scale.data.sources.webdataset import read_tar
@@ -65,6 +66,7 @@ def test_a_bucket_is_listed_like_a_folder(s3: S3Server, url: str) -> None:
         ("a.txt", False, 3), ("empty", False, 0), ("in", True, 0), ("index", False, 3),
     ]  # fmt: skip
     deep = list_folder(url, deep=True)
+    assert list(Listing.of(url)) == deep
     assert [e.name for e in deep] == ["a.txt", "empty", "in/b.txt", "in/very/deep/c.txt", "index"]
     assert [read_file(entry.location) for entry in deep] == [b"123", b"", *[b"123"] * 3]
     assert is_folder(f"{url}/in") and not is_folder(f"{url}/index")

@@ -7,38 +7,33 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import slurm_runs
 import tiny_runs
+import train_slowly
 from slurm_cluster import SlurmCluster, wait_for
 from slurm_runs import Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
-STEPS = 24
+STEPS = 16
 EVALUATED_STEP = 8
 RECOVERY_S = 120
 """Longest time from the death of a rank to the next optimizer step."""
 HANG_S = 20
 FAILURE_WAIT_S = 15
 """Default of FAILURE_WAIT."""
+SLOWLY = f"{sys.executable} {train_slowly.__file__}"
+"""Command of a rank. A tiny network alone would be done before a test can hit a step."""
 
 
 def make_recipe(folder: Path) -> Path:
-    """Write a recipe whose network has the demo's sizes."""
     return tiny_runs.make_recipe(
         folder,
-        model={
-            "vision": {
-                "image_size": 64,
-                "overrides": {"patch_size": 16, "embed_dim": 192, "depth": 6, "num_heads": 3},
-            },
-            "text": {"width": 384, "heads": 12, "mlp_width": 1536},
-            "embed_dim": 256,
-        },
         train={"max_steps": STEPS},
         checkpoint={"every_steps": EVALUATED_STEP, "keep_last": 2},
         evaluation={"every_steps": EVALUATED_STEP},
@@ -102,9 +97,9 @@ def test_a_rank_that_dies_or_hangs_costs_two_minutes(
     make_recipe(tmp_path)
     job = slurm_runs.submit(
         slurm, "pretrain_14M.sh", tmp_path,
-        SRUN_ARGS=f"--error={tmp_path}/step_%t.log --unbuffered", MAX_FAILURES="4",
+        TRAIN=SLOWLY, SRUN_ARGS=f"--error={tmp_path}/step_%t.log --unbuffered", MAX_FAILURES="4",
     )  # fmt: skip
-    job.wait_for_step(EVALUATED_STEP - 2)
+    job.wait_for_step(EVALUATED_STEP - 4)
     ranks = slurm.ranks()
     wait_for(lambda: is_evaluating(job.run), "the evaluation")
     stopped = time.time()
@@ -147,7 +142,7 @@ def test_a_spare_node_replaces_one_without_power(
     job = slurm_runs.submit(
         slurm, "pretrain_14M.sh", tmp_path,
         options=("--partition=wide", "--nodes=3", "--gpus-per-node=0"),
-        SPARE_NODES="1",
+        SPARE_NODES="1", TRAIN=SLOWLY,
     )  # fmt: skip
     job.wait_for_step(5)
     lost = time.time()

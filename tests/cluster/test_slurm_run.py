@@ -22,7 +22,7 @@ from slurm_runs import EVERY_STEPS, Job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.s3, pytest.mark.timeout(3600)]
 
-KILLS = int(os.environ.get("BLIP_KILLS", "3"))
+KILLS = int(os.environ.get("BLIP_KILLS", "2"))
 """How often the run that is killed at random moments is killed."""
 STEPS = 24 + 2 * KILLS
 RECORDED = "log.sample_ids=true"

@@ -13,6 +13,7 @@ import tiny_blip
 import tiny_runs
 from slurm_cluster import SlurmCluster, wait_for
 
+from blip_scale.commands import capfilt, prepare_data
 from blip_scale.data.shards import write_shards
 
 SCRIPTS = sorted((tiny_runs.REPO / "slurm").glob("*.sh"))
@@ -67,8 +68,7 @@ def test_an_array_job_makes_the_bytes_of_one_process(slurm: SlurmCluster, tmp_pa
         (images / f"{record.id}.txt").write_text(record.caption)
     options = ["--pairs-per-chunk", "8", "--shard-size", "8kb"]
     alone, array = tmp_path / "alone", tmp_path / "array"
-    tool = str(tiny_runs.REPO / "tools" / "prepare_data.py")
-    subprocess.run([sys.executable, tool, "folder", str(images), str(alone), *options], check=True)
+    assert prepare_data.main(["folder", str(images), str(alone), *options]) == 0
     run_array(slurm, tmp_path, "prepare_data.sh", "folder", str(images), str(array), *options)
     assert_same_files(alone, array)
 
@@ -82,8 +82,7 @@ def test_capfilt_as_an_array_makes_the_bytes_of_one_process(
     web, alone, array = tmp_path / "web", tmp_path / "alone", tmp_path / "array"
     write_shards(web, tiny_runs.records("web"), shard_size="4kb")
     options = ["--captioner", blip, "--filter", blip, "--device", "cpu", "--workers", "1"]
-    tool = str(tiny_runs.REPO / "tools" / "capfilt.py")
-    subprocess.run([sys.executable, tool, str(web), str(alone), *options], check=True)
+    assert capfilt.main([str(web), str(alone), *options]) == 0
     run_array(slurm, tmp_path, "capfilt.sh", str(web), str(array), *options)
     assert_same_files(alone, array)
 

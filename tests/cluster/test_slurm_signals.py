@@ -83,7 +83,7 @@ def be_requeued(job: Job) -> None:
 SLOW_START = "the interpreter is being read from a slow disk"
 SLOW_PYTHON = f"""#!/usr/bin/env bash
 echo {SLOW_START}
-sleep 2
+sleep 5
 exec {sys.executable} "$@"
 """
 EVENTS: dict[Callable[[Job], None], dict[str, str]] = {

@@ -338,7 +338,7 @@ def test_another_conversion_into_the_same_folder(
     capsys.readouterr()
     assert convert(reader, folder / file, out, *other) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "was begun with other input or options" in message and named in message, message
+    assert "was started with other input or options" in message and named in message, message
     assert captions_of(out) == before, "nothing is touched"
     assert convert(reader, folder / file, out, *other, "--overwrite") == 0
     fresh = tmp_path / "fresh"

@@ -200,6 +200,9 @@ def broken_indexes() -> dict[str, Any]:
         "negative samples": lambda shard: shard.update(samples=-1),
         "true samples": lambda shard: shard.update(samples=True),
         "too many samples": lambda shard: shard.update(samples=10**12),
+        "no room for values": lambda shard: shard.update(
+            samples=10**9, raw_data=shard["raw_data"] | {"bytes": (1 << 32) - 1}
+        ),
         "no number": lambda shard: shard["raw_data"].update(bytes="9"),
         "negative size": lambda shard: shard["raw_data"].update(bytes=-5),
         "huge size": lambda shard: shard["raw_data"].update(bytes=1 << 40),
@@ -239,6 +242,24 @@ def test_what_is_no_index_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "index.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"index\.json is not an MDS index"):
         mds.read_index(tmp_path)
+
+
+def test_more_samples_than_the_file_holds_are_refused_at_the_start(tmp_path: Path) -> None:
+    """The order takes memory for each. Figures that fit each other are compared with the file."""
+    write_shards(tmp_path / "set", [Record("a", b"", "a dog", "s", 1, 1)])
+    path = tmp_path / "set" / "index.json"
+    index = json.loads(path.read_text())
+    entry = index["shards"][0]
+    size = entry["raw_data"]["bytes"]
+    entry["raw_data"]["bytes"], entry["samples"] = (1 << 32) - 1, 90_000_000
+    index["captions"] = [None]
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"00000.mds is damaged: {size} bytes.* 90000000 samples"):
+        StreamStore(stream(tmp_path / "set"))
+    entry["samples"] = 1_000_000_000
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"00000.mds can't hold 1000000000 samples .* 4294967295"):
+        StreamStore(stream(tmp_path / "set"))
 
 
 def test_the_same_shard_twice_is_refused(tmp_path: Path) -> None:

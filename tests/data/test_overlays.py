@@ -6,11 +6,15 @@ import gzip
 import hashlib
 import json
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from data_samples import MakeLoader, jpeg, stream, take
@@ -19,11 +23,14 @@ from pyarrow import parquet
 
 from blip_scale.commands import overlay, prepare_data, show_shards
 from blip_scale.config.recipe import StreamRecipe
+from blip_scale.data.loading.order import SampleOrder, StreamShape
 from blip_scale.data.mds import INDEX_NAME
 from blip_scale.data.reading import shard_table
 from blip_scale.data.reading.inventory import inventory
+from blip_scale.data.reading.prefetch import Prefetcher
 from blip_scale.data.reading.stream_store import CorruptSample, StreamStore
 from blip_scale.data.shards import Record, write_shards
+from blip_scale.data.sources.metadata import pair_of
 
 COUNT = 30
 
@@ -245,6 +252,59 @@ def test_images_without_the_key_are_refused(
     assert "the shards have no column uid" in capsys.readouterr().err
 
 
+def test_keys_join_in_any_form_that_is_exact(tmp_path: Path) -> None:
+    """Floats that are integers, and hashes as bytes. What may be several keys is rejected."""
+    shas = [hashlib.sha256(jpeg(number)).digest() for number in range(COUNT)]
+    uids = [str(number) for number in range(COUNT - 1)] + ["9007199254740992"]
+    records = [
+        Record(f"{number}", jpeg(number), "alt", "web", uid=uid, sha256=shas[number].hex())
+        for number, uid in enumerate(uids)
+    ]
+    write_shards(tmp_path / "images", records)
+    floats = [float(uid) for uid in uids]
+    floats[1] = 1.5
+    hashes = [*shas[:27], shas[27].hex().upper().encode(), b"0" * 32, b"short"]
+    rows = {"uid": floats, "sha256": hashes, "id": floats, "re": ["new"] * COUNT}
+    parquet.write_table(
+        pa.table({name: pa.array(values) for name, values in rows.items()}),
+        tmp_path / "re.parquet",
+    )
+    for key, joined, details in (
+        ("uid", 28, ["uid 1.5 has a fraction", "uid 9007199254740992.0 is a float of 2**53"]),
+        ("id", 28, ["1.5", "id 9007199254740992.0 is a float of 2**53"]),
+        ("sha256", 28, ["sha256 is 32 hexadecimal digits", "sha256 is 5 bytes"]),
+    ):
+        out = tmp_path / key
+        manifest = make(
+            tmp_path / "images", tmp_path / "re.parquet", out, "--join", key, "--caption-key", "re"
+        )
+        assert manifest["captions"]["joined"] == joined
+        listed = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+        assert len(listed) == 2
+        for detail in details:
+            assert any(detail in reject["detail"] for reject in listed), (detail, listed)
+
+
+def test_the_hash_of_laion_is_its_uid(tmp_path: Path) -> None:
+    fields = {"hash": -4163, "punsafe": 0.1}
+    assert pair_of("a", b"", "a dog", fields).uid == "-4163"
+    assert pair_of("a", b"", "a dog", fields | {"uid": "u"}).uid == "u"
+    assert pair_of("a", b"", "a dog", {"hash": "0f3a"}).uid is None, "of the file, not LAION's"
+    assert pair_of("a", b"", "a dog", fields | {"hash": 1e17}).uid == "", "not exact"
+    write_shards(
+        tmp_path / "images",
+        [Record(f"{n}", jpeg(n), "alt", "web", uid=f"{-n}") for n in range(COUNT)],
+    )
+    file = write_lines(
+        tmp_path / "c.jsonl",
+        [{"hash": -n, "similarity": 0.3, "re": "new"} for n in range(COUNT)],
+    )
+    manifest = make(
+        tmp_path / "images", file, tmp_path / "out", "--join", "uid", "--caption-key", "re"
+    )
+    assert manifest["captions"]["joined"] == COUNT
+
+
 @pytest.fixture
 def joined(images: Path, tmp_path: Path) -> Path:
     file = write_lines(
@@ -298,13 +358,38 @@ def test_a_stream_mixes_roles_of_an_overlay(
         StreamStore(StreamRecipe("set", str(images), overlays=[str(joined)], captions={"syn": 1}))
 
 
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """A web server with the content of a folder; yields its address."""
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_the_remote_overlay_of_local_images_is_fetched_ahead(
+    images: Path, joined: Path, tmp_path: Path
+) -> None:
+    with served(tmp_path) as root:
+        store = StreamStore(StreamRecipe("set", str(images), overlays=[f"{root}/joined"]))
+        sizes = store.fetched_bytes(np.arange(len(store.shards)))
+        assert sizes.tolist() == [path.stat().st_size for path in sorted(joined.glob("*.mds"))]
+        shape = StreamShape("set", tuple(store.shard_samples.tolist()), COUNT)
+        prefetcher = Prefetcher([store], SampleOrder([shape], seed=1, block_samples=COUNT))
+        prefetcher.advance(0, 0)
+        deadline = time.monotonic() + 20
+        while not all(map(store.is_cached, range(len(store.shards)))):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        prefetcher.close()
+    assert store.read(0, 0)["captions"] == ["alt 0", "re 0"], "the server is gone"
+
+
 def test_remote_overlays_are_fetched_and_prefetched(
     images: Path, joined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        root = f"http://127.0.0.1:{server.server_address[1]}"
+    with served(tmp_path) as root:
         recipe = StreamRecipe(
             "set", str(tmp_path / "cache"), f"{root}/images", overlays=[f"{root}/joined"]
         )
@@ -313,7 +398,6 @@ def test_remote_overlays_are_fetched_and_prefetched(
         assert store.prefetch(1) and store.is_cached(1)
         assert store.overlays[0]._has(1) and not store.overlays[0]._has(0)
         assert store.read(0, 0)["captions"] == ["alt 0", "re 0"]
-        server.shutdown()
     entry = inventory([store])[0]
     assert entry["overlays"][0]["samples"] == COUNT
     assert show_shards.main([str(images), "--overlay", str(joined), "--count", "30"]) == 0

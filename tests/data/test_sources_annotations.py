@@ -10,6 +10,7 @@ import pytest
 from odd_files import EMOJI_CAPTION, RIGHT_TO_LEFT_CAPTION, pairs, read_all, rejects
 
 from blip_scale.data.conversion.pairs import Found, Source, Unused
+from blip_scale.data.sources import json_lists
 from blip_scale.data.sources.readers import READERS
 
 
@@ -287,9 +288,12 @@ def test_dialects_of_csv(text: str | bytes, captions: list[str], tmp_path: Path)
             r"a\.csv:1: the first line is 'a\.jpg, a dog'.*--columns",
         ),
         ("image,label\na.jpg,a dog\n", {}, r"no column for the caption .* give --caption-key"),
-        ("image,text,text\na.jpg,a,b\n", {}, r"several of 3 columns are called 'text'"),
+        ("image,text,text\na.jpg,a,b\n", {}, r"several of 3 columns have the name 'text'"),
         ("image,caption\n".encode("utf-16-le"), {}, r"a\.csv:1 holds zero bytes: give --encoding"),
         ("", {}, r"a\.csv is empty"),
+        ("sep=;\n", {}, r"a\.csv is empty"),
+        ("image,caption\ra.jpg,a dog\r", {}, r"a\.csv: its lines end as on a classic Mac"),
+        ("a.jpg,a dog\rb.jpg,two\r", {"columns": "image,caption"}, r"tr '\\r' '\\n' < a\.csv"),
         ("image,caption\n", {"encoding": "no-such"}, "--encoding no-such"),
     ],
 )
@@ -298,6 +302,39 @@ def test_a_table_that_leaves_room_for_doubt(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_text(tmp_path, "a.csv", text, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"columns": "image,caption"}])
+@pytest.mark.parametrize("separator", [";", "|", "\t"])
+def test_the_first_line_of_excel(separator: str, options: dict[str, str], tmp_path: Path) -> None:
+    header = "" if options else f"image{separator}caption\r\n"
+    text = f'sep={separator}\r\n{header}a.jpg{separator}"a, b"\r\nb.jpg{separator}c\r\n'
+    items = read_text(tmp_path, "a.csv", text, **options)
+    assert {name: pair.captions for name, pair in pairs(items).items()} == {
+        "a.jpg": ["a, b"], "b.jpg": ["c"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.tsv", "image\tcaption\ra.jpg\ta dog\r"),
+        ("a.jsonl", '{"image": "a.jpg", "caption": "a"}\r{"image": "b.jpg", "caption": "b"}\r'),
+    ],
+)
+def test_line_ends_of_a_classic_mac(name: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its lines end as on a classic Mac"):
+        read_text(tmp_path, name, text)
+
+
+def test_carriage_returns_inside_rows(tmp_path: Path) -> None:
+    for name, text, options in (
+        ("a.csv", 'a.jpg,"a\rb"\n', {"columns": "image,caption"}),
+        ("b.tsv", "a.jpg\ta\rb\n", {"columns": "image,caption"}),
+        ("c.jsonl", '{"image":\r"a.jpg",\r"caption": "a\\rb"}\n', {}),
+    ):
+        items = read_text(tmp_path, name, text, **options)
+        assert pairs(items)["a.jpg"].captions == ["a\rb"]
 
 
 def test_a_table_of_bad_rows(tmp_path: Path) -> None:
@@ -342,3 +379,72 @@ def test_a_folder_with_json_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"an image")
     with pytest.raises(ValueError, match=r"neither a folder nor a \.csv"):
         read("folder", tmp_path / "a.jpg")
+
+
+COCO_IMAGES = [{"id": number, "file_name": f"{number}.jpg"} for number in range(300)]
+COCO_CAPTIONS = [{"image_id": n % 300, "caption": f"caption {n} é"} for n in range(1500)]
+KARPATHY = [
+    {
+        "filename": f"{n}.jpg",
+        "split": "train",
+        "sentences": [{"raw": f"{n} é a"}, {"raw": f"{n} é b"}],
+    }
+    for n in range(300)
+]
+COCO_FILES = {
+    "own": {"info": {"images": []}, "images": COCO_IMAGES, "annotations": COCO_CAPTIONS},
+    "captions first": {"annotations": COCO_CAPTIONS, "images": COCO_IMAGES},
+    "karpathy": {"images": KARPATHY, "dataset": "coco"},
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
+@pytest.mark.parametrize("name", COCO_FILES)
+def test_objects_are_read_item_by_item(
+    name: str, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever blocks end."""
+    monkeypatch.setattr(json_lists, "_BLOCK_BYTES", 1 << 10)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(COCO_FILES[name], ensure_ascii=False), encoding=encoding)
+    chunks = list(READERS["coco"].chunks(Source(str(path), pairs_per_chunk=128)))
+    assert [(chunk.name, chunk.pairs) for chunk in chunks] == [
+        ("0 to 127", 128), ("128 to 255", 128), ("256 to 299", 44),
+    ]  # fmt: skip
+    expected = {f"{n}.jpg": [f"{n} é a", f"{n} é b"] for n in range(300)}
+    if name != "karpathy":
+        expected = {}
+        for caption in COCO_CAPTIONS:
+            expected.setdefault(f"{caption['image_id']}.jpg", []).append(str(caption["caption"]))
+    assert {key: pair.captions for key, pair in pairs(read_all(chunks)).items()} == expected
+
+
+@pytest.mark.parametrize("name", COCO_FILES)
+def test_an_object_that_is_cut_off_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    content = json.dumps(COCO_FILES[name]).encode()
+    for size in range(1, len(content), len(content) // 50):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"a\.json is not JSON: ") as caught:
+            READERS["coco"].chunks(Source(str(path)))
+        with pytest.raises(json.JSONDecodeError) as expected:
+            json.loads(content[:size])
+        assert str(caught.value).endswith(str(expected.value))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"images": [], "images": []}', "The name 'images' comes twice"),
+        ('{"images": []} []', "Extra data"),
+        ('{"images": null}', r"neither dataset_coco.json nor a list of captions \(keys: images\)"),
+        ('{"images": [{}], "annotations": {"1": "a dog"}}', "its annotations are no list"),
+        ('{"images": [' + "[" * 100_000, "nested too deep"),
+        ("", "no object"),
+    ],
+)
+def test_objects_of_another_form(text: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=problem):
+        READERS["coco"].chunks(Source(str(path)))

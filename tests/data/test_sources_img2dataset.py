@@ -240,7 +240,7 @@ def test_columns_of_one_name_in_a_parquet(tmp_path: Path) -> None:
     items = read_all(list(READERS["laion"].chunks(Source(str(tmp_path)))))
     assert contents(items) == [("b/0", b"image", "a cat")]
     (reject,) = [item for item in items if isinstance(item, Reject)]
-    assert reject.reason == "damaged input" and "are called 'caption'" in reject.detail
+    assert reject.reason == "damaged input" and "have the name 'caption'" in reject.detail
 
 
 def test_odd_values_in_a_parquet(tmp_path: Path) -> None:

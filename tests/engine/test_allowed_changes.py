@@ -56,7 +56,7 @@ def test_no_sample_is_lost_or_seen_twice(tmp_path: Path) -> None:
         expected = learning_rate(optimizer, scheduled, 10, 2)
         assert points[step - 1]["train/learning_rate"] == pytest.approx(expected)
     output = tiny_runs.said(recipe)
-    assert "changed since the start before: recipe.train.global_batch_size: 16 -> 8" in output
+    assert "changed since the previous start: recipe.train.global_batch_size: 16 -> 8" in output
     assert "at sample 48: train.global_batch_size: global_batch_size was 16 and is 8 now" in output
     start = json.loads((run / "manifest.json").read_text())["attempts"][-1]
     assert start["allowed_changes"] == ["data.streams", "train.global_batch_size"]

@@ -157,7 +157,7 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
 def test_checkpoints_of_which_none_is_whole_are_no_new_beginning(tmp_path: Path) -> None:
     alone().save(tmp_path, 4)
     flip_a_byte(tmp_path / "step_00000004" / "rank_00000.safetensors")
-    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* is whole"):
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* is complete"):
         newest_whole(tmp_path)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import ForkedProcess
 from tiny_runs import REPO, WIDER, finish, launch, make_recipe, said
 
 from blip_scale.config import recipe
@@ -75,7 +76,9 @@ def exchanged(folder: Path, ranks: int, settings: dict[str, Any]) -> list[dict[s
     file, ds_config = folder / "recipe.yaml", folder / "ds_config.json"
     ds_config.write_text(json.dumps(config))
     script = Path(__file__).with_name("exchanged_by_a_run.py")
-    codes = finish(launch(file, ranks, "--deepspeed", str(ds_config), stage=3, script=script))
+    processes = launch(file, ranks, "--deepspeed", str(ds_config), stage=3, script=script)
+    assert all(isinstance(process, ForkedProcess) for process in processes), "uses_of left traces"
+    codes = finish(processes)
     assert codes == [0] * ranks, said(file)
     files = [folder / f"exchanged_{rank}.json" for rank in range(ranks)]
     return [json.loads(file.read_text()) for file in files]

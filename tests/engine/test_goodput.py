@@ -112,7 +112,7 @@ def test_a_record_that_is_lost_comes_from_the_checkpoint(
     (tmp_path / "goodput.json").write_text(text)
     clock.start_process(down_s=10)
     goodput = Goodput(tmp_path, True)
-    assert "goodput counts anew" in caplog.text
+    assert "goodput starts again from zero" in caplog.text
     goodput.resume(saved)
     spend(goodput, clock, start=5)
     seconds = content(tmp_path)["seconds"]

@@ -68,7 +68,7 @@ def test_what_changed_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     )
     RunManifest(tmp_path, is_main=True).begin(changed, {}, {})
     levels = {record.getMessage(): record.levelno for record in caplog.records}
-    before = "changed since the start before: "
+    before = "changed since the previous start: "
     assert levels == {
         before + "recipe.seed: 1 -> 2": logging.WARNING,
         before + 'code.commit: "abc" -> "def"': logging.WARNING,

@@ -48,7 +48,10 @@ def test_a_run_without_room_is_refused_by_all_ranks(tmp_path: Path) -> None:
     file = tiny_runs.make_recipe(tmp_path, **AUTO)
     codes = tiny_runs.finish(tiny_runs.launch(file, 2, "data.workers=1024"))
     assert 2 in codes, tiny_runs.said(file)
-    assert "auto finds no room: a micro-batch of 2 does not fit 0.0 GiB" in tiny_runs.said(file)
+    assert (
+        "auto finds no size that fits: a micro-batch of 2 does not fit 0.0 GiB"
+        in tiny_runs.said(file)
+    )
 
 
 def test_the_largest_that_fits_with_headroom(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_a_capture_that_fails_leaves_eager_steps(
             steps(build, cpu, LENGTHS)
         return
     same(steps(build, cpu, LENGTHS), eager)
-    assert caplog.text.count("steps run eager: operation not permitted") == 1
+    assert caplog.text.count("steps run eagerly: operation not permitted") == 1
 
 
 def obstacle_engine(device: str, obstacle: str | None) -> Any:

@@ -46,7 +46,7 @@ PARTITIONED_AND_MORE: dict[str, Any] = {
         (3, 1, {"train": {"whole_weights": False}}),
         (3, 2, PARTITIONED_AND_MORE),
         (3, 4, {"train": {"whole_weights": False}}),
-        (3, 1, {"model": COMPILED, "train": {"micro_batch_size": 8}}),
+        (3, 1, {"model": COMPILED, "train": {**PADDED, "micro_batch_size": 8}}),
         (3, 2, {"model": COMPILED, "train": PADDED}),
         (2, 2, {"model": {**COMPILED, "gradient_checkpointing": True}, "train": PADDED}),
     ],

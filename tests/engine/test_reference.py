@@ -83,7 +83,7 @@ def test_the_means_of_the_epochs_are_the_middles_of_the_curve() -> None:
     [
         ("none.json", None, "no such file; give blip_14M, or a JSON or CSV file"),
         ("losses.csv", "epoch,lm\n1,3.0\n", "line 2: expected epoch 0"),
-        ("losses.csv", "epoch,lm\n0,low\n", "line 2: lm: 'low' is no number"),
+        ("losses.csv", "epoch,lm\n0,low\n", "line 2: lm: 'low' is not a number"),
         ("losses.json", '{"losses": {"lm": ["low"]}}', "losses.lm"),
     ],
 )

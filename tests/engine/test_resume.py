@@ -343,7 +343,7 @@ def test_a_disk_without_inodes_is_a_failure_in_one_line(tmp_path: Path, inodes: 
         codes = tiny_runs.finish(tiny_runs.launch(recipe, 1, folder))
     lines = [line for line in tiny_runs.said(recipe).splitlines() if "No space left" in line]
     assert codes == [1] and len(lines) == 1, tiny_runs.said(recipe)
-    assert f"no checkpoint can be written to {disk}/checkpoints, make room there" in lines[0]
+    assert f"no checkpoint can be written to {disk}/checkpoints; free some space there" in lines[0]
 
 
 def test_other_network_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from blip_scale.engine import run_lock
@@ -57,13 +58,14 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_is_not_in_the_way(
 ) -> None:
     process = hold(tmp_path)
     message = (
-        rf"{tmp_path} belongs to a run that is under way \(process {process.pid} on .*\): give"
+        rf"{tmp_path} belongs to a run that is still running \(process {process.pid} on .*\): give"
     )
     with pytest.raises(RefusedInput, match=message):
         RunLock(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
     process.send_signal(signal.SIGKILL)
-    time.sleep(0.2)  # a zombie now
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
     lock = RunLock(tmp_path)
     process.wait()
     assert "took over the lock of a run that ended" in caplog.text
@@ -103,7 +105,7 @@ def test_signs_of_life_of_another_machine_are_waited_for(
     monkeypatch.setattr(run_lock, "BEAT_S", 0.5)
     alive = RunLock(tmp_path)
     monkeypatch.setattr(run_lock, "_is_alive", lambda holder: None)
-    with pytest.raises(RefusedInput, match="is under way"):
+    with pytest.raises(RefusedInput, match="is still running"):
         RunLock(tmp_path)
     alive.release()
 

@@ -82,8 +82,11 @@ REFUSED: list[tuple[Callable[[Blip, Tensor], object], str]] = [
     ),
     (lambda blip, t: blip.match(t.half(), TEXTS, [0, 1]), "float16 on cpu, but"),
     (lambda blip, t: blip.match(t, TEXTS, [0]), "owners: 1 for 2 texts"),
-    (lambda blip, t: blip.match(t, TEXTS, [0, 2]), "owners: 2 (item 1) is no index of 2 images"),
-    (lambda blip, t: blip.match(t, TEXTS, [-1, 0]), "owners: -1 (item 0) is no index"),
+    (
+        lambda blip, t: blip.match(t, TEXTS, [0, 2]),
+        "owners: 2 (item 1) is not the index of one of 2 images",
+    ),
+    (lambda blip, t: blip.match(t, TEXTS, [-1, 0]), "owners: -1 (item 0) is not the index"),
     (lambda blip, t: blip.match(t, TEXTS, [0.5, 1]), "owners: expected the index of an image"),  # type: ignore[list-item]
     (lambda blip, t: blip.match(t, "a", 0), "owners: expected the index of an image"),  # type: ignore[arg-type]
     (lambda blip, t: blip.match(t, [b"a"], [0]), "texts: item 0 is bytes, not str"),  # type: ignore[list-item]

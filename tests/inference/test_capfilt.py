@@ -246,9 +246,9 @@ def test_what_was_begun_goes_on_as_it_was_begun(
     changes = (["--threshold", "0.4"], ["--seed", "1"], ["--top-p", "0.8"], ["--prompt", "a"])
     for more in changes:
         run(web, tmp_path / "out", *models, "--shard", "1/2", *more, code=2)
-        assert "was begun with other input or options" in capsys.readouterr().err
+        assert "was started with other input or options" in capsys.readouterr().err
     run(web, tmp_path / "out", "--shard", "1/2", model=ours, code=2)  # same weights, another head
-    assert "was begun with other input or options" in capsys.readouterr().err
+    assert "was started with other input or options" in capsys.readouterr().err
 
 
 def test_wrong_checkpoints_are_refused(

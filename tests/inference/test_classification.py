@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused(
     missing = tmp_path / "missing" / "figures.json"
     assert "figures.json: expected a file in a folder" in refused(ours, val, "--json", missing)
     file.write_text("{")
-    assert "file.json is not valid JSON" in refused(ours, val, "--templates", file)
+    assert "file.json is not JSON" in refused(ours, val, "--templates", file)
     assert "images are not in a class folder" in refused(ours, val / "red")
     assert "there is no image" in refused(ours, tmp_path)
     assert "embed takes one of" in refused(hf / "captioning", val)

@@ -100,7 +100,7 @@ def test_another_content_is_refused(
     assert "--part-size 0: expected 1 or more" in capsys.readouterr().err
     run(shards, out, "--model", ours, "--device", "abacus", code=2)
     assert "--device abacus: torch can't use it here" in capsys.readouterr().err
-    for damage, problem in (("{", "is no JSON"), ("[]", "is no manifest of embeddings")):
+    for damage, problem in (("{", "is not JSON"), ("[]", "is not a manifest of embeddings")):
         (out / embeddings.MANIFEST).write_text(damage)
         run(shards, out, "--model", ours, code=2)
         assert problem in capsys.readouterr().err

@@ -157,7 +157,7 @@ def test_what_may_pass_is_retried(server: _Server, drawing: bytes, answer: Answe
     assert len(server.requests) == 2
     server.answers = [answer]
     begin = time.monotonic()
-    with pytest.raises(RemoteError, match="finished captions are kept"):
+    with pytest.raises(RemoteError, match="finished work is kept"):
         asked(server, drawing, retry_s=0)
     assert time.monotonic() - begin < 10
 
@@ -311,13 +311,13 @@ def test_a_server_that_stays_away_fails_the_job_and_bad_settings_refuse_it(
 ) -> None:
     server.answers = [say] * 5 + [hang_up] * 100
     assert run(web, tmp_path / "out", server.url, "--captioner-retry", "0") == 1
-    assert "finished captions are kept" in capsys.readouterr().err
+    assert "finished work is kept" in capsys.readouterr().err
     server.answers = [saying(b"", 401)] * 100
     assert run(web, tmp_path / "out", server.url) == 2
     assert endpoints.KEY_VARIABLE in capsys.readouterr().err
     server.answers = []
     assert run(web, tmp_path / "out", server.url, "--captioner-prompt", "other") == 2
-    assert "was begun with other input or options" in capsys.readouterr().err
+    assert "was started with other input or options" in capsys.readouterr().err
     server.answers = [saying(b"", 302)] * 100
     assert run(web, tmp_path / "moved", server.url) == 2
     assert "refuses requests for" in capsys.readouterr().err

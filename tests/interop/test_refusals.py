@@ -326,7 +326,7 @@ def test_a_full_disk_is_one_line(ours: Path, tmp_path: Path, capsys: Capture, na
     try:
         assert convert_checkpoint.main([str(ours), str(disk / name)]) == 1
         message = capsys.readouterr().err
-        assert f"cannot write {disk / name}: the disk is full; make room" in message
+        assert f"cannot write {disk / name}: the disk is full; free some space" in message
         assert message.count("\n") == 1 and not list(disk.iterdir())
     finally:
         subprocess.run(["umount", str(disk)], check=False)

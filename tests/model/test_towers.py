@@ -179,7 +179,7 @@ def test_pixels_of_published_vits_stay_blips(name: str, setting: str, is_blips: 
         (VisionConfig("vit_base_patch16_xp_224"), "ParallelScalingBlock"),
         (VisionConfig("vit_base_patch16_siglip_224.none"), "Invalid pretrained tag"),
         (VisionConfig("beitv2_base_patch16_224", patch_dropout=0.5), "patch_dropout: .* set it"),
-        (VisionConfig("vit_small_patch16_dinov3", 40), "40 is no multiple of the patch size 16"),
+        (VisionConfig("vit_small_patch16_dinov3", 40), "40 is not a multiple of the patch size 16"),
     ],
 )
 def test_names_that_cannot_work(config: VisionConfig, expected: str) -> None:

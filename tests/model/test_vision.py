@@ -96,7 +96,9 @@ def test_other_sizes_interpolate_the_positions_in_the_forward() -> None:
     torch.testing.assert_close(vision(small_images), small(small_images))
     vision(small_images).square().sum().backward()
     assert vision.pos_embed.grad.shape == (1, 17, 24)
-    with pytest.raises(ValueError, match=r"data.image_sizes: 20 is no multiple of the patch size"):
+    with pytest.raises(
+        ValueError, match=r"data.image_sizes: 20 is not a multiple of the patch size"
+    ):
         build_vision(VisionConfig("vit_tiny_patch16_224", 32, SIZES, other_sizes=(20,)))
 
 

@@ -77,7 +77,7 @@ def test_an_address_of_another_machine_is_said(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert rendezvous._listen("192.0.2.77", launcher.free_port()) is None
-    assert "192.0.2.77 is no address at which others reach this machine" in caplog.text
+    assert "192.0.2.77 is not an address at which others reach this machine" in caplog.text
 
 
 def test_a_name_that_is_the_loopback_here_alone(

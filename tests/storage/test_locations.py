@@ -220,13 +220,15 @@ def test_the_pauses_double_and_the_patience_ends(
 
 
 def test_a_full_disk_is_not_waited_for() -> None:
+    tries = []
+
     def full() -> None:
+        tries.append(1)
         raise OSError(28, "No space left on device")
 
-    start_s = time.monotonic()
     with pytest.raises(OSError, match="No space left"):
         retried(full, "fetched", "s3://b/a", retry_s=60)
-    assert time.monotonic() - start_s < 1
+    assert len(tries) == 1
 
 
 @pytest.mark.parametrize(

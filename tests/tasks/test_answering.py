@@ -117,7 +117,7 @@ def test_answer_lists(tmp_path: Path) -> None:
     file = tmp_path / "answer_list.json"
     with pytest.raises(FileNotFoundError, match=r"answer_list\.json: no such file"):
         read_answer_list(file)
-    for content, message in (("[1]", "no list of answers"), ("{", "is no JSON")):
+    for content, message in (("[1]", "no list of answers"), ("{", "is not JSON")):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_answer_list(file)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_runs
 
+from blip_scale.data.captions import clean_question
 from blip_scale.data.conversion.pairs import Source
 from blip_scale.data.heldout.listed import listed_pairs
 from blip_scale.data.heldout.pairs import HeldoutPairs
@@ -103,3 +104,26 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path, images: Path) -> None:
         opened(tmp_path / "b.json", [{"caption": "x"}], images)
     with pytest.raises(ValueError, match="0 of 0 items"):
         opened(tmp_path / "c.json", [], images)
+
+
+def test_vqa_lists_are_read_as_their_shards_are(tmp_path: Path, images: Path) -> None:
+    file = tmp_path / "vqa_val.json"
+    file.write_text(
+        json.dumps(
+            [
+                {"image": NAMES[0], "question": "Is it red?", "answer": ["yes"], "question_id": 1},
+                {"image": NAMES[0], "question": "What is it?", "answer": ["a disc"]},
+            ]
+        )
+    )
+    chunks = READERS["vqa"].chunks(Source(str(file), str(images)))
+    items = [pair for chunk in chunks for pair in chunk.read()]
+    pairs = listed_pairs(file.name, items, 32, clean_question)
+    assert pairs.captions == [["is it red?", "what is it?"]]
+    assert [answer["answers"] for answer in pairs.annotations[0]] == [["yes"], ["a disc"]]
+
+
+def test_a_caption_that_is_no_text_is_refused_by_name(tmp_path: Path, images: Path) -> None:
+    items = [{"image": NAMES[0], "caption": ["a man", 5]}]
+    with pytest.raises(ValueError, match=f"list.json: {NAMES[0]}: a caption that is no text: 5"):
+        opened(tmp_path / "list.json", items, images)

@@ -293,4 +293,4 @@ def test_an_unknown_contrast_is_refused_with_the_names_of_all(tmp_path: Path) ->
     file = recipe_of(tmp_path, "pretrain", "in_bach")
     assert tiny_runs.finish(tiny_runs.launch(file, 1)) == [2]
     refusal = tiny_runs.said(file)
-    assert "'in_bach' is no contrast; give momentum or in_batch or sigmoid" in refusal
+    assert "'in_bach' is not a contrastive loss; give momentum or in_batch or sigmoid" in refusal

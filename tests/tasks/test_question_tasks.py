@@ -90,7 +90,7 @@ def make_recipe(folder: Path, task: str, steps: int = STEPS) -> Path:
 
 
 @pytest.mark.parametrize("task", RECORDS)
-def test_a_run(task: str, tmp_path: Path) -> None:
+def test_a_run(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Train on two ranks, whose batches hold different numbers of tokens, and convert the run."""
     recipe = make_recipe(tmp_path, task)
     if task == "vqa":
@@ -127,7 +127,11 @@ def test_a_run(task: str, tmp_path: Path) -> None:
     assert evaluate.main(arguments) == 0
     evaluated = json.loads(measured.read_text())["figures"]
     assert evaluated[main] == pytest.approx(figures[f"few/{main}"], abs=1e-6)
-    if task == "vqa":
+    if task != "vqa":
+        capsys.readouterr()
+        assert convert_checkpoint.main([str(run), str(tmp_path / "hf")]) == 2
+        assert "no such class; give OUT a name that ends in .pth" in capsys.readouterr().err
+    else:
         listed = f"evaluation.answer_list={tmp_path / 'answers.json'}"
         submission = tmp_path / "submission.json"
         assert evaluate.main([*arguments, listed, "--submission", str(submission)]) == 2
@@ -146,6 +150,6 @@ def test_a_set_of_another_task(task: str, tmp_path: Path) -> None:
     output = tiny_runs.said(recipe)
     assert {
         "vqa": "has no answers to",
-        "nlvr2": "is no pair of images with a label: make the set with",
-        "visdial": "is no dialog with candidates: make the set with",
+        "nlvr2": "is not a pair of images with a label: make the set with",
+        "visdial": "is not a dialog with candidates: make the set with",
     }[task] in output

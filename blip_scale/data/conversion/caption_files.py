@@ -12,12 +12,15 @@ from blip_scale.data.conversion.pairs import RawPair, Reason, Reject
 from blip_scale.data.sources.json_lists import ListFile
 from blip_scale.data.sources.metadata import (
     ID_KEYS,
+    UID_KEYS,
     URL_KEYS,
+    AmbiguousKey,
     caption_keys,
     captions_of,
     first_of,
     id_of,
     key_text,
+    uid_key,
 )
 from blip_scale.data.sources.parquet import check_columns
 from blip_scale.data.sources.webdataset import TAR_ENDINGS, read_tar, without_ending
@@ -134,7 +137,10 @@ def _from_parquet(
 
 def _columns(files: CaptionFiles, names: list[str]) -> list[str]:
     """Columns to read of a table; it may hold images too."""
-    wanted = {*caption_keys(files.caption_key), *ID_KEYS, *URL_KEYS, files.key, files.key_column}
+    wanted = {
+        *caption_keys(files.caption_key), *ID_KEYS, *UID_KEYS, *URL_KEYS, files.key,
+        files.key_column,
+    }  # fmt: skip
     return [name for name in names if name in wanted]
 
 
@@ -173,9 +179,12 @@ def _from_tar(files: CaptionFiles, name: str, location: str) -> Iterator[KeyedCa
             yield KeyedCaptions(f"{name}, {item.id}", key, _texts(item.captions))
 
 
-def _row(files: CaptionFiles, place: str, fields: Mapping[str, Any]) -> KeyedCaptions:
-    captions = captions_of(fields, files.caption_key)
-    return KeyedCaptions(place, _key(files, fields), _texts(captions))
+def _row(files: CaptionFiles, place: str, fields: Mapping[str, Any]) -> KeyedCaptions | Reject:
+    captions = _texts(captions_of(fields, files.caption_key))
+    try:
+        return KeyedCaptions(place, _key(files, fields), captions)
+    except AmbiguousKey as error:
+        return Reject(place, Reason.MISSING_KEY, str(error), captions=len(captions))
 
 
 def _texts(captions: Any) -> list[Any]:
@@ -184,14 +193,22 @@ def _texts(captions: Any) -> list[Any]:
 
 
 def _key(files: CaptionFiles, fields: Mapping[str, Any]) -> str:
-    """The key of a row; numbers become text, whatever else is no text counts as missing."""
+    """The key of a row, "" where it has none; see `key_text`.
+
+    Raises:
+        AmbiguousKey: it may stand for several keys.
+    """
     if files.key_column:
         value = fields.get(files.key_column)
     elif files.key == "id":
-        return id_of(fields)
+        value = first_of(fields, ID_KEYS)
+        if not (isinstance(value, float) and value.is_integer()):
+            return id_of(fields)  # as the ids of images, of which a fraction may be a part
+    elif files.key == "url":
+        value = first_of(fields, URL_KEYS)
     else:
-        value = first_of(fields, URL_KEYS if files.key == "url" else (files.key,))
-    return comparable(files.key, key_text(value))
+        value = fields.get(uid_key(fields) if files.key == "uid" else files.key)
+    return comparable(files.key, key_text(files.key, value))
 
 
 def comparable(key: str, value: str) -> str:

@@ -145,7 +145,7 @@ def remove_heldout(out: OutputFolder) -> None:
 
 
 def has_heldout(out: OutputFolder) -> bool:
-    """Whether a whole held-out set is there."""
+    """Whether a complete held-out set is there."""
     return out.has(_INDEX)
 
 

@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any
 
@@ -27,6 +27,7 @@ from blip_scale.data.conversion.pairs import (
     Place,
     RawPair,
     ReadList,
+    Source,
     Unused,
 )
 from blip_scale.data.conversion.repeats import repeats
@@ -65,7 +66,7 @@ def listed(
 
 
 class StreamedList:
-    """What `group_by_image` makes of a list, in 15 bytes a pair while the list is scanned.
+    """Result of `group_by_image` for a list, in 15 bytes a pair while the list is scanned.
 
     Consecutive pairs of the same id form a run. Most images have one run. The later runs of the
     others are known by number, and read with the first one. Runs are compared by a 64-bit hash of
@@ -224,6 +225,28 @@ def joint_chunks(lists: Iterable[list[Found] | StreamedList], size: int) -> Iter
             pairs=sum(map(_pair_count, parts)),
         )
         start += count
+
+
+def spooled_chunks(items: Iterable[Found], source: Source) -> Iterator[Chunk]:
+    """Chunks of items that are read once, now, and are not grouped by image."""
+    return _spooled_chunks(Spool.of(items, source.scratch), source.pairs_per_chunk)
+
+
+def _spooled_chunks(spool: Spool[Found], size: int) -> Iterator[Chunk]:
+    placed = spool(START)
+    start = 0
+    while part := list(islice(placed, size)):
+        yield Chunk(
+            name=f"{start} to {start + len(part) - 1}",
+            read=partial(_spooled, spool, part[0][0], len(part)),
+            fingerprint="",
+            pairs=sum(not isinstance(item, Unused) for _, item in part),
+        )
+        start += len(part)
+
+
+def _spooled(spool: Spool[Found], start: Place, count: int) -> Iterator[Found]:
+    return (item for _, item in islice(spool(start), count))
 
 
 def _cut(

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class OutputFolder:
-    """Files appear in it whole or not at all; names may have one folder in front."""
+    """Folder in which files appear complete or not at all; names may have one folder in front."""
 
     def __init__(self, location: str, scratch: str | None = None):
         """Open an output.

@@ -49,7 +49,7 @@ Texts = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class OverlayJob:
-    """What is joined to what."""
+    """Inputs, output and options of an overlay."""
 
     images: str
     """Folder or remote of the shards with the images."""

@@ -1,4 +1,4 @@
-"""What readers yield: unchecked pairs, rejects and unused files, in chunks."""
+"""Items that readers yield: unchecked pairs, rejects and unused files, in chunks."""
 
 from __future__ import annotations
 

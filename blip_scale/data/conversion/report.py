@@ -44,7 +44,7 @@ class Counts:
 
 @dataclass
 class Report:
-    """What became of one chunk."""
+    """Result of converting one chunk."""
 
     number: int
     name: str

@@ -135,7 +135,7 @@ def convert(
         The summary of the whole set, or None while other parts are missing.
 
     Raises:
-        ValueError: the output was begun with other input or options, another process is writing
+        ValueError: the output was started with other input or options, another process is writing
             it, or no pairs can be held out.
     """
     if not job.chunks:
@@ -188,7 +188,7 @@ def read_plan(out: OutputFolder) -> dict[str, Any]:
         FileNotFoundError: no conversion was begun in the output.
     """
     if not out.has(PLAN_NAME):
-        raise FileNotFoundError(f"{out.location}: no conversion was begun here ({PLAN_NAME})")
+        raise FileNotFoundError(f"{out.location}: no conversion was started here ({PLAN_NAME})")
     plan: dict[str, Any] = json.loads(out.read(PLAN_NAME))
     return plan
 
@@ -206,7 +206,8 @@ def _agree_on_plan(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> 
         differences = _differences(read_plan(out), plan)
         if differences:
             raise ValueError(
-                f"{out.location} was begun with other input or options ({'; '.join(differences)}): "
+                f"{out.location} was started with other input or options "
+                f"({'; '.join(differences)}): "
                 "give the same again or another OUT, or remove it (prepare-data: --overwrite)"
             )
         return
@@ -216,7 +217,7 @@ def _agree_on_plan(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> 
 
 
 def _differences(begun: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """What differs between the plan in an output and this one, by name."""
+    """Names and values that differ between the plan in an output and this plan."""
     if begun.get("format") != plan["format"]:
         return [f"by a release whose format is {begun.get('format')}, not {plan['format']}"]
     changed: list[str] = []
@@ -267,8 +268,8 @@ def _convert_chunks(
             show(Progress(read.value, rejected.value, finished, len(todo), pairs))
     except BrokenProcessPool as error:
         raise OSError(
-            "a worker was killed (out of memory? then give fewer --workers); what is finished is "
-            "kept, the same command goes on"
+            "a worker was killed (out of memory? then give fewer --workers); finished work is "
+            "kept; the same command continues"
         ) from error
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:

@@ -234,7 +234,10 @@ def _clean(caption: object, max_words: int, clean: Clean) -> str:
     if caption is None or (isinstance(caption, float) and math.isnan(caption)):
         raise _Refused(Reason.MISSING_CAPTION)
     if isinstance(caption, bytes):
-        raise _Refused(Reason.CAPTION_NO_TEXT, "not UTF-8: convert the text, as with iconv")
+        raise _Refused(
+            Reason.CAPTION_NO_TEXT,
+            "not UTF-8: convert it, as with iconv, or give --encoding (folder)",
+        )
     if not isinstance(caption, str):
         raise _Refused(Reason.CAPTION_NO_TEXT, type(caption).__name__)
     if not is_unicode(caption):

@@ -23,7 +23,7 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 @dataclass
 class Survey:
-    """What a sample of the input holds."""
+    """Statistics of a sample of the input."""
 
     read: int = 0
     written: int = 0

@@ -157,7 +157,7 @@ def _read(file: Path) -> Any:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, list | dict):
         raise ValueError(f"{file}: expected a list or an object, not {type(content).__name__}")
     return content

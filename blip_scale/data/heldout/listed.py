@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from blip_scale.data.captions import clean_caption
+from blip_scale.data.captions import RoleText, clean_caption
 from blip_scale.data.conversion.pairs import Found, RawPair, Reject
 from blip_scale.data.heldout.pairs import HeldoutPairs, Sample
 from blip_scale.storage.locations import (
@@ -109,6 +109,10 @@ def _check_place(name: str, pair: RawPair, folder: str) -> None:
 def _texts(name: str, pair: RawPair) -> Sample:
     """Columns of a sample without its images."""
     captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
-    captions = [caption for caption in captions if caption is not None]
-    sample: dict[str, Any] = {"id": pair.id, "source": name, "captions": captions}
+    texts = [caption.text if isinstance(caption, RoleText) else caption for caption in captions]
+    texts = [text for text in texts if text is not None]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: {pair.id}: a caption that is no text: {str(text)[:50]}")
+    sample: dict[str, Any] = {"id": pair.id, "source": name, "captions": texts}
     return sample if pair.annotations is None else sample | {"annotations": pair.annotations}

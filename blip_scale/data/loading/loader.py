@@ -194,7 +194,7 @@ class TrainLoader:
                 if not dead:
                     raise
                 died = ", ".join(f"pid {p.pid}: exit code {p.exitcode}" for p in dead)
-            logger.warning("a loader worker died (%s); restarting all workers", died)
+            logger.warning("a loader worker died (%s); restarting all of them", died)
             self.close()
             self._start()
         raise RuntimeError(

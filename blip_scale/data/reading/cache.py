@@ -78,8 +78,8 @@ class ShardCache:
                 return False
             if self.limit_bytes is None or self.limit_bytes > held:
                 logger.warning(
-                    "the disk of the cache %s is full at %.1f GB of shards: from now on, the least "
-                    "recently used are evicted; make room, or set data.cache_limit",
+                    "the disk of the cache %s is full at %.1f GB of shards: the least recently "
+                    "used are evicted from now on; free some disk space, or set data.cache_limit",
                     self.folders[0],
                     held / 1e9,
                 )

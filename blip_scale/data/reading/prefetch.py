@@ -30,8 +30,8 @@ POLL_S = 0.5
 class Prefetcher:
     """Fetches the shards of the current and the next blocks, as far as they fit into the cache.
 
-    Without a remote stream it does nothing. If a shard can't be fetched, the reader retries it and
-    raises the error.
+    Without a remote stream or overlay it does nothing. If a shard can't be fetched, the reader
+    retries it and raises the error.
     """
 
     def __init__(self, stores: Sequence[StreamStore], order: SampleOrder):
@@ -43,7 +43,7 @@ class Prefetcher:
     def advance(self, epoch: int, position: int) -> None:
         """Set the reader's position. The first call starts the thread."""
         self._position = (epoch, position)
-        if self._stop is None and any(store.remote for store in self._stores):
+        if self._stop is None and any(store.caches for store in self._stores):
             self._stop = threading.Event()
             threading.Thread(target=self._run, args=(self._stop,), daemon=True).start()
 
@@ -75,8 +75,7 @@ class Prefetcher:
         Update the time of last use of cached ones. Otherwise the shards fetched by this plan could
         evict them before they are read.
         """
-        cache = next(store.cache for store in self._stores if store.cache)
-        limit = cache.limit_bytes
+        limit = next(cache.limit_bytes for store in self._stores for cache in store.caches)
         ahead_bytes = UNLIMITED_BYTES if limit is None else LIMIT_SHARE * limit
         upcoming = self._order.upcoming(epoch, position, by_use=False)
         blocks = list(itertools.islice(upcoming, BLOCKS))
@@ -95,9 +94,9 @@ class Prefetcher:
         """
         sizes = np.zeros(len(places), np.int64)
         for stream, store in enumerate(self._stores):
-            if store.remote:
+            if store.caches:
                 is_of_stream = places[:, 0] == stream
-                sizes[is_of_stream] = store.shards.raw_bytes[places[is_of_stream, 1]]
+                sizes[is_of_stream] = store.fetched_bytes(places[is_of_stream, 1])
         return sizes
 
     def _are_cached(self, places: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -108,7 +107,7 @@ class Prefetcher:
         """
         are_cached = np.ones(len(places), np.bool_)
         for stream, store in enumerate(self._stores):
-            if store.remote:
+            if store.caches:
                 is_of_stream = places[:, 0] == stream
                 are_cached[is_of_stream] = store.are_cached(places[is_of_stream, 1])
         return are_cached

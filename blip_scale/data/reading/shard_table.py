@@ -199,7 +199,6 @@ class ShardTable:
             and np.all(np.diff(arrays["file_ends"], prepend=0) > 0)
             and arrays["file_ends"][-1] == len(arrays["files"])
             and np.all(self.samples >= 0)
-            and np.all(self.raw_bytes >= 8 + 4 * self.samples)
             and np.all(self.raw_bytes < mds.OFFSET_LIMIT)
         )
         if not is_whole:
@@ -207,8 +206,12 @@ class ShardTable:
         for name in names:
             if not _PLAIN_NAME.fullmatch(name) or name == INDEX_NAME.encode():
                 mds.check_shard_name(name.decode())
-        _, firsts = np.unique(arrays["settings"], return_index=True)
-        require_columns(self.folder, map(self.__getitem__, firsts.tolist()), columns)
+        _, firsts, kinds = np.unique(arrays["settings"], return_index=True, return_inverse=True)
+        shards = [self[number] for number in firsts.tolist()]
+        least = np.array([shard.columns.least_bytes for shard in shards], np.int64)[kinds]
+        if np.any(self.samples > (self.raw_bytes - 8) // least):
+            raise ValueError("a shard is too small for its samples")
+        require_columns(self.folder, shards, columns)
 
     def save(self, path: Path) -> None:
         """Write the arrays for `SharedArrays.load`; raises OSError where the disk takes none."""
@@ -378,11 +381,11 @@ def _load(folder: Path, name: str, checked: Callable[[SharedArrays], T]) -> T | 
     try:
         arrays = SharedArrays.load(path, 2 * index.stat().st_size + (1 << 20))
         if arrays.meta["index_sha256"] != _hash_of(folder):
-            logger.info("%s belongs to another index; rebuilding it", path)
+            logger.info("%s belongs to another index: making it again", path)
             return None
         return checked(arrays)
     except (OSError, ValueError, TypeError, LookupError) as error:
-        logger.warning("%s is not usable (%s); rebuilding it from %s", path, error, INDEX_NAME)
+        logger.warning("%s is not used (%s): making it again from %s", path, error, INDEX_NAME)
         return None
 
 
@@ -390,7 +393,7 @@ def _save(table: ShardTable | CaptionTable, path: Path) -> None:
     try:
         table.save(path)
     except OSError as error:
-        logger.info("%s can't be written (%s); each start will parse the index", path, error)
+        logger.info("%s can't be written (%s): every start parses the index again", path, error)
 
 
 def _hash_of(folder: Path) -> str:

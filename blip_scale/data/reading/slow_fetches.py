@@ -37,7 +37,7 @@ def _warn(what: str, held_bytes: Callable[[], int], ended: threading.Event) -> N
         held = held_bytes()
         if held <= before:
             logger.warning(
-                "%s: waiting for %.0f s, nothing received for %.0f s (%d bytes so far)",
+                "%s: waiting for %.0f s, and no data for %.0f s (%d bytes received)",
                 what, time.monotonic() - began, SLOW_S, held,
             )  # fmt: skip
         before = held

@@ -45,6 +45,7 @@ _OVERLAYS = "overlays"
 """Folder below `local` that caches the overlays of a remote."""
 _LOCKS = 256  # shards that share a lock are not fetched at the same time
 _READ_ATTEMPTS = 10
+_MANY_SAMPLES = 1 << 20  # larger shards are compared with their file at the start
 _ROOM_WAIT_S = 5.0  # when a full disk holds only shards that others are fetching
 
 logger = logging.getLogger(__name__)
@@ -218,8 +219,23 @@ class StreamStore:
         Returns:
             False if that failed, or if another thread or process is fetching it.
         """
-        overlays = [overlay.prefetch(number) for overlay in self.overlays if overlay.remote]
-        return self._prefetch(number) and all(overlays)
+        overlays = [overlay.prefetch(number) for overlay in self.overlays]
+        return (self.remote is None or self._prefetch(number)) and all(overlays)
+
+    @property
+    def caches(self) -> list[ShardCache]:
+        """Caches that shards and their overlays are fetched into; [] where all of them lie here."""
+        stores: list[StreamStore] = [self, *self.overlays]
+        return [store.cache for store in stores if store.cache is not None]
+
+    def fetched_bytes(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes that each shard and its overlays, [shards], take of the cache."""
+        sizes = np.zeros(len(numbers), np.int64)
+        if self.remote:
+            sizes += self.shards.raw_bytes[numbers]
+        for overlay in self.overlays:
+            sizes += overlay.fetched_bytes(numbers)
+        return sizes
 
     def _prefetch(self, number: int) -> bool:
         if number in self._damaged or self._has(number):
@@ -310,6 +326,13 @@ class StreamStore:
                 raise FileNotFoundError(
                     self._message(f"shard {path} is missing, though the index names it")
                 )
+        # The order takes memory for every sample that the index claims.
+        for number in np.flatnonzero(self.shard_samples > _MANY_SAMPLES).tolist():
+            info = self.shards[number].zip_data or self.shards[number].raw_data
+            path = self._path(info)
+            if path.is_file() and path.stat().st_size != info.bytes:
+                samples = int(self.shard_samples[number])
+                raise ValueError(f"{self._broken(path, info)}; the index claims {samples} samples")
 
     def _is_listed(self, name: str, listed: dict[str, set[bytes]]) -> bool:
         below, _, file = name.rpartition("/")

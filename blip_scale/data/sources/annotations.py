@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from blip_scale.data.conversion.pairs import Found, Reason, Reject, Source
@@ -97,7 +97,7 @@ def parse_at(content: bytes, place: str) -> Any:
 
 
 def read_items(
-    location: str, items: list[Any], make: Callable[[int, Any], Found]
+    location: str, items: Iterable[Any], make: Callable[[int, Any], Found]
 ) -> Iterator[Found]:
     """Apply `make(number, item)` to each item; an item on which it fails becomes a reject."""
     for number, item in enumerate(items):

@@ -9,12 +9,12 @@ together (113,287 images), as usual in the literature.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from blip_scale.data.conversion.lists import in_chunks
+from blip_scale.data.conversion.lists import spooled_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -24,8 +24,8 @@ from blip_scale.data.conversion.pairs import (
     Source,
 )
 from blip_scale.data.sources import blip_json
-from blip_scale.data.sources.annotations import image_location, load_json, read_item, read_items
-from blip_scale.data.sources.json_lists import is_array
+from blip_scale.data.sources.annotations import image_location, read_item, read_items
+from blip_scale.data.sources.json_lists import JsonObject, is_array
 from blip_scale.data.sources.metadata import note_of
 from blip_scale.storage.locations import basename, is_folder, join
 
@@ -48,50 +48,75 @@ def chunks(source: Source, split: str = "") -> Iterator[Chunk]:
         if split:
             raise ValueError(f"{source.location} is the list of one split: leave --split out")
         return blip_json.chunks(source)
-    annotations = load_json(source.location)
-    if not isinstance(annotations, dict) or not isinstance(annotations.get("images"), list):
-        content = note_of(annotations) if isinstance(annotations, dict) else "no object"
+    content = JsonObject.open(source.location)
+    parts = _Parts.of(content) if content else _Parts()
+    if content is None or "images" not in parts.lists:
+        note = note_of(parts.names) if content else "no object"
         raise ValueError(
-            f"{source.location} is neither dataset_coco.json nor a list of captions ({content})"
+            f"{source.location} is neither dataset_coco.json nor a list of captions ({note})"
         )
     if split and split not in _SPLITS:
         raise ValueError(f"--split {split}: COCO has {', '.join(_SPLITS)}")
-    if isinstance(annotations.get("annotations"), list):
+    if "annotations" in parts.lists:
         if split:
             raise ValueError(f"{source.location} holds only one split: leave --split out")
-        return in_chunks(list(_own_format(source, annotations)), source.pairs_per_chunk)
-    images = annotations["images"]
-    if not any(isinstance(image, dict) and "sentences" in image for image in images):
-        # A test set without published captions: image_info_test2014.json, nocaps_test_...
-        return in_chunks(list(_own_format(source, annotations)), source.pairs_per_chunk)
-    return in_chunks(list(_karpathy(source, images, split)), source.pairs_per_chunk)
-
-
-def _own_format(source: Source, content: dict[str, Any]) -> Iterator[Found]:
-    """Read COCO's own format, whose captions are stored apart from images and name their ids."""
-    annotations = content.get("annotations", [])
-    texts = [item for item in annotations if isinstance(item, dict) and "caption" in item]
-    if annotations and not texts:
+    elif parts.has_sentences:
+        return spooled_chunks(_karpathy(source, content.items("images"), split), source)
+    elif "annotations" in parts.names:
+        raise ValueError(f"{source.location}: its annotations are no list")
+    # Without annotations it is a test set: image_info_test2014.json, nocaps_test_...
+    if parts.annotation and not parts.has_captions:
         raise ValueError(
-            f"{source.location} holds no captions but {_kinds(annotations)} (an instances or "
+            f"{source.location} holds no captions but {parts.annotation} (an instances or "
             "keypoints file?): give captions_*.json"
         )
+    return spooled_chunks(_own_format(source, content), source)
+
+
+@dataclass
+class _Parts:
+    """What an annotation file holds."""
+
+    names: list[str] = field(default_factory=list)
+    lists: set[str] = field(default_factory=set)
+    has_sentences: bool = False
+    has_captions: bool = False
+    annotation: str = ""
+    """Keys of the first annotation."""
+
+    @classmethod
+    def of(cls, content: JsonObject) -> _Parts:
+        """Read a file, which is checked by it."""
+        parts = cls()
+        for name, number, value in content.read():
+            if number < 0:
+                parts.names.append(name)
+                parts.lists |= {name} if isinstance(value, list) else set()
+            elif name == "images":
+                parts.has_sentences |= isinstance(value, dict) and "sentences" in value
+            elif name == "annotations":
+                parts.has_captions |= isinstance(value, dict) and "caption" in value
+                if not number:
+                    parts.annotation = (
+                        note_of(value) if isinstance(value, dict) else type(value).__name__
+                    )
+        return parts
+
+
+def _own_format(source: Source, content: JsonObject) -> Iterator[Found]:
+    """Read COCO's own format, whose captions are stored apart from images and name their ids."""
     captions: dict[str, list[Any]] = {}
-    for item in annotations:
+    for item in content.items("annotations"):
         caption = item.get("caption") if isinstance(item, dict) else None
         image_id = str(item.get("image_id")) if isinstance(item, dict) else ""
         captions.setdefault(image_id, []).append(caption)
-    yield from read_items(source.location, content["images"], partial(_image, source, captions))
+    images = content.items("images")
+    yield from read_items(source.location, images, partial(_image, source, captions))
     for image_id, orphans in captions.items():  # `_image` has removed the captions of images
         detail = f"no image has the id {image_id} that {len(orphans)} annotations name"
         for _ in orphans:
             place = f"{basename(source.location)}: image_id {image_id}"
             yield Reject(place, Reason.MISSING_IMAGE, detail, captions=1)
-
-
-def _kinds(annotations: list[Any]) -> str:
-    first = annotations[0]
-    return note_of(first) if isinstance(first, dict) else type(first).__name__
 
 
 def _image(source: Source, captions: dict[str, list[Any]], number: int, image: Any) -> Found:
@@ -105,7 +130,7 @@ def _image(source: Source, captions: dict[str, list[Any]], number: int, image: A
     return RawPair(path, location, texts, annotations=[fields] * len(texts))
 
 
-def _karpathy(source: Source, images: list[Any], split: str) -> Iterator[Found]:
+def _karpathy(source: Source, images: Iterable[Any], split: str) -> Iterator[Found]:
     wanted = _SPLITS.get(split)
     for number, image in enumerate(images):
         if wanted is None or not isinstance(image, dict) or image.get("split") in wanted:

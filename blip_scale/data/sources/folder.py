@@ -10,15 +10,18 @@ its .txt is its caption.
 from __future__ import annotations
 
 import posixpath
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice, repeat
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from blip_scale.data.conversion.fingerprints import of_files
+from blip_scale.data.conversion.listing import FileIndex, Listing
 from blip_scale.data.conversion.lists import in_chunks, joint_chunks, listed
 from blip_scale.data.conversion.pairs import (
     LARGEST_FILE_BYTES,
@@ -41,7 +44,6 @@ from blip_scale.storage.locations import (
     extension,
     is_folder,
     join,
-    list_folder,
     read_file,
 )
 
@@ -49,6 +51,8 @@ TABLES = (
     "captions.csv", "captions.tsv", "captions.jsonl",
     "metadata.csv", "metadata.tsv", "metadata.jsonl",
 )  # fmt: skip
+_BLOCK = 4096  # files that are looked up together
+_NONE = -1
 
 
 def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Chunk]:
@@ -58,15 +62,19 @@ def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Ch
         ValueError: a table can't be read.
         FileNotFoundError: there is no image.
     """
+    try:
+        b" ".decode(encoding or "utf-8", "ignore")
+    except LookupError as error:
+        raise ValueError(f"--encoding {encoding}: {error}") from error
     if not is_folder(source.location):
         table = Table.open(source, source.location, encoding, columns)
         return in_chunks(
             listed(table.read, table.is_streamed, source.scratch), source.pairs_per_chunk
         )
-    files = list_folder(source.location, deep=True)
+    files = Listing.of(source.location, source.scratch)
     tables = _tables(files)
     if not tables:
-        return _image_chunks(source, files)
+        return _image_chunks(source, files, encoding)
     lists = []
     named = bytearray()
 
@@ -79,17 +87,19 @@ def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Ch
         here = replace(source, images=images)
         table = Table.open(here, entry.location, encoding, columns, folder)
         lists.append(listed(table.read, table.is_streamed, source.scratch, note))
-    unused: list[Found] = [*_unnamed(files, set(tables.values()), named)]
+    unused: list[Found] = [*_unnamed(files, {entry.name for entry in tables.values()}, named)]
     return joint_chunks([*lists, unused], source.pairs_per_chunk)
 
 
-def _tables(files: Iterable[Entry]) -> dict[str, Entry]:
+def _tables(files: Listing) -> dict[str, Entry]:
     """Folder -> its table, for folders that have one."""
     tables: dict[str, Entry] = {}
-    for name in reversed(TABLES):
-        for file in files:
-            if basename(file.name) == name:
-                tables[posixpath.dirname(file.name)] = file
+    for file in files:
+        folder, name = posixpath.split(file.name)
+        if name in TABLES:
+            other = tables.get(folder)
+            if other is None or TABLES.index(name) < TABLES.index(basename(other.name)):
+                tables[folder] = file
     return dict(sorted(tables.items()))
 
 
@@ -99,20 +109,24 @@ def _digest(location: str) -> bytes:
     return xxhash.xxh3_64_digest(path.encode("utf-8", "surrogatepass"))
 
 
-def _unnamed(files: Iterable[Entry], tables: set[Entry], named: bytearray) -> list[Unused]:
+def _unnamed(files: Listing, tables: set[str], named: bytearray) -> list[Unused]:
     """Count the files that no table names; `named` are the digests of those that one names."""
-    others = [file for file in files if file not in tables]
-    digests = b"".join(_digest(file.location) for file in others)
-    is_named = np.isin(np.frombuffer(digests, np.uint64), np.frombuffer(named, np.uint64))
-    rest = [others[number] for number in np.flatnonzero(~is_named).tolist()]
-    images = [file for file in rest if extension(file.name) in IMAGE_ENDINGS]
-    counts = _by_ending(file for file in rest if extension(file.name) not in IMAGE_ENDINGS)
-    return [*([Unused("images that no table names", len(images))] if images else []), *counts]
+    digests = np.sort(np.frombuffer(named, np.uint64))
+    endings: Counter[str] = Counter()
+    others = (file for file in files if file.name not in tables)
+    while block := list(islice(others, _BLOCK)):
+        wanted = np.frombuffer(b"".join(_digest(file.location) for file in block), np.uint64)
+        places = np.searchsorted(digests, wanted)
+        for file, digest, place in zip(block, wanted, places.tolist(), strict=True):
+            if place == len(digests) or digests[place] != digest:
+                endings[extension(file.name)] += 1
+    images = sum(endings.pop(ending, 0) for ending in IMAGE_ENDINGS)
+    counts = _counted(endings)
+    return [*([Unused("images that no table names", images)] if images else []), *counts]
 
 
-def _by_ending(files: Iterable[Entry]) -> list[Unused]:
-    """Count files by ending."""
-    endings = Counter(extension(file.name) for file in files)
+def _counted(endings: Mapping[str, int]) -> list[Unused]:
+    """Files by ending."""
     unused = []
     for ending, count in sorted(endings.items()):
         kind = f"files .{ending}" if ending else "files without an ending"
@@ -120,71 +134,116 @@ def _by_ending(files: Iterable[Entry]) -> list[Unused]:
     return unused
 
 
-def _image_chunks(source: Source, files: Sequence[Entry]) -> Iterator[Chunk]:
-    images = [file for file in files if extension(file.name) in IMAGE_ENDINGS]
-    texts = {file.name: file for file in files if extension(file.name) in TEXT_ENDINGS}
-    if not images:
-        listing = ", ".join(f"{count.count} {count.kind}" for count in _by_ending(files))
+def _image_chunks(source: Source, files: Listing, encoding: str) -> Iterator[Chunk]:
+    endings = Counter(extension(file.name) for file in files)
+    count = sum(endings[ending] for ending in IMAGE_ENDINGS)
+    if not count:
+        listing = ", ".join(f"{kind.count} {kind.kind}" for kind in _counted(endings))
         raise FileNotFoundError(
             f"{source.location}: there is no image, but {listing or 'nothing'}; the sources laion "
             "and webdataset read tars and parquet files"
         )
-    by_stem = {_stem(name): file for name, file in reversed(texts.items())}
-    beside: dict[str, Entry] = {}
-    for image in images:
-        text = by_stem.get(_stem(image.name)) or by_stem.get(image.name)
-        if text is not None:
-            beside[image.name] = text
-    used = {text.name for text in beside.values()}
-    orphans = [file for name, file in texts.items() if name not in used]
-    others = [file for file in files if extension(file.name) not in (*IMAGE_ENDINGS, *TEXT_ENDINGS)]
-    stems = {_stem(file.name): file.name for file in others}
-    rest: list[Found] = [_orphan(text, stems) for text in orphans]
-    for start in range(0, len(images), source.pairs_per_chunk):
-        part = images[start : start + source.pairs_per_chunk]
-        is_last = start + len(part) == len(images)
-        read = [*part]
-        read += [beside[image.name] for image in part if image.name in beside]
-        read += orphans if is_last else []
+    for ending in (*IMAGE_ENDINGS, *TEXT_ENDINGS):
+        endings.pop(ending, None)
+    texts = FileIndex(files, _stem_of_text)
+    is_used = np.zeros(len(texts), np.bool_)
+    images = ((c, file) for c, file in files.items() if extension(file.name) in IMAGE_ENDINGS)
+    start = 0
+    while part := list(islice(images, source.pairs_per_chunk)):
+        beside = array("q")
+        for _, image in part if len(texts) else ():
+            position = _beside(texts, image.name)
+            beside.append(_NONE if position is None else int(texts.codes[position]))
+            if position is not None:
+                is_used[position] = True
+        stop = start + len(part)
+        read = ImagesInFolder(files, part[0][0], len(part), beside, encoding)
+        if stop == count:
+            read.orphans = np.sort(texts.codes[~is_used])
+            read.others = _others(files, read.orphans, texts)
+            read.unused = _counted(endings)
+        captions = (files.entry(code) for code in beside if code != _NONE)
+        orphans = (files.entry(code) for code in read.orphans.tolist())
         yield Chunk(
-            name=f"{start} to {start + len(part) - 1}",
-            read=partial(
-                read_images, part, {i.name: beside[i.name] for i in part if i.name in beside},
-                [*rest, *_by_ending(others)] if is_last else [],
-            ),
-            fingerprint=of_files(read),
-            pairs=len(part) + (len(rest) if is_last else 0),
-        )  # fmt: skip
+            name=f"{start} to {stop - 1}",
+            read=read,
+            fingerprint=of_files(chain((image for _, image in part), captions, orphans)),
+            pairs=len(part) + len(read.orphans),
+        )
+        start = stop
 
 
 def _stem(name: str) -> str:
     return posixpath.splitext(name)[0]
 
 
-def _orphan(text: Entry, stems: Mapping[str, str]) -> Reject:
-    other = stems.get(_stem(text.name))
-    detail = "a caption without an image"
-    if other:
-        detail = f"a caption beside {other}, whose ending is not that of an image"
-    return Reject(text.name, Reason.MISSING_IMAGE, detail, captions=1)
+def _stem_of_text(name: str) -> str | None:
+    return _stem(name) if extension(name) in TEXT_ENDINGS else None
 
 
-def read_images(
-    images: Iterable[Entry], texts: Mapping[str, Entry], rest: Iterable[Found]
-) -> Iterator[Found]:
-    """Yield images with the texts beside them, then the items in `rest`."""
-    for image in images:
-        text: str | bytes | None = None
-        if image.name in texts:
+def _beside(texts: FileIndex, image: str) -> int | None:
+    """Position of the text of an image: that of a.jpg is a.txt, else a.jpg.txt."""
+    return next(chain(texts.positions(_stem(image)), texts.positions(image)), None)
+
+
+def _others(files: Listing, orphans: NDArray[np.int64], texts: FileIndex) -> NDArray[np.int64]:
+    """Codes of the last file of another kind beside each text without an image; _NONE: none."""
+    others = np.full(len(orphans), _NONE)
+    for code, file in files.items() if len(orphans) else ():
+        if extension(file.name) in (*IMAGE_ENDINGS, *TEXT_ENDINGS):
+            continue
+        for position in texts.positions(_stem(file.name)):
+            place = int(np.searchsorted(orphans, texts.codes[position]))
+            if place < len(orphans) and orphans[place] == texts.codes[position]:
+                others[place] = code
+    return others
+
+
+@dataclass
+class ImagesInFolder:
+    """Consecutive images of a folder with the texts beside them, and what is left at its end."""
+
+    files: Listing
+    start: int
+    """Code of the first image."""
+    count: int
+    texts: array[int]
+    """Code of the text of each image, _NONE where it has none; empty where the folder has none."""
+    encoding: str = ""
+    """Encoding of texts without a byte order mark; "" for UTF-8."""
+    orphans: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Codes of texts without an image."""
+    others: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """See `_others`."""
+    unused: list[Unused] = field(default_factory=list)
+
+    def __call__(self) -> Iterator[Found]:
+        """Read the images, then the rest."""
+        images = (f for _, f in self.files.items(self.start) if extension(f.name) in IMAGE_ENDINGS)
+        texts = self.texts or repeat(_NONE)
+        for image, code in zip(islice(images, self.count), texts):  # noqa: B905  see `repeat`
+            yield self._pair(image, None if code == _NONE else self.files.entry(code))
+        for code, beside in zip(self.orphans.tolist(), self.others.tolist(), strict=True):
+            detail = "a caption without an image"
+            if beside != _NONE:
+                other = self.files.entry(beside).name
+                detail = f"a caption beside {other}, whose ending is not that of an image"
+            name = self.files.entry(code).name
+            yield Reject(name, Reason.MISSING_IMAGE, detail, captions=1)
+        yield from self.unused
+
+    def _pair(self, image: Entry, text: Entry | None) -> Found:
+        caption: str | bytes | None = None
+        if text is not None:
             try:
-                text = as_text(read_file(texts[image.name].location, LARGEST_FILE_BYTES))
+                caption = as_text(read_file(text.location, LARGEST_FILE_BYTES), self.encoding)
+            except UnicodeDecodeError as error:
+                detail = f"{basename(text.name)} is not {self.encoding}: {error}; see --encoding"
+                return Reject(image.name, Reason.CAPTION_NO_TEXT, detail, captions=1)
             except (NotRegularFile, FileNotFoundError, PermissionError) as error:
                 is_file = not isinstance(error, NotRegularFile)
                 reason = Reason.MISSING_CAPTION if is_file else Reason.NOT_REGULAR
-                yield Reject(image.name, reason, str(error), captions=1)
-                continue
+                return Reject(image.name, reason, str(error), captions=1)
             except FileTooLarge as error:
-                yield Reject(image.name, Reason.FILE_TOO_LARGE, str(error), captions=1)
-                continue
-        yield RawPair(image.name, image.location, text, from_folder=True)
-    yield from rest
+                return Reject(image.name, Reason.FILE_TOO_LARGE, str(error), captions=1)
+        return RawPair(image.name, image.location, caption, from_folder=True)

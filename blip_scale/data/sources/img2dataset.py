@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from blip_scale.data.conversion.fingerprints import of_files
+from blip_scale.data.conversion.listing import Listing
 from blip_scale.data.conversion.pairs import (
     LARGEST_FILE_BYTES,
     Chunk,
@@ -28,7 +29,6 @@ from blip_scale.storage.locations import (
     NotRegularFile,
     extension,
     is_folder,
-    list_folder,
     read_file,
 )
 
@@ -51,38 +51,52 @@ def chunks(source: Source) -> list[Chunk]:
                 "(see docs/data.md), and give the folder that it wrote"
             )
         return parquet.chunks(source) if ending == "parquet" else tars(source)
-    listed = list_folder(source.location, deep=True)
+    listed = Listing.of(source.location, source.scratch)
     # img2dataset also writes parquet files with the metadata of tars and folders.
     if any(entry.name.lower().endswith(webdataset.TAR_ENDINGS) for entry in listed):
         return tars(source)
-    folders: dict[str, list[Entry]] = {}
-    for entry in listed:
+    folders: dict[str, int] = {}
+    for code, entry in listed.items():
         folder = posixpath.dirname(entry.name)
-        if posixpath.basename(folder).isdigit():
-            folders.setdefault(folder, []).append(entry)
+        if folder not in folders and posixpath.basename(folder).isdigit():
+            folders[folder] = code
     if folders:
         folder_chunks = []
-        for folder, entries in sorted(folders.items()):
+        for folder, code in sorted(folders.items()):
             run = posixpath.dirname(folder)
-            read = partial(read_folder, entries, source.caption_key, run)
-            folder_chunks.append(Chunk(folder, read, of_files(entries)))
+            read = partial(read_folder, listed, code, source.caption_key, run)
+            folder_chunks.append(Chunk(folder, read, of_files(_files_of(listed, code))))
         return folder_chunks
     if any(entry.name.endswith(".parquet") for entry in listed):
         return parquet.chunks(source)
     raise FileNotFoundError(f"{source.location}: {_FAILED}")
 
 
-def read_folder(entries: list[Entry], caption_key: str = "", run: str = "") -> Iterator[Found]:
+def _files_of(listed: Listing, code: int) -> Iterator[Entry]:
+    """The files of a folder whose first file has a code."""
+    folder = ""
+    for _, entry in listed.items(code):
+        folder = folder or posixpath.dirname(entry.name)
+        if not entry.name.startswith(f"{folder}/"):
+            return
+        if posixpath.dirname(entry.name) == folder:
+            yield entry
+
+
+def read_folder(
+    listed: Listing, code: int, caption_key: str = "", run: str = ""
+) -> Iterator[Found]:
     """Read img2dataset's form `files`: NNNNN.jpg, NNNNN.txt and NNNNN.json beside each other.
 
     Args:
-        entries: files of the folder.
+        listed: files of all folders.
+        code: code of the folder's first file.
         caption_key: field of the JSON with the caption; "" for the .txt or the usual fields.
         run: folder above, for the ids.
     """
     samples: dict[str, dict[str, str]] = {}
     unused: Counter[str] = Counter()
-    for entry in entries:
+    for entry in _files_of(listed, code):
         name, _, ending = posixpath.basename(entry.name).partition(".")
         if name and webdataset.kind_of(ending.lower()):
             samples.setdefault(name, {})[ending.lower()] = entry.location

@@ -6,6 +6,7 @@ A UTF-8 file that is not compressed can be read from any item on, others from th
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from json import JSONDecodeError
-from typing import IO, Any, AnyStr
+from typing import IO, Any, AnyStr, NamedTuple
 
 from blip_scale.data.conversion.lists import ChangedList, in_chunks, listed
 from blip_scale.data.conversion.pairs import (
@@ -248,20 +249,106 @@ def _read_array(
     file: IO[bytes], location: str, offset: int, encoding: str
 ) -> Iterator[tuple[int, Any]]:
     """First byte and content of every item from the one at `offset` on; 0 is the array's start."""
-    try:
+    with _named_errors(location, file, encoding):
         text = _Text(file, offset, encoding)
-        if not offset:
-            text.take("[", "Expecting value")
-        is_item = bool(offset) or text.next() != "]"
-        while is_item:
-            text.next()
-            yield text.offset, text.value()
-            is_item = text.next() != "]"
-            if is_item:
-                text.take(",", "Expecting ',' delimiter")
-        text.take("]", "")
+        yield from _array_items(text, is_inside=bool(offset))
         if text.next():
             raise text.error("Extra data")
+
+
+def _array_items(text: _Text, is_inside: bool = False) -> Iterator[tuple[int, Any]]:
+    """First byte and content of the items of the array at the current place, which are passed over.
+
+    `is_inside`: the place is that of an item, not that of the array.
+    """
+    if not is_inside:
+        text.take("[", "Expecting value")
+    is_item = is_inside or text.next() != "]"
+    while is_item:
+        text.next()
+        yield text.offset, text.value()
+        is_item = text.next() != "]"
+        if is_item:
+            text.take(",", "Expecting ',' delimiter")
+    text.take("]", "")
+
+
+class Member(NamedTuple):
+    """A value in a JSON object, or an item of an array in it."""
+
+    name: str
+    number: int
+    """Number of the item; -1: the member itself, before its items."""
+    value: Any
+    """An empty list for an array itself."""
+
+
+@dataclass(frozen=True)
+class JsonObject:
+    """A file with a JSON object whose members may be long arrays."""
+
+    file: ListFile
+    encoding: str
+    """Python's name of the encoding."""
+    inside: str = ""
+    """Name of a member whose own members are read in its place, as `data.questions`."""
+
+    @classmethod
+    def open(cls, location: str, inside: str = "") -> JsonObject | None:
+        """Look at the beginning of a file; None if it does not begin as an object does."""
+        file = ListFile.at(location)
+        start, encoding = _start(file)
+        return cls(file, encoding, inside) if start == "{" else None
+
+    def read(self) -> Iterator[Member]:
+        """Read all members, of which one item is held at a time.
+
+        Raises:
+            ValueError: the file is not JSON, or a name comes twice.
+        """
+        location = self.file.location
+        with self.file.open() as file, _named_errors(location, file, self.encoding):
+            text = _Text(file, 0, self.encoding)
+            yield from self._members(text, "")
+            if text.next():
+                raise text.error("Extra data")
+
+    def items(self, name: str) -> Iterator[Any]:
+        """The items of an array."""
+        return (m.value for m in self.read() if m.name == name and m.number >= 0)
+
+    def _members(self, text: _Text, prefix: str) -> Iterator[Member]:
+        text.take("{", "Expecting value")
+        names: set[str] = set()
+        is_member = text.next() != "}"
+        while is_member:
+            if text.next() != '"':
+                raise text.error("Expecting property name enclosed in double quotes")
+            key = text.value()
+            if key in names:
+                raise text.error(f"The name {key!r} comes twice")
+            names.add(key)
+            text.take(":", "Expecting ':' delimiter")
+            start, name = text.next(), prefix + key
+            if start == "{" and name == self.inside:
+                yield from self._members(text, f"{name}.")
+            elif start == "[":
+                yield Member(name, -1, [])
+                for number, (_, item) in enumerate(_array_items(text)):
+                    yield Member(name, number, item)
+            else:
+                yield Member(name, -1, text.value())
+            is_member = text.next() != "}"
+            if is_member:
+                text.take(",", "Expecting ',' delimiter")
+        text.take("}", "")
+
+
+@contextlib.contextmanager
+def _named_errors(location: str, file: IO[bytes], encoding: str) -> Iterator[None]:
+    """Context manager that names the file in errors of its content."""
+    try:
+        yield
     except RecursionError as error:
         raise ValueError(f"{location} is not JSON: it is nested too deep") from error
     except JSONDecodeError as error:

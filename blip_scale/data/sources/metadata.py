@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,6 +41,15 @@ WATERMARK_CLASS_KEYS = ("watermark_class_id", "watermark_class_score")
 """PixelProse's class of an image (0: watermark, 1: none, 2: other text) and its probability."""
 SCORE_KEYS = (*SIMILARITY_KEYS, *UNSAFE_KEYS, *WATERMARK_KEYS, *WATERMARK_CLASS_KEYS)
 """Names of the scores that `prepare-data` can filter by."""
+_LAION_SCORES = ("similarity", *UNSAFE_KEYS, *WATERMARK_KEYS)
+UID_KEYS = ("uid", "hash", *_LAION_SCORES)
+"""Names that `uid_key` looks at."""
+_EXACT_FLOATS = 1 << 53
+"""Integers from here on share their floats with others."""
+
+
+class AmbiguousKey(ValueError):
+    """A key that may stand for several records."""
 
 
 def first_of(fields: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
@@ -131,18 +141,60 @@ def pair_of(
         name, image, captions, url if isinstance(url, str) else "",
         _number(first_of(fields, SIMILARITY_KEYS)), note=note_of(fields),
         punsafe=_number(first_of(fields, UNSAFE_KEYS)), pwatermark=_watermark(fields),
-        uid=key_text(fields["uid"]) if "uid" in fields else None, sha256=_text_at(fields, "sha256"),
+        uid=uid_of(fields), sha256=_sha256_of(fields),
     )  # fmt: skip
 
 
-def _text_at(fields: Mapping[str, Any], key: str) -> str | None:
-    """Text of a key: "" if it holds something else, None if there is no such key."""
-    value = fields.get(key)
-    return value if isinstance(value, str) else "" if key in fields else None
+def uid_of(fields: Mapping[str, Any]) -> str | None:
+    """Unique id by the maker of the set; "" without a usable value, None without such a key."""
+    key = uid_key(fields)
+    return _usable(key, fields[key]) if key in fields else None
 
 
-def key_text(value: Any) -> str:
-    """Text of a uid or another key; integers become text, whatever else is no text becomes ""."""
+def uid_key(fields: Mapping[str, Any]) -> str:
+    """Name of the unique id. LAION's is its `hash`, an integer, beside one of LAION's scores."""
+    is_laion = "hash" in fields and any(name in fields for name in _LAION_SCORES)
+    return "hash" if is_laion and "uid" not in fields else "uid"
+
+
+def _sha256_of(fields: Mapping[str, Any]) -> str | None:
+    """Hash of the image; "" if it is something else, None if there is no such key."""
+    value = fields.get("sha256")
+    text = _usable("sha256", value) if isinstance(value, str | bytes) else ""
+    return text if "sha256" in fields else None
+
+
+def _usable(key: str, value: Any) -> str:
+    """`key_text`, or "" for what is ambiguous."""
+    try:
+        return key_text(key, value)
+    except AmbiguousKey:
+        return ""
+
+
+def key_text(key: str, value: Any) -> str:
+    """Text of a uid or another key that records are joined by; "" for None and for a gap (NaN).
+
+    Integers become text, and so do floats that are one: 7.0 is 7. A sha256 may be its 32 bytes,
+    or the bytes of its hexadecimal form. Whatever else is no text counts as missing.
+
+    Raises:
+        AmbiguousKey: the value may stand for several keys.
+    """
+    if isinstance(value, float) and not math.isnan(value):
+        if not value.is_integer():
+            raise AmbiguousKey(f"{key} {value!r} has a fraction")
+        if abs(value) >= _EXACT_FLOATS:
+            raise AmbiguousKey(f"{key} {value!r} is a float of 2**53 or more, so not exact")
+        value = int(value)
+    if isinstance(value, bytes) and key == "sha256":
+        is_hex = re.fullmatch(rb"[0-9a-fA-F]+", value) is not None
+        if len(value) == 32 and not is_hex:
+            return value.hex()
+        if len(value) != 64 or not is_hex:
+            what = "hexadecimal digits" if is_hex else "bytes"
+            raise AmbiguousKey(f"sha256 is {len(value)} {what}, not 32 bytes or 64 digits")
+        return value.decode().lower()
     is_number = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if isinstance(value, str) or is_number else ""
 
@@ -156,8 +208,15 @@ def parse_json(data: bytes) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def as_text(data: bytes) -> str | bytes:
-    """Decode UTF-8. Other bytes stay bytes, which are rejected later."""
+def as_text(data: bytes, encoding: str = "") -> str | bytes:
+    """Decode UTF-8, or another encoding where no byte order mark says UTF-8. Bytes that are not
+    UTF-8 stay bytes, which are rejected later.
+
+    Raises:
+        UnicodeDecodeError: the bytes are not of the encoding.
+    """
+    if encoding and not data.startswith(BOM_UTF8):
+        return data.decode(encoding)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -25,6 +25,7 @@ from blip_scale.data.sources.annotations import image_location
 from blip_scale.data.sources.metadata import (
     ID_KEYS,
     SCORE_KEYS,
+    UID_KEYS,
     URL_KEYS,
     caption_keys,
     captions_of,
@@ -104,7 +105,7 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
         yield Unused(f"parquet files without rows ({note_of(names, 'columns')})")
         return
     wanted = {
-        *images, *URL_KEYS, *SCORE_KEYS, *caption_keys(source.caption_key), *ID_KEYS,
+        *images, *URL_KEYS, *SCORE_KEYS, *caption_keys(source.caption_key), *ID_KEYS, *UID_KEYS,
         "sha256", "error_message",
     }  # fmt: skip
     columns = [column for column in names if column in wanted]
@@ -133,7 +134,7 @@ def check_columns(columns: Sequence[str]) -> None:
     """Raise RepeatedColumn where a name comes twice."""
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
-        raise RepeatedColumn(f"several of its columns are called {twice[0]!r}: rename one")
+        raise RepeatedColumn(f"several of its columns have the name {twice[0]!r}: rename one")
 
 
 def _without_images(names: list[str]) -> str:

@@ -63,12 +63,12 @@ READERS: dict[str, SourceReader] = {
         folder_chunks,
         "images with captions.csv, metadata.jsonl or a .txt beside each",
         {
-            "encoding": "encoding of a CSV or TSV that is not UTF-8: latin-1, utf-16, ...",
+            "encoding": "encoding of tables and .txt that are not UTF-8: latin-1, utf-16, ...",
             "columns": "names of the columns of a table without a header: image,caption",
         },
     ),
     "webdataset": SourceReader(webdataset_chunks, "tars of NAME.jpg, NAME.txt, NAME.json"),
-    "mds": SourceReader(mds_chunks, "MDS shards of other makers, with --image-key, --caption-key"),
+    "mds": SourceReader(mds_chunks, "MDS shards of other tools, with --image-key, --caption-key"),
     "vqa": SourceReader(
         vqa_chunks, "BLIP's vqa_*.json and vg_qa.json: {question, answer, image}", max_words=50
     ),

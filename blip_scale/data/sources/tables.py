@@ -49,6 +49,10 @@ _LONGEST_ROW = 200  # lines of a quoted field
 _OPEN = "a quote is opened and not closed"
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, decoded by surrogateescape
 _LONGEST_LIST = 100_000  # characters of a cell that is parsed as a list
+_HEAD_BYTES = 1 << 16
+_SEPARATOR = re.compile(r"""(?i)"?sep=([^\w"'])"?""")
+"""Excel's first line of a CSV, which names the delimiter."""
+_QUOTED = re.compile(r'"[^"]*("|$)')
 _WITHOUT_COMMA = re.compile(r"""(['"])\s+(['"])""")
 
 
@@ -71,8 +75,8 @@ class Table:
     delimiter: str = ""
     header: tuple[str, ...] = ()
     """Names of the columns; empty for JSON lines."""
-    has_header: bool = False
-    """Whether the header is the first line."""
+    skipped: int = 0
+    """Lines before the first row: the header, and Excel's `sep=;` before it."""
 
     @classmethod
     def open(
@@ -95,19 +99,31 @@ class Table:
             raise ValueError(f"{location} is neither a folder nor a .csv, .tsv or .jsonl table")
         file = ListFile.at(location)
         with file.open() as opened:
-            head = opened.peek(4)[:4]  # type: ignore[attr-defined]
+            head = opened.read(_HEAD_BYTES)
         encoding = next((name for mark, name in _MARKS if head.startswith(mark)), encoding)
         table = cls(source, file, kind, encoding, folder)
+        if _ends_lines_by_cr(kind, head.decode(table._codec, "ignore")):
+            raise ValueError(
+                f"{location}: its lines end as on a classic Mac, in \\r alone: convert them, for "
+                f"example with `tr '\\r' '\\n' < {basename(location)} > converted.{kind}`"
+            )
         if kind == "jsonl":
             return table
-        first = "" if columns else table.first_line()
+        lines = (text for _, text in table._lines(START))
+        first, skipped, delimiter = next(lines, ""), 0, "\t"
+        if kind == "csv":
+            stated = _SEPARATOR.fullmatch(first.rstrip("\r\n"))
+            if stated:
+                first, skipped = next(lines, ""), 1
+            delimiter = stated[1] if stated else _delimiter(source, "" if columns else first)
         if not (first or columns):
             raise ValueError(f"{location} is empty")
-        delimiter = _delimiter(source, first) if kind == "csv" else "\t"
         names = columns.split(",") if columns else _split(first, delimiter)
         header = _usual_names([name.strip() for name in names])
         _check_header(source, location, header)
-        return replace(table, delimiter=delimiter, header=tuple(header), has_header=not columns)
+        return replace(
+            table, delimiter=delimiter, header=tuple(header), skipped=skipped + (not columns)
+        )
 
     @property
     def is_streamed(self) -> bool:
@@ -132,15 +148,11 @@ class Table:
         if self.kind == "jsonl":
             items = self._json_lines(lines)
         else:
-            if self.has_header and start == START:
+            for _ in range(self.skipped if start == START else 0):
                 next(lines)
             items = self._rows(lines)
         for place, item in items:
             yield place, in_folder(item, self.folder)
-
-    def first_line(self) -> str:
-        """The first line; "" in an empty file."""
-        return next((text for _, text in self._lines(START)), "")
 
     def _lines(self, start: Place) -> Iterator[_Line]:
         """The lines from a place on. Only line feeds end one, as captions may hold U+2028."""
@@ -203,6 +215,17 @@ class Table:
             else:
                 row = dict(zip(header, fields, strict=False))
                 yield place, read_item(location, place.number, row, make)
+
+
+def _ends_lines_by_cr(kind: str, head: str) -> bool:
+    """Whether the first line of a table's beginning is several that end in a carriage return."""
+    parts = head.partition("\n")[0].rstrip("\r").split("\r")
+    if kind == "csv":
+        return "\r" in _QUOTED.sub("", "\r".join(parts))
+    # A cell of a TSV may hold a carriage return, and so may the space in JSON.
+    ends = ("{", "}") if kind == "jsonl" else ("\t", "\t")
+    inside = [part for part in parts if all(end in part for end in ends)]
+    return len(inside) > 1
 
 
 def _pair(source: Source, location: str, number: int, row: dict[str, Any]) -> Found:
@@ -277,8 +300,8 @@ def _check_header(source: Source, location: str, header: list[str]) -> None:
         twice = [name for name, count in Counter(header).items() if count > 1 and name in keys]
         if twice:
             raise ValueError(
-                f"{place}: several of {len(header)} columns are called {twice[0]!r}: rename one, "
-                f"or name another with {option}"
+                f"{place}: several of {len(header)} columns have the name {twice[0]!r}: rename "
+                f"one, or name another with {option}"
             )
 
 

@@ -15,10 +15,10 @@ The file of an image lies below --images, and its name ends in the number `image
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from blip_scale.data.conversion.lists import in_chunks
+from blip_scale.data.conversion.lists import spooled_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -27,10 +27,12 @@ from blip_scale.data.conversion.pairs import (
     Reject,
     Source,
 )
-from blip_scale.data.sources.annotations import load_json, load_list
+from blip_scale.data.sources.annotations import load_list
+from blip_scale.data.sources.json_lists import JsonObject
 from blip_scale.storage.locations import basename, list_folder, parent, stem
 
-_LISTS = ("dialogs", "questions", "answers")
+_DIALOGS, _QUESTIONS, _ANSWERS = "data.dialogs", "data.questions", "data.answers"
+_LISTS = "data with dialogs, questions, answers"
 
 Relevance = dict[tuple[int, int], list[float]]
 """(image id, round counted from 1) -> relevance of each candidate."""
@@ -46,15 +48,20 @@ def chunks(source: Source, relevance: str = "") -> Iterator[Chunk]:
     Raises:
         ValueError: a file has another format.
     """
-    content = load_json(source.location)
-    data = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(data, dict) or not all(isinstance(data.get(n), list) for n in _LISTS):
-        raise ValueError(
-            f"{source.location} is not a VisDial file: it lacks data with {', '.join(_LISTS)}"
-        )
+    content = JsonObject.open(source.location, inside="data")
+    texts: dict[str, list[Any]] = {}
+    for name, number, value in content.read() if content else ():
+        if number >= 0 and name != _DIALOGS:
+            texts[name].append(value)
+        elif number < 0 and isinstance(value, list):
+            texts[name] = []
+    if content is None or not {_DIALOGS, _QUESTIONS, _ANSWERS} <= set(texts):
+        raise ValueError(f"{source.location} is not a VisDial file: it lacks {_LISTS}")
     judgements = _relevance(relevance) if relevance else {}
     files = _images(source.images or parent(source.location))
-    return in_chunks(list(_dialogs(source, data, files, judgements)), source.pairs_per_chunk)
+    data = {"questions": texts[_QUESTIONS], "answers": texts[_ANSWERS]}
+    dialogs = content.items(_DIALOGS)
+    return spooled_chunks(_dialogs(source, dialogs, data, files, judgements), source)
 
 
 def _images(folder: str) -> dict[int, str]:
@@ -87,9 +94,13 @@ def _relevances(item: dict[str, Any]) -> list[Any]:
 
 
 def _dialogs(
-    source: Source, data: dict[str, Any], files: dict[int, str], relevance: Relevance
+    source: Source,
+    dialogs: Iterable[Any],
+    data: dict[str, list[Any]],
+    files: dict[int, str],
+    relevance: Relevance,
 ) -> Iterator[Found]:
-    for number, item in enumerate(data["dialogs"]):
+    for number, item in enumerate(dialogs):
         place = f"{basename(source.location)}:{number}"
         try:
             image_id, caption, rounds = item["image_id"], item["caption"], item["dialog"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from blip_scale.data.conversion.lists import in_chunks
+from blip_scale.data.conversion.lists import spooled_chunks
 from blip_scale.data.conversion.pairs import (
     Chunk,
     Found,
@@ -21,7 +21,8 @@ from blip_scale.data.conversion.pairs import (
     Source,
 )
 from blip_scale.data.sources import blip_json
-from blip_scale.data.sources.annotations import load_json, read_items
+from blip_scale.data.sources.annotations import read_items
+from blip_scale.data.sources.json_lists import JsonList
 from blip_scale.data.sources.metadata import note_of
 from blip_scale.storage.locations import is_folder, join
 
@@ -33,16 +34,24 @@ def chunks(source: Source) -> Iterator[Chunk]:
     """Chunks of the regions of a folder, or of a list."""
     if not is_folder(source.location):
         return blip_json.chunks(source)
-    return in_chunks(list(_regions(source)), source.pairs_per_chunk)
+    return spooled_chunks(_regions(source), source)
 
 
 def _regions(source: Source) -> Iterator[Found]:
-    described = load_json(join(source.location, REGIONS))
-    images = {str(item.get("image_id")): item for item in load_json(join(source.location, IMAGES))}
-    yield from read_items(REGIONS, described, partial(_entry, source, images))
+    described = _items(source, REGIONS, "{id, regions}")
+    urls = {}
+    for item in _items(source, IMAGES, "{image_id, url}"):
+        if isinstance(item, dict):
+            urls[str(item.get("image_id"))] = item.get("url")
+    yield from read_items(REGIONS, described, partial(_entry, source, urls))
 
 
-def _entry(source: Source, images: dict[Any, dict[str, Any]], number: int, entry: Any) -> Found:
+def _items(source: Source, name: str, content: str) -> Iterator[Any]:
+    items = JsonList.open(join(source.location, name), content).read()
+    return (item for _, _, item in items)
+
+
+def _entry(source: Source, urls: dict[str, Any], number: int, entry: Any) -> Found:
     regions = entry.get("regions")
     # Newer releases store the image's id beside the regions, older ones only in each region.
     image_id = entry.get("id", entry.get("image_id"))
@@ -51,16 +60,14 @@ def _entry(source: Source, images: dict[Any, dict[str, Any]], number: int, entry
     if image_id is None or regions is None:
         note = f"id or regions; {note_of(entry)}"
         return Reject(f"{REGIONS}:{number}", Reason.MISSING_KEY, note, captions=len(regions or []))
-    image = images.get(str(image_id))
     phrases = [region.get("phrase") for region in regions]
-    if image is None:
+    if str(image_id) not in urls:
         detail = f"not in {IMAGES}"
         return Reject(str(image_id), Reason.MISSING_IMAGE, detail, captions=len(phrases))
-    return _pair(source, image_id, image, phrases)
+    return _pair(source, image_id, urls[str(image_id)] or "", phrases)
 
 
-def _pair(source: Source, image_id: Any, image: dict[str, Any], phrases: list[Any]) -> RawPair:
-    url = image.get("url") or ""
+def _pair(source: Source, image_id: Any, url: str, phrases: list[Any]) -> RawPair:
     # .../VG_100K_2/1.jpg: folders on the disk have the same names as on the server.
     path = "/".join(url.split("/")[-2:]) or f"VG_100K/{image_id}.jpg"
     return RawPair(str(image_id), join(source.images or source.location, path), phrases, url)

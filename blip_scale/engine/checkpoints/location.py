@@ -82,7 +82,7 @@ def _sharers(folder: Path) -> tuple[int, ...]:
     if errors := errors_of(outcomes):
         raise ValueError(f"no checkpoint can be written to {folder}: {'; '.join(errors)}")
     if full := [outcome.value for outcome in outcomes if outcome.value]:
-        raise OSError(f"no checkpoint can be written to {folder}, make room there: {full[0]}")
+        raise OSError(f"no checkpoint can be written to {folder}; free some space there: {full[0]}")
     here = "with rank 0" if marker.exists() else socket.gethostname()
     everywhere = collectives.all_gather_objects(here)
     if collectives.rank() == 0:

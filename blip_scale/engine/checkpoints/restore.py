@@ -66,8 +66,8 @@ def newest_whole(place: Place, stage: int) -> Path | None:
     if local | remote:
         where = f"{place.folder}" + (f" and {place.remote.url}" if place.remote else "")
         raise ValueError(
-            f"none of the {len(local | remote)} checkpoints in {where} is whole (the log gives the "
-            "reasons). Restore one, or move them away to start a new run."
+            f"none of the {len(local | remote)} checkpoints in {where} is complete (the log gives "
+            "the reasons). Restore one, or move them away to start a new run."
         )
     return None
 
@@ -89,7 +89,7 @@ def load(path: Path, engine: ZeroEngine, momentum: ShardedMomentum) -> RunState:
         raise ValueError(
             f"{path} holds no momentum averages of {min(absent)} and {len(absent) - 1} more "
             "parameters: it was trained with another objective.itc. Set objective.itc to that, or "
-            "begin a run from it with model.checkpoint and another output_dir."
+            "start a new run from it with model.checkpoint and another output_dir."
         )
     trained = [piece for piece in engine.slices if piece.trains]
     for flat in {id(piece.flat): piece.flat for piece in trained}.values():
@@ -124,7 +124,7 @@ def _remote_steps(place: Place, may_fail: bool) -> list[int]:
     if isinstance(steps, OSError):
         if not may_fail:
             raise steps
-        logger.warning("%s; looking at %s alone", steps, place.folder)
+        logger.warning("%s; using only %s", steps, place.folder)
         return []
     return steps
 

@@ -99,7 +99,8 @@ class Uploads:
         if self._waiting:
             names = ", ".join(map(run_folder.step_folder, self._waiting))
             logger.warning(
-                "%s not uploaded to %s. Whole in %s; start the same command again to upload.",
+                "%s not uploaded to %s. It is complete in %s; start the same command again to "
+                "upload it.",
                 names, self._remote.url, self._place.folder,
             )  # fmt: skip
 
@@ -151,7 +152,8 @@ class Uploads:
             name = run_folder.step_folder(step)
             if errors:
                 logger.warning(
-                    "%s was not uploaded: %s. It is whole in %s; tried again after the next save.",
+                    "%s was not uploaded: %s. It is complete in %s; the upload is retried after "
+                    "the next save.",
                     name, "; ".join(errors), self._place.folder,
                 )  # fmt: skip
                 return
@@ -199,7 +201,7 @@ class Uploads:
         there = self._remote.sizes(folder.name)
         for name, entry in checkpoint_format.Manifest.from_json(text).files.items():
             if there.get(f"{folder.name}/{name}") != entry["bytes"]:
-                raise OSError(f"{self._remote.url}/{folder.name}/{name} is not there, or not whole")
+                raise OSError(f"{self._remote.url}/{folder.name}/{name} is missing or incomplete")
         self._remote.put(f"{folder.name}/{checkpoint_format.MANIFEST}", text.encode())
         self._prune(step)
 

@@ -1,1 +1,1 @@
-"""What a run tells about itself: metrics, heartbeat, records and alarms."""
+"""Reports of a run: metrics, heartbeat, records and alarms."""

@@ -120,7 +120,9 @@ class Goodput:
             if not all(0 <= value < math.inf for value in (first_start, *seconds.values())):
                 raise ValueError("a time is negative or not finite")
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            logger.warning("%s can't be read (%s): goodput counts anew", self._file, error)
+            logger.warning(
+                "%s can't be read (%s): goodput starts again from zero", self._file, error
+            )
             return False
         self._first_start, self._seconds = first_start, seconds
         return True

@@ -36,7 +36,7 @@ def chosen_reference(
     reasons = reference.differences(recipe, samples_per_epoch)
     if reasons:
         logger.warning(
-            "log.reference: %s is drawn without an alarm, as this run is another one: %s",
+            "log.reference: %s is drawn without an alarm, because this run is not comparable: %s",
             name, "; ".join(reasons),
         )  # fmt: skip
         return reference, ()

@@ -46,7 +46,7 @@ class RunManifest:
                 self._content = _content_of(self._file)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 aside = self._file.with_suffix(".damaged")
-                logger.warning("%s cannot be read (%s): put aside as %s", self._file, error, aside)
+                logger.warning("%s cannot be read (%s): renamed to %s", self._file, error, aside)
                 with self._disk:
                     self._file.replace(aside)
 
@@ -66,7 +66,7 @@ class RunManifest:
         attempts, before = self._content["attempts"], self._content["state"]
         changed = list(_differences(before, state)) if before else []
         for change in changed:
-            logger.warning("changed since the start before: %s", change)
+            logger.warning("changed since the previous start: %s", change)
         if attempts and attempts[-1]["ended"] is None:
             attempts[-1]["ended"] = {"why": "not known", "step": left.get("step")}
         self._content["state"] = state

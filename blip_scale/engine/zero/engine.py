@@ -26,6 +26,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from blip_scale import launcher, logs
 from blip_scale.config.recipe import Recipe
@@ -400,7 +401,7 @@ def start(timeout_s: float) -> torch.device:
 
 
 def _set_up_compiling() -> None:
-    """Keep the operations that DeepSpeed compiles in a folder of this Python environment.
+    """Keep compiled operations and blocks in a folder of this Python environment.
 
     The folder is kept between runs, and clones that share an environment share it. In torch's
     default folder, environments would overwrite each other's operations. Ranks that start at once
@@ -415,7 +416,12 @@ def _set_up_compiling() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "blip_scale" / "compiled" / name
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))  # blocks
+    blocks = folder / "inductor"
+    # Imports of torch 2.14 set the variable to the default, a folder in /tmp that others may write.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        with contextlib.suppress(OSError):  # a read-only home keeps the default
+            blocks.mkdir(parents=True, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(blocks)
 
 
 def _patience(timeout_s: float) -> timedelta:

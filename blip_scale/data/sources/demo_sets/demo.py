@@ -1,13 +1,13 @@
 """The demo set: real image-text pairs that Python packages ship, split without leakage.
 
-A concept is what an emoji means, and its CLDR name is the caption. Up to eight hands draw it:
+A concept is what an emoji means, and its CLDR name is the caption. Up to eight sources draw it:
 OpenMoji, Twemoji and six vendors.
 
 Training streams: `emoji` (OpenMoji and Twemoji), `vendors`, `keywords` (the drawings of `emoji`
 with people's search words, noisy) and `icons` (pictures whose path is their only text, noisy).
 `text` is the BERT checkpoint that the demo starts from.
 
-Held-out sets: `heldout_drawing` (one hand's drawings of concepts that are trained on in the
+Held-out sets: `heldout_drawing` (drawings in one style of concepts that are trained on in the
 drawings of all others) and `heldout_concept` (concepts that no stream draws or names). Their
 drawings are OpenMoji's, Twemoji's and Google's.
 """
@@ -88,7 +88,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Split:
-    """What is held out: whole concepts, shown in one hand's drawing, and single drawings."""
+    """Held-out data: whole concepts, each shown in one style, and single drawings."""
 
     concepts: dict[CodePoints, str]
     """Concept and the hand that shows it."""
@@ -177,11 +177,11 @@ def assign(pictures: list[Picture]) -> dict[str, list[Record]]:
 def choose_split(pictures: list[Picture]) -> Split:
     """Hold out concepts in the order of their hash, first whole concepts, then single drawings.
 
-    A concept is held out in the drawing of one hand, chosen by a coin that always falls the same
-    among those whose licence lets anybody show it. Left in training are concepts that few hands
-    drew, whose cleaned name another one bears, whose picture another one's equals (Norway's flag is
-    also Svalbard's), and whose picture is nearly that of another hand. So each query of a held-out
-    set has one right answer, and no picture of it is in the training streams under any name.
+    A concept is held out in the drawing of one source. A hash chooses the source among those whose
+    licence lets anybody show the drawing. Some concepts are never held out: those that few sources
+    drew, that share their cleaned name or their picture with another concept (Norway's flag is also
+    Svalbard's), or whose picture is nearly equal in another source. Each query of a held-out set
+    therefore has one right answer, and no training stream has its picture under any name.
     """
     by_concept: dict[CodePoints, dict[str, np.ndarray]] = defaultdict(dict)
     by_caption: dict[str, set[CodePoints]] = defaultdict(set)

@@ -87,7 +87,7 @@ def _round(
 def _others(
     drawing: Record, drawings: Sequence[Record], count: int, rng: random.Random
 ) -> list[Record]:
-    """So many drawings of different names, none of them this one's."""
+    """`count` drawings with different names, none of them the name of this one."""
     names = {drawing.captions[0]}
     others: list[Record] = []
     while len(others) < count:

@@ -49,7 +49,7 @@ def code_points_of_stem(stem: str) -> CodePoints:
 
 
 def concept(points: CodePoints) -> CodePoints:
-    """What is drawn, whatever the skin tone."""
+    """Concept of the drawing, without its skin tone."""
     return tuple(point for point in points if point not in _SKIN_TONES)
 
 
