@@ -152,8 +152,7 @@ class Columns:
 
     @property
     def least_bytes(self) -> int:
-        """Smallest size of a sample in a shard: its offset, and a size for each column whose
-        values vary in size."""
+        """Minimum bytes of a sample in a shard: its offset, fixed-size columns, and sizes of others."""
         return 4 + sum(4 if size is None else size for size in self.sizes)
 
     def encode(self, sample: Mapping[str, Any]) -> bytes:

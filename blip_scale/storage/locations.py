@@ -121,10 +121,11 @@ def list_folder(location: str, deep: bool = False) -> list[Entry]:
 
 
 def read_folder(location: str, take: Callable[[Iterator[Entry]], T]) -> T:
-    """Return what `take` makes of all files below a folder, in any order, none of them held.
+    """Call `take` with an iterator over all files below a folder, and return its result.
 
-    Where a remote fails, `take` begins again. The empty objects that mark its folders are among the
-    files, unlike in `list_folder`. Errors are those of `list_folder`.
+    The files are in no particular order and are not kept in memory. If a remote fails, `take` is
+    called again from the start. Unlike in `list_folder`, the empty objects that mark folders are
+    included. Errors are those of `list_folder`.
     """
     if not is_folder(location):
         raise NotADirectoryError(f"{location} is not a folder")
@@ -378,5 +379,5 @@ def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
                 if item.is_file():
                     size, version = item.stat().st_size, str(item.stat().st_mtime_ns)
                 yield Entry(name, f"{location.rstrip('/')}/{name}", is_dir, size, version)
-        # Folders come before links to them, so that the same tree always gets the same names.
+        # Folders are listed before links to them, so a folder always gets the same name.
         waiting += [(f"{inner}{name}/", path) for _, name, path in sorted(below)]

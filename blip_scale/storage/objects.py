@@ -224,9 +224,10 @@ class ObjectFolder:
         return _without_folders(self.read_files(folder, dict))
 
     def read_files(self, folder: str, take: Callable[[Iterator[tuple[str, ObjectInfo]]], T]) -> T:
-        """Return what `take` makes of every object below a folder, with its name relative to `url`.
+        """Call `take` with an iterator over all objects below a folder, and return its result.
 
-        Where the remote fails, it begins again. Empty objects that mark folders are among them.
+        The iterator yields (name relative to `url`, info). If the remote fails, `take` is called
+        again from the start. Empty objects that mark folders are included.
         """
         key = self._key(folder)
         start = len(self._prefix) + 1 if self._prefix else 0

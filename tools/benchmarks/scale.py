@@ -45,10 +45,10 @@ ROWS = (
     ("  of it planning what to fetch", "plan_us"),
     ("s to open, first time", "first_open_s"),
     ("s to open, later", "open_s"),
-    ("s to lay out an epoch", "epoch_s"),
-    ("MB more in a rank that reads itself", "rank_mb"),
+    ("s to compute the order of an epoch", "epoch_s"),
+    ("additional MB in a rank without loader workers", "rank_mb"),
     ("  of it private", "rank_private_mb"),
-    ("MB more in a loader worker", "worker_mb"),
+    ("additional MB in a loader worker", "worker_mb"),
     ("  of it private", "worker_private_mb"),
     ("MB at the peak of the first opening", "peak_mb"),
     ("kB sent to a loader worker", "sent_kb"),
@@ -254,10 +254,10 @@ def _work(pipe: Any) -> None:
 def scale_table(result: dict[str, Any]) -> str:
     """The result as text."""
     columns = result["shards"]
-    lines = [f"{'shards':40}" + "".join(f"{int(count):>12,}" for count in columns)]
+    lines = [f"{'shards':48}" + "".join(f"{int(count):>12,}" for count in columns)]
     for title, figure in ROWS:
         cells = "".join(f"{column[figure]:12.4g}" for column in columns.values())
-        lines.append(f"{title:40}{cells}")
+        lines.append(f"{title:48}{cells}")
     lines.append(f"CPU time of a core; medians of {result['rounds']}; {SAMPLES} samples a shard")
     if "merge" in result:
         lines.append(f"{'records to merge':>16}{'s':>10}{'MB':>10}")

@@ -104,21 +104,21 @@ def table(case: Case) -> list[tuple[str, str]]:
         ("cached table, in memory of each rank", f"{case.shards * TABLE_BYTES / 1e6:.0f} MB"),
         ("opening, first time", f"{case.shards * PARSE_US / 1e6:.0f} s"),
         ("opening, later", f"{case.shards * OPEN_US / 1e6:.1f} s"),
-        ("ordering an epoch", f"{case.shards * EPOCH_US / 1e6:.1f} s"),
+        ("computing the order of an epoch", f"{case.shards * EPOCH_US / 1e6:.1f} s"),
         ("order in memory of each worker", f"{case.shards * 10 / 1e6:.0f} MB"),
-        ("block layouts, per sample of a worker", f"{readers * LAYOUT_NS / 1e3:.0f} us"),
+        ("computing block layouts, per sample of a worker", f"{readers * LAYOUT_NS / 1e3:.0f} us"),
         ("a block of 262,144 samples is read in", f"{block_s:.2f} s"),
         ("shards of a block that a node reads", f"{node_shards:.0f} of {block_shards:.0f}"),
-        ("caches of the nodes: fetched by a node", f"{node_bytes_s / 1e9:.1f} GB/s"),
-        ("  out of the bucket", f"{node_bytes_s * case.nodes / 1e9:,.0f} GB/s"),
-        ("  requests to the bucket, a second", f"{requests:,.0f}"),
-        ("  a cache of 4 TB is written anew in", f"{4e12 / node_bytes_s / 60:.0f} min"),
-        ("a cache for all nodes: out of the bucket", f"{pairs_s * SAMPLE_BYTES / 1e9:.1f} GB/s"),
-        ("  requests to the bucket, a second", f"{shared_requests:,.0f}"),
-        ("  reads of 30 kB from it, a second", f"{pairs_s:,.0f}"),
-        ("checkpoint", f"{PARAMETERS * CHECKPOINT_BYTES / 1e9:.1f} GB"),
-        ("  of a rank", f"{PARAMETERS * CHECKPOINT_BYTES / case.gpus / 1e6:.1f} MB"),
-        ("  files, and requests to write it", f"{case.gpus + 2:,}"),
+        ("one cache per node: fetched by each node", f"{node_bytes_s / 1e9:.1f} GB/s"),
+        ("... sent by the bucket", f"{node_bytes_s * case.nodes / 1e9:,.0f} GB/s"),
+        ("... requests to the bucket per second", f"{requests:,.0f}"),
+        ("... time to replace a cache of 4 TB", f"{4e12 / node_bytes_s / 60:.0f} min"),
+        ("one cache for all nodes: sent by the bucket", f"{pairs_s * SAMPLE_BYTES / 1e9:.1f} GB/s"),
+        ("... requests to the bucket per second", f"{shared_requests:,.0f}"),
+        ("... reads of 30 kB from the cache per second", f"{pairs_s:,.0f}"),
+        ("size of a checkpoint", f"{PARAMETERS * CHECKPOINT_BYTES / 1e9:.1f} GB"),
+        ("... per rank", f"{PARAMETERS * CHECKPOINT_BYTES / case.gpus / 1e6:.1f} MB"),
+        ("... files, and requests to write it", f"{case.gpus + 2:,}"),
     ]
 
 
@@ -132,9 +132,9 @@ def main() -> None:
     sizes = zip(options.pairs or (4e8, 5e9), options.gpus or (256, 1024), strict=True)
     cases = [Case(int(pairs), gpus, options.rate) for pairs, gpus in sizes]
     heads = "".join(f"{case.pairs / 1e9:g}e9 on {case.gpus}".rjust(18) for case in cases)
-    print(f"{'':44}{heads}")
+    print(f"{'':48}{heads}")
     for rows in zip(*map(table, cases), strict=True):
-        print(f"{rows[0][0]:44}" + "".join(f"{value:>18}" for _, value in rows))
+        print(f"{rows[0][0]:48}" + "".join(f"{value:>18}" for _, value in rows))
 
 
 if __name__ == "__main__":

@@ -113,6 +113,6 @@ def _texts(name: str, pair: RawPair) -> Sample:
     texts = [text for text in texts if text is not None]
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{name}: {pair.id}: a caption that is no text: {str(text)[:50]}")
+            raise ValueError(f"{name}: {pair.id}: a caption is not a string: {str(text)[:50]}")
     sample: dict[str, Any] = {"id": pair.id, "source": name, "captions": texts}
     return sample if pair.annotations is None else sample | {"annotations": pair.annotations}

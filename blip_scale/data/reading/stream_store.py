@@ -224,12 +224,12 @@ class StreamStore:
 
     @property
     def caches(self) -> list[ShardCache]:
-        """Caches that shards and their overlays are fetched into; [] where all of them lie here."""
+        """Caches of the shards and of their overlays; empty if all of them are local."""
         stores: list[StreamStore] = [self, *self.overlays]
         return [store.cache for store in stores if store.cache is not None]
 
     def fetched_bytes(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bytes that each shard and its overlays, [shards], take of the cache."""
+        """Bytes in the cache of each shard with its overlays, int64 [shards]."""
         sizes = np.zeros(len(numbers), np.int64)
         if self.remote:
             sizes += self.shards.raw_bytes[numbers]
@@ -326,7 +326,7 @@ class StreamStore:
                 raise FileNotFoundError(
                     self._message(f"shard {path} is missing, though the index names it")
                 )
-        # The order takes memory for every sample that the index claims.
+        # The order needs memory for every sample in the index, so a false count must be refused.
         for number in np.flatnonzero(self.shard_samples > _MANY_SAMPLES).tolist():
             info = self.shards[number].zip_data or self.shards[number].raw_data
             path = self._path(info)
