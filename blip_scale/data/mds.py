@@ -152,7 +152,7 @@ class Columns:
 
     @property
     def least_bytes(self) -> int:
-        """Minimum bytes of a sample in a shard: its offset, fixed-size columns, and sizes of others."""
+        """Minimum bytes of a sample in a shard: its offset, and each column or its size field."""
         return 4 + sum(4 if size is None else size for size in self.sizes)
 
     def encode(self, sample: Mapping[str, Any]) -> bytes:
