@@ -228,9 +228,9 @@ def _stops(
 
 
 def _is_ended_by_slurm(job: Mapping[str, str]) -> bool:
-    """Return True, and log a line, if SLURM has ended the job, so it must not be requeued here.
+    """Return True and print a line if SLURM has ended the job, which must not be requeued here.
 
-    It was cancelled, or SLURM requeued it after preemption or a node failure.
+    Either the job was cancelled, or SLURM requeued it after preemption or a node failure.
     """
     if job.get("JobState") == "RUNNING" or job.get("Reason") == "TimeLimit":
         return False

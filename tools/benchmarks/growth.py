@@ -108,8 +108,8 @@ def measure_axis(
 def growth_of(name: str, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Growth of each term from each point of an axis to the next.
 
-    An entry holds the factor by which the term grew, the expected factor, and the exponents of both
-    with respect to the quantity.
+    An entry holds the factor by which the term grew, the expected factor (`due`), and the exponents
+    of both with respect to the quantity.
     """
     entries = []
     for before, after in itertools.pairwise(rows):

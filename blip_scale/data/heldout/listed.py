@@ -26,7 +26,7 @@ def listed_pairs(
     clean: Callable[[str], str] = clean_caption,
     images_below: str | None = None,
 ) -> HeldoutPairs:
-    """Build a held-out set from the items of a reader. Images are read from their files on demand.
+    """Build a held-out set from the items of a reader. Images are read on demand, not screened.
 
     Args:
         name: name of the set.

@@ -279,7 +279,7 @@ class TrainLoader:
             setting = CHANGEABLE.get(name)
             if setting not in allowed_changes:
                 why = _STREAMS_DECIDE if name == "streams" else ""
-                allow = f", allow the change with --allow-change {setting}," if setting else ""
+                allow = f", allow it with --allow-change {setting}," if setting else ""
                 raise ValueError(
                     f"the checkpoint was made with other data: {change}{why}; undo the change"
                     f"{allow} or start a new run in another output_dir"
