@@ -31,7 +31,7 @@ _HELP = {
     "pause_s": "pause for a checkpoint",
     "write_s": "time from the pause until it is committed",
     "restart_s": "time from the end of the first rank to the next step",
-    "hang_limit_s": "time until a hang is noticed",
+    "hang_limit_s": "time until a hang is detected",
     "hang_share": "share of the failures that are hangs",
 }
 
@@ -198,7 +198,7 @@ def cases(options: argparse.Namespace) -> dict[str, Case]:
         f"best interval, {best_s:.0f} s": planned,
         "checkpoint every 250 s": replace(planned, interval_s=250.0),
         "checkpoint every hour": replace(planned, interval_s=3600.0),
-        "hangs noticed after 30 minutes": replace(planned, costs=slow_notice),
+        "hangs detected after 30 minutes": replace(planned, costs=slow_notice),
         "restart through a queue of 20 minutes": replace(planned, costs=queued),
         "pause of 30 s (a checkpoint that blocks)": Case(
             replace(costs, pause_s=30.0), between_s,

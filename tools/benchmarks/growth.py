@@ -210,14 +210,14 @@ def growth_table(result: dict[str, Any]) -> str:
             ]
             lines.append(f"    {entry['from']:g} to {entry['to']:g}: " + ", ".join(parts))
     lines.append(
-        "Exponents over the quantity. Due: of time that of the counted FLOPs, of FLOPs and memory "
-        "that on paper."
+        "Exponents with respect to the quantity. Due: for time, the exponent of the counted FLOPs; "
+        "for FLOPs and memory, that of their formulas."
     )
     allowed = f"{result['tolerance']:.0%}"
     if result["faster"]:
-        lines.append(f"grows faster than its mathematics, by more than {allowed} of it:")
+        lines.append(f"these grow faster than their formula by more than {allowed}:")
         return "\n".join([*lines, *(f"  {line}" for line in result["faster"])])
-    return "\n".join([*lines, f"nothing grows faster than its mathematics (within {allowed})"])
+    return "\n".join([*lines, f"nothing grows faster than its formula (within {allowed})"])
 
 
 def plot(result: dict[str, Any], file: Path) -> None:

@@ -61,7 +61,7 @@ class SharedArrays:
         self._data_start = _aligned(end + 1)
         header = parse_json(self._map[:end])
         if not isinstance(header, dict) or header.get("version") != _VERSION:
-            raise ValueError(f"the header is not one of version {_VERSION}")
+            raise ValueError(f"the header is not of version {_VERSION}")
         self.meta: dict[str, Any] = header["meta"]
         self.hash: str = header["xxh3"]
         """xxh3 of `meta`, of the arrays' description in the header, and of the arrays."""
