@@ -1,8 +1,9 @@
 #!/bin/sh
-# Install what blip_scale needs into an image of Debian 12: `install.sh REQUIREMENTS VENV`.
-# Both recipes in this folder run it. g++ and Python's headers are for the operations that DeepSpeed and
-# torch.compile build when a run starts, git for the commit in a run's manifest, the ibverbs packages for
-# NCCL over InfiniBand. Java is left out: without it captions are not scored by METEOR and SPICE.
+# Install the dependencies of blip_scale into a Debian 12 image: `install.sh REQUIREMENTS VENV`.
+# The Dockerfile and the .def file in this folder run it. DeepSpeed and torch.compile need g++ and
+# Python's headers to compile operations when a run starts. git reads the commit for a run's manifest.
+# NCCL needs the ibverbs packages for InfiniBand. Java is not installed; without it, captions are not
+# scored by METEOR and SPICE.
 set -eu
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq

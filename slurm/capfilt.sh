@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# CapFilt of a set of shards with an array job: each task takes one part of the shards on one GPU, and
-# the last task merges. If a task was killed or ran out of time, submit the same line again: finished
-# shards are kept.
+# Run CapFilt on a set of shards as an array job. Each task processes one part of the shards on one
+# GPU, and the last task merges the parts. If a task was killed or ran out of time, submit the same
+# line again: finished shards are kept.
 #
 #   sbatch --array=0-63 slurm/capfilt.sh s3://bucket/laion s3://bucket/laion_capfilt \
 #       --captioner runs/captioner --filter runs/filter
 #
-# Settings of a site, to be changed here or on sbatch's command line:
+# Site settings. Change them here or on sbatch's command line:
 #SBATCH --job-name=capfilt
 #SBATCH --array=0-15
 #SBATCH --nodes=1
@@ -19,7 +19,7 @@
 #SBATCH --output=capfilt_%A_%a.log
 set -euo pipefail
 
-# ... or in the environment:
+# Change these here or in the environment:
 REPO=${REPO:-${SLURM_SUBMIT_DIR:-.}}          # clone of blip_scale
 PYTHON=${PYTHON:-$REPO/.venv/bin/python}      # or "apptainer exec --nv blip_scale.sif python"
 SRUN_ARGS=${SRUN_ARGS:-}                      # for pyxis: "--container-image=blip_scale.sqsh ..."
@@ -34,7 +34,7 @@ first=${SLURM_ARRAY_TASK_MIN:-0}
 part=$((${SLURM_ARRAY_TASK_ID:-0} - first))
 parts=${SLURM_ARRAY_TASK_COUNT:-1}
 
-# Threads of one process decode images. OpenMP threads inside them would only compete for cores.
+# Threads decode images. OpenMP threads inside each of them would only compete for cores.
 export OMP_NUM_THREADS=1
 read -ra python <<<"$PYTHON"
 launcher=()

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fine-tune from the weights of a checkpoint of any kind: a run, BLIP's .pth, a Hugging Face folder.
-# Submit it from the clone; arguments are settings:
+# Fine-tune from the weights of any checkpoint: a run, BLIP's .pth, or a Hugging Face folder.
+# Submit it from the clone. Arguments are settings of the recipe:
 #
 #   RECIPE=finetune_retrieval_coco INIT=runs/pretrain_129M sbatch slurm/finetune.sh
 #   RECIPE=finetune_captioning_coco INIT=model_base_capfilt_large.pth sbatch slurm/finetune.sh
 #
-# Settings of a site, to be changed here or on sbatch's command line (--partition, --nodes ...):
+# Site settings. Change them here or on sbatch's command line (--partition, --nodes ...):
 #SBATCH --job-name=finetune
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -18,7 +18,7 @@
 #SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
-# ... or in the environment: slurm/train.sh lists them (REPO, PYTHON, OUTPUT_DIR, a bucket's keys).
+# slurm/train.sh lists environment variables to set (REPO, PYTHON, OUTPUT_DIR, a bucket's keys).
 trap 'export STOP_REQUESTED=1' USR1  # until run_ranks.py handles it
 set -euo pipefail
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Convert a published set to shards with an array job: each task takes one part of the input on one
-# node with all its cores, and the last task merges. If a task was killed, submit the same line again:
-# finished work is kept.
+# Convert a published set to shards as an array job. Each task converts one part of the input on one
+# node with all its cores, and the last task merges the parts. If a task was killed, submit the same
+# line again: finished work is kept.
 #
 #   sbatch --array=0-63 slurm/prepare_data.sh laion /data/laion400m s3://bucket/laion --min-side 200
 #
-# Settings of a site, to be changed here or on sbatch's command line:
+# Site settings. Change them here or on sbatch's command line:
 #SBATCH --job-name=prepare_data
 #SBATCH --array=0-15
 #SBATCH --nodes=1
@@ -17,11 +17,11 @@
 #SBATCH --output=prepare_data_%A_%a.log
 set -euo pipefail
 
-# ... or in the environment:
+# Change these here or in the environment:
 REPO=${REPO:-${SLURM_SUBMIT_DIR:-.}}          # clone of blip_scale
 PYTHON=${PYTHON:-$REPO/.venv/bin/python}      # or "apptainer exec --nv blip_scale.sif python"
 SRUN_ARGS=${SRUN_ARGS:-}                      # for pyxis: "--container-image=blip_scale.sqsh ..."
-SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}}           # shards are made here before they go to a bucket
+SCRATCH=${SCRATCH:-${TMPDIR:-/tmp}}           # shards are written here before upload
 # For a bucket: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if it isn't Amazon's, S3_ENDPOINT_URL.
 
 if [ "$#" -lt 3 ]; then

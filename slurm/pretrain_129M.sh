@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Pretrain ViT-B/16 on the 129M pairs. Submit it from the clone; arguments are settings:
+# Pretrain ViT-B/16 on the 129M pairs. Submit it from the clone. Arguments are settings of the recipe:
 #
 #   sbatch slurm/pretrain_129M.sh train.epochs=10
 #
-# Settings of a site, to be changed here or on sbatch's command line (--partition, --nodes ...):
+# Site settings. Change them here or on sbatch's command line (--partition, --nodes ...):
 #SBATCH --job-name=pretrain_129M
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -16,7 +16,7 @@
 #SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
-# ... or in the environment: slurm/train.sh lists them (REPO, PYTHON, OUTPUT_DIR, a bucket's keys).
+# slurm/train.sh lists environment variables to set (REPO, PYTHON, OUTPUT_DIR, a bucket's keys).
 trap 'export STOP_REQUESTED=1' USR1  # until run_ranks.py handles it
 set -euo pipefail
 

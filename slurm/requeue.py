@@ -1,13 +1,13 @@
-"""Decide what follows when the ranks of a SLURM job have ended. slurm/run_ranks.py asks.
+"""Decide what to do when the ranks of a SLURM job have ended. slurm/run_ranks.py calls it.
 
 Exit codes of srun:
 
 - 0: the run is done.
 - 75: the run stopped on request. The job is requeued.
 - 2: the input was refused. The job stops.
-- Others: a failure. The ranks start again in the same allocation. The last of MAX_FAILURES tries
-  without a newer checkpoint gets another allocation: the job is requeued. If that fails, too, the
-  job stops and writes OUTPUT_DIR/failure_report.txt.
+- Others: a failure. The ranks are restarted in the same allocation. For the last of MAX_FAILURES
+  attempts without a newer checkpoint, the job is requeued to get another allocation. If that fails
+  too, the job stops and writes OUTPUT_DIR/failure_report.txt.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _STACK_LINES_SHOWN = 60
 _STALLED = re.compile(r"rank \d+ on .* stalled: ")
 _NO_CONTROLLER = re.compile("Unable to contact slurm controller|Socket timed out|Zero Bytes")
 _CONTROLLER_S, _CONTROLLER_EVERY_S = 1800, 10
-"""Seconds for which a controller that is down is waited for, and between two tries."""
+"""Seconds to wait for a controller that is down, and seconds between two attempts."""
 _REGISTER_S = 30
-"""Seconds for which a controller that is back is given time: until its nodes have registered, it
-starts no step on them ("Memory required by task is not available")."""
+"""Seconds to wait after the controller is back. Until its nodes have registered, it starts no steps
+on them ("Memory required by task is not available")."""
 _KILL_WAIT_S = 30.0
 """SLURM's default of KillWait."""
 _LAST_RESTART_S = 600
-"""A restart is not worth its time if less than this is left until the time limit."""
+"""Do not restart if fewer seconds than this are left until the time limit."""
 _TROUBLE = re.compile(
     r"Traceback|\bERROR\b|\w*Error\b|\bFatal\b|terminate called|(?:train\.py|blip.scale)\b.*: "
 )
 
 
 class Next(Enum):
-    """What follows an attempt."""
+    """Decision after an attempt."""
 
     RESTART = "restart"
-    """The ranks start again in this allocation."""
+    """Restart the ranks in this allocation."""
     REQUEUE = "requeue"
     STOP = "stop"
 
@@ -63,7 +63,7 @@ class Attempt:
 
     job: str
     restart: int
-    """Number of earlier allocations of the job."""
+    """Number of earlier allocations of this job."""
     launch: int
     """Number of earlier starts in this allocation."""
     exit_code: int
@@ -72,9 +72,9 @@ class Attempt:
     """Step of the newest committed checkpoint at the end; 0 without a checkpoint."""
     nodes: str
     cause: str
-    """The rank that ended or stalled first, its node and its end; empty if not known."""
+    """The rank that ended or stalled first, its node, and how it ended; empty if unknown."""
     failed_at: float
-    """Unix time at which the first rank ended; it is `ended` if not known."""
+    """Unix time at which the first rank ended; equal to `ended` if unknown."""
     ended: float
     """Unix time."""
     seconds: int
@@ -83,14 +83,14 @@ class Attempt:
 def decide(
     attempts: list[Attempt], job: Mapping[str, str], limit: int, is_stop_requested: bool = False
 ) -> tuple[Next, str]:
-    """Decide what follows the newest attempt, which has not reached the end of the recipe.
+    """Decide what to do after the newest attempt, which has not finished the recipe.
 
     Args:
         attempts: attempts of the job, oldest first.
         job: SLURM's fields of the job.
-        limit: failures without a newer checkpoint that stop the job.
+        limit: number of failures without a newer checkpoint after which the job stops.
         is_stop_requested: whether the batch script was asked to stop. The ranks may have failed
-            before they could.
+            before they stopped.
 
     Returns:
         The decision, and its reason.
@@ -143,7 +143,7 @@ def note_attempt(
     heartbeat = _heartbeat(output_dir)
     now = time.time()
     began = heartbeat["time"] >= now - seconds and heartbeat["phase"] != "starting"
-    # After the start of the training, code 2 is a failure.
+    # Once training has started, code 2 is a failure.
     refused = exit_code == exit_codes.REFUSED and not began
     attempt = Attempt(
         job=os.environ["SLURM_JOB_ID"],
@@ -168,8 +168,8 @@ def note_attempt(
 def newest_checkpoint(output_dir: Path) -> int:
     """Step of the newest committed checkpoint; 0 without a checkpoint.
 
-    It is read from the folders in OUTPUT_DIR and, as checkpoints may lie elsewhere, from the
-    heartbeat.
+    It is read from the folders in OUTPUT_DIR and from the heartbeat, because checkpoints may be in
+    another place.
     """
     folders = (output_dir / run_folder.CHECKPOINTS).glob("*")
     steps = run_folder.steps(path.name for path in folders)
@@ -177,7 +177,7 @@ def newest_checkpoint(output_dir: Path) -> int:
 
 
 def failures_without_progress(attempts: list[Attempt]) -> int:
-    """Number of failures since the last attempt that made a newer checkpoint."""
+    """Number of failures since the last attempt that wrote a newer checkpoint."""
     newest, count = -1, 0
     for attempt in attempts:
         if attempt.checkpoint_step > newest:
@@ -187,10 +187,10 @@ def failures_without_progress(attempts: list[Attempt]) -> int:
 
 
 def requeue(job_id: str) -> int:
-    """Requeue the job, and return the exit code of the batch script. SLURM ends it meanwhile."""
-    done = _scontrol("requeue", job_id)
-    if done.returncode > 0:  # less: SLURM ended scontrol together with the job
-        reason = done.stderr.strip()
+    """Requeue the job and return the batch script's exit code. SLURM may kill the script first."""
+    result = _scontrol("requeue", job_id)
+    if result.returncode > 0:  # < 0: SLURM killed scontrol together with the job
+        reason = result.stderr.strip()
         print(f"scontrol could not requeue the job ({reason}); submit again to resume", flush=True)
         return exit_codes.FAILED
     time.sleep(60)
@@ -204,30 +204,30 @@ def job_fields(job_id: str) -> dict[str, str]:
 
 
 def kill_wait_s() -> float:
-    """Seconds from SIGTERM to SIGKILL when SLURM ends a job, by its configuration."""
+    """Seconds from SIGTERM to SIGKILL when SLURM ends a job, from its configuration."""
     shown = re.search(r"^KillWait\s*=\s*(\d+)", _scontrol("show", "config").stdout, re.MULTILINE)
     return float(shown[1]) if shown else _KILL_WAIT_S
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run scontrol, again and again while the controller is down: that must not end the job."""
+    """Run scontrol, retrying while the controller is down, which must not end the job."""
     command = ["scontrol", *arguments]
     deadline = time.monotonic() + _CONTROLLER_S
     was_down = False
     while True:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        is_down = done.returncode != 0 and _NO_CONTROLLER.search(done.stderr)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        is_down = result.returncode != 0 and _NO_CONTROLLER.search(result.stderr)
         if not is_down or time.monotonic() > deadline:
             if was_down:
                 time.sleep(_REGISTER_S)
-            return done
+            return result
         was_down = True
-        print(f"waiting for SLURM's controller: {done.stderr.strip()}", flush=True)
+        print(f"waiting for SLURM's controller: {result.stderr.strip()}", flush=True)
         time.sleep(_CONTROLLER_EVERY_S)
 
 
 def write_report(attempts: list[Attempt], output_dir: Path, job: Mapping[str, str]) -> Path:
-    """Write the failure report, for the search of the cause, and return its path."""
+    """Write the failure report and return its path."""
     last, failures = attempts[-1], failures_without_progress(attempts)
     lines = [
         f"Job {last.job} ({job.get('JobName', '?')}) was stopped: it failed {failures} times "
@@ -266,15 +266,15 @@ def stalls_since(output_dir: Path, since: float) -> list[dict[str, Any]]:
             entry = json.loads(line)
             if entry["time"] >= since:
                 stalls.append(entry)
-        except (ValueError, LookupError, TypeError):  # a line that two nodes wrote at once
+        except (ValueError, LookupError, TypeError):  # a line written by two nodes at the same time
             continue
     return stalls
 
 
 def _last_words(logs: Path, since: float) -> Iterator[str]:
-    """Last lines of the logs that hold an error.
+    """Last lines of each log that contains an error.
 
-    Logs that stopped first come first, as they are nearest to the cause.
+    Logs that ended first come first, because they are nearest to the cause.
     """
     written = {file: file.stat().st_mtime for file in logs.glob(run_folder.LOG_PATTERN)}
     shown = 0
@@ -286,7 +286,7 @@ def _last_words(logs: Path, since: float) -> Iterator[str]:
             lines = stream.read().decode(errors="replace").splitlines()
         stalled = [number for number, line in enumerate(lines) if _STALLED.search(line)]
         marked = [number for number, line in enumerate(lines) if _TROUBLE.search(line)]
-        if stalled:  # the stacks follow
+        if stalled:  # the stacks are in the lines after it
             shown += 1
             begin = stalled[-1]
             yield from [f"== {file}", *lines[begin : begin + _STACK_LINES_SHOWN], ""]
@@ -297,9 +297,9 @@ def _last_words(logs: Path, since: float) -> Iterator[str]:
 
 
 def _heartbeat(output_dir: Path) -> dict[str, Any]:
-    """Values of heartbeat.json. Values that are missing or of another type get their defaults.
+    """Values of heartbeat.json. Missing values and values of another type get their defaults.
 
-    A damaged file must not keep a job from being requeued.
+    A damaged file must not prevent a job from being requeued.
     """
     defaults: dict[str, Any] = {"time": 0.0, "phase": "starting", "checkpoint_step": 0}
     content = _json(output_dir / run_folder.HEARTBEAT)
@@ -311,7 +311,7 @@ def _heartbeat(output_dir: Path) -> dict[str, Any]:
 
 
 def _earlier(file: Path) -> list[dict[str, Any]]:
-    """Attempts that the file holds. Other entries are ignored."""
+    """Attempts recorded in the file. Other entries are ignored."""
     entries = _json(file)
     names = {field.name for field in fields(Attempt)}
     entries = entries if isinstance(entries, list) else []

@@ -1,23 +1,24 @@
-"""Run the ranks of a SLURM job, and start them again in its allocation when they fail.
+"""Run the ranks of a SLURM job, and restart them in the same allocation when they fail.
 
 `run_ranks.py OUTPUT_DIR COMMAND...` is the last line of slurm/train.sh. srun starts COMMAND once
-for each rank. When a rank dies or hangs, the ranks start again on nodes that answer.
-slurm/requeue.py decides when the job is requeued or stopped instead. Settings are environment
+for each rank. When a rank dies or hangs, all ranks are restarted on the nodes that respond.
+slurm/requeue.py decides when to requeue or stop the job instead. Settings are environment
 variables:
 
-- SPARE_NODES (0): nodes of the allocation that run no ranks until they replace others.
-- MIN_NODES (all but the spare ones): smallest number of nodes to go on with. The number of nodes is
-  then a divisor of the full one, so that ranks still divide the batch.
+- SPARE_NODES (0): number of nodes in the allocation that run no ranks until they replace others.
+- MIN_NODES (all except spare nodes): minimum number of nodes to continue with. With fewer than all
+  nodes, their number is a divisor of the full number, so the ranks still divide the batch.
 - NODE_CHECK (true): shell command that a node must pass before a restart.
-- MAX_FAILURES (3): failures without a newer checkpoint that stop the job.
-- FAILURE_WAIT (15): seconds from the failure of a rank to the end of the others. They need it for
-  their last words alone: ranks that wait for a dead one in NCCL never end by themselves.
-- SLURM_WAIT (60): the same after a rank that is done, stopped on request or refused its input.
-- SRUN_ARGS: further arguments of srun, separated by spaces.
+- MAX_FAILURES (3): number of failures without a newer checkpoint after which the job stops.
+- FAILURE_WAIT (15): seconds from the failure of a rank until the others are ended. They only need
+  this time to write their logs: ranks that wait for a dead one in NCCL never end by themselves.
+- SLURM_WAIT (60): the same after a rank has finished, stopped on request or refused its input.
+- SRUN_ARGS: additional arguments of srun, separated by spaces.
 
-SIGUSR1 asks for a stop: the ranks save, and the job is requeued. The batch script gets the signal
-(`--signal=B:USR1@300`, `scancel --batch --signal=USR1`) and passes it on to the ranks. So it is
-obeyed also while ranks start again, or wait for a dead one. Ranks that get it directly stop, too.
+SIGUSR1 requests a stop: the ranks save, and the job is requeued. The batch script gets the signal
+(`--signal=B:USR1@300`, `scancel --batch --signal=USR1`) and forwards it to the ranks. A request is
+therefore also handled during a restart, or while ranks wait for a dead one. Ranks that get the
+signal directly stop too.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ import requeue
 from requeue import exit_codes, run_folder
 
 _CHECK_S = 30
-"""Seconds in which a node must pass its check."""
+"""Time limit of the node check in seconds."""
 _AFTER_WAIT_S = 60
-"""Seconds after a wait in which srun must have ended, even if a node has disappeared."""
+"""Seconds after FAILURE_WAIT or SLURM_WAIT until srun is killed, for example if a node is gone."""
 _ENDED = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<ranks>[\d,-]+): (?P<end>.+)")
 _NODE_FAILED = re.compile(r"srun: error: Node failure on (?P<node>[\w.-]+)")
 _USR1 = "User defined signal 1"
-"""End of a rank that gets SIGUSR1 before it handles it, in its imports."""
+"""End of a rank that gets SIGUSR1 during its imports, before it has a handler."""
 _KILL_MARGIN_S = 8
-"""Seconds of SLURM's KillWait that are kept for the requeue of the job."""
+"""Seconds of SLURM's KillWait reserved for requeuing the job."""
 _REFUSED = f"Exited with exit code {exit_codes.REFUSED}"
 _STOPPED = {f"Exited with exit code {exit_codes.REQUEUE}", _USR1}
 _NO_FAILURE = {f"Exited with exit code {exit_codes.DONE}", *_STOPPED}
 _ENDED_FOR_OTHERS = {"Killed", "Terminated"}
-"""Ends of ranks that waited for one that has stopped."""
+"""Ends of ranks that were killed while they waited for a stopped rank."""
 
 
 @dataclass
@@ -63,15 +64,15 @@ class Allocation:
 
     nodes: list[str]
     needed: int
-    """Nodes of a full run."""
+    """Number of nodes of a full run."""
     least: int
-    """Nodes of the smallest run."""
+    """Minimum number of nodes."""
     failures: Counter[str] = field(default_factory=Counter)
-    """Node -> failures of the run that began there."""
+    """Node -> number of failures that began on it."""
 
     @classmethod
     def of_job(cls) -> Allocation:
-        """The allocation of this job, with its settings from the environment."""
+        """Read the allocation of this job and its settings from the environment."""
         command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
         nodes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         needed = len(nodes) - int(os.environ.get("SPARE_NODES", "0"))
@@ -82,9 +83,9 @@ class Allocation:
         return cls(nodes, needed, int(os.environ.get("MIN_NODES", needed)))
 
     def select(self, usable: Sequence[str]) -> list[str]:
-        """Nodes for the next start, those with the fewest failures first.
+        """Choose nodes for the next start, with the fewest failures first.
 
-        Empty if `usable` has too few.
+        Return an empty list if `usable` has too few nodes.
         """
         sizes = range(min(self.needed, len(usable)), self.least - 1, -1)
         size = next((size for size in sizes if self.needed % size == 0), 0)
@@ -94,24 +95,27 @@ class Allocation:
 
 @dataclass
 class Ending:
-    """End of all ranks of a start."""
+    """How the ranks of one start ended."""
 
     exit_code: int
     seconds: float
     node: str = ""
-    """Node of the rank that ended or stalled first; empty if not known."""
+    """Node of the rank that ended or stalled first; empty if unknown."""
     cause: str = ""
-    """Rank, node and end of that rank."""
+    """Description of that rank, its node, and how it ended."""
     first_ended: float = 0.0
     """Unix time at which the first rank ended."""
 
 
 class Signals:
-    """Signals of the batch script. SIGUSR1 asks for a stop, SIGTERM comes as SLURM ends the job."""
+    """Signal handlers of the batch script.
+
+    SIGUSR1 requests a stop. SIGTERM means that SLURM is ending the job.
+    """
 
     def __init__(self) -> None:
         self.stop = bool(os.environ.pop("STOP_REQUESTED", ""))
-        """Whether a stop was requested, by a signal to the shell or to this process."""
+        """Whether a stop was requested by a signal to the shell or to this process."""
         self.srun: subprocess.Popen[str] | None = None
         """Process that runs the ranks, if any."""
         self._wait_s = max(1.0, requeue.kill_wait_s() - _KILL_MARGIN_S)
@@ -125,10 +129,10 @@ class Signals:
             self.srun.send_signal(number)
 
     def _survive(self, number: int, frame: object) -> None:
-        """Stop waiting for ranks that hang or save for long while there is time for the requeue.
+        """Stop waiting for ranks that hang or still save, early enough to requeue the job.
 
-        At the time limit SLURM sends SIGTERM to ranks and script, and SIGKILL after its KillWait.
-        The ranks keep that time, as the end of srun does not end them.
+        At the time limit SLURM sends SIGTERM to the ranks and the script, and SIGKILL after its
+        KillWait. The ranks can use all of that time, because the end of srun does not end them.
         """
         _after(self._wait_s, self._leave_ranks)
 
@@ -187,7 +191,7 @@ def _stops(
     output_dir: Path,
     signals: Signals,
 ) -> int | None:
-    """Record an attempt. Returns the exit code of the batch script; None: start again here."""
+    """Record an attempt. Returns the batch script's exit code, or None to restart the ranks."""
     job = requeue.job_fields(os.environ["SLURM_JOB_ID"])
     if _is_ended_by_slurm(job):
         return ending.exit_code
@@ -198,7 +202,7 @@ def _stops(
             output_dir, ending.exit_code, ending.seconds, launch, shown, ending.cause,
             ending.first_ended,
         )  # fmt: skip
-    except OSError as error:  # without a count of failures the job might go on forever
+    except OSError as error:  # without a count of failures the job might restart forever
         _say(f"not started again: can't record this failure in {output_dir}: {error}")
         return ending.exit_code
     last = attempts[-1]
@@ -224,9 +228,9 @@ def _stops(
 
 
 def _is_ended_by_slurm(job: Mapping[str, str]) -> bool:
-    """Whether the job must be left alone, and a line that says so.
+    """Return True and print a line if SLURM has ended the job, which must not be requeued here.
 
-    It was cancelled, or SLURM requeued it after preemption or the failure of a node.
+    Either the job was cancelled, or SLURM requeued it after preemption or a node failure.
     """
     if job.get("JobState") == "RUNNING" or job.get("Reason") == "TimeLimit":
         return False
@@ -241,7 +245,7 @@ def run_ranks(
     options: argparse.Namespace,
     signals: Signals,
 ) -> Ending:
-    """Start all ranks on some nodes, and wait for their end."""
+    """Start all ranks on `nodes`, and wait for their end."""
     began, began_at = time.monotonic(), time.time()
     command = [*_srun(allocation, nodes, launch, options.output_dir), *options.command]
     process = subprocess.Popen(
@@ -250,7 +254,7 @@ def run_ranks(
     )  # fmt: skip
     assert process.stderr is not None
     signals.srun = process
-    if signals.stop:  # it came before there was a process to pass it on to
+    if signals.stop:  # the signal came before the process existed
         process.send_signal(signal.SIGUSR1)
     ending = Ending(exit_codes.FAILED, 0.0)
     wait_s, failure_wait_s = int(os.environ["SLURM_WAIT"]), int(os.environ["FAILURE_WAIT"])
@@ -285,7 +289,7 @@ def run_ranks(
     is_early = ending.exit_code == exit_codes.of_signal(signal.SIGUSR1)  # srun itself
     if (stopped or is_early) and not ending.cause:
         ending.exit_code = exit_codes.REQUEUE
-    if refused:  # ranks that wait for the one that refused were killed
+    if refused:  # ranks that waited for the refusing one were killed
         ending.exit_code = exit_codes.REFUSED
     ending.seconds = time.monotonic() - began
     ending.first_ended = ending.first_ended or time.time()
@@ -296,7 +300,7 @@ def run_ranks(
 
 
 def _after(seconds: float, action: Callable[[], None]) -> threading.Timer:
-    """Start a timer, for which the end of the script does not wait."""
+    """Start a timer that does not delay the end of the script."""
     timer = threading.Timer(seconds, action)
     timer.daemon = True
     timer.start()
@@ -304,7 +308,7 @@ def _after(seconds: float, action: Callable[[], None]) -> threading.Timer:
 
 
 def blame_hanging_rank(ending: Ending, output_dir: Path, since: float) -> None:
-    """Name the rank that the others waited for, if ranks ended as they stalled."""
+    """If ranks ended because of a stall, name the rank for which the others waited."""
     stalls = requeue.stalls_since(output_dir, since)
     if not stalls:
         return
@@ -318,8 +322,8 @@ def blame_hanging_rank(ending: Ending, output_dir: Path, since: float) -> None:
 def _srun(allocation: Allocation, nodes: list[str], launch: int, output_dir: Path) -> list[str]:
     """Command that starts the ranks.
 
-    It starts one task for each rank, without a launcher in between. So signals reach each rank,
-    each rank has its log, and each exit code counts.
+    It starts one task per rank, without a launcher in between. Signals therefore reach every rank,
+    each rank has its own log, and every exit code counts.
     """
     command = ["srun", f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}"]
     command += ["--open-mode=append", f"--output={output_dir / run_folder.LOGS}/task_%t.log"]
@@ -327,19 +331,19 @@ def _srun(allocation: Allocation, nodes: list[str], launch: int, output_dir: Pat
         tasks = _tasks_per_node()
         command += [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
         command += [f"--ntasks={tasks * len(nodes)}", f"--ntasks-per-node={tasks}"]
-    if launch:  # SLURM may still count the resources of ranks on a node that has disappeared
+    if launch:  # SLURM may still count the resources of ranks on a lost node
         command.append("--overlap")
     return [*command, *os.environ.get("SRUN_ARGS", "").split()]
 
 
 def _tasks_per_node() -> int:
-    """Tasks on each node; SLURM writes `8(x4)`."""
+    """Number of tasks per node; SLURM writes `8(x4)`."""
     tasks = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ["SLURM_TASKS_PER_NODE"]
     return int(re.split(r"[(,]", tasks)[0])
 
 
 def _rendezvous(node: str, launch: int) -> dict[str, str]:
-    """Variables of the rendezvous, at a port of this job and start."""
+    """Environment variables of the rendezvous, with a port for this job and start."""
     shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True)
     address = re.search(r"NodeAddr=(\S+)", shown.stdout)
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -354,7 +358,7 @@ def _rendezvous(node: str, launch: int) -> dict[str, str]:
 def answering(nodes: list[str], signals: Signals) -> list[str]:
     """Nodes that start a task and pass NODE_CHECK within 30 s.
 
-    SIGUSR1 that ends a check is noted in `signals`.
+    If SIGUSR1 ends a check, `signals` records the request.
     """
     environment = {k: v for k, v in os.environ.items() if k != "SLURM_NTASKS_PER_NODE"}
     check = os.environ.get("NODE_CHECK", "true")
@@ -377,7 +381,7 @@ def answering(nodes: list[str], signals: Signals) -> list[str]:
 
 
 def _requeue_or_stop(reason: str) -> int:
-    """Requeue the job, unless SLURM ended it or it has Requeue=0."""
+    """Requeue the job, unless SLURM has ended it or it has Requeue=0."""
     job = requeue.job_fields(os.environ["SLURM_JOB_ID"])
     if _is_ended_by_slurm(job):
         return exit_codes.FAILED
@@ -394,8 +398,8 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Run the ranks of a job, and start them again when they fail.",
-        epilog="Settings are environment variables: see the beginning of this file.",
+        description="Run the ranks of a job, and restart them when they fail.",
+        epilog="Settings are environment variables, listed at the top of this file.",
     )
     parser.add_argument("output_dir", type=Path, help="folder of the run")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="command of a rank")

@@ -81,7 +81,7 @@ def test_a_run_that_is_under_way_has_curves_alone(
 ) -> None:
     (run / "summary.json").unlink()
     assert plot_run.main([str(run), str(tmp_path / "run.svg")]) == 0
-    assert "curves alone" in capsys.readouterr().err
+    assert "curves only" in capsys.readouterr().err
     assert "training losses" in (tmp_path / "run.svg").read_text()
 
 

@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def data(options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of every contender at every size, and a run's share of waiting."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything is counted per core
+    """Images per second of every contender at every image size, and a run's waiting share."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # all figures are per core
     from tools.benchmarks.data_contenders import DataContest, Trial
 
     sizes = {}
@@ -63,7 +63,7 @@ def data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _summary(rates: dict[str, list[float]]) -> dict[str, float]:
-    """Median rates, and median ratios over the rounds, in which contenders take turns."""
+    """Medians over the rounds of rates and their ratios. Contenders take turns in each round."""
 
     def ratio(ours: str, other: str) -> float:
         pairs = zip(rates[ours], rates[other], strict=True)
@@ -94,12 +94,12 @@ def _median(rates: list[float]) -> float:
 
 
 def _rest(whole: list[float], part: list[float]) -> float:
-    """Rate of the work besides `part`."""
+    """Rate of the remaining work without `part`."""
     return _median([1 / (1 / a - 1 / b) for a, b in zip(whole, part, strict=True)])
 
 
 def data_wait_share(run: Path) -> float:
-    """Mean share of a step that a run waited for data, without the first logged point.
+    """Mean share of a step spent waiting for data, without the first logged point.
 
     Raises:
         FileNotFoundError: the run logged no metrics.
@@ -149,12 +149,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def step(options: argparse.Namespace) -> dict[str, Any]:
-    """Time, operations and memory of a pretraining step, and of the published step."""
+    """Time, operations and memory of our pretraining step and of the published step."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from tools.benchmarks.step_contenders import ALLOCATOR, Contender, StepContest, make_match
 
     if options.allocator == "tuned":
-        os.environ.update(ALLOCATOR)  # for all contenders; processes read it when they start
+        os.environ.update(ALLOCATOR)  # applies to all contenders, which read it at their start
     chosen = recipe.load(options.recipe, [*_step_settings(options), *options.settings])
     names = ["ours", *options.against]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -204,12 +204,12 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ratio(against: str) -> str:
-    """Name of the ratio of the speeds; `ratio` compares with the published step."""
+    """Key of the ratio of the speeds; `ratio` is that to the published step."""
     return "ratio" if against == "published" else f"{against}_ratio"
 
 
 def _step_settings(options: argparse.Namespace) -> list[str]:
-    """Settings of the recipe for one rank."""
+    """Settings that adapt the recipe to one rank."""
     from tools.benchmarks.growth import OFFLINE
 
     return [
@@ -269,21 +269,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_step(
         commands.add_parser(
             "step",
-            help="a pretraining step: time, operations, memory, against the published form",
-            description="Seconds, samples/s, FLOPs (torch's counter), share of the matrix-multiply "
-            "peak of the same run, peak memory and where the time goes, of one optimizer step of a "
-            "recipe on one rank under the DeepSpeed engine, with pictures of noise and captions of "
-            "12.5 tokens in the mean. Contenders are processes of their own and take turns.",
+            help="time, operations and memory of a pretraining step, ours and the published one",
+            description="Measure one optimizer step of a recipe on one rank under the DeepSpeed "
+            "engine: seconds, samples/s, FLOPs (torch's counter), share of the matrix product peak "
+            "of the same run, peak memory, and time of each part. Images are noise, captions have "
+            "12.5 tokens on average. Each contender runs in its own process, and they take turns.",
         )
     )
     command = commands.add_parser(
         "data",
-        help="decoding, transforms and loaders, against the published transform and webdataset",
-        description="Images per second from an encoded JPEG to a training tensor, a core: the "
-        "framework's paths, the published transform (Pillow, torchvision, OpenCV; float32 out) "
-        "and whole loaders (ours from MDS shards, with tokens; webdataset from a tar of the same "
-        "images, published transform, without tokens). Every contender is a process of its own, "
-        "as loader workers are; they take turns within each round.",
+        help="speed of decoding, transforms and loaders, ours, published, and webdataset",
+        description="Measure images per second and core, from an encoded JPEG to a training "
+        "tensor, with our transforms, with the published transform (Pillow, torchvision, OpenCV; "
+        "float32 output), and with complete loaders. Our loader reads MDS shards and tokenizes. "
+        "webdataset reads a tar of the same images with the published transform, without tokens. "
+        "Each contender runs in its own process, and they take turns in each round.",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--sizes", nargs="+", default=SIZES, metavar="WxH", help="default: all 3")
@@ -291,36 +291,44 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="default: one a core"
     )
-    command.add_argument("--crop", type=int, default=224, help="side of the result (default: 224)")
+    command.add_argument(
+        "--crop", type=int, default=224, help="side of the output in pixels (default: 224)"
+    )
     command.add_argument(
         "--photos", type=Path, help="folder of your own photos (default: scikit-image's)"
     )
-    command.add_argument("--run", type=Path, help="also: waiting share of this run's steps")
+    command.add_argument(
+        "--run", type=Path, help="also show the share of this run's steps spent waiting for data"
+    )
     command.set_defaults(measure=data, show=table)
     return parser
 
 
 def _add_step(command: argparse.ArgumentParser) -> None:
-    command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the recipe")
+    command.add_argument(
+        "settings", nargs="*", metavar="SETTING=VALUE", help="settings of the recipe"
+    )
     command.add_argument("--recipe", default="base_129M", help="default: base_129M")
     command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     command.add_argument("--batch-size", type=int, default=8, help="default: 8")
-    command.add_argument("--rounds", type=int, default=5, help="steps of each (default: 5)")
+    command.add_argument(
+        "--rounds", type=int, default=5, help="timed steps per contender (default: 5)"
+    )
     command.add_argument(
         "--against", choices=("published", "plain"), action="append", default=[],
-        help="also time the step as the paper's code computes it, or ours without DeepSpeed",
+        help="also time the step of the published code, or ours without DeepSpeed",
     )  # fmt: skip
     command.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
     )
     command.add_argument(
         "--allocator", choices=("tuned", "plain"), default="tuned",
-        help="glibc keeps large blocks, for all contenders alike (default), or gives them back",
+        help="let glibc keep large blocks (default) or return them; same for all contenders",
     )  # fmt: skip
     command.add_argument("--deepspeed", default=str(ROOT / "ds_configs" / "zero3.json"))
     command.add_argument(
         "--at-least", type=float, metavar="RATIO",
-        help="fail where ours is fewer times as fast as the published form",
+        help="fail if the ratio to the published step is lower",
     )  # fmt: skip
     command.add_argument("--trace", type=Path, help="write a step for Perfetto or TensorBoard")
     command.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,4 +1,4 @@
-"""Plan a run on paper, from a clone: the same as `blip-scale plan`."""
+"""Estimate the needs of a run, from a clone: the same as `blip-scale plan`."""
 
 import sys
 from pathlib import Path

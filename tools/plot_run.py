@@ -1,8 +1,8 @@
-"""Draw a run as one picture: losses, held-out recall, and held-out images with their captions.
+"""Plot a run: losses, held-out recall, and held-out images with their captions.
 
 python tools/plot_run.py runs/demo docs/images/demo.png
 It reads metrics.jsonl, summary.json and recipe.yaml of the run, and the shards of its held-out
-sets. The format of the picture follows its name (.png, .svg, .pdf).
+sets. The file extension selects the format of the picture (.png, .svg, .pdf).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ RECALLS = {
 DRAWN_PIXELS = 144
 """Side of a held-out image in the picture."""
 PICTURES = (".png", ".svg", ".pdf")
-"""Endings of a picture's name."""
+"""Supported file extensions of the picture."""
 COLUMNS = 6
-"""Captioned images in a row."""
+"""Number of captioned images per row."""
 
 Points = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl, by step."""
@@ -54,11 +54,11 @@ class Captioned:
     caption: str
     truth: str
     is_exact: bool
-    """Whether the run counts the caption as exactly right."""
+    """Whether the run counts the caption as exactly correct."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "plot_run.py") -> int:
-    """Write the picture; returns the exit code."""
+    """Write the picture and return the exit code."""
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("run", type=Path, help="output folder of the run")
     parser.add_argument("picture", type=Path, help="file to write")
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "plot_run.py") -> i
         entries = parse_json(summary.read_bytes())["captions"] if summary.is_file() else []
         captioned = captioned_images(settings, name, entries, options.images)
         if not captioned:
-            print(f"{prog}: no captions of {name} in {summary}: curves alone", file=sys.stderr)
+            print(f"{prog}: no captions of {name} in {summary}: curves only", file=sys.stderr)
         draw(points, name, captioned, options.picture)
     except (OSError, ValueError, KeyError) as error:
         return report_error(prog, error)
@@ -90,33 +90,33 @@ def main(arguments: Sequence[str] | None = None, prog: str = "plot_run.py") -> i
 
 
 def read_points(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, ordered by step.
+    """Read the lines of a metrics.jsonl, sorted by step.
 
     Raises:
-        RefusedInput: a line is no JSON object, or there is none.
+        RefusedInput: a line is not a JSON object, or the file is empty.
     """
     points = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             points.append({"step": 0, **json.loads(line)})
         except (ValueError, TypeError) as error:
-            raise RefusedInput(f"{file}:{number}: not a JSON object:  {line[:60]!r}") from error
+            raise RefusedInput(f"{file}:{number}: not a JSON object: {line[:60]!r}") from error
     if not points:
         raise RefusedInput(f"{file}: the run has logged nothing yet")
     return sorted(points, key=lambda point: point["step"])
 
 
 def curve(points: Points, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, where it was logged and finite."""
+    """Steps and values of a metric, only those logged and finite."""
     logged = [point for point in points if point.get(name) is not None]
     return [point["step"] for point in logged], [float(point[name]) for point in logged]
 
 
 def set_of(settings: Recipe, name: str) -> str:
-    """The held-out set to show.
+    """Choose the held-out set to show.
 
     Raises:
-        RefusedInput: the recipe has none of this name, or none at all.
+        RefusedInput: the recipe has no held-out set of this name, or none at all.
     """
     names = [stream.name for stream in settings.data.heldout]
     if not names:
@@ -129,11 +129,11 @@ def set_of(settings: Recipe, name: str) -> str:
 def captioned_images(
     settings: Recipe, name: str, entries: Iterable[Mapping[str, Any]], most: int
 ) -> list[Captioned]:
-    """The first captions of a set in summary.json, with their images from the shards.
+    """First captions of a set in summary.json, with their images from the shards.
 
     Raises:
-        FileNotFoundError: the held-out shards are not there.
-        RefusedInput: they do not hold an image that the summary names.
+        FileNotFoundError: the held-out shards are missing.
+        RefusedInput: the shards lack an image that the summary names.
     """
     chosen = [entry for entry in entries if entry["set"] == name][:most]
     if not chosen:
@@ -144,21 +144,21 @@ def captioned_images(
     missing = [entry["id"] for entry in chosen if entry["id"] not in place_of]
     if missing:
         raise RefusedInput(
-            f"{stream.local} lacks the image {missing[0]}, which the summary names: the "
-            "data were made anew since the run"
+            f"{stream.local} does not hold the image {missing[0]}, which the summary names: the "
+            "data have changed since the run"
         )
     images = pairs.images(place_of[entry["id"]] for entry in chosen)
     rows = images.permute(0, 2, 3, 1).numpy()
     captioned = []
     for pixels, entry in zip(rows, chosen, strict=True):
         caption, truth = entry["caption"], entry["truth"]
-        # Summaries of older runs do not say which captions are exact.
+        # Summaries of older runs lack the marks of exact captions.
         captioned.append(Captioned(pixels, caption, truth, entry.get("exact", caption == truth)))
     return captioned
 
 
 def draw(points: Points, name: str, captioned: Sequence[Captioned], file: Path) -> None:
-    """Write the picture: two charts, and rows of captioned images below them."""
+    """Draw two charts with rows of captioned images below, and write the picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -187,7 +187,7 @@ def draw(points: Points, name: str, captioned: Sequence[Captioned], file: Path) 
         axes.legend(fontsize="small", frameon=False)
     for panel in lower:
         panel.suptitle(
-            "held-out images: caption written (green: exactly right), true caption in grey",
+            "held-out images: generated caption (green: exactly correct), true caption in grey",
             fontsize="medium",
         )
         draw_images(panel.subplots(rows, COLUMNS, squeeze=False).flat, captioned)
@@ -198,7 +198,7 @@ def draw(points: Points, name: str, captioned: Sequence[Captioned], file: Path) 
 
 
 def draw_images(cells: Iterable[Any], captioned: Sequence[Captioned]) -> None:
-    """Fill matplotlib's axes with images; a caption that is exactly right is green."""
+    """Draw an image in each of matplotlib's axes. Exactly correct captions are green."""
     for index, axes in enumerate(cells):
         axes.set_axis_off()
         if index < len(captioned):
@@ -214,7 +214,7 @@ def draw_images(cells: Iterable[Any], captioned: Sequence[Captioned]) -> None:
 
 
 def shortened(text: str, most: int = 23) -> str:
-    """A text that fits below an image, with matplotlib's formula sign escaped."""
+    """Shorten a text to fit below an image, and escape $, matplotlib's sign of a formula."""
     text = text if len(text) <= most else f"{text[: most - 1]}…"
     return text.replace("$", r"\$")
 

@@ -1,4 +1,4 @@
-"""Ask a checkpoint about images, from a clone: the same as `blip-scale predict`."""
+"""Run a checkpoint on images, from a clone: the same as `blip-scale predict`."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Answers of an external captioner, kept in a file a shard until the shard is finished.
+"""Captions from an external captioner, saved in one file per shard until the shard is finished.
 
-A killed job asks again only for images without an answer. So it loses little of a slow captioner's
-work, and its result does not depend on when it was killed.
+A restarted job requests captions only for images that have none yet. It repeats little of the
+captioner's work, and its output does not depend on when the job was killed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Answer:
 
 
 class Answers:
-    """Captions for the images of one shard. As a context manager, it closes its file."""
+    """Captions for the images of one shard. Use it as a context manager, which closes the file."""
 
     def __init__(self, endpoint: Endpoint, file: Path, seed: int) -> None:
-        """Open the file of a shard, and read the answers that an earlier job left in it."""
+        """Open the file of a shard and read the captions that an earlier job saved in it."""
         self._endpoint = endpoint
         self._seed = seed
         self._captions: dict[str, str] = {}
@@ -42,7 +42,7 @@ class Answers:
         if file.is_file():
             self._captions = _read(file)
             content = file.read_bytes()
-            file.write_bytes(content[: content.rfind(b"\n") + 1])  # a line that was cut
+            file.write_bytes(content[: content.rfind(b"\n") + 1])  # drop an incomplete last line
         self._file: IO[str] = file.open("a", encoding="utf-8")
 
     def __enter__(self) -> Answers:
@@ -52,11 +52,12 @@ class Answers:
         self._file.close()
 
     def of(self, samples: Sequence[dict[str, Any]]) -> list[Answer]:
-        """Answers for some samples, asked for at the same time.
+        """Request captions for `samples`, with several requests at a time.
 
         Raises:
-            RemoteError, RefusedInput: see `caption_of`.
-            RefusedInput: one image after the other gets no caption.
+            RemoteError: see `caption_of`.
+            RefusedInput: see `caption_of`; also if `_USELESS_IN_A_ROW` images in a row get no
+                caption.
         """
         answers = []
         with ThreadPoolExecutor(self._endpoint.requests) as threads:
@@ -98,5 +99,5 @@ def _read(file: Path) -> dict[str, str]:
             entry = parse_json(line)
             captions[str(entry["id"])] = str(entry["caption"])
         except (ValueError, TypeError, LookupError):
-            continue  # damaged: asked for again
+            continue  # damaged: the caption is requested again
     return captions

@@ -1,8 +1,8 @@
 """A captioner behind HTTP: any server that speaks OpenAI's chat completions, such as vLLM.
 
-Each image is a request of its own: the prompt, and the image as a base64 data URL. Several requests
-run at a time. The server may be slow, busy, restarted or answer nonsense: each attempt has a
-deadline, failures are retried, and an answer without a usable caption is a reject of its image.
+Each image is sent in its own request: the prompt, and the image as a base64 data URL. Several
+requests run at a time. Each attempt has a deadline, and failures are retried. An image for which
+the server returns no usable caption is rejected.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from blip_scale.storage.objects import RemoteError
 from blip_scale.storage.untrusted import parse_json
 
 KEY_VARIABLE = "CAPTIONER_API_KEY"
-"""Environment variable with the key of the server, if it wants one."""
+"""Environment variable with the API key, if the server requires one."""
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _LARGEST_ANSWER_BYTES = 1 << 20
 _READ_BYTES = 1 << 16
 _USELESS_TRIES = 3
-"""Answers without a caption after which an image has none."""
+"""Number of responses without a usable caption after which an image is rejected."""
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _ITS_IMAGE_AT_FAULT = (400, 413, 415, 422)
 _MAY_PASS = (408, 409, 425, 429)
-"""Status codes below 500 of a server that is busy."""
+"""Status codes below 500 that are retried."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,25 @@ class Endpoint:
     """Name of the model on the server."""
     prompt: str = "Describe the image in one sentence."
     max_tokens: int = 128
-    """Largest number of tokens of a caption, as the server counts them."""
+    """Maximum number of tokens in a caption, counted by the server's tokenizer."""
     temperature: float = 0.0
     requests: int = 16
-    """Requests at a time."""
+    """Number of concurrent requests."""
     timeout_s: float = 120.0
-    """Seconds that an attempt may take."""
+    """Time limit of one attempt in seconds."""
     retry_s: float = 600.0
-    """Seconds for which a server that fails is retried."""
+    """Seconds for which a failing server is retried."""
 
     def __post_init__(self) -> None:
         """Check the settings.
 
         Raises:
-            ValueError: the URL is not one of HTTP, or a number is not positive.
+            ValueError: the URL is not HTTP, the model is missing, or a number is out of range.
         """
         try:
             parts = urllib.parse.urlsplit(self.url)
             is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # a port that is no number, brackets that are not closed
+        except ValueError:  # invalid port, or unclosed brackets
             is_web = False
         if not is_web:
             raise ValueError(
@@ -90,7 +90,7 @@ class Endpoint:
         return urllib.parse.urlsplit(self.url).netloc
 
     def provenance(self) -> dict[str, Any]:
-        """Settings that determine the captions."""
+        """Settings that determine the captions, for the manifest."""
         return {
             "model": self.model,
             "url_host": self.host,
@@ -105,25 +105,25 @@ class NoCaption(Exception):
 
 
 class _Useless(Exception):
-    """An answer that holds no caption."""
+    """The response holds no usable caption."""
 
 
 class _Failed(Exception):
-    """An attempt that failed for a reason that may pass."""
+    """The attempt failed for a reason that may be temporary."""
 
 
 def caption_of(endpoint: Endpoint, image: bytes, seed: int) -> str:
-    """Ask for the caption of an encoded image.
+    """Request a caption for an encoded image.
 
     Args:
         endpoint: the captioner.
         image: the encoded image.
-        seed: sent with the request; servers may ignore it.
+        seed: random seed, sent with the request; a server may ignore it.
 
     Raises:
-        NoCaption: the server refuses the image, or its answers hold no caption.
-        RemoteError: the server fails for `retry_s`.
-        RefusedInput: the server knows no such model or path, or wants a key.
+        NoCaption: the server refuses the image, or its responses hold no usable caption.
+        RemoteError: the server still fails after `retry_s`.
+        RefusedInput: the server refuses the model, the path or the key.
     """
     body = json.dumps(_request(endpoint, image, seed)).encode()
     deadline = time.monotonic() + endpoint.retry_s
@@ -162,7 +162,7 @@ def _request(endpoint: Endpoint, image: bytes, seed: int) -> dict[str, Any]:
 
 
 def _sendable(image: bytes) -> tuple[str, bytes]:
-    """MIME type and bytes of an image in a format that servers read."""
+    """MIME type and bytes of an image, converted to JPEG unless it is JPEG, PNG or WebP."""
     with open_image(image) as opened:
         if opened.format in _SENT_AS_THEY_ARE:
             return _SENT_AS_THEY_ARE[opened.format], image
@@ -172,12 +172,12 @@ def _sendable(image: bytes) -> tuple[str, bytes]:
 
 
 def _post(endpoint: Endpoint, body: bytes) -> bytes:
-    """Send a request and read the answer, within `timeout_s` altogether.
+    """Send a request and read the response, within `timeout_s` in total.
 
     Raises:
         _Failed: the server can't be reached, is busy, or takes too long.
-        NoCaption: it refuses this image.
-        RefusedInput: it refuses every request.
+        NoCaption: the server refuses this image.
+        RefusedInput: the server refuses the key, the model or the path.
     """
     parts = urllib.parse.urlsplit(endpoint.url)
     is_tls = parts.scheme == "https"
@@ -211,42 +211,42 @@ def _post(endpoint: Endpoint, body: bytes) -> bytes:
 
 
 def _read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The body of an answer; a server that trickles does not hold the request for ever.
+    """Read the body of a response. The deadline holds even if the server sends slowly.
 
     Raises:
-        TimeoutError: it is not whole at the deadline.
-        ValueError: it is larger than any caption.
+        TimeoutError: the body is incomplete at the deadline.
+        ValueError: the body has more than `_LARGEST_ANSWER_BYTES` bytes.
     """
     content = b""
     while part := answer.read1(_READ_BYTES):
         content += part
         if len(content) > _LARGEST_ANSWER_BYTES:
-            raise ValueError(f"an answer of more than {_LARGEST_ANSWER_BYTES} bytes")
+            raise ValueError(f"the response has more than {_LARGEST_ANSWER_BYTES} bytes")
         if time.monotonic() > deadline:
-            raise TimeoutError("the answer was not complete in time")
-    if answer.length:  # it promised more
+            raise TimeoutError("the response is not complete in time")
+    if answer.length:  # fewer bytes than Content-Length
         raise http.client.IncompleteRead(content, answer.length)
     return content
 
 
 def _parse(content: bytes) -> str:
-    """The caption in an answer, on one line.
+    """Extract the caption from a response, as one line of text.
 
     Raises:
-        _Useless: there is none.
+        _Useless: the response holds no usable caption.
     """
     try:
         answer = parse_json(content)
         text = answer["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
         shown = content[:100].decode("utf-8", "replace")
-        raise _Useless(f"an answer without choices[0].message.content: {shown!r}") from error
+        raise _Useless(f"a response without choices[0].message.content: {shown!r}") from error
     if not isinstance(text, str):
-        raise _Useless(f"a caption that is {type(text).__name__}")
+        raise _Useless(f"the caption is {type(text).__name__}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Useless("a caption with half a surrogate pair") from error
+        raise _Useless("the caption has half a surrogate pair") from error
     caption = plain(text)
     if not caption:
         raise _Useless("an empty caption")

@@ -29,22 +29,22 @@ BINS = 20
 """Number of bins in the histogram of scores."""
 _CACHE_BYTES = 16 << 30
 _SMALLEST = 16
-"""Side in pixels at which images are decoded where no checkpoint looks at them."""
+"""Side in pixels of images decoded for a captioner or filter that is not a checkpoint."""
 WEB, SYNTHETIC = "web", "synthetic"
 _UNMATCHED = {WEB: Reason.WEB_UNMATCHED, SYNTHETIC: Reason.SYNTHETIC_UNMATCHED}
 
 
 _Models = tuple[Blip | None, Blip | None]
 WriteCaptions = Callable[[Sequence[dict[str, Any]], Tensor], tuple[list[Answer], Tensor | None]]
-"""Function of samples and their pixels [B, 3, H, W]: their captions, and the image embeddings of
-the captioner if it is a checkpoint."""
+"""Function that maps samples and their pixels [B, 3, H, W] to captions, and to the captioner's
+image embeddings if the captioner is a checkpoint."""
 
 
 class _Text(NamedTuple):
     """A caption to be scored."""
 
     image: int
-    """Number of its image in the batch."""
+    """Index of its image in the batch."""
     kind: str
     role: str
     text: str
@@ -55,17 +55,17 @@ class Settings:
     """Settings that determine captions and scores."""
 
     captioner: str
-    """Checkpoint that writes captions, for captioning or pretraining; "" with `endpoint`."""
+    """Captioning or pretraining checkpoint that writes captions; "" if `endpoint` is set."""
     judge: str
-    """Checkpoint that filters captions, for retrieval or pretraining; "" with `endpoint`: all
-    captions are kept."""
+    """Retrieval or pretraining checkpoint that filters captions. With `endpoint`, "" keeps all
+    captions."""
     threshold: float = 0.5
-    """Lowest matching probability of a caption that is kept (published: 0.5)."""
+    """Lowest matching probability at which a caption is kept (published: 0.5)."""
     sampling: NucleusSettings = field(
         default_factory=lambda: NucleusSettings(max_length=20, min_length=5)
     )
     prompt: str | None = None
-    """Text with which the captioner begins; None: the prompt of its checkpoint."""
+    """Prompt of the captioner; None uses the prompt of its checkpoint."""
     seed: int = 0
     """Seed of the sampling, combined with the id of each image."""
     batch_size: int = 64
@@ -77,17 +77,17 @@ class Settings:
     endpoint: Endpoint | None = None
     """External captioner."""
     answers: str = ""
-    """Folder that keeps the answers of the external captioner."""
+    """Folder in which the captions of an external captioner are saved."""
     without_images: bool = False
-    """Leave the images out of the output, which becomes an overlay."""
+    """Write an overlay, which holds captions but no images."""
     role: str = SYNTHETIC
     """Role of synthetic captions."""
 
 
 def models(settings: Settings) -> _Models:
-    """Load captioner and filter; they are one network if the checkpoint is the same.
+    """Load captioner and filter; one network serves as both if the checkpoint is the same.
 
-    None stands for an external captioner, and for no filter.
+    The captioner is None if it is external. The filter is None if there is none.
     """
     return _models(settings.captioner, settings.judge, settings.loading)
 
@@ -95,7 +95,7 @@ def models(settings: Settings) -> _Models:
 @cache
 def _models(captioner_path: str, judge_path: str, loading: Loading) -> _Models:
     if loading.device == "cpu":
-        torch.set_num_threads(1)  # the same bits for any number of processes and cores
+        torch.set_num_threads(1)  # bit-identical for any number of processes
     captioner = None
     if captioner_path:
         captioner = load_blip(Path(captioner_path), loading)
@@ -110,7 +110,7 @@ def _models(captioner_path: str, judge_path: str, loading: Loading) -> _Models:
 
 @cache
 def store_of(folder: str, remote: str | None) -> StreamStore:
-    """Open the input; with a remote, `folder` is its cache."""
+    """Open the input. `folder` is the cache of `remote`, or the set itself if that is None."""
     cache = ShardCache([Path(folder)], _CACHE_BYTES) if remote else None
     return StreamStore(StreamRecipe("input", folder, remote), cache=cache)
 
@@ -120,8 +120,8 @@ def read_shard(
 ) -> Iterator[Screened]:
     """Yield every sample of a shard with the captions that the filter keeps, web captions first.
 
-    The result does not depend on the number of processes: batches are cut from the shard, and
-    random numbers depend on the samples' ids.
+    The result does not depend on the number of processes: a batch never crosses shards, and random
+    numbers depend on the ids of the samples.
     """
     captioner, judge = models(settings)
     store = store_of(folder, remote)
@@ -160,7 +160,7 @@ def _pixels(sample: dict[str, Any], sizes: tuple[int, int]) -> tuple[Tensor, Ten
 
 @contextmanager
 def _captions_of(captioner: Blip | None, settings: Settings, shard: int) -> Iterator[WriteCaptions]:
-    """Function that captions a batch of decoded images of a shard."""
+    """Yield a function that captions a batch of decoded images of a shard."""
     if captioner is None:
         assert settings.endpoint is not None
         file = Path(settings.answers) / f"{shard:06}.jsonl"
@@ -270,7 +270,7 @@ def _origin(kind: str, score: float | None, prints: dict[str, str]) -> dict[str,
 def _record(
     sample: dict[str, Any], kept: list[_Text], provenance: list[dict[str, Any]], settings: Settings
 ) -> Record:
-    """The output sample. Without images, its uid is the place of the image in its shard."""
+    """Build the output sample. Without images, its uid is the index of the image in its shard."""
     fields = {key: sample[key] for key in ("source", "width", "height", "url", "similarity")}
     captions = [text.text for text in kept]
     if settings.without_images:
@@ -284,7 +284,7 @@ def _record(
 
 
 def _kept_role(role: str) -> str:
-    """Role of a web caption in an overlay, which has those that the filter keeps."""
+    """Role in an overlay of the web captions that the filter keeps."""
     return WEB if role == DEFAULT_ROLE else f"{WEB}_{role}"
 
 

@@ -1,4 +1,4 @@
-"""Run CapFilt on a whole set, in any number of processes and machines, and report statistics."""
+"""Run CapFilt on a whole set with any number of processes and machines, and report statistics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from blip_scale.storage.locations import is_local, local_path
 from blip_scale.storage.untrusted import private_folder
 
 PARTS = "parts"
-"""Folder of the output of an overlay that holds what each shard of images gave."""
+"""Folder in the output of an overlay. It holds the result for each shard of images."""
 STATISTICS_NAME = "statistics.json"
 SHEET_NAME = "samples.html"
 
@@ -54,20 +54,20 @@ class Task:
     part: Part
     workers: int
     scratch: str
-    """Folder in which shards of a remote are cached and new shards are written."""
+    """Local folder where remote shards are cached and new shards are written."""
 
 
 def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any] | None:
     """Process one part of a job, and merge the parts when all are done.
 
-    The same call resumes a job that was killed, and gives the same bytes.
+    Call it again to resume a killed job; the output has the same bytes as without interruption.
 
     Returns:
         statistics of the whole set, or None while other parts are missing.
 
     Raises:
-        ValueError: the output was begun with other input, settings or weights, or a checkpoint
-            cannot caption or match.
+        ValueError: the output was started with other input, settings or weights, or a checkpoint
+            lacks the decoder or the matching head.
     """
     settings = job.settings
     local = is_local(job.source)
@@ -111,7 +111,7 @@ def run(job: Job, task: Task, show: Callable[[Progress], None]) -> dict[str, Any
 
 
 def _plan(on_cpu: Settings, settings: Settings) -> dict[str, Any]:
-    """Everything that determines the output. All parts and restarts must have the same."""
+    """Settings that determine the output. All parts and restarts must use the same."""
     captioner, judge = filtering.models(on_cpu)
     plan = {
         "captioner": captioner.fingerprint if captioner else "",
@@ -134,9 +134,9 @@ def _plan(on_cpu: Settings, settings: Settings) -> dict[str, Any]:
 
 
 def _answers_folder(job: Job, task: Task, plan: dict[str, Any], images_sha256: str) -> Path:
-    """Folder that keeps an external captioner's answers: in the output, or beside a remote one."""
-    stated = json.dumps([job.source, images_sha256, job.out, plan])
-    name = f"answers-{xxhash.xxh3_64_hexdigest(stated)}"
+    """Folder for captions of an external captioner: in a local output, else in `scratch`."""
+    identity = json.dumps([job.source, images_sha256, job.out, plan])
+    name = f"answers-{xxhash.xxh3_64_hexdigest(identity)}"
     if is_local(job.out):
         return local_path(job.out) / name
     return private_folder(Path(task.scratch) / f"capfilt-{os.geteuid()}-{name}")
@@ -145,7 +145,7 @@ def _answers_folder(job: Job, task: Task, plan: dict[str, Any], images_sha256: s
 def _write_overlay(
     job: Job, store: StreamStore, out: OutputFolder, parts: OutputFolder, statistics: dict[str, Any]
 ) -> None:
-    """Write the kept captions as an overlay of the input, out of the parts of the job."""
+    """Write the kept captions of all parts as an overlay of the input."""
     with out.workshop("overlay") as folder:
         writer = OverlayWriter(folder / "mds", store.shards.index_sha256)
         for number, samples in enumerate(store.shard_samples.tolist()):
@@ -171,7 +171,7 @@ def _write_overlay(
 
 
 def _kept_of(parts: OutputFolder, number: int, folder: Path) -> dict[int, dict[str, Any]]:
-    """Samples of a part by their place in the shard of images."""
+    """Read the samples of a part, by index of their image in its shard."""
     report = Report.from_json(parts.read(report_name(number)))
     kept = {}
     for entry in report.shards:
@@ -187,14 +187,14 @@ def _cache(source: str, task: Task) -> str:
     """Cache folder for shards of a remote, shared by a user's tasks on the same node.
 
     Raises:
-        OSError: another user has taken the name of the folder.
+        OSError: another user owns a folder of this name.
     """
     name = f"capfilt-{os.geteuid()}-{xxhash.xxh3_64_hexdigest(source)}"
     return str(private_folder(Path(task.scratch) / name))
 
 
 def _statistics(summary: dict[str, Any]) -> dict[str, Any]:
-    """Statistics of the whole set from the tallies of the merge."""
+    """Compute statistics of the whole set from the tallies of the merge."""
     tallies = summary.get("tallies", {})
 
     def captions(kind: str) -> dict[str, Any]:

@@ -30,13 +30,13 @@ class _Shown:
     id: str
     image: bytes
     captions: list[tuple[str, float | None, str, bool]]
-    """Tuples (kind, score, text, is kept); the score is None where there is no filter."""
+    """Tuples (kind, score, text, is kept); the score is None without a filter."""
 
 
 def sample_sheet(
     store: StreamStore, out: OutputFolder, statistics: dict[str, Any], shown: int, scratch: Path
 ) -> str:
-    """Write the page as HTML with embedded images; it is deterministic.
+    """Build the HTML page with embedded images. The same input gives the same bytes.
 
     Args:
         store: the input.

@@ -1,7 +1,7 @@
-"""Roles of captions, and cleaning as published (`pre_caption` and `pre_question` of BLIP's code).
+"""Roles of captions, and the cleaning of BLIP's code (`pre_caption` and `pre_question`).
 
-A role says what kind of text a caption is: `alt`, `re_caption`. Captions without one, such as those
-of sets that were converted without `--caption-key`, have the role `caption`.
+A role names the kind of a caption, such as `alt` or `re_caption`. A caption without a role has the
+role `caption`, for example in a set that was converted without `--caption-key`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ Clean = Callable[[str, int], str]
 """Function clean(text, max_words) that returns the cleaned text."""
 
 DEFAULT_ROLE = "caption"
-"""Role of captions that have no other."""
+"""Role of a caption without a role."""
 
 
 class RoleText(NamedTuple):
-    """A caption as the source has it, and its role."""
+    """Uncleaned caption from the source, and its role."""
 
     role: str
     text: Any
@@ -27,7 +27,7 @@ class RoleText(NamedTuple):
 def parse_roles(keys: str) -> list[tuple[str, str]]:
     """Parse `KEY,ROLE=KEY,...` into pairs of role and key; a key without a role is its own role.
 
-    A `[]` at the end of a key, as sets write it for lists, is left out.
+    A `[]` at the end of a key, which some sets write for lists, is removed.
 
     Raises:
         ValueError: a role or a key is empty.
@@ -51,9 +51,9 @@ _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 _WHITESPACE_RUN = re.compile(r"\s{2,}")
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]+[\"')\]]*(?=\s)")
 _ABBREVIATIONS = ("dr", "e.g", "i.e", "jr", "mr", "mrs", "ms", "no", "prof", "sr", "st", "vs")
-"""Words whose full stop ends no sentence."""
+"""Abbreviations whose full stop does not end a sentence."""
 _KEPT_SHARE = 1 / 3
-"""Smallest share of `max_words` before a sentence end; the full stop of "Dr." keeps less."""
+"""A sentence end is used only if at least this share of `max_words` lies before it."""
 
 
 def clean_caption(caption: str, max_words: int = 30) -> str:
@@ -79,10 +79,10 @@ def is_long(caption: str, max_words: int) -> bool:
 
 
 def clean_to_a_sentence(caption: str, max_words: int = 30) -> str:
-    """Clean a caption like `clean_caption`, but truncate a long one at the end of a sentence.
+    """Clean a caption like `clean_caption`, but truncate it at the end of a sentence.
 
-    The last sentence end that fits is used. If none keeps a third of `max_words`, the caption is
-    truncated as published.
+    The last sentence end within `max_words` is used. If fewer than a third of `max_words` would
+    remain, the caption is truncated like in `clean_caption`.
     """
     if is_long(caption, max_words):
         kept = ""
@@ -98,19 +98,19 @@ def clean_to_a_sentence(caption: str, max_words: int = 30) -> str:
 
 
 def plain(caption: str) -> str:
-    """A caption with its punctuation, without control characters, on one line.
+    """Return a caption on one line, without control characters but with its punctuation.
 
-    It is empty if cleaning would make it so.
+    If `clean_caption` would return an empty text, so does this function.
     """
     return " ".join(_CONTROLS.sub(" ", caption).split()) if clean_caption(caption, 1) else ""
 
 
 def whole_sentences(caption: str, fits: Callable[[str], bool]) -> str:
-    """Clean as many whole sentences from the start of a caption as fit together.
+    """Clean the longest prefix of whole sentences that `fits` accepts.
 
     Args:
-        caption: the caption with its punctuation; cleaned ones have no sentence ends left.
-        fits: says whether a cleaned text is short enough.
+        caption: the uncleaned caption, because cleaning removes the ends of sentences.
+        fits: returns True if a cleaned text is short enough.
 
     Returns:
         The cleaned sentences, or "" if not even the first one fits.
@@ -128,7 +128,7 @@ def whole_sentences(caption: str, fits: Callable[[str], bool]) -> str:
 
 
 def _sentence_ends(caption: str) -> list[int]:
-    """Places after which a new sentence begins; a full stop after "Dr" or an initial is none."""
+    """Indices at which a sentence ends, except after abbreviations ("Dr.") and initials."""
     ends = []
     for end in _SENTENCE_END.finditer(caption):
         word = caption[: end.start()].rpartition(" ")[2].lower()
@@ -141,7 +141,8 @@ def _sentence_ends(caption: str) -> list[int]:
 def clean_question(question: str, max_words: int = 50) -> str:
     """Lower-case a question, delete punctuation as BLIP does, and keep at most `max_words` words.
 
-    Unlike in captions, . ! " ( ) * # : ; ~ are not replaced by spaces, and runs of spaces stay.
+    Unlike in captions, . ! " ( ) * # : ; ~ are deleted instead of replaced by spaces, and runs of
+    spaces stay.
     """
     question = _REMOVED.sub("", _CONTROLS.sub(" ", question.lower())).rstrip(" ")
     return " ".join(question.split(" ")[:max_words]) if _is_visible(question) else ""

@@ -1,7 +1,6 @@
-"""HTML pages with images inside, for looking at data: no other file and no script is needed.
+"""Self-contained HTML pages with embedded images, for inspecting data. They hold no script.
 
-Ids, captions and images come from strangers: texts are escaped, and images are decoded and encoded
-again.
+Ids, captions and images are untrusted: texts are escaped, and images are decoded and encoded again.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from blip_scale.data.pixels.decoding import decode_image
 from blip_scale.data.reading.stream_store import CorruptSample
 
 SIDE = 224
-"""Longer side of a picture on a sheet, in pixels."""
+"""Longer side of an image on a page, in pixels."""
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em;
   color: #1c2024; background: #f6f7f8; }
@@ -33,12 +32,12 @@ th:first-child, td:first-child { text-align: left; }
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """A complete page.
+    """Build a page.
 
     Args:
         title: text of the title and the heading.
         body: HTML below the heading.
-        style: CSS after that of all sheets.
+        style: CSS added after the common style.
     """
     heading = html.escape(title)
     return (
@@ -48,15 +47,15 @@ def page(title: str, body: str, style: str = "") -> str:
 
 
 def cards(items: Sequence[str]) -> str:
-    """Cards side by side, in rows that fit the window."""
+    """Arrange cards in a grid that adapts to the width of the window."""
     return f'<div class="cards">\n{"".join(items)}</div>'
 
 
 def card(image: bytes, texts: str, name: str) -> str:
-    """A picture with texts under it.
+    """Build a card: an image with texts below it.
 
     Args:
-        image: encoded image; one that can't be decoded is said to be so.
+        image: encoded image; if it can't be decoded, the card says so.
         texts: HTML, already escaped.
         name: plain text in small print.
     """
@@ -64,7 +63,11 @@ def card(image: bytes, texts: str, name: str) -> str:
 
 
 def thumbnail(image: bytes) -> Image.Image:
-    """A picture of at most `SIDE` pixels a side; raises CorruptSample if it can't be decoded."""
+    """Decode an image and reduce it to at most `SIDE` pixels a side.
+
+    Raises:
+        CorruptSample: the image can't be decoded.
+    """
     picture = decode_image(image)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
     return picture

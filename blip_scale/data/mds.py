@@ -4,16 +4,16 @@ A shard file holds, in little-endian byte order:
 
 - the number of samples, uint32;
 - the offset of each sample in the file, and the end of the last one, uint32 each;
-- the settings of the writer as JSON, which no reader needs;
-- the samples. Each begins with the sizes (uint32) of its columns of variable size. The columns
-  follow in the order of their names.
+- the settings of the writer as JSON, which readers ignore;
+- the samples. Each begins with the sizes (uint32) of its variable-size columns. The columns follow
+  in the order of their names.
 
-index.json holds `version` (2) and `shards`. A shard's entry has its columns, its number of samples,
-and name, size and hashes of its file, both uncompressed and compressed.
+index.json holds `version` (2) and `shards`. The entry of a shard has its columns, its number of
+samples, and the name, size and hashes of its file, uncompressed and compressed.
 
-A data set must not contain code: an index is refused if its columns need encodings outside
-`ENCODINGS`, above all `pkl`. Reading and writing do not need the package `streaming`; the tests
-compare with it.
+A data set must not contain code. An index is refused if a column has an encoding outside
+`ENCODINGS`, in particular `pkl`. This module does not need the package `streaming`; the tests
+compare their results.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CODECS = {"br": "brotli", "bz2": "bz2", "gz": "gzip", "snappy": "snappy", "zstd
 _HASHES = (hashlib.algorithms_guaranteed - {"shake_128", "shake_256"}) | xxhash.algorithms_available
 
 
-Content = bytes  # FileInfo has a field named `bytes`
+Content = bytes  # alias, because FileInfo has a field named `bytes`
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a shard, in the order in which samples hold them."""
+    """Columns of a shard, in the order of a sample's bytes."""
 
     names: tuple[str, ...]
     encodings: tuple[str, ...]
@@ -152,8 +152,7 @@ class Columns:
 
     @property
     def least_bytes(self) -> int:
-        """Smallest size of a sample in a shard: its offset, and a size for each column whose
-        values vary in size."""
+        """Minimum bytes of a sample in a shard: its offset, and each column or its size field."""
         return 4 + sum(4 if size is None else size for size in self.sizes)
 
     def encode(self, sample: Mapping[str, Any]) -> bytes:
@@ -198,7 +197,7 @@ class Columns:
 
 
 class ShardSize(NamedTuple):
-    """Size of a shard's file, from the index."""
+    """Bytes and samples of a shard's file, from the index."""
 
     samples: int
     bytes: int
@@ -209,9 +208,9 @@ def read_sample(path: str, columns: Columns, size: ShardSize, index: int) -> dic
 
     Args:
         path: file of the shard.
-        columns: its columns.
-        size: its size.
-        index: number of the sample.
+        columns: columns of the shard.
+        size: size of the shard.
+        index: index of the sample in the shard.
 
     Raises:
         IndexError: the shard has fewer samples.
@@ -283,7 +282,11 @@ def read_index(folder: Path) -> list[Shard]:
 
 
 def index_file(folder: Path) -> Path:
-    """The index of a folder; raises FileNotFoundError where there is none."""
+    """Path of the index in a folder.
+
+    Raises:
+        FileNotFoundError: there is no index.
+    """
     path = folder / INDEX_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no {INDEX_NAME} in {folder}")
@@ -291,9 +294,12 @@ def index_file(folder: Path) -> Path:
 
 
 def parse_index(folder: Path, content: Content) -> tuple[list[Shard], dict[str, Any]]:
-    """The shards of an index with this content, and all of its fields.
+    """Parse the content of an index.
 
-    Every entry becomes a shard as soon as it is read, which takes a quarter of the memory.
+    Each entry becomes a `Shard` as soon as it is parsed, which needs a quarter of the memory.
+
+    Returns:
+        the shards, and all fields of the index.
 
     Raises:
         ValueError: see `read_index`.
@@ -350,10 +356,10 @@ def parse_shard(folder: Path, entry: Any) -> Shard:
 class Writer:
     """Writes samples to shards of at most `size_limit`, and finally the index.
 
-    For the same samples and settings, shards and index equal those of MosaicML's MDSWriter byte for
-    byte; compressed shards decompress to the same bytes. There is one difference: if the first
+    Shards and index are byte-identical to those of MosaicML's MDSWriter for the same samples and
+    settings; compressed shards decompress to identical bytes. There is one difference: if the first
     sample exceeds the limit, MDSWriter writes an empty shard before it. As a context manager, the
-    writer finishes unless there was an error.
+    writer calls `finish` unless there was an error.
     """
 
     def __init__(
@@ -369,7 +375,7 @@ class Writer:
         Args:
             folder: folder to create.
             columns: column name -> encoding.
-            size_limit: bytes, or a text such as `64mb`; a larger sample gets its own shard.
+            size_limit: bytes, or a string such as `64mb`; a larger sample gets its own shard.
             compression: `br`, `bz2`, `gz`, `snappy` or `zstd`, optionally with a level, as in
                 `zstd:7`.
             hashes: names of hash algorithms, in alphabetical order.
@@ -397,7 +403,7 @@ class Writer:
         }
         self._head = json.dumps(self._settings, sort_keys=True).encode()
         self.shards: list[dict[str, Any]] = []
-        """Index entries of the shards written so far."""
+        """Index entries of the shards written."""
         self._samples: list[bytes] = []
         self._bytes = 8 + len(self._head)
         folder.mkdir(parents=True)
@@ -423,7 +429,7 @@ class Writer:
         self._bytes += len(data) + 4
 
     def end_shard(self) -> None:
-        """Write the samples since the last shard as a shard, even if there are none."""
+        """End the current shard and write it, even if it is empty."""
         self._flush()
 
     def finish(self) -> None:
@@ -477,13 +483,13 @@ def _field(entry: Any, name: str, kind: type) -> Any:
 def _texts(entry: Any, name: str) -> tuple[str, ...]:
     texts = _field(entry, name, list)
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} is not a list of texts")
+        raise ValueError(f"{name} is not a list of strings")
     return tuple(texts)
 
 
 @lru_cache(maxsize=64)
 def _layout(encodings: tuple[str, ...]) -> tuple[list[Encoding], struct.Struct]:
-    """Encodings of a sample, and the struct of the sizes at its beginning."""
+    """Encodings of the columns, and the struct of the sizes at the beginning of a sample."""
     kinds = [ENCODINGS[encoding] for encoding in encodings]
     return kinds, struct.Struct(f"<{sum(kind.size is None for kind in kinds)}I")
 
@@ -496,13 +502,14 @@ def _columns(names: tuple[str, ...], encodings: tuple[str, ...]) -> Columns:
 
 
 def check_shard_name(basename: str) -> None:
-    """Raise ValueError for a name that no shard can have.
+    """Refuse an unsafe name of a shard, because it becomes a local path and a key in the remote.
 
-    The name becomes a local path and a key in the remote.
+    Raises:
+        ValueError: the name is not a relative path, or not one that a shard can have.
     """
     relative_name(basename)
     if basename.split("/")[0] == INDEX_NAME or basename.startswith("."):
-        raise ValueError(f"the file name {basename!r} is not that of a shard")
+        raise ValueError(f"the file name {basename!r} is not allowed for a shard")
 
 
 def _file_info(entry: Any) -> FileInfo:
@@ -513,7 +520,7 @@ def _file_info(entry: Any) -> FileInfo:
     hashes = _field(entry, "hashes", dict)
     for algorithm, digest in hashes.items():
         if algorithm not in _HASHES or not isinstance(digest, str):
-            raise ValueError(f"{basename} has a hash {algorithm!r} that can't be checked")
+            raise ValueError(f"{basename} has a hash {algorithm!r}, which is not supported")
     return FileInfo(basename, size, hashes)
 
 
@@ -541,7 +548,7 @@ def _compress(compression: str, data: bytes) -> bytes:
 def _decompress(compression: str, data: bytes, limit: int, target: Path) -> int:
     """Decompress `data` to a file, and return the number of bytes.
 
-    If there are more than `limit` bytes, stop soon after the limit.
+    Stop soon after `limit` bytes if there are more.
 
     Raises:
         ValueError: the data are damaged.
@@ -550,7 +557,9 @@ def _decompress(compression: str, data: bytes, limit: int, target: Path) -> int:
 
     name, written = _codec(compression)[0], 0
     try:
-        if name == "snappy":  # without frames: decompressed at once; the data begin with the size
+        if (
+            name == "snappy"
+        ):  # it has no frames, so decompress at once; the data begin with the size
             written = _snappy_size(data)
             if written == limit:
                 target.write_bytes(pyarrow.decompress(data, written, "snappy", asbytes=True))

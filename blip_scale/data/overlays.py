@@ -1,17 +1,17 @@
-"""The on-disk form of overlays: more captions for a set of shards, beside it.
+"""On-disk format of overlays: additional captions for an existing set of shards.
 
-An overlay is an MDS folder with a shard for each shard of images, and a sample for each of their
-samples, in the same order. So a reader finds the captions of an image at the same place, and needs
-no table of ids. A sample has the columns of `COLUMNS`:
+An overlay is an MDS folder. It has one shard for each shard of images and one sample for each
+image, in the same order. A reader therefore finds the captions of an image at the same shard and
+index, without a table of ids. A sample has the columns of `COLUMNS`:
 
-- `id`, that of the image, which a reader compares; "" may stand where there is no caption;
-- `captions`, a JSON list of texts with their punctuation, empty where there is none;
+- `id`, equal to the id of the image, which a reader verifies; may be "" if there is no caption;
+- `captions`, a JSON list of uncleaned texts, which may be empty;
 - `roles`, a JSON list with the role of each caption;
 - `annotations`, a JSON list with an object for each caption, or an empty list.
 
-index.json has `caption_roles`, as that of images, and `overlay`: the version of this form and the
-SHA-256 of the index of the images. An overlay of other images is refused. `overlay.json` says how
-the overlay was made, and counts what was joined.
+index.json has `caption_roles`, like that of images, and `overlay`: the version of this format and
+the SHA-256 of the index of the images. An overlay of other images is refused. `overlay.json`
+describes how the overlay was made and counts the joined captions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VERSION = 1
 
 
 class OverlayWriter:
-    """Writes the shards of an overlay to a folder, and its index at the end."""
+    """Writes the shards of an overlay, and its index at the end."""
 
     def __init__(self, folder: Path, images_sha256: str) -> None:
         """Create the folder.
@@ -50,11 +50,11 @@ class OverlayWriter:
         self._writer = mds.Writer(folder, COLUMNS, mds.OFFSET_LIMIT - 1, hashes=(HASH,))
         self._ended = 0
         self.roles: Counter[str] = Counter()
-        """Captions that were written, by role."""
+        """Number of captions written, by role."""
 
     @property
     def names(self) -> list[str]:
-        """File names of the shards so far."""
+        """File names of the shards written."""
         return [shard["raw_data"]["basename"] for shard in self._writer.shards]
 
     def write(
@@ -70,10 +70,10 @@ class OverlayWriter:
         self._writer.write({"id": name, **sample})
 
     def end_shard(self) -> None:
-        """End the shard, as that of the images ends.
+        """End the current shard. Call this where the shard of images ends.
 
         Raises:
-            ValueError: its captions are too large for a shard.
+            ValueError: the captions are too large for one shard.
         """
         self._writer.end_shard()
         self._ended += 1
@@ -101,16 +101,16 @@ def check_overlay(
     """Check that an overlay belongs to a set of images.
 
     Args:
-        description: `OVERLAY_KEY` of its index.
-        samples: samples of each of its shards.
+        description: value of `OVERLAY_KEY` in the index of the overlay.
+        samples: number of samples of each shard of the overlay.
         images_sha256: SHA-256 of the index of the images.
-        image_samples: samples of each shard of images.
+        image_samples: number of samples of each shard of images.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the overlay was made for other images, or has an unknown version.
     """
     if not isinstance(description, dict):
-        raise ValueError(" it is not an overlay: make one with `blip-scale overlay`")
+        raise ValueError("it is not an overlay: make one with `blip-scale overlay`")
     if description.get("version") != VERSION:
         raise ValueError(
             f"its version is {description.get('version')!r}, this release reads {VERSION}: make "
@@ -122,14 +122,16 @@ def check_overlay(
             "overlay again"
         )
     if not np.array_equal(samples, image_samples):
-        raise ValueError("its shards do not have the samples of the images': make it again")
+        raise ValueError(
+            "its shards have other numbers of samples than the shards of images: make it again"
+        )
 
 
 def add_captions(sample: dict[str, Any], more: Mapping[str, Any]) -> None:
     """Add the captions of an overlay's sample to the sample of an image.
 
     Raises:
-        ValueError: they are damaged, or those of another image.
+        ValueError: the captions are damaged, or belong to another image.
     """
     if more["captions"] and more["id"] != sample["id"]:
         raise ValueError(f"the overlay has captions of {more['id']!r} at the place of this image")

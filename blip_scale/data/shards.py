@@ -1,28 +1,27 @@
-"""The on-disk form of image-text pairs: a folder of MDS shards with an index.json.
+"""On-disk format of image-text pairs: a folder of MDS shards with an index.json.
 
 Every sample has the columns of `COLUMNS`:
 
 - `id`, unique in its set;
 - `image`, the encoded file (JPEG, PNG, ...), not pixels;
-- `captions`, a JSON list of one or more texts; converted sets hold them cleaned, and they are
-  cleaned again when read, which changes nothing;
-- `source`, the set that it is from;
-- `width` and `height` of the image in pixels, 0 where it can't be read;
-- `url`, where the image was found, "" where unknown;
-- `similarity` of image and text as the source gives it, NaN where it gives none.
+- `captions`, a JSON list of one or more strings; converted sets hold cleaned captions, and cleaning
+  them again when they are read changes nothing;
+- `source`, the name of the original set;
+- `width` and `height` of the image in pixels, 0 if unknown;
+- `url` of the image, "" if unknown;
+- `similarity` of image and text according to the source, NaN if unknown.
 
 Some sets have more columns (`EXTRA_COLUMNS`):
 
-- `annotations`, a JSON list with an entry for each of the captions: answers, label, candidates,
-  provenance;
-- `second_image`, where a caption speaks of two images;
+- `annotations`, a JSON list with one entry per caption: answers, label, candidates, provenance;
+- `second_image`, if captions describe two images;
 - `roles`, a JSON list with the role of each caption (see `data.captions`);
-- `uid` and `sha256`, where the source has them, "" where it has none for a sample;
-- `image_place`, in an index of tars (see `conversion.tar_index`), whose `image` is empty.
+- `uid` and `sha256` from the source, "" if unknown for a sample;
+- `image_place`, only in an index of tars (see `conversion.tar_index`), where `image` is empty.
 
-Beside the shards index.json names the number of captions of every sample, so that an epoch can take
-each caption once: `captions`, a list a shard, or null where all samples of a shard have one. Sets
-with roles have `caption_roles`, the number of captions of each role.
+index.json also has the number of captions of every sample, which is needed for epochs that use
+each caption once. Its field `captions` holds one list per shard, or null if all samples of the
+shard have one caption. Sets with roles have `caption_roles`, the number of captions of each role.
 """
 
 from __future__ import annotations
@@ -68,13 +67,13 @@ HASH = "xxh64"
 
 @dataclass(frozen=True)
 class Record:
-    """One image with its texts, to be written to a shard."""
+    """One image with its texts, as written to a shard."""
 
     id: str
     image: bytes
     """The encoded image file, not pixels."""
     caption: str | Sequence[str]
-    """Caption of the image, or several captions."""
+    """One or several captions of the image."""
     source: str
     width: int = 0
     """Width in pixels; if it is 0, both sides are read from the image when it is written."""
@@ -87,15 +86,15 @@ class Record:
     roles: Sequence[str] | None = None
     """One role per caption."""
     uid: str | None = None
-    """Unique id by the maker of the set; "" where this sample has none."""
+    """Unique id from the source; "" if this sample has none."""
     sha256: str | None = None
-    """SHA-256 of the image in the source, hexadecimal; "" where it is unknown."""
+    """SHA-256 of the image in the source, hexadecimal; "" if unknown."""
     image_place: tuple[int, int, bool] | None = None
-    """First byte and size of the image in its tar, and whether EXIF says that it is turned."""
+    """Offset and size of the image in its tar, and whether its EXIF orientation is rotated."""
 
     @property
     def extra_columns(self) -> dict[str, str]:
-        """Columns of `EXTRA_COLUMNS` that the record has, with their types."""
+        """Columns of `EXTRA_COLUMNS` that the record has, with their encodings."""
         columns = EXTRA_COLUMNS.items()
         return {name: kind for name, kind in columns if getattr(self, name) is not None}
 
@@ -107,7 +106,7 @@ class Record:
     def sample(self) -> dict[str, Any]:
         """Return the columns of `COLUMNS` and `EXTRA_COLUMNS`.
 
-        Annotations and the second image are missing if the record has none.
+        Extra columns are left out if the record has no value for them.
 
         Raises:
             ValueError: there is no caption, or the number of annotations or roles differs from it.
@@ -138,7 +137,7 @@ class Record:
 
 
 def with_first(records: Iterable[Record]) -> tuple[Record | None, Iterator[Record]]:
-    """Return the first record, which has the set's extra columns, and an iterator over all."""
+    """Return the first record, which shows the set's extra columns, and an iterator over all."""
     every = iter(records)
     first = next(every, None)
     return first, every if first is None else chain([first], every)
@@ -152,7 +151,7 @@ def shard_writer(
 ) -> mds.Writer:
     """Open a writer for shards of at most `shard_size`, with checksums.
 
-    The shards have the columns of `COLUMNS` and `extra_columns`, some of `EXTRA_COLUMNS`.
+    The shards have the columns of `COLUMNS` and `extra_columns`, a subset of `EXTRA_COLUMNS`.
     """
     columns = COLUMNS | dict(extra_columns or {})
     return mds.Writer(folder, columns, shard_size, compression, (HASH,))
@@ -166,8 +165,8 @@ def write_shards(
 ) -> int:
     """Write records as MDS shards of at most `shard_size`, and return their number.
 
-    The shards are written to `folder.partial`, which is renamed at the end, so that `folder` is
-    complete or missing. A `folder.partial` of an earlier, killed call is deleted.
+    The shards are written to `folder.partial`, which is renamed at the end. `folder` is therefore
+    either complete or missing. A `folder.partial` left by a killed call is deleted.
 
     Raises:
         FileExistsError: `folder` exists.
@@ -217,7 +216,7 @@ def read_index(folder: Path) -> list[mds.Shard]:
 def require_columns(
     folder: Path, shards: Iterable[mds.Shard], names: Iterable[str] = COLUMNS
 ) -> None:
-    """Raises ValueError, naming the index in `folder`, for shards without columns of `names`."""
+    """Raise ValueError, naming the index in `folder`, if shards lack a column of `names`."""
     for columns in {shard.columns for shard in shards}:
         missing = set(names) - set(columns.names)
         if missing:
@@ -229,7 +228,7 @@ def require_columns(
 def captions_by_shard(
     shards: Sequence[dict[str, Any]], counts: Sequence[int]
 ) -> list[list[int] | None]:
-    """Split the numbers of captions of all samples, in order, by shard.
+    """Split the caption counts of all samples by shard, in order.
 
     The entry of a shard is None if each of its samples has one caption.
     """
@@ -239,7 +238,7 @@ def captions_by_shard(
 
 
 def read_caption_counts(folder: Path) -> list[list[int] | None]:
-    """Read the numbers of captions per shard from the index (see `captions_by_shard`).
+    """Read the caption counts of each shard from the index (see `captions_by_shard`).
 
     Raises:
         ValueError: the index lacks them.
@@ -249,8 +248,8 @@ def read_caption_counts(folder: Path) -> list[list[int] | None]:
     counts, shards = index.get(CAPTIONS_KEY), index["shards"]
     if not isinstance(counts, list) or len(counts) != len(shards):
         raise ValueError(
-            f"{path} does not say how many captions each sample has: write the set again, or give "
-            "`repeat` as a number"
+            f"{path} lacks the number of captions of each sample: write the set again, or set "
+            "`repeat` to a number"
         )
     for part, shard in zip(counts, shards, strict=True):
         if part is not None and not _are_counts(part, shard["samples"]):
@@ -262,10 +261,10 @@ def read_caption_counts(folder: Path) -> list[list[int] | None]:
 
 
 def parse_role_counts(value: Any) -> dict[str, int]:
-    """Captions by role, from `ROLES_KEY` of an index; {} for None, as sets without roles have none.
+    """Parse the number of captions by role, `ROLES_KEY` of an index; None gives {}.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is invalid.
     """
     counts = {} if value is None else value
     if not isinstance(counts, dict) or not all(type(n) is int and n > 0 for n in counts.values()):
@@ -274,7 +273,7 @@ def parse_role_counts(value: Any) -> dict[str, int]:
 
 
 def require_captions(sample: Mapping[str, Any]) -> None:
-    """Raises ValueError for a sample without a caption, or with roles that do not fit."""
+    """Raise ValueError if a sample has no caption, or not one role per caption."""
     if not roles_of(sample):
         raise ValueError("the sample has no caption")
 
@@ -283,15 +282,15 @@ def roles_of(sample: Mapping[str, Any]) -> list[str]:
     """Roles of a sample's captions.
 
     Raises:
-        ValueError: the captions are not texts, or there is not one role for each.
+        ValueError: the captions are not strings, or there is not one role per caption.
     """
     captions, roles = sample["captions"], sample.get("roles")
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        raise ValueError("column 'captions' is not a list of texts")
+        raise ValueError("column 'captions' is not a list of strings")
     if roles is None:
         return [DEFAULT_ROLE] * len(captions)
     if not isinstance(roles, list | tuple) or not all(isinstance(role, str) for role in roles):
-        raise ValueError("column 'roles' is not a list of texts")
+        raise ValueError("column 'roles' is not a list of strings")
     if len(roles) != len(captions):
         raise ValueError(f"{len(captions)} captions, but {len(roles)} roles")
     return list(roles)

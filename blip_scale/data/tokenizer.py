@@ -27,22 +27,21 @@ ENCODE_TOKEN = "[ENC]"
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt")
 _PACKAGE_PREFIX = "package:"
 MOST_UNKNOWN = 0.2
-"""Share of unknown tokens above which a tokenizer does not fit the captions."""
+"""Share of unknown tokens above which a tokenizer is unsuitable for the captions."""
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Padding of packed captions to a static size; by default none."""
+    """Padding of packed captions to a static size. The default is no padding."""
 
     bucket: int = 1
     """Multiple to which the number of tokens is padded; 1: no padding."""
     fillers: int = 0
-    """Number of filler sequences of [PAD] at the end; equal for all captions of a bucket."""
+    """Number of filler sequences of [PAD] at the end; equal for all batches of a bucket."""
     spread: int = 0
-    """Bound on the difference in tokens between these captions and as many drawn from them.
+    """Bound on the change of the number of tokens if captions are resampled with replacement.
 
-    It is at least four standard deviations of independent draws, and nearly always equal for all
-    batches of a bucket.
+    It is at least four standard deviations, and nearly always equal for all batches of a bucket.
     """
 
 
@@ -60,13 +59,13 @@ class PackedTokens:
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[int, int]:
-    """Number of tokens of a caption, [CLS] and [SEP] included, and of [UNK] among them."""
+    """Number of tokens of a caption, including [CLS] and [SEP], and number of [UNK] tokens."""
     tokens = tokenizer(caption, return_attention_mask=False)["input_ids"]
     return len(tokens), tokens.count(tokenizer.unk_token_id)
 
 
 def resolve_checkpoint(name: str) -> str:
-    """Resolve the name of a checkpoint or tokenizer to a folder; a hub name is kept.
+    """Resolve the name of a checkpoint or tokenizer to a folder. A hub name is returned unchanged.
 
     `package:NAME` is the folder with config.json in the installed Python package NAME.
 
@@ -88,21 +87,21 @@ def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
     """Load the tokenizer of `text.tokenizer`, else of `text.checkpoint`, for BLIP.
 
     [DEC] (bos) and [ENC] are added. They get the ids V and V+1 after a vocabulary of V tokens, as
-    published (30522 and 30523 for bert-base-uncased). A tokenizer without cls or sep token takes
-    its bos or eos token for it. Texts are enclosed in cls and sep even if the tokenizer does not.
+    published (30522 and 30523 for bert-base-uncased). If the tokenizer has no cls or sep token, its
+    bos or eos token is used instead. Texts always begin with cls and end with sep.
 
     Raises:
         ValueError: neither setting has a value, or the tokenizer can't be loaded, has no fast
-            implementation, or lacks the tokens that open, close and pad a sequence.
+            implementation, or lacks a cls, sep or pad token.
     """
-    # Workers are forked: the tokenizer's own threads would warn about that and gain nothing.
+    # The tokenizer's threads would warn about the fork of loader workers, and are not needed.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     name = text.tokenizer or text.checkpoint
     if name is None:
         raise ValueError(
-            "model.text: set `checkpoint` or `tokenizer`, there is no tokenizer to load"
+            "model.text: there is no tokenizer to load; set `checkpoint` or `tokenizer`"
         )
     place = resolve_checkpoint(name)
     setting = f"model.text.{'tokenizer' if text.tokenizer else 'checkpoint'}"
@@ -117,7 +116,9 @@ def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
             f"that is in the local cache or can be reached ({str(error).splitlines()[0]})"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer {name!r} has no fast form (tokenizer.json): convert it first")
+        raise ValueError(
+            f"tokenizer {name!r} has no fast implementation (tokenizer.json): convert it first"
+        )
     if tokenizer.cls_token is None and tokenizer.bos_token not in (None, DECODE_TOKEN):
         tokenizer.cls_token = tokenizer.bos_token
     if tokenizer.sep_token is None and tokenizer.eos_token is not None:
@@ -130,7 +131,7 @@ def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
 
 
 def _enclose(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let the tokenizer enclose every text in cls and sep, unless it does."""
+    """Make the tokenizer add cls and sep to every text, unless it already does."""
     from tokenizers.processors import TemplateProcessing
 
     ids = special_ids(tokenizer)
@@ -181,11 +182,12 @@ def pack_captions(
 
     Args:
         tokenizer: a tokenizer from `load_tokenizer`.
-        captions: texts; at least one if they are padded.
-        max_tokens: longest caption, [CLS] and [SEP] included; longer ones are cut before [SEP].
-        pad_tokens_to: filler sequences make the number of tokens a multiple of this; 1: none.
+        captions: the captions; at least one if they are padded.
+        max_tokens: maximum tokens of a caption, including [CLS] and [SEP]; longer ones are
+            truncated before [SEP].
+        pad_tokens_to: pad the number of tokens to a multiple of this; 1 means no padding.
     """
-    import torch  # here, as conversions count tokens without it
+    import torch  # imported here, because conversions count tokens without torch
 
     rows = tokenizer(
         list(captions), truncation=True, max_length=max_tokens, return_attention_mask=False
@@ -206,7 +208,7 @@ def pack_captions(
 
 
 def _fill(lengths: list[int], max_tokens: int, bucket: int) -> tuple[list[int], Padding]:
-    """Lengths of the fillers, 2 to `max_tokens` each.
+    """Compute the lengths of the filler sequences, 2 to `max_tokens` each.
 
     A filler has at least two tokens, because next-token prediction drops one.
     """
@@ -214,8 +216,8 @@ def _fill(lengths: list[int], max_tokens: int, bucket: int) -> tuple[list[int], 
     count = math.ceil((bucket - 1) / (max_tokens - 2))
     rest = math.ceil((tokens + 2 * count) / bucket) * bucket - tokens
     ends = [rest * number // count for number in range(count + 1)]
-    # Lengths of captions deviate by a third of their mean. A bound of one half covers that whatever
-    # the batch, so that all batches of a bucket have the same spread. Others use a power of two.
+    # The standard deviation of caption lengths is about a third of their mean. Assuming one half
+    # gives all batches of a bucket the same spread. Batches above that use a power of two.
     spread = math.ceil(2 * (tokens + rest) / math.sqrt(len(lengths)))
     deviation = pstdev(lengths) * math.sqrt(len(lengths))
     if 4 * deviation > spread:

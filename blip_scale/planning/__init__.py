@@ -1,1 +1,1 @@
-"""Estimates of memory, time, data and storage that a recipe needs on a cluster."""
+"""Estimate the memory, time, data and storage that a recipe needs on a cluster."""

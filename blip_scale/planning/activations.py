@@ -1,8 +1,9 @@
-"""Bytes that a micro-step keeps for its backward pass, by formula, layer by layer.
+"""Bytes of activations that a micro-step saves for backward, by formula for each layer.
 
-On a GPU attention is fused (FlashAttention, or SDPA's fused kernels) and keeps no matrix of
-probabilities. On a CPU `model.attention` takes plain products in bf16 and with dropout, and keeps
-them. Letters: B batch, N image tokens, D width, T text tokens, V vocabulary, K keys of ITC.
+On a GPU, attention is fused (FlashAttention, or SDPA's fused kernels) and saves no probabilities.
+On a CPU, `model.attention` uses plain matrix products in bf16 and with dropout, which saves them.
+
+Legend: B batch, N image tokens, D width, T text tokens, V vocabulary, K keys of ITC.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ class Micro:
 
     batch: int
     text_tokens: int
-    """Number of tokens of all captions, [CLS] and [SEP] included."""
+    """Number of tokens of all captions, including [CLS] and [SEP]."""
     compute_bytes: int
-    """Bytes of an element of weights and activations."""
+    """Bytes per element of weights and activations."""
     keys: int
-    """Number of features that ITC compares each pair with, those of the micro-batch included."""
+    """Number of features that ITC compares each pair with, including those of the micro-batch."""
     on_cpu: bool = False
-    """Whether it runs on a CPU. There dropout masks have the dtype of the activations (on a GPU 1
-    byte), and attention is not fused in bf16 or with dropout."""
+    """Whether it runs on a CPU, where dropout masks have the dtype of the activations (1 byte on a
+    GPU), and attention is not fused in bf16 or with dropout."""
 
     decodes: bool = True
     """Whether LM is trained."""
@@ -39,17 +40,17 @@ class Micro:
 
     @property
     def decoded(self) -> int:
-        """Number of tokens of LM."""
+        """Number of tokens that LM processes."""
         return self.text_tokens - self.batch if self.decodes else 0
 
     @property
     def matched(self) -> int:
-        """Number of tokens of ITM."""
+        """Number of tokens that ITM processes."""
         return 3 * self.text_tokens if self.matches else 0
 
     @property
     def dropout_bytes(self) -> int:
-        """Bytes of an element of a dropout mask."""
+        """Bytes per element of a dropout mask."""
         return self.compute_bytes if self.on_cpu else 1
 
     @property
@@ -66,10 +67,10 @@ def packed_tokens(batch: int, tokens_each: float, multiple: int = 1) -> int:
 def saved_activations(
     config: MEDConfig, vision: VisionShape, micro: Micro, checkpointing: bool
 ) -> dict[str, float]:
-    """Bytes kept between forward and backward, by part of the network.
+    """Bytes saved between forward and backward, by part of the network.
 
-    With checkpointing, a block keeps only its input. `recomputed` is then the largest block, whose
-    activations are recomputed in the backward pass.
+    With checkpointing, a block saves only its input. `recomputed` is then the activations of the
+    largest block, which are recomputed in the backward pass.
     """
     text, size = config.text, micro.compute_bytes
     block = _vision_block(vision, micro)
@@ -107,7 +108,7 @@ def saved_activations(
 def temporaries(config: MEDConfig, vision: VisionShape, micro: Micro) -> dict[str, float]:
     """Bytes of temporary tensors at the peak, between forward and backward pass.
 
-    They are logits and their gradients, similarities, and one block's gradients.
+    The temporaries are logits and their gradients, similarities, and the gradients of one block.
     """
     text, size = config.text, micro.compute_bytes
     decoded = micro.decoded
@@ -136,9 +137,9 @@ def _vision_block(vision: VisionShape, micro: Micro) -> float:
 
 
 def _probabilities(elements: float, dropout: float, micro: Micro) -> float:
-    """Bytes of attention probabilities that plain products keep.
+    """Bytes of attention probabilities that unfused attention saves.
 
-    They are the softmax with `elements` elements and, with dropout, its mask and their product.
+    It saves the softmax of `elements` elements and, with dropout, the mask and the product of both.
     """
     if not micro.on_cpu or (micro.compute_bytes == _FP32 and not dropout):
         return 0.0
@@ -157,11 +158,11 @@ def _text_layer(
     attention = 6 * text.width * size + mask * text.width + statistics
     attention += _probabilities(text.heads * micro.length, text.dropout, micro)
     mlp = (2 * text.width + 2 * text.mlp_width) * size + mask * text.width + 2 * _FP32
-    kept = rows * attention + read_rows * mlp
+    saved = rows * attention + read_rows * mlp
     if image_tokens:
-        # Rows are sorted by image and back, which takes two copies more than self-attention.
+        # Rows are sorted by image and back, which needs two more copies than self-attention.
         cross = 6 * text.width * size + mask * text.width + statistics
         cross += _probabilities(text.heads * image_tokens, text.dropout, micro)
         keys_and_values = micro.batch * image_tokens * 2 * text.width * size
-        kept += read_rows * cross + keys_and_values
-    return float(kept)
+        saved += read_rows * cross + keys_and_values
+    return float(saved)

@@ -1,4 +1,4 @@
-"""Assumptions of a plan, as numbers and in words."""
+"""Assumptions of a plan, as numbers and as text."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from blip_scale.planning.timing import (
 
 GIB = 2**30
 TOKENS_A_CAPTION = 12.5
-"""Mean number of tokens of a web caption, [CLS] and [SEP] included."""
+"""Mean number of tokens of a web caption, including [CLS] and [SEP]."""
 IMAGES_A_CORE = 800.0
-"""Number of JPEGs of 500x375 pixels that one core decodes and crops per second, measured. At
-640x480 pixels it is 560."""
+"""Number of 500x375 JPEGs that one core decodes and crops per second, measured. For 640x480 it is
+560."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Assumptions:
     sample_bytes: float | None = None
     images_a_core: float = IMAGES_A_CORE
     unknown_samples: int | None = None
-    """Number of images of a stream that is neither local nor published. None refuses such
+    """Number of images assumed for a stream that is neither local nor published. None refuses such
     streams."""
     pause_s: float | None = None
-    """Pause of the training for a checkpoint. None: from the size of the checkpoint."""
+    """Seconds that training pauses for a checkpoint. None estimates them from its size."""
     restart_s: float | None = None
-    """Time from a failure that was noticed to the next step. None: the goal inside a job."""
+    """Seconds from the detection of a failure to the next step. None: `failures.RESTART_S`."""
     hang_limit_s: float | None = None
-    """Time until a hang is noticed. None: the default of `failures`."""
+    """Seconds until a hang is detected. None: `failures.HANG_LIMIT_S`."""
     failure_rate: float | None = None
     """Failures per 1,000 node-days. None: a range of published rates."""
 
@@ -48,7 +48,7 @@ class Assumptions:
 def statements(
     cluster: Cluster, load: Load, execution: Execution, assumed: Assumptions, notes: list[str]
 ) -> tuple[str, ...]:
-    """All assumptions of a plan, in words."""
+    """All assumptions of a plan, as text."""
     gpu, sharding = cluster.gpu, load.sharding
     share, start = LINK_EFFICIENCY, COLLECTIVE_LATENCY_S
     overlap = "beside" if sharding.overlap else "after"
@@ -71,7 +71,7 @@ def statements(
 
 
 def failure_statement(costs: Costs) -> str:
-    """The assumptions about failures, in words."""
+    """The assumptions about failures, as text."""
     return (
         f"{costs.pause_s:.1f} s pause for a checkpoint, {costs.write_s:.0f} s until it is "
         f"committed, {costs.restart_s:g} s from a failure to the next step, "
@@ -95,10 +95,10 @@ def _kernels(cluster: Cluster, execution: Execution, compute_bytes: int) -> str:
 
 def _host(cluster: Cluster, execution: Execution, modules: int) -> str:
     if not execution.module_s.expected:
-        beside = execution.micro_step_s
+        micro_step = execution.micro_step_s
         return (
-            f"{beside.expected * 1e3:.0f} ms a micro-step ({beside.fast * 1e3:.0f} to "
-            f"{beside.slow * 1e3:.0f}; {execution.evidence})"
+            f"{micro_step.expected * 1e3:.0f} ms a micro-step ({micro_step.fast * 1e3:.0f} to "
+            f"{micro_step.slow * 1e3:.0f}; {execution.evidence})"
         )
     if cluster.module_call_s is not None:
         return f"{cluster.module_call_s * 1e6:.0f} us for each call of {modules} modules, as given"
@@ -110,7 +110,7 @@ def _host(cluster: Cluster, execution: Execution, modules: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in days, hours or minutes, as text."""
+    """Format a time in days, hours or minutes."""
     if seconds >= 86_400:
         return f"{seconds / 86_400:.1f} days"
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"

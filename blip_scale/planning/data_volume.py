@@ -1,4 +1,4 @@
-"""Number of samples of the recipe's streams: counted if they are local, published otherwise."""
+"""Number of samples of the recipe's streams: counted if local, else the published number."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PUBLISHED = {
     "nlvr2_train": 86_373,
     "visdial_train": 123_287,
 }
-"""Number of images of the published sets, by stream name (Li et al. 2022, table 15; fine-tuning:
-the sets' own figures). A sample of NLVR2 is a pair of images, counted by its sentences."""
+"""Number of images of the published sets, by stream name. Source: Li et al. 2022, table 15; for
+fine-tuning, the publications of the sets. NLVR2 counts sentences, each about a pair of images."""
 PUBLISHED_CAPTIONS = {
     "coco": 5 * 113_000,
     "visual_genome": 821_000,
@@ -38,16 +38,16 @@ PUBLISHED_CAPTIONS = {
     "vg_qa": 1_445_322,
     "visdial_train": 10 * 123_287,
 }
-"""Number of captions, questions or rounds of published sets with several per image (Visual Genome:
-BLIP's list of captions, and the set's own questions)."""
+"""Number of captions, questions or dialog rounds of published sets with several per image. For
+Visual Genome: BLIP's list of captions, and the questions of the set."""
 
 SAMPLE_BYTES = 30_000
-"""Assumed bytes of a sample of streams that are not local: a JPEG of web size and a caption."""
+"""Assumed bytes per sample of streams that are not local: a web JPEG and a caption."""
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Sizes of the data: samples of an epoch, and bytes to store."""
+    """Size of the data: samples per epoch, and bytes to store."""
 
     samples: int
     """Number of images of all streams together."""
@@ -64,9 +64,9 @@ def volume_of(
 
     Args:
         recipe: the recipe.
-        sample_bytes: bytes of a sample of streams that are not local. None: SAMPLE_BYTES.
-        unknown: number of images of a stream that is neither local nor published. None refuses such
-            streams.
+        sample_bytes: bytes per sample of streams that are not local. None: SAMPLE_BYTES.
+        unknown: number of images assumed for a stream that is neither local nor published. None
+            refuses such streams.
 
     Raises:
         ValueError: a stream is neither local nor one of the published sets.
@@ -103,9 +103,9 @@ def volume_of(
 
 
 def _count(folder: Path, by_caption: bool) -> tuple[int, int, float] | None:
-    """Samples, items of an epoch (samples or captions) and bytes, from the index of a folder.
+    """Read samples, items (samples or captions) and bytes from the index of a folder.
 
-    None if the folder has no index.
+    Return None if the folder has no index.
     """
     file = folder / INDEX_NAME
     if not file.is_file() and (folder / TAR_INDEX).is_dir():

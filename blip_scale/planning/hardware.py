@@ -1,6 +1,6 @@
-"""GPUs by name, with the figures that a plan needs.
+"""GPUs by name, with the specifications that a plan needs.
 
-They are the makers' figures for dense products, and for the SXM form if there are several.
+Specifications are the vendors', for dense matrix products, and for the SXM version if there is one.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GPU:
-    """One device, and the links of the node that it is usually sold in."""
+    """One device, and the links of the node in which it is usually sold."""
 
     memory_gib: float
-    """Memory that a program can use, a little less than the name says."""
+    """Usable memory, which is slightly less than the nominal size."""
     bf16_tflops: float | None
-    """Peak of dense matrix products in bf16. None: no bf16 matrix units."""
+    """Peak of dense bf16 matrix products. None if there are no bf16 matrix units."""
     fp32_tflops: float
     """Peak in true fp32, torch's default."""
     memory_gb_s: float
     link_gb_s: float
-    """Bandwidth to the other GPUs of the node in one direction: NVLink, or PCIe without it."""
+    """Bandwidth to the other GPUs of the node in one direction: NVLink, else PCIe."""
     network_gbit: float
     """Bandwidth of all network cards of a node together."""
 
@@ -39,12 +39,12 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU with a name of `GPUS`, or the only one of a family (`v100`).
+    """Find a GPU by its name in `GPUS`, or by a family with only one member (`v100`).
 
-    Case, `gb` and punctuation do not matter: `A100-80GB` and `RTX 4090` are names, too.
+    Case, `gb` and punctuation are ignored: `A100-80GB` and `RTX 4090` are valid.
 
     Raises:
-        ValueError: no GPU or several have that name. The message lists all names.
+        ValueError: no GPU or several GPUs match. The message lists all names.
     """
     wanted = _plain(name)
     exact = [gpu for listed, gpu in GPUS.items() if _plain(listed) == wanted]
@@ -58,5 +58,5 @@ def find_gpu(name: str) -> GPU:
 
 
 def _plain(name: str) -> str:
-    """Letters and digits of a name, without the maker and the unit of the memory."""
+    """Letters and digits of a name, without the vendor and the unit of the memory."""
     return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removesuffix("gb")

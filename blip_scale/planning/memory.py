@@ -1,4 +1,4 @@
-"""Memory of a GPU, term by term, and the largest micro-batch that fits."""
+"""Memory of a GPU by use, and the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from blip_scale.planning.states import Sharding, states
 RESERVE_BYTES = 1.5 * 2**30
 """Bytes of CUDA's context and of NCCL's and cuBLAS's buffers."""
 FRAGMENTATION = 0.05
-"""Memory that the allocator holds besides the tensors, as a share of theirs."""
+"""Memory that the allocator holds in addition to the tensors, as a share of the tensors."""
 HEADROOM = 0.1
-"""Share of the memory that a proposed micro-batch leaves free. The tests show that estimates of
-states and activations are off by less."""
-_LARGEST = 2**16  # a device of unknown memory would take any micro-batch
+"""Share of the memory that a proposed micro-batch leaves free. It exceeds the error of the
+estimates of states and activations in the tests."""
+_LARGEST = 2**16  # bound for a device whose memory is unknown
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Load:
-    """All that determines the memory of a micro-batch, besides its size."""
+    """Everything that determines the memory of a micro-batch, except its size."""
 
     network: Network
     sharding: Sharding
     tokens_each: float
     """Mean number of tokens of a caption."""
     share: int
-    """Number of pairs of a rank in an optimizer step."""
+    """Pairs per optimizer step on a rank."""
     bucket: Callable[[int], int]
-    """Multiple that the tokens of a micro-batch are padded to, by its size."""
+    """Function from the size of a micro-batch to the multiple to which its tokens are padded."""
     on_cpu: bool = False
 
     @staticmethod
@@ -57,7 +57,7 @@ class Load:
         tokens_each: float,
         on_cpu: bool = False,
     ) -> Load:
-        """The load of a recipe's network on a rank."""
+        """Create the load of a recipe's network on a rank."""
         share = recipe.train.global_batch_size // sharding.ranks
 
         def bucket(batch: int) -> int:
@@ -66,12 +66,12 @@ class Load:
         return Load(network, sharding, tokens_each, share, bucket, on_cpu)
 
     def tokens(self, batch: int) -> int:
-        """Number of tokens of a micro-batch's captions, padding included."""
+        """Number of tokens of a micro-batch, including padding."""
         return packed_tokens(batch, self.tokens_each, self.bucket(batch))
 
 
 def memory(load: Load, batch: int) -> Memory:
-    """Memory of a rank that takes micro-batches of `batch` pairs."""
+    """Memory of a rank with micro-batches of `batch` pairs."""
     network, sharding = load.network, load.sharding
     keys = network.contrast.key_count(batch)
     losses = network.decodes, network.matches
@@ -95,7 +95,7 @@ def memory(load: Load, batch: int) -> Memory:
 
 
 def largest_micro_batch(load: Load, limit: float) -> int:
-    """The largest micro-batch whose memory is at most `limit` bytes; 0 if no pair fits."""
+    """Largest micro-batch whose memory is at most `limit` bytes; 0 if none fits."""
 
     def fits(batch: int) -> bool:
         return memory(load, batch).total <= limit
@@ -114,6 +114,6 @@ def largest_micro_batch(load: Load, limit: float) -> int:
 
 
 def roomy_micro_batch(load: Load, possible: Sequence[int], limit: float) -> int:
-    """The largest `possible` micro-batch that leaves HEADROOM of `limit` bytes free; 0 if none."""
+    """Largest of the `possible` micro-batches that leaves HEADROOM of `limit` free; 0 if none."""
     fitting = [n for n in possible if memory(load, n).total <= (1 - HEADROOM) * limit]
     return max(fitting, default=0)

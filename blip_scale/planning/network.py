@@ -1,4 +1,4 @@
-"""Sizes of a recipe's network, without allocating it and without fetching from a hub."""
+"""Sizes of a recipe's network, computed without allocating weights or fetching files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
     "bert-base-uncased": {},
     "bert-large-uncased": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096},
 }
-"""Sizes of text checkpoints that a plan need not read. TextConfig's defaults are BERT-base's."""
+"""Sizes of known text checkpoints, as differences from BERT-base, TextConfig's default."""
 _PUBLISHED_VOCABULARY = Vocabulary(
     SpecialTokens(pad=0, cls=101, sep=102, enc=30523, dec=30522), size=30524
 )
-"""Vocabulary that these checkpoints share."""
+"""Common vocabulary of these checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -40,40 +40,40 @@ class VisionShape:
     width: int
     depth: int
     trained_depth: int
-    """Number of blocks that aren't frozen."""
+    """Number of blocks that are not frozen."""
     heads: int
     mlp_width: int
 
 
 class PlannedContrast(Protocol):
-    """Interface of a contrast for a plan; `tasks.contrast.Contrast` implements it.
+    """Interface of a contrastive task part for a plan; `tasks.contrast.Contrast` implements it.
 
-    This room may not import tasks, so callers pass the contrast in.
+    This package may not import `tasks`, so callers pass the contrast in.
     """
 
     exchanges: ClassVar[bool]
     """Whether the network's forward exchanges features between ranks."""
 
     def build_network(self, med: MED) -> nn.Module:
-        """The contrast's network, with unset weights. It may share frozen parameters of the MED."""
+        """Build the contrast's network, uninitialised. It may share the MED's frozen parameters."""
 
     def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
         """FLOPs that the contrast adds to a micro-step, forward and backward."""
 
     def key_count(self, batch_size: int) -> int:
-        """Number of features that each pair of a micro-batch is compared with."""
+        """Number of features with which each pair of a micro-batch is compared."""
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """JSON-able state, and tensors."""
+        """Return the JSON-able state and the tensors."""
 
 
 ContrastOf: TypeAlias = Callable[[Recipe, MEDConfig], PlannedContrast]
-"""Function that makes a recipe's contrast on the meta device, where its state takes no memory."""
+"""Function that creates a recipe's contrast on the meta device, where it takes no memory."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """Configuration and parameter sizes, those of the contrast included."""
+    """Configuration and parameter sizes, including the contrast."""
 
     config: MEDConfig
     vision: VisionShape
@@ -81,16 +81,16 @@ class Network:
     trainable: list[int]
     """Number of elements of each trainable parameter."""
     frozen: list[int]
-    """Number of elements of each frozen parameter of the MED. None has a momentum copy."""
+    """Number of elements of each frozen parameter of the MED. They have no momentum copies."""
     momentum: list[int]
-    """Number of elements of each momentum copy; empty for a contrast without them."""
+    """Number of elements of each momentum copy; empty if the contrast has none."""
     largest_module: int
-    """Number of elements of the largest module that is gathered at once."""
+    """Number of elements of the largest module, which is gathered at once."""
     module_parameters: list[int]
     """Number of elements of the largest parameter of each module that holds parameters."""
     notes: list[str]
     swept: int = 0
-    """Number of elements of the frozen parameters that the backward pass reads, at most."""
+    """Maximum number of elements of frozen parameters that the backward pass reads."""
     decodes: bool = True
     """Whether LM is trained."""
     matches: bool = True
@@ -98,12 +98,12 @@ class Network:
 
     @property
     def modules(self) -> int:
-        """Number of modules that hold parameters, momentum copies included."""
+        """Number of modules that hold parameters, including momentum copies."""
         return len(self.module_parameters)
 
     @property
     def contrast_bytes(self) -> float:
-        """Bytes of the contrast's state, for BLIP the queues."""
+        """Bytes of the contrast's state (for BLIP, the queues)."""
         return float(sum(tensor.nbytes for tensor in self.contrast.state_dict()[1].values()))
 
 
@@ -112,10 +112,10 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
 
     Args:
         recipe: the recipe.
-        contrast_of: makes the contrast that the recipe names.
+        contrast_of: creates the recipe's contrast.
 
     Raises:
-        ValueError: timm doesn't know the ViT, the contrast doesn't exist, or the sizes of text
+        ValueError: timm doesn't have the ViT, the contrast doesn't exist, or the sizes of the text
             checkpoint or tokenizer are unknown.
         FileNotFoundError: a checkpoint folder or package doesn't exist.
     """
@@ -129,17 +129,23 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
         med = limited(med if decodes else cut_down(med, "retrieval"), recipe.model)
         swept = _swept(med, recipe)
         med = freeze_unread(med, matches, decodes)
-        beside = contrast.build_network(med)
-    owners = [module for module in [*med.modules(), *beside.modules()] if _elements(module)]
+        contrast_network = contrast.build_network(med)
+    owners = [
+        module for module in [*med.modules(), *contrast_network.modules()] if _elements(module)
+    ]
     trainable = [p.numel() for p in med.parameters() if p.requires_grad]
     shared = set(med.parameters())
     return Network(
         config,
         vision_shape(config.vision),
         contrast,
-        trainable + [p.numel() for p in beside.parameters() if p.requires_grad],
+        trainable + [p.numel() for p in contrast_network.parameters() if p.requires_grad],
         [p.numel() for p in med.parameters() if not p.requires_grad],
-        [p.numel() for p in beside.parameters() if not p.requires_grad and p not in shared],
+        [
+            p.numel()
+            for p in contrast_network.parameters()
+            if not p.requires_grad and p not in shared
+        ],
         max(map(_elements, owners)),
         [max(p.numel() for p in module.parameters(recurse=False)) for module in owners],
         notes,
@@ -150,8 +156,10 @@ def network_of(recipe: Recipe, contrast_of: ContrastOf) -> Network:
 
 
 def _swept(med: MED, recipe: Recipe) -> int:
-    """Elements of the frozen parameters above something that trains: text layers, and the ViT
-    blocks among and behind those with adapters."""
+    """Number of elements of frozen parameters through which gradients flow to trained ones.
+
+    They are the text layers, and the ViT blocks from the first one with adapters on.
+    """
     lora, first_block = recipe.model.lora, recipe.model.vision.frozen_layers
     has_adapters = lora.rank > 0 and "vision" in lora.targets
     elements = 0
@@ -180,12 +188,12 @@ def vision_shape(config: VisionConfig) -> VisionShape:
 
 
 def _elements(module: nn.Module) -> int:
-    """Number of elements of the parameters that a module holds itself."""
+    """Number of elements of a module's own parameters, without those of its children."""
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 def _text_sizes(text: TextRecipe, notes: list[str]) -> dict[str, Any] | None:
-    """Sizes of the text checkpoint, from its folder or published; None without a checkpoint."""
+    """Sizes of the text checkpoint, from its folder or known; None without a checkpoint."""
     if text.checkpoint is None:
         return None
     where = resolve_checkpoint(text.checkpoint)
@@ -193,7 +201,7 @@ def _text_sizes(text: TextRecipe, notes: list[str]) -> dict[str, Any] | None:
         return checkpoint_sizes(text.checkpoint)
     if where not in _PUBLISHED_SIZES:
         raise ValueError(
-            f"model.text.checkpoint {text.checkpoint}: its sizes are unknown, as it is neither a "
+            f"model.text.checkpoint {text.checkpoint}: its sizes are unknown: it is neither a "
             f"folder nor one of {', '.join(_PUBLISHED_SIZES)}; fetch it and give the folder"
         )
     notes.append(f"text sizes are the published ones of {where}")
@@ -201,14 +209,14 @@ def _text_sizes(text: TextRecipe, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _vocabulary(text: TextRecipe) -> Vocabulary:
-    """Vocabulary of the recipe's tokenizer, from its folder or published."""
+    """Vocabulary of the recipe's tokenizer, from its folder or known."""
     name = text.tokenizer or text.checkpoint
     where = resolve_checkpoint(name) if name else None
     if where in _PUBLISHED_SIZES:
         return _PUBLISHED_VOCABULARY
     if where is not None and not Path(where).is_dir():
         raise ValueError(
-            f"model.text.tokenizer {name}: a plan fetches nothing; give a folder, or one of "
+            f"model.text.tokenizer {name}: a plan fetches no files; give a folder, or one of "
             f"{', '.join(_PUBLISHED_SIZES)}"
         )
-    return Vocabulary.of(load_tokenizer(text))  # refuses a recipe without a tokenizer
+    return Vocabulary.of(load_tokenizer(text))  # raises an error for a recipe without a tokenizer

@@ -51,12 +51,12 @@ from blip_scale.planning.timing import (
 
 TIB = 2**40
 _WORTH_A_LINE = 0.05
-"""Share of a step's time that must be gained for another micro-batch to be proposed."""
+"""Minimum gain for which another micro-batch is proposed, as a share of the time of a step."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run the steps, with its memory and time."""
+    """One way to execute the steps, with its memory and time."""
 
     name: str
     execution: Execution
@@ -68,41 +68,42 @@ class Way:
 
     @property
     def seconds(self) -> tuple[float, float, float]:
-        """Fast, expected and slow seconds of an optimizer step."""
+        """Seconds of an optimizer step: fast, expected and slow."""
         return self.fast.total_s, self.expected.total_s, self.slow.total_s
 
 
 @dataclass(frozen=True)
 class Larger:
-    """A larger micro-batch that is faster than the planned one.
+    """A proposed micro-batch, larger and faster than the planned one.
 
-    It is the smallest one that is about as fast as any that fits with headroom.
+    Of the micro-batches that fit with headroom, it is the smallest that is about as fast as the
+    fastest.
     """
 
     micro_batch: int
     step_s: float
     """Expected seconds of a step."""
     gain: float
-    """Ratio of the planned micro-batch's seconds to `step_s`."""
+    """Seconds of a step with the planned micro-batch, divided by `step_s`."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Needs of a run: memory of the rank that holds most, and times of every rank."""
+    """Needs of a run: memory of the rank that needs most, and times of every rank."""
 
     sizes: BatchSizes
     stage: int
     offload: bool
     ways: tuple[Way, ...]
-    """All ways that the settings allow. The other fields refer to the first."""
+    """All ways that the settings allow. Other fields refer to the first one."""
     limit_bytes: float
     largest_micro_batch: int
-    """Largest micro-batch that fits without headroom, of any size."""
+    """Largest micro-batch that fits without headroom. It may not divide the global batch."""
     max_micro_batch: int
     """Largest micro-batch that fits with headroom and divides the global batch; 0 if none does."""
     larger: Larger | None
     negatives: str
-    """Value of `objective.itm`: the pool of ITM's hard negatives, or none."""
+    """Value of `objective.itm`: source of ITM's hard negatives, or none."""
     steps: int
     volume: Volume
     checkpoint_bytes: float
@@ -116,7 +117,7 @@ class Plan:
 
     @property
     def way(self) -> Way:
-        """The way that the other properties refer to."""
+        """Way to which the other properties refer."""
         return self.ways[0]
 
     @property
@@ -131,7 +132,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU holds the run with this micro-batch."""
+        """Whether the run fits into the memory of a GPU with this micro-batch."""
         return self.memory.total <= self.limit_bytes
 
     @property
@@ -146,7 +147,7 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """One line: whether the run fits, how long it takes, or what to change."""
+        """One line: whether the run fits, and how long it takes or what to change."""
         if not self.fits:
             return self.memory_verdict
         fast, _, slow = (self.steps * seconds for seconds in self.way.seconds)
@@ -174,7 +175,7 @@ class Plan:
 
     @property
     def memory_verdict(self) -> str:
-        """The verdict without the time."""
+        """Part of the verdict about memory."""
         used, there = self.memory.total / GIB, self.limit_bytes / GIB
         micro, best = self.sizes.micro_batch, self.max_micro_batch
         if self.fits:
@@ -194,7 +195,7 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as a JSON object, with units in the names."""
+        """Return the plan as a JSON object, with units in the names."""
         step = {k: v for k, v in dataclasses.asdict(self.step).items() if k != "total_s"}
         fast, expected, slow = self.way.seconds
         return {
@@ -242,7 +243,7 @@ class Plan:
 
     @property
     def checkpoints_bytes(self) -> float:
-        """Bytes of all kept checkpoints, and of one that is being written."""
+        """Bytes of all retained checkpoints and of one that is being written."""
         return self.checkpoint_bytes * (self.kept_checkpoints + 1)
 
     @property
@@ -263,20 +264,20 @@ def make_plan(
 
     Args:
         recipe: the recipe.
-        zero: DeepSpeed's settings, of which only `zero_optimization` is read.
+        zero: DeepSpeed's settings; only `zero_optimization` is read.
         cluster: the machines.
-        contrast_of: makes the contrast that the recipe names.
+        contrast_of: creates the recipe's contrast.
         assumed: assumptions about data and captions. None: the defaults.
-        way: a name of EXECUTIONS. None: eager, with weights placed as in a run.
+        way: a key of EXECUTIONS. None: eager, with weights placed like in a run.
 
     Raises:
-        ValueError: the batch can't be divided among the GPUs, the settings rule the way out, or
+        ValueError: the batch can't be divided among the GPUs, the settings do not allow `way`, or
             sizes are unknown.
         FileNotFoundError: a text checkpoint doesn't exist.
     """
     assumed = assumed or Assumptions()
     ranks = cluster.ranks
-    _sizes(recipe, cluster)  # refuse impossible batches before building the network
+    _sizes(recipe, cluster)  # fails for impossible batches before the network is built
     size = 2 if recipe.train.precision == "bf16" else 4
     network = network_of(recipe, contrast_of)
     base = Sharding.of(zero, ranks, size)
@@ -287,7 +288,7 @@ def make_plan(
     loads = {name: Load.of(recipe, network, _sharding(base, name), each) for name in names}
     load = loads[names[0]]
     possible = possible_micro_batches(recipe, ranks)
-    # A run resolves `auto` for its longest captions.
+    # A run resolves `auto` for captions of maximum length.
     longest = dataclasses.replace(load, tokens_each=recipe.model.text.max_tokens)
     roomy = roomy_micro_batch(longest, possible, limit)
     if is_auto(recipe):
@@ -331,7 +332,7 @@ def make_plan(
 def _costs(
     recipe: Recipe, step_s: float, checkpoint: float, cluster: Cluster, assumed: Assumptions
 ) -> Costs:
-    """Costs of checkpoints and failures. Values that are given replace the assumed ones."""
+    """Costs of checkpoints and failures. Values set by the user replace the estimates."""
     limits = recipe.hang_limits
     others_s = (limits.start_s, limits.evaluation_s, limits.save_s)
     longest_s = max(limit_s or math.inf for limit_s in others_s)
@@ -344,8 +345,8 @@ def _costs(
         "restart_s": assumed.restart_s,
         "hang_limit_s": assumed.hang_limit_s,
     }
-    stated = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(costs, **stated)
+    overrides = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(costs, **overrides)
 
 
 def _failures_json(failures: Outlook) -> dict[str, Any]:
@@ -366,7 +367,7 @@ def _failures_json(failures: Outlook) -> dict[str, Any]:
 
 
 def _larger(seconds: dict[int, float], planned: int, planned_s: float) -> Larger | None:
-    """A larger micro-batch to propose, from the seconds of those that fit; None if none is."""
+    """Choose a larger micro-batch from the seconds of those that fit; None if none is faster."""
     best = min(seconds.values(), default=planned_s)
     fast = [n for n in seconds if n > planned and seconds[n] <= (1 + _WORTH_A_LINE) * best]
     if not fast or seconds[min(fast)] > (1 - _WORTH_A_LINE) * planned_s:
@@ -376,7 +377,7 @@ def _larger(seconds: dict[int, float], planned: int, planned_s: float) -> Larger
 
 
 def _ways(sharding: Sharding, chosen: str | None) -> list[str]:
-    """Names of the ways that DeepSpeed's settings allow, the chosen one first."""
+    """Names of the ways that DeepSpeed's settings allow, with the chosen one first."""
     names = ["partitioned", "whole", "graph"] if sharding.partitions else ["whole", "graph"]
     if chosen is None:
         return names
@@ -389,7 +390,7 @@ def _ways(sharding: Sharding, chosen: str | None) -> list[str]:
 
 
 def _sharding(base: Sharding, name: str) -> Sharding:
-    """The sharding of a way."""
+    """Sharding for one way of execution."""
     if base.stage == 3 and EXECUTIONS[name].whole:
         return dataclasses.replace(base, whole=True)
     return base
@@ -425,7 +426,7 @@ def _warnings(recipe: Recipe, sharding: Sharding, cluster: Cluster) -> tuple[str
 
 
 def _size_warnings(recipe: Recipe, network: Network, batch: int, tokens: int) -> tuple[str, ...]:
-    """State the FLOPs of a run whose early images are smaller, as a share of the plan's."""
+    """For a run with smaller early images, state its FLOPs as a share of the plan's."""
     if not recipe.data.image_sizes:
         return ()
     losses, size = (network.decodes, network.matches), recipe.model.vision.image_size
@@ -448,20 +449,20 @@ def _size_warnings(recipe: Recipe, network: Network, batch: int, tokens: int) ->
 
 
 def _sizes(recipe: Recipe, cluster: Cluster) -> BatchSizes:
-    """The batch sizes. A refusal also names numbers of nodes that would fit."""
+    """Compute the batch sizes. The error message also names numbers of nodes that would work."""
     try:
         return batch_sizes(recipe, cluster.ranks)
     except ValueError as error:
         unit = cluster.gpus_per_node * (recipe.train.micro_batch_size or 1)
         batch = recipe.train.global_batch_size
-        most = min(2 * cluster.nodes, batch // unit)  # more ranks than pairs never divide
-        nodes = [n for n in range(1, most + 1) if batch % (n * unit) == 0]
+        max_nodes = min(2 * cluster.nodes, batch // unit)  # more ranks than pairs never divide
+        nodes = [n for n in range(1, max_nodes + 1) if batch % (n * unit) == 0]
         near = sorted(sorted(nodes, key=lambda n: abs(n - cluster.nodes))[:3])
         others = f"; or --nodes {' or '.join(map(str, near))}" if near else ""
         raise ValueError(f"{error}{others}") from error
 
 
 def _kept(recipe: Recipe, steps: int) -> int:
-    """Number of checkpoints on the disk at the end."""
+    """Number of checkpoints retained at the end."""
     keep_every = recipe.checkpoint.keep_every
     return recipe.checkpoint.keep_last + (steps // keep_every if keep_every else 0)

@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients, optimizer and momentum copies that a rank holds under ZeRO.
+"""Bytes of weights, gradients, optimizer states and momentum copies on a rank under ZeRO.
 
 The formulas follow the source of DeepSpeed 0.19.8. The tests compare them with measurements.
 """
@@ -23,33 +23,33 @@ _DEFAULT_PERSISTENT = 1e5
 
 @dataclass(frozen=True)
 class Sharding:
-    """DeepSpeed's settings that determine how states are sharded, and so the memory."""
+    """Settings of DeepSpeed that determine how states are partitioned."""
 
     stage: int
     ranks: int
     offload: bool
     compute_bytes: int
-    """Bytes of an element of the compute weights."""
+    """Bytes per element of the compute weights."""
     reduce_bucket: float = _DEFAULT_BUCKET
     has_bucket: bool = True
-    """Whether ZeRO-3 keeps gradients in the bucket until they are reduced."""
+    """Whether ZeRO-3 collects gradients in a bucket until they are reduced."""
     overlap: bool = False
     prefetch: float = _DEFAULT_PREFETCH
     persistent: float = _DEFAULT_PERSISTENT
-    """Number of elements up to which ZeRO-3 keeps a parameter whole."""
+    """Maximum number of elements of a parameter that ZeRO-3 does not partition."""
     live: float = _DEFAULT_LIVE
-    """Number of elements that ZeRO-3 keeps gathered if it will use them again."""
+    """Maximum number of gathered elements that ZeRO-3 keeps because they will be reused."""
     whole: bool = False
-    """Whether ZeRO-3 on several ranks keeps weights whole between the passes."""
+    """Whether ZeRO-3 on several ranks keeps weights gathered between the passes."""
 
     @property
     def partitions(self) -> bool:
-        """Whether a rank holds a part of each weight, gathered in the passes."""
+        """Whether weights are partitioned, and gathered during the passes."""
         return self.stage == 3 and self.ranks > 1 and not self.whole
 
     @staticmethod
     def of(ds_config: Mapping[str, Any], ranks: int, compute_bytes: int) -> Sharding:
-        """Sharding by DeepSpeed's settings. Missing and "auto" values get DeepSpeed's defaults."""
+        """Read DeepSpeed's settings. Missing and "auto" values get DeepSpeed's defaults."""
         zero = ds_config["zero_optimization"]
 
         def number(name: str, default: float) -> float:
@@ -81,7 +81,7 @@ class Sharding:
 def placed(
     sharding: Sharding, recipe: Recipe, zero: Mapping[str, Any], network: Network, limit: float
 ) -> Sharding:
-    """The sharding with `train.whole_weights` resolved, for devices of `limit` bytes."""
+    """Resolve `train.whole_weights` for devices with `limit` bytes of memory."""
     wanted, obstacle = recipe.train.whole_weights, weight_placement.obstacle(zero)
     if sharding.stage != 3 or wanted is False or obstacle:
         return sharding
@@ -90,7 +90,9 @@ def placed(
             return sharding
         trained = sum(network.trainable)
         other = sum(network.frozen) + sum(network.momentum)
-        accumulation = 2  # accumulation needs more memory, and the micro-batch may be unresolved
+        accumulation = (
+            2  # assume accumulation: it needs more memory, and the micro-batch may be unresolved
+        )
         sizes = weight_placement.Sizes(
             trained, other, sharding.ranks, accumulation, sharding.compute_bytes
         )
@@ -101,24 +103,24 @@ def placed(
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of one rank."""
+    """Bytes that one rank needs, by use."""
 
     resting: dict[str, float]
     """Bytes on the GPU during the whole run."""
     backward: dict[str, float]
     """Bytes on the GPU during micro-steps."""
     update: dict[str, float]
-    """Bytes on the GPU in the optimizer step, when there are no activations."""
+    """Bytes on the GPU during the optimizer step, when there are no activations."""
     host: dict[str, float]
-    """Bytes in the memory of the node."""
+    """Bytes in host memory."""
 
 
 def states(network: Network, sharding: Sharding, accumulation: int = 1) -> States:
-    """Bytes of the rank that holds most.
+    """Bytes of the rank that needs most memory.
 
-    Under ZeRO-1/2 a rank owns a stretch of all parameters laid end to end. In some stretches every
-    parameter has a momentum copy, so that rank holds an average for each of its masters. Frozen
-    parameters have neither moments nor momentum copies, and their masters lie on the host.
+    Under ZeRO-1/2 a rank owns a contiguous range of all concatenated parameters. In some ranges
+    every parameter has a momentum copy, so the rank has one average for each of its masters. Frozen
+    parameters have neither moments nor momentum copies, and their masters are in host memory.
     """
     if sharding.stage == 3 and sharding.whole:
         return _whole_states(network, sharding, accumulation)
@@ -130,14 +132,14 @@ def states(network: Network, sharding: Sharding, accumulation: int = 1) -> State
         copies = _shares(network.momentum, ranks)
         averaged = copies
         sizes = [*network.trainable, *network.frozen, *network.momentum]
-        kept = [numel for numel in sizes if numel <= sharding.persistent]
+        persistent = [numel for numel in sizes if numel <= sharding.persistent]
         resting = {
             "weights": size * (owned + owned_still),
             "momentum_weights": size * copies,
-            "persistent_weights": size * sum(kept) if ranks > 1 else 0,
+            "persistent_weights": size * sum(persistent) if ranks > 1 else 0,
             "reduce_bucket": size * sharding.reduce_bucket if sharding.has_bucket else 0,
         }
-        # Other frozen weights, and momentum weights, are used and released before the sweep.
+        # Other frozen weights and momentum weights are used and released before the backward pass.
         swept = trained + network.swept
         live = min(swept, max(sharding.live, network.largest_module + sharding.prefetch))
         backward = {"gathered_weights": size * live if ranks > 1 else 0}
@@ -175,18 +177,21 @@ def states(network: Network, sharding: Sharding, accumulation: int = 1) -> State
 
 
 def _whole_states(network: Network, sharding: Sharding, accumulation: int) -> States:
-    """States under ZeRO-3 if weights and gradients stay whole in flat memory.
+    """States under ZeRO-3 if weights and gradients stay gathered in flat buffers.
 
-    Masters, moments and averages are partitioned. The flat gather and the reductions need buffers:
-    a rank's part of the weights, and the larger of both networks whole. Micro-steps are summed in
-    fp32 before gradients are reduced. No test compares this estimate with a run.
+    Masters, moments and averages are partitioned. The gather and the reductions need two buffers:
+    one for the rank's part of the weights, and one of the size of the larger network. Gradients of
+    micro-steps are summed in fp32 before they are reduced. No test compares this estimate with a
+    run.
     """
     size, ranks = sharding.compute_bytes, sharding.ranks
     trained, owned = sum(network.trainable), -(-sum(network.trainable) // ranks)
     other = sum(network.momentum) + sum(network.frozen)
     weights = size * (trained + other)
     buffers = weights // ranks + size * max(trained, other) if ranks > 1 else 0
-    is_fp32 = size == _FP32  # on a single rank, masters and averages are then the weights
+    is_fp32 = (
+        size == _FP32
+    )  # on a single rank, masters and averages then share memory with the weights
     averaged = sum(network.momentum)
     resting = {
         "weights": size * (trained + sum(network.frozen)),
@@ -208,12 +213,12 @@ def _states(*parts: Mapping[str, float]) -> States:
 
 
 def _shares(numels: list[int], ranks: int) -> int:
-    """Number of elements of a rank if each parameter is cut evenly."""
+    """Number of elements on a rank if each parameter is divided evenly."""
     return sum(-(-numel // ranks) for numel in numels)
 
 
 def checkpoint_bytes(network: Network) -> float:
-    """Bytes of a checkpoint on the disk: masters, moments, averages and the contrast's state."""
+    """Bytes of a checkpoint on disk: masters, moments, averages and the contrast's state."""
     trained, still = sum(network.trainable), sum(network.frozen)
     averaged = sum(network.momentum)
     return float(_FP32 * (3 * trained + still + averaged) + network.contrast_bytes)

@@ -1,15 +1,16 @@
-"""Seconds of an optimizer step: kernels, host, exchanges and update, from stated assumptions.
+"""Estimate the seconds of an optimizer step: kernels, host, exchanges and update.
 
-A micro-step takes as long as the slowest of kernels, host and overlapped exchanges. Exchanges that
-nothing overlaps are added. Each assumption has a slow, an expected and a fast value, so a plan
-gives a range. The figures come from one H200 (docs/performance.md, "On a GPU"; 2026-11-29, bf16,
-micro-batch 64, before the engine's redundant work was removed):
+An exchange is a collective operation between ranks. A micro-step takes as long as the slowest of
+kernels, host and overlapped exchanges. Other exchanges are added. Each assumption has a slow, an
+expected and a fast value, so a plan gives a range. The figures come from one H200
+(docs/performance.md, "On a GPU"; 2026-11-29, bf16, micro-batch 64, before the engine's redundant
+work was removed):
 
     plain PyTorch               0.198 s a step
     ZeRO-3 on one rank          0.405 s a step
-    kernels alone (profiler)    0.067 s a step: 189 TFLOP/s, 19 % of the 989 of the card
+    kernels alone (profiler)    0.067 s a step: 189 TFLOP/s, 19 % of the card's 989
 
-A step calls 393 modules that have weights, forward and backward. So the host took 250 us per call
+A step calls 393 modules with weights, forward and backward. The host therefore took 250 us per call
 in plain PyTorch and 515 us under ZeRO-3.
 """
 
@@ -26,7 +27,7 @@ from blip_scale.planning.network import Network
 from blip_scale.planning.states import Sharding
 
 MOST_REDUCTIONS = 12
-"""Maximum number of gradient reductions of a backward pass if weights stay whole."""
+"""Maximum number of gradient reductions per backward pass if weights stay gathered."""
 
 Level = Literal["slow", "expected", "fast"]
 LEVELS: tuple[Level, ...] = ("fast", "expected", "slow")
@@ -41,25 +42,25 @@ class Assumed:
     fast: float
 
     def at(self, level: Level) -> float:
-        """The value at a level."""
+        """Value at a level."""
         return float(getattr(self, level))
 
 
 @dataclass(frozen=True)
 class Execution:
-    """A way to run the passes of a step."""
+    """One way to execute the forward and backward passes of a step."""
 
     name: str
     whole: bool
     """Whether each rank holds all weights during the passes."""
     module_s: Assumed
-    """Host seconds for a call of a module with weights in one pass: Python, hooks and kernel
+    """Host seconds per call of a module with weights in one pass: Python, hooks and kernel
     launches."""
     micro_step_s: Assumed
-    """Further host seconds of a micro-step."""
+    """Additional host seconds per micro-step."""
     fused: Assumed
-    """Speed of the bf16 kernels relative to eager ones. It does not apply in fp32, where products
-    take the time."""
+    """Speed of the bf16 kernels relative to eager ones. Not used in fp32, where matrix products
+    dominate."""
     evidence: str
 
 
@@ -67,21 +68,21 @@ _NOTHING = Assumed(0.0, 0.0, 0.0)
 _EAGER = Assumed(1.0, 1.0, 1.0)
 
 EXECUTIONS = {
-    # Fast: plain PyTorch, measured. Expected and slow: 0.25 and 0.30 s per step on one rank, the
-    # estimate for the engine without redundant work (0.22 to 0.30 s).
+    # Fast: measured in plain PyTorch. Expected and slow: 0.25 and 0.30 s per step on one rank, from
+    # the estimate for the engine without redundant work (0.22 to 0.30 s).
     "whole": Execution(
         "eager, weights whole", True, Assumed(380e-6, 320e-6, 250e-6), _NOTHING, _EAGER,
         "estimated between plain PyTorch and ZeRO-3 as measured",
     ),
-    # Slow: DeepSpeed's hooks around each weight, measured under ZeRO-3 on one rank. Fast: the
-    # expected value of whole weights.
+    # Slow: measured with DeepSpeed's hooks around each weight, under ZeRO-3 on one rank. Fast: the
+    # expected value for whole weights.
     "partitioned": Execution(
         "eager, weights partitioned", False, Assumed(515e-6, 415e-6, 320e-6), _NOTHING, _EAGER,
         "slow value measured on one rank, never run on several GPUs",
     ),
-    # A replayed graph costs the host almost nothing. Loader, metrics and optimizer remain. Fused
-    # kernels reach at most 30 % of the peak in published ViT-B/16 (JAX, A100); eager ones were
-    # measured at 19 %.
+    # Replaying a graph costs the host almost nothing; loader, metrics and optimizer remain. In
+    # published ViT-B/16 results (JAX, A100), fused kernels reach at most 30 % of the peak. Eager
+    # kernels were measured at 19 %.
     "graph": Execution(
         "CUDA graph, weights whole", True, _NOTHING, Assumed(20e-3, 10e-3, 2e-3),
         Assumed(1.0, 1.0, 1.6), "estimated from the kernels alone",
@@ -92,14 +93,14 @@ EXECUTIONS = {
 LINK_EFFICIENCY = Assumed(0.5, 0.7, 0.85)
 """Share of a link's bandwidth that collectives reach. A guess."""
 COLLECTIVE_LATENCY_S = Assumed(50e-6, 25e-6, 10e-6)
-"""Latency of an exchange between two ranks. A ring or tree takes it log2(ranks) times. A guess."""
+"""Latency of an exchange between two ranks. A collective takes log2(ranks) times this. A guess."""
 BF16_EFFICIENCY = 0.19
-"""Share of the peak that the eager kernels of a step reached on the H200."""
+"""Share of the peak that the eager kernels of a step reach, measured on the H200."""
 _ONE_MEASUREMENT = 0.25
-"""Uncertainty of the kernels' speed either way: one card and one micro-batch were measured."""
+"""Relative uncertainty of the kernels' speed: only one card and micro-batch were measured."""
 FP32_EFFICIENCY = Assumed(0.40, 0.45, 0.50)
 """Share of the fp32 peak that kernels reach. The published code reached 43 % on the H200 at
-micro-batch 32, and its author's 30 pairs/s per A100 are 47 %."""
+micro-batch 32. Its author's 30 pairs/s per A100 correspond to 47 %."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ class Cluster:
     gpus_per_node: int
     gpu: GPU
     efficiency: float | None = None
-    """Share of the peak of matrix products that kernels reach. None: as measured."""
+    """Share of the peak of matrix products that kernels reach. None uses the measured value."""
     module_call_s: float | None = None
-    """Host seconds for a call of a module in eager execution. None: as measured."""
+    """Host seconds per call of a module in eager execution. None uses the measured value."""
 
     @property
     def ranks(self) -> int:
@@ -122,7 +123,7 @@ class Cluster:
     def exchange_s(self, data_bytes: float, collectives: float, level: Level) -> float:
         """Seconds to all-gather or reduce-scatter `data_bytes` in `collectives` calls.
 
-        A ring over all ranks crosses a node's network once, on all its cards together.
+        A ring over all ranks crosses the network of each node once, using all its network cards.
         """
         if self.ranks == 1:
             return 0.0
@@ -142,9 +143,9 @@ def peak_flops(gpu: GPU, compute_bytes: int) -> float:
 def kernel_flops(cluster: Cluster, compute_bytes: int) -> Assumed:
     """FLOP/s that the eager kernels of a step reach.
 
-    In bf16 they wait for memory rather than for the matrix units: the published shares of ViT-B/16
-    follow memory bandwidth (A100 29 % of the peak, H100 16 %). So the H200's figure is scaled by
-    bandwidth. Scaling it by the peak gives the other bound.
+    In bf16 they are limited by memory rather than by the matrix units: published utilisations of
+    ViT-B/16 follow memory bandwidth (A100 29 % of the peak, H100 16 %). The H200's figure is
+    therefore scaled by bandwidth. Scaling it by the peak gives the other bound.
     """
     gpu, peak = cluster.gpu, peak_flops(cluster.gpu, compute_bytes)
     if cluster.efficiency is not None:
@@ -165,35 +166,35 @@ def kernel_flops(cluster: Cluster, compute_bytes: int) -> Assumed:
 
 @dataclass(frozen=True)
 class Work:
-    """An optimizer step whose time is estimated."""
+    """Description of an optimizer step whose time is estimated."""
 
     network: Network
     sharding: Sharding
     sizes: BatchSizes
     tokens: int
-    """Number of tokens of a micro-batch's captions together."""
+    """Number of tokens of all captions in a micro-batch."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Exchanges of one kind in an optimizer step of a rank."""
+    """All exchanges of one kind in an optimizer step of a rank."""
 
     name: str
     calls: int
     data_bytes: float
-    """Bytes of the whole tensors that are gathered or reduced."""
+    """Bytes of the gathered or reduced tensors, in full size."""
     seconds: float
     hidden: bool
-    """Whether the exchanges can overlap the computation, if DeepSpeed's settings allow it."""
+    """Whether the exchanges can overlap computation if DeepSpeed's settings allow it."""
 
 
 def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[Exchange, ...]:
     """Exchanges between ranks in an optimizer step; none on one rank.
 
-    Whole weights are gathered in one exchange after the update, and momentum copies in another.
-    Gradients are reduced in buckets, under ZeRO-3 once per step. Partitioned weights are gathered
-    in every micro-step, with an exchange for each module whose weights are above the threshold.
-    Prefetching merges some of these.
+    If weights stay gathered, they are gathered in one exchange after the update, and momentum
+    copies in another. Gradients are reduced in buckets, under ZeRO-3 once per step. Partitioned
+    weights are gathered in every micro-step, with one exchange for each module whose weights exceed
+    the persistence threshold. Prefetching merges some of these.
     """
     if cluster.ranks == 1:
         return ()
@@ -220,7 +221,7 @@ def exchanges(work: Work, cluster: Cluster, level: Level = "expected") -> tuple[
         calls = 2 if copied else 1
         listed.insert(0, exchange("gathers", calls, trained + copied, hidden=False))
     if network.contrast_bytes or network.contrast.exchanges:
-        # fp32 keys of both modalities of all ranks.
+        # fp32 keys of both modalities from all ranks.
         features = 2 * 4 * network.config.embed_dim * sizes.global_batch / size
         listed.append(exchange("features", 2 * micro_steps, features, hidden=False))
     return tuple(listed)
@@ -233,24 +234,24 @@ class StepTime:
     kernels_s: float
     host_s: float
     exchanges_s: float
-    """Seconds of exchanges of weights and gradients, which kernels and host can hide."""
+    """Seconds of exchanges of weights and gradients, which overlap with kernels and host."""
     update_s: float
-    """Seconds of optimizer, momentum copies, and exchanges that nothing hides."""
+    """Seconds of the optimizer, the momentum copies, and exchanges without overlap."""
     total_s: float
     flops: float
-    """FLOPs of one rank, recomputation included."""
+    """FLOPs of one rank, including recomputation."""
     useful_flops: float
     """FLOPs of one rank without recomputation."""
     mfu: float
     """Model FLOPs utilisation: `useful_flops` per second, as a share of the peak."""
     limit: str
-    """Slowest part: kernels, host or exchanges."""
+    """Name of the slowest part: kernels, host or exchanges."""
 
 
 def step_time(
     work: Work, cluster: Cluster, execution: Execution, level: Level = "expected"
 ) -> StepTime:
-    """Seconds of an optimizer step, with all assumptions at one level."""
+    """Estimate an optimizer step with all assumptions at one level."""
     network, sharding, sizes = work.network, work.sharding, work.sizes
     size, micro_steps = sharding.compute_bytes, sizes.accumulation
     losses = network.decodes, network.matches
@@ -269,12 +270,12 @@ def step_time(
     listed = exchanges(work, cluster, level)
     hidden = sum(item.seconds for item in listed if item.hidden) / micro_steps
     owned = sum(network.trainable) / sizes.world_size
-    # AdamW moves 9 fp32 values of each element through memory, and the momentum averages 3.
+    # Per element, AdamW moves 9 fp32 values through memory, and the momentum averages 3.
     update = owned * (9 * 4 + 3 * 4) / (cluster.gpu.memory_gb_s * 1e9)
     update += sum(item.seconds for item in listed if not item.hidden)
     if sharding.offload:
-        # Gradients go to the host and weights return over PCIe (25 GB/s). AdamW moves 7 fp32 values
-        # of each element through the host's memory (20 GB/s).
+        # Gradients go to the host and weights return over PCIe (25 GB/s). Per element, AdamW moves
+        # 7 fp32 values through host memory (20 GB/s).
         update += owned * (4 + size) / 25e9 + owned * 28 / 20e9
     parts = {"kernels": kernels, "host": host, "exchanges": hidden}
     micro = max(parts.values()) if sharding.overlap else max(kernels, host) + hidden

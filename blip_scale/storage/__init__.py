@@ -1,1 +1,1 @@
-"""Access to files, folders and buckets, below all other rooms."""
+"""Access to files, folders and buckets. All other packages may import this one."""

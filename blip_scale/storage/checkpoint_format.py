@@ -9,16 +9,16 @@ A checkpoint is a folder `step_00000100` with these files:
 - `shared.safetensors`: tensors that are equal on all ranks, the feature queues;
 - `manifest.json` (`Manifest`).
 
-The folder is called `step_00000100.partial` until all of it is on the disk. Every file says which
-elements of each parameter it holds, so a checkpoint does not depend on the number of ranks or on
-the ZeRO stage that wrote it.
+The folder is called `step_00000100.partial` until all files are on the disk. Every file records
+which elements of each parameter it holds, so a checkpoint can be loaded with any number of ranks
+and any ZeRO stage.
 
-The manifest names the version of the format (`FORMAT_VERSION`). Raise the version when the layout
+The manifest holds the version of the format (`FORMAT_VERSION`). Raise the version when the layout
 or the meaning of a field changes.
 
 Version 1: the manifest has no checksum. A checkpoint without a version number is version 1.
-Version 2: the manifest's last field is the checksum of everything before it. Later versions must
-keep this rule, which tells a damaged version number from a newer version.
+Version 2: the last field of the manifest is the checksum of everything before it. Later versions
+must keep this rule, which distinguishes a damaged version number from a newer version.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 NETWORK = "network.json"
-"""Sizes of the network, for converted checkpoints, which are not in a run's folder."""
+"""Sizes of the network. Only in converted checkpoints, which are not in the folder of a run."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _VERSION_KEY = "format_version"
 _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{16})"\n\}\n?\Z')
@@ -66,7 +66,7 @@ class Manifest:
     """Content of manifest.json."""
 
     step: int
-    """Number of optimizer steps done."""
+    """Number of completed optimizer steps."""
     world_size: int
     """Number of ranks that wrote the checkpoint."""
     stage: int
@@ -82,7 +82,7 @@ class Manifest:
     task: dict[str, Any]
     """State of the task."""
     frozen: list[str] = field(default_factory=list)
-    """Names of the parameters that are not trained; early checkpoints may lack the field."""
+    """Names of the parameters that are not trained. Early checkpoints may lack this field."""
 
     def to_json(self) -> str:
         """Text of manifest.json, with the checksum as its last field."""
@@ -127,8 +127,8 @@ class Manifest:
             return cls(**content)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{place}: {first['msg']}") from error
+            field_path = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{field_path}: {first['msg']}") from error
 
 
 def _digest(text: str) -> str:
@@ -166,10 +166,10 @@ def retained(candidates: Iterable[int], keep_last: int, keep_every: int | None) 
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint's folder, or a file or link in its place. A link's target stays.
+    """Remove a checkpoint's folder, or a file or link in its place. The target of a link is kept.
 
     Raises:
-        OSError: it can't be removed.
+        OSError: the path can't be removed.
     """
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
@@ -180,12 +180,12 @@ def remove(path: Path) -> None:
 def check_vocabulary(source: Path, saved: Mapping[str, int], here: Mapping[str, int]) -> None:
     """Refuse a checkpoint that was trained with another tokenizer.
 
-    A mismatch of parameter sizes alone would not tell the user the cause.
+    The mismatch of parameter sizes that follows later does not show the cause.
 
     Args:
         source: the checkpoint, for the error.
         saved: parameter name -> number of elements in the checkpoint.
-        here: parameter name -> number of elements in the network to be filled.
+        here: parameter name -> number of elements in the network to load.
 
     Raises:
         ValueError: the vocabularies have different sizes.
@@ -194,8 +194,8 @@ def check_vocabulary(source: Path, saved: Mapping[str, int], here: Mapping[str, 
     if tokens and wanted and tokens != wanted:
         raise ValueError(
             f"{source} was trained with a vocabulary of {tokens} tokens ([DEC] and [ENC] "
-            f"included), the tokenizer here has {wanted}: set model.text.tokenizer, or "
-            "--tokenizer of a command, to the tokenizer of the checkpoint"
+            f"included), but this tokenizer has {wanted}: set model.text.tokenizer, or the option "
+            "--tokenizer, to the tokenizer of the checkpoint"
         )
 
 
@@ -215,13 +215,13 @@ def write(folder: Path, contents: Mapping[str, Content]) -> dict[str, dict[str, 
         file name -> size and checksum, as in `Manifest.files`.
     """
     with contextlib.suppress(OSError):
-        folder.unlink()  # a file or a link in its place; a folder refuses this
+        folder.unlink()  # a file or a link in its place; fails for a folder
     folder.mkdir(parents=True, exist_ok=True)
     return {name: _write_file(folder / name, content) for name, content in contents.items()}
 
 
 def _write_file(path: Path, content: Content) -> dict[str, Any]:
-    # From no tensors and an empty dictionary, safetensors would write a file that it cannot read.
+    # Without tensors, safetensors can't read a file that it wrote with an empty metadata dict.
     save_file(content.tensors, path, content.metadata or None)
     files.follow_umask(path)
     with path.open("rb") as file:
@@ -230,7 +230,7 @@ def _write_file(path: Path, content: Content) -> dict[str, Any]:
 
 
 def is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Return True if a file has the size and checksum that its manifest entry states."""
+    """Return True if a file has the size and checksum of its manifest entry."""
     return path.stat().st_size == entry.get("bytes") and _checksum(path) == entry.get("xxh3")
 
 

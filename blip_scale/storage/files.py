@@ -1,4 +1,4 @@
-"""Small files of a run: atomic replacement, and JSON-lines files that can be cut back to a step."""
+"""Small files of a run: atomic replacement, and JSON Lines that can be truncated to a step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Spared(AbstractContextManager[None]):
         """Describe the file.
 
         Args:
-            lost: what the run does without, for the warning, such as "heartbeat in FILE".
+            lost: what is not written, for the warning, such as "heartbeat in FILE".
         """
         self._lost = lost
         self._failed = False
@@ -55,10 +55,10 @@ class Spared(AbstractContextManager[None]):
 
 
 def follow_umask(path: Path) -> None:
-    """Give a new file or folder the mode that `open` or `mkdir` would have given it.
+    """Set the mode of a new file or folder according to the umask.
 
-    Some libraries create files as 0600 and folders as 0700 whatever the umask says (safetensors,
-    Python's tempfile), and nobody else could read them.
+    Some libraries (safetensors, Python's tempfile) ignore the umask and create files as 0600 and
+    folders as 0700, which other users can't read.
     """
     path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
@@ -71,17 +71,19 @@ def _umask() -> int:
         match = None
     if match:
         return int(match[1], 8)
-    umask = os.umask(0o077)  # without /proc: set and restore it, which other threads may see
+    umask = os.umask(
+        0o077
+    )  # without /proc: set and restore it, although other threads may see the change
     os.umask(umask)
     return umask
 
 
 def write_whole(file: Path, text: str, through: bool = True) -> None:
-    """Replace a file atomically, see `written_whole`.
+    """Replace a file atomically; see `written_whole`.
 
     Args:
         file: file to create or replace.
-        text: its new content.
+        text: new content.
         through: sync the content to the disk before the file is replaced.
 
     Raises:
@@ -105,7 +107,7 @@ def add_line(file: Path, step: int, entry: Mapping[str, Any]) -> None:
 
 
 def has_line(file: Path, step: int, keys: Iterable[str]) -> bool:
-    """Whether a line that `add_line` wrote for a step has all `keys`.
+    """Return True if a line written by `add_line` for `step` has all `keys`.
 
     Raises:
         OSError: the file cannot be read.
@@ -118,7 +120,7 @@ def has_line(file: Path, step: int, keys: Iterable[str]) -> bool:
             number = _STEP.match(line)
             if number is None or int(number[1]) != step:
                 continue
-            with contextlib.suppress(ValueError):  # a line that a kill left incomplete
+            with contextlib.suppress(ValueError):  # a line left incomplete by a kill
                 if wanted <= json.loads(line).keys():
                     return True
     return False
@@ -127,7 +129,7 @@ def has_line(file: Path, step: int, keys: Iterable[str]) -> bool:
 def take_back(file: Path, last_step: int) -> None:
     """Truncate a file written by `add_line` after `last_step`.
 
-    A last line that a kill left incomplete is removed as well.
+    An incomplete last line, left by a kill, is removed as well.
 
     Raises:
         OSError: the file cannot be truncated.

@@ -1,8 +1,8 @@
-"""Fetch files of the Hugging Face hub into its cache before a library uses them.
+"""Fetch files from the Hugging Face hub into its cache before a library uses them.
 
-A cached repository is read from the cache. An unreachable hub is refused within seconds: the
-libraries would retry every file, silently, for minutes. A download that stalls or trickles fails:
-the libraries would wait for ever as long as a byte comes now and then.
+A cached repository is read from the cache. If the hub is unreachable, this module raises an error
+within seconds; the libraries would silently retry every file for minutes. A download that stalls or
+is very slow fails; the libraries would wait forever as long as some bytes arrive.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from blip_scale.storage import objects
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
-"""Seconds to wait for the hub's answer."""
+"""Seconds to wait for a response of the hub."""
 WINDOW_S = 60.0
 LEAST_RATE = 1000.0
-"""Bytes a second that a download must reach, averaged over WINDOW_S seconds."""
+"""Minimum bytes per second of a download, averaged over WINDOW_S seconds."""
 _POLL_S = 0.2
 _FETCH = """
 import os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-constants.DOWNLOAD_CHUNK_SIZE = 1 << 14  # files grow by this much
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 14  # incomplete files grow by this many bytes
 name, small, *files = sys.argv[1:]
 
 def has(file):
@@ -51,29 +51,29 @@ for file in small.split():
     has(file)
 sys.exit(not any(map(has, files)))
 """
-"""Program that downloads the small files of a repository, and the first of `files` that it has. It
-ends when its stdin does, which its parent holds."""
+"""Program that downloads the small files of a repository, and the first of `files` that exists. It
+ends when its parent closes stdin or dies."""
 _SMALL = (
     "config.json tokenizer_config.json tokenizer.json vocab.txt special_tokens_map.json "
     "added_tokens.json"
 )
-"""Files that a tokenizer or sizes may need besides those that the caller names."""
+"""Files that a tokenizer or a configuration may need in addition to those named by the caller."""
 
 
 def is_local(name: str, files: Sequence[str], setting: str, instead: str = "FOLDER") -> bool:
-    """Return True if `name` is a folder or a hub repository in the cache, where it is put first.
+    """Return True if `name` is a folder or a cached hub repository, downloading it if necessary.
 
-    If it is not cached, log that the hub will be contacted, check that it answers, and download.
-    False is for a repository that can't be downloaded: the caller's library says why.
+    Before a download, log that the hub will be contacted and check that it responds. Return False
+    if the repository can't be downloaded; the caller's library then reports the reason.
 
     Args:
         name: folder, or name of a repository on the hub.
         files: the repository counts as cached if one of these files is in the local cache.
-        setting: setting that holds the name, for messages.
+        setting: name of the setting, for messages.
         instead: value to suggest for the setting if the hub is unreachable.
 
     Raises:
-        ValueError: the repository is not cached and the hub does not answer.
+        ValueError: the repository is not cached and the hub does not respond.
         RemoteError: the download stalled in every attempt.
     """
     if Path(name).is_dir() or constants.HF_HUB_OFFLINE:
@@ -96,7 +96,7 @@ def is_local(name: str, files: Sequence[str], setting: str, instead: str = "FOLD
 
 
 def _download(name: str, files: Sequence[str]) -> bool:
-    """Download a repository in a process that can be ended. Returns whether it succeeded.
+    """Download a repository in a process that can be killed, and return True on success.
 
     Raises:
         TimeoutError: the download was slower than LEAST_RATE for WINDOW_S seconds.
@@ -105,7 +105,7 @@ def _download(name: str, files: Sequence[str]) -> bool:
     hub_variables = {
         "HF_ENDPOINT": constants.ENDPOINT,
         "HF_HUB_CACHE": constants.HF_HUB_CACHE,
-        "HF_HUB_DISABLE_XET": "1",  # its files don't grow while they are downloaded
+        "HF_HUB_DISABLE_XET": "1",  # its files don't grow during a download, which hides the rate
     }
     process = subprocess.Popen(
         [sys.executable, "-c", _FETCH, name, _SMALL, *files], env=os.environ | hub_variables,
@@ -128,26 +128,26 @@ def _download(name: str, files: Sequence[str]) -> bool:
 
 
 def _bytes_of(folder: Path) -> int:
-    """Bytes of the files in a folder of the cache, those of unfinished downloads included."""
+    """Bytes of the files in a folder of the cache, including unfinished downloads."""
     total = 0
     for file in folder.glob("*"):
         try:
             total += file.stat().st_size
-        except FileNotFoundError:  # renamed at this moment
+        except FileNotFoundError:  # renamed since the listing
             continue
     return total
 
 
 @cache
 def _problem(endpoint: str) -> str | None:
-    """Reason why an endpoint cannot be reached, or None if it answers with any status."""
+    """Reason why an endpoint is unreachable, or None if it responds with any status."""
     request = urllib.request.Request(endpoint, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         error.close()
     except urllib.error.URLError as error:
-        if not isinstance(error.reason, ssl.SSLError):  # the libraries bring their own certificates
+        if not isinstance(error.reason, ssl.SSLError):  # the libraries have their own certificates
             return str(error.reason)
     except (OSError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__

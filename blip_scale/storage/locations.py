@@ -35,7 +35,7 @@ class FileTooLarge(ValueError):
 
 
 class NotRegularFile(RefusedInput, OSError):
-    """A FIFO, a device or a socket where a file is expected: reading it may never end."""
+    """A FIFO, device or socket instead of a regular file. Reading it may never end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Entry:
 
 
 def join(folder: str, *parts: str) -> str:
-    """Join path parts to a folder. A part that is absolute or a URL replaces what comes before."""
+    """Join path parts to a folder. An absolute part or a URL replaces everything before it."""
     for part in parts:
         if is_url(part) or part.startswith("/"):
             folder = part
@@ -121,10 +121,11 @@ def list_folder(location: str, deep: bool = False) -> list[Entry]:
 
 
 def read_folder(location: str, take: Callable[[Iterator[Entry]], T]) -> T:
-    """Return what `take` makes of all files below a folder, in any order, none of them held.
+    """Call `take` with an iterator over all files below a folder, and return its result.
 
-    Where a remote fails, `take` begins again. The empty objects that mark its folders are among the
-    files, unlike in `list_folder`. Errors are those of `list_folder`.
+    The files are in no particular order and are not kept in memory. If a remote fails, `take` is
+    called again from the start. Unlike in `list_folder`, the empty objects that mark folders are
+    included. Errors are those of `list_folder`.
     """
     if not is_folder(location):
         raise NotADirectoryError(f"{location} is not a folder")
@@ -140,10 +141,10 @@ def read_folder(location: str, take: Callable[[Iterator[Entry]], T]) -> T:
 
 
 def is_folder(location: str) -> bool:
-    """Return True if a location is a folder. A web server is not contacted: it has only files.
+    """Return True if a location is a folder. A location on a web server is always a file.
 
     Raises:
-        FileNotFoundError: there is nothing at this location.
+        FileNotFoundError: the location does not exist.
     """
     if is_web(location):
         return False
@@ -227,13 +228,13 @@ def read_file(location: str, largest: int | None = None) -> bytes:
 
 
 def check_size(size: int, largest: int | None) -> None:
-    """Raise FileTooLarge where `size` bytes are more than `largest`; None allows any size."""
+    """Raise FileTooLarge if `size` exceeds `largest` bytes; None allows any size."""
     if largest is not None and size > largest:
         raise FileTooLarge(f"{size / 1e6:.0f} MB, the limit is {largest / 1e6:.0f} MB")
 
 
 def _open_regular(path: str) -> IO[bytes]:
-    # Without O_NONBLOCK, opening a FIFO waits for its writer.
+    # Without O_NONBLOCK, opening a FIFO blocks until it has a writer.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -280,7 +281,7 @@ def _damage_named() -> Iterator[None]:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A remote file that is read in ranges, so that it can be seeked and read slowly."""
+    """Seekable remote file that is read in ranges, so a slow reader keeps no connection open."""
 
     def __init__(self, location: str) -> None:
         super().__init__()
@@ -332,14 +333,14 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _remote(location: str) -> tuple[ObjectFolder, str]:
-    """Bucket or host of a URL, and the object name in it."""
+    """Bucket or host of a URL, and the object name."""
     scheme, host, name = split_url(location)
     return _opened(f"{scheme}://{host}"), name
 
 
 @lru_cache(maxsize=64)
 def _opened(root: str) -> ObjectFolder:
-    # Lists of web images name many dead hosts, so web servers are tried once only.
+    # Lists of web images contain many dead hosts, so requests to web servers are not retried.
     return ObjectFolder(root, 0.0 if is_web(root) else RETRY_S)
 
 
@@ -358,7 +359,7 @@ def _remote_entry(location: str, name: str, info: ObjectInfo) -> Entry:
 
 
 def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
-    """List a local folder, following links. A folder that was listed before is skipped."""
+    """List a local folder, following links. Each folder is listed only once."""
     seen: set[tuple[int, int]] = set()
     waiting = [("", str(local_path(location)))]
     while waiting:
@@ -378,5 +379,5 @@ def _local_entries(location: str, deep: bool) -> Iterator[Entry]:
                 if item.is_file():
                     size, version = item.stat().st_size, str(item.stat().st_mtime_ns)
                 yield Entry(name, f"{location.rstrip('/')}/{name}", is_dir, size, version)
-        # Folders come before links to them, so that the same tree always gets the same names.
+        # Folders are listed before links to them, so a folder always gets the same name.
         waiting += [(f"{inner}{name}/", path) for _, name, path in sorted(below)]

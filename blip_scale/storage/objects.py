@@ -1,7 +1,7 @@
 """Access to object storage and web servers through obstore, with one retry policy.
 
 The scheme of a URL (`SCHEMES`) selects S3, Google Cloud Storage, Azure or HTTP. Object names are
-literal: `a#b`, `a?b` and `a%20b` are three objects. On web servers a name is what the URL says.
+literal: `a#b`, `a?b` and `a%20b` are three objects. On web servers, URL syntax applies to names.
 
 obstore's threads do not survive a fork: a process that has used this module must start others with
 spawn or the fork server.
@@ -39,44 +39,44 @@ RETRY_S = 180.0
 FIRST_PAUSE_S = 1.0  # doubled after every attempt, with jitter
 LONGEST_PAUSE_S = 30.0
 DAMAGED_TRIES = 3
-"""Attempts to fetch a file that arrives complete but with unexpected content."""
+"""Number of attempts for a file that arrives complete but with unexpected content."""
 
 CHUNK_BYTES = 16 << 20  # size of one request
 _CONNECTIONS = 4  # connections per object
 _MOST_PARTS = 10_000  # S3's limit for one multipart upload
 _PART_RETRIES = 3
 IDLE_S = 60
-"""Seconds without a byte after which a request has failed."""
+"""Timeout in seconds if no byte of a response arrives."""
 REQUEST_S = 120
-"""Seconds after which a request has failed: CHUNK_BYTES need 140 kB/s. Less than RETRY_S."""
+"""Timeout of a request in seconds, less than RETRY_S. CHUNK_BYTES then need 140 kB/s."""
 _CREDENTIALS = {
     "s3": (
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and S3_ENDPOINT_URL for a server that is "
-        "not Amazon's; ~/.aws is read where boto3 is installed (pip install boto3); public "
+        "not Amazon's; ~/.aws is read if boto3 is installed (pip install boto3); public "
         "buckets: AWS_SKIP_SIGNATURE=true"
     ),
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS to a key file",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
-"""Scheme -> instructions for giving credentials."""
+"""Scheme -> instructions for providing credentials."""
 _ENVIRONMENT = ("AWS_", "S3_", "GOOGLE_", "AZURE_")
 
 _PASSING = re.compile(r"RequestTimeout|IncompleteBody")
-"""Error codes that come with status 400 although the request is correct."""
+"""Error codes of temporary failures that have status 400."""
 _REFUSED = re.compile(
     r"status code: (40[01345]|410)\b|169\.254\.|metadata\.google|configured region"
 )
-"""Failures that a retry rarely fixes: the request is wrong, forbidden or for a missing object, or
-the cloud's metadata service gives no credentials."""
+"""Failures that a retry rarely fixes: an invalid or forbidden request, a missing object, or no
+credentials from the cloud's metadata service."""
 _NO_RIGHTS = re.compile(r"status code: 40[013]\b|169\.254\.|metadata\.google|[Cc]redential")
 _STALLED = re.compile(r"error sending request|response body error|timed out")
-"""Messages of requests that ended at a limit, among others."""
+"""Messages of requests that may have ended at a timeout."""
 _TIMING = re.compile(r" in \d[\d.]*[nµm]?s\b")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 
 
 class RemoteError(OSError):
-    """A remote that still fails after all retries."""
+    """The remote still fails after all retries."""
 
 
 class RefusedError(RemoteError, FileNotFoundError):
@@ -88,11 +88,11 @@ class MissingFile(RemoteError, FileNotFoundError):
 
 
 class UnusableRemote(ValueError):
-    """A URL that is invalid, or for which there are no credentials."""
+    """The URL is invalid, or there are no credentials for it."""
 
 
 class DamagedFile(ValueError):
-    """A remote file whose content stays unexpected after repeated downloads."""
+    """The content of a remote file is still unexpected after repeated downloads."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,17 @@ def retried(
     Each failed attempt is logged.
 
     Args:
-        action: what to run.
+        action: function to run.
         verb: past participle for the messages, such as "fetched" or "listed".
         location: object of the verb, for the messages.
-        retry_s: seconds after which the last attempt starts; 0 for a single attempt.
+        retry_s: seconds during which attempts may start; 0 for a single attempt.
         refused_tries: number of refusals after which to give up.
 
     Raises:
-        DamagedFile: `action` raised it `DAMAGED_TRIES` times, or until `retry_s` had passed.
-        MissingFile, RefusedError: the remote refused `refused_tries` times, or until `retry_s` had
-            passed.
-        RemoteError: any other failure that lasted for `retry_s`.
+        DamagedFile: `action` raised it `DAMAGED_TRIES` times, or still raises it after `retry_s`.
+        MissingFile, RefusedError: the remote refused `refused_tries` times, or still refuses after
+            `retry_s`.
+        RemoteError: any other failure that remains after `retry_s`.
         UnusableRemote: there are no credentials for the remote.
         OSError: the local disk is full.
     """
@@ -182,7 +182,7 @@ def split_url(url: str) -> tuple[str, str, str]:
 
 
 class ObjectFolder:
-    """The objects under a URL, or the files below it on a web server.
+    """Objects whose names begin with a URL, or files below it on a web server.
 
     Every call retries a failing remote for `retry_s` seconds, then raises RemoteError. A refusal
     raises RefusedError or MissingFile at once; both are FileNotFoundErrors.
@@ -191,7 +191,7 @@ class ObjectFolder:
     def __init__(self, url: str, retry_s: float = RETRY_S) -> None:
         """Open a folder such as s3://bucket/prefix, gs://..., az://... or https://host/folder.
 
-        The environment variables S3_ENDPOINT_URL, AWS_*, GOOGLE_* and AZURE_* apply.
+        The environment variables S3_ENDPOINT_URL, AWS_*, GOOGLE_* and AZURE_* configure access.
 
         Raises:
             UnusableRemote: the URL is invalid, or there are no credentials.
@@ -203,8 +203,7 @@ class ObjectFolder:
         self._root = f"{scheme}://{host}"
         self._prefix = urllib.parse.unquote(path) if self.is_web else path
         self.progress = 0
-        """Count that grows with every request that succeeds and every part of a file that is sent.
-        """
+        """Counter of successful requests and uploaded parts of files."""
         self._store()
 
     def has_any(self, folder: str) -> bool:
@@ -225,9 +224,10 @@ class ObjectFolder:
         return _without_folders(self.read_files(folder, dict))
 
     def read_files(self, folder: str, take: Callable[[Iterator[tuple[str, ObjectInfo]]], T]) -> T:
-        """Return what `take` makes of every object below a folder, with its name relative to `url`.
+        """Call `take` with an iterator over all objects below a folder, and return its result.
 
-        Where the remote fails, it begins again. Empty objects that mark folders are among them.
+        The iterator yields (name relative to `url`, info). If the remote fails, `take` is called
+        again from the start. Empty objects that mark folders are included.
         """
         key = self._key(folder)
         start = len(self._prefix) + 1 if self._prefix else 0
@@ -276,13 +276,13 @@ class ObjectFolder:
         """Download an object to a file, through the temporary file `target.fetched`.
 
         Args:
-            size: bytes that the object must have; None for any size.
+            size: expected size in bytes; None for any size.
 
         Raises:
             DamagedFile: the object has another size; nothing is downloaded.
         """
         stored_size = self.size(name)
-        # Some web servers do not tell the size before the content.
+        # Some web servers do not report the size before the content.
         if size is not None and stored_size != size and not self.is_web:
             raise DamagedFile(f"{stored_size} bytes, expected {size}")
         draft = target.with_name(target.name + ".fetched")
@@ -303,7 +303,9 @@ class ObjectFolder:
             return
         starts = range(0, size, CHUNK_BYTES)
         with ThreadPoolExecutor(_CONNECTIONS) as threads:
-            for place in range(0, len(starts), _CONNECTIONS):  # at most _CONNECTIONS in memory
+            for place in range(
+                0, len(starts), _CONNECTIONS
+            ):  # at most _CONNECTIONS chunks in memory
                 begins = starts[place : place + _CONNECTIONS]
                 ends = [min(size, start + CHUNK_BYTES) for start in begins]
                 yield from threads.map(self.get_range, itertools.repeat(name), begins, ends)
@@ -312,7 +314,7 @@ class ObjectFolder:
         """Write an object atomically; a large one is uploaded in several parts."""
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         chunk = max(CHUNK_BYTES, -(-size // _MOST_PARTS))
-        # obstore retries a failed part by itself, so that the other parts are not sent again.
+        # obstore retries a failed part, because `retried` would send all parts again.
         retries = _PART_RETRIES if size > chunk else 0
         target, key = self._store(retries), self._key(name)
         furthest = 0
@@ -325,7 +327,7 @@ class ObjectFolder:
                     if not part:
                         return
                     yield part
-                    if number > furthest:  # parts that are sent once more are no progress
+                    if number > furthest:  # resent parts are not progress
                         furthest = number
                         self.progress += 1
 
@@ -361,7 +363,7 @@ class ObjectFolder:
         return "/".join(part for part in (self._prefix, name.rstrip("/")) if part)
 
     def _at(self, name: str) -> tuple[Any, str]:
-        """Store and key of an object. The query of a web address belongs to the store."""
+        """Store and key of an object. The query of a web URL is part of the store."""
         path, _, query = name.partition("?") if self.is_web else (name, "", "")
         return self._store(query=query), self._key(path)
 
@@ -380,7 +382,7 @@ class ObjectFolder:
 
 @lru_cache(maxsize=64)
 def _opened(root: str, retries: int, process: int, environment: frozenset[tuple[str, str]]) -> Any:
-    """A store, cached with its connections for each process and set of environment variables."""
+    """Open a store. It is cached for each process and set of environment variables."""
     scheme = root.partition("://")[0]
     settings: dict[str, Any] = {}
     try:
@@ -412,7 +414,7 @@ def _s3_settings() -> dict[str, Any]:
     if not os.environ.get("AWS_SKIP_SIGNATURE"):
         try:
             from obstore.auth.boto3 import Boto3CredentialProvider  # slow to import
-        except ImportError:  # without boto3: environment variables, or the cloud's own machines
+        except ImportError:  # obstore reads environment variables and the cloud's metadata service
             return settings
         settings["credential_provider"] = Boto3CredentialProvider()
     return settings
@@ -424,7 +426,7 @@ def _info(entry: Mapping[str, Any]) -> ObjectInfo:
 
 
 def _without_folders(files: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
-    """Drop the empty objects with which some tools mark folders."""
+    """Drop empty objects that some tools create to mark folders."""
     markers = {name for name, info in files.items() if not info.size}
     if not markers:
         return files
@@ -436,7 +438,7 @@ def _without_folders(files: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
 
 
 def _kind(error: Exception) -> type[RemoteError] | type[DamagedFile]:
-    """Class of exception that stands for the failure of an attempt."""
+    """Classify the failure of an attempt."""
     if isinstance(error, RemoteError | DamagedFile):
         return type(error)
     text = str(error)
@@ -455,18 +457,18 @@ def _kind(error: Exception) -> type[RemoteError] | type[DamagedFile]:
 
 
 def _problem(error: BaseException) -> str:
-    """Describe an error in one line, without the library's inner state and the server's XML."""
+    """Describe an error in one line, without internals of the library and XML of the server."""
     if isinstance(error, RemoteError) and error.__cause__ is not None:
         return _problem(error.__cause__)
     text = str(error)
     line = (text.splitlines() or [""])[0].partition("<?xml")[0].strip().removesuffix(":")
-    # Without address and time of the request, the same failure has the same text everywhere.
+    # Without address and duration of the request, the same failure always has the same text.
     line = _TIMING.sub("", line.rpartition("Server returned non-2xx ")[2])
     code = _CODE.search(text)
     return f"{type(error).__name__}: {line}" + (f": {code[1]}" if code else "")
 
 
 def _advice(location: str, problem: str) -> str:
-    """Instructions for giving credentials if missing credentials are the problem, else ""."""
+    """Instructions for providing credentials if they are the problem, else ""."""
     advice = _CREDENTIALS.get(location[:2], "")
     return f"; {advice}" if advice and _NO_RIGHTS.search(problem) else ""

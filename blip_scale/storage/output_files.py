@@ -1,4 +1,4 @@
-"""Files that a user names as the output of a command: checked before the work, written whole."""
+"""Output files of commands: checks before the work, and atomic writing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 def is_stream(file: Path) -> bool:
-    """Whether a path is a device, a FIFO, or a descriptor of a process such as /dev/stdout.
+    """Return True if a path is a device, a FIFO, or an open descriptor such as /dev/stdout.
 
-    Such a path is written straight. It can be neither replaced nor lost.
+    Such a path is written directly, because it can't be replaced by renaming.
     """
     link = str(file.readlink()) if file.is_symlink() else ""
     if link.startswith("/proc/") or str(file.parent.resolve()).startswith("/proc/"):
@@ -38,16 +38,16 @@ def check_output(file: Path, overwrite: bool, inputs: Iterable[Path | str] = ())
         inputs: files and folders that the command reads.
 
     Raises:
-        RefusedInput: it is a folder, an input, an existing file, or lies below a file.
+        RefusedInput: `file` is a folder, an input or an existing file, or its folder is a file.
     """
     if is_stream(file):
         return
     if file.is_dir():
         raise RefusedInput(f"{file} is a folder: give the name of a file")
     if not file.exists():
-        place = next(parent for parent in file.absolute().parents if parent.exists())
-        if not place.is_dir():
-            raise RefusedInput(f"{file}: {place} is a file, but a folder is needed")
+        ancestor = next(parent for parent in file.absolute().parents if parent.exists())
+        if not ancestor.is_dir():
+            raise RefusedInput(f"{file}: {ancestor} is a file, but a folder is needed")
         return
     target = file.resolve()
     for source in map(Path, inputs):
@@ -61,10 +61,10 @@ def check_output(file: Path, overwrite: bool, inputs: Iterable[Path | str] = ())
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Yield a path to write, which becomes `file` at the end.
+    """Context manager that yields a temporary path to write, and renames it to `file` at the end.
 
-    A link is followed. After an error there is no new file. An interrupted command leaves
-    `FILE.partial`. Devices and FIFOs are written straight.
+    Links are followed. After an error, `file` is unchanged. A killed command leaves `FILE.partial`.
+    Devices and FIFOs are written directly.
 
     Raises:
         OSError: the disk is full. The message names the file.
@@ -85,13 +85,13 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming_full_disk(place: Path | str) -> Iterator[None]:
-    """Turn errors of a full disk into an OSError that names what was to be written.
+    """Context manager that turns the errors of a full disk into an OSError that names the file.
 
-    safetensors says so in an error of its own. torch and faiss raise a RuntimeError that does not,
-    which counts if the disk has no room left.
+    safetensors has its own error class for a full disk. torch and faiss raise a RuntimeError
+    without the cause. It is converted only if the disk is full.
 
     Args:
-        place: file or folder that is written inside.
+        place: file or folder to be written.
     """
     try:
         yield
@@ -106,14 +106,14 @@ def naming_full_disk(place: Path | str) -> Iterator[None]:
 
 
 def _is_full(place: Path) -> bool:
-    """Whether the disk of a path has no room."""
+    """Return True if the disk of a path is full."""
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free < _LEAST_FREE_BYTES
 
 
 def check_apart(out: Path, source: Path, may_contain: bool = False) -> None:
-    """Refuse an output that is an input, contains it or lies in it, links resolved.
+    """Refuse an output that is the input, contains it or is inside it, with links resolved.
 
     Args:
         out: output of a command.
@@ -121,7 +121,7 @@ def check_apart(out: Path, source: Path, may_contain: bool = False) -> None:
         may_contain: allow an output that contains the input.
 
     Raises:
-        RefusedInput: it does.
+        RefusedInput: the output overlaps with the input.
     """
     target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if target == origin:

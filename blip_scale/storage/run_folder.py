@@ -1,6 +1,6 @@
 """Names of the files and folders inside the `output_dir` of a run.
 
-Imports the standard library alone: slurm/requeue.py runs on a Python without torch.
+This module imports only the standard library, because slurm/requeue.py runs without torch.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Iterable
 RECIPE = "recipe.yaml"
 """The resolved recipe."""
 SUMMARY = "summary.json"
-"""Figures of a finished run."""
+"""Results of a finished run."""
 METRICS = "metrics.jsonl"
 """Metrics of the logged steps, one JSON object per line."""
 METRICS_CSV = "metrics.csv"
 """Metrics of the logged steps as a table, if `log.to` names csv."""
 HEARTBEAT = "heartbeat.json"
 GOODPUT = "goodput.json"
-"""Wall time of a run by its use, over all its starts."""
+"""Wall time of a run by use, over all its starts."""
 EVALUATION = "evaluation.json"
-"""Results of the newest evaluation, and the checkpoint to which they belong."""
+"""Results of the newest evaluation, with its checkpoint."""
 LOCK = "lock.json"
-"""Names the run that owns the folder while it is running."""
+"""Identifies the process that is running in the folder."""
 RUN_MANIFEST = "manifest.json"
 """Versions, hashes and settings behind the run, its starts and its checkpoints."""
 ATTEMPTS = "attempts.json"
@@ -30,9 +30,9 @@ ATTEMPTS = "attempts.json"
 FAILURE_REPORT = "failure_report.txt"
 """Explains why a SLURM job is not requeued."""
 STALLS = "stalls.jsonl"
-"""Stalls that ended ranks: phase, rank, node, and the ranks that they waited for."""
+"""Stalls that ended ranks: phase, rank, node, and the ranks for which they waited."""
 TEXT = "text"
-"""Tokenizer and sizes of the text stack, so that the folder can be used on another machine."""
+"""Tokenizer and text configuration, which make the folder usable on other machines."""
 LOGS = "logs"
 SAMPLES = "samples"
 CHECKPOINTS = "checkpoints"

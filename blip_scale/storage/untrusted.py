@@ -1,8 +1,8 @@
 """Checks of untrusted input: names and paths in data sets, lists and checkpoints; folders in /tmp.
 
-The author of such input is not the user who runs the command. A name becomes a file in an output
-folder or a key in a bucket, so it must not lead out of there. A path in a list must lie below the
-folder that the user gave for the images.
+Such input was not written by the user who runs the command. A name becomes a file in an output
+folder or a key in a bucket, so it must stay inside. A path in a list must be below the folder that
+the user gave for the images.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 from blip_scale.storage.locations import is_url, is_web, local_path
 
 _LONGEST_NAME = 255
-"""Longest file name in bytes that Linux file systems allow."""
+"""Maximum length of a file name in bytes on Linux file systems."""
 
 
 def private_folder(path: Path) -> Path:
     """Create a folder that only this user can read and write, or check an existing one.
 
-    For names in /tmp, which another user could create first.
+    Use it for names in /tmp, which another user could have created.
 
     Raises:
         OSError: the path belongs to another user, is a link, or is not a folder.
@@ -46,7 +46,7 @@ def private_folder(path: Path) -> Path:
 def parse_json(
     text: str | bytes, object_hook: Callable[[dict[str, Any]], Any] | None = None
 ) -> Any:
-    """Parse JSON, raising ValueError for every invalid text, including too deeply nested ones."""
+    """Parse JSON. Raise ValueError for all invalid texts, also for those nested too deeply."""
     try:
         return json.loads(text, object_hook=object_hook)
     except RecursionError as error:
@@ -54,15 +54,15 @@ def parse_json(
 
 
 class RefusedPath(ValueError):
-    """A path in a list that must not be opened."""
+    """A path in a list must not be opened."""
 
 
 def relative_name(name: str) -> str:
     """Check a file name relative to a folder, such as `a.mds` or `0/a.mds`, and return it.
 
     Raises:
-        ValueError: the name could lead out of the folder, is too long, or has characters that our
-            file names never have.
+        ValueError: the name may be outside of the folder, is too long, or has a backslash or an
+            unprintable character.
     """
     parts = name.split("/")
     is_inside = not {"", ".", ".."} & set(parts)
@@ -73,13 +73,13 @@ def relative_name(name: str) -> str:
 
 
 def below(folder: str, location: str) -> str:
-    """Check that a location lies below a folder, with links resolved, and return it.
+    """Check that a location is below a folder, with links resolved, and return it.
 
-    A URL is accepted only if the folder is on the same web server, so that a list cannot make this
-    machine contact another one.
+    A URL is accepted only if the folder is on the same web server. A list must not make this
+    machine contact other servers.
 
     Raises:
-        RefusedPath: the location lies elsewhere, or is not a valid file name.
+        RefusedPath: the location is outside of the folder, or is not a valid file name.
     """
     if is_web(location) and not is_web(folder):
         raise RefusedPath(f"{location} is a URL, which is not fetched")
@@ -109,7 +109,7 @@ def _is_remote(location: str) -> bool:
 
 
 def _real_path(path: str) -> str:
-    """Resolve links like os.path.realpath, but each folder only once for millions of images."""
+    """Resolve links like os.path.realpath, but cache the result for each folder."""
     folder, name = os.path.split(path)
     if name in ("", ".", "..") or os.path.islink(path):  # noqa: PTH114  false, not an error
         return os.path.realpath(path)

@@ -61,7 +61,7 @@ def test_a_change_is_refused_unless_it_is_named(
     more = make_loader([stream(red), stream(make_shards("blue", 24))])
     with pytest.raises(ValueError, match=r"streams was \[\['red'.* --allow-change data\.streams"):
         more.load_state_dict(state, {"train.global_batch_size"})
-    with pytest.raises(ValueError, match="seed was 1 and is 2 now; restore it or start"):
+    with pytest.raises(ValueError, match="seed was 1 and is 2 now; undo the change or start"):
         make_loader([stream(red)], seed=2).load_state_dict(state, BOTH)
 
 
@@ -73,7 +73,7 @@ def test_a_stream_joins_with_the_next_epoch(
     mixture = [stream(make_shards("blue", 24)), stream(red)]
     second = make_loader(mixture, global_batch=4)
     second.load_state_dict(first.state_dict(), BOTH)
-    assert "28 samples of epoch 0 are taken as before, then epoch 1 begins" in caplog.text
+    assert "28 samples of epoch 0 follow in the old order, then epoch 1 begins" in caplog.text
     rest = ids(second, 7)
     assert Counter(seen + rest).most_common(1)[0][1] == 1
     assert len(of("red", 45) - {*seen, *rest}) == 1  # fewer than a batch

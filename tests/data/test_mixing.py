@@ -133,7 +133,7 @@ def test_an_index_without_captions_is_refused(tmp_path: Path, make_loader: MakeL
     folder = captions_of(tmp_path / "set", 16, texts=2)
     index = folder / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"captions": []}))
-    with pytest.raises(ValueError, match=r"stream 'set': .*does not say how many captions"):
+    with pytest.raises(ValueError, match=r"stream 'set': .*lacks the number of captions"):
         make_loader([stream(folder, repeat="captions")])
     make_loader([stream(folder)])
 

@@ -173,13 +173,13 @@ def test_workers_share_the_layout_of_a_block(monkeypatch: pytest.MonkeyPatch) ->
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(epoch_slots, (order, 1)) == expected, "it makes all five blocks"
     made = []
-    lay_out = SampleOrder._lay_out
+    lay_out = SampleOrder._compute_layout
 
     def counted(self: SampleOrder) -> np.ndarray:
         made.append(self._block)
         return lay_out(self)
 
-    monkeypatch.setattr(SampleOrder, "_lay_out", counted)
+    monkeypatch.setattr(SampleOrder, "_compute_layout", counted)
     for reader in (order, copy.copy(order)):
         assert [reader.locate(1, place) for place in range(20, 90)] == expected[20:]
     assert made == [], "those of the last four blocks are taken"

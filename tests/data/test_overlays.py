@@ -325,7 +325,7 @@ def test_an_overlay_of_other_images_is_refused(images: Path, joined: Path, damag
         index["overlay"]["version"], message = 2, "its version is 2"
     elif damage == "shards":
         del index["shards"][-1]
-        message = "do not have the samples"
+        message = "other numbers of samples"
     else:
         del index["overlay"]
         message = "it is not an overlay"
@@ -354,7 +354,7 @@ def test_a_stream_mixes_roles_of_an_overlay(
     assert sum(batch.lacking for batch in batches) == COUNT // 2
     again = take(make_loader([recipe], global_batch=10), 3)
     assert [b.captions for b in again] == [b.captions for b in batches], "from cached tables"
-    with pytest.raises(ValueError, match=r"role syn, which .* there are caption, re"):
+    with pytest.raises(ValueError, match=r"role syn, but .* its roles are caption, re"):
         StreamStore(StreamRecipe("set", str(images), overlays=[str(joined)], captions={"syn": 1}))
 
 

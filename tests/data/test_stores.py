@@ -224,7 +224,7 @@ def test_a_shard_that_stays_damaged_is_replaced_alike_on_all_ranks(
     assert runs[0] == runs[1]
     for before, now in zip(whole, runs[0], strict=True):
         assert now == before if before not in lost else now in stand_ins
-    assert f"others stand in for its {len(lost)} samples" in caplog.text
+    assert f"its {len(lost)} samples are replaced by others" in caplog.text
 
 
 @pytest.mark.usefixtures("no_waiting")

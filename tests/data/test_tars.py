@@ -134,7 +134,9 @@ def test_changed_tars_are_indexed_anew(tars: Path, monkeypatch: pytest.MonkeyPat
     write_tar(tars / "00001.tar", members(*((key, parts) for key, parts, _ in samples)))
     with monkeypatch.context() as patch:
         patch.setattr(tar_store, "_LARGEST_UNINDEXED", 1000)
-        with pytest.raises(FileNotFoundError, match=r"4 tars .* other tars; run `blip-scale index"):
+        with pytest.raises(
+            FileNotFoundError, match=r"4 tars .* no current index; run `blip-scale index"
+        ):
             open_stream(stream)
     with pytest.raises(ValueError, match=r"00001\.tar is damaged: \d+ bytes, not \d+"):
         all_samples(opened)
@@ -184,7 +186,7 @@ def test_what_is_no_folder_of_tars(tmp_path: Path, tars: Path) -> None:
         open_stream(of_tars(tars))
     (tars / "packed.tar.gz").unlink()
     write_tar(tmp_path / "bad" / "a.tar", members(("a", {"jpg": b"no image", "txt": b"a"})))
-    with pytest.raises(ValueError, match=r"no pair is in the tars .*undecodable': 1"):
+    with pytest.raises(ValueError, match=r"the tars hold no pairs .*undecodable': 1"):
         open_stream(of_tars(tmp_path / "bad"))
     (tars / "gz.tar").write_bytes(b"")
     assert open_stream(of_tars(tars)).samples == 25

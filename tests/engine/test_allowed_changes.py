@@ -34,7 +34,7 @@ def test_no_sample_is_lost_or_seen_twice(tmp_path: Path) -> None:
     )
     option = "--allow-change"
     assert tiny_runs.finish(tiny_runs.launch(recipe, 1, option, "data.streams")) == [2]
-    refusal = "global_batch_size was 16 and is 8 now; restore it, change it on purpose with "
+    refusal = "global_batch_size was 16 and is 8 now; undo the change, allow it with "
     assert f"{refusal}--allow-change train.global_batch_size" in tiny_runs.said(recipe)
     tiny_runs.train(recipe, 1, option, "data.streams", option, "train.global_batch_size")
 

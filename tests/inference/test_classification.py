@@ -100,15 +100,15 @@ def test_what_does_not_fit_is_refused(
     file.write_text(json.dumps(["red"]))
     assert "1 names, but the images have 8 labels" in refused(ours, val, "--class-names", file)
     file.write_text(json.dumps(["a photo"]))
-    assert "'a photo' has no {} for the class" in refused(ours, val, "--templates", file)
+    assert "'a photo' lacks {}, the place of the class" in refused(ours, val, "--templates", file)
     for odd in ([1, 2], [""] * 8, [["a"]] * 8):
         file.write_text(json.dumps((odd * 8)[:8]))
-        assert "expected texts that are not empty" in refused(ours, val, "--class-names", file)
+        assert "expected non-empty strings" in refused(ours, val, "--class-names", file)
     missing = tmp_path / "missing" / "figures.json"
     assert "figures.json: expected a file in a folder" in refused(ours, val, "--json", missing)
     file.write_text("{")
     assert "file.json is not JSON" in refused(ours, val, "--templates", file)
-    assert "images lie in no class folder" in refused(ours, val / "red")
+    assert "images are not in a class folder" in refused(ours, val / "red")
     assert "there is no image" in refused(ours, tmp_path)
     assert "embed takes one of" in refused(hf / "captioning", val)
 

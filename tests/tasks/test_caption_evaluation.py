@@ -125,5 +125,5 @@ def test_vqa_lists_are_read_as_their_shards_are(tmp_path: Path, images: Path) ->
 
 def test_a_caption_that_is_no_text_is_refused_by_name(tmp_path: Path, images: Path) -> None:
     items = [{"image": NAMES[0], "caption": ["a man", 5]}]
-    with pytest.raises(ValueError, match=f"list.json: {NAMES[0]}: a caption that is no text: 5"):
+    with pytest.raises(ValueError, match=f"list.json: {NAMES[0]}: a caption is not a string: 5"):
         opened(tmp_path / "list.json", items, images)

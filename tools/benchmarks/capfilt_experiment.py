@@ -1,11 +1,11 @@
-"""Measure CapFilt's effect on retrieval: train on noisy pairs, and on the pairs that it cleaned.
+"""Measure CapFilt's effect on retrieval: train on noisy pairs, and on the same pairs after CapFilt.
 
 The pairs are the demo's, with a known share of wrong captions.
 
     python tools/prepare_data.py demo data/demo
     python tools/benchmarks/capfilt_experiment.py data/demo runs/capfilt
 
-Finished work is kept, and the same command resumes. docs/capfilt.md gives the results.
+Finished work is kept; run the same command to resume. docs/capfilt.md has the results.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from blip_scale.storage import run_folder
 REPO = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
 WRONG = 0.4
-"""Share of the web drawings that have another drawing's caption."""
+"""Share of the web drawings that get the caption of another drawing."""
 HELDOUT = ("heldout_drawing", "heldout_concept")
 SMALL = (
-    # A network that two CPU cores train in minutes, and whose matching head learns in a few hundred
-    # steps. All runs have the same steps and learning rates, whatever the size of their set.
+    # A network that trains in minutes on two CPU cores, and whose matching head learns in a few
+    # hundred steps. All runs have the same number of steps and learning rates.
     "model.vision.image_size=48",
     "model.vision.overrides={patch_size: 12, embed_dim: 128, depth: 4, num_heads: 4}",
     "model.vision.init_std=0.08",
@@ -63,8 +63,8 @@ FINE_TUNING = (
     "optimizer.warmup_steps=50",
 )
 KEPT = (0.7, 0.5)
-"""Shares of the captions of unseen drawings that a threshold keeps. A filter that was trained on
-hard negatives gives low scores, so the default threshold of 0.5 would be strict."""
+"""Shares of the captions of unseen drawings that the tested thresholds keep. A filter trained on
+hard negatives gives low scores, so the default threshold of 0.5 would drop too many."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     raw = {name: (out / "data" / name, sizes[name]) for name in ("annotated", "web")}
     train(demo, out / "raw_0", raw, steps, "seed=0")
     annotated = {"annotated": raw["annotated"]}
-    # The captioner learns in a third of the filter's steps.
+    # The captioner needs a third of the filter's steps.
     tuned = (("filter", "retrieval", 1), ("captioner", "captioning", 3))
     for name, task, part in tuned:
         start = (f"task={task}", f"model.checkpoint={out / 'raw_0'}", *FINE_TUNING)
@@ -108,9 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
 def make_sets(demo: Path, out: Path) -> dict[str, int]:
     """Write the sets `annotated` and `web`, and return their numbers of pairs.
 
-    `annotated` holds OpenMoji's drawings, like a set that people captioned. `web` holds the other
-    drawings, a share `WRONG` of them with each other's captions, and all icons with their paths.
-    The ids of `web` begin with right/, wrong/ or icon/.
+    `annotated` holds OpenMoji's drawings and stands for human-annotated pairs. `web` holds the
+    other drawings, with the captions of a share `WRONG` swapped, and all icons with their paths as
+    captions. The ids of `web` begin with right/, wrong/ or icon/.
     """
     rng = np.random.default_rng(0)
     emoji = list(samples_of(demo / "emoji"))
@@ -149,7 +149,7 @@ def _record(sample: dict[str, Any], prefix: str = "", captions: list[str] | None
 def train(
     demo: Path, run: Path, sets: dict[str, tuple[Path, int]], steps: int, *settings: str
 ) -> None:
-    """Train a run, unless it is finished. The weight of each set is its number of texts."""
+    """Train a run unless it is finished. The weight of each set is its number of texts."""
     if (run / run_folder.SUMMARY).is_file():
         return
     streams = [{"name": n, "local": str(p), "weight": texts} for n, (p, texts) in sets.items()]
@@ -181,10 +181,11 @@ def filtered(out: Path) -> dict[str, Any]:
 
 
 def selectivity(run: Path, web: Path, annotated: Path) -> dict[str, Any]:
-    """Whether a filter's scores order right captions before wrong ones.
+    """Measure how well a filter's scores separate right captions from wrong ones.
 
-    The figures are the area under the ROC curve, and the recall and precision of thresholds that
-    are chosen on annotated drawings.
+    Returns:
+        area under the ROC curve, and recall and precision at thresholds chosen on annotated
+        drawings.
     """
     blip = load_blip(run)
 
@@ -215,7 +216,7 @@ def selectivity(run: Path, web: Path, annotated: Path) -> dict[str, Any]:
 
 
 def noise_found(out: Path) -> dict[str, Any]:
-    """Recall and precision of the filter on wrong captions, and shares of other captions kept."""
+    """Recall and precision of dropping wrong captions, and shares of other captions kept."""
     kept: dict[str, list[str]] = {}
     for sample in samples_of(out / "data" / "web_capfilt"):
         kept[sample["id"]] = [origin["kind"] for origin in sample["annotations"]]
@@ -244,7 +245,7 @@ def noise_found(out: Path) -> dict[str, Any]:
 
 
 def retrieval(out: Path) -> dict[str, Any]:
-    """Held-out recalls of all runs, by set, direction and k: for each seed, then the mean."""
+    """Held-out recalls of all runs by set, direction and k, for each seed and their mean."""
     figures: dict[str, Any] = {}
     for kind in ("raw", "clean"):
         runs = [json.loads((out / f"{kind}_{s}" / run_folder.SUMMARY).read_text()) for s in SEEDS]

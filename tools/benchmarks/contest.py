@@ -1,4 +1,4 @@
-"""Contenders of a benchmark: processes that take turns."""
+"""Run the contenders of a benchmark in processes that take turns."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Failure:
-    """Answer of a contender that raised an exception."""
+    """Answer of a contender whose call raised an exception."""
 
     kind: str
-    """Name of the exception's class."""
+    """Name of the exception class."""
     message: str
 
     @staticmethod
     def of(error: Exception) -> Failure:
-        """The failure that describes an exception."""
+        """Describe an exception."""
         return Failure(type(error).__name__, " ".join(str(error).split())[:500])
 
 
@@ -37,7 +37,7 @@ class ContenderError(RuntimeError):
 
 
 class Contest:
-    """New processes that answer questions from their pipes. The `with` block ends them."""
+    """New processes that answer requests from pipes. Leaving the `with` block ends them."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -70,7 +70,7 @@ class Contest:
 
 
 def ask(pipe: Connection, name: str, question: Any) -> Any:
-    """Send a question to a contender and return its answer.
+    """Send a request to a contender and return its answer.
 
     Raises:
         ContenderError: the contender failed or died.
@@ -83,7 +83,7 @@ def ask(pipe: Connection, name: str, question: Any) -> Any:
 
 
 def receive(pipe: Connection, name: str) -> Any:
-    """The answer to a question that was sent before.
+    """Return the answer to an earlier request.
 
     Raises:
         ContenderError: the contender failed or died.

@@ -1,4 +1,4 @@
-"""Contenders of `tools/benchmark.py data`. Each runs in its process, and they take turns."""
+"""Contenders of `tools/benchmark.py data`. Each runs in its own process, and they take turns."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ CAPTIONS = (
     "view of the old town and its harbour at sunset, long exposure",
 )
 _WORDS = sorted({word.strip(",") for caption in CAPTIONS for word in caption.split()})
-_COPIES = 40  # copies of every photo in the loaders' sets, so that an epoch has several batches
+_COPIES = 40  # copies of every photo, so that an epoch of a loader has several batches
 
 _IMAGES_A_TURN = 64
-_PREFETCHED = 6  # batches a worker holds at most: 2 with webdataset, 4 with ours, some underway
+_PREFETCHED = 6  # bound on batches held per worker: webdataset 2, ours 4, and some in transit
 
 Step = Callable[[], int]
 """Function that does some work and returns the number of images done."""
@@ -45,7 +45,7 @@ Step = Callable[[], int]
 
 @dataclass(frozen=True)
 class Trial:
-    """The same JPEGs as files, as MDS shards and as a tar."""
+    """The same JPEGs as files, MDS shards and a tar."""
 
     folder: Path
     size: tuple[int, int]
@@ -55,7 +55,7 @@ class Trial:
     workers: int
 
     def write(self, photos: Path | None) -> int:
-        """Make the sets from the photos of a folder. Returns the mean size of an image in kB.
+        """Write the sets from the photos in a folder, and return the mean size of an image in kB.
 
         Raises:
             ValueError: the folder holds no photos.
@@ -150,7 +150,7 @@ def _loader(trial: Trial, workers: int) -> Iterator[int]:
 
 
 def _webdataset(trial: Trial, workers: int) -> Iterator[int]:
-    """Shuffle, decode and transform as webdataset's users do. Every worker reads the whole tar."""
+    """Shuffle, decode and transform in webdataset's usual way. Every worker reads the whole tar."""
     dataset = (
         webdataset.WebDataset(
             str(trial.folder / "photos.tar"), shardshuffle=False, workersplitter=None
@@ -220,7 +220,9 @@ class DataContest(Contest):
 
 
 def _serve(pipe: Connection) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # DataLoader's workers, as usual on Linux
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # start method of DataLoader's workers, Linux default
     torch.set_num_threads(1)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -239,8 +241,8 @@ def _serve(pipe: Connection) -> None:
 def _rate(step: Step, workers: int) -> float:
     """Images per second.
 
-    Without workers it is per second of processor time, which other processes hardly affect. With
-    workers it is per second of wall time, once the batches that were ready are used up.
+    Without workers, seconds are CPU time, which other processes hardly affect. With workers, they
+    are wall time, measured after the prefetched batches are used up.
     """
     clock = time.perf_counter if workers else time.process_time
     for _ in range(workers * _PREFETCHED):

@@ -1,7 +1,7 @@
-"""Work of the GPU and of the host in a step, read from a trace of torch's profiler.
+"""Measure the work of GPU and host in a step from a trace of torch's profiler.
 
-The trace holds only CUDA's calls and kernels. Recording torch's operations, too, would take the
-host longer than the step.
+The trace holds only CUDA calls and kernels. Recording torch's operations would take the host longer
+than the step itself.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ WAITS = (
 """CUDA calls that wait for the device."""
 _ALLOCATIONS = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaMallocHost", "cuMemCreate")
 _LAUNCH_LIMIT_US = 100.0
-"""Duration above which a launch must have waited for room in the device's queue."""
+"""Duration above which a launch must have waited for space in the device's queue."""
 Event = dict[str, Any]
 
 
 def device_work(step: Callable[[], None]) -> dict[str, Any]:
     """Profile one step on a CUDA device; see `summary` for the figures.
 
-    A first trace without a step shows how many waits belong to the profiler.
+    An empty trace is recorded first to count the waits of the profiler itself.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         idle, _ = _traced(lambda: None, Path(folder) / "idle.json")
@@ -47,7 +47,7 @@ def device_work(step: Callable[[], None]) -> dict[str, Any]:
 
 
 def _traced(step: Callable[[], None], file: Path) -> tuple[list[Event], float]:
-    """Complete events of a call, and the seconds until it returned."""
+    """Trace a call. Returns its complete events, and the seconds until it returned."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         began = time.perf_counter()
@@ -64,7 +64,7 @@ def summary(events: Sequence[Event], seconds: float, profilers_waits: int) -> di
     Args:
         events: complete events in the format of Chrome's tracing, times in microseconds.
         seconds: wall time from the call of the step to its return.
-        profilers_waits: number of last waits that belong to the profiler.
+        profilers_waits: number of waits at the end that belong to the profiler.
 
     Returns:
         `kernel_s` is the sum over kernels, and `busy_s` the time in which the device did anything.
@@ -100,7 +100,7 @@ def _is_wait(event: Event) -> bool:
 
 
 def _covered_us(events: Sequence[Event]) -> float:
-    """Microseconds that the events cover. Overlaps count once."""
+    """Microseconds covered by the events. Overlaps count once."""
     covered, end = 0.0, float("-inf")
     for event in sorted(events, key=lambda event: event["ts"]):
         start, stop = event["ts"], event["ts"] + event["dur"]
@@ -110,10 +110,10 @@ def _covered_us(events: Sequence[Event]) -> float:
 
 
 def waiting_places(step: Callable[[], None]) -> dict[str, int]:
-    """Places in the code where torch makes the host wait in one step, with their counts.
+    """Count the places in the code where torch makes the host wait in one step.
 
     A place is the innermost line of this project or of DeepSpeed on the stack. Calls to
-    `torch.cuda.synchronize` are missing, as torch does not announce them.
+    `torch.cuda.synchronize` are missing, because torch emits no warning for them.
     """
     places: Counter[str] = Counter()
 

@@ -1,4 +1,4 @@
-"""Simulate the goodput of a month on a cluster with failures: `benchmark.py goodput`."""
+"""Simulate the goodput of runs on a cluster with failures: `benchmark.py goodput`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Case:
     evaluation_s: float = 0.0
     """Seconds of an evaluation."""
     evaluate_every: int = 0
-    """Number of checkpoints between two evaluations; 0: none."""
+    """Number of checkpoints between two evaluations; 0 for no evaluation."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class _Run:
     failure: float = 0.0
     """Time of the next failure."""
     work: float = 0.0
-    """Seconds of steps that count, if nothing more is lost."""
+    """Seconds of completed steps, including those not in a checkpoint yet."""
     committed: float = 0.0
     """Seconds of steps in the newest committed checkpoint."""
 
@@ -70,14 +70,14 @@ class _Run:
             ("steps", "start", "evaluation", "saving", "repeated", "down"), 0.0
         )
         self.writing: deque[tuple[float, float]] = deque()
-        """Checkpoints that are being written: time of the commit, seconds of steps."""
+        """Checkpoints being written: (time of the commit, seconds of steps)."""
         self._draw_failure()
 
     def _draw_failure(self) -> None:
         self.failure = self.now + self.rng.exponential(self.case.between_s)
 
     def pass_time(self, use: str, seconds: float) -> bool:
-        """Spend time on one use. Returns False if a failure ends it."""
+        """Spend time on one use. Returns False if a failure interrupts it."""
         end = self.now + seconds
         survives = self.failure > end
         self.spent[use] += (end if survives else self.failure) - self.now
@@ -87,7 +87,7 @@ class _Run:
         return survives
 
     def lose(self) -> None:
-        """Lose what was not committed, and wait until the failure is noticed."""
+        """Lose the work that is not committed, and wait until the failure is detected."""
         lost_s = self.spent["steps"] - self.committed
         self.spent["steps"] -= lost_s
         self.spent["repeated"] += lost_s
@@ -99,7 +99,7 @@ class _Run:
         self._draw_failure()
 
     def train(self, until: float) -> None:
-        """Start, and train until a failure or the end."""
+        """Start the run, and train until a failure or the end."""
         case, costs = self.case, self.case.costs
         saves = 0
         if not self.pass_time("start", costs.restart_s):
@@ -120,7 +120,7 @@ class _Run:
 def simulate(case: Case, seconds: float, rng: np.random.Generator) -> dict[str, float]:
     """Shares of the wall time of one run by use; `steps` is the goodput.
 
-    Failures come at random moments, restarts included. The run begins with a start.
+    Failures occur at random times, also during restarts. The run begins with a start.
     """
     run = _Run(case, rng)
     while run.now < seconds:
@@ -137,7 +137,7 @@ def months(case: Case, count: int, days: float, seed: int) -> list[dict[str, flo
 
 
 def measured(run: Path) -> dict[str, float]:
-    """Costs that a run's folder tells; those that it does not tell are left out.
+    """Read costs from the folder of a run. Costs without data are left out.
 
     - `pause_s`, `write_s`: medians of its checkpoints.
     - `restart_s`: median time from the end of the first rank to the next logged step, over the
@@ -145,7 +145,7 @@ def measured(run: Path) -> dict[str, float]:
     - `hang_limit_s`: median limit of the hangs in stalls.jsonl.
 
     Raises:
-        OSError: there is no run in the folder.
+        OSError: the folder holds no run.
     """
     points = _json_lines(run / run_folder.METRICS)
     costs: dict[str, float] = {}
@@ -173,7 +173,7 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def costs_and_sources(options: argparse.Namespace) -> tuple[Costs, dict[str, str]]:
-    """Costs of the planned case, and for each of them whether it was measured, given or assumed."""
+    """Costs of the planned case, and the source of each: measured, given as option, or assumed."""
     costs = asdict(ASSUMED)
     sources = dict.fromkeys(costs, "assumed")
     from_run = measured(options.run) if options.run else {}
@@ -186,7 +186,7 @@ def costs_and_sources(options: argparse.Namespace) -> tuple[Costs, dict[str, str
 
 
 def cases(options: argparse.Namespace) -> dict[str, Case]:
-    """Cases of the table: the planned one first, then it with one thing changed."""
+    """Cases of the table: the planned one first, then variants with one change each."""
     costs, _ = costs_and_sources(options)
     between_s = 7 * DAY_S / options.failures_a_week
     best_s = best_interval_s(costs, between_s)
@@ -218,7 +218,7 @@ def _evaluated(case: Case, every_s: float, seconds: float) -> Case:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Simulated goodput of every case, and what the goal of 99 % leaves for a restart."""
+    """Simulated goodput of every case, and the longest restart that still gives 99 %."""
     rows = {}
     for name, case in cases(options).items():
         shares = months(case, options.months, options.days, options.seed)
@@ -243,7 +243,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _longest_restart_s(case: Case) -> float:
-    """Longest restart with which the closed form still gives the goal; 0 if none does."""
+    """Longest restart with which the closed form reaches the goal; 0 if none does."""
     low, high = 0.0, case.between_s
     for _ in range(50):
         middle = (low + high) / 2
@@ -256,7 +256,7 @@ def _longest_restart_s(case: Case) -> float:
 
 
 def show(result: dict[str, Any]) -> str:
-    """The result as two tables in Markdown: the times that it rests on, and the cases."""
+    """The result as two Markdown tables: assumed and measured times, and the cases."""
     lines = ["| time | value | source |", "|---|---|---|"]
     for name, value in result["costs"].items():
         lines.append(f"| {name} | {value:g} | {result['sources'][name]} |")
@@ -285,14 +285,19 @@ def add_goodput(commands: Any) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "goodput",
-        help="a month on a cluster with failures, simulated: share of the time in steps that count",
+        help="simulated goodput of a month on a cluster with failures",
         description="Simulate runs with random failures, restarts, hangs and checkpoints that are "
-        "written in the background, beside Daly's closed form. Times that were measured replace "
-        "the assumed ones: by options, or from a run's folder.",
+        "written in the background, and compare them with Daly's closed form. Options and the "
+        "measured times of a run (--run) replace the assumed times.",
     )
     add = command.add_argument
     add("--nodes", type=int, default=32, help="default: 32")
-    add("--failures-a-week", type=float, default=3.0, help="of the whole cluster (default: 3)")
+    add(
+        "--failures-a-week",
+        type=float,
+        default=3.0,
+        help="failures of the whole cluster (default: 3)",
+    )
     add("--days", type=float, default=30.0, help="length of a simulated run (default: 30)")
     add("--months", type=int, default=400, help="simulated runs of each case (default: 400)")
     add("--seed", type=int, default=0)

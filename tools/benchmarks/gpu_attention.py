@@ -1,4 +1,4 @@
-"""Attention kernels at the shapes of the step: the `attention` part of `gpu_report.py`."""
+"""Measure attention kernels at the shapes of the step: the `attention` part of `gpu_report.py`."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ _SDPA = {
 }
 _WITHOUT_DROPOUT = ("flash_attn_4", "torch varlen_attn")
 _HEAD_START = 10_000_000
-"""Cycles (about 5 ms) that the device sleeps while the host launches the timed work."""
+"""Cycles (about 5 ms) for which the device sleeps while the host launches the timed work."""
 Function = Callable[[Tensor, Tensor, Tensor, AttentionLayout, float], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention of the step."""
+    """Shape of one attention operation of the step."""
 
     name: str
     layout: AttentionLayout
     queries: int
-    """Number of tokens of all query sequences."""
+    """Total number of tokens of the query sequences."""
     keys: int
-    """Number of tokens of all key sequences."""
+    """Total number of tokens of the key sequences."""
     drops: bool
-    """Whether the network trains it with dropout."""
+    """Whether it is trained with dropout."""
 
 
 def cases(batch: int, image_tokens: int, device: torch.device) -> list[Case]:
-    """The ViT's attention, both self-attentions of the text, and cross-attention.
+    """Attention of the ViT, both kinds of self-attention of the text, and cross-attention.
 
-    In the latter, four captions look at each image.
+    In cross-attention, four captions attend to each image.
     """
     generator = torch.Generator().manual_seed(1)
     draws = torch.empty(batch).log_normal_(mean=2.46, std=0.35, generator=generator)
@@ -67,8 +67,8 @@ def cases(batch: int, image_tokens: int, device: torch.device) -> list[Case]:
 def kernels() -> dict[str, Function]:
     """Kernels by name.
 
-    They are the packed ones of `blip_scale.model.kernels`, torch's varlen_attn, and the backends of
-    SDPA on padded sequences, which `model.attention: sdpa` uses.
+    They are the packed kernels of `blip_scale.model.kernels`, torch's varlen_attn, and the backends
+    of SDPA on padded sequences, which `model.attention: sdpa` uses.
     """
     functions: dict[str, Function] = {"torch_flash": _packed("torch_flash")}
     functions["SDPA, torch's choice"] = _sdpa(None)
@@ -76,7 +76,7 @@ def kernels() -> dict[str, Function]:
         functions[name] = _sdpa(choice)
     functions["torch varlen_attn"] = _varlen
     for backend in get_args(Backend):
-        if backend != "sdpa":  # flash-attn-4 comes late, as it compiles for each shape
+        if backend != "sdpa":  # flash-attn-4 is last, because it compiles for each shape
             functions.setdefault(backend, _packed(backend))
     return functions
 
@@ -121,7 +121,7 @@ class _Shape:
 
 
 def run_attention(rows: Rows, device: torch.device, tiny: bool) -> None:
-    """Error against SDPA in fp32 and time, forward and backward, of each kernel in each case."""
+    """Measure the error against fp32 SDPA, and the time of forward and backward, of each kernel."""
     heads, channels, image_tokens = (2, 16, 10) if tiny else (12, 64, 197)
     shapes = []
     for batch in (2,) if tiny else (64, 256):
@@ -175,7 +175,7 @@ def _measured(
 
 
 def milliseconds(function: Callable[[], None], device: torch.device, rounds: int = 10) -> float:
-    """Median time of a call after three warm-up calls. On a GPU it is the device's time alone."""
+    """Median time of a call after three warm-up calls. On a GPU, only device time is measured."""
     for _ in range(3):
         function()
     times = []

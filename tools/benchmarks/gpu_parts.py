@@ -1,4 +1,4 @@
-"""Parts of `gpu_report.py`. Each runs in its process and adds rows to the report."""
+"""Parts of `gpu_report.py`. Each runs in its own process and adds rows to the report."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ class Part:
     """Remaining time below which the part is not started."""
     run: Callable[[Settings, Rows], None]
     needs: tuple[str, ...] = ()
-    """Import names of packages without which the part is left out."""
+    """Import names of required packages; the part is skipped without them."""
 
 
 def missing(part: Part) -> list[str]:
-    """Packages of the part that are not installed."""
+    """Required packages of the part that are not installed."""
     return [name for name in part.needs if importlib.util.find_spec(name) is None]
 
 
 def environment(settings: Settings, rows: Rows) -> None:
-    """Versions, machine, and the peak of a matrix product in this run."""
+    """Add versions, the machine, and the measured peak of matrix products."""
     import torch
 
     versions = {}
@@ -91,7 +91,7 @@ def environment(settings: Settings, rows: Rows) -> None:
 
 
 def _peaks(device: Any, tiny: bool) -> list[tuple[str, float]]:
-    """TFLOP/s of the fastest of some large products of random matrices, by kind."""
+    """TFLOP/s of the fastest of several large matrix products, by kind."""
     import torch
 
     from tools.benchmarks.gpu_attention import milliseconds
@@ -124,14 +124,14 @@ def _cpu_model() -> str:
 def _output(*command: str) -> str | None:
     """First line of a command's output; None if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip().partition("\n")[0]
+    return process.stdout.strip().partition("\n")[0]
 
 
 def step(precision: str, batch_size: int) -> Callable[[Settings, Rows], None]:
-    """The part that times the step at one precision and micro-batch."""
+    """Return the part that times the step at one precision and micro-batch."""
 
     def run(settings: Settings, rows: Rows) -> None:
         from tools.benchmarks.gpu_step import StepPart, run_step
@@ -153,7 +153,7 @@ def attention(settings: Settings, rows: Rows) -> None:
 
 
 def gpu_tests(settings: Settings, rows: Rows) -> None:
-    """Run the tests marked `gpu`. Adds their counts, and a row for each test that did not pass."""
+    """Run the tests marked `gpu`. Add their counts, and a row for each test that did not pass."""
     files = []
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         if "pytest.mark.gpu" in file.read_text(encoding="utf-8"):
@@ -179,9 +179,9 @@ def gpu_tests(settings: Settings, rows: Rows) -> None:
 
 
 def demo(settings: Settings, rows: Rows) -> None:
-    """Train the demo recipe on one rank. Adds the seconds, and the figures of its summary.
+    """Train the demo recipe on one rank. Add the seconds and the figures of its summary.
 
-    With `tiny`, two steps are trained on pictures of noise.
+    With `tiny`, train two steps on images of noise.
     """
     from blip_scale.storage import run_folder
 
@@ -202,7 +202,7 @@ def demo(settings: Settings, rows: Rows) -> None:
 
 
 def _demo_data(folder: Path) -> list[str]:
-    """Settings that read the demo's data from a folder. The data are made if they are missing."""
+    """Settings that read the demo's data from a folder. Missing data are created."""
     if not (folder / "emoji").is_dir():
         command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), "demo", str(folder)]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
@@ -238,7 +238,7 @@ def _noise(folder: Path) -> list[str]:
 
 
 def all_parts() -> dict[str, Part]:
-    """The parts by name, most important first, as time may run out."""
+    """Parts by name, most important first, because time may run out."""
     parts = [
         Part("environment", 60, 5, environment, ("torch",)),
         Part("step bf16 64", 150, 60, step("bf16", 64), _STEP_NEEDS),

@@ -1,8 +1,8 @@
 """Measure everything that needs a GPU, in ten minutes: `python tools/benchmarks/gpu_report.py OUT`.
 
-Each part runs in its process with a time limit. Rows are on disk as soon as they are measured, and
-OUT/report.json and OUT/report.md are rewritten after each part. So nothing is lost if a part fails
-or the command is killed. OUT/log.txt holds the output of the parts.
+Each part runs in its own process with a time limit. Rows are written to disk as soon as they are
+measured, and OUT/report.json and OUT/report.md are rewritten after each part. Nothing is lost if a
+part fails or the command is killed. OUT/log.txt holds the output of the parts.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tools.benchmarks import gpu_parts, gpu_rows, gpu_tables  # noqa: E402
 
 REPORT, TABLES, LOG = "report.json", "report.md", "log.txt"
 _TRIAL_FACTOR = 4
-"""Factor of the time limits with --tiny, which is meant for slower machines."""
+"""Factor on the time limits with --tiny, which is for slower machines."""
 _LEFT_OUT_S = 5.0
-"""Seconds of the budget that are kept for writing the report."""
+"""Seconds of the budget that are reserved for writing the report."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --parts: unknown {unknown}; expected some of {[*parts]}", file=sys.stderr)
         return 2
     chosen = [parts[name] for name in parts if name in options.parts or not options.parts]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the part that runs, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # also ends the running part
     settings.out.mkdir(parents=True, exist_ok=True)
     for name in (gpu_rows.NAME, REPORT, TABLES, LOG):
         (settings.out / name).unlink(missing_ok=True)
@@ -85,7 +85,7 @@ def _run_all(
     budget_s: float,
     arguments: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Run the parts one after another, while time is left. Returns the state of each."""
+    """Run the parts one after another while time is left. Returns the state of each part."""
     until = time.monotonic() + budget_s - _LEFT_OUT_S
     states: list[dict[str, Any]] = []
     for part in parts:
@@ -112,7 +112,7 @@ def _run_all(
 def _run_part(
     part: gpu_parts.Part, settings: gpu_parts.Settings, limit_s: float, arguments: Sequence[str]
 ) -> tuple[str, str | None]:
-    """Run one part in a new process group, which ends with it. Returns state and reason."""
+    """Run one part in a new process group, and end the group. Returns state and reason."""
     command = [sys.executable, str(Path(__file__).resolve()), "--run-part", part.name, *arguments]
     with (settings.out / LOG).open("a", encoding="utf-8") as log:
         log.write(f"\n===== {part.name}\n")
@@ -155,23 +155,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""Packages: a part whose packages are not installed is left out, with the reason.
-On a machine without a network, carry them as wheels and give their folder:
+        epilog="""Packages: a part is skipped if its packages are not installed; the report says so.
+For a machine without a network, download wheels and pass their folder:
     pip download --no-deps --only-binary=:all: --python-version 3.12 \\
         --platform manylinux_2_28_x86_64 -d wheels simplejpeg obstore pydantic pydantic-core ...
     DS_BUILD_OPS=0 pip wheel --no-deps -w wheels deepspeed==0.19.8   # source only on PyPI
     python tools/benchmarks/gpu_report.py OUT --wheels wheels --demo-data data/demo
-They are installed into a folder in front of the installed packages; PYTHONPATH does the same for
-packages that are unpacked already. The demo's data are made by `python tools/prepare_data.py demo
-data/demo`, which needs the packages of requirements-demo.txt, or carried as that folder.""",
+The wheels are installed into a folder that takes precedence over installed packages. For unpacked
+packages, use PYTHONPATH. `python tools/prepare_data.py demo data/demo` makes the demo's data. It
+needs the packages of requirements-demo.txt; alternatively, copy that folder.""",
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the report; made anew")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the report")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the command")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all parts (default: 10)")
     parser.add_argument(
         "--parts", nargs="+", default=[], metavar="PART",
-        help=f"run these alone, in this order of worth: {', '.join(gpu_parts.all_parts())}",
+        help=f"run only these (default: all, in this order): {', '.join(gpu_parts.all_parts())}",
     )  # fmt: skip
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install its *.whl first")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Measured rows of `gpu_report.py`: JSON lines that outlive the process that wrote them."""
+"""Measured rows of `gpu_report.py`, kept as JSON Lines even if the process is killed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "rows.jsonl"
-"""Name of the file in the folder of a report."""
+"""File name in the folder of a report."""
 
 
 class Rows:
@@ -27,7 +27,7 @@ class Rows:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All rows so far, without a line that was cut off."""
+    """Read all complete rows; an incomplete last line is ignored."""
     file = folder / NAME
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:

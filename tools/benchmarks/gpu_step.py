@@ -1,4 +1,4 @@
-"""The parts of `gpu_report.py` that time the step on a GPU at one micro-batch."""
+"""Parts of `gpu_report.py` that time the step on a GPU at one micro-batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ZeRO-3, CUDA graph": ("ours", _modes("false", "true")),
     "ZeRO-3, compiled CUDA graph": ("ours", _modes("true", "true")),
 }
-"""Title -> kind of contender, and its settings besides the common ones."""
+"""Title -> kind of contender, and its settings in addition to the common ones."""
 TINY = (
     "model.vision.name=vit_tiny_patch16_224",
     "model.vision.image_size=32",
@@ -41,10 +41,10 @@ TINY = (
     *("model.text.layers=2", "model.text.width=48", "model.text.heads=4"),
     *("model.text.mlp_width=96", "model.embed_dim=16", "objective.queue_size=64"),
 )
-"""Settings of a network that a CPU trains in seconds."""
+"""Settings of a network that trains on a CPU in seconds."""
 
 _TOGETHER = 90
-"""Largest micro-batch at which the steps of all contenders fit together on a GPU of 140 GB."""
+"""Largest micro-batch at which all contenders fit on a 140 GB GPU at the same time."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class StepPart:
     device: str
     tiny: bool
     rounds: int
-    """Number of turns of each contender."""
+    """Number of turns per contender."""
     steps: int
-    """Number of timed steps of a turn."""
+    """Number of timed steps per turn."""
 
     @property
     def key(self) -> dict[str, Any]:
@@ -67,10 +67,10 @@ class StepPart:
 
 
 def run_step(part: StepPart, rows: Rows) -> None:
-    """Time the contenders in turns, then profile each. Adds a row for each contender and stage.
+    """Time the contenders in turns, then profile each. Add a row for each contender and stage.
 
-    A contender that refuses its settings, fails or runs out of memory gets a row that says so, and
-    the others continue.
+    If a contender refuses its settings, fails or runs out of memory, its row records that, and the
+    others continue.
     """
     if part.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -84,7 +84,7 @@ def run_step(part: StepPart, rows: Rows) -> None:
 
 
 def _matches(part: StepPart, folder: Path, rows: Rows) -> dict[str, Contender]:
-    """The contenders with a valid recipe. Adds a row for each of the others."""
+    """Contenders with a valid recipe. For each other one, add a row with the error."""
     tokenizer = make_tokenizer(folder / "tokenizer", 500 if part.tiny else BERT_SIZE)
     common = [
         *OFFLINE,
@@ -96,10 +96,10 @@ def _matches(part: StepPart, folder: Path, rows: Rows) -> dict[str, Contender]:
     ]
     threads = max(1, len(os.sched_getaffinity(0)) // len(CONTENDERS))
     ds_config = str(ROOT / "ds_configs" / "zero3.json")
-    made = make_match(recipe.load("base_129M", common), ds_config, threads, folder)
+    match = make_match(recipe.load("base_129M", common), ds_config, threads, folder)
     chosen = {}
     for title, (kind, settings) in CONTENDERS.items():
-        if part.tiny and title == _COMPILED:  # a CPU compiles for a minute
+        if part.tiny and title == _COMPILED:  # compiling takes a minute on a CPU
             continue
         try:
             wanted: Recipe = recipe.load("base_129M", [*common, *settings])
@@ -107,13 +107,13 @@ def _matches(part: StepPart, folder: Path, rows: Rows) -> dict[str, Contender]:
             reason = " ".join(str(error).split())
             rows.add(contender=title, refused=f"refused: {reason}"[:300], **part.key)
             continue
-        wanted = replace(wanted, data=made.recipe.data, output_dir=made.recipe.output_dir)
+        wanted = replace(wanted, data=match.recipe.data, output_dir=match.recipe.output_dir)
         chosen[title] = Contender(kind, Match(wanted, ds_config, threads, folder))
     return chosen
 
 
 class _Turns(StepContest):
-    """Contenders on one device. Each empties its cache of memory before the next one's turn."""
+    """Contenders on one device. Each empties its memory cache before the next one's turn."""
 
     def __init__(self, part: StepPart, rows: Rows, contenders: dict[str, Contender]) -> None:
         super().__init__(contenders)
@@ -122,7 +122,7 @@ class _Turns(StepContest):
     def begin(self, contenders: dict[str, Contender]) -> None:
         """Start all contenders, build their networks in parallel, and run the first steps.
 
-        If all fit on the device together, the first steps run in parallel, too, as they compile.
+        If all fit on the device together, the first steps, which compile, run in parallel too.
         """
         for title, contender in contenders.items():
             self.add(title, contender)
@@ -141,7 +141,7 @@ class _Turns(StepContest):
                 self.rows.add(contender=title, first_steps_s=round(seconds, 1), **self.part.key)
 
     def take(self) -> None:
-        """Run all rounds. Adds a row for each contender."""
+        """Run all rounds, and add a row for each contender."""
         times: dict[str, list[float]] = {title: [] for title in self.pipes}
         for _ in range(self.part.rounds):
             for title in list(self.pipes):
@@ -175,14 +175,14 @@ class _Turns(StepContest):
     def attempt(
         self, title: str, what: str, *arguments: Any, ends: bool = True, is_sent: bool = False
     ) -> Any:
-        """A contender's answer; None if it failed, which adds a row.
+        """Return a contender's answer. If it fails, add a row and return None.
 
         Args:
-            title: of the contender.
-            what: method.
-            arguments: of the method.
-            ends: whether a contender that failed takes part no more.
-            is_sent: whether the question was sent before.
+            title: title of the contender.
+            what: method to call.
+            arguments: arguments of the method.
+            ends: whether to remove the contender if it fails.
+            is_sent: whether the request was sent before.
         """
         try:
             if is_sent:
@@ -202,5 +202,5 @@ class _Turns(StepContest):
 
 
 def _first_steps(title: str) -> int:
-    """Number of steps before the timed ones. They capture a graph for each of the batches."""
+    """Number of untimed first steps, enough to capture a graph for each batch."""
     return 12 if "graph" in title else 3

@@ -1,4 +1,4 @@
-"""Markdown of a report of `gpu_report.py`: only measured figures, one number in each cell."""
+"""Markdown tables of `gpu_report.py`, with measured figures only and one number per cell."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 Row = dict[str, Any]
 _PEAK_OF = {"bf16": "bf16", "fp32": "fp32"}
-"""Precision of a step -> kind of matrix product whose peak it is compared with."""
+"""Precision of a step -> kind of matrix product that gives its peak."""
 
 
 def markdown(states: Sequence[Row], rows: Sequence[Row]) -> str:
-    """All tables of a report. Parts without rows are left out."""
+    """All tables of a report, without those of parts that have no rows."""
     parts = [
         _environment(_of(rows, "environment")),
         *_steps(rows),
@@ -29,7 +29,7 @@ def markdown(states: Sequence[Row], rows: Sequence[Row]) -> str:
 
 
 def merged(rows: Iterable[Row], keys: Sequence[str]) -> list[Row]:
-    """Rows merged by their values of `keys`. Later values replace earlier ones."""
+    """Merge rows with equal values of `keys`. Later values replace earlier ones."""
     whole: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         whole.setdefault(tuple(row.get(key) for key in keys), {}).update(row)
@@ -41,7 +41,7 @@ def _of(rows: Iterable[Row], part: str) -> list[Row]:
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; None is an empty cell."""
+    """Build a Markdown table; None becomes an empty cell."""
     texts = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for line in lines:
         cells = ("" if cell is None else str(cell).replace("|", "\\|") for cell in line)
@@ -54,7 +54,7 @@ def _number(value: float | None, digits: int = 3) -> str | None:
 
 
 def _environment(rows: Sequence[Row]) -> str:
-    """A paragraph about the machine, with the peaks."""
+    """Paragraph that describes the machine and its peaks."""
     texts = []
     for row in merged((row for row in rows if row.get("what") == "environment"), ("what",)):
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
@@ -68,7 +68,7 @@ def _environment(rows: Sequence[Row]) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> list[str]:
-    """A table of times and one of calls for each precision and micro-batch of the step."""
+    """Tables of times and of calls, for each precision and micro-batch of the step."""
     peaks = {row["kind"]: row["tflops"] for row in rows if row.get("what") == "peak"}
     measured = [row for row in rows if row["part"].startswith("step ")]
     texts = []
@@ -119,7 +119,7 @@ def _calls(contenders: Sequence[Row]) -> str:
 
 
 def _places(rows: Sequence[Row]) -> list[str]:
-    """Places where our step waits for the device, from the first part that has them."""
+    """Table of places where our step waits for the device, from the first part that has them."""
     for row in rows:
         if row.get("waiting_places") and row["contender"] != "published":
             title = f"### Where the host waits: {row['contender']}, micro-batch {row['batch_size']}"
@@ -128,7 +128,7 @@ def _places(rows: Sequence[Row]) -> list[str]:
 
 
 def _attention(rows: Sequence[Row]) -> list[str]:
-    """A table for each batch size, with a row for each kernel and a column for each case."""
+    """Table for each batch size, with one row per kernel and one column per case."""
     texts = []
     for batch in dict.fromkeys(row["batch_size"] for row in rows):
         ours = [row for row in rows if row["batch_size"] == batch]

@@ -1,4 +1,4 @@
-"""`tools/benchmark.py growth`: cost of a step against each quantity, and its theoretical cost."""
+"""`tools/benchmark.py growth`: how the cost of a step grows with each quantity, and in theory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ OFFLINE = (
     "data.streams=[]",
     "data.heldout=[]",
 )
-"""Settings for weights from the seed and a package's vocabulary, so that nothing is fetched."""
+"""Settings for random weights and a vocabulary from a package, so nothing is downloaded."""
 
 AXES: dict[str, tuple[tuple[int, ...], str]] = {
-    "batch": ((2, 4, 8), "pairs a rank takes at once"),
+    "batch": ((2, 4, 8), "pairs of a micro-batch"),
     "image": ((112, 160, 224), "side of the image in pixels"),
     "tokens": ((8, 16, 24), "tokens of every caption, [CLS] and [SEP] included"),
     "queue": ((14_400, 57_600, 115_200), "columns of the queue"),
@@ -33,7 +33,7 @@ AXES: dict[str, tuple[tuple[int, ...], str]] = {
 }
 """Quantity -> its default values and its meaning."""
 SMALLER = ("model.vision.overrides={depth: 6}", "model.text.layers=6")
-"""Half of base's layers. All layers cost the same, so half are measured in half the time."""
+"""Settings for half of base's layers. All layers cost the same, so this halves the time."""
 _SHORTEST = 30
 """Lowest value of model.text.max_tokens."""
 TERMS = {
@@ -41,12 +41,12 @@ TERMS = {
     "FLOPs": ("gflop", "paper_gflop", "the FLOPs on paper"),
     "memory": ("held_gib", "paper_gib", "the bytes on paper"),
 }
-"""Term -> its figure, the figure that it should grow with, and that figure's name."""
+"""Term -> its figure, the figure with which it should grow, and the name of the latter."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Quantities at which a step is measured."""
+    """Values of the quantities at which a step is measured."""
 
     batch: int
     image: int
@@ -61,7 +61,7 @@ Measure = Callable[[Point], dict[str, float]]
 
 
 def growth(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure every axis from the base point, and name terms that grow faster than they should."""
+    """Measure along every axis from the base point, and list terms that grow too fast."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     from tools.benchmarks.step_contenders import ALLOCATOR
 
@@ -89,7 +89,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def base_point(values: dict[str, list[int]], threads: int) -> Point:
-    """The middle of every axis, on one rank."""
+    """Point in the middle of every axis, on one rank."""
     middle = {name: choices[len(choices) // 2] for name, choices in values.items()}
     return Point(**middle | {"ranks": 1}, threads=threads)
 
@@ -97,7 +97,7 @@ def base_point(values: dict[str, list[int]], threads: int) -> Point:
 def measure_axis(
     name: str, values: Sequence[int], base: Point, measure: Measure
 ) -> list[dict[str, float]]:
-    """A row of figures for each value. Ranks share the cores evenly, in all rows alike."""
+    """Measure one row of figures per value. The number of threads per rank is equal in all rows."""
     threads = base.threads
     if name == "ranks":
         threads = max(1, threads // max(values))
@@ -108,8 +108,8 @@ def measure_axis(
 def growth_of(name: str, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Growth of each term from each point of an axis to the next.
 
-    An entry holds the factor by which the term grew, the factor that is due, and the exponents of
-    both over the quantity.
+    An entry holds the factor by which the term grew, the expected factor (`due`), and the exponents
+    of both with respect to the quantity.
     """
     entries = []
     for before, after in itertools.pairwise(rows):
@@ -128,7 +128,7 @@ def growth_of(name: str, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def faster(steps: dict[str, list[dict[str, Any]]], tolerance: float) -> list[str]:
-    """A line for every term whose growth exceeds its due factor by more than `tolerance`."""
+    """One line for every term whose growth exceeds the expected factor by more than `tolerance`."""
     lines = []
     for name, entries in steps.items():
         for entry in entries:
@@ -144,7 +144,7 @@ def faster(steps: dict[str, list[dict[str, Any]]], tolerance: float) -> list[str
 
 
 def _measured(point: Point, options: argparse.Namespace) -> dict[str, float]:
-    """Figures of a point, measured in new processes."""
+    """Measure the figures of a point in new processes."""
     from tools.benchmarks.growth_contenders import GrowthContest
     from tools.benchmarks.step_contenders import make_match
 
@@ -221,7 +221,7 @@ def growth_table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
-    """Draw a column for each axis: time above and memory below, with the growth that is due."""
+    """Plot time (above) and memory (below) for each axis, with the expected growth."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -255,13 +255,14 @@ def add_growth(commands: Any, ds_config: Path) -> None:
     command = commands.add_parser(
         "growth",
         help="time and memory of a step against batch, image size, caption length, queue and ranks",
-        description="Vary one quantity and keep the others at their middle value. Shown are median "
-        "seconds of an optimizer step (compared without exchanges between ranks), FLOPs by torch's "
-        "counter and by formula, peak memory of a process less its memory before the network, and "
-        "bytes by formula (weights, gradients, optimizer, activations). Each point is measured in "
-        "new processes. A line names every term that grows faster than its formula. The default is "
-        "base_129M's ViT-B and BERT with 6 of their 12 layers, which takes about ten minutes on "
-        "two cores. A busy machine needs more --rounds or a larger --tolerance.",
+        description="Vary one quantity and keep the others at their middle value. The table shows "
+        "median seconds of an optimizer step, FLOPs by torch's counter and by formula, peak memory "
+        "of a process minus its memory before the network, and bytes by formula (weights, "
+        "gradients, optimizer, activations). Growth of time is compared without exchanges between "
+        "ranks. Each point is measured in new processes. Every term that grows faster than its "
+        "formula gets a line. The default is base_129M's ViT-B and BERT with 6 of their 12 layers, "
+        "which takes about ten minutes on two cores. Use more --rounds or a larger --tolerance if "
+        "they are busy.",
     )
     command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the recipe")
     command.add_argument("--recipe", default="base_129M", help="default: base_129M")
@@ -270,28 +271,30 @@ def add_growth(commands: Any, ds_config: Path) -> None:
         shown = " ".join(map(str, values))
         command.add_argument(
             f"--{name}", type=int, nargs="+", default=list(values), metavar="N",
-            help=f"{meaning} (default: {shown}); one value: not varied",
+            help=f"{meaning} (default: {shown}); a single value is not varied",
         )  # fmt: skip
-    command.add_argument("--rounds", type=int, default=5, help="steps of a point (default: 5)")
+    command.add_argument("--rounds", type=int, default=5, help="timed steps per point (default: 5)")
     command.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)),
         help="default: one a core; ranks divide them",
     )  # fmt: skip
     command.add_argument(
         "--tolerance", type=float, default=0.1,
-        help="growth of a term above its formula that is accepted, as a share (default: 0.1)",
+        help="accepted growth above the formula, as a share (default: 0.1)",
     )  # fmt: skip
     command.add_argument(
         "--allocator", choices=("tuned", "plain"), default="tuned", help="see `step --help`"
     )
     command.add_argument("--deepspeed", default=str(ds_config))
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf")
+    command.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also plot to FILE (.svg, .png or .pdf)"
+    )
     command.set_defaults(measure=_measure_and_plot, show=growth_table)
 
 
 def _measure_and_plot(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure and plot. A plot that can't be written is refused before the measurement."""
+    """Measure and plot. An invalid name of the plot is refused before the measurement."""
     if options.plot and options.plot.suffix not in (".svg", ".png", ".pdf"):
         raise ValueError(f"--plot {options.plot}: expected a name that ends in .svg, .png or .pdf")
     result = growth(options)

@@ -1,4 +1,4 @@
-"""Processes that `tools/benchmark.py growth` measures: the ranks of one point."""
+"""Ranks of one point of `tools/benchmark.py growth`, each in its own process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.benchmarks.step_contenders import KINDS, Contender, Match, Ours, serv
 
 
 class GrowthContest(Contest):
-    """All ranks of a point, which answer together."""
+    """All ranks of a point, which get the same requests."""
 
     def __init__(self, match: Match, ranks: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class GrowthContest(Contest):
         self.ask("warm_up")
 
     def ask(self, what: str) -> list[Any]:
-        """Answers of all ranks.
+        """Send a request to all ranks and return their answers.
 
         Raises:
             ContenderError: a rank failed or died.
@@ -55,7 +55,7 @@ def _serve_rank(pipe: Connection, rank: int, ranks: int, port: int, match: Match
 
 
 class Growing(Ours):
-    """Our step on one of the ranks, with its measured exchanges and its theoretical cost."""
+    """Our step on one rank, with measured exchanges and theoretical cost."""
 
     def __init__(self, match: Match) -> None:
         self.match = match
@@ -63,7 +63,7 @@ class Growing(Ours):
         super().__init__(match)
 
     def timed(self) -> dict[str, float]:
-        """Seconds and exchanges of a step that all ranks begin together."""
+        """Seconds and exchanges of one step, which all ranks begin at the same time."""
         from blip_scale.engine import collectives
 
         collectives.barrier()
@@ -108,10 +108,10 @@ class Growing(Ours):
                 network.config, network.vision, micro, chosen.model.gradient_checkpointing
             )
         )
-        most = max(sum(sum(part.values()) for part in running), sum(held.update.values()))
+        peak_bytes = max(sum(sum(part.values()) for part in running), sum(held.update.values()))
         return {
             "flops": pretraining_flops(self.task.config, batch, tokens, queue),
-            "gib": (sum(held.resting.values()) + most) / 2**30,
+            "gib": (sum(held.resting.values()) + peak_bytes) / 2**30,
         }
 
 

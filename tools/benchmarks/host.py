@@ -1,7 +1,7 @@
 """`tools/benchmark.py host`: the host's work in a step, on a CPU.
 
-The network has its full depth and a tiny width, and runs on one thread. Arithmetic takes almost no
-time, so the CPU seconds are those that a GPU would wait for.
+The network has full depth but a tiny width, and runs on one thread. Arithmetic takes almost no
+time, so the CPU seconds approximate the host time of a step on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RATIOS = {
     "plain_to_published": ("plain", "published"),
     "ours_to_published": ("ours", "published"),
 }
-"""Name of a ratio -> the contenders that it divides."""
+"""Name of a ratio -> contenders in numerator and denominator."""
 TINY_WIDTH = (
     "model.vision.image_size=32",
     "model.vision.overrides={embed_dim: 48, num_heads: 12}",
@@ -32,7 +32,7 @@ TINY_WIDTH = (
     "model.embed_dim=16",
     "objective.queue_size=64",
 )
-"""Settings of a recipe that leave depth and number of heads as they are."""
+"""Settings of a tiny width that keep the depth and the number of heads."""
 _VOCABULARY = 500
 
 
@@ -105,15 +105,18 @@ def add_host(commands: Any, ds_config: Path) -> None:
     command = commands.add_parser(
         "host",
         help="the host's work in a step: CPU seconds at full depth and tiny width",
-        description="CPU seconds of an optimizer step of our form in plain PyTorch, of our form "
-        "under ZeRO-3 and of the published form, in turns, on one thread, with base_129M's depth "
-        "and a width of 48: what a GPU would wait for. Ratios are medians over rounds.",
+        description="Measure CPU seconds of an optimizer step on one thread, for our step in plain "
+        "PyTorch, our step under ZeRO-3, and the published step, in turns. The network has "
+        "base_129M's depth and a width of 48, so the result approximates the host time of a step "
+        "on a GPU. Ratios are medians over rounds.",
     )
     command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the recipe")
     command.add_argument("--recipe", default="base_129M", help="default: base_129M")
     command.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     command.add_argument("--batch-size", type=int, default=4, help="default: 4")
-    command.add_argument("--rounds", type=int, default=9, help="steps of each (default: 9)")
+    command.add_argument(
+        "--rounds", type=int, default=9, help="timed steps per contender (default: 9)"
+    )
     command.add_argument("--deepspeed", default=str(ds_config))
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(measure=host, show=host_table)

@@ -1,4 +1,4 @@
-"""Counts of the host's work in a step, for `tools/benchmark.py step`."""
+"""Count the host's work in a step, for `tools/benchmark.py step`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def host_work(step: Callable[[], None]) -> dict[str, int]:
     """Count the operations on tensors and the calls of Python functions in a step.
 
-    Views and empty tensors are not counted. On a GPU an operation launches a kernel or a few.
+    Views and empty tensors are not counted. On a GPU, an operation launches one or a few kernels.
     """
     operations = calls = 0
 

@@ -1,4 +1,4 @@
-"""`benchmark.py objectives`: short pretrainings with other losses, image sizes and towers."""
+"""`benchmark.py objectives`: short pretrainings with various losses, image sizes and towers."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "DINOv3 tower": (*_MOMENTUM, "model.vision.name=vit_small_patch16_dinov3"),
     "EVA02 tower": (*_MOMENTUM, "model.vision.name=eva02_base_patch16_clip_224"),
 }
-"""Row of the table -> settings that differ from the recipe's. SHARE_60 and SHARE_90 stand for the
-epochs that end 60 % and 90 % of the steps."""
+"""Row of the table -> settings that differ from the recipe. SHARE_60 and SHARE_90 stand for the
+epochs (fractional) at 60 % and 90 % of the steps."""
 _FIGURES = {
     "itc_image_to_text_r10": "R@10, image to text",
     "itc_text_to_image_r10": "R@10, text to image",
     "itm_image_to_text_r1": "R@1 re-ranked, image to text",
     "exact": "captions exactly right",
 }
-"""Held-out figure of the first set -> head of its column. All are shares."""
+"""Held-out metric of the first set -> head of its column. All are shares."""
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _over(
     runs: list[dict[str, float]], statistic: Callable[[list[float]], float]
 ) -> dict[str, float]:
-    """A statistic of each figure over runs with the same figures."""
+    """Apply a statistic to each figure over runs."""
     return {figure: statistic([run[figure] for run in runs]) for figure in runs[0]}
 
 
@@ -73,12 +73,12 @@ def _train(name: str, seed: int, out: Path, options: argparse.Namespace) -> Path
     """Pretrain on one rank. Returns the folder of the run.
 
     Raises:
-        RuntimeError: training failed. The message has its last words.
+        RuntimeError: training failed. The message has the last line of its error output.
     """
     run = out / f"{name.replace(' ', '_')}_{seed}"
     if (run / run_folder.SUMMARY).is_file():
         return run
-    # max_steps ends the schedule before the recipe's epochs are over.
+    # max_steps ends the run earlier than the recipe's epochs.
     epochs = options.steps / options.steps_per_epoch
     settings = [
         text.replace("SHARE_60", f"{0.6 * epochs:.4f}").replace("SHARE_90", f"{0.9 * epochs:.4f}")
@@ -91,9 +91,9 @@ def _train(name: str, seed: int, out: Path, options: argparse.Namespace) -> Path
         *settings, *options.settings,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{name}, seed {seed}: {process.stderr.strip().splitlines()[-1]}")
     return run
 
 
@@ -128,7 +128,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def _share(row: dict[str, dict[str, float]], figure: str) -> str:
-    """A cell: the mean in percent, and the deviation between seeds if there are several."""
+    """Cell with the mean in percent, and the standard deviation over seeds if there are several."""
     if figure not in row["mean"]:
         return "-"
     cell = f"{100 * row['mean'][figure]:.1f}"
@@ -142,17 +142,20 @@ def add_objectives(commands: Any) -> None:
     command = commands.add_parser(
         "objectives",
         help="short pretrainings with other losses, image sizes and towers",
-        description="Held-out recall, captions, seconds a step and peak memory of short "
-        "pretrainings on one rank, one after another: BLIP's losses, and one choice changed at a "
-        "time. Make the demo's data first: `python tools/prepare_data.py demo data/demo`.",
+        description="Run short pretrainings on one rank, one after another, with BLIP's losses and "
+        "with one change at a time. The table shows held-out recall, captions, seconds per step "
+        "and peak memory. Make the demo's data first: `tools/prepare_data.py demo data/demo`.",
     )
     command.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of all runs")
     command.add_argument("--recipe", default="demo", help="default: demo")
-    command.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
+    command.add_argument("--steps", type=int, default=200, help="steps per run (default: 200)")
     command.add_argument(
-        "--steps-per-epoch", type=float, default=108, help="of the recipe (default: 108, the demo)"
+        "--steps-per-epoch",
+        type=float,
+        default=108,
+        help="steps per epoch of the recipe (default: 108, the demo)",
     )
-    command.add_argument("--seeds", type=int, default=1, help="runs of each (default: 1)")
+    command.add_argument("--seeds", type=int, default=1, help="runs per variant (default: 1)")
     command.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     command.add_argument("--out", type=Path, help="folder that keeps the runs (default: none)")
     command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

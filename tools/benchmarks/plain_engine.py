@@ -1,4 +1,4 @@
-"""PyTorch instead of the DeepSpeed engine, for `tools/benchmark.py step --against plain`."""
+"""Plain PyTorch in place of the DeepSpeed engine, for `tools/benchmark.py step --against plain`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from blip_scale.config.recipe import OptimizerRecipe
 
 
 class PlainEngine:
-    """PyTorch instead of `ZeroEngine`, to measure the cost of the engine.
+    """Plain PyTorch in place of `ZeroEngine`, to measure the cost of the engine.
 
-    In bf16 it has fp32 masters, like the engine.
+    In bf16 it keeps fp32 masters, like the engine.
     """
 
     def __init__(self, network: nn.Module, settings: OptimizerRecipe) -> None:
@@ -36,7 +36,7 @@ class PlainEngine:
         loss.backward()
 
     def squared_norms(self) -> Tensor:
-        """[1] fp64: sum of squares of all gradients."""
+        """Sum of squares of all gradients, fp64 [1]."""
         gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
         return nn.utils.get_total_norm(gradients).double().square()[None]
 
@@ -67,7 +67,7 @@ class _PlainSlice:
 
 
 class PlainMomentum:
-    """fp32 averages of whole parameters, and the momentum weights that are copied from them."""
+    """fp32 momentum averages, and the momentum weights that are copied from them."""
 
     def __init__(self, engine: PlainEngine, pairs: dict[str, str]) -> None:
         parameters = dict(engine.module.named_parameters(remove_duplicate=False))

@@ -1,10 +1,10 @@
 """BLIP's pretraining step as the published code computes it, the baseline of the benchmarks.
 
-Captions are padded to 30 tokens. There are four passes through the text layers (text alone, matched
-pairs, mismatched pairs, decoder). Queries, keys and values are projected one by one, and the
-images' keys and values anew in each pass. Negatives are drawn row by row, the queue is cloned, and
-momentum and AdamW take one parameter at a time. The layers are those of timm and of transformers'
-BLIP. The step is not used for training.
+Captions are padded to 30 tokens. There are four passes through the text layers: text alone, matched
+pairs, mismatched pairs, and decoder. Queries, keys and values are projected separately. Keys and
+values of the images are recomputed in each pass. Negatives are drawn row by row, the queue is
+cloned, and momentum and AdamW update one parameter at a time. The layers are those of timm and of
+transformers' BLIP. The step is not used for training.
 
 Legend: B batch, N image tokens, D width, L padded length, E embed_dim, Q queue.
 """
@@ -40,7 +40,7 @@ from blip_scale.model.vision import build_vision
 
 @dataclass(frozen=True)
 class Negatives:
-    """Rows of the batch: a negative image for each text, and a negative text for each image."""
+    """Batch indices of a negative image for each text, and of a negative text for each image."""
 
     image: list[int]
     text: list[int]
@@ -97,12 +97,12 @@ class PublishedStep:
         self.train()
 
     def train(self, mode: bool = True) -> None:
-        """Switch dropout on or off, in the momentum copies, too, as published."""
+        """Switch dropout on or off, also in the momentum copies, as published."""
         for module in [*self.modules, *(copied for _, copied in self.pairs)]:
             module.train(mode)
 
     def take_attention(self, kind: str) -> None:
-        """Choose `eager` or `sdpa` for the ViT. transformers' text layers support only eager."""
+        """Set the ViT's attention to `eager` or `sdpa`. The text layers support only `eager`."""
         for vision in (self.vision, self.pairs[0][1]):
             for block in vision.blocks:
                 block.attn.fused_attn = kind == "sdpa"
@@ -120,7 +120,7 @@ class PublishedStep:
             images: [B, 3, H, W] fp32.
             captions: from `padded`.
             alpha: weight of the soft targets.
-            negatives: negatives to use. None: they are drawn.
+            negatives: negatives to use; None draws them.
         """
         self.optimizer.zero_grad()
         losses = self.losses(images, *captions, alpha, negatives)
@@ -131,7 +131,7 @@ class PublishedStep:
     def losses(
         self, images: Tensor, ids_BL: Tensor, mask_BL: Tensor, alpha: float, fixed: Negatives | None
     ) -> dict[str, Tensor]:
-        """The published forward, side effects included."""
+        """Compute the published forward, including its side effects."""
         with torch.no_grad():
             self.temperature.clamp_(0.001, 0.5)
         image_embeds = self.vision(images)
@@ -258,7 +258,7 @@ class PublishedStep:
 
 
 def _plain_vision(config: MEDConfig) -> VisionTransformer:
-    """timm's ViT of the same shape, with timm's attention."""
+    """Build timm's ViT of the same shape, with timm's attention."""
     ours = build_vision(config.vision)
     vision = timm.create_model(
         config.vision.name,
@@ -276,7 +276,7 @@ def _plain_vision(config: MEDConfig) -> VisionTransformer:
 
 
 def _huggingface_config(config: MEDConfig) -> BlipConfig:
-    """transformers' settings of the text layers. Their ViT is tiny, as it is not used."""
+    """transformers' configuration of the text layers. Its ViT is unused and tiny."""
     width = build_vision(config.vision).embed_dim
     text = text_config(config.text, width)
     text.hidden_dropout_prob = text.attention_probs_dropout_prob = config.text.dropout
@@ -292,7 +292,7 @@ def _huggingface_config(config: MEDConfig) -> BlipConfig:
 
 
 def _load_text(model: nn.Module, med: MED, head: Head) -> None:
-    """Load a model's weights, except for the ViT, which is timm's."""
+    """Load the weights of the text layers. The ViT is timm's and loaded elsewhere."""
     state = to_huggingface(to_salesforce(med.state_dict(), head))
     texts = {name: value for name, value in state.items() if not name.startswith("vision_model.")}
     keys = model.load_state_dict(texts, strict=False)
@@ -302,7 +302,7 @@ def _load_text(model: nn.Module, med: MED, head: Head) -> None:
 
 
 def _tie(encoder: Any, decoder: Any) -> None:
-    """Encoder and decoder share everything but self-attention."""
+    """Share all weights of encoder and decoder except self-attention."""
     decoder.bert.embeddings = encoder.embeddings
     decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
     layers = zip(encoder.encoder.layer, decoder.bert.encoder.layer, strict=True)

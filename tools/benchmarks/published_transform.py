@@ -23,13 +23,13 @@ Pixels = np.ndarray
 """Pixels, uint8 [height, width, 3]."""
 
 _FILL = (128, 128, 128)
-_STRENGTH = 5 / 10  # M as a share of its largest value
+_STRENGTH = 5 / 10  # M divided by its largest value
 
 
 def published_transform(size: int, min_scale: float = 0.2) -> Callable[[Image.Image], Tensor]:
-    """Transform of an RGB image to normalised float32 [3, size, size].
+    """Return a transform from an RGB image to normalised float32 [3, size, size].
 
-    It draws from torch's and numpy's global generators.
+    It uses the global generators of torch and NumPy.
     """
     return transforms.Compose(
         [
@@ -87,13 +87,13 @@ def equalize(pixels: Pixels, sign: int) -> Pixels:
 
 
 def brightness(pixels: Pixels, sign: int) -> Pixels:
-    """Scale all values by a factor of 1. The published code does the work, too."""
+    """Scale all values by 1, like the published code, which does this work too."""
     factor = 0.1 + 1.8 * _STRENGTH
     return (np.arange(256) * factor).clip(0, 255).astype(np.uint8)[pixels]
 
 
 def sharpness(pixels: Pixels, sign: int) -> Pixels:
-    """Filter the image and drop the result: the factor is 1, as in the published code."""
+    """Filter the image and discard the result, because the factor is 1, like the published code."""
     kernel = np.ones((3, 3), dtype=np.float32)
     kernel[1, 1] = 5
     cv2.filter2D(pixels, -1, kernel / 13)

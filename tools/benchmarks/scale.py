@@ -1,7 +1,7 @@
-"""`tools/benchmark.py scale`: what a sample, an opening and an epoch cost against the shards.
+"""`tools/benchmark.py scale`: cost of a sample, an opening and an epoch, by number of shards.
 
-Each number of shards is measured in a process of its own, over made-up shards: hard links to a few
-real ones of small samples. CPU time, so that a busy machine disturbs less; medians over rounds.
+Each number of shards is measured in its own process. The shards are hard links to a few real files
+with small samples. Times are CPU times, which a busy machine affects less, and medians over rounds.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 1_000
-"""Samples of a shard."""
+"""Samples per shard."""
 IMAGE_BYTES = 2_000
 FILES = 8
-"""Real files at least, so that few shards are not read from the processor's caches alone."""
+"""Minimum number of real files. With fewer, all reads would hit the processor's caches."""
 LINKS = 50_000
-"""Names of a file at most: ext4 allows 65,000."""
+"""Maximum hard links per file; ext4 allows 65,000."""
 BLOCK = 262_144
-"""Samples that are shuffled together: the recipes' own."""
+"""Samples of a shuffle block, as in the recipes."""
 WORKERS = 8
-"""Loader workers of a rank: one of them lays a block out for all."""
+"""Loader workers per rank. One of them computes a block's layout for all."""
 READERS = 256 * WORKERS
-"""Ranks times workers: each reads its share of every block."""
+"""Ranks times workers. Each reads its share of every block."""
 ROWS = (
     ("us a sample, one reader", "sample_us"),
     (f"us a sample, one of {READERS:,} readers", "reader_us"),
     ("  of it reading", "share_us"),
-    ("  of it laying blocks out", "layout_us"),
+    ("  of it computing block layouts", "layout_us"),
     ("  of it planning what to fetch", "plan_us"),
     ("s to open, first time", "first_open_s"),
     ("s to open, later", "open_s"),
-    ("s to lay out an epoch", "epoch_s"),
-    ("MB more in a rank that reads itself", "rank_mb"),
+    ("s to compute the order of an epoch", "epoch_s"),
+    ("additional MB in a rank without loader workers", "rank_mb"),
     ("  of it private", "rank_private_mb"),
-    ("MB more in a loader worker", "worker_mb"),
+    ("additional MB in a loader worker", "worker_mb"),
     ("  of it private", "worker_private_mb"),
     ("MB at the peak of the first opening", "peak_mb"),
     ("kB sent to a loader worker", "sent_kb"),
     ("bytes of inventory", "inventory_bytes"),
 )
-"""Label in the printed table -> its figure."""
+"""Tuples (label in the printed table, key of its figure)."""
 
 
 def scale(options: argparse.Namespace) -> dict[str, Any]:
-    """Figures for each number of shards."""
+    """Measure the figures for each number of shards."""
     figures: dict[int, dict[str, float]] = {}
     for count in options.shards:
         with tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.scratch) as scratch:
@@ -67,11 +67,11 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
             figures[count] = {}
             for part in ("first", "later"):
                 command = [sys.executable, __file__, part, str(folder), str(options.rounds)]
-                done = subprocess.run(
+                process = subprocess.run(
                     command, env=os.environ | {"OMP_NUM_THREADS": "1"},
                     stdout=subprocess.PIPE, text=True, check=True,
                 )  # fmt: skip
-                figures[count] |= json.loads(done.stdout)
+                figures[count] |= json.loads(process.stdout)
     result: dict[str, Any] = {"rounds": options.rounds, "shards": figures}
     if options.records:
         from tools.benchmarks.scale_merge import merge_figures
@@ -89,7 +89,7 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_set(folder: Path, count: int) -> None:
-    """A set of `count` shards: links to a few files, with an index that names them all."""
+    """Make a set of `count` shards: links to a few files, and an index that lists all."""
     from blip_scale.data.shards import Record, write_shards
 
     files = []
@@ -110,13 +110,13 @@ def make_set(folder: Path, count: int) -> None:
         os.link(path, folder / name)
         shards.append(entry | {"raw_data": entry["raw_data"] | {"basename": name}})
     (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
-    remote = folder.with_name("remote")  # of which the folder is a cache that holds everything
+    remote = folder.with_name("remote")  # the folder is a complete cache of this remote
     remote.mkdir()
     os.link(folder / "index.json", remote / "index.json")
 
 
 def memory_mb() -> dict[str, float]:
-    """Memory of this process that no file backs, and the part that it shares with no other."""
+    """Memory of this process that is not backed by files, and the private part of it, in MB."""
     from tools.benchmarks.scripts_at_scale import status_kb
 
     gc.collect()
@@ -125,7 +125,7 @@ def memory_mb() -> dict[str, float]:
 
 
 def memory_since(before: dict[str, float], process: str) -> dict[str, float]:
-    """What a process needs more than `before`, by the names of the figures."""
+    """Additional memory since `before`, by key of the figure."""
     now = memory_mb()
     return {f"{process}_{name}": now[name] - before[name] for name in now}
 
@@ -149,7 +149,7 @@ def measure_first(folder: Path, rounds: int) -> dict[str, float]:
 
 
 def measure_later(folder: Path, rounds: int) -> dict[str, float]:
-    """Openings after the first, and reading."""
+    """Measure later openings, and reading."""
     from blip_scale.config.recipe import StreamRecipe
     from blip_scale.data.loading.loader import SampleOrder
     from blip_scale.data.loading.order import StreamShape
@@ -174,7 +174,7 @@ def measure_later(folder: Path, rounds: int) -> dict[str, float]:
         begin = number * 7 % max(1, epoch_samples // BLOCK - 2) * BLOCK + BLOCK // 2
         for each in (order, other):
             each.block_of(number, begin)
-        prefetcher._plan(number, begin)  # it plans block after block
+        prefetcher._plan(number, begin)  # it plans one block after another
         begin = (begin + BLOCK) % (epoch_samples - share - 4 * SAMPLES)
         times["made"].append(seconds_of(partial(order.locate, number, begin)))
         times["taken"].append(seconds_of(partial(other.locate, number, begin)))
@@ -206,12 +206,12 @@ def measure_later(folder: Path, rounds: int) -> dict[str, float]:
 
 
 def _of_workers(first_s: float, others_s: float) -> float:
-    """Mean over the workers of a rank, where the first one spares the others some work."""
+    """Mean over the workers of a rank. The first one does some work for all."""
     return (first_s + (WORKERS - 1) * others_s) / WORKERS
 
 
 def read(store: Any, order: Any, epoch: int, places: Iterable[int]) -> None:
-    """What a loader worker does for each sample, beside decoding its image."""
+    """Do everything that a loader worker does for each sample, except decoding its image."""
     import torch
 
     from blip_scale.data.loading.micro_batches import read_or_replace
@@ -226,13 +226,12 @@ def read(store: Any, order: Any, epoch: int, places: Iterable[int]) -> None:
 
 
 def _in_worker(sent: tuple[Any, Any]) -> dict[str, float]:
-    """MB that a process needs to hold and use a store and an order that are sent to it, and to
-    plan what is fetched."""
+    """MB that a process needs to receive and use a store and an order, and to plan prefetching."""
     context = multiprocessing.get_context("spawn")
     ours, workers_end = context.Pipe()
     process = context.Process(target=_work, args=(workers_end,))
     process.start()
-    ours.recv()  # it has imported what the two need
+    ours.recv()  # it has finished its imports
     ours.send(sent)
     held: dict[str, float] = ours.recv()
     process.join()
@@ -255,10 +254,10 @@ def _work(pipe: Any) -> None:
 def scale_table(result: dict[str, Any]) -> str:
     """The result as text."""
     columns = result["shards"]
-    lines = [f"{'shards':40}" + "".join(f"{int(count):>12,}" for count in columns)]
+    lines = [f"{'shards':48}" + "".join(f"{int(count):>12,}" for count in columns)]
     for title, figure in ROWS:
         cells = "".join(f"{column[figure]:12.4g}" for column in columns.values())
-        lines.append(f"{title:40}{cells}")
+        lines.append(f"{title:48}{cells}")
     lines.append(f"CPU time of a core; medians of {result['rounds']}; {SAMPLES} samples a shard")
     if "merge" in result:
         lines.append(f"{'records to merge':>16}{'s':>10}{'MB':>10}")
@@ -287,15 +286,15 @@ def scale_table(result: dict[str, Any]) -> str:
 
 
 def add_scale(commands: Any) -> None:
-    """The options of the command."""
+    """Add the command and its options."""
     command = commands.add_parser(
         "scale",
-        help="what a sample, an opening and an epoch cost with 1,000 to 400,000 shards",
-        description="CPU time and memory of the read path over made-up shards, hard links to a few "
-        "real files: finding and reading a sample (all but decoding its image), opening a stream "
-        "for the first time and later, laying out an epoch, and what a loader worker is sent. "
-        f"One of {READERS:,} readers is a worker of a run on 256 GPUs with 8 each. "
-        "About three minutes; the files take 2 GB for a short time.",
+        help="cost of a sample, an opening and an epoch with 1,000 to 400,000 shards",
+        description="Measure CPU time and memory of the read path with shards that are hard links "
+        "to a few real files: finding and reading a sample (without decoding its image), opening a "
+        "stream for the first time and later, computing the order of an epoch, and the data sent "
+        f"to a loader worker. One of {READERS:,} readers is a worker of a run on 256 GPUs with 8 "
+        "workers each. It takes about three minutes, and 2 GB of temporary files.",
     )
     command.add_argument(
         "--shards", type=int, nargs="+", default=[1_000, 40_000, 400_000], metavar="N",
@@ -304,17 +303,17 @@ def add_scale(commands: Any) -> None:
     command.add_argument("--rounds", type=int, default=9, help="blocks to read from (default: 9)")
     command.add_argument(
         "--records", type=int, nargs="+", metavar="N",
-        help="also: merge conversions of so many records, and extrapolate to 100 million",
+        help="also merge conversions of this many records, and extrapolate to 100 million",
     )  # fmt: skip
     command.add_argument(
         "--lines", type=int, nargs="+", metavar="N",
-        help="also: scan lists of so many lines, plan their conversion, and extrapolate",
+        help="also scan lists of this many lines, plan their conversion, and extrapolate",
     )  # fmt: skip
     command.add_argument(
         "--overlays", type=int, nargs="+", metavar="N",
-        help="also: make, open and read an overlay of so many records, and extrapolate",
+        help="also make, open and read an overlay of this many records, and extrapolate",
     )  # fmt: skip
-    command.add_argument("--scratch", type=Path, help="where the files are made (default: /tmp)")
+    command.add_argument("--scratch", type=Path, help="folder for temporary files (default: /tmp)")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(measure=scale, show=scale_table)
 

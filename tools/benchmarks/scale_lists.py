@@ -1,6 +1,6 @@
-"""What a conversion does with a list before it converts: time and memory, for `benchmark.py scale`.
+"""Time and memory to plan the conversion of a list, for `benchmark.py scale`.
 
-Run by itself, it lists the chunks of a file, plans their conversion and prints what that took.
+As a script, it lists the chunks of a file, plans their conversion, and prints time and memory.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMS = {"jsonl": "folder", "csv": "folder", "json": "blip_json", "jsonl.gz": "folder"}
-"""Ending of a list -> its reader."""
+"""File extension of a list -> its reader."""
 
 
 def list_figures(lines: list[int], scratch: Path | None) -> dict[str, Any]:
-    """CPU seconds and peak memory by form and lines, and what follows for 100 million lines."""
+    """CPU seconds and peak memory by format and lines, and extrapolated to 100 million lines."""
     from tools.benchmarks.scripts_at_scale import TARGET, extrapolated, figures_of
 
     figures: dict[str, dict[int, dict[str, float]]] = {}
@@ -36,7 +36,7 @@ def list_figures(lines: list[int], scratch: Path | None) -> dict[str, Any]:
 
 
 def make_list(path: Path, lines: int) -> None:
-    """A list of images that are not there, each with one caption of ten words."""
+    """Write a list of images that do not exist, each with one caption of ten words."""
     form = _form(path)
     open_text = gzip.open if form.endswith(".gz") else open
     with open_text(path, "wt", encoding="utf-8") as file:

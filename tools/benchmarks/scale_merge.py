@@ -1,6 +1,6 @@
-"""The merge of a conversion by its records: time and memory, for `tools/benchmark.py scale`.
+"""Time and memory to merge a conversion, by number of records, for `tools/benchmark.py scale`.
 
-Run by itself, it merges a folder of made-up reports of chunks and prints what that took.
+As a script, it merges a folder of synthetic chunk reports, and prints time and memory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 10_000
-"""Records of a chunk: a tar of img2dataset, or `--pairs-per-chunk`."""
+"""Records per chunk: a tar of img2dataset, or `--pairs-per-chunk`."""
 SHARDS = 5
-"""Shards of a chunk: 64 MB each, at 32 kB a record."""
+"""Shards per chunk: 64 MB each, at 32 kB per record."""
 
 
 def merge_figures(records: list[int], scratch: Path | None) -> dict[str, Any]:
-    """CPU seconds and peak memory of merges, and what follows for 100 million records."""
+    """CPU seconds and peak memory of merges, and extrapolated to 100 million records."""
     from tools.benchmarks.scripts_at_scale import TARGET, extrapolated, figures_of
 
     figures: dict[int, dict[str, float]] = {}
@@ -32,7 +32,7 @@ def merge_figures(records: list[int], scratch: Path | None) -> dict[str, Any]:
 
 
 def make_reports(folder: Path, records: int) -> None:
-    """Reports of chunks whose shards are not there: a merge without duplicates reads none."""
+    """Write reports of chunks without shards. A merge without duplicates reads no shards."""
     from blip_scale.data.conversion.report import Counts, Report, report_name
 
     settings = {"version": 2, "format": "mds", "compression": None, "zip_data": None}
@@ -56,7 +56,7 @@ def make_reports(folder: Path, records: int) -> None:
 
 
 def merge(folder: Path) -> dict[str, float]:
-    """Merge, in this process."""
+    """Measure a merge in this process."""
     from blip_scale.data.conversion.merge import merge_chunks
     from blip_scale.data.conversion.output import OutputFolder
     from tools.benchmarks.scripts_at_scale import status_kb

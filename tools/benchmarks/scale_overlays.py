@@ -1,7 +1,7 @@
-"""An overlay by its records: time and memory to make, open and read it, for `benchmark.py scale`.
+"""Time and memory to make, open and read an overlay by records, for `benchmark.py scale`.
 
-Run by itself with a folder of images and captions, it makes the overlay of them, or opens and
-reads the overlay that is there, and prints what that took.
+As a script with a folder of images and captions, it makes their overlay or, if there is one, opens
+and reads it, and prints time and memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 1_000
-"""Samples of a shard."""
+"""Samples per shard."""
 READ_EVERY = 997
-"""Samples from one that is read to the next."""
+"""Distance between two samples that are read."""
 
 
 def overlay_figures(records: list[int], scratch: Path | None) -> dict[str, Any]:
-    """CPU seconds and memory by records, and what follows for 100 million records."""
+    """CPU seconds and memory by number of records, and extrapolated to 100 million records."""
     from tools.benchmarks.scripts_at_scale import TARGET, extrapolated, figures_of
 
     figures: dict[int, dict[str, float]] = {}
@@ -30,13 +30,13 @@ def overlay_figures(records: list[int], scratch: Path | None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch) as folder:
             make_inputs(Path(folder), count)
             figures[count] = figures_of(__file__, Path(folder)) | figures_of(__file__, Path(folder))
-    beyond = extrapolated(figures)
-    beyond["read_us"] = figures[max(figures)]["read_us"]  # it does not grow
-    return {"records": figures, "extrapolated": {TARGET: beyond}}
+    extrapolation = extrapolated(figures)
+    extrapolation["read_us"] = figures[max(figures)]["read_us"]  # constant
+    return {"records": figures, "extrapolated": {TARGET: extrapolation}}
 
 
 def make_inputs(folder: Path, records: int) -> None:
-    """Shards of images of a few bytes, and captions in their order, with keys in no order."""
+    """Write shards of tiny images, and a list of captions in the same order, with unsorted keys."""
     from blip_scale.data.mds import Writer
     from blip_scale.data.shards import COLUMNS, EXTRA_COLUMNS, HASH, Record
 
@@ -57,7 +57,7 @@ def make_inputs(folder: Path, records: int) -> None:
 
 
 def make(folder: Path) -> dict[str, float]:
-    """Make the overlay, in this process."""
+    """Make the overlay in this process."""
     from blip_scale.data.conversion.caption_files import CaptionFiles
     from blip_scale.data.conversion.overlay import OverlayJob, make_overlay
     from tools.benchmarks.scripts_at_scale import status_kb
@@ -75,7 +75,7 @@ def make(folder: Path) -> dict[str, float]:
 
 
 def read(folder: Path) -> dict[str, float]:
-    """Open the images with the overlay, after a first time, and read some samples."""
+    """Open the images with the overlay for the second time, and read some samples."""
     from blip_scale.config.recipe import StreamRecipe
     from blip_scale.data.reading.stream_store import StreamStore
     from tools.benchmarks.scale import memory_mb

@@ -1,6 +1,6 @@
 """Update the tables of docs/scaling.md: `python tools/benchmarks/scaling_tables.py`.
 
-Each row whose first cell is a command is replaced by the result of `blip-scale plan`.
+Each row whose first cell is a command is replaced by its result from `blip-scale plan`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from blip_scale.planning.assumptions import duration  # noqa: E402
 
 DOCS = REPO / "docs" / "scaling.md"
 ROW = re.compile(r"\| `((?:base|large)_\w+ [^`]*)` \|")
-"""Pattern of a row of a table. Its group holds the arguments of the command."""
+"""Pattern of a table row. Its group holds the arguments of the command."""
 
 
 def row(arguments: str) -> str:
-    """The row of one plan.
+    """Build the row of one plan.
 
     Raises:
         ValueError: the plan is refused.
@@ -53,7 +53,7 @@ def row(arguments: str) -> str:
 
 
 def rewritten(text: str) -> str:
-    """The page with every row of a command updated."""
+    """Return the page with all rows of commands updated."""
     lines = []
     for line in text.splitlines():
         match = ROW.match(line)

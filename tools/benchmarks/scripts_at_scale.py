@@ -1,4 +1,4 @@
-"""What the scripts behind `benchmark.py scale` share: they run alone, and are extrapolated."""
+"""Helpers of the scripts of `benchmark.py scale`: running and extrapolating."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TARGET = 100_000_000
-"""Records or lines that the figures are extrapolated to."""
+"""Number of records or lines to which the figures are extrapolated."""
 
 
 def figures_of(script: str, argument: Path) -> dict[str, float]:
-    """Figures that a script prints, run on one thread in a process of its own."""
-    done = subprocess.run(
+    """Run a script on one thread in a new process, and return the figures that it prints."""
+    process = subprocess.run(
         [sys.executable, script, str(argument)], env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
-    figures: dict[str, float] = json.loads(done.stdout)
+    figures: dict[str, float] = json.loads(process.stdout)
     return figures
 
 
 def extrapolated(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Figures at `TARGET`, on the line through those at the smallest and the largest count."""
+    """Extrapolate linearly to `TARGET` from the smallest and the largest count."""
     small, large = min(figures), max(figures)
     few, many = figures[small], figures[large]
     beyond = {}
@@ -35,8 +35,7 @@ def extrapolated(figures: Mapping[int, Mapping[str, float]]) -> dict[str, float]
 
 
 def status_kb(name: str) -> int:
-    """A field of /proc/self/status, in kB, such as VmHWM, the peak of the resident memory;
-    0 without it."""
+    """Field of /proc/self/status in kB, such as VmHWM (peak resident memory); 0 if missing."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1])

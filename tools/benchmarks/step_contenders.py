@@ -1,6 +1,6 @@
-"""Contenders of the step benchmarks: our step and the published one, each in its process.
+"""Contenders of the step benchmarks: our step and the published one, each in its own process.
 
-They take turns, a step each, so that a busy machine slows all of them alike. All train on the same
+They take turns after each step, so a busy machine slows all of them equally. All train on the same
 batches from the same weights.
 """
 
@@ -39,8 +39,8 @@ from tools.benchmarks.host_work import host_work
 from tools.benchmarks.plain_engine import PlainEngine, PlainMomentum
 
 TOKEN_MEAN = 12.5
-"""Mean number of tokens of a caption, [CLS] and [SEP] included. Published captions have 10 to
-15."""
+"""Mean number of tokens of a caption, including [CLS] and [SEP]. Captions of published sets have 10
+to 15."""
 TOKEN_SIGMA = 0.35
 """Standard deviation of the logarithm of a caption's number of tokens."""
 WARM_UP_STEPS = 2
@@ -51,7 +51,7 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""Environment in which glibc keeps large blocks in huge pages, so that steps don't pay for them."""
+"""Environment in which glibc keeps freed blocks, in huge pages, so steps don't reallocate them."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def make_match(
     token_mean: float = TOKEN_MEAN,
     token_sigma: float = TOKEN_SIGMA,
 ) -> Match:
-    """Write pictures of noise with captions of realistic lengths, and a recipe that reads them.
+    """Write images of noise with captions of realistic lengths, and a recipe that reads them.
 
-    The lengths are log-normal. With a sigma of 0 all are equal.
+    The lengths are log-normal. With a sigma of 0 they are equal.
     """
     batch = chosen.train.global_batch_size
     tokenizer = load_tokenizer(chosen.model.text)
@@ -128,7 +128,7 @@ class Ours:
         meter = CommunicationMeter()
         meter.install()
         self.device = start(HangLimits.of(match.recipe).longest_s)
-        if self.device.type == "cuda":  # like the train loop, for captures
+        if self.device.type == "cuda":  # like the train loop, for graph captures
             torch.cuda.set_stream(torch.cuda.Stream(self.device))
         self.recipe = match.recipe
         self.task = Pretrain(match.recipe, self.device)
@@ -144,7 +144,7 @@ class Ours:
             interrupts=SimpleNamespace(is_pending=False),
             heartbeat=SimpleNamespace(timer=SimpleNamespace(waiting_for_data=nullcontext)),
         )  # fmt: skip
-        """Parts of `engine.run.Run` that a step needs."""
+        """Attributes of `engine.run.Run` that a step needs."""
         self._endless = itertools.cycle(self.batches)
         if not match.onednn:
             for module in self.engine.module.modules():
@@ -152,7 +152,7 @@ class Ours:
                     module.__class__ = nn.Linear  # type: ignore[assignment]
 
     def micro_step(self) -> Any:
-        """Forward and backward as the recipe says."""
+        """Forward and backward, with or without a graph according to the recipe."""
         from blip_scale.engine.micro_step import choose_micro_step
 
         setting = self.recipe.model.cuda_graph
@@ -164,7 +164,7 @@ class Ours:
             self.step()
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
-        """The engine with the task's network and initial weights, and the momentum copies."""
+        """Build the engine with the task's network and initial weights, and the momentum copies."""
         from blip_scale.engine import collectives
         from blip_scale.engine.zero.engine import initialize
         from blip_scale.engine.zero.momentum import ShardedMomentum
@@ -183,7 +183,7 @@ class Ours:
         self.run.history.window.clear()
 
     def split(self) -> dict[str, float]:
-        """Seconds of the parts of one step, by hooks at their ends."""
+        """Seconds of the parts of one step, measured by hooks at their ends."""
         parts: dict[str, float] = {}
         last = [time.perf_counter()]
 
@@ -213,7 +213,7 @@ class Ours:
         return float(counter.get_total_flops()) / _BATCHES
 
     def trace(self, file: Path) -> None:
-        """One step in the format of Perfetto and TensorBoard's profiler."""
+        """Write a trace of one step for Perfetto and TensorBoard's profiler."""
         with torch.profiler.profile() as profile:
             self.step()
         profile.export_chrome_trace(str(file))
@@ -238,7 +238,7 @@ class Ours:
 
 @contextmanager
 def _heard(owner: Any, name: str, after: Callable[[], None]) -> Iterator[None]:
-    """Context manager that calls `after` whenever a method or callable attribute has returned."""
+    """Context manager that calls `after` each time a method or callable attribute returns."""
     original = getattr(owner, name)
 
     def call(*arguments: Any, **keywords: Any) -> Any:
@@ -327,7 +327,7 @@ class Published:
             self.step()
 
     def step(self) -> None:
-        """Run one optimizer step. In bf16 it runs under autocast, as its users do."""
+        """Run one optimizer step. In bf16 it runs under autocast, as users of the code do."""
         images, captions = self.batches[self.steps % _BATCHES]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             self.network.step(images, captions, alpha=0.0)
@@ -341,7 +341,7 @@ class Published:
         return float(counter.get_total_flops()) / _BATCHES
 
     def _faster_attention(self) -> str:
-        """Time both kinds of attention of the ViT and name the faster, for a fair comparison."""
+        """Time both attention variants of the ViT and return the faster, for a fair comparison."""
         self.step()
         seconds = {}
         for kind in ("eager", "sdpa"):
@@ -360,7 +360,7 @@ class Plain(Ours):
     """Our step without DeepSpeed."""
 
     def wrapped(self, match: Match) -> tuple[Any, Any]:
-        """The network in a `PlainEngine`, and the momentum copies."""
+        """Build the network in a `PlainEngine`, and the momentum copies."""
         from blip_scale.engine.zero import onednn
 
         network = self.task.build_network()
@@ -390,18 +390,18 @@ KINDS: dict[str, Callable[[Match], Any]] = {
 
 
 class StepContest(Contest):
-    """Contenders by name, each in its process."""
+    """Contenders by name, each in its own process."""
 
     def __init__(self, contenders: dict[str, Contender]) -> None:
         super().__init__()
         self.pipes: dict[str, Connection] = {}
         for name, contender in contenders.items():
             self.add(name, contender)
-            self.ask(name, "ready")  # one after another, as building takes the most memory
+            self.ask(name, "ready")  # one after another, because building needs the most memory
             self.ask(name, "warm_up")
 
     def add(self, name: str, contender: Contender) -> None:
-        """Start a process, which starts building its contender."""
+        """Start a process, which begins to build its contender."""
         self.pipes[name] = self.start(serve, contender)
 
     def ask(self, name: str, what: str, *arguments: Any) -> Any:
@@ -416,8 +416,7 @@ class StepContest(Contest):
 def serve(pipe: Connection, contender: Contender) -> None:
     """Build a contender and answer calls of its methods until the pipe is closed.
 
-    The answer to `ready` says whether it could be built. If a call raised, its answer is a
-    `Failure`.
+    The answer to `ready` is True if it could be built. If a call raises, the answer is a `Failure`.
     """
     torch.set_num_threads(contender.match.threads)
     torch.manual_seed(0)
@@ -445,7 +444,7 @@ def serve(pipe: Connection, contender: Contender) -> None:
         try:
             what, arguments = pipe.recv()
         except EOFError:
-            os._exit(0)  # without tearing DeepSpeed's process group down
+            os._exit(0)  # skips the shutdown of DeepSpeed's process group
         method = answers.get(what) or getattr(contestant, what)
         pipe.send(_attempted(method, *arguments))
 
@@ -468,7 +467,7 @@ def _timed(step: Callable[[], None]) -> float:
 
 
 def _first_steps(contestant: Any, steps: int) -> float:
-    """Run the warm-up and return its seconds. Peaks of memory are reset afterwards."""
+    """Run the warm-up and return its seconds. Peak memory is reset afterwards."""
     seconds = _timed(lambda: contestant.warm_up(steps))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -476,7 +475,7 @@ def _first_steps(contestant: Any, steps: int) -> float:
 
 
 def _turn(step: Callable[[], None], steps: int) -> list[float]:
-    """Seconds of some steps, after a step that fills the allocator's cache.
+    """Seconds of several steps, after an untimed step that fills the allocator's cache.
 
     The cache is emptied at the end.
     """
@@ -488,7 +487,7 @@ def _turn(step: Callable[[], None], steps: int) -> list[float]:
 
 
 def _cpu_seconds(step: Callable[[], None]) -> float:
-    """CPU time of all threads of the process."""
+    """CPU seconds of a step, over all threads of the process."""
     began = time.process_time()
     step()
     return time.process_time() - began

@@ -1,7 +1,7 @@
-"""What a sample costs out of tars in place of MDS shards: `python tools/benchmarks/tars.py`.
+"""Compare reading samples from tars and from MDS shards: `python tools/benchmarks/tars.py`.
 
-Tars of made-up images are indexed and converted. Then all samples are read in random order from
-both, in turns, without decoding them. CPU time, so that a busy machine disturbs less; medians.
+Tars of synthetic images are indexed and converted. Then all samples are read in random order from
+both in turns, without decoding. Times are medians of CPU time, which a busy machine affects less.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from blip_scale.data.sources.webdataset import chunks  # noqa: E402
 
 
 def write_tars(folder: Path, count: int, samples: int) -> None:
-    """Tars of noisy JPEGs of about 30 kB, with captions and metadata as img2dataset writes them."""
+    """Write tars of noise JPEGs of about 30 kB, with captions and metadata like img2dataset."""
     noise = np.random.default_rng(0).integers(0, 256, (224, 288, 3), dtype=np.uint8)
     encoded = io.BytesIO()
     Image.fromarray(noise).save(encoded, "JPEG", quality=45)
@@ -53,7 +53,7 @@ def write_tars(folder: Path, count: int, samples: int) -> None:
 
 
 def read_us(store: StreamStore, places: list[tuple[int, int]]) -> float:
-    """CPU time for each sample, in microseconds."""
+    """CPU time per sample in microseconds."""
     start_s = time.process_time()
     for shard, sample in places:
         store.read(shard, sample)

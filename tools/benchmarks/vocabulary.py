@@ -1,4 +1,4 @@
-"""A made-up WordPiece vocabulary, for benchmarks that need no package and no download."""
+"""Synthetic WordPiece vocabulary for benchmarks, which needs no package and no download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def make_tokenizer(folder: Path, size: int = BERT_SIZE) -> Path:
     """Write a BERT tokenizer with `size` tokens: special ones, letters, and words of five letters.
 
-    Every word is one token. Returns the folder, which `model.text.tokenizer` takes.
+    Every word is one token. Returns the folder, a valid value of `model.text.tokenizer`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     letters = string.ascii_lowercase

@@ -1,6 +1,6 @@
 """Labelled images for zero-shot classification, and the names and templates of their classes.
 
-The label of an image is its only text: the name of its folder, or the first caption of an MDS set.
+The label of an image is the name of its folder or, in an MDS set, its first caption.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ CLIP_TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-"""The seven templates that CLIP's authors chose for ImageNet; "itap" is "I took a picture"."""
+"""The seven templates that CLIP's authors chose for ImageNet. "itap" means "I took a picture"."""
 _PLACES = ("{}", "{c}")
-"""Ways to write the place of the class name in a template."""
+"""Placeholders for the class name in a template."""
 
 
 def class_folders(location: str, image_size: int) -> HeldoutPairs:
-    """Open a folder that holds a folder of images for each class.
+    """Open a folder with one subfolder of images per class.
 
     Raises:
-        FileNotFoundError: there is no folder, or no image in it.
-        ValueError: images lie in no class folder.
+        FileNotFoundError: the folder does not exist or holds no image.
+        ValueError: images lie outside of class folders.
     """
     files = list_folder(location, deep=True)
     images = [file for file in files if extension(file.name) in IMAGE_ENDINGS]
     if not images:
-        raise FileNotFoundError(f"{location}: there is no image in its folders")
+        raise FileNotFoundError(f"{location}: there is no image in its subfolders")
     loose = [image.name for image in images if "/" not in image.name]
     if loose:
         raise ValueError(
-            f"{location}: {len(loose)} images lie in no class folder, the first: {loose[0]}; give "
-            "a folder that holds a folder of images for each class, or MDS shards"
+            f"{location}: {len(loose)} images are not in a class folder, the first: {loose[0]}; "
+            "give a folder with one subfolder of images per class, or MDS shards"
         )
     pairs = []
     for image in images:
@@ -58,7 +58,7 @@ def class_folders(location: str, image_size: int) -> HeldoutPairs:
 
 
 def labels_of(pairs: HeldoutPairs) -> list[str]:
-    """The label of every image.
+    """Label of every image.
 
     Raises:
         ValueError: an image has no text.
@@ -70,11 +70,11 @@ def labels_of(pairs: HeldoutPairs) -> list[str]:
 
 
 def read_class_names(file: Path | None, labels: Iterable[str]) -> dict[str, str]:
-    """Label -> name in the templates, of all classes in order.
+    """Read the names of all classes, as a mapping from label to name, in order.
 
     Args:
-        file: JSON object of label and name, or a list of names (JSON, or a line each) in the order
-            of the sorted labels. None: labels are the names, with underscores as spaces.
+        file: JSON object that maps labels to names, or a list of names (JSON, or one per line) in
+            the order of the sorted labels. None: the labels with underscores replaced by spaces.
         labels: labels of the images.
 
     Raises:
@@ -95,16 +95,16 @@ def read_class_names(file: Path | None, labels: Iterable[str]) -> dict[str, str]
     if len(content) != len(distinct):
         raise ValueError(
             f"{file}: {len(content)} names, but the images have {len(distinct)} labels; give a "
-            "JSON object of label and name if some classes have no image"
+            "JSON object that maps labels to names if some classes have no image"
         )
     return dict(zip(distinct, _texts(file, content), strict=True))
 
 
 def read_templates(file: Path | None) -> list[str]:
-    """Templates with `{}` for the class name: from a file (JSON list, or a line each), or CLIP's.
+    """Read templates from a file (a JSON list, or one per line); None gives CLIP's seven.
 
     Raises:
-        ValueError: there is no template, or a template does not name the class.
+        ValueError: there is no template, or a template lacks the placeholder `{}`.
     """
     if file is None:
         return list(CLIP_TEMPLATES)
@@ -112,7 +112,9 @@ def read_templates(file: Path | None) -> list[str]:
     templates = [] if isinstance(content, dict) else _texts(file, content)
     for template in templates:
         if not any(place in template for place in _PLACES):
-            raise ValueError(f"{file}: the template {template!r} has no {{}} for the class name")
+            raise ValueError(
+                f"{file}: the template {template!r} lacks {{}}, the place of the class name"
+            )
     if not templates:
         raise ValueError(f"{file}: expected a list of templates, such as `a photo of a {{}}.`")
     return templates
@@ -126,26 +128,26 @@ def fill_template(template: str, name: str) -> str:
 
 
 def label_numbers(labels: Sequence[str], classes: Iterable[str]) -> Tensor:
-    """Number of each label among the classes, int64."""
+    """Index of each label in `classes`, as an int64 tensor."""
     numbers = {label: number for number, label in enumerate(classes)}
     return torch.tensor([numbers[label] for label in labels], dtype=torch.int64)
 
 
 def _texts(file: Path, values: Iterable[Any]) -> list[str]:
-    """The values as texts.
+    """Check that all values are non-empty strings, and return them.
 
     Raises:
-        ValueError: one is no text, or an empty one.
+        ValueError: a value is empty or not a string.
     """
     texts = list(values)
     odd = [text for text in texts if not isinstance(text, str) or not text.strip()]
     if odd:
-        raise ValueError(f"{file}: expected texts that are not empty, not {odd[0]!r}")
+        raise ValueError(f"{file}: expected non-empty strings, not {odd[0]!r}")
     return texts
 
 
 def _read(file: Path) -> Any:
-    """A JSON list or object, or the lines of a text that are not empty."""
+    """Read a JSON list or object, or the non-empty lines of a text file."""
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -155,7 +157,7 @@ def _read(file: Path) -> Any:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON:  {error}") from error
+        raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, list | dict):
         raise ValueError(f"{file}: expected a list or an object, not {type(content).__name__}")
     return content

@@ -26,17 +26,17 @@ def listed_pairs(
     clean: Callable[[str], str] = clean_caption,
     images_below: str | None = None,
 ) -> HeldoutPairs:
-    """Build a held-out set from the items of a reader. Images stay in their files, unscreened.
+    """Build a held-out set from the items of a reader. Images are read on demand, not screened.
 
     Args:
         name: name of the set.
         items: pairs and rejects of the reader.
         image_size: side of the square input in pixels.
         clean: function that cleans a caption.
-        images_below: folder below which listed images must lie; None: anywhere.
+        images_below: folder that must contain all listed images; None allows any place.
 
     Raises:
-        ValueError: an item can't be read, or there is none.
+        ValueError: an item can't be used, or there is none.
         FileNotFoundError: images are missing. The message gives their number and names the first.
     """
     listed = list(items)
@@ -68,10 +68,9 @@ def listed_pairs(
 
 
 def _absent(places: list[str]) -> list[str]:
-    """Locations that do not exist.
+    """Return the locations that do not exist.
 
-    Each folder of object storage is listed once. Images on web servers are not checked before they
-    are read.
+    Each folder of object storage is listed once. Images on web servers are not checked here.
     """
     listed: dict[str, set[str]] = {}
     for folder in {parent(place) for place in places if not is_local(place) and not is_web(place)}:
@@ -114,6 +113,6 @@ def _texts(name: str, pair: RawPair) -> Sample:
     texts = [text for text in texts if text is not None]
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{name}: {pair.id}: a caption that is no text: {str(text)[:50]}")
+            raise ValueError(f"{name}: {pair.id}: a caption is not a string: {str(text)[:50]}")
     sample: dict[str, Any] = {"id": pair.id, "source": name, "captions": texts}
     return sample if pair.annotations is None else sample | {"annotations": pair.annotations}

@@ -1,6 +1,6 @@
 """Held-out pairs for evaluation, read by index. Images are resized, never augmented.
 
-Legend: H and W the sides of the image.
+Legend: H and W height and width of the image.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ logger = logging.getLogger(__name__)
 
 
 Sample = Mapping[str, Any]
-"""Columns of `shards`: `id`, `captions`, `source`, the encoded images, and maybe `annotations`."""
+"""Columns of `shards`: `id`, `captions`, `source`, the encoded images, and in some sets
+`annotations`."""
 
 
 class HeldoutPairs:
     """A held-out set: image i is `ids[i]` and `images([i])`, with texts `captions[i]`.
 
-    Only captions and their annotations are in memory. If captions describe two images, index i is
-    the pair.
+    Only captions and their annotations are kept in memory. If captions describe two images, index
+    i stands for the pair.
 
-    An image that can't be decoded becomes grey, so that it counts as a miss. It is named in
-    `unreadable` and once in the log, and evaluation continues.
+    An image that can't be decoded is replaced by a grey one, which counts as a miss. It is added to
+    `unreadable` and logged once, and evaluation continues.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class HeldoutPairs:
 
         Args:
             name: name of the set.
-            samples: all samples, of which only the texts are kept.
-            encoded: function that returns the encoded images of sample i later.
+            samples: all samples; only their texts are kept.
+            encoded: function that returns sample i with its encoded images.
             image_size: side of the square input in pixels.
             clean: function that cleans a caption.
-            max_pixels: largest number of pixels in an image.
+            max_pixels: maximum number of pixels of an image.
         """
         self._encoded = encoded
         self._transform = EvalTransform(image_size)
@@ -100,7 +101,7 @@ class HeldoutPairs:
 
 
 def with_roles(sample: Sample, shares: Mapping[str, float]) -> Sample:
-    """A sample with the captions of some roles; with all of them if it has none of these roles."""
+    """Keep only the captions whose role is in `shares`; keep all if there is none."""
     kept = [number for number, role in enumerate(roles_of(sample)) if shares.get(role)]
     if not kept:
         return sample
@@ -116,16 +117,16 @@ def heldout_pairs(
     clean: Clean = clean_caption,
     max_words: int = 30,
 ) -> HeldoutPairs:
-    """Open a held-out set, or `max_images` of its images, evenly spaced.
+    """Open a held-out set, or `max_images` evenly spaced images of it.
 
     Raises:
         FileNotFoundError: the set is missing (the message names `data.make_with`), or its remote
-            does not answer within `data.retry_s`.
+            still fails after `data.retry_s`.
     """
     data = data or DataRecipe()
     store = open_stream(stream, data.make_with, retry_s=data.retry_s)
     taken = min(store.samples, max_images or store.samples)
-    places = store.places(i * store.samples // taken for i in range(taken))  # evenly over the set
+    places = store.places(i * store.samples // taken for i in range(taken))  # evenly spaced
 
     def read(index: int) -> Sample:
         return with_roles(store.read(*places[index]), store.caption_shares)

@@ -1,8 +1,8 @@
 """Videos with captions for zero-shot retrieval, in the format of BLIP's MSRVTT list.
 
-A line of msrvtt_test.jsonl is {clip_name, caption}. A video is a folder named like the clip with
-image files of its frames in the order of their names. It may also be a video file of that name,
-which needs the package av.
+A line of msrvtt_test.jsonl is {clip_name, caption}. The video of a clip is a folder of that name
+with one image file per frame, in the order of the file names. It may also be a video file of that
+name; reading it requires the package av.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ MAX_WORDS = 40
 _DIGITS = re.compile(r"(\d+)")
 _VIDEO_ENDINGS = (".mp4", ".avi", ".webm", ".mkv", ".mov")
 _FFMPEG = {"format_whitelist": "mov,mp4,avi,matroska,webm", "protocol_whitelist": "file"}
-"""Options that limit FFmpeg to `_VIDEO_ENDINGS`: its playlists read other files and URLs."""
+"""Options that limit FFmpeg to `_VIDEO_ENDINGS`. Playlists could read other files or URLs."""
 
 
 class VideoSet:
     """A set of videos: video i is `ids[i]` with the cleaned texts `captions[i]`.
 
-    Frames are read on demand. A video that can't be decoded becomes grey, so that it counts as a
-    miss, and is named in `unreadable`.
+    Frames are read on demand. A video that can't be decoded is replaced by grey frames, which count
+    as a miss, and is added to `unreadable`.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class VideoSet:
             return torch.full((count, 3, size, size), 128, dtype=torch.uint8)
 
     def _images(self, index: int, count: int) -> list[Image.Image]:
-        place = self._places[index]
-        if place.is_file():
-            return _decode(place, count)
-        files = _frames_in(place)
+        path = self._places[index]
+        if path.is_file():
+            return _decode(path, count)
+        files = _frames_in(path)
         try:
             chosen = [files[index] for index in frame_indices(len(files), count)]
             return [decode_image(read_file(str(file)), upright=True) for file in chosen]
@@ -92,10 +92,10 @@ class VideoSet:
 
 
 def frame_indices(length: int, count: int) -> list[int]:
-    """Indices of the frames that the network sees.
+    """Indices of the frames that the network gets.
 
-    As published, they start at the first frame with a step of length // count. The last frame of a
-    shorter video repeats.
+    They start at 0 with a step of length // count, as published. A video with fewer than `count`
+    frames repeats its last frame.
     """
     step = max(1, length // count)
     return [min(place * step, length - 1) for place in range(count)]
@@ -120,7 +120,7 @@ def _read_list(file: Path) -> dict[str, list[str]]:
 
 
 def _captions(value: object) -> list[str]:
-    """Captions of a line, which has one text or a list of texts."""
+    """Captions of a line, which holds a string or a list of strings."""
     captions: list[str] = []
     for caption in value if isinstance(value, list) else [value]:
         if not isinstance(caption, str) or not caption.strip():
@@ -145,7 +145,7 @@ def _check_place(list_name: str, folder: Path, clip: str) -> None:
 
 
 def _place_of(folder: Path, name: str) -> Path | None:
-    """Folder of frames or video file of a clip, or None."""
+    """Folder of frames or video file of a clip; None if there is neither."""
     frames = folder / name
     if frames.is_dir():
         return frames if _frames_in(frames) else None
@@ -154,7 +154,7 @@ def _place_of(folder: Path, name: str) -> Path | None:
 
 
 def _frames_in(folder: Path) -> Sequence[Path]:
-    """Frames in the order of the numbers in their names: frame2 comes before frame10."""
+    """Frames sorted by the numbers in their names: frame2 comes before frame10."""
     frames = [file for file in folder.iterdir() if file.suffix.lower()[1:] in IMAGE_ENDINGS]
     return sorted(frames, key=_natural)
 

@@ -1,7 +1,7 @@
-"""Layouts of shuffled blocks, each made by one loader worker of a rank for all of them.
+"""Cache of block layouts. One loader worker of a rank computes a layout, the others read it.
 
-They lie in a memory file of the kernel. A worker opens it through the rank's /proc entry, as
-`SharedArrays` does, so nothing is left behind by processes that are killed.
+The cache is a memfd. Workers open it through the rank's /proc entry, like `SharedArrays`, so a
+killed process leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from numpy.typing import NDArray
 from blip_scale.data.reading.shared_arrays import file_of
 
 _SLOTS = 4
-"""Blocks that are kept. Workers are ahead of each other by the batches that they prefetch."""
+"""Number of layouts kept. Workers prefetch, so they may be in different blocks."""
 _ROW_BYTES = 8
 _EMPTY = -1
 
 
 class BlockKey(NamedTuple):
-    """A block, and its size."""
+    """Identity and size of a block."""
 
     epoch: int
     number: int
-    """Number in the epoch."""
+    """Index of the block in its epoch."""
     samples: int
 
     @property
     def header(self) -> bytes:
-        """Header in front of the layout."""
+        """The key as bytes, which mark the slot of its layout."""
         return np.array(self, np.int64).tobytes()
 
 
 class BlockLayouts:
-    """The layouts of the last blocks that were asked for, by epoch and number of the block.
+    """Layouts of the most recently used blocks.
 
-    Pickling sends a reference, which other processes of this machine can use while this one lives.
+    Pickling sends a reference. Other processes on this machine can use it while this one is alive.
     """
 
     def __init__(self, largest: int, descriptor: int | None = None) -> None:
-        """Create the memory file, which takes memory as it is filled.
+        """Create the memfd. It uses memory only as it is filled.
 
         Args:
-            largest: samples of the largest block.
-            descriptor: an open file of another process; None creates one.
+            largest: number of samples of the largest block.
+            descriptor: memfd of another process, opened here; None creates one.
         """
         if descriptor is None:
             descriptor = os.memfd_create("blip_scale_layouts", os.MFD_CLOEXEC)
@@ -66,12 +66,12 @@ class BlockLayouts:
     def get(
         self, block: BlockKey, rows: range, make: Callable[[], NDArray[np.int32]]
     ) -> NDArray[np.int32]:
-        """A copy of some rows of a block's layout; `make` makes it where no process has.
+        """Return a copy of some rows of a block's layout. If it is not cached, `make` computes it.
 
         Args:
             block: the block.
-            rows: the rows, in one piece.
-            make: returns the layout, [samples, 2].
+            rows: a contiguous range of rows.
+            make: returns the layout, int32 [samples, 2].
         """
         slot, file = block.number % _SLOTS, self._file.fileno()
         header_at = slot * len(block.header)
@@ -82,7 +82,7 @@ class BlockLayouts:
                 _transfer(os.preadv, file, copy, data_at + rows.start * _ROW_BYTES)
                 return copy
             layout = make()
-            # A process that is killed in between leaves an empty slot.
+            # Empty the slot first: a process may be killed before the layout is complete.
             os.pwrite(file, BlockKey(_EMPTY, 0, 0).header, header_at)
             _transfer(os.pwritev, file, layout, data_at)
             os.pwrite(file, block.header, header_at)
@@ -90,7 +90,7 @@ class BlockLayouts:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Inside, no other thread or process uses the file."""
+        """Context manager that locks the file against other threads and processes."""
         with self._threads:
             fcntl.flock(self._file, fcntl.LOCK_EX)
             try:
@@ -100,10 +100,10 @@ class BlockLayouts:
 
 
 def _opened(largest: int, process: int, descriptor: int) -> BlockLayouts:
-    """The layouts of another process.
+    """Open the layouts of another process.
 
     Raises:
-        RuntimeError: it has ended.
+        RuntimeError: the process has ended.
     """
     return BlockLayouts(largest, file_of(process, descriptor, os.O_RDWR, "layouts"))
 
@@ -114,8 +114,8 @@ def _transfer(
     rows: NDArray[np.int32],
     start: int,
 ) -> None:
-    """Read or write all rows at a place of a file. One call of the kernel moves less than 2 GiB."""
-    left = rows.data.cast("B")
-    while left:
-        moved = action(file, [left], start)
-        left, start = left[moved:], start + moved
+    """Read or write all rows at offset `start`. One system call moves less than 2 GiB."""
+    remaining = rows.data.cast("B")
+    while remaining:
+        moved = action(file, [remaining], start)
+        remaining, start = remaining[moved:], start + moved

@@ -1,4 +1,4 @@
-"""The size of the training images at a position of the global order."""
+"""Size of the training images at each position of the global order."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from blip_scale.config.recipe import ImageSizeRecipe
 
 @dataclass(frozen=True)
 class SizeSchedule:
-    """Image sizes by position alone, so that a resumed run continues exactly."""
+    """Image size as a function of the position alone, so a resumed run continues exactly."""
 
     final: int
     """Side of the images in pixels after all stages."""
     stages: tuple[tuple[tuple[int, int], int], ...] = ()
-    """End of each stage as an epoch and a sample in it, and the side of the images before it."""
+    """Stages as tuples ((epoch, sample) of the end, side of the images in pixels before it)."""
 
     @staticmethod
     def of(
         stages: Sequence[ImageSizeRecipe], final: int, steps_per_epoch: int, samples_per_step: int
     ) -> SizeSchedule:
-        """The recipe's schedule. A stage ends with an optimizer step, the nearest to its epoch."""
+        """Build the schedule of a recipe. A stage ends at the step nearest to its epoch."""
         ends = []
         for stage in stages:
             epoch, step = divmod(round(stage.until_epoch * steps_per_epoch), steps_per_epoch)
@@ -29,7 +29,7 @@ class SizeSchedule:
         return SizeSchedule(final, tuple(ends))
 
     def at(self, epoch: int, sample: int) -> int:
-        """Side in pixels of an image, by its epoch and its number in the order of the epoch."""
+        """Side in pixels of the image at position `sample` of `epoch`."""
         for end, size in self.stages:
             if (epoch, sample) < end:
                 return size

@@ -1,4 +1,4 @@
-"""Training batches in one global order, whatever the number of ranks and workers."""
+"""Training batches in one global order, independent of the number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from blip_scale.data.reading.streams import open_streams
 from blip_scale.data.tokenizer import MOST_UNKNOWN
 
 _DEATH_SEEN_S = 30.0
-"""Seconds that a worker may take to be seen dead on a busy machine, after its message broke off."""
+"""Seconds to wait for the exit of a worker whose message was incomplete (busy machines)."""
 _DEATHS = 3
-"""Deaths of workers without a batch in between that stop the run."""
+"""Number of restarts of the workers without a batch after which the run stops."""
 
 _STREAMS_DECIDE = (
-    " (name, samples, samples an epoch of each: they decide the order, the name too; `local` and "
+    " (name, samples and samples per epoch of each stream determine the order; `local` and "
     "`remote` may change)"
 )
 
@@ -52,16 +52,16 @@ logger = logging.getLogger(__name__)
 class TrainLoader:
     """Endless micro batches of this rank, epoch after epoch.
 
-    The k-th micro-step of all ranks together takes the next `micro_samples` of the global order,
-    rank after rank. An epoch holds whole global batches only; which few samples are left over
-    changes from epoch to epoch. Augmentation depends on the seed, the epoch and the position in it
-    alone. So batches are the same, bit for bit, for any number of workers and after any resume, and
-    the union over the ranks is the same for any number of ranks.
+    Each micro-step takes the next `micro_samples` samples of the global order and divides them
+    among the ranks in order. An epoch holds whole global batches only. The few samples left over
+    differ from epoch to epoch. Augmentation depends only on the seed, the epoch and the position in
+    the epoch. Batches are therefore bit-identical for any number of workers and after a resume, and
+    their union over the ranks is the same for any number of ranks.
 
-    Each worker begins with `set_up_worker`, which is sent to it: a function of a module.
+    Each worker calls `set_up_worker` first. It is pickled, so it must be a module-level function.
 
-    Raises FileNotFoundError or ValueError, naming stream, path and the command that makes the data,
-    at the start or from the iterator.
+    The constructor and the iterator raise FileNotFoundError or ValueError. The message names the
+    stream, the path and the command that makes the data.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class TrainLoader:
         if not steps_per_epoch:
             raise ValueError(
                 f"train.global_batch_size {position.global_batch_size} is larger than an epoch of "
-                f"{order.samples_per_epoch} pairs: lower it or make an epoch longer"
+                f"{order.samples_per_epoch} pairs: lower it, or lengthen the epoch"
             )
         self.samples_per_epoch = steps_per_epoch * position.global_batch_size
-        """Samples of an epoch over all ranks, without the incomplete global batch."""
+        """Samples per epoch over all ranks, without the incomplete global batch."""
         self.steps_per_epoch = steps_per_epoch
-        """Optimizer steps of an epoch."""
+        """Optimizer steps per epoch."""
         self.stream_names = [part.name for part in parts]
         self._identity: dict[str, Any] = {
             "seed": seed,
@@ -114,8 +114,8 @@ class TrainLoader:
         self._iterator: Iterator[Batch | Exception] | None = None
         self._processes: list[BaseProcess] = []
         self._generation = 0
-        self._told: set[str] = set()
-        """Streams whose captions outside of the mixture were warned of."""
+        self._warned: set[str] = set()
+        """Streams for which `_outside_mixture` has logged its warning."""
         self._batches = MicroBatches(
             stores=stores,
             order=order,
@@ -143,9 +143,7 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the current position on, prefetched by the workers; only one iterator at a
-        time.
-        """
+        """Iterate over batches from the current position on. Only one iterator works at a time."""
         self.close()
         self._start()
         self._generation += 1
@@ -154,7 +152,7 @@ class TrainLoader:
     def _start(self) -> None:
         """Start workers that read from the current position on."""
         if self._workers:
-            workers.start_server()  # it may have died
+            workers.start_server()  # no-op unless the server has died
         first = (self._samples_seen - self._course.seen) // self._position.micro_samples
         self._iterator = iter(
             DataLoader(
@@ -172,7 +170,7 @@ class TrainLoader:
         self._processes = list(getattr(self._iterator, "_workers", []))
 
     def _consume(self, generation: int) -> Iterator[Batch]:
-        # No reference to the DataLoader's iterator is kept: close() must end its workers.
+        # Keep no reference to the DataLoader's iterator: close() must be able to end its workers.
         while self._iterator is not None and self._generation == generation:
             batch = self._next()
             if isinstance(batch, Exception):
@@ -182,15 +180,15 @@ class TrainLoader:
             yield batch
 
     def _next(self) -> Batch | Exception:
-        """The next batch. Workers that were killed are replaced, without losing a sample."""
+        """Return the next batch. If a worker dies, restart all workers without losing a sample."""
         for _ in range(_DEATHS):
             assert self._iterator is not None
             try:
                 return next(self._iterator)
-            except Exception:  # RuntimeError, or what a torn message makes of itself
+            except Exception:  # RuntimeError, or any error of unpickling an incomplete message
                 ended = wait([process.sentinel for process in self._processes], _DEATH_SEEN_S)
                 for process in self._processes:
-                    if process.sentinel in ended:  # its files are closed, it ends right after
+                    if process.sentinel in ended:  # its sentinel is closed shortly before it exits
                         process.join(_DEATH_SEEN_S)
                 dead = [process for process in self._processes if not process.is_alive()]
                 if not dead:
@@ -200,22 +198,25 @@ class TrainLoader:
             self.close()
             self._start()
         raise RuntimeError(
-            f"loader workers die again and again ({died}). If nobody kills them, the machine or "
-            "/dev/shm may lack memory: lower data.workers"
+            f"loader workers died {_DEATHS} times in a row ({died}). Unless something kills them, "
+            "the machine or /dev/shm lacks memory: lower data.workers"
         )
 
     @property
     def stores(self) -> Sequence[StreamStore]:
-        """The streams that are read."""
+        """Stores of the streams that are read."""
         return self._batches.stores
 
     def shares(self, batch: Batch) -> list[float]:
-        """Share of every stream of `stream_names` in a batch."""
+        """Share of each stream in a batch, in the order of `stream_names`."""
         return [batch.streams.count(name) / len(batch.streams) for name in self.stream_names]
 
     def caption_shares(self, batch: Batch) -> dict[str, float]:
-        """Shares of a batch, by the name of the metric: pairs of each stream and role that a
-        mixture names, samples that lack such a role, and captions that were cut."""
+        """Shares of a batch, by name of the metric.
+
+        They are the shares of each stream and role of a mixture, of samples that lack a role of
+        their mixture, of captions outside their mixture, and of truncated captions.
+        """
         shares = {"data/share_cut_captions": batch.cut / len(batch.captions)}
         pairs = list(zip(batch.streams, batch.roles, strict=True))
         for store in self.stores:
@@ -228,9 +229,10 @@ class TrainLoader:
         return shares
 
     def _outside_mixture(self, pairs: Sequence[tuple[str, str]]) -> int:
-        """Number of captions whose role their stream does not mix, as the sample has no other.
+        """Count captions whose role is not in the mixture of their stream.
 
-        The first one of a stream is a warning.
+        Such a caption is used if its sample has no role of the mixture. The first one of each
+        stream logs a warning.
 
         Args:
             pairs: stream and role of each caption.
@@ -241,32 +243,33 @@ class TrainLoader:
             if not mixed:
                 continue
             others = sum(name == store.name and role not in mixed for name, role in pairs)
-            if others and store.name not in self._told and self._position.rank == 0:
-                self._told.add(store.name)
+            if others and store.name not in self._warned and self._position.rank == 0:
+                self._warned.add(store.name)
                 logger.warning(
-                    "stream '%s' has samples without a caption of the roles %s: they give any "
-                    "caption; data/share_outside_mixture counts them",
+                    "stream '%s' has samples without a caption of the roles %s; any of their "
+                    "captions is used; data/share_outside_mixture counts them",
                     store.name, ", ".join(mixed),
                 )  # fmt: skip
             count += others
         return count
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the batch that was handed out last; the same on all ranks."""
+        """Position after the batch that was returned last; equal on all ranks."""
         course = {"course": self._course.to_json()} if self._course.seen else {}
         return {"samples_seen": self._samples_seen, **self._identity, **course}
 
     def load_state_dict(
         self, state: dict[str, Any], allowed_changes: Collection[str] = frozenset()
     ) -> None:
-        """Resume where `state_dict` was taken. The number of ranks may differ.
+        """Resume from a `state_dict`. The number of ranks may differ.
 
         Args:
-            state: the position.
-            allowed_changes: settings of CHANGEABLE that may differ from those of the checkpoint.
+            state: result of `state_dict`.
+            allowed_changes: settings of CHANGEABLE that may differ from the checkpoint.
 
         Raises:
-            ValueError: the data differ in something else, or the number of ranks doesn't fit.
+            ValueError: the data differ in another setting, or the position is not a multiple of
+                the samples of a micro-step.
         """
         changes = []
         for name, value in self._identity.items():
@@ -276,10 +279,10 @@ class TrainLoader:
             setting = CHANGEABLE.get(name)
             if setting not in allowed_changes:
                 why = _STREAMS_DECIDE if name == "streams" else ""
-                allow = f", change it on purpose with --allow-change {setting}," if setting else ""
+                allow = f", allow it with --allow-change {setting}," if setting else ""
                 raise ValueError(
-                    f"the checkpoint was made with other data: {change}{why}; restore it{allow} or "
-                    "start a new run in another output_dir"
+                    f"the checkpoint was made with other data: {change}{why}; undo the change"
+                    f"{allow} or start a new run in another output_dir"
                 )
             changes.append(f"{setting}: {change}")
         seen, now = state["samples_seen"], self._course
@@ -290,8 +293,9 @@ class TrainLoader:
         if changes:
             course = course.changed(now.parts, now.global_batch_size, seen)
             logger.warning(
-                "at sample %d: %s; %d samples of epoch %d are taken as before, then epoch %d "
-                "begins", seen, "; ".join(changes), course.rest, course.epoch, course.epoch + 1,
+                "at sample %d: %s; %d samples of epoch %d follow in the old order, then epoch %d "
+                "begins with the change",
+                seen, "; ".join(changes), course.rest, course.epoch, course.epoch + 1,
             )  # fmt: skip
         if (seen - course.seen) % self._position.micro_samples:
             raise ValueError(
@@ -304,12 +308,12 @@ class TrainLoader:
 
     @property
     def samples_seen(self) -> int:
-        """Samples that were handed out since the start of the run, over all ranks."""
+        """Samples returned since the start of the run, over all ranks."""
         return self._samples_seen
 
     @property
     def scheduled_steps(self) -> int:
-        """Steps of the schedule that are done; see `Course.scheduled_steps`."""
+        """Number of completed steps of the schedule; see `Course.scheduled_steps`."""
         return self._course.scheduled_steps(self._samples_seen)
 
     @property
@@ -317,7 +321,7 @@ class TrainLoader:
         return self._batches.course
 
     def _follow(self, course: Course) -> None:
-        """Read in the order of a course from now on."""
+        """Switch to the order of `course`."""
         batches, stores = self._batches, {store.name: store for store in self.stores}
         seed, block = self._identity["seed"], self._identity["shuffle_block"]
         order = _order_of(course.parts, list(self.stores), seed, block)
@@ -332,13 +336,13 @@ class TrainLoader:
             )
 
     def close(self) -> None:
-        """Stop the workers and the iterator that is in use."""
+        """Stop the workers and end the current iterator."""
         self._iterator = None
         for batches in (self._batches, self._batches.former):
             if batches is not None:
                 batches.prefetcher.close()
         for process in self._processes:
-            if process.is_alive():  # it may be waiting for a remote
+            if process.is_alive():  # waiting for it could take as long as a remote does
                 process.kill()
         self._processes = []
 
@@ -354,13 +358,13 @@ def _order_of(
 
 
 def _warn_of_unknown_tokens(stores: Sequence[StreamStore], text: CaptionInput) -> None:
-    """Warn of captions in a language that the tokenizer lacks: they train nothing."""
+    """Warn if many tokens are [UNK], for example in a language unknown to the tokenizer."""
     for store in stores:
         share = unknown_share(store, text.tokenizer)
         if share > MOST_UNKNOWN:
             logger.warning(
-                "stream %s: %.0f %% of the tokens of its first captions are [UNK]: the tokenizer "
-                "does not know this text; set model.text.tokenizer to one that does",
+                "stream %s: %.0f %% of the tokens of its first captions are [UNK]: set "
+                "model.text.tokenizer to a tokenizer for this language",
                 store.name, 100 * share,
             )  # fmt: skip
 
@@ -368,8 +372,10 @@ def _warn_of_unknown_tokens(stores: Sequence[StreamStore], text: CaptionInput) -
 def _warn_of_small_cache(
     data: DataRecipe, stores: Sequence[StreamStore], counts: Sequence[int]
 ) -> None:
-    """Warn of a cache below a block. Its samples are read in random order, so shards that don't
-    fit are fetched many times."""
+    """Warn if the cache is smaller than a block.
+
+    Samples of a block are read in random order, so shards that don't fit are fetched repeatedly.
+    """
     limit_bytes = next((store.cache.limit_bytes for store in stores if store.cache), None)
     epoch_bytes = sum(
         count / float(store.shard_items.sum()) * float(store.shards.raw_bytes.sum())
@@ -379,8 +385,7 @@ def _warn_of_small_cache(
     block_bytes = epoch_bytes * min(1.0, data.shuffle_block / sum(counts))
     if limit_bytes is not None and limit_bytes < block_bytes:
         logger.warning(
-            "data.cache_limit is %.1f GB, and the samples that are shuffled together lie in %.1f "
-            "GB of shards: they will be fetched again and again. Raise it, or lower "
-            "data.shuffle_block (%d)",
+            "data.cache_limit is %.1f GB, but a shuffle block needs %.1f GB of shards: shards "
+            "will be fetched repeatedly. Raise it, or lower data.shuffle_block (%d)",
             limit_bytes / 1e9, block_bytes / 1e9, data.shuffle_block,
         )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Micro batches by their number, made out of samples in a loader worker.
+"""Build micro-batches in the loader workers.
 
-Legend: B pairs of a micro batch on one rank, T packed tokens, H and W the sides of the image.
+Legend: B pairs of a micro-batch on one rank, T packed tokens, H and W the sides of the image.
 """
 
 from __future__ import annotations
@@ -31,48 +31,48 @@ from blip_scale.data.tokenizer import Padding, pack_captions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_SWAP = 1  # keeps this use of the seed apart from the pixels'
-_DAMAGED_SHARDS = 8  # in a row stop the run: that is no accident
+_SWAP = 1  # makes these random numbers independent of those for the pixels
+_DAMAGED_SHARDS = 8  # number in a row that stops the run
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch of one rank."""
+    """One micro-batch of one rank."""
 
     images: Tensor
-    """[B, 3, H, W] uint8, not normalised; [B, 2, 3, H, W] where captions speak of two images."""
+    """[B, 3, H, W] uint8, not normalised; [B, 2, 3, H, W] if captions describe two images."""
     token_ids: Tensor
     """[T] int64: [CLS] caption [SEP] of every pair, packed."""
     offsets: Tensor
-    """[B+1] int32 into token_ids; [B + fillers + 1] where the captions are filled up."""
+    """[B+1] int32 into token_ids; [B + fillers + 1] with padding."""
     max_length: int
-    """Tokens of the longest caption; `CaptionInput.max_tokens` where they are filled up."""
+    """Tokens of the longest caption; `CaptionInput.max_tokens` with padding."""
     ids: list[str]
     captions: list[str]
     """Cleaned captions."""
     sources: list[str]
     streams: list[str]
-    """Name of the stream that each pair is from."""
+    """Name of the stream of each pair."""
     skipped: list[str]
-    """Place, id and reason of every corrupt sample that another one stands in for."""
+    """Place, id and reason of each corrupt sample that was replaced by another one."""
     roles: list[str] = field(default_factory=list)
     """Role of each caption."""
     lacking: int = 0
-    """Samples that lack a caption role of their stream's mixture."""
+    """Number of samples that lack a caption role of their stream's mixture."""
     cut: int = 0
-    """Captions that were cut."""
+    """Number of captions that were truncated."""
     annotations: list[dict[str, Any]] = field(default_factory=list)
-    """Annotations of each caption, in sets of tasks that have them."""
+    """Annotation of each caption; empty if the set has none."""
     padding: Padding = field(default_factory=Padding)
-    """Fillers that bring the captions to a static size."""
+    """Filler sequences that pad the captions to a static size."""
 
     @property
     def caption_tokens(self) -> int:
-        """Tokens of the captions, fillers left out; reads `offsets`."""
+        """Number of tokens of the captions, without fillers; reads `offsets`."""
         return int(self.offsets[-1 - self.padding.fillers])
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy with its tensors on `device`, made asynchronously from pinned memory."""
+        """Copy to `device`. The copy is asynchronous if the tensors are in pinned memory."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=True),
@@ -81,7 +81,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader."""
+        """Copy to pinned memory; torch's DataLoader calls this method."""
         return replace(
             self,
             images=self.images.pin_memory(),
@@ -96,34 +96,34 @@ class CaptionInput:
 
     tokenizer: PreTrainedTokenizerFast
     max_tokens: int
-    """[CLS] and [SEP] included; longer captions are cut."""
+    """Maximum tokens of a caption, including [CLS] and [SEP]; longer ones are truncated."""
     max_words: int = 30
     clean: Clean = clean_caption
     prompt: str = ""
     """Text in front of every caption."""
     pad_tokens_to: int = 1
-    """Filler sequences are added until the tokens of a micro-batch are a multiple of this."""
+    """Number of tokens of a micro-batch is padded to a multiple of this with filler sequences."""
     whole_sentences: bool = False
-    """Cut captions at the end of a sentence, where the first sentence fits."""
+    """Truncate captions at the end of a sentence, if the first sentence fits."""
 
     def fitted(self, caption: str) -> str:
-        """The cleaned caption, cut to `max_words` or to whole sentences; tokens may be too many."""
+        """Clean a caption, truncated to `max_words` or whole sentences, not to `max_tokens`."""
         if not self.whole_sentences:
             return self.clean(caption, self.max_words)
         sentences = whole_sentences(caption, self._fits)
         return sentences or self.clean(caption, self.max_words)
 
     def tokens(self, cleaned: str) -> int:
-        """Number of tokens of a cleaned caption with its prompt, [CLS] and [SEP] included."""
+        """Number of tokens of a cleaned caption with the prompt, including [CLS] and [SEP]."""
         return len(self.tokenizer(self.prompt + cleaned)["input_ids"])
 
     def is_cut(self, caption: str, cleaned: str, tokens: int) -> bool:
-        """Whether words or tokens of a caption are lost.
+        """Return True if words or tokens of a caption were dropped.
 
         Args:
-            caption: the caption of the shard.
-            cleaned: `fitted` of it.
-            tokens: number of its tokens, at most `max_tokens`.
+            caption: the caption in the shard.
+            cleaned: result of `fitted`.
+            tokens: number of its tokens in the batch, at most `max_tokens`.
         """
         if self.whole_sentences:
             is_short = len(cleaned) < len(self.clean(caption, len(caption) + 1))
@@ -138,31 +138,31 @@ class CaptionInput:
 
 @dataclass(frozen=True)
 class LoaderPosition:
-    """This rank's share of every global batch."""
+    """Rank and batch sizes, which determine this rank's part of every global batch."""
 
     rank: int
     world_size: int
     micro_batch_size: int
-    """Pairs of one batch on one rank."""
+    """Pairs per micro-batch on one rank."""
     global_batch_size: int
-    """Pairs of an optimizer step over all ranks and accumulation micro-steps."""
+    """Pairs per optimizer step, over all ranks and accumulation micro-steps."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.micro_samples:
             raise ValueError(
                 f"train.global_batch_size {self.global_batch_size} is not a multiple of "
-                f"{self.world_size} ranks x micro batch {self.micro_batch_size}: change one of them"
+                f"{self.world_size} ranks x micro-batch {self.micro_batch_size}: change one of them"
             )
 
     @property
     def micro_samples(self) -> int:
-        """Pairs that all ranks together take in one micro-step."""
+        """Pairs per micro-step, over all ranks."""
         return self.world_size * self.micro_batch_size
 
 
 @dataclass
 class MicroBatches(Dataset["Batch | Exception"]):
-    """Micro batches of one rank by number; lives in the workers."""
+    """Dataset of the micro-batches of one rank, by number. It runs in the loader workers."""
 
     stores: list[StreamStore]
     order: SampleOrder
@@ -174,17 +174,17 @@ class MicroBatches(Dataset["Batch | Exception"]):
     course: Course
     seed: int
     mixtures: dict[str, CaptionMixture]
-    """By name of the stream: how it mixes captions of several roles. In other streams all captions
-    take turns."""
+    """Caption mixture of each stream that has one, by name. Other streams use all captions of a
+    sample in turn."""
 
     def __post_init__(self) -> None:
         self.former: MicroBatches | None = None
-        """Micro batches of the epoch that the last change of the mixture found half read."""
+        """Micro-batches of the rest of the epoch in which the mixture was changed last."""
 
     def __getitem__(self, number: int) -> Batch | Exception:
-        """A batch. An error is returned, not raised: torch would bury it in a traceback.
+        """Build micro-batch `number`, counted from the beginning of the course.
 
-        Micro-steps are counted from the beginning of the course.
+        An error is returned, not raised, because torch would wrap it in a long traceback.
         """
         position = self.position
         begin = number * position.micro_samples + position.rank * position.micro_batch_size
@@ -224,7 +224,7 @@ class MicroBatches(Dataset["Batch | Exception"]):
                 lacking += mixture.is_lacking(sample_roles)
             elif caption is None:
                 caption = self._due_caption(sample, slot)
-            caption %= len(sample["captions"])  # a stand-in has its own
+            caption %= len(sample["captions"])  # a replacement may have fewer captions
             roles.append(sample_roles[caption])
             raw.append(sample["captions"][caption])
             words = self.text.fitted(raw[-1])
@@ -255,8 +255,8 @@ class MicroBatches(Dataset["Batch | Exception"]):
         )
 
     def _cut(self, raw: list[str], captions: list[str], offsets: Tensor) -> int:
-        """Number of captions that were cut."""
-        lengths = offsets.diff().tolist()  # of captions, then of fillers
+        """Count the captions that were truncated."""
+        lengths = offsets.diff().tolist()  # captions first, then fillers
         triples = zip(raw, captions, lengths, strict=False)
         return sum(self.text.is_cut(*triple) for triple in triples)
 
@@ -271,20 +271,23 @@ class MicroBatches(Dataset["Batch | Exception"]):
         return np.random.default_rng((self.seed, epoch, place, *use))
 
     def _due_caption(self, sample: dict[str, Any], slot: Slot) -> int:
-        """Number of the caption that is due: random in the first pass, then one after the other."""
+        """Index of the caption, modulo their number: random in the first pass, then in turn."""
         return zlib.crc32(f"{self.seed}/{sample['id']}".encode()) + slot.passing
 
 
 def read_or_replace(
     store: StreamStore, slot: Slot, decode: Callable[[dict[str, Any]], Tensor], skipped: list[str]
 ) -> tuple[dict[str, Any], Tensor]:
-    """The sample at `slot`, and what `decode` makes of its images.
+    """Read the sample at `slot` and decode its images.
 
-    A corrupt sample is replaced by the next whole one of its shard. A shard that is damaged or has
-    no whole sample is replaced by the next one. What is skipped is added to `skipped`.
+    A corrupt sample is replaced by the next intact one of its shard. A shard that is damaged or has
+    no intact sample is replaced by the next shard. What was skipped is appended to `skipped`.
+
+    Returns:
+        the columns of the sample and the result of `decode`.
 
     Raises:
-        ValueError: too many shards in a row have no whole sample.
+        ValueError: `_DAMAGED_SHARDS` shards in a row have no intact sample.
     """
     shard = slot.shard
     for _ in range(_DAMAGED_SHARDS):

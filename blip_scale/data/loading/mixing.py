@@ -1,4 +1,4 @@
-"""The share of an epoch that each stream has."""
+"""Number of samples that each stream contributes to an epoch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from blip_scale.config.recipe import DataRecipe, StreamRecipe
 
 
 def samples_per_epoch(data: DataRecipe, sizes: Sequence[int]) -> list[int]:
-    """Samples that an epoch takes from each training stream, which have `sizes` samples (captions,
-    where `repeat` says so).
+    """Compute the number of samples that an epoch takes from each training stream.
 
-    Raises ValueError for weights without `data.samples_per_epoch` and for a stream of which an
-    epoch would take nothing.
+    Args:
+        data: the recipe's data settings.
+        sizes: number of samples of each stream; captions for a stream with `repeat: captions`.
+
+    Raises:
+        ValueError: an epoch would take no sample of a stream.
     """
     if data.samples_per_epoch is not None:
         weights = [stream.weight or 0.0 for stream in data.streams]
@@ -39,7 +42,7 @@ def _repeats(stream: StreamRecipe) -> float:
 
 
 def describe(data: DataRecipe, sizes: Sequence[int], counts: Sequence[int]) -> str:
-    """The mixture in a line: share of an epoch, and how many times an epoch reads the stream."""
+    """Describe the mixture in one line: share and number of passes per epoch of each stream."""
     total = sum(counts)
     return ", ".join(
         f"{stream.name} {count / total:.1%} ({count} = {count / size:.3g} x {size})"

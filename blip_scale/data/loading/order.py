@@ -1,15 +1,15 @@
-"""Which sample comes when: a pure function of the seed, the epoch and the position in it.
+"""Order of the samples: a pure function of the seed, the epoch and the position in the epoch.
 
-Ranks, workers and earlier reads do not change it, and nothing needs to be read to find out. So a
-run resumes anywhere at once, and any number of ranks sees the same global order.
+The order does not depend on the number of ranks or workers, and computing it reads no data. A run
+therefore resumes at any position at once, with any number of ranks.
 
-Shards are fetched whole and sets may be larger than memory, so shuffling has two stages. All shards
-of all streams are shuffled and cut into blocks of about `block_samples`, then the samples of a
-block are shuffled together. Smaller sets are one block, shuffled perfectly.
+Shards are fetched whole and sets may be larger than memory, so shuffling has two stages. First, the
+shards of all streams are shuffled together and cut into blocks of about `block_samples` samples.
+Then the samples within each block are shuffled. A set that fits into one block is shuffled fully.
 
-Memory grows with the shards (5 bytes each) and, in a process that lays a block out, with the block
-(8 bytes a sample), not with the samples of an epoch. While an epoch is laid out, it takes some 50
-bytes a shard more.
+Memory is 5 bytes per shard, and 8 bytes per sample of a block in the process that computes its
+layout. It does not grow with the samples of an epoch. Computing an epoch's layout temporarily takes
+about 50 bytes more per shard.
 """
 
 from __future__ import annotations
@@ -26,55 +26,55 @@ from blip_scale.data.loading.block_layouts import BlockKey, BlockLayouts
 from blip_scale.data.loading.seeds import generators
 from blip_scale.data.reading.shared_arrays import SharedArray, return_freed_memory
 
-_MANY_PIECES = 10_000  # of an epoch, whose layout takes megabytes for a moment
+_MANY_PIECES = 10_000  # per epoch; its layout takes temporary megabytes
 _WINDOW = 256
-"""Positions that are looked up together: a few micro-batches, or a part of one."""
-_PASS, _SHARD, _EPOCH, _BLOCK = range(4)  # keep the uses of the seed apart
+"""Number of positions looked up at once: a few micro-batches, or part of one."""
+_PASS, _SHARD, _EPOCH, _BLOCK = range(4)  # separate random streams
 
 
 @dataclass(frozen=True)
 class StreamShape:
-    """Properties of a stream that determine the order."""
+    """Sizes of a stream that determine the order."""
 
     name: str
     shard_samples: Sequence[int] | NDArray[np.int64] | SharedArray
-    """Samples of each shard: images, or captions where an epoch reads each of them once."""
+    """Samples per shard; captions if `repeat` is `captions`."""
     samples_per_epoch: int
     offset: int = 0
-    """Place in the stream's row of passes at which epoch 0 begins, see `course.Part`."""
+    """Position in the stream at which epoch 0 begins, see `course.Part`."""
 
 
 class Slot(NamedTuple):
-    """A sample by its place: the number of its stream, shard and place in the shard."""
+    """Location of a sample: index of its stream, of its shard, and of the sample in the shard."""
 
     stream: int
     shard: int
     sample: int
     passing: int
-    """Number of complete passes over the stream before this one; decides which caption is due."""
+    """Number of complete passes over the stream before this one; selects the caption."""
 
 
 class _Pass(NamedTuple):
-    """The part of a pass over a stream that an epoch reads.
+    """Part of one pass over a stream that an epoch reads.
 
-    It consists of pieces: each is a shard, or a range of the shard's own permutation.
+    It consists of pieces. A piece is a whole shard, or a range of the shard's permutation.
     """
 
     stream: int
     passing: int
     ranges: dict[int, tuple[int, int]]
-    """Range of the shard's permutation for shards that are not read as a whole: at most two."""
+    """Shard -> range of its permutation, for shards that are read in part (at most two)."""
 
 
 class SampleOrder:
-    """The endless order of samples over the streams.
+    """Endless order of the samples of all streams.
 
-    A stream is an endless row of passes, each of them through all of its shards in an order of its
-    own; every epoch takes the next `samples_per_epoch` of the row. So an epoch of as many samples
-    as the stream has reads each of them once, twice as many twice, and half as many a different
-    half in each of two epochs.
+    A stream is read in passes. Each pass reads all shards in its own random order. An epoch
+    continues where the previous one stopped and takes the next `samples_per_epoch` samples. If
+    that equals the size of the stream, an epoch reads each sample once; with twice the size, twice;
+    with half the size, two epochs read different halves.
 
-    A copy, in this process or pickled to another, begins anew, but shares the layouts of blocks.
+    A copy, also a pickled one, has its own position but shares the layouts of blocks.
     """
 
     def __init__(
@@ -96,52 +96,54 @@ class SampleOrder:
         self._layouts = layouts
         self._epoch = -1
         self._passes: list[_Pass] = []
-        """Passes of the epoch."""
+        """Passes that the epoch reads from."""
         self._pass_places = np.zeros((0, 2), np.int64)
-        """Stream and number of each pass."""
+        """Stream and pass number of each element of `_passes`, [passes, 2]."""
         self._piece_passes: NDArray[Any] = np.zeros(0, np.uint8)
-        """Number of the pass of each piece of the epoch, in the order of the epoch."""
+        """Index into `_passes` of each piece, in the order of the epoch."""
         self._piece_shards = np.zeros(0, np.int32)
-        """Shard of each piece."""
+        """Index of the shard of each piece."""
         self._block_firsts = np.zeros(1, np.int64)
-        """Number of each block's first piece, and the number of pieces."""
+        """Index of each block's first piece, followed by the number of pieces."""
         self._block_starts = np.zeros(1, np.int64)
-        """First position of each block, and the end of the epoch."""
+        """First position of each block, followed by the end of the epoch."""
         self._block_range = range(0)
         self._block_slice = slice(0)
-        """Numbers of the block's pieces."""
+        """Indices of the current block's pieces."""
         self._block = 0
-        """Number of the block in the epoch."""
+        """Index of the current block in the epoch."""
         self._layout: NDArray[np.int32] | None = None
-        """Layout of the block where this object made it, see `_lay_out`."""
+        """Layout of the current block if this object computed it, see `_compute_layout`."""
         self._window = range(0)
-        """Positions of the epoch that were looked up last."""
+        """Positions whose slots are in `_window_slots`."""
         self._window_slots: list[tuple[int, int, int, int]] = []
-        """The fields of their slots."""
+        """Fields of the slots in `_window`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SampleOrder, (self._streams, self._seed, self._block_samples, self._layouts)
 
     def locate(self, epoch: int, position: int) -> Slot:
-        """The sample at `position` of `epoch`, 0 <= position < samples_per_epoch."""
+        """Locate the sample at `position` of `epoch`, 0 <= position < samples_per_epoch."""
         if epoch != self._epoch or position not in self._window:
             self._look_up(epoch, position)
         return Slot(*self._window_slots[position - self._window.start])
 
     def block_of(self, epoch: int, position: int) -> tuple[int, int]:
-        """The block that holds a position, as its epoch and first position."""
+        """Identify the block that holds a position, by its epoch and first position."""
         self._enter(epoch, position)
         return epoch, self._block_range.start
 
     def upcoming(
         self, epoch: int, position: int, by_use: bool = True
     ) -> Iterator[NDArray[np.int64]]:
-        """Stream and shard of what is read from a position on, [shards, 2], block after block, for
-        ever.
+        """Yield the shards that will be read from a position on, one array per block, endlessly.
 
-        With `by_use`, the first array holds what the rest of the block reads, by first use. The
-        others hold all that a block reads, in no particular order, which takes less time. A shard
-        that a block reads in several pieces is repeated.
+        With `by_use`, the first array holds only the shards of the rest of the block, in order of
+        first use. The other arrays hold all shards of a block in no particular order, which is
+        faster. A shard occurs once for each of its pieces in the block.
+
+        Yields:
+            stream and shard of each piece, int64 [pieces, 2].
         """
         while True:
             self._enter(epoch, position)
@@ -155,7 +157,7 @@ class SampleOrder:
             yield np.stack([streams, shards], axis=1)
 
     def _enter(self, epoch: int, position: int) -> None:
-        """Find the epoch and the block of a position, unless it is in those of the last call."""
+        """Set the current epoch and block to those of a position."""
         if not 0 <= position < self.samples_per_epoch:
             raise IndexError(f"position {position} in an epoch of {self.samples_per_epoch} samples")
         if epoch != self._epoch:
@@ -164,7 +166,7 @@ class SampleOrder:
             self._enter_block(position)
 
     def _look_up(self, epoch: int, position: int) -> None:
-        """Look up a window that begins at `position`."""
+        """Fill `_window` with the slots from `position` on."""
         self._enter(epoch, position)
         self._window = range(position, min(position + _WINDOW, self._block_range.stop))
         numbers, samples = self._laid_out(self._window).T
@@ -174,10 +176,10 @@ class SampleOrder:
         self._window_slots = list(zip(*(column.tolist() for column in columns), strict=True))
 
     def _used_pieces(self, position: int) -> NDArray[np.int64]:
-        """Numbers of the pieces that the rest of the block reads, by first use."""
+        """Indices of the pieces that the rest of the block reads, in order of first use."""
         numbers = self._laid_out(range(position, self._block_range.stop))[:, 0]
         first_use = np.full(self._block_slice.stop - self._block_slice.start, len(numbers))
-        # Of the places that an index is assigned, the last one stays: backwards, the first use.
+        # NumPy keeps the last value assigned to an index. Reversed, that is the first use.
         first_use[numbers[::-1]] = np.arange(len(numbers))[::-1]
         by_use = np.argsort(first_use, kind="stable")
         used = by_use[: np.count_nonzero(first_use < len(numbers))]
@@ -197,7 +199,8 @@ class SampleOrder:
         lengths = np.concatenate([self._lengths(*part) for part in read])[order]
         starts = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=starts[1:])
-        # A block is made of the pieces that start in its span. It is empty in a longer piece.
+        # A block holds the pieces that start in its span of `block_samples` positions. It is empty
+        # if one piece covers the whole span.
         spans = np.arange(int(starts[-2]) // self._block_samples + 2) * self._block_samples
         self._block_firsts = np.searchsorted(starts[:-1], spans, side="left")
         self._block_starts = starts[self._block_firsts]
@@ -208,7 +211,7 @@ class SampleOrder:
             return_freed_memory()
 
     def _stream_passes(self, number: int, epoch: int) -> list[tuple[_Pass, NDArray[np.int32]]]:
-        """The passes over a stream that an epoch reads from, and the shards that it reads."""
+        """Passes over a stream that an epoch reads from, each with the shards that are read."""
         stream, sizes = self._streams[number], self._sizes[number]
         samples = int(sizes.sum())
         begin = stream.offset + stream.samples_per_epoch * epoch
@@ -230,14 +233,14 @@ class SampleOrder:
         return passes
 
     def _lengths(self, part: _Pass, shards: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Samples that a pass reads of each shard."""
+        """Number of samples that the epoch reads from each shard of a pass."""
         lengths = self._sizes[part.stream][shards].astype(np.int64)
         for shard, (start, stop) in part.ranges.items():
             lengths[shards == shard] = stop - start
         return lengths
 
     def _enter_block(self, position: int) -> None:
-        """Find the block that holds `position`."""
+        """Make the block that holds `position` the current one."""
         block = int(np.searchsorted(self._block_starts, position, side="right")) - 1
         start, stop = self._block_starts[block : block + 2].tolist()
         self._block, self._block_range = block, range(start, stop)
@@ -245,19 +248,20 @@ class SampleOrder:
         self._layout = None
 
     def _laid_out(self, positions: range) -> NDArray[np.int32]:
-        """Rows of the block's layout for some of its positions; see `_lay_out`."""
+        """Rows of the block's layout for a range of its positions; see `_compute_layout`."""
         start = self._block_range.start
         rows = range(positions.start - start, positions.stop - start)
         if self._layout is None:
             key = BlockKey(self._epoch, self._block, len(self._block_range))
-            return self._layouts.get(key, rows, self._lay_out)
+            return self._layouts.get(key, rows, self._compute_layout)
         return self._layout[rows.start : rows.stop]
 
-    def _lay_out(self) -> NDArray[np.int32]:
-        """Lay the block out, and keep it as long as the block is in use.
+    def _compute_layout(self) -> NDArray[np.int32]:
+        """Compute the layout of the current block, and keep it while the block is current.
 
         Returns:
-            Piece of the block and number in its shard for each position of the block, [samples, 2].
+            index of the piece in the block and of the sample in its shard, for each position of
+            the block, int32 [samples, 2].
         """
         layout = np.empty((len(self._block_range), 2), np.int32)
         passes = self._piece_passes[self._block_slice].tolist()
@@ -271,13 +275,13 @@ class SampleOrder:
             start, stop = stop, stop + len(samples)
             layout[start:stop, 0] = piece
             layout[start:stop, 1] = samples
-        # As whole rows, which takes less time than rows in the order of a permutation.
+        # Shuffle rows as 64-bit integers, which is faster than indexing with a permutation.
         self._rng(_BLOCK, self._epoch, self._block).shuffle(layout.view(np.int64)[:, 0])
         self._layout = layout
         return layout
 
     def _shard_rngs(self) -> list[np.random.Generator]:
-        """The generator of each piece of the block, which shuffles its shard."""
+        """Random generator for the shard of each piece of the block."""
         passes = self._piece_passes[self._block_slice]
         shards = self._piece_shards[self._block_slice].astype(np.uint32)
         rngs = np.empty(len(passes), object)
@@ -290,7 +294,7 @@ class SampleOrder:
         return rngs.tolist()
 
     def _rng(self, *purpose: int) -> np.random.Generator:
-        # The same generator as from a tuple of the seed and the purpose, in half of the time.
+        # Equal to default_rng((seed, *purpose)), in half of the time.
         return np.random.default_rng(self._seed_of(*purpose))
 
     def _seed_of(self, *purpose: int) -> NDArray[np.uint32]:
@@ -298,7 +302,7 @@ class SampleOrder:
 
 
 def _words(seed: int) -> list[int]:
-    """The 32-bit words of a seed, as NumPy takes it apart."""
+    """Split a seed into 32-bit words, like NumPy does."""
     words = [seed & 0xFFFFFFFF]
     while seed := seed >> 32:
         words.append(seed & 0xFFFFFFFF)

@@ -1,8 +1,9 @@
-"""Random generators of many shards, made together.
+"""Seed the random generators of many shards at once.
 
-NumPy takes 9 us to seed a generator, most of it in `SeedSequence`. Here, the hash with which that
-class mixes the last word into a seed is an operation on the last words of all seeds. NumPy keeps
-the streams of `SeedSequence` and `PCG64` for good. tests/data/test_order.py compares the results.
+NumPy takes 9 us to seed a generator, most of it in `SeedSequence`. Our seeds differ only in their
+last word, so this module vectorises the hash of `SeedSequence` over the last words. NumPy
+guarantees that the streams of `SeedSequence` and `PCG64` never change. tests/data/test_order.py
+compares the results.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 _POOL_WORDS = 4
 _POOL_HASHES = 16
-"""Hashes of `SeedSequence` for the first four words. Each further word takes four."""
+"""Number of hashes in `SeedSequence` for the first four words. Each further word takes four."""
 _MIX = np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
 _ENTROPY_HASH = 0x43B0D7E5, 0x931E8875
 _STATE_HASH = 0x8B51F9DD, 0x58F38DED
@@ -24,7 +25,7 @@ _SHIFT = np.uint32(16)
 
 
 def generators(shared: NDArray[np.uint32], last: NDArray[np.uint32]) -> Iterator[Generator]:
-    """The generators `default_rng([*shared, number])` for each `number` of `last`.
+    """Yield `default_rng([*shared, number])` for each `number` in `last`.
 
     Args:
         shared: first words of every seed, [at least 4].
@@ -41,13 +42,13 @@ def generators(shared: NDArray[np.uint32], last: NDArray[np.uint32]) -> Iterator
 
 
 class _Words(ISeedSequence):
-    """Words that a `SeedSequence` would have generated."""
+    """Seed sequence that returns precomputed words of a `SeedSequence`."""
 
     def __init__(self, words: NDArray[np.uint64]) -> None:
         self._words = words
 
     def generate_state(self, n_words: int, dtype: object = np.uint32) -> NDArray[np.uint64]:
-        """The words. PCG64 asks for four of 64 bits."""
+        """Return the words. PCG64 requests four of 64 bits."""
         return self._words
 
 
@@ -59,7 +60,7 @@ def _hash(words: NDArray[np.uint32], constants: NDArray[np.uint32]) -> NDArray[n
 
 
 def _constants(start_and_factor: tuple[int, int], hashes: int) -> NDArray[np.uint32]:
-    """Constants of the next eight hashes after so many, [9, 1]."""
+    """Constants of the eight hashes that follow the first `hashes`, [9, 1]."""
     start, factor = start_and_factor
     powers = [start * pow(factor, hashes + step, 1 << 32) for step in range(9)]
     return np.array([power & 0xFFFFFFFF for power in powers], np.uint32)[:, None]

@@ -1,5 +1,7 @@
-"""Shared memory in /dev/shm, through which loader workers hand over batches. Docker gives a
-container 64 MB of it by default."""
+"""Check the size of /dev/shm, through which loader workers send batches.
+
+Docker gives a container 64 MB of it by default.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +13,29 @@ from blip_scale.errors import RefusedInput
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED_BATCHES = 4
-"""Batches that a worker makes ahead of the training step."""
+"""Number of batches that a worker prefetches."""
 
 
 def needed_bytes(workers: int, micro_batch: int, image_size: int, images: int = 1) -> int:
-    """Bytes of the batches that are under way on one rank.
+    """Bytes of all prefetched batches of one rank.
 
     Args:
-        workers: loader processes.
-        micro_batch: samples of a batch.
+        workers: number of loader processes.
+        micro_batch: number of samples in a batch.
         image_size: side of the square images in pixels.
-        images: of a sample.
+        images: number of images per sample.
     """
     batch = micro_batch * images * 3 * image_size**2
     return workers * (PREFETCHED_BATCHES + 1) * batch
 
 
 def check_shared_memory(needed: int, ranks: int, folder: Path = SHARED_MEMORY) -> str:
-    """Refuse a /dev/shm that is too small: a batch would be lost in it.
+    """Refuse a /dev/shm that is too small, because workers would crash when they send batches.
 
     Args:
         needed: bytes of one rank, from `needed_bytes`.
-        ranks: ranks of this machine.
-        folder: where shared memory lies.
+        ranks: number of ranks on this machine.
+        folder: mount point of shared memory.
 
     Returns:
         A line for a report.
@@ -56,7 +58,7 @@ def check_shared_memory(needed: int, ranks: int, folder: Path = SHARED_MEMORY) -
 
 
 def ranks_here() -> int:
-    """Ranks of this machine, as the launcher says."""
+    """Number of ranks on this machine, from the launcher's environment variables."""
     for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         value = os.environ.get(variable, "")
         if value.isdecimal():

@@ -1,8 +1,8 @@
-"""Loader workers are forked by a server process with the imports, one thread and no locks.
+"""Start loader workers from Python's fork server, and end them with their rank.
 
-A rank has threads of gloo, NCCL and TensorBoard. A fork copies the locks that they hold, without
-the threads that would release them. Now and then a worker would wait for ever, and the run with it.
-So workers are forked by Python's fork server.
+A rank has threads of gloo, NCCL and TensorBoard. Forking the rank would copy the locks that these
+threads hold, but not the threads that release them, so a worker could hang, and the run with it.
+The fork server has one thread and holds no locks. It imports the modules before it forks.
 """
 
 from __future__ import annotations
@@ -25,50 +25,52 @@ CONTEXT = "forkserver"
 _ROOT = Path(__file__).resolve().parents[3]
 _OF_THE_RANK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _OF_A_WORKER = signal.SIGUSR2
-"""Asks for a worker's stacks. Until the worker is set up for it, the signal would end it."""
+"""Makes a worker log its stacks. Blocked until its handler is set, as it would kill the worker."""
 
 
 def start_server() -> None:
-    """Start the fork server, which imports what workers need while the rank does other things.
+    """Start the fork server. It imports the loader's modules in the background.
 
-    A launcher's SIGTERM, SLURM's SIGUSR1 or a Ctrl-C reaches it and the workers too. The rank still
-    needs their batches to stop cleanly, so the signals are blocked there, from the very start.
+    SIGTERM from a launcher, SIGUSR1 from SLURM and Ctrl-C also reach the server and the workers.
+    The rank still needs their batches to stop cleanly, so these signals are blocked in them from
+    the start.
     """
     multiprocessing.get_context(CONTEXT).set_forkserver_preload(["blip_scale.data.loading.loader"])
     for start in (resource_tracker.ensure_running, forkserver.ensure_running):
-        with _environment(), _blocked():  # anew, as the first one lets signals in again
+        with _environment(), _blocked():  # both in the loop: starting the tracker unblocks signals
             start()
 
 
 def begin(environment: dict[str, str], set_up: Callable[[], object] | None, worker: int) -> None:
-    """Set a worker up, before its first batch.
+    """Set up a worker before its first batch (DataLoader's `worker_init_fn`).
 
     Args:
-        environment: the variables of the rank, which may have changed since the server's start.
-        set_up: called in the worker, to send its log where the rank's goes.
-        worker: its number.
+        environment: the rank's environment variables. They may have changed since the server's
+            start.
+        set_up: called in the worker, to configure its logging.
+        worker: index of the worker.
     """
     os.environ.clear()
     os.environ.update(environment)
     Queue._on_queue_feeder_error = staticmethod(_end_with_feeder)  # type: ignore[attr-defined]
-    end_with_parent()  # the server is still there when the rank is killed
+    end_with_parent()  # the worker's parent is the server, which outlives a killed rank
     if set_up is not None:
         set_up()
 
 
 def _end_with_feeder(error: BaseException, batch: object) -> None:
-    """End the worker: a batch that its feeder thread could not send is lost.
+    """End the worker, because the batch that its feeder thread could not send is lost.
 
-    Python's own `Queue._on_queue_feeder_error`, which this replaces, prints a traceback and goes
-    on, and the rank would wait for that batch for ever. A worker that ended is started again, and
-    if it ends so again and again, the run stops with an error.
+    This function replaces `Queue._on_queue_feeder_error`, which prints a traceback and continues,
+    so the rank would wait forever for the batch. The loader restarts a worker that ended. After
+    several deaths in a row, the run stops with an error.
     """
-    logger.error("a batch could not be handed over: %s: %s", type(error).__name__, error)
+    logger.error("a batch could not be sent to the rank: %s: %s", type(error).__name__, error)
     os._exit(1)
 
 
 def end_with_parent() -> None:
-    """End this process as soon as its parent ends, for whatever reason."""
+    """End this process as soon as its parent ends for any reason."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -81,9 +83,12 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """Inside, a Python that is started finds this package (before 3.13 the server isn't told the
-    rank's path, and each worker would import everything anew), and does not report as leaked what
-    it removes after a rank that was killed."""
+    """Context manager that sets environment variables for the server and the resource tracker.
+
+    PYTHONPATH lets them find this package. Before Python 3.13 the server does not get the rank's
+    sys.path, so each worker would repeat all imports. PYTHONWARNINGS silences the tracker's report
+    of leaks when it cleans up after a killed rank.
+    """
     added = {"PYTHONPATH": str(_ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}
     before = {name: os.environ.get(name) for name in added}
     for name, separator in (("PYTHONPATH", os.pathsep), ("PYTHONWARNINGS", ",")):
@@ -100,7 +105,7 @@ def _environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Inside, signals for the rank wait; a process that is started inside never sees them."""
+    """Context manager that blocks the rank's signals. Processes started inside inherit the mask."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [*_OF_THE_RANK, _OF_A_WORKER])
     try:
         yield

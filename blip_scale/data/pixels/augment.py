@@ -1,8 +1,8 @@
-"""RandAugment as BLIP uses it, with the caller's random generator.
+"""RandAugment as in BLIP, with an explicit random generator.
 
 Warps use OpenCV, as published. Contrast and equalisation follow Pillow.
 
-Legend: H and W the sides of the image.
+Legend: H and W height and width of the image.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Decode images: JPEG with simplejpeg (libjpeg-turbo), everything else with Pillow.
 
-Both decoders give the same pixels bit for bit. As in the published code, colour profiles are
-ignored, and so is EXIF orientation unless requested. A truncated file counts as corrupt.
-Transparent pixels become white, where the published code shows the colours hidden below them.
+Both decoders give bit-identical pixels. Colour profiles are ignored, as in the published code, and
+so is EXIF orientation unless requested. A truncated file counts as corrupt. Transparent pixels
+become white; the published code drops the alpha channel and shows the hidden colours.
 
 Legend: H and W the height and width of the image.
 """
@@ -28,15 +28,15 @@ _FAST_COLOURS = ("YCbCr", "RGB", "Gray")  # Pillow decodes CMYK and YCCK, with A
 
 
 def describe(error: Exception) -> str:
-    """Describe a decoder's error so that the same image always gives the same text.
+    """Describe a decoder's error, with the same text each time.
 
-    Pillow writes addresses of objects into some messages; they are removed.
+    Some messages of Pillow contain addresses of objects, which are removed.
     """
     return _ADDRESS.sub("", f"{type(error).__name__}: {error}")
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    """Refuse an image by the size in its header, before it is decoded.
+    """Refuse a too large image by the size in its header, before it is decoded.
 
     Raises:
         CorruptSample: the image has more than `max_pixels` pixels.
@@ -46,11 +46,11 @@ def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB, as it looks on white paper.
+    """Convert an image to RGB on a white background.
 
-    Transparent pixels become white, as img2dataset writes them. Integers with more than 8 bits are
-    scaled by the range of their type; 32-bit integers that fit into 16 bits count as 16-bit ones.
-    Floating-point pixels are read as shares from 0 to 1, or as values from 0 to 255.
+    Transparent pixels become white, like in img2dataset. Integers with more than 8 bits are scaled
+    by the range of their type; 32-bit integers that fit into 16 bits are treated as 16-bit.
+    Floating-point pixels may be in the range 0 to 1 or 0 to 255.
 
     Raises:
         CorruptSample: floating-point pixels are outside both ranges or not finite.
@@ -59,7 +59,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _grey(np.asarray(image, dtype=np.float32) / _MAX_16_BITS)
     if image.mode == "I":
         values = np.asarray(image, dtype=np.float64)
-        # Pillow opens some 16-bit files (PGM) in this mode. As 32 bits they would be black.
+        # Pillow opens some 16-bit files (PGM) in this mode. Scaled as 32-bit, they would be black.
         return _grey(values / (_MAX_16_BITS if values.max() <= _MAX_16_BITS else _MAX_32_BITS))
     if image.mode == "F":
         return _grey(_shares(np.asarray(image)))
@@ -80,8 +80,8 @@ def decode_image(
 
     Args:
         encoded: the image file.
-        upright: rotate the image as EXIF says. The published code and training ignore EXIF.
-        max_pixels: largest number of pixels, according to the header.
+        upright: apply the EXIF orientation. The published code and training ignore EXIF.
+        max_pixels: maximum number of pixels, according to the header.
 
     Raises:
         CorruptSample: the image can't be decoded, or is too large.
@@ -101,7 +101,7 @@ def decode_image(
 
 
 def _shares(values: np.ndarray) -> np.ndarray:
-    """Scale floating-point pixels to shares of white from 0 to 1."""
+    """Scale floating-point pixels to the range 0 (black) to 1 (white)."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)) or low < 0 or high > _WHITE:
         raise CorruptSample(
@@ -111,13 +111,13 @@ def _shares(values: np.ndarray) -> np.ndarray:
 
 
 def _grey(shares: np.ndarray) -> Image.Image:
-    """Build a grey image from shares of white [H, W]."""
+    """Build a grey image from values [H, W] between 0 (black) and 1 (white)."""
     values = np.clip(np.rint(shares * _WHITE), 0, _WHITE).astype(np.uint8)
     return Image.fromarray(values).convert("RGB")
 
 
 def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG that `decode_jpeg` can read; None for any other image.
+    """Width and height of a JPEG that `decode_jpeg` supports; None for any other image.
 
     Only the header is read, which takes microseconds.
     """
@@ -127,7 +127,7 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
         return None
-    # Leave possible decompression bombs to Pillow, which refuses them.
+    # Pillow refuses decompression bombs, so it gets images of this size.
     fast = colours in _FAST_COLOURS and width * height <= (Image.MAX_IMAGE_PIXELS or np.inf)
     return (width, height) if fast else None
 
@@ -140,9 +140,10 @@ def decode_jpeg(
     Args:
         encoded: the JPEG file.
         size: its size from `jpeg_size`.
-        divisor: 1, 2, 4 or 8, by which the image is reduced in the DCT domain, which saves time.
-        buffer: uint8 memory for the pixels, used if they fit; valid until the next image.
-            Allocating memory for each image costs a quarter of the time if images are large.
+        divisor: 1, 2, 4 or 8; the image is reduced by this factor in the DCT domain, which is
+            faster.
+        buffer: uint8 memory for the pixels, used if they fit. The next image overwrites them.
+            Allocating memory for each image takes a quarter of the time for large images.
 
     Raises:
         CorruptSample: the image can't be decoded.

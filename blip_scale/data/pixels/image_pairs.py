@@ -1,4 +1,4 @@
-"""Random order of image pairs with a text about both (NLVR2, as published)."""
+"""Random swap of the two images of a pair (NLVR2, as published)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The published image transforms, with the caller's random generator.
+"""BLIP's image transforms, with an explicit random generator.
 
-Results are uint8 [3, H, W]. `normalize_images` follows later, on the device.
+Results are uint8 [3, H, W]. `normalize_images` is applied later, on the device.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Decoding, RandomResizedCrop (bicubic), horizontal flip and RandAugment of a training image.
+    """Decode a training image, then RandomResizedCrop (bicubic), horizontal flip and RandAugment.
 
-    `path` selects the implementation. All draw the same numbers from the generator.
+    `path` selects the implementation. All of them draw the same random numbers.
     """
 
     size: int
@@ -108,7 +108,7 @@ class TrainTransform:
         return resized[0].permute(1, 2, 0).numpy()
 
     def _divisor(self, box: Box) -> int:
-        """Largest factor that reduces the JPEG with the crop no smaller than the result."""
+        """Largest reduction of the JPEG at which the crop is still as large as the result."""
         side = min(box[2] - box[0], box[3] - box[1])
         fits = (d for d in _DIVISORS if side >= d * (self.size + 1))  # + 1: the box is rounded
         return next(fits, 1) if self.path == "fast" else 1
@@ -120,9 +120,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Generator) -> Box:
-    """Draw a crop with area share min_scale to 1 and aspect 3/4 to 4/3, like torchvision.
+    """Draw a crop with a relative area from min_scale to 1 and aspect 3/4 to 4/3, like torchvision.
 
-    If ten draws don't fit into the image, return the largest centred box of an allowed aspect.
+    If ten draws do not fit into the image, return the largest centred box of an allowed aspect.
     """
     width, height = size
     low, high = (math.log(aspect) for aspect in _ASPECT_RANGE)
@@ -140,16 +140,16 @@ def random_crop_box(size: tuple[int, int], min_scale: float, rng: np.random.Gene
 
 
 def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalize uint8 pixels [B, 3, H, W] by CLIP's mean and deviation, as published."""
+    """Normalize uint8 pixels [B, 3, H, W] by CLIP's mean and standard deviation, as published."""
     mean, deviation = _statistics(images.device)
     return ((images.float() - mean) / deviation).to(dtype)
 
 
 @lru_cache(maxsize=8)
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of pixels [3, 1, 1] on a device.
+    """Mean and standard deviation of pixels, [3, 1, 1], on a device.
 
-    They are cached, because a copy to a GPU waits for it.
+    They are cached, because copying them to a GPU synchronises with it.
     """
     with torch.inference_mode(False):
         mean = torch.tensor(IMAGE_MEAN, device=device).view(3, 1, 1) * 255

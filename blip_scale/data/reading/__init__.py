@@ -1,1 +1,1 @@
-"""Shards of a stream: located, fetched, cached and read."""
+"""Locate, fetch, cache and read the shards of streams."""

@@ -1,7 +1,7 @@
-"""The cache folder of fetched shards: whole files only, below a size, shared by all processes.
+"""Cache folder of fetched shards, with a size limit, shared by all processes of all jobs.
 
-Processes of all jobs synchronise by flock on files in the folder. The kernel releases a lock
-whatever happens to its holder. A half-written file never has the name of a shard.
+Processes synchronise by flock on files in the folder. The kernel releases the lock of a process
+that is killed. A file gets the name of a shard only when it is complete.
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ from blip_scale.storage import files
 
 _SHARDS, _TARS = "shard.*.mds", "*.tar"
 TAR_INDEX, FETCHED_TAR_INDEX = "tar-index", "tar-index-fetched"
-"""Folders with an index of tars, made here or fetched: 1 % of their size, and never evicted."""
+"""Folders with an index of tars, built here or fetched. It has 1 % of their size, and is never
+evicted."""
 TAR_LIST = "tars"
-"""Folder in such an index with the list of the tars."""
+"""Folder in such an index that holds the list of tars."""
 _COUNT_EVERY_S = 60.0
-"""Shards of the cache are counted anew so often, as other jobs add and drop some."""
+"""Seconds between two counts of the cached bytes, because other jobs add and evict shards."""
 _MARK_EVERY_S = 30.0
-"""Longest time between two marks of a shard as used."""
+"""Maximum seconds between two updates of a shard's time of last use."""
 _FASTEST = 40e9
-"""Bytes a second. Marks are set so often that a cache that is filled at a quarter of this rate
-keeps the shards in the order of their use."""
+"""Bytes per second. Times of last use are updated so often that eviction is in order of use if the
+cache is filled at up to a quarter of this rate."""
 _SLACK = 64
-"""Eviction goes on for this part of the limit, so that it does not list the cache every time."""
+"""Eviction frees limit / 64 bytes more than needed, so it does not list the cache every time."""
 _REMOTE = "remote.txt"
-"""File that names the remote whose shards a folder holds."""
+"""File with the URL of the remote whose shards a folder holds."""
 
 logger = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """Keeps the fetched shards of a run's streams below a size by evicting the least recently used.
+    """Limits the size of a run's fetched shards by evicting the least recently used.
 
-    The limit holds for whole shards. Those that are being fetched come on top: one for each worker
-    and one for each prefetching thread. A full disk becomes the limit where none is set.
+    The limit applies to complete shards. Shards being fetched need additional space: one for each
+    worker and one for each prefetching thread. Without a limit, eviction starts when the disk is
+    full.
     """
 
     def __init__(self, folders: Sequence[Path], limit_bytes: int | None = None):
@@ -52,7 +54,7 @@ class ShardCache:
         self.limit_bytes = limit_bytes
 
     def admit(self, partial: Path, path: Path) -> None:
-        """Give a whole file its name, after making room for it."""
+        """Rename a complete file to its final name, after making room for it."""
         if self.limit_bytes is None:
             partial.replace(path)
             return
@@ -65,7 +67,11 @@ class ShardCache:
             self._note(held + size, counted_s)
 
     def shrink(self, incoming_bytes: int) -> bool:
-        """Evict shards until a full disk has room for `incoming_bytes`; False if there are none."""
+        """Evict shards of a full disk to make room for `incoming_bytes`.
+
+        Returns:
+            False if there is no shard to evict.
+        """
         with locked(self.folders[0], "room"):
             held = sum(size for _, size, _ in self._entries())
             if not held:
@@ -84,29 +90,33 @@ class ShardCache:
 
     @property
     def mark_every_s(self) -> float:
-        """Time between two marks of a shard as used, by all processes together. A small cache is
-        filled anew within seconds, and needs them more often."""
+        """Seconds between two updates of a shard's time of last use, over all processes.
+
+        The interval is shorter for a small cache, which is refilled within seconds.
+        """
         limit_bytes = math.inf if self.limit_bytes is None else self.limit_bytes
         return min(_MARK_EVERY_S, limit_bytes / _FASTEST)
 
     @property
     def _count(self) -> Path:
-        """File with the bytes of all shards, and the time when they were last counted."""
+        """File with the bytes of all shards and the time of their last count."""
         return self.folders[0] / ".locks" / "held"
 
     def _held(self) -> tuple[int, float]:
-        """Bytes of all shards, and when they were counted: at most once in `_COUNT_EVERY_S` by all
-        processes together."""
+        """Bytes of all shards, and the time of their last count.
+
+        All processes together count at most once in `_COUNT_EVERY_S` seconds.
+        """
         try:
             held, counted_s = self._count.read_text(encoding="utf-8").split()
             if 0 <= time.time() - float(counted_s) < _COUNT_EVERY_S:
                 return int(held), float(counted_s)
-        except (OSError, ValueError):  # not there, or damaged: it is made again
+        except (OSError, ValueError):  # missing or damaged: count again
             pass
         return sum(size for _, size, _ in self._entries()), time.time()
 
     def _note(self, held: int, counted_s: float) -> None:
-        """Keep the bytes for the next process; without them it counts."""
+        """Save the bytes for the next process, which counts the shards if they are missing."""
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
             with os.fdopen(os.open(self._count, flags, 0o666), "w", encoding="utf-8") as file:
@@ -116,7 +126,7 @@ class ShardCache:
                 self._count.unlink()
 
     def _drop_until(self, allowed_bytes: int) -> int:
-        """Drop the least recently used shards; returns the bytes of the others."""
+        """Evict the least recently used shards, and return the bytes of the remaining ones."""
         entries = sorted(self._entries())
         held = sum(size for _, size, _ in entries)
         lowest = allowed_bytes - (self.limit_bytes or 0) // _SLACK
@@ -135,14 +145,14 @@ class ShardCache:
         for path in _shards_below(self.folders):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # a job with other streams drops shards of this folder too
+            except FileNotFoundError:  # another job may evict shards of this folder
                 continue
             entries.append((status.st_mtime_ns, status.st_size, path))
         return entries
 
 
 def claim(folder: Path, remote: str) -> None:
-    """Record which remote a cache folder belongs to. Shards have the same names in every set.
+    """Record the remote of a cache folder, because shards have the same names in every set.
 
     Raises:
         RefusedInput: the folder holds shards of another remote.
@@ -167,7 +177,7 @@ def drop_shards(folder: Path) -> None:
 
 
 def _shards_below(folders: Sequence[Path]) -> Iterator[Path]:
-    """Fetched shards, and tars in the caches of tar streams; indexes of tars are left out."""
+    """Fetched shards, and tars in the caches of tar streams, without the indexes of tars."""
     for folder in folders:
         indexes = [folder / TAR_INDEX, folder / FETCHED_TAR_INDEX]
         has_tars = any(index.is_dir() for index in indexes)
@@ -178,25 +188,25 @@ def _shards_below(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def has_size(path: str, size: int, mark_after_s: float | None = None) -> bool:
-    """Whether there is a file of `size` bytes.
+    """Return True if there is a file of `size` bytes.
 
     Args:
         path: the file.
-        size: in bytes.
-        mark_after_s: set the time of its last use, which decides what is evicted, if that time is
-            so many seconds old; None: don't.
+        size: expected size in bytes.
+        mark_after_s: update the time of last use if it is at least this many seconds old. Eviction
+            is in order of this time. None never updates it.
     """
     try:
         status = os.stat(path)  # noqa: PTH116  half the time of Path.stat
         if mark_after_s is not None and not 0 <= time.time() - status.st_mtime < mark_after_s:
             os.utime(path)
-    except FileNotFoundError:  # or evicted at this moment: the reader fetches it again
+    except FileNotFoundError:  # or just evicted; the reader fetches it again
         return False
     return status.st_size == size
 
 
 def fetched_bytes(path: Path) -> int:
-    """Bytes of a file, and of its parts that are on the way, compressed ones included."""
+    """Bytes of a file and of its incomplete downloads, including compressed ones."""
     held = 0
     for part in path.parent.glob(f"{glob.escape(path.name)}*"):
         with contextlib.suppress(FileNotFoundError):
@@ -205,17 +215,20 @@ def fetched_bytes(path: Path) -> int:
 
 
 def make_durable(path: Path) -> None:
-    """Flush a file to the disk. Renamed before that, it could be empty after a power failure."""
+    """Sync a file to the disk. Without this, a renamed file may be empty after a power failure."""
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
 
 
 @contextmanager
 def locked(folder: Path, name: str | int, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock of a folder: True inside, or False where it is taken and `wait` is not set."""
+    """Context manager that holds a lock of a folder.
+
+    It yields False if another process holds the lock and `wait` is False, else True.
+    """
     locks = folder / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    # Another user could put a link here. Following it would change the file that it leads to.
+    # O_NOFOLLOW: another user could put a link here, and its target would be changed.
     descriptor = os.open(locks / str(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with os.fdopen(descriptor) as handle:
         try:

@@ -1,4 +1,4 @@
-"""Fetches files of a remote folder, or of one on a disk, with retries and checksums."""
+"""Fetch files of a remote or local folder, with retries and checksums."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from blip_scale.storage.locations import is_local, local_path
 from blip_scale.storage.objects import DamagedFile, ObjectFolder, retried
 
 REFUSED_TRIES = 4
-"""Attempts for a file that the remote calls missing or forbidden."""
+"""Number of attempts for a file that the remote reports as missing or forbidden."""
 
 
 class Fetcher:
-    """Fetches files of one remote folder. Can be pickled."""
+    """Fetches files of one remote folder. It can be pickled."""
 
     def __init__(self, remote: str, retry_s: float):
         self.remote = remote
@@ -24,24 +24,24 @@ class Fetcher:
     def fetch(
         self, name: str, target: Path, info: FileInfo | None = None, retry_s: float | None = None
     ) -> None:
-        """Fetch the file `name` to `target`. Only one thread of all processes may do so at a time.
+        """Fetch the file `name` to `target`. The caller must lock `target` against other processes.
 
         Args:
-            name: path from the remote folder.
-            target: where the file goes.
-            info: size and checksums to compare with; None compares nothing.
-            retry_s: seconds of retrying; None takes the fetcher's, 0 makes a single attempt.
+            name: path relative to the remote folder.
+            target: local path of the file.
+            info: expected size and checksums; None compares nothing.
+            retry_s: seconds of retrying; None uses the fetcher's value, 0 makes a single attempt.
 
         Raises:
             DamagedFile: the content differs from `info` in every attempt.
             MissingFile: the remote does not have the file.
-            RemoteError: the remote failed until the end of `retry_s`, or forbids the file.
-            OSError: the disk here is full.
+            RemoteError: the remote still fails after `retry_s`, or forbids the file.
+            OSError: the local disk is full.
         """
 
         def attempt() -> None:
             try:
-                _remove(target)  # left by a killed process
+                _remove(target)  # remove what a killed process left
                 self._download(name, target, info)
                 problem = "" if info is None else info.difference(target.read_bytes())
                 if problem:
@@ -65,6 +65,6 @@ class Fetcher:
 
 
 def _remove(target: Path) -> None:
-    """Delete the file and its drafts (`target.fetched`)."""
+    """Delete the file and its incomplete download (`target.fetched`)."""
     for path in target.parent.glob(f"{glob.escape(target.name)}*"):
         path.unlink(missing_ok=True)

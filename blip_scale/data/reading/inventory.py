@@ -1,4 +1,4 @@
-"""The data in a run's manifest: a fixed number of fields for each stream."""
+"""Description of the streams in a run's manifest."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ _CHUNK_BYTES = 1 << 22
 
 
 def inventory(stores: Sequence[StreamStore]) -> list[dict[str, Any]]:
-    """A JSON-able object for each stream.
+    """Describe each stream as a JSON object.
 
-    Its fields are name, local, remote, samples, shards (their number), bytes (uncompressed) and
-    index_xxh64. The last is the hash of index.json, which names every shard with its hashes, or of
-    the list of tars with their sizes. The overlays of a stream are listed in the same
-    way.
+    The fields are name, local, remote, samples, shards (their number), bytes (uncompressed) and
+    index_xxh64. The last is the hash of index.json, which holds the hashes of all shards, or of the
+    list of tars with their sizes. Overlays of a stream are described in the same way.
     """
     return [_stream(store) for store in stores]
 

@@ -1,4 +1,4 @@
-"""Checks that a stream can be read here: its index, and its first and last sample, decoded."""
+"""Check that a stream can be read: its index, and its first and last sample."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CAPTIONS = 64
 def unknown_share(store: StreamStore, tokenizer: PreTrainedTokenizerFast) -> float:
     """Share of unknown tokens in the first captions of the first shard.
 
-    It is 0 where the shard can't be fetched at once. Reading it will raise the error.
+    It is 0 if the first attempt to fetch the shard fails. The reader reports the error later.
     """
     tokens = unknown = 0
     if store.remote is None or (store.prefetch(0) and store.is_cached(0)):
@@ -41,19 +41,20 @@ def unknown_share(store: StreamStore, tokenizer: PreTrainedTokenizerFast) -> flo
 def probe_stream(
     stream: StreamRecipe, make_with: str, retry_s: float, tokenizer: PreTrainedTokenizerFast | None
 ) -> tuple[str, float]:
-    """Open a stream and decode its first and last sample. A remote is read past the cache, which
-    would hide that it can't be reached.
+    """Open a stream and decode its first and last sample.
+
+    A remote is read without the cache, which could hide that it is unreachable.
 
     Args:
-        retry_s: seconds for which a remote that fails is retried.
-        tokenizer: reads the captions; None: no token is counted as unknown.
+        retry_s: seconds for which a failing remote is retried.
+        tokenizer: tokenizer for the captions; None skips the count of unknown tokens.
 
     Returns:
-        A line about the stream, and the share of tokens that the tokenizer does not know.
+        a line that describes the stream, and the share of unknown tokens.
 
     Raises:
-        FileNotFoundError: index or shard is missing, or may not be read.
-        ValueError: a damaged index, shard or sample (CorruptSample).
+        FileNotFoundError: index or shard is missing, or access is denied.
+        ValueError: the index, a shard or a sample (CorruptSample) is damaged.
     """
     with tempfile.TemporaryDirectory(prefix="blip_scale_probe_") as folder:
         if stream.remote:

@@ -1,7 +1,7 @@
-"""When each shard was last seen in its folder, noted by all loader workers of a rank together.
+"""Times at which shards were last seen in their folder, shared by the loader workers of a rank.
 
-The times lie in a memory file of the kernel, 4 bytes a shard. A worker opens it through the rank's
-/proc entry, as `SharedArrays` does. Two workers that note a shard at once do no harm.
+The times are in a memfd, with 4 bytes per shard. A worker opens it through the rank's /proc entry,
+like `SharedArrays`. Concurrent writes for the same shard are harmless.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from blip_scale.data.reading.shared_arrays import file_of
 
 
 class SeenShards:
-    """Time of the last look at each shard, in seconds of the machine's monotonic clock.
+    """Time at which each shard was last seen, in seconds of the monotonic clock.
 
-    Pickling sends a reference, which other processes of this machine can use while this one lives.
+    Pickling sends a reference. Other processes on this machine can use it while this one is alive.
     """
 
     def __init__(self, shards: int, descriptor: int | None = None) -> None:
-        """None was seen.
+        """Create the memfd, with no shard seen.
 
         Args:
-            shards: their number.
-            descriptor: an open file of another process; None creates one.
+            shards: number of shards.
+            descriptor: memfd of another process, opened here; None creates one.
         """
         size = 4 * max(1, shards)
         if descriptor is None:
@@ -42,15 +42,15 @@ class SeenShards:
         return _opened, (self._shards, os.getpid(), self._file.fileno())
 
     def note(self, number: int) -> None:
-        """Note that a shard is there now."""
+        """Record that a shard was seen now."""
         self._times[number] = int(time.monotonic()) + 1
 
     def forget(self, number: int) -> None:
-        """Note that a shard may be gone."""
+        """Record that a shard may be gone."""
         self._times[number] = 0
 
     def is_fresh(self, number: int, seconds: float) -> bool:
-        """Whether a shard was seen in the last `seconds`."""
+        """Return True if a shard was seen in the last `seconds`."""
         seen_s = int(self._times[number]) - 1
         return seen_s >= 0 and time.monotonic() - seen_s < seconds
 
@@ -61,9 +61,9 @@ class SeenShards:
 
 
 def _opened(shards: int, process: int, descriptor: int) -> SeenShards:
-    """The notes of another process.
+    """Open the times of another process.
 
     Raises:
-        RuntimeError: it has ended.
+        RuntimeError: the process has ended.
     """
     return SeenShards(shards, file_of(process, descriptor, os.O_RDWR, "notes"))

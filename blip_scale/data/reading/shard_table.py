@@ -1,9 +1,9 @@
-"""The shards of a set in arrays, which loader workers share: 75 bytes a shard.
+"""Index of a set as arrays, which loader workers share: 75 bytes per shard.
 
-Reading index.json takes seconds for 100,000 shards, so the arrays are kept beside it in a hidden
-file, with the hash of the index that they were made from. Such a file may come from a stranger, as
-the index may: it is copied, and then passes the checks of an index. A file that is stale, damaged
-or hostile is made again, and a folder that can't be written is read without one.
+Parsing index.json takes seconds for 100,000 shards, so the arrays are cached beside it in a hidden
+file with the hash of the index. The file may come from an untrusted source, like the index. It is
+copied first, and the copy must pass the checks of an index. A stale, damaged or hostile file is
+rebuilt. If the folder is read-only, the index is parsed at each start.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from blip_scale.storage.untrusted import parse_json
 
 SHARDS_CACHE = ".index.shards"
 CAPTIONS_CACHE = ".index.captions"
-"""The hidden files beside an index. No shard can have such a name."""
+"""Hidden files beside an index. No shard can have such a name."""
 CACHED_FROM = 1_000
-"""Smaller sets are parsed at every start, in some 20 ms."""
+"""Minimum number of shards for a cache. Parsing a smaller index takes about 20 ms."""
 _PLAIN_NAME = re.compile(rb"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,200}")
 
 logger = logging.getLogger(__name__)
@@ -46,31 +46,31 @@ T = TypeVar("T")
 
 
 class ShardTable:
-    """The shards of a set by number."""
+    """Shards of a set, by number."""
 
     def __init__(self, folder: Path, arrays: SharedArrays) -> None:
         self.folder = folder
         self._root = str(folder)
         self.samples: NDArray[np.int64] = arrays["samples"]
-        """Samples of each shard."""
+        """Number of samples of each shard."""
         self.raw_bytes: NDArray[np.int64] = arrays["raw_bytes"]
         """Bytes of each uncompressed shard."""
         self._arrays = arrays
         self._settings = arrays["settings"]
         self._columns: dict[int, Columns] = {}
-        """Columns by the number of the settings."""
+        """Columns by index of the entry in `settings`."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @property
     def roles(self) -> list[str]:
-        """Roles of captions that the index names; `caption` alone where it names none."""
+        """Caption roles in the index; only `caption` if the index names none."""
         return list(self._arrays.meta["roles"]) or [DEFAULT_ROLE]
 
     @property
     def overlay(self) -> Any:
-        """Description of the images in the index of an overlay; None in other sets."""
+        """Description of the images of an overlay, from its index; None in other sets."""
         return self._arrays.meta["overlay"]
 
     @property
@@ -82,11 +82,11 @@ class ShardTable:
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, number: int) -> Shard:
-        """A shard with its hashes and its compressed file, for whoever fetches it.
+        """Shard with its hashes and its compressed file, which are needed to fetch it.
 
         Raises:
             IndexError: there are fewer shards.
-            ValueError: a cached table holds what an index may not say.
+            ValueError: a cached table holds an entry that is invalid in an index.
         """
         try:
             details = parse_json(self._text("file", number))
@@ -110,7 +110,7 @@ class ShardTable:
 
     @property
     def shared_samples(self) -> SharedArray:
-        """`samples`, to be sent to other processes of this machine."""
+        """`samples` in a form that is pickled as a reference to shared memory."""
         return SharedArray(self._arrays, "samples")
 
     def columns(self, number: int) -> Columns:
@@ -121,7 +121,7 @@ class ShardTable:
         return self._columns[settings]
 
     def read(self, number: int, sample: int) -> dict[str, Any]:
-        """A sample of an uncompressed shard that lies in the folder; see `mds.read_sample`."""
+        """Read a sample of an uncompressed shard in the folder; see `mds.read_sample`."""
         path = f"{self._root}/{self.name(number)}"
         size = ShardSize(int(self.samples[number]), int(self.raw_bytes[number]))
         return mds.read_sample(path, self.columns(number), size, sample)
@@ -133,10 +133,10 @@ class ShardTable:
     def pack(
         cls, folder: Path, shards: Sequence[Shard], index_hash: str, document: Mapping[str, Any]
     ) -> ShardTable:
-        """Put the shards of an index, and what else it says, into arrays.
+        """Convert the shards and other fields of an index to arrays.
 
         Raises:
-            ValueError: it says something odd of the roles of captions.
+            ValueError: the counts of caption roles are invalid.
         """
         settings: dict[tuple[Columns, str | None], int] = {}
         numbers, names, files = [], [], []
@@ -167,22 +167,25 @@ class ShardTable:
         return cls(folder, SharedArrays.pack(meta, arrays))
 
     def name(self, number: int) -> str:
-        """Path of an uncompressed shard from the folder of the index."""
+        """Path of an uncompressed shard, relative to the folder of the index."""
         return self._text("name", number)[:-1].decode()
 
     def names(self) -> list[bytes]:
-        """`name` of every shard, as a file system's bytes."""
+        """`name` of every shard, as bytes in the file system's encoding."""
         return self._arrays["names"].tobytes().split(b"\n")[:-1]
 
     def packed_name(self, number: int) -> str | None:
-        """Path of a compressed shard, None in a set without them."""
+        """Path of a compressed shard, relative to the folder; None if the set is not compressed."""
         details = parse_json(self._text("file", number))
         return details[1] if len(details) > 1 else None
 
     def check(self, columns: Iterable[str]) -> None:
-        """Raises ValueError where arrays from a file contradict each other or what an index may
-        say, or where shards lack `columns`. The hashes of a shard, and its compressed file, are
-        checked when it is used."""
+        """Check arrays from a file. Hashes and compressed files are checked when a shard is used.
+
+        Raises:
+            ValueError: the arrays are inconsistent or invalid in an index, or shards lack
+                `columns`.
+        """
         count, arrays = len(self), self._arrays
         _require_types(arrays, samples="i", raw_bytes="i", settings="i", names="u", files="u")
         parse_role_counts(arrays.meta["roles"])
@@ -223,19 +226,19 @@ class ShardTable:
 
 
 class CaptionTable:
-    """Captions of every sample, in arrays."""
+    """Number of captions of every sample, as arrays."""
 
     def __init__(self, arrays: SharedArrays) -> None:
         self.items: NDArray[np.int64] = arrays["items"]
-        """Captions of each shard."""
+        """Number of captions of each shard."""
         self._starts = arrays["starts"]
-        """First count of each shard in `counts`; -1 where all of its samples have one caption."""
+        """Index in `counts` of each shard's first sample; -1 if all samples have one caption."""
         self._counts = arrays["counts"]
         self._arrays = arrays
 
     @property
     def shared_items(self) -> SharedArray:
-        """`items`, to be sent to other processes of this machine."""
+        """`items` in a form that is pickled as a reference to shared memory."""
         return SharedArray(self._arrays, "items")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -245,12 +248,12 @@ class CaptionTable:
     def pack(
         cls, counts: Sequence[Sequence[int] | None], samples: NDArray[np.int64], index_hash: str
     ) -> CaptionTable:
-        """Put what an index says of the captions into arrays.
+        """Convert the caption counts of an index to arrays.
 
         Args:
-            counts: captions of each sample by shard; None where all samples have one.
-            samples: of each shard.
-            index_hash: of the index.
+            counts: for each shard, the number of captions of each sample; None if all have one.
+            samples: number of samples of each shard.
+            index_hash: hash of the index.
         """
         items = samples.copy()
         for shard, part in enumerate(counts):
@@ -258,8 +261,10 @@ class CaptionTable:
                 items[shard] = sum(part)
         lengths = np.array([0 if part is None else len(part) for part in counts], np.int64)
         starts = np.where([part is None for part in counts], -1, np.cumsum(lengths) - lengths)
-        most = max((max(part, default=0) for part in counts if part is not None), default=0)
-        parts = [np.array(part, np.min_scalar_type(most)) for part in counts if part is not None]
+        max_captions = max((max(part, default=0) for part in counts if part is not None), default=0)
+        parts = [
+            np.array(part, np.min_scalar_type(max_captions)) for part in counts if part is not None
+        ]
         arrays = {
             "items": items,
             "starts": starts.astype(np.int64),
@@ -268,11 +273,18 @@ class CaptionTable:
         return cls(SharedArrays.pack({"index_sha256": index_hash}, arrays))
 
     def locate(self, shard: int, item: int, samples: int) -> tuple[int, int]:
-        """The sample that caption `item` of a shard of `samples` belongs to, and which of its
-        captions that is.
+        """Find the sample that a caption belongs to.
+
+        Args:
+            shard: index of the shard.
+            item: index of the caption among all captions of the shard.
+            samples: number of samples of the shard.
+
+        Returns:
+            index of the sample, and index of the caption in the sample.
 
         Raises:
-            ValueError: a cached index contradicts itself.
+            ValueError: a cached table is inconsistent.
         """
         start = int(self._starts[shard])
         if start < 0:
@@ -284,7 +296,11 @@ class CaptionTable:
         return sample, item - (int(ends[sample - 1]) if sample else 0)
 
     def check(self, samples: NDArray[np.int64]) -> None:
-        """Raises ValueError where arrays from a file don't fit shards of `samples`."""
+        """Check arrays from a file.
+
+        Raises:
+            ValueError: the arrays do not fit shards with these numbers of samples.
+        """
         _require_types(self._arrays, items="i", starts="i", counts="u")
         has_counts = self._starts >= 0
         ends = (self._starts + samples)[has_counts]
@@ -302,11 +318,11 @@ class CaptionTable:
 
 
 def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
-    """The shards that `folder`/index.json names, out of the cached table where there is one.
+    """Read the shards in `folder`/index.json, from the cached table if it is valid.
 
     Raises:
         FileNotFoundError: there is no index.
-        ValueError: it can't be read, or shards lack some of the columns.
+        ValueError: the index can't be read, or shards lack some of the columns.
     """
 
     def checked(arrays: SharedArrays) -> ShardTable:
@@ -334,10 +350,10 @@ def open_shards(folder: Path, columns: Iterable[str] = COLUMNS) -> ShardTable:
 
 
 def open_captions(folder: Path, shards: ShardTable) -> CaptionTable:
-    """Captions per sample from `folder`/index.json, or from its cached table if there is one.
+    """Read the caption counts in `folder`/index.json, from the cached table if it is valid.
 
     Raises:
-        ValueError: the index does not say it.
+        ValueError: the index lacks them.
     """
 
     def checked(arrays: SharedArrays) -> CaptionTable:
@@ -358,8 +374,7 @@ def open_captions(folder: Path, shards: ShardTable) -> CaptionTable:
 
 
 def _load(folder: Path, name: str, checked: Callable[[SharedArrays], T]) -> T | None:
-    """A cached table that was made of the index in `folder`; None where there is none, or where it
-    has to be made again."""
+    """Load the cached table of the index in `folder`; None if it is missing or must be rebuilt."""
     path, index = folder / name, mds.index_file(folder)
     if not path.is_symlink() and not path.exists():
         return None
@@ -387,7 +402,7 @@ def _hash_of(folder: Path) -> str:
 
 
 def _entry(columns: Columns, compression: str | None) -> dict[str, Any]:
-    """The fields of an index's entry that most shards of a set share."""
+    """Fields of an index entry that most shards of a set share."""
     return {
         "version": mds.VERSION,
         "format": "mds",
@@ -399,13 +414,13 @@ def _entry(columns: Columns, compression: str | None) -> dict[str, Any]:
 
 
 def _require_types(arrays: SharedArrays, **kinds: str) -> None:
-    """Raises ValueError for an array that is not of its kind: `i` signed, `u` unsigned integers."""
+    """Raise ValueError if an array's dtype has another kind: `i` signed, `u` unsigned integers."""
     for name, kind in kinds.items():
         if arrays[name].dtype.kind != kind:
             raise ValueError(f"array {name} is of type {arrays[name].dtype}")
 
 
 def _ends(texts: Sequence[bytes]) -> NDArray[Any]:
-    """Where each text ends in all of them joined."""
+    """End of each text in their concatenation."""
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
     return ends.astype(np.uint32) if not len(ends) or ends[-1] < 1 << 32 else ends

@@ -1,11 +1,12 @@
-"""Read-only arrays that a rank makes once and its loader workers map.
+"""Read-only arrays that a rank builds once and its loader workers map.
 
-They lie in a memory file of the kernel, sealed against changes. A worker opens it through the
-rank's /proc entry, so nothing is copied or pickled, and nothing is left behind by processes that
-are killed. A copy on disk can spare the next process the work of making them.
+They are in a memfd that is sealed against changes. A worker opens it through the rank's /proc
+entry. Nothing is copied or pickled, and a killed process leaves nothing behind. A copy on disk
+saves the next process from building the arrays.
 
-The format: one line of JSON (`version`, `meta`, `arrays`, `xxh3`, the hash of everything else),
-then the arrays, each at a multiple of 64 bytes. Integers and JSON only; nothing is unpickled.
+Format: one line of JSON with `version`, `meta`, `arrays` and `xxh3`, the hash of everything else.
+The arrays follow, each aligned to 64 bytes. Only integers and JSON are allowed; nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_
 
 
 class SharedArrays:
-    """Arrays by name, read-only, with `meta`, a JSON object that describes them.
+    """Read-only arrays by name, and `meta`, a JSON object that describes them.
 
-    Pickling sends a reference, which other processes of this machine can use while this one lives.
+    Pickling sends a reference. Other processes on this machine can use it while this one is alive.
     """
 
     def __init__(self, descriptor: int) -> None:
-        """Map a file that holds the format; the descriptor belongs to this object from now on.
+        """Map a file in this format. The object takes ownership of the descriptor.
 
         Raises:
-            ValueError: it holds something else.
+            ValueError: the file is in another format.
         """
         self._file = os.fdopen(descriptor, "rb")
         if not os.fstat(descriptor).st_size:
@@ -63,12 +64,12 @@ class SharedArrays:
             raise ValueError(f"the header is not one of version {_VERSION}")
         self.meta: dict[str, Any] = header["meta"]
         self.hash: str = header["xxh3"]
-        """xxh3 of `meta`, of what the header says of the arrays, and of the arrays."""
+        """xxh3 of `meta`, of the arrays' description in the header, and of the arrays."""
         self._listed: list[list[Any]] = header["arrays"]
         self._arrays = self._mapped()
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        """An array, one dimension, read-only."""
+        """One array; one-dimensional and read-only."""
         return self._arrays[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,7 +77,7 @@ class SharedArrays:
 
     @classmethod
     def pack(cls, meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> SharedArrays:
-        """Put arrays of integers, each of one dimension, into memory that can be shared."""
+        """Copy one-dimensional integer arrays to shared memory."""
         listed = [[name, array.dtype.str, len(array)] for name, array in arrays.items()]
         hasher = _hasher(meta, listed)
         for array in arrays.values():
@@ -95,21 +96,21 @@ class SharedArrays:
 
     @classmethod
     def load(cls, path: Path, limit_bytes: int) -> SharedArrays:
-        """Read a file that `save` wrote. It is copied first: what is checked is what is used.
+        """Read a file written by `save`, copied first so that it can't change after the check.
 
         Args:
             path: the file.
-            limit_bytes: a larger file is not read.
+            limit_bytes: maximum size of the file.
 
         Raises:
-            OSError: it is not there, or a link.
-            ValueError: it holds something else, or was damaged.
+            OSError: the file is missing, or a link.
+            ValueError: the file is too large, damaged, or in another format.
         """
         source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(source, "rb") as file:
             status = os.fstat(source)
             if not stat.S_ISREG(status.st_mode) or status.st_size > limit_bytes:
-                raise ValueError(f"it is no file of at most {limit_bytes} bytes")
+                raise ValueError(f"it is not a regular file of at most {limit_bytes} bytes")
             descriptor = _memory_file()
             with os.fdopen(os.dup(descriptor), "wb") as copy:
                 shutil.copyfileobj(file, copy, 1 << 22)
@@ -121,18 +122,18 @@ class SharedArrays:
         hasher = _hasher(arrays.meta, arrays._listed)
         hasher.update(memoryview(arrays._map)[arrays._data_start :])
         if hasher.hexdigest() != arrays.hash:
-            raise ValueError("the content does not have the hash in the header")
+            raise ValueError("its content does not match the hash in the header")
         return arrays
 
     def save(self, path: Path) -> None:
-        """Write a file for `load`, whole or not at all.
+        """Write a file for `load` atomically.
 
         Raises:
-            OSError: the disk does not take it.
+            OSError: the write failed.
         """
         draft = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
         try:
-            # A draft of this name was left by a killed process, or is somebody's link.
+            # A file of this name was left by a killed process, or is a link made by another user.
             with contextlib.suppress(FileNotFoundError):
                 draft.unlink()
             with draft.open("xb") as file:
@@ -145,10 +146,10 @@ class SharedArrays:
         arrays, start = {}, self._data_start
         for name, dtype, length in self._listed:
             if not _DTYPE.fullmatch(dtype) or type(length) is not int or length < 0:
-                raise ValueError(f"array {name!r} is not one of integers")
+                raise ValueError(f"array {name!r} does not hold integers")
             size = np.dtype(dtype).itemsize * length
             if start + size > len(self._map):
-                raise ValueError(f"array {name!r} ends behind the file's {len(self._map)} bytes")
+                raise ValueError(f"array {name!r} ends after the file's {len(self._map)} bytes")
             arrays[name] = np.frombuffer(self._map, dtype, length, start) if length else _NONE
             start += _aligned(size)
         return arrays
@@ -156,7 +157,7 @@ class SharedArrays:
 
 @dataclass(frozen=True)
 class SharedArray:
-    """One of the arrays. Pickling sends a reference, where a NumPy array would be copied."""
+    """One of the arrays. Unlike a NumPy array, it is pickled as a reference, not as a copy."""
 
     arrays: SharedArrays
     name: str
@@ -167,21 +168,23 @@ class SharedArray:
 
 
 def return_freed_memory() -> None:
-    """Give memory that was freed back to the system, if the C library can. glibc keeps it, so
-    that a process would hold for good what it needed for a moment."""
+    """Return freed memory to the system, if the C library can.
+
+    glibc keeps it, so a process would hold the memory of a temporary peak forever.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def file_of(process: int, descriptor: int, access: int, content: str) -> int:
-    """Open the memory file of another process of this machine, and return its descriptor here.
+    """Open the memfd of another process on this machine, and return a new descriptor.
 
     Args:
-        process: the other process.
-        descriptor: descriptor of the file there.
+        process: pid of the other process.
+        descriptor: descriptor of the file in that process.
         access: os.O_RDONLY or os.O_RDWR.
-        content: what the file holds, for the error.
+        content: content of the file, for the error message.
 
     Raises:
         RuntimeError: the process has ended.
@@ -196,7 +199,7 @@ def _opened(process: int, descriptor: int, expected: str) -> SharedArrays:
     """Map the arrays of another process.
 
     Raises:
-        RuntimeError: it has ended.
+        RuntimeError: the process has ended, or the descriptor now holds other arrays.
     """
     file = file_of(process, descriptor, os.O_RDONLY, "arrays")
     try:
@@ -209,7 +212,7 @@ def _opened(process: int, descriptor: int, expected: str) -> SharedArrays:
 
 
 def _hasher(meta: Mapping[str, Any], listed: list[list[Any]]) -> xxhash.xxh3_64:
-    """The hash so far, before the arrays."""
+    """Hash object that holds the header, to which the arrays are added."""
     return xxhash.xxh3_64(json.dumps([meta, listed]).encode())
 
 
@@ -222,6 +225,6 @@ def _aligned(size: int) -> int:
 
 
 def _for_each_part(array: NDArray[Any], take: Any) -> None:
-    """Hand over the bytes of an array, filled up to the alignment."""
+    """Call `take` with the bytes of an array and its padding to the alignment."""
     take(np.ascontiguousarray(array).view(np.uint8))
     take(bytes(_aligned(array.nbytes) - array.nbytes))

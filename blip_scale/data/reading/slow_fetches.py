@@ -1,4 +1,4 @@
-"""Warnings of files that are awaited for long, before their remote is given up."""
+"""Warn about slow downloads long before the retries end."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 
 SLOW_S = 30.0
-"""Seconds in which nothing of a file arrives, after which the wait for it is a warning. A file
-arrives in requests of `objects.CHUNK_BYTES`."""
+"""Seconds without new bytes of a file after which a warning is logged. A file arrives in chunks of
+`objects.CHUNK_BYTES`."""
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def warned_if_slow(what: str, held_bytes: Callable[[], int]) -> Iterator[None]:
-    """Inside, warn of a wait for a file as long as nothing of it arrives.
+    """Context manager that logs warnings while no new bytes of a file arrive.
 
     Args:
-        what: subject of the warning: the file, and where it comes from.
-        held_bytes: returns how many of its bytes have arrived, in this process or in another.
+        what: the file and its source, for the warning.
+        held_bytes: returns the number of bytes received, by this or another process.
     """
     ended = threading.Event()
     threading.Thread(target=_warn, args=(what, held_bytes, ended), daemon=True).start()

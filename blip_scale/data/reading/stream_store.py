@@ -1,8 +1,8 @@
 """Samples of a stream, read from a local folder or fetched from a remote into a local cache.
 
-Processes of all jobs synchronise by flock on a file in the cache folder while a shard is fetched.
-The kernel releases it whatever happens to its holder. (MosaicML's StreamingDataset uses named
-shared memory and lock files, which a killed job leaves behind and two jobs fight over.)
+While a shard is fetched, the processes of all jobs synchronise by flock on a file in the cache
+folder. The kernel releases the lock of a killed process. (MosaicML's StreamingDataset uses named
+shared memory and lock files. A killed job leaves them behind, and two jobs conflict over them.)
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from blip_scale.storage.locations import is_local, local_path
 from blip_scale.storage.objects import DamagedFile, MissingFile, RemoteError
 
 INDEX_RETRY_S = 10.0
-"""Seconds of retrying the remote's index before a cached one is used."""
-_LOOK_EVERY_S = 60.0  # whether a shard is still there is looked up so often
+"""Seconds to retry fetching the index before the cached one is used."""
+_LOOK_EVERY_S = 60.0  # seconds between two checks that a shard still exists
 _OVERLAYS = "overlays"
 """Folder below `local` that caches the overlays of a remote."""
 _LOCKS = 256  # shards that share a lock are not fetched at the same time
 _READ_ATTEMPTS = 10
-_MANY_SAMPLES = 1 << 20  # a shard of more is compared with its file at the start
-_ROOM_WAIT_S = 5.0  # on a disk that holds nothing but what others are fetching
+_MANY_SAMPLES = 1 << 20  # larger shards are compared with their file at the start
+_ROOM_WAIT_S = 5.0  # when a full disk holds only shards that others are fetching
 
 logger = logging.getLogger(__name__)
 
@@ -54,23 +54,23 @@ T = TypeVar("T")
 
 
 class CorruptSample(ValueError):
-    """A sample that can't be read or decoded, in a shard that can be read."""
+    """A sample can't be read or decoded, although its shard is readable."""
 
 
 class DamagedShard(CorruptSample):
-    """A shard that the remote lacks, or whose content differs from the index in every attempt."""
+    """A shard is missing in the remote, or its content differs from the index in every attempt."""
 
 
 class StreamStore:
     """Random access to the samples of one stream.
 
-    Raises, at the start and when reading, FileNotFoundError or ValueError that name the stream, the
-    shard, its path and `make_with`, the command that makes the data. Raises OSError where the disk
-    of the cache is full.
+    The constructor and `read` raise FileNotFoundError or ValueError. The message names the stream,
+    the shard, its path and `make_with`, the command that makes the data. They raise OSError if the
+    disk of the cache is full.
     """
 
     index_name = INDEX_NAME
-    """Path of the index from the remote."""
+    """Path of the index, relative to the remote."""
 
     def __init__(
         self,
@@ -102,57 +102,57 @@ class StreamStore:
             raise ValueError(self._message(str(error))) from error
         self._seen = SeenShards(len(self.shards))
         self.samples = int(self.shard_samples.sum())
-        """Samples of all shards."""
+        """Number of samples of all shards."""
         if not self.samples:
-            raise ValueError(self._message(f"{self.folder} holds no sample"))
+            raise ValueError(self._message(f"{self.folder} holds no samples"))
         self.overlays = [self._overlay(place, cache, retry_s) for place in stream.overlays]
-        """Sets of further captions, with a sample at the place of each image."""
+        """Sets of additional captions, with one sample at the position of each image."""
         self.caption_shares = stream.captions
-        """Share of each caption role; {}: captions of all roles take turns."""
+        """Share of each caption role; {} uses the captions of all roles in turn."""
         self._check_roles()
         if self.remote is None:
             self._check_presence()
 
     @property
     def index_path(self) -> Path:
-        """The index of the files that hold the images."""
+        """Path of the index of the files that hold the images."""
         return self.folder / INDEX_NAME
 
     def _prepare_index(self, stream: StreamRecipe, retry_s: float) -> Path:
-        """Bring the index here; returns the folder whose index counts the captions."""
+        """Fetch the index, and return the folder whose index holds the caption counts."""
         if self.remote:
             self._fetch_index()
         return self.folder
 
     @property
     def roles(self) -> list[str]:
-        """Roles of the captions, those of overlays included."""
+        """Caption roles, including those of overlays."""
         stores = [self, *self.overlays]
         return sorted({role for store in stores for role in store.shards.roles})
 
     @property
     def shard_samples(self) -> NDArray[np.int64]:
-        """Samples of each shard."""
+        """Number of samples of each shard."""
         return self.shards.samples
 
     @property
     def shard_items(self) -> NDArray[np.int64]:
-        """Items per shard that an epoch reads: samples or, with `repeat: captions`, captions."""
+        """Number of items of each shard: samples or, with `repeat: captions`, captions."""
         return self.shard_samples if self._captions is None else self._captions.items
 
     @property
     def shared_items(self) -> SharedArray:
-        """`shard_items`, to be sent to other processes of this machine."""
+        """`shard_items` in a form that is pickled as a reference to shared memory."""
         return self.shards.shared_samples if self._captions is None else self._captions.shared_items
 
     def locate(self, shard: int, item: int) -> tuple[int, int | None]:
-        """The sample that an item of `shard_items` is, and which of its captions (None: any)."""
+        """Index of the sample of an item (see `shard_items`), and of its caption (None: any)."""
         if self._captions is None:
             return item, None
         return self._captions.locate(shard, item, int(self.shard_samples[shard]))
 
     def places(self, indices: Iterable[int]) -> list[tuple[int, int]]:
-        """Shard and place in it of samples that are counted over all shards."""
+        """Map sample indices over all shards to tuples (shard, index in the shard)."""
         wanted = np.fromiter(indices, np.int64)
         ends = np.cumsum(self.shard_samples)
         shards = np.searchsorted(ends, wanted, side="right")
@@ -164,15 +164,15 @@ class StreamStore:
         return int(self.shards.raw_bytes[shard])
 
     def shard_name(self, shard: int) -> str:
-        """Path of the uncompressed shard from the folder."""
+        """Path of the uncompressed shard, relative to the folder."""
         return self.shards.name(shard)
 
     def read(self, number: int, sample: int) -> dict[str, Any]:
-        """One sample as the columns of `shards.COLUMNS`; a remote shard is fetched first.
+        """Read a sample with the columns of `shards.COLUMNS`, fetching a remote shard first.
 
         Raises:
-            CorruptSample: the shard is there, but the sample in it can't be read.
-            DamagedShard: the remote's shard is damaged.
+            CorruptSample: the sample can't be read, although its shard is readable.
+            DamagedShard: the shard in the remote is damaged or missing.
             FileNotFoundError: the shard can't be fetched, or is evicted at once.
         """
         columns = self._read(number, sample)
@@ -189,43 +189,47 @@ class StreamStore:
         return self._read_from(number, lambda: self.shards.read(number, sample))
 
     def _read_from(self, number: int, read: Callable[[], T]) -> T:
-        """Part of `read` for a shard that is in the folder; raises as `read` does."""
+        """Fetch a shard if necessary, and return `read()`. Raises the same errors as `self.read`."""
         for _ in range(_READ_ATTEMPTS):
             self._ensure(number)
             try:
                 return read()
             except FileNotFoundError:  # evicted by another process: fetch it again
                 self._seen.forget(number)
-            except Exception as error:  # whatever the decoder makes of damaged bytes
+            except Exception as error:  # any error of decoding damaged bytes
                 raise CorruptSample(f"{type(error).__name__}: {error}") from error
         path = self.folder / self.shards.name(number)
         raise FileNotFoundError(
-            self._message(f"shard {path} vanishes as soon as it is fetched: raise data.cache_limit")
+            self._message(
+                f"shard {path} is evicted as soon as it is fetched: raise data.cache_limit"
+            )
         )
 
     def give_up(self, number: int, problem: str) -> DamagedShard:
-        """Read a shard no more, as none of its samples can be used. Returns the error to raise."""
+        """Mark a shard as damaged because no sample can be decoded. Returns the error to raise."""
         shard = f"{self.name}/{self.shard_name(number)}"
-        self._damaged[number] = f"{shard}: none of its samples can be decoded, such as {problem}"
+        self._damaged[number] = (
+            f"{shard}: none of its samples can be decoded, for example {problem}"
+        )
         return DamagedShard(self._damaged[number])
 
     def prefetch(self, number: int) -> bool:
-        """Fetch a shard that is not in the cache, in one attempt.
+        """Fetch a shard and those of its overlays unless cached, in one attempt.
 
-        The shards of overlays come with it. False where that failed, or where another thread or
-        process is fetching it.
+        Returns:
+            False if that failed, or if another thread or process is fetching it.
         """
         overlays = [overlay.prefetch(number) for overlay in self.overlays]
         return (self.remote is None or self._prefetch(number)) and all(overlays)
 
     @property
     def caches(self) -> list[ShardCache]:
-        """Caches that shards and their overlays are fetched into; [] where all of them lie here."""
+        """Caches of the shards and of their overlays; empty if all of them are local."""
         stores: list[StreamStore] = [self, *self.overlays]
         return [store.cache for store in stores if store.cache is not None]
 
     def fetched_bytes(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bytes that each shard and its overlays, [shards], take of the cache."""
+        """Bytes in the cache of each shard with its overlays, int64 [shards]."""
         sizes = np.zeros(len(numbers), np.int64)
         if self.remote:
             sizes += self.shards.raw_bytes[numbers]
@@ -243,7 +247,7 @@ class StreamStore:
                 if not self._has(number):
                     with self._warned_if_slow(number):
                         self._obtain(self.shards[number], retry_s=0)
-            except DamagedFile:  # left to the reader, which tries more often
+            except DamagedFile:  # the reader makes more attempts
                 return True
             except (OSError, ValueError) as error:
                 logger.info("stream %s: not prefetched: %s", self.name, error)
@@ -251,13 +255,17 @@ class StreamStore:
             return True
 
     def is_cached(self, number: int) -> bool:
-        """Whether a shard and its overlays lie in their folders, whole. If so, they count as used
-        now, and stay in the cache for longer."""
+        """Return True if a shard and its overlays are complete in their folders.
+
+        This updates their time of last use, so they stay in the cache for longer.
+        """
         return bool(self.are_cached(np.array([number]))[0])
 
     def are_cached(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """`is_cached` of many shards, [shards]. Those that this process or another of the rank saw
-        a moment ago are not looked up again."""
+        """`is_cached` for many shards, [shards].
+
+        Shards that a process of the rank has just seen are not checked again.
+        """
         every_s = 0.0 if self.cache is None else self.cache.mark_every_s
         are_cached = self._seen.are_fresh(numbers, every_s)
         for place in np.flatnonzero(~are_cached).tolist():
@@ -267,7 +275,7 @@ class StreamStore:
         return are_cached
 
     def _has(self, number: int) -> bool:
-        """Whether a shard lies in the folder, whole; one in a cache counts as used now."""
+        """Return True if a shard is complete in the folder, and update its time of last use."""
         path = f"{self._root}/{self.shards.name(number)}"
         mark_after_s = None if self.cache is None else self.cache.mark_every_s
         has_it = caching.has_size(path, self.shard_bytes(number), mark_after_s)
@@ -283,19 +291,19 @@ class StreamStore:
         return f"stream {self.name!r}: {problem}{fix}"
 
     def _overlay(self, location: str, cache: ShardCache | None, retry_s: float) -> StreamStore:
-        """Open an overlay of these shards; a remote one is cached below `local`."""
-        place = os.path.expandvars(location).rstrip("/")
-        name = f"{self.name}, overlay {place}"
-        below = self.folder / _OVERLAYS / xxhash.xxh3_64_hexdigest(place)
-        recipe = StreamRecipe(name, str(below), place)
-        if is_local(place):
-            recipe = StreamRecipe(name, str(local_path(place)))
+        """Open an overlay of these shards. A remote one is cached below `local`."""
+        expanded = os.path.expandvars(location).rstrip("/")
+        name = f"{self.name}, overlay {expanded}"
+        below = self.folder / _OVERLAYS / xxhash.xxh3_64_hexdigest(expanded)
+        recipe = StreamRecipe(name, str(below), expanded)
+        if is_local(expanded):
+            recipe = StreamRecipe(name, str(local_path(expanded)))
         overlay = StreamStore(recipe, "", cache, retry_s, OVERLAY_COLUMNS)
         table, images = overlay.shards, self.shards
         try:
             check_overlay(table.overlay, table.samples, images.index_sha256, images.samples)
         except ValueError as error:
-            raise ValueError(f"stream {self.name!r}: overlay {place}: {error}") from error
+            raise ValueError(f"stream {self.name!r}: overlay {expanded}: {error}") from error
         return overlay
 
     def _check_roles(self) -> None:
@@ -303,12 +311,12 @@ class StreamStore:
         missing = sorted(wanted - set(self.roles))
         if missing:
             raise ValueError(
-                f"stream {self.name!r}: no sample of {self.folder} has a caption of the role "
-                f"{', '.join(missing)}, which `captions` names; there are {', '.join(self.roles)}"
+                f"stream {self.name!r}: `captions` names the role {', '.join(missing)}, but no "
+                f"caption of {self.folder} has it; its roles are {', '.join(self.roles)}"
             )
 
     def _check_presence(self) -> None:
-        listed: dict[str, set[bytes]] = {}  # names by folder, each of which is listed once
+        listed: dict[str, set[bytes]] = {}  # file names by folder; each folder is listed once
         for number, name in enumerate(self.shards.names()):
             if self._is_listed(name.decode(), listed):
                 continue
@@ -318,7 +326,7 @@ class StreamStore:
                 raise FileNotFoundError(
                     self._message(f"shard {path} is missing, though the index names it")
                 )
-        # The order takes memory for every sample that the index claims.
+        # The order needs memory for every sample in the index, so a false count must be refused.
         for number in np.flatnonzero(self.shard_samples > _MANY_SAMPLES).tolist():
             info = self.shards[number].zip_data or self.shards[number].raw_data
             path = self._path(info)
@@ -335,7 +343,7 @@ class StreamStore:
         return file.encode() in listed[below]
 
     def _ensure(self, number: int) -> None:
-        """Fetch or decompress a shard unless it lies in the folder, whole."""
+        """Fetch or decompress a shard unless it is complete in the folder."""
         if number in self._damaged:
             raise DamagedShard(self._damaged[number])
         if self._seen.is_fresh(number, _LOOK_EVERY_S):
@@ -350,7 +358,7 @@ class StreamStore:
         self._seen.note(number)
 
     def _warned_if_slow(self, number: int) -> AbstractContextManager[None]:
-        """Inside, a wait for a shard is a warning while nothing of it arrives."""
+        """Context manager that logs warnings while no new bytes of a shard arrive."""
         name = self.shards.name(number)
         what = f"stream {self.name!r}: shard {name} of {self.remote or self.folder}"
         return warned_if_slow(what, lambda: caching.fetched_bytes(self.folder / name))
@@ -370,13 +378,13 @@ class StreamStore:
                 raise FileNotFoundError(f"stream {self.name!r}: {error}") from error
             samples = int(self.shard_samples[number])
             logger.warning(
-                "%s", self._message(f"{error}; others stand in for its {samples} samples")
+                "%s", self._message(f"{error}; its {samples} samples are replaced by others")
             )
             self._damaged[number] = f"{self.name}/{self.shard_name(number)}: {error}"
             raise DamagedShard(self._damaged[number]) from error
 
     def _has_index(self) -> bool:
-        """Whether the remote still has the set."""
+        """Return True if the remote still has the index."""
         part = self.index_path.with_name(f"{INDEX_NAME}.check")
         with locked(self.folder, "index"):
             try:
@@ -387,7 +395,7 @@ class StreamStore:
             return True
 
     def _obtain(self, shard: Shard, retry_s: float | None = None) -> None:
-        """Bring a shard into the folder. On a full disk, cached shards are evicted."""
+        """Fetch or decompress a shard. On a full disk, evict cached shards."""
         infos = [info for info in (shard.raw_data, shard.zip_data) if info]
         give_up = time.monotonic() + (_ROOM_WAIT_S if retry_s is None else retry_s)
         while True:
@@ -398,8 +406,10 @@ class StreamStore:
                 self._make_room(error, sum(info.bytes for info in infos), give_up)
 
     def _make_room(self, error: OSError, incoming_bytes: int, give_up: float = 0.0) -> None:
-        """On a full disk, evict cached shards. If there are none yet, wait until `give_up` for
-        other processes to finish shards that can be evicted. Raise any other error.
+        """On a full disk, evict cached shards. Re-raise any other error.
+
+        If nothing can be evicted yet, wait until `give_up` (monotonic seconds) for other processes
+        to finish shards that can be.
         """
         if not is_disk_full(error):
             raise error
@@ -407,10 +417,10 @@ class StreamStore:
             return
         if self.cache is None or time.monotonic() >= give_up:
             raise OSError(
-                f"stream {self.name!r}: the disk of {self.folder} is full ({error.strerror}), and "
+                f"stream {self.name!r}: the disk of {self.folder} is full ({error.strerror}) and "
                 "there is no cached shard to evict: make room, or choose another folder as `local`"
             ) from error
-        time.sleep(random.Random().uniform(0.05, 0.3))  # not all processes at once
+        time.sleep(random.Random().uniform(0.05, 0.3))  # processes must not retry in step
 
     def _fill_in(self, shard: Shard, retry_s: float | None) -> None:
         path, packed = self._path(shard.raw_data), shard.zip_data
@@ -443,7 +453,7 @@ class StreamStore:
     def _decompress(self, shard: Shard, packed: Path, partial: Path) -> None:
         try:
             shard.decompress(packed.read_bytes(), partial)
-        except ValueError as error:  # a broken or hostile set
+        except ValueError as error:  # a damaged or hostile set
             raise DamagedFile(f"{self.remote}/{error}") from error
 
     def _claim_cache(self) -> None:
@@ -454,7 +464,7 @@ class StreamStore:
             raise RefusedInput(f"stream {self.name!r}: {error}") from error
 
     def _fetch_index(self) -> None:
-        """Fetch the remote's index. Shards that were cached under another index are deleted."""
+        """Fetch the remote's index. If it has changed, delete the cached shards."""
         target = self.index_path
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{INDEX_NAME}.part")
@@ -469,11 +479,11 @@ class StreamStore:
             except RemoteError as error:
                 if not target.is_file():
                     raise FileNotFoundError(self._message(str(error))) from error
-                logger.warning("stream %r: %s; its cached copy is used", self.name, error)
+                logger.warning("stream %r: %s; using the cached copy", self.name, error)
                 return
             if target.is_file() and not filecmp.cmp(target, part, shallow=False):
                 logger.warning(
-                    "stream %s: %s has changed, cached shards are deleted",
+                    "stream %s: %s has changed; deleting cached shards",
                     self.name, f"{self.remote}/{self.index_name}",
                 )  # fmt: skip
                 caching.drop_shards(self.folder)

@@ -1,4 +1,4 @@
-"""Opens the stores of streams, each by its format."""
+"""Open the stores of streams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blip_scale.data.reading.tar_store import TarStore
 from blip_scale.storage.free_space import parse_bytes
 
 STORES: dict[str, type[StreamStore]] = {"mds": StreamStore, "tars": TarStore}
-"""`format` of a stream -> class of its store."""
+"""Value of a stream's `format` -> class of its store."""
 
 
 def open_stream(
@@ -21,12 +21,12 @@ def open_stream(
     cache: ShardCache | None = None,
     retry_s: float = DataRecipe.retry_s,
 ) -> StreamStore:
-    """The store of a stream; raises what `StreamStore` raises."""
+    """Open the store of a stream. It raises the errors of `StreamStore`."""
     return STORES[stream.format](stream, make_with, cache, retry_s)
 
 
 def open_streams(data: DataRecipe) -> list[StreamStore]:
-    """The stores of all training streams that an epoch reads, under one cache limit."""
+    """Open the stores of all training streams, with one cache limit for all."""
     if not data.streams:
         raise ValueError("data.streams is empty: name at least one stream to train on")
     names = [stream.name for stream in data.streams]

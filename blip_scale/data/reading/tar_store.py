@@ -1,4 +1,4 @@
-"""Samples of a stream out of webdataset tars, by their index (`conversion.tar_index`)."""
+"""Read samples of a stream from webdataset tars with an index (`conversion.tar_index`)."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from blip_scale.data.reading.stream_store import StreamStore
 from blip_scale.storage.locations import Entry, join
 
 _LARGEST_UNINDEXED = 16 << 30
-"""Bytes of tars that are indexed when a run starts, at about 100 MB/s."""
-_BLOCK = 512  # bytes of a tar's header, in front of every file
-_SIZE = slice(124, 136)  # the file's size in it, in octal digits
+"""Maximum bytes of tars to index when a run starts, at about 100 MB/s."""
+_BLOCK = 512  # bytes of the header before each file in a tar
+_SIZE = slice(124, 136)  # position of the file's size in the header, in octal digits
 
 logger = logging.getLogger(__name__)
 
 
 class TarStore(StreamStore):
-    """Random access to the samples of tars, which take the place of shards.
+    """Random access to the samples of tars. Each tar is treated as a shard.
 
-    The index lies beside the tars, or in the local cache where it can't lie there. If there is none
-    of just these tars, it is made now, unless they are large.
+    The index is in the folder of the tars or, if that is read-only, in the local cache. If it is
+    missing or belongs to other tars, it is built now, unless the tars are too large.
     """
 
     index_name = f"{TAR_INDEX}/{TAR_LIST}/{INDEX_NAME}"
 
     @property
     def index_path(self) -> Path:
-        """The list of the tars."""
+        """Path of the list of tars."""
         return self._index / TAR_LIST / INDEX_NAME
 
     @property
@@ -60,8 +60,8 @@ class TarStore(StreamStore):
         location = self.remote or str(self.folder)
         try:
             tars = list_tars(location)
-            beside = join(location, TAR_INDEX)
-            remote = beside if self.remote and is_current(beside, tars) else None
+            remote_index = join(location, TAR_INDEX)
+            remote = remote_index if self.remote and is_current(remote_index, tars) else None
             self._index = self.folder / (FETCHED_TAR_INDEX if remote else TAR_INDEX)
             if remote is None and not is_current(str(self._index), tars):
                 self._make_index(location, tars)
@@ -73,53 +73,53 @@ class TarStore(StreamStore):
             stream, local=str(self._index), remote=remote, format="mds", captions={}, overlays=[]
         )
         self._texts = StreamStore(texts, self._make_with, self.cache if remote else None, retry_s)
-        """Everything but the images."""
+        """Store of all columns except the images."""
         return self._index
 
     def _make_index(self, location: str, tars: list[Entry]) -> None:
-        here = self._index
+        index_folder = self._index
         size = sum(tar.size for tar in tars)
         command = f"blip-scale index-tars {location}"
         if size > _LARGEST_UNINDEXED:
             raise FileNotFoundError(
-                f"{location}: {len(tars)} tars of {size / 1e9:.0f} GB have no index, or one of "
-                f"other tars; run `{command}` first"
+                f"{location}: {len(tars)} tars of {size / 1e9:.0f} GB have no current index; "
+                f"run `{command}` first"
             )
         try:
-            here.mkdir(parents=True, exist_ok=True)
+            index_folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder, TAR_INDEX):
-                if is_current(str(here), tars):  # made by another process in the meantime
+                if is_current(str(index_folder), tars):  # another process has built it
                     return
-                logger.info("stream %s: %d tars are indexed in %s", self.name, len(tars), here)
+                logger.info("stream %s: indexing %d tars in %s", self.name, len(tars), index_folder)
                 if self.remote:
-                    drop_shards(self.folder)  # tars that have changed
+                    drop_shards(self.folder)  # the tars have changed
                 workers.start_server()
-                job = IndexJob(location, str(here))
+                job = IndexJob(location, str(index_folder))
                 summary = write_index(job, start_method=workers.CONTEXT)
         except PermissionError as error:
             raise FileNotFoundError(
                 f"{location} has no index and can't be written ({error}): run `{command}` as its "
-                "owner, or give it as `remote` with a cache as `local`"
+                "owner, or set it as `remote`, with a cache folder as `local`"
             ) from error
-        assert summary is not None  # it is of all parts
+        assert summary is not None  # there is one part
         if not summary["pairs"]["written"]:
-            raise ValueError(f"{location}: no pair is in the tars ({summary['rejects']})")
+            raise ValueError(f"{location}: the tars hold no pairs ({summary['rejects']})")
         logger.info(
             "stream %s: %s of the tars; left out: %s",
             self.name, summary["pairs"], summary["rejects"] or "nothing",
         )  # fmt: skip
 
     def read(self, number: int, sample: int) -> dict[str, Any]:
-        """One sample as the columns of `shards.COLUMNS`; a remote tar is fetched first.
+        """Read a sample with the columns of `shards.COLUMNS`, fetching a remote tar first.
 
         Raises:
-            CorruptSample: the sample is not where the index says.
-            DamagedShard: the remote's tar is damaged.
+            CorruptSample: the sample is not at the position in the index.
+            DamagedShard: the tar in the remote is damaged or missing.
             FileNotFoundError: the tar can't be fetched, or is evicted at once.
         """
         columns = self._texts.read(number, sample)
-        place = columns.pop("image_place", ())
-        columns["image"] = self._read_from(number, lambda: self._image(number, *place))
+        image_place = columns.pop("image_place", ())
+        columns["image"] = self._read_from(number, lambda: self._image(number, *image_place))
         columns["source"] = self.name
         return columns
 
@@ -141,8 +141,8 @@ class TarStore(StreamStore):
             data = os.pread(file, _BLOCK + size, offset - _BLOCK)
         finally:
             os.close(file)
-        stated = data[_SIZE].rstrip(b" \0")
-        if len(data) != _BLOCK + size or not stated.isdigit() or int(stated, 8) != size:
+        size_field = data[_SIZE].rstrip(b" \0")
+        if len(data) != _BLOCK + size or not size_field.isdigit() or int(size_field, 8) != size:
             raise ValueError(f"no file of {size} bytes at byte {offset}: the tar has changed")
         image = data[_BLOCK:]
         return turned_upright(image) if is_turned else image
