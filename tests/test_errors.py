@@ -133,6 +133,7 @@ def test_a_signal_during_imports_ends_a_script_in_one_line(script: str) -> None:
     """Signals are handled before the imports that take long."""
     program = (
         "import os, runpy, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name in ('numpy', 'pydantic', 'torch', 'yaml'):\n"

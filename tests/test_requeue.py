@@ -35,7 +35,7 @@ def test_it_needs_no_installed_package(repo: Path) -> None:
     tool = [sys.executable, "-I", "-S", str(repo / "slurm" / "run_ranks.py"), "--help"]
     done = subprocess.run(tool, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "start them again" in done.stdout
+    assert "restart them when they fail" in done.stdout
 
 
 def test_what_follows_an_attempt(requeue: ModuleType, tmp_path: Path) -> None:

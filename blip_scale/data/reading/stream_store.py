@@ -189,7 +189,7 @@ class StreamStore:
         return self._read_from(number, lambda: self.shards.read(number, sample))
 
     def _read_from(self, number: int, read: Callable[[], T]) -> T:
-        """Fetch a shard if necessary, and return `read()`. It raises the errors of `self.read`."""
+        """Fetch a shard if necessary, and return `read()`. Raises the errors of `self.read`."""
         for _ in range(_READ_ATTEMPTS):
             self._ensure(number)
             try:
