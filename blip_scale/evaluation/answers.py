@@ -56,7 +56,7 @@ def read_answer_list(file: Path) -> list[str]:
     try:
         answers = parse_json(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"evaluation.answer_list: {file} is not JSON:  {error}") from error
+        raise ValueError(f"evaluation.answer_list: {file} is not JSON: {error}") from error
     is_list = isinstance(answers, list) and answers
     if not is_list or not all(isinstance(answer, str) and answer for answer in answers):
         raise ValueError(f"evaluation.answer_list: {file} holds no list of answers")
