@@ -1,8 +1,8 @@
 #!/bin/sh
 # Install what blip_scale needs into an image of Debian 12: `install.sh REQUIREMENTS VENV`.
-# Both recipes in this folder run it. g++ and Python's headers are for the operations that DeepSpeed and
-# torch.compile build when a run starts, git for the commit in a run's manifest, the ibverbs packages for
-# NCCL over InfiniBand. Java is left out: without it captions are not scored by METEOR and SPICE.
+# The Dockerfile and blip_scale.def run it. DeepSpeed and torch.compile need g++ and Python's headers to build
+# operations when a run starts. git is for the commit in a run's manifest, the ibverbs packages are for NCCL over
+# InfiniBand. Java is not installed, so METEOR and SPICE don't score captions.
 set -eu
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# CapFilt of a set of shards with an array job: each task takes one part of the shards on one GPU, and
+# Run CapFilt on a set of shards with an array job: each task takes one part of the shards on one GPU, and
 # the last task merges. If a task was killed or ran out of time, submit the same line again: finished
 # shards are kept.
 #
 #   sbatch --array=0-63 slurm/capfilt.sh s3://bucket/laion s3://bucket/laion_capfilt \
 #       --captioner runs/captioner --filter runs/filter
 #
-# Settings of a site, to be changed here or on sbatch's command line:
+# Settings of your cluster; change them here or on sbatch's command line:
 #SBATCH --job-name=capfilt
 #SBATCH --array=0-15
 #SBATCH --nodes=1

@@ -3,7 +3,7 @@
 #
 #   sbatch slurm/pretrain_14M.sh train.epochs=10
 #
-# Settings of a site, to be changed here or on sbatch's command line (--partition, --nodes ...):
+# Settings of your cluster; change them here or on sbatch's command line (--partition, --nodes ...):
 #SBATCH --job-name=pretrain_14M
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

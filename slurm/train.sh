@@ -3,10 +3,10 @@
 # RECIPE is a name or a file.
 set -euo pipefail
 
-# Settings of a site, to be changed here or in the environment (sbatch passes it on):
+# Settings of your cluster; change them here or in the environment (sbatch passes it on):
 REPO=${REPO:-$SLURM_SUBMIT_DIR}                    # clone of blip_scale, on a disk of all nodes
 PYTHON=${PYTHON:-$REPO/.venv/bin/python}           # its virtual environment; any Python 3.9 of the host
-                                                   # if TRAIN is given
+                                                   # if TRAIN is set
 TRAIN=${TRAIN:-$PYTHON $REPO/blip_scale/train.py}  # command of a rank; docs/cluster.md has containers
 OUTPUT_DIR=${OUTPUT_DIR:-$REPO/runs/$SLURM_JOB_NAME}  # a job that finds a run here resumes it
 DEEPSPEED=${DEEPSPEED:-$REPO/ds_configs/zero3.json}
@@ -20,7 +20,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}       # a rank and its loaders shar
 
 # run_ranks.py ends the other ranks 15 s after a failure. Don't set --kill-on-bad-exit=1: when all ranks
 # refuse a recipe or stop on request, it would kill the slower ones. Exit code 143 would then hide
-# theirs, and the last words of a rank that knows the cause might be lost.
+# their exit codes, and the error message of a rank that knows the cause might be lost.
 export SLURM_KILL_BAD_EXIT=0 SLURM_WAIT=${SLURM_WAIT:-60} FAILURE_WAIT=${FAILURE_WAIT:-15}
 mkdir -p "$OUTPUT_DIR/logs"
 read -ra command <<<"$TRAIN"
