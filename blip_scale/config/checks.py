@@ -251,7 +251,7 @@ def _check_model(recipe: Recipe) -> None:
 
 
 def _check_frozen(recipe: Recipe) -> None:
-    """Check that frozen parts have pretrained weights, and that adapters are on what can train."""
+    """Check that frozen parts have pretrained weights, and that no adapter is on a frozen part."""
     model = recipe.model
     lora = model.lora
     targets: set[str] = set(lora.targets) if lora.rank else set()
@@ -297,7 +297,7 @@ def _check_package(setting: str, value: str) -> None:
 
 
 def _check_bounds(recipe: Recipe) -> None:
-    """Check pairs of settings of which one bounds the other."""
+    """Check pairs of settings where one bounds the other."""
     optimizer, evaluation = recipe.optimizer, recipe.evaluation
     pairs = (
         ("optimizer.min_lr", optimizer.min_lr, "optimizer.peak_lr", optimizer.peak_lr),

@@ -1,4 +1,4 @@
-"""Losses of another run, read from a file, to compare a run with."""
+"""Read the losses of another run from a file, to compare a run with them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class Reference:
     def at(self, epoch: float) -> dict[str, float]:
         """Losses `reference/NAME` at a position in epochs, such as 1.5.
 
-        The mean over an epoch counts for its middle, with straight lines in between. Nothing is
-        returned before the middle of the first known epoch and after the end of the last one.
+        The mean over an epoch is placed at its middle; values in between are interpolated linearly.
+        Nothing is returned before the middle of the first known epoch and after the end of the last
+        one.
         """
         values = {}
         for name, means in self.losses.items():

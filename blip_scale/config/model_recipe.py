@@ -129,8 +129,8 @@ class LoraRecipe:
     also_train: Literal["heads", "rest", "none"] = "heads"
     """Weights that train besides the adapters. `heads`: all outside image tower and text stack
     (projections, temperature, matching head, LM head without word embeddings, classifiers), and
-    layers that no pretrained weights fit. `rest`: also the parts that are no targets. `none`:
-    none."""
+    layers without fitting pretrained weights. `rest`: also the parts that are not targets. `none`:
+    only the adapters."""
 
 
 @dataclass(frozen=True, config=STRICT)

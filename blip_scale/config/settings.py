@@ -1,4 +1,4 @@
-"""Build nested settings from YAML files and dotted overrides, with errors that name place and fix.
+"""Build nested settings from YAML files and dotted overrides, with errors that name the fix.
 
 Works for any tree of pydantic dataclasses. `recipe.py` defines the settings of a run.
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 
 _MOST_FAULTS = 10
-"""Largest number of faults of a recipe that an error lists."""
+"""Largest number of faults that one error lists."""
 _MOST_BYTES = 512 << 10
 _MOST_NODES = 20_000
 """Largest number of values in a file, where each alias counts as often as its anchor's values."""
@@ -51,7 +51,7 @@ class Override:
     name: str
     value: Any
     text: str
-    """Words of the user, for error messages."""
+    """The override as the user typed it, for error messages."""
 
 
 class BareArgument(ValueError):

@@ -17,7 +17,7 @@ def step_limit_s(settings: HangLimitsRecipe, median_s: float, longest_s: float) 
     Args:
         settings: the recipe's limits.
         median_s: median time of a step, in seconds.
-        longest_s: longest limit of the other phases, the most that `auto` gives.
+        longest_s: longest limit of the other phases; `auto` gives at most this.
     """
     if settings.step_s == "auto":
         return min(of_median(median_s), longest_s)

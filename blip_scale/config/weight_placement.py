@@ -1,4 +1,4 @@
-"""Choice of weight placement under ZeRO-3: whole on every rank, or partitioned over the ranks."""
+"""Choose the weight placement under ZeRO-3: whole on every rank, or partitioned over the ranks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def obstacle(zero: Mapping[str, Any]) -> str | None:
 
 
 def asks_for_partitioning(zero: Mapping[str, Any]) -> bool:
-    """Return True if DeepSpeed's settings say which weights stay whole, other than by "auto"."""
+    """Return True if DeepSpeed's settings set a persistence threshold other than "auto"."""
     return zero.get(_PERSISTENCE, AUTO) != AUTO
 
 
