@@ -1,16 +1,9 @@
 #!/bin/sh
-<<<<<<< HEAD
 # Install the dependencies of blip_scale into a Debian 12 image: `install.sh REQUIREMENTS VENV`.
 # The Dockerfile and the .def file in this folder run it. DeepSpeed and torch.compile need g++ and
 # Python's headers to compile operations when a run starts. git reads the commit for a run's manifest.
 # NCCL needs the ibverbs packages for InfiniBand. Java is not installed; without it, captions are not
 # scored by METEOR and SPICE.
-=======
-# Install what blip_scale needs into an image of Debian 12: `install.sh REQUIREMENTS VENV`.
-# The Dockerfile and blip_scale.def run it. DeepSpeed and torch.compile need g++ and Python's headers to build
-# operations when a run starts. git is for the commit in a run's manifest, the ibverbs packages are for NCCL over
-# InfiniBand. Java is not installed, so METEOR and SPICE don't score captions.
->>>>>>> prose4
 set -eu
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq

@@ -1,22 +1,12 @@
 #!/usr/bin/env bash
-<<<<<<< HEAD
 # Run CapFilt on a set of shards as an array job. Each task processes one part of the shards on one
 # GPU, and the last task merges the parts. If a task was killed or ran out of time, submit the same
 # line again: finished shards are kept.
-=======
-# Run CapFilt on a set of shards with an array job: each task takes one part of the shards on one GPU, and
-# the last task merges. If a task was killed or ran out of time, submit the same line again: finished
-# shards are kept.
->>>>>>> prose4
 #
 #   sbatch --array=0-63 slurm/capfilt.sh s3://bucket/laion s3://bucket/laion_capfilt \
 #       --captioner runs/captioner --filter runs/filter
 #
-<<<<<<< HEAD
-# Site settings. Change them here or on sbatch's command line:
-=======
 # Settings of your cluster; change them here or on sbatch's command line:
->>>>>>> prose4
 #SBATCH --job-name=capfilt
 #SBATCH --array=0-15
 #SBATCH --nodes=1

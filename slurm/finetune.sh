@@ -5,11 +5,7 @@
 #   RECIPE=finetune_retrieval_coco INIT=runs/pretrain_129M sbatch slurm/finetune.sh
 #   RECIPE=finetune_captioning_coco INIT=model_base_capfilt_large.pth sbatch slurm/finetune.sh
 #
-<<<<<<< HEAD
-# Site settings. Change them here or on sbatch's command line (--partition, --nodes ...):
-=======
 # Settings of your cluster; change them here or on sbatch's command line (--partition, --nodes ...):
->>>>>>> prose4
 #SBATCH --job-name=finetune
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

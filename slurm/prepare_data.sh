@@ -5,11 +5,7 @@
 #
 #   sbatch --array=0-63 slurm/prepare_data.sh laion /data/laion400m s3://bucket/laion --min-side 200
 #
-<<<<<<< HEAD
-# Site settings. Change them here or on sbatch's command line:
-=======
 # Settings of your cluster; change them here or on sbatch's command line:
->>>>>>> prose4
 #SBATCH --job-name=prepare_data
 #SBATCH --array=0-15
 #SBATCH --nodes=1

@@ -3,11 +3,7 @@
 #
 #   sbatch slurm/pretrain_129M.sh train.epochs=10
 #
-<<<<<<< HEAD
-# Site settings. Change them here or on sbatch's command line (--partition, --nodes ...):
-=======
 # Settings of your cluster; change them here or on sbatch's command line (--partition, --nodes ...):
->>>>>>> prose4
 #SBATCH --job-name=pretrain_129M
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
