@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Body of every training job: the scripts beside this one source it, with settings as arguments.
-# RECIPE is a name or a file.
+# Common part of all training jobs. The other scripts in this folder source it, with settings of the
+# recipe as arguments. RECIPE is the name of a recipe or a file.
 set -euo pipefail
 
 # Settings of your cluster; change them here or in the environment (sbatch passes it on):
