@@ -85,8 +85,8 @@ class ObjectiveRecipe:
     label_smoothing: Fraction = 0.1
     """Label smoothing of the language modelling (LM) loss."""
     false_answers: Positive = 2
-    """VisDial: number of false candidate answers per true one in training. The default 2 matches ITM's
-    two negatives per pair."""
+    """VisDial: number of false candidate answers per true one in training. 2: as many as
+    ITM has negatives per pair."""
 
     @model_validator(mode="before")
     @classmethod
@@ -150,8 +150,8 @@ class DataRecipe:
     streams: list[StreamRecipe] = field(default_factory=list)
     """Training streams. An epoch shuffles the samples of all streams together."""
     samples_per_epoch: Positive | None = None
-    """Number of samples in an epoch, divided among the streams by their weights. null: the sum of the
-    streams' samples."""
+    """Number of samples in an epoch, divided among the streams by their weights. null: the sum of
+    the streams' samples."""
     shuffle_block: Positive = 262_144
     """Number of samples that are shuffled together, after the order of the shards was shuffled. The
     cache should hold two blocks (8 GB each at 30 kB per sample)."""
