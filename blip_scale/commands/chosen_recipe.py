@@ -14,15 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_repeats(overrides: Sequence[str]) -> None:
-    """Log on rank 0 what is set twice. It is no error: job scripts put a user's settings behind
-    their own."""
+    """Log settings that are set twice, on rank 0.
+
+    This is not an error: job scripts append the user's settings to their own.
+    """
     if launcher.rank() == 0:
         for sentence in settings.repeats(settings.parse_overrides(overrides)):
             logger.warning(sentence)
 
 
 def chosen_recipe(name: str, overrides: Sequence[str]) -> Recipe:
-    """Load a recipe with overrides; sizes that neither states come from `model.checkpoint`.
+    """Load a recipe with overrides; sizes that neither sets come from `model.checkpoint`.
 
     Args:
         name: a recipe's name, or the path of a YAML file.

@@ -60,7 +60,7 @@ def refuse(command: str, problem: object) -> int:
 def report_error(command: str, error: Exception) -> int:
     """Write `command: error` as one line to stderr, and return the exit code.
 
-    The code is that of refused input if the input is to blame, else that of a failure.
+    The code is that of refused input if the input caused the error, else that of a failure.
     """
     code = refuse(command, in_words(error))
     return code if is_refused(error) else exit_codes.FAILED

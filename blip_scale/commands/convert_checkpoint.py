@@ -283,8 +283,10 @@ def _states_output(config: Path) -> bool:
 
 @contextmanager
 def _placed(out: Path, folder: bool) -> Iterator[Path]:
-    """Yield a temporary path that replaces `out` at the end, if there was no error. A link is
-    followed."""
+    """Yield a temporary path that replaces `out` at the end, if there was no error.
+
+    If `out` is a link, its target is replaced.
+    """
     target = Path(os.path.realpath(out))
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -60,7 +60,7 @@ def service(options: argparse.Namespace, unpacked: Path | None = None) -> Servic
         options: of `parser`.
         unpacked: empty folder for the images of a set of shards.
     """
-    import gradio  # noqa: F401  so that a missing one is told before anything is loaded
+    import gradio  # noqa: F401  reports a missing gradio before anything is loaded
 
     loading = Loading(tokenizer=options.tokenizer, recipe=options.recipe, device=options.device)
     images, labels = [], {}

@@ -34,9 +34,9 @@ class Reference:
     def at(self, epoch: float) -> dict[str, float]:
         """Losses `reference/NAME` at a position in epochs, such as 1.5.
 
-        The mean over an epoch is placed at its middle; values in between are interpolated linearly.
-        Nothing is returned before the middle of the first known epoch and after the end of the last
-        one.
+        The mean over an epoch is placed at its middle; values in between are interpolated
+        linearly. Nothing is returned before the middle of the first known epoch and after the end
+        of the last one.
         """
         values = {}
         for name, means in self.losses.items():

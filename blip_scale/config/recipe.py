@@ -85,8 +85,8 @@ class ObjectiveRecipe:
     label_smoothing: Fraction = 0.1
     """Label smoothing of the language modelling (LM) loss."""
     false_answers: Positive = 2
-    """VisDial: number of false candidate answers per true one in training. The default 2
-    matches ITM's two negatives per pair."""
+    """VisDial: number of false candidate answers per true one in training. The default 2 is
+    the number of negatives per pair in ITM."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Build nested settings from YAML files and dotted overrides, with errors that name the fix.
+"""Build nested settings from YAML files and dotted overrides; errors name the place and the fix.
 
 Works for any tree of pydantic dataclasses. `recipe.py` defines the settings of a run.
 """

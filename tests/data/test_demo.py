@@ -124,7 +124,7 @@ def test_held_out_drawings_are_trained_on_in_other_hands_only(
         assert len(hands_by_concept[base]) >= 5
         assert record.source not in hands_by_concept[base]
     shares = Counter(record.source for record in streams["heldout_drawing"])
-    assert shares.keys() == demo._FREE_HANDS and min(shares.values()) > 100
+    assert shares.keys() == demo._FREE_STYLES and min(shares.values()) > 100
 
 
 def test_a_held_out_query_has_one_right_answer(streams: dict[str, list[Record]]) -> None:
@@ -142,7 +142,7 @@ def test_twins_and_copies_are_never_held_out(monkeypatch: pytest.MonkeyPatch) ->
     drawings of one concept that hardly differ."""
     monkeypatch.setattr(demo, "_thumbnail", lambda jpeg: np.frombuffer(jpeg, dtype=np.uint8))
     monkeypatch.setattr(demo, "HELDOUT_PAIRS", 2)
-    monkeypatch.setattr(demo, "_FEWEST_HANDS", 2)
+    monkeypatch.setattr(demo, "_FEWEST_STYLES", 2)
     twins = [(1, "norway", 100), (2, "svalbard", 100), (3, "keycap *", 3), (4, "keycap #", 4)]
     others = [(number, f"thing {number}", number) for number in range(10, 14)]
     pictures = []

