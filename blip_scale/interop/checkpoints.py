@@ -26,6 +26,7 @@ from blip_scale.model.heads import OWN_NETWORKS, Head, build_network
 from blip_scale.model.initialization import INIT_STD, fill_from_med, seeded
 from blip_scale.model.med import MED, MEDConfig
 from blip_scale.model.vision import build_vision
+from blip_scale.storage import run_folder
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ def format_of(path: Path) -> Format:
         return "ours"
     if any((path / sub / "config.json").is_file() for sub in ("", "captioning")):
         return "hf"
+    if (path / run_folder.RECIPE).is_file():
+        raise ValueError(f"{path} is the folder of a run that has not saved a checkpoint yet")
     raise ValueError(
         f"{path} is not a checkpoint: expected a training checkpoint (step_N with manifest.json, "
         "or the folder of a run), a .pth file, or a Hugging Face folder (config.json)"

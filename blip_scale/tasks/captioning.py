@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from blip_scale.config.recipe import Recipe
 from blip_scale.data.heldout.pairs import HeldoutPairs
 from blip_scale.data.loading.micro_batches import Batch
-from blip_scale.data.sources.annotations import load_json
+from blip_scale.data.sources.annotations import IMAGE_KEYS, load_json
+from blip_scale.data.sources.metadata import first_of
 from blip_scale.data.tokenizer import prompt_ids
 from blip_scale.engine import collectives
 from blip_scale.engine.task import Evaluation, Progress
@@ -153,8 +154,10 @@ def image_ids(pairs: HeldoutPairs, location: str, strip_prefix: str = "") -> lis
     ids_of_files: dict[str, int | str] = {}
     items = load_json(location) if location.endswith(".json") else []
     for item in items if isinstance(items, list) else []:
-        if "img_id" in item:
-            ids_of_files[item["image"].removeprefix(strip_prefix)] = item["img_id"]
+        path = first_of(item, IMAGE_KEYS)
+        if "img_id" in item and isinstance(path, str):
+            name = path.removeprefix(strip_prefix).removeprefix("./")
+            ids_of_files[name] = item["img_id"]
     images = items.get("images", []) if isinstance(items, dict) else []
     for image in images:  # a test set without captions: nocaps_test_image_info.json
         if "file_name" in image and "id" in image:

@@ -7,8 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from blip_scale.commands import evaluate
+from blip_scale.data.conversion.pairs import Source
+from blip_scale.data.heldout.listed import listed_pairs
+from blip_scale.data.sources.readers import READERS
+from blip_scale.tasks import captioning
 
 
 def test_images_with_one_id_make_no_submission(
@@ -48,3 +53,22 @@ def test_a_setting_without_effect_is_refused(
 ) -> None:
     assert evaluate.main(["captioning", str(ours), "list.json", "evaluation.max_pairs=3"]) == 2
     assert "evaluation.max_pairs: this command evaluates the whole set" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_is_named_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("task: pretrain\n")
+    assert evaluate.main(["captioning", str(tmp_path), "list.json"]) == 2
+    assert "has not saved a checkpoint yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["image", "file_name"])
+def test_ids_of_a_list_are_kept_however_its_images_are_named(tmp_path: Path, key: str) -> None:
+    """A leading ./ does not hide `img_id`; the key of the image does not matter."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([{key: "./a.png", "img_id": 7}]))
+    items = [i for c in READERS["coco"].chunks(Source(str(listed))) for i in c.read()]
+    ids = captioning.image_ids(listed_pairs("a", items, 32), str(listed))
+    assert ids == [7]
