@@ -152,7 +152,7 @@ def image_ids(pairs: HeldoutPairs, location: str, strip_prefix: str = "") -> lis
     (COCO_val2014_000000391895.jpg), or else from the record.
     """
     ids_of_files: dict[str, int | str] = {}
-    items = load_json(location) if location.endswith(".json") else []
+    items = load_json(location) if location.endswith((".json", ".json.gz")) else []
     for item in items if isinstance(items, list) else []:
         path = first_of(item, IMAGE_KEYS)
         if "img_id" in item and isinstance(path, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -72,3 +73,6 @@ def test_ids_of_a_list_are_kept_however_its_images_are_named(tmp_path: Path, key
     items = [i for c in READERS["coco"].chunks(Source(str(listed))) for i in c.read()]
     ids = captioning.image_ids(listed_pairs("a", items, 32), str(listed))
     assert ids == [7]
+    packed = tmp_path / "list.json.gz"
+    packed.write_bytes(gzip.compress(listed.read_bytes()))
+    assert captioning.image_ids(listed_pairs("a", items, 32), str(packed)) == [7]
