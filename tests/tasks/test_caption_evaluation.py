@@ -10,7 +10,7 @@ import pytest
 import tiny_runs
 
 from blip_scale.data.captions import clean_question
-from blip_scale.data.conversion.pairs import Source
+from blip_scale.data.conversion.pairs import RawPair, Source
 from blip_scale.data.heldout.listed import listed_pairs
 from blip_scale.data.heldout.pairs import HeldoutPairs
 from blip_scale.data.sources.readers import READERS
@@ -121,6 +121,15 @@ def test_vqa_lists_are_read_as_their_shards_are(tmp_path: Path, images: Path) ->
     pairs = listed_pairs(file.name, items, 32, clean_question)
     assert pairs.captions == [["is it red?", "what is it?"]]
     assert [answer["answers"] for answer in pairs.annotations[0]] == [["yes"], ["a disc"]]
+
+
+def test_the_annotation_of_a_missing_text_is_left_out_with_it(images: Path) -> None:
+    place = str(images / NAMES[0])
+    annotations = [{"answers": [answer]} for answer in ("yes", "a disc", "no")]
+    pair = RawPair("1", place, ["is it red?", None, "is it big?"], annotations=annotations)
+    pairs = listed_pairs("set", [pair], 32, clean_question)
+    assert pairs.captions == [["is it red?", "is it big?"]]
+    assert [answer["answers"] for answer in pairs.annotations[0]] == [["yes"], ["no"]]
 
 
 def test_a_caption_that_is_no_text_is_refused_by_name(tmp_path: Path, images: Path) -> None:

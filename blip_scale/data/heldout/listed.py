@@ -110,9 +110,16 @@ def _texts(name: str, pair: RawPair) -> Sample:
     """Columns of a sample without its images."""
     captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
     texts = [caption.text if isinstance(caption, RoleText) else caption for caption in captions]
+    annotations = pair.annotations
+    if annotations is not None:  # one per text
+        annotations = [
+            each for each, text in zip(annotations, texts, strict=True) if text is not None
+        ]
     texts = [text for text in texts if text is not None]
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{name}: {pair.id}: a caption is not a string: {str(text)[:50]}")
     sample: dict[str, Any] = {"id": pair.id, "source": name, "captions": texts}
-    return sample if pair.annotations is None else sample | {"annotations": pair.annotations}
+    if pair.annotations is not None:  # one per text
+        sample["annotations"] = [pair.annotations[number] for number in present]
+    return sample
