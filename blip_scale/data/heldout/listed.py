@@ -110,12 +110,8 @@ def _texts(name: str, pair: RawPair) -> Sample:
     """Columns of a sample without its images."""
     captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
     texts = [caption.text if isinstance(caption, RoleText) else caption for caption in captions]
-    annotations = pair.annotations
-    if annotations is not None:  # one per text
-        annotations = [
-            each for each, text in zip(annotations, texts, strict=True) if text is not None
-        ]
-    texts = [text for text in texts if text is not None]
+    present = [number for number, text in enumerate(texts) if text is not None]
+    texts = [texts[number] for number in present]
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{name}: {pair.id}: a caption is not a string: {str(text)[:50]}")
