@@ -1,4 +1,4 @@
-"""Loading of BLIP checkpoints of any kind: find recipe and tokenizer, build the network, fill it."""
+"""Load a BLIP checkpoint of any kind: find its recipe and tokenizer, build and fill its network."""
 
 from __future__ import annotations
 
