@@ -58,7 +58,10 @@ def check_tokens(tokens: Any, width: int, like: Tensor) -> None:
 
 
 def check_beams(beams: int) -> None:
-    """Raise ValueError for fewer than 1 or more than `MOST_BEAMS` beams, the limit of a search."""
+    """Raise ValueError for fewer than 1 or more than `MOST_BEAMS` beams.
+
+    The limit bounds the time and memory of a search.
+    """
     if not 1 <= beams <= MOST_BEAMS:
         raise ValueError(f"num_beams: {beams}: expected 1 to {MOST_BEAMS}")
 

@@ -73,7 +73,7 @@ class Content:
     width: int
     """Number of elements of a feature."""
     dtype: str
-    """`float32` or `float16`."""
+    """Type of the features, `float32` or `float16`."""
     texts: bool
     """Whether captions are also embedded."""
     part_size: int
@@ -99,7 +99,7 @@ class Row:
 
     sample: Sample
     pixels: Tensor | None
-    """uint8 [3, side, side]; None if the image cannot be decoded."""
+    """Pixels, uint8 [3, side, side]; None if the image cannot be decoded."""
     error: str | None = None
 
 

@@ -235,7 +235,10 @@ def write_processor(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings, e.g. to train a network that is refused."""
+    """Silence transformers' progress bars and warnings.
+
+    The warnings would advise to train a network that is refused anyway.
+    """
     from transformers.utils import logging as their_logging
 
     verbosity = their_logging.get_verbosity()

@@ -24,7 +24,7 @@ from blip_scale.storage import hub
 log = logging.getLogger(__name__)
 
 _CLASSIFIER = re.compile(r"^(head|head_dist|fc_norm|pre_logits)\.")
-"""Parts of classifiers. Some towers have a norm with one of these names, and none the others."""
+"""Names of classifier parts. Some towers have the norm `fc_norm`; no tower has the others."""
 _PREFIX = "visual_encoder."
 """Prefix of the ViT's names in BLIP's published checkpoints. The rest of a name is timm's."""
 

@@ -126,12 +126,12 @@ def add_adapters(network: N, adapters: Adapters) -> N:
     layers = _target_layers(network, adapters)
     settings = peft.LoraConfig(
         r=adapters.rank,
-        lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft takes floats, too
+        lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft also takes floats
         lora_dropout=adapters.dropout,
         target_modules="|".join(map(re.escape, layers)),
     )
     with warnings.catch_warnings():
-        # Under zero.Init a rank holds no elements of the new weights. They are set later.
+        # Under zero.Init a rank holds no elements of the new weights. `fill` sets them later.
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         peft.inject_adapter_in_model(settings, network)
     for name, parameter in network.named_parameters():

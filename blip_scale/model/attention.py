@@ -71,7 +71,7 @@ class Segments:
         return in_order and tokens == self.count * self.max_length
 
     def sequence_of(self, tokens: int) -> Tensor:
-        """Return the sequence of each place, [T] int64. The host can't read `tokens`, T, here."""
+        """Return the sequence of each place, [T] int64. `tokens` is T, so that the host need not wait."""
         sequences = torch.arange(self.count, device=self.offsets.device)
         return sequences.repeat_interleave(self.lengths, output_size=tokens)
 

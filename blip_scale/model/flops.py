@@ -50,7 +50,11 @@ class _Vision:
 
     @property
     def forward_and_backward(self) -> float:
-        """Forward and backward. A backward costs two forwards, or one for the patch embedding."""
+        """FLOPs of forward and backward.
+
+        A backward costs two forwards, but only one for the patch embedding: pixels have no
+        gradient.
+        """
         patches = self.patches if self.frozen else 2 * self.patches
         return 3 * (self.blocks + self.pooling) - 2 * self.frozen + patches
 
@@ -158,7 +162,7 @@ def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> fl
 
 @dataclass(frozen=True)
 class TextWork:
-    """Packed text that goes through all layers of a stack, and the contexts that it attends to."""
+    """Sizes of packed text that passes through a stack, and of the contexts that it attends to."""
 
     sequences: int
     tokens: int

@@ -24,7 +24,7 @@ from blip_scale.model.med import LMHead, MEDConfig
 from blip_scale.model.text import TextLayer, TextStack
 
 NEVER = -1.0e9
-"""Score of candidates that must not be chosen."""
+"""Score of candidates that must not be selected."""
 
 Scoring = Literal["published", "huggingface"]
 

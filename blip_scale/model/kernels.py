@@ -184,9 +184,9 @@ class PackedLengths(NamedTuple):
     """Boundaries of the query and key sequences in packed tensors."""
 
     query_offsets: Tensor
-    """[S+1] int32."""
+    """Start of each query sequence, followed by the end of the last, [S+1] int32."""
     key_offsets: Tensor
-    """[S+1] int32."""
+    """Start of each key sequence, followed by the end of the last, [S+1] int32."""
     max_query: int
     """Upper bound of the length of the query sequences."""
     max_key: int

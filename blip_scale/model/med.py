@@ -39,7 +39,7 @@ class MEDConfig:
     kernel: Kernel = "auto"
     """Attention kernel; see `choose_kernel`."""
     gradient_checkpointing: bool = False
-    """Recompute each ViT block and text layer in the backward pass."""
+    """Whether to recompute each ViT block and text layer in the backward pass."""
 
     def takes_packed(self, tensor: Tensor) -> bool:
         """Whether the text layers run a packed kernel on tensors of this device and dtype."""

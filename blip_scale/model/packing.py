@@ -64,7 +64,7 @@ class PackedText:
     """Token ids of several sequences, concatenated without pads."""
 
     token_ids: Tensor
-    """[T] int64."""
+    """Ids of all tokens, [T] int64."""
     segments: Segments
     """Boundaries of the sequences in `token_ids`, including fillers."""
     fillers: int = 0

@@ -41,7 +41,7 @@ class VisionConfig:
     image_size: int = 224
     """Side of the square input in pixels; a multiple of the patch size."""
     overrides: dict[str, float | int | bool] = field(default_factory=dict)
-    """Additional timm constructor arguments, e.g. {"embed_dim": 192, "depth": 6}."""
+    """Further timm constructor arguments, e.g. {"embed_dim": 192, "depth": 6, "num_heads": 3}."""
     drop_path_rate: float = 0.0
     """Stochastic depth rate of the last block. It grows linearly from 0 at the first block."""
     patch_dropout: float = 0.0

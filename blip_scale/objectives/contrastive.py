@@ -43,7 +43,7 @@ def similarities(
 
     Args:
         queries: normalised features [B, E].
-        keys: normalised momentum features [B, E] of the same pairs, without gradient.
+        keys: this rank's normalised momentum features [B, E] of the same pairs, without gradient.
         queue: momentum features of earlier steps [E, Q], one per column, without gradient.
         temperature: scalar divisor, positive.
     """
@@ -105,7 +105,7 @@ def itc_loss(
 
 
 def alpha_at(step: int, steps_per_epoch: int, alpha: float, ramp_epochs: float) -> float:
-    """Return the soft targets' weight at optimizer step `step` (from 0), linear in the ramp."""
+    """Return the soft targets' weight at step `step` (from 0). It rises linearly over the ramp."""
     ramp_steps = ramp_epochs * steps_per_epoch
     return alpha if step >= ramp_steps else alpha * step / ramp_steps
 

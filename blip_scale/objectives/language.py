@@ -1,7 +1,7 @@
 """Language modelling loss (LM) of the image-grounded decoder.
 
 Legend: P predicted positions, V vocabulary. Every token of a sequence except the last predicts the
-next token.
+next token. Fillers predict nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Image-text matching (ITM): hard negatives drawn from the contrastive similarities, labels, loss.
 
-Legend: B batch of this rank, P pool that negatives are drawn from. The pool is the rank's batch
+Legend: B batch of this rank, P pool from which negatives are drawn. The pool is the rank's batch
 (P = B, as published) or the batches of all ranks in rank order (P = B x ranks).
 """
 

@@ -53,7 +53,7 @@ class TrainingTask(ABC):
         self.recipe, self.device = recipe, device
         self.tokenizer = load_tokenizer(recipe.model.text)
         self.config = med_config(recipe, self.tokenizer)
-        if recipe.model.lora.rank:  # refuse here what the engine could only fail at
+        if recipe.model.lora.rank:  # refuse wrong settings here; the engine could only fail
             with torch.device("meta"):
                 self.limited(MED(self.config))
         if is_auto(recipe):
@@ -176,7 +176,7 @@ class TrainingTask(ABC):
 
     @property
     def capture_obstacle(self) -> str | None:
-        """Why a CUDA graph can't capture the forward."""
+        """Reason why a CUDA graph can't capture the forward; None if it can."""
         return f"the shapes of {self.recipe.task} depend on its data"
 
     def collect(  # noqa: B027  most tasks collect nothing

@@ -30,7 +30,7 @@ TASKS: dict[str, type[TrainingTask]] = {
 def contrast_of(recipe: Recipe, config: MEDConfig) -> Contrast:
     """Create a recipe's contrast on the meta device, to plan memory and FLOPs.
 
-    A task without a contrast gets the one that `objective.itc` would select in pretraining.
+    A task without a contrastive loss also gets the one of `objective.itc`, as in pretraining.
 
     Raises:
         ValueError: `objective.itc` names no contrast.

@@ -37,7 +37,7 @@ class EncodedPairs:
     temperature: Tensor
     """Learned divisor of the similarities, an fp32 scalar with gradient."""
     image_ids: Tensor | None = None
-    """Image of each pair, [B] int64. None: all images are different."""
+    """Image id of each pair, [B] int64. None: all images are different."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Contrasted:
 
     loss: Tensor
     similarities: Similarities
-    """Similarities [B, K]. The first B columns are this rank's pairs."""
+    """Scaled similarities. The first B columns are this rank's pairs."""
     keys: FeaturePair
     """Features [B, E] that the pairs' features are compared with. With global ITM, pretraining
     draws hard negatives from all ranks with them. `Contrast.collect` also receives them."""

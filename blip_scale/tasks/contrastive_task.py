@@ -161,7 +161,10 @@ class ContrastiveTask(TrainingTask):
 
     @property
     def capture_obstacle(self) -> str | None:
-        """Why a CUDA graph can't capture the forward: random states, shapes, or communication."""
+        """Reason why a CUDA graph can't capture the forward; None if it can.
+
+        The reasons are random states, changing shapes, and communication between ranks.
+        """
         if self.recipe.model.gradient_checkpointing:
             return "model.gradient_checkpointing reads random states, which a capture can't"
         if token_bucket(self.recipe, self.batch_size, self.device.type == "cuda") == 1:

@@ -1,6 +1,6 @@
 """The image-text pairs of ITM: matched pairs, and hard negatives of this rank or of all ranks.
 
-Legend: B micro-batch of this rank, P pool of captions that negatives are drawn from.
+Legend: B micro-batch of this rank, P pool of captions from which negatives are drawn.
 """
 
 from __future__ import annotations

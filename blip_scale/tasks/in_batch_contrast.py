@@ -23,7 +23,7 @@ from blip_scale.tasks.contrast import (
 
 
 class InBatchNetwork(nn.Module):
-    """The loss against the features of all ranks."""
+    """Loss of this rank's pairs against the features of all ranks."""
 
     def forward(self, pairs: EncodedPairs, inputs: Any) -> Contrasted:
         """Compute the mean loss over this rank's rows. The mean over ranks is the batch's loss."""

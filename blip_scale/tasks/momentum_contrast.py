@@ -35,7 +35,7 @@ class MomentumInputs:
     queue: FeaturePair
     """Momentum features of earlier steps, [E, Q] each."""
     alpha: Tensor
-    """[2] fp64: weight of the soft targets, and weight of the positive."""
+    """Weight of the soft targets, and weight of the positive, [2] fp64."""
     queue_ids: Tensor | None = None
     """Image of each column of the queue, [Q] int64. Required if pairs have `image_ids`."""
 
