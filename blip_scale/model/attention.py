@@ -71,7 +71,10 @@ class Segments:
         return in_order and tokens == self.count * self.max_length
 
     def sequence_of(self, tokens: int) -> Tensor:
-        """Return the sequence of each place, [T] int64. `tokens` is T, so that the host need not wait."""
+        """Return the sequence of each place, [T] int64.
+
+        `tokens` is T. The host would have to wait for the device to read it from `offsets`.
+        """
         sequences = torch.arange(self.count, device=self.offsets.device)
         return sequences.repeat_interleave(self.lengths, output_size=tokens)
 

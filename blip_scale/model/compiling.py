@@ -17,7 +17,7 @@ from blip_scale.model.towers import BLOCKS
 
 _GRAPHS = 64
 """Limit of torch's graphs per kind of block. Text layers need at most six for each set of shapes:
-the last layer differs from the others, and three passes use each of them (ITC with gradient, ITC
+the last layer differs from the others, and three passes use the layers (ITC with gradient, ITC
 without, and ITM with LM)."""
 
 

@@ -162,7 +162,7 @@ def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> fl
 
 @dataclass(frozen=True)
 class TextWork:
-    """Sizes of packed text that passes through a stack, and of the contexts that it attends to."""
+    """Sizes of packed text that passes all layers of a stack, and of the contexts it attends to."""
 
     sequences: int
     tokens: int

@@ -1,7 +1,7 @@
 """The network of each head: MED, a part of it, or a separate network.
 
-A head's network holds only the modules that the head needs. Unused weights would be decayed, saved
-and exchanged between ranks.
+A head's network holds only the modules that the head needs. Otherwise, unused weights would be
+decayed, saved and exchanged between ranks.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def ranking_figures(ranks_Q: Tensor) -> dict[str, float]:
 def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
     """Compute the normalised discounted cumulative gain of one question's candidates.
 
-    As in the challenge, the list is cut after k candidates, where k is the number of candidates with
-    a relevance above 0.
+    As in the challenge, the list is cut after k candidates, where k is the number of candidates
+    with a relevance above 0.
 
     Raises:
         ValueError: no candidate has a relevance above 0.
