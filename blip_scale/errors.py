@@ -1,4 +1,4 @@
-"""Exceptions for refused input, which the caller must change: a retry would not help."""
+"""Exceptions for refused input, which the caller must change. A retry would not help."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def is_refused(error: BaseException) -> bool:
     """Return True if an error is about input rather than a failure.
 
     Such errors are `RefusedInput`, a ValueError raised by this package, and a path that is missing,
-    exists already or is of the wrong kind. A ValueError from a library (torch, NumPy, a server's
-    answer) is a failure. So are other errors of the operating system, such as a full disk or an
-    unreachable remote.
+    already exists or has the wrong type. A ValueError raised by a library (torch, NumPy, parsing a
+    server's response) is a failure. Other errors of the operating system, such as a full disk or an
+    unreachable remote, are failures, too.
     """
     if isinstance(error, RefusedInput | _PATHS):
         return True
@@ -37,8 +37,7 @@ def is_refused(error: BaseException) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """Message of an error. It names a file that stands where a folder is needed, or a full
-    disk, and the fix."""
+    """Return the message of an error, with a fix for a full disk or a file in place of a folder."""
     if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
         path = Path(error.filename)
         for place in (path, *path.parents):

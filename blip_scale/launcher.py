@@ -1,7 +1,7 @@
-"""Find the rank of this process under any launcher, and handle signals until the run begins.
+"""Rank of this process under any launcher, and signal handling until the run begins.
 
 PyTorch's launchers set RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE in the environment. `srun`
-and `mpirun` set variables of their own.
+and `mpirun` set other variables.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _MPI = (
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
     ("PMI_RANK", "PALS_LOCAL_RANKID", "PMI_SIZE", "PALS_LOCAL_SIZE"),
 )  # fmt: skip
-"""Variables with rank, local rank, number of ranks, and number of ranks on the node: for Open MPI,
-MVAPICH, MPICH and Intel MPI, and Cray's PALS."""
+"""Names of the variables with rank, local rank, number of ranks, and number of ranks on the node.
+Rows: Open MPI, MVAPICH, MPICH and Intel MPI, Cray's PALS."""
 _MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PALS_APID")
 
 
@@ -93,13 +93,13 @@ def check_variables() -> int:
 
 
 def rank() -> int:
-    """Rank of this process; 0 if the environment has no valid rank."""
+    """Return the rank of this process; 0 if the environment has no valid rank."""
     value = os.environ.get("RANK", "0")
     return int(value) if value.isdecimal() else 0
 
 
 def _number(name: str) -> int:
-    """Read an environment variable that holds a number, 0 or more."""
+    """Read an environment variable that holds an integer of 0 or more."""
     value = os.environ.get(name)
     if value is None:
         raise RefusedInput(f"{name} is not set, though the launcher's other variables are")
@@ -134,7 +134,7 @@ def _adopt_mpi() -> None:
             )
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     job = next((os.environ[name] for name in _MPI_JOB if name in os.environ), "")
-    port = _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS  # the same on all ranks of a job
+    port = _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS  # equal on all ranks of a job
     os.environ.setdefault("MASTER_PORT", str(port))
     os.environ |= {
         "RANK": str(rank),
@@ -147,9 +147,9 @@ def _adopt_mpi() -> None:
 def adopt_srun_step() -> None:
     """Set PyTorch's launcher variables from SLURM's, if `srun` started several tasks.
 
-    Variables that another launcher has set are kept. Only the SLURM step of this process counts:
-    in an `sbatch` script or a shell of `salloc`, a plain `python train.py` stays a single rank,
-    even if the job has several tasks.
+    Variables that another launcher has set are kept. Only the SLURM step of this process counts. In
+    an `sbatch` script or a shell of `salloc`, a plain `python train.py` therefore stays a single
+    rank, even if the job has several tasks.
 
     Raises:
         RefusedInput: the step runs on several nodes and MASTER_ADDR is not set, or SLURM's
@@ -180,11 +180,11 @@ def adopt_srun_step() -> None:
 def free_port(*beside: int) -> int:
     """Find a free port of this machine.
 
-    The port is outside the range from which the system assigns ports: an outgoing connection could
-    take it before it is used.
+    The port is outside the range from which the system assigns ports. Otherwise, an outgoing
+    connection could take it before it is used.
 
     Args:
-        beside: distances above the port at which ports must be free as well.
+        beside: offsets of additional ports that must also be free.
     """
     draw = random.SystemRandom()  # with a seed, two processes would draw the same ports
     while True:
@@ -196,7 +196,7 @@ def free_port(*beside: int) -> int:
 
 
 def tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Number of tasks on the node with index `node`; SLURM writes `2(x3),1` for 2, 2, 2, 1."""
+    """Return the number of tasks on node `node`. SLURM writes `2(x3),1` for 2, 2, 2, 1."""
     for group in tasks_per_node.split(","):
         written = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", group)
         if written is None:
@@ -212,7 +212,7 @@ def stop_at_once_on_signals() -> None:
     """End the process with the exit code of a clean stop on SIGTERM, SIGUSR1 and Ctrl-C.
 
     Until the engine installs its own handlers, there is no work to lose. Without this handler, the
-    signal would end the process, which would count as a failure.
+    signal would kill the process, which would count as a failure.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _stop)
@@ -223,11 +223,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End the process without tearing Python down.
+    """End the process without shutting the interpreter down.
 
-    DeepSpeed keeps the process groups, so gloo's threads are never joined. A thread that requests
-    the interpreter's lock during the teardown aborts the process (`terminate called without an
-    active exception`), and a successful run would count as failed.
+    DeepSpeed keeps the process groups, so gloo's threads are never joined. If such a thread
+    requests the GIL during the shutdown, it aborts the process (`terminate called without an active
+    exception`), and a successful run would count as failed.
     """
     logging.shutdown()
     sys.stdout.flush()

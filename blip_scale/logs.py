@@ -1,11 +1,11 @@
-"""Logging: short lines on the terminal, everything in one file per rank, third parties kept quiet.
+"""Logging: short lines on the terminal, all records in one file per rank, quiet third parties.
 
 The terminal shows the package's messages from INFO on (rank 0) and every error (any rank), each on
-one line. The rank's file holds them with their tracebacks. It also holds the warnings and messages
-of DeepSpeed, torch, transformers and others, which a user cannot act on.
+one line. The rank's file also holds their tracebacks, and the warnings and messages of DeepSpeed,
+torch, transformers and others, on which a user cannot act.
 
-Ids, captions and paths come from data sets, and may contain line breaks and escape sequences. Text
-for a terminal, a log or a page must pass `printable` and `without_secrets`.
+Ids, captions and paths come from data sets, and may contain line breaks and escape sequences. Pass
+text for a terminal, a log or a page through `printable` and `without_secrets`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from blip_scale.storage import run_folder
 
 PACKAGE = "blip_scale"
 STACKS = signal.SIGUSR2
-"""Signal at which a loader worker writes the stacks of its threads, see `set_up_worker`."""
+"""Signal on which a loader worker writes the stacks of its threads, see `set_up_worker`."""
 _EARLY_RECORDS = 10_000
 
 _QUIET_ENVIRONMENT = {
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # C++ code writes its warnings straight to stderr
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # C++ code writes its warnings directly to stderr
     "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorBoard loads TensorFlow if it is installed
     "TOKENIZERS_PARALLELISM": "false",  # tokenizers warns when a loader process is forked
 }
@@ -57,13 +57,13 @@ _SECRET_VARIABLE = re.compile(
     r"(?i)(secret|token(?!iz)|password|passwd|access_key|account_key|api_?key)(?!.*(file|path)$)"
 )
 _SHORTEST_SECRET = 8
-"""Smallest number of characters in a secret; shorter values (`1`, `true`) are parts of words."""
+"""Minimum length of a secret. Shorter values (`1`, `true`) would match parts of words."""
 
 
 def printable(text: str) -> str:
-    r"""Escape control characters, such as a line break as `\n` and an escape as `\u001b`.
+    r"""Escape control characters, for example a line break as `\n` and an escape as `\u001b`.
 
-    The result has one line. JSON stays JSON with the same content.
+    The result has one line. JSON remains JSON with the same content.
     """
     return _UNPRINTABLE.sub(_escape, text)
 
@@ -74,7 +74,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Replace credentials by ***: those in URLs, and values of environment variables with them."""
+    """Replace credentials by ***: in URLs, and wherever the value of a secret variable occurs."""
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     for name, value in os.environ.items():
@@ -99,7 +99,7 @@ def hold_third_party_noise() -> None:
     root = logging.getLogger()
     if not any(isinstance(handler, _EarlyHandler) for handler in root.handlers):
         root.addHandler(_EarlyHandler())
-    # DeepSpeed adds a terminal handler and warns on import, so its logger is diverted before.
+    # DeepSpeed adds a terminal handler and warns on import, so redirect its logger before that.
     for name, kind in (("DeepSpeed", _ToRoot), ("py.warnings", _Once)):
         logger = logging.getLogger(name)
         if not any(isinstance(log_filter, kind) for log_filter in logger.filters):
@@ -143,13 +143,13 @@ def set_up(output_dir: Path, rank: int) -> Path:
 
 
 def set_up_worker(output_dir: Path, rank: int) -> None:
-    """`set_up` in a loader worker, which from now on handles `STACKS`.
+    """Call `set_up` in a loader worker, and handle the signal `STACKS` from now on.
 
-    It then writes the stacks of its threads to the rank's log, whatever holds it up.
+    On the signal, the worker writes the stacks of its threads to the rank's log, even if it hangs.
     """
     file = set_up(output_dir, rank)
     faulthandler.register(STACKS, file=file.open("a"))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACKS])  # workers begin with it blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACKS])  # workers start with the signal blocked
 
 
 @contextlib.contextmanager
@@ -175,7 +175,7 @@ def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
 
 
 def _strip_third_party_handlers() -> None:
-    """Remove the terminal handlers that libraries have added; the root logger has ours."""
+    """Remove the terminal handlers that libraries added. The root logger has this package's."""
     for name, logger in list(logging.Logger.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and name.partition(".")[0] != PACKAGE:
             for handler in list(logger.handlers):
@@ -190,7 +190,7 @@ def _writes_to_terminal(handler: logging.Handler) -> bool:
 
 
 class _Once(logging.Filter):
-    """Lets each message pass once, because torch repeats its FutureWarnings at every step."""
+    """Filter that passes each message once: torch repeats its FutureWarnings at every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class _Once(logging.Filter):
 
 
 class _ToRoot(logging.Filter):
-    """Passes the records of a logger that does not propagate to the root's handlers only."""
+    """Filter that passes the records of a logger without propagation only to root's handlers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         logging.getLogger().handle(record)
@@ -214,7 +214,7 @@ class _ToRoot(logging.Filter):
 
 
 class _EarlyHandler(logging.handlers.BufferingHandler):
-    """Holds records until the log file is open, and shows errors at once as well."""
+    """Handler that keeps records until the log file is open, and shows errors immediately."""
 
     def __init__(self) -> None:
         super().__init__(_EARLY_RECORDS)
@@ -230,7 +230,7 @@ class _EarlyHandler(logging.handlers.BufferingHandler):
 
 
 class _RankFile(logging.FileHandler):
-    """Handler of the rank's file. A full disk loses log lines, but does not end the run."""
+    """Handler of the rank's file. On a full disk, log lines are lost but the run continues."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(file, mode="a", encoding="utf-8")
@@ -257,7 +257,7 @@ class _Terminal(logging.Handler):
 
     def __init__(self, rank: int, file: Path) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.ERROR)
-        # A loader worker has no access to its rank's progress bar, so it clears the line.
+        # A loader worker can't access its rank's progress bar, so it clears the line instead.
         is_worker = multiprocessing.parent_process() is not None
         self._begin = "\r\x1b[K" if is_worker and sys.stderr.isatty() else ""
         self.setFormatter(_OneLine(rank, file))
@@ -287,7 +287,7 @@ def _message(record: logging.LogRecord) -> str:
 
 
 class MessageFormatter(logging.Formatter):
-    """Formats the message alone, on one line."""
+    """Formatter of the message without other fields, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format the message of a record, without its exception."""
@@ -295,19 +295,19 @@ class MessageFormatter(logging.Formatter):
 
 
 class _Whole(logging.Formatter):
-    """Formats time, level, logger, process and message; further lines (tracebacks) are indented."""
+    """Formatter of time, level, logger, process and message. Tracebacks are indented."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s [%(process)d]: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record so that only its first line begins at the margin."""
+        """Format a record so that only its first line is not indented."""
         lines = without_secrets(super().format(record)).split("\n")
         return "\n    ".join(printable(line) for line in lines)
 
 
 class _OneLine(logging.Formatter):
-    """Formats time, level (except INFO), message, and the exception's last line with its file."""
+    """Formatter of time, level (except INFO), message, and the exception with its log file."""
 
     def __init__(self, rank: int, file: Path) -> None:
         super().__init__(datefmt="%H:%M:%S")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 _PACKAGE = Path(__file__).resolve().parent
-if not __package__:  # run as a script: put the package's parent on the path instead of this folder
+if not __package__:  # run as a script: replace this folder on the path by the package's parent
     others = [folder for folder in sys.path if os.path.realpath(folder) != str(_PACKAGE)]
     sys.path[:] = [str(_PACKAGE.parent), *others]
 
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         checks.check(chosen, world_size)
         ds_config = checks.resolve_deepspeed(chosen, options.deepspeed, world_size)
         _announce(options.recipe, world_size)
-        # Imported here, so that refused input is reported before torch and DeepSpeed are loaded.
-        # Garbage collection would take an eighth of that time and free next to nothing.
+        # Import late, so that refused input is reported before torch and DeepSpeed are loaded.
+        # Garbage collection would take an eighth of the import time and free almost nothing.
         gc.disable()
         from blip_scale.engine.loop import run
         from blip_scale.tasks.by_name import TASKS
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
         return report_error_of_rank(prog, RefusedInput(str(error)), logs)
     except (ValueError, OSError) as error:
         return report_error_of_rank(prog, error, logs)
-    except Exception:  # unexpected: a traceback on the terminal and in the log file
+    except Exception:  # unexpected: show a traceback on the terminal and in the log file
         logger.debug("stopped by", exc_info=True)
         raise
 

@@ -1,4 +1,4 @@
-"""Evaluation of a MED on held-out pairs: retrieval metrics, and captions to look at.
+"""Evaluation of a MED on held-out pairs: retrieval metrics, and example captions.
 
 Legend: I images, S texts, N image tokens, D width.
 """
@@ -32,17 +32,17 @@ from blip_scale.model.packing import PackedText
 def evaluate(
     med: MED, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, final: bool
 ) -> Evaluation:
-    """Zero-shot retrieval on all held-out sets, and captions of some images of each.
+    """Evaluate zero-shot retrieval on all held-out sets, and caption some images of each.
 
-    Without LM there are no captions, and without ITM nothing is re-ranked or matched.
+    Without LM there are no captions. Without ITM, nothing is re-ranked or matched.
 
     Args:
         med: whole network on this rank's device, in evaluation mode; equal on all ranks.
-        recipe: the recipe, for held-out sets and settings.
+        recipe: recipe with the held-out sets and settings.
         tokenizer: the network's tokenizer.
-        final: re-rank with image-text matching too, which costs top_k forwards for each image
-            and each text. Caption all images for the share `exact`, unless
-            `evaluation.captions` is 0. Order the captions by their matching probability `match`.
+        final: whether to re-rank by image-text matching, which costs top_k forwards for each image
+            and each text. Also caption all images for the share `exact`, unless
+            `evaluation.captions` is 0, and sort the captions by their matching probability `match`.
     """
     result = Evaluation()
     matches = recipe.objective.itm != "none"
@@ -74,7 +74,7 @@ def evaluate(
 def heldout_sets(
     recipe: Recipe, clean: Clean = clean_caption, max_words: int = 30
 ) -> Iterator[tuple[str, HeldoutPairs]]:
-    """The recipe's held-out sets by name, their texts cleaned."""
+    """Yield the recipe's held-out sets by name, with cleaned texts."""
     size, most = recipe.model.vision.image_size, recipe.evaluation.max_pairs
     for stream in recipe.data.heldout:
         pairs = heldout_pairs(stream, size, recipe.data, most, clean, max_words)
@@ -88,7 +88,7 @@ def retrieval_on(
     tokenizer: PreTrainedTokenizerFast,
     with_matching: bool,
 ) -> dict[str, float]:
-    """Recalls on a set (`retrieval.retrieval_figures`), with all ranks together.
+    """Compute the recalls on a set (`retrieval.retrieval_figures`). Call it on all ranks.
 
     `with_matching` adds the recalls of re-ranked candidates.
     """
@@ -104,7 +104,7 @@ def scores_on(
     tokenizer: PreTrainedTokenizerFast,
     with_matching: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cosines [I, S] of all images and texts of a set, and the scores of `retrieval.rerank`.
+    """Compute the cosines [I, S] of a set's images and texts, and the scores of `retrieval.rerank`.
 
     Both are equal on all ranks.
     """
@@ -121,7 +121,7 @@ def scores_on(
 
 
 def owners_of(captions: Sequence[Sequence[str]]) -> Tensor:
-    """[S] int64: the image that each text belongs to, from the captions of every image."""
+    """Return the image of each text, [S] int64, from the captions of every image."""
     return torch.arange(len(captions)).repeat_interleave(torch.tensor([*map(len, captions)]))
 
 
@@ -138,16 +138,16 @@ class Texts:
         self._enc = med.config.text.special.enc
 
     def plain(self, indices: Sequence[int]) -> PackedText:
-        """Texts with first token [CLS], for the unimodal encoder."""
+        """Pack texts for the unimodal encoder. The first token is [CLS]."""
         return PackedText.from_lists([self._token_ids[i] for i in indices], self._device)
 
     def matching(self, indices: Sequence[int]) -> PackedText:
-        """Texts with first token [ENC], for image-text matching."""
+        """Pack texts for image-text matching. The first token is [ENC]."""
         return self.plain(indices).with_first_token(self._enc)
 
 
 def _encode(med: MED, pairs: HeldoutPairs, texts: Texts, batch_size: int) -> retrieval.PairFeatures:
-    """Features of all images and texts, and the image tokens of this rank's share.
+    """Compute features of all images and texts, and the image tokens of this rank's share.
 
     Each rank encodes its share.
     """
@@ -164,7 +164,7 @@ def _encode(med: MED, pairs: HeldoutPairs, texts: Texts, batch_size: int) -> ret
 def gathered_features(
     med: MED, embeds: list[Tensor], images: list[Tensor], sentences: list[Tensor]
 ) -> retrieval.PairFeatures:
-    """Features of all ranks, from the batches that each rank encoded.
+    """Gather the features of all ranks, from the batches that each rank encoded.
 
     A rank has no batch if there are fewer images than ranks.
     """
@@ -179,14 +179,14 @@ def gathered_features(
 
 
 def my_batches(count: int, batch_size: int) -> Iterator[range]:
-    """This rank's share of `count` items, in batches."""
+    """Yield this rank's share of `count` items, in batches."""
     items = range(*retrieval.share(count).indices(count))
     for begin in beating(range(0, len(items), batch_size)):
         yield items[begin : begin + batch_size]
 
 
 def shown_images(count: int, recipe: Recipe) -> list[int]:
-    """Images to show, spread evenly over the set."""
+    """Select the images to show, spread evenly over the set."""
     shown = min(recipe.evaluation.captions, count)
     return [index * count // shown for index in range(shown)]
 
@@ -199,7 +199,7 @@ def captions_of(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
 ) -> list[str]:
-    """Beam-search captions of some images, without the prompt. The ranks share the work."""
+    """Caption images by beam search, without the prompt. The work is divided among the ranks."""
     settings = recipe.evaluation
     beam = BeamSettings(
         num_beams=settings.num_beams,
@@ -223,7 +223,7 @@ def exactly_right(
     references: Sequence[Sequence[str]],
     tokenizer: PreTrainedTokenizerFast,
 ) -> list[bool]:
-    """Whether each caption equals a reference of its image, word piece by word piece."""
+    """Whether each caption equals a reference of its image, compared by word pieces."""
     right = []
     for caption, truths in zip(captions, references, strict=True):
         token_ids = tokenizer([caption, *truths])["input_ids"]
@@ -240,8 +240,10 @@ def match_probabilities(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
 ) -> list[float]:
-    """Probability of image-text matching, to three digits, for each of the images and its caption
-    (by image); the ranks share the work."""
+    """Compute the matching probability of each image and its caption, rounded to three digits.
+
+    `captions` maps images to captions. The work is divided among the ranks.
+    """
     texts = Texts([captions[image] for image in images], recipe, tokenizer, med)
     share: list[float] = []
     for places in my_batches(len(images), recipe.evaluation.batch_size):
@@ -261,12 +263,12 @@ def panels_of(
     texts: Sequence[str],
     truths: Sequence[str] | None = None,
 ) -> tuple[list[Panel], list[dict[str, Any]]]:
-    """Pictures with generated texts, also as entries of summary.json.
+    """Make pictures with generated texts, and their entries in summary.json.
 
     Args:
         name: name of the held-out set.
         pairs: the held-out set.
-        images: numbers of the images to show.
+        images: indices of the images to show.
         texts: generated text of each image.
         truths: right text of each image. None: its first caption.
     """

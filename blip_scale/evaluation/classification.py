@@ -1,4 +1,4 @@
-"""Zero-shot classification as in CLIP: cosine with the mean feature of a class's prompts.
+"""Zero-shot classification as in CLIP: cosine to the mean feature of each class's prompts.
 
 Legend: I images, C classes, E embed_dim.
 """
@@ -31,9 +31,9 @@ def class_features(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
 ) -> Tensor:
-    """Features of classes, [C, E] of norm 1, equal on all ranks.
+    """Compute features of classes, [C, E], L2-normalised, equal on all ranks.
 
-    A class has the mean of the features of its name in all templates (prompt ensembling).
+    The feature of a class is the mean over all templates (prompt ensembling).
     """
     prompts = [fill_template(template, name) for name, template in product(names, templates)]
     texts = Texts([clean_caption(prompt) for prompt in prompts], recipe, tokenizer, med)
@@ -47,7 +47,7 @@ def class_features(
 
 @torch.no_grad()
 def class_scores(med: MED, pairs: HeldoutPairs, classes_CE: Tensor, batch_size: int) -> Tensor:
-    """Cosines of all images and classes, [I, C], equal on all ranks."""
+    """Compute the cosines of all images and classes, [I, C], equal on all ranks."""
     features = []
     for indices in my_batches(len(pairs), batch_size):
         image_embeds = med.encode_image(to_pixels(pairs.images(indices), med))
@@ -56,14 +56,14 @@ def class_scores(med: MED, pairs: HeldoutPairs, classes_CE: Tensor, batch_size: 
 
 
 def classification_figures(scores_IC: Tensor, labels_I: Tensor) -> dict[str, float]:
-    """Share of images whose class is first (`top1`) and among the first five (`top5`), and `top1`
-    averaged over the classes that have images (`mean_per_class`).
+    """Compute `top1`, `top5` and `mean_per_class` accuracy.
 
-    A tie counts against the right class, and so does a score of NaN.
+    `mean_per_class` is the mean of the per-class `top1` over the classes that have images. A tie
+    counts against the right class, and so does a NaN.
     """
     labels_I = labels_I.to(scores_IC.device)
     right_I1 = scores_IC.gather(1, labels_I[:, None])
-    better_I = (~(scores_IC < right_I1)).sum(dim=1) - 1  # the right class itself
+    better_I = (~(scores_IC < right_I1)).sum(dim=1) - 1  # do not count the right class itself
     is_first_I = (better_I < 1).double()
     counts_C = labels_I.bincount(minlength=scores_IC.shape[1])
     firsts_C = labels_I.bincount(is_first_I, minlength=scores_IC.shape[1])
@@ -77,6 +77,6 @@ def classification_figures(scores_IC: Tensor, labels_I: Tensor) -> dict[str, flo
 
 
 def _joined(features: list[Tensor], med: MED) -> Tensor:
-    """Features of this rank's batches; a rank may have none."""
+    """Concatenate the features of this rank's batches; a rank may have none."""
     nothing = torch.empty(0, med.config.embed_dim, device=next(med.parameters()).device)
     return torch.cat([nothing, *features])

@@ -1,6 +1,6 @@
-"""Zero-shot retrieval of videos by text (MSRVTT): a retrieval network sees some frames as images.
+"""Zero-shot text-video retrieval (MSRVTT): a retrieval network encodes some frames as images.
 
-As published, a video's feature is the normalised mean of its frames' projected class tokens. For
+As published, a video's feature is the mean of its frames' projected class tokens, normalised. For
 re-ranking, the tokens of all frames form one sequence.
 
 Legend: I videos, F frames of each, S texts, N image tokens, D width.
@@ -29,9 +29,9 @@ def video_retrieval(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, float]:
-    """Recalls of `retrieval.retrieval_figures`, and the median rank of re-ranked videos.
+    """Compute `retrieval.retrieval_figures`, and the median rank of the re-ranked videos.
 
-    The latter is named `text_to_video_median_rank`. The ranks of the run share the work.
+    The median is named `text_to_video_median_rank`. The work is divided among the ranks.
     """
     texts = captions_and_pairs.Texts(
         list(chain.from_iterable(videos.captions)), recipe, tokenizer, med
@@ -55,6 +55,6 @@ def video_retrieval(
     figures = retrieval.retrieval_figures(cosines_IS, reranked_2IS, owners_S)
     owners_S = owners_S.to(cosines_IS.device)
     own_1S = reranked_2IS[1].gather(0, owners_S[None])
-    ranks_S = (~(reranked_2IS[1] < own_1S)).sum(0)  # NaN is never lower
+    ranks_S = (~(reranked_2IS[1] < own_1S)).sum(0)  # comparisons with NaN are False
     named = {name.replace("image", "video"): value for name, value in figures.items()}
     return named | {"text_to_video_median_rank": float(ranks_S.median())}

@@ -1,1 +1,1 @@
-"""Trained checkpoints in use: load one of any kind, and ask it about images."""
+"""Inference with trained checkpoints of any kind: captions, answers, matching and features."""

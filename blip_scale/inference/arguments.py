@@ -1,6 +1,6 @@
-"""Checks of what a program passes to a loaded BLIP. Refusals name the value and the fix.
+"""Checks of the arguments that a program passes to a loaded BLIP. Errors name the value and fix.
 
-Torch would broadcast or cast most wrong inputs, and the answers would be wrong in silence.
+PyTorch would broadcast or cast most wrong inputs and return wrong results without an error.
 
 Shapes: I images, N image tokens, D width, S texts.
 """
@@ -22,7 +22,7 @@ def check_pixels(pixels: Any, size: int) -> None:
     """Check that `pixels` are uint8 [I, 3, size, size].
 
     Raises:
-        ValueError: they are another type, dtype or shape.
+        ValueError: type, dtype or shape is wrong.
     """
     if isinstance(pixels, Tensor):
         shape = (3, size, size)
@@ -39,10 +39,10 @@ def check_pixels(pixels: Any, size: int) -> None:
 
 
 def check_tokens(tokens: Any, width: int, like: Tensor) -> None:
-    """Check that `tokens` are [I, N, width], in dtype and on device of `like`.
+    """Check that `tokens` are [I, N, width], with the dtype and on the device of `like`.
 
     Raises:
-        ValueError: they are not.
+        ValueError: shape, dtype or device is wrong.
     """
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] != width:
         shape = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -58,16 +58,19 @@ def check_tokens(tokens: Any, width: int, like: Tensor) -> None:
 
 
 def check_beams(beams: int) -> None:
-    """Raise ValueError for no beam, or for more than fit into the time and memory of a search."""
+    """Raise ValueError for fewer than 1 or more than `MOST_BEAMS` beams.
+
+    The limit bounds the time and memory of a search.
+    """
     if not 1 <= beams <= MOST_BEAMS:
         raise ValueError(f"num_beams: {beams}: expected 1 to {MOST_BEAMS}")
 
 
 def check_draws(draws: Tensor | None, images: int, length: int) -> None:
-    """Check that `draws` are [images, length] or longer; None passes.
+    """Check that `draws` are [images, length] or longer. None is allowed.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the shape is wrong.
     """
     if draws is not None and (len(draws) != images or draws.shape[1] < length):
         raise ValueError(
@@ -77,10 +80,10 @@ def check_draws(draws: Tensor | None, images: int, length: int) -> None:
 
 
 def texts_of(texts: str | Iterable[str], name: str = "texts") -> list[str]:
-    """List of texts; a single str counts as one text.
+    """List the texts; a single str counts as one text. `name` is the argument's name for errors.
 
     Raises:
-        ValueError: an item is no str. `name` is the argument, for the message.
+        ValueError: an item is not a str.
     """
     if isinstance(texts, str):
         return [texts]
@@ -94,7 +97,7 @@ def texts_of(texts: str | Iterable[str], name: str = "texts") -> list[str]:
 
 
 def paths_of(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
-    """List of paths; a single one counts as a list of one."""
+    """List the paths; a single path counts as a list of one."""
     if isinstance(paths, str | os.PathLike):
         return [os.fspath(paths)]
     return [os.fspath(path) for path in paths]
@@ -103,10 +106,10 @@ def paths_of(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
 def owner_index(
     owners: Sequence[int] | Tensor, texts: int, images: int, device: torch.device
 ) -> Tensor:
-    """Image of each text, int64 [S].
+    """Return the image of each text, int64 [S].
 
     Raises:
-        ValueError: there is not one for each text, or it is not the index of one of an image.
+        ValueError: the number of owners differs from `texts`, or one is not an index of an image.
     """
     try:
         numbers = [operator.index(owner) for owner in owners]

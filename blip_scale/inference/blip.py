@@ -1,4 +1,4 @@
-"""A trained BLIP in use: captions, answers, matching probabilities, features.
+"""Inference with a trained BLIP: captions, answers, matching probabilities, features.
 
 Shapes: I images, S texts, N image tokens, D width, E embed_dim.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 PUBLISHED_TEXT_TOKENS = 35
-"""Longest text in tokens where the checkpoint does not say, as in the published retrieval."""
+"""Maximum text tokens if the checkpoint does not state them, as in the published retrieval."""
 Use = Literal["caption", "match", "embed", "vqa", "nlvr2", "visdial"]
 _HEADS: dict[Use, tuple[Head, ...]] = {
     "caption": ("pretrain", "captioning"),
@@ -41,13 +41,12 @@ _HEADS: dict[Use, tuple[Head, ...]] = {
     "nlvr2": ("nlvr2",),
     "visdial": ("visdial",),
 }
-"""Use -> heads of the checkpoints that serve it."""
+"""Use -> heads of the checkpoints that support it."""
 
 
 @dataclass(frozen=True)
 class Blip:
-    """A loaded checkpoint, made by `load_blip`. A method raises ValueError if the checkpoint lacks
-    what it needs."""
+    """A checkpoint loaded by `load_blip`. Methods raise ValueError if it lacks a part they need."""
 
     network: MED | VQA | NLVR2 | VisDial
     """Network in evaluation mode, with the parts that the checkpoint has."""
@@ -58,15 +57,15 @@ class Blip:
     fingerprint: str
     """Hash of the weights."""
     output: OutputSettings
-    """Prompt, beams and lengths of captions and answers, unless a call gives others."""
+    """Default prompt, number of beams and lengths of captions and answers."""
     is_output_stated: bool
-    """Whether `output` comes from the checkpoint; if not, it is the published one."""
+    """Whether `output` comes from the checkpoint. Otherwise it is the published default."""
     is_match_trained: bool = True
-    """Whether ITM was trained, as far as the checkpoint's recipe tells."""
+    """Whether ITM was trained, as far as the checkpoint's recipe states it."""
 
     @property
     def prompt(self) -> str:
-        """First words of a caption, unless a call gives others."""
+        """Default beginning of captions."""
         return self.output.prompt
 
     @property
@@ -82,7 +81,7 @@ class Blip:
 
     @property
     def text_tokens(self) -> int:
-        """Longest text in tokens, [CLS] and [SEP] included; longer ones are cut."""
+        """Maximum number of tokens of a text, including [CLS] and [SEP]. Longer texts are cut."""
         limit = self.output.text_tokens or PUBLISHED_TEXT_TOKENS
         return min(limit, self.network.config.text.max_positions)
 
@@ -93,7 +92,7 @@ class Blip:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
         return self.network.vision.patch_embed.proj.weight.dtype
 
     @torch.no_grad()
@@ -114,13 +113,13 @@ class Blip:
         prompt: str | None = None,
         draws: Tensor | None = None,
     ) -> list[str]:
-        """Write a caption of each image, or `BeamSettings.captions` of each, without the prompt.
+        """Generate a caption of each image, or `BeamSettings.captions` of each, without the prompt.
 
         Args:
             image_embeds: [I, N, D].
-            settings: beam search or nucleus sampling; lengths count [DEC], prompt and [SEP]. None
-                takes the checkpoint's beam search.
-            prompt: first words of every caption; None takes the checkpoint's.
+            settings: beam search or nucleus sampling. Lengths include [DEC], prompt and [SEP].
+                None: the checkpoint's beam search.
+            prompt: beginning of every caption. None: the checkpoint's prompt.
             draws: random numbers of nucleus sampling, see `draws_of`.
         """
         self.require("caption")
@@ -143,13 +142,13 @@ class Blip:
         owners: Sequence[int],
         settings: BeamSettings | None = None,
     ) -> list[str]:
-        """Write a free answer to each question.
+        """Generate a free answer to each question.
 
         Args:
             image_embeds: [I, N, D].
-            questions: any texts, or a single one; they are cleaned as in training.
-            owners: index of the image of each question.
-            settings: None takes the checkpoint's beam search.
+            questions: one text or several, which are cleaned as in training.
+            owners: index of each question's image.
+            settings: settings of the beam search. None: the checkpoint's.
         """
         self.require("vqa")
         assert isinstance(self.network, VQA)
@@ -169,12 +168,12 @@ class Blip:
         )
 
     def _decoded(self, sequences: list[list[int]]) -> list[str]:
-        """Texts of token ids, without special tokens."""
+        """Decode token ids to texts, without special tokens."""
         texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids that open a caption: [DEC] and the prompt."""
+        """Return the token ids with which a caption begins: [DEC] and the prompt."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt: expected one str for all images, found {prompt!r}")
         return prompt_ids(prompt, self.tokenizer)
@@ -183,12 +182,12 @@ class Blip:
     def match(
         self, image_embeds: Tensor, texts: str | Sequence[str], owners: Sequence[int]
     ) -> Tensor:
-        """Compute the probability that image and text belong together, fp32 [S] on the CPU.
+        """Compute the probability that image and text match, fp32 [S] on the CPU.
 
         Args:
             image_embeds: [I, N, D].
-            texts: S texts, or a single one; they are cleaned as captions are in training.
-            owners: index of the image of each text.
+            texts: one text or S texts, which are cleaned like captions in training.
+            owners: index of each text's image.
         """
         self.require("match")
         self.check_tokens(image_embeds)
@@ -201,14 +200,14 @@ class Blip:
 
     @torch.no_grad()
     def image_features(self, image_embeds: Tensor) -> Tensor:
-        """Project image tokens [I, N, D] to features of norm 1, fp32 [I, E] on the CPU."""
+        """Project image tokens [I, N, D] to L2-normalised features, fp32 [I, E] on the CPU."""
         self.require("embed")
         self.check_tokens(image_embeds)
         return self.med.project_image(image_embeds).cpu()
 
     @torch.no_grad()
     def text_features(self, texts: str | Sequence[str]) -> Tensor:
-        """Encode texts, or a single one, to features of norm 1, fp32 [S, E] on the CPU."""
+        """Encode one text or several to L2-normalised features, fp32 [S, E] on the CPU."""
         self.require("embed")
         texts = arguments.texts_of(texts)
         if not texts:
@@ -221,29 +220,29 @@ class Blip:
         return self.med.project_text(self.med.encode_text(text)).cpu()
 
     def _captions(self, texts: Sequence[str]) -> PackedText:
-        """Packed tokens of texts, cleaned as captions are in training."""
+        """Clean texts like captions in training, and pack their tokens."""
         return self._packed([clean_caption(text) for text in texts])
 
     def _packed(self, texts: Sequence[str]) -> PackedText:
-        """Packed tokens of cleaned texts, [CLS] first."""
+        """Pack the tokens of cleaned texts. The first token is [CLS]."""
         return PackedText.from_lists(self.tokenized(texts)["input_ids"], self.device)
 
     def tokenized(self, texts: str | Sequence[str]) -> BatchEncoding:
-        """Token ids of cleaned texts with [CLS] and [SEP], cut to the checkpoint's length."""
+        """Tokenize cleaned texts with [CLS] and [SEP], cut to the checkpoint's maximum length."""
         texts = arguments.texts_of(texts)
         return self.tokenizer(texts, truncation=True, max_length=self.text_tokens)
 
     def check_tokens(self, image_embeds: Tensor) -> None:
-        """Raise ValueError for tokens that `image_embeds` of this checkpoint does not return."""
+        """Raise ValueError for tensors that `image_embeds` cannot have returned."""
         vision = self.network.vision
         arguments.check_tokens(image_embeds, vision.embed_dim, vision.patch_embed.proj.weight)
 
     def serves(self, use: Use) -> bool:
-        """Whether the checkpoint can serve a use."""
+        """Whether the checkpoint supports a use."""
         return self.head in _HEADS[use] and (use != "match" or self.is_match_trained)
 
     def require(self, use: Use) -> None:
-        """Raise ValueError if the checkpoint cannot serve a use."""
+        """Raise ValueError if the checkpoint does not support a use."""
         if use == "match" and not self.is_match_trained:
             raise ValueError(
                 f"{self.origin} was trained with objective.itm: none, so its matching head has its "
@@ -253,7 +252,7 @@ class Blip:
 
 
 def require_head(origin: str, head: Head, use: Use) -> None:
-    """Raise ValueError if a checkpoint of a head cannot serve a use."""
+    """Raise ValueError if checkpoints of a head do not support a use."""
     if head not in _HEADS[use]:
         raise ValueError(
             f"{origin} is a {head} checkpoint; {use} takes one of: {', '.join(_HEADS[use])}"
@@ -261,9 +260,10 @@ def require_head(origin: str, head: Head, use: Use) -> None:
 
 
 def draws_of(ids: str | Sequence[str], seed: int, length: int) -> Tensor:
-    """Random numbers of nucleus sampling, fp32 [len(ids), length]; a single str is one id.
+    """Draw the random numbers of nucleus sampling, fp32 [len(ids), length].
 
-    Each row is a pure function of the seed and its id, which may be a path that is not UTF-8.
+    Each row depends only on the seed and its id, which may be a path that is not UTF-8. A single
+    str counts as one id.
     """
     rows = [np.empty((0, length), np.float32)]
     for name in arguments.texts_of(ids, "ids"):

@@ -1,10 +1,10 @@
-"""A BLIP in the form that the package clip_benchmark 1.6 evaluates.
+"""Adapter that lets the package clip_benchmark 1.6 evaluate a BLIP.
 
-Its load functions take (model_name, pretrained, cache_dir, device) and return a model with
-encode_image and encode_text, a transform of PIL images, and a tokenizer of texts.
+clip_benchmark's load functions take (model_name, pretrained, cache_dir, device). They return a
+model with encode_image and encode_text, a transform of PIL images, and a tokenizer.
 
-Monkey patch: `register` replaces `accuracy` of clip_benchmark 1.6.2, which calls float() on an
-array of one dimension; NumPy 2.4 refuses that. tests/inference/test_classification.py guards it.
+Monkey patch: `register` replaces `accuracy` of clip_benchmark 1.6.2. The original calls float() on
+a one-dimensional array, which NumPy 2.4 refuses. tests/inference/test_classification.py guards it.
 
 Shapes: I images, S texts, L tokens of the longest text, E embed_dim.
 """
@@ -26,27 +26,27 @@ from blip_scale.inference.loading import Loading, load_blip
 from blip_scale.model.packing import PackedText
 
 MODEL_TYPE = "blip_scale"
-"""Name of the load function in clip_benchmark, the value of its option --model_type."""
+"""Name of the load function in clip_benchmark, given by its option --model_type."""
 Transform = Callable[[Image.Image], Tensor]
 Tokenize = Callable[[str | Sequence[str]], Tensor]
 
 
 class ClipAdapter(nn.Module):
-    """The contrastive encoders of a BLIP. Images are normalised inside."""
+    """The contrastive encoders of a BLIP. `encode_image` normalises the images."""
 
     def __init__(self, blip: Blip) -> None:
         super().__init__()
         blip.require("embed")
         self.blip = blip
-        self.network = blip.network  # so that `parameters` and `eval` reach it
+        self.network = blip.network  # registered, so that `parameters` and `eval` include it
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """uint8 [I, 3, H, W] of the transform to features of norm 1, fp32 [I, E]."""
+        """Map the transform's uint8 [I, 3, H, W] to L2-normalised features, fp32 [I, E]."""
         features = self.blip.image_features(self.blip.image_embeds(images))
         return features.to(images.device)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
-        """Padded token ids [S, L] of the tokenizer to features of norm 1, fp32 [S, E]."""
+        """Map the tokenizer's padded token ids [S, L] to L2-normalised features, fp32 [S, E]."""
         pad = self.network.config.text.special.pad
         rows = [row[row != pad].tolist() for row in token_ids]
         return self.blip.features_of(PackedText.from_lists(rows, self.blip.device)).to(
@@ -63,13 +63,13 @@ def load_for_clip_benchmark(
     """Load a checkpoint for clip_benchmark.
 
     Args:
-        model_name: any name; clip_benchmark writes it into its results.
+        model_name: any name, which clip_benchmark writes to its results.
         pretrained: path of a checkpoint with contrastive features, in any format.
         cache_dir: not used.
         device: device of the network.
 
     Returns:
-        model, transform and tokenizer.
+        Model, transform and tokenizer.
 
     Raises:
         FileNotFoundError, ValueError: see `load_blip`.
@@ -86,7 +86,7 @@ def load_for_clip_benchmark(
 
 
 class _Transform:
-    """The published resize of any PIL image, picklable for workers of a DataLoader."""
+    """The published resizing of PIL images. It can be pickled for DataLoader workers."""
 
     def __init__(self, size: int) -> None:
         self.resize = EvalTransform(size)
@@ -99,7 +99,7 @@ def register() -> None:
     """Add `MODEL_TYPE` to the model types of clip_benchmark, and replace its `accuracy`.
 
     Raises:
-        ImportError: clip_benchmark or a package that it imports is not installed.
+        ImportError: clip_benchmark or one of its dependencies is not installed.
     """
     from clip_benchmark import models
     from clip_benchmark.metrics import linear_probe, zeroshot_classification
@@ -112,7 +112,7 @@ def register() -> None:
 
 
 def _accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
-    """Share of the rows of `output` [I, C] with `target` [I] among the first k, for each k."""
+    """Compute the share of rows of `output` [I, C] with `target` [I] in the first k, for each k."""
     ranked = output.topk(max(topk), dim=1).indices
     hits = ranked == target[:, None]
     return [hits[:, :k].any(dim=1).float().mean().item() for k in topk]

@@ -1,10 +1,9 @@
-"""Features of a data set as parquet files, which a restart continues.
+"""Features of a data set as parquet files. A restart continues an interrupted export.
 
-The samples are cut into parts of equal size. `images_00000.parquet` has a row for every sample of
-the first part: `id`, `features` and `error`; one of the last two is null. `texts_00000.parquet` has
-a row for every caption: `id`, `caption`, `features`. Features have norm 1. A part is done when its
-file of images has its name.
-
+The samples are divided into parts of equal size. `images_00000.parquet` has one row for every
+sample of the first part: `id`, `features` and `error`, where one of the last two is null.
+`texts_00000.parquet` has one row for every caption: `id`, `caption`, `features`. Features are
+L2-normalised. A part is complete when its `images_` file has its final name.
 Shapes: I images, S texts, E embed_dim.
 """
 
@@ -38,7 +37,7 @@ VERSION = 1
 MANIFEST = "embeddings.json"
 INDEX = "images.faiss"
 _BLOCK = 1000
-"""Samples whose places in shards are computed together."""
+"""Number of samples whose positions in shards are computed together."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The samples of a data set by number."""
+    """The samples of a data set, by index."""
 
     count: int
     fingerprint: str
-    """Hash that changes with the samples or their order."""
+    """Hash that changes if the samples or their order change."""
     read: Callable[[int], Sample]
     place: Callable[[int], str]
-    """Function that names a sample which cannot be read."""
+    """Function that names a sample, for samples that cannot be read."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """Everything that decides about the content of the files; kept in `MANIFEST`."""
+    """All settings that determine the content of the files; stored in `MANIFEST`."""
 
     checkpoint: str
     """Hash of the weights."""
@@ -72,45 +71,45 @@ class Content:
     """Fingerprint of the samples."""
     samples: int
     width: int
-    """Numbers in a feature."""
+    """Number of elements of a feature."""
     dtype: str
-    """`float32` or `float16`."""
+    """Type of the features, `float32` or `float16`."""
     texts: bool
-    """Whether captions are embedded, too."""
+    """Whether captions are also embedded."""
     part_size: int
-    """Samples of a part."""
+    """Number of samples per part."""
     image_size: int
     version: int = VERSION
 
     @property
     def parts(self) -> list[range]:
-        """Numbers of the samples of each part."""
+        """Indices of the samples of each part."""
         starts = range(0, self.samples, self.part_size)
         return [range(start, min(start + self.part_size, self.samples)) for start in starts]
 
     @property
     def image_bytes(self) -> int:
-        """Size of the features of all images."""
+        """Size of the features of all images in bytes."""
         return self.samples * self.width * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Row:
-    """A sample on its way to the network."""
+    """A decoded sample, ready for the network."""
 
     sample: Sample
     pixels: Tensor | None
-    """uint8 [3, side, side]; None if the image cannot be decoded."""
+    """Pixels, uint8 [3, side, side]; None if the image cannot be decoded."""
     error: str | None = None
 
 
 def sample_set(folder: Path, remote: str | None, images: Sequence[str]) -> SampleSet:
-    """The samples of MDS shards in `folder`, or the image files `images` below it.
+    """Open the MDS shards in `folder`, or the image files `images` below it.
 
     Args:
-        folder: shards, or the cache of those at `remote`; or folder of images.
-        remote: URL of the shards; None if they lie in `folder`.
-        images: paths; empty for shards.
+        folder: folder of the shards, cache of the shards at `remote`, or folder of images.
+        remote: URL of the shards; None if they are in `folder`.
+        images: paths of image files; empty for shards.
 
     Raises:
         FileNotFoundError, ValueError: the shards are missing or damaged.
@@ -121,7 +120,7 @@ def sample_set(folder: Path, remote: str | None, images: Sequence[str]) -> Sampl
             digest.update(f"{path}\0{Path(path).stat().st_size}\0".encode(errors="surrogateescape"))
 
         def name(number: int) -> str:
-            """Path from the folder; bytes that are no UTF-8 become escapes."""
+            """Return the path relative to the folder. Bytes that are not UTF-8 are escaped."""
             path = Path(images[number])
             path = path.relative_to(folder) if path.is_relative_to(folder) else path
             return str(path).encode(errors="backslashreplace").decode()
@@ -143,7 +142,7 @@ def sample_set(folder: Path, remote: str | None, images: Sequence[str]) -> Sampl
     def read(number: int) -> Sample:
         try:
             columns = store.read(*located(number))
-        except FileNotFoundError as error:  # a shard, which is no fault of one sample
+        except FileNotFoundError as error:  # a whole shard is missing, not one sample
             raise RefusedInput(str(error)) from error
         return Sample(columns["id"], columns["image"], list(columns["captions"]))
 
@@ -156,10 +155,10 @@ def sample_set(folder: Path, remote: str | None, images: Sequence[str]) -> Sampl
 
 
 def prepare(out: Path, content: Content) -> list[int]:
-    """Make or check the folder of the files, and list the numbers of the parts that are missing.
+    """Create or check the output folder, and list the indices of the missing parts.
 
     Raises:
-        ValueError: the folder holds features of something else. The message names what differs.
+        ValueError: the folder holds features of other data or settings. The message names them.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = out / MANIFEST
@@ -179,10 +178,10 @@ def prepare(out: Path, content: Content) -> list[int]:
 
 
 def _stated(file: Path) -> dict[str, Any]:
-    """Content of a `MANIFEST`.
+    """Read the content of a `MANIFEST`.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     try:
         content = parse_json(file.read_bytes())
@@ -194,21 +193,21 @@ def _stated(file: Path) -> dict[str, Any]:
 
 
 def part_file(out: Path, kind: str, number: int) -> Path:
-    """Path of a part; `kind` is images or texts."""
+    """Return the path of a part. `kind` is images or texts."""
     return out / f"{kind}_{number:05d}.parquet"
 
 
 def embed_part(
     blip: Blip, samples: SampleSet, content: Content, number: int, batch: tuple[int, int], out: Path
 ) -> Iterator[tuple[int, int]]:
-    """Write the files of a part, and yield for each batch its images and the unreadable ones.
+    """Write the files of a part. Yield the numbers of images and of unreadable ones per batch.
 
     Args:
         blip: checkpoint with contrastive features.
         samples: the data set.
-        content: what is embedded.
-        number: number of the part.
-        batch: samples of a batch, and threads that decode.
+        content: settings of the files.
+        number: index of the part.
+        batch: samples per batch, and number of decoding threads.
         out: folder of the files.
     """
     batch_size, threads = batch
@@ -245,7 +244,7 @@ def _read_row(samples: SampleSet, image_size: int, number: int) -> Row:
 
 
 def _image_features(blip: Blip, rows: Sequence[Row]) -> list[np.ndarray | None]:
-    """Features of each row, None without pixels."""
+    """Compute the features of each row; None for rows without pixels."""
     pixels = [row.pixels for row in rows if row.pixels is not None]
     features: Iterator[np.ndarray] = iter(())
     if pixels:
@@ -263,7 +262,7 @@ def _write_table(file: Path, columns: dict[str, list[Any]], content: Content) ->
 
 
 def _replace(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name, and rename it when it is whole."""
+    """Write a file under a temporary name, and rename it when it is complete."""
     place = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with naming_full_disk(file):
@@ -282,9 +281,10 @@ def require_faiss() -> None:
 
 
 def write_faiss(out: Path, content: Content) -> int:
-    """Write an exact inner-product index of all images, whose ids are the samples' numbers.
+    """Write an exact inner-product index of all images. Its ids are the samples' indices.
 
     Returns:
+        Number of images in the index.
         number of images in the index.
     """
     import faiss

@@ -1,4 +1,4 @@
-"""Pictures of word maps: heat over an image, and a sheet with one panel a word."""
+"""Pictures of word maps: a heat map over an image, and a sheet with one panel per word."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 from blip_scale.inference.word_maps import WordMaps
 
 _COLDEST, _HOTTEST = np.array([255.0, 200.0, 60.0]), np.array([190.0, 10.0, 40.0])
-"""Colours, RGB, of little heat (yellow) and of the greatest heat (red)."""
+"""RGB colours of the least heat (yellow) and of the greatest heat (red)."""
 _MOST_OPACITY = 0.75
-"""Share of the colour where the heat is greatest; where there is none, the image is grey."""
+"""Opacity of the colour at the greatest heat. Without heat, the image is grey."""
 _SIDE = 240
-"""Pixels of the longer side of a panel's image."""
+"""Longer side of a panel's image in pixels."""
 _LEAST_WIDTH = 120
-"""Pixels of the narrowest panel: a word must fit below a tall image."""
+"""Minimum width of a panel in pixels, so that a word fits below a tall image."""
 _MARGIN = 12
 _FONT_SIZE = 17
 _LABEL_HEIGHT = 28
@@ -25,15 +25,15 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
-    """Lay a map over an image, scaled to the map's own maximum.
+    """Draw a map over an image, scaled to the map's maximum.
 
     Args:
-        image: RGB, of any aspect ratio. The network saw it squeezed into a square, so the map is
+        image: RGB, any aspect ratio. The network received it resized to a square, so the map is
             stretched over the whole image.
-        heat: [rows, columns], at least 0. A map of zeros leaves the image grey everywhere.
+        heat: [rows, columns], at least 0. With a map of zeros, the image is grey.
 
     Returns:
-        RGB of the size of `image`.
+        RGB image of the size of `image`.
     """
     peak = float(heat.max())
     shares = (heat / peak if peak > 0 else heat).float().numpy()
@@ -46,7 +46,7 @@ def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
 
 
 def draw_sheet(image: Image.Image, result: WordMaps) -> Image.Image:
-    """Draw the image with its matching probability, then one panel a word, at most four a row.
+    """Draw the image with its matching probability, then one panel per word, at most four a row.
 
     Args:
         image: RGB, upright.
@@ -77,7 +77,7 @@ def draw_sheet(image: Image.Image, result: WordMaps) -> Image.Image:
 
 
 def _font() -> Font:
-    """DejaVu, which has most alphabets, where the machine has it. Pillow's own font is ASCII."""
+    """Load DejaVu, which has most alphabets, if the machine has it. Pillow's own font is ASCII."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", _FONT_SIZE)
     except OSError:
@@ -85,7 +85,7 @@ def _font() -> Font:
 
 
 def _shortened(label: str, font: Font, width: int) -> str:
-    """The label, cut with an ellipsis to `width` pixels."""
+    """Cut a label to `width` pixels, with an ellipsis."""
     if font.getlength(label) <= width:
         return label
     while label and font.getlength(f"{label}...") > width:

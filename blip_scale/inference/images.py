@@ -1,4 +1,4 @@
-"""Image files: find them by path, folder or glob, and decode them ahead in threads."""
+"""Image files: find them by path, folder or glob, and decode them in advance in threads."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from blip_scale.inference.arguments import paths_of
 T = TypeVar("T")
 R = TypeVar("R")
 _AHEAD = 64
-"""Images that are decoded before they are needed."""
+"""Number of images that are decoded in advance."""
 
 
 @dataclass(frozen=True)
 class Done(Generic[T, R]):
-    """Result of the work on an item, or the reason why there is none."""
+    """Result of the work on an item, or the reason why it failed."""
 
     item: T
     result: R | None
@@ -36,14 +36,14 @@ class Done(Generic[T, R]):
 
 
 def find_images(patterns: str | Path | Sequence[str | Path]) -> list[str]:
-    """List the paths of images, each once.
+    """List the paths of images without duplicates.
 
     Args:
-        patterns: files, folders (all images below them) and globs, or a single one. A pattern that
-            is an existing path means that path, whatever it would match.
+        patterns: one or several files, folders (all images below them) or globs. A pattern that is
+            an existing path is that path, even if it is also a valid glob.
 
     Raises:
-        FileNotFoundError: no image matches a pattern; names the pattern.
+        FileNotFoundError: no image matches a pattern. The message names it.
     """
     unique: dict[str, None] = {}
     for pattern in paths_of(patterns):
@@ -67,17 +67,19 @@ def _images_of(path: Path) -> list[Path]:
 
 
 def pixels_of(image: bytes | Image.Image, size: int, upright: bool = False) -> Tensor:
-    """Decode an image as the published evaluation does: uint8 [3, size, size], resized to a square
-    by bicubic interpolation.
+    """Decode an image as in the published evaluation.
 
     Args:
         image: content of an image file, or a PIL image of any mode.
-        size: pixels of a side.
-        upright: rotate the image as EXIF says.
+        size: side of the result in pixels.
+        upright: whether to rotate the image according to EXIF.
+
+    Returns:
+        uint8 [3, size, size], resized to a square by bicubic interpolation.
 
     Raises:
         CorruptSample: the image cannot be decoded.
-        ValueError: `image` is neither, such as a path.
+        ValueError: `image` is of another type, such as a path.
     """
     if isinstance(image, Image.Image):
         decoded = to_rgb(ImageOps.exif_transpose(image) if upright else image)
@@ -92,7 +94,7 @@ def pixels_of(image: bytes | Image.Image, size: int, upright: bool = False) -> T
 
 
 def done_ahead(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterator[Done[T, R]]:
-    """Do `work` on every item ahead of time in threads, and yield the results in order.
+    """Run `work` on every item in advance in threads, and yield the results in order.
 
     OSError and CorruptSample become the error of their item.
     """

@@ -1,4 +1,4 @@
-"""Images and captions as input of a network: on its device, in its dtype."""
+"""Conversion of images and captions to inputs of a network, on its device and in its dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def to_pixels(images: Tensor, network: nn.Module) -> Tensor:
 
     Args:
         images: uint8 [B, 3, H, W].
-        network: its first parameter gives device and dtype.
+        network: network whose first parameter gives device and dtype.
 
     Returns:
         [B, 3, H, W] in the dtype of the network.

@@ -43,31 +43,31 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Loading:
-    """Settings that a checkpoint does not hold, or that replace those it holds."""
+    """Settings that a checkpoint does not hold, or that override its own."""
 
     recipe: str | None = None
-    """Name or file of the recipe with the network's sizes; None takes recipe.yaml of the run."""
+    """Name or file of the recipe with the network's sizes. None: recipe.yaml of the run."""
     tokenizer: str | None = None
-    """Folder or hub name; None takes the recipe's, else the one beside the checkpoint, else the
-    published one."""
+    """Folder or hub name. None: the recipe's tokenizer, else the one beside the checkpoint, else
+    the published one."""
     image_size: int | None = None
-    """Pixels of a side; position embeddings are interpolated. None takes the checkpoint's."""
+    """Side in pixels; position embeddings are interpolated. None: the checkpoint's size."""
     device: str | None = None
-    """Name of a torch device; None takes the GPU if there is one."""
+    """Name of a torch device. None: the GPU if there is one, else the CPU."""
     precision: str | None = None
-    """`bf16` or `fp32`; None takes bf16 on a GPU and fp32 on the CPU."""
+    """Either `bf16` or `fp32`. None: bf16 on a GPU and fp32 on the CPU."""
 
 
 def _device(name: str | None) -> torch.device:
-    """Device by its name; None: the GPU if there is one.
+    """Return the device of this name. None: the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: this machine does not have the device.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         problem = str(error).partition("\n")[0]
         raise ValueError(f"--device {name}: torch can't use it here ({problem})") from error
 
@@ -77,8 +77,8 @@ def load_blip(source: str | Path, loading: Loading | None = None) -> Blip:
 
     Raises:
         FileNotFoundError: the checkpoint or a part of it is missing.
-        ValueError: the checkpoint is not BLIP's, is damaged or unsafe, has a head that nothing here
-            uses, the tokenizer is not that of the network, or `loading` asks for what there is not.
+        ValueError: the checkpoint is not BLIP's, is damaged or unsafe, or has a head without a use
+            here; the tokenizer does not fit the network; or `loading` has impossible settings.
     """
     source, loading = Path(source), loading or Loading()
     if loading.precision not in (None, *_DTYPES):
@@ -114,10 +114,10 @@ def load_blip(source: str | Path, loading: Loading | None = None) -> Blip:
 
 
 def output_of(recipe: Recipe) -> OutputSettings:
-    """Output settings of the checkpoints of a recipe.
+    """Return the output settings for the checkpoints of a recipe.
 
-    Beam search scores captions as transformers does. A run, its exported folder, `generate` and a
-    pipeline then write the same captions. `evaluation.scoring` is for figures alone.
+    Beam search scores captions as transformers does, so that a run, its exported folder, `generate`
+    and a pipeline generate the same captions. `evaluation.scoring` applies only to evaluations.
     """
     text, evaluation = recipe.model.text, recipe.evaluation
     return OutputSettings(
@@ -135,8 +135,10 @@ def output_of(recipe: Recipe) -> OutputSettings:
 
 
 def check_pixels(source: Path, kind: Format) -> None:
-    """Raise ValueError for a Hugging Face folder whose image processor makes other pixels than
-    BLIP's. All networks here get BLIP's pixels."""
+    """Raise ValueError for a Hugging Face folder whose image processor differs from BLIP's.
+
+    All networks here receive BLIP's pixels.
+    """
     if kind != "hf":
         return
     wanted: dict[str, object] = {
@@ -153,12 +155,12 @@ def check_pixels(source: Path, kind: Format) -> None:
 
 
 def recipe_of(source: Path, kind: Format, chosen: str | None) -> Recipe | None:
-    """The recipe with the sizes of a network; None if the checkpoint holds them itself.
+    """Load the recipe with the sizes of a network; None if the checkpoint itself holds them.
 
     Args:
         source: path of the checkpoint.
-        kind: its format.
-        chosen: name or file of a recipe; None takes the one that the run wrote.
+        kind: format of the checkpoint.
+        chosen: name or file of a recipe. None: recipe.yaml of the run.
 
     Raises:
         FileNotFoundError: recipe.yaml of the run is missing.
@@ -180,8 +182,10 @@ def recipe_of(source: Path, kind: Format, chosen: str | None) -> Recipe | None:
 
 
 def _with_kept_text(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the tokenizer and text sizes that the run kept. The paths in the recipe may
-    be those of another machine."""
+    """Use the tokenizer and text sizes that the run stored, if there are any.
+
+    The paths in the recipe may be from another machine.
+    """
     if not (folder / "tokenizer_config.json").is_file() or not (folder / "config.json").is_file():
         return recipe
     text = recipe.model.text
@@ -191,13 +195,13 @@ def _with_kept_text(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def text_of(recipe: Recipe, tokenizer: str | None) -> TextRecipe:
-    """Text settings of a recipe, with another tokenizer unless it is None."""
+    """Return the recipe's text settings, with `tokenizer` instead of theirs if it is given."""
     text = recipe.model.text
     return replace(text, tokenizer=tokenizer) if tokenizer else text
 
 
 def tokenizer_beside(source: Path) -> str | None:
-    """Folder of the tokenizer that lies beside a checkpoint; None without one."""
+    """Return the folder of the tokenizer beside a checkpoint; None without one."""
     for folder in (source, source / "tokenizer", source / "captioning"):
         if (folder / "tokenizer_config.json").is_file():
             return str(folder)
@@ -207,11 +211,10 @@ def tokenizer_beside(source: Path) -> str | None:
 def tokenizer_of(
     source: Path, config: MEDConfig, recipe: Recipe | None, chosen: str | None
 ) -> PreTrainedTokenizerFast:
-    """Load the chosen tokenizer, else the recipe's, else the one beside the checkpoint, else the
-    published one.
+    """Load the chosen tokenizer, else the recipe's, else that beside the checkpoint, else BLIP's.
 
     Raises:
-        ValueError: the tokenizer cannot be loaded, or is not that of a network of these sizes.
+        ValueError: the tokenizer cannot be loaded, or does not fit a network of these sizes.
     """
     if recipe:
         text = text_of(recipe, chosen)
@@ -236,7 +239,7 @@ def tokenizer_of(
 
 
 def _resized(config: MEDConfig, image_size: int | None) -> MEDConfig:
-    """Sizes of the network for another input; None changes nothing."""
+    """Change the image size in the settings of a network; None changes nothing."""
     if image_size is None:
         return config
     return replace(config, vision=replace(config.vision, image_size=image_size))
@@ -245,7 +248,7 @@ def _resized(config: MEDConfig, image_size: int | None) -> MEDConfig:
 def _filled(
     config: MEDConfig, weights: BlipWeights, device: torch.device, dtype: torch.dtype
 ) -> MED | VQA | NLVR2 | VisDial:
-    """Network of the checkpoint's head in evaluation mode, without the parts that it lacks."""
+    """Build the network of the checkpoint's head in evaluation mode, with the parts it has."""
     with torch.device("meta"):
         network = build_network(weights.head, replace(config, gradient_checkpointing=False))
     assert isinstance(network, MED | VQA | NLVR2 | VisDial)
@@ -262,12 +265,12 @@ def _filled(
 
 
 def _fingerprint(weights: BlipWeights) -> str:
-    """Hash of the weights, the same for every file format."""
+    """Hash the weights. The hash is equal for every file format."""
     digest = xxhash.xxh3_64(weights.head.encode())
     tensors: dict[str, Tensor] = weights.state | weights.unpublished
     for name in sorted(tensors):
         tensor = tensors[name]
-        if tensor.is_floating_point() and name != "temp":  # Hugging Face files may lack it
+        if tensor.is_floating_point() and name != "temp":  # Hugging Face files may lack `temp`
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()

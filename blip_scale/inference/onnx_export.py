@@ -1,8 +1,8 @@
-"""Export the image encoder and the text encoder as ONNX, each with its projection.
+"""ONNX export of the image encoder and the text encoder, each with its projection.
 
-Both map a batch to features of norm 1, whose products are the contrastive similarities. Batch and
-text length are dynamic. The packages onnx and onnxscript write the files, and onnxruntime runs them
-for the comparison with the network.
+Both map a batch to L2-normalised features, whose products are the contrastive similarities. Batch
+size and text length are dynamic. The packages onnx and onnxscript write the files. onnxruntime runs
+them, and the results are compared with the network's.
 
 Shapes: I images, S texts, L tokens of the longest text, E embed_dim.
 """
@@ -27,10 +27,10 @@ from blip_scale.model.packing import PackedText, TextPass
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 TOLERANCE = 1e-4
-"""Largest difference between a feature of ONNX Runtime and of the network."""
+"""Maximum difference between a feature from ONNX Runtime and from the network."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _MAX_SINGLE_FILE = 1_900_000_000
-"""Bytes of weights above which they lie beside the graph. Protocol buffers end at 2 GiB."""
+"""Bytes of weights above which they are stored in a second file. Protobuf is limited to 2 GiB."""
 _BATCHES = (1, 3)
 """Batch sizes of the comparison."""
 _CARD = """# BLIP encoders as ONNX
@@ -77,7 +77,7 @@ Training captions are lower-case, without the characters . ! " ( ) * # : ; ~
 
 
 class ExportError(RuntimeError):
-    """A network that cannot be exported, or whose export differs from it."""
+    """The network cannot be exported, or the export's results differ from the network's."""
 
 
 class _ImageEncoder(nn.Module):
@@ -86,20 +86,20 @@ class _ImageEncoder(nn.Module):
         self.med = med
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [I, 3, H, W] to [I, E]."""
+        """Map uint8 [I, 3, H, W] to [I, E]."""
         images = normalize_images(pixels, torch.float32)
         return self.med.project_image(self.med.encode_image(images))
 
 
 class _TextEncoder(nn.Module):
-    """The text encoder on padded texts, through the same layers as on packed ones."""
+    """The text encoder for padded texts. It uses the same layers as for packed ones."""
 
     def __init__(self, med: MED) -> None:
         super().__init__()
         self.med = med
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Both int64 [S, L] to [S, E]."""
+        """Map token ids and mask, both int64 [S, L], to [S, E]."""
         count, length = input_ids.shape
         offsets = torch.arange(count + 1, dtype=torch.int32) * length
         segments = Segments(offsets, length)
@@ -132,10 +132,10 @@ def write_onnx(blip: Blip, folder: Path) -> float:
 
     Args:
         blip: checkpoint with contrastive features, in fp32 on the CPU.
-        folder: where the files go.
+        folder: existing folder for the files.
 
     Returns:
-        largest difference between the features of ONNX Runtime and of the network.
+        Maximum difference between the features from ONNX Runtime and from the network.
 
     Raises:
         ValueError: the checkpoint has no contrastive features, or a package is missing.
@@ -161,7 +161,7 @@ def write_onnx(blip: Blip, folder: Path) -> float:
 
 
 def largest_difference(blip: Blip, folder: Path) -> float:
-    """Largest absolute difference of a feature on random pixels and texts of all lengths."""
+    """Return the maximum absolute difference on random pixels, and random texts of all lengths."""
     import onnxruntime
 
     generator = torch.Generator().manual_seed(0)
@@ -188,7 +188,7 @@ def largest_difference(blip: Blip, folder: Path) -> float:
 
 
 def _export(encoder: nn.Module, inputs: dict[str, Tensor], output: str, file: Path) -> None:
-    """Write an encoder with a dynamic batch, and a dynamic length if inputs are texts."""
+    """Write an encoder with a dynamic batch size, and a dynamic length if its inputs are texts."""
     dynamic: dict[str, dict[int, Any]] = {}
     for name, tensor in inputs.items():
         axes = {0: "batch"} if tensor.ndim > 2 else {0: "batch", 1: "length"}
@@ -197,7 +197,7 @@ def _export(encoder: nn.Module, inputs: dict[str, Tensor], output: str, file: Pa
     encoder.eval()
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the exporter, about itself
+            warnings.simplefilter("ignore")  # the exporter warns about its own code
             # Without `strict`, tensors of the trace would enter the caches of `_statistics` and
             # `dense_segments`.
             program = torch.export.export(
@@ -218,7 +218,7 @@ def _export(encoder: nn.Module, inputs: dict[str, Tensor], output: str, file: Pa
 
 
 def _serving_tokenizer(blip: Blip) -> Tokenizer:
-    """A copy of the tokenizer that cuts and pads texts by itself."""
+    """Copy the tokenizer, and make the copy truncate and pad texts itself."""
     tokenizer = Tokenizer.from_str(blip.tokenizer.backend_tokenizer.to_str())
     tokenizer.enable_truncation(blip.text_tokens)
     pad = blip.med.config.text.special.pad

@@ -1,7 +1,7 @@
-"""Questions to a BLIP about image files, answered one after another in the order of the files.
+"""Predictions of a BLIP for image files, in the order of the files.
 
-Every answer is a dict for a line of JSON with the `image` that it is about. A file that cannot be
-read or decoded gives `image` and `error`. Answers do not depend on how images are batched.
+Every answer is a dict for one line of JSON, and names its `image`. For a file that cannot be read
+or decoded, it holds `image` and `error`. Answers do not depend on the batch size.
 
 Shapes: I images, N image tokens, D width, S texts.
 """
@@ -26,19 +26,19 @@ from blip_scale.model.generation import BeamSettings, NucleusSettings
 
 Answer = dict[str, Any]
 About = Callable[[list[str], Tensor], list[list[Answer]]]
-"""about(paths, image tokens [I, N, D]): the answers about each image."""
+"""Function from paths and image tokens [I, N, D] to the answers for each image."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A BLIP and how image files come to it."""
+    """A BLIP, and settings for reading image files."""
 
     blip: Blip
     batch_size: int = 32
     threads: int = 4
 
     def ask(self, paths: str | Sequence[str], about: About) -> Iterator[Answer]:
-        """Answers of `about` for every image, or the image's error; a single str is one path."""
+        """Yield the answers of `about`, or the error, for every image; `paths` may be one str."""
 
         def read(path: str) -> Tensor:
             return pixels_of(Path(path).read_bytes(), self.blip.image_size, upright=True)
@@ -61,21 +61,21 @@ class Reader:
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    """How captions are written."""
+    """Settings of caption generation."""
 
     decoding: BeamSettings | NucleusSettings
     prompt: str | None = None
-    """First words of every caption; None takes the checkpoint's."""
+    """Beginning of every caption. None: the checkpoint's prompt."""
     seed: int = 0
-    """Seed of nucleus sampling; the path of each image is the rest of it."""
+    """Seed of nucleus sampling, combined with the path of each image."""
     count: int = 1
-    """Captions of each image: the best of beam search, or as many draws."""
+    """Number of captions per image: the best of beam search, or independent samples."""
 
 
 def captions(
     reader: Reader, paths: str | Sequence[str], settings: CaptionSettings
 ) -> Iterator[Answer]:
-    """Answer with the `caption` of every image, or with the list `captions` of several."""
+    """Yield the `caption` of every image, or the list `captions` if there are several."""
     blip, decoding, count = reader.blip, settings.decoding, settings.count
     blip.require("caption")
     if not 1 <= count <= MOST_BEAMS:
@@ -99,8 +99,10 @@ def captions(
 
 
 def _draw_ids(names: Sequence[str], count: int) -> list[str]:
-    """Ids of the random numbers of `count` captions an image. The first caption has the id of an
-    image with one caption, so it stays the same however many are drawn."""
+    """Return the ids of the random numbers for `count` captions of each image.
+
+    The first caption has the same id as with `count` 1, so it does not depend on `count`.
+    """
     ids = []
     for name in names:
         ids += [name, *(f"{name}\0{number}" for number in range(1, count))]
@@ -110,11 +112,10 @@ def _draw_ids(names: Sequence[str], count: int) -> list[str]:
 def matches(
     reader: Reader, paths: str | Sequence[str], texts: str | Sequence[str]
 ) -> Iterator[Answer]:
-    """Answer for every image and text with `itm`, the probability that they belong together, and
-    `itc`, the cosine of their features.
+    """Yield `itm`, the matching probability, and `itc`, the cosine, of every image and text.
 
     Raises:
-        ValueError: the checkpoint cannot match, or a text has no word.
+        ValueError: the checkpoint does not support matching, or a text holds no word.
     """
     blip = reader.blip
     blip.require("match")
@@ -141,10 +142,10 @@ def matches(
 def replies(
     reader: Reader, paths: str | Sequence[str], questions: str | Sequence[str]
 ) -> Iterator[Answer]:
-    """Answer with the `answer` to every question about every image.
+    """Yield the `answer` to every question about every image.
 
     Raises:
-        ValueError: the checkpoint cannot answer, or a question has no word.
+        ValueError: the checkpoint does not support VQA, or a question holds no word.
     """
     blip = reader.blip
     blip.require("vqa")
@@ -163,12 +164,12 @@ def replies(
 
 
 def _repeated(images: int, texts: int) -> list[int]:
-    """Image of each text, where every image has the same number of texts."""
+    """Return the image of each text, if every image has the same number of texts."""
     return torch.arange(images).repeat_interleave(texts).tolist()
 
 
 def features(reader: Reader, paths: str | Sequence[str]) -> Iterator[Answer]:
-    """Answer with the `features` of every image, a list of numbers of norm 1."""
+    """Yield the `features` of every image, an L2-normalised list of numbers."""
     blip = reader.blip
     blip.require("embed")
 
@@ -180,15 +181,14 @@ def features(reader: Reader, paths: str | Sequence[str]) -> Iterator[Answer]:
 
 
 def explanations(reader: Reader, paths: str | Sequence[str], text: str | None) -> Iterator[Answer]:
-    """Answer with the `text`, its matching probability `itm`, and `maps`, the `WordMaps` of its
-    words, for every image.
+    """Yield the `text`, its matching probability `itm` and its `WordMaps` `maps` for every image.
 
     Args:
-        text: caption to look for in every image; None takes the checkpoint's caption of each.
+        text: caption of every image. None: the caption that the checkpoint generates.
 
     Raises:
-        ValueError: the checkpoint cannot match, or cannot caption and there is no text; the text
-            has no word.
+        ValueError: the checkpoint does not support matching, there is no text and the checkpoint
+            does not support captioning, or the text holds no word.
     """
     blip = reader.blip
     blip.require("match")
@@ -217,13 +217,15 @@ def explanations(reader: Reader, paths: str | Sequence[str], text: str | None) -
 
 
 def has_words(text: str) -> bool:
-    """Whether a text holds a letter or a digit after cleaning."""
+    """Whether a cleaned text holds a letter or a digit."""
     return any(letter.isalnum() for letter in clean_caption(text))
 
 
 def _with_words(texts: str | Sequence[str], kind: str) -> list[str]:
-    """List of the texts; raises ValueError for one without a word, which the network would score
-    all the same."""
+    """List the texts, and raise ValueError for one without words.
+
+    The network would score such a text without an error.
+    """
     texts = texts_of(texts, f"{kind}s")
     for text in texts:
         if not has_words(text):
@@ -239,14 +241,16 @@ def search(
     rerank: int,
     cache: dict[str, list[float]] | None = None,
 ) -> Iterator[Answer]:
-    """Answer with the errors first, then with the `top` images of a text, best first: by cosine
-    (`itc`), or of the `rerank` best ones by the matching probability (`itm`).
+    """Yield the errors first, then the `top` images for a text in descending order.
+
+    Images are ranked by cosine (`itc`). With `rerank`, that many of them are ranked by the matching
+    probability (`itm`).
 
     Args:
-        cache: features of images by path, which are not computed again; takes the new ones.
+        cache: features of images by path, which are reused. New features are added.
 
     Raises:
-        ValueError: the checkpoint has no features, or the text has no word.
+        ValueError: the checkpoint has no features, or the text holds no word.
     """
     paths, query = paths_of(paths), reader.blip.text_features(_with_words(text, "text"))[0]
     cache = {} if cache is None else cache

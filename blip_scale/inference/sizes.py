@@ -25,12 +25,12 @@ _UNFIT = {
     "modernbert": "its layers have rotary positions, norms before the blocks and gated MLPs, which "
     "BLIP's text layers lack"
 }
-"""Model type of a text checkpoint -> reason why its weights do not fit."""
+"""Model type of a text checkpoint -> reason why its weights cannot be used."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Facts about a tokenizer that fix sizes of the network."""
+    """Properties of a tokenizer that determine sizes of the network."""
 
     special: SpecialTokens
     size: int
@@ -38,12 +38,12 @@ class Vocabulary:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-        """Vocabulary of a tokenizer from `load_tokenizer`."""
+        """Return the vocabulary of a tokenizer from `load_tokenizer`."""
         return Vocabulary(SpecialTokens(**special_ids(tokenizer)), len(tokenizer))
 
 
 def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
-    """Sizes of the network. Those of the text stack come from its checkpoint if there is one."""
+    """Return the network's sizes. Text sizes are those of the text checkpoint if there is one."""
     checkpoint = recipe.model.text.checkpoint
     sizes = None if checkpoint is None else checkpoint_sizes(checkpoint)
     return network_config(recipe, sizes, Vocabulary.of(tokenizer))
@@ -52,11 +52,11 @@ def med_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MEDConfig:
 def network_config(
     recipe: Recipe, text_sizes: Mapping[str, Any] | None, vocabulary: Vocabulary
 ) -> MEDConfig:
-    """Sizes of the network, for a text stack of these sizes.
+    """Return the sizes of a network with a text stack of these sizes.
 
     Args:
-        recipe: source of all other sizes.
-        text_sizes: fields of `TextConfig`, as from `checkpoint_sizes`; None takes the recipe's.
+        recipe: recipe with all other sizes.
+        text_sizes: fields of `TextConfig`, for example from `checkpoint_sizes`. None: the recipe's.
         vocabulary: vocabulary of the tokenizer.
     """
     vision, text = recipe.model.vision, recipe.model.text
@@ -89,9 +89,9 @@ def network_config(
 
 
 def limited(network: N, model: ModelRecipe) -> N:
-    """Freeze the text stack and add LoRA adapters, as a recipe says. Returns the same network.
+    """Freeze the text stack and add LoRA adapters, as the recipe says. Return the same network.
 
-    The image tower is frozen by its `VisionConfig`.
+    `VisionConfig` freezes the image tower.
 
     Raises:
         ValueError: all blocks of a ViT with adapters are frozen, or peft is not installed.
@@ -113,14 +113,14 @@ def limited(network: N, model: ModelRecipe) -> N:
 
 
 def checkpoint_sizes(checkpoint: str) -> dict[str, Any]:
-    """Sizes of a text checkpoint as fields of `TextConfig`.
+    """Read the sizes of a text checkpoint as fields of `TextConfig`.
 
     Args:
         checkpoint: value of `model.text.checkpoint`.
 
     Raises:
-        ValueError: the checkpoint is neither BERT nor RoBERTa, or has another activation or other
-            positions than MED.
+        ValueError: the checkpoint is neither BERT nor RoBERTa, or its activation or positions
+            differ from MED's.
         FileNotFoundError: the folder or package is missing, or the folder has no config.json.
     """
     from transformers import AutoConfig
@@ -128,7 +128,7 @@ def checkpoint_sizes(checkpoint: str) -> dict[str, Any]:
     name = resolve_checkpoint(checkpoint)
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        # Without this, transformers takes BERT-base's sizes for a folder with `bert` in its name.
+        # Otherwise, transformers takes BERT-base's sizes for a folder with `bert` in its name.
         raise FileNotFoundError(
             f"model.text.checkpoint {checkpoint}: there is no config.json in {folder}; give the "
             "folder of a whole checkpoint"

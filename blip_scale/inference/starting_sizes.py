@@ -1,4 +1,4 @@
-"""Sizes and tokenizer of a network from the checkpoint that its recipe starts from."""
+"""Sizes and tokenizer of a network, from the checkpoint with which its recipe starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SETTINGS = {
     "norm eps": "model.text.checkpoint",
     "embed_dim": "model.embed_dim",
 }
-"""Name of a size in `differences` -> setting that gives the size."""
+"""Name of a size in `differences` -> setting that determines it."""
 _TEXT_SIZES = ("layers", "width", "heads", "mlp_width")
 _FROM_CHECKPOINT = (
     "vision.name",
@@ -52,16 +52,18 @@ _OF_TEXT_CHECKPOINT = {"text width", "text heads", "text MLP width"}
 
 
 def with_sizes_of_checkpoint(recipe: Recipe, stated: Collection[str]) -> Recipe:
-    """Fill what a recipe leaves open from `model.checkpoint`: ViT, image size, text stack,
-    tokenizer and contrastive width.
+    """Fill the open settings of a recipe from `model.checkpoint`.
+
+    These are ViT, image size, text stack, tokenizer and contrastive width.
 
     Args:
-        recipe: returned unchanged if `model.checkpoint` is not set or does not exist.
+        recipe: recipe to fill. It is returned unchanged if `model.checkpoint` is not set or does
+            not exist.
         stated: dotted names of the settings that the user gave (`recipe.stated`).
 
     Raises:
-        ValueError: the recipe gives other sizes than the checkpoint has; names the settings and
-            both values.
+        ValueError: the recipe's sizes differ from the checkpoint's. The message names the settings
+            and both values.
     """
     if recipe.model.checkpoint is None:
         return recipe
@@ -79,8 +81,9 @@ def with_sizes_of_checkpoint(recipe: Recipe, stated: Collection[str]) -> Recipe:
 
 
 def _source(path: Path) -> tuple[ModelRecipe, MEDConfig | None]:
-    """Settings of a checkpoint's network, and its sizes. The sizes are None if they depend on the
-    tokenizer of a run and that cannot be loaded here.
+    """Read the settings of a checkpoint's network, and its sizes.
+
+    The sizes are None if they depend on the tokenizer of a run which cannot be loaded here.
 
     Raises:
         UnknownSizesError, FileNotFoundError: no file gives the sizes.
@@ -112,8 +115,10 @@ def _source(path: Path) -> tuple[ModelRecipe, MEDConfig | None]:
 
 
 def _filled(model: ModelRecipe, source: ModelRecipe, stated: Collection[str]) -> ModelRecipe:
-    """`model` with the settings of `source` that the user did not state. A ViT's name and its
-    overrides are taken together, and so are a BERT and its tokenizer."""
+    """Replace the settings of `model` that the user did not state by those of `source`.
+
+    A ViT's name and overrides are replaced only together, and so are a BERT and its tokenizer.
+    """
     vision, text = model.vision, model.text
     open_names = {name for name in _FROM_CHECKPOINT if f"model.{name}" not in stated}
     is_vit_stated = any(name.startswith(f"{_VISION}.") for name in stated)
@@ -137,11 +142,11 @@ def _filled(model: ModelRecipe, source: ModelRecipe, stated: Collection[str]) ->
 
 
 def _check_sizes(recipe: Recipe, config: MEDConfig, path: Path) -> None:
-    """Raise ValueError if the recipe's network is not that of the checkpoint."""
+    """Raise ValueError if the recipe's network differs from the checkpoint's."""
     text = recipe.model.text
     differing = differences(med_config(recipe, load_tokenizer(text)), config)
     if "vocabulary" in differing:
-        differing.pop("special tokens", None)  # their ids follow the size of the vocabulary
+        differing.pop("special tokens", None)  # their ids depend on the vocabulary size
     faults = []
     for name, (here, there) in differing.items():
         setting = _SETTINGS[name]

@@ -1,7 +1,6 @@
-"""Training data of a checkpoint: read from the files of its run, or from the card of its export.
+"""Training data of a checkpoint, read from the files of its run or from the card of its export.
 
-Whoever wrote these files may be a stranger, so their texts are data: they are never rendered as
-Markdown or HTML.
+These files may come from a stranger. Their texts are therefore never rendered as Markdown or HTML.
 """
 
 from __future__ import annotations
@@ -21,38 +20,38 @@ from blip_scale.storage.untrusted import parse_json
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-"""Model card of an exported folder."""
+"""File name of the model card in an exported folder."""
 _TRAINING, _FIGURES, _WARNINGS = "Training", "Held-out figures", "Warnings at the end of training"
 """Headings of the card's sections."""
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """Data, length and outcome of a training, as far as the checkpoint's files tell."""
+    """Data, length and results of a training, as far as the checkpoint's files state them."""
 
     steps: int | None = None
-    """Optimizer steps up to this checkpoint."""
+    """Number of optimizer steps up to this checkpoint."""
     pairs_per_step: int | None = None
     """Global batch size."""
     data: Mapping[str, int | None] = field(default_factory=dict)
-    """Number of samples by the name of the training set; None where it is not recorded."""
+    """Name of the training set -> number of samples; None if it is not recorded."""
     figures: Mapping[str, float] = field(default_factory=dict)
-    """Held-out figures of this checkpoint by `set/figure`; empty where the run went on after it."""
+    """Held-out figures of this checkpoint by `set/figure`; empty if the run went on after it."""
     alarms: tuple[str, ...] = ()
-    """Warnings that stood at the end of the training."""
+    """Warnings that were active at the end of the training."""
 
     @property
     def pairs(self) -> int | None:
-        """Image-text pairs seen in training, repeats counted."""
+        """Number of image-text pairs seen in training, including repeats."""
         if self.steps is None or self.pairs_per_step is None:
             return None
         return self.steps * self.pairs_per_step
 
 
 def training_record(checkpoint: Path) -> TrainingRecord | None:
-    """The record of a checkpoint of any kind; None where nothing tells of its training.
+    """Read the training record of a checkpoint of any kind; None if no file states one.
 
-    A file that cannot be read is named in a warning and left out.
+    A file that cannot be read is skipped, with a warning.
     """
     folder = step_folder(checkpoint) if checkpoint.is_dir() else None
     if folder is not None:
@@ -93,7 +92,7 @@ def _record_of_run(run: Path, folder: Path) -> TrainingRecord:
 
 
 def _json_of(file: Path) -> dict[str, Any]:
-    """The object in a file; empty without the file."""
+    """Read the object in a file; empty without the file."""
     if not file.is_file():
         return {}
     try:
@@ -107,7 +106,7 @@ def _json_of(file: Path) -> dict[str, Any]:
 
 
 def _numbers(figures: Mapping[Any, Any]) -> dict[str, float]:
-    """Figures that are numbers; one that was not finite is null in the file."""
+    """Select the figures that are numbers. A figure that was not finite is null in the file."""
     numbers = {}
     for name, value in figures.items():
         if isinstance(value, int | float):
@@ -124,7 +123,7 @@ def _messages(alarms: Mapping[Any, Any]) -> tuple[str, ...]:
 
 
 def record_of_card(card: str) -> TrainingRecord | None:
-    """The record in a model card of ours; None where it has no table of the training."""
+    """Read the record in a model card of this package; None without a table of the training."""
     sections = {heading.strip(): body for heading, body in _SECTION.findall(card)}
     training = dict(_ROW.findall(sections.get(_TRAINING, "")))
     if not training:

@@ -1,15 +1,15 @@
 """Heat maps of a caption's words on an image: Grad-CAM on the cross-attention.
 
-The value of a token at a patch is the mean over heads of `attention * max(gradient, 0)`. The
-attention is the softmax of one cross-attention layer. The gradient is that of the matching logit
-(class 1 of the ITM head) with respect to it. This is Grad-CAM (Selvaraju et al. 2017) as ALBEF and
-LAVIS apply it to the matching score; for a text stack of 12 layers their demos read layer 8.
+The value of a token at a patch is the mean over heads of `attention * max(gradient, 0)`. Here,
+attention is the softmax of one cross-attention layer, and gradient is the gradient of the matching
+logit (class 1 of the ITM head) with respect to it. ALBEF and LAVIS apply Grad-CAM (Selvaraju et al.
+2017) to the matching score in this way. For a text stack of 12 layers, their demos use layer 8.
 
-The text layers run fused attention kernels that never hold the probabilities. This module computes
-them explicitly, for the one layer that it reads.
+The text layers run fused attention kernels, which never store the probabilities. This module
+computes them explicitly, but only in the layer that it needs.
 
-Shapes: I images, one caption each; N image tokens, D width, T packed tokens, L longest caption in
-tokens, H heads, C channels of a head, W words.
+Shapes: I images with one caption each, N image tokens, D width, T packed tokens, L longest caption
+in tokens, H heads, C channels of a head, W words.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WordMaps:
-    """Where the words of a caption are seen in an image."""
+    """Heat maps of the words of one caption on its image."""
 
     text: str
     """Caption, cleaned as in training."""
@@ -43,27 +43,27 @@ class WordMaps:
     words: list[str]
     """Words in the order of the caption, without punctuation."""
     maps: Tensor
-    """Fp32 [W, rows, columns] on the CPU, one value a patch, at least 0 and not normalised."""
+    """Fp32 [W, rows, columns] on the CPU, one value per patch, at least 0, not normalised."""
 
     @property
     def mean(self) -> Tensor:
-        """[rows, columns]: the map of the whole caption."""
+        """Mean map of all words, [rows, columns]."""
         return self.maps.mean(0)
 
 
 def word_maps(blip: Blip, image_embeds: Tensor, captions: str | Sequence[str]) -> list[WordMaps]:
-    """Maps of every word of one caption an image.
+    """Compute the maps of all words, for one caption per image.
 
-    A word of several tokens has the mean of their maps.
+    The map of a word with several tokens is the mean of their maps.
 
     Args:
-        blip: a checkpoint that can match.
-        image_embeds: [I, N, D] of `Blip.image_embeds`.
-        captions: I captions; a single str is that of the only image.
+        blip: checkpoint that supports matching.
+        image_embeds: [I, N, D] from `Blip.image_embeds`.
+        captions: I captions, or a single str for one image.
 
     Raises:
-        ValueError: the checkpoint cannot match, its text stack has a single layer, a caption holds
-            no word, or there is not one caption for each image.
+        ValueError: the checkpoint does not support matching, its text stack has only one layer, a
+            caption holds no word, or there is not one caption for each image.
     """
     blip.require("match")
     blip.check_tokens(image_embeds)
@@ -81,7 +81,7 @@ def word_maps(blip: Blip, image_embeds: Tensor, captions: str | Sequence[str]) -
             raise ValueError(f"the caption {caption!r} holds no word; give one with words")
     packed = PackedText.from_lists(encoding["input_ids"], blip.device)
     packed = packed.with_first_token(blip.med.config.text.special.enc)
-    # Autograd cannot save tensors that were made in inference mode.
+    # Autograd cannot save tensors that were created in inference mode.
     with torch.inference_mode(False), torch.enable_grad():
         logits, attention_IHLN = _match(blip, packed, image_embeds.clone(), number)
         (gradient_IHLN,) = torch.autograd.grad(logits[:, 1].sum(), attention_IHLN)
@@ -98,7 +98,7 @@ def word_maps(blip: Blip, image_embeds: Tensor, captions: str | Sequence[str]) -
 
 
 def _words(encoding: BatchEncoding, index: int, text: str) -> list[tuple[str, list[int]]]:
-    """Words of caption `index`, each with the places of its tokens; punctuation is no word."""
+    """List the words of caption `index` with the positions of their tokens, no punctuation."""
     places: dict[int, list[int]] = {}
     for place, word in enumerate(encoding.word_ids(index)):
         if word is not None:
@@ -113,11 +113,13 @@ def _words(encoding: BatchEncoding, index: int, text: str) -> list[tuple[str, li
 
 
 def explained_layer(layers: int) -> int:
-    """Number of the cross-attention layer to read, counted from 1: 8 of 12, as a share.
+    """Return the index, counted from 1, of the cross-attention layer to read: 8 of 12.
+
+    Other depths use the same fraction.
 
     Raises:
-        ValueError: there is a single layer. The matching score reads the first token of the last
-            layer alone, so the words of that layer have no gradient.
+        ValueError: there is only one layer. The matching score reads only the first token of the
+            last layer, so the words of this layer have no gradient.
     """
     if layers < 2:
         raise ValueError(
@@ -130,17 +132,17 @@ def explained_layer(layers: int) -> int:
 def explicit_cross_attention(
     layer: CrossAttention, hidden_TD: Tensor, image_embeds_IND: Tensor, queries: Segments
 ) -> tuple[Tensor, Tensor]:
-    """What `layer` computes in evaluation, and the attention probabilities on the way.
+    """Compute the evaluation output of `layer`, and its attention probabilities.
 
     Args:
         layer: cross-attention in evaluation mode.
         hidden_TD: [T, D].
         image_embeds_IND: [I, N, image width].
-        queries: I sequences in order; sequence i sees image i.
+        queries: I sequences in order. Sequence i attends to image i.
 
     Returns:
-        Output [T, D], and probabilities fp32 [I, H, L, N] as a leaf of the output's graph. Their
-        rows after the end of a caption are pads, whose gradient is 0.
+        Output [T, D], and probabilities fp32 [I, H, L, N], which are a leaf of the output's graph.
+        Rows after the end of a caption are pads, whose gradient is 0.
     """
     images, tokens, _ = image_embeds_IND.shape
     q_THC = layer.query(hidden_TD).unflatten(-1, (layer.heads, -1))
@@ -159,10 +161,10 @@ def explicit_cross_attention(
 def _match(
     blip: Blip, text: PackedText, image_embeds: Tensor, number: int
 ) -> tuple[Tensor, Tensor]:
-    """`MED.match` of caption i with image i, layer `number` computed explicitly.
+    """Compute `MED.match` of caption i and image i, with layer `number` computed explicitly.
 
     Returns:
-        Logits [I, 2] and the attention probabilities of that layer, fp32 [I, H, L, N].
+        Logits [I, 2], and the attention probabilities of this layer, fp32 [I, H, L, N].
     """
     med = blip.med
     index = torch.arange(len(image_embeds), device=image_embeds.device)

@@ -1,1 +1,1 @@
-"""Read and write weights of other projects: Hugging Face BLIP, Salesforce files, BERT, timm."""
+"""Readers and writers of other projects' weights: Hugging Face BLIP, Salesforce, BERT, timm."""

@@ -1,11 +1,12 @@
-"""Load text weights from a Hugging Face checkpoint of BERT, RoBERTa or XLM-RoBERTa.
+"""Loader of text weights from a Hugging Face checkpoint of BERT, RoBERTa or XLM-RoBERTa.
 
 As published, encoder and decoder both start from BERT: each self-attention gets a copy of BERT's.
 The LM head gets the MLM head if there is one. Poolers and token types are dropped, because BLIP has
 none. Cross-attention and the word embeddings of [DEC] and [ENC], which BERT lacks, stay random.
 
-RoBERTa has BERT's layers. Its positions begin behind that of the padding token, so the rows before
-are dropped. Its only token type is added to all positions, which leaves its function unchanged.
+RoBERTa has BERT's layers. Its positions begin after that of the padding token, so the rows before
+them are dropped. The embedding of its only token type is added to all positions, so the function
+of the network is unchanged.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ _ROBERTA_NAMES = {
     "lm_head.layer_norm.": "cls.predictions.transform.LayerNorm.",
     "lm_head.bias": "cls.predictions.bias",
 }
-"""Beginning of a RoBERTa name -> that of BERT's."""
+"""Prefix of a RoBERTa name -> prefix of the BERT name."""
 _TOKEN_TYPE = "embeddings.token_type_embeddings.weight"
 _EMBEDDINGS = {"word": "word_embeddings", "position": "position_embeddings"}
 _SPECIAL = 2
 """Number of tokens that BERT's vocabulary lacks: [DEC] and [ENC]."""
 _PADDING = 128
-"""Multiple to which some BERTs pad their word embeddings beyond the tokenizer's words."""
+"""Some BERTs pad the rows of their word embeddings to a multiple of this number."""
 _ROWS = ("text.embeddings.word.weight", "text.embeddings.position.weight", "lm_head.bias")
-"""Parameters of which the first rows are copied, as many as both sides have."""
+"""Parameters whose first rows are copied, as many as both sides have."""
 SELF_ATTENTION = {
     "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
     "output": ("attention.output.dense",),
@@ -61,12 +62,12 @@ LM_HEAD = {
 
 
 def load_bert(med: MED, checkpoint: str | Path) -> None:
-    """Fill the text stack of an initialised, unpartitioned MED from a folder or hub name.
+    """Load the text stack of an initialised MED, not partitioned, from a folder or hub name.
 
     Raises:
         FileNotFoundError: there are no weights.
-        ValueError: names are missing, shapes differ, there are too few layers, or the vocabulary is
-            another one. The message says which.
+        ValueError: names are missing, shapes differ, there are too few layers, or the vocabulary
+            differs. The message says which.
     """
     state = from_bert(_read(str(checkpoint)), med.config.text, _first_position(str(checkpoint)))
     words = med.config.text.vocab_size
@@ -106,10 +107,10 @@ def from_bert(
     """Convert a BERT state dict to MED's parameter names, for the parameters that BERT has.
 
     Args:
-        state: tensors with or without the prefix `bert.` or `roberta.`; norms are named
-            weight/bias or gamma/beta.
-        config: sizes of the text stack; its first `layers` layers are converted.
-        first_position: row of the first position, above 0 in RoBERTa.
+        state: tensors with or without the prefix `bert.` or `roberta.`. Norms are named weight/bias
+            or gamma/beta.
+        config: sizes of the text stack. Its first `layers` layers are converted.
+        first_position: row of the first position; above 0 in RoBERTa.
 
     Raises:
         ValueError: names are missing, or there are too few positions or layers for `config`.
@@ -171,7 +172,7 @@ def _table(layers: int, mlm_head: bool) -> Iterator[tuple[str, tuple[str, ...]]]
 
 
 def _first_position(checkpoint: str) -> int:
-    """Row of the first position; 0 without a config.json."""
+    """Return the row of the first position; 0 without a config.json."""
     is_local = hub.is_local(checkpoint, ("config.json",), "model.text.checkpoint")
     path = cached_file(
         checkpoint,

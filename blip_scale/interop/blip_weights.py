@@ -1,4 +1,4 @@
-"""Weights of a BLIP model between formats: checked, under published names, convertible to heads."""
+"""Weights of a BLIP model, independent of file formats: checked and with published names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _NO_IMAGE_INDEX = -100
 
 @dataclass
 class BlipWeights:
-    """Weights of one head. Build it with `checked`."""
+    """Weights of one head. Create them with `checked`."""
 
     head: Head
     config: MEDConfig
@@ -55,15 +55,15 @@ class BlipWeights:
     """Sentences about values that were created instead of read."""
     unpublished: State = field(default_factory=dict)
     """Parameters that the published network lacks, by full name in a run. Names begin with `med.`
-    for the network and `momentum.` for its momentum copies. Other names are parameters of losses,
-    which are flat. Only training checkpoints hold such parameters."""
+    for the network and with `momentum.` for its momentum copies. Other names are parameters of
+    losses, which are flat. Only training checkpoints hold such parameters."""
     output: OutputSettings | None = None
-    """Prompt, lengths, beams and scoring from the source; None if it has none, like BLIP's own
-    files."""
+    """Prompt, lengths, beams and scoring from the source. None: the source has none, like BLIP's
+    own files."""
 
     @property
     def output_settings(self) -> OutputSettings:
-        """Output settings of the source, else the published ones."""
+        """Output settings of the source, or else the published ones."""
         return self.output or published(self.head)
 
 
@@ -75,7 +75,7 @@ def checked(weights: BlipWeights) -> BlipWeights:
     are recorded in `notes`.
 
     Raises:
-        ValueError: names or shapes do not match. The message names them.
+        ValueError: names or shapes do not match. The message lists them.
     """
     state = complete(weights.state)
     state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
@@ -180,7 +180,7 @@ def refuse_unpublished(weights: BlipWeights) -> None:
 
 
 def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
-    """Convert the weights to another head, without training state that the head does not share.
+    """Convert the weights to another head, without training state that the other head lacks.
 
     Raises:
         ValueError: the weights lack something that the head needs. The message says what.
@@ -220,7 +220,7 @@ def turned_into(weights: BlipWeights, head: Head) -> BlipWeights:
 def _selected(weights: BlipWeights, head: Head) -> BlipWeights:
     """Select the weights of a head from pretrained ones.
 
-    A retrieval model keeps the queues as well, like the published loader.
+    A retrieval model also keeps the queues, like the published loader.
     """
     towers = tuple(f"{part}_m" for part in PARTS[head]) if head == "retrieval" else ()
     wanted = {*PARTS[head], *towers}
@@ -255,7 +255,7 @@ def _retrieval_pointers(size: int) -> State:
 
 
 def with_training_state(weights: BlipWeights) -> BlipWeights:
-    """Add momentum copies and queues, if there are none, as the published code creates them.
+    """Add momentum copies and queues as the published code creates them, if there are none.
 
     The momentum copies equal the weights. The columns of the queues are random unit vectors.
     """
@@ -283,7 +283,7 @@ def without_training_state(state: Mapping[str, Tensor]) -> State:
 
 
 def united(captioning: BlipWeights, retrieval: BlipWeights, origin: str) -> BlipWeights:
-    """Join pretrained weights from the two halves for which Hugging Face has models.
+    """Join pretrained weights from the two halves for which Hugging Face has model classes.
 
     Raises:
         ValueError: the halves belong to different networks.
@@ -308,13 +308,13 @@ def united(captioning: BlipWeights, retrieval: BlipWeights, origin: str) -> Blip
 
 
 def depth(names: Mapping[str, Tensor], pattern: str) -> int:
-    """Number of layers whose names start with `pattern` and a number."""
+    """Count the layers whose names start with `pattern` and a number."""
     matches = (re.match(rf"{pattern}\.(\d+)\.", name) for name in names)
     return len({match[1] for match in matches if match})
 
 
 def one_line(error: Exception) -> str:
-    """Message of an error in one line, at most 300 characters."""
+    """Return the message of an error in one line, at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 

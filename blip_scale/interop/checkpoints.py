@@ -1,4 +1,4 @@
-"""Read BLIP checkpoints of any format, and fill networks with their weights."""
+"""Reader of BLIP checkpoints of any format, and functions that load them into networks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STARTS: dict[Head, tuple[Head, ...]] = {
     "nlvr2": ("pretrain", "retrieval"),
     "visdial": ("pretrain", "retrieval"),
 }
-"""Head with a network of its own -> heads whose checkpoints it can start from."""
+"""Head with a separate network -> heads whose checkpoints it can start from."""
 
 Format = Literal["ours", "salesforce", "hf"]
 
@@ -77,9 +77,9 @@ def read_checkpoint(
     Args:
         path: `step_N`, a run's folder (for its newest checkpoint), a `.pth` file, or a Hugging Face
             folder.
-        config: sizes of the network, for checkpoints that do not state them. If a checkpoint does,
-            they must agree in all but the image size.
-        with_state: read momentum copies and queues of a training checkpoint as well.
+        config: sizes of the network, for checkpoints that do not state them. If a checkpoint states
+            them, all but the image size must agree.
+        with_state: whether to read momentum copies and queues of a training checkpoint as well.
 
     Raises:
         FileNotFoundError: the path does not exist, or a part of the checkpoint is missing.
@@ -111,7 +111,7 @@ def read_checkpoint(
 
 
 def load_checkpoint(med: MED, path: Path) -> None:
-    """Fill an unpartitioned MED; position embeddings are interpolated to its resolution.
+    """Load a MED that is not partitioned. Position embeddings are interpolated if necessary.
 
     Raises:
         FileNotFoundError, ValueError: see `head_parameters`.
@@ -132,9 +132,9 @@ def head_parameters(
 ) -> State:
     """Read the parameters of a head's network from a checkpoint.
 
-    The checkpoint is of the same head, or of one from which the head can start: heads with networks
-    of their own start from pretraining, and those without a decoder from retrieval as well. Missing
-    parameters are random. Position embeddings are interpolated to the network's resolution.
+    The checkpoint must be of the same head, or of one from which the head can start. Heads with a
+    separate network start from pretraining; those without a decoder also start from retrieval.
+    Missing parameters are random. Position embeddings are interpolated to the network's resolution.
     Parameters of losses, which only training checkpoints have, are included.
 
     Args:
@@ -146,7 +146,7 @@ def head_parameters(
         frozen: see `grown`.
 
     Returns:
-        the parameters by full name.
+        The parameters by full name.
 
     Raises:
         FileNotFoundError: the path does not exist, or a part of the checkpoint is missing.
@@ -182,9 +182,9 @@ def grown(
     text_std: float = INIT_STD,
     frozen: Collection[str] = (),
 ) -> State:
-    """Build the parameters of a head with a network of its own from those of a whole MED.
+    """Build the parameters of a head with a separate network from those of a whole MED.
 
-    Parameters that MED lacks are random, drawn from `seed`. The log names their modules.
+    Parameters that MED lacks are drawn from `seed`. The log names their modules.
 
     Args:
         pretrained: parameters of the MED by name, with or without the prefix `med.`.
@@ -192,7 +192,7 @@ def grown(
         config: sizes of the network.
         seed: seed of the random parameters.
         text_std: standard deviation of random linear layers of the text stacks.
-        frozen: full plain names of the parameters that will not train.
+        frozen: full plain names of the frozen parameters.
 
     Raises:
         ValueError: a frozen parameter would be random. The message names the modules.
@@ -212,14 +212,14 @@ def grown(
 
 
 def _modules(names: Collection[str]) -> str:
-    """Modules of some parameters, for the log."""
+    """List the modules of some parameters, for the log."""
     return ", ".join(sorted({name.rpartition(".")[0] for name in names}))
 
 
 def sizes_of(path: Path) -> MEDConfig | None:
     """Read the sizes of a checkpoint's network without its weights.
 
-    The result is None for a checkpoint in a run's folder, whose recipe has the sizes.
+    The result is None for a checkpoint in a run folder, whose recipe has the sizes.
 
     Raises:
         FileNotFoundError, ValueError: see `read_checkpoint`.
@@ -235,7 +235,7 @@ def sizes_of(path: Path) -> MEDConfig | None:
 
 
 def differences(first: MEDConfig, second: MEDConfig) -> dict[str, tuple[Any, Any]]:
-    """Differences between the sizes of two networks: name -> both values.
+    """Compare the sizes of two networks: name -> both values, for sizes that differ.
 
     The image size is not compared.
     """
@@ -244,7 +244,7 @@ def differences(first: MEDConfig, second: MEDConfig) -> dict[str, tuple[Any, Any
 
 
 def _sizes(config: MEDConfig) -> dict[str, Any]:
-    """Sizes that distinguish networks, apart from the image size."""
+    """Return the sizes that distinguish networks, except the image size."""
     with torch.device("meta"):
         vision = build_vision(config.vision)
     text = config.text

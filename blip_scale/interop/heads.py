@@ -1,8 +1,8 @@
 """Parameter names of heads (`model.heads`) in training checkpoints, and their published names.
 
-All names of the network begin with `med.`. The rest determines the head of a checkpoint, and
-converts to the published layout and back. A parameter that the published network lacks is stored
-in training checkpoints like any other, and in no other file.
+All names of a network begin with `med.`. The rest of the names determines the head of a checkpoint,
+and can be converted to the published layout and back. Parameters that the published network lacks
+are stored only in training checkpoints, like any other parameter.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from blip_scale.model.med import MEDConfig
 PREFIX = "med."
 """Prefix of the names of all parameters of a head's network."""
 MOMENTUM_PREFIX = "momentum."
-"""Prefix of the names of their momentum copies."""
+"""Prefix of the names of momentum copies."""
 
 
 def shapes_of(head: Head, config: MEDConfig) -> dict[str, torch.Size]:
-    """Shape of every parameter of a head's network, by full name."""
+    """Return the shape of every parameter of a head's network, by full name."""
     with torch.device("meta"):
         network = build_network(head, config)
     return {f"{PREFIX}{name}": p.shape for name, p in network.named_parameters()}
 
 
 def expected_shapes(head: Head, config: MEDConfig, queue_size: int | None) -> dict[str, torch.Size]:
-    """Shape of every tensor in a head's published layout, by published name.
+    """Return the shape of every tensor in a head's published layout, by published name.
 
     Args:
-        head: model whose layout to return.
+        head: head whose layout is returned.
         config: sizes of the network.
-        queue_size: number of columns in the queues; None leaves the training state out.
+        queue_size: number of columns of the queues. None: omit the training state.
     """
     placeholders = {
         name: torch.empty(shape, device="meta") for name, shape in shapes_of(head, config).items()
@@ -66,7 +66,7 @@ def is_published(name: str, head: Head) -> bool:
 
 
 def head_of_names(names: Iterable[str], config: MEDConfig) -> Head | None:
-    """Head whose network has exactly these parameters, or None.
+    """Find the head whose network has exactly these parameters, or return None.
 
     Parameters that the published network lacks are not compared.
     """

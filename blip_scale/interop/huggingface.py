@@ -1,4 +1,4 @@
-"""Read and write Hugging Face BLIP folders."""
+"""Reader and writer of Hugging Face BLIP folders."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 def read_huggingface(folder: Path) -> BlipWeights:
     """Read a folder with a model of transformers.
 
-    The folder may also hold two models, `captioning/` and `retrieval/`, which together are a whole
-    MED.
+    The folder may instead hold the two models `captioning/` and `retrieval/`, which together form a
+    whole MED.
 
     Raises:
         ValueError: the model is not BLIP, its activation, names or shapes differ, files are
@@ -93,7 +93,7 @@ def _read_config(folder: Path) -> tuple[Head, BlipConfig]:
 
 
 def _output_of(folder: Path, stated: Mapping[str, Any] | None) -> OutputSettings | None:
-    """Output settings of a folder that this package wrote; None for other folders.
+    """Read the output settings of a folder that this package wrote; None for other folders.
 
     The published captions of other folders do not follow their generation_config.json.
     """
@@ -102,7 +102,7 @@ def _output_of(folder: Path, stated: Mapping[str, Any] | None) -> OutputSettings
     try:
         settings = output_settings.from_json(stated)
         file = folder / "generation_config.json"
-        if file.is_file():  # retrieval models have none
+        if file.is_file():  # retrieval models have no such file
             values = json.loads(file.read_text(encoding="utf-8"))
             settings = settings.with_generation_config(values)
     except (ValueError, TypeError) as error:
@@ -136,7 +136,7 @@ def pixel_settings(folder: Path) -> dict[str, Any]:
 def write_huggingface(weights: BlipWeights, folder: Path) -> None:
     """Write weights (safetensors), config and generation config to an empty folder.
 
-    This empties `weights.state` tensor by tensor, so that memory never holds two copies.
+    The function empties `weights.state` tensor by tensor, so that memory never holds two copies.
 
     Raises:
         ValueError: transformers' model cannot hold this network, or has no name for some
@@ -156,7 +156,7 @@ def write_huggingface(weights: BlipWeights, folder: Path) -> None:
     weights.state = {}
     parameters = {}
     for name in list(state):
-        if name != "temp":  # cloned: safetensors refuses tensors that share memory
+        if name != "temp":  # clone: safetensors refuses tensors that share memory
             parameters.update(to_huggingface({name: state.pop(name).clone()}))
     model.load_state_dict(parameters, strict=True, assign=True)
     model.tie_weights()
@@ -169,10 +169,10 @@ def _save(
 ) -> None:
     """Save the model and its generation settings.
 
-    Pipelines of transformers 4 read `generation` from generation_config.json, and the decoder of
-    `generate` from the text config. Transformers 5 ignores the text config, so its users must set
-    it on the decoder (`model_card`). All values are written, because each version of transformers
-    leaves out its own defaults.
+    In transformers 4, pipelines read `generation` from generation_config.json, and the decoder of
+    `generate` reads it from the text config. Transformers 5 ignores the text config, so its users
+    must set it on the decoder (`model_card`). All values are written, because each version of
+    transformers omits its own defaults.
     """
     from transformers import GenerationConfig
 
@@ -204,7 +204,7 @@ def write_processor(
     """Write the files that BlipProcessor reads in transformers 4.57 and 5.
 
     Transformers 5 no longer writes preprocessor_config.json and vocab.txt, which 4.57 reads with
-    `use_fast=False`. It also saves additional special tokens as a list under a name for which 4.57
+    `use_fast=False`. It also saves additional special tokens as a list, under a name for which 4.57
     expects a mapping.
 
     Raises:
@@ -228,14 +228,17 @@ def write_processor(
     settings = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    # BLIP has no token types, and pipelines of 4.57 fail on them.
+    # BLIP has no token types, and pipelines of 4.57 fail if they get some.
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings, which advise to train a refused network."""
+    """Silence transformers' progress bars and warnings.
+
+    The warnings would advise to train a network that is refused anyway.
+    """
     from transformers.utils import logging as their_logging
 
     verbosity = their_logging.get_verbosity()
@@ -265,7 +268,7 @@ def _load(folder: Path, name: str) -> State:
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: damaged or unsafe weights: {one_line(error)}") from error
     state = dict(model.state_dict())
-    # Names in transformers 4; tuples (name, shape in the file, shape in the model) in 5.
+    # transformers 4 reports names; 5 reports tuples (name, shape in the file, shape in the model).
     mismatched = sorted(k if isinstance(k, str) else k[0] for k in report["mismatched_keys"])
     wrong = [f"{key}, wanted {tuple(state[key].shape)}" for key in mismatched]
     unknown = sorted(n for n in report["unexpected_keys"] if not n.endswith("position_ids"))

@@ -1,7 +1,7 @@
-"""Convert MEDConfig to transformers' BlipConfig and back, and find networks it can't express.
+"""Conversion of MEDConfig to transformers' BlipConfig and back, and a check that it is possible.
 
-The defaults of BlipConfig differ from BLIP's published sizes in the vision layer_norm_eps (1e-5
-instead of 1e-6) and in the number of text heads (8 instead of 12), so both are always written.
+Two defaults of BlipConfig differ from BLIP's published sizes: the vision layer_norm_eps (1e-5
+instead of 1e-6) and the number of text heads (8 instead of 12). Both are always written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PUBLISHED_CLS = 101
 
 
 def blip_config(weights: BlipWeights) -> BlipConfig:
-    """BlipConfig of this network, with temperature, steps and output settings as extra entries."""
+    """Build the BlipConfig. Extra entries hold temperature, steps and output settings."""
     from transformers import BlipConfig, BlipVisionConfig
 
     config, text = weights.config, weights.config.text
@@ -52,7 +52,7 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
         initializer_range=0.02,  # the default of 1e-10 is useless for training from scratch
     )
     text_section = text_config(text, vit.embed_dim)
-    # transformers scores its own way, whatever the settings say.
+    # transformers always scores by its own rule, whatever the settings are.
     output = replace(weights.output_settings, scoring="huggingface")
     extra: dict[str, Any] = {output_settings.KEY: asdict(output)}
     if "temp" in weights.state:
@@ -74,7 +74,7 @@ def blip_config(weights: BlipWeights) -> BlipConfig:
 
 
 def text_config(text: TextConfig, image_width: int) -> BlipTextConfig:
-    """BlipTextConfig of a text stack whose image tokens have width `image_width`."""
+    """Build the BlipTextConfig of a text stack with image tokens of width `image_width`."""
     from transformers import BlipTextConfig
 
     special = text.special
@@ -99,10 +99,10 @@ def text_config(text: TextConfig, image_width: int) -> BlipTextConfig:
 
 
 def inexpressible(weights: BlipWeights) -> str | None:
-    """Reason why transformers' BLIP classes cannot hold this network, or None if they can."""
+    """Explain why transformers' BLIP classes cannot hold this network; None if they can."""
     if weights.head not in CLASSES:
         fix = f"give --head: one of {', '.join(CLASSES)}"
-        if weights.head != "pretrain":  # a fine-tuned head becomes no other
+        if weights.head != "pretrain":  # a fine-tuned head cannot be converted to another one
             fix = "give OUT a name that ends in .pth"
         return f"transformers has no such class; {fix}"
     with torch.device("meta"):
@@ -123,7 +123,7 @@ def inexpressible(weights: BlipWeights) -> str | None:
 
 
 def _unlike_blips(vision: ImageTower) -> str | None:
-    """What of a tower on the meta device BlipVisionModel cannot express, or None."""
+    """Describe a property of a tower that BlipVisionModel cannot express; None if there is none."""
     names = set(vision.state_dict())
     unsupported = [name for name in names if their_vision(name) is None]
     if unsupported:

@@ -1,4 +1,4 @@
-"""Convert published parameter names to Hugging Face's and back; they differ in the ViT only."""
+"""Conversion of published parameter names to Hugging Face's and back. Only the ViT's differ."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VISION_BLOCK = {
 
 
 def their_vision(name: str) -> str | None:
-    """Hugging Face's name of a ViT parameter, or None if it has none."""
+    """Return Hugging Face's name of a ViT parameter, or None if it has none."""
     block = re.match(r"blocks\.(\d+)\.(.+)\.(weight|bias)$", name)
     if block:
         module_name = VISION_BLOCK.get(block[2])

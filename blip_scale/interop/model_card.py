@@ -1,4 +1,4 @@
-"""README.md of an exported Hugging Face folder: code to use it, its network and its training."""
+"""README.md of an exported Hugging Face folder: example code, the network and its training."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ inputs["input_ids"][:, 0] = model.config.text_config.enc_token_id  # as in train
 written = model.generate(**inputs)
 print(processor.decode(written[0], skip_special_tokens=True))""",
 }
-"""Head -> code that runs on transformers 4.57 and 5.
+"""Head -> example code for transformers 4.57 and 5.
 
-On 5, `backend="pil"` resizes as in training; without it, pixels differ by up to one grey level. On
-5, the decoder does not read lengths and beams from generation_config.json. 4.57 mistakes a
-max_length of 20 for its own default and adds the prompt to it, unless the call passes max_length.
+In version 5, `backend="pil"` resizes as in training. Without it, pixels differ by up to one grey
+level. In version 5, the decoder does not read lengths and beams from generation_config.json.
+Version 4.57 treats a max_length of 20 as its own default and adds the prompt's length to it, unless
+the call passes max_length.
 """
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Recipe and figures of the run behind a checkpoint; empty for checkpoints from elsewhere."""
+    """Recipe and results of the run that made a checkpoint; empty for other checkpoints."""
 
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe."""
@@ -60,7 +61,7 @@ class Origin:
 
 
 def model_card(weights: BlipWeights, origin: Origin) -> str:
-    """Write the model card in Markdown, leaving out what is unknown."""
+    """Write the model card in Markdown. Unknown facts are omitted."""
     head, config = weights.head, weights.config
     tags = [f"pipeline_tag: {_PIPELINES[head]}"] if head in _PIPELINES else []
     prompt = weights.output_settings.prompt.strip()
@@ -122,7 +123,7 @@ def _training(weights: BlipWeights, origin: Origin) -> str:
 
 
 def _figures(weights: BlipWeights, origin: Origin) -> str:
-    """Section with the run's final figures, if this checkpoint is its last one."""
+    """Write the section with the run's final results, if this checkpoint is its last one."""
     evaluation = origin.summary.get("evaluation") or {}
     if not evaluation or origin.summary.get("steps") != weights.step:
         return ""
@@ -136,5 +137,5 @@ def _figures(weights: BlipWeights, origin: Origin) -> str:
 
 
 def _figure(value: float | None) -> str:
-    """Format a figure of the summary, in which null stands for a figure that is not finite."""
+    """Format a figure of the summary. There, null means that the figure was not finite."""
     return "not finite" if value is None else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""Settings that determine a checkpoint's output besides its weights; every conversion keeps them.
+"""Settings that, besides the weights, determine a checkpoint's output. Every conversion keeps them.
 
 They are stored in these places:
 
@@ -21,10 +21,10 @@ from blip_scale.model.generation import BeamSettings, Scoring
 from blip_scale.model.heads import Head
 
 KEY = "output_settings"
-"""Key of these settings in files, and stem of the file that holds nothing else."""
+"""Key of these settings in files, and stem of the file that holds only them."""
 _PUBLISHED_PROMPT = "a picture of "
 _GENERATION_CONFIG = ("num_beams", "max_length", "min_length", "repetition_penalty")
-"""Fields that transformers' GenerationConfig has as well, with the same meaning."""
+"""Fields that transformers' GenerationConfig also has, with the same meaning."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,24 @@ class OutputSettings:
     """Text with which captions begin."""
     num_beams: int = 3
     max_length: int = 20
-    """Largest number of tokens in a caption or answer, prompt and [SEP] included."""
+    """Maximum number of tokens of a caption or answer, including the prompt and [SEP]."""
     min_length: int = 5
-    """Number of tokens, prompt included, before which no [SEP] is allowed."""
+    """Number of tokens, including the prompt, before which [SEP] is not allowed."""
     repetition_penalty: float = 1.0
     scoring: Scoring = "huggingface"
     """Scoring of captions and answers outside an evaluation (`BeamSettings.scoring`)."""
     evaluation_scoring: Scoring = "published"
     """Scoring of captions and answers in an evaluation."""
     text_tokens: int | None = None
-    """Number of tokens to which texts are truncated, [CLS] and [SEP] included; None: the published
+    """Number of tokens to which texts are truncated, including [CLS] and [SEP]. None: the published
     number for the task."""
     rerank_top_k: int | None = None
-    """Number of candidates that an evaluation re-ranks; None: the published number for the task."""
+    """Number of candidates that an evaluation re-ranks. None: the published number for the task."""
     label_smoothing: float = 0.1
-    """Label smoothing of the likelihoods that choose an answer from a list."""
+    """Label smoothing of the likelihoods that select an answer from a list."""
 
     def beam(self) -> BeamSettings:
-        """Settings of the beam search that generates captions or answers."""
+        """Return the settings of the beam search that generates captions or answers."""
         return BeamSettings(
             num_beams=self.num_beams,
             max_length=self.max_length,
@@ -62,7 +62,7 @@ class OutputSettings:
         )
 
     def generation_config(self, max_positions: int) -> dict[str, Any]:
-        """Fields for transformers' GenerationConfig, with max_length limited to `max_positions`."""
+        """Return GenerationConfig fields, with max_length limited to `max_positions`."""
         values = {name: getattr(self, name) for name in _GENERATION_CONFIG}
         return values | {"max_length": min(self.max_length, max_positions)}
 
@@ -93,14 +93,14 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def published(head: Head) -> OutputSettings:
-    """Settings of the published code, for BLIP's own files, which have none."""
+    """Return the settings of the published code, for BLIP's own files, which have none."""
     prompt = _PUBLISHED_PROMPT if head == "captioning" else ""
     settings = OutputSettings(prompt, scoring="published")
     return replace(settings, max_length=10, min_length=1) if head == "vqa" else settings
 
 
 def turned(settings: OutputSettings, source: Head, head: Head) -> OutputSettings:
-    """Settings after weights of head `source` were converted to `head`.
+    """Return the settings after weights of head `source` are converted to `head`.
 
     Lengths change when a captioning network becomes a VQA network: answers are shorter.
     """

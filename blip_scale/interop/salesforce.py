@@ -1,9 +1,9 @@
-"""Convert parameter names of MED to those of BLIP's published code ("Salesforce") and back.
+"""Conversion of MED's parameter names to those of BLIP's published code ("Salesforce") and back.
 
-No tensor is transposed. MED fuses query, key and value, which the published code keeps apart. The
-published text encoder and text decoder are two modules that share all but self-attention; MED holds
-both in one stack. All conversions go through the published names. Hugging Face's names differ from
-them in the ViT only.
+No tensor is transposed. MED fuses query, key and value, which are separate in the published code.
+The published text encoder and text decoder are two modules that share all weights except
+self-attention; MED holds both in one stack. All conversions go through the published names. Hugging
+Face's names differ from them only in the ViT.
 
 A head is one of the models for which the published code writes files:
 
@@ -12,8 +12,8 @@ A head is one of the models for which the published code writes files:
 - `retrieval`: the encoder with its projections and matching head,
 - `vqa`: the encoder, and a decoder that reads the encoder's states,
 - `nlvr2`: the encoder with two cross-attentions,
-- `visdial`: an encoder that reads image and caption. It was never published, and follows the same
-  naming rule.
+- `visdial`: an encoder that reads image and caption. It was never published, but its names follow
+  the same rule.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from blip_scale.model.med import MEDConfig, MomentumEncoder
 State = dict[str, Tensor]
 
 TOWERS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
-"""Parts that have a momentum copy, whose names end in `_m`."""
+"""Parts that have a momentum copy. The copy's name ends in `_m`."""
 PARTS: dict[Head, tuple[str, ...]] = {
     "pretrain": (*TOWERS, "itm_head", "text_decoder", "temp"),
     "captioning": ("visual_encoder", "text_decoder"),
@@ -40,8 +40,8 @@ PARTS: dict[Head, tuple[str, ...]] = {
     "nlvr2": ("visual_encoder", "text_encoder"),
     "visdial": ("visual_encoder", "text_encoder", "itm_head"),
 }
-"""Head -> parts that it holds, without training state (momentum copies, queues), the classifier of
-`nlvr2` and the caption projection of `visdial`."""
+"""Head -> its parts, without training state (momentum copies, queues), the classifier of `nlvr2`
+and the caption projection of `visdial`."""
 
 _STATE = re.compile(r"^(\w+_m\.|(image|text|idx)_queue$|(queue_ptr|ptr_queue)$)")
 _POSITION_IDS = ".embeddings.position_ids"
@@ -51,7 +51,7 @@ TIED = {
     f"{_PREDICTIONS}decoder.weight": _WORDS,
     f"{_PREDICTIONS}decoder.bias": f"{_PREDICTIONS}bias",
 }
-"""Second name -> first name of a tensor that the published decoder holds under two names."""
+"""Second name -> first name of a tensor that the published decoder stores under two names."""
 _EMBEDDINGS = {
     "word.weight": "word_embeddings.weight",
     "position.weight": "position_embeddings.weight",
@@ -70,11 +70,11 @@ _TEXT_LAYER = {
 
 
 def their_names(ours: str) -> dict[str, tuple[str, ...]]:
-    """Published names of one MED parameter, by part of the published network.
+    """Return the published names of one MED parameter, by part of the published network.
 
     The names of a part are in order along the first dimension of the parameter. The result is empty
-    for a parameter that the published network lacks. Every name of the ViT is kept, because timm
-    has ViTs with parameters that the published one lacks.
+    for a parameter that the published network lacks. Every name of the ViT is kept, because some
+    timm ViTs have parameters that the published one lacks.
     """
     section, _, rest = ours.partition(".")
     if section == "vision":
@@ -89,7 +89,7 @@ def their_names(ours: str) -> dict[str, tuple[str, ...]]:
 
 
 def _their_text_names(ours: str) -> dict[str, tuple[str, ...]]:
-    """Like `their_names`, for a name within MED's text stack."""
+    """Return the published names like `their_names`, for a name within MED's text stack."""
     stacks = {"text_encoder": "text_encoder", "text_decoder": "text_decoder.bert"}
     section, _, rest = ours.partition(".")
     if section == "embeddings":
@@ -117,12 +117,12 @@ def _their_text_names(ours: str) -> dict[str, tuple[str, ...]]:
 def to_salesforce(med: Mapping[str, Tensor], head: Head) -> State:
     """Convert MED parameters to the published layout of a head, without training state.
 
-    Parameters that the published network lacks are dropped. Encoder and decoder get the same
-    tensors where they share them; fused tensors are split into views. Second names of tied tensors
-    and position_ids are included.
+    Parameters that the published network lacks are dropped. Encoder and decoder share tensors where
+    MED has only one. Fused tensors are split into views. Second names of tied tensors and
+    position_ids are included.
 
     Args:
-        med: parameters by name; `lm_head.weight`, which is the word embedding, may be missing.
+        med: parameters by name. `lm_head.weight`, which is the word embedding, may be missing.
         head: model to convert to.
     """
     state: State = {}
@@ -144,8 +144,8 @@ def from_salesforce(state: Mapping[str, Tensor], names: Iterable[str]) -> State:
         names: names of the MED parameters to return.
 
     Raises:
-        ValueError: encoder and decoder differ where MED has one tensor, because they were
-            fine-tuned apart.
+        ValueError: encoder and decoder differ in a tensor that MED shares, because they were
+            fine-tuned separately.
     """
     result: State = {}
     for ours in names:
@@ -172,7 +172,7 @@ def _join(state: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
 
 
 def complete(state: State) -> State:
-    """Add second names and position_ids, which some writers leave out, to a state in place."""
+    """Add second names and position_ids, which some writers omit, to a state in place."""
     for second, first in TIED.items():
         for missing, present in ((second, first), (first, second)):
             if missing not in state and present in state:
@@ -187,7 +187,7 @@ def complete(state: State) -> State:
 def momentum_to_salesforce(momentum: Mapping[str, Tensor], online: Mapping[str, Tensor]) -> State:
     """Convert momentum copies to the published layout.
 
-    The published copy of the text encoder has cross-attention, which nothing reads. It gets the
+    The published copy of the text encoder has cross-attention, which is never read. It gets the
     online weights.
 
     Args:

@@ -1,4 +1,4 @@
-"""Read and write the `.pth` files of BLIP's published code."""
+"""Reader and writer of the `.pth` files of BLIP's published code."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from blip_scale.model.text import SpecialTokens, TextConfig
 from blip_scale.model.vision import VisionConfig, build_vision
 
 _HEAD_WIDTH = 64
-"""Channels per attention head in all published networks; shapes of tensors do not show it."""
+"""Channels per attention head in all published networks. Tensor shapes do not show it."""
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "module.")
 """Prefixes of names to strip, in this order."""
 _BERT_WORDS = 30522
 """Vocabulary size of bert-base-uncased, without [DEC] and [ENC]."""
 _NETWORK = "network"
-"""Key of the network's sizes in files that this package writes, beside `model`."""
+"""Key of the network's sizes in files that this package writes, next to `model`."""
 _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
-"""Errors of torch's unpickler on bytes that are no pickle."""
+"""Errors of torch's unpickler on bytes that are not a pickle."""
 
 
 class UnknownSizesError(ValueError):
-    """A file whose content and shapes do not determine the sizes of its network."""
+    """The content and shapes of a file do not determine the sizes of its network."""
 
 
 def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
@@ -49,8 +49,8 @@ def read_salesforce(path: Path, config: MEDConfig | None = None) -> BlipWeights:
 
     Args:
         path: the `.pth` file.
-        config: sizes of the network, for files that do not state their number of heads; None
-            assumes the published 64 channels per head.
+        config: sizes of the network, for files that do not state their number of heads. None:
+            assume the published 64 channels per head.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -87,7 +87,7 @@ def read_sizes(path: Path) -> MEDConfig:
 
 
 def states_sizes(path: Path) -> bool:
-    """Whether a file states the sizes of its network, as those written by this package do.
+    """Whether a file states the sizes of its network, like the files that this package writes.
 
     Raises:
         FileNotFoundError, ValueError: see `load_pth`.
@@ -96,15 +96,15 @@ def states_sizes(path: Path) -> bool:
 
 
 def _sizes(loaded: dict[str, Any], state: State, config: MEDConfig | None) -> MEDConfig:
-    """Sizes stated in the file, else `config`, else sizes inferred from the shapes."""
+    """Return the sizes stated in the file, else `config`, else sizes inferred from the shapes."""
     return at_their_resolution(_network(loaded) or config or _guessed(state), state)
 
 
 def _state_dict(loaded: Mapping[str, Any], path: Path) -> State:
-    """Unwrap the tensors of a file.
+    """Extract the state dict of a file.
 
-    They may be nested in `model` or `state_dict`. Prefixes of DistributedDataParallel and
-    torch.compile are stripped from names.
+    It may be nested in `model` or `state_dict`. Prefixes of DistributedDataParallel and
+    torch.compile are removed from the names.
 
     Raises:
         ValueError: there is no state dict. The message names the keys that the file has.
@@ -129,7 +129,7 @@ def _state_dict(loaded: Mapping[str, Any], path: Path) -> State:
 
 
 def write_salesforce(weights: BlipWeights, path: Path) -> None:
-    """Write a file for the published loaders: `model`, with sizes and output settings beside it.
+    """Write a file for the published loaders: `model`, with sizes and output settings next to it.
 
     Raises:
         ValueError: there are parameters that the published network lacks. The message names them.
@@ -176,7 +176,7 @@ def load_pth(path: Path) -> dict[str, Any]:
 
 
 def at_their_resolution(config: MEDConfig, state: State) -> MEDConfig:
-    """Set the image size of a config to the one that the position parameters were made for."""
+    """Set the image size of a config to that of the state's position parameters."""
     with torch.device("meta"):
         vision = build_vision(config.vision)
     side = patches_per_side(state, vision, "visual_encoder.")
@@ -195,7 +195,7 @@ def med_config_from(network: Mapping[str, Any]) -> MEDConfig:
     """Build a MEDConfig from the dictionary that dataclasses.asdict makes of it.
 
     Raises:
-        TypeError, KeyError, ValueError: the dictionary is not one.
+        TypeError, KeyError, ValueError: the dictionary is not a MEDConfig.
     """
     text = dict(network["text"])
     special = SpecialTokens(**text.pop("special"))

@@ -1,8 +1,8 @@
-"""Convert names of the VQA and NLVR2 networks to those of BLIP's published files and back.
+"""Conversion of parameter names of the VQA, NLVR2 and VisDial networks to published names and back.
 
-Both here and there, encoder and decoder are two stacks, so every parameter has one place. A VisDial
-network was never published. Its names follow the same rule, so that it can start from a retrieval
-file.
+In the published code too, encoder and decoder of these networks are two separate stacks, so every
+parameter has one place. A VisDial network was never published. Its names follow the same rule, so
+that it can start from a retrieval file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CROSS = "text_encoder.encoder.layer.{}.crossattention."
 
 
 def published_names(ours: str) -> tuple[str, ...]:
-    """Published names of one parameter, in order along its first dimension.
+    """Return the published names of one parameter, in order along its first dimension.
 
     The result is empty for a parameter that the published network lacks.
     """
@@ -61,7 +61,7 @@ def task_to_published(parameters: Mapping[str, Tensor]) -> State:
 
 
 def task_from_published(state: Mapping[str, Tensor], names: Iterable[str]) -> State:
-    """Take the parameters `names` from a complete published layout, as far as it has them."""
+    """Select the parameters `names` from a complete published layout, as far as it has them."""
     result: State = {}
     for ours in names:
         pieces = [state[name] for name in published_names(ours)]

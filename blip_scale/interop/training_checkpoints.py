@@ -1,4 +1,4 @@
-"""Read and write training checkpoints (`storage.checkpoint_format`) in a single process.
+"""Reader and writer of training checkpoints (`storage.checkpoint_format`) in a single process.
 
 Checkpoints written here have no optimizer state, so no run can resume from them. Use them as
 `model.checkpoint`.
@@ -44,11 +44,11 @@ from blip_scale.storage.untrusted import parse_json
 _NO_IMAGE = -100
 """Image id of an unused column of a queue, as published."""
 _OUTPUT = f"{output_settings.KEY}.json"
-"""File of the output settings in converted checkpoints, which are not in a run's folder."""
+"""File of the output settings in converted checkpoints, which have no run folder."""
 
 
 def step_folder(path: Path) -> Path | None:
-    """Folder of a checkpoint: the path itself, or the newest checkpoint in the folder of a run.
+    """Find the folder of a checkpoint: the path itself, or the newest checkpoint of a run folder.
 
     The result is None if the path is neither.
     """
@@ -89,15 +89,15 @@ def read_training_checkpoint(
     """Read the weights of a head, with momentum copies and queues.
 
     The names of the parameters determine the head (`heads`). Parameters that the published network
-    lacks go to `BlipWeights.unpublished`. LoRA adapters are merged into their weights.
+    lacks are stored in `BlipWeights.unpublished`. LoRA adapters are merged into their weights.
 
     Args:
         folder: checkpoint folder `step_N`.
         config: sizes of the network, for folders that do not have them.
-        with_state: read momentum copies and queues as well.
+        with_state: whether to read momentum copies and queues as well.
 
     Raises:
-        ValueError: files are damaged, or belong to another network. The message says which.
+        ValueError: files are damaged, or belong to another network. The message names them.
         FileNotFoundError: a file named in the manifest is missing.
     """
     config = network_of(folder) or config
@@ -128,7 +128,7 @@ def read_training_checkpoint(
         shared = checkpoint_format.read_tensors(file) if with_state else {}
     except SafetensorError as error:
         raise ValueError(f"{folder}: {error}") from error
-    # The momentum copies of frozen parameters are equal to them, and not stored.
+    # The momentum copies of frozen parameters equal these parameters and are not stored.
     frozen = manifest.frozen if with_state else []
     copies = {name: parameters[name] for name in frozen} | momentum
     if lora is not None:
@@ -146,7 +146,7 @@ def read_training_checkpoint(
         pointer = torch.tensor([manifest.task["queue"]["pointer"]])
         state["queue_ptr" if head == "pretrain" else "ptr_queue"] = pointer
         if head == "retrieval":
-            columns = state["image_queue"].shape[1]  # pretraining without LM keeps no image ids
+            columns = state["image_queue"].shape[1]  # pretraining without LM stores no image ids
             ids = shared.get("queue/image_ids", torch.full((columns,), _NO_IMAGE))
             state["idx_queue"] = ids[None]
     weights = BlipWeights(
@@ -201,7 +201,7 @@ def write_training_checkpoint(weights: BlipWeights, folder: Path) -> None:
         else:
             weight[name] = tensor
     tensors = {f"weight/{name}": tensor.flatten().contiguous() for name, tensor in weight.items()}
-    for name, tensor in momentum.items():  # cloned: safetensors refuses tensors that share memory
+    for name, tensor in momentum.items():  # clone: safetensors refuses tensors that share memory
         shared = tensor.data_ptr() == weight[name].data_ptr()
         tensors[f"momentum/{name}"] = (tensor.clone() if shared else tensor).flatten().contiguous()
     queues, task = {}, {}
@@ -235,8 +235,8 @@ def _check_names(
 ) -> None:
     """Refuse a checkpoint with unknown or missing parameters.
 
-    Parameters that the published network lacks may be missing. Parameters of losses may be left
-    over.
+    Parameters that the published network lacks may be missing. Additional parameters of losses are
+    allowed.
     """
     saved = set(saved)
     unknown = sorted(name for name in saved - set(shapes) if name.startswith(PREFIX))

@@ -1,4 +1,4 @@
-"""Load vision weights from timm's hub or from a file, at any resolution."""
+"""Loader of vision weights from timm's hub or from a file, at any resolution."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from blip_scale.storage import hub
 log = logging.getLogger(__name__)
 
 _CLASSIFIER = re.compile(r"^(head|head_dist|fc_norm|pre_logits)\.")
-"""Names of classifier parts. Some towers have a norm of this name, and no tower has the others."""
+"""Names of classifier parts. Some towers have the norm `fc_norm`; no tower has the others."""
 _PREFIX = "visual_encoder."
-"""Prefix of the ViT's names in BLIP's published checkpoints; the rest are timm's names."""
+"""Prefix of the ViT's names in BLIP's published checkpoints. The rest of a name is timm's."""
 
 
 def load_vision(med: MED, checkpoint: str | Path) -> None:
-    """Fill the tower of an unpartitioned MED; position embeddings are interpolated if needed.
+    """Load the tower of a MED that is not partitioned. Position embeddings are interpolated.
 
     Args:
-        med: network to fill.
+        med: network whose tower is set.
         checkpoint: `timm` for timm's pretrained weights of the same model, or a file with timm's
             names, with or without the prefix `visual_encoder.`. The file is .safetensors, or .pth
+            with only tensors.
             with tensors only.
 
     Raises:
@@ -69,15 +70,15 @@ def load_vision(med: MED, checkpoint: str | Path) -> None:
 def fitted_positions(
     state: Mapping[str, Tensor], vision: ImageTower, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Bring the position parameters in a state to the resolution of an unpartitioned tower.
+    """Resize the position parameters in a state to the resolution of a tower.
 
-    Position embeddings are interpolated as BLIP does, BEiT's tables of relative positions as timm
-    does. Rotary embeddings have no parameters that depend on the resolution.
+    Position embeddings are interpolated as in BLIP, and BEiT's tables of relative positions as in
+    timm. Rotary embeddings have no parameters that depend on the resolution.
 
     Args:
-        state: parameters by name; the others are kept.
-        vision: tower with the wanted resolution, on any device.
-        prefix: what the names in `state` have before those of the tower.
+        state: parameters by name. Other parameters are unchanged.
+        vision: tower with the new resolution, not partitioned, on any device.
+        prefix: prefix of the tower's names in `state`.
     """
     fitted = dict(state)
     grid = vision.patch_embed.grid_size
@@ -90,12 +91,12 @@ def fitted_positions(
 
 
 def patches_per_side(state: Mapping[str, Tensor], vision: ImageTower, prefix: str) -> int | None:
-    """Side of the grid of patches that a state's position parameters are for, or None.
+    """Return the side of the patch grid for which a state's position parameters were made.
 
-    Args and names are those of `fitted_positions`. None: the tower has no such parameters.
+    See `fitted_positions` for the arguments. None: the tower has no such parameters.
     """
     for _, source, _, extra in _positions(state, vision, prefix):
-        if extra is None:  # (2 * side - 1) squared distances, and three for the class token
+        if extra is None:  # (2 * side - 1) squared distances, plus three for the class token
             return (math.isqrt(max(source.shape[0] - 3, 0)) + 1) // 2 or None
         return math.isqrt(max(source.shape[1] - extra, 0)) or None
     return None
@@ -104,9 +105,9 @@ def patches_per_side(state: Mapping[str, Tensor], vision: ImageTower, prefix: st
 def _positions(
     state: Mapping[str, Tensor], vision: ImageTower, prefix: str
 ) -> Iterator[tuple[str, Tensor, tuple[int, ...], int | None]]:
-    """Position parameters of a state: name in it, value, the tower's shape, further positions.
+    """Yield a state's position parameters: name, value, the tower's shape, number of extra tokens.
 
-    The last is the number of positions that are not of patches; None: a table of distances.
+    The extra tokens have positions but are not patches. None: a table of relative positions.
     """
     for name, parameter in vision.named_parameters():
         source = state.get(f"{prefix}{name}")
@@ -124,7 +125,7 @@ def interpolate_positions(positions: Tensor, grid: tuple[int, int], extra: int =
     """Resize position embeddings [1, extra + s * s, D] to another grid of patches.
 
     The interpolation is BLIP's: bicubic, align_corners False, no antialiasing. The embeddings of
-    the first `extra` tokens are kept.
+    the first `extra` tokens are unchanged.
 
     Raises:
         ValueError: the source grid is not square.

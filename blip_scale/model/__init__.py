@@ -1,1 +1,1 @@
-"""The network alone: torch and timm. Knows no rank, no file, no tokenizer, no recipe."""
+"""The network, built on torch and timm. It uses no ranks, files, tokenizers or recipes."""

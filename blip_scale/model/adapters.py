@@ -1,9 +1,9 @@
 """LoRA adapters (Hu et al. 2021) on the attention of a network, added by peft.
 
-The product W x of a linear layer becomes W x + B (A x) * alpha / rank. W is frozen; A and B train.
-peft renames the parameters of such a layer `X`: X.weight to X.base_layer.weight, X.bias to
-X.base_layer.bias. The adapter's are X.lora_A.default.weight [rank, in] and X.lora_B.default.weight
-[out, rank].
+The product W x of a linear layer becomes W x + B (A x) * alpha / rank. W is frozen; A and B are
+trained. peft renames the parameters of such a layer `X`: X.weight to X.base_layer.weight, and
+X.bias to X.base_layer.bias. The parameters of the adapter are X.lora_A.default.weight [rank, in]
+and X.lora_B.default.weight [out, rank].
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 N = TypeVar("N", bound=nn.Module)
 Part = Literal["vision", "text", "cross_attention"]
-"""Part of a network that can have adapters. What belongs to none of them is a head."""
+"""Part of a network that can have adapters. Modules outside these parts are heads."""
 AlsoTrained = Literal["heads", "rest", "none"]
 
 KEY = "lora"
-"""Entry of a checkpoint's task state that holds rank, alpha and targets of its adapters."""
+"""Key of a checkpoint's task state that holds rank, alpha and targets of its adapters."""
 _BASE = ".base_layer."
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 _ATTENTION: dict[Part, re.Pattern[str]] = {
@@ -33,12 +33,12 @@ _ATTENTION: dict[Part, re.Pattern[str]] = {
         r"text(_encoder|_decoder)?\.layers\.\d+\.cross_attention\.(images\.\d\.)?(?!merge)\w+"
     ),
 }
-"""Part -> names of the modules in its attention."""
+"""Part -> pattern of the names of the modules in its attention."""
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA adapters of a network, and what trains besides them."""
+    """Settings of a network's LoRA adapters, and of the other parameters that are trained."""
 
     rank: int
     alpha: float
@@ -48,8 +48,8 @@ class Adapters:
     dropout: float = 0.0
     """Dropout probability of the adapter's input."""
     also_train: AlsoTrained = "heads"
-    """Parameters that train besides the adapters: the heads, also the parts that are no targets, or
-    none."""
+    """Parameters that are trained besides the adapters: only the heads (`heads`), also the parts
+    that are no targets (`rest`), or none."""
     first_block: int = 0
     """Index of the first ViT block with adapters. The blocks before it are frozen."""
 
@@ -59,14 +59,14 @@ class Adapters:
         return self.alpha / self.rank
 
     def trains(self, part: Part | None) -> bool:
-        """Whether the parameters of a part train. None stands for the heads."""
+        """Whether the parameters of a part are trained, adapters aside. None means the heads."""
         if self.also_train == "rest":
             return part not in self.targets
         return part is None and self.also_train == "heads"
 
 
 def part_of(name: str) -> Part | None:
-    """Part of the network that a parameter belongs to, by its name there; None for a head."""
+    """Return the part that a parameter belongs to, by its plain name; None for a head."""
     section = name.partition(".")[0]
     if section == "vision":
         return "vision"
@@ -76,10 +76,10 @@ def part_of(name: str) -> Part | None:
 
 
 def begins_at_random(name: str, network: nn.Module) -> bool:
-    """Whether no pretrained weights fit a layer of the text stack, which thus counts as a head.
+    """Whether no pretrained weights fit a layer of the text stack. It is then treated as a head.
 
-    These are the keys and values of VQA's decoder if images and text differ in width (ViT-L): they
-    read the states of questions, and the pretrained ones image tokens.
+    This holds for the keys and values of VQA's decoder if images and text differ in width (ViT-L):
+    these layers read the states of questions, while the pretrained ones read image tokens.
 
     Args:
         name: plain name of the layer or of one of its parameters.
@@ -93,7 +93,7 @@ def begins_at_random(name: str, network: nn.Module) -> bool:
 
 
 def freeze_text(network: N) -> N:
-    """Freeze the text stacks, but for cross-attention. Returns the same network."""
+    """Freeze the text stacks except cross-attention. Return the same network."""
     for name, parameter in network.named_parameters():
         if part_of(name) == "text":
             parameter.requires_grad_(False)
@@ -101,9 +101,9 @@ def freeze_text(network: N) -> N:
 
 
 def add_adapters(network: N, adapters: Adapters) -> N:
-    """Add adapters to the linear layers of the targets' attention, and freeze what won't train.
+    """Add adapters to the linear layers of the targets' attention, and freeze other parameters.
 
-    New weights are peft's: A random, B zero. Layers that begin at random get no adapters.
+    The initial weights are peft's: A random, B zero. Layers that begin at random get no adapters.
 
     Args:
         network: network of a head or momentum encoder; changed in place.
@@ -126,12 +126,12 @@ def add_adapters(network: N, adapters: Adapters) -> N:
     layers = _target_layers(network, adapters)
     settings = peft.LoraConfig(
         r=adapters.rank,
-        lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft takes floats, too
+        lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft also takes floats
         lora_dropout=adapters.dropout,
         target_modules="|".join(map(re.escape, layers)),
     )
     with warnings.catch_warnings():
-        # Under zero.Init a rank holds none of the new weights. `fill` sets them later.
+        # Under zero.Init a rank holds no elements of the new weights. `fill` sets them later.
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         peft.inject_adapter_in_model(settings, network)
     for name, parameter in network.named_parameters():
@@ -142,13 +142,13 @@ def add_adapters(network: N, adapters: Adapters) -> N:
     attention: Any
     for attention in network.modules():
         if hasattr(attention, "qkv_bias_separate") and hasattr(attention.qkv, "base_layer"):
-            # Otherwise timm reads the weight of qkv itself and passes the adapter by.
+            # Otherwise timm reads the weight of qkv directly and bypasses the adapter.
             attention.qkv_bias_separate = True
     return network
 
 
 def _target_layers(network: nn.Module, adapters: Adapters) -> list[str]:
-    """Names of the linear layers that get adapters."""
+    """List the names of the linear layers that get adapters."""
     names = []
     for name, module in network.named_modules():
         for part in adapters.targets:
@@ -171,7 +171,7 @@ def is_adapter(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Name of a parameter without adapters; of an adapter's, the weight that it is added to."""
+    """Return a parameter's name without adapters. For an adapter, return its base weight's name."""
     for suffix in (_A, _B):
         if name.endswith(suffix):
             return f"{name.removesuffix(suffix)}.weight"
@@ -179,7 +179,7 @@ def plain_name(name: str) -> str:
 
 
 def renamed(plain: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Weights under the names that they have in a network with adapters.
+    """Rename weights to the names that they have in a network with adapters.
 
     Args:
         plain: weights by plain name.
@@ -190,7 +190,7 @@ def renamed(plain: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tens
 
 
 def trained_shares(network: nn.Module) -> str:
-    """Number of parameters that train in each part of a network, for the log."""
+    """Describe for the log how many parameters of each part of a network are trained."""
     trained: Counter[str] = Counter()
     total = 0
     for name, parameter in network.named_parameters():
@@ -203,7 +203,7 @@ def trained_shares(network: nn.Module) -> str:
 
 
 def are_complete(names: Collection[str]) -> bool:
-    """Whether each adapter among the names has both factors and a base weight."""
+    """Whether both factors and the base weight of each adapter are among the names."""
     parts: set[str] = set()
     for name in filter(is_adapter, names):
         layer = name.removesuffix(_A).removesuffix(_B)
@@ -212,15 +212,15 @@ def are_complete(names: Collection[str]) -> bool:
 
 
 def adapter_shape(name: str, rank: int, base: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of an adapter's parameter for a base weight [out, in]."""
+    """Return the shape of an adapter's parameter for a base weight [out, in]."""
     return (rank, base[1]) if name.endswith(_A) else (base[0], rank)
 
 
 def merged(parameters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Add the adapters to their base weights: W + B A * scale, under the plain names.
+    """Merge the adapters into their base weights: W + B A * scale, under the plain names.
 
     Args:
-        parameters: parameters by name. An adapter without its base weight is left out.
+        parameters: parameters by name. An adapter without its base weight is omitted.
         scale: `Adapters.scale`.
     """
     plain = {plain_name(n): tensor for n, tensor in parameters.items() if not is_adapter(n)}

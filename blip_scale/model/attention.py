@@ -1,7 +1,7 @@
 """Attention over packed sequences: layouts, and one function for all kernels of `kernels`.
 
-Sequences of different lengths lie one after another in one tensor, so no linear layer ever computes
-on a pad. SDPA takes no packed layout: its inputs are padded here, and its output is packed again.
+Sequences of different lengths are concatenated in one tensor, so no linear layer computes on pads.
+SDPA takes no packed layout, so its inputs are padded here and its output is packed again.
 
 Shapes: T packed tokens, S sequences, L longest sequence, H heads, C channels of a head.
 """
@@ -25,27 +25,27 @@ from blip_scale.model.kernels import (
 )
 
 # On new GPUs SDPA would choose cuDNN's kernel, which is compiled for every new shape (0.17 s on an
-# H200). Captions have new lengths in every batch. Once compiled, it is no faster than the others.
+# H200). Each batch of captions has new lengths. Once compiled, this kernel is no faster.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the sequences lie in a packed tensor."""
+    """Boundaries of the sequences in a packed tensor."""
 
     offsets: Tensor
-    """[S+1] int32: sequence s takes the places offsets[s] to offsets[s+1]; offsets[-1] is T."""
+    """Sequence s has the places offsets[s] to offsets[s+1], and offsets[-1] is T. [S+1] int32."""
     max_length: int
-    """At least the longest sequence; a plain int, so that no kernel launch waits for the device."""
+    """Upper bound of the lengths. It is an int, so that no kernel launch waits for the device."""
     order: Tensor | None = None
-    """[T] int64: the row of the tensor that holds each place. None: the rows are in order."""
+    """Row of the tensor that holds each place, [T] int64. None: place and row are equal."""
     rows: Tensor | None = None
-    """[T] int64: where each row of the tensor goes in the flattened padded layout [S * L]. None:
-    computed by each call of `pad` and `unpad`; see `padded`."""
+    """Index of each row of the tensor in the flattened padded layout [S * L], [T] int64. None: each
+    call of `pad` and `unpad` computes it; see `padded`."""
 
     @staticmethod
     def from_lengths(lengths: list[int], device: torch.device | str = "cpu") -> Segments:
-        """Segments of the given lengths."""
+        """Create segments of these lengths."""
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return Segments(offsets.to(device), max(lengths, default=0))
 
@@ -56,36 +56,39 @@ class Segments:
 
     @property
     def lengths(self) -> Tensor:
-        """[S] int32."""
+        """Length of each sequence, [S] int32."""
         return self.offsets[1:] - self.offsets[:-1]
 
     @property
     def valid(self) -> Tensor:
-        """[S, L] bool: True where the padded layout holds a token."""
+        """Whether each element of the padded layout is a token, [S, L] bool."""
         places = torch.arange(self.max_length, device=self.offsets.device)
         return places < self.lengths[:, None]
 
     def is_dense(self, tokens: int) -> bool:
-        """Whether all sequences are max_length long and in order: then padding is a mere view."""
+        """Whether all sequences are in order and max_length long, so that padding is a view."""
         in_order = self.order is None and self.rows is None
         return in_order and tokens == self.count * self.max_length
 
     def sequence_of(self, tokens: int) -> Tensor:
-        """[T] int64: the sequence of each place. `tokens` is T, which the host can't read here."""
+        """Return the sequence of each place, [T] int64.
+
+        `tokens` is T. The host would have to wait for the device to read it from `offsets`.
+        """
         sequences = torch.arange(self.count, device=self.offsets.device)
         return sequences.repeat_interleave(self.lengths, output_size=tokens)
 
     def positions(self, sequences_T: Tensor) -> Tensor:
-        """[T] int64: each place counted from the start of its sequence, from `sequence_of`."""
+        """Return the position in its sequence of each place, [T] int64. See `sequence_of`."""
         starts_T = self.offsets.long().index_select(0, sequences_T)
         return torch.arange(len(sequences_T), device=starts_T.device) - starts_T
 
     def padded(self, tokens: int) -> Segments:
-        """The same segments with `rows`, for layers that pad and unpad many tensors."""
+        """Compute `rows` once, for layers that pad and unpad many tensors."""
         return self if self.is_dense(tokens) else replace(self, rows=self.padded_rows(tokens))
 
     def padded_rows(self, tokens: int) -> Tensor:
-        """[T] int64: see `rows`."""
+        """Return `rows`, [T] int64; compute them if necessary."""
         if self.rows is not None:
             return self.rows
         sequences = self.sequence_of(tokens)
@@ -95,7 +98,7 @@ class Segments:
         return torch.empty_like(rows).scatter_(0, self.order, rows)
 
     def pad(self, x_THC: Tensor) -> Tensor:
-        """[T, H, C] to [S, L, H, C], zeros in the pads; a view when there are none."""
+        """Pad [T, H, C] with zeros to [S, L, H, C]. Return a view if there are no pads."""
         tokens, *rest = x_THC.shape
         if self.is_dense(tokens):
             return x_THC.unflatten(0, (self.count, self.max_length))
@@ -104,12 +107,12 @@ class Segments:
         return padded.unflatten(0, (self.count, self.max_length))
 
     def unpad(self, x_SLHC: Tensor, tokens: int) -> Tensor:
-        """[S, L, H, C] to [T, H, C]; the inverse of `pad`."""
+        """Pack [S, L, H, C] to [T, H, C]. This is the inverse of `pad`."""
         flat = x_SLHC.flatten(0, 1)
         return flat if self.is_dense(tokens) else flat.index_select(0, self.padded_rows(tokens))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
-        """The same segments on another device."""
+        """Copy the segments to another device."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
@@ -120,8 +123,8 @@ class Segments:
 
 @lru_cache(maxsize=64)
 def dense_segments(count: int, length: int, device: torch.device) -> Segments:
-    """Segments of `count` sequences of one `length`, such as the tokens of a batch of images."""
-    with torch.inference_mode(False):  # kept for later steps, whose backward may save the offsets
+    """Create segments of `count` sequences of one `length`, such as a batch of images."""
+    with torch.inference_mode(False):  # cached: a later backward may need to save the offsets
         stop = count * length + 1
         offsets = torch.arange(0, stop, length, dtype=torch.int32, device=device)
     return Segments(offsets, length)
@@ -129,33 +132,33 @@ def dense_segments(count: int, length: int, device: torch.device) -> Segments:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Which tokens see which: query sequence s sees key sequence s, wholly or causally."""
+    """Which tokens attend to which: query sequence s to key sequence s, fully or causally."""
 
     queries: Segments
     keys: Segments
     causal: bool = False
-    """Each token sees itself and those before it; queries and keys must be the same segments."""
+    """Each token attends to itself and those before it. Requires `queries is keys`."""
     contexts: Tensor | None = None
-    """[S] int64, for SDPA alone: the key sequence that each query sequence sees. None: key sequence
-    s for query sequence s."""
+    """Key sequence that each query sequence attends to, [S] int64, for SDPA only. None: key
+    sequence s for query sequence s."""
     key_mask: Tensor | None = None
-    """[S, 1, 1, L] bool, for SDPA alone: False at the pads of the keys that each query sequence
-    sees. None: computed by each call where keys have pads; see `padded`."""
+    """False at the pads of the keys that each query sequence attends to, [S, 1, 1, L] bool, for
+    SDPA only. None: each call computes it if keys have pads; see `padded`."""
 
     def __post_init__(self) -> None:
         if self.causal and self.queries is not self.keys:
             raise ValueError("causal attention is self-attention: pass the same segments twice")
 
     def padded(self, query_tokens: int, key_tokens: int) -> AttentionLayout:
-        """The same layout with all index tensors that SDPA needs, for many calls."""
+        """Compute all index tensors that SDPA needs once, for many calls."""
         queries = self.queries.padded(query_tokens)
         keys = queries if self.keys is self.queries else self.keys.padded(key_tokens)
         return replace(self, queries=queries, keys=keys, key_mask=self.mask(key_tokens))
 
     def mask(self, key_tokens: int) -> Tensor | None:
-        """[S, 1, 1, L] bool; see `key_mask`. None: no key needs a mask.
+        """Return the mask of the keys, [S, 1, 1, L] bool; see `key_mask`. None: no mask is needed.
 
-        Causal attention needs none: pads come last, so no token sees one.
+        Causal attention needs none: pads come last, so no token attends to one.
         """
         if self.key_mask is not None or self.causal or self.keys.is_dense(key_tokens):
             return self.key_mask
@@ -173,13 +176,13 @@ def attention(
     dropout_p: float = 0.0,
     kernel: Kernel = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v within each sequence, with dropout on the probabilities.
+    """Compute softmax(q k^T / sqrt(C)) v in each sequence, with dropout on the probabilities.
 
     Args:
-        q_THC: [T of the queries, H, C], any floating type; the last dimension contiguous.
-        k_THC: [T of the keys, H, C]. Strided views of a fused projection are accepted.
-        v_THC: like k_THC.
-        layout: which tokens see which. Every key sequence holds at least one token.
+        q_THC: [T of the queries, H, C], any floating type. The last dimension is contiguous.
+        k_THC: [T of the keys, H, C]. Strided views of a fused projection are allowed.
+        v_THC: [T of the keys, H, C], like k_THC.
+        layout: which tokens attend to which. Every key sequence holds at least one token.
         dropout_p: probability of dropping a weight; 0 in evaluation.
         kernel: see `choose_kernel`.
 
@@ -231,15 +234,15 @@ def _sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: AttentionLayout, 
 
 
 def _seen(layout: AttentionLayout, x_THC: Tensor) -> Tensor:
-    """Padded keys or values [S, L, H, C] of the context that each query sequence sees."""
+    """Pad the keys or values that each query sequence attends to, [S, L, H, C]."""
     x_SLHC = layout.keys.pad(x_THC)
     return x_SLHC if layout.contexts is None else x_SLHC.index_select(0, layout.contexts)
 
 
 def _is_slow(q: Tensor, p: float) -> bool:
-    """Whether SDPA is slower than plain products.
+    """Whether SDPA is slower than two matrix products and a softmax.
 
-    On a CPU it is 2 to 4 times slower in bf16, forward and backward. With dropout SDPA computes
-    plain products itself, in fp32 and with torch's slow dropout.
+    On a CPU, SDPA is 2 to 4 times slower in bf16, forward and backward. With dropout, SDPA itself
+    computes two products, in fp32 and with torch's slow dropout.
     """
     return q.device.type == "cpu" and (q.dtype == torch.bfloat16 or p > 0)

@@ -1,4 +1,4 @@
-"""Dropout whose random numbers cost little on a CPU too."""
+"""Dropout with a fast random generator on CPUs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LEVELS = 2**16
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero each element with probability p and divide the others by 1 - p, as in training.
 
-    On a GPU this is torch's dropout. On a CPU torch draws a floating-point number for each element,
-    which takes 3 to 4 times as long as this function. Here four elements share the 64 bits of one
-    draw, so p is rounded to a multiple of 2^-16. Compiled code takes torch's dropout, which can be
-    fused and draws other numbers.
+    On a GPU this is torch's dropout. On a CPU, torch draws a floating-point number for each
+    element, which takes 3 to 4 times as long as this function. Here, four elements share the 64
+    bits of one draw, so p is rounded to a multiple of 2^-16. Compiled code uses torch's dropout,
+    which can be fused but draws other numbers.
 
     Args:
         x: any shape and floating type.
@@ -31,8 +31,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`dropout` as a module; off in evaluation."""
+    """Module that applies `dropout` in training mode only."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Any shape to the same shape."""
+        """Map any shape to the same shape."""
         return dropout(input, self.p) if self.training else input

@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, by formula (2 for a multiply-add).
 
-As usual for MFU, only matrix multiplications and attention products are counted, and only those
-that the mathematics needs. Recomputation by gradient checkpointing, dropped patches and the
-backward of frozen ViT blocks are not counted. A causal product counts whole. LoRA and a frozen text
-stack are counted as if all weights trained, which makes MFU read high.
+As usual for MFU, count only the matrix multiplications and attention products that the model
+requires. Recomputation by gradient checkpointing, dropped patches and the backward of frozen ViT
+blocks are not counted. A causal product counts as a full one. LoRA and a frozen text stack count as
+if all weights were trained, so MFU reads too high.
 
 Letters: B batch, N image tokens, D width, E embed_dim, Q queue, T text tokens, V vocabulary.
 """
@@ -36,21 +36,25 @@ class _Vision:
     blocks: float
     """All blocks."""
     pooling: float
-    """Attention pooling, where the tower has one."""
+    """Attention pooling, if the tower has one."""
     frozen: float
-    """Blocks without a backward. If there are any, the patches have no backward either."""
+    """Blocks without a backward. If there are any, the patch embedding has no backward either."""
     last_products: float
     """Last linear layers of the blocks that have a backward."""
     momentum: float
     """All blocks of the momentum encoder. It drops no patches, and its last block computes only the
     class token."""
     tokens: int
-    """Number of tokens that the tower gives."""
+    """Number of tokens that the tower returns."""
     width: int
 
     @property
     def forward_and_backward(self) -> float:
-        """A backward takes twice the forward, but once for the patches: pixels have no gradient."""
+        """FLOPs of forward and backward.
+
+        A backward costs two forwards, but only one for the patch embedding: pixels have no
+        gradient.
+        """
         patches = self.patches if self.frozen else 2 * self.patches
         return 3 * (self.blocks + self.pooling) - 2 * self.frozen + patches
 
@@ -58,15 +62,15 @@ class _Vision:
 def pretraining_flops(
     config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int
 ) -> float:
-    """FLOPs of one pretraining micro-step on one rank, with BLIP's momentum contrast.
+    """Count the FLOPs of one pretraining micro-step on one rank, with BLIP's momentum contrast.
 
-    Forward and backward are counted.
+    The result includes forward and backward.
 
     Args:
         config: the network.
         batch_size: number of pairs B.
-        text_tokens: tokens T of the B captions together, [CLS] and [SEP] included. All captions,
-            hard negatives too, are assumed to be equally long.
+        text_tokens: number of tokens T of all B captions, including [CLS] and [SEP]. All captions
+            and hard negatives are assumed to be equally long.
         queue_size: number of columns Q of the queue.
     """
     med = med_flops(config, batch_size, text_tokens)
@@ -76,14 +80,14 @@ def pretraining_flops(
 def padded_pretraining_flops(
     config: MEDConfig, text: PackedText, room: Room, queue_size: int
 ) -> float:
-    """FLOPs of `pretraining_flops` and of all fillers.
+    """Count the FLOPs of `pretraining_flops` including all fillers.
 
-    They are what a GPU computes when captions are filled up to static sizes.
+    This is the work of the GPU when captions are padded to static sizes.
 
     Args:
         config: the network.
         text: captions of a micro-step, with fillers.
-        room: size of the texts of ITM.
+        room: static size of ITM's texts.
         queue_size: number of columns Q of the queue.
     """
     pairs, tokens = text.count, len(text.token_ids)
@@ -92,7 +96,7 @@ def padded_pretraining_flops(
 
 
 def at_image_size(config: MEDConfig, image_size: int) -> MEDConfig:
-    """The network for inputs of another size, to count its FLOPs."""
+    """Return the settings of the network at another image size, to count its FLOPs."""
     vision = replace(config.vision, image_size=image_size, other_sizes=())
     return replace(config, vision=vision)
 
@@ -104,16 +108,16 @@ def med_flops(
     decodes: bool = True,
     matches: bool = True,
 ) -> float:
-    """FLOPs of forward and backward of towers, projections, ITM and LM.
+    """Count the FLOPs of forward and backward of towers, projections, ITM and LM.
 
-    The contrast of the features is not counted. See `pretraining_flops` for the first arguments.
+    The contrastive similarities are not included.
 
     Args:
         config: the network.
         batch_size: number of pairs.
-        text_tokens: tokens of all captions.
-        decodes: whether there is LM.
-        matches: whether there is ITM.
+        text_tokens: number of tokens of all captions; see `pretraining_flops`.
+        decodes: whether LM is computed.
+        matches: whether ITM is computed.
     """
     return _med_flops(config, _Texts.unpadded(batch_size, text_tokens), decodes, matches)
 
@@ -129,7 +133,7 @@ def _med_flops(
 def momentum_contrast_flops(
     config: MEDConfig, batch_size: int, text_tokens: int, queue_size: int
 ) -> float:
-    """FLOPs of the momentum encoders and of the similarities to B + Q keys.
+    """Count the FLOPs of the momentum encoders and of the similarities to B + Q keys.
 
     See `pretraining_flops` for the arguments.
     """
@@ -141,7 +145,7 @@ def _momentum_flops(config: MEDConfig, texts: _Texts, queue_size: int) -> float:
     similarity = 2 * 2 * pairs * (pairs + queue_size) * config.embed_dim
     vision = pairs * (part.vision.patches + part.vision.momentum + part.vision.pooling)
     momentum = vision + part.encode + _projections(config, part, pairs)
-    # Two forward products (online features, targets) and one backward, as keys have no gradient.
+    # Two forwards (online features, targets) and one backward: keys have no gradient.
     return float(momentum + 3 * similarity)
 
 
@@ -150,7 +154,7 @@ def _projections(config: MEDConfig, part: _Parts, pairs: int) -> float:
 
 
 def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> float:
-    """FLOPs of forward and backward of ViT and LM; arguments of `pretraining_flops`."""
+    """Count the FLOPs of forward and backward of ViT and LM. See `pretraining_flops`."""
     part = _parts(config, _Texts.unpadded(batch_size, text_tokens), matches=False)
     vision = batch_size * part.vision.forward_and_backward
     return float(3 * (part.sweep + part.heads) + vision)
@@ -158,21 +162,21 @@ def captioning_flops(config: MEDConfig, batch_size: int, text_tokens: int) -> fl
 
 @dataclass(frozen=True)
 class TextWork:
-    """Packed text that goes through all layers of a stack, and the contexts that it attends to."""
+    """Sizes of packed text that passes all layers of a stack, and of the contexts it attends to."""
 
     sequences: int
     tokens: int
     contexts: int
     """Number of images or other contexts. Each is projected to keys and values once."""
     context_tokens: int
-    """Number of tokens of all contexts together."""
+    """Total number of tokens of all contexts."""
     context_width: int
     cross_attentions: int = 1
     """Number of cross-attentions in every layer (NLVR2 has two)."""
 
 
 def fine_tuning_flops(config: MEDConfig, images: int, works: Sequence[TextWork]) -> float:
-    """FLOPs of forward and backward of `images` through the ViT and of texts through their stacks.
+    """Count the FLOPs of forward and backward of `images` in the ViT and of texts in their stacks.
 
     Heads that read one token of a text are not counted.
     """
@@ -182,7 +186,7 @@ def fine_tuning_flops(config: MEDConfig, images: int, works: Sequence[TextWork])
 
 
 def head_flops(config: MEDConfig, tokens: int) -> float:
-    """FLOPs of forward and backward of the LM head."""
+    """Count the FLOPs of forward and backward of the LM head."""
     text = config.text
     return float(3 * 2 * tokens * text.width * (text.width + text.vocab_size))
 
@@ -203,11 +207,11 @@ def recomputation_flops(
     decodes: bool = True,
     matches: bool = True,
 ) -> float:
-    """FLOPs that gradient checkpointing adds to a micro-step.
+    """Count the FLOPs that gradient checkpointing adds to a micro-step.
 
-    They are a forward of the ViT blocks that train and of the text layers. Recomputation stops at
-    the last tensor that the backward needs, so it leaves out the last product of each ViT block. A
-    text layer ends in a norm, whose backward needs that product. See `med_flops` for the arguments.
+    It repeats the forward of the trained ViT blocks and of the text layers. Recomputation stops at
+    the last tensor that the backward needs, so it omits the last product of each ViT block. A text
+    layer ends in a norm, whose backward needs this product. See `med_flops` for the arguments.
     """
     part = _parts(config, _Texts.unpadded(batch_size, text_tokens), matches, decodes)
     vision = part.vision
@@ -217,7 +221,7 @@ def recomputation_flops(
 
 @dataclass(frozen=True)
 class _Texts:
-    """Sizes of the captions of a micro-batch and of the texts of ITM."""
+    """Sizes of the captions of a micro-batch and of ITM's texts."""
 
     pairs: int
     """Number of captions without fillers."""
@@ -226,17 +230,17 @@ class _Texts:
     sequences: int
     """Number of captions and fillers."""
     matched: int
-    """Number of tokens of ITM, fillers included."""
+    """Number of tokens of ITM's texts, including fillers."""
 
     @staticmethod
     def unpadded(pairs: int, tokens: int) -> _Texts:
-        """Sizes without fillers."""
+        """Return the sizes without fillers."""
         return _Texts(pairs, tokens, pairs, 3 * tokens)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Forward FLOPs of the modules that have weights: for one image, and for all texts."""
+    """Forward FLOPs of the modules that have weights: `vision` per image, the others in total."""
 
     vision: _Vision
     encode: float
@@ -245,12 +249,12 @@ class _Parts:
 
 
 def _parts(config: MEDConfig, texts: _Texts, matches: bool = True, decodes: bool = True) -> _Parts:
-    """`matches` and `decodes`: whether the sweep holds the pairs of ITM and the captions of LM."""
+    """Count the FLOPs. `matches` and `decodes` tell whether the sweep includes ITM and LM."""
     text, vision = config.text, _vision_flops(config.vision)
     pairs, tokens, sequences = texts.pairs, texts.tokens, texts.sequences
     matched, firsts = (texts.matched, 3 * pairs) if matches else (0, 0)
     decoded = tokens - sequences if decodes else 0
-    read = matches or decodes  # then image tokens are projected to keys and values
+    read = matches or decodes  # whether image tokens are projected to keys and values
     layers, trimmed = text.layers - 1, 1
     encode = text.layers * _self_attention(text, tokens, tokens / sequences)
     encode += layers * _mlp(text, tokens) + trimmed * _mlp(text, pairs)
@@ -270,7 +274,7 @@ def _self_attention(text: TextConfig, tokens: float, length: float) -> float:
 
 
 def _cross_attention(text: TextConfig, tokens: float, image_tokens: float) -> float:
-    """FLOPs of a cross-attention without the projection of image tokens to keys and values."""
+    """Count the FLOPs of a cross-attention, except the keys' and values' projection."""
     return 2 * tokens * 2 * text.width**2 + 4 * tokens * image_tokens * text.width
 
 
@@ -319,7 +323,7 @@ def _momentum_blocks(vision: ImageTower, tokens: int) -> float:
 
 
 def _pooling_flops(vision: ImageTower, tokens: int) -> float:
-    """Keys and values of all tokens, and a single query and its MLP."""
+    """Count keys and values of all tokens, and one query with its MLP."""
     pool = getattr(vision, "attn_pool", None)
     if pool is None:
         return 0.0

@@ -1,11 +1,11 @@
-"""Captions from images: greedy, beam search and nucleus sampling with cached keys and values.
+"""Caption generation: greedy search, beam search and nucleus sampling, with a KV cache.
 
-The rules are those of Hugging Face's `generate`, which BLIP uses. Lengths count the prompt and the
-closing [SEP]. The repetition penalty applies to the prompt's tokens, too. Beam search divides the
-summed log-probability of a hypothesis by its length ** length_penalty. The definition of that
-length changed between transformers 4.15, which BLIP pins, and today's; see `BeamSettings.scoring`.
+The rules are those of Hugging Face's `generate`, which BLIP uses. Lengths include the prompt and
+the final [SEP]. The repetition penalty also applies to the prompt's tokens. Beam search divides the
+summed log-probability of a hypothesis by length ** length_penalty. The definition of this length
+changed after transformers 4.15, the version that BLIP pins; see `BeamSettings.scoring`.
 
-Shapes: I images, K beams, R = I * K rows (the beams of an image side by side), L tokens so far, V
+Shapes: I images, K beams, R = I * K rows (the beams of an image are adjacent), L tokens so far, V
 vocabulary, H heads, C channels of a head.
 """
 
@@ -24,13 +24,13 @@ from blip_scale.model.med import LMHead, MEDConfig
 from blip_scale.model.text import TextLayer, TextStack
 
 NEVER = -1.0e9
-"""Score of candidates that must not be chosen."""
+"""Score of candidates that must not be selected."""
 
 Scoring = Literal["published", "huggingface"]
 
 
 class Writer(Protocol):
-    """Network that writes captions: a MED, or another one with a decoder."""
+    """Network that generates captions: a MED, or another network with a decoder."""
 
     config: MEDConfig
     lm_head: LMHead
@@ -38,30 +38,30 @@ class Writer(Protocol):
 
     @property
     def text(self) -> TextStack:
-        """The stack whose decoder writes."""
+        """The stack that holds the decoder."""
 
 
 @dataclass(frozen=True)
 class BeamSettings:
-    """Beam search; the defaults are BLIP's for COCO captions."""
+    """Settings of beam search. The defaults are BLIP's for COCO captions."""
 
     num_beams: int = 3
-    """1 is greedy search."""
+    """Number of beams; 1 is greedy search."""
     max_length: int = 20
-    """Maximum number of tokens, prompt and [SEP] included."""
+    """Maximum number of tokens, including the prompt and [SEP]."""
     min_length: int = 5
-    """Number of tokens, prompt included, before which no [SEP] is written."""
+    """Number of tokens, including the prompt, before which [SEP] is not allowed."""
     length_penalty: float = 1.0
-    """Above 0 favours long captions, below 0 short ones."""
+    """Exponent of the length. Above 0 favours long captions, below 0 short ones."""
     repetition_penalty: float = 1.0
-    """Penalty of tokens that were written before (Keskar et al. 2019). Above 1 makes them less
+    """Penalty of tokens that already occur (Keskar et al. 2019). Values above 1 make them less
     likely."""
     captions: int = 1
     """Number of captions returned for each image, best first; at most num_beams."""
     scoring: Scoring = "published"
     """Length that divides a hypothesis' score. `published` is the rule of transformers 4.15, which
-    made BLIP's figures: the prompt counts, [SEP] does not. `huggingface` is today's rule: the
-    prompt does not count, [SEP] does. Greedy search is the same under both."""
+    produced BLIP's results: it counts the prompt but not [SEP]. `huggingface` is the current rule:
+    it counts [SEP] but not the prompt. Greedy search is equal under both."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class NucleusSettings:
     """Nucleus sampling (Holtzman et al. 2020). The defaults are BLIP's."""
 
     top_p: float = 0.9
-    """Share of the probability that the sampled tokens hold. The fewest that hold it are kept."""
+    """Probability mass of the nucleus: the smallest set of tokens that holds it is kept."""
     top_k: int = 50
-    """Number of likeliest tokens among which top_p chooses."""
+    """Number of most likely tokens from which the nucleus is taken."""
     temperature: float = 1.0
     max_length: int = 30
-    """Maximum number of tokens, prompt and [SEP] included."""
+    """Maximum number of tokens, including the prompt and [SEP]."""
     min_length: int = 10
-    """Number of tokens, prompt included, before which no [SEP] is written."""
+    """Number of tokens, including the prompt, before which [SEP] is not allowed."""
     repetition_penalty: float = 1.1
 
     def __post_init__(self) -> None:
-        """Refuse values that no token can be sampled with."""
+        """Refuse values with which no token can be sampled."""
         limits = {
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "top_k": (self.top_k >= 1, "at least 1"),
@@ -100,22 +100,22 @@ def caption_beam(
     settings: BeamSettings | None = None,
     contexts: Segments | None = None,
 ) -> list[list[int]]:
-    """The best captions of each image by beam search.
+    """Generate the best captions of each image by beam search.
 
     Args:
-        med: a plain MED in eval mode.
+        med: a MED in eval mode that is not partitioned.
         image_embeds: [I, N, D] from `med.encode_image`.
-        prompt_ids: the start of every caption: [DEC] and the tokens of the prompt, no [SEP].
-        settings: None: the defaults.
-        contexts: for a decoder whose contexts differ in length (VQA): where each context lies in
-            image_embeds, which is then [1, T, D]. None: each image is a context.
+        prompt_ids: start of every caption: [DEC] and the tokens of the prompt, without [SEP].
+        settings: settings of the search. None: the defaults.
+        contexts: boundaries of the contexts in image_embeds, which is then [1, T, D]. For a decoder
+            whose contexts differ in length (VQA). None: each image is one context.
 
     Returns:
-        Token ids after the prompt, without [SEP]. Each image or context has `settings.captions`
-        captions, one after the other.
+        Token ids after the prompt, without [SEP]. The `settings.captions` captions of an image or
+        context are adjacent.
 
     Raises:
-        ValueError: `settings.captions` is above the number of beams, `settings.max_length` doesn't
+        ValueError: `settings.captions` exceeds the number of beams, `settings.max_length` doesn't
             fit, or `med` is in training mode.
     """
     settings = settings or BeamSettings()
@@ -138,16 +138,16 @@ def caption_nucleus(
     settings: NucleusSettings | None = None,
     draws_IL: Tensor | None = None,
 ) -> list[list[int]]:
-    """One caption of each image by nucleus sampling.
+    """Generate one caption of each image by nucleus sampling.
 
     Args:
         med: see `caption_beam`.
         image_embeds: see `caption_beam`.
         prompt_ids: see `caption_beam`.
-        settings: None: the defaults.
-        draws_IL: fp32 [I, max_length] in [0, 1): the number that chooses each token. A caption then
-            depends on its row alone, whatever else is in the batch. None: draw from the global
-            generator.
+        settings: settings of the sampling. None: the defaults.
+        draws_IL: fp32 [I, max_length] in [0, 1): the random number that selects each token. A
+            caption then depends only on its row, not on the rest of the batch. None: draw from the
+            global generator.
 
     Returns:
         Token ids of each image's caption after the prompt, without [SEP].
@@ -161,7 +161,7 @@ def caption_nucleus(
             return torch.multinomial(probabilities, 1).squeeze(-1)
         place = decoder.sequences_RL.shape[1]
         shares = probabilities.cumsum(-1)
-        shares = shares / shares[:, -1:]  # rows end at exactly 1, above every draw
+        shares = shares / shares[:, -1:]  # the last value is exactly 1, above every draw
         drawn = draws_IL[:, place, None].to(shares).contiguous()
         return torch.searchsorted(shares, drawn, right=True).squeeze(-1)
 
@@ -169,21 +169,21 @@ def caption_nucleus(
 
 
 def nucleus(logits_RV: Tensor, settings: NucleusSettings) -> Tensor:
-    """Logits [R, V] with -inf outside top_k and nucleus. The likeliest token always stays."""
+    """Set logits [R, V] outside top_k and the nucleus to -inf. The most likely token stays."""
     logits_RV = logits_RV / settings.temperature
     kept, tokens = logits_RV.topk(min(settings.top_k, logits_RV.shape[-1]))
-    # A token is dropped if likelier tokens hold top_p already. None is likelier than the first.
+    # Drop a token if more likely tokens already hold top_p. The first token is never dropped.
     shares = kept.softmax(-1)
     kept = kept.masked_fill(shares.cumsum(-1) - shares >= settings.top_p, -torch.inf)
     return torch.full_like(logits_RV, -torch.inf).scatter(-1, tokens, kept)
 
 
 _Seen = tuple[Tensor, Segments | None]
-"""image_embeds, and where the contexts lie in them (None: each image is a context)."""
+"""image_embeds, and the boundaries of the contexts in them (None: each image is one context)."""
 
 
 class _Decoder:
-    """Rows being written, with the cached keys and values of every layer."""
+    """Captions being generated, one per row, with the cached keys and values of every layer."""
 
     def __init__(self, med: Writer, seen: _Seen, prompt_ids: Sequence[int], beams: int) -> None:
         image_embeds, contexts = seen
@@ -201,7 +201,7 @@ class _Decoder:
         self._kv: list[tuple[Tensor, Tensor]] = []
 
     def logits(self) -> Tensor:
-        """Next-token logits [R, V] fp32. Only tokens added since the last call are computed."""
+        """Compute next-token logits [R, V] fp32. Only tokens added since the last call are run."""
         rows, length = self.sequences_RL.shape
         seen = self._kv[0][0].shape[1] if self._kv else 0
         new_ids = self.sequences_RL[:, seen:]
@@ -234,7 +234,7 @@ class _Decoder:
         return self._kv[number]
 
     def extend(self, tokens_R: Tensor, rows_R: Tensor | None = None) -> None:
-        """Replace row r by row rows_R[r] followed by tokens_R[r]. None: row r keeps its place."""
+        """Set row r to row rows_R[r] followed by tokens_R[r]. None: append to row r itself."""
         if rows_R is not None:
             self.sequences_RL = self.sequences_RL.index_select(0, rows_R)
             self._kv = [(k.index_select(0, rows_R), v.index_select(0, rows_R)) for k, v in self._kv]
@@ -265,7 +265,7 @@ def _begin(
 def _restrain(
     scores_RV: Tensor, decoder: _Decoder, settings: BeamSettings | NucleusSettings
 ) -> Tensor:
-    """Scores with the repetition penalty, and with [SEP] excluded before min_length."""
+    """Apply the repetition penalty, and exclude [SEP] before min_length."""
     if settings.repetition_penalty != 1.0:
         there = scores_RV.gather(1, decoder.sequences_RL)
         penalty = settings.repetition_penalty
@@ -298,15 +298,15 @@ def _without_sep(sequences_IL: Tensor, sep: int) -> list[list[int]]:
 
 @dataclass
 class _Hypotheses:
-    """The K best finished captions of each image, best first."""
+    """The K best finished captions of each image, in descending order."""
 
     sequences_IKL: Tensor
-    """Token ids, padded with [SEP] to the length of the longest row so far."""
+    """Token ids, padded with [SEP] to the longest length so far."""
     scores_IK: Tensor
     finished_IK: Tensor
 
     def add(self, sequences_IKL: Tensor, scores_IK: Tensor, finished_IK: Tensor, sep: int) -> None:
-        """Merge candidates in. Unfinished candidates have the score NEVER."""
+        """Merge candidates into the best ones. Unfinished candidates have the score NEVER."""
         missing = sequences_IKL.shape[-1] - self.sequences_IKL.shape[-1]
         old = F.pad(self.sequences_IKL, (0, missing), value=sep)
         sequences = torch.cat([old, sequences_IKL], 1)
@@ -317,13 +317,13 @@ class _Hypotheses:
         self.finished_IK = finished.gather(1, best)
 
     def worst(self) -> Tensor:
-        """[I, K]: the lowest kept score, and NEVER in places that are still free."""
+        """Return the lowest kept score [I, K], and NEVER in free places."""
         lowest = self.scores_IK.min(1, keepdim=True).values
         return torch.where(self.finished_IK, lowest, NEVER)
 
 
 def _take(sequences_IKL: Tensor, index_IJ: Tensor) -> Tensor:
-    """[I, J, L]: sequences index_IJ of each image."""
+    """Select the sequences index_IJ of each image, [I, J, L]."""
     return sequences_IKL.take_along_dim(index_IJ[:, :, None], 1)
 
 
@@ -338,14 +338,14 @@ def _beam_search(decoder: _Decoder, settings: BeamSettings) -> list[list[int]]:
     free = torch.full((images, beams), NEVER, device=start_IKL.device)
     best = _Hypotheses(start_IKL, free, torch.zeros_like(free, dtype=torch.bool))
     running_IK = free.clone()
-    running_IK[:, 0] = 0.0  # all beams begin alike, so only the first may branch
+    running_IK[:, 0] = 0.0  # all beams start equal, so only the first may branch
     improvable_I1 = torch.ones_like(free[:, :1], dtype=torch.bool)
     first_row_I1 = torch.arange(0, images * beams, beams, device=start_IKL.device)[:, None]
     while True:
         log_probs_RV = _restrain(decoder.logits().log_softmax(-1), decoder, settings)
         vocabulary = log_probs_RV.shape[1]
         totals = running_IK[:, :, None] + log_probs_RV.unflatten(0, (images, beams))
-        # Twice the beams: if the best K all end here, K others remain to be continued.
+        # Take 2 K candidates: if the best K all end here, K others remain to be continued.
         scores_IJ, chosen_IJ = totals.flatten(1).topk(2 * beams)
         parents_IJ, tokens_IJ = chosen_IJ // vocabulary, chosen_IJ % vocabulary
         length = decoder.sequences_RL.shape[1]
@@ -357,7 +357,7 @@ def _beam_search(decoder: _Decoder, settings: BeamSettings) -> list[list[int]]:
         divisor = written**settings.length_penalty
 
         counts_IJ = ended_IJ & improvable_I1
-        counts_IJ[:, beams:] = False  # a caption counts only if it ends among the best K
+        counts_IJ[:, beams:] = False  # a finished caption must be among the best K
         final_IJ = torch.where(counts_IJ, scores_IJ / divisor, NEVER)
         sequences = decoder.sequences_RL.unflatten(0, (images, beams))
         sequences = torch.cat([_take(sequences, parents_IJ), tokens_IJ[:, :, None]], -1)
@@ -370,7 +370,7 @@ def _beam_search(decoder: _Decoder, settings: BeamSettings) -> list[list[int]]:
             break
         rows = (first_row_I1 + parents_IJ.gather(1, next_IK)).flatten()
         decoder.extend(tokens_IJ.gather(1, next_IK).flatten(), rows)
-    if is_published and at_limit:  # unfinished captions count as they are
+    if is_published and at_limit:  # keep unfinished captions without [SEP]
         open_IK = improvable_I1.expand(-1, beams)
         final_IK = torch.where(open_IK, running_IK / (length + 1) ** settings.length_penalty, NEVER)
         best.add(_take(sequences, next_IK), final_IK, open_IK, sep)

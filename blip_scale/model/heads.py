@@ -1,7 +1,7 @@
-"""The network that each head trains: MED, a part of it, or a separate network.
+"""The network of each head: MED, a part of it, or a separate network.
 
-A head's network holds only the modules that the head trains. So no unused weight is decayed, saved
-or exchanged between ranks.
+A head's network holds only the modules that the head needs. Otherwise, unused weights would be
+decayed, saved and exchanged between ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OWN_NETWORKS: dict[Head, type[VQA] | type[NLVR2] | type[VisDial]] = {
     "nlvr2": NLVR2,
     "visdial": VisDial,
 }
-"""Heads whose networks aren't parts of a MED."""
+"""Heads whose networks are not parts of a MED."""
 LEFT_OUT: dict[Head, tuple[str, ...]] = {
     "captioning": (
         "text.layers.*.self_attention_encoder",
@@ -35,12 +35,12 @@ LEFT_OUT: dict[Head, tuple[str, ...]] = {
     ),
     "retrieval": ("text.layers.*.self_attention_decoder", "lm_head"),
 }
-"""Modules of MED that a head doesn't need, as patterns of their paths. A module that is added to
-MED belongs to every head until it is listed here."""
+"""Modules of MED that a head doesn't need, as patterns of their paths. A new module of MED belongs
+to every head that does not list it here."""
 
 
 def cut_down(med: MED, head: Head) -> MED:
-    """Delete from a MED the modules that a head doesn't need. Returns the same MED."""
+    """Delete the modules that a head doesn't need from a MED. Return the same MED."""
     for pattern in LEFT_OUT.get(head, ()):
         paths = [path for path, _ in med.named_modules()]
         for path in fnmatch.filter(paths, pattern):
@@ -50,7 +50,7 @@ def cut_down(med: MED, head: Head) -> MED:
 
 
 def freeze_unread(med: MED, matches: bool, decodes: bool) -> MED:
-    """Freeze the modules that no loss reads, which an optimizer would only decay.
+    """Freeze the modules that no loss reads. Otherwise an optimizer would decay them.
 
     Args:
         med: MED of the head `pretrain` or `retrieval`.
@@ -69,6 +69,6 @@ def freeze_unread(med: MED, matches: bool, decodes: bool) -> MED:
 
 
 def build_network(head: Head, config: MEDConfig) -> nn.Module:
-    """The network of a head, with its weights unset: a MED cut down, or a separate network."""
+    """Build the network of a head, with unset weights: a reduced MED, or a separate network."""
     network = OWN_NETWORKS.get(head)
     return cut_down(MED(config), head) if network is None else network(config)

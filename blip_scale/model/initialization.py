@@ -1,4 +1,4 @@
-"""Random initial weights as published (Li et al. 2022; ViT and BERT conventions)."""
+"""Random initial weights as in Li et al. 2022, with the conventions of ViT and BERT."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ N = TypeVar("N", bound=nn.Module)
 def seeded(build: Callable[[], N], seed: int) -> N:
     """Build a network on the CPU with torch's generator seeded, and restore the generator.
 
-    A parameter without a rule in `init_weights` or `fill_from_med` keeps the value that its
-    constructor gave it. With the seed that value is the same on all ranks and in every start.
+    A parameter without a rule in `init_weights` or `fill_from_med` keeps the value of its
+    constructor. The seed makes this value equal on all ranks and in every start.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -32,15 +32,15 @@ def seeded(build: Callable[[], N], seed: int) -> N:
 def init_weights(
     med: MED, seed: int, vision_std: float = INIT_STD, text_std: float = INIT_STD
 ) -> None:
-    """Fill the parameters of a plain (not partitioned) MED. The result depends on `seed` alone.
+    """Initialize a MED that is not partitioned. The result depends only on `seed`.
 
-    - ViT: linear layers truncated normal of std `vision_std`, class token, registers and position
-      embeddings truncated normal of std 0.02, patch convolution PyTorch's default.
-    - Text: linear layers normal of std `text_std`, embeddings and LM head normal of std 0.02.
+    - ViT: linear layers truncated normal with std `vision_std`. Class token, registers and position
+      embeddings truncated normal with std 0.02. Patch convolution: PyTorch's default.
+    - Text: linear layers normal with std `text_std`. Embeddings and LM head normal with std 0.02.
     - Contrastive projections and matching head: PyTorch's default for linear layers.
-    - Biases 0, except where PyTorch's default is taken. Norms: weight 1, bias 0.
+    - Biases 0, except where PyTorch's default is used. Norms: weight 1, bias 0.
 
-    Parameters of other modules stay as they are; see `seeded`.
+    Parameters of other modules are not changed; see `seeded`.
     """
     generator = torch.Generator(device=next(med.parameters()).device).manual_seed(seed)
     vision = med.vision
@@ -76,16 +76,15 @@ def init_weights(
 def fill_from_med(
     network: nn.Module, med: Mapping[str, Tensor], seed: int, text_std: float = INIT_STD
 ) -> list[str]:
-    """Fill a VQA, NLVR2 or VisDial network from a MED, as the published fine-tuning starts.
+    """Initialize a VQA, NLVR2 or VisDial network from a MED, as in the published fine-tuning.
 
-    Encoder and decoder both get the weights that they share in MED. The two cross-attentions of
-    NLVR2 both get MED's. Parameters that MED lacks, or has in another shape, are drawn from `seed`:
-    linear layers of the text stacks normal of std `text_std` with biases 0, other heads by
-    PyTorch's default. Parameters outside linear layers keep the value of their constructor; see
-    `seeded`.
+    Encoder and decoder both get the weights that they share in MED. Both cross-attentions of NLVR2
+    get MED's. Parameters that MED lacks, or has in another shape, are drawn from `seed`: linear
+    layers of the text stacks normal with std `text_std` and biases 0, other heads with PyTorch's
+    default. Parameters outside linear layers keep the value of their constructor; see `seeded`.
 
     Args:
-        network: not partitioned.
+        network: network that is not partitioned, changed in place.
         med: parameters of a MED by name, with or without the prefix `med.`.
         seed: seed of the drawn parameters.
         text_std: standard deviation of drawn linear layers of the text stacks.
@@ -118,7 +117,7 @@ def fill_from_med(
 
 
 def name_in_med(name: str) -> str:
-    """Name in MED of a parameter of a VQA, NLVR2 or VisDial network."""
+    """Return the name in MED of a parameter of a VQA, NLVR2 or VisDial network."""
     name = re.sub(r"^text_(encoder|decoder)\.", "text.", name)
     return re.sub(r"\.cross_attention\.images\.[01]\.", ".cross_attention.", name)
 
@@ -132,7 +131,7 @@ def _reset_simple(module: nn.Module) -> None:
 
 
 def _torch_default(module: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None:
-    """Do what PyTorch's reset_parameters does, but draw from `generator`."""
+    """Initialize like PyTorch's reset_parameters, but draw from `generator`."""
     nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
     if module.bias is not None:
         bound = 1 / math.sqrt(module.weight[0].numel())

@@ -1,16 +1,15 @@
 """Attention kernels for packed sequences, and the choice between them.
 
-Three kernels take packed sequences. All need a CUDA device of compute capability 8.0 (A100) or
-newer:
+Three kernels take packed sequences. All of them need a CUDA device of compute capability 8.0 (A100)
+or newer:
 
 - `torch_flash`: FlashAttention-2 inside the torch wheel, with dropout and autograd. The operation
-  `aten::_flash_attention_forward` is private, so its schema is compared before it is used. It was
-  tested with torch 2.14.1; tests/model/test_kernels.py guards it.
+  `aten::_flash_attention_forward` is private, so its schema is checked before use. Tested with
+  torch 2.14.1; tests/model/test_kernels.py guards it.
 - `flash_attn_4`: the package flash-attn-4, a pure wheel without dropout.
 - `flash_attn_2`: the package flash-attn, built from source against a CUDA toolkit.
 
-Everywhere else `torch.nn.functional.scaled_dot_product_attention` (`sdpa`) runs on padded
-sequences.
+Otherwise, `torch.nn.functional.scaled_dot_product_attention` (`sdpa`) runs on padded sequences.
 
 Shapes: T packed tokens, H heads, C channels of a head.
 """
@@ -52,22 +51,22 @@ _FORWARD_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Kernels that a run uses."""
+    """Attention kernels of a run."""
 
     training: Backend
     """Kernel with dropout on the probabilities."""
     evaluation: Backend
     """Kernel without dropout."""
     reason: str
-    """Why no packed kernel is used; empty where one is."""
+    """Why no packed kernel is used; empty if one is used."""
 
     @property
     def takes_packed(self) -> bool:
-        """Whether the kernels read packed sequences and need only a bound of their length."""
+        """Whether the kernels take packed sequences, which need only a bound of their length."""
         return self.training != "sdpa"
 
     def backend(self, dropout_p: float) -> Backend:
-        """The kernel for this dropout probability."""
+        """Return the kernel for this dropout probability."""
         return self.training if dropout_p > 0 else self.evaluation
 
     def __str__(self) -> str:
@@ -82,7 +81,7 @@ class KernelChoice:
 def choose_kernel(
     choice: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int = 64
 ) -> KernelChoice:
-    """The kernels that `choice` selects for tensors of this device, dtype and head size.
+    """Select the kernels for tensors of this device, dtype and head size.
 
     Raises:
         ValueError: `choice` is unknown, or it is flash and no packed kernel can run here.
@@ -108,13 +107,13 @@ def choose_kernel(
 def chosen_backend(
     choice: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, has_dropout: bool
 ) -> Backend:
-    """The kernel of `choose_kernel`, as a constant: compiled code can't trace the choice."""
+    """Return the kernel of `choose_kernel` as a constant, because torch.compile can't trace it."""
     kernels = choose_kernel(choice, device, dtype, head_dim)
     return kernels.training if has_dropout else kernels.evaluation
 
 
 def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why no packed kernel takes such tensors; None if one might."""
+    """Explain why no packed kernel takes such tensors; None if one might."""
     if device.type != "cuda":
         return f"FlashAttention runs on CUDA devices, not on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -133,7 +132,7 @@ def _first_present(names: tuple[Backend, ...]) -> Backend | None:
 
 
 def _missing(name: Backend) -> str | None:
-    """Why a kernel cannot be called; None if it can. Imports the kernel to find out."""
+    """Import a kernel, and explain why it cannot be called; None if it can."""
     try:
         _PACKED[name]()
     except (ImportError, AttributeError, RuntimeError) as error:
@@ -143,10 +142,10 @@ def _missing(name: Backend) -> str | None:
 
 @lru_cache(maxsize=1)
 def _torch_flash() -> Callable[..., Any]:
-    """FlashAttention inside the torch wheel.
+    """Return FlashAttention of the torch wheel.
 
     Raises:
-        AttributeError: this torch lacks the operation, or has it with another schema.
+        AttributeError: this torch lacks the operation, or the operation has another schema.
     """
     operation = torch.ops.aten._flash_attention_forward.default
     schema = operation._schema
@@ -178,20 +177,20 @@ _PACKED: dict[Backend, Callable[[], Callable[..., Any]]] = {
     "flash_attn_4": _flash_attn_4,
     "flash_attn_2": _flash_attn_2,
 }
-"""Functions that import the kernels for packed sequences."""
+"""Packed kernel -> function that imports it."""
 
 
 class PackedLengths(NamedTuple):
-    """Where the query and key sequences lie in packed tensors."""
+    """Boundaries of the query and key sequences in packed tensors."""
 
     query_offsets: Tensor
-    """[S+1] int32."""
+    """Start of each query sequence, followed by the end of the last, [S+1] int32."""
     key_offsets: Tensor
-    """[S+1] int32."""
+    """Start of each key sequence, followed by the end of the last, [S+1] int32."""
     max_query: int
-    """Bound of the longest query sequence."""
+    """Upper bound of the length of the query sequences."""
     max_key: int
-    """Bound of the longest key sequence."""
+    """Upper bound of the length of the key sequences."""
 
 
 def packed_attention(
@@ -203,21 +202,21 @@ def packed_attention(
     dropout_p: float,
     causal: bool,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v within each packed sequence, on a CUDA device.
+    """Compute softmax(q k^T / sqrt(C)) v within each packed sequence, on a CUDA device.
 
     Args:
         backend: one of the packed kernels.
         q_THC: [T of the queries, H, C] in bf16 or fp16, sequences in order.
         k_THC: [T of the keys, H, C], like q_THC.
         v_THC: [T of the keys, H, C], like q_THC.
-        lengths: where the sequences lie. Query sequence s attends to key sequence s.
+        lengths: boundaries of the sequences. Query sequence s attends to key sequence s.
         dropout_p: probability of dropping a weight; 0 for flash_attn_4.
-        causal: each token sees itself and the tokens before it.
+        causal: whether each token attends only to itself and the tokens before it.
 
     Returns:
         [T of the queries, H, C].
     """
-    if backend == "torch_flash":  # not through _torch_flash: compiled code must be able to trace it
+    if backend == "torch_flash":  # do not call _torch_flash: torch.compile can't trace it
         operation = torch.ops.aten._flash_attention_forward.default
         out: Tensor = operation(q_THC, k_THC, v_THC, *lengths, dropout_p, causal, False)[0]
         return out

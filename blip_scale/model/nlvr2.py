@@ -1,7 +1,7 @@
-"""BLIP for reasoning over two images (NLVR2): is a sentence true of the pair?
+"""BLIP for NLVR2: is a sentence true of a pair of images?
 
-Each layer has one cross-attention for each image. Their outputs are averaged in the lower half of
-the layers; in the upper half a matrix merges them (Li et al. 2022, figure 5b).
+Each layer has one cross-attention for each image. The lower half of the layers averages their
+outputs, and the upper half merges them by a linear layer (Li et al. 2022, figure 5b).
 
 Shapes: B pairs, N image tokens, D width, T packed tokens.
 """
@@ -33,7 +33,7 @@ class PairCrossAttention(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden_TD: Tensor, image_embeds: Tensor, layout: AttentionLayout) -> Tensor:
-        """[T, D] and [2B, N, image width], all first images before all second ones, to [T, D]."""
+        """Map [T, D] and [2B, N, image width] to [T, D]. All first images precede second ones."""
         halves = image_embeds.chunk(2)
         first, second = (
             attend(hidden_TD, half, layout)
@@ -47,7 +47,7 @@ class PairCrossAttention(nn.Module):
 
 
 class NLVR2(nn.Module):
-    """Network of NLVR2: a ViT, a text encoder that looks at both images, and a classifier."""
+    """Network of NLVR2: a ViT, a text encoder that attends to both images, and a classifier."""
 
     def __init__(self, config: MEDConfig) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class NLVR2(nn.Module):
         )
 
     def forward(self, images: Tensor, sentences: PackedText) -> Tensor:
-        """Logits [B, 2]; class 1 is "true".
+        """Compute logits [B, 2]; class 1 is "true".
 
         Args:
-            images: [2B, 3, H, W] normalised, all first images before all second ones.
+            images: [2B, 3, H, W] normalised. All first images precede all second ones.
             sentences: B sequences whose first token is [ENC].
         """
         image_embeds = self.vision(images)

@@ -1,8 +1,8 @@
-"""Packed text, and the plan of a pass through the text stack: all index tensors, made once.
+"""Packed text, and the plan of a pass through the text stack: all index tensors, computed once.
 
-Static shapes: a text can be filled up to a fixed size. Its last sequences are then fillers. They go
-through the layers and look at image 0, but nothing reads their output. Losses and gradients are
-those of the text without them.
+Static shapes: a text can be padded to a fixed size. Its last sequences are then fillers. They go
+through the layers and attend to image 0, but nothing reads their output. Losses and gradients equal
+those of the text without fillers.
 
 Shapes: T packed tokens, S sequences, I images, N image tokens, R rows that are read at the end.
 """
@@ -21,39 +21,39 @@ from torch import Tensor
 from blip_scale.model.attention import AttentionLayout, Segments, dense_segments
 
 IGNORED = -100
-"""Target that the LM loss ignores: tokens of a prompt, fillers."""
+"""Target that the LM loss ignores: a token of a prompt, or a filler."""
 _ALIGNMENT = 8
-"""Number of rows that sizes are multiples of: a matrix product on a GPU takes so many at once."""
+"""Sizes are multiples of this many rows, because GPUs compute matrix products in tiles of them."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """Static size that texts are filled up to."""
+    """Static size to which texts are padded."""
 
     tokens: int
-    """Tokens of text and fillers together."""
+    """Total number of tokens of text and fillers."""
     fillers: int
     """Number of filler sequences."""
 
     @staticmethod
     def between(fewest: int, most: int, max_length: int) -> Room:
-        """Room for every text of `fewest` to `most` tokens, fillers of 2 to `max_length` tokens."""
+        """Return a room for texts of `fewest` to `most` tokens, fillers of 2 to `max_length`."""
         fillers = math.ceil((most - fewest + _ALIGNMENT - 1) / (max_length - 2))
         tokens = math.ceil((most + 2 * fillers) / _ALIGNMENT) * _ALIGNMENT
         return Room(tokens, fillers)
 
     def fits(self, tokens: Tensor, max_length: int) -> Tensor:
-        """Whether a text of `tokens` tokens leaves each filler 2 to `max_length` tokens.
+        """Whether a text of `tokens` tokens leaves 2 to `max_length` tokens for each filler.
 
-        `tokens` is an integer scalar; the result is a bool scalar on its device.
+        `tokens` is an integer scalar tensor. The result is a bool scalar on its device.
         """
         rest = self.tokens - tokens
         return (rest >= 2 * self.fillers) & (rest <= max_length * self.fillers)
 
     def filler_ends(self, tokens: Tensor) -> Tensor:
-        """[fillers] int32: the offsets at which the fillers after a text of `tokens` tokens end.
+        """Return the end offsets [fillers] int32 of the fillers after a text of `tokens` tokens.
 
-        `tokens` is an int32 scalar. The fillers share the remaining tokens evenly.
+        `tokens` is an int32 scalar tensor. The fillers divide the remaining tokens evenly.
         """
         steps = torch.arange(1, self.fillers + 1, dtype=torch.int32, device=tokens.device)
         return tokens + (self.tokens - tokens) * steps // self.fillers
@@ -61,20 +61,20 @@ class Room:
 
 @dataclass(frozen=True)
 class PackedText:
-    """Token ids of several sequences, one after another, without pads."""
+    """Token ids of several sequences, concatenated without pads."""
 
     token_ids: Tensor
-    """[T] int64."""
+    """Ids of all tokens, [T] int64."""
     segments: Segments
-    """Where the sequences lie in `token_ids`, fillers included."""
+    """Boundaries of the sequences in `token_ids`, including fillers."""
     fillers: int = 0
-    """Number of last sequences that only fill the tensor up to a static size."""
+    """Number of last sequences that only pad the tensor to a static size."""
 
     @staticmethod
     def from_lists(
         sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> PackedText:
-        """Pack lists of token ids. Each list holds at least one."""
+        """Pack lists of token ids. Each list holds at least one token."""
         ids = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
         lengths = [len(ids) for ids in sequences]
         return PackedText(ids.to(device), Segments.from_lengths(lengths, device))
@@ -86,35 +86,35 @@ class PackedText:
 
     @property
     def lengths(self) -> Tensor:
-        """[S] int32, without fillers."""
+        """Length of each sequence, [S] int32, without fillers."""
         return self.segments.lengths[: self.count]
 
     @property
     def first_rows(self) -> Tensor:
-        """[S] int64: the place of each sequence's first token, without fillers."""
+        """Row of each sequence's first token, [S] int64, without fillers."""
         return self.segments.offsets[: self.count].long()
 
     def with_first_token(self, token_id: int) -> PackedText:
-        """The same text with every first token replaced ([CLS] by [ENC] or [DEC])."""
+        """Replace every first token, for example [CLS] by [ENC] or [DEC]."""
         ids = self.token_ids.index_fill(0, self.first_rows, token_id)
         return replace(self, token_ids=ids)
 
     def select(self, index: Tensor, room: Room | None = None) -> PackedText:
-        """The sequences with these numbers, in this order.
+        """Select the sequences with these indices, in this order.
 
         Args:
             index: [S'] int64; repeats are allowed.
-            room: size to fill up to; `Room.fits` must hold for the chosen sequences. None: no
-                fillers, and the host waits for the device once, to learn the new length.
+            room: static size; `Room.fits` must hold for the selected sequences. None: no fillers,
+                and the host waits for the device once, to read the new length.
         """
         lengths = self.lengths.index_select(0, index)
         starts = self.first_rows.index_select(0, index)
         return _gather(self.token_ids, starts, lengths, self.segments.max_length, room)
 
     def table(self, width: int) -> Tensor:
-        """[S, width + 1] int64: row s holds sequence s, then zeros, and at its end the length.
+        """Build a table [S, width + 1] int64: sequence s, then zeros, and its length at the end.
 
-        `width` is the length of the longest sequence, or more.
+        `width` must be at least the length of the longest sequence.
         """
         lengths = self.lengths
         places = torch.arange(width, device=lengths.device)
@@ -123,10 +123,10 @@ class PackedText:
         return torch.cat([ids, lengths[:, None].long()], dim=1)
 
     def split_targets(self) -> tuple[PackedText, Tensor]:
-        """Inputs and targets of next-token prediction.
+        """Return inputs and targets of next-token prediction.
 
-        Inputs are all tokens but each sequence's last. Targets [T - S] int64 are the tokens that
-        follow them, and `IGNORED` in fillers. Every sequence holds at least two tokens.
+        Inputs are all tokens except each sequence's last. Targets [T - S] int64 are the next
+        tokens, and `IGNORED` in fillers. Every sequence must hold at least two tokens.
         """
         old = self.segments
         steps = torch.arange(old.count + 1, dtype=torch.int32, device=old.offsets.device)
@@ -141,13 +141,13 @@ class PackedText:
         return text, targets
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedText:
-        """The same text on another device."""
+        """Copy the text to another device."""
         ids = self.token_ids.to(device, non_blocking=non_blocking)
         return PackedText(ids, self.segments.to(device, non_blocking), self.fillers)
 
 
 def select_from_table(table: Tensor, index: Tensor, room: Room | None) -> PackedText:
-    """Like `PackedText.select`, from a table that `PackedText.table` made."""
+    """Select sequences like `PackedText.select`, but from a table of `PackedText.table`."""
     width = table.shape[1] - 1
     lengths = table[:, -1].index_select(0, index).int()
     return _gather(table.flatten(), index * (width + 1), lengths, width, room)
@@ -156,14 +156,14 @@ def select_from_table(table: Tensor, index: Tensor, room: Room | None) -> Packed
 def _gather(
     token_ids: Tensor, starts: Tensor, lengths: Tensor, max_length: int, room: Room | None
 ) -> PackedText:
-    """Pack the sequences that start at `starts` [S] int64 and are `lengths` [S] int32 long."""
+    """Pack the sequences that start at `starts` [S] int64 and have `lengths` [S] int32."""
     offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     if room is None:
         total, fillers = int(offsets[-1]), 0
     else:
         total, fillers = room.tokens, room.fillers
         offsets = torch.cat([offsets, room.filler_ends(offsets[-1])])
-        starts = F.pad(starts, (0, fillers))  # fillers may hold any tokens
+        starts = F.pad(starts, (0, fillers))  # the tokens of fillers don't matter
     segments = Segments(offsets, max_length)
     sequences = segments.sequence_of(total)
     rows = starts.index_select(0, sequences) + segments.positions(sequences)
@@ -177,37 +177,37 @@ class TextPass:
     """Index tensors of one pass through the layers, computed once before the first layer."""
 
     token_ids: Tensor
-    """[T] int64: the tokens of the encoder rows, then those of the decoder rows."""
+    """Tokens of the encoder rows, then those of the decoder rows, [T] int64."""
     positions: Tensor
-    """[T] int64."""
+    """Position of each token in its sequence, [T] int64."""
     encoder_tokens: int
-    """Number of first rows, which take the bidirectional self-attention. The rest take the causal
-    one."""
+    """Number of encoder rows, which come first and take the bidirectional self-attention. The
+    others take the causal one."""
     encoder: AttentionLayout | None
     decoder: AttentionLayout | None
     cross: AttentionLayout | None
-    """Text rows grouped by their image; None: no image, cross-attention is skipped."""
+    """Text rows grouped by their image. None: there is no image, and cross-attention is skipped."""
     read_rows: Tensor | None
-    """[R] int64: rows whose output is read; the last layer computes no others. None: all."""
+    """Rows whose output is read, [R] int64. The last layer computes only these. None: all."""
     read_cross: AttentionLayout | None
-    """Layout of the cross-attention of the last layer, over the rows that are read."""
+    """Layout of the last layer's cross-attention, for the rows that are read."""
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Which image each sequence looks at."""
+    """The image that each sequence attends to."""
 
     images: int
     """Number of images I."""
     tokens: int
-    """Tokens of an image N; with `keys` the tokens of all contexts together."""
+    """Number of tokens N of an image. With `keys`, the total number of tokens of all contexts."""
     encoder: Tensor | None = None
-    """[S] int64 for the sequences of the encoder text, without fillers."""
+    """Image of each sequence of the encoder text, [S] int64, without fillers."""
     decoder: Tensor | None = None
-    """[S] int64 for the sequences of the decoder text, without fillers."""
+    """Image of each sequence of the decoder text, [S] int64, without fillers."""
     keys: Segments | None = None
-    """Where the tokens of each context lie, for contexts that aren't images of `tokens` tokens: the
-    states of a question, or an image with its caption."""
+    """Boundaries of the contexts, if these aren't images of `tokens` tokens but the states of a
+    question, or an image with its caption."""
 
 
 def plan_pass(
@@ -218,15 +218,16 @@ def plan_pass(
 ) -> TextPass:
     """Plan a pass of encoder text and decoder text through the layers.
 
-    Only the first tokens of encoder text are read, and all tokens of decoder text. Queries of one
-    image don't interact in cross-attention. So the rows of all sequences that look at an image form
-    one query segment, and each image's keys and values are made and read once.
+    After the last layer, only the first tokens of encoder text are read, but all tokens of decoder
+    text. In cross-attention, queries of the same image don't interact. The rows of all sequences
+    that attend to an image therefore form one query segment, and the keys and values of each image
+    are computed and read only once.
 
     Args:
         encoder: sequences that take the bidirectional self-attention.
         decoder: sequences that take the causal self-attention.
-        images: which image each sequence looks at. None: cross-attention is skipped.
-        takes_packed: whether the kernel reads packed sequences and needs only a bound of their
+        images: the image that each sequence attends to. None: cross-attention is skipped.
+        takes_packed: whether the kernel takes packed sequences, which need only a bound of their
             length. SDPA needs the index tensors of the padded layout.
     """
     texts = [text for text in (encoder, decoder) if text is not None]
@@ -247,7 +248,7 @@ def plan_pass(
             with_fillers = F.pad(index, (0, text.fillers))
             images_of_rows.append(with_fillers.index_select(0, rows))
         row_images = torch.cat(images_of_rows)
-        # Reading the largest group's size costs no wait on a CPU and saves half of the products.
+        # On a CPU, reading the size of the largest group is free, and it halves the products.
         is_static = not reads_are_free(device) or any(text.fillers for text in texts)
         kind: _Grouping = "bounded" if takes_packed else "chunks" if is_static else "largest"
         cross = read_cross = _group_by_image(row_images, images, kind)
@@ -277,8 +278,8 @@ def _self_layout(
 
 
 _Grouping = Literal["bounded", "chunks", "largest"]
-"""Length of the query segments. A packed kernel takes a bound. SDPA pads to chunks of a static
-size, or to the largest group, whose size is read from the device."""
+"""Length of the query segments. A packed kernel takes an upper bound. SDPA pads to chunks of a
+static size, or to the size of the largest group, which the host reads from the device."""
 
 
 def _group_by_image(row_images_T: Tensor, images: ImageIndex, kind: _Grouping) -> AttentionLayout:
@@ -305,15 +306,15 @@ def reads_are_free(device: torch.device) -> bool:
 def cut_into_chunks(counts_I: Tensor, order_T: Tensor, keys: Segments) -> AttentionLayout:
     """Cut groups of query rows into chunks of one static length, for SDPA on a GPU.
 
-    Without waiting for the device, the host can't know the largest group. A group of n rows makes
-    ceil(n / length) chunks, and all groups together make at most rows / length + I. The length is
-    the mean size of a group, so there are at most 2 I chunks: keys and values are copied at most
-    twice.
+    The host would have to wait for the device to know the largest group. A group of n rows makes
+    ceil(n / length) chunks, and all groups make at most rows / length + I chunks. With the mean
+    size of a group as the length, there are at most 2 I chunks. Keys and values are therefore
+    copied at most twice.
 
     Args:
-        counts_I: [I] int32, rows of each group.
+        counts_I: [I] int32, number of rows of each group.
         order_T: [T] int64, the rows sorted by group.
-        keys: what each group looks at.
+        keys: boundaries of the keys of each group.
     """
     rows, groups, device = len(order_T), len(counts_I), counts_I.device
     length = max(1, -(-rows // groups))
@@ -322,8 +323,8 @@ def cut_into_chunks(counts_I: Tensor, order_T: Tensor, keys: Segments) -> Attent
     numbers_S = torch.arange(rows // length + groups, device=device)
     contexts_S = torch.searchsorted(chunk_ends_I, numbers_S, right=True).clamp_(max=groups - 1)
     group_ends_S = ends_I.index_select(0, contexts_S)
-    left_S = chunk_ends_I.index_select(0, contexts_S) - numbers_S  # chunks left in the group
-    sizes_I = (counts_I + length - 1) // length * length  # rows of its chunks, slack included
+    left_S = chunk_ends_I.index_select(0, contexts_S) - numbers_S  # remaining chunks of the group
+    sizes_I = (counts_I + length - 1) // length * length  # rows of all its chunks, with slack
     slack_S = (sizes_I - counts_I).index_select(0, contexts_S)
     starts_S = (group_ends_S + slack_S - left_S * length).clamp_(max=rows)
     queries = Segments(F.pad(starts_S, (0, 1), value=rows).int(), length, order_T)

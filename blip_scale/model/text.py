@@ -1,9 +1,9 @@
-"""The text stack: a layer has two self-attentions, one cross-attention, one MLP.
+"""The text stack. A layer has two self-attentions, one cross-attention and one MLP.
 
-BLIP's text encoder and text decoder share everything but self-attention (Li et al. 2022, section
-3.1). Here they are one stack whose layers hold both self-attentions. Nothing is tied, and encoder
-and decoder tokens can go through the stack in one pass. As in BERT, norms follow the residuals.
-There are no token types.
+BLIP's text encoder and text decoder share all weights except self-attention (Li et al. 2022,
+section 3.1). Here they are one stack whose layers hold both self-attentions. No weights need to be
+tied, and encoder and decoder tokens can go through the stack in one pass. As in BERT, norms follow
+the residuals. There are no token type embeddings.
 
 Shapes: T packed tokens, I images, N image tokens, D width, H heads, C channels of a head, R rows
 that are read after the last layer.
@@ -25,13 +25,13 @@ from blip_scale.model.kernels import Kernel
 from blip_scale.model.packing import TextPass
 
 Role = Literal["both", "encoder", "decoder"]
-"""Self-attentions that the layers of a stack have. BLIP's fine-tuned models have separate encoders
-and decoders, which need one each."""
+"""Self-attentions of a stack's layers. BLIP's fine-tuned models have separate encoders and
+decoders, whose layers need only one."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the special tokens. [DEC] opens a caption, [ENC] an image-grounded text."""
+    """Ids of the special tokens. [DEC] begins a caption, [ENC] an image-grounded text."""
 
     pad: int
     cls: int
@@ -77,7 +77,7 @@ class TextEmbeddings(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Token ids and positions, both [...] int64, to [..., D]."""
+        """Map token ids and positions, both [...] int64, to [..., D]."""
         return self.dropout(self.norm(self.word(token_ids) + self.position(positions)))
 
 
@@ -93,13 +93,13 @@ class SelfAttention(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden_TD: Tensor, layout: AttentionLayout) -> Tensor:
-        """[T, D] to [T, D]."""
+        """Map [T, D] to [T, D]."""
         q_THC, k_THC, v_THC = self.project(hidden_TD)
         dropout = self.probability if self.training else 0.0
         return self.finish(hidden_TD, attention(q_THC, k_THC, v_THC, layout, dropout, self.kernel))
 
     def project(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [T, H, C]."""
+        """Return queries, keys and values, each [T, H, C]."""
         q, k, v = self.qkv(hidden_TD).unflatten(-1, (3, self.heads, -1)).unbind(1)
         return q, k, v
 
@@ -109,7 +109,7 @@ class SelfAttention(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Attention of text to image tokens with its output projection, before residual and norm."""
+    """Attention of text to image tokens with output projection, before residual and norm."""
 
     def __init__(self, config: TextConfig, image_width: int, kernel: Kernel) -> None:
         super().__init__()
@@ -121,11 +121,11 @@ class ImageAttention(nn.Module):
     def forward(
         self, hidden_TD: Tensor, image_embeds_IND: Tensor, layout: AttentionLayout
     ) -> Tensor:
-        """[T, D] and [I, N, image width] to [T, D]."""
+        """Map [T, D] and [I, N, image width] to [T, D]."""
         return self.attend(hidden_TD, *self.project_images(image_embeds_IND), layout)
 
     def project_images(self, image_embeds_IND: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the image tokens, each [I * N, H, C]."""
+        """Return the keys and values of the image tokens, each [I * N, H, C]."""
         fused = self.key_value(image_embeds_IND.flatten(0, 1))
         k, v = fused.unflatten(-1, (2, self.heads, -1)).unbind(1)
         return k, v
@@ -161,7 +161,7 @@ class TextMLP(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        """[T, D] to [T, D]."""
+        """Map [T, D] to [T, D]."""
         return self.norm(hidden_TD + self.dropout(self.fc2(F.gelu(self.fc1(hidden_TD)))))
 
 
@@ -183,7 +183,7 @@ class TextLayer(nn.Module):
     def forward(
         self, hidden_TD: Tensor, image_embeds_IND: Tensor | None, plan: TextPass, last: bool
     ) -> Tensor:
-        """[T, D] to [T, D]; the last layer returns only the rows that are read, [R, D]."""
+        """Map [T, D] to [T, D]. The last layer returns only the rows that are read, [R, D]."""
         if plan.decoder is None:
             hidden_TD = self.self_attention_encoder(hidden_TD, plan.encoder)
         elif plan.encoder is None:
@@ -202,7 +202,7 @@ class TextLayer(nn.Module):
 
 
 class TextStack(nn.Module):
-    """Embeddings and layers. `image_width` None: the unimodal stack of the momentum encoder."""
+    """Embeddings and layers. With `image_width` None, the momentum encoder's unimodal stack."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class TextStack(nn.Module):
         )
 
     def forward(self, plan: TextPass, image_embeds_IND: Tensor | None = None) -> Tensor:
-        """Hidden states of the rows that the plan reads, [R, D]."""
+        """Return the hidden states of the rows that the plan reads, [R, D]."""
         hidden_TD = self.embeddings(plan.token_ids, plan.positions)
         for number, layer in enumerate(self.layers, start=1):
             arguments = (hidden_TD, image_embeds_IND, plan, number == len(self.layers))

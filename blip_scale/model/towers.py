@@ -1,12 +1,12 @@
 """Image towers: timm's ViTs behind one interface.
 
-timm's forward is kept. A tower built by `vision.build_vision` is the timm model itself, with the
-same parameter names; only its class is replaced, by one of those below.
+timm's forward is unchanged. A tower built by `vision.build_vision` is the timm model with the same
+parameter names. Only its class is replaced by one of those below.
 
-Every tower gives its pooled feature as the first token. Where timm pools by the class token, that
-is the class token. Where it pools by attention or by a mean, the feature is put before the tokens.
-So contrast, momentum encoders and cross-attention treat all towers alike, and the pooling's
-parameters have a gradient in every task.
+Every tower returns its pooled feature as the first token. If timm pools by the class token, this
+is the class token. If timm pools by attention or by a mean, the feature is prepended. The
+contrastive loss, momentum encoders and cross-attention can then treat all towers alike, and the
+parameters of the pooling get a gradient in every task.
 
 Shapes: B batch, N image tokens (the pooled feature first), D width.
 """
@@ -30,19 +30,19 @@ from torch import Tensor, nn
 BLOCKS = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm, beit.Block)
 """Classes of the blocks of all towers."""
 RELATIVE_TABLE = "relative_position_bias_table"
-"""Last part of the name of BEiT's position parameters."""
+"""Last part of the names of BEiT's position parameters."""
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each colour, for pixels in [0, 1]."""
+"""Mean and standard deviation of each colour channel, for pixels in [0, 1]."""
 BLIP_STATISTICS: Statistics = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-"""Constants of the normalised pixels that all towers get."""
+"""Statistics of the normalised pixels that all towers receive."""
 
 
 class ImageTower(nn.Module):
-    """Interface of all towers. timm's class, a tower's second base, provides the attributes."""
+    """Interface of all towers. Each tower's second base, a timm class, provides the attributes."""
 
     blocks: Any
-    """Blocks in order; they are checkpointed and compiled one by one."""
+    """Blocks in order. They are checkpointed and compiled one by one."""
     patch_embed: Any
     pos_embed: Any
     norm: Any
@@ -53,15 +53,15 @@ class ImageTower(nn.Module):
     embed_dim: int
     """Width D of the tokens."""
     num_prefix_tokens: int
-    """Number of timm's tokens before the patches: class token, registers."""
+    """Number of tokens that timm puts before the patches: class token, registers."""
     global_pool: str
     statistics: Statistics = BLIP_STATISTICS
-    """Constants by which the pixels of this tower are normalised."""
+    """Statistics for normalising the pixels of this tower."""
     gives_pooled_alone: bool = False
-    """Whether `forward` returns the pooled feature without the other tokens."""
+    """Whether `forward` returns only the pooled feature."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W], normalised by BLIP's constants, to [B, N, D], the pooled feature first."""
+        """Map [B, 3, H, W] with BLIP's normalisation to [B, N, D], the pooled feature first."""
         if self.statistics != BLIP_STATISTICS:
             scale, shift = _conversion(self.statistics, images.device)
             images = (images.float() * scale + shift).to(images.dtype)
@@ -71,25 +71,25 @@ class ImageTower(nn.Module):
         pooled = self.forward_head(tokens, pre_logits=True)[:, None]
         if self.gives_pooled_alone:
             return pooled
-        # timm has the last norm after the pooling in some towers; tokens are normalised here too.
+        # In some towers, timm's last norm follows the pooling. Here it is applied to tokens too.
         return torch.cat([pooled, self.fc_norm(tokens)], dim=1)
 
     @property
     def pools_by_class_token(self) -> bool:
-        """Whether the pooled feature is the class token, as BLIP's is."""
+        """Whether the pooled feature is the class token, as in BLIP."""
         is_plain = isinstance(self.fc_norm, nn.Identity)
         is_distilled = isinstance(self, VisionTransformerDistilled)  # it averages two tokens
         return self.global_pool == "token" and is_plain and not is_distilled
 
     @property
     def is_like_blips(self) -> bool:
-        """Whether the tower computes what BLIP's ViT does, apart from its sizes."""
+        """Whether the tower computes the same function as BLIP's ViT, apart from sizes."""
         is_plain = type(self) is VitTower and all(type(b) is Block for b in self.blocks)
         return is_plain and self.pools_by_class_token and self.statistics == BLIP_STATISTICS
 
     @property
     def added_tokens(self) -> int:
-        """Number of tokens that the tower puts before timm's."""
+        """Number of tokens that the tower prepends to timm's."""
         return 0 if self.pools_by_class_token else 1
 
     @property
@@ -99,12 +99,12 @@ class ImageTower(nn.Module):
 
     @property
     def mlp_width(self) -> int:
-        """Number of inputs of the last linear layer of a block's MLP."""
+        """Input width of the last linear layer of a block's MLP."""
         return int(self.blocks[0].mlp.fc2.in_features)
 
     @property
     def description(self) -> str:
-        """Properties that distinguish towers of equal sizes."""
+        """Text that tells towers of equal sizes apart."""
         block = self.blocks[0]
         act = getattr(block.mlp, "act", block.mlp)
         rope = getattr(self, "rope", None)
@@ -137,16 +137,16 @@ TOWERS: dict[type[nn.Module], type[ImageTower]] = {
     Eva: EvaTower,
     Beit: BeitTower,
 }
-"""timm's class -> ours."""
+"""timm class -> class of the tower."""
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "vision_transformer": {"weight_init": "skip"},
     "deit": {"weight_init": "skip"},
-    # Positions of one size are computed once. Those of any size are computed on the host in every
-    # pass, which would wait for the device and can't be captured in a CUDA graph.
+    # Compute the positions of one size only once. With dynamic sizes, the host computes them in
+    # every pass, which waits for the device and can't be captured in a CUDA graph.
     "eva": {"dynamic_img_size": False},
     "beit": {},
 }
-"""timm module of the name -> further arguments of the constructor."""
+"""timm module of the name -> additional constructor arguments."""
 _REASONS = {
     "naflexvit": "reads images of any aspect ratio, and the loader makes squares; the ViT of the "
     "same name without naflex has such weights for squares, e.g. vit_base_patch16_siglip_256",
@@ -162,7 +162,7 @@ EXPECTED = (
 
 
 def refuse_other_models(name: str) -> None:
-    """Raise ValueError if timm's model of this name is no tower. Nothing is built."""
+    """Raise ValueError if timm's model of this name is not a tower, without building it."""
     module = module_of(name)
     if module not in ARGUMENTS:
         reason = _REASONS.get(module, f"is a model of timm's {module}, not a plain ViT")
@@ -170,7 +170,7 @@ def refuse_other_models(name: str) -> None:
 
 
 def module_of(name: str) -> str:
-    """Last part of the name of the timm module that defines a model."""
+    """Return the last part of the name of the timm module that defines a model."""
     entrypoint = timm.model_entrypoint(name.partition(".")[0])
     return entrypoint.__module__.rpartition(".")[2]
 
@@ -179,7 +179,7 @@ def as_tower(model: nn.Module, name: str) -> ImageTower:
     """Turn a timm model into a tower, in place.
 
     Raises:
-        ValueError: the model has other blocks or another patch embedding than the towers.
+        ValueError: the model's blocks or patch embedding are not those of a tower.
     """
     tower = TOWERS.get(type(model))
     if tower is None:
@@ -194,20 +194,20 @@ def as_tower(model: nn.Module, name: str) -> ImageTower:
     model.__class__ = tower
     assert isinstance(model, ImageTower)
     rope = getattr(model, "rope", None)
-    if rope is not None:  # DINOv3 rescales positions by a draw on the host in every training pass
+    if rope is not None:  # in training, DINOv3 rescales positions by a random draw on the host
         rope.aug_active = False
     return model
 
 
 def refill_constants(network: nn.Module, device: torch.device | None = None) -> None:
-    """Compute the constants of the towers' position embeddings, in fp32.
+    """Compute the constants of the towers' position embeddings in fp32.
 
-    A network built on the meta device has none, and one built inside deepspeed.zero.Init has them
-    in the rounding of its weights.
+    A network built on the meta device has no values for them. In one built inside
+    deepspeed.zero.Init, they are rounded to the dtype of the weights.
 
     Args:
-        network: holds towers; changed in place.
-        device: device of the constants; None keeps theirs.
+        network: network with towers, changed in place.
+        device: device of the constants. None: keep the current one.
     """
     for tower in network.modules():
         if isinstance(tower, ImageTower):
@@ -221,7 +221,7 @@ def _refill(module: nn.Module, device: torch.device | None) -> None:
         return
     for name, buffer in list(module.named_buffers(recurse=False)):
         dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
-        if name == "k_bias":  # zeros, concatenated with weights
+        if name == "k_bias":  # zeros that are concatenated with weights
             dtype = next(module.parameters()).dtype
         module.register_buffer(
             name, torch.empty_like(buffer, dtype=dtype, device=device), persistent=False
@@ -231,9 +231,9 @@ def _refill(module: nn.Module, device: torch.device | None) -> None:
 
 @lru_cache(maxsize=8)
 def _conversion(statistics: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and shift [3, 1, 1] from BLIP's normalisation to another.
+    """Return scale and shift [3, 1, 1] that convert BLIP's normalisation to another one.
 
-    They are cached, because a copy to a GPU waits for it.
+    They are cached, because the host waits for a copy to a GPU.
     """
     with torch.inference_mode(False):
         mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in BLIP_STATISTICS)

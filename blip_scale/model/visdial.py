@@ -1,9 +1,9 @@
 """BLIP for visual dialog: does an answer belong to a question, given image, caption and history?
 
-A caption encoder reads the caption. The dialog encoder's cross-attention looks at the caption's
-states and the image tokens together (Li et al. 2022, figure 5c; no code was published). Here one
-stack serves as both encoders, like MED's text encoder: the caption goes through it without
-cross-attention. Where image and text differ in width (ViT-L), a matrix brings the caption's states
+A caption encoder reads the caption. The dialog encoder's cross-attention attends to the caption's
+states and the image tokens together (Li et al. 2022, figure 5c; no code was published). Here both
+encoders are one stack, like MED's text encoder: the caption goes through it without
+cross-attention. If image and text differ in width (ViT-L), a linear layer maps the caption's states
 to the width of the image tokens.
 
 Shapes: I images and captions, N image tokens, D width, T packed tokens, S dialogs.
@@ -40,7 +40,7 @@ class VisDial(nn.Module):
         self.itm_head = nn.Linear(width, 2)
 
     def encode_context(self, images: Tensor, captions: PackedText) -> tuple[Tensor, Segments]:
-        """Image tokens and caption states [1, T, image width], and the segment of each image.
+        """Return image tokens and caption states [1, T, image width], and each image's segment.
 
         Args:
             images: [I, 3, H, W] normalised.
@@ -57,12 +57,12 @@ class VisDial(nn.Module):
     def match(
         self, dialogs: PackedText, context: tuple[Tensor, Segments], image_index: Tensor
     ) -> Tensor:
-        """Logits [S, 2]; class 1 is "the last answer is true".
+        """Compute logits [S, 2]; class 1 is "the last answer is true".
 
         Args:
             dialogs: S sequences whose first token is [ENC].
             context: from `encode_context`.
-            image_index: [S] int64, the image of each dialog.
+            image_index: [S] int64, index of each dialog's image.
         """
         embeds, keys = context
         packed = self.config.takes_packed(embeds)
@@ -72,14 +72,14 @@ class VisDial(nn.Module):
 
 
 def beside(image_tokens: int, captions: Segments, caption_tokens: int) -> Segments:
-    """Segments that join each image's tokens with its caption's into one sequence.
+    """Create segments that join the tokens of each image and of its caption into one sequence.
 
-    In the tensor, the tokens of all images come first, then those of all captions.
+    In the tensor, the tokens of all images precede those of all captions.
 
     Args:
         image_tokens: number of tokens N of every image.
         captions: segments of the captions, one for each image.
-        caption_tokens: number of tokens of all captions together.
+        caption_tokens: total number of tokens of the captions.
     """
     count, device = captions.count, captions.offsets.device
     offsets = F.pad((captions.lengths + image_tokens).cumsum(0, dtype=torch.int32), (1, 0))

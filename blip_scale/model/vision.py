@@ -1,4 +1,4 @@
-"""Build the image encoder: a timm ViT as a tower, with our attention where its blocks allow it.
+"""Builder of the image encoder: a timm ViT as a tower, with `attention` where its blocks allow it.
 
 Shapes: B batch, N image tokens (the pooled feature first), D width, H heads, C channels of a head.
 """
@@ -28,13 +28,13 @@ from blip_scale.model.towers import (
 )
 
 _LIKE_BLIPS = re.compile(r"(vit|deit)_[a-z]+_patch\d+_\d+")
-"""Names of the ViTs that BLIP trains. They get BLIP's pixels, not those of their timm weights."""
+"""Names of the ViTs that BLIP trains. They get BLIP's pixel statistics, not those of timm."""
 Normalization = Literal["auto", "blip", "tower"]
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Which tower, at which resolution."""
+    """Settings of an image tower."""
 
     name: str = "vit_base_patch16_224"
     """timm name of the tower, with or without the tag of its weights."""
@@ -43,22 +43,22 @@ class VisionConfig:
     overrides: dict[str, float | int | bool] = field(default_factory=dict)
     """Further timm constructor arguments, e.g. {"embed_dim": 192, "depth": 6, "num_heads": 3}."""
     drop_path_rate: float = 0.0
-    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    """Stochastic depth rate of the last block. It grows linearly from 0 at the first block."""
     patch_dropout: float = 0.0
-    """Share of the patches that a forward in training leaves out, drawn anew for each image."""
+    """Share of the patches that a training forward drops. New patches are drawn for each image."""
     frozen_layers: int = 0
-    """Number of first blocks that don't train. What lies before them doesn't either."""
+    """Number of first blocks that are frozen, together with all modules before them."""
     frozen: bool = False
-    """Whether nothing of the tower trains."""
+    """Whether the whole tower is frozen."""
     other_sizes: tuple[int, ...] = ()
-    """Sides of further inputs in pixels, for which the forward interpolates position embeddings."""
+    """Other input sizes in pixels, for which the forward interpolates position embeddings."""
     normalization: Normalization = "auto"
-    """Constants of the pixels: BLIP's, or those of the tower's timm weights. auto takes BLIP's for
-    the plain ViTs and DeiTs that BLIP trains, and the tower's for all others."""
+    """Pixel statistics: BLIP's, or those of the tower's timm weights. `auto` takes BLIP's for the
+    plain ViTs and DeiTs that BLIP trains, and the tower's for all others."""
 
     @property
     def statistics(self) -> Statistics:
-        """Mean and deviation by which the pixels of this tower are normalised."""
+        """Mean and standard deviation for normalising the pixels of this tower."""
         is_like_blips = _LIKE_BLIPS.fullmatch(self.name.partition(".")[0])
         if self.normalization == "blip" or (self.normalization == "auto" and is_like_blips):
             return BLIP_STATISTICS
@@ -78,7 +78,7 @@ class VisionAttention(TimmAttention):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """[B, N, D] to [B, N or `queries`, D]. Image tokens all see each other.
+        """Map [B, N, D] to [B, N or `queries`, D]. All image tokens attend to each other.
 
         Raises:
             ValueError: a mask is passed.
@@ -108,22 +108,22 @@ class VisionAttention(TimmAttention):
 
 
 class ClassTokenBlock(Block):
-    """Block that computes only the class token. The class token still sees all tokens."""
+    """Block that computes only the class token, which attends to all tokens."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """[B, N, D] to [B, 1, D]."""
+        """Map [B, N, D] to [B, 1, D]."""
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
         x = x[:, :1] + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 def give_pooled_alone(vision: ImageTower) -> None:
-    """Make a tower of `build_vision` return its pooled feature alone, [B, 1, D].
+    """Make a tower of `build_vision` return only its pooled feature, [B, 1, D].
 
-    Where that is the class token, a last block of timm's plain `Block` skips the other tokens. With
-    another last block the tower still returns all tokens.
+    If this is the class token, a last block of timm's plain `Block` skips the other tokens. With
+    any other last block, the tower still returns all tokens.
     """
     last = vision.blocks[-1]
     if not vision.pools_by_class_token:
@@ -136,15 +136,15 @@ def give_pooled_alone(vision: ImageTower) -> None:
 def build_vision(
     config: VisionConfig, kernel: Kernel = "auto", gradient_checkpointing: bool = False
 ) -> ImageTower:
-    """A tower whose forward maps images [B, 3, H, W] to all normalised tokens [B, N, D].
+    """Build a tower that maps images [B, 3, H, W] to all normalised tokens [B, N, D].
 
-    Attention of timm's plain kind is replaced by `VisionAttention`, which takes FlashAttention. The
-    other kinds (rotary embeddings, position biases) call scaled_dot_product_attention in timm.
-    Parameters are left unset: `init_weights` or a checkpoint fills them, so the tower can be built
+    timm's plain attention is replaced by `VisionAttention`, which can run FlashAttention. Its other
+    attentions (rotary embeddings, position biases) call scaled_dot_product_attention in timm.
+    Parameters are unset until `init_weights` or a checkpoint sets them, so the tower can be built
     inside deepspeed.zero.Init.
 
     Raises:
-        ValueError: the name is unknown or not that of a tower, timm refuses the overrides, the
+        ValueError: the name is unknown or is not that of a tower, timm refuses the overrides, the
             image size is not a multiple of the patch size, or the ViT has fewer blocks than
             `frozen_layers`.
     """
@@ -210,18 +210,18 @@ def build_vision(
 
 
 def training_tokens(vision: ImageTower) -> int:
-    """Number of tokens that the tower gives of an image in training, after patch dropout."""
+    """Return the number of tokens per image in training, after patch dropout."""
     patches: int = vision.patch_embed.num_patches
     share: float = getattr(getattr(vision, "patch_drop", None), "prob", 0.0)
-    if share:  # rounded as timm rounds
+    if share:  # round as timm does
         patches = max(1, int(patches * (1.0 - share)))
     return patches + vision.num_prefix_tokens + vision.added_tokens
 
 
 def _freeze(vision: ImageTower, layers: int) -> None:
-    """Turn gradients off for the first blocks and all that comes before them.
+    """Freeze the first blocks and all modules before them.
 
-    Autograd stops at the first block that trains, so frozen blocks have no backward at all.
+    Autograd stops at the first trained block, so frozen blocks have no backward.
     """
     depth = len(vision.blocks)
     if layers > depth:

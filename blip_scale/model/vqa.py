@@ -1,7 +1,8 @@
-"""BLIP for visual question answering: an encoder of questions, and a decoder that writes answers.
+"""BLIP for visual question answering: a question encoder and an answer decoder.
 
 The encoder is MED's image-grounded text encoder. The decoder's cross-attention reads the states of
-all question tokens and never sees the image. The two are not tied (Li et al. 2022, figure 5a).
+all question tokens, but not the image. Encoder and decoder share no weights (Li et al. 2022,
+figure 5a).
 
 Shapes: B images and questions, N image tokens, D width, T packed tokens, A answers, V vocabulary.
 """
@@ -20,7 +21,7 @@ from blip_scale.model.vision import build_vision
 
 
 class VQA(nn.Module):
-    """Network of VQA: a ViT, an encoder of questions, and a decoder that writes answers."""
+    """Network of VQA: a ViT, a question encoder and an answer decoder."""
 
     def __init__(self, config: MEDConfig) -> None:
         super().__init__()
@@ -37,22 +38,22 @@ class VQA(nn.Module):
 
     @property
     def text(self) -> TextStack:
-        """The stack that writes."""
+        """The stack that holds the decoder."""
         return self.text_decoder
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] to image_embeds [B, N, D]."""
+        """Map normalised pixels [B, 3, H, W] to image_embeds [B, N, D]."""
         return self.vision(images)
 
     def encode_questions(
         self, questions: PackedText, image_embeds: Tensor, image_index: Tensor
     ) -> Tensor:
-        """States [T, D] of all tokens of the questions.
+        """Return the states [T, D] of all tokens of the questions.
 
         Args:
             questions: sequences whose first token is [ENC].
             image_embeds: [B, N, image width].
-            image_index: int64, the image of each question.
+            image_index: int64, index of each question's image.
         """
         images, tokens, _ = image_embeds.shape
         packed = self.config.takes_packed(image_embeds)
@@ -64,13 +65,13 @@ class VQA(nn.Module):
     def decode(
         self, answers: PackedText, states_TD: Tensor, questions: Segments, question_index: Tensor
     ) -> Tensor:
-        """Next-token logits [T of the answers, V] at every token of the answers.
+        """Compute next-token logits [T of the answers, V] at every token of the answers.
 
         Args:
             answers: A sequences whose first token is [DEC].
             states_TD: from `encode_questions`.
-            questions: where the states of each question lie.
-            question_index: [A] int64, the question of each answer.
+            questions: boundaries of the states of each question.
+            question_index: [A] int64, index of each answer's question.
         """
         packed = self.config.takes_packed(states_TD)
         seen = ImageIndex(questions.count, len(states_TD), decoder=question_index, keys=questions)

@@ -1,8 +1,8 @@
 """Image-text contrastive loss (ITC) against momentum keys and queues, with soft targets.
 
 Legend: B batch of this rank, E embed_dim, Q queue, K = B + Q keys (this rank's momentum features of
-the step, then the queue). Everything is computed in fp32. Similarities divided by a temperature of
-0.001 reach 1000, where the spacing of bf16 is 4.
+the step, then the queue). Everything is computed in fp32, because similarities divided by a
+temperature of 0.001 reach 1000, where the spacing of bf16 is 4.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ class FeaturePair:
 
 @dataclass(frozen=True)
 class Similarities:
-    """Scaled similarities of both directions, fp32; the positive of row b is column b."""
+    """Scaled similarities in both directions, fp32. The positive of row b is column b."""
 
     image_to_text: Tensor
-    """[B, K]: row b is image b against all text keys."""
+    """Image b against all text keys in row b, [B, K]."""
     text_to_image: Tensor
-    """[B, K]: row b is text b against all image keys."""
+    """Text b against all image keys in row b, [B, K]."""
 
 
 def similarities(
     queries: FeaturePair, keys: FeaturePair, queue: FeaturePair, temperature: Tensor
 ) -> Similarities:
-    """Similarities of queries to momentum keys and to the queue, divided by the temperature.
+    """Compute similarities of queries to momentum keys and queue, divided by the temperature.
 
-    A step calls this twice. With online features as queries, gradient flows to them and to the
+    A step calls this twice. With online features as queries, the gradient flows to them and to the
     temperature. With momentum features as queries, under `no_grad`, the softmax of the result gives
     the soft targets.
 
     Args:
         queries: normalised features [B, E].
-        keys: this rank's normalised momentum features of the same pairs [B, E]; constants.
-        queue: momentum features of earlier steps [E, Q], features in columns; constants.
+        keys: this rank's normalised momentum features [B, E] of the same pairs, without gradient.
+        queue: momentum features of earlier steps [E, Q], one per column, without gradient.
         temperature: scalar divisor, positive.
     """
     return Similarities(
@@ -54,8 +54,8 @@ def similarities(
 
 
 def _scaled(queries_BE: Tensor, keys_BE: Tensor, queue_EQ: Tensor, temperature: Tensor) -> Tensor:
-    # Divide the B x E queries rather than the B x K products. Take two products rather than one
-    # over a copy of the queue: it would move 59 MB per direction and step at the published sizes.
+    # Divide the B x E queries, not the B x K products. Compute two products instead of copying keys
+    # and queue into one matrix, which would move 59 MB per direction and step at published sizes.
     scaled_BE = queries_BE.float() / temperature.float()
     in_batch_BB = scaled_BE @ keys_BE.detach().float().T
     return torch.cat([in_batch_BB, scaled_BE @ queue_EQ.detach()], dim=1)
@@ -65,10 +65,10 @@ def _scaled(queries_BE: Tensor, keys_BE: Tensor, queue_EQ: Tensor, temperature: 
 def soft_targets(
     momentum_BK: Tensor, alpha: float | Tensor, positives_BK: Tensor | None = None
 ) -> Tensor:
-    """Targets [B, K]: alpha times the momentum softmax, and the rest on the positive (ALBEF, 3.2).
+    """Compute targets [B, K]: alpha times the momentum softmax, the rest on the positive.
 
-    With several positives in a row of `positives_BK` (bool), the rest is spread evenly over them.
-    See `itc_loss` for `alpha`.
+    See ALBEF, section 3.2. If a row of `positives_BK` (bool) has several positives, the rest is
+    spread evenly over them. See `itc_loss` for `alpha`.
     """
     soft, hard = alpha if isinstance(alpha, Tensor) else (alpha, 1.0 - alpha)
     targets_BK = momentum_BK.softmax(dim=1).mul_(soft)
@@ -86,14 +86,14 @@ def itc_loss(
     alpha: float | Tensor,
     positives_BK: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy with soft targets, mean over rows and the two directions; fp32 scalar.
+    """Compute the cross entropy with soft targets, mean over rows and directions; fp32 scalar.
 
     Args:
         online: similarities of the online features, with gradient.
         momentum: similarities of the momentum features, same shape.
-        alpha: weight of the soft targets, from `alpha_at`. Or alpha and 1 - alpha as [2] fp64 on
-            the device, so that the host sends no number in the middle of a step.
-        positives_BK: [B, K] bool, keys of the same image; None: the row's own pair alone.
+        alpha: weight of the soft targets, from `alpha_at`. Alternatively [2] fp64 on the device,
+            alpha and 1 - alpha, so that the host sends no number in the middle of a step.
+        positives_BK: [B, K] bool, keys of the same image. None: only the row's own pair.
     """
     image_to_text = F.cross_entropy(
         online.image_to_text, soft_targets(momentum.image_to_text, alpha, positives_BK)
@@ -105,14 +105,14 @@ def itc_loss(
 
 
 def alpha_at(step: int, steps_per_epoch: int, alpha: float, ramp_epochs: float) -> float:
-    """Weight of the soft targets at optimizer step `step` (from 0): linear over `ramp_epochs`."""
+    """Return the soft targets' weight at step `step` (from 0). It rises linearly over the ramp."""
     ramp_steps = ramp_epochs * steps_per_epoch
     return alpha if step >= ramp_steps else alpha * step / ramp_steps
 
 
 @torch.no_grad()
 def retrieval_accuracy(online: Similarities) -> tuple[Tensor, Tensor]:
-    """Top-1 accuracy of retrieval within this rank's batch.
+    """Compute the top-1 accuracy of retrieval within this rank's batch.
 
     Returns:
         Image-to-text and text-to-image accuracy, fp32 scalars on the device. Chance is 1 / B.

@@ -1,6 +1,6 @@
-"""Ring buffers of the momentum features that ITC contrasts against.
+"""Ring buffers of the momentum features that serve as negatives in ITC.
 
-Legend: E embed_dim, Q queue, G features that enter in one step (all ranks, in rank order).
+Legend: E embed_dim, Q queue, G features added in one step (all ranks, in rank order).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NO_IMAGE = -100  # as published
 class FeatureQueue:
     """Momentum features of past steps: one buffer for images, one for texts, paired by column.
 
-    It is not an nn.Module: a module's buffers would be cast to bf16, and DeepSpeed's broadcast at
-    the start leaves buffers out. Instead, the random first content depends on the seed alone, and
-    every rank enqueues the same gathered features, so all ranks hold equal queues. Nothing here
-    waits for the device.
+    The class is not an nn.Module, because a module's buffers would be cast to bf16 and DeepSpeed's
+    initial broadcast omits buffers. All ranks still hold equal queues: the random initial content
+    depends only on the seed, and every rank enqueues the same gathered features. No method waits
+    for the device.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class FeatureQueue:
             for _ in range(2)
         )
         self.image_ids: torch.Tensor | None = None
-        """[Q] int64, the image id of each column; -100 where nothing entered yet."""
+        """Image id of each column, [Q] int64; -100 in columns that are not yet written."""
         if with_image_ids:
             self.image_ids = torch.full((size,), _NO_IMAGE, dtype=torch.int64, device=device)
-        # On the host, as only `age` reads it.
+        # On the host, because only `age` reads it.
         self._entered_at_Q = torch.full((size,), _NEVER, dtype=torch.int64)
         self.pointer = 0
         """Column that the next feature overwrites."""
         self.enqueued = 0
-        """Number of pairs that ever entered."""
+        """Total number of pairs enqueued so far."""
 
     @property
     def size(self) -> int:
@@ -65,7 +65,7 @@ class FeatureQueue:
 
     @property
     def features(self) -> FeaturePair:
-        """Both buffers, fp32 [E, Q], features in columns. `enqueue` overwrites them in place."""
+        """Both buffers, fp32 [E, Q], one feature per column. `enqueue` overwrites them in place."""
         return FeaturePair(image=self._image_EQ, text=self._text_EQ)
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class FeatureQueue:
         The buffers change in place. Backward passes that need `features` must be finished.
 
         Args:
-            features: momentum features of all ranks [G, E], the same tensors on every rank.
+            features: momentum features of all ranks [G, E], equal on every rank.
             step: optimizer step, for `age`.
             image_ids: [G] int64, for a queue with image ids.
 
@@ -109,12 +109,12 @@ class FeatureQueue:
         self.enqueued += incoming
 
     def age(self, step: int) -> float:
-        """Mean age in optimizer steps of the columns written so far; 0 before the first."""
+        """Return the mean age, in optimizer steps, of the columns written so far; 0 if none."""
         entered = self._entered_at_Q[self._entered_at_Q != _NEVER]
         return step - entered.double().mean().item() if len(entered) else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All state. Tensors are not copied: save or clone them before the next `enqueue`."""
+        """Return the state. Tensors are not copied: save or clone them before `enqueue`."""
         state = {
             "image": self._image_EQ,
             "text": self._text_EQ,
@@ -126,10 +126,10 @@ class FeatureQueue:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned. It may lie on any device.
+        """Restore the state of `state_dict`, which may be on any device.
 
         Raises:
-            ValueError: size or embed_dim of the state differ from this queue's.
+            ValueError: size or embed_dim of the state differ from those of this queue.
         """
         saved, here = tuple(state["image"].shape), tuple(self._image_EQ.shape)
         if saved != here:

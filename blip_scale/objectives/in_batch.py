@@ -12,11 +12,11 @@ from blip_scale.objectives.contrastive import Similarities
 
 
 def in_batch_loss(similarities: Similarities, matches_BG: Tensor) -> Tensor:
-    """Cross entropy of finding the match, mean over rows and the two directions; fp32 scalar.
+    """Compute the cross entropy of the matches, mean over rows and directions; fp32 scalar.
 
     Args:
-        similarities: [B, G] both ways, divided by the temperature, with gradient.
-        matches_BG: bool, pairs of the same image. With several in a row, the target is spread
+        similarities: [B, G] in both directions, divided by the temperature, with gradient.
+        matches_BG: bool, pairs of the same image. If a row has several, the target is spread
             evenly over them.
     """
     targets_BG = matches_BG / matches_BG.sum(dim=1, keepdim=True)

@@ -1,6 +1,6 @@
 """Image-text matching (ITM): hard negatives drawn from the contrastive similarities, labels, loss.
 
-Legend: B batch of this rank, P pool that negatives are drawn from. The pool is the rank's batch
+Legend: B batch of this rank, P pool from which negatives are drawn. The pool is the rank's batch
 (P = B, as published) or the batches of all ranks in rank order (P = B x ranks).
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WEIGHT_FLOOR = 1e-4
-"""Constant added to every softmax weight, so that a peaked row has negatives to draw."""
+"""Constant added to every softmax weight, so that a peaked row still has possible negatives."""
 
 CONSTANT_PREDICTION_LOSS = math.log(3) - 2 / 3 * math.log(2)
 """Loss (0.6365) of a head that learned only that one pair in three matches."""
@@ -22,16 +22,16 @@ CONSTANT_PREDICTION_LOSS = math.log(3) - 2 / 3 * math.log(2)
 
 @dataclass(frozen=True)
 class HardNegatives:
-    """Rows of the pool, int64 [B] each."""
+    """Indices of the negatives in the pool, int64 [B] each."""
 
     image: Tensor
-    """Image that each text of the batch is wrongly paired with."""
+    """Image of the mismatched pair of each text."""
     text: Tensor
-    """Text that each image of the batch is wrongly paired with."""
+    """Text of the mismatched pair of each image."""
 
 
 def check_pool(pool_size: int) -> None:
-    """Refuse a pool that holds no negative.
+    """Refuse a pool without negatives.
 
     Raises:
         ValueError: the pool is a single pair.
@@ -47,17 +47,17 @@ def check_pool(pool_size: int) -> None:
 def negative_weights(
     similarities_BP: Tensor, first_positive: int = 0, same_image_BP: Tensor | None = None
 ) -> Tensor:
-    """Sampling weights of the negatives, fp32 [B, P].
+    """Compute the sampling weights of the negatives, fp32 [B, P].
 
-    In pretraining they are the softmax over the pool plus `WEIGHT_FLOOR`, and 0 for the positive.
-    With `same_image_BP`, as in retrieval fine-tuning, they are the softmax over the pairs of other
-    images, and 0 for all pairs of the same image. Up to a factor per row that is the published
-    softmax over all pairs, but no row becomes all zeros.
+    In pretraining, the weights are the softmax over the pool plus `WEIGHT_FLOOR`, and 0 for the
+    positive. With `same_image_BP`, as in retrieval fine-tuning, they are the softmax over the pairs
+    of other images, and 0 for all pairs of the same image. Up to a factor per row, this equals the
+    published softmax over all pairs, but no row becomes all zeros.
 
     Args:
         similarities_BP: similarities of the batch to the pool, already divided by the temperature.
-        first_positive: row of the pool that is the positive of query 0. The others follow it.
-        same_image_BP: [B, P] bool.
+        first_positive: column of the positive of query 0. Those of the other queries follow.
+        same_image_BP: [B, P] bool, pairs of the same image.
     """
     if same_image_BP is not None:
         never = torch.finfo(torch.float32).min  # not -inf: a row may have no other image
@@ -77,8 +77,7 @@ def draw_negatives(
 ) -> HardNegatives:
     """Draw one negative image for each text and one negative text for each image.
 
-    The more similar a negative is, the likelier it is drawn. Negative images are drawn first, as
-    published.
+    More similar negatives are more likely. Negative images are drawn first, as published.
 
     Args:
         text_to_image_BP: similarities of the batch's texts to the pool's images. For the local pool
@@ -86,8 +85,8 @@ def draw_negatives(
         image_to_text_BP: similarities of the batch's images to the pool's texts.
         generator: generator on the device of the similarities.
         first_positive: 0 for the local pool, rank * B for the global one.
-        same_image_BP: see `negative_weights`. In a row without another image, a pair of the same
-            image is drawn; `pair_labels` labels it as a match.
+        same_image_BP: see `negative_weights`. If a row has no other image, a pair of the same image
+            is drawn, which `pair_labels` labels as a match.
 
     Raises:
         ValueError: the pool is a single pair.
@@ -101,22 +100,22 @@ def draw_negatives(
 
 
 def _draw(weights_BP: Tensor, generator: torch.Generator) -> Tensor:
-    # This exponential race is what torch.multinomial runs for one draw per row, with equal draws.
-    # torch.multinomial also checks the weights. The check makes the host wait for the device, and
-    # raises at non-finite similarities, whose step the loop would skip.
+    # This exponential race gives the same draws as torch.multinomial with one draw per row.
+    # torch.multinomial also checks the weights. This makes the host wait for the device, and raises
+    # on non-finite similarities, although the training loop would only skip the step.
     race_BP = torch.empty_like(weights_BP).exponential_(generator=generator)
     return (weights_BP / race_BP).argmax(dim=1)
 
 
 def match_labels(batch: int, device: torch.device | str) -> Tensor:
-    """Labels [3B] int64: B matched pairs (1), then B wrong images and B wrong texts (0)."""
+    """Return the labels [3B] int64: B matches (1), then B wrong images and B wrong texts (0)."""
     labels = torch.zeros(3 * batch, dtype=torch.int64, device=device)
     labels[:batch] = 1
     return labels
 
 
 def pair_labels(negatives: HardNegatives, same_image_BP: Tensor) -> Tensor:
-    """`match_labels` for a pool that may repeat images: a drawn pair of the same image matches."""
+    """Return `match_labels`, but with label 1 for drawn pairs of the same image."""
     labels = match_labels(len(same_image_BP), same_image_BP.device)
     drawn_B2 = torch.stack([negatives.image, negatives.text], dim=1)
     labels[len(same_image_BP) :] = same_image_BP.gather(1, drawn_B2).T.flatten()
@@ -124,13 +123,13 @@ def pair_labels(negatives: HardNegatives, same_image_BP: Tensor) -> Tensor:
 
 
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of match logits [3B, 2], class 1 is a match; fp32 scalar."""
+    """Compute the mean cross entropy of logits [3B, 2]; class 1 is a match; fp32 scalar."""
     return F.cross_entropy(logits.float(), labels)
 
 
 @torch.no_grad()
 def match_accuracy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Accuracy of the matching head on matches and on mismatches.
+    """Compute the accuracy of the matching head on matches and on mismatches.
 
     Args:
         logits: [3B, 2].
@@ -149,8 +148,8 @@ def match_accuracy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def predicts_one_class(loss: float, accuracy_match: float, accuracy_mismatch: float) -> bool:
     """Whether the head predicts the same class for every pair.
 
-    It does if the loss is within 0.02 of `CONSTANT_PREDICTION_LOSS`, or if one class is nearly
-    always right (above 0.99) and the other nearly always wrong (below 0.01).
+    This is the case if the loss is within 0.02 of `CONSTANT_PREDICTION_LOSS`, or if one class is
+    nearly always right (above 0.99) and the other nearly always wrong (below 0.01).
     """
     one_sided = max(accuracy_match, accuracy_mismatch) > 0.99
     one_sided = one_sided and min(accuracy_match, accuracy_mismatch) < 0.01

@@ -1,4 +1,4 @@
-"""Update of the momentum encoders: an exponential moving average, on any slices of parameters."""
+"""Update of the momentum encoders: an exponential moving average of any slices of parameters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def momentum_update_(
 ) -> None:
     """Set average to momentum * average + (1 - momentum) * weight, in place.
 
-    Call it once per optimizer step. As published, it precedes the momentum forward of a step and
-    takes the weights that the last optimizer step left.
+    Call it once per optimizer step. As published, the update precedes the momentum forward of a
+    step and reads the weights after the last optimizer step.
 
     Args:
         averages: fp32, any shapes: this rank's slices, or whole parameters.
@@ -23,8 +23,8 @@ def momentum_update_(
         momentum: 0.995 as published.
 
     Raises:
-        ValueError: an average or a weight is not fp32. At 0.995 a bf16 average never moves, as
-            rounding loses the increment.
+        ValueError: an average or a weight is not fp32. At 0.995 a bf16 average never changes,
+            because rounding loses the increment.
     """
     for index, tensor in enumerate((*averages, *weights)):
         if tensor.dtype != torch.float32:
@@ -32,5 +32,5 @@ def momentum_update_(
             raise ValueError(
                 f"momentum update: {kind} {index % len(averages)} is {tensor.dtype}, not fp32"
             )
-    if averages:  # a rank may own no element of any pair
+    if averages:  # a rank may hold no element of any pair
         torch._foreach_lerp_(list(averages), list(weights), 1.0 - momentum)

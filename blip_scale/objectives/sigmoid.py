@@ -1,4 +1,4 @@
-"""SigLIP's contrastive loss: match or mismatch for each pair by itself (Zhai et al. 2023).
+"""SigLIP's contrastive loss: binary classification of each pair (Zhai et al. 2023).
 
 Legend: B images of this rank, G texts of all ranks. Everything is computed in fp32.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def sigmoid_loss(logits_BG: Tensor, matches_BG: Tensor) -> Tensor:
-    """Sum of log(1 + exp(-z * logit)) over a row, mean over the rows; fp32 scalar.
+    """Sum log(1 + exp(-z * logit)) over each row and average over the rows; fp32 scalar.
 
     z is 1 for a match and -1 for a mismatch.
 

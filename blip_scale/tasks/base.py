@@ -41,9 +41,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class TrainingTask(ABC):
-    """Implementation of `engine.task.Task` for most tasks; subclasses add the abstract methods.
+    """Base class of the tasks that implements most of `engine.task.Task`.
 
-    The task's network holds the network of `head` (`model.heads`) as its attribute `med`.
+    The attribute `med` of the task's network holds the network of `head` (see `model.heads`).
     """
 
     head: Head
@@ -53,7 +53,7 @@ class TrainingTask(ABC):
         self.recipe, self.device = recipe, device
         self.tokenizer = load_tokenizer(recipe.model.text)
         self.config = med_config(recipe, self.tokenizer)
-        if recipe.model.lora.rank:  # refuse here what the engine could only fail at
+        if recipe.model.lora.rank:  # refuse wrong settings here; the engine could only fail
             with torch.device("meta"):
                 self.limited(MED(self.config))
         if is_auto(recipe):
@@ -72,19 +72,19 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def build_network(self) -> nn.Module:
-        """The network, with unset weights."""
+        """Build the network, with unset weights."""
 
     @abstractmethod
     def inputs(self, batch: Any, progress: Progress) -> tuple[Any, ...]:
-        """Arguments of the network for a micro-batch, on the device."""
+        """Return the network's arguments for a micro-batch, on the device."""
 
     @abstractmethod
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Held-out metrics and pictures."""
+        """Compute held-out metrics and pictures."""
 
     @abstractmethod
     def flops_per_step(self) -> float:
-        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
+        """Estimate the FLOPs of one optimizer step on this rank from the last micro-batch."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +92,7 @@ class TrainingTask(ABC):
         return torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
 
     def text_input(self) -> CaptionInput:
-        """Settings that turn the texts of the training sets into tokens."""
+        """Return the settings that turn the texts of the training sets into tokens."""
         text = self.recipe.model.text
         return CaptionInput(
             self.tokenizer,
@@ -103,36 +103,36 @@ class TrainingTask(ABC):
         )
 
     def heldout_sets(self) -> Iterator[tuple[str, HeldoutPairs]]:
-        """The recipe's held-out sets by name. Texts are cleaned like those of the training sets."""
+        """Yield the held-out sets by name. Texts are cleaned like those of the training sets."""
         text = self.text_input()
         return captions_and_pairs.heldout_sets(self.recipe, text.clean, text.max_words)
 
     def generator(self) -> torch.Generator:
-        """The task's generator on its device, seeded for this micro-step.
+        """Return the task's generator on its device, seeded for this micro-step.
 
-        The seed follows from torch's, which the loop sets for each micro-step. The object is always
-        the same one, as a captured CUDA graph registers it.
+        The seed is derived from torch's, which the training loop sets for each micro-step. The
+        generator is always the same object, because a captured CUDA graph registers it.
         """
         return self._generator.manual_seed(own_seed())
 
     @classmethod
     def head_of(cls, recipe: Recipe) -> Head:
-        """Head of the network that a recipe trains."""
+        """Return the head of the network that a recipe trains."""
         return cls.head
 
     def build_med(self) -> MED:
-        """A MED cut down to the modules of the head, with unset weights."""
+        """Build a MED that has only the modules of the head, with unset weights."""
         return self.limited(cut_down(MED(self.config), self.head))
 
     def limited(self, network: M) -> M:
-        """The same network, with the recipe's adapters and frozen parts."""
+        """Add the recipe's adapters to a network, and freeze the parts that the recipe freezes."""
         return limited(network, self.recipe.model)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """Weights of the recipe's checkpoints; weights without one are drawn from the seed.
+        """Load the weights of the recipe's checkpoints, and draw the others from the seed.
 
-        Adapters, and trainable parameters outside `med` such as those of a loss, may be missing
-        from `model.checkpoint`. They keep the value that their constructor draws from the seed.
+        `model.checkpoint` may lack adapters, and trainable parameters outside `med` such as those
+        of a loss. These keep the values that their constructors draw from the seed.
         """
         with torch.device("meta"):
             network = self.build_network()
@@ -150,7 +150,7 @@ class TrainingTask(ABC):
         return weights
 
     def keep_text(self, folder: Path) -> None:
-        """Write the tokenizer, and the sizes of the text stack as a BERT's config.json."""
+        """Write the tokenizer, and the sizes of the text stack as the config.json of a BERT."""
         self.tokenizer.save_pretrained(folder)
         text = self.config.text
         sizes = {
@@ -167,16 +167,16 @@ class TrainingTask(ABC):
         files.write_whole(folder / "config.json", json.dumps(sizes, indent=1) + "\n")
 
     def inventory(self) -> list[dict[str, Any]]:
-        """The training streams with their shards."""
+        """List the training streams with their shards."""
         return inventory(self.loader.stores)
 
     def batches(self) -> Iterator[Any]:
-        """This rank's micro-batches."""
+        """Yield this rank's micro-batches."""
         return iter(self.loader)
 
     @property
     def capture_obstacle(self) -> str | None:
-        """Why the forward can't be captured in a CUDA graph."""
+        """Reason why a CUDA graph can't capture the forward; None if it can."""
         return f"the shapes of {self.recipe.task} depend on its data"
 
     def collect(  # noqa: B027  most tasks collect nothing
@@ -185,7 +185,7 @@ class TrainingTask(ABC):
         """Keep nothing."""
 
     def figures(self, batch: Batch) -> dict[str, float]:
-        """Shares of a batch: pairs of each stream and caption role, and captions that were cut."""
+        """Compute the shares of each stream and caption role in a batch, and of cut captions."""
         names = [f"data/share_{name}" for name in self.loader.stream_names]
         shares = dict(zip(names, self.loader.shares(batch), strict=True))
         return shares | self.loader.caption_shares(batch)
@@ -196,15 +196,15 @@ class TrainingTask(ABC):
         """Update nothing."""
 
     def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
-        """No metrics besides those of the steps."""
+        """Return no metrics besides those of the steps."""
         return {}
 
     def whole_med(self, engine: ZeroEngine) -> MED:
-        """A copy of the MED on this rank's device, in evaluation mode. Call it on all ranks."""
+        """Copy the whole MED to this rank's device, in evaluation mode. Call it on all ranks."""
         return self.whole(engine, self.build_med)
 
     def whole(self, engine: ZeroEngine, build: Callable[[], M]) -> M:
-        """Like `whole_med`, for a task whose `med` is another network, which `build` makes."""
+        """Copy the network `med`, built by `build`, like `whole_med`. Call it on all ranks."""
         with torch.device(self.device):
             med = build().to(engine.dtype)
         source = engine.module.get_submodule("med")
@@ -212,7 +212,7 @@ class TrainingTask(ABC):
         return med.eval()
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Position of the loader, and settings of the adapters if there are any."""
+        """Return the position of the loader, and the settings of the adapters if there are any."""
         state: dict[str, Any] = {"loader": self.loader.state_dict()}
         lora = self._adapters()
         return (state if lora is None else state | {adapters.KEY: lora}), {}
@@ -228,7 +228,7 @@ class TrainingTask(ABC):
             )
 
     def _adapters(self) -> dict[str, Any] | None:
-        """Settings that give the adapters of a checkpoint their meaning; None without adapters."""
+        """Return the settings that are needed to use a checkpoint's adapters; None without any."""
         lora = self.recipe.model.lora
         if not lora.rank:
             return None
@@ -240,12 +240,12 @@ class TrainingTask(ABC):
 
     @property
     def samples_seen(self) -> int:
-        """Samples of all ranks since the start of the run."""
+        """Number of samples that all ranks have read since the start of the run."""
         return self.loader.samples_seen
 
     @property
     def scheduled_steps(self) -> int:
-        """Steps of the schedule that are done at the loader's position."""
+        """Number of steps of the schedule that are done at the loader's position."""
         return self.loader.scheduled_steps
 
     def close(self) -> None:
@@ -254,5 +254,5 @@ class TrainingTask(ABC):
 
 
 def own_seed() -> int:
-    """Seed of the task's draws in a micro-step; differs from torch's seed."""
+    """Return the seed of the task's draws in a micro-step. It differs from torch's seed."""
     return torch.initial_seed() ^ 0x5EED

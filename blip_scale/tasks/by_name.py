@@ -1,4 +1,4 @@
-"""Tasks by the name that a recipe gives."""
+"""Registry of tasks by the name in the recipe."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TASKS: dict[str, type[TrainingTask]] = {
     "visdial": VisualDialog,
     "vqa": VisualQuestionAnswering,
 }
-"""`task` in the recipe -> class of the task."""
+"""Value of `task` in the recipe -> class of the task."""
 
 
 def contrast_of(recipe: Recipe, config: MEDConfig) -> Contrast:
-    """A recipe's contrast on the meta device, for a plan.
+    """Create a recipe's contrast on the meta device, to plan memory and FLOPs.
 
-    Tasks without a contrast are planned with pretraining's.
+    A task without a contrastive loss also gets the one of `objective.itc`, as in pretraining.
 
     Raises:
         ValueError: `objective.itc` names no contrast.

@@ -1,4 +1,4 @@
-"""Fine-tuning of the image-grounded decoder for captions, and the metrics of captions.
+"""Fine-tuning of the image-grounded decoder for captioning, and caption metrics.
 
 Legend: B micro-batch of this rank, P predicted tokens, V vocabulary.
 """
@@ -31,7 +31,7 @@ from blip_scale.objectives.language import lm_loss
 from blip_scale.tasks.base import TrainingTask
 
 SELECTION = ("bleu_4", "cider")
-"""Metrics whose sum chooses the best checkpoint (published)."""
+"""Metrics whose sum selects the best checkpoint (published)."""
 
 
 class CaptioningNetwork(nn.Module):
@@ -44,18 +44,18 @@ class CaptioningNetwork(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, images: Tensor, text: PackedText) -> dict[str, Tensor]:
-        """Loss of next-token prediction on all tokens but the prompt's.
+        """Compute the next-token loss on all tokens except the prompt's.
 
         Args:
-            images: [B, 3, H, W] normalised, in the type of the weights.
-            text: B captions with the prompt, first token [CLS].
+            images: [B, 3, H, W] normalised, in the dtype of the weights.
+            text: B captions that begin with the prompt. The first token is [CLS].
         """
         med = self.med
         text = text.with_first_token(med.config.text.special.dec)
         inputs, targets_P = text.split_targets()
         every = torch.arange(len(images), device=images.device)
         logits_PV = med.decode(inputs, med.encode_image(images), every)
-        # Position 0 holds [DEC]; the first `prompt_tokens` positions predict the prompt.
+        # Position 0 holds [DEC]. The first `prompt_tokens` positions predict the prompt.
         segments = inputs.segments
         positions_P = segments.positions(segments.sequence_of(len(targets_P)))
         targets_P = targets_P.masked_fill(positions_P < self.prompt_tokens, IGNORED)
@@ -74,21 +74,21 @@ class Captioning(TrainingTask):
         self._prompt_tokens = len(prompt) - 1
 
     def build_network(self) -> CaptioningNetwork:
-        """ViT and decoder of the MED, with unset weights."""
+        """Build the ViT and decoder of the MED, with unset weights."""
         smoothing = self.recipe.objective.label_smoothing
         return CaptioningNetwork(self.build_med(), self._prompt_tokens, smoothing)
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
-        """Images and captions."""
+        """Return images and captions."""
         self._tokens = len(batch.token_ids)
         return to_model_input(batch, self.device, self.dtype)
 
     def flops_per_step(self) -> float:
-        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
+        """Estimate the FLOPs of one optimizer step on this rank from the last micro-batch."""
         return self.accumulation * captioning_flops(self.config, self.batch_size, self._tokens)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Captions of all held-out images. The score is BLEU-4 plus CIDEr of the first set."""
+        """Caption all held-out images. The score is BLEU-4 plus CIDEr on the first set."""
         med = self.whole_med(engine)
         evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
@@ -108,7 +108,7 @@ class Captioning(TrainingTask):
 def _scores(
     captions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
 ) -> CaptionScores:
-    """Scores on all ranks, computed on rank 0 alone, as metrics start Java programs."""
+    """Return scores on all ranks. Only rank 0 computes them, because metrics start Java."""
     local = caption_scores(captions, references, metrics) if collectives.rank() == 0 else None
     scores = collectives.all_gather_objects(local)[0]
     assert isinstance(scores, CaptionScores)
@@ -120,12 +120,12 @@ def figures(
     references: Sequence[Sequence[str]],
     annotations: Sequence[Sequence[dict[str, Any]]] = (),
 ) -> dict[str, Any]:
-    """All caption metrics, also by domain for NoCaps, and the reasons of missing metrics.
+    """Compute all caption metrics, also by domain for NoCaps. List reasons for missing metrics.
 
     Args:
         captions: one caption for each image.
         references: reference captions of each image.
-        annotations: annotations of each image's references. The `domain` of the first counts.
+        annotations: annotations of each image's references. The first one gives the `domain`.
 
     Raises:
         ValueError: some images have no references.
@@ -146,10 +146,10 @@ def figures(
 
 
 def image_ids(pairs: HeldoutPairs, location: str, strip_prefix: str = "") -> list[int | str]:
-    """Ids of the images in COCO or NoCaps.
+    """Find the COCO or NoCaps ids of the images.
 
-    They come from the annotation file at `location`, or else from the digits that end the file name
-    (COCO_val2014_000000391895.jpg), or else from the record.
+    An id comes from the annotation file at `location`, else from the record, else from the digits
+    at the end of the file name (COCO_val2014_000000391895.jpg).
     """
     ids_of_files: dict[str, int | str] = {}
     items = load_json(location) if location.endswith((".json", ".json.gz")) else []
@@ -172,10 +172,10 @@ def image_ids(pairs: HeldoutPairs, location: str, strip_prefix: str = "") -> lis
 
 
 def references_of(location: str, ids: Sequence[int | str]) -> list[list[str]]:
-    """Captions of some images from COCO's annotation file, unchanged.
+    """Read the captions of some images from a COCO annotation file, unchanged.
 
     Raises:
-        ValueError: it is no annotation file of COCO, or it lacks some of the images.
+        ValueError: the file is not a COCO annotation file, or it lacks some of the images.
     """
     annotations = load_json(location)
     if not isinstance(annotations, dict) or "annotations" not in annotations:

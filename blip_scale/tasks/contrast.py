@@ -29,15 +29,15 @@ class EncodedPairs:
     """B image-text pairs and their features."""
 
     images: Tensor
-    """[B, 3, H, W] normalised, in the type of the weights."""
+    """[B, 3, H, W] normalised, in the dtype of the weights."""
     text: PackedText
-    """B captions, first token [CLS]."""
+    """B captions. The first token is [CLS]."""
     features: FeaturePair
-    """Features [B, E] each, fp32, of norm 1, with gradient."""
+    """Features [B, E] each, fp32, L2-normalised, with gradient."""
     temperature: Tensor
     """Learned divisor of the similarities, an fp32 scalar with gradient."""
     image_ids: Tensor | None = None
-    """[B] int64, equal for equal images. None: every pair counts as another image."""
+    """Image id of each pair, [B] int64. None: all images are different."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,27 @@ class Contrasted:
 
     loss: Tensor
     similarities: Similarities
-    """Similarities whose first B columns are this rank's pairs."""
+    """Scaled similarities. The first B columns are this rank's pairs."""
     keys: FeaturePair
-    """Features [B, E] that the pairs' features are compared with. Pretraining uses them to draw
-    hard negatives from all ranks, and `Contrast.collect` receives them."""
+    """Features [B, E] that the pairs' features are compared with. With global ITM, pretraining
+    draws hard negatives from all ranks with them. `Contrast.collect` also receives them."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Scalars for the log, by name."""
 
 
 def of_all_ranks(features: FeaturePair) -> FeaturePair:
-    """[B, E] each to [B x ranks, E], in rank order, without gradient. Call it on all ranks."""
+    """Gather [B, E] each to [B x ranks, E], in rank order, without gradient. Call on all ranks."""
     return FeaturePair(
         collectives.all_gather(features.image), collectives.all_gather(features.text)
     )
 
 
 def gathered_with_gradient(features: FeaturePair) -> FeaturePair:
-    """[B, E] each to [B x ranks, E], in rank order. The backward sums the gradients of all ranks.
+    """Gather [B, E] each to [B x ranks, E], in rank order, with gradient.
 
-    Data parallelism then takes the mean over ranks. If a rank's loss is the mean over its rows, the
-    result is the gradient of the mean over the batch of all ranks.
+    The backward sums the gradients of all ranks, then data parallelism averages over ranks. If a
+    rank's loss is the mean over its rows, the result is the gradient of the mean over the global
+    batch.
     """
     return FeaturePair(
         collectives.all_gather_with_gradient(features.image),
@@ -74,7 +75,7 @@ def gathered_with_gradient(features: FeaturePair) -> FeaturePair:
 
 
 def same_images(pairs: EncodedPairs) -> Tensor:
-    """[B, B x ranks] bool: whether a pair of this rank and one of all ranks have the same image."""
+    """Compare the images of this rank's pairs with those of all ranks, [B, B x ranks] bool."""
     if pairs.image_ids is not None:
         return pairs.image_ids[:, None] == collectives.all_gather(pairs.image_ids)
     batch, device = len(pairs.features.image), pairs.features.image.device
@@ -83,7 +84,7 @@ def same_images(pairs: EncodedPairs) -> Tensor:
 
 
 def own_columns(similarities: Similarities) -> Similarities:
-    """[B, B x ranks] both ways to the columns [B, B] of this rank."""
+    """Select this rank's columns [B, B] from [B, B x ranks], in both directions."""
     batch = len(similarities.image_to_text)
     return Similarities(
         own_rows(similarities.image_to_text.T, batch).T,
@@ -92,31 +93,30 @@ def own_columns(similarities: Similarities) -> Similarities:
 
 
 def own_rows(gathered: Tensor, batch: int) -> Tensor:
-    """[B x ranks, ...] to the rows [B, ...] of this rank."""
+    """Select this rank's rows [B, ...] from [B x ranks, ...]."""
     return gathered.narrow(0, collectives.rank() * batch, batch)
 
 
 class Contrast(ABC):
-    """A contrastive loss with its network, its state, and its update after each optimizer step.
+    """A contrastive loss with its network, its state, and the update after each optimizer step.
 
-    The state is kept outside the network, whose casts to bf16 would apply to buffers. A trainable
-    parameter needs an entry in `initial_weights`, and a module whose forward returns tensors, so
-    that ZeRO-3 gathers it (see `model.med.Temperature`).
+    Keep the state outside the network: casting the network to bf16 would also cast its buffers. A
+    trainable parameter needs an entry in `initial_weights`. It must belong to a module whose
+    forward returns tensors, so that ZeRO-3 gathers it (see `model.med.Temperature`).
     """
 
     momentum_pairs: dict[str, str]
-    """Name of a parameter of the contrast's network -> name of the MED's parameter that it
-    follows."""
+    """Parameter of the contrast's network -> parameter of the MED whose moving average it is."""
     exchanges: ClassVar[bool] = False
-    """Whether the network's forward exchanges tensors between ranks."""
+    """Whether the network's forward communicates between ranks."""
 
     def __init__(
         self, recipe: Recipe, config: MEDConfig, device: torch.device, knows_images: bool
     ) -> None:
-        """Make the state.
+        """Create the state.
 
         Args:
-            recipe: the recipe, whose `objective` holds the settings.
+            recipe: settings of the run. Those of the loss are in `objective`.
             config: sizes of the MED.
             device: device of this rank.
             knows_images: whether pairs have `image_ids`.
@@ -126,35 +126,35 @@ class Contrast(ABC):
 
     @abstractmethod
     def build_network(self, med: MED) -> nn.Module:
-        """The contrast's network, with unset weights. It may share frozen parameters of the MED.
+        """Build the contrast's network, with unset weights.
 
-        It is a module that maps `EncodedPairs` and the result of `inputs` to `Contrasted`, without
-        side effects.
+        The module maps `EncodedPairs` and the result of `inputs` to `Contrasted`, without side
+        effects. It may share frozen parameters of the MED.
         """
 
     @abstractmethod
     def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
-        """FLOPs that the contrast adds to a micro-step, forward and backward.
+        """Return the FLOPs that the contrast adds to a micro-step, forward and backward.
 
-        `config` may have another image size than the contrast's.
+        The image size of `config` may differ from that of `self.config`.
         """
 
     def key_count(self, batch_size: int) -> int:
-        """Number of keys that each pair of a micro-batch is compared with, for plans of memory."""
+        """Return the number of keys that each pair is compared with, to plan memory."""
         return batch_size
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """All trainable parameters of the contrast's network by name, in fp32 on the CPU.
+        """Return all trainable parameters of the network by name, in fp32 on the CPU.
 
         They must be equal on all ranks.
         """
         return {}
 
     def inputs(self, progress: Progress) -> Any:
-        """State and scheduled values that the contrast's network reads in a micro-step."""
+        """Return the state and scheduled values that the network reads in a micro-step."""
         return None
 
-    # A contrast without state leaves these three as they are.
+    # `collect`, `after_step` and `load_state_dict` do nothing in a contrast without state.
     def collect(  # noqa: B027
         self, keys: FeaturePair, image_ids: Tensor | None, step: int
     ) -> None:
@@ -169,11 +169,11 @@ class Contrast(ABC):
         """
 
     def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
-        """Metrics for a line of the log. Called on all ranks."""
+        """Return metrics for a line of the log. Called on all ranks."""
         return {}
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """JSON-able state, and tensors that are equal on all ranks."""
+        """Return JSON-able state, and tensors that are equal on all ranks."""
         return {}, {}
 
     def load_state_dict(  # noqa: B027

@@ -1,4 +1,4 @@
-"""Base of pretraining and retrieval: a contrast, and ITM on hard negatives.
+"""Base of pretraining and retrieval: a contrastive loss, and ITM on hard negatives.
 
 Legend: B micro-batch of this rank.
 """
@@ -71,7 +71,7 @@ class ContrastiveNetwork(nn.Module):
     def contrasted(
         self, images: Tensor, text: PackedText, inputs: Any, image_ids: Tensor | None
     ) -> tuple[Tensor, EncodedPairs, Contrasted]:
-        """Image tokens [B, N, D], the encoded pairs, and the contrast's output."""
+        """Return image tokens [B, N, D], the encoded pairs, and the contrast's output."""
         med = self.med
         image_embeds = med.encode_image(images)
         image_features = med.project_image(image_embeds)
@@ -80,7 +80,7 @@ class ContrastiveNetwork(nn.Module):
         return image_embeds, pairs, self.contrast(pairs, inputs)
 
     def weighed(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The losses by name for the log, and `loss/total`, the sum with the recipe's weights."""
+        """Return each loss for the log, and `loss/total`, their sum with the recipe's weights."""
         weights = {
             "itc": self.settings.itc_weight,
             "itm": self.settings.itm_weight,
@@ -94,10 +94,10 @@ class ContrastiveNetwork(nn.Module):
 
     @staticmethod
     def figures(pairs: EncodedPairs, contrasted: Contrasted) -> dict[str, Tensor]:
-        """Outputs of the network besides losses and ITM's accuracies.
+        """Return the network's outputs other than losses and ITM accuracies.
 
-        They are accuracies of ITC, temperature, the contrast's metrics, its keys [B, E] as
-        `image_keys` and `text_keys`, and `image_ids` [B] if pairs have them.
+        These are the in-batch accuracies of ITC, the temperature, the contrast's metrics, its keys
+        [B, E] as `image_keys` and `text_keys`, and `image_ids` [B] if pairs have them.
         """
         i2t, t2i = retrieval_accuracy(contrasted.similarities)
         return {
@@ -112,26 +112,26 @@ class ContrastiveNetwork(nn.Module):
 
 
 def match_figures(itm_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Accuracies of ITM on matches and mismatches."""
+    """Compute the accuracies of ITM on matched and on mismatched pairs."""
     on_match, on_mismatch = match_accuracy(itm_logits, labels)
     return {"itm/accuracy_match": on_match, "itm/accuracy_mismatch": on_mismatch}
 
 
 class ContrastiveTask(TrainingTask):
-    """Task whose network is a `ContrastiveNetwork`. `objective.itc` names its contrast."""
+    """Task whose network is a `ContrastiveNetwork`. `objective.itc` selects its contrast."""
 
     alarms: tuple[Alarm, ...] = (ONE_CLASS_ALARM,)
     knows_images: ClassVar[bool] = False
-    """Whether pairs have image ids, so that pairs of the same image are recognised."""
+    """Whether pairs have image ids, which identify pairs of the same image."""
     decodes: bool = True
-    """Whether captions go through the decoder, too."""
+    """Whether captions also go through the decoder."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         kind = contrast_named(recipe.objective.itc)
         self._image_size = recipe.model.vision.image_size
         super().__init__(recipe, device)
         self.matches = recipe.objective.itm != "none"
-        """Whether pairs are matched, so that ITM's head is trained."""
+        """Whether ITM is trained."""
         if not self.matches:
             self.alarms = tuple(alarm for alarm in self.alarms if alarm is not ONE_CLASS_ALARM)
         self.contrast = kind(recipe, self.config, device, self.knows_images)
@@ -142,26 +142,29 @@ class ContrastiveTask(TrainingTask):
 
     @abstractmethod
     def build_network(self) -> ContrastiveNetwork:
-        """MED and the contrast's network, with unset weights."""
+        """Build the MED and the contrast's network, with unset weights."""
 
     def build_med(self) -> MED:
-        """A MED of this head, with the modules frozen that no loss reads."""
+        """Build a MED for this head. Freeze the modules that no loss reads."""
         return freeze_unread(super().build_med(), self.matches, self.decodes)
 
     def text_input(self) -> CaptionInput:
-        """Like other tasks, but with texts filled up to static sizes if the recipe says so."""
+        """Return the base class's settings, with padding to static sizes if the recipe asks."""
         bucket = token_bucket(self.recipe, self.batch_size, self.device.type == "cuda")
         return replace(super().text_input(), pad_tokens_to=bucket)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """Weights of the MED, and those of the contrast."""
+        """Return the weights of the MED and of the contrast."""
         weights = self.contrast.initial_weights()
         prefixed = {f"contrast.{name}": weight for name, weight in weights.items()}
         return super().initial_weights() | prefixed
 
     @property
     def capture_obstacle(self) -> str | None:
-        """Why the forward can't be captured: random states, changing shapes, or exchanges."""
+        """Reason why a CUDA graph can't capture the forward; None if it can.
+
+        The reasons are random states, changing shapes, and communication between ranks.
+        """
         if self.recipe.model.gradient_checkpointing:
             return "model.gradient_checkpointing reads random states, which a capture can't"
         if token_bucket(self.recipe, self.batch_size, self.device.type == "cuda") == 1:
@@ -175,7 +178,7 @@ class ContrastiveTask(TrainingTask):
         return None
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
-        """Images, captions, the contrast's inputs, generator, image ids, sizes of ITM's texts."""
+        """Return images, captions, contrast inputs, generator, image ids, and ITM text sizes."""
         self._tokens, self._image_size = batch.caption_tokens, batch.images.shape[-1]
         images, text = to_model_input(batch, self.device, self.dtype)
         image_ids = None
@@ -186,12 +189,12 @@ class ContrastiveTask(TrainingTask):
         return images, text, contrast, self.generator(), image_ids, sizes
 
     def collect(self, outputs: dict[str, Tensor], progress: Progress) -> None:
-        """Give the keys to the contrast."""
+        """Pass the keys to the contrast."""
         keys = FeaturePair(outputs["image_keys"], outputs["text_keys"])
         self.contrast.collect(keys, outputs.get("image_ids"), progress.step)
 
     def flops_per_step(self) -> float:
-        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
+        """Estimate the FLOPs of one optimizer step on this rank from the last micro-batch."""
         config = at_image_size(self.config, self._image_size)
         sizes = self.batch_size, self._tokens
         med = med_flops(config, *sizes, self.decodes, self.matches)
@@ -202,29 +205,29 @@ class ContrastiveTask(TrainingTask):
         if applied:
             for piece in engine.slices:
                 if piece.name == TEMPERATURE:
-                    # The fp32 master, which would undo a clamp of the bf16 copy.
+                    # Clamp the fp32 master weight: it would overwrite a clamped bf16 copy.
                     piece.weight.clamp_(*TEMPERATURE_RANGE)
             engine.refresh([TEMPERATURE])
         self.contrast.after_step(engine, momentum, applied)
 
     def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
-        """Metrics of the contrast."""
+        """Return the metrics of the contrast."""
         return self.contrast.metrics(engine, momentum)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Position of the loader, names of the losses, and the contrast's state."""
+        """Return the loader's position, the names of the losses, and the contrast's state."""
         state, tensors = super().state_dict()
         contrast_state, contrast_tensors = self.contrast.state_dict()
         state |= {"objective": self.loss_names()}
         return state | contrast_state, tensors | contrast_tensors
 
     def loss_names(self) -> dict[str, str]:
-        """Setting of `objective` -> the name of the loss that it chooses."""
+        """Return the settings of `objective` that select losses, with their values."""
         objective = self.recipe.objective
         return {"itc": objective.itc, "itm": objective.itm, "lm": objective.lm}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Refuse to resume with other adapters or losses; a checkpoint may not name the latter."""
+        """Refuse to resume with other adapters or losses. Old checkpoints don't name the losses."""
         super().check_state(state)
         for name, here in self.loss_names().items():
             saved = state.get("objective", {}).get(name, here)
@@ -236,13 +239,13 @@ class ContrastiveTask(TrainingTask):
                 )
 
     def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Restore the position of the loader, and the contrast's state."""
+        """Restore the loader's position and the contrast's state."""
         super().load_state_dict(state, tensors)
         self.contrast.load_state_dict(state, tensors)
 
 
 def contrast_named(name: str) -> type[Contrast]:
-    """The contrast with a name of `CONTRASTS`.
+    """Return the class of `CONTRASTS` with this name.
 
     Raises:
         ValueError: no contrast has this name.
@@ -255,10 +258,9 @@ def contrast_named(name: str) -> type[Contrast]:
 
 
 def image_hashes(batch: Batch) -> list[int]:
-    """A 63-bit number for each pair. Pairs of the same image have equal numbers in all batches.
+    """Hash stream and id of each pair to 63 bits. Pairs of the same image get equal numbers.
 
-    The numbers are hashes of stream and id. The probability that two of 10^6 images share a number
-    is 10^-7.
+    This holds across batches. The probability that two of 10^6 images share a number is 10^-7.
     """
     names = zip(batch.streams, batch.ids, strict=True)
     return [xxhash.xxh3_64_intdigest(f"{stream}/{name}") >> 1 for stream, name in names]

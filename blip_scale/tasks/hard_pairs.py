@@ -1,6 +1,6 @@
 """The image-text pairs of ITM: matched pairs, and hard negatives of this rank or of all ranks.
 
-Legend: B micro-batch of this rank, P pool of captions that negatives are drawn from.
+Legend: B micro-batch of this rank, P pool of captions from which negatives are drawn.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from blip_scale.objectives.matching import HardNegatives
 
 @dataclass(frozen=True)
 class TextSizes:
-    """Static sizes of the texts of ITM, fixed before negatives are drawn."""
+    """Static sizes of ITM's texts, fixed before negatives are drawn."""
 
     max_tokens: int
-    """Number of tokens of the longest caption on any rank."""
+    """Upper bound of a caption's tokens on all ranks."""
     room: Room | None = None
-    """Size that the texts of all pairs are filled up to. None: no fillers, and the host waits for
+    """Size to which the texts of all pairs are padded. None: no padding; the host then waits for
     the device once, to read how many tokens were drawn."""
 
 
 def text_sizes(batch: Batch, max_tokens: int, full_capacity: bool) -> TextSizes:
-    """Sizes for a micro-batch, computed on the host.
+    """Compute the sizes for a micro-batch on the host.
 
     Args:
-        batch: the micro-batch. Without padding there is no room.
-        max_tokens: number of tokens of the recipe's longest caption.
-        full_capacity: whether to make room for any draw. Otherwise there is room for draws within
-            `Padding.spread`, which overflow once in thousands of steps.
+        batch: the micro-batch. If it has no padding, neither have the texts of ITM.
+        max_tokens: maximum number of tokens of a caption in the recipe.
+        full_capacity: whether the size must fit every possible draw. Otherwise it fits draws
+            within `Padding.spread`, which overflow once in thousands of steps.
     """
     padding = batch.padding
     if padding.bucket == 1:
         return TextSizes(max_tokens)
     count = len(batch.ids)
-    # Bounds for every batch of this bucket rather than for this batch, as sizes are static.
+    # Static sizes must be equal for all batches of this bucket, so use the bucket's bounds.
     most = len(batch.token_ids) - 2 * padding.fillers
     fewest = max(2 * count, most - padding.bucket + 1)
     fewest_drawn, most_drawn = 2 * count, max_tokens * count
@@ -59,14 +59,14 @@ class Pairs(NamedTuple):
     image_embeds: Tensor
     image_index: Tensor
     retry: dict[str, Tensor]
-    """Entry `retry`, an fp32 scalar. It is 1 if the drawn texts overflowed the room, so that the
-    step must be repeated with full capacity. Empty without a room."""
+    """Entry `retry`, an fp32 scalar. It is 1 if the drawn texts overflowed the room and the step
+    must be repeated with full capacity. Empty without a room."""
 
 
 def local_pairs(
     image_embeds: Tensor, text: PackedText, negatives: HardNegatives, sizes: TextSizes
 ) -> Pairs:
-    """Pairs with negatives from this rank's batch."""
+    """Form pairs with negatives from this rank's batch."""
     own_B = torch.arange(len(image_embeds), device=image_embeds.device)
     index, retry = _chosen(text.lengths, own_B, negatives.text, sizes)
     texts = text.select(index, sizes.room)
@@ -76,12 +76,12 @@ def local_pairs(
 def global_pairs(
     image_embeds: Tensor, text: PackedText, negatives: HardNegatives, sizes: TextSizes
 ) -> Pairs:
-    """Pairs with negatives from the batches of all ranks. Gradients go to the rank of an image.
+    """Form pairs with negatives from all ranks. Gradients flow to the rank of each image.
 
-    A rank's loss depends on image tokens of other ranks, and the backward of the gather sums the
-    gradients of all ranks. Data parallelism then takes the mean over ranks. The result is the
-    gradient of the mean loss. Captions are exchanged as a table of one width, as their lengths are
-    not known here.
+    A rank's loss depends on image tokens of other ranks. The backward of the gather sums the
+    gradients of all ranks, then data parallelism averages over ranks. The result is the gradient
+    of the mean loss. Captions are exchanged as a table of fixed width, because the lengths of
+    other ranks' captions are not known here.
     """
     batch = len(image_embeds)
     all_embeds = collectives.all_gather_with_gradient(image_embeds)
@@ -100,10 +100,10 @@ def global_pairs(
 def _chosen(
     lengths_P: Tensor, own_B: Tensor, negatives_B: Tensor, sizes: TextSizes
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Indices [3B] of the captions of all pairs, and `Pairs.retry`.
+    """Return the indices [3B] of the captions of all pairs, and `Pairs.retry`.
 
-    If the drawn captions overflow the room, each pair takes its matching caption instead. Those
-    always fit, so all indices stay valid in the step that will be repeated.
+    If the drawn captions overflow the room, each pair takes its matching caption, which always
+    fits. All indices are then valid in the step that will be repeated.
     """
     index = torch.cat([own_B, own_B, negatives_B])
     if sizes.room is None:

@@ -1,4 +1,4 @@
-"""CLIP's contrast: a softmax over the micro-batches of all ranks. It has no state.
+"""CLIP's contrastive loss: a softmax over the micro-batches of all ranks. It has no state.
 
 Legend: B micro-batch of this rank, G pairs of all ranks.
 """
@@ -23,10 +23,10 @@ from blip_scale.tasks.contrast import (
 
 
 class InBatchNetwork(nn.Module):
-    """The loss against the features of all ranks."""
+    """Loss of this rank's pairs against the features of all ranks."""
 
     def forward(self, pairs: EncodedPairs, inputs: Any) -> Contrasted:
-        """A rank's loss is the mean over its rows, so the mean over ranks is that of the batch."""
+        """Compute the mean loss over this rank's rows. The mean over ranks is the batch's loss."""
         features, temperature = pairs.features, pairs.temperature
         keys = gathered_with_gradient(features)
         similarities = Similarities(
@@ -37,19 +37,19 @@ class InBatchNetwork(nn.Module):
 
 
 class InBatchContrast(Contrast):
-    """Contrast without momentum encoders and queue."""
+    """CLIP's loss, without momentum encoders and queue."""
 
     exchanges = True
 
     def build_network(self, med: MED) -> InBatchNetwork:
-        """The loss; it has no weights."""
+        """Build the loss, which has no weights."""
         return InBatchNetwork()
 
     def key_count(self, batch_size: int) -> int:
-        """Number of keys. Without gradient accumulation it is the global batch."""
+        """Return the number of keys. Without gradient accumulation it is the global batch size."""
         return max(batch_size, self.recipe.train.global_batch_size)
 
     def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
-        """FLOPs of the similarities of both directions."""
+        """Return the FLOPs of the similarities in both directions."""
         products = 2 * batch_size * self.key_count(batch_size)
         return 3 * 2.0 * products * config.embed_dim

@@ -1,4 +1,6 @@
-"""BLIP's contrast: momentum encoders, feature queues and soft targets (Li et al. 2022, 3.2).
+"""BLIP's contrastive loss: momentum encoders, feature queues and soft targets.
+
+See Li et al. 2022, section 3.2.
 
 Legend: B micro-batch of this rank, E embed_dim, Q queue, K = B + Q keys.
 """
@@ -28,25 +30,25 @@ from blip_scale.tasks.contrast import Contrast, Contrasted, EncodedPairs, of_all
 
 @dataclass(frozen=True)
 class MomentumInputs:
-    """Queue and scheduled weights that a micro-step reads."""
+    """Queue and scheduled weights that the network reads in a micro-step."""
 
     queue: FeaturePair
     """Momentum features of earlier steps, [E, Q] each."""
     alpha: Tensor
-    """[2] fp64: weight of the soft targets, and weight of the positive."""
+    """Weight of the soft targets, and weight of the positive, [2] fp64."""
     queue_ids: Tensor | None = None
-    """[Q] int64, the image of each column. Needed if pairs have `image_ids`."""
+    """Image of each column of the queue, [Q] int64. Required if pairs have `image_ids`."""
 
 
 class MomentumContrastNetwork(nn.Module):
-    """The momentum encoders and the loss against their features."""
+    """The momentum encoders, and the loss against their features and the queue."""
 
     def __init__(self, momentum: MomentumEncoder) -> None:
         super().__init__()
         self.momentum = momentum.requires_grad_(False)
 
     def forward(self, pairs: EncodedPairs, inputs: MomentumInputs) -> Contrasted:
-        """ITC with soft targets. Pairs of the same image are not negatives of each other."""
+        """Compute ITC with soft targets. Pairs of the same image are positives of each other."""
         momentum, queue = self.momentum, inputs.queue
         with torch.no_grad():
             keys = FeaturePair(
@@ -65,7 +67,7 @@ class MomentumContrastNetwork(nn.Module):
 
 
 class MomentumContrast(Contrast):
-    """The feature queue, and the updates of queue and momentum encoders."""
+    """Feature queue, and the updates of the queue and the momentum encoders."""
 
     def __init__(
         self, recipe: Recipe, config: MEDConfig, device: torch.device, knows_images: bool
@@ -83,7 +85,7 @@ class MomentumContrast(Contrast):
         self.momentum_pairs = {f"momentum.{name}": name for name in names}
 
     def build_network(self, med: MED) -> MomentumContrastNetwork:
-        """Momentum encoders, with unset weights. Frozen parameters are those of the MED."""
+        """Build the momentum encoders, with unset weights. Share the MED's frozen parameters."""
         network = MomentumContrastNetwork(self._encoder())
         network.momentum.share_frozen(med)
         return network
@@ -92,15 +94,15 @@ class MomentumContrast(Contrast):
         return limited(MomentumEncoder(self.config), self.recipe.model)
 
     def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
-        """FLOPs of the momentum encoders' forward and of the similarities to the keys."""
+        """Return the FLOPs of the momentum encoders' forward and of the similarities to keys."""
         return momentum_contrast_flops(config, batch_size, text_tokens, self.settings.queue_size)
 
     def key_count(self, batch_size: int) -> int:
-        """Number of keys: the micro-batch and the queue."""
+        """Return the number of keys: the micro-batch plus the queue."""
         return batch_size + self.settings.queue_size
 
     def inputs(self, progress: Progress) -> MomentumInputs:
-        """The present queue, and alpha of this step."""
+        """Return the current queue, and alpha at this step."""
         alpha = alpha_at(
             progress.step + progress.schedule_shift,
             progress.steps_per_epoch,
@@ -111,12 +113,12 @@ class MomentumContrast(Contrast):
         return MomentumInputs(self.queue.features, weights, self.queue.image_ids)
 
     def collect(self, keys: FeaturePair, image_ids: Tensor | None, step: int) -> None:
-        """Keep the momentum features for the queue."""
+        """Keep the momentum features until `after_step` adds them to the queue."""
         self.collected.append((keys, image_ids))
         self.step = step
 
     def after_step(self, engine: ZeroEngine, momentum: ShardedMomentum, applied: bool) -> None:
-        """Update the momentum encoders, then feed the queue.
+        """Update the momentum encoders, then add the collected features to the queue.
 
         BLIP updates the momentum encoders at the start of the next forward. Nothing reads the
         weights in between, so updating here is equivalent.
@@ -132,11 +134,11 @@ class MomentumContrast(Contrast):
             self.queue.enqueue(gathered, self.step, ids)
 
     def metrics(self, engine: ZeroEngine, momentum: ShardedMomentum) -> dict[str, float]:
-        """Age of the queue, and distance of the momentum encoders from the weights."""
+        """Return the age of the queue, and the distance of the momentum encoders from the MED."""
         return {"queue/age_steps": self.queue.age(self.step), "momentum/gap": momentum.gap()}
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """State of the queue."""
+        """Return the state of the queue."""
         queue = self.queue.state_dict()
         tensors = {name: queue.pop(name) for name in list(queue) if torch.is_tensor(queue[name])}
         return {"queue": queue}, {f"queue/{name}": t for name, t in tensors.items()}

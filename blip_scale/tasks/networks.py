@@ -27,11 +27,11 @@ from blip_scale.model.vision import build_vision, training_tokens
 
 
 def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
-    """A MED on the CPU in fp32, from `model.checkpoint` or from the seed.
+    """Create a MED on the CPU in fp32, from `model.checkpoint` or from the seed.
 
-    Without `model.checkpoint`, weights are drawn from the seed, and those with a checkpoint of ViT
-    or text are loaded. Every rank makes equal weights and keeps its slices, so the start of a run
-    does not depend on the number of ranks.
+    Without `model.checkpoint`, draw the weights from the seed, then load the checkpoints of ViT
+    and text if the recipe gives them. Every rank creates equal weights and keeps its slices, so
+    the initial weights do not depend on the number of ranks.
     """
     med = seeded(lambda: MED(config), recipe.seed)
     vision, text = recipe.model.vision, recipe.model.text
@@ -49,13 +49,13 @@ def initialized_med(recipe: Recipe, config: MEDConfig) -> MED:
 def initial_parameters(
     recipe: Recipe, config: MEDConfig, head: Head, frozen: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """All parameters of a head's network (`model.heads`) by full name, whole, in fp32 on the CPU.
+    """Return all parameters of a head's network by full name, whole, in fp32 on the CPU.
 
-    They come from `model.checkpoint`, of this head or of pretraining, or else from
-    `initialized_med`.
+    They come from `model.checkpoint`, which may be of this head (`model.heads`) or of pretraining.
+    Without it, they come from `initialized_med`.
 
     Raises:
-        ValueError: one of the `frozen` parameters would be random; see `interop.checkpoints.grown`.
+        ValueError: a parameter in `frozen` would be random; see `interop.checkpoints.grown`.
     """
     std = recipe.model.text.init_std
     if recipe.model.checkpoint is not None:
@@ -73,7 +73,7 @@ def _whole_checkpoint(recipe: Recipe) -> Path:
 
 
 def train_loader(recipe: Recipe, text: CaptionInput, micro_batch_size: int) -> TrainLoader:
-    """This rank's loader of training batches."""
+    """Create this rank's loader of training batches."""
     position = LoaderPosition(
         collectives.rank(),
         collectives.world_size(),
@@ -91,7 +91,7 @@ def train_loader(recipe: Recipe, text: CaptionInput, micro_batch_size: int) -> T
 
 
 def image_shape(config: MEDConfig) -> tuple[int, int]:
-    """Number of tokens of an image in training, and their width."""
+    """Return the number of tokens of a training image, and their width."""
     with torch.device("meta"):
         vision = build_vision(config.vision)
     return training_tokens(vision), vision.embed_dim

@@ -1,6 +1,6 @@
-"""Fine-tuning for reasoning over two images: is a sentence true of the pair?
+"""Fine-tuning on NLVR2: is a sentence true of a pair of images?
 
-Legend: B pairs of images with a sentence each.
+Legend: B pairs of images, each with a sentence.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class NLVR2Network(nn.Module):
         self.med = med
 
     def forward(self, images: Tensor, sentences: PackedText, labels: Tensor) -> dict[str, Tensor]:
-        """Cross entropy of the labels.
+        """Compute the cross entropy of the labels.
 
         Args:
-            images: [2B, 3, H, W] normalised, all first images before all second ones.
-            sentences: B texts, first token [CLS].
+            images: [2B, 3, H, W] normalised. All first images precede all second ones.
+            sentences: B texts. The first token is [CLS].
             labels: [B] int64, 1 if the sentence is true.
         """
         enc = self.med.config.text.special.enc
@@ -63,16 +63,16 @@ class ImagePairs(TrainingTask):
     head = "nlvr2"
 
     def text_input(self) -> CaptionInput:
-        """Settings that turn sentences into tokens."""
+        """Return the settings that turn sentences into tokens."""
         text = self.recipe.model.text
         return CaptionInput(self.tokenizer, text.max_tokens, text.max_words or MAX_WORDS)
 
     def build_network(self) -> NLVR2Network:
-        """Encoder of sentences and pairs, with unset weights."""
+        """Build the encoder of sentences and pairs, with unset weights."""
         return NLVR2Network(self.limited(NLVR2(self.config)))
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
-        """Pairs of images, sentences and labels.
+        """Return image pairs, sentences and labels.
 
         Raises:
             RefusedInput: a sample is not a pair of images with a label.
@@ -89,14 +89,14 @@ class ImagePairs(TrainingTask):
         return first_then_second(images), sentences, to_device(labels, self.device, torch.int64)
 
     def flops_per_step(self) -> float:
-        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
+        """Estimate the FLOPs of one optimizer step on this rank from the last micro-batch."""
         pairs = self.batch_size
         tokens, width = networks.image_shape(self.config)
         work = TextWork(pairs, self._tokens, pairs, pairs * tokens, width, cross_attentions=2)
         return self.accumulation * fine_tuning_flops(self.config, 2 * pairs, [work])
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Accuracy on all held-out sets. The score is that of the first."""
+        """Compute the accuracy on all held-out sets. The score is that of the first."""
         network = self.whole(engine, lambda: self.limited(NLVR2(self.config)))
         evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
@@ -109,7 +109,7 @@ class ImagePairs(TrainingTask):
 
 
 def first_then_second(images: Tensor) -> Tensor:
-    """[B, 2, 3, H, W] to [2B, 3, H, W], all first images before all second ones."""
+    """Reorder [B, 2, 3, H, W] to [2B, 3, H, W]: all first images, then all second ones."""
     return images.transpose(0, 1).flatten(0, 1)
 
 
@@ -117,9 +117,9 @@ def first_then_second(images: Tensor) -> Tensor:
 def judgements_of(
     network: NLVR2, pairs: HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> list[list[bool]]:
-    """Whether the network judges each sentence of each pair to be true. The ranks share the work.
+    """Judge whether each sentence of each pair is true. The work is divided among the ranks.
 
-    The images keep their order. The published code swaps them at random here, too.
+    The images keep their order. The published code also swaps them at random during evaluation.
     """
     device, enc = next(network.parameters()).device, network.config.text.special.enc
     judgements: list[list[bool]] = []
@@ -136,7 +136,7 @@ def judgements_of(
 
 
 def accuracy(judgements: list[list[bool]], pairs: HeldoutPairs) -> dict[str, float]:
-    """Share of right judgements, share of the more frequent label, and number of sentences.
+    """Compute accuracy, the share of the more frequent label, and the number of sentences.
 
     Raises:
         ValueError: a sentence has no label.
@@ -156,7 +156,7 @@ def accuracy(judgements: list[list[bool]], pairs: HeldoutPairs) -> dict[str, flo
 
 
 def panels_of(pairs: HeldoutPairs, shown: list[int], judgements: list[list[bool]]) -> list[Panel]:
-    """Pictures of both images side by side, with their first sentence."""
+    """Make pictures of both images side by side, with their first sentence."""
     panels = []
     for index in shown:
         side_by_side = torch.cat(pairs.images([index])[0].unbind(0), dim=-1)

@@ -26,7 +26,7 @@ from blip_scale.tasks.hard_pairs import Pairs, TextSizes, global_pairs, local_pa
 
 
 class PretrainNetwork(ContrastiveNetwork):
-    """The MED and its contrast. A forward is one micro-step, without side effects."""
+    """The MED and its contrastive loss. A forward is one micro-step, without side effects."""
 
     def forward(
         self,
@@ -37,16 +37,16 @@ class PretrainNetwork(ContrastiveNetwork):
         image_ids: Tensor | None = None,
         sizes: TextSizes | None = None,
     ) -> dict[str, Tensor]:
-        """Losses, metrics, and the contrast's keys (see `figures`).
+        """Compute losses, metrics, and the contrast's keys (see `figures`).
 
         Args:
-            images: [B, 3, H, W] normalised, in the type of the weights.
-            text: B captions, first token [CLS].
+            images: [B, 3, H, W] normalised, in the dtype of the weights.
+            text: B captions. The first token is [CLS].
             inputs: from `Contrast.inputs`.
-            generator: generator of the hard negatives, on the device of the images.
+            generator: generator that draws the hard negatives, on the device of the images.
             image_ids: see `EncodedPairs`.
-            sizes: static sizes of the texts of ITM. Needed if negatives are drawn from several
-                ranks. None: texts are not filled up.
+            sizes: static sizes of ITM's texts. Required if negatives are drawn from several
+                ranks. None: no padding.
         """
         med, settings = self.med, self.settings
         special = med.config.text.special
@@ -84,7 +84,7 @@ class PretrainNetwork(ContrastiveNetwork):
         generator: torch.Generator,
         sizes: TextSizes,
     ) -> Pairs:
-        """Matched pairs, and pairs with negatives of this rank or of all ranks."""
+        """Select the matched pairs, and pairs with negatives of this rank or of all ranks."""
         if self.settings.itm == "global":
             negatives = _global_negatives(encoded, contrasted.keys, generator)
             return global_pairs(image_embeds, encoded.text, negatives, sizes)
@@ -101,7 +101,7 @@ class PretrainNetwork(ContrastiveNetwork):
 def _global_negatives(
     encoded: EncodedPairs, keys: FeaturePair, generator: torch.Generator
 ) -> HardNegatives:
-    """Negatives of all ranks, drawn by their similarity to this rank's pairs."""
+    """Draw negatives from all ranks, by their similarity to this rank's pairs."""
     online, temperature = encoded.features, encoded.temperature
     pool = of_all_ranks(keys)
     return draw_negatives(
@@ -122,16 +122,16 @@ class Pretrain(ContrastiveTask):
 
     @classmethod
     def head_of(cls, recipe: Recipe) -> Head:
-        """Head of the network that the recipe's losses need."""
+        """Return the head of the network that the recipe's losses need."""
         return "pretrain" if recipe.objective.lm != "none" else "retrieval"
 
     def build_network(self) -> PretrainNetwork:
-        """MED and the contrast's network, with unset weights."""
+        """Build the MED and the contrast's network, with unset weights."""
         med = self.build_med()
         return PretrainNetwork(med, self.contrast.build_network(med), self.recipe.objective)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Held-out retrieval and captions on a whole copy of the MED."""
+        """Evaluate held-out retrieval and captions with a whole copy of the MED."""
         return captions_and_pairs.evaluate(
             self.whole_med(engine), self.recipe, self.tokenizer, final
         )

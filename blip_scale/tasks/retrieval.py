@@ -25,7 +25,7 @@ from blip_scale.tasks.hard_pairs import TextSizes, global_pairs, local_pairs
 
 
 class RetrievalNetwork(ContrastiveNetwork):
-    """The encoders and their contrast. A forward is one micro-step, without side effects."""
+    """The encoders and the contrastive loss. A forward is one micro-step, without side effects."""
 
     def forward(
         self,
@@ -36,7 +36,7 @@ class RetrievalNetwork(ContrastiveNetwork):
         image_ids: Tensor,
         sizes: TextSizes | None = None,
     ) -> dict[str, Tensor]:
-        """Losses, metrics, and the contrast's keys (see `figures`).
+        """Compute losses, metrics, and the contrast's keys (see `figures`).
 
         See `PretrainNetwork` for the arguments.
         """
@@ -77,14 +77,14 @@ class Retrieval(ContrastiveTask):
     decodes = False
 
     def build_network(self) -> RetrievalNetwork:
-        """The MED's encoders and the contrast's network, with unset weights."""
+        """Build the MED's encoders and the contrast's network, with unset weights."""
         med = self.build_med()
         return RetrievalNetwork(med, self.contrast.build_network(med), self.recipe.objective)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Recalls on the held-out sets, re-ranked if ITM is trained.
+        """Compute recalls on the held-out sets, with re-ranking if ITM is trained.
 
-        The score is the mean of the re-ranked recalls on the first set, or else of the others.
+        The score is the mean recall on the first set: re-ranked if ITM is trained, else by ITC.
         """
         med = self.whole_med(engine)
         evaluation = Evaluation()

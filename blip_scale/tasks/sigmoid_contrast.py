@@ -1,6 +1,6 @@
-"""SigLIP's contrast: match or mismatch for each pair of the micro-batches of all ranks.
+"""SigLIP's contrastive loss: binary classification of each pair across all ranks' micro-batches.
 
-The MED's temperature is the inverse of SigLIP's scale. The bias is a weight of this contrast.
+SigLIP's scale is 1 / the MED's temperature. The bias is a parameter of this contrast.
 
 Legend: B micro-batch of this rank, G pairs of all ranks.
 """
@@ -26,28 +26,32 @@ from blip_scale.tasks.contrast import (
 
 
 class Bias(nn.Module):
-    """The learned bias of the similarities. ZeRO-3 gathers by module, so it is one."""
+    """The learned bias of the similarities. It is a module because ZeRO-3 gathers by module."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.full((1,), value))
 
     def forward(self) -> Tensor:
-        """A copy of the bias, fp32 scalar with gradient. ZeRO-3 releases the parameter."""
+        """Return a copy of the bias, an fp32 scalar with gradient.
+
+        ZeRO-3 releases the parameter itself after the forward.
+        """
         return self.value.to(torch.float32, copy=True).squeeze(0)
 
 
 class SigmoidNetwork(nn.Module):
-    """The loss of this rank's images against the texts of all ranks."""
+    """Loss of this rank's images against the texts of all ranks."""
 
     def __init__(self, bias: float) -> None:
         super().__init__()
         self.bias = Bias(bias)
 
     def forward(self, pairs: EncodedPairs, inputs: Any) -> Contrasted:
-        """A rank's loss is the mean over its images, so the mean over ranks is that of the batch.
+        """Compute the mean loss over this rank's images.
 
-        Each pair counts once, on the rank of its image.
+        The mean over ranks is the loss of the global batch. Each pair counts once, on the rank of
+        its image.
         """
         features = pairs.features
         texts_GE = collectives.all_gather_with_gradient(features.text)
@@ -61,22 +65,22 @@ class SigmoidNetwork(nn.Module):
 
 
 class SigmoidContrast(Contrast):
-    """Contrast without momentum encoders and queue, with a learned bias."""
+    """SigLIP's loss with a learned bias, without momentum encoders and queue."""
 
     exchanges = True
 
     def build_network(self, med: MED) -> SigmoidNetwork:
-        """The loss and its bias."""
+        """Build the loss and its bias."""
         return SigmoidNetwork(self.recipe.objective.sigmoid_bias)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """The recipe's bias."""
+        """Return the recipe's bias."""
         return {"bias.value": torch.tensor([self.recipe.objective.sigmoid_bias])}
 
     def key_count(self, batch_size: int) -> int:
-        """Number of keys. Without gradient accumulation it is the global batch."""
+        """Return the number of keys. Without gradient accumulation it is the global batch size."""
         return max(batch_size, self.recipe.train.global_batch_size)
 
     def flops(self, config: MEDConfig, batch_size: int, text_tokens: int) -> float:
-        """FLOPs of the similarities of images to texts."""
+        """Return the FLOPs of the similarities of images to texts."""
         return 3 * 2.0 * batch_size * self.key_count(batch_size) * config.embed_dim

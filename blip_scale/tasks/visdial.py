@@ -1,8 +1,8 @@
-"""Fine-tuning for visual dialog: the true answer among the candidates.
+"""Fine-tuning for visual dialog: rank the true answer first among the candidates.
 
-No code was published. The paper says that the dialog encoder learns by image-text matching whether
-an answer is true, given image, caption and history. Here each question is seen with its true answer
-and with `objective.false_answers` other candidates.
+BLIP published no code for this task. According to the paper, the dialog encoder learns by ITM
+whether an answer is true, given image, caption and history. Here, each question is paired with its
+true answer and with `objective.false_answers` other candidates.
 
 Legend: B questions, S dialogs (each a question with one answer), C candidates of a question.
 """
@@ -55,13 +55,13 @@ class VisDialNetwork(nn.Module):
         owners_S: Tensor,
         labels_S: Tensor,
     ) -> dict[str, Tensor]:
-        """Matching loss of whether the last answer of each dialog is true.
+        """Compute the matching loss: is the last answer of each dialog true?
 
         Args:
-            images: [B, 3, H, W] normalised, in the type of the weights.
-            captions: B texts, first token [CLS].
-            dialogs: S texts, first token [CLS].
-            owners_S: int64, the image of each dialog.
+            images: [B, 3, H, W] normalised, in the dtype of the weights.
+            captions: B texts. The first token is [CLS].
+            dialogs: S texts. The first token is [CLS].
+            owners_S: int64, index of each dialog's image.
             labels_S: int64, 1 if the answer is true.
         """
         context = self.med.encode_context(images, captions)
@@ -81,20 +81,21 @@ class VisualDialog(TrainingTask):
     """Number of tokens of the last micro-batch's captions and dialogs."""
 
     def text_input(self) -> CaptionInput:
-        """Settings that turn questions into tokens. `inputs` makes dialogs of the questions."""
+        """Return the settings that turn questions into tokens. `inputs` builds the dialogs."""
         limit = self.recipe.model.text.max_tokens
         return CaptionInput(
             self.tokenizer, limit, self.recipe.model.text.max_words or MAX_WORDS, clean_question
         )
 
     def build_network(self) -> VisDialNetwork:
-        """Encoder of image, caption and dialog, with unset weights."""
+        """Build the encoder of image, caption and dialog, with unset weights."""
         return VisDialNetwork(self.limited(VisDial(self.config)))
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
-        """Images, captions, dialogs with candidate answers, and the dialogs' images and labels.
+        """Return images, captions, dialogs with candidate answers, and dialogs' images and labels.
 
         Raises:
+            RefusedInput: a sample is not a round of a dialog.
             RefusedInput: a sample is no round of a dialog.
         """
         if not batch.annotations or "candidates" not in batch.annotations[0]:
@@ -118,7 +119,7 @@ class VisualDialog(TrainingTask):
         return images, captions, dialogs, owners, labels.flatten()
 
     def flops_per_step(self) -> float:
-        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch.
+        """Estimate the FLOPs of one optimizer step on this rank from the last micro-batch.
 
         The captions' pass has no cross-attention.
         """
@@ -133,7 +134,7 @@ class VisualDialog(TrainingTask):
         return self.accumulation * fine_tuning_flops(self.config, pairs, works)
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Ranks of the true answers on all held-out sets. The score is the first set's MRR."""
+        """Rank the true answers on all held-out sets. The score is the MRR on the first set."""
         network = self.whole(engine, lambda: self.limited(VisDial(self.config)))
         evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
@@ -148,7 +149,7 @@ Round = tuple[str, dict[str, Any]]
 
 
 class Dialogs:
-    """Tokenizer of rounds: history, question and an answer.
+    """Tokenizer of rounds: history, question and answer.
 
     If a round is too long, the start of its history is cut off.
     """
@@ -159,12 +160,12 @@ class Dialogs:
         self._tokenizer, self._max_tokens, self._device = tokenizer, max_tokens, device
 
     def captions(self, captions: Sequence[str]) -> PackedText:
-        """Captions whose first token is [CLS]."""
+        """Tokenize captions. The first token is [CLS]."""
         texts = [clean_caption(caption) for caption in captions]
         return packed_text(pack_captions(self._tokenizer, texts, self._max_tokens), self._device)
 
     def of(self, rounds: Sequence[Round], chosen: Sequence[Sequence[int]]) -> PackedText:
-        """One text for each chosen candidate of each round, whose first token is [CLS]."""
+        """Build one text for each chosen candidate of each round. The first token is [CLS]."""
         rows = []
         for (question, annotation), numbers in zip(rounds, chosen, strict=True):
             spoken = [text for turn in annotation["history"] for text in turn]
@@ -183,9 +184,9 @@ class Dialogs:
 def some_candidates(
     annotation: dict[str, Any], false_answers: int, generator: torch.Generator
 ) -> list[int]:
-    """Number of the true candidate, followed by `false_answers` drawn others.
+    """Return the index of the true candidate, followed by `false_answers` drawn others.
 
-    They repeat only if the round has fewer candidates.
+    Candidates repeat only if the round has too few of them.
 
     Raises:
         ValueError: the round has no other candidate.
@@ -202,9 +203,9 @@ def some_candidates(
 def scores_of(
     network: VisDial, pairs: HeldoutPairs, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> list[list[list[float]]]:
-    """Matching logits (true less false) of each image's rounds' candidates.
+    """Score the candidates of each round of each image: logit of true minus logit of false.
 
-    The ranks share the images.
+    The images are divided among the ranks.
     """
     special, device = network.config.text.special, next(network.parameters()).device
     text = Dialogs(tokenizer, recipe.model.text.max_tokens, device)
@@ -235,7 +236,7 @@ def scores_of(
 def dialog_figures(
     scores: Sequence[Sequence[Sequence[float]]], pairs: HeldoutPairs
 ) -> dict[str, float]:
-    """MRR, recalls and mean rank of all rounds, and NDCG of rounds with human `relevance`."""
+    """Compute MRR, recalls and mean rank of all rounds, and NDCG of those with `relevance`."""
     ranks, gains = [], []
     for notes, rounds in zip(pairs.annotations, scores, strict=True):
         for annotation, row in zip(notes, rounds, strict=True):

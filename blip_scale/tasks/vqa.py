@@ -31,7 +31,7 @@ from blip_scale.tasks import networks
 from blip_scale.tasks.base import TrainingTask
 
 VISUAL_GENOME_WEIGHT = 0.2
-"""Weight of a question of Visual Genome, which one person answered (published)."""
+"""Weight of a Visual Genome question, which only one person answered (published)."""
 
 
 class VQANetwork(nn.Module):
@@ -50,14 +50,14 @@ class VQANetwork(nn.Module):
         owners_A: Tensor,
         weights_A: Tensor,
     ) -> dict[str, Tensor]:
-        """Loss of all answers, weighted.
+        """Compute the weighted loss of all answers.
 
         Args:
-            images: [B, 3, H, W] normalised, in the type of the weights.
-            questions: B texts, first token [CLS].
-            answers: A texts, first token [CLS].
-            owners_A: int64, the question of each answer.
-            weights_A: fp32, the weight of each answer.
+            images: [B, 3, H, W] normalised, in the dtype of the weights.
+            questions: B texts. The first token is [CLS].
+            answers: A texts. The first token is [CLS].
+            owners_A: int64, index of each answer's question.
+            weights_A: fp32, weight of each answer.
         """
         med = self.med
         special = med.config.text.special
@@ -79,7 +79,7 @@ class VQANetwork(nn.Module):
 
 
 def answer_weights(annotation: dict[str, Any]) -> dict[str, float]:
-    """Weight of each answer: the share of people who gave it, and 0.2 in Visual Genome."""
+    """Weigh each answer by the share of people who gave it, times 0.2 for Visual Genome."""
     answers = annotation["answers"]
     whole = VISUAL_GENOME_WEIGHT if annotation.get("dataset") == "vg" else 1.0
     return {answer: whole * n / len(answers) for answer, n in Counter(answers).items()}
@@ -93,18 +93,18 @@ class VisualQuestionAnswering(TrainingTask):
     """Number of tokens of the last micro-batch's questions and answers, and number of answers."""
 
     def text_input(self) -> CaptionInput:
-        """Settings that turn questions into tokens."""
+        """Return the settings that turn questions into tokens."""
         limit = self.recipe.model.text.max_tokens
         return CaptionInput(
             self.tokenizer, limit, self.recipe.model.text.max_words or MAX_WORDS, clean_question
         )
 
     def build_network(self) -> VQANetwork:
-        """Encoder and decoder, with unset weights."""
+        """Build the encoder and decoder, with unset weights."""
         return VQANetwork(self.limited(VQA(self.config)), self.recipe.objective.label_smoothing)
 
     def inputs(self, batch: Batch, progress: Progress) -> tuple[Any, ...]:
-        """Images, questions, answers, and each answer's question and weight.
+        """Return images, questions, answers, and each answer's question and weight.
 
         Raises:
             RefusedInput: a question has no answers.
@@ -133,7 +133,7 @@ class VisualQuestionAnswering(TrainingTask):
         )
 
     def flops_per_step(self) -> float:
-        """FLOPs of one optimizer step on this rank, estimated from the last micro-batch."""
+        """Estimate the FLOPs of one optimizer step on this rank from the last micro-batch."""
         pairs, width = self.batch_size, self.config.text.width
         asked, answered, answers = self._sizes
         image_tokens, image_width = networks.image_shape(self.config)
@@ -145,7 +145,7 @@ class VisualQuestionAnswering(TrainingTask):
         return self.accumulation * flops
 
     def evaluate(self, engine: ZeroEngine, final: bool) -> Evaluation:
-        """Accuracy on all held-out sets with answers. The score is that of the first."""
+        """Compute the accuracy on all held-out sets with answers. The score is the first set's."""
         vqa = self.whole(engine, lambda: self.limited(VQA(self.config)))
         evaluation = Evaluation()
         for name, pairs in self.heldout_sets():
@@ -159,10 +159,10 @@ class VisualQuestionAnswering(TrainingTask):
 
 
 def accuracy(answers: list[list[str]], pairs: HeldoutPairs) -> dict[str, float]:
-    """Official VQA accuracy over all questions with answers, and their number; empty if none has.
+    """Compute official VQA accuracy and the number of questions that have answers; else return {}.
 
     Args:
-        answers: an answer to each question of each image.
+        answers: one answer to each question of each image.
         pairs: the held-out set.
     """
     scores = []

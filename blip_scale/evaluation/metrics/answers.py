@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_REMOVED = 32  # the official code passes a flag as the count
+_PERIODS_REMOVED = 32  # the official code passes a regex flag as the count
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -26,7 +26,7 @@ _SPELLED_RIGHT = """
 
 
 def _contractions() -> dict[str, str]:
-    """Words that lack one apostrophe -> the word with it."""
+    """Map words that lack one apostrophe to the correct word."""
     table = {}
     for word in _SPELLED_RIGHT.split():
         for match in re.finditer("'", word):
@@ -38,15 +38,15 @@ _CONTRACTIONS = _contractions()
 
 
 def normalize_answer(answer: str) -> str:
-    """Normalise punctuation, articles, numbers and contractions, as the official rule does."""
+    """Normalise punctuation, articles, numbers and contractions by the official rule."""
     return _words(_without_punctuation(_one_line(answer)))
 
 
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """Mean over the people of min(1, number of other people with this answer / 3).
+    """Average min(1, number of other people with this answer / 3) over all people.
 
     If all people agree, nothing is normalised, as in the official code. If there is one truth
-    instead of ten, the accuracy is 1 if the normalised answers are equal.
+    instead of ten, the accuracy is 1 if the normalised answers are equal, else 0.
 
     Raises:
         ValueError: there is no truth.

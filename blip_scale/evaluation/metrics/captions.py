@@ -1,7 +1,7 @@
-"""BLEU, METEOR, ROUGE-L, CIDEr and SPICE by pycocoevalcap, the usual measures of captions.
+"""Caption metrics by pycocoevalcap: BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
-Its PTB tokenizer, METEOR and SPICE are Java programs. SPICE fetches models from Stanford the first
-time. Metrics that can't run are left out, and the scores name them with the reason.
+pycocoevalcap's PTB tokenizer, METEOR and SPICE are Java programs. At its first use, SPICE downloads
+models from Stanford. Metrics that can't run are omitted, and the scores name them with the reason.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ _WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
-"""Letters of scripts that put no space between words: Thai, Lao, Burmese, Khmer, Japanese,
-Chinese."""
+"""Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 BY_CHARACTER = "most captions are in a script without spaces: each character counts as a word"
 _ENGLISH_ONLY = ("meteor", "spice")
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Scores by name, as pycocoevalcap returns them. Papers print them times 100."""
+    """Scores by name, as pycocoevalcap returns them. Papers report them times 100."""
 
     values: dict[str, float]
     left_out: dict[str, str] = field(default_factory=dict)
-    """Metric that is missing, or `ptb_tokenizer` -> reason."""
+    """Missing metric, `ptb_tokenizer` or `word_tokenizer` -> reason."""
 
 
 def caption_scores(
@@ -47,18 +46,18 @@ def caption_scores(
     references: Sequence[Sequence[str]],
     metrics: Sequence[str] = CAPTION_METRICS,
 ) -> CaptionScores:
-    """Scores of one caption for each image against the image's references.
+    """Score one caption of each image against the image's references.
 
     Args:
         captions: generated captions.
         references: one or more texts for each image.
-        metrics: names of `CAPTION_METRICS`.
+        metrics: names from `CAPTION_METRICS`.
 
     Returns:
-        Scores that could be measured. Without Java, texts are split at everything that is no letter
-        or digit, which changes the scores a little. If most captions are in a script without
-        spaces, each character counts as a word, and METEOR and SPICE, which know English alone,
-        are left out. `left_out` names the tokenizer in both cases.
+        Scores that could be computed. Without Java, texts are split at all characters except
+        letters and digits, which changes the scores slightly. If most captions are in a script
+        without spaces, each character counts as a word, and METEOR and SPICE, which support only
+        English, are omitted. `left_out` names the tokenizer in both cases.
 
     Raises:
         ValueError: an image has no references, or the numbers of captions and images differ.
@@ -69,7 +68,7 @@ def caption_scores(
             f"{sum(not of_image for of_image in references)} of which have none"
         )
     left_out: dict[str, str] = {}
-    # One Java program tokenizes both. It reads lines, so white space of any kind becomes a space.
+    # One Java program tokenizes all lines at once, so replace all kinds of white space by a space.
     texts: Texts = {}
     for image, (caption, of_image) in enumerate(zip(captions, references, strict=True)):
         texts[image] = [_one_line(text) for text in (caption, *of_image)]
@@ -108,7 +107,7 @@ def caption_scores(
 
 
 def _one_line(text: str) -> str:
-    """A text without line breaks, control characters and line separators."""
+    """Replace line breaks, control characters and line separators by spaces."""
     return " ".join(_NO_WORDS.sub(" ", text).split())
 
 
@@ -119,7 +118,7 @@ def _is_without_spaces(texts: Texts) -> bool:
 
 
 def _characters(text: str) -> str:
-    """Lower-cased letters, marks and digits of a text, separated by spaces."""
+    """Return the lower-case letters, marks and digits of a text, separated by spaces."""
     return " ".join(c for c in text.lower() if unicodedata.category(c)[0] in "LMN")
 
 
@@ -143,12 +142,12 @@ def _by_java(module: str, name: str, truths: Texts, hypotheses: Texts) -> float:
 
 
 def _tokenized(texts: Texts, left_out: dict[str, str]) -> Texts:
-    """Texts as lower-cased words without punctuation, separated by spaces."""
+    """Split texts into lower-case words without punctuation, separated by spaces."""
     reason = _NO_JAVA
     if shutil.which("java") is not None:
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-        # An empty text would shift the lines. A full stop is tokenized to an empty text, too.
+        # An empty text would shift the lines. The tokens of a full stop are also an empty text.
         lines = {}
         for image, of_image in texts.items():
             lines[image] = [{"caption": text.strip() or "."} for text in of_image]
