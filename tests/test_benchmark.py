@@ -167,7 +167,7 @@ def test_the_growth_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert step["FLOPs"]["factor"] == pytest.approx(step["FLOPs"]["due"], rel=0.02)
     single, double = result["axes"]["ranks"]
     assert single["exchange_gb"] < 0.1 * double["exchange_gb"]  # a single rank sums nothing
-    assert "exponents over the quantity" in growth.growth_table(result).lower()
+    assert "exponents with respect to the quantity" in growth.growth_table(result).lower()
     assert "<svg" in picture.read_text()
 
 
