@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "blip-scale clip-be
     if words[:1] == ["eval"]:
         words += ["--model_type", MODEL_TYPE]
     before = sys.argv
-    sys.argv = [prog, *words]  # clip_benchmark only reads sys.argv
+    sys.argv = [prog, *words]  # clip_benchmark takes its arguments only from sys.argv
     try:
         cli.main()
     except (ValueError, OSError) as error:
