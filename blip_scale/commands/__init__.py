@@ -1,2 +1,1 @@
-"""Command-line programs. Each module parses its arguments and calls the packages that do the work.
-"""
+"""Command-line programs. Each module parses arguments and calls the packages that do the work."""
