@@ -1,8 +1,8 @@
 """Evaluate a checkpoint with the package clip_benchmark.
 
 blip-scale clip-benchmark eval --pretrained runs/demo --dataset cifar10 --output figures.json
-All arguments are those of clip_benchmark; --model_type is set. --pretrained is a run's folder,
-step_N, .pth, or a Hugging Face folder; --model is a name for the results.
+The arguments are those of clip_benchmark, except --model_type, which is added. --pretrained is a
+run's folder, step_N, .pth, or a Hugging Face folder. --model is only a name for the results.
 """
 
 from __future__ import annotations
