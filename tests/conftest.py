@@ -1,4 +1,5 @@
-"""Environment of all tests (quiet, offline, one thread per process), and the train command."""
+"""Environment variables for all tests (quiet, offline, one thread per process), and the fixture
+for the train command."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A run of one rank takes all cores. If threads spin while they wait, two runs at once take 13 times
-# as long as with threads that sleep.
+# A run of one rank uses all cores. If waiting threads spin instead of sleeping, two concurrent runs
+# take 13 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Inductor's pool of compiling processes would import torch in each: more work than it saves here.
+# Each process of Inductor's compile pool would import torch, which costs more than it saves here.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# If pandas is installed (gradio needs it), transformers imports it and with it Arrow. Arrow's
-# allocator would start a thread, which the fork server must not have.
+# If pandas is installed (gradio needs it), transformers imports it, and pandas imports Arrow.
+# Arrow's allocator would start a thread, but the fork server must have only one thread.
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 
 REPO = Path(__file__).resolve().parent.parent
@@ -35,12 +36,12 @@ LONGEST = (
     "test_installed.py", "cluster/test_slurm_ends.py", "engine/test_deepspeed_settings.py",
     "engine/test_run.py", "engine/test_planned_memory.py",
 )  # fmt: skip
-"""Files that take a minute or more. They come first, so that none is left to run alone at the end.
-Files that wait for SLURM lie between those that compute."""
+"""Test files that take a minute or more. They run first, so that none of them runs alone at the
+end. Files that wait for SLURM alternate with files that compute."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests by `LONGEST`, and leave the others in their order."""
+    """Move the tests of `LONGEST` to the front. The order of the others does not change."""
     ranks = {REPO / "tests" / name: rank for rank, name in enumerate(LONGEST)}
     assert all(file.is_file() for file in ranks), "a file of LONGEST was renamed"
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
@@ -50,8 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _environment_after_a_test() -> Iterator[None]:
     """Restore the environment after each test.
 
-    A tool that runs in this process joins a process group and leaves its address in the
-    environment. A later run would join that group.
+    A tool that runs in this process joins a process group, and leaves the group's address in the
+    environment. A later run would try to join the same group.
     """
     with _environment_restored():
         yield
@@ -59,7 +60,7 @@ def _environment_after_a_test() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _environment_after_a_module() -> Iterator[None]:
-    """Restore the environment after each module, whose fixtures run tools as well."""
+    """Restore the environment after each module, because its fixtures also run tools."""
     with _environment_restored():
         yield
 
@@ -80,9 +81,10 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def train() -> Command:
-    """Function that runs `python blip_scale/train.py ARGUMENTS...` and returns the ended process.
+    """Return a function that runs `python blip_scale/train.py ARGUMENTS...` to its end.
 
-    Keywords are `cwd`, `script`, `timeout_s`, and environment variables by name (None removes one).
+    The function returns the completed process. Its keywords are `cwd`, `script`, `timeout_s`, and
+    environment variables by name (None removes one).
     """
 
     def run(
@@ -108,9 +110,10 @@ def train() -> Command:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Generator[None, Any, Any]:
-    """Escape halves of surrogate pairs, which a worker of pytest-xdist cannot send.
+    """Escape lone surrogates in test reports, because a pytest-xdist worker cannot send them.
 
-    Hostile texts hold them, and a test's report has its log and output.
+    A report contains the log and the output of its test. Tests with hostile texts print lone
+    surrogates.
     """
     return _without_surrogates((yield))
 

@@ -1,1 +1,1 @@
-"""Commands of the user: each module parses the command line and calls the rooms below it."""
+"""Command-line programs. Each module parses arguments and calls the packages that do the work."""

@@ -31,7 +31,7 @@ from blip_scale.model.generation import NucleusSettings
 from blip_scale.storage.free_space import parse_bytes
 
 _LEAST = {"image_size": 1, "batch_size": 1, "workers": 1, "threads": 1, "shown": 0}
-"""Option -> smallest number that it takes."""
+"""Option name, with underscores -> smallest value allowed."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "capfilt.py") -> int:
@@ -102,7 +102,7 @@ def _settings(options: argparse.Namespace, on_gpu: bool) -> Settings:
 
 
 def _endpoint(options: argparse.Namespace) -> Endpoint | None:
-    """The external captioner, if one is named."""
+    """Return the external captioner, or None without --captioner-url."""
     if not options.captioner_url:
         if not (options.captioner and options.filter):
             raise ValueError("give --captioner and --filter, or --captioner-url")

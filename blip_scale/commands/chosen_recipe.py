@@ -1,4 +1,4 @@
-"""The recipe that a command was given, with the sizes of the checkpoint it starts from."""
+"""Load the recipe given to a command, with missing sizes taken from its initial checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_repeats(overrides: Sequence[str]) -> None:
-    """Log settings that are set twice, on rank 0.
+    """Log, on rank 0, the settings that are set more than once.
 
-    This is not an error: job scripts append the user's settings to their own.
+    This is not an error: job scripts append the user's settings to the script's settings.
     """
     if launcher.rank() == 0:
         for sentence in settings.repeats(settings.parse_overrides(overrides)):
@@ -24,20 +24,23 @@ def warn_of_repeats(overrides: Sequence[str]) -> None:
 
 
 def chosen_recipe(name: str, overrides: Sequence[str]) -> Recipe:
-    """Load a recipe with overrides; sizes that neither sets come from `model.checkpoint`.
+    """Load a recipe and apply overrides.
+
+    Sizes that neither the recipe nor an override sets come from `model.checkpoint`.
 
     Args:
-        name: a recipe's name, or the path of a YAML file.
+        name: name of a recipe, or path of a YAML file.
+        overrides: settings from the command line.
 
     Raises:
-        ValueError, FileNotFoundError: those of `recipe.load` and `with_sizes_of_checkpoint`.
+        ValueError, FileNotFoundError: see `recipe.load` and `with_sizes_of_checkpoint`.
     """
     recipes.check_overrides(overrides)
     warn_of_repeats(overrides)
     recipe = recipes.load(name, overrides)
     if recipe.model.checkpoint is None:
         return recipe
-    # Imported here, because it imports transformers.
+    # Imported late: this module imports transformers, which is slow.
     from blip_scale.inference.starting_sizes import with_sizes_of_checkpoint
 
     return with_sizes_of_checkpoint(recipe, recipes.stated(name, overrides))

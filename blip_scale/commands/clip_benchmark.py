@@ -1,8 +1,8 @@
 """Evaluate a checkpoint with the package clip_benchmark.
 
 blip-scale clip-benchmark eval --pretrained runs/demo --dataset cifar10 --output figures.json
-All arguments are those of clip_benchmark; --model_type is set. --pretrained is a run's folder,
-step_N, .pth, or a Hugging Face folder; --model is a name for the results.
+The arguments are those of clip_benchmark, except --model_type, which is added. --pretrained is a
+run's folder, step_N, .pth, or a Hugging Face folder. --model is only a name for the results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "blip-scale clip-be
     if words[:1] == ["eval"]:
         words += ["--model_type", MODEL_TYPE]
     before = sys.argv
-    sys.argv = [prog, *words]  # clip_benchmark only reads sys.argv
+    sys.argv = [prog, *words]  # clip_benchmark takes its arguments only from sys.argv
     try:
         cli.main()
     except (ValueError, OSError) as error:

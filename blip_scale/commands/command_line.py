@@ -1,4 +1,4 @@
-"""Functions shared by all commands: the parser, and errors in one line."""
+"""Functions shared by all commands: the argument parser, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MOST_OF = {
     "threads": MOST_PROCESSES,
     "workers": MOST_PROCESSES,
 }
-"""Option, with underscores -> largest number that it takes in any command."""
+"""Option name, with underscores -> largest value allowed in any command."""
 
 # Warnings of commands that do not configure logging go to stderr through this handler.
 if logging.lastResort is not None:
@@ -44,38 +44,41 @@ if logging.lastResort is not None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that refuses wrong arguments in one line, without the usage above it."""
+    """An argparse parser that reports wrong arguments in one line, without printing the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """End the process with the exit code of refused input."""
+        """Report the message, and end the process with the exit code for refused input."""
         sys.exit(refuse(self.prog, f"{message} (see {self.prog} --help)"))
 
 
 def refuse(command: str, problem: object) -> int:
-    """Write `command: problem` as one line to stderr, and return the exit code of refused input."""
+    """Write `command: problem` to stderr as one line. Return the exit code for refused input."""
     sys.stderr.write(f"{command}: {logs.one_line(problem)}\n")
     return exit_codes.REFUSED
 
 
 def report_error(command: str, error: Exception) -> int:
-    """Write `command: error` as one line to stderr, and return the exit code.
+    """Write `command: error` to stderr as one line, and return the exit code.
 
-    The code is that of refused input if the input caused the error, else that of a failure.
+    The exit code is `REFUSED` if the input caused the error, and `FAILED` otherwise.
     """
     code = refuse(command, in_words(error))
     return code if is_refused(error) else exit_codes.FAILED
 
 
 def report_error_of_rank(command: str, error: Exception, log_folder: Path | None) -> int:
-    """Report an error of one of several ranks.
+    """Report an error on one of several ranks, and return the exit code.
 
-    Before a run begins, all ranks refuse the same input, so rank 0 reports it first; its launcher
-    then ends the others, unless rank 0 has no error. In a run, any rank may fail, and the traceback
-    is in its log. There, `errors.refusing` marks refused input, and every other error is a failure.
+    Before the run begins, all ranks usually refuse the same input. Rank 0 reports the error first,
+    and the launcher then ends the other ranks. The other ranks wait, and report the error
+    themselves only if rank 0 has none.
+
+    During the run, any rank may fail, and its log holds the traceback. Only errors marked by
+    `errors.refusing` count as refused input; all others are failures.
 
     Args:
         command: name of the command.
-        error: the error that ended it.
+        error: the error that ended the command.
         log_folder: folder of the ranks' logs once the run has begun, else None.
     """
     rank = launcher.rank()
@@ -87,20 +90,20 @@ def report_error_of_rank(command: str, error: Exception, log_folder: Path | None
         return exit_codes.REFUSED if isinstance(error, RefusedInput) else exit_codes.FAILED
     if rank == 0:
         return report_error(command, error)
-    time.sleep(_RANK_0_SPEAKS_S)  # a launcher ends all ranks once any has ended
+    time.sleep(_RANK_0_SPEAKS_S)  # the launcher ends all ranks as soon as one has ended
     return report_error(f"{command} (rank {rank})", error)
 
 
 def run_command(prog: str, work: Callable[[], int], kept: str = "") -> int:
-    """Do a command's work, and return the exit code.
+    """Call a command's work function, and return the exit code.
 
-    An error or a signal (SIGINT, SIGTERM) ends the work with one line on stderr.
+    An OSError, a ValueError or a signal (SIGINT, SIGTERM) ends the work with one line on stderr.
 
     Args:
         prog: name of the command.
         work: function that returns the exit code.
-        kept: finished work, in the plural, that a stopped command leaves and resumes from, such as
-            "finished shards"; "": there is none.
+        kept: name, in the plural, of the finished work from which a stopped command resumes, such
+            as "finished shards"; "" if the command can't resume.
     """
     handle_signals(_interrupt)
     try:
@@ -114,14 +117,14 @@ def run_command(prog: str, work: Callable[[], int], kept: str = "") -> int:
 
 
 def check_least(options: argparse.Namespace, least: Mapping[str, int]) -> None:
-    """Check the numbers of options.
+    """Check that the values of numeric options are within their bounds.
 
     Args:
-        options: of the parser.
-        least: name of an option, with underscores -> smallest number that it takes.
+        options: the parsed options.
+        least: option name, with underscores -> smallest value allowed.
 
     Raises:
-        ValueError: a number is smaller, or larger than `_MOST_OF` has it.
+        ValueError: a value is below its minimum, or above its maximum in `_MOST_OF`.
     """
     for name, smallest in least.items():
         value, option = getattr(options, name, None), name.replace("_", "-")
@@ -133,7 +136,7 @@ def check_least(options: argparse.Namespace, least: Mapping[str, int]) -> None:
 
 
 def within(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], float]:
-    """Type of an option for argparse: a number from `least` to `most`."""
+    """Return an argparse type for numbers from `least` to `most`."""
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
@@ -147,11 +150,11 @@ def within(kind: type[int] | type[float], least: float, most: float) -> Callable
 
 
 def progress_on(bar: tqdm, chunk: str) -> Callable[[Progress], None]:
-    """Function that shows the progress of a conversion on a bar.
+    """Return a function that shows the progress of a conversion on a progress bar.
 
     Args:
-        bar: bar of pairs.
-        chunk: name of a part of the input: tar, shard, chunk.
+        bar: progress bar that counts pairs.
+        chunk: word for a part of the input: tar, shard, chunk.
     """
 
     def show(progress: Progress) -> None:

@@ -1,5 +1,6 @@
-"""Convert BLIP checkpoints between training checkpoints, Salesforce .pth and Hugging Face folders,
-and export their encoders as ONNX.
+"""Convert BLIP checkpoints between formats, and export their encoders as ONNX.
+
+The formats are training checkpoints, Salesforce .pth files and Hugging Face folders.
 
 python tools/convert_checkpoint.py runs/demo captioner
 python tools/convert_checkpoint.py runs/demo/checkpoints/step_00001000 blip.pth
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
 
 ALL = "all"
 _FILES = (".pth", ".pt")
-"""Endings of an OUT that is a file."""
+"""Extensions with which OUT is a file, not a folder."""
 _WRITTEN = re.compile(
     rf"(({'|'.join(HEADS)}|tokenizer)(/|$))?"
     r"((config|generation_config|processor_config|preprocessor_config|tokenizer|tokenizer_config"
@@ -127,7 +128,7 @@ def _convert(options: argparse.Namespace, target: Format) -> None:
                 raise ValueError(f"{part.origin} can't become a Hugging Face {part.head}: {reason}")
     elif target == "salesforce":
         parts = [with_training_state(part) for part in parts]
-    # The notes are about training state, which Hugging Face's models do not have.
+    # The notes concern training state, which Hugging Face models do not have.
     notes = [] if target == "hf" else list(parts[0].notes)
     if target == "hf" and weights.output_settings.scoring == "published":
         notes.append(
@@ -155,7 +156,7 @@ def _convert(options: argparse.Namespace, target: Format) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    """Write both encoders as ONNX."""
+    """Export the image encoder and the text encoder as ONNX."""
     require_packages()
     loading = Loading(options.recipe, options.tokenizer, device="cpu", precision="fp32")
     blip = load_blip(options.source, loading)
@@ -166,7 +167,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _target(options: argparse.Namespace) -> Target:
-    """Format to write, from --to or the name of OUT."""
+    """Return the format to write, from --to or from the extension of OUT."""
     is_file = options.out.suffix in _FILES
     by_name: Target = "salesforce" if is_file else "hf"
     target: Target = options.to or by_name
@@ -208,7 +209,7 @@ def _network(recipe: Recipe, tokenizer: str | None) -> MEDConfig:
 
 
 def _origin(source: Path, kind: Format, recipe: Recipe | None) -> Origin:
-    """Recipe and figures of the run behind a checkpoint, for the model card."""
+    """Return the recipe and figures of the run that wrote a checkpoint, for the model card."""
     if kind != "ours" or recipe is None:
         return Origin()
     folder = step_folder(source)
@@ -221,7 +222,7 @@ def _origin(source: Path, kind: Format, recipe: Recipe | None) -> Origin:
 def _write_folder(
     weights: BlipWeights, folder: Path, tokenizer: PreTrainedTokenizerFast, origin: Origin
 ) -> None:
-    """Write model, processor and card in the form that transformers loads."""
+    """Write model, processor and model card in the format that transformers loads."""
     card = model_card(weights, origin)
     write_huggingface(weights, folder)
     tokenizer.model_max_length = weights.config.text.max_positions
@@ -230,13 +231,13 @@ def _write_folder(
 
 
 def _check_free(options: argparse.Namespace) -> None:
-    """Refuse an OUT that would replace anything but an earlier conversion.
+    """Refuse an OUT that exists, unless --overwrite is set and OUT is an earlier conversion.
 
     Raises:
-        RefusedInput: OUT exists and is not to be replaced, or is not apart from the input.
+        RefusedInput: OUT must not be replaced, or overlaps with the input.
     """
     out: Path = options.out
-    format_of(options.source)  # refuses an IN that is no checkpoint
+    format_of(options.source)  # refuses an IN that is not a checkpoint
     check_apart(out, options.source)
     if not out.exists():
         return
@@ -255,16 +256,19 @@ def _check_free(options: argparse.Namespace) -> None:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Paths below a folder, relative to it."""
+    """Return all paths below a folder, relative to it."""
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
 
 
 def _is_converted(path: Path) -> bool:
-    """Whether this command wrote a checkpoint, which then states its output settings or sizes."""
+    """Return True if this command wrote the checkpoint.
+
+    Such checkpoints contain their output settings or sizes.
+    """
     if path.is_file():
         try:
             return states_sizes(path)
-        except ValueError:  # no .pth, or a damaged one
+        except ValueError:  # not a .pth file, or a damaged one
             return False
     if (path / IMAGE_ENCODER).is_file() or (path / f"{output_settings.KEY}.json").is_file():
         return True
@@ -274,7 +278,7 @@ def _is_converted(path: Path) -> bool:
 
 
 def _states_output(config: Path) -> bool:
-    """Whether the config.json of a Hugging Face folder states output settings."""
+    """Return True if the config.json of a Hugging Face folder contains output settings."""
     try:
         return output_settings.KEY in parse_json(config.read_bytes())
     except (ValueError, TypeError):
@@ -283,9 +287,9 @@ def _states_output(config: Path) -> bool:
 
 @contextmanager
 def _placed(out: Path, folder: bool) -> Iterator[Path]:
-    """Yield a temporary path that replaces `out` at the end, if there was no error.
+    """Yield a temporary path, which replaces `out` at the end unless an error was raised.
 
-    If `out` is a link, its target is replaced.
+    If `out` is a symbolic link, its target is replaced.
     """
     target = Path(os.path.realpath(out))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -29,16 +29,17 @@ if TYPE_CHECKING:
     import gradio as gr
 
 _MOST_FROM_SHARDS = 1000
-"""Images that are taken from a set of shards."""
+"""Maximum number of images taken from a set of shards."""
 _LABEL_LENGTH = 60
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "demo.py") -> int:
-    """Return the exit code: 0, or 2 if nothing can be served."""
+    """Run the command, and return its exit code: 0, or 2 if nothing can be served."""
     options = parser(prog).parse_args(arguments)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        # Uploads lie in a folder of this process: gradio's default is /tmp/gradio for all users.
+        # Store uploads in a folder of this process. Gradio's default, /tmp/gradio, is shared by
+        # all users.
         with tempfile.TemporaryDirectory(prefix="blip_scale_page_") as folder:
             os.environ["GRADIO_TEMP_DIR"] = folder
             with tempfile.TemporaryDirectory(prefix="blip_scale_images_") as unpacked:
@@ -57,8 +58,8 @@ def service(options: argparse.Namespace, unpacked: Path | None = None) -> Servic
     """Load the checkpoints and find the images.
 
     Args:
-        options: of `parser`.
-        unpacked: empty folder for the images of a set of shards.
+        options: result of `parser`.
+        unpacked: empty folder to which images from shards are written.
     """
     import gradio  # noqa: F401  reports a missing gradio before anything is loaded
 
@@ -75,10 +76,10 @@ def service(options: argparse.Namespace, unpacked: Path | None = None) -> Servic
 
 
 def _unpack(shards: str, folder: Path) -> dict[str, str]:
-    """Write images of a set of shards as files, at most 1,000 and evenly over the set.
+    """Write images from a set of shards to files: at most 1,000, evenly spaced over the set.
 
     Returns:
-        First caption of each image by path.
+        Path of each image -> start of its first caption.
     """
     store = StreamStore(StreamRecipe("images", shards))
     step = -(-store.samples // _MOST_FROM_SHARDS)
@@ -95,21 +96,21 @@ def _unpack(shards: str, folder: Path) -> dict[str, str]:
 
 
 def build(service: Service) -> gr.Blocks:
-    """The page. A use that no checkpoint serves says so when it is asked."""
+    """Build the page. A use that no checkpoint serves gives an error when it is requested."""
     from blip_scale.commands import page_layout
 
     return page_layout.build(service)
 
 
 def launch(page: gr.Blocks, options: argparse.Namespace, **more: Any) -> None:
-    """Serve the page; `more` goes to gradio."""
+    """Serve the page; `more` is passed to gradio's `launch`."""
     from blip_scale.commands import page_layout
 
     page_layout.launch(page, options, **more)
 
 
 def parser(prog: str = "demo.py") -> Parser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,8 @@
-"""Check a set-up for common causes of failed runs: `train.py --dry-run`.
+"""Check a setup for common causes of failed runs: `train.py --dry-run`.
 
-A dry run before a long wait in a queue needs one process and no GPU, for example on a login node.
-It can also be started on allocated nodes like a run. Every check reports ok, warning or FAILED with
-the fix, and all checks are run, so that all problems are seen at once.
+A dry run needs only one process and no GPU, so it can run on a login node before a job is queued.
+It can also be launched on the allocated nodes like a training run. Each check reports ok, warning
+or FAILED, with the fix. A failed check does not stop the others, so one dry run shows all problems.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ BAD = 2
 """Exit code if a check failed."""
 _RETRY_S = 20.0
 _EXCHANGE_BYTES = 64 * 2**20
-_EXCHANGE_TIMEOUT_S = 300.0  # ranks that have not connected by then never will
+_EXCHANGE_TIMEOUT_S = 300.0  # a rank that needs longer to connect is assumed never to connect
 _GB = 1e9
 _PROCESS_GB = 3.0
-"""Rule of thumb for a rank's host memory besides weights: Python, torch and pinned batches. A
-loader worker needs a third of it."""
+"""Estimated host memory of a rank without weights (rule of thumb): Python, torch and pinned
+batches. A loader worker needs one third of this."""
 
 _LEVELS = ("ok", "warning", "FAILED")
 
 
 class Doubt(Exception):
-    """Raised by a check for a problem that may not make the run fail."""
+    """Raised by a check for a problem that may or may not make the run fail."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Finding:
 
     name: str
     level: int
-    """Index of ok, warning or FAILED."""
+    """0: ok, 1: warning, 2: FAILED."""
     message: str
 
 
@@ -81,18 +81,18 @@ class Setting:
 
         nodes = self.ranks // self.gpus_per_node
         cluster = Cluster(nodes, self.gpus_per_node, self._gpu())
-        # A missing stream is reported by its own check; memory and disk do not depend on it.
+        # Another check reports a missing stream. Memory and disk do not depend on its size.
         assumed = Assumptions(unknown_samples=10**6)
         try:
             config = checks.resolve_deepspeed(self.recipe, self.ds_config, self.ranks)
             return make_plan(self.recipe, config, cluster, contrast_of, assumed)
-        except (ValueError, FileNotFoundError) as error:  # another check reports it as a failure
+        except (ValueError, FileNotFoundError) as error:  # another check reports this failure
             raise Doubt(f"cannot be planned: {error}") from error
 
     def _gpu(self) -> GPU:
-        """GPU named by the user, else an H100 with the memory of this machine's GPU.
+        """Return the GPU named by the user, else an H100 with the memory of this machine's GPU.
 
-        Without a GPU, the memory is unlimited.
+        If this machine has no GPU, the memory is unlimited.
         """
         import torch
 
@@ -129,13 +129,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Run all checks, and return 0, or 2 if one failed. Every rank of a launch must call this.
+    """Run all checks, and return 0, or 2 if a check failed. Every launched rank must call this.
 
     Raises:
-        ValueError: --gpu names no GPU, or several.
+        ValueError: --gpu matches no known GPU, or more than one.
     """
     gpu = find_gpu(options.gpu) if options.gpu else None
-    # Imported here, so that a refusal does not wait for torch.
+    # Imported late, so that refused input is reported without waiting for the import of torch.
     from blip_scale import logs
     from blip_scale.engine import collectives
 
@@ -160,7 +160,7 @@ def run(recipe: Recipe, options: argparse.Namespace) -> int:
 
 
 def _checks(setting: Setting) -> list[tuple[str, Callable[[], str]]]:
-    """Checks that one process per node makes, by name."""
+    """Return the names and functions of the checks that run in one process per node."""
     recipe = setting.recipe
     named_checks: list[tuple[str, Callable[[], str]]] = [
         ("settings", lambda: _settings(setting)),
@@ -187,14 +187,14 @@ def _try(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, 0, check())
     except Doubt as doubt:
         return Finding(name, 1, str(doubt))
-    except Exception as error:  # from any library; it must not prevent the checks that follow
+    except Exception as error:  # any library may raise anything; the other checks must still run
         logger.debug("%s", name, exc_info=True)
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         return Finding(name, 2, " ".join(f"{kind}{error}".split()))
 
 
 def _report(everyone: list[list[Finding]], setting: Setting) -> None:
-    """Log one line per check, naming the rank with the worst result."""
+    """Log one line per check, with the worst result and its rank."""
     names = dict.fromkeys(finding.name for part in everyone for finding in part)
     failed = 0
     for name in names:
@@ -213,7 +213,7 @@ def _report(everyone: list[list[Finding]], setting: Setting) -> None:
 
 
 def _launcher(setting: Setting) -> str:
-    """Check the launcher's variables, and that this rank has a device."""
+    """Check the launcher's environment variables, and check that this rank has a device."""
     import torch
 
     from blip_scale import launcher
@@ -260,7 +260,7 @@ def _deepspeed(setting: Setting) -> str:
 
 
 def _attention(setting: Setting) -> str:
-    """Choose the attention kernel like a run does at its start."""
+    """Choose the attention kernel in the same way as a run does at its start."""
     import torch
 
     from blip_scale.model.kernels import choose_kernel
@@ -297,7 +297,7 @@ def _stream(recipe: Recipe, stream: StreamRecipe) -> str:
     from blip_scale.data.tokenizer import MOST_UNKNOWN, load_tokenizer
 
     tokenizer = None
-    with contextlib.suppress(OSError, ValueError):  # the check of initial weights names it
+    with contextlib.suppress(OSError, ValueError):  # the check of initial weights reports it
         tokenizer = load_tokenizer(recipe.model.text)
     retry_s = min(_RETRY_S, recipe.data.retry_s)
     summary, unknown = probe_stream(stream, recipe.data.make_with, retry_s, tokenizer)
@@ -333,7 +333,7 @@ def _cache(recipe: Recipe) -> str:
 
 
 def _output(setting: Setting) -> str:
-    """Check that the disk has room for the kept checkpoints and one being written."""
+    """Check that the disk has room for the kept checkpoints, and for one being written."""
     folder = Path(setting.recipe.output_dir)
     free = free_bytes(folder)
     planned = setting.plan().checkpoints_bytes
@@ -382,7 +382,7 @@ def _host_memory(setting: Setting) -> str:
     plan, workers = setting.plan(), setting.recipe.data.workers
     available = psutil.virtual_memory().available
     network = plan.network
-    weights = 4 * sum([*network.trainable, *network.frozen])  # each rank loads all of them once
+    weights = 4 * sum([*network.trainable, *network.frozen])  # each rank loads all weights in fp32
     each = _PROCESS_GB * _GB * (1 + workers / 3) + weights + plan.memory.host
     need = each * setting.gpus_per_node
     message = (
@@ -406,7 +406,7 @@ def _shared_memory(setting: Setting) -> str:
 
 
 def _interconnect(world_size: int) -> str:
-    """Check the sum of a tensor over all ranks, and measure its speed."""
+    """Check the all-reduce of a tensor over all ranks, and measure its speed."""
     if world_size == 1:
         return "one process: not measured"
     from blip_scale.engine import collectives

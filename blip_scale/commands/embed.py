@@ -27,7 +27,7 @@ from blip_scale.inference.loading import Loading, load_blip
 def main(arguments: Sequence[str] | None = None, prog: str = "blip-scale embed") -> int:
     """Run the command, and return its exit code.
 
-    It is 0, 1 if images could not be read, 2 for refused input, and 130 or 143 after a signal.
+    It is 0, 1 if an image could not be read, 2 for refused input, and 130 or 143 after a signal.
     """
     options = _parser(prog).parse_args(arguments)
     return run_command(prog, lambda: _embed(options), "finished parts")

@@ -67,22 +67,22 @@ class Subject:
     blip: Blip
     opened: HeldoutPairs | VideoSet
     recipe: Recipe
-    """Recipe of which `evaluation` and `model.text` are used."""
+    """Recipe; only its sections `evaluation` and `model.text` are used."""
     options: argparse.Namespace
 
     @property
     def pairs(self) -> HeldoutPairs:
-        """Pairs of all tasks except `video`."""
+        """Pairs to evaluate; not available for the task `video`."""
         assert isinstance(self.opened, HeldoutPairs)
         return self.opened
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Functions and defaults for the evaluation of a task."""
+    """Functions and default settings for evaluating a task."""
 
     measure: Callable[[Subject], dict[str, Any]]
-    """Function that returns figures by name, equal on all ranks. Floats are shares of one."""
+    """Function that returns figures by name, equal on all ranks. A share is a float from 0 to 1."""
     published: dict[str, Any]
     """Settings for a checkpoint without a recipe."""
     reader: str = "coco"
@@ -92,7 +92,7 @@ class Kind:
 
 
 def command(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> NoReturn:
-    """Run the command and end the process with its exit code."""
+    """Run the command, and end the process with its exit code."""
     launcher.end_process(main(arguments, prog))
 
 
@@ -109,10 +109,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
         logging.basicConfig(level="WARNING" if is_main else "ERROR")
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logs.MessageFormatter())
-        if is_main:  # the engine logs how far the start has come
+        if is_main:  # the engine logs the progress of the start
             logging.getLogger("blip_scale.engine").setLevel("INFO")
         device = start(_TIMEOUT_S)
-        if device.type == "cpu":  # ranks that all use every core would slow each other down
+        if device.type == "cpu":  # share the cores, so that ranks do not slow each other down
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // collectives.local_world_size()))
         kind = KINDS[options.task]
@@ -149,10 +149,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "evaluate.py") -> i
 
 
 def _check_folders(options: argparse.Namespace) -> None:
-    """Refuse, before hours of evaluation, files that cannot be written or must not be replaced.
+    """Refuse output files that cannot be written or must not be replaced.
+
+    This runs first, because an evaluation may take hours.
 
     Raises:
-        FileNotFoundError: their folder is missing.
+        FileNotFoundError: the folder of an output file is missing.
         RefusedInput: see `check_output`.
     """
     checkpoint = step_folder(options.checkpoint) or options.checkpoint
@@ -166,7 +168,7 @@ def _check_folders(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace, kind: Kind, blip: Blip, overrides: list[str]) -> Recipe:
-    """Recipe of the run, or the published settings, with overrides.
+    """Return the recipe of the run, or the published settings, with overrides applied.
 
     Raises:
         ValueError: an override is unknown, or would have no effect.
@@ -189,7 +191,7 @@ def _prompt(blip: Blip) -> dict[str, Any]:
 
 
 def _stated(output: OutputSettings) -> dict[str, Any]:
-    """Output settings of a checkpoint, as settings of a recipe."""
+    """Return the output settings of a checkpoint as settings of a recipe."""
     text: dict[str, Any] = {"prompt": output.prompt}
     evaluation: dict[str, Any] = {
         "num_beams": output.num_beams,
@@ -210,7 +212,7 @@ def _stated(output: OutputSettings) -> dict[str, Any]:
 
 
 def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
-    """Merge the settings of `other` into a tree; they replace existing ones."""
+    """Merge the settings of `other` into `tree`, replacing existing values."""
     for name, value in other.items():
         if isinstance(value, dict):
             _merge(tree.setdefault(name, {}), value)
@@ -247,7 +249,7 @@ def _open(options: argparse.Namespace, kind: Kind, image_size: int) -> HeldoutPa
 
 
 def _retrieval(subject: Subject) -> dict[str, Any]:
-    """Measure recalls by cosine, and after re-ranking by matching if that was trained."""
+    """Measure recalls by cosine, and after re-ranking by ITM if the ITM head was trained."""
     blip, recipe = subject.blip, subject.recipe
     blip.require("embed")
     figures = captions_and_pairs.retrieval_on(
@@ -258,7 +260,7 @@ def _retrieval(subject: Subject) -> dict[str, Any]:
 
 
 def _classification(subject: Subject) -> dict[str, Any]:
-    """Measure zero-shot classification by the templates of all classes."""
+    """Measure zero-shot classification with text templates for all classes."""
     blip, recipe, options = subject.blip, subject.recipe, subject.options
     blip.require("embed")
     labels = classes.labels_of(subject.pairs)
@@ -297,7 +299,7 @@ def _captioning(subject: Subject) -> dict[str, Any]:
 
 
 def _check_distinct(ids: Sequence[int | str], names: Sequence[str]) -> None:
-    """Refuse images that would have the same id in a submission.
+    """Refuse images with the same id in a submission.
 
     Raises:
         ValueError: two images have the same id.
@@ -313,7 +315,7 @@ def _check_distinct(ids: Sequence[int | str], names: Sequence[str]) -> None:
 
 
 def _vqa(subject: Subject) -> dict[str, Any]:
-    """Measure accuracy by the official rule, and write answers to --submission."""
+    """Measure the official VQA accuracy, and write answers to --submission."""
     blip, options = subject.blip, subject.options
     blip.require("vqa")
     assert isinstance(blip.network, VQA)
@@ -347,7 +349,7 @@ def _visdial(subject: Subject) -> dict[str, Any]:
 
 
 def _video(subject: Subject) -> dict[str, Any]:
-    """Measure recalls of videos by text and of texts by video, and the median rank."""
+    """Measure recalls and median ranks of text-to-video and video-to-text retrieval."""
     blip, videos = subject.blip, subject.opened
     assert isinstance(videos, VideoSet)
     blip.require("match")

@@ -27,7 +27,10 @@ from blip_scale.storage.locations import is_local, join
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "index_tars.py") -> int:
-    """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
+    """Run the command, and return its exit code.
+
+    It is 0, 2 for refused input, and 130 or 143 after a signal.
+    """
     options = _parser(prog).parse_args(arguments)
     return run_command(prog, lambda: _index(options, prog), "finished tars")
 
@@ -39,7 +42,7 @@ def _index(options: argparse.Namespace, prog: str) -> int:
     job = IndexJob(options.tars, out, rules, options.caption_key, options.workers, options.scratch)
     start_s = time.perf_counter()
     with tqdm(desc="index", unit="pair", mininterval=1.0, smoothing=0.05) as bar:
-        # The client of a bucket hangs in a process that was forked beside it.
+        # Clients of object storage hang in a forked process.
         start_method = "fork" if is_local(options.tars) and is_local(out) else "spawn"
         summary = write_index(job, Part.parse(options.shard), progress_on(bar, "tar"), start_method)
     if summary is None:

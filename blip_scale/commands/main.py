@@ -35,11 +35,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None, script: str | None = None) -> int:
-    """Run one command and return its exit code. Only that command's module is imported.
+    """Run one command, and return its exit code. Only that command's module is imported.
 
     Args:
-        arguments: name of the command and its arguments; None: those of the process.
-        script: name that messages have for the command; None: `blip-scale NAME`.
+        arguments: name of the command, then its arguments; None: the arguments of the process.
+        script: name of the command in messages; None: `blip-scale NAME`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -62,25 +62,25 @@ def command(name: str | None = None) -> None:
     """Run a command with the arguments of the process, then end the process with its exit code.
 
     Args:
-        name: the command that the script of this process runs; None: the first argument names it.
+        name: command to run, for a script with only one command; None: the first argument.
     """
     stop_at_once_on_signals()
     script = Path(sys.argv[0]).name if name else None
     words = [name, *sys.argv[1:]] if name else sys.argv[1:]
-    if words and words[0] in ("train", "evaluate"):  # they end their process groups themselves
+    if words and words[0] in ("train", "evaluate"):  # these end their process groups themselves
         module = importlib.import_module(COMMANDS[words[0]][0])
         module.command(words[1:], script or f"blip-scale {words[0]}")
     try:
         code = main(words, script)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough: blip-scale summary RUN | head
+    except BrokenPipeError:  # the reader closed the pipe, as in: blip-scale summary RUN | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = exit_codes.FAILED
     sys.exit(code)
 
 
 def _help() -> str:
-    """The text of `blip-scale --help`."""
+    """Return the text of `blip-scale --help`."""
     width = max(map(len, COMMANDS))
     rows = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(

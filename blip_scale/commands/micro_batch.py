@@ -1,8 +1,8 @@
 """Resolve `train.max_micro_batch_size: auto` when a run starts.
 
-The memory model of the plan gives the largest micro-batch that fits; tests compare it with real
-runs. All ranks use the smallest of their results. A resumed run keeps its micro-batch, because
-local ITM negatives come from the pairs of a micro-batch: another size would change the losses.
+The planner's memory model gives the largest micro-batch that fits. Tests compare the model with
+real runs. All ranks use the smallest of their results. A resumed run keeps its micro-batch size:
+local ITM negatives come from the same micro-batch, so another size would change the losses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WORKER_BYTES = 1e9
-"""Rule of thumb for the host memory of a loader worker: Python, torch and pinned batches."""
+"""Estimated host memory of a loader worker (rule of thumb): Python, torch and pinned batches."""
 _GIB = 2**30
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -41,14 +41,19 @@ Settled = tuple[Recipe, dict[str, Any]]
 
 
 def auto(recipe: Recipe, ds_config: str | Path) -> Callable[[torch.device], Settled] | None:
-    """Return a function that resolves `auto` once all ranks are connected; None for a number."""
+    """Return a function that resolves `auto` once all ranks are connected.
+
+    Return None if the recipe gives a number.
+    """
     if not is_auto(recipe):
         return None
     return lambda device: settle(recipe, ds_config, device)
 
 
 def settle(recipe: Recipe, ds_config: str | Path, device: torch.device) -> Settled:
-    """Replace `auto` by the largest micro-batch that fits on every rank. All ranks must call this.
+    """Replace `auto` with the largest micro-batch that fits on every rank.
+
+    This is a collective: all ranks must call it.
 
     Raises:
         ValueError: not even the smallest micro-batch fits.
@@ -87,19 +92,19 @@ def settle(recipe: Recipe, ds_config: str | Path, device: torch.device) -> Settl
 
 
 def micro_batch_before(recipe: Recipe) -> int | None:
-    """Micro-batch that an earlier start of the run has chosen; None for the first start."""
+    """Return the micro-batch size chosen when the run first started; None on the first start."""
     file = Path(recipe.output_dir) / run_folder.RECIPE
     try:
         size = yaml.safe_load(file.read_text(encoding="utf-8"))["train"]["max_micro_batch_size"]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
-        return None  # an optional file never stops a run
+        return None  # a missing or damaged optional file must not stop a run
     return size if isinstance(size, int) else None
 
 
 def memory_limit(device: torch.device, workers: int, local_ranks: int) -> float:
-    """Bytes that a rank may use: its GPU's memory, or its share of the host's free memory.
+    """Return the bytes that a rank may use: its GPU's memory, or its share of free host memory.
 
-    The memory of loader workers is subtracted from the host's.
+    On the CPU, the memory of the loader workers is subtracted.
     """
     import psutil
     import torch
@@ -113,9 +118,10 @@ def memory_limit(device: torch.device, workers: int, local_ranks: int) -> float:
 def load_of(
     recipe: Recipe, ds_config: dict[str, Any], ranks: int, device_type: str, limit: float
 ) -> Load:
-    """Build the input of the plan's memory model for a run.
+    """Build the input of the planner's memory model for a run.
 
-    All captions count as the longest allowed, so that no batch of long captions can end the run.
+    All captions are assumed to have the maximum length, so that a batch of long captions cannot
+    run out of memory.
     """
     from blip_scale.planning.memory import Load
     from blip_scale.planning.network import network_of
@@ -131,9 +137,9 @@ def load_of(
 
 
 def _free_in_cgroups() -> list[float]:
-    """Free bytes in each cgroup (v2) of this process that has a limit.
+    """Return the free bytes in each cgroup (v2) of this process that has a memory limit.
 
-    Containers and job schedulers set such limits. File caches count as free.
+    Containers and job schedulers set such limits. The page cache counts as free.
     """
     free: list[float] = []
     try:

@@ -22,7 +22,10 @@ from blip_scale.data.conversion.overlay import OverlayJob, make_overlay
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "overlay.py") -> int:
-    """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
+    """Run the command, and return its exit code.
+
+    It is 0, 2 for refused input, and 130 or 143 after a signal.
+    """
     options = _parser(prog).parse_args(arguments)
     return run_command(prog, lambda: _run(options))
 

@@ -1,4 +1,4 @@
-"""Layout of the demo page in gradio, and how it is served. Imported only where gradio is there."""
+"""Build the demo page with gradio, and serve it. Import this only if gradio is installed."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ _USES: dict[Use, str] = {
     "vqa": "answer questions",
     "embed": "search",
 }
-"""Use -> what the page does with it."""
+"""Use of a checkpoint -> description of the matching function of the page."""
 
 Ask = Callable[..., Any]
 
 
 def build(service: Service) -> gr.Blocks:
-    """The page of a service."""
+    """Build the page for a service."""
     with gr.Blocks(title="BLIP", analytics_enabled=False) as page:
         gr.HTML(about(service))
         with gr.Tab("One image"), gr.Row(equal_height=False):
@@ -104,13 +104,13 @@ def build(service: Service) -> gr.Blocks:
 
 
 def _note(text: str) -> None:
-    """A line of small print, where there is one."""
+    """Add a line in small type, unless the text is empty."""
     if text:
         gr.HTML(f'<div class="note">{text}</div>', padding=False)
 
 
 def _missing(service: Service) -> str:
-    """A sentence about what no checkpoint of the page can do; empty if there is nothing."""
+    """Name the uses that no checkpoint serves, in one sentence; "" if every use is served."""
     missing = [words for use, words in _USES.items() if not service.able(use)]
     if not missing:
         return ""
@@ -118,13 +118,16 @@ def _missing(service: Service) -> str:
 
 
 def _visible(shown: bool, **changes: Any) -> Any:
-    """Update that shows or hides a component. Gradio 6.10 takes one with visible=False out of the
-    page and does not bring it back into a group, so it is hidden by its style."""
+    """Return an update that shows or hides a component.
+
+    The component is hidden by its style. With visible=False, gradio 6.10 removes it from the page
+    and does not restore it inside a group.
+    """
     return gr.update(visible=True if shown else "hidden", **changes)
 
 
 def _kindly(ask: Ask, *inputs: Any) -> Any:
-    """Answer of `ask`. What it refuses appears as a hint, and the page stays as it is."""
+    """Call `ask`. If it refuses the input, show a warning and leave the page unchanged."""
     try:
         return ask(*inputs)
     except (ValueError, CorruptSample) as error:
@@ -133,7 +136,7 @@ def _kindly(ask: Ask, *inputs: Any) -> Any:
 
 
 def _strictly(ask: Ask, *inputs: Any) -> Any:
-    """Answer of `ask`. What it refuses is an error for the caller of the API."""
+    """Call `ask`. If it refuses the input, raise an error for the caller of the API."""
     try:
         return ask(*inputs)
     except (ValueError, CorruptSample) as error:
@@ -146,14 +149,17 @@ def _sentence(error: Exception) -> str:
 
 
 def _endpoint(name: str, ask: Ask, inputs: list[Component], output: Component) -> None:
-    """Endpoint of gradio's API, which no button of the page calls."""
+    """Add an endpoint to gradio's API. No button of the page calls it."""
     unseen = gr.Button(visible=False)
     unseen.click(partial(_strictly, ask), inputs, output, api_name=name)
 
 
 def _examples(image: gr.Image, service: Service) -> Dependency | None:
-    """Images to click on, and the event that one has become the image of the page; None and a hint
-    without images."""
+    """Show example images that the user can select.
+
+    Return the event of copying the selected image to the page's image. Without images, show a
+    hint and return None.
+    """
     if not service.images:
         _note(_NO_IMAGES)
         return None
@@ -283,7 +289,7 @@ def _search_panel(service: Service) -> None:
 
 
 def about(service: Service) -> str:
-    """HTML: what each checkpoint is and was trained on. Texts of checkpoints are escaped."""
+    """Describe each checkpoint and its training, as HTML. Text from checkpoints is escaped."""
     records = service.records or [None] * len(service.blips)
     parts = [_about_checkpoint(*pair) for pair in zip(service.blips, records, strict=True)]
     return f'<div class="about"><h1>BLIP</h1>{"".join(parts)}</div>'
@@ -318,11 +324,11 @@ def _training(record: TrainingRecord) -> str:
 
 
 def _figures(record: TrainingRecord) -> str:
-    """A table with a column a held-out set."""
+    """Return an HTML table with one column for each held-out set."""
     columns: dict[str, dict[str, float]] = {}
     for key, value in record.figures.items():
         name, _, figure = key.rpartition("/")
-        if figure.endswith("_r5"):  # between R@1 and R@10; the table must fit a phone
+        if figure.endswith("_r5"):  # R@1 and R@10 are enough; the table must fit on a phone
             continue
         columns.setdefault(name, {})[figure] = value
     rows = dict.fromkeys(chain.from_iterable(columns.values()))
@@ -337,7 +343,10 @@ def _figures(record: TrainingRecord) -> str:
 
 
 def _figure_name(figure: str) -> str:
-    """A figure's name for people: `itc_image_to_text_r1` is "image to text R@1 (cosine)"."""
+    """Return a readable name of a figure.
+
+    For example, `itc_image_to_text_r1` becomes "image to text R@1 (cosine)".
+    """
     kind, _, rest = figure.partition("_")
     ways = {"itc": " (cosine)", "itm": " (re-ranked)"}
     if kind not in ways:
@@ -352,8 +361,8 @@ def _number(figure: str, value: float) -> str:
 
 
 def launch(page: gr.Blocks, options: argparse.Namespace, **more: Any) -> None:
-    """Serve the page; `more` goes to gradio."""
-    fonts = ["system-ui", "sans-serif"]  # gradio's default fonts come from another host
+    """Serve the page; `more` is passed to gradio's `launch`."""
+    fonts = ["system-ui", "sans-serif"]  # gradio's default fonts are loaded from another host
     page.launch(
         server_name=options.host,
         server_port=options.port,

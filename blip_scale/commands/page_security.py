@@ -1,7 +1,7 @@
-"""ASGI middleware that keeps the page's browser from asking other hosts.
+"""ASGI middleware that prevents the browser from sending requests to other hosts.
 
-The page of gradio 6.10 loads a script from a CDN and opens connections to a host of fonts
-(gradio/templates/frontend/index.html). tests/inference/test_demo_page.py looks at every request.
+The page of gradio 6.10 loads a script from a CDN and connects to a font server
+(gradio/templates/frontend/index.html). tests/inference/test_demo_page.py checks every request.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ POLICY = "; ".join(
         "frame-ancestors 'self'",
     ]
 )
-"""Content-Security-Policy: the browser refuses whatever would go to another host. Gradio needs
-inline scripts, inline styles and evaluated templates."""
+"""Content-Security-Policy with which the browser blocks every request to another host. Inline
+scripts, inline styles and eval are allowed, because gradio needs them."""
 
 _TAG = re.compile(
     r"<(?:link|script)\b[^>]*?\b(?:href|src)=\"(https?://[^\"]*)\"[^>]*>(?:\s*</script>)?"
@@ -32,14 +32,17 @@ _TAG = re.compile(
 
 
 class SameHostOnly:
-    """Sends the policy with every answer. Takes tags that point elsewhere out of the HTML, and
-    answers 404 in place of a redirect to another host."""
+    """Middleware that restricts responses to this host.
+
+    It adds the policy to every response, and removes link and script tags for other hosts from the
+    HTML. It replaces a redirect to another host by status 404.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on and change its answer."""
+        """Forward a request, and change its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -53,12 +56,12 @@ class SameHostOnly:
                 headers = MutableHeaders(raw=message["headers"])
                 headers["content-security-policy"] = POLICY
                 headers["referrer-policy"] = "no-referrer"
-                # Gradio redirects to whatever URL stands behind "file=".
+                # Gradio redirects to any URL that follows "file=".
                 if urlsplit(headers.get("location", "")).netloc not in ("", host):
                     del headers["location"]
                     message["status"] = 404
                 if headers.get("content-type", "").startswith("text/html"):
-                    html_start = message  # its length is known once the HTML is whole
+                    html_start = message  # sent later: Content-Length depends on the changed HTML
                     return
             elif html_start is not None:
                 html += message.get("body", b"")
@@ -75,7 +78,7 @@ class SameHostOnly:
 
 
 def without_other_hosts(html: str, host: str) -> str:
-    """HTML without the scripts, styles and connections that name another host than `host`."""
+    """Remove link and script tags whose URL is on a host other than `host`."""
 
     def kept(tag: re.Match[str]) -> str:
         return tag[0] if urlsplit(tag[1]).netloc == host else ""

@@ -1,4 +1,4 @@
-"""Answers of checkpoints for the demo page. No code of the page itself."""
+"""Run checkpoints for the demo page. The layout of the page is in `page_layout`."""
 
 from __future__ import annotations
 
@@ -20,43 +20,48 @@ from blip_scale.storage.locations import read_file
 
 BEAM, NUCLEUS = "beam search", "nucleus sampling"
 WHOLE_CAPTION = "whole caption"
-"""Name of the mean of all words' maps."""
+"""Label of the mean of all words' heat maps."""
 _SHOWN = 12
-"""Images that a search shows, and the gallery before the first search."""
+"""Number of images shown by a search, and in the gallery before the first search."""
 _EXAMPLES = 6
 _SHOWN_SIDE = 800
-"""Most pixels of a side of an image that is sent to the browser."""
+"""Maximum side, in pixels, of an image sent to the browser."""
 _RERANKED = 32
-"""Images of a search that are re-ranked by matching."""
+"""Number of search results that are re-ranked by matching."""
 
 
 @dataclass
 class Service:
-    """Answers for the page. Methods raise ValueError with a line for the user."""
+    """Functions of the page. Methods raise ValueError with a one-line message for the user."""
 
     blips: list[Blip]
     images: list[str]
-    """Paths of the images to show as examples and to search in."""
+    """Paths of the images that are shown as examples and searched."""
     labels: dict[str, str] = field(default_factory=dict)
-    """Name to show below an image, by path; the name of the file where there is none."""
+    """Path of an image -> label below it. An image without an entry is labelled with its file
+    name."""
     records: list[TrainingRecord | None] = field(default_factory=list)
-    """Training of each checkpoint."""
+    """Training record of each checkpoint; None for a checkpoint without one."""
     features: dict[str, list[float]] = field(default_factory=dict)
-    """Features of `images` by path, computed at the first search."""
+    """Path of an image -> its features. They are computed by the first search."""
 
     def able(self, use: Use) -> Blip | None:
-        """The first checkpoint that serves a use."""
+        """Return the first checkpoint that serves a use, or None."""
         return next((blip for blip in self.blips if blip.serves(use)), None)
 
     def blip_for(self, use: Use) -> Blip:
-        """The first checkpoint that serves a use; raises ValueError without one."""
+        """Return the first checkpoint that serves a use.
+
+        Raises:
+            ValueError: no checkpoint serves it.
+        """
         blip = self.able(use)
         if blip is None:
             raise ValueError(f"none of the checkpoints can {use}; start the page with one that can")
         return blip
 
     def caption(self, image: str | None, method: str, beams: int, seed: int) -> str:
-        """Caption of an image file."""
+        """Generate a caption for an image file."""
         blip = self.blip_for("caption")
         output = blip.output
         decoding: BeamSettings | NucleusSettings = replace(output.beam(), num_beams=int(beams))
@@ -68,7 +73,7 @@ class Service:
         return caption
 
     def answer(self, image: str | None, question: str) -> str:
-        """Answer to a question about an image file."""
+        """Answer a question about an image file."""
         blip = self.blip_for("vqa")
         path = _required(image)
         if not question.strip():
@@ -77,11 +82,11 @@ class Service:
         return answer
 
     def match(self, image: str | None, texts: str) -> list[list[str]]:
-        """Rows of text, matching probability and cosine, best first.
+        """Return rows of text, matching probability and cosine, with the best match first.
 
         Args:
-            image: path.
-            texts: one a line.
+            image: path of the image.
+            texts: the texts, one per line.
         """
         blip = self.blip_for("match")
         path = _required(image)
@@ -93,11 +98,13 @@ class Service:
         return [[a["text"], f"{a['itm']:.3f}", f"{a['itc']:.3f}"] for a in answers]
 
     def explain(self, image: str | None, text: str) -> list[tuple[str, Image.Image]]:
-        """Words of a caption, each with its heat map over the image; the mean of all comes first.
+        """Return each word of a caption with its heat map drawn over the image.
+
+        The first entry is the mean of all maps.
 
         Args:
-            image: path.
-            text: caption; an empty one takes the checkpoint's own.
+            image: path of the image.
+            text: caption; if empty, the checkpoint generates one.
         """
         blip = self.blip_for("match")
         path = _required(image)
@@ -112,9 +119,10 @@ class Service:
         return maps
 
     def search(self, text: str, rerank: bool) -> list[tuple[Image.Image, str]]:
-        """The best images of a text, scaled down, each with its score and name.
+        """Return the images that match a text best, scaled down, each with its score and label.
 
-        Pixels leave, not files: whatever else lies among the images is never served.
+        Only pixels are sent to the browser, never files. Other files in the folder of the images
+        are therefore never served.
         """
         reader = Reader(self.blip_for("embed"))
         if not self.images:
@@ -132,15 +140,15 @@ class Service:
         return results
 
     def thumbnails(self, count: int = _SHOWN) -> list[tuple[Image.Image, str]]:
-        """Some images, evenly over all, scaled down, each with its name."""
+        """Return evenly spaced images, scaled down, each with its label."""
         return [(_scaled_down(path), self.label(path)) for path in self._some(count)]
 
     def examples(self) -> list[tuple[Image.Image, str]]:
-        """The images to choose one from."""
+        """Return the example images from which the user can select."""
         return self.thumbnails(_EXAMPLES)
 
     def _some(self, count: int) -> list[str]:
-        """Paths of `count` images that can be decoded, evenly over all."""
+        """Return the paths of up to `count` decodable images, evenly spaced if possible."""
         step = max(1, len(self.images) // count)
         paths: list[str] = []
         for path in [*self.images[::step], *self.images]:
@@ -149,7 +157,7 @@ class Service:
         return paths
 
     def label(self, path: str) -> str:
-        """Name to show below an image."""
+        """Return the label below an image."""
         return self.labels.get(path) or Path(path).stem
 
 
@@ -160,7 +168,11 @@ def _required(image: str | None) -> str:
 
 
 def _decoded(answers: Iterable[Answer]) -> list[Answer]:
-    """Answers about one image; raises ValueError where it could not be read."""
+    """Return the answers about one image as a list.
+
+    Raises:
+        ValueError: the image could not be read.
+    """
     rows = list(answers)
     if "error" in rows[0]:
         raise ValueError(f"this image can't be used: {rows[0]['error']}")

@@ -46,7 +46,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
         efficiency=options.efficiency,
         module_call_s=options.module_us * 1e-6 if options.module_us else None,
     )  # fmt: skip
-    from blip_scale.tasks.by_name import contrast_of  # imports DeepSpeed: after all refusals
+    from blip_scale.tasks.by_name import contrast_of  # slow (DeepSpeed): import after the checks
 
     kilobytes = options.sample_kb
     assumed = Assumptions(
@@ -77,7 +77,7 @@ def _deepspeed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> str:
-    """The plan as text."""
+    """Format the plan as text."""
     cluster, sizes, way, data = plan.cluster, plan.sizes, plan.way, plan.to_json()["data"]
     parameters = sum(plan.network.trainable) / 1e6
     offload = ", optimizer on the host" if plan.offload else ""
@@ -122,7 +122,7 @@ def table(plan: Plan) -> str:
 
 
 def _step_rows(way: Way) -> list[str]:
-    """Parts of a step, in ms."""
+    """Format the parts of a step, in ms."""
     parts = {
         "kernels": "kernels_s",
         "host (launching)": "host_s",
@@ -138,7 +138,7 @@ def _step_rows(way: Way) -> list[str]:
 
 
 def _way_rows(plan: Plan) -> list[str]:
-    """Every way to run the steps, the planned one first."""
+    """Format every way to execute the steps, with the planned one first."""
     rows = [f"{'ways to run it (the first is planned)':40}{'ms a step':>16}{'pairs/s':>16}"
             f"{'GiB':>8}  limit"]  # fmt: skip
     batch = plan.sizes.global_batch
@@ -153,7 +153,10 @@ def _way_rows(plan: Plan) -> list[str]:
 
 
 def _exchange_rows(plan: Plan) -> list[str]:
-    """Exchanges between ranks in a step, for partitioned and whole weights; none on one rank."""
+    """Format the communication of a step, for partitioned and for whole weights.
+
+    Return no lines for one rank.
+    """
     ways = {way.execution.whole: way for way in plan.ways if way.exchanges}
     if not ways:
         return []

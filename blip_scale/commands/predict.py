@@ -58,7 +58,7 @@ _LEAST = {
     "top": 1,
     "rerank": 0,
 }
-"""Option -> smallest number that it takes."""
+"""Option name, with underscores -> smallest value allowed."""
 _USES: dict[str, Use] = {
     "caption": "caption",
     "vqa": "vqa",
@@ -67,11 +67,14 @@ _USES: dict[str, Use] = {
     "search": "embed",
     "explain": "match",
 }
-"""Verb -> use of the checkpoint."""
+"""Verb of the command line -> use that the checkpoint must serve."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "predict.py") -> int:
-    """Return the exit code: 0, 1 if images failed, 2 if the input was refused."""
+    """Run the command, and return its exit code.
+
+    It is 0, 1 if images failed, and 2 for refused input.
+    """
     options = _parser(prog).parse_args(arguments)
     return run_command(prog, lambda: _predict(options))
 
@@ -97,7 +100,7 @@ def _predict(options: argparse.Namespace) -> int:
             bar.update(answer["image"] not in seen)
             seen.add(answer["image"])
             write(answer)
-        bar.update(len(paths) - bar.n)  # a search reads all images and answers with the best
+        bar.update(len(paths) - bar.n)  # a search reads all images but returns only the best
     if failed:
         names = ", ".join(failed[:5]) + (" ..." if len(failed) > 5 else "")
         message = f"{len(failed)} of {len(paths)} images failed: {names}"
@@ -106,7 +109,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _answers(reader: Reader, paths: Sequence[str], options: argparse.Namespace) -> Iterator[Answer]:
-    """Answers of the chosen verb."""
+    """Return the answers of the chosen verb."""
     if options.use == "caption":
         decoding = _decoding(options, reader.blip.output)
         settings = CaptionSettings(decoding, options.prompt, options.seed, options.captions)
@@ -123,7 +126,7 @@ def _answers(reader: Reader, paths: Sequence[str], options: argparse.Namespace) 
 
 
 def _explain(reader: Reader, paths: Sequence[str], options: argparse.Namespace) -> Iterator[Answer]:
-    """Draw a sheet for every image, and answer with its file."""
+    """Draw a sheet for every image. Each answer names the file of its sheet."""
     answers = predictions.explanations(reader, paths, options.text)
     options.sheets.mkdir(parents=True, exist_ok=True)
     taken = {Path(path).resolve() for path in paths}
@@ -138,8 +141,10 @@ def _explain(reader: Reader, paths: Sequence[str], options: argparse.Namespace) 
 
 
 def _free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
-    """Path of a sheet that is neither an input image nor another sheet of this command; added to
-    `taken`."""
+    """Return an unused path for a sheet, and add it to `taken`.
+
+    `taken` holds the input images and the sheets already drawn by this command.
+    """
     file, number = folder / f"{stem}.words.png", 1
     while file.resolve() in taken:
         number += 1
@@ -149,10 +154,10 @@ def _free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
 
 
 def _check_name(out: Path, use: str) -> None:
-    """Refuse a file whose name promises another content than it gets.
+    """Refuse an output file whose extension does not fit its content.
 
     Raises:
-        ValueError: it does.
+        ValueError: the extension does not fit.
     """
     if is_stream(out) or out.suffix in ("", ".jsonl") or (out.suffix == ".npz" and use == "embed"):
         return
@@ -163,7 +168,11 @@ def _check_name(out: Path, use: str) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for a number outside its range."""
+    """Check the numeric options.
+
+    Raises:
+        ValueError: a value is out of range, or contradicts another option.
+    """
     check_least(options, _LEAST)
     if options.use != "caption":
         return
@@ -174,10 +183,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_run(options: argparse.Namespace) -> None:
-    """Refuse, before the weights are read, what the recipe of a run rules out.
+    """Check the options against the recipe of the run, before the weights are read.
 
     Raises:
-        ValueError: the run trained another head, or its beams are too few.
+        ValueError: the run trained another head, or its beam width is too small.
     """
     kind = format_of(options.model)
     recipe = recipe_of(options.model, kind, None) if kind == "ours" and not options.recipe else None
@@ -191,10 +200,10 @@ def _check_run(options: argparse.Namespace) -> None:
 def _decoding(
     options: argparse.Namespace, output: OutputSettings
 ) -> BeamSettings | NucleusSettings:
-    """The checkpoint's settings, overridden by the options of the command.
+    """Return the checkpoint's decoding settings, overridden by the options of the command.
 
     Raises:
-        ValueError: more captions are asked for than beam search finds.
+        ValueError: more captions are requested than beam search finds.
     """
     options_of_beam = {
         "max_length": options.max_tokens,
@@ -217,15 +226,17 @@ def _decoding(
 
 
 def _line(answer: Answer) -> str:
-    """JSON, readable in every language. Bytes of a path that are not UTF-8 become escapes, which
-    Python's json and os.fsencode turn back into the bytes."""
+    """Format an answer as JSON, without escaping non-ASCII text.
+
+    Bytes of a path that are not UTF-8 are escaped. Python's json and os.fsencode restore them.
+    """
     text = json.dumps(answer, ensure_ascii=False)
     return logs.printable(text.encode(errors="backslashreplace").decode())
 
 
 @contextmanager
 def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
-    """Write answers to stdout, to the lines of a file, or to the arrays of an .npz."""
+    """Yield a function that writes an answer to stdout, a JSON lines file, or an .npz file."""
     out: Path | None = options.out
     if out is None:
         yield lambda answer: print(_line(answer), flush=True)
@@ -251,7 +262,7 @@ def _output(options: argparse.Namespace) -> Iterator[Callable[[Answer], None]]:
 
 
 def _parser(prog: str) -> Parser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = Parser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -313,7 +324,7 @@ def _add_caption_options(caption: Parser) -> None:
 
 
 def _shared_options() -> Parser:
-    """Options of all verbs."""
+    """Return a parser with the options that all verbs share."""
     shared = Parser(add_help=False)
     shared.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, globs")
     shared.add_argument(
@@ -341,5 +352,5 @@ def _shared_options() -> Parser:
 
 
 def _add(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
-    """Add an option with the type of its default, which the help shows."""
+    """Add an option with the type of its default. The help shows the default."""
     parser.add_argument(name, type=type(default), default=default, help=text + " (%(default)s)")

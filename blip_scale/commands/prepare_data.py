@@ -39,18 +39,21 @@ from blip_scale.storage.output_files import check_apart
 
 @dataclass(frozen=True)
 class DemoSet:
-    """A set that `prepare-data` makes from what Python packages ship."""
+    """A data set that `prepare-data` makes from files shipped in Python packages."""
 
     help: str
     """Description in one line."""
     make: Callable[[argparse.Namespace], str]
-    """Makes the set in `options.out` and returns a line for the user."""
+    """Function that makes the set in `options.out`, and returns a line for the user."""
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Arguments before OUT: name -> keywords of argparse's `add_argument`."""
+    """Name of an argument before OUT -> keyword arguments of argparse's `add_argument`."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") -> int:
-    """Returns the exit code: 0, 2 for refused input, 130 or 143 when stopped by a signal."""
+    """Run the command, and return its exit code.
+
+    It is 0, 2 for refused input, and 130 or 143 after a signal.
+    """
     options = _parser(prog).parse_args(arguments)
     options.prog = prog
     work = _make_demo_set if options.name in DEMO_SETS else _convert
@@ -82,7 +85,7 @@ def _convert(options: argparse.Namespace) -> int:
     if not options.out:
         raise ValueError("OUT is missing: name a folder or a remote such as s3://b/p")
     check_not_read(options.out, options.input)
-    # The client of a bucket or a web server hangs in a process that was forked beside it.
+    # Clients of object storage and of web servers hang in a forked process.
     places = (options.input, options.images, options.out)
     local = all(map(is_local, places)) and not options.allow_outside
     reading = {"reader": options.name, **asdict(source), **reader_options}
@@ -103,10 +106,10 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def check_not_read(out: str, source: str) -> None:
-    """Refuse an output in a folder that is read with everything below it.
+    """Refuse an output inside the input folder, because the input is read recursively.
 
     Raises:
-        RefusedInput: the local output is such a folder or lies in it.
+        RefusedInput: the local output is the input folder, or is in it.
     """
     if is_local(out) and is_local(source) and local_path(source).is_dir():
         check_apart(local_path(out), local_path(source), may_contain=True)
@@ -137,7 +140,11 @@ def _rules(options: argparse.Namespace, source: Source) -> Rules:
 
 
 def filters_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `Rules` by the options of `add_filters`; raises ValueError for a wrong one."""
+    """Return the fields of `Rules` that the options of `add_filters` set.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
     limits = {name: getattr(options, name) for name in _LIMITS}
     for name, value in limits.items():
         smallest = -1 if name == "min_similarity" else 0
@@ -184,7 +191,7 @@ def _tell_summary(
 
 
 def _heldout_hint(out: str, name: str) -> str:
-    """How a recipe names the held-out set of an output."""
+    """Return the setting with which a recipe uses the held-out set of an output."""
     location = f"{out.rstrip('/')}/{HELDOUT.rstrip('/')}"
     stream = {"name": name, "local": location}
     if not is_local(out):
@@ -216,7 +223,7 @@ def _tell_survey(seen: Survey, options: argparse.Namespace) -> int:
 
 
 def _tell_roles(options: argparse.Namespace, counts: Mapping[str, int]) -> None:
-    """Print the captions of every role that --caption-key names, also of those without any."""
+    """Print the number of captions of each role in --caption-key, including roles with none."""
     if options.caption_key:
         named = dict(parse_roles(",".join(options.caption_key)))
         print(f"captions by role: {_list_of({**dict.fromkeys(named, 0), **counts})}")
@@ -239,7 +246,7 @@ def _refuse_nothing(
     examples: Mapping[str, str],
     unused: Mapping[str, int],
 ) -> int:
-    """Refuse a set without any pair: name the most frequent reason and how to fix it."""
+    """Refuse a set from which no pair was written. Report the most frequent reason and its fix."""
     if not reasons:
         what = f"nothing to convert is in it, but {_list_of(unused)}" if unused else "it is empty"
         return refuse(options.prog, f"{options.input}: {what}")
@@ -254,7 +261,7 @@ def _refuse_nothing(
 
 
 _LEAST = {"max_words": 1, "max_side": 1, "pairs_per_chunk": 1, "workers": 1, "sample": 1}
-"""Option -> smallest number that it takes."""
+"""Option name, with underscores -> smallest value allowed."""
 _COLUMNS = "name the columns with --caption-key and --image-key"
 _IMAGES = (
     "say where the images lie with --images, and what to take off their paths (--strip-prefix)"
@@ -264,7 +271,7 @@ _LIMITS = {
     "max_punsafe": "reject images that are unsafe with a higher probability",
     "max_pwatermark": "reject images that have a watermark with a higher probability",
 }
-"""Field of `Rules` -> help of its option."""
+"""Field of `Rules` -> help text of its option."""
 _SCORES = (
     "leave the filter out, download with img2dataset's --save_additional_columns, or give "
     "--keep-unscored"
@@ -278,7 +285,7 @@ _ADVICE: dict[str, str] = {
     Reason.MISSING_KEY: _COLUMNS,
     Reason.MISSING_SCORE: _SCORES,
 }
-"""Most frequent reason -> advice where nothing was written."""
+"""Most frequent reason for rejection -> advice to the user if no pair was written."""
 
 
 def _tokenizer(options: argparse.Namespace) -> str:
@@ -337,7 +344,7 @@ DEMO_SETS: dict[str, DemoSet] = {
         {"demo": {"type": Path, "metavar": "DEMO", "help": "folder of the demo set: data/demo"}},
     ),
 }
-"""Name on the command line -> demo set. An entry is all that a new one needs."""
+"""Name on the command line -> demo set. To add a demo set, add an entry here."""
 
 
 def _parser(prog: str) -> Parser:
@@ -359,7 +366,7 @@ def _parser(prog: str) -> Parser:
 
 
 def add_filters(group: argparse._ActionsContainer) -> None:
-    """Add the options that filter pairs by the scores of their set."""
+    """Add the options that filter pairs by the scores stored in their data set."""
     for name, text in _LIMITS.items():
         option = name.replace("_", "-")
         group.add_argument(f"--{option}", type=float, help=f"{text}, by the scores of the set")

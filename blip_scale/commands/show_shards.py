@@ -35,16 +35,16 @@ from blip_scale.storage.output_files import OVERWRITE_HELP, check_output, writte
 _RETRY_S = 30.0
 _CACHE_BYTES = 2 << 30
 _LONGEST_TEXT = 200
-"""Characters of a sample's captions on the terminal."""
+"""Maximum number of characters of a sample's captions on the terminal."""
 _LONGEST_ID = 60
 _COLUMNS = 5
-"""Pictures in a row of a PNG sheet."""
+"""Number of pictures in a row of a PNG sheet."""
 SHEETS = (".html", ".png")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample, or why it can't be read."""
+    """A sample, or the reason why it can't be read."""
 
     id: str
     size: str
@@ -52,13 +52,16 @@ class Shown:
     source: str
     captions: Sequence[str]
     shard: int
-    """Number of the shard that holds it."""
+    """Index of the shard that holds the sample."""
     image: bytes = b""
     is_readable: bool = True
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "show_shards.py") -> int:
-    """Returns the exit code: 0, 1 for damaged shards, 2 for refused input and unknown ids."""
+    """Run the command, and return its exit code.
+
+    It is 0, 1 for damaged shards, and 2 for refused input or unknown ids.
+    """
     options = _parser(prog).parse_args(arguments)
     return run_command(prog, lambda: _run(options, prog))
 
@@ -74,7 +77,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
 
 
 def _open(location: str, overlays: list[str], cache: str) -> StreamStore:
-    """The set at a location; shards of a remote are fetched into `cache`."""
+    """Open the set at a location. Shards of a remote are downloaded into `cache`."""
     is_folder = is_local(location)
     folder, remote = (location, None) if is_folder else (cache, location)
     shards = ShardCache([Path(cache)], _CACHE_BYTES)
@@ -101,7 +104,7 @@ def _show(options: argparse.Namespace, store: StreamStore, prog: str) -> int:
 
 
 def _tell_damage(location: str, store: StreamStore, samples: Sequence[Shown], prog: str) -> int:
-    """Name in one line the samples and shards that are damaged, and return the exit code."""
+    """Report damaged samples and shards in one line, and return the exit code."""
     problems = []
     unreadable = sum(not sample.is_readable for sample in samples)
     if unreadable:
@@ -119,12 +122,15 @@ def _tell_damage(location: str, store: StreamStore, samples: Sequence[Shown], pr
 
 
 def _drawn(samples: int, count: int, seed: int) -> list[int]:
-    """Ascending indices of a random sample of the set."""
+    """Return the indices of a random sample of the set, in ascending order."""
     return sorted(random.Random(seed).sample(range(samples), min(count, samples)))
 
 
 def _with_ids(store: StreamStore, ids: Sequence[str]) -> list[Shown]:
-    """The samples with some ids. Shards have no table of ids, so they are read one by one."""
+    """Return the samples with the given ids.
+
+    Shards have no index of ids, so samples are read one by one until all ids are found.
+    """
     remaining = set(ids)
     samples = []
     for sample in _read(store, _places(store)):
@@ -137,13 +143,13 @@ def _with_ids(store: StreamStore, ids: Sequence[str]) -> list[Shown]:
 
 
 def _places(store: StreamStore) -> Iterator[tuple[int, int]]:
-    """Shard and place of every sample, one at a time: a set may have millions."""
+    """Yield the shard and the place in it of every sample. A set may have millions."""
     for shard, samples in enumerate(store.shard_samples.tolist()):
         yield from ((shard, place) for place in range(samples))
 
 
 def _read(store: StreamStore, places: Iterable[tuple[int, int]]) -> Iterator[Shown]:
-    """The samples at some places of the set."""
+    """Yield the samples at the given places of the set."""
     for shard, place in places:
         try:
             sample = store.read(shard, place)
@@ -159,11 +165,11 @@ def _read(store: StreamStore, places: Iterable[tuple[int, int]]) -> Iterator[Sho
 
 
 def _captions(sample: dict[str, Any]) -> list[str]:
-    """Captions of a sample, with their roles in front if it has any."""
+    """Return the captions of a sample, each preceded by its role if the sample has roles."""
     captions = sample["captions"] if isinstance(sample["captions"], list) else []
     try:
         roles = roles_of({**sample, "captions": captions}) if "roles" in sample else []
-    except ValueError:  # the captions are worth showing all the same
+    except ValueError:  # the roles are damaged; the captions are still shown
         roles = []
     if not roles:
         return [str(caption) for caption in captions]
@@ -171,7 +177,7 @@ def _captions(sample: dict[str, Any]) -> list[str]:
 
 
 def _table(samples: Sequence[Shown]) -> Iterator[str]:
-    """One line a sample, its captions separated by bars; long texts are cut."""
+    """Yield a header, then one line per sample. Captions are separated by bars, and truncated."""
     rows = [("id", "size", "source", "captions")]
     for sample in samples:
         captions = shortened(" | ".join(sample.captions), _LONGEST_TEXT)
@@ -183,7 +189,7 @@ def _table(samples: Sequence[Shown]) -> Iterator[str]:
 
 
 def _totals(store: StreamStore) -> str:
-    """Size of the set; captions where the index counts them."""
+    """Describe the size of the set, with the number of captions if the index has it."""
     size = sum(store.shard_bytes(shard) for shard in range(len(store.shards)))
     totals = f"{store.samples:,} samples in {len(store.shards):,} shards, {size / 1e6:,.1f} MB"
     try:
@@ -214,8 +220,8 @@ def _write_sheet(file: Path, title: str, samples: Sequence[Shown]) -> None:
 
 
 def _draw(samples: Sequence[Shown]) -> Image.Image:
-    """All samples on one picture, captions in black and ids in grey."""
-    # Imported here: the table and the page need no torch.
+    """Draw all samples on one picture, with captions in black and ids in grey."""
+    # Imported late: the table and the HTML sheet do not need torch.
     from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
     from blip_scale.engine.watching.pictures import Panel, draw_grid
@@ -227,7 +233,7 @@ def _draw(samples: Sequence[Shown]) -> Image.Image:
             picture = contact_sheet.thumbnail(sample.image)
             tile.paste(picture, ((tile.width - picture.width) // 2, 0))
         except CorruptSample:
-            pass  # an empty tile
+            pass  # leave the tile empty
         texts = logs.printable(" | ".join(sample.captions)), logs.printable(sample.id)
         panels.append(Panel(pil_to_tensor(tile), *texts))
     return to_pil_image(draw_grid(panels, _COLUMNS))

@@ -15,7 +15,7 @@ from blip_scale.storage.untrusted import parse_json
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") -> int:
-    """Print summary.json as a table; returns the exit code."""
+    """Print summary.json as a table, and return the exit code."""
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("run", type=Path, help="output folder of the run")
     parser.add_argument(
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") 
     except (OSError, ValueError) as error:
         return refuse(prog, f"{file} cannot be read: {error}")
     if options.started is not None:
-        # A call that found the run finished keeps the figure of the one that made it.
+        # If the run was already finished, keep the duration of the command that ran it.
         summary.setdefault("seconds_whole_command", int(time.time()) - options.started)
         files.write_whole(file, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     captions = summary.pop("captions", [])
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "show_summary.py") 
 
 
 def _rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every figure with its dotted name; what lies in a list stands on one line."""
+    """Yield every figure with its dotted name. A mapping in a list becomes one row."""
     if isinstance(value, dict) and not name.rpartition(".")[2].isdigit():
         for key, inner in value.items():
             yield from _rows(inner, f"{name}.{key}" if name else key)
@@ -63,7 +63,10 @@ def _rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _caption_lines(captions: list[dict[str, Any]], figures: dict[str, Any]) -> Iterator[str]:
-    """A table for each held-out set, in the order of the summary: the surest caption first."""
+    """Yield a table for each held-out set, in the order of the summary.
+
+    The summary begins with the caption that has the highest matching probability.
+    """
     for name in dict.fromkeys(str(entry.get("set", "")) for entry in captions):
         entries = [entry for entry in captions if str(entry.get("set", "")) == name]
         width = max(len(str(entry.get("caption", ""))) for entry in entries)

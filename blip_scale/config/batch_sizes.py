@@ -27,7 +27,7 @@ class BatchSizes:
 def batch_sizes(recipe: Recipe, world_size: int) -> BatchSizes:
     """Split the global batch over `world_size` ranks.
 
-    A `train.max_micro_batch_size` of `auto` is treated as null; `settled` replaces it by a number.
+    A `train.max_micro_batch_size` of `auto` is treated as null. `settled` replaces it by a number.
 
     Raises:
         ValueError: the global batch does not divide evenly. The message names sizes and numbers of
@@ -62,9 +62,9 @@ def batch_sizes(recipe: Recipe, world_size: int) -> BatchSizes:
 def token_bucket(recipe: Recipe, micro_batch: int, on_gpu: bool) -> int:
     """Resolve `train.pad_tokens_to`, whose default is "auto".
 
-    On a GPU, auto is the largest power of two up to an eighth of the expected tokens. It adds half
-    a bucket on average, which costs at most 3 % of a step because the ViT takes most of it. On a
-    CPU, static shapes gain nothing, so auto is 1: no padding.
+    On a GPU, auto is the largest power of two up to one eighth of the expected tokens. Padding adds
+    half a bucket on average. This costs at most 3 % of a step, because the ViT takes most of the
+    time. On a CPU, static shapes have no benefit, so auto is 1 (no padding).
     """
     stated = recipe.train.pad_tokens_to
     if stated != "auto":
@@ -87,7 +87,8 @@ def settled(recipe: Recipe, micro_batch: int) -> Recipe:
 def possible_micro_batches(recipe: Recipe, world_size: int) -> list[int]:
     """Micro-batch sizes that divide a rank's share of the global batch.
 
-    They are large enough for ITM's negatives. The list is empty if the ranks' shares would differ.
+    They are large enough for ITM's hard negatives. The list is empty if the global batch does not
+    divide evenly among the ranks.
     """
     share, rest = divmod(recipe.train.global_batch_size, world_size)
     least = 2 if recipe.objective.itm == "local" else 1

@@ -1,4 +1,4 @@
-"""Types of settings with bounds, for the dataclasses of a recipe."""
+"""Types with bounds, for the settings in the dataclasses of a recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan
 MOST = 10**12
 """Largest number of steps, samples or pixels."""
 MOST_S = 10**9
-"""Largest number of seconds (32 years; Python's timeouts end at 292), rate or factor."""
+"""Largest number of seconds, rate or factor. As seconds it is 32 years; Python's timeouts allow
+292 years."""
 MOST_BATCH = 10**6
 """Largest number of epochs, and of pairs, images or texts in a batch."""
 MOST_SIDE = 4096
@@ -24,11 +25,11 @@ MOST_LAYERS = 1000
 MOST_PROCESSES = 1024
 """Largest number of concurrent processes or threads on a machine."""
 MOST_BEAMS = 100
-"""Largest number of beams, and of captions of an image."""
+"""Largest number of beams, and of captions generated for an image."""
 
 
 def _one_line(text: str) -> str:
-    """Refuse control characters, such as the newline that a shell variable may end with."""
+    """Refuse control characters, such as a newline at the end of a shell variable."""
     for character in text:
         if unicodedata.category(character) == "Cc":
             raise ValueError(f"{text!r} has the control character {character!r}; remove it")

@@ -1,4 +1,4 @@
-"""Refuse recipes that cannot work, before anything heavy is imported or loaded."""
+"""Refuse recipes that cannot work, before any slow import and before any data is loaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def check(recipe: Recipe, world_size: int) -> BatchSizes:
 
 
 def shipped_deepspeed(name: str) -> Path:
-    """Path of a shipped DeepSpeed JSON: in ds_configs/ of a clone, else the copy in the package."""
+    """Return the path of a shipped DeepSpeed JSON.
+
+    It is in ds_configs/ of a clone, else in the installed package.
+    """
     package = Path(__file__).resolve().parent.parent
     beside = package.parent / "ds_configs" / f"{name}.json"
     return beside if beside.is_file() else package / "ds_configs" / f"{name}.json"
@@ -45,9 +48,9 @@ def resolve_deepspeed(
 ) -> dict[str, Any]:
     """Read DeepSpeed's settings and fill in every "auto" from the recipe.
 
-    The recipe sets batch sizes, clipping, precision, optimizer and schedule. For these the JSON
-    must say "auto", the same value, or nothing. The result has neither `optimizer` nor `scheduler`,
-    because the engine builds both.
+    The recipe sets batch sizes, clipping, precision, optimizer and schedule. For these settings,
+    the JSON must have "auto", the same value, or no entry. The result has neither `optimizer` nor
+    `scheduler`, because the engine builds both.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -159,7 +162,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, refusing duplicate keys, of which the last would win silently."""
+    """Build a JSON object, and refuse duplicate keys. Python's json would silently use the last."""
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -168,7 +171,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _object(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """Object under `name`, or an empty one if it is missing."""
+    """Return the JSON object under `name`, or an empty one if it is missing."""
     value = config.get(name, {})
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {name}: expected an object, found {json.dumps(value)}")
@@ -176,14 +179,14 @@ def _object(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
 
 
 def _without_auto(value: Any) -> Any:
-    """Copy a tree without its "auto" values, for which DeepSpeed's defaults hold."""
+    """Copy a tree without its "auto" values. DeepSpeed then uses its defaults for them."""
     if isinstance(value, dict):
         return {name: _without_auto(inner) for name, inner in value.items() if inner != AUTO}
     return value
 
 
 def _check_pools(recipe: Recipe, sizes: BatchSizes) -> None:
-    """Check that hard negatives have two pairs to choose from, and that a queue holds a batch."""
+    """Check that hard negatives have at least two pairs, and that a queue can hold a batch."""
     if recipe.task not in ("pretrain", "retrieval"):
         if is_auto(recipe):
             raise ValueError(
@@ -297,7 +300,7 @@ def _check_package(setting: str, value: str) -> None:
 
 
 def _check_bounds(recipe: Recipe) -> None:
-    """Check pairs of settings where one bounds the other."""
+    """Check pairs of settings of which one must not exceed the other."""
     optimizer, evaluation = recipe.optimizer, recipe.evaluation
     pairs = (
         ("optimizer.min_lr", optimizer.min_lr, "optimizer.peak_lr", optimizer.peak_lr),
@@ -346,7 +349,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 def _check_image_sizes(recipe: Recipe) -> None:
-    """Check that early image sizes follow each other in time, in a task that has them."""
+    """Check that early image sizes are in the order of their epochs, and the task is pretrain."""
     stages = recipe.data.image_sizes
     if stages and recipe.task != "pretrain":
         raise ValueError(f"data.image_sizes: only pretrain has them, not {recipe.task}; remove it")
@@ -359,7 +362,7 @@ def _check_image_sizes(recipe: Recipe) -> None:
 
 
 def _check_captions(setting: str, stream: StreamRecipe) -> None:
-    """Refuse a mixture of captions without shares, or where an epoch reads every caption once."""
+    """Refuse caption shares that are all 0, and captions or overlays that contradict settings."""
     if stream.captions and not any(stream.captions.values()):
         raise ValueError(f"{setting}.captions: all shares are 0; give one role a share above 0")
     if stream.captions and stream.repeat == "captions":
@@ -387,7 +390,7 @@ def _check_captions(setting: str, stream: StreamRecipe) -> None:
 
 
 def _check_caches(data: DataRecipe) -> None:
-    """Refuse streams of different remotes with the same `local`, whose shards would collide."""
+    """Refuse streams of different remotes with the same `local`, because shards would collide."""
     remotes: dict[str, tuple[str, str | None]] = {}
     for stream in [*data.streams, *data.heldout]:
         local = expand(stream.local, f"{stream.name}.local")
@@ -401,7 +404,7 @@ def _check_caches(data: DataRecipe) -> None:
 
 
 def _check_mixture(data: DataRecipe) -> None:
-    """Check that each stream sets its part of an epoch only once, and that weights are complete."""
+    """Check that each stream sets its part of an epoch once, and that weights are complete."""
     for index, stream in enumerate(data.streams):
         sizes = {
             "repeat": stream.repeat,
@@ -428,7 +431,7 @@ def _check_mixture(data: DataRecipe) -> None:
 
 
 def _check_stream(setting: str, stream: StreamRecipe, make_with: str) -> None:
-    """Check that a stream's folder has an index of shards; object storage is not contacted."""
+    """Check that a stream's folder has an index of shards. Object storage is not contacted."""
     local = expand(stream.local, f"{setting}.local")
     remote = expand(stream.remote, f"{setting}.remote") if stream.remote else None
     if remote and "://" in remote:

@@ -16,7 +16,7 @@ from typing import Any
 AUTO = "auto"
 
 Judge = Callable[[Any], str | None]
-"""Function of a value that returns the problem with it, or None."""
+"""Function that checks a value, and returns a description of the problem, or None."""
 
 
 def _truth(value: Any) -> str | None:
@@ -102,7 +102,7 @@ _INSTEAD = {
         "checkpoints hold each rank's slices; blip-scale convert gathers whole weights"
     ),
 }
-"""Refused setting -> alternative to it."""
+"""Refused setting -> alternative to suggest."""
 
 
 def check_keys(config: Mapping[str, Any], path: Path) -> None:

@@ -17,5 +17,5 @@ REQUEUE = 75
 
 
 def of_signal(number: int) -> int:
-    """Exit code that a shell reports for a command ended by a signal."""
+    """Return the exit code that a shell reports for a command ended by a signal."""
     return 128 + number

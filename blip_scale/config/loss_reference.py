@@ -1,4 +1,4 @@
-"""Read the losses of another run from a file, to compare a run with them."""
+"""Read the losses of another run from a file, for comparison with the current run."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Reference:
     """Smallest and largest epoch of a comparable run, in samples; null: any."""
 
     def at(self, epoch: float) -> dict[str, float]:
-        """Losses `reference/NAME` at a position in epochs, such as 1.5.
+        """Return the losses `reference/NAME` at a position in epochs, such as 1.5.
 
-        The mean over an epoch is placed at its middle; values in between are interpolated
-        linearly. Nothing is returned before the middle of the first known epoch and after the end
-        of the last one.
+        The mean over an epoch is placed at the middle of the epoch. Values in between are
+        interpolated linearly. A loss has no value before the middle of its first known epoch, and
+        none after the end of its last one.
         """
         values = {}
         for name, means in self.losses.items():
@@ -46,7 +46,7 @@ class Reference:
         return values
 
     def differences(self, recipe: Recipe, samples_per_epoch: int) -> list[str]:
-        """Reasons why a run is not comparable, each with setting, value and needed values."""
+        """Return the reasons why a run is not comparable: settings, values and needed values."""
         tree = asdict(recipe)
         reasons = []
         for name, allowed in self.needs.items():
@@ -66,7 +66,7 @@ class Reference:
 
 
 def _between(points: list[tuple[float, float]], position: float) -> float:
-    """Value on the straight line between the neighbouring points, or of the last point."""
+    """Interpolate linearly between the neighbouring points; after the last point, use its value."""
     for (left, low), (right, high) in itertools.pairwise(points):
         if left <= position <= right:
             return low + (high - low) * (position - left) / (right - left)
@@ -94,7 +94,7 @@ def load(name_or_file: str) -> Reference:
 
 
 def _table(file: Path) -> dict[str, Any]:
-    """The losses in a CSV file, as the fields of a `Reference`."""
+    """Read the losses in a CSV file, as the fields of a `Reference`."""
     with file.open(encoding="utf-8-sig", newline="") as opened:
         rows = list(csv.DictReader(opened))
     losses: dict[str, list[float | None]] = {}

@@ -54,8 +54,8 @@ class VisionRecipe:
     frozen: bool = False
     """Freeze the whole image tower, which needs pretrained weights. Not in the paper."""
     normalization: Literal["auto", "blip", "tower"] = "auto"
-    """Mean and deviation of the pixels: BLIP's, or those of the tower's timm weights. auto takes
-    BLIP's for vit_SIZE_patchP_N and deit_SIZE_patchP_N, as published, and the tower's for all
+    """Mean and standard deviation of the pixels: BLIP's, or those of the tower's timm weights. auto
+    uses BLIP's for vit_SIZE_patchP_N and deit_SIZE_patchP_N, as published, and the tower's for all
     others."""
 
     @field_validator("overrides")
@@ -104,10 +104,10 @@ class TextRecipe:
     fit; shards need captions with punctuation (`prepare-data --raw-captions`, overlays)."""
     frozen: bool = False
     """Freeze embeddings, self-attentions and MLPs of the text stack, which needs pretrained
-    weights. Cross-attention still trains. Not in the paper."""
+    weights. Cross-attention is still trained. Not in the paper."""
     prompt: str = ""
-    """Text at the start of every training caption and every generated one. It is left out of the
-    loss (published for captioning: `a picture of `)."""
+    """Text at the start of every training caption and every generated caption. It is excluded from
+    the loss (published for captioning: `a picture of `)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -116,7 +116,7 @@ class LoraRecipe:
     peft. Exports hold the adapters merged into the weights."""
 
     rank: Annotated[int, Field(ge=0, le=MOST_WIDTH)] = 0
-    """Rank of the adapters, e.g. 8. 0: no adapters; all weights train."""
+    """Rank of the adapters, e.g. 8. 0: no adapters, and all weights are trained."""
     alpha: Above0 = 16.0
     """Numerator of the factor alpha / rank by which adapters are scaled."""
     targets: list[Literal["vision", "text", "cross_attention"]] = field(
@@ -127,10 +127,10 @@ class LoraRecipe:
     dropout: Fraction = 0.0
     """Dropout rate of the adapters' input."""
     also_train: Literal["heads", "rest", "none"] = "heads"
-    """Weights that train besides the adapters. `heads`: all outside image tower and text stack
-    (projections, temperature, matching head, LM head without word embeddings, classifiers), and
-    layers without fitting pretrained weights. `rest`: also the parts that are not targets. `none`:
-    only the adapters."""
+    """Weights that are trained besides the adapters. `heads`: all weights outside the image tower
+    and the text stack (projections, temperature, matching head, LM head without word embeddings,
+    classifiers), and layers without matching pretrained weights. `rest`: also the parts that are
+    not targets. `none`: only the adapters."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -150,12 +150,12 @@ class ModelRecipe:
     """Attention kernel. auto: FlashAttention if it is installed and the GPU supports it, else
     PyTorch's SDPA."""
     gradient_checkpointing: bool = False
-    """Recompute the blocks' activations in the backward pass. Saves memory and takes about a third
+    """Recompute the blocks' activations in the backward pass. Saves memory, but takes about a third
     more time."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Capture forward and backward of a micro-step as one CUDA graph. auto: on CUDA, if weights
-    stay whole between the passes and no shape depends on the data; the log gives the reason if
-    not."""
+    stay whole between the passes and no shape depends on the data. If not, the log gives the
+    reason."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the ViT blocks and text layers with torch.compile. Needs weights that stay whole
     between the passes. auto: on a GPU, for pretraining and retrieval, whose shapes are static

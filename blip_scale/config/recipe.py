@@ -91,7 +91,7 @@ class ObjectiveRecipe:
     @model_validator(mode="before")
     @classmethod
     def _read_old_name(cls, values: Any) -> Any:
-        """Read `negatives`, the name of `itm` in recipes that runs wrote before it had `none`."""
+        """Accept `negatives`, the former name of `itm`, in the recipe files of older runs."""
         if isinstance(values, dict) and "negatives" in values and "itm" not in values:
             values = {**values, "itm": values["negatives"]}
             del values["negatives"]
@@ -115,9 +115,9 @@ class StreamRecipe:
     index (see docs/data.md)."""
     repeat: Above0 | Literal["captions"] | None = None
     """Number of times that an epoch reads the stream; 0.5 reads a different half in each epoch. An
-    image with several captions gives another caption each time. `captions` reads each image once
-    per caption. Set at most one of repeat, samples_per_epoch and weight. With none, an epoch reads
-    the stream once."""
+    image with several captions is used with a different caption each time. `captions` reads each
+    image once per caption. Set at most one of repeat, samples_per_epoch and weight. With none, an
+    epoch reads the stream once."""
     samples_per_epoch: Positive | None = None
     """Number of samples that an epoch takes from the stream. The next epoch continues where this
     one stopped."""
@@ -125,12 +125,12 @@ class StreamRecipe:
     """Share of this stream in `data.samples_per_epoch`, relative to the weights of the other
     streams. If one stream has a weight, all must have one."""
     captions: dict[str, Rate] = field(default_factory=dict)
-    """Share of each caption role, e.g. {re_caption: 0.75, alt: 0.25}. A sample that lacks a role
-    leaves its share to the others. Captions without a role have the role `caption`. Held-out sets
-    keep the captions of these roles. {}: captions of all roles take turns."""
+    """Share of each caption role, e.g. {re_caption: 0.75, alt: 0.25}. If a sample lacks a role, its
+    other roles get that share. Captions without a role have the role `caption`. Held-out sets keep
+    only the captions of these roles. {}: the captions of all roles are used in turn."""
     overlays: list[Line] = field(default_factory=list)
-    """Further captions for the same images: folders or URLs that `blip-scale overlay` or `capfilt
-    --as overlay` made for these shards. Their roles join those of the shards."""
+    """Additional captions for the same images: folders or URLs made for these shards by `blip-scale
+    overlay` or `capfilt --as overlay`. Their roles are added to those of the shards."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -153,16 +153,16 @@ class DataRecipe:
     """Number of samples in an epoch, divided among the streams by their weights. null: the sum of
     the streams' samples."""
     shuffle_block: Positive = 262_144
-    """Number of samples that are shuffled together, after the order of the shards was shuffled. The
-    cache should hold two blocks (8 GB each at 30 kB per sample)."""
+    """Number of samples that are shuffled together, after the shards are shuffled. The cache should
+    hold two blocks (8 GB each at 30 kB per sample)."""
     heldout: list[StreamRecipe] = field(default_factory=list)
     """Held-out pairs for retrieval and captions. Monitoring follows the first set."""
     make_with: str = ""
     """Command that creates the data, named in the error if the data is missing."""
     image_sizes: list[ImageSizeRecipe] = field(default_factory=list)
-    """Pretraining: sizes of the training images in early epochs, which make steps cheaper. Later
-    images, and those of evaluations, have model.vision.image_size. The forward pass interpolates
-    the position embeddings. Changes the mathematics; not in the paper."""
+    """Pretraining: smaller sizes of the training images in early epochs, to make steps cheaper.
+    Later training images, and those of evaluations, have model.vision.image_size. The forward pass
+    interpolates the position embeddings. Changes the mathematics; not in the paper."""
     min_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Smallest share of the image's area in RandomResizedCrop (published: 0.2 for pretraining, 0.5
     for fine-tuning)."""
@@ -171,8 +171,8 @@ class DataRecipe:
     augment: bool = True
     """Apply RandAugment with N=2 and M=5 over the published ten operations."""
     max_pixels: Positive = MAX_PIXELS
-    """Largest image in pixels (width times height), according to its header. A larger image counts
-    as a corrupt sample."""
+    """Largest allowed image in pixels (width times height), read from its header. A larger image
+    counts as a corrupt sample."""
     transform: Literal["fast", "exact", "published"] = "exact"
     """Implementation of the image transforms. `published` uses Pillow, as BLIP does. `exact` gives
     nearly the same pixels (PSNR 63 to 74 dB) at twice the speed. `fast` also decodes JPEGs at 1/2,
@@ -183,8 +183,8 @@ class DataRecipe:
     cache_limit: str | None = None
     """Largest size of the local cache, e.g. `200gb`. null: no limit."""
     retry_s: Rate = 900.0
-    """Retry a failing remote for this many seconds, then stop. With a remote stream, the hang
-    limits of the start, an evaluation and a wait for data are longer by this time."""
+    """Retry a failing remote for this many seconds, then stop. With a remote stream, this time is
+    added to the hang limits of the start, of an evaluation and of a wait for data."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -238,12 +238,12 @@ class TrainRecipe:
     largest size that fits into the device's memory, chosen once when the run starts."""
     pad_tokens_to: Width | Literal["auto"] = "auto"
     """Pretraining and retrieval: pad the packed captions of a micro-batch to a multiple of this
-    many tokens, so that tensors have few static sizes. Losses and gradients stay equal. auto: on a
-    GPU the largest power of two that costs at most 3 % time (128 for 90 pairs), else 1."""
+    many tokens, so that tensors have few static sizes. Losses and gradients do not change. auto: on
+    a GPU, the largest power of two that costs at most 3 % time (128 for 90 pairs); else 1."""
     epochs: BatchSize = 20
-    """Number of epochs; what an epoch reads is set per stream."""
+    """Number of epochs. The settings of each stream determine its samples in an epoch."""
     max_steps: Positive | None = None
-    """Stop after this many optimizer steps, whatever train.epochs says. null: no limit."""
+    """Stop after this many optimizer steps, even before train.epochs is reached. null: no limit."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Data type of weights and activations. Master weights, momentum averages, queues and losses
     are always fp32."""
@@ -269,7 +269,7 @@ class TrainRecipe:
     @model_validator(mode="before")
     @classmethod
     def _skip_old_limit(cls, values: Any) -> Any:
-        """Skip `stall_timeout_s`, which `hang_limits` replaced, in recipes that runs wrote."""
+        """Ignore `stall_timeout_s` in the recipe files of older runs. `hang_limits` replaced it."""
         if isinstance(values, dict) and "stall_timeout_s" in values:
             logger.warning("train.stall_timeout_s is no longer read: hang_limits replaced it")
             values = {name: value for name, value in values.items() if name != "stall_timeout_s"}
@@ -278,21 +278,21 @@ class TrainRecipe:
 
 @dataclass(frozen=True, config=STRICT)
 class HangLimitsRecipe:
-    """Longest durations in seconds. A rank that exceeds one ends the run, with stack traces in its
-    log. 0: no limit."""
+    """Longest durations in seconds. If a rank exceeds a limit, the run ends, with stack traces in
+    the rank's log. 0: no limit."""
 
     start_s: Rate = 900.0
-    """Limit of the start, up to the end of the third step of this start: rendezvous, opening of the
-    data, loading of a checkpoint, compilation."""
+    """Limit of a start, which includes rendezvous, opening the data, loading a checkpoint,
+    compilation, and the first three steps."""
     step_s: Literal["auto"] | Rate = "auto"
-    """Limit of a step. auto: the larger of 180 s and 20 times the median of this start's last
-    hundred steps, but at most the largest other limit."""
+    """Limit of a step. auto: the larger of 180 s and 20 times the median of the last hundred steps
+    since the start, but at most the largest other limit."""
     evaluation_s: Rate = 1800.0
-    """Longest time of an evaluation without a batch, waits for other ranks included. A batch may
-    take the larger of 180 s and 20 times the median of its loop, but at most this."""
+    """Longest time in an evaluation without a new batch, including waits for other ranks. The limit
+    of a batch is the larger of 180 s and 20 times the median of its loop, but at most this."""
     save_s: Rate = 900.0
-    """Limit of the pause for a checkpoint, longer by `checkpoint.retry_s` if checkpoints go to a
-    bucket."""
+    """Limit of the pause for a checkpoint. If checkpoints go to a bucket, `checkpoint.retry_s` is
+    added."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -307,9 +307,9 @@ class CheckpointRecipe:
     """Never delete the checkpoints of steps that are multiples of this number. null: only keep_last
     applies."""
     folder: Line | None = None
-    """Folder of the checkpoints; null: output_dir/checkpoints. A path may be a local disk of each
-    node. With s3://bucket/prefix, checkpoints are committed in output_dir/checkpoints and uploaded
-    from there, and downloaded if output_dir lacks them. Environment variables are expanded."""
+    """Folder of the checkpoints; null: output_dir/checkpoints. A path may be on a local disk of
+    each node. With s3://bucket/prefix, checkpoints are committed in output_dir/checkpoints, then
+    uploaded. If output_dir lacks them, they are downloaded. Environment variables are expanded."""
     background: bool = True
     """Write checkpoints while training continues. Training only pauses for a copy to host
     memory."""
@@ -330,14 +330,14 @@ class LogRecipe:
     """Number of optimizer steps between two points in TensorBoard and metrics.jsonl. Each point is
     also a line on the terminal."""
     every_s: Above0 | None = 30.0
-    """Seconds after which the terminal shows a further line between two points, with averages since
-    the last point. null: never."""
+    """Seconds after which the terminal shows an additional line between two points, with averages
+    since the last point. null: never."""
     peak_tflops: Above0 | None = None
     """Peak matrix-multiply speed of one rank's device in TFLOP/s, for MFU. null: measured at the
     start."""
     reference: Line | None = None
-    """Losses of another run to draw beside this run's, with an alarm when a comparable run leaves
-    them: `blip_14M` (the author's log), or a JSON or CSV file (docs/running.md)."""
+    """Losses of another run, plotted beside those of this run: `blip_14M` (the author's log), or a
+    JSON or CSV file (docs/running.md). A comparable run that deviates from them raises an alarm."""
     sample_ids: bool = False
     """Record the sample ids of every step in samples/rank_N.jsonl."""
 
@@ -369,8 +369,8 @@ class EvaluationRecipe:
     """VQA: JSON file with the list of answers to choose from. null: beam search generates the
     answer."""
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.0
-    """Penalty for words that the text has already; above 1 makes them less likely (published: 1,
-    for NoCaps 1.1)."""
+    """Penalty for tokens that are already in the text. Above 1, they become less likely (published:
+    1, for NoCaps 1.1)."""
     scoring: Literal["published", "huggingface"] = "published"
     """Length by which beam search divides a caption's score. `published` counts the prompt but not
     [SEP], like the transformers version that BLIP pins. `huggingface` counts like current
@@ -409,8 +409,8 @@ def load(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         FileNotFoundError: there is no such recipe or file.
-        ValueError: a setting is unknown, a value is not allowed, or the recipe is no file. The
-            message names the file or override, the setting and the fix.
+        ValueError: a setting is unknown, a value is not allowed, or the path is not a regular file.
+            The message names the file or override, the setting and the fix.
     """
     file = _find(name_or_file)
     tree = settings.read_yaml(file)
@@ -418,10 +418,10 @@ def load(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def stated(name_or_file: str, overrides: Sequence[str] = ()) -> set[str]:
-    """Dotted names of the settings that a file and overrides set explicitly.
+    """Return the dotted names of the settings that a file and overrides set explicitly.
 
-    Arguments and errors are those of `load`. A mapping such as model.vision.overrides counts as one
-    setting.
+    See `load` for arguments and errors. The names of sections, and of mappings such as
+    model.vision.overrides, are included.
     """
     tree = settings.read_yaml(_find(name_or_file))
     names = {override.name for override in settings.parse_overrides(overrides)}
@@ -441,7 +441,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def names() -> list[str]:
-    """Names of the recipes shipped with the package."""
+    """Return the names of the recipes shipped with the package."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 

@@ -1,6 +1,6 @@
-"""Build nested settings from YAML files and dotted overrides; errors name the place and the fix.
+"""Build nested settings from YAML files and dotted overrides. Errors name the place and the fix.
 
-Works for any tree of pydantic dataclasses. `recipe.py` defines the settings of a run.
+This works for any tree of pydantic dataclasses. `recipe.py` defines the settings of a run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOST_FAULTS = 10
 """Largest number of faults that one error lists."""
 _MOST_BYTES = 512 << 10
 _MOST_NODES = 20_000
-"""Largest number of values in a file, where each alias counts as often as its anchor's values."""
+"""Largest number of values in a file. An alias counts as many values as its anchor has."""
 _MOST_LEVELS = 40
 _NAMES, _ITEMS = "names, each with ", "list, each "
 _PLAIN = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
@@ -68,8 +68,8 @@ class BareArgument(ValueError):
 class _Loader(yaml.SafeLoader):
     """YAML loader for settings.
 
-    It reads 1e-5 as a number, which YAML 1.1 calls a string. It refuses duplicate keys, and aliases
-    that make a small file large.
+    It reads 1e-5 as a number, although this is a string in YAML 1.1. It refuses duplicate keys, and
+    aliases that expand a small file to a very large tree.
     """
 
     def compose_document(self) -> yaml.Node:
@@ -176,7 +176,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
 
 
 def repeats(overrides: Sequence[Override]) -> list[str]:
-    """A sentence for each setting that several overrides set; the last one holds."""
+    """Return a sentence for each setting with several overrides, of which the last one is used."""
     last: dict[str, Override] = {}
     sentences = []
     for override in overrides:
@@ -244,7 +244,7 @@ def help_text(cls: type, width: int = 100) -> str:
         section, _, leaf = setting.name.rpartition(".")
         first = listed.setdefault((leaf, setting.description), section)
         if section.endswith(".N") and first != section:
-            continue  # an earlier list has the same items, and explains them
+            continue  # an earlier list has the same items, and its help explains them
         if section != group:
             lines += ["", section or "(top level)"]
             group = section
@@ -255,7 +255,7 @@ def help_text(cls: type, width: int = 100) -> str:
 
 
 def nearest(name: str, cls: type) -> str:
-    """Suggest the setting that a mistyped name was meant to be, as part of a sentence."""
+    """Suggest the setting nearest to a mistyped name, as part of a sentence."""
     names = [setting.name for setting in describe(cls)]
     sections = {n.rpartition(".")[0] for n in names} - {""}
     names += sorted(sections | {s.rpartition(".")[0] for s in sections} - {""})
@@ -355,7 +355,7 @@ def _explain(cls: type, error: Any, source: str, overrides: Sequence[Override]) 
 
 
 def _declared_part(parts: list[str], cls: type) -> str:
-    """Dotted name of an error's place, without the union members that pydantic appends."""
+    """Return the dotted name of an error's place, without the union members added by pydantic."""
     node: Any = cls
     for position, part in enumerate(parts):
         if is_dataclass(node):
@@ -373,7 +373,7 @@ def _declared_part(parts: list[str], cls: type) -> str:
 
 
 def _section(annotation: Any) -> tuple[type | None, bool]:
-    """Dataclass that an annotation names, if any, and whether it is a list of them."""
+    """Return the dataclass in an annotation, or None, and whether the annotation is a list."""
     is_list = typing.get_origin(annotation) is list
     inner = typing.get_args(annotation)[0] if is_list else annotation
     return (inner if is_dataclass(inner) and isinstance(inner, type) else None), is_list
@@ -400,7 +400,7 @@ def _allowed(annotation: Any) -> str:
 
 
 def _limits(metadata: Sequence[Any]) -> str:
-    """Bounds in an annotation's metadata, e.g. ` >= 0, < 1`."""
+    """Format the bounds in an annotation's metadata, e.g. ` >= 0, < 1`."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = []
     for item in metadata:  # constraints, or a Field with constraints in its own metadata
@@ -413,7 +413,7 @@ def _limits(metadata: Sequence[Any]) -> str:
 
 
 def _number(bound: float) -> str:
-    """A bound as text; a large one as a power, such as 1e12."""
+    """Format a bound. A large bound is written as a power, such as 1e12."""
     return str(bound) if bound < 10**6 else re.sub(r"e\+0*", "e", f"{bound:g}")
 
 

@@ -1,4 +1,4 @@
-"""Longest time that a step may take before it counts as a hang, for the run and for its plan."""
+"""Time limit after which a step counts as a hang. Runs and the planner use it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MEDIANS = 20
 
 
 def step_limit_s(settings: HangLimitsRecipe, median_s: float, longest_s: float) -> float:
-    """Limit of a step in seconds; infinity where there is none.
+    """Return the time limit of a step in seconds; infinity if there is no limit.
 
     Args:
         settings: the recipe's limits.
@@ -25,5 +25,5 @@ def step_limit_s(settings: HangLimitsRecipe, median_s: float, longest_s: float) 
 
 
 def of_median(median_s: float) -> float:
-    """Limit in seconds of a unit of work with this median time."""
+    """Return the time limit in seconds of a unit of work (step or batch) with this median time."""
     return max(SHORTEST_S, _MEDIANS * median_s)

@@ -1,4 +1,4 @@
-"""Choose the weight placement under ZeRO-3: whole on every rank, or partitioned over the ranks."""
+"""Choose the placement of weights under ZeRO-3: whole on every rank, or partitioned over ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sizes:
 
 
 def obstacle(zero: Mapping[str, Any]) -> str | None:
-    """First setting of DeepSpeed's `zero_optimization` that contradicts whole weights, if any."""
+    """Return the first setting of `zero_optimization` that contradicts whole weights, or None."""
     for name in ("offload_param", "offload_optimizer"):
         section = zero.get(name)
         if isinstance(section, Mapping) and section.get("device", "none") not in ("none", None):
@@ -51,10 +51,10 @@ def asks_for_partitioning(zero: Mapping[str, Any]) -> bool:
 
 
 def whole_bytes(sizes: Sizes) -> int:
-    """Bytes that a rank with whole weights needs, without activations.
+    """Return the bytes that a rank with whole weights needs, without activations.
 
-    The sum includes weights, gradients, masters, moments, momentum averages and the buffers of the
-    collectives.
+    They include weights, gradients, master weights, moments, momentum averages and the buffers of
+    the collectives.
     """
     size, trainable_slice = sizes.compute_bytes, -(-sizes.trainable // sizes.ranks)
     weights = size * (sizes.trainable + sizes.other)

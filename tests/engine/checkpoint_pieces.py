@@ -1,4 +1,5 @@
-"""Ranks without any training: a few parameters, cut in slices, that can be saved and loaded."""
+"""Fake ranks for checkpoint tests: a few sliced parameters that are saved and loaded, without
+training."""
 
 from __future__ import annotations
 
@@ -20,18 +21,18 @@ from blip_scale.storage.objects import ObjectFolder
 
 SIZES = {"first": 7, "second": 20, "last": 1}
 FOLLOWED = ("first", "last")
-"""Parameters with a momentum average."""
+"""Parameters that have a momentum average."""
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "momentum")
 
 
 def values(kind: str, name: str) -> Tensor:
-    """Distinct numbers for each tensor, which occur nowhere else."""
+    """Return the values of a tensor. No two tensors share a value."""
     start = 1000 * KINDS.index(kind) + 100 * list(SIZES).index(name)
     return torch.arange(start, start + SIZES[name], dtype=torch.float32)
 
 
 def even_slices(rank: int, ranks: int) -> dict[str, range]:
-    """Slices of ZeRO-3: an equal slice of every parameter."""
+    """Return the slices of a rank under ZeRO-3: an equal part of every parameter."""
     cut = {}
     for name, size in SIZES.items():
         each = -(-size // ranks)
@@ -40,7 +41,7 @@ def even_slices(rank: int, ranks: int) -> dict[str, range]:
 
 
 def one_stretch(rank: int, ranks: int) -> dict[str, range]:
-    """Slices of ZeRO-2: a stretch of all parameters laid end to end."""
+    """Return the slices of a rank under ZeRO-2: a range of the concatenated parameters."""
     each = -(-sum(SIZES.values()) // ranks)
     cut, begin = {}, 0
     for name, size in SIZES.items():
@@ -84,7 +85,7 @@ class Pieces:
                 tensor += values(kind, piece.name)[piece.start : piece.start + piece.numel]
 
     def tensors(self) -> list[tuple[str, ParameterSlice, Tensor]]:
-        """Everything that a checkpoint must keep, as live views."""
+        """Return views of all tensors that a checkpoint must contain."""
         views = [("weight", piece, piece.weight) for piece in self.all_slices]
         for key in KINDS[1:3]:
             views += [(key, piece, piece.state(self.optimizer, key)) for piece in self.all_slices]
@@ -92,14 +93,14 @@ class Pieces:
         return views + [("momentum", piece, average) for piece, average in pairs]
 
     def saver(self, place: Place, start_step: int = 0, **settings: Any) -> Saver:
-        """A saver whose reports are kept in `self.curves`."""
+        """Create a saver that reports to `self.curves`."""
         self.curves: dict[int, dict[str, float]] = {}
         recipe = CheckpointRecipe(**settings)
         report = self.curves.__setitem__
         return Saver(place, recipe, self.engine, self.momentum, report, lambda *_: None, start_step)
 
     def save(self, folder: Path, step: int = 5, **settings: Any) -> Path | None:
-        """Write one checkpoint at once, for a run that resumed from earlier steps."""
+        """Write one checkpoint synchronously, as a run that resumed from an earlier step."""
         settings = {"background": False, "keep_last": 100} | settings
         saver = self.saver(place_of(folder), step - 1, **settings)
         saver.begin(state_of(step))
@@ -112,7 +113,7 @@ def state_of(step: int) -> RunState:
 
 
 def place_of(folder: Path, remote: ObjectFolder | None = None, is_shared: bool = True) -> Place:
-    """Location in a folder that all ranks see, or this rank alone."""
+    """Return a location in a folder that is visible to all ranks, or only to this rank."""
     rank, world_size = collectives.rank(), collectives.world_size()
     sharers = tuple(range(world_size)) if is_shared else (rank,)
     return Place(folder, remote, rank, sharers, world_size)

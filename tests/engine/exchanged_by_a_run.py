@@ -1,8 +1,9 @@
-"""Stand-in for train.py that takes three optimizer steps and counts the exchanges of the last one.
+"""Stand-in for train.py that counts the collectives of an optimizer step.
 
-Writes exchanged_RANK.json beside the recipe: calls and bytes for each part of the step and each
-kind of exchange. For the forward pass it also has the bytes of gathers that started before the
-module that needed them was called.
+It takes three steps, counts in the last one, and writes exchanged_RANK.json beside the recipe: the
+calls and bytes for each part of the step and each kind of collective. For the forward pass, the
+file also has the bytes of prefetched gathers, which start before the module that needs them is
+called.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from blip_scale.engine.watching.communication import CommunicationMeter
 
-STEPS = 3  # in the first two DeepSpeed learns the order of the modules
+STEPS = 3  # DeepSpeed records the order of the modules in the first two steps
 
 
 class Gathers:
-    """Records at which module call a gather is started, and at which it is waited for."""
+    """Record the module call at which each gather starts, and the one at which it is awaited."""
 
     def __init__(self) -> None:
         self.calls = 0

@@ -1,16 +1,17 @@
-"""Ranks of the tiny runs, forked from a process that has imported everything.
+"""Fork the ranks of the tiny runs from a process that has already imported all modules.
 
 A rank is a separate process that runs the script as `__main__`, with its own arguments,
-environment, output, signals and exit code. Only its imports were done before, by the server. All
-forked ranks share the seed of Python's hashes. Runs that tests start with the `deepspeed` command
-begin as new interpreters, which covers different seeds.
+environment, output, signals and exit code. Only its imports are shared: the server made them.
 
-There is one server for each test process, from the first start to the end:
+All forked ranks have the same hash seed of Python. Runs started with the `deepspeed` command are
+new interpreters, so they cover different seeds.
+
+Each test process has one server, from its first rank to its end:
 
     test process -- server -- keeper -- rank
 
-The keeper waits for its rank and tells the test process how it ended. Each process ends when its
-parent ends, so no rank outlives the tests, whatever kills them.
+The keeper waits for its rank, and reports its exit code to the test process. Each process is
+killed when its parent ends, so no rank outlives the tests, even if the tests are killed.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ WARM = (
     "blip_scale.train", "blip_scale.engine.loop", "blip_scale.tasks.by_name",
     "blip_scale.engine.watching.loggers.tensorboard",
     "transformers.models.auto.tokenization_auto",  # reads all of transformers' model files
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which DeepSpeed imports when it starts
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it when it starts
 )  # fmt: skip
 READ_LATE = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "GLOO_", "NCCL_", "AWS_",
     "S3_", "PYTEST_", "CXX", "TORCH_EXTENSIONS_DIR", "PATH", "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TORCHINDUCTOR_CACHE_DIR",
 )  # fmt: skip
-"""Prefixes of the names of variables that may differ between ranks. No import reads them, except
-that inductor reads CXX: tests that set it compile no blocks. Tools that ran in the test's process
-leave GLOO_, NCCL_ and the last three behind."""
+"""Prefixes of environment variables that may differ between ranks, because no import reads them.
+CXX is an exception: Inductor reads it when it is imported, so tests that set CXX compile no blocks.
+GLOO_, NCCL_ and the last three are left behind by tools that ran in the test process."""
 _PR_SET_PDEATHSIG = 1
 _LONGEST_REQUEST = 1 << 20
 
@@ -56,22 +57,22 @@ class ForkedProcess:
     """A rank, with the methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, reports: IO[bytes]) -> None:
-        self._reports = reports  # unbuffered: select() asks the pipe
+        self._reports = reports  # unbuffered, because select() polls the pipe
         self.pid = self._report()
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code (negative for a signal); None while the rank runs."""
+        """Return the exit code (negative for a signal), or None while the rank runs."""
         try:
             return self.wait(0)
         except subprocess.TimeoutExpired:
             return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end of the rank and return its exit code.
+        """Wait for the rank to end, and return its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it did not end within `timeout` seconds.
+            subprocess.TimeoutExpired: the rank did not end within `timeout` seconds.
         """
         if self.returncode is None:
             if not select.select([self._reports], [], [], timeout)[0]:
@@ -81,7 +82,7 @@ class ForkedProcess:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal to the rank, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -99,7 +100,7 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """A process that has imported `WARM` and forks on request."""
+    """A process that has imported `WARM`, and forks ranks on request."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = _without_late(environment)
@@ -116,14 +117,14 @@ class ForkServer:
     ) -> ForkedProcess | subprocess.Popen[bytes]:
         """Run a Python script like `subprocess.Popen`.
 
-        If a variable that imports may read differs from the server's, a new interpreter is started,
-        which takes five seconds longer. A warning names the variables.
-        It finds the repository's packages as well.
+        The rank is forked, unless an environment variable that imports may read differs from the
+        server's. In that case a warning names the variables, and a new interpreter is started,
+        which takes five seconds longer. It can also import the packages of the repository.
 
         Args:
             command: script and arguments, without the interpreter.
             environment: all variables of the process.
-            folder: working folder of the process.
+            folder: working directory of the process.
             output: file for its stdout and stderr.
         """
         differing = dict(_without_late(environment).items() ^ self._environment.items())
@@ -148,11 +149,11 @@ def _without_late(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _serve(requests: socket.socket) -> str:
-    """Fork a keeper for every request. Returns only in the rank, with the script to run."""
+    """Fork a keeper for every request. Return only in the rank, with the script to run."""
     server = os.getpid()
     while True:
         message, files, *_ = socket.recv_fds(requests, _LONGEST_REQUEST, 2)
-        if not message:  # the test process is gone
+        if not message:  # the test process has ended
             os._exit(0)
         if os.fork() == 0:
             requests.close()
@@ -160,13 +161,13 @@ def _serve(requests: socket.socket) -> str:
             return _keep(json.loads(message), *files)
         for file in files:
             os.close(file)
-        with contextlib.suppress(ChildProcessError):  # there is no keeper
+        with contextlib.suppress(ChildProcessError):  # no keeper is left
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
 
 
 def _keep(request: dict[str, Any], output: int, reports: int) -> str:
-    """Fork the rank, report its pid and its end. Returns only in the rank."""
+    """Fork the rank, and report its pid and its exit code. Return only in the rank."""
     keeper = os.getpid()
     rank = os.fork()
     if rank == 0:
@@ -179,21 +180,21 @@ def _keep(request: dict[str, Any], output: int, reports: int) -> str:
 
 
 def _become(request: dict[str, Any], output: int) -> str:
-    """Set up this process like a new interpreter. Returns the script."""
+    """Set up this process like a new interpreter, and return the script to run."""
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    np.random.seed()  # Python's own generator does so after a fork; torch's begins with a constant
+    np.random.seed()  # Python reseeds its generator after a fork; torch's has a constant seed
     sys.argv = request["command"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     return sys.argv[0]
 
 
 def _die_with(parent: int) -> None:
-    """Have this process killed when its parent ends."""
+    """Make the kernel kill this process when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -206,7 +207,7 @@ def _warm_up() -> None:
     del sys.path[0]
     threads = len(list(Path("/proc/self/task").iterdir()))
     assert threads == 1, "a library started threads, which a fork would lack: OMP_NUM_THREADS=1?"
-    gc.freeze()  # or each child's first collection would copy all that was imported
+    gc.freeze()  # otherwise the first collection in each child would copy all imported objects
 
 
 if __name__ == "__main__":

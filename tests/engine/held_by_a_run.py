@@ -1,8 +1,8 @@
-"""Stand-in for train.py that takes two optimizer steps and counts the bytes that ranks hold.
+"""Stand-in for train.py that measures the memory of tensors in two optimizer steps.
 
-Writes held_RANK.json beside the recipe: bytes of all live tensors after the backward passes (before
-the update) and after the update, each storage once, and bytes of the gathered weights after a
-forward pass.
+It writes held_RANK.json beside the recipe, with the bytes of all live tensors after the backward
+passes (before the update) and after the update. Each storage counts once. The file also has the
+bytes of the gathered weights after a forward pass.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from blip_scale.tasks.pretrain import Pretrain
 
 
 def held() -> int:
-    """Bytes of the tensors that Python sees.
+    """Return the bytes of all tensors that are visible to Python's garbage collector.
 
-    Activations that only autograd keeps are not included.
+    Activations that only autograd references are not included.
     """
     gc.collect()
     storages = {}
@@ -40,7 +40,7 @@ def held() -> int:
 
 
 def gathered(engine: ZeroEngine) -> int:
-    """Bytes of partitioned weights that are gathered now. Persistent weights are left out."""
+    """Return the bytes of partitioned weights that are now gathered, without persistent ones."""
     if engine.stage != 3 or collectives.world_size() == 1:
         return 0
     return sum(

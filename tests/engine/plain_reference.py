@@ -1,8 +1,8 @@
-"""BLIP's pretraining step as one plain PyTorch process would run it: no engine, no shards.
+"""Reference implementation of BLIP's pretraining step in one plain PyTorch process.
 
-The ranks' shares of a global batch go through the network one after another (as threads where
-negatives come from all of them), their losses are averaged, and optimizer, momentum and queue are
-written out in the plainest way.
+It uses neither the engine nor sharding. Each rank's part of the global batch goes through the
+network one after another, or in threads if negatives come from all ranks. The losses are averaged.
+Optimizer, momentum and queue are written in the simplest way.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Reference:
 
 
 def run(file: Path, ranks: int, steps: int) -> Reference:
-    """Run the first `steps` steps of a recipe like `ranks` ranks would."""
+    """Run the first `steps` steps of a recipe, with the results that `ranks` ranks would have."""
     chosen = recipe.load(str(file), [])
     tokenizer = load_tokenizer(chosen.model.text)
     config = med_config(chosen, tokenizer)
@@ -113,7 +113,7 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
         {
             f"med.{name}": p.detach().flatten()
             for name, p in momentum_encoder.named_parameters()
-            if online[name].requires_grad  # else it is the weight, and kept once
+            if online[name].requires_grad  # a frozen weight is its own average, saved once
         },
     )
 
@@ -121,7 +121,7 @@ def run(file: Path, ranks: int, steps: int) -> Reference:
 def _on_all_ranks(
     forward: Callable[[int], dict[str, Tensor]], ranks: int, together: bool
 ) -> list[dict[str, Tensor]]:
-    """Results of all ranks, which run one after another, or as threads that exchange tensors."""
+    """Return the results of all ranks, run in sequence or as threads that exchange tensors."""
     if not together:
         return [forward(rank) for rank in range(ranks)]
     with pytest.MonkeyPatch.context() as patches:

@@ -1,4 +1,4 @@
-"""A run whose batch size and streams change when it resumes."""
+"""Test a run whose batch size and streams change when it is resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ids_by_step(run: Path) -> dict[int, list[str]]:
 
 
 def test_no_sample_is_lost_or_seen_twice(tmp_path: Path) -> None:
-    """Three steps of 16 from 64 samples, then steps of 8 and 16 further samples an epoch."""
+    """Run three steps of 16 from 64 samples, then steps of 8 with 16 more samples per epoch."""
     recipe = tiny_runs.make_recipe(tmp_path, log={"sample_ids": True})
     run = tmp_path / "run"
     tiny_runs.train(recipe, 1, "train.max_steps=3")
@@ -51,7 +51,8 @@ def test_no_sample_is_lost_or_seen_twice(tmp_path: Path) -> None:
     points = [point for point in points if "loss/total" in point]
     assert [point["samples"] for point in points[-3:]] == [128, 136, 144]
     optimizer = recipes.load(str(recipe)).optimizer
-    # The last two steps of the first epoch, of ten steps with the new batch and mixture.
+    # An epoch has ten steps with the new batch size and mixture. Steps 4 and 5 are the last two of
+    # the first epoch.
     for step, scheduled in ((4, 8), (5, 9), (6, 10), (15, 19)):
         expected = learning_rate(optimizer, scheduled, 10, 2)
         assert points[step - 1]["train/learning_rate"] == pytest.approx(expected)

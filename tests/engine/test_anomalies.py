@@ -1,4 +1,4 @@
-"""Spikes of the loss and slow ranks, in series that have them and in series that do not."""
+"""Test the detection of loss spikes and slow ranks, in series with and without them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_a_spike_stands_out_of_noise() -> None:
     assert level.ratio == pytest.approx(20, rel=0.3)
     assert (level.low, level.high) == pytest.approx((2.7, 3.3), abs=0.1)
     assert not loss_level(3.3, usual).is_spike
-    assert not loss_level(1.0, usual).is_spike  # good news
-    outliers = usual[:90] + [50.0] * 10  # earlier spikes hide none
+    assert not loss_level(1.0, usual).is_spike  # a lower loss is not a spike
+    outliers = usual[:90] + [50.0] * 10  # earlier spikes must not hide a new one
     assert loss_level(5.0, outliers).is_spike
 
 

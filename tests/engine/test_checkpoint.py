@@ -1,4 +1,4 @@
-"""Checkpoints without any training: several ranks as threads, a few parameters cut in slices."""
+"""Test checkpoints without training: ranks are threads, with a few sliced parameters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_ranks_and_stage_may_change(
     after: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every element is read back, whichever rank wrote it."""
+    """Every element is loaded, regardless of the rank that saved it."""
     paths = FakeRanks(before, monkeypatch).run(
         lambda rank: Pieces(saved_as(rank, before)).save(tmp_path)
     )
@@ -77,7 +77,7 @@ def test_ranks_and_stage_may_change(
 
 
 def test_a_run_without_an_update_has_no_moments(tmp_path: Path) -> None:
-    """All steps so far were skipped: AdamW has no state, before the save and after the load."""
+    """If all steps were skipped, AdamW has no state, neither before saving nor after loading."""
     pieces = alone()
     pieces.optimizer.state.clear()
     pieces.save(tmp_path)
@@ -88,7 +88,7 @@ def test_a_run_without_an_update_has_no_moments(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    """Checkpoints of `keep_every` are kept forever. Other folders are left alone."""
+    """Checkpoints of `keep_every` are never removed, and neither are other folders."""
     for step in (1, 2, 10, 99):
         alone().save(tmp_path, step)
     (tmp_path / "step_00000200.partial").mkdir()
@@ -103,7 +103,10 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 def test_links_and_files_in_place_of_checkpoints(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A link is removed in its turn and its target stays; a file gives way to a save."""
+    """A symbolic link is removed like an old checkpoint, but its target stays.
+
+    A file in place of a checkpoint is replaced by a save.
+    """
     folder, target = tmp_path / "checkpoints", tmp_path / "elsewhere"
     alone().save(folder, 1)
     (folder / "step_00000001").rename(target)
@@ -140,7 +143,7 @@ def test_a_checkpoint_that_cannot_be_removed_keeps_no_other(
 
 
 def test_a_damaged_one_of_a_later_step_costs_no_good_one(tmp_path: Path) -> None:
-    """The run resumed before the damaged checkpoint, and keeps those that it saves."""
+    """A run that resumed before a damaged checkpoint keeps the checkpoints that it saves."""
     for step in (50, 87):
         alone().save(tmp_path, step)
     flip_a_byte(tmp_path / "step_00000087" / "rank_00000.safetensors")
@@ -188,7 +191,7 @@ def test_damage_is_found_and_the_one_before_taken(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """All ranks fall back together, whichever rank checks the damaged file."""
+    """All ranks fall back together, regardless of the rank that checks the damaged file."""
     alone().save(tmp_path, 4)
     alone().save(tmp_path, 5)
     spoil, reason = DAMAGES[damage]
@@ -212,7 +215,7 @@ def test_what_a_killed_save_left_is_removed(
 
 
 def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
-    """A run that resumed from an earlier checkpoint writes the same steps again."""
+    """A run that resumed from an earlier checkpoint saves the same steps again."""
     alone().save(tmp_path)
     pieces = alone()
     pieces.all_slices[0].weight.fill_(-1.0)
@@ -230,7 +233,10 @@ def test_a_rank_that_cannot_write_is_said_by_name(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """No rank waits for it, no half checkpoint stays, the one before is as it was."""
+    """No rank waits for the failed rank, and no incomplete checkpoint remains.
+
+    The previous checkpoint is unchanged.
+    """
     alone().save(tmp_path, 4)
     write = checkpoint_format.save_file
 
@@ -258,7 +264,7 @@ def test_a_rank_that_cannot_write_is_said_by_name(
 def test_another_network_is_refused(
     tmp_path: Path, name: str, saved: int, here: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A smaller network is refused, too, though its tensors would fit into the checkpoint's."""
+    """A smaller network is also refused, although its tensors would fit into the checkpoint's."""
     alone().save(tmp_path)
     if here:
         monkeypatch.setitem(SIZES, name, here)
@@ -284,7 +290,7 @@ def test_another_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_training_goes_on_while_a_copy_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Changes of weights, queue and history by later steps are not in the checkpoint."""
+    """The checkpoint does not contain later changes of weights, queue and history."""
     begun, may_write = threading.Event(), threading.Event()
     write = checkpoint_format.save_file
 
@@ -317,9 +323,9 @@ def test_training_goes_on_while_a_copy_is_written(
 
 
 def test_one_save_follows_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Polls commit a checkpoint that all ranks have written.
+    """A poll commits a checkpoint once all ranks have written it.
 
-    A save that comes too early waits for it.
+    A save that begins before that waits for the commit.
     """
 
     def run(rank: int) -> list[int]:
@@ -341,9 +347,9 @@ def test_one_save_follows_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_node_has_a_disk_of_its_own(
     tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each node commits its part and resumes from it.
+    """Each node commits its part of the checkpoint, and resumes from it.
 
-    Another number of ranks would need all parts.
+    A different number of ranks would need the parts of all nodes.
     """
 
     def place(rank: int) -> Place:

@@ -1,4 +1,4 @@
-"""Checkpoints of other versions of this code: read on purpose, or refused in one sentence."""
+"""Checkpoints of other versions of the format are either supported, or refused in one sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from blip_scale.interop.checkpoints import read_checkpoint
 from blip_scale.storage import checkpoint_format
 from blip_scale.storage.checkpoint_format import Manifest, UnknownVersionError
 
-# The position of a checkpoint that was saved before the format had a version.
+# Position in a checkpoint that was saved before the format had a version.
 OLDER_POSITION = """{
  "seconds": 12.5, "skipped_samples": 3, "skipped_steps": 2, "skipped_in_a_row": 1,
  "window": [{"loss/total": 7.25, "step_s": 0.5, "blocked_s": 0.1, "data_wait_s": 0.01}],
@@ -32,7 +32,7 @@ OLDER_POSITION = """{
 
 
 def as_version_1(folder: Path, **fields: Any) -> None:
-    """Write manifest.json like version 1, without a checksum. None removes a field."""
+    """Rewrite manifest.json as in version 1, without a checksum. None removes a field."""
     file = folder / "manifest.json"
     content = json.loads(file.read_text()) | {"format_version": 1, "checksum": None} | fields
     file.write_text(json.dumps({name: v for name, v in content.items() if v is not None}, indent=1))
@@ -40,7 +40,7 @@ def as_version_1(folder: Path, **fields: Any) -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A checkpoint of step 5, after one of step 4."""
+    """Save checkpoints of steps 4 and 5, and return the path of the second."""
     alone().save(tmp_path, 4)
     path = alone().save(tmp_path, 5)
     assert path is not None
@@ -55,7 +55,7 @@ def test_the_manifest_says_the_version(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"format_version": None, "frozen": None}])
 def test_a_checkpoint_of_version_1_is_read(checkpoint: Path, fields: dict[str, Any]) -> None:
-    """Early checkpoints of version 1 have no version field."""
+    """Early checkpoints of version 1 have no version field, and are also read."""
     as_version_1(checkpoint, **fields)
     assert newest_whole(checkpoint.parent) == checkpoint
     fresh = alone(filled=False)
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_version_1_is_read(checkpoint: Path, fields: dict[str, A
 
 
 def test_a_newer_version_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run does not fall back to an older checkpoint, as it would then replace the newer one."""
+    """The run does not fall back to an older checkpoint, because it would replace the newer one."""
     manifest = checkpoint_format.read_manifest(checkpoint)
     with monkeypatch.context() as newer:
         newer.setattr(checkpoint_format, "FORMAT_VERSION", 3)
@@ -88,7 +88,7 @@ def test_a_newer_version_is_refused(checkpoint: Path, monkeypatch: pytest.Monkey
 def test_no_flipped_bit_of_a_manifest_is_taken(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Any bit may flip: in values, keys, version or checksum, or to invalid UTF-8."""
+    """Every single bit is flipped: in values, keys, version and checksum, or to invalid UTF-8."""
     file = checkpoint / "manifest.json"
     content = file.read_bytes()
     for bit in range(8 * len(content)):

@@ -1,4 +1,4 @@
-"""The meter on a real process group of one rank."""
+"""Test the communication meter on a real process group of one rank."""
 
 from __future__ import annotations
 

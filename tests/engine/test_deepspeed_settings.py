@@ -1,6 +1,6 @@
-"""Real runs with every DeepSpeed setting on the list, away from its usual value.
+"""Real runs with a non-default value of every allowed DeepSpeed setting.
 
-Where a setting says how parameters and gradients travel, the losses are those of the shipped JSON.
+Settings that only change how parameters and gradients are communicated do not change the losses.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ ZERO: dict[str, dict[str, Any]] = {
         "offload_param": {"device": "cpu", "pin_memory": False},
     },
 }
-"""Stage and settings of `zero_optimization`."""
+"""Name of a case -> stage and settings of `zero_optimization`."""
 
 
 def losses(folder: Path, name: str, changes: dict[str, Any], stage: int) -> list[float]:
-    """Total losses of three steps with some settings changed."""
+    """Return the total losses of three steps with changed settings."""
     recipe = tiny_runs.make_recipe(folder, train={"max_steps": 3})
     config = json.loads((tiny_runs.REPO / "ds_configs" / f"zero{stage}.json").read_text())
     tiny_runs._merge(config, changes)
@@ -71,7 +71,7 @@ def losses(folder: Path, name: str, changes: dict[str, Any], stage: int) -> list
 
 
 def compiled_files() -> list[str]:
-    """Files of the optimizer for offloaded states that ninja has made for this environment."""
+    """Return the files of the offload optimizer (cpu_adam) that ninja has compiled."""
     engine._set_up_compiling()
     log = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam" / ".ninja_log"
     lines = log.read_text().splitlines()[1:] if log.is_file() else []
@@ -80,9 +80,9 @@ def compiled_files() -> list[str]:
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment variables of a compiler that does not optimise, and of a folder for its output.
+    """Return environment variables for a compiler without optimisation, and its output folder.
 
-    DeepSpeed's flags would take twice as long.
+    Compiling with DeepSpeed's flags would take twice as long.
     """
     folder = tmp_path_factory.mktemp("compiled")
     script = folder / "c++"
@@ -95,7 +95,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_run_takes_every_setting(
     tmp_path: Path, stage: int, compiler: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ranks need an operation that is compiled at its first use, and one of them does it."""
+    """Both ranks need an operation that is compiled at its first use. Only one compiles it."""
     for name, value in compiler.items():
         monkeypatch.setenv(name, value)
     before = compiled_files()
@@ -110,7 +110,10 @@ def test_a_run_takes_every_setting(
 
 
 def test_nothing_on_the_list_is_left_out() -> None:
-    """Batch sizes, clipping, bf16, optimizer and scheduler are in every run's JSON."""
+    """Every allowed setting is tested here.
+
+    Batch sizes, clipping, bf16, optimizer and scheduler need no case: every run sets them.
+    """
     of_the_recipe = {
         "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
         "gradient_clipping", "optimizer", "scheduler", "bf16",

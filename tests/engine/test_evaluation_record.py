@@ -1,4 +1,4 @@
-"""The record of an evaluation counts for one checkpoint and settings that decide its figures."""
+"""The record of an evaluation is valid for one checkpoint, and for the settings that affect it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_record_is_read_for_its_checkpoint_alone(tmp_path: Path, checkpoint: P
     record(tmp_path).write(checkpoint, False, RESULTS)
     assert record(tmp_path).read(checkpoint, False) == RESULTS
     assert record(tmp_path).read(checkpoint, True) is None, "at the end everything is measured"
-    record(tmp_path).write(tmp_path / "lost", True, {})  # a save that failed: nothing to record
+    record(tmp_path).write(tmp_path / "lost", True, {})  # the save failed: nothing to record
     (checkpoint / "manifest.json").write_text('{"of": "weights that were trained again"}')
     assert record(tmp_path).read(checkpoint, False) is None
 

@@ -1,4 +1,4 @@
-"""Exchanges of ZeRO-3 in a step: as many bytes as the network's uses of its weights need."""
+"""A ZeRO-3 step communicates exactly the bytes that the network's uses of its weights need."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from blip_scale.tasks.pretrain import Pretrain
 
 pytestmark = pytest.mark.multiprocess
 PERSISTENT = 300
-"""Elements up to which a parameter stays whole on every rank."""
+"""Largest number of elements of a parameter that is whole on every rank."""
 KEEPS, RELEASES = 1e9, 0
-"""Elements that a rank keeps gathered for a later use."""
+"""Values of DeepSpeed's limit for elements that stay gathered for reuse: keep all, release all."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """A module that holds weights, which the network calls."""
+    """A module with weights, called by the network."""
 
     module: str
     numels: tuple[int, ...]
-    """Numbers of elements of its weights that lie on several ranks."""
+    """Number of elements of each of its partitioned weights."""
     trains: bool
 
 
 def uses_of(chosen: Recipe) -> Counter[Use]:
-    """Number of calls of each module in a step, counted with a plain network in this process."""
+    """Count the calls of each module in a step, with a plain network in this process."""
     task = Pretrain(chosen, engine.start(60.0))
     network, uses = task.build_network(), Counter[Use]()
     for name, module in network.named_modules():
@@ -60,7 +60,7 @@ def uses_of(chosen: Recipe) -> Counter[Use]:
 
 
 def partitioned(live: float, prefetch: float) -> dict[str, Any]:
-    """DeepSpeed's settings for weights that are partitioned."""
+    """Return DeepSpeed's settings for partitioned weights."""
     return {
         "stage3_param_persistence_threshold": PERSISTENT,
         "stage3_max_live_parameters": live,
@@ -70,7 +70,7 @@ def partitioned(live: float, prefetch: float) -> dict[str, Any]:
 
 
 def exchanged(folder: Path, ranks: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Costs that each rank counted."""
+    """Run the step, and return the costs counted by each rank."""
     config = json.loads((REPO / "ds_configs" / "zero3.json").read_text())
     config["zero_optimization"] |= settings
     file, ds_config = folder / "recipe.yaml", folder / "ds_config.json"
@@ -85,10 +85,10 @@ def exchanged(folder: Path, ranks: int, settings: dict[str, Any]) -> list[dict[s
 
 
 def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path) -> None:
-    """Four ranks gather released weights for each use, forward and backward.
+    """Four ranks gather released weights for each use, in the forward and the backward pass.
 
-    Embeddings are released at the end of the backward pass and gathered once there. If all weights
-    are kept, each is gathered once. Gradients are reduced once in either case.
+    In the backward pass, embeddings are released only at the end, so they are gathered once. If all
+    weights are kept, each is gathered once. In both cases, gradients are reduced once.
     """
     ranks = 4
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
@@ -97,7 +97,7 @@ def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path) -> None:
     assert any("layers" in use.module for use in again) and max(uses.values()) == 2
 
     def whole(numels: Iterable[int]) -> int:
-        """Bytes of large parameters, padded to a multiple of the ranks."""
+        """Return the bytes of large parameters, padded to a multiple of the number of ranks."""
         return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel > PERSISTENT)
 
     forward = sum(count * whole(use.numels) for use, count in uses.items())
@@ -125,9 +125,9 @@ def test_a_step_sends_what_its_uses_of_the_weights_need(tmp_path: Path) -> None:
 
 
 def test_whole_weights_are_gathered_at_once_and_gradients_go_in_buckets(tmp_path: Path) -> None:
-    """On two ranks: a gather for trainable weights, one for momentum copies, and two reductions.
+    """Two ranks gather all trainable weights at once, and all momentum copies at once.
 
-    The gradients fit into two buckets, with a reduction for each.
+    The gradients fit into two buckets, with one reduction per bucket.
     """
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
     network = network_of(chosen, contrast_of)
@@ -149,17 +149,17 @@ def test_whole_weights_are_gathered_at_once_and_gradients_go_in_buckets(tmp_path
 
 
 def whole_bytes(numels: Iterable[int], ranks: int) -> int:
-    """Bytes of whole fp32 parameters, padded to a multiple of the ranks."""
+    """Return the bytes of whole fp32 parameters, padded to a multiple of the number of ranks."""
     return 4 * sum(-(-numel // ranks) * ranks for numel in numels)
 
 
 def small(numels: Iterable[int], ranks: int) -> int:
-    """Bytes of parameters that stay whole, padded to a multiple of the ranks."""
+    """Return the bytes of persistent parameters, padded to a multiple of the number of ranks."""
     return 4 * sum(-(-numel // ranks) * ranks for numel in numels if numel <= PERSISTENT)
 
 
 def test_prefetching_begins_every_gather_before_its_module(tmp_path: Path) -> None:
-    """Once the order of modules is known, all gathers but that of whole weights can be hidden."""
+    """Once the order of modules is known, all gathers except those of whole weights can overlap."""
     chosen = recipe.load(str(make_recipe(tmp_path, model=WIDER)))
     network = network_of(chosen, contrast_of)
     staying = small([*network.trainable, *network.momentum], 2)

@@ -1,4 +1,4 @@
-"""Frozen layers and LoRA in whole runs: frozen weights stay and are in every checkpoint."""
+"""Frozen layers and LoRA in whole runs: every checkpoint contains the unchanged frozen weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_recipe(folder: Path, precision: str = "fp32", **model: Any) -> Path:
 
 
 def lora_recipe(folder: Path) -> Path:
-    """Recipe of a run that adapts a checkpoint of random weights."""
+    """Write the recipe of a LoRA run that starts from a checkpoint with random weights."""
     chosen = recipe.load(str(make_recipe(folder)))
     config = med_config(chosen, load_tokenizer(chosen.model.text))
     med = networks.initialized_med(chosen, config)
@@ -59,7 +59,7 @@ def lora_recipe(folder: Path) -> Path:
 
 
 def partitioned(folder: Path) -> str:
-    """DeepSpeed's settings with all but the smallest weights partitioned."""
+    """Write DeepSpeed settings that partition all weights except the smallest."""
     settings = json.loads((tiny_runs.REPO / "ds_configs/zero3.json").read_text())
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     file = folder / "partitioned.json"
@@ -78,9 +78,9 @@ def tensors(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
 def test_frozen_weights_stay_and_a_resumed_run_has_the_same_bits(
     tmp_path: Path, stage: int, ranks: int, precision: str, lora: bool
 ) -> None:
-    """Frozen weights keep their fp32 initial values, also in bf16. All others move.
+    """Frozen weights keep their initial fp32 values, also in a bf16 run. All other weights change.
 
-    With LoRA weights are partitioned, and only adapters and heads move.
+    With LoRA, the weights are partitioned, and only adapters and heads change.
     """
     file = lora_recipe(tmp_path) if lora else make_recipe(tmp_path, precision)
     arguments = ("--deepspeed", partitioned(tmp_path)) if lora else ()
@@ -88,7 +88,7 @@ def test_frozen_weights_stay_and_a_resumed_run_has_the_same_bits(
     tokenizer = load_tokenizer(chosen.model.text)
     med = networks.initialized_med(chosen, med_config(chosen, tokenizer))
     last, ends = tmp_path / "run" / "checkpoints" / "step_00000006", []
-    for _ in range(2):  # the second time from step 3
+    for _ in range(2):  # the second run resumes from step 3
         shutil.rmtree(last, ignore_errors=True)
         tiny_runs.train(file, ranks, *arguments, stage=stage)
         ends.append((tiny_runs.losses(tmp_path / "run"), tensors(last)))
@@ -120,7 +120,7 @@ def test_frozen_weights_stay_and_a_resumed_run_has_the_same_bits(
 
 
 def check_merged(folder: Path, chosen: Recipe, weights: dict[str, Tensor]) -> None:
-    """A loaded and an exported checkpoint compute what the network with adapters computed."""
+    """Check that a loaded and an exported checkpoint give the outputs of the adapted network."""
     blip = load_blip(folder / "run", Loading(device="cpu"))
     med = limited(MED(blip.med.config), chosen.model).eval()
     with torch.no_grad():
@@ -144,7 +144,10 @@ def check_merged(folder: Path, chosen: Recipe, weights: dict[str, Tensor]) -> No
 
 
 def test_another_number_of_ranks_and_other_frozen_layers(tmp_path: Path) -> None:
-    """Other ranks resume with the same weights. Other frozen layers are refused, with the fix."""
+    """A run with a different number of ranks resumes with the same weights.
+
+    Different frozen layers are refused, and the message names the fix.
+    """
     file = make_recipe(tmp_path)
     tiny_runs.train(file, 2, "train.max_steps=3")
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -1,9 +1,9 @@
-"""The losses of 20 steps of the tiny run, kept in golden/ and compared: nobody changes the numbers
-without knowing.
+"""Compare the losses of 20 steps of the tiny run with the files in golden/.
 
-On the kind of machine that wrote them they must be equal to the last bit. Elsewhere sums are taken
-in another order; `TOLERANCE` says what that may do. To write them anew, after a change that is
-meant to change numbers (about a minute, on an idle machine):
+This detects unintended changes of the numbers. On the kind of machine that wrote the files, the
+losses must be equal to the last bit. Other machines sum in a different order, and `TOLERANCE`
+bounds the effect. After an intended change, write the files again (about a minute, on an idle
+machine):
 
     OMP_NUM_THREADS=1 python tests/engine/test_golden.py --write
 """
@@ -31,16 +31,16 @@ GOLDEN = Path(__file__).parent / "golden"
 FILES = {1: "one_rank.json", 2: "two_ranks.json"}
 STEPS = 20
 TOLERANCE = 1e-3
-"""Absolute, on losses between 0.6 and 12. Weights that begin 1e-7 beside each other (one unit in
-the last place, what another order of summation makes of a number) end 20 steps later at losses that
-differ by up to 5e-5 on this run; a mistake worth the name shows from the first steps on by far more
-than 1e-3 (a dropout mask or a hard negative drawn otherwise: 1e-2 and more)."""
+"""Absolute tolerance for losses between 0.6 and 12. A different order of summation changes a number
+by about 1e-7 (one unit in the last place). If the initial weights differ by this much, the losses
+of this run differ by up to 5e-5 after 20 steps. A real mistake changes the first losses by far more
+than 1e-3: a different dropout mask or hard negative changes them by 1e-2 or more."""
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "numpy", "pillow", "torchvision")
-"""Packages that determine the numbers: pixels, augmentation, network, optimizer."""
+"""Packages that affect the numbers: pixels, augmentation, network, optimizer."""
 
 
 def kind(ranks: int) -> dict[str, Any]:
-    """Properties that the last bits depend on: processor, threads of a rank, versions."""
+    """Return the properties that affect the last bits: processor, threads of a rank, versions."""
     processor = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -55,10 +55,10 @@ def kind(ranks: int) -> dict[str, Any]:
 
 
 def draws() -> list[float]:
-    """A few random numbers of the two sorts that a step draws, rounded.
+    """Return a few rounded random numbers of the two kinds that a step draws.
 
-    torch draws its own dropout masks (those of causal attention here) and exponential numbers by
-    another method on Intel's processors than on others, out of the same seed.
+    From the same seed, torch draws different dropout masks (here: of causal attention) and
+    exponential numbers on Intel processors than on others.
     """
     generator = torch.Generator().manual_seed(7)
     mask = torch.empty(16).bernoulli_(0.5, generator=generator)
@@ -67,14 +67,14 @@ def draws() -> list[float]:
 
 
 def measure(folder: Path, ranks: int) -> dict[int, dict[str, float]]:
-    """Losses by step of a run: fp32, dropout on, ZeRO-3."""
+    """Return the losses by step of a run in fp32, with dropout, under ZeRO-3."""
     recipe = tiny_runs.make_recipe(folder, train={"max_steps": STEPS})
     tiny_runs.train(recipe, ranks)
     return tiny_runs.losses(folder / "run")
 
 
 def write() -> None:
-    """Write the golden files from this machine's numbers, twice the same."""
+    """Write the golden files from this machine's numbers. Two runs must give the same numbers."""
     for ranks, name in FILES.items():
         runs = []
         for _ in range(2):
@@ -103,7 +103,7 @@ def test_losses_are_those_that_were_written_down(tmp_path: Path, ranks: int) -> 
 
 
 def test_the_curves_are_worth_keeping() -> None:
-    """Both runs learn, with both numbers of ranks alike but not equal (other local batches)."""
+    """Both runs learn. Their curves are similar, but not equal: the local batches differ."""
     curves = [json.loads((GOLDEN / name).read_text())["losses"] for name in FILES.values()]
     for curve in curves:
         for name in ("loss/total", "loss/itc", "loss/lm"):

@@ -1,4 +1,4 @@
-"""The record of a run's wall time, with a clock that the test moves."""
+"""Test the record of a run's wall time, with a clock that the test controls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blip_scale.engine.watching.goodput import Goodput
 
 
 class Clock:
-    """Wall clock, and creation time of the process that reads it."""
+    """Fake wall clock, with the creation time of the process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.created = 1_000_000.0
@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def spend(goodput: Goodput, clock: Clock, **seconds: float) -> None:
-    """Let time pass and account for it."""
+    """Let time pass, and record its use."""
     for use, duration in seconds.items():
         clock.now += duration
         goodput.spend(use)  # type: ignore[arg-type]
@@ -43,12 +43,12 @@ def content(run: Path) -> dict[str, Any]:
 
 
 def test_a_run_that_is_killed_twice(tmp_path: Path, clock: Clock) -> None:
-    """Steps of the checkpoint count once, whatever ran in between, and the clock never stops."""
+    """Each step in the checkpoint counts once. The time while the run is down also counts."""
     goodput = Goodput(tmp_path, True)
     goodput.resume({})
     spend(goodput, clock, start=20, steps=100)
     saved = goodput.record()
-    spend(goodput, clock, saving=2, steps=50)  # lost: the process is killed
+    spend(goodput, clock, saving=2, steps=50)  # lost, because the process is killed
 
     clock.start_process(down_s=30)
     goodput = Goodput(tmp_path, True)
@@ -88,7 +88,7 @@ def test_a_checkpoint_before_the_last_one_counts_its_own_steps(
 
 
 def test_a_checkpoint_may_be_newer_than_the_file(tmp_path: Path, clock: Clock) -> None:
-    """Steps and pauses of the last second before a kill count if a checkpoint has them."""
+    """Steps and pauses in the last second before a kill count if they are in a checkpoint."""
     goodput = Goodput(tmp_path, True)
     spend(goodput, clock, start=20, steps=0.4, saving=0.1)
     saved = goodput.record()

@@ -1,4 +1,4 @@
-"""The heartbeat by what its file says."""
+"""Test the heartbeat by the content of its file."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_the_file_says_where_the_run_stands(
     beating.beat("training", step=4, total_steps=9, checkpoint_step=4)
     now[0] += 0.5
     beating.beat("training", step=5, samples_per_s=12.5)
-    assert read(tmp_path)["step"] == 4  # about once a second
+    assert read(tmp_path)["step"] == 4  # the file is written about once a second
     now[0] += 0.6
     beating.beat("training", step=6, samples_per_s=12.5)
     assert {read(tmp_path)[name] for name in ("step", "samples_per_s", "time")} == {6, 12.5, 1001.1}
-    beating.beat("saving")  # a new phase is said at once
+    beating.beat("saving")  # a new phase is written at once
     assert (read(tmp_path)["phase"], read(tmp_path)["step"]) == ("saving", 6)
     now[0] -= 3600  # the clock was set back
     beating.beat("saving", step=7)

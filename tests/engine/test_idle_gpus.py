@@ -1,4 +1,4 @@
-"""Runs are refused on machines whose GPUs torch doesn't see, unless the user chose the CPU."""
+"""A run is refused if torch can't see the machine's GPUs, unless the user chose the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the variables of this machine that would decide."""
+    """Remove environment variables of this machine that affect the check."""
     for name in (
         "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS",
         "SLURM_GPUS_ON_NODE", "PBS_GPUFILE",
@@ -27,7 +27,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def node(root: Path, driver: str | None = "550.54.15", devices: int = 1) -> Path:
-    """File system of a node with GPUs: the files that the driver makes."""
+    """Create the files that the GPU driver makes on a node."""
     (root / "dev").mkdir()
     for index in range(devices):
         (root / "dev" / f"nvidia{index}").touch()
@@ -92,6 +92,6 @@ def test_who_chose_the_cpu_may_have_it(
 
 
 def test_a_machine_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A login node may have the driver's package, and an allocation may say 0."""
+    """A login node may have the driver's package, and SLURM may allocate 0 GPUs."""
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
     refuse_idle_gpus(node(tmp_path, driver=None, devices=0))

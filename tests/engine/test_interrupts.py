@@ -1,4 +1,4 @@
-"""Signals are remembered and agreed on by all ranks. A second Ctrl-C stops at once."""
+"""All ranks agree on the signals received so far. A second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def test_where_all_is_saved_a_signal_stops_at_once(interrupts: Interrupts) -> No
     with pytest.raises(StopRequested, match="SIGTERM"), interrupts.stopping_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it went on")
-    os.kill(os.getpid(), signal.SIGUSR1)  # outside again, it is noted
+    os.kill(os.getpid(), signal.SIGUSR1)  # outside the context, a signal is only recorded
 
 
 def test_a_signal_while_a_line_is_logged_stops_at_once(interrupts: Interrupts) -> None:
-    """`logging` swallows every `Exception` of its handlers."""
+    """The stop is no `Exception`, because `logging` swallows every `Exception` of its handlers."""
 
     class Interrupted(logging.StreamHandler):
         def format(self, record: logging.LogRecord) -> str:
@@ -83,7 +83,7 @@ def test_a_signal_from_before_stops_there_too(interrupts: Interrupts) -> None:
 
 
 def test_only_with_a_signal_an_error_is_a_stop(interrupts: Interrupts) -> None:
-    """An exchange fails if another rank left it because of its signal."""
+    """A collective fails if another rank left it because of a signal."""
     with pytest.raises(RuntimeError, match="closed"), interrupts.stopping_at_once():
         raise RuntimeError("connection closed")
     with pytest.raises(StopRequested), interrupts.stopping_at_once():

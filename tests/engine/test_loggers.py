@@ -1,4 +1,4 @@
-"""The loggers of `log.to`, by reading back what they wrote, TensorBoard through its own server."""
+"""Test the loggers of `log.to` by reading their output; TensorBoard's through its own server."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_csv_resumes_at_the_step_of_the_run(tmp_path: Path) -> None:
     for step in range(1, 8):
         monitor.scalars(step, {"loss/itc": float(step)})
     with (tmp_path / "metrics.csv").open("a") as file:
-        file.write("8,64,17")  # a kill tears the last row
+        file.write("8,64,17")  # the last row is incomplete after a kill
     resumed = monitor_of(tmp_path, ["csv"], start_step=5)
     for step in (6, 7):
         resumed.scalars(step, {"loss/itc": step + 0.5})
@@ -86,7 +86,7 @@ def test_csv_after_a_torn_row_goes_on_without_a_cut(tmp_path: Path) -> None:
     logger = CsvLogger(LoggedRun(tmp_path, 0))
     logger.scalars(1, {"a/b": 1.0})
     with (tmp_path / "metrics.csv").open("a") as file:
-        file.write("2,2.0")  # whole but for its line break
+        file.write("2,2.0")  # complete, except for the newline
     resumed = CsvLogger(LoggedRun(tmp_path, 2))
     resumed.scalars(3, {"a/b": 3.0})
     assert [row["step"] for row in table(tmp_path)] == ["1", "2", "3"]
@@ -161,7 +161,7 @@ def test_a_request_to_stop_is_no_failure_of_a_logger(
 
 
 def whole_run(folder: Path) -> None:
-    """What a pretraining run logs, in two starts."""
+    """Log the output of a pretraining run that is started twice."""
     for start_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         monitor = monitor_of(folder, ["tensorboard"], start_step)
         monitor.text("recipe", "task: pretrain")
@@ -270,7 +270,7 @@ def test_tensorboard_serves_layout_and_hyperparameters(tmp_path: Path) -> None:
 
 
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs where wandb is installed: points, pictures and texts, read back from its file."""
+    """Points, pictures and texts can be read from wandb's file. Needs the package wandb."""
     pytest.importorskip("wandb", reason="optional: pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for start_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
@@ -304,7 +304,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_weights_and_biases_without_a_login_never_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a terminal `wandb.init` would wait for an answer, and the run with it."""
+    """On a terminal, `wandb.init` would wait for input, and block the run."""
     wandb = pytest.importorskip("wandb", reason="optional: pip install wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -318,7 +318,7 @@ def test_weights_and_biases_without_a_login_never_asks(
 
 
 def wandb_records(file: Path) -> list[Any]:
-    """Protobuf records of an offline run: a LevelDB log after a header of 7 bytes."""
+    """Read the protobuf records of an offline run: a LevelDB log after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
     data = file.read_bytes()
@@ -331,7 +331,7 @@ def wandb_records(file: Path) -> list[Any]:
         kind = data[position + 6]
         partial += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or its last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(partial)
             records.append(record)

@@ -1,4 +1,4 @@
-"""The manifest of a run over several starts, and what it says of code and data."""
+"""Test the manifest of a run over several starts, and its description of code and data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_starts_checkpoints_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFi
     first = RunManifest(tmp_path, is_main=True)
     first.begin(state(), {"job_id": "1", "world_size": 2, "from": None}, {})
     first.saved(3, checkpoint)
-    second = RunManifest(tmp_path, is_main=True)  # the first was killed
+    second = RunManifest(tmp_path, is_main=True)  # the first start was killed
     second.begin(state(), {"job_id": "2", "world_size": 1}, {"step": 4})
     second.saved(6, tmp_path / "elsewhere")
     second.ended(7, "stopped on request")

@@ -1,4 +1,4 @@
-"""`train.max_micro_batch_size: auto` in whole runs: resolved once, alike on all ranks, and kept."""
+"""`train.max_micro_batch_size: auto` is resolved once, is equal on all ranks, and is kept."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ AUTO = {"train": {"max_micro_batch_size": "auto", "max_steps": 1}}
 
 
 def settings_of_the_run(file: Path) -> dict[str, object]:
-    """Section `train` of the recipe that the run wrote."""
+    """Return the section `train` of the recipe written by the run."""
     kept = yaml.safe_load((file.parent / "run" / "recipe.yaml").read_text())
     return dict(kept["train"])
 
 
 @pytest.mark.multiprocess
 def test_a_run_settles_its_micro_batch_once(tmp_path: Path) -> None:
-    """With enough memory, a micro-batch is a rank's whole share.
+    """With enough memory, the micro-batch is a rank's whole part of the global batch.
 
-    A resumed run keeps its micro-batch, or takes one that divides on another number of ranks.
+    A resumed run keeps this size. With a different number of ranks, it takes a size that divides.
     """
     file = tiny_runs.make_recipe(tmp_path, **AUTO)
     assert tiny_runs.finish(tiny_runs.launch(file, 2)) == [0, 0], tiny_runs.said(file)
@@ -44,7 +44,7 @@ def test_a_run_settles_its_micro_batch_once(tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_a_run_without_room_is_refused_by_all_ranks(tmp_path: Path) -> None:
-    """Loader workers that would take all memory leave none for a micro-batch."""
+    """If the loader workers need all memory, no micro-batch fits."""
     file = tiny_runs.make_recipe(tmp_path, **AUTO)
     codes = tiny_runs.finish(tiny_runs.launch(file, 2, "data.workers=1024"))
     assert 2 in codes, tiny_runs.said(file)

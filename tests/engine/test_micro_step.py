@@ -1,7 +1,8 @@
-"""The captured micro-step gives the numbers of the eager one, with a capture that runs on the CPU.
+"""The captured micro-step gives the same numbers as the eager one.
 
-The stand-in for a CUDA graph keeps its rules: it runs what was captured, on the tensors of the
-capture, and writes into the same outputs. On a GPU the `gpu` test at the end uses the real one.
+On the CPU, a stand-in for a CUDA graph follows the same rules: it runs the captured function on
+the tensors of the capture, and writes into the same outputs. The `gpu` test at the end uses a real
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WIDTH = 8
 
 @dataclass(frozen=True)
 class Keys:
-    """Inputs in a dataclass, like packed texts and the contrast's inputs."""
+    """Inputs in a dataclass, like packed texts and the inputs of the contrastive loss."""
 
     queue: Tensor
     weight: Tensor
@@ -39,7 +40,7 @@ class Keys:
 
 
 class Network(nn.Module):
-    """Network that reads a batch, a queue, a weight and random numbers."""
+    """Network that uses a batch, a queue, a weight and random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Network(nn.Module):
 
 
 class Engine:
-    """Stand-in with the calls of `ZeroEngine` that a micro-step makes."""
+    """Stand-in for `ZeroEngine`, with the methods that a micro-step calls."""
 
     capture_obstacle: str | None = None
 
@@ -67,7 +68,7 @@ class Engine:
         self._network = network
 
     def gather_weights(self) -> None:
-        """Do nothing, as nothing is partitioned."""
+        """Do nothing, because nothing is partitioned."""
 
     def compute_gradients(self, loss: Tensor) -> list[Tensor]:
         return [*torch.autograd.grad(loss, list(self._network.parameters()))]
@@ -81,7 +82,7 @@ class Engine:
 
 
 def rerun() -> micro_step.Capture:
-    """A capture for the CPU: a replay runs the captured function again."""
+    """Return a capture for the CPU, whose replay runs the captured function again."""
 
     def capture(
         function: Callable[[], Capturable], generators: Sequence[torch.Generator]
@@ -89,7 +90,7 @@ def rerun() -> micro_step.Capture:
         state = torch.get_rng_state()
         generator_states = [generator.get_state() for generator in generators]
         static = function()
-        torch.set_rng_state(state)  # a capture draws nothing
+        torch.set_rng_state(state)  # a capture does not advance the generators
         for generator, before in zip(generators, generator_states, strict=True):
             generator.set_state(before)
 
@@ -111,7 +112,7 @@ def steps(
     device: torch.device,
     lengths: Sequence[int],
 ) -> tuple[list[MicroStepOutputs], list[Tensor], Network]:
-    """Outputs of some micro-steps, the summed gradients, and the network."""
+    """Run micro-steps, and return their outputs, the summed gradients and the network."""
     torch.manual_seed(0)
     network = Network().to(device)
     engine = Engine(network)
@@ -125,7 +126,7 @@ def steps(
         rows = torch.randn(length, WIDTH).to(device)
         keys = Keys(queue, torch.tensor(step / 2, device=device), bound=3)
         results.append(run((rows, keys, generator), is_last=True))
-        queue[:, step % 5] += 1.0  # in place, as a feature queue
+        queue[:, step % 5] += 1.0  # in place, like a feature queue
     return results, engine.gradients, network
 
 
@@ -156,8 +157,8 @@ def test_replays_give_the_numbers_of_eager_steps() -> None:
 
     captured = steps(build, cpu, LENGTHS)
     same(captured, eager)
-    # The first steps are eager; 4 and 6 rows are captured when they come for the second time after
-    # them, and 5 rows, which come once, never.
+    # The first steps are eager. After them, 4 and 6 rows are captured at their second occurrence.
+    # 5 rows occur once, so they are never captured.
     assert len(captures) == 2
     assert captures[0] == WARM_UP_STEPS + 2
 

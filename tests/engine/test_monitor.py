@@ -1,4 +1,4 @@
-"""The monitor, by reading back what it wrote: event files, metrics.jsonl, the terminal."""
+"""Test the monitor by reading its output: event files, metrics.jsonl, the terminal."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_scalars_reach_tensorboard_and_the_file(tmp_path: Path) -> None:
     monitor = make(tmp_path)
     monitor.log(1, METRICS)
     monitor.scalars(2, {"retrieval/r1": 0.5, "loss/itc": math.nan})
-    assert curve(tmp_path, "train/learning_rate") == [(1, 3e-4)]  # without waiting for close()
+    assert curve(tmp_path, "train/learning_rate") == [(1, 3e-4)]  # written before close()
     monitor.close()
     assert set(read(tmp_path).Tags()["scalars"]) == {*map(tag, METRICS), "2_retrieval/r1"}
     assert curve(tmp_path, "retrieval/r1") == [(2, 0.5)]
@@ -87,7 +87,7 @@ def test_time_left_is_that_of_the_steps_so_far(
     caplog.set_level(logging.INFO, logger="blip_scale")
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    monitor = make(tmp_path, start_step=40)  # steps of an earlier run cost this one nothing
+    monitor = make(tmp_path, start_step=40)  # steps of an earlier start take no time
     monitor.log(40, METRICS)
     now[0] += 100.0
     monitor.log(60, METRICS)
@@ -159,7 +159,7 @@ def test_alarm_sounds_once_an_episode(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_an_alarm_lasts_as_long_as_its_cause(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is said again, survives a restart, and stands in what the summary takes."""
+    """The alarm is logged repeatedly, survives a restart, and is in the summary."""
     alarm = Alarm("one_class", lambda metrics: metrics["loss/itm"] > 0.6, "one class only", 3)
     streaks: dict[str, int] = {}
     for start in (0, 20):
@@ -204,11 +204,11 @@ def test_pictures_show_images_and_captions(tmp_path: Path) -> None:
     sheet = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
     shown_colours = {colour for _, colour in sheet.getcolors(1 << 20)}
     assert set(colours) <= shown_colours
-    row_height = sheet.height // 3  # two a row, so the fifth begins the third
+    row_height = sheet.height // 3  # two per row, so the fifth image is in the third row
     assert sheet.getpixel((100, 100)) == colours[0]
     assert sheet.getpixel((100, 100 + 2 * row_height)) == colours[4]
     words = sheet.crop((0, 240, 234, row_height))
-    assert words.getextrema()[0][0] < 60  # something black is written under the image
+    assert words.getextrema()[0][0] < 60  # there is black text below the image
     (table,) = events.Tensors("2_captions/text_summary")
     assert r"| a \| b |" in table.tensor_proto.string_val[0].decode()
 

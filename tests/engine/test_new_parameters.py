@@ -1,5 +1,7 @@
-"""A trainable parameter that no published BLIP has needs no name there: it trains, is saved,
-resumed and loaded, and an export names it."""
+"""Test additional trainable parameters, which no published BLIP has and no format maps.
+
+They are trained, saved, resumed and loaded, and an export names them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def train(recipe: Path, stage: int = 3) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two steps with a checkpoint at each."""
+    """Return the folder of a run of two steps, with a checkpoint at each step."""
     folder = tmp_path_factory.mktemp("new_parameters")
     return train(
         tiny_runs.make_recipe(folder, train={"max_steps": 2}, checkpoint={"every_steps": 1})
@@ -49,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def with_new_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add the new parameters in this process, too."""
+    """Add the new parameters to the networks of this process."""
     train_with_new_parameters.add(monkeypatch.setattr)
 
 
@@ -74,7 +76,7 @@ def test_they_train_and_resume(trained: Path, tmp_path: Path) -> None:
 
 
 def test_they_start_from_the_seed(trained: Path, with_new_parameters: None) -> None:
-    """Their constructors draw from the seed, whatever was drawn before."""
+    """Their initial values depend only on the seed, not on earlier random numbers."""
     recipe = recipes.load(str(trained / "recipe.yaml"))
     task = Pretrain(replace(recipe, seed=7), torch.device("cpu"))
     starts = []
@@ -137,9 +139,9 @@ def test_writers_refuse_what_they_would_drop(
 def test_fine_tuning_starts_with_them(
     trained: Path, tmp_path: Path, with_new_parameters: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Our checkpoint has their trained values.
+    """Fine-tuning loads their trained values from our checkpoint.
 
-    With a file without them they are initialised, and a warning says so.
+    If a file does not have them, they are initialised, and a warning says so.
     """
     config = weights_of(trained).config
     saved = tiny_runs.whole_tensors(checkpoint(trained, 2), "weight")

@@ -1,4 +1,4 @@
-"""oneDNN's linear layer against torch's."""
+"""Compare oneDNN's linear layer with torch's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_values_gradients_and_operations_are_torchs(
     for expected, value in zip(*results, strict=True):
         if dtype == torch.float32:
             torch.testing.assert_close(value, expected)
-        elif value.numel():  # sums of rounded terms may cancel
+        elif value.numel():  # rounded terms may cancel, so the tolerance is absolute
             largest = expected.abs().max().item()
             torch.testing.assert_close(value, expected, rtol=0.02, atol=0.01 * largest)
 
@@ -49,7 +49,7 @@ def test_a_columns_gradient_need_not_be_contiguous() -> None:
     layer = nn.Linear(24, 40)
     take_onednn(layer)
     x = torch.randn(6, 24, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x).sum(), x)  # an expanded scalar comes back
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)  # the gradient is an expanded scalar
     torch.testing.assert_close(gradient, layer.weight.sum(0).expand(6, 24))
 
 

@@ -1,5 +1,7 @@
-"""ZeRO against one plain PyTorch process on the same global batch: losses, weights, momentum
-copies."""
+"""Compare ZeRO with one plain PyTorch process on the same global batch.
+
+Losses, weights and momentum copies must be equal.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ COMPILED: dict[str, Any] = {
     "vision": {"overrides": {"depth": 1}},
     "text": {"layers": 1, "dropout": 0.0},
 }
-"""A network with few graphs, as each takes seconds to compile. Kinds of layers are in
-tests/model/test_compiling.py. Compiled dropout draws other numbers."""
+"""Compiled network with few graphs, because each graph takes seconds to compile. Other kinds of
+layers are tested in tests/model/test_compiling.py. Dropout is off, because compiled dropout draws
+different numbers."""
 PADDED = {"pad_tokens_to": 64}
-"""Batches of equal sizes, as on a GPU: all ranks and steps of these cases share their graphs."""
+"""Setting that gives all batches the same size, as on a GPU. All ranks and steps of these cases
+then share their graphs."""
 PARTITIONED_AND_MORE: dict[str, Any] = {
     "train": {"whole_weights": False, "micro_batch_size": 4},
     "optimizer": {"gradient_clip": 5.0},
@@ -72,9 +76,9 @@ PARTITIONED_AND_MORE: dict[str, Any] = {
 def test_equals_a_plain_process(
     tmp_path: Path, stage: int, ranks: int, settings: dict[str, Any]
 ) -> None:
-    """The run is fp32 with dropout, and its queue of 40 wraps within a batch of 16.
+    """Runs are in fp32 with dropout. The queue of 40 wraps within a batch of 16.
 
-    Under ZeRO-3 weights stay whole unless a case says otherwise.
+    Under ZeRO-3, weights are whole unless a case sets it otherwise.
     """
     recipe = tiny_runs.make_recipe(tmp_path, **settings)
     tiny_runs.train(recipe, ranks, f"train.max_steps={STEPS}", stage=stage)
@@ -92,7 +96,7 @@ def test_equals_a_plain_process(
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_momentum_in_bf16_keeps_fp32_averages(tmp_path: Path, stage: int) -> None:
-    """The averages of a bf16 run follow the formula in fp32. In bf16 they would not move."""
+    """A bf16 run computes its momentum averages in fp32. In bf16, most would not change."""
     recipe = tiny_runs.make_recipe(
         tmp_path,
         train={"precision": "bf16"},
@@ -122,5 +126,5 @@ def test_momentum_in_bf16_keeps_fp32_averages(tmp_path: Path, stage: int) -> Non
         changed += int((average != averages[0][name]).sum())
         moved_in_bf16 += int((naive != averages[0][name].bfloat16()).sum())
         elements += average.numel()
-    assert changed > 0.9 * elements  # in fp32 nearly every element moves with every step
-    assert moved_in_bf16 < 0.2 * elements  # in bf16 most of them never do
+    assert changed > 0.9 * elements  # in fp32, nearly every element changes
+    assert moved_in_bf16 < 0.2 * elements  # in bf16, most elements do not change

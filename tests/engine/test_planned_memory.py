@@ -1,4 +1,4 @@
-"""The plan's memory against the memory of DeepSpeed's engine, on 1, 2 and 4 ranks."""
+"""Compare the planned memory with the memory of DeepSpeed's engine, on 1, 2 and 4 ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUCKETS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "allgather_bucke
 
 
 def ds_config(folder: Path, stage: int) -> Path:
-    """The repository's JSON, with buckets and thresholds of the tiny network's size."""
+    """Write a shipped JSON with buckets and thresholds that fit the size of the tiny network."""
     config = json.loads((REPO / f"ds_configs/zero{stage}.json").read_text())
     zero = config["zero_optimization"]
     zero |= {name: 40_000 for name in BUCKETS if name in zero}
@@ -66,7 +66,7 @@ def test_states_are_what_deepspeed_holds(
     gradients = planned.backward.get("gradients", 0)
     assert resting + gradients == pytest.approx(most["backward"], rel=0.1)
     gathered = planned.backward.get("gathered_weights", 0)
-    if adapts:  # what the frozen layers hold is an upper limit
+    if adapts:  # the plan for frozen layers is an upper limit
         assert most["gathered"] <= gathered <= 1.3 * most["gathered"]
     else:
         assert gathered == pytest.approx(most["gathered"], rel=0.1)

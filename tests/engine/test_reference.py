@@ -1,4 +1,4 @@
-"""The published losses as a reference: which runs it fits, and when its alarm rings."""
+"""Test the published losses as a reference: the comparable runs, and the alarm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLIP = recipes.load("base_14M", ["log.reference=blip_14M"])
     [
         ({}, set()),
         ({"itc": 1.2, "itm": 0.85, "lm": 0.8}, set()),
-        ({"itm": 1.27}, set()),  # 27 % above, but less than the floor
+        ({"itm": 1.27}, set()),  # 27 % above, but below the alarm's floor
         ({"lm": 1.4}, {"reference_lm"}),
         ({"itc": 0.6, "itm": 2.5}, {"reference_itc", "reference_itm"}),
     ],
@@ -31,7 +31,7 @@ BLIP = recipes.load("base_14M", ["log.reference=blip_14M"])
 def test_the_alarm_rings_far_from_the_curve_alone(
     tmp_path: Path, factors: dict[str, float], rings: set[str]
 ) -> None:
-    """A full-size run whose losses are the published ones times a factor, from epoch 4 on."""
+    """Alarms of a full-size run whose losses are the published ones times a factor from epoch 4."""
     reference, alarms = chosen_reference(BLIP, SAMPLES)
     assert reference is not None
     monitor = Monitor(LoggedRun(tmp_path, 0), [], True, 20 * STEPS, 2880, alarms)
@@ -44,7 +44,7 @@ def test_the_alarm_rings_far_from_the_curve_alone(
         assert not monitor.lasting_alarms()
         monitor.log(step, losses | expected)
     assert set(monitor.lasting_alarms()) == rings
-    monitor.log(10 * STEPS, losses | reference.at(10))  # beyond the reference's epochs
+    monitor.log(10 * STEPS, losses | reference.at(10))  # after the last epoch of the reference
     assert not monitor.lasting_alarms()
     monitor.close()
 

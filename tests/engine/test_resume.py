@@ -1,6 +1,6 @@
-"""A run that is killed at any moment resumes with equal losses, bit for bit.
+"""A run that is killed at any moment resumes with bitwise equal losses.
 
-A bad disk loses nothing saved.
+A full or damaged disk does not lose saved checkpoints.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from blip_scale.data.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.multiprocess
 
-STEPS = 30  # so many that no kill comes too late
+STEPS = 30  # enough, so that every kill comes before the end
 OFTEN = {"checkpoint": {"every_steps": 3}, "train": {"max_steps": STEPS}}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, float]]:
-    """Losses of a run on two ranks that was not killed."""
+    """Return the losses of a run on two ranks that was not killed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     tiny_runs.train(tiny_runs.make_recipe(folder, **OFTEN), 2)
     return tiny_runs.losses(folder / "run")
 
 
 def wait_for(moment: Callable[[], bool], process: subprocess.Popen) -> None:
-    """Wait until `moment()` is true, while the process runs."""
+    """Wait until `moment()` is true. Fail if the process ends first."""
     deadline = time.monotonic() + 240
     while not moment():
         assert time.monotonic() < deadline, "the moment never came"
@@ -53,7 +53,7 @@ def wait_for(moment: Callable[[], bool], process: subprocess.Popen) -> None:
 
 
 def ranks_below(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """The processes of the ranks that the `deepspeed` command started, rank 0 first."""
+    """Return the processes of the ranks started by the `deepspeed` command, rank 0 first."""
     processes = {}
     for process in psutil.Process(launcher.pid).children(recursive=True):
         rank = [part for part in process.cmdline() if part.startswith("--local_rank=")]
@@ -63,22 +63,19 @@ def ranks_below(launcher: subprocess.Popen) -> list[psutil.Process]:
 
 
 def phase(run: Path) -> str:
-    """Phase of the run, from its heartbeat."""
+    """Return the phase of the run, from its heartbeat."""
     file = run / "heartbeat.json"
     return str(json.loads(file.read_text())["phase"]) if file.exists() else ""
 
 
 def reached(run: Path, step: int) -> bool:
-    """Whether the log has the line of `step`."""
+    """Return True if metrics.jsonl has a line for `step`."""
     file = run / "metrics.jsonl"
     return file.exists() and f'"step": {step},' in file.read_text()
 
 
 def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
-    """The launcher ends the second rank when the first is killed.
-
-    Then all ranks are killed at once.
-    """
+    """First, one rank is killed, and the launcher ends the other. Then all are killed at once."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     dice = random.Random(time.time_ns())
@@ -106,7 +103,7 @@ def test_killed_at_random_moments(tmp_path: Path, undisturbed: dict[int, dict[st
 
 
 def assert_wall_time_is_accounted_for(run: Path, began: float) -> None:
-    """Check the record of a run that was killed: uses add up, and each step counts once."""
+    """Check the record of a killed run: the uses of time add up, and each step counts once."""
     record = json.loads((run / "goodput.json").read_text())
     seconds = record["seconds"]
     assert began < record["first_start"] < began + 60
@@ -115,17 +112,17 @@ def assert_wall_time_is_accounted_for(run: Path, began: float) -> None:
     assert all(seconds[use] > 0 for use in ("steps", "start", "saving", "down"))
     points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps_s = sum(16 / point["speed/samples_per_s"] for point in points if "loss/total" in point)
-    # The goodput's clock also has what lies between the steps that metrics measure.
+    # Goodput also counts the time between the steps, which the metrics do not measure.
     assert 0.9 * steps_s < seconds["steps"] <= 1.2 * steps_s
 
 
 def test_a_rank_that_stalls_or_dies_ends_the_others(
     tmp_path: Path, undisturbed: dict[int, dict[str, float]]
 ) -> None:
-    """Without a launcher, ranks end within the time that the recipe gives, with stacks in the log.
+    """Without a launcher, ranks end within the recipe's time limit, and log their stacks.
 
-    They name the rank that they wait for. The run then resumes, and its record shows that every
-    sample was used once.
+    They name the rank for which they wait. The run then resumes, and its record shows that every
+    sample was used exactly once.
     """
     limit_s = 8
     recipe = tiny_runs.make_recipe(
@@ -190,7 +187,7 @@ def _assert_every_sample_once(recipe: Path) -> None:
 def test_killed_inside_a_save(
     tmp_path: Path, undisturbed: dict[int, dict[str, float]], moment: str
 ) -> None:
-    """The half-written checkpoint is named and ignored, and the previous one is loaded."""
+    """The incomplete checkpoint is reported and ignored, and the previous one is loaded."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     script = Path(train_killed_in_a_save.__file__)
@@ -209,7 +206,7 @@ def test_killed_inside_a_save(
 def test_damaged_checkpoint_falls_back(
     tmp_path: Path, undisturbed: dict[int, dict[str, float]]
 ) -> None:
-    """A flipped byte in the newest checkpoint is found by its checksum."""
+    """The checksum detects a flipped byte in the newest checkpoint."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     tiny_runs.train(recipe, 2, "train.max_steps=7")
@@ -224,7 +221,7 @@ def test_damaged_checkpoint_falls_back(
 
 
 def test_signal_stops_cleanly(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
-    """SIGUSR1 to one rank makes both finish the step, save, and exit with code 75."""
+    """After SIGUSR1 to one rank, both ranks finish the step, save, and exit with code 75."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     run = tmp_path / "run"
     processes = tiny_runs.launch(recipe, 2)
@@ -238,7 +235,7 @@ def test_signal_stops_cleanly(tmp_path: Path, undisturbed: dict[int, dict[str, f
 def test_a_signal_in_an_evaluation_stops_at_once_with_everything_saved(
     tmp_path: Path, undisturbed: dict[int, dict[str, float]]
 ) -> None:
-    """The checkpoint comes before the evaluation, which the next start makes up for."""
+    """The checkpoint is saved before the evaluation. The next start does the evaluation."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN, evaluation={"every_steps": 16})
     run, script = tmp_path / "run", Path(train_with_a_long_evaluation.__file__)
     slow = tmp_path / train_with_a_long_evaluation.SLOW
@@ -261,7 +258,7 @@ def test_a_signal_in_an_evaluation_stops_at_once_with_everything_saved(
     assert evaluated == [16, STEPS]
     metrics = (run / "metrics.jsonl").read_bytes()
     summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").unlink()  # as if it was killed between the evaluation and the end
+    (run / "summary.json").unlink()  # as if the run was killed between the evaluation and the end
     tiny_runs.train(recipe, 2)
     assert f"step {STEPS} was evaluated before" in tiny_runs.said(recipe)
     assert (run / "metrics.jsonl").read_bytes() == metrics
@@ -270,8 +267,11 @@ def test_a_signal_in_an_evaluation_stops_at_once_with_everything_saved(
 
 
 def test_resume_with_everything_on(tmp_path: Path) -> None:
-    """bf16, accumulation, checkpointed blocks, a loader process, and between two lines of the log:
-    the same last line and the same bits in the last checkpoint."""
+    """A resumed run writes the same last line and a bitwise equal last checkpoint.
+
+    The run uses bf16, accumulation, gradient checkpointing and a loader process. It resumes at a
+    step that is not logged.
+    """
     recipe = tiny_runs.make_recipe(
         tmp_path,
         train={"max_steps": 8, "precision": "bf16", "micro_batch_size": 4},
@@ -281,7 +281,7 @@ def test_resume_with_everything_on(tmp_path: Path) -> None:
     )
     run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000008"
     ends = []
-    for _ in range(2):  # the second time from step 6
+    for _ in range(2):  # the second run resumes from step 6
         shutil.rmtree(last, ignore_errors=True)
         tiny_runs.train(recipe, 2, "model.gradient_checkpointing=true")
         kinds = ("weight", "exp_avg", "exp_avg_sq", "momentum")
@@ -297,18 +297,21 @@ def test_resume_with_everything_on(tmp_path: Path) -> None:
 
 
 def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str, float]]) -> None:
-    """A checkpoint that does not fit is logged, the earlier one stays whole, the run continues."""
+    """If a checkpoint does not fit, this is logged, and the run continues.
+
+    The previous checkpoint stays intact.
+    """
     with small_disk(tmp_path, "size=64m") as disk:
         recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
         folder = f"checkpoint.folder={disk}/checkpoints"
         tiny_runs.train(recipe, 2, folder, "train.max_steps=3")
         (earlier,) = (disk / "checkpoints").iterdir()
         before = {path.name: path.read_bytes() for path in earlier.iterdir()}
-        room = sum(map(len, before.values())) // 2  # too little for another one
+        room = sum(map(len, before.values())) // 2  # not enough for another checkpoint
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - room))
         codes = tiny_runs.finish(tiny_runs.launch(recipe, 2, folder))
         output = tiny_runs.said(recipe)
-        assert set(codes) == {1}, output  # the last checkpoint is missing, so it is no success
+        assert set(codes) == {1}, output  # a failure, because the last checkpoint is missing
         assert "resuming at step 3" in output
         assert output.count("was NOT saved") == (STEPS - 3) // 3
         assert "No space left" in output
@@ -320,7 +323,7 @@ def test_full_disk_while_saving(tmp_path: Path, undisturbed: dict[int, dict[str,
 
 @contextmanager
 def small_disk(folder: Path, options: str) -> Iterator[Path]:
-    """Mount a file system in memory with mount's `options`."""
+    """Mount an in-memory file system with the given options of mount."""
     disk = folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
@@ -336,7 +339,7 @@ def small_disk(folder: Path, options: str) -> Iterator[Path]:
 
 @pytest.mark.parametrize("inodes", [1, 2])
 def test_a_disk_without_inodes_is_a_failure_in_one_line(tmp_path: Path, inodes: int) -> None:
-    """The machine is to blame and not the input, so a job is requeued (exit code 1)."""
+    """The cause is the machine, not the input, so the exit code is 1 and a job is requeued."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     with small_disk(tmp_path, f"nr_inodes={inodes}") as disk:
         folder = f"checkpoint.folder={disk}/checkpoints"
@@ -347,7 +350,7 @@ def test_a_disk_without_inodes_is_a_failure_in_one_line(tmp_path: Path, inodes: 
 
 
 def test_other_network_is_refused(tmp_path: Path) -> None:
-    """A checkpoint of another network is named, and nothing of it is loaded."""
+    """A checkpoint of a different network is named in the error, and nothing of it is loaded."""
     recipe = tiny_runs.make_recipe(tmp_path, **OFTEN)
     tiny_runs.train(recipe, 1, "train.max_steps=3")
     codes = tiny_runs.finish(tiny_runs.launch(recipe, 1, "model.text.mlp_width=128"))

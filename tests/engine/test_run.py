@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them, and their behaviour when something goes wrong."""
+"""Whole runs started as by a user, and their behaviour when something fails."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run_command(recipe: Path, ranks: int | None = None) -> int:
 
 
 def terminal(recipe: Path) -> str:
-    """Output of the command that was started last, stdout first."""
+    """Return the output of the last command: stdout, then stderr."""
     return (recipe.parent / "stdout").read_text() + (recipe.parent / "stderr").read_text()
 
 
@@ -81,7 +81,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of every file."""
+    """Return the content and the modification time of every file."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -91,7 +91,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recipe of a run that ended, started by `deepspeed` on two ranks with ZeRO-3."""
+    """Return the recipe of a finished run, started by `deepspeed` on two ranks with ZeRO-3."""
     recipe = tiny_runs.make_recipe(
         tmp_path_factory.mktemp("finished"),
         checkpoint={"every_steps": 3},
@@ -103,7 +103,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_terminal_shows_our_lines_alone(finished: Path) -> None:
-    """Nothing of DeepSpeed, torch or transformers is on either stream of either rank."""
+    """Neither rank prints messages of DeepSpeed, torch or transformers to stdout or stderr."""
     assert (finished.parent / "stdout").read_text() == ""
     ours = re.compile(
         r"\d\d:\d\d:\d\d (an epoch|pretrain on 2 rank|weights are |step |saved |done: )"
@@ -193,7 +193,7 @@ def test_every_curve_is_there(finished: Path) -> None:
         towers = row["gradient_norm/vision"] ** 2 + row["gradient_norm/text"] ** 2
         assert row["gradient_norm/all"] ** 2 == pytest.approx(towers, rel=1e-5)
         assert row["samples"] == row["step"] * BATCH
-    watched = events.Scalars("2_heldout/itc_image_to_text_r1")  # also during the training
+    watched = events.Scalars("2_heldout/itc_image_to_text_r1")  # also during training
     assert [point.step for point in watched] == [3, 6]
 
 
@@ -214,9 +214,9 @@ def test_recipe_and_pictures_are_in_tensorboard(finished: Path) -> None:
 def test_the_queue_holds_what_all_ranks_gathered(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One file holds the queue of all ranks in the order of the global batch.
+    """One file holds the queue of all ranks, in the order of the global batch.
 
-    The ring of 40 wraps twice.
+    The ring buffer of 40 entries wraps twice.
     """
     queues: list[FeatureQueue] = []
 
@@ -245,7 +245,7 @@ def test_the_queue_holds_what_all_ranks_gathered(
 
 
 def test_a_finished_run_has_nothing_left_to_do(finished: Path) -> None:
-    """A restart ends successfully and quickly, and changes nothing."""
+    """Starting a finished run again succeeds quickly, and changes nothing."""
     run = finished.parent / "run"
     kept = snapshot(run / "checkpoints")
     metrics = (run / "metrics.jsonl").read_bytes()
@@ -262,7 +262,7 @@ def test_a_finished_run_has_nothing_left_to_do(finished: Path) -> None:
 
 
 def assert_same_checkpoint(written: Path, loaded: Path) -> None:
-    """Compare all tensors and all state, whichever ranks wrote them."""
+    """Compare all tensors and all state, regardless of the ranks that wrote them."""
     for kind in KINDS:
         before, after = (tiny_runs.whole_tensors(folder, kind) for folder in (written, loaded))
         assert before.keys() == after.keys() and len(before) > 20
@@ -309,8 +309,10 @@ def test_another_stage_goes_on_with_the_same_losses(tmp_path: Path, finished: Pa
 
 
 def test_other_numbers_of_ranks_take_the_same_samples(tmp_path: Path, finished: Path) -> None:
-    """Two ranks, then one, then four, then one of ZeRO-2: nothing is lost on the way, and the
-    global batch stays as it is, by more or less accumulation."""
+    """A run moves from two ranks to one, to four, then to one under ZeRO-2, and loses nothing.
+
+    The global batch does not change, because the number of micro-steps is adapted.
+    """
     recipe = tiny_runs.make_recipe(tmp_path, train={"max_micro_batch_size": 4})
     copy_of_step_3(finished, tmp_path)
     for step, (ranks, stage) in enumerate([(1, 3), (4, 3), (1, 2)], start=3):
@@ -328,9 +330,9 @@ def test_other_numbers_of_ranks_take_the_same_samples(tmp_path: Path, finished: 
 
 
 def test_a_slow_rank_and_a_jump_of_the_loss_are_seen(tmp_path: Path) -> None:
-    """The slow rank is named, though all ranks take equally long for a step.
+    """The slow rank is named, although a step takes the same time on all ranks.
 
-    The jump is logged with its samples.
+    The jump of the loss is logged with the samples of the step.
     """
     slow = train_with_a_slow_rank
     recipe = tiny_runs.make_recipe(tmp_path, train={"max_steps": slow.SPIKE_STEP + 1})
@@ -356,7 +358,7 @@ def test_a_slow_rank_and_a_jump_of_the_loss_are_seen(tmp_path: Path) -> None:
 
 
 def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
-    """One rank without a launcher, under ZeRO-2, names and counts a sample that can't be read."""
+    """A rank without a launcher, under ZeRO-2, names and counts a sample that can't be read."""
     spoiled = tiny_runs.records("spoiled")[:BATCH]
     spoiled[5] = replace(spoiled[5], image=b"no image")
     write_shards(tmp_path / "spoiled", spoiled)
@@ -368,7 +370,7 @@ def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
     run, output = tmp_path / "run", terminal(recipe)
     assert "pretrain on 1 rank(s) of cpu, ZeRO-2" in output
     named = [line for line in output.splitlines() if "could not be read" in line]
-    assert len(named) == 1  # though it is met in each of the three epochs, a step each
+    assert len(named) == 1  # although it occurs in each of the three epochs, which have one step
     for line in named:
         assert "WARNING skipped a sample" in line
         assert f"spoiled/shard.00000.mds[5] {spoiled[5].id}: " in line
@@ -383,7 +385,7 @@ def test_plain_python_and_a_corrupt_image(tmp_path: Path) -> None:
 
 
 def test_lines_come_by_time_as_well(tmp_path: Path) -> None:
-    """Extra lines by time change no number and no logged point."""
+    """Additional lines, logged by time, change neither numbers nor logged points."""
     told = {}
     for name, every_s in (("quiet", None), ("talking", 0.001)):
         recipe = tiny_runs.make_recipe(
@@ -400,7 +402,7 @@ def test_lines_come_by_time_as_well(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:
-    """The message names stream and shard, ranks end without a launcher, checkpoints are whole."""
+    """The message names stream and shard. All ranks end, and the checkpoints are complete."""
     recipe = tiny_runs.make_recipe(
         tmp_path, train={"max_steps": 100_000}, checkpoint={"every_steps": 2, "keep_last": 3}
     )
@@ -417,7 +419,7 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:
     assert 0 not in codes, output
     assert f"stream 'shapes': shard {shard} is missing" in output
     assert "traceback in" in output
-    for path in checkpoints.glob("step_*.partial"):  # of a save that was cut short
+    for path in checkpoints.glob("step_*.partial"):  # left by an interrupted save
         shutil.rmtree(path)
     saved = sorted(checkpoints.iterdir())
     assert len(saved) >= 2
@@ -426,9 +428,9 @@ def test_a_shard_that_vanishes_stops_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stage", "micro_batch"), [(3, 8), (2, 4)], ids=["zero3", "zero2-twice"])
 def test_numbers_that_go_wrong(tmp_path: Path, stage: int, micro_batch: int) -> None:
-    """Steps that are not finite change nothing on any rank and are not saved.
+    """A step with a non-finite loss or gradient changes nothing on any rank, and is not saved.
 
-    Several in a row end the run.
+    Several such steps in a row end the run.
     """
     recipe = tiny_runs.make_recipe(
         tmp_path,
@@ -444,7 +446,7 @@ def test_numbers_that_go_wrong(tmp_path: Path, stage: int, micro_batch: int) -> 
     assert f"giving up at step {burst + 3}: loss or gradient was not finite in 3 steps" in output
     skipped = r"step (\d+): loss or gradient not finite, update skipped \((shapes-.*), \.\.\.\)"
     expected = [bad, burst + 1, burst + 2, burst + 3]
-    for rank in range(RANKS):  # the same decisions, with samples of both ranks named
+    for rank in range(RANKS):  # both ranks skip the same steps, and name the samples of both
         log = (tmp_path / "run" / "logs" / f"rank_{rank}.log").read_text()
         matches = re.findall(skipped, log)
         assert [int(step) for step, _ in matches] == expected
@@ -458,7 +460,7 @@ def test_numbers_that_go_wrong(tmp_path: Path, stage: int, micro_batch: int) -> 
     for kind in KINDS:
         tensors = tiny_runs.whole_tensors(saved[-1], kind).values()
         assert all(tensor.isfinite().all() for tensor in tensors)
-    for rank in range(RANKS):  # weights, moments, averages and queue stand still
+    for rank in range(RANKS):  # weights, moments, averages and queue do not change
         states = json.loads((tmp_path / "run" / f"states_{rank}.json").read_text())
         for step in range(2, burst + 4):
             stood_still = states[str(step)] == states[str(step - 1)]

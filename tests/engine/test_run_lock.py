@@ -1,6 +1,6 @@
-"""One run owns an output folder.
+"""Test the lock of an output folder.
 
-A second one is refused, and the lock of a dead run is taken over.
+A second run in the same folder is refused. A run takes over the lock of a dead run.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 
 
 def leave(folder: Path) -> None:
-    """Leave a lock of this process that is no longer renewed."""
+    """Make this process acquire the lock, but stop renewing it."""
     RunLock(folder)._ended.set()
 
 
 def change(folder: Path, age_s: float = 0.0, **fields: Any) -> None:
-    """Replace the lock by another holder's, whose last sign of life has this age."""
+    """Change fields of the lock, and set its last renewal to `age_s` seconds ago."""
     file = folder / "lock.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     os.utime(file, (time.time() - age_s, time.time() - age_s))
@@ -88,7 +88,7 @@ def test_a_silent_lock_of_another_machine_is_stale(tmp_path: Path) -> None:
 
 
 def test_a_container_of_the_same_host_name_is_another_machine(tmp_path: Path) -> None:
-    """Its process ids mean nothing here: a lock that is renewed is alive."""
+    """The container's process ids are not valid here, so a renewed lock counts as alive."""
     process = hold(tmp_path)
     lock_text = (tmp_path / "lock.json").read_text()
     holder = json.loads(lock_text) | {"namespace": "pid:[1]", "pid": 999_999_999}
@@ -100,7 +100,7 @@ def test_a_container_of_the_same_host_name_is_another_machine(tmp_path: Path) ->
 def test_signs_of_life_of_another_machine_are_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait is as long as a live run would take to renew its lock."""
+    """A run waits as long as a live run on the other machine needs to renew its lock."""
     monkeypatch.setattr(run_lock, "STALE_S", 3.0)
     monkeypatch.setattr(run_lock, "BEAT_S", 0.5)
     alive = RunLock(tmp_path)
@@ -126,7 +126,7 @@ def test_a_lock_that_falls_silent_is_taken_after_a_while(
 def test_a_restart_of_the_same_job_takes_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SLURM ends a job's processes before it restarts the job, on any node."""
+    """SLURM ends all processes of a job before it restarts the job on any node."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     leave(tmp_path)
     change(tmp_path, host="elsewhere")
@@ -143,7 +143,7 @@ def test_a_damaged_lock_is_judged_by_its_age(tmp_path: Path, text: str) -> None:
 
 
 def test_who_lost_its_lock_ends(tmp_path: Path) -> None:
-    """A run that was suspended for long must not write beside the run that took over."""
+    """A run that was suspended for long must end, because another run took over its folder."""
     process = hold(tmp_path)
     change(tmp_path, pid=1)
     assert process.wait(3 * run_lock.BEAT_S) == 1

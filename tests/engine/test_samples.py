@@ -1,4 +1,4 @@
-"""Files that grow step by step, and the record of the samples."""
+"""Test files to which each step appends lines, and the record of the samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def steps(file: Path) -> list[int]:
 @pytest.mark.parametrize(("last", "expected"), [(9, [1, 2, 2, 10]), (2, [1, 2, 2]), (0, [])])
 def test_lines_past_a_step_are_taken_back(tmp_path: Path, last: int, expected: list[int]) -> None:
     file = tmp_path / "lines.jsonl"
-    files.take_back(file, 5)  # there is none yet
+    files.take_back(file, 5)  # the file does not exist yet
     for step in (1, 2, 2, 10):
         files.add_line(file, step, {"ids": ["a", "größer"]})
     with file.open("a") as stream:

@@ -1,4 +1,4 @@
-"""The learning rate against published figures and against the published loop."""
+"""Compare the learning rate with published figures, and with the published training loop."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ PUBLISHED = OptimizerRecipe(
 
 
 def published_loop(settings: OptimizerRecipe, epochs: int, steps: int) -> list[float]:
-    """Rates of BLIP's train loop: the epoch sets the rate, and in epoch 0 the warm-up overwrites
-    it."""
+    """Return the learning rates of BLIP's training loop.
+
+    Each epoch sets the rate. In epoch 0, the warm-up overwrites it in each step.
+    """
     rates = []
     for epoch in range(epochs):
         by_epoch = max(settings.min_lr, settings.peak_lr * settings.lr_decay**epoch)
@@ -38,7 +40,7 @@ def published_loop(settings: OptimizerRecipe, epochs: int, steps: int) -> list[f
     ],
 )  # fmt: skip
 def test_published_rates(decay: float, epoch: int, published: float) -> None:
-    """The rates decay by the code's 0.9 or the paper's 0.85, and are constant within an epoch."""
+    """The rate decays by 0.9 (published code) or 0.85 (paper), and is constant in an epoch."""
     settings = OptimizerRecipe(lr_decay=decay)
     for step in (epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH - 1):
         assert learning_rate(settings, step, STEPS_PER_EPOCH) == pytest.approx(published, rel=5e-3)
@@ -53,7 +55,7 @@ def test_the_base_recipes_follow_it(name: str) -> None:
 
 
 def test_warm_up() -> None:
-    """The rate rises linearly from 1e-6 to the peak at step 3000, and stays to the epoch's end."""
+    """The rate rises linearly from 1e-6 to the peak at step 3000, then is constant in the epoch."""
     rates = {step: learning_rate(PUBLISHED, step, STEPS_PER_EPOCH) for step in range(5000)}
     assert rates[0] == 1e-6
     assert rates[1500] == pytest.approx((1e-6 + 3e-4) / 2)
@@ -62,14 +64,14 @@ def test_warm_up() -> None:
 
 
 def test_a_short_first_epoch_cuts_the_warm_up() -> None:
-    """The rate jumps to that of epoch 1, as in the published code."""
+    """At the end of epoch 0, the rate jumps to that of epoch 1, as in the published code."""
     cut = learning_rate(PUBLISHED, 999, 1000)
     assert cut == pytest.approx(1e-6 + 299e-6 * 999 / 3000)
     assert learning_rate(PUBLISHED, 1000, 1000) == pytest.approx(2.7e-4)
 
 
 def test_a_warm_up_may_span_epochs() -> None:
-    """The rate rises without a jump and joins the decayed rate."""
+    """The rate rises without a jump, until it reaches the decayed rate."""
     settings = OptimizerRecipe(warmup_spans_epochs=True)
     rates = [learning_rate(settings, step, 104) for step in range(6000)]
     for step in range(0, 3000, 500):
@@ -86,22 +88,22 @@ def test_a_warm_up_that_is_cut_is_said_with_its_numbers() -> None:
     assert "jumps from 1.1e-05 to 0.00027" in warning
     assert "optimizer.warmup_steps=104" in warning
     assert warmup_leap(PUBLISHED, 3000, 9000) is None
-    assert warmup_leap(PUBLISHED, 104, 104) is None  # the run ends before
+    assert warmup_leap(PUBLISHED, 104, 104) is None  # the run ends before the jump
     assert warmup_leap(OptimizerRecipe(warmup_spans_epochs=True), 104, 2000) is None
     assert warmup_leap(OptimizerRecipe(schedule="cosine"), 104, 2000) is None
 
 
 @pytest.mark.parametrize("steps", [7, 40])
 def test_equals_the_published_loop(steps: int) -> None:
-    """Tried with a warm-up that ends inside the first epoch, and with one that does not."""
+    """The warm-up ends in the first epoch in one case, and after it in the other."""
     settings = OptimizerRecipe(peak_lr=1e-3, min_lr=2e-4, warmup_steps=20, lr_decay=0.5)
     rates = [learning_rate(settings, step, steps) for step in range(5 * steps)]
     assert rates == pytest.approx(published_loop(settings, 5, steps), rel=1e-12)
-    assert rates[-1] == 2e-4  # the floor
+    assert rates[-1] == 2e-4  # min_lr
 
 
 def test_without_a_warm_up_the_first_step_has_its_rate_and_then_the_peak() -> None:
-    """BLIP's guard against a division by zero: warm-up steps of 0 count as 1."""
+    """BLIP avoids a division by zero: 0 warm-up steps count as 1."""
     settings = OptimizerRecipe(peak_lr=1e-3, warmup_lr=1e-3, warmup_steps=0)
     assert [learning_rate(settings, step, 100) for step in range(3)] == [1e-3] * 3
     settings = OptimizerRecipe(peak_lr=1e-3, warmup_lr=1e-6, warmup_steps=0)
@@ -109,7 +111,7 @@ def test_without_a_warm_up_the_first_step_has_its_rate_and_then_the_peak() -> No
 
 
 def test_fine_tuning_follows_a_cosine_by_the_epoch() -> None:
-    """lr = init / 2 * (1 + cos(pi * epoch / epochs)), constant through an epoch, as published."""
+    """As published: lr = init / 2 * (1 + cos(pi * epoch / epochs)), constant in an epoch."""
     settings = OptimizerRecipe(schedule="cosine", peak_lr=1e-5, min_lr=0.0)
     for epoch in range(6):
         expected = 1e-5 / 2 * (1 + math.cos(math.pi * epoch / 6))

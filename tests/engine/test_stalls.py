@@ -1,4 +1,4 @@
-"""Hang limits by phase, the ranks that are named, and processes that the timer ends."""
+"""Test hang limits by phase, the ranks that are named, and the end of hanging processes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_who_stands_still_or_is_behind_is_named() -> None:
 
 
 def lost_after(*pulses: int, phase: str = "evaluating") -> list[int]:
-    """Ranks that are lost once rank 1 has shown these pulses, a tick apart."""
+    """Return the ranks that count as lost after rank 1 has sent these pulses, one per tick."""
     calls = RollCall(most_ticks=2)
     for round, pulse in enumerate(pulses):
         silent = RankState(1, "n1", phase, 0, 5, 0.0, pulse)
@@ -108,7 +108,7 @@ def test_a_rank_is_lost_after_enough_ticks_without_a_sign_of_life() -> None:
 
 
 def limits_of(seconds: float, data_retry_s: float = 0.0) -> HangLimits:
-    """The same limit for start and steps, and long ones for the others."""
+    """Return limits: the given one for start and steps, and long ones for other phases."""
     return HangLimits(HangLimitsRecipe(seconds, seconds, 60, 60), data_retry_s)
 
 
@@ -121,8 +121,8 @@ def hang_in_c_with_the_interpreter_locked() -> None:
 
 
 def stall(run: Path, timeout_s: float, hang: Callable[[], None]) -> None:
-    """What a rank does that beats for a while and then hangs."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest has a use for it, a rank has none
+    """Act as a rank that makes progress for a while, and then hangs."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest handles SIGALRM, a rank does not
     (run / "logs").mkdir(exist_ok=True)
     timer = StallTimer(run, 3, limits_of(timeout_s))
     for step in range(8):
@@ -140,7 +140,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def wait_for_data(
     run: Path, rank: int, port: int, data_retry_s: float, limit_s: float = 1.0
 ) -> None:
-    """One of two ranks: rank 0 has the store, and rank 1 waits for its data for ever."""
+    """Act as one of two ranks. Rank 0 hosts the store, and rank 1 waits for its data forever."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
@@ -166,7 +166,7 @@ def wait_for_data(
 
 
 def wait_in_an_evaluation(run: Path, rank: int, port: int) -> None:
-    """One of two ranks whose evaluation does not end. Its limit is a minute."""
+    """Act as one of two ranks with an evaluation that does not end. Its limit is a minute."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
@@ -176,7 +176,7 @@ def wait_in_an_evaluation(run: Path, rank: int, port: int) -> None:
     timer = StallTimer(run, rank, limits_of(60.0))
     timer.join(2, int)
     timer.beat("evaluating", 4)
-    time.sleep(0.5)  # several publications
+    time.sleep(0.5)  # enough to publish the state several times
     (run / f"joined_{rank}").touch()
     hang_in_python()
     del store
@@ -210,11 +210,11 @@ def test_a_process_that_stalls_ends_with_its_stacks_in_the_log(
     process = start(tmp_path, 1.0, hang)
     process.join(30)
     assert process.exitcode == 1
-    assert (tmp_path / "hangs").exists()  # beats wound it up: it did not go off before
+    assert (tmp_path / "hangs").exists()  # beats reset the timer, so it did not fire before
     log = (tmp_path / "logs" / "rank_3.log").read_text()
     assert "Timeout (0:00:03" in log
     assert f"in {hang.__name__}" in log and "in stall" in log
-    if hang is hang_in_python:  # else nobody can speak
+    if hang is hang_in_python:  # otherwise no Python thread can report
         words = "rank 3 on n7 stalled: no progress for 1 s while training, 7 steps done"
         assert words in capfd.readouterr().err and words in log
         (entry,) = map(json.loads, (tmp_path / "stalls.jsonl").read_text().splitlines())
@@ -224,7 +224,7 @@ def test_a_process_that_stalls_ends_with_its_stacks_in_the_log(
 def test_a_rank_may_wait_for_data_while_its_remote_is_retried(
     tmp_path: Path, start: Callable[..., Any]
 ) -> None:
-    """The rank that waits for it in an exchange is as patient, and names it in the end."""
+    """A rank that waits for it in a collective waits as long, and names it in the end."""
     began = time.monotonic()
     port = launcher.free_port()
     ranks = [start(tmp_path, rank, port, 3.0, target=wait_for_data) for rank in range(2)]
@@ -257,7 +257,7 @@ def test_a_long_wait_for_data_is_a_warning(
 def test_a_stopped_rank_0_is_named_though_the_store_stops_with_it(
     tmp_path: Path, start: Callable[..., Any]
 ) -> None:
-    """The limit exceeds the 2 s in which the store must answer, so that a message is possible."""
+    """The limit exceeds the store's timeout of 2 s, so that a message can be written."""
     port = launcher.free_port()
     ranks = [start(tmp_path, rank, port, 0.0, 3.0, target=wait_for_data) for rank in range(2)]
     while len(list(tmp_path.glob("joined_*"))) < 2:
@@ -278,7 +278,7 @@ def test_a_stopped_rank_is_lost_before_the_limit_of_a_long_phase(
     monkeypatch.setattr(stalls, "_SILENT_S", 1.0)
     port = launcher.free_port()
     ranks = []
-    for rank in range(2):  # rank 0 first, as it has the store
+    for rank in range(2):  # rank 0 first, because it hosts the store
         ranks.append(start(tmp_path, rank, port, target=wait_in_an_evaluation))
         while not (tmp_path / f"joined_{rank}").exists():
             assert ranks[rank].is_alive()
@@ -295,7 +295,7 @@ def test_a_stopped_rank_is_lost_before_the_limit_of_a_long_phase(
 
 
 def hang_in_a_batch(run: Path) -> None:
-    """A rank whose evaluation hangs in its eighth batch, and has long limits."""
+    """Act as a rank whose evaluation hangs in its eighth batch, under long limits."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     (run / "logs").mkdir()
     timer = StallTimer(run, 0, limits_of(60.0))
@@ -318,7 +318,7 @@ def test_a_hang_in_a_batch_ends_before_the_limit_of_the_evaluation(
 
 @pytest.mark.multiprocess
 def test_an_evaluation_that_hangs_ends_the_run(tmp_path: Path) -> None:
-    """Its limit is not that of a step; the stacks show where it hangs."""
+    """An evaluation has its own limit. The logged stacks show where it hangs."""
     (tmp_path / train_with_a_long_evaluation.SLOW).touch()
     recipe = tiny_runs.make_recipe(
         tmp_path, evaluation={"every_steps": 2}, hang_limits={"evaluation_s": 3}
@@ -335,7 +335,7 @@ def test_an_evaluation_that_hangs_ends_the_run(tmp_path: Path) -> None:
 def test_a_log_on_a_dead_disk_does_not_keep_it_alive(
     tmp_path: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pipe that nobody empties takes the stacks as little as a mount whose server is gone."""
+    """Writing stacks to a full pipe blocks, like writing to a mount whose server is down."""
     monkeypatch.setattr(stalls, "_GRACE_S", 1.0)
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "rank_3.log"
@@ -357,4 +357,4 @@ def test_the_timer_can_be_stopped_and_be_off(tmp_path: Path, start: Callable[...
     StallTimer(tmp_path, 0, limits_of(0.5)).close()
     process = start(tmp_path, 0, lambda: time.sleep(3))
     process.join(30)
-    assert process.exitcode == 0  # and this process is here as well, 3 s later
+    assert process.exitcode == 0  # this process was not ended either, 3 s later

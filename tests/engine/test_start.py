@@ -1,4 +1,4 @@
-"""Operations that ranks compile on a CPU: none at the start, and in a folder of the environment."""
+"""Ranks on a CPU compile no operations at the start. Later ones go to a folder per environment."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ launcher.end_process(0)
 
 @pytest.mark.multiprocess
 def test_ranks_compile_nothing_and_make_no_buffers(tmp_path: Path) -> None:
-    """DeepSpeed would compile an exchange that training never calls, and make a buffer of 64 MB in
-    shared memory for each rank."""
+    """Ranks skip two steps of DeepSpeed's start.
+
+    DeepSpeed would compile a collective that training never calls, and allocate 64 MB of shared
+    memory for each rank.
+    """
     port = str(launcher.free_port())
     processes = []
     for rank in range(2):
@@ -38,7 +41,7 @@ def test_ranks_compile_nothing_and_make_no_buffers(tmp_path: Path) -> None:
             "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache"),
         }  # fmt: skip
-        variables["TORCHINDUCTOR_CACHE_DIR"] = default_cache_dir()  # torch's imports do so too
+        variables["TORCHINDUCTOR_CACHE_DIR"] = default_cache_dir()  # importing torch also sets it
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-c", START, str(tmp_path / "run")],

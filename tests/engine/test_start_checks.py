@@ -1,4 +1,4 @@
-"""Checks of the loop before the first step, and its averages of logged values."""
+"""Test the checks of the loop before the first step, and its averages of logged values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blip_scale.errors import RefusedInput
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_initial_weights_that_are_not_finite_are_named(value: float) -> None:
-    """They can't be trained, and the log would blame the samples."""
+    """Non-finite initial weights can't be trained, and the log would blame the samples."""
     weights = {name: torch.ones(3) for name in ("a", "b", "c", "d", "e")}
     loop._refuse_nonfinite(weights)
     weights["b"][1] = value
@@ -39,7 +39,7 @@ def test_initial_weights_that_are_not_finite_are_named(value: float) -> None:
 def test_the_users_number_of_threads_is_kept(
     variables: dict[str, str], is_chosen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun sets 1 itself if the user set nothing."""
+    """If the user sets nothing, torchrun sets OMP_NUM_THREADS to 1. This is not a user's choice."""
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -1,4 +1,4 @@
-"""An optimizer step waits for the device once, and repeats an overflowed draw exactly."""
+"""An optimizer step waits for the device once. A repeat after an overflow gives exact results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ pytestmark = pytest.mark.multiprocess
 
 
 def test_a_repeated_step_leaves_no_trace(tmp_path: Path) -> None:
-    """Of two micro-steps on two ranks, one overflows on one rank.
+    """One of two micro-steps overflows on one of two ranks, and is repeated.
 
-    Losses, gradients, queue and weights equal those of a run without overflow, bit for bit.
+    Losses, gradients, queue and weights are bitwise equal to those of a run without overflow.
     """
     runs = {}
     for name, script in (("plain", tiny_runs.TRAIN), ("retried", Path("train_with_retries.py"))):
@@ -34,7 +34,7 @@ def test_a_repeated_step_leaves_no_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("negatives", ["local", "global"])
 def test_a_step_waits_once(tmp_path: Path, ranks: int, negatives: str) -> None:
-    """The real loop takes the branches that DeepSpeed has for CUDA."""
+    """The loop runs with DeepSpeed's code paths for CUDA, and waits once per step."""
     recipe = make_recipe(
         tmp_path,
         objective={"itm": negatives},
@@ -46,7 +46,7 @@ def test_a_step_waits_once(tmp_path: Path, ranks: int, negatives: str) -> None:
     for rank in range(ranks):
         steps = json.loads((tmp_path / "run" / f"waits_{rank}.json").read_text())
         assert len(steps) == 3
-        for waits in steps[1:]:  # the first one also builds constants that are kept
+        for waits in steps[1:]:  # the first step also builds cached constants
             assert list(waits) == ["read"], waits
             assert len(waits["read"]) == 1, waits
             assert "transfers.py" in waits["read"][0]

@@ -1,4 +1,4 @@
-"""A run over webdataset tars: its losses are those of a run over shards converted from them."""
+"""A run on webdataset tars has the same losses as a run on shards converted from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def write_tars(folder: Path) -> None:
-    """The 64 drawings in four tars."""
+    """Write the 64 drawings to four tars."""
     folder.mkdir()
     for number in range(4):
         with tarfile.open(folder / f"{number:05}.tar", "w") as tar:

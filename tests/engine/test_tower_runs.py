@@ -1,4 +1,4 @@
-"""Image towers in whole runs: partitioned weights on two ranks, resumed, evaluated, loaded."""
+"""Test image encoders in whole runs on two ranks: partitioned, resumed, evaluated and loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHERS = (
 
 
 def run(folder: Path, name: str) -> tuple[dict[int, dict[str, float]], dict[str, torch.Tensor]]:
-    """Train to step 3, from the newest checkpoint if there is one. Losses, and last weights."""
+    """Train or resume to step 3, and return the losses and the final weights."""
     tower = {"vision": {"name": name}}
     file = tiny_runs.make_recipe(folder, model=tower, checkpoint={"every_steps": 2})
     tiny_runs.train(file, 2, "train.max_steps=3", "train.whole_weights=false")
@@ -50,9 +50,10 @@ def run(folder: Path, name: str) -> tuple[dict[int, dict[str, float]], dict[str,
 def test_a_tower_trains_resumes_and_is_exported(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that resumes at step 2 has the same bits. What is loaded computes what was trained.
+    """A run that resumes at step 2 gives bitwise equal results.
 
-    Hugging Face's BLIP is refused with the reason and the way out. The other formats keep all bits.
+    The loaded model gives the outputs of the trained one. Export to Hugging Face is refused, with
+    the reason and the fix. The other formats keep the weights bitwise.
     """
     losses, weights = run(tmp_path, name)
     source = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""ZeRO-3 with weights that stay whole: their exchanges, their choice, and equal training."""
+"""Test ZeRO-3 with whole weights: their communication, when they are chosen, and equal results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_buckets_hold_all_parameters_last_ones_first() -> None:
 
 @pytest.mark.parametrize("name", ["base_129M", "large_129M"])
 def test_few_reductions_at_full_size(name: str) -> None:
-    """ds_configs/zero3.json sets the bucket."""
+    """The bucket size is that of ds_configs/zero3.json."""
     network = network_of(recipe.load(name, OWN_SIZES), contrast_of)
     ranges = bucket_ranges(network.trainable, limit=50_000_000)
     assert sum(network.trainable) > 200e6
@@ -49,9 +49,9 @@ def test_few_reductions_at_full_size(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("overlapping", [True, False])
 def test_micro_batches_are_summed_in_fp32(dtype: torch.dtype, overlapping: bool) -> None:
-    """Three micro-steps on one rank.
+    """Gradients of three micro-steps on one rank are summed in fp32.
 
-    A parameter without a gradient counts as zero, whatever the previous step left.
+    A parameter without a gradient counts as zero, even if the previous step left a value.
     """
     shapes = ((2, 3), (), (4,), (5, 2))
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
@@ -66,7 +66,7 @@ def test_micro_batches_are_summed_in_fp32(dtype: torch.dtype, overlapping: bool)
     expected = torch.zeros_like(sums)
     for _ in range(3):
         factors = [torch.randn(shape, dtype=dtype) for shape in shapes]
-        used = zip(factors[:3], parameters[:3], strict=True)  # not the last one
+        used = zip(factors[:3], parameters[:3], strict=True)  # the last one gets no gradient
         loss = torch.stack([(factor * p).float().sum() for factor, p in used]).sum()
         if overlapping:
             buckets.backward(loss, is_last=True)
@@ -75,7 +75,7 @@ def test_micro_batches_are_summed_in_fp32(dtype: torch.dtype, overlapping: bool)
         assert all(parameter.grad is None for parameter in parameters)
         third = [(factor.float() / 3).to(dtype).float().flatten() for factor in factors[:3]]
         expected += torch.cat([*third, torch.zeros(10)])
-    is_rounded = dtype == torch.bfloat16  # each third is, in one order of operations or another
+    is_rounded = dtype == torch.bfloat16  # each third is rounded; the order of operations varies
     torch.testing.assert_close(
         sums, expected, rtol=1e-2 if is_rounded else 1e-5, atol=1e-2 if is_rounded else 1e-6
     )
@@ -83,7 +83,7 @@ def test_micro_batches_are_summed_in_fp32(dtype: torch.dtype, overlapping: bool)
 
 
 def test_parts_of_three_ranks_make_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of 1, 2 and 15 elements, with parts filled up to equal sizes."""
+    """The weights have 1, 2 and 15 elements. Their parts are padded to equal sizes."""
     weights = [torch.randn(shape) for shape in ((), (2,), (3, 5))]
     parts = [nn.functional.pad(w.flatten(), (0, -w.numel() % 3)).view(3, -1) for w in weights]
     parameters = [nn.Parameter(torch.empty(0)) for _ in weights]
@@ -108,7 +108,7 @@ def test_parts_of_three_ranks_make_whole_weights(monkeypatch: pytest.MonkeyPatch
 
 
 def test_whole_weights_are_chosen_by_memory() -> None:
-    """Sizes are ViT-B's in bf16: 223M trainable parameters, 165M momentum copies."""
+    """The sizes are those of ViT-B in bf16: 223M trainable parameters, 165M momentum copies."""
     alone = Sizes(223_000_000, 165_000_000, ranks=1, accumulation=1, compute_bytes=2)
     many = Sizes(223_000_000, 165_000_000, ranks=64, accumulation=4, compute_bytes=2)
     gib = 2**30
@@ -127,7 +127,7 @@ def test_settings_that_whole_weights_contradict_are_named() -> None:
 
 
 def test_replaced_names_are_there() -> None:
-    """The installed DeepSpeed has every private name of the table."""
+    """The installed DeepSpeed has every private name that the patches replace."""
     from deepspeed.runtime import engine
     from deepspeed.runtime.zero import (
         parameter_offload,
@@ -149,7 +149,7 @@ def test_replaced_names_are_there() -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_split_backward_passes_give_the_same_bits(tmp_path: Path, ranks: int) -> None:
-    """Two micro-steps give equal results with overlapped exchanges and with split backwards."""
+    """Two micro-steps give equal results with overlapped reductions and with a split backward."""
     changes: dict[str, Any] = {"train": {"micro_batch_size": 8 // ranks, "max_steps": 4}}
     results = []
     for name, script in (
@@ -169,7 +169,10 @@ def test_split_backward_passes_give_the_same_bits(tmp_path: Path, ranks: int) ->
 
 @pytest.mark.multiprocess
 def test_another_deepspeed_goes_its_own_way(tmp_path: Path) -> None:
-    """No patch is applied, the log says so in a line, and the losses are equal."""
+    """With another DeepSpeed version, no patch is applied, and the log says so in one line.
+
+    The losses do not change.
+    """
     losses_of_runs = []
     for name, script in (
         ("checked", tiny_runs.TRAIN),

@@ -1,4 +1,4 @@
-"""The patches of DeepSpeed's ZeRO-3 step."""
+"""Test the patches of DeepSpeed's ZeRO-3 step."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_only_modules_with_something_to_gather_keep_their_hooks(
     offload = SimpleNamespace(module=network, forward_hooks=[], backward_hooks=[])
     for module in network:
         name = type(module).__name__
-        module.ds_external_parameters = dict  # as DeepSpeed gives every module: none
+        module.ds_external_parameters = dict  # DeepSpeed sets this on every module
         for parameter in module.parameters():
             parameter.ds_persist = name == "LayerNorm"  # type: ignore[attr-defined]
             parameter.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ def test_only_modules_with_something_to_gather_keep_their_hooks(
 def test_small_weights_are_gathered_in_one_exchange(
     monkeypatch: pytest.MonkeyPatch, quantized: bool
 ) -> None:
-    """Weights of 1, 2 and 15 elements on three ranks, with parts filled up to equal sizes."""
+    """The weights have 1, 2 and 15 elements. Their parts on 3 ranks are padded to equal sizes."""
     weights = [torch.randn(shape) for shape in ((1,), (2,), (3, 5))]
     parts = [nn.functional.pad(w.flatten(), (0, -w.numel() % 3)).view(3, -1) for w in weights]
     parameters = [nn.Parameter(torch.empty(0)) for _ in weights]

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny BLIP on tiny data, and readers of their files."""
+"""Run a tiny BLIP on tiny data, and read the files of such runs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ WIDER: dict[str, Any] = {
     "vision": {"overrides": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}},
     "text": {"width": 96, "mlp_width": 384},
 }
-"""Sizes of a network whose weights are large compared with the padding of their partitions."""
+"""Sizes of a network whose weights are large compared with the padding of their ZeRO partitions."""
 
 
 def picture(colour: str, shape: str, big: bool) -> bytes:
-    """A PNG of the drawing that the caption describes."""
+    """Draw a shape of the given colour and size, as a PNG."""
     image = Image.new("RGB", (40, 40), "grey")
     draw, r = ImageDraw.Draw(image), 17 if big else 8
     box = (20 - r, 20 - r, 20 + r, 20 + r)
@@ -52,7 +52,7 @@ def picture(colour: str, shape: str, big: bool) -> bytes:
 
 
 def records(name: str) -> list[Record]:
-    """All 64 drawings, with captions of different lengths."""
+    """Return all 64 drawings, with captions of different lengths."""
     drawings = []
     for colour in COLOURS:
         for shape in SHAPES:
@@ -65,7 +65,7 @@ def records(name: str) -> list[Record]:
 
 
 def make_recipe(folder: Path, **changes: Any) -> Path:
-    """Write data, vocabulary and recipe of a run to `folder`. `changes` are merged into it."""
+    """Write the data, vocabulary and recipe of a run to `folder`, with `changes` to the recipe."""
     from transformers import BertTokenizerFast
 
     if not (folder / "shapes").exists():
@@ -95,7 +95,7 @@ def make_recipe(folder: Path, **changes: Any) -> Path:
             "heldout": [{"name": "heldout", "local": str(folder / "heldout")}],
             "workers": 0,
         },
-        # eps: gradients that are zero except for rounding must not become full steps of Adam.
+        # Large eps: gradients that are zero except for rounding must not cause full Adam steps.
         "optimizer": {"peak_lr": 3e-3, "warmup_steps": 4, "eps": 1e-3},
         "train": {"global_batch_size": 16, "max_steps": 6, "epochs": 100, "precision": "fp32"},
         "checkpoint": {"every_steps": 1000, "keep_last": 100},
@@ -126,10 +126,11 @@ _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "
 def launch(
     recipe: Path, ranks: int = 1, *arguments: str, stage: int = 3, script: Path = TRAIN
 ) -> list[Rank]:
-    """Start the train command on some ranks, like a launcher. stderr goes to a file of each rank.
+    """Start the train command on several ranks, like a launcher.
 
-    `script` replaces train.py and takes its arguments. The ranks are forked with everything
-    imported; `launch_by_command` starts new interpreters.
+    Each rank writes stderr to its own file. `script` replaces train.py, and gets its arguments. The
+    ranks are forked from a process with all imports done; `launch_by_command` starts new
+    interpreters.
     """
     port = launcher.free_port()
     processes = []
@@ -149,7 +150,7 @@ def launch(
 def run_forked(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the train command to its end in a forked process, as one rank without a launcher.
 
-    Its stderr includes what it prints to stdout. A file in `folder` keeps it.
+    Its stderr and stdout are combined as stderr, and stored in a file in `folder`.
     """
     file = folder / "command_output.txt"
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
@@ -164,9 +165,9 @@ def fork_server() -> ForkServer:
 
 
 def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Popen:
-    """Start a user's command: the `deepspeed` launcher or, without `ranks`, plain Python.
+    """Start a run by a user's command: the `deepspeed` launcher or, without `ranks`, plain Python.
 
-    stdout and stderr go to files of these names beside the recipe. Plain Python uses ZeRO-2.
+    The files `stdout` and `stderr` beside the recipe hold the output. Plain Python uses ZeRO-2.
     """
     tools = Path(sys.executable).parent
     environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
@@ -185,7 +186,7 @@ def launch_by_command(recipe: Path, ranks: int | None = None) -> subprocess.Pope
 
 
 def finish(processes: list[Rank], timeout_s: float = 540) -> list[int]:
-    """Wait for all ranks and return their exit codes. If a rank fails, the others are killed."""
+    """Wait for all ranks, and return their exit codes. If a rank fails, kill the others."""
     codes = []
     for process in processes:
         codes.append(process.wait(timeout_s))
@@ -196,18 +197,18 @@ def finish(processes: list[Rank], timeout_s: float = 540) -> list[int]:
 
 
 def train(recipe: Path, ranks: int = 1, *arguments: str, stage: int = 3) -> None:
-    """Train to the end. Fails with the output of the ranks."""
+    """Train to the end. If a rank fails, fail with the output of all ranks."""
     codes = finish(launch(recipe, ranks, *arguments, stage=stage))
     assert codes == [0] * ranks, said(recipe)
 
 
 def said(recipe: Path) -> str:
-    """Terminal output of all ranks."""
+    """Return the terminal output of all ranks."""
     return "\n".join(file.read_text() for file in sorted(recipe.parent.glob("stderr_*.txt")))
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
-    """Losses by step, from metrics.jsonl."""
+    """Return the losses by step, from metrics.jsonl."""
     by_step = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -218,7 +219,7 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 
 def whole_tensors(checkpoint: Path, kind: str) -> dict[str, Tensor]:
-    """All flattened tensors of one kind: `weight`, `momentum`, `exp_avg` or `exp_avg_sq`."""
+    """Return all flattened tensors of a kind: `weight`, `momentum`, `exp_avg` or `exp_avg_sq`."""
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for path in sorted(checkpoint.glob("rank_*.safetensors")):
         with safe_open(path, "pt") as file:

@@ -1,5 +1,5 @@
-"""train.py whose backward is split like for a CUDA graph: gradients first, then their sums and
-exchanges."""
+"""train.py with the backward pass split as for a CUDA graph: compute the gradients, then sum and
+reduce them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blip_scale.engine.zero.engine import ZeroEngine
 
 
 def backward(self: ZeroEngine, loss: Tensor, is_last: bool) -> None:
-    """Backward of the engine, in two halves."""
+    """Run the engine's backward pass in two parts."""
     assert self.capture_obstacle is None
     self.add_gradients(self.compute_gradients(loss), is_last)
 

@@ -1,6 +1,7 @@
-"""train.py on the CPU with DeepSpeed's CUDA branches: counts what makes the host wait for a GPU.
+"""train.py that counts the operations at which the host would wait for a GPU.
 
-waits_RANK.json in the output folder lists for each optimizer step the places in the code by kind.
+It runs on the CPU, but DeepSpeed takes its CUDA code paths. For each optimizer step,
+waits_RANK.json in the output folder lists the places in the code where the host waits, by kind.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from blip_scale.engine import loop
 from blip_scale.model import packing
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "multinomial", "bincount"}
-"""Operators that bring a value to the host, or a shape that depends on one."""
+"""Operators that copy a value to the host, or whose output shape depends on a value."""
 
 _steps: list[dict[str, list[str]]] = []
 _counting = False
 _main = threading.main_thread()
 _QUIET = ("torch/", "deepspeed/utils", "train_counting_waits")
 _ON_THE_HOST = "loading/micro_batches.py"
-"""Reads the offsets of captions before they go to the device."""
+"""Not counted: it reads the offsets of captions before they are copied to the device."""
 
 
 def note(kind: str) -> None:
-    """Add the place of the caller to the present step."""
+    """Add the place of the caller to the current step."""
     if not _counting or threading.current_thread() is not _main:
         return
     place = ""
@@ -49,7 +50,7 @@ def note(kind: str) -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Dispatch mode that records reads of values."""
+    """Dispatch mode that records operators which read a value on the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in READS:
@@ -101,14 +102,14 @@ def _noting(original: Callable[..., Any], kind: str, counts: Callable[..., bool]
 
 
 def _is_blocking_move(tensor: Any, *arguments: Any, **named: Any) -> bool:
-    """Whether `Tensor.to` names a device and blocks."""
+    """Return True if these arguments make `Tensor.to` a blocking copy to a device."""
     places = [*arguments, named.get("device")]
     to_device = any(isinstance(place, (torch.device, str)) for place in places)
     return to_device and not named.get("non_blocking") and len(arguments) < 3
 
 
 def take_branches_for_cuda() -> None:
-    """Make DeepSpeed on a CPU go through streams and events."""
+    """Make DeepSpeed use streams and events on a CPU."""
     packing.reads_are_free = lambda device: False
     accelerator: Any = CPU_Accelerator
     accelerator.is_synchronized_device = lambda self: False
@@ -129,7 +130,7 @@ def take_branches_for_cuda() -> None:
 
 
 def counted_step(run: loop.Run, batches: Iterator[Any]) -> bool:
-    """An optimizer step whose waits are counted, without those of the loader."""
+    """Run an optimizer step, and count its waits, except those of the loader."""
     global _counting
 
     def uncounted() -> Iterator[Any]:

@@ -1,5 +1,7 @@
-"""train.py that first saves the loaded state as `reloaded` beside the checkpoints, and then records
-the samples of each rank."""
+"""train.py that saves the loaded state again, as `reloaded` beside the checkpoints.
+
+It then trains, and records the samples of each rank.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ _train, _inputs = loop._train, Pretrain.inputs
 
 def train_after_a_copy(run: loop.Run) -> int:
     """Save all loaded state before any step, then train."""
-    (group,) = run.engine.optimizer.param_groups  # one: no group can lose its weight decay
+    (group,) = run.engine.optimizer.param_groups  # a single group, so weight decay covers all
     assert group["weight_decay"] == run.recipe.optimizer.weight_decay
     state, shared = run.task.state_dict()
     loaded = RunState(run.step, vars(run.history), state, shared)
@@ -38,7 +40,7 @@ def train_after_a_copy(run: loop.Run) -> int:
 
 
 def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
-    """Inputs of the task. The ids of the batch go to a file."""
+    """Return the inputs of the task, and append the ids of the batch to a file."""
     file = Path(self.recipe.output_dir) / "ids.jsonl"
     line = json.dumps([progress.step, progress.micro_step, collectives.rank(), batch.ids])
     with file.open("a") as stream:

@@ -1,4 +1,4 @@
-"""train.py in which rank 0 is killed inside the save of step 6, at the moment `--moment=NAME`."""
+"""train.py in which rank 0 is killed while it saves step 6, at the moment `--moment=NAME`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from blip_scale import train
 from blip_scale.storage import checkpoint_format
 
 MOMENTS = {"writing": "save_file", "committing": "commit"}
-"""Name of the moment -> function of `storage.checkpoint_format` in which rank 0 is killed: in the
-writing thread, during the training, or in the main thread."""
+"""Name of the moment -> function of `storage.checkpoint_format` in which rank 0 is killed. The
+first runs in the background thread during training, the second in the main thread."""
 _DOOMED = "step_00000006.partial"
 
 
 def kill_in(moment: str) -> None:
-    """Replace a function by one that kills the process when it is called for that checkpoint."""
+    """Patch a function, so that it kills the process when it is called for the checkpoint."""
     original = getattr(checkpoint_format, MOMENTS[moment])
 
     def dying(*arguments: Any) -> Any:
         path = next(argument for argument in arguments if isinstance(argument, Path))
         if _DOOMED not in str(path) or os.environ["RANK"] != "0":
             return original(*arguments)
-        if moment == "writing":  # half a file is there, and the training is at the next step
+        if moment == "writing":  # leave half a file, while training is at the next step
             original(*arguments)
             os.truncate(path, path.stat().st_size // 2)
             metrics = path.parent.parent.parent / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""train.py with a DeepSpeed version for which the patches were not checked."""
+"""train.py with a DeepSpeed version for which our patches have not been tested."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""train.py on ranks that share no disk: `--nodes=FOLDER` gives each rank an output_dir in the
-folder."""
+"""train.py on ranks without a shared disk: with `--nodes=FOLDER`, each rank has its own output_dir
+in the folder."""
 
 from __future__ import annotations
 

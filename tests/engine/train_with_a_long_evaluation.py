@@ -1,4 +1,4 @@
-"""train.py whose evaluations take a minute while a file beside the output folder says so."""
+"""train.py whose evaluations take a minute longer if a marker file is beside the output folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _evaluate = Pretrain.evaluate
 
 
 def evaluate(self: Pretrain, *arguments: Any, **named: Any) -> Any:
-    """Evaluation of the task, after a minute."""
+    """Run the task's evaluation, after a minute if the marker file exists."""
     if (Path(self.recipe.output_dir).parent / SLOW).exists():
         time.sleep(SECONDS)
     return _evaluate(self, *arguments, **named)

@@ -1,4 +1,4 @@
-"""train.py in which rank 1 becomes slow, and a loss jumps once."""
+"""train.py in which rank 1 becomes slow, and the loss jumps once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from blip_scale import train
 from blip_scale.tasks.pretrain import Pretrain, PretrainNetwork
 
 SLOW_FROM_STEP = 13
-"""Rank 1 sleeps in every forward from this step on (counted from 1)."""
+"""First step (counted from 1) in which rank 1 sleeps in every forward pass."""
 SLEEP_S = 0.8
 SPIKE_STEP = 25
-"""The loss of this step is a hundred times as large, on all ranks."""
+"""Step whose loss is multiplied by 100 on all ranks."""
 
 _step = 0
 _inputs, _forward = Pretrain.inputs, PretrainNetwork.forward
 
 
 def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
-    """Inputs of the task, late on one rank. The step is recorded."""
+    """Return the inputs of the task, with a delay on one rank, and record the step."""
     global _step
     _step = progress.step
     if _step + 1 >= SLOW_FROM_STEP and os.environ["RANK"] == "1":
@@ -33,7 +33,7 @@ def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
 
 
 def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
-    """Outputs of the network, with a large loss in one step."""
+    """Return the outputs of the network, with a large loss in one step."""
     outputs = _forward(self, *arguments)
     if _step + 1 == SPIKE_STEP:
         outputs["loss/total"] = outputs["loss/total"] * 100

@@ -1,4 +1,4 @@
-"""train.py with NaN at fixed steps: first in the loss of one rank, then in all weights."""
+"""train.py with non-finite values at fixed steps: first the loss of one rank, then all weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from blip_scale.storage.checkpoint_format import MOMENTS
 from blip_scale.tasks.pretrain import Pretrain, PretrainNetwork
 
 BAD_LOSS_STEP = 3
-"""The loss of rank 1 is once not a number in this step (counted from 1)."""
+"""Step (counted from 1) in which one loss of rank 1 is NaN."""
 BURST_STEP = 5
-"""The learning rate of this step throws the weights far away: no later loss is finite."""
+"""Step whose huge learning rate makes the weights diverge, so that no later loss is finite."""
 
 _states: dict[int, str] = {}
 _optimizer_step = loop.optimizer_step
@@ -33,14 +33,17 @@ _inputs, _forward, _learning_rate = Pretrain.inputs, PretrainNetwork.forward, st
 
 
 def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
-    """Inputs of the task. The step is recorded."""
+    """Return the inputs of the task, and record the step."""
     global _step
     _step = progress.step
     return _inputs(self, batch, progress)
 
 
 def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
-    """Outputs of the network. In one step the loss is NaN on rank 1, in the first micro-step."""
+    """Return the outputs of the network, with a NaN loss in one micro-step of rank 1.
+
+    It is the first micro-step of `BAD_LOSS_STEP`.
+    """
     outputs = _forward(self, *arguments)
     bad = _step + 1 == BAD_LOSS_STEP and os.environ["RANK"] == "1"
     if bad and _step not in _spoilt:
@@ -50,12 +53,12 @@ def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
 
 
 def learning_rate(optimizer: OptimizerRecipe, done: int, *epochs: int) -> float:
-    """Rate of the schedule, except for one step."""
+    """Return the learning rate of the schedule, or a huge one in `BURST_STEP`."""
     return 1e37 if done + 1 == BURST_STEP else _learning_rate(optimizer, done, *epochs)
 
 
 def noting_step(run: Run, batches: Any) -> bool:
-    """Run the loop's step. A hash of all that a step may change goes to states_RANK.json."""
+    """Run an optimizer step. Write a hash of all state that it may change to states_RANK.json."""
     stop = _optimizer_step(run, batches)
     state: list[torch.Tensor] = [*run.momentum.averages, *run.task.state_dict()[1].values()]
     for piece in run.engine.slices:

@@ -1,5 +1,5 @@
-"""train.py with two trainable parameters that no published BLIP has: a scale on the matching logits
-of MED, and an offset in the loss, outside MED."""
+"""train.py with two additional trainable parameters: a scale of the ITM logits, which is in MED,
+and an offset of the loss, which is outside MED."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SCALE, OFFSET = "med.itm_scale.value", "offset.value"
 
 
 class Drawn(nn.Module):
-    """Parameter whose constructor draws its value."""
+    """Module with one parameter, which its constructor initialises at random."""
 
     def __init__(self, size: int, mean: float) -> None:
         super().__init__()
         self.value = nn.Parameter(mean + 0.1 * torch.randn(size))
 
     def forward(self) -> Tensor:
-        """A copy of the parameter, as ZeRO-3 releases the original."""
+        """Return a copy of the parameter, because ZeRO-3 releases the original."""
         return self.value.clone()
 
 
 def add(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Give every MED and every pretraining network its new parameter."""
+    """Patch MED and the pretraining network, so that each has its new parameter."""
     med_init, match, sweep = MED.__init__, MED.match, MED.sweep
     network_init, forward = PretrainNetwork.__init__, PretrainNetwork.forward
 

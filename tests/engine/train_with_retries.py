@@ -1,4 +1,4 @@
-"""train.py in which the draws of rank 1 overflow their capacity in some steps."""
+"""train.py in which the draws of rank 1 exceed their capacity in some steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from blip_scale import train
 from blip_scale.tasks.pretrain import Pretrain, PretrainNetwork
 
 RETRIED_STEPS = (1, 4)
-"""Optimizer steps (counted from 1) whose second micro-step overflows."""
+"""Optimizer steps (counted from 1) in whose second micro-step the draws overflow."""
 
 _overflows = False
 _inputs, _forward = Pretrain.inputs, PretrainNetwork.forward
 
 
 def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
-    """Inputs of the task."""
+    """Return the inputs of the task, and decide if this micro-step overflows."""
     global _overflows
     is_second = progress.micro_step % self.accumulation == 1
     due = progress.step + 1 in RETRIED_STEPS and is_second and os.environ["RANK"] == "1"
@@ -31,7 +31,7 @@ def inputs(self: Pretrain, batch: Any, progress: Any) -> tuple[Any, ...]:
 
 
 def forward(self: PretrainNetwork, *arguments: Any) -> dict[str, Any]:
-    """Outputs of the network. In an overflow its draws are wrong."""
+    """Return the outputs of the network. If the draws overflow, they are wrong."""
     outputs = _forward(self, *arguments)
     if _overflows:
         outputs["loss/total"] = outputs["loss/total"] * 3

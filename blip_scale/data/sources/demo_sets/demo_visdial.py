@@ -1,10 +1,11 @@
-"""A small VisDial set made from the demo's drawings and their names, by a fixed rule.
+"""A small synthetic VisDial set, made from the demo's drawings and their names.
 
-A drawing has two rounds. Each round has 100 candidate answers: "yes", "no" and names. The first
-question is "is it X?", where X is the right name half of the time. The second is "what does it
-show?". If the first answer was yes, the history contains the second answer.
+Each drawing has a dialog of two rounds. Each round has 100 candidate answers: "yes", "no" and
+names. The first question is "is it X?", where X is the correct name half of the time. The second
+question is "what does it show?". If the first answer is "yes", the history contains the second
+answer.
 
-The training set holds the drawings of the demo's stream `emoji`, the test set those of
+The training set uses the drawings of the demo's stream `emoji`. The test set uses those of
 `heldout_drawing`, which no demo run has seen.
 """
 
@@ -25,10 +26,14 @@ CANDIDATES = 100
 
 
 def prepare(demo: Path, folder: Path) -> dict[str, int]:
-    """Make the sets `train` and `test` in `folder` from a demo set; returns their numbers of
-    drawings.
+    """Make the sets `train` and `test` in `folder` from a demo set.
 
-    Raises FileExistsError for a folder that is there, FileNotFoundError without a demo set.
+    Returns:
+        Name of a set -> its number of drawings.
+
+    Raises:
+        FileExistsError: the folder exists.
+        FileNotFoundError: there is no demo set.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it or choose another folder")
@@ -44,7 +49,7 @@ def prepare(demo: Path, folder: Path) -> dict[str, int]:
 
 
 def _drawings(folder: Path) -> list[Record]:
-    """Each with its name."""
+    """Read the drawings in a folder, each with its name as caption."""
     records = []
     for shard in read_index(folder):
         for number in range(shard.samples):
@@ -56,7 +61,7 @@ def _drawings(folder: Path) -> list[Record]:
 
 
 def dialogs(drawings: Sequence[Record]) -> list[Record]:
-    """VisDial records, one of each drawing."""
+    """Make one VisDial record per drawing."""
     rng = random.Random(f"dialogs of {len(drawings)}")
     records = []
     for drawing in drawings:
@@ -87,7 +92,7 @@ def _round(
 def _others(
     drawing: Record, drawings: Sequence[Record], count: int, rng: random.Random
 ) -> list[Record]:
-    """`count` drawings with different names, none of them the name of this one."""
+    """Draw `count` drawings with names that differ from each other and from this drawing's."""
     names = {drawing.captions[0]}
     others: list[Record] = []
     while len(others) < count:

@@ -1,4 +1,4 @@
-"""Drawings as SVG or PNG files, and their rendering to JPEG on white."""
+"""Render drawings in SVG or PNG files to JPEG on a white background."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ _MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture of one emoji."""
+    """A drawing of an emoji by one source."""
 
     points: CodePoints
     style: str
-    """Name of the set that it belongs to, e.g. `openmoji`."""
+    """Name of its source, such as `openmoji`."""
     path: Path
     """An .svg or .png file."""
 
 
 def render(path: Path, size: int) -> bytes:
-    """JPEG (quality 92) of an .svg or .png file on white, its longer side `size` pixels.
+    """Render an .svg or .png file on white to a JPEG (quality 92) with a longer side of `size`.
 
-    The empty margin of an SVG is cut off and the drawing centred on a square, as the margins differ
-    from style to style. Raises ValueError, with the path, for a file that cannot be rendered.
+    The empty margin of an SVG is cropped, and the drawing is centred on a square, because margins
+    differ between styles.
+
+    Raises:
+        ValueError: the file cannot be rendered. The message names its path.
     """
     try:
         if path.suffix == ".png":
@@ -51,7 +54,7 @@ def render(path: Path, size: int) -> bytes:
 
 
 def render_all(paths: Iterable[Path], size: int) -> Iterator[bytes]:
-    """Render many files on all cores, in the order given."""
+    """Render many files on all cores. The order is preserved."""
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         yield from pool.map(partial(render, size=size), paths, chunksize=32)
 
@@ -60,7 +63,7 @@ def _rasterise(path: Path, size: int) -> Image.Image:
     import resvg_py
 
     side = round(size * _OVERSAMPLING)
-    # The default dpi of 0 fails on drawings that are measured in mm or pt.
+    # The default dpi of 0 fails for drawings with sizes in mm or pt.
     png = resvg_py.svg_to_bytes(
         svg_path=str(path), width=side, height=side, dpi=96, skip_system_fonts=True
     )

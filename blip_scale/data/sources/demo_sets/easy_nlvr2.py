@@ -1,14 +1,16 @@
-"""A small NLVR2 set made from easy-VQA's drawings, by a fixed rule.
+"""A small synthetic NLVR2 set, made from easy-VQA's drawings.
 
-Each drawing shows one shape in one colour, read from easy-VQA's questions about it. Two drawings
-of different colours make a pair with four sentences, two of them false:
+Each drawing shows one shape in one colour. Both follow from easy-VQA's questions about it. Two
+drawings of different colours make a pair with four sentences, of which two are false:
 
-    the left picture shows a red shape         true; false: the other one's colour
-    one of the pictures shows a red shape      true; false: a colour of neither
+    the left picture shows a red shape         false with the colour of the other drawing
+    one of the pictures shows a red shape      false with a colour of neither drawing
 
-The side is drawn at random. The words alone say nothing: every colour is as often true as false.
-The set `drawings` is for pretraining: the training drawings, each with one caption ("the picture
-shows a red circle"). `text` is a small BERT with all the words.
+The side (left or right) is random. The text alone gives no hint, because every colour is true as
+often as false.
+
+The set `drawings` is for pretraining. It has the training drawings, each with one caption ("the
+picture shows a red circle"). `text` is a small BERT whose vocabulary covers all the words.
 """
 
 from __future__ import annotations
@@ -27,15 +29,18 @@ from blip_scale.data.sources.demo_sets.small_bert import write_small_bert
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 PAIRS_PER_DRAWING = {"train": 2, "test": 1}
-"""Split -> number of pairs with each drawing on the left."""
+"""Split -> number of pairs that have a given drawing on the left."""
 
 
 def prepare(folder: Path) -> dict[str, int]:
-    """Make the sets `drawings`, `train` and `test` in `folder`, which must not be there; returns
-    how many drawings and pairs they hold.
+    """Make the sets `drawings`, `train` and `test` in a new folder.
 
-    Raises FileExistsError for a folder that is there, ModuleNotFoundError where a package of
-    requirements-demo.txt is missing.
+    Returns:
+        Name of a set -> its number of drawings or pairs.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ModuleNotFoundError: a package of requirements-demo.txt is missing.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it or choose another folder")
@@ -57,8 +62,10 @@ def prepare(folder: Path) -> dict[str, int]:
 
 
 def thing(drawing: Record) -> str:
-    """Such as "a red circle": what a drawing of easy-VQA shows; "" where its questions leave shape
-    or colour open."""
+    """Describe a drawing of easy-VQA, such as "a red circle".
+
+    Return "" if its questions do not determine both shape and colour.
+    """
     told = set()
     for question, annotation in zip(drawing.captions, drawing.annotations or (), strict=True):
         if question.startswith("what"):
@@ -68,13 +75,13 @@ def thing(drawing: Record) -> str:
 
 
 def captioned(drawing: Record) -> Record:
-    """A drawing with a caption in place of its questions."""
+    """Replace the questions of a drawing by a caption."""
     caption = f"the picture shows {thing(drawing)}"
     return replace(drawing, caption=caption, annotations=None)
 
 
 def pairs(drawings: Sequence[Record], each: int) -> list[Record]:
-    """NLVR2 records: every drawing `each` times on the left, beside one of another colour."""
+    """Make NLVR2 records. Each drawing is `each` times on the left, beside another colour."""
     rng = random.Random(f"pairs of {len(drawings)}")
     colors = {drawing.id: thing(drawing).split()[1] for drawing in drawings}
     records = []

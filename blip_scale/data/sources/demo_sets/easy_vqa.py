@@ -1,8 +1,9 @@
-"""easy-VQA: 5,000 drawings of one shape each and 48,000 questions about them, which the Python
-package easy-vqa ships (Zhou, 2019; MIT licence). 13 answers; its own split into train and test.
+"""easy-VQA: 5,000 drawings of one shape each, and 48,000 questions about them with 13 answers.
 
-Beside the sets `train` and `test` lie `answer_list.json`, the answers to rank, and `text`, a small
-BERT with the word pieces of the questions.
+The Python package easy-vqa ships the data (Zhou, 2019; MIT licence), split into train and test.
+
+The folder of the sets `train` and `test` also holds `answer_list.json`, the candidate answers, and
+`text`, a small BERT with the word pieces of the questions.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from blip_scale.data.sources.demo_sets.small_bert import write_small_bert
 _SOURCE = "easy_vqa"
 
 Questions = tuple[Sequence[str], Sequence[str], Sequence[int]]
-"""Question, answer, number of the image."""
+"""Questions, their answers, and the numbers of their images."""
 
 
 def prepare(folder: Path) -> dict[str, int]:
-    """Make the sets in `folder`, which must not be there; returns the number of questions of each.
+    """Make the sets in a new folder.
 
-    Raises FileExistsError for a folder that is there, ModuleNotFoundError where a package of
-    requirements-demo.txt is missing.
+    Returns:
+        Name of a set -> its number of questions.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ModuleNotFoundError: a package of requirements-demo.txt is missing.
     """
     import easy_vqa
 
@@ -47,7 +52,7 @@ def prepare(folder: Path) -> dict[str, int]:
 
 
 def drawings() -> dict[str, list[Record]]:
-    """The records of both splits."""
+    """Return the records of both splits."""
     import easy_vqa
 
     train, test = easy_vqa.get_train_questions(), easy_vqa.get_test_questions()
@@ -58,7 +63,7 @@ def drawings() -> dict[str, list[Record]]:
 
 
 def records(split: str, questions: Questions, images: Mapping[int, str]) -> list[Record]:
-    """One of each image, with all its questions."""
+    """Make one record per image, with all its questions."""
     asked: dict[int, list[int]] = defaultdict(list)
     for number, image in enumerate(questions[2]):
         asked[image].append(number)
@@ -78,8 +83,10 @@ def records(split: str, questions: Questions, images: Mapping[int, str]) -> list
 
 
 def majority(train: Questions, test: Questions) -> float:
-    """Share of the test questions that are right when each question gets the answer that is the
-    most frequent for the same question in training: what can be known without looking."""
+    """Return the test accuracy of a baseline that ignores the images.
+
+    It answers each question with its most frequent answer in training.
+    """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer, _ in zip(*train, strict=True):
         counts[question][answer] += 1

