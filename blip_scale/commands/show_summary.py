@@ -65,7 +65,7 @@ def _rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def _caption_lines(captions: list[dict[str, Any]], figures: dict[str, Any]) -> Iterator[str]:
     """Yield a table for each held-out set, in the order of the summary.
 
-    The summary begins with the caption that has the highest matching probability.
+    In the summary, captions with a higher matching probability come first.
     """
     for name in dict.fromkeys(str(entry.get("set", "")) for entry in captions):
         entries = [entry for entry in captions if str(entry.get("set", "")) == name]

@@ -224,7 +224,7 @@ def test_a_process_that_stalls_ends_with_its_stacks_in_the_log(
 def test_a_rank_may_wait_for_data_while_its_remote_is_retried(
     tmp_path: Path, start: Callable[..., Any]
 ) -> None:
-    """A rank that waits for it in a collective waits as long, and names it in the end."""
+    """Another rank, in a collective, waits as long, and finally names the rank without data."""
     began = time.monotonic()
     port = launcher.free_port()
     ranks = [start(tmp_path, rank, port, 3.0, target=wait_for_data) for rank in range(2)]

@@ -196,7 +196,7 @@ def choose_split(pictures: list[Picture]) -> Split:
     - few sources have a drawing of it,
     - another concept has the same cleaned name or the same picture (Norway's flag is also
       Svalbard's), or
-    - its pictures from two sources are nearly equal.
+    - its picture is nearly equal to one from another source.
 
     Each query of a held-out set therefore has exactly one correct answer, and no training stream
     contains its picture under any name.
