@@ -2,8 +2,8 @@
 
 blip-scale index-tars tars
 blip-scale index-tars s3://bucket/tars --shard 0/8
-The index goes to TARS/tar-index, or to OUT: the folder tar-index in the cache (`local`) of the
-stream, if the tars are in a bucket that can't be written.
+The index is written to TARS/tar-index, or to OUT. If the tars are in a bucket that you can't write
+to, OUT is the folder tar-index in the stream's cache (`local`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Make an overlay: new captions for the images of a set of shards, which stay as they are.
+"""Make an overlay: new captions for the images of finished shards. The shards are not changed.
 
 blip-scale overlay data/laion recaptions.parquet data/laion_re --join uid --caption-key re_caption
 blip-scale overlay s3://b/laion captions.jsonl s3://b/laion_re --join url --caption-key syn=syn_text
-docs/data.md tells how a stream uses overlays, and what overlay.json counts.
+docs/data.md explains how a stream uses overlays and what overlay.json counts.
 """
 
 from __future__ import annotations
