@@ -2,8 +2,8 @@
 
 python tools/demo.py runs/demo --images data/demo/heldout_drawing
 python tools/demo.py runs/captioner runs/filter runs/vqa --images photos/
-Each checkpoint serves the tasks that it was trained for. A pretraining checkpoint captions, matches,
-explains and searches.
+Each checkpoint serves the tasks that it was trained for. A pretraining checkpoint captions,
+matches, explains and searches.
 The page is reachable only from this machine unless --host is set, and fetches nothing from
 other hosts. It needs gradio: pip install --no-deps -r requirements-web.txt
 """
