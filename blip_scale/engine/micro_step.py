@@ -41,7 +41,7 @@ class MicroStepOutputs:
 
     @classmethod
     def of(cls, outputs: dict[str, Tensor]) -> MicroStepOutputs:
-        """Separate scalars from tensors. Stack the scalars, so that one read returns all of them."""
+        """Separate scalars from tensors. Stack the scalars, so that one read returns all."""
         scalars = {name: value for name, value in outputs.items() if value.dim() == 0}
         tensors = {n: value.detach() for n, value in outputs.items() if n not in scalars}
         stacked = torch.stack([value.detach().float() for value in scalars.values()])

@@ -28,7 +28,7 @@ from blip_scale.engine.zero.momentum import ShardedMomentum
 class History:
     """History that a resumed run needs; saved in every checkpoint.
 
-    A new field needs a default, because older checkpoints lack it. A renamed field needs an entry in
+    A new field needs a default: older checkpoints lack it. A renamed field needs an entry in
     `_RENAMED`.
     """
 

@@ -69,7 +69,7 @@ class _Reading:
 
 
 def optimizer_step(run: Run, batches: Iterator[Any]) -> bool:
-    """Run one step: accumulate micro-batches, record metrics, update if loss and gradient are finite.
+    """Accumulate micro-batches, record metrics, and update if loss and gradient are finite.
 
     The host waits for the device once, to read metrics, gradient norms and flags together. One flag
     says whether the sampled negatives overflowed their static capacity. If so, the step is repeated
