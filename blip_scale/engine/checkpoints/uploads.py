@@ -83,10 +83,10 @@ class Uploads:
             self._job.poll()
 
     def finish(self, beat: Callable[[], None]) -> None:
-        """Wait until all is uploaded, or no data was sent for `retry_s`. Warn about the rest.
+        """Wait until all is uploaded, or nothing progresses for `retry_s`. Warn about the rest.
 
         Args:
-            beat: is called whenever data was sent.
+            beat: is called on progress.
         """
         patience_s = self._settings.retry_s
         for is_again in (False, True):  # the running upload, then those that it left queued

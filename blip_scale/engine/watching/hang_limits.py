@@ -55,11 +55,11 @@ class HangLimits:
         )
 
     def note_step(self, seconds: float) -> None:
-        """Record the duration of a step of this start."""
+        """Record the duration of a step of this start, in seconds."""
         self._steps_s.append(seconds)
 
     def note_batch(self, seconds: float) -> None:
-        """Record the duration of a batch of an evaluation."""
+        """Record the duration of a batch of an evaluation, in seconds."""
         self._batches_s.append(seconds)
 
     def end_batches(self) -> None:
