@@ -1,4 +1,4 @@
-"""The train loop, with logging, evaluation, checkpoints, stops and resumption around it."""
+"""The train loop, with logging, evaluation, checkpoints, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -63,23 +63,23 @@ def run(
     settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None = None,
     allowed_changes: frozenset[str] = frozenset(),
 ) -> int:
-    """Train to the end of the recipe, resuming from the newest whole checkpoint if there is one.
+    """Train to the end of the recipe. Resume from the newest complete checkpoint if there is one.
 
     Args:
-        build_task: makes the task on this rank's device.
+        build_task: builds the task on the device of this rank.
         recipe: the recipe.
         ds_config: DeepSpeed's settings.
-        settle: returns recipe and DeepSpeed's settings that depend on the devices. Called once the
-            process group is up. None: both are final already.
-        allowed_changes: settings that may differ from those of the checkpoint although they decide
-            the data.
+        settle: returns the recipe and DeepSpeed's settings, resolved for the devices. It is called
+            once the process group is up. None if both are already final.
+        allowed_changes: settings that determine the data, and may still differ from those of the
+            checkpoint.
 
     Returns:
-        Exit code: 0 at the end, 75 when stopped on request with everything saved, 1 after too many
-        steps that were not finite.
+        Exit code: 0 at the end, 75 after a requested stop with everything saved, 1 after too many
+        steps with a loss or gradient that was not finite.
 
     Raises:
-        RefusedInput: input can't be used, or another run owns the output folder.
+        RefusedInput: some input is unusable, or another run owns the output folder.
     """
     is_main = os.environ.get("RANK", "0") == "0"
     with refusing():
@@ -98,7 +98,7 @@ def _run(
     settle: Callable[[torch.device], tuple[Recipe, dict[str, Any]]] | None,
     allowed_changes: frozenset[str],
 ) -> int:
-    """`run`, once the output folder is locked."""
+    """Do the work of `run` after the output folder is locked."""
     rank = int(os.environ.get("RANK", "0"))
     refuse_idle_gpus()
     logs.set_up(Path(recipe.output_dir), rank)
@@ -112,14 +112,14 @@ def _run(
         with refusing():
             recipe, ds_config = settle(device)
     if device.type == "cpu" and not _user_chose_threads():
-        # Ranks that each take all cores slow each other down.
+        # Ranks slow each other down if each of them uses all cores.
         torch.set_num_threads(
             max(1, len(os.sched_getaffinity(0)) // collectives.local_world_size())
         )
     torch.set_float32_matmul_precision(recipe.train.matmul_precision)
     if device.type == "cuda":
         # Autograd accumulates gradients on the stream of their first use, and a CUDA graph can't
-        # capture the default stream. So all work runs on another stream from the start.
+        # capture the default stream. All work therefore runs on another stream from the start.
         torch.cuda.set_stream(torch.cuda.Stream(device))
     interrupts = Interrupts()
     with refusing():
@@ -156,7 +156,7 @@ def _open(
     meter: CommunicationMeter,
     interrupts: Interrupts,
 ) -> Run:
-    """Wrap the network, and load the newest whole checkpoint if there is one."""
+    """Wrap the network, and load the newest complete checkpoint if there is one."""
     engine = initialize(task.build_network, recipe, ds_config)
     with refusing():
         weights = task.initial_weights()
@@ -226,7 +226,7 @@ def _open(
 
 
 def _log_setup(recipe: Recipe, task: Task, engine: ZeroEngine, total_steps: int) -> None:
-    """Log how the run is set up."""
+    """Log the setup of the run."""
     logger.info(
         "%s on %d rank(s) of %s, ZeRO-%d, %s, attention by %s: %.1fM trainable parameters, "
         "%d steps of %d pairs",
@@ -238,20 +238,20 @@ def _log_setup(recipe: Recipe, task: Task, engine: ZeroEngine, total_steps: int)
 
 
 def _resumed_goodput(recipe: Recipe, history: History) -> Goodput:
-    """The record of earlier starts, without steps that the checkpoint lacks."""
+    """Return the record of earlier starts, without steps after the checkpoint."""
     goodput = Goodput(Path(recipe.output_dir), is_main=collectives.rank() == 0)
     goodput.resume(history.goodput)
     return goodput
 
 
 def _total_steps(recipe: Recipe, steps_per_epoch: int, schedule_shift: int) -> int:
-    """Steps of all epochs, or `train.max_steps` if that is less."""
+    """Return the number of steps in all epochs, or `train.max_steps` if that is smaller."""
     steps = recipe.train.epochs * steps_per_epoch - schedule_shift
     return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)
 
 
 def _refuse_nonfinite(weights: Mapping[str, Tensor]) -> None:
-    """Refuse initial weights that can't be trained, before the log blames the samples.
+    """Refuse initial weights that are not finite. Otherwise the log would blame the samples.
 
     Raises:
         RefusedInput: some parameters hold NaN or infinity.
@@ -268,7 +268,7 @@ def _refuse_nonfinite(weights: Mapping[str, Tensor]) -> None:
 def _keep_recipe(recipe: Recipe, task: Task, monitor: Monitor) -> None:
     """Write the resolved recipe to the log, to TensorBoard and beside the checkpoints.
 
-    Tokenizer and sizes of the text stack go beside the checkpoints, too.
+    Write the tokenizer and the sizes of the text stack beside the checkpoints, too.
     """
     text = to_yaml(recipe)
     logger.debug("recipe:\n%s", text)
@@ -378,7 +378,7 @@ def _train(run: Run) -> int:
 
 
 def _is_evaluation_step(run: Run) -> bool:
-    """Whether the recipe's interval between evaluations ends at this step."""
+    """Whether the recipe schedules an evaluation at this step."""
     every = run.recipe.evaluation.every_steps
     if every == "epoch":
         return (run.step + run.schedule_shift) % run.task.steps_per_epoch == 0
@@ -386,9 +386,9 @@ def _is_evaluation_step(run: Run) -> bool:
 
 
 def _is_evaluation_left(run: Run) -> bool:
-    """Whether the run resumed from a checkpoint whose evaluation was not done yet.
+    """Whether the run resumed from a checkpoint whose evaluation is still to be done.
 
-    The results of one that was done since are restored from its record.
+    If it was done after the checkpoint was saved, its results are restored from its record.
     """
     if not run.history.evaluation_due:
         return False
@@ -421,7 +421,7 @@ def _evaluate(run: Run) -> bool:
     """Evaluate once the checkpoint of this step is on the disk.
 
     Returns:
-        False if a signal came. The next start then makes up for the evaluation.
+        False if a signal came. The next start then runs the evaluation.
     """
     run.heartbeat.beat("saving")
     run.saver.settle()
@@ -448,7 +448,7 @@ def _evaluate(run: Run) -> bool:
 
 
 def _note_evaluation(run: Run, evaluation: Evaluation, seconds: float) -> None:
-    """Record and log results, and mark this step's checkpoint if it is the best so far."""
+    """Record and log the results. Mark this step's checkpoint if it is the best so far."""
     history, score = run.history, evaluation.score
     history.evaluation, history.captions = evaluation.scalars, evaluation.captions
     history.seconds += seconds

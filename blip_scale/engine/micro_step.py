@@ -1,9 +1,9 @@
 """Forward and backward of one micro-batch, eager or as a replayed CUDA graph.
 
-A captured graph replays a few thousand kernels with one launch, so the host no longer slows the
-step down. A graph reads and writes fixed memory. Inputs are copied into static tensors, and
-gradients are written to static tensors. Exchanges between ranks and fp32 sums of gradients follow
-the replay. Megatron-LM captures forward and backward in the same way.
+A captured graph replays a few thousand kernels with one launch, so the host no longer limits the
+speed. A graph reads and writes fixed memory: inputs are copied to static tensors, and gradients are
+written to static tensors. Communication and the fp32 sums of gradients follow the replay.
+Megatron-LM captures forward and backward in the same way.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from blip_scale.engine.zero.engine import ZeroEngine
 logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3
-"""Number of eager micro-steps before the first capture. They load kernels, choose algorithms for
-matrix products and compile."""
+"""Number of eager micro-steps before the first capture. They load kernels, select matrix
+multiplication algorithms and compile."""
 MAX_GRAPHS = 16
 """Maximum number of graphs, one for each set of input shapes. Further shapes run eager."""
 
@@ -37,18 +37,18 @@ class MicroStepOutputs:
     scalars: Tensor
     """[len(names)] fp32: losses and metrics."""
     tensors: dict[str, Tensor]
-    """Outputs with dimensions."""
+    """Outputs with at least one dimension."""
 
     @classmethod
     def of(cls, outputs: dict[str, Tensor]) -> MicroStepOutputs:
-        """Separate scalars from tensors, and stack the scalars so that one read gets them all."""
+        """Separate scalars from tensors. Stack the scalars, so that one read returns all."""
         scalars = {name: value for name, value in outputs.items() if value.dim() == 0}
         tensors = {n: value.detach() for n, value in outputs.items() if n not in scalars}
         stacked = torch.stack([value.detach().float() for value in scalars.values()])
         return cls(tuple(scalars), stacked, tensors)
 
     def clone(self) -> MicroStepOutputs:
-        """A copy that the next replay does not overwrite."""
+        """Return a copy that the next replay does not overwrite."""
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         return replace(self, scalars=self.scalars.clone(), tensors=tensors)
 
@@ -62,12 +62,12 @@ class Capturable(NamedTuple):
 
 
 Capture = Callable[[Callable[[], Capturable], Sequence[torch.Generator]], tuple[Replay, Capturable]]
-"""Function that captures another one, which takes no arguments and draws from the given generators
-and torch's default ones. Returns the replay, and the results that every replay overwrites."""
+"""Function that captures a function without arguments, which may use the given generators and
+torch's default ones. It returns the replay, and the results that every replay overwrites."""
 
 
 class EagerMicroStep:
-    """Forward and backward without a graph: the host launches each kernel."""
+    """Run forward and backward eagerly: the host launches each kernel."""
 
     def __init__(self, engine: ZeroEngine) -> None:
         self._engine = engine
@@ -86,11 +86,11 @@ class EagerMicroStep:
 
 @dataclass
 class _Captured:
-    """A graph with its static tensors."""
+    """A captured graph and its static tensors."""
 
     inputs: list[Tensor]
     is_state: list[bool]
-    """Whether each input stays on the device from step to step. The graph reads such inputs in
+    """Whether each input stays in the same memory between steps. The graph reads such inputs in
     place."""
     results: Capturable
     replay: Replay
@@ -110,8 +110,8 @@ class _Captured:
 class CapturedMicroStep:
     """Forward and backward as one CUDA graph for each set of input shapes.
 
-    The first steps, shapes seen for the first time, and shapes beyond `MAX_GRAPHS` run eager. The
-    results equal those of the eager step, as a replay draws from the same seeds.
+    The first steps, shapes seen for the first time, and shapes beyond `MAX_GRAPHS` run eagerly. The
+    results equal those of the eager step, because a replay uses the same seeds.
     """
 
     def __init__(self, engine: ZeroEngine, capture: Capture, must_capture: bool = False) -> None:
@@ -129,7 +129,7 @@ class CapturedMicroStep:
         self._graphs: dict[Any, _Captured] = {}
         self._steps = 0
         self._seen: list[Tensor] = []
-        """Input tensors of the previous step. Tensors that come again are state."""
+        """Input tensors of the previous step. A tensor that is passed again is state."""
         self._once: set[Any] = set()
         """Signatures of inputs that were seen before."""
 
@@ -210,7 +210,7 @@ def choose_micro_step(
 
 
 def cuda_graph() -> Capture:
-    """A capture whose graphs share one memory pool, as only one of them runs at a time."""
+    """Return a `Capture` whose graphs share a memory pool, as only one runs at a time."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(
@@ -233,7 +233,7 @@ def cuda_graph() -> Capture:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a structure of tuples and dataclasses, with `function` applied to every tensor.
+    """Copy a structure of tuples and dataclasses, and apply `function` to every tensor.
 
     The order of the calls is fixed.
     """
@@ -250,7 +250,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a structure, in the order of `map_tensors`."""
+    """Return the tensors of a structure, in the order of `map_tensors`."""
     tensors: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def signature(value: Any) -> Any:
-    """Shapes, dtypes and host values of a structure. Equal signatures can share a graph."""
+    """Return shapes, dtypes and host values. Structures with equal signatures share a graph."""
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype)
     if isinstance(value, tuple):

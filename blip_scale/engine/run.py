@@ -1,4 +1,4 @@
-"""The parts of a run, and the history that a resumed run needs."""
+"""Objects that make up a run, and the history that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from blip_scale.engine.zero.momentum import ShardedMomentum
 class History:
     """History that a resumed run needs; saved in every checkpoint.
 
-    A new field needs a default, as older checkpoints lack it. A renamed field needs an entry in
+    A new field needs a default: older checkpoints lack it. A renamed field needs an entry in
     `_RENAMED`.
     """
 
@@ -37,7 +37,7 @@ class History:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     window: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of the steps since the last logged line."""
+    """Metrics of the steps after the last logged line."""
     usual: list[float] = field(default_factory=list)
     """Values of loss/total at the last logged points."""
     is_spiking: bool = False
@@ -46,11 +46,11 @@ class History:
     evaluation: dict[str, float] = field(default_factory=dict)
     captions: list[dict[str, str]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
-    """`step` and `score` of the best evaluation, where the task gives a score."""
+    """`step` and `score` of the best evaluation, if the task returns a score."""
     evaluation_due: bool = False
-    """Whether this step is evaluated after its checkpoint. A resumed run then evaluates first."""
+    """Whether an evaluation follows the checkpoint. A resumed run then evaluates first."""
     alarm_streaks: dict[str, int] = field(default_factory=dict)
-    """Alarm -> number of logged points in a row at which its condition held."""
+    """Alarm -> number of consecutive logged points at which its condition held."""
     goodput: dict[str, float] = field(default_factory=dict)
     """`Goodput.record` when the checkpoint was made."""
 
@@ -59,7 +59,7 @@ class History:
         return {name: getattr(self, name) for name in _EVALUATED}
 
     def restore_evaluation(self, values: Mapping[str, Any]) -> None:
-        """Set the fields of `evaluated`: this step's evaluation was done by an earlier start.
+        """Set the fields from `evaluated`, because an earlier start already evaluated this step.
 
         Raises:
             KeyError: a field is missing.
@@ -70,7 +70,7 @@ class History:
 
     @classmethod
     def from_checkpoint(cls, position: dict[str, Any]) -> History:
-        """The history that a checkpoint holds. Fields that it lacks get their defaults.
+        """Read the history from a checkpoint. Missing fields get their defaults.
 
         Raises:
             ValueError: the checkpoint has fields that this code doesn't know.
@@ -89,7 +89,7 @@ class History:
 _EVALUATED = ("seconds", "evaluation", "captions", "best")
 
 _RENAMED: dict[str, str] = {}
-"""Name of a field of `History` in older checkpoints -> its present name."""
+"""Field name in older checkpoints -> current name in `History`."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class WorstStep:
 
 @dataclass
 class Run:
-    """Everything that a run consists of."""
+    """Objects of a run that the train loop uses."""
 
     recipe: Recipe
     task: Task
@@ -125,7 +125,7 @@ class Run:
     accumulation: int
     peak_flops: float
     named: set[str] = field(default_factory=set)
-    """Warnings about unreadable samples that were logged before. Each is logged once."""
+    """Warnings about unreadable samples already logged. Each is logged once."""
     worst: WorstStep = WorstStep()
     step: int = 0
     history: History = field(default_factory=History)

@@ -27,10 +27,10 @@ class _StepBatches:
     figures: dict[str, float] = field(default_factory=dict)
     """Metrics that the host knows, summed over the micro-batches."""
     wait_s: float = 0.0
-    """Seconds in which the loader had no micro-batch ready."""
+    """Seconds spent waiting for the loader."""
 
     def load(self, run: Run, batches: Iterator[Any]) -> Iterator[Any]:
-        """The loader's next micro-batches. Each is kept, as the step may have to be repeated."""
+        """Take the loader's next micro-batches. Keep them, because the step may be repeated."""
         for _ in range(run.accumulation):
             began = time.perf_counter()
             with run.heartbeat.timer.waiting_for_data():
@@ -69,11 +69,11 @@ class _Reading:
 
 
 def optimizer_step(run: Run, batches: Iterator[Any]) -> bool:
-    """Accumulate micro-batches, update unless loss or gradient is not finite, and note the metrics.
+    """Accumulate micro-batches, record metrics, and update if loss and gradient are finite.
 
     The host waits for the device once, to read metrics, gradient norms and flags together. One flag
-    says whether the drawn negatives overflowed their static capacity. The step is then repeated
-    with room for the longest draw, from the same random state, so its result is exact.
+    says whether the sampled negatives overflowed their static capacity. If so, the step is repeated
+    from the same random state with enough capacity, so its result is exact.
 
     Returns:
         Whether the run should stop because a rank received a signal.
@@ -113,8 +113,8 @@ def optimizer_step(run: Run, batches: Iterator[Any]) -> bool:
 
 
 def micro_step_seed(seed: int, micro_step: int, rank: int) -> int:
-    """Seed of one micro-step on one rank. So checkpoints need no generator state."""
-    return ((seed * 1_000_003 + micro_step) * 65_537 + rank) % 2**63  # torch takes 63 bits
+    """Return the seed of a micro-step on one rank. Checkpoints then need no generator state."""
+    return ((seed * 1_000_003 + micro_step) * 65_537 + rank) % 2**63  # torch accepts 63 bits
 
 
 def _micro_steps(
@@ -142,7 +142,7 @@ def _micro_steps(
 
 
 def _read(run: Run, loaded: _StepBatches, names: tuple[str, ...], sums: Tensor) -> _Reading:
-    """Read all values of the step with one sum over the ranks and one wait for the device."""
+    """Read all values of the step with one all-reduce and one wait for the device."""
     device, ranks = run.engine.device, collectives.world_size()
     host_sums = [*loaded.figures.values()]
     flags = [float(len(loaded.skipped)), float(run.interrupts.is_pending)]

@@ -1,7 +1,7 @@
-"""Slow work in a thread on every rank, which all ranks then continue together.
+"""Slow work in a thread on every rank. All ranks then continue together in the main thread.
 
-No collective runs in a thread: its order among the collectives of the training would differ between
-ranks.
+Threads must not run collectives: their order relative to the collectives of training would differ
+between ranks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Between two yields it may use collectives."""
 
 
 def attempt(work: Callable[[], Any], rank: int) -> Outcome:
-    """Call `work` and return its outcome. A rank that raised would leave the others waiting."""
+    """Call `work` and return its outcome. If one rank raised here, the others would wait."""
     began = time.perf_counter()
     value, error = None, ""
     try:

@@ -1,4 +1,4 @@
-"""Restores: find the newest whole checkpoint, and load it on any number of ranks.
+"""Restoring: find the newest complete checkpoint, and load it on any number of ranks.
 
 If the run has object storage, files that are missing or damaged locally are fetched from it. For
 example, the disk of a replaced node is empty.
@@ -165,7 +165,7 @@ def _make_whole(place: Place, step: int, stage: int, text: str) -> str | None:
     """Bring all files of a manifest to the ranks that need them. Returns problems, or None."""
     try:
         manifest = Manifest.from_json(text)
-    except UnknownVersionError as error:  # it may be whole, so don't resume from an older one
+    except UnknownVersionError as error:  # never resume from an older one instead
         raise UnknownVersionError(
             f"{place.folder / run_folder.step_folder(step)}: {error}"
         ) from error

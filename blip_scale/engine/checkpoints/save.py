@@ -1,4 +1,4 @@
-"""Saves of a running training: a copy in memory, files written in the background, an atomic rename.
+"""Saving checkpoints during training: copy to memory, write in the background, rename atomically.
 
 See `storage.checkpoint_format` for the files. Training pauses for the copy and for the rename.
 In between, a thread on every rank writes. The rename commits the checkpoint, once every byte of
@@ -59,7 +59,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """Copies of all that this rank must write for a step. Later steps do not change them."""
+    """Copies of everything that this rank writes for a step. Later steps do not change them."""
 
     step: int
     contents: dict[str, checkpoint_format.Content]
@@ -307,7 +307,7 @@ class Saver:
 
 
 def _copied(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> checkpoint_format.Content:
-    """Copies in ordinary host memory. Pinning memory would take longer than it saves."""
+    """Copy tensors to pageable host memory. Pinning memory would take longer than it saves."""
     copies = {}
     for name, tensor in tensors.items():
         copies[name] = tensor.detach().to("cpu", copy=True).contiguous()

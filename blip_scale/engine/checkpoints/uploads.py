@@ -1,7 +1,7 @@
 """Uploads of committed checkpoints to object storage, in the background.
 
-Every rank uploads its share of the files. The manifest comes last, once the storage lists all other
-files with their sizes. So a checkpoint with a manifest is whole.
+Every rank uploads its share of the files. The manifest is uploaded last, once the storage lists all
+other files with their sizes. A checkpoint with a manifest is therefore complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from blip_scale.storage.objects import ObjectFolder
 logger = logging.getLogger(__name__)
 
 _READY_S = 10.0
-"""Longest wait for the storage to list what it has of a checkpoint."""
+"""Maximum time in which the storage must list the files of a checkpoint."""
 _ALONE_S = 45.0
 """Time to finish an upload without the other ranks. SLURM's scripts give ranks a minute from the
 end of the first one."""
@@ -58,7 +58,7 @@ class Uploads:
         self._is_sending = False
 
     def resume(self, steps: list[int]) -> None:
-        """Upload these committed checkpoints, unless the storage has them."""
+        """Upload those of these committed checkpoints that the storage lacks."""
         self._waiting = sorted(steps)
         self._start()
 
@@ -83,10 +83,10 @@ class Uploads:
             self._job.poll()
 
     def finish(self, beat: Callable[[], None]) -> None:
-        """Wait until all is uploaded, or nothing has moved for `retry_s`. Warn about the rest.
+        """Wait until all is uploaded, or nothing progresses for `retry_s`. Warn about the rest.
 
         Args:
-            beat: is called whenever something has moved.
+            beat: is called on progress.
         """
         patience_s = self._settings.retry_s
         for is_again in (False, True):  # the running upload, then those that it left queued
@@ -105,19 +105,19 @@ class Uploads:
             )  # fmt: skip
 
     def begin(self) -> None:
-        """Begin to send the files of a checkpoint that was just added, if no other is under way.
+        """Begin to upload a checkpoint that was just added, unless another upload is in progress.
 
-        The ranks then send them without each other until the next `poll`.
+        Each rank then uploads its files independently until the next `poll`.
         """
         if self._job:
             self._job.join(_READY_S)
             self._job.poll()  # on all ranks, also where the work has not ended
 
     def finish_alone(self) -> None:
-        """Send the rest of this rank's files, when the ranks can't meet any more.
+        """Upload the rest of this rank's files, when the ranks can no longer communicate.
 
-        Rank 0 commits the checkpoint once the storage lists the files of all ranks. What is not
-        there in time is uploaded by the next start.
+        Rank 0 commits the checkpoint once the storage lists the files of all ranks. The next start
+        uploads files that did not arrive in time.
         """
         step, until = self._under_way, time.monotonic() + _ALONE_S
         if self._job is None or step is None or not self._is_sending:
@@ -166,8 +166,8 @@ class Uploads:
     def _make_ready(self, step: int) -> bool:
         """On rank 0, whether the storage already has this checkpoint.
 
-        Another checkpoint of the same step, or what was uploaded of one, is deleted, so that a
-        mixture of both never counts as whole.
+        A different checkpoint of the same step, complete or not, is deleted. A mixture of both can
+        then never count as complete.
         """
         if self._place.rank != 0:
             return False
@@ -206,7 +206,7 @@ class Uploads:
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
-        """Remove older checkpoints, manifests first. Includes checkpoints uploaded in part."""
+        """Remove older checkpoints, also partly uploaded ones. Delete manifests first."""
         names = list(self._remote.sizes())
         done = [step for step in checkpoint_format.committed_objects(names) if step <= newest]
         settings = self._settings

@@ -15,7 +15,7 @@ SPIKE_POINTS = 100
 _SPIKE_MIN_POINTS = 20
 _SPIKE_DEVIATIONS = 8.0
 _SPIKE_FLOOR = 0.01
-"""Smallest deviation as a share of the median, so that a flat curve may ripple."""
+"""Minimum deviation as a share of the median, so that noise on a flat curve is no spike."""
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 
 SLOW_RATIO = 1.3
@@ -24,7 +24,7 @@ _SLOW_POINTS = 5
 
 @dataclass(frozen=True)
 class LossLevel:
-    """A loss in relation to those before it."""
+    """A loss compared with the losses before it."""
 
     ratio: float
     """(loss - median) / deviation."""
@@ -42,7 +42,7 @@ class LossLevel:
 def loss_level(loss: float, before: Sequence[float]) -> LossLevel | None:
     """Compare a loss with the median of those before it, in median absolute deviations.
 
-    Median and MAD are not moved by the outliers that they are to find.
+    The median and the MAD are robust against the outliers that this function detects.
 
     Returns:
         None when the loss is not finite or there are fewer than 20 points before it.

@@ -1,4 +1,4 @@
-"""Cost of the exchanges between ranks: calls, bytes, and the time that this rank was blocked.
+"""Cost of collectives: calls, bytes, and the time for which this rank was blocked.
 
 Monkey patches functions of torch.distributed (`KINDS`); tests/engine/test_communication.py guards
 them.
@@ -26,7 +26,7 @@ KINDS = {
     "broadcast": "other",
     "reduce": "other",
 }
-"""Function of torch.distributed -> kind that it is counted as."""
+"""Function of torch.distributed -> kind under which it is counted."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class CommunicationMeter:
         self.costs: dict[str, Cost] = {kind: Cost() for kind in dict.fromkeys(KINDS.values())}
         """Cost since the last `reset`, by kind."""
         self.exchanges = 0
-        """Calls since the start. Ranks that wait for each other have made equally many."""
+        """Number of calls since the start. Ranks that wait for each other have equal counts."""
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def install(self) -> None:
@@ -73,7 +73,7 @@ class CommunicationMeter:
         self._originals = {}
 
     def reset(self) -> None:
-        """Count from zero."""
+        """Reset the counts to zero."""
         for cost in self.costs.values():
             cost.calls, cost.bytes, cost.blocked_s = 0, 0, 0.0
 

@@ -76,7 +76,7 @@ class Goodput:
         if not self._is_main:
             return
         now = time.time()
-        self._seconds[use] += max(0.0, now - self._last)  # the clock may be set back
+        self._seconds[use] += max(0.0, now - self._last)  # the clock may go backwards
         self._last = now
         if not 0 <= now - self._written < _EVERY_S:
             self._written = now
@@ -85,7 +85,7 @@ class Goodput:
                 files.write_whole(self._file, json.dumps(content) + "\n", through=False)
 
     def stop(self) -> None:
-        """End the record: a run that has nothing left to do is over."""
+        """End the record, because the run is complete."""
         self._is_main = False
 
     def record(self) -> dict[str, float]:

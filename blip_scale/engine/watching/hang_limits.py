@@ -18,10 +18,10 @@ _STARTING_STEPS = 3
 
 
 class HangLimits:
-    """Limits by phase in seconds; `math.inf` where there is none.
+    """Limit of each phase in seconds; `math.inf` for no limit.
 
-    Retries of object storage are no hang, so the limits of phases that wait for it are longer by
-    the time that the recipe allows for them.
+    Retrying object storage is not a hang. Phases that wait for it have limits that are longer by
+    the retry time of the recipe.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class HangLimits:
         )
 
     def note_step(self, seconds: float) -> None:
-        """Count a step of this start, which took `seconds`."""
+        """Record the duration of a step of this start, in seconds."""
         self._steps_s.append(seconds)
 
     def note_batch(self, seconds: float) -> None:
-        """Count a batch of an evaluation, which took `seconds`."""
+        """Record the duration of a batch of an evaluation, in seconds."""
         self._batches_s.append(seconds)
 
     def end_batches(self) -> None:

@@ -41,7 +41,7 @@ class Heartbeat:
         self._disk = files.Spared(f"heartbeat in {self._file}")
         self._written = 0.0
         self.before = self._earlier_counts() if self._is_main else {}
-        """Counts that the start before this one left; empty without one."""
+        """Counts of the previous start; empty if there is none."""
         self._state: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | self.before
         self._state["restarts"] += bool(self.before)
         self._state["job_id"] = os.environ.get("SLURM_JOB_ID")

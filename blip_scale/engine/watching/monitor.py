@@ -35,27 +35,27 @@ _LINE = (  # metric, its short name on the terminal, format
     ("speed/data_wait_share", "wait", "{:4.0%}"),
 )
 _REPEATED_EVERY = 20
-"""Logged points between two warnings of an alarm that lasts."""
+"""Number of logged points between two warnings of a lasting alarm."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A warning, and a curve, while a condition holds at several logged points in a row."""
+    """A warning and a curve for a condition that holds at several consecutive logged points."""
 
     name: str
     """Name of its curve, `alarm/NAME`: 1 while the alarm lasts, else 0."""
     condition: Callable[[Mapping[str, float]], bool]
-    """Tells from the metrics of a logged point whether something is wrong."""
+    """Function that decides from the metrics of a logged point whether something is wrong."""
     message: str
-    """Says what is wrong and how to fix it."""
+    """Message: the problem and how to fix it."""
     points: int = 5
-    """Logged points in a row after which the alarm begins."""
+    """Number of consecutive logged points after which the alarm begins."""
 
 
 class Monitor:
     """Shows a run; on ranks other than the main one every call does nothing.
 
-    A full disk or a failing logger costs points of the curves, and a warning, but not the run.
+    A full disk or a failing logger loses points of the curves and logs a warning. The run goes on.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Monitor:
             )  # fmt: skip
 
     def advance(self, step: int) -> None:
-        """Note that `step` optimizer steps are done."""
+        """Record that `step` optimizer steps are done."""
         self._step = step
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -193,7 +193,7 @@ class Monitor:
         self.scalars(step, metrics)
 
     def pictures(self, step: int, name: str, panels: list[Panel]) -> None:
-        """Show images of a held-out set with the generated and the true caption under each."""
+        """Show images of a held-out set, each with its generated and its true caption."""
         if self._is_main and panels:
             self._loggers.pictures(step, name, draw_grid(panels), panels)
 
@@ -206,7 +206,7 @@ class Monitor:
         """Write summary.json whole or not at all: the run has reached the end of its recipe.
 
         Raises:
-            OSError: the disk does not take it.
+            OSError: the file can't be written.
         """
         if not self._is_main:
             return
@@ -269,7 +269,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Largest memory held so far: by tensors on the GPU, by the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
 
 
 def _losses(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -281,7 +281,7 @@ def _short(name: str) -> str:
 
 
 def _strict(value: Any) -> Any:
-    """The value with None in place of NaN and infinity, which JSON lacks."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, Mapping):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

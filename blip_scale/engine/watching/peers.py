@@ -36,16 +36,16 @@ class RankState:
     phase: str
     step: int
     exchanges: int
-    """Exchanges between ranks that this rank has begun."""
+    """Number of collectives that this rank has begun."""
     data_wait_s: float
-    """Time for which this rank has been waiting for its loader; 0: it is not waiting."""
+    """Time for which this rank has been waiting for its loader; 0 if it is not waiting."""
     pulse: int
-    """Number of earlier publications. It stands still if the process or its machine does."""
+    """Number of earlier publications. It stops growing if the process or its machine stops."""
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A rank that the others wait for."""
+    """A rank for which the others wait."""
 
     rank: int
     node: str
@@ -66,7 +66,7 @@ class Peers:
         """Connect to the store at MASTER_ADDR.
 
         Raises:
-            RuntimeError: it can't be reached.
+            RuntimeError: the store can't be reached.
         """
         self.main_node = os.environ["MASTER_ADDR"]
         """Node of rank 0; its address until rank 0 has published its state."""
@@ -140,8 +140,8 @@ class Peers:
 class RollCall:
     """Counts for how long ranks have given no sign of life.
 
-    It counts ticks of this process and not seconds: where all ranks were suspended together, none
-    is lost.
+    It counts ticks of this process, not seconds. If all ranks were suspended together, none counts
+    as lost.
     """
 
     def __init__(self, most_ticks: int) -> None:
@@ -163,7 +163,7 @@ class RollCall:
             self._latest[rank] = state
 
     def lost(self) -> list[Suspect]:
-        """Ranks that are lost."""
+        """Return the lost ranks."""
         return [
             _suspect(self._latest[rank], _NO_SIGN)
             for rank, ticks in self._silent_ticks.items()

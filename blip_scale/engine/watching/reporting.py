@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def note_trouble(
     run: Run, finite: bool, skipped: float, ids: list[str], reasons: list[str]
 ) -> None:
-    """Count and report what went wrong in a step; every rank takes the same branches."""
+    """Count and report problems of a step. Every rank takes the same branches."""
     history = run.history
     history.skipped_in_a_row = 0 if finite else history.skipped_in_a_row + 1
     history.skipped_steps += not finite
@@ -83,7 +83,7 @@ def log(run: Run) -> None:
     ranks = collectives.all_gather(
         torch.tensor([here], dtype=torch.float64, device=run.engine.device)
     )
-    # The worst rank counts: the others wait for it in the next collective.
+    # Use the slowest rank: the others wait for it in the next collective.
     data_wait_s, memory_gib, _ = ranks.amax(dim=0).tolist()
     own_times = ranks[:, 2].tolist()
     means |= run.task.metrics(run.engine, run.momentum)

@@ -36,7 +36,7 @@ class RunManifest:
     """
 
     def __init__(self, output_dir: Path, is_main: bool) -> None:
-        """Read what earlier starts left; a file that cannot be read is put aside."""
+        """Read the record of earlier starts. Rename a file that can't be read."""
         self._file = output_dir / run_folder.RUN_MANIFEST
         self._is_main = is_main
         self._disk = files.Spared(f"manifest of the run in {self._file}")

@@ -46,10 +46,10 @@ _TICKS = 20
 _FIRST_READING, _SECOND_READING = 5, 1
 """Ticks before the deadline at which the states of all ranks are read."""
 _SILENT_S = 60.0
-"""Time without a sign of life after which a rank is lost, whatever the limit of its phase. A thread
-gives it every few seconds, so steps and exchanges may take longer."""
+"""Time without a published state after which a rank is lost, in any phase. A thread publishes every
+few seconds, so a step or a collective may take longer than this."""
 _LONG_WAIT_S = 30.0
-"""Wait for the loader that is a warning."""
+"""Wait for the loader after which a warning is logged."""
 _WATCHED: tuple[Phase, ...] = ("training", "evaluating", "saving")
 """Phases in which all ranks give signs of life. A start may hold the interpreter's lock for long,
 and at the end some ranks are gone before the others."""
@@ -117,7 +117,7 @@ class StallTimer:
             logger.warning("the rank that hangs can't be named if one does: %s", error)
 
     def beat(self, phase: Phase, step: int | None) -> None:
-        """Note progress: this rank begins or continues a phase.
+        """Record progress: this rank begins or continues a phase.
 
         Args:
             phase: current phase.
@@ -232,7 +232,7 @@ class StallTimer:
                 self._peers.publish(self._state())
 
     def _warn_of_data_wait(self) -> None:
-        """Warn of a long wait for the loader, once for each."""
+        """Warn of a long wait for the loader, once per wait."""
         since = self._data_since
         if since is None or since == self._warned_since:
             return
@@ -262,7 +262,7 @@ class StallTimer:
         return self._roll_call.lost()
 
     def _end_for(self, lost: list[Suspect]) -> None:
-        """End this process, as it would wait for ranks that are lost."""
+        """End this process, because it would wait for lost ranks forever."""
         with self._arming:
             if self._log is None:
                 return

@@ -51,7 +51,7 @@ REPLACED = {
     "skips steps that are not finite itself",
     "parameter_offload.FWD_MODULE_STACK": "a leak: recomputing a checkpointed block leaves entries",
 }
-"""Private name -> cost of DeepSpeed's code behind it."""
+"""Private name -> redundant work of DeepSpeed's code."""
 
 
 def are_checked() -> bool:
@@ -60,7 +60,7 @@ def are_checked() -> bool:
 
 
 def unchecked_reason() -> str:
-    """Why the patches are not applied."""
+    """Return a log message that says why the patches are not applied."""
     return (
         f"the patches of the ZeRO-3 step were checked for DeepSpeed {', '.join(CHECKED_VERSIONS)}, "
         f"not for {deepspeed.__version__}, so they are not applied"
@@ -68,14 +68,14 @@ def unchecked_reason() -> str:
 
 
 def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
-    """Replace methods of a ZeRO-3 optimizer's step by faster ones with equal results.
+    """Replace methods of a ZeRO-3 optimizer's step with faster ones that give equal results.
 
-    An optimizer on the host (offload) is left alone, as its step takes other paths.
+    An offloaded optimizer is left unchanged, because its step uses other methods.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
-        norm: returns the L2 norm of the averaged gradient over all ranks, a scalar. Called within a
-            step.
+        norm: returns the L2 norm of the averaged gradient over all ranks, a scalar. It is called
+            during a step.
     """
     if zero.offload_optimizer:
         return
@@ -84,7 +84,7 @@ def trim(zero: Any, norm: Callable[[], Tensor]) -> None:
     )  # fmt: skip
 
     def prepare(sub_group: int) -> None:
-        # Gradients that lie end to end become the master's gradient without a copy.
+        # Contiguous gradients become the gradient of the fp32 master without a copy.
         master = zero.fp32_partitioned_groups_flat[sub_group]
         whole = joined(zero.averaged_gradients[sub_group])
         if whole is None or whole.dtype != master.dtype or whole.numel() != master.numel():
@@ -121,7 +121,7 @@ def share_masters(zero: Any) -> None:
 
 
 def skip_waits(zero: Any) -> None:
-    """Remove the waits of the host for a GPU in the backward pass and in the step.
+    """Remove the points in the backward pass and the step at which the host waits for a GPU.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
@@ -136,7 +136,7 @@ def skip_waits(zero: Any) -> None:
 def drop_all_hooks(engine: Any) -> None:
     """Make the network of a DeepSpeed engine a plain module again, for weights that stay whole.
 
-    Its calls then run no code of DeepSpeed's, and gradients stay where autograd puts them.
+    Calling the network then runs no DeepSpeed code, and gradients stay in `Parameter.grad`.
 
     Args:
         engine: `DeepSpeedEngine` under ZeRO-3.
@@ -157,15 +157,15 @@ def drop_all_hooks(engine: Any) -> None:
 
 
 def trim_module_stack() -> None:
-    """Drop the entries that recomputed blocks leak in every step. Call it between two steps."""
+    """Remove the entries that recomputed blocks leak in every step. Call this between steps."""
     del parameter_offload.FWD_MODULE_STACK[1:]
 
 
 def drop_idle_hooks(zero: Any) -> None:
-    """Take DeepSpeed's hooks off the modules that have nothing to gather or release.
+    """Remove DeepSpeed's hooks from modules that have nothing to gather or release.
 
-    They are modules without parameters, or with parameters that stay gathered. The optimizer step
-    partitions the latter. Before the next forward, one exchange at the root gathers them again.
+    These modules have no parameters, or only persistent ones. The optimizer step partitions
+    persistent parameters. Before the next forward, one all-gather at the root gathers them again.
 
     Args:
         zero: `DeepSpeedZeroOptimizer_Stage3`.
@@ -193,9 +193,9 @@ def drop_idle_hooks(zero: Any) -> None:
 
 
 def gather_together(parameters: Sequence[nn.Parameter]) -> None:
-    """Make partitioned parameters whole in one exchange, where DeepSpeed takes one for each.
+    """Gather partitioned parameters in one all-gather. DeepSpeed uses one for each parameter.
 
-    Parts that are quantized, on another device or in groups of ranks are left to DeepSpeed.
+    If parts are quantized, on another device or split over groups of ranks, DeepSpeed gathers them.
     """
     ranks = collectives.world_size()
     parts = [p.ds_tensor for p in parameters]
@@ -220,7 +220,7 @@ def gather_together(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor | None:
-    """One view of flat tensors that lie end to end in one storage; None if they don't."""
+    """Return one view of flat tensors that are contiguous in one storage; None if they aren't."""
     first, end = pieces[0], pieces[0].storage_offset()
     for piece in pieces:
         same = piece.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

@@ -52,13 +52,13 @@ _FOREVER_S = 365 * 86_400.0
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW with a switch: if `skip` is set, a step leaves weights and moments alone."""
+    """AdamW whose `step` does nothing while `skip` is True: weights and moments stay unchanged."""
 
     skip = False
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update, unless `skip` is set."""
+        """Update the weights and moments, unless `skip` is True."""
         if not self.skip:
             super().step(closure)
 
@@ -67,9 +67,9 @@ class AdamW(torch.optim.AdamW):
 class ZeroEngine:
     """DeepSpeed's engine with the parameter slices of this rank.
 
-    A micro-step is `forward` and `backward`. Unless there is a `capture_obstacle`, a CUDA graph can
-    hold `forward` and `compute_gradients`. Then `gather_weights` precedes a replay, and
-    `add_gradients` follows it.
+    A micro-step calls `forward` and `backward`. If `capture_obstacle` is None, `forward` and
+    `compute_gradients` can be captured in a CUDA graph instead. Call `gather_weights` before each
+    replay and `add_gradients` after it.
     """
 
     deepspeed: Any
@@ -83,9 +83,9 @@ class ZeroEngine:
     weights_stay_whole: bool
     """Whether every rank always keeps all compute weights under ZeRO-3."""
     weights_reason: str
-    """Where the weights lie, and why, for the log."""
+    """Whether the weights are whole or partitioned, and why, for the log."""
     frozen: dict[str, nn.Parameter] = field(default_factory=dict)
-    """Parameters that keep the weights of `fill`."""
+    """Parameters that the optimizer does not update; `fill` sets their weights."""
     _flats: list[FlatWeights] = field(default_factory=list)
     _flat_of: dict[int, FlatWeights] = field(default_factory=dict)
     _norm: Tensor | None = None
@@ -169,24 +169,24 @@ class ZeroEngine:
             self.deepspeed.step()
 
     def compute_gradients(self, loss: Tensor) -> list[Tensor]:
-        """Gradients of loss / accumulation, one for each trainable parameter.
+        """Return the gradients of loss / accumulation, one for each trainable parameter.
 
-        Nothing else happens, so a CUDA graph can capture this. Whole weights only.
+        Requires whole weights. It has no other effect, so a CUDA graph can capture it.
         """
         return self._buckets.compute(loss)
 
     def add_gradients(self, gradients: list[Tensor], is_last: bool) -> None:
-        """Add gradients of `compute_gradients`, or of its replay, like `backward`.
+        """Add the gradients that `compute_gradients` or its replay computed, like `backward`.
 
-        Whole weights only.
+        Requires whole weights.
         """
         self._buckets.add(gradients, is_last)
 
     def gather_weights(self) -> None:
         """Gather whole compute weights that have changed since the last gather.
 
-        There is one exchange for trainable weights and one for momentum copies. `forward` calls
-        this. Call it on all ranks.
+        It takes one all-gather for trainable weights and one for momentum copies. `forward` calls
+        this method. Call it on all ranks.
         """
         if not self.weights_stay_whole:
             return
@@ -204,9 +204,9 @@ class ZeroEngine:
     def keep_whole(
         self, parameters: list[nn.Parameter], parts: Tensor | None = None
     ) -> FlatWeights:
-        """Lay parameters into one flat tensor, which one exchange gathers. Whole weights only.
+        """Move parameters into one flat tensor, which one all-gather refreshes.
 
-        See `FlatWeights` for `parts`.
+        Requires whole weights. `parts` is documented in `FlatWeights`.
         """
         flat = FlatWeights(parameters, parts)
         self._flats.append(flat)
@@ -218,7 +218,7 @@ class ZeroEngine:
 
         Args:
             learning_rate: learning rate of this step.
-            apply: whether to update. False drops the gradients and keeps weights and moments.
+            apply: if False, drop the gradients and keep weights and moments.
             norm: L2 norm of the averaged gradient over all ranks, for clipping: a scalar on the
                 device.
         """
@@ -238,10 +238,11 @@ class ZeroEngine:
             deepspeed_patches.trim_module_stack()
 
     def squared_norms(self) -> Tensor:
-        """Squared norms [1 + towers] of this rank's averaged gradients, ordered as `norm_names`.
+        """Return the squared norms of this rank's averaged gradients, in the order of `norm_names`.
 
-        They are fp64 on the device, before clipping. Summed over the ranks they are the squared L2
-        norms of the whole gradients. Call this after the last backward. The host does not wait.
+        The result is fp64 [1 + towers] on the device, before clipping. Its sum over all ranks is
+        the squared L2 norm of the whole gradients. Call this after the last backward. The host does
+        not wait.
         """
         pieces = self._gradient_pieces or self._find_gradients()
         everything = [gradient for tower in pieces for gradient in tower]
@@ -269,9 +270,9 @@ class ZeroEngine:
     def assign(self, parameters: list[nn.Parameter], parts: list[SliceValues]) -> None:
         """Write compute weights from this rank's parts of some parameters.
 
-        Every rank must call this with the same parameters, and with the parts that it owns. ZeRO-3
-        needs no exchange: the next forward gathers the weights. Under ZeRO-1/2, where every rank
-        holds whole parameters, one sum joins the parts of all ranks.
+        Every rank must call this with the same parameters and with the parts that it owns. ZeRO-3
+        needs no communication here: the next forward gathers the weights. Under ZeRO-1/2 every rank
+        holds whole parameters, so one all-reduce combines the parts of all ranks.
         """
         if not parameters:
             return
@@ -279,7 +280,7 @@ class ZeroEngine:
             targets, values = [], []
             for part in parts:
                 target = parameters[part.index].ds_tensor.data[: part.values.numel()]
-                if target.data_ptr() != part.values.data_ptr():  # in fp32 both may share memory
+                if target.data_ptr() != part.values.data_ptr():  # fp32: may share memory
                     targets.append(target)
                     values.append(part.values)
             if targets:
@@ -294,7 +295,7 @@ class ZeroEngine:
         ]
         if parts:
             torch._foreach_copy_(targets, [part.values for part in parts])
-        collectives.all_reduce_sum(flat)  # exact: one rank owns an element, the others add 0
+        collectives.all_reduce_sum(flat)  # exact: all ranks but the owner add 0
         wholes = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
         torch._foreach_copy_([p.data for p in parameters], wholes)
 
@@ -312,7 +313,7 @@ class ZeroEngine:
     def fill(self, weights: Mapping[str, Tensor]) -> None:
         """Set this rank's fp32 masters and the compute weights from whole tensors by name.
 
-        Parameters among them that don't train become `frozen`.
+        Parameters of `weights` that are not trained are added to `frozen`.
         """
         for name, parameter in self.module.named_parameters():
             if name in weights and not parameter.requires_grad and name not in self.frozen:
@@ -337,11 +338,11 @@ class ZeroEngine:
     def gather_into(self, source: nn.Module, target: nn.Module) -> None:
         """Copy the compute weights of `source`, a part of the wrapped module, to a plain module.
 
-        Call it on all ranks. Every rank gets all weights. Partitioned parameters are gathered one
-        at a time, so the peak memory is one parameter more than `target`.
+        Call it on all ranks. Every rank receives all weights. Partitioned parameters are gathered
+        one at a time, so the peak memory exceeds `target` by one parameter.
 
         Raises:
-            ValueError: the modules' parameters differ in name.
+            ValueError: the parameter names of the two modules differ.
         """
         self.gather_weights()
         for (name, parameter), (other, destination) in zip(
@@ -364,9 +365,9 @@ def whole(parameter: nn.Parameter, is_partitioned: bool) -> Iterator[None]:
 
 
 def _holds_a_copy(parameter: nn.Parameter) -> bool:
-    """Whether the parameter is whole in separate memory.
+    """Whether the whole parameter has its own memory.
 
-    On a single rank the whole parameter is a view of the rank's part. Gathering it would only make
+    On a single rank it is a view of the rank's part. Gathering it again would be useless and make
     the host wait for the GPU.
     """
     whole = parameter.ds_status.name == "AVAILABLE"
@@ -376,8 +377,10 @@ def _holds_a_copy(parameter: nn.Parameter) -> bool:
 def start(timeout_s: float) -> torch.device:
     """Join the process group and return this rank's device.
 
-    Without a launcher the group is a single rank.
-    `timeout_s` is the longest hang limit; infinity: none.
+    Without a launcher the group has a single rank.
+
+    Args:
+        timeout_s: the longest hang limit in seconds; infinity for no limit.
     """
     for variable, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(variable, alone)
@@ -389,8 +392,8 @@ def start(timeout_s: float) -> torch.device:
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    # DeepSpeed 0.19.8 asks this table once, whether it can compile a sum over the ranks of a CPU in
-    # shared memory. Training never calls that sum, which would take a minute to compile.
+    # DeepSpeed 0.19.8 reads this table to decide whether to compile a shared-memory all-reduce for
+    # CPUs. Training never calls that operation, and compiling it takes a minute.
     deepspeed.ops.__compatible_ops__ = {}
     with logs.prints_to_log("DeepSpeed"):
         deepspeed.init_distributed(
@@ -403,12 +406,12 @@ def start(timeout_s: float) -> torch.device:
 def _set_up_compiling() -> None:
     """Keep compiled operations and blocks in a folder of this Python environment.
 
-    The folder is kept between runs, and clones that share an environment share it. In torch's
-    default folder, environments would overwrite each other's operations. Ranks that start at once
-    compile only once, as torch (2.14) locks the folder of an operation.
+    The folder outlives the run. Clones that share an environment share the folder. In torch's
+    default folder, environments would overwrite each other's operations. Ranks that start together
+    compile an operation only once, because torch (2.14) locks its folder.
     """
-    # DeepSpeed takes ninja from PATH, which lacks an environment that is not activated. Two
-    # versions of ninja would each compile everything again.
+    # DeepSpeed finds ninja through PATH, which lacks this environment if it is not activated. With
+    # two versions of ninja, each would recompile everything.
     tools = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([tools, *filter(None, [os.environ.get("PATH")])])
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
@@ -417,7 +420,8 @@ def _set_up_compiling() -> None:
     folder = cache / "blip_scale" / "compiled" / name
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
     blocks = folder / "inductor"
-    # Imports of torch 2.14 set the variable to the default, a folder in /tmp that others may write.
+    # Importing torch 2.14 sets the variable to its default, a folder in /tmp that other users may
+    # write to.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         with contextlib.suppress(OSError):  # a read-only home keeps the default
             blocks.mkdir(parents=True, exist_ok=True)
@@ -425,10 +429,10 @@ def _set_up_compiling() -> None:
 
 
 def _patience(timeout_s: float) -> timedelta:
-    """Timeout of an exchange.
+    """Return the timeout of a collective, longer than any hang limit.
 
-    It is longer than any hang limit, whose timer names the rank that hangs, writes the stacks of a
-    waiting rank and ends it.
+    The hang timer must expire first: it names the rank that hangs, writes the stacks of the waiting
+    rank and ends it.
     """
     return timedelta(seconds=min(timeout_s + _AFTER_STACKS_S, _FOREVER_S))
 
@@ -439,13 +443,13 @@ def initialize(
     """Build the network under the ZeRO stage of `ds_config` and wrap it.
 
     Args:
-        build: makes the network. Under ZeRO-3 it runs inside `zero.Init`, so that no rank ever
-            holds the whole network.
+        build: builds the network. Under ZeRO-3 it runs inside `zero.Init`, so no rank ever holds
+            the whole network.
         recipe: the recipe, for optimizer, precision and model settings.
         ds_config: DeepSpeed's settings with every "auto" resolved.
 
     Raises:
-        ValueError: blocks are to be compiled, but weights are partitioned.
+        ValueError: `model.compile` is true, but the weights are partitioned.
     """
     stage = ds_config["zero_optimization"]["stage"]
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage == 3):
@@ -483,14 +487,14 @@ def initialize(
 
 
 def _is_to_be_compiled(recipe: Recipe, partitioned: str | None) -> bool:
-    """Whether to compile the blocks, by `model.compile`. Logs the choice and its reason.
+    """Decide from `model.compile` whether to compile the blocks, and log the reason.
 
     Args:
         recipe: the recipe, for the setting and the task.
-        partitioned: why weights do not stay whole between the passes; None if they do.
+        partitioned: why the weights are partitioned; None if they stay whole.
 
     Raises:
-        ValueError: blocks are to be compiled, but weights are partitioned.
+        ValueError: `model.compile` is true, but the weights are partitioned.
     """
     setting, obstacle = recipe.model.compile, None
     device = deepspeed.accelerator.get_accelerator().device_name()
@@ -519,12 +523,12 @@ def _is_to_be_compiled(recipe: Recipe, partitioned: str | None) -> bool:
 
 @contextlib.contextmanager
 def _exchanging_on_one_thread() -> Iterator[None]:
-    """Context manager in which torch computes on one thread, so that gloo's threads do so forever.
+    """Context manager that sets torch to one thread, so that gloo's threads keep this setting.
 
-    gloo's threads take over torch's number of threads when they first compute. If they started
-    OpenMP helpers of their own, libgomp would count more threads than cores. Then all threads would
-    sleep, instead of spin, between the operations of a step. On two cores that takes a sixth of the
-    step's time.
+    A gloo thread copies torch's number of threads when it first computes. With more than one, it
+    would start its own OpenMP threads, and libgomp would count more threads than cores. All threads
+    would then sleep instead of spin between operations. On two cores this costs a sixth of the
+    step time.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -537,7 +541,7 @@ def _exchanging_on_one_thread() -> Iterator[None]:
 def _build_optimizer(
     parameters: list[nn.Parameter], recipe: Recipe, ds_config: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """AdamW over all parameters in one group, with weight decay on all of them, as published."""
+    """Build AdamW with one group and weight decay on all parameters, as BLIP publishes it."""
     settings = recipe.optimizer
     arguments: dict[str, Any] = {
         "lr": settings.peak_lr,

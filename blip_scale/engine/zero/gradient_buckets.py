@@ -1,8 +1,8 @@
 """Gradients of whole weights, averaged over ranks in a few flat exchanges.
 
-A bucket holds consecutive parameters. Buckets are sent in a fixed order, last parameters first, as
-soon as all their gradients are computed. So exchanges overlap the backward pass. With several
-micro-steps, each rank sums gradients up in fp32 and exchanges once.
+A bucket holds consecutive parameters. Buckets are sent in a fixed order, last parameters first. A
+bucket is sent as soon as all its gradients are computed, so communication overlaps the backward
+pass. With several micro-steps, each rank sums its gradients in fp32 and exchanges them once.
 
 Legend: W ranks, P elements of this rank's parts of all parameters, laid end to end.
 """
@@ -22,11 +22,11 @@ from blip_scale.engine import collectives
 
 
 def bucket_ranges(numels: Sequence[int], limit: int) -> list[range]:
-    """Indices of consecutive parameters that are exchanged together, last ones first.
+    """Split the indices of parameters into buckets of consecutive ones, last parameters first.
 
     Args:
         numels: number of elements of each parameter.
-        limit: maximum number of elements of a bucket. A larger parameter has its own bucket.
+        limit: maximum number of elements in a bucket. A larger parameter gets its own bucket.
     """
     ranges: list[range] = []
     end, elements = len(numels), 0
@@ -43,7 +43,7 @@ class _Bucket:
     indices: range
     """Indices of the bucket's parameters."""
     parts: slice
-    """Place of the parameters' parts in [P]."""
+    """Range of the parameters' parts in [P]."""
     missing: int = 0
     """Number of gradients that the backward pass has not computed yet."""
 
@@ -120,10 +120,11 @@ class GradientBuckets:
         self._finish()
 
     def compute(self, loss: Tensor) -> list[Tensor]:
-        """Gradients of loss / accumulation, one for each parameter, contiguous and in its dtype.
+        """Return the gradients of loss / accumulation, one for each parameter.
 
-        Only autograd runs: no hook, no exchange, no change of this object. A CUDA graph can capture
-        it. A replay then overwrites the tensors.
+        Each gradient is contiguous and has the dtype of its parameter. Only autograd runs: there is
+        no hook, no exchange and no change of this object. A CUDA graph can therefore capture this
+        method. A replay overwrites the returned tensors.
         """
         gradients = torch.autograd.grad(
             self._share(loss), list(self.parameters), allow_unused=True, materialize_grads=True
@@ -131,7 +132,7 @@ class GradientBuckets:
         return [gradient.contiguous() for gradient in gradients]
 
     def add(self, gradients: Sequence[Tensor], is_last: bool) -> None:
-        """Add gradients of `compute`, or of its replay, to the sums, like `backward`."""
+        """Add the gradients that `compute` or its replay computed to the sums, like `backward`."""
         self._begin(is_last)
         for bucket in self.buckets:
             self._send(bucket, [gradients[index] for index in bucket.indices])
@@ -146,7 +147,7 @@ class GradientBuckets:
             bucket.missing = len(bucket.indices)
 
     def _arrived(self, bucket: _Bucket, parameter: nn.Parameter) -> None:
-        """Count a gradient that was computed, and send the next buckets that are complete."""
+        """Record that a gradient was computed, and send the next buckets that are complete."""
         if not self._is_overlapping:
             return
         bucket.missing -= 1
@@ -164,9 +165,9 @@ class GradientBuckets:
 
     @torch.no_grad()
     def _send(self, bucket: _Bucket, gradients: Sequence[Tensor]) -> None:
-        """Sum up a bucket and, in the last micro-step, start its exchange."""
+        """Add gradients to a bucket's sums and, in the last micro-step, start its exchange."""
         ranks, sums = self.ranks, self.sums[bucket.parts]
-        # If the ranks divide the first dimension, cutting it equals cutting the flattened gradient.
+        # If the first dimension is divisible by W, splitting it equals splitting the flat gradient.
         rows = [g if g.dim() and len(g) % ranks == 0 else g.reshape(-1) for g in gradients]
         if ranks == 1:
             self._sum_up(rows, sums.view(1, -1))

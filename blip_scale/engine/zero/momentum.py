@@ -16,17 +16,17 @@ from blip_scale.engine.zero.whole_weights import FlatWeights
 class ShardedMomentum:
     """fp32 averages of the parameter slices that have a momentum copy.
 
-    The averages follow the optimizer's fp32 masters without communication: a copy has the shape of
-    its parameter, so a rank owns the same elements of both. In bf16 the averages would not move at
-    all, as with momentum 0.995 an increment is below half a unit in the last place. So only the
-    compute weights of the momentum forward are bf16, and `refresh` rewrites them from the averages.
-    In fp32 under ZeRO-3, averages and compute weights share memory.
+    Updating the averages from the optimizer's fp32 masters needs no communication: a copy has the
+    shape of its parameter, so a rank owns the same elements of both. bf16 averages would never
+    change, because with momentum 0.995 an increment is below half a unit in the last place. Only
+    the compute weights of the momentum forward are therefore bf16. `refresh` rewrites them from the
+    averages. In fp32 under ZeRO-3, averages and compute weights share memory.
 
     A frozen parameter and its copy are the same `Parameter`, so no average is kept.
     """
 
     def __init__(self, engine: ZeroEngine, pairs: dict[str, str]) -> None:
-        """Start from the parameters themselves.
+        """Initialize the averages with the parameters.
 
         Args:
             engine: the wrapped network, which holds both parameters of each pair.
@@ -54,7 +54,7 @@ class ShardedMomentum:
         self.refresh()
 
     def _begun(self) -> list[Tensor]:
-        """New averages, equal to the masters."""
+        """Create the averages, equal to the masters."""
         engine, masters = self._engine, [piece.weight for piece in self.slices]
         if engine.weights_stay_whole:
             names = [name for name in engine.trainable if name in self._copies]
@@ -71,7 +71,7 @@ class ShardedMomentum:
         return averages
 
     def _lay_flat(self, names: list[str]) -> list[Tensor]:
-        """Keep the momentum weights of these parameters whole. Returns averages in their layout."""
+        """Keep the momentum weights of parameters whole. Return averages in the same layout."""
         if not names:
             return []
         flat = self._engine.keep_whole([self._copies[name] for name in names])
@@ -104,7 +104,7 @@ class ShardedMomentum:
         self._flat.is_stale = True
 
     def gap(self) -> float:
-        """Relative distance |average - weight| / |weight| over all ranks: 0 right after a copy."""
+        """Return |average - weight| / |weight| over all ranks. It is 0 right after a copy."""
         squares = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
         for average, weight in zip(self.average_runs, self.weight_runs, strict=True):
             squares[0] += torch.linalg.vector_norm(average - weight).double() ** 2
