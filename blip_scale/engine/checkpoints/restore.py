@@ -165,7 +165,7 @@ def _make_whole(place: Place, step: int, stage: int, text: str) -> str | None:
     """Bring all files of a manifest to the ranks that need them. Returns problems, or None."""
     try:
         manifest = Manifest.from_json(text)
-    except UnknownVersionError as error:  # never resume from an older one instead
+    except UnknownVersionError as error:  # it may be complete: do not fall back to an older one
         raise UnknownVersionError(
             f"{place.folder / run_folder.step_folder(step)}: {error}"
         ) from error
