@@ -48,7 +48,7 @@ def held(out: OutputFolder, number: int, of: int) -> Iterator[None]:
 
 @contextmanager
 def one_at_a_time(out: OutputFolder) -> Iterator[None]:
-    """Context manager that waits until no other process merges here. In a bucket it does not wait."""
+    """Context manager that waits until no other process merges here. No wait in a bucket."""
     with ExitStack() as held_files:
         if not out.is_remote:
             path = out.folder / ".merging"
