@@ -161,7 +161,7 @@ def convert(
 
 
 def _refuse_large_holdout(chunks: Sequence[Chunk], holdout: int) -> None:
-    """Raise if `holdout` is not below the number of pairs, before hours of conversion."""
+    """Raise early if `holdout` is not below the number of pairs, where that number is known."""
     counts = [chunk.pairs for chunk in chunks if chunk.pairs is not None]
     if len(counts) == len(chunks) and holdout >= sum(counts):
         raise ValueError(

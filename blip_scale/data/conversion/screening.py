@@ -57,8 +57,8 @@ class Rules:
     max_pixels: int = MAX_PIXELS
     """Maximum number of pixels. Larger images are rejected before they are decoded."""
     max_side: int | None = None
-    """Maximum length of the shorter side, in pixels. Larger images are scaled down. None disables
-    scaling, so the bytes are kept."""
+    """Maximum length of the shorter side, in pixels. Larger images are scaled down and re-encoded.
+    None disables scaling."""
     jpeg_quality: int = 95
     """JPEG quality of images that are scaled down or rotated upright."""
     holdout: int | float | None = None
