@@ -1,1 +1,1 @@
-"""Images and captions: shards, streams, order, transforms, tokenizer, packed batches."""
+"""Data pipeline: shards, streams, sample order, transforms, tokenizer, packed batches."""

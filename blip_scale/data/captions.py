@@ -1,4 +1,4 @@
-"""Roles of captions, and the cleaning of BLIP's code (`pre_caption` and `pre_question`).
+"""Roles of captions, and caption cleaning as in BLIP's code (`pre_caption` and `pre_question`).
 
 A role names the kind of a caption, such as `alt` or `re_caption`. A caption without a role has the
 role `caption`, for example in a set that was converted without `--caption-key`.
@@ -14,7 +14,7 @@ Clean = Callable[[str, int], str]
 """Function clean(text, max_words) that returns the cleaned text."""
 
 DEFAULT_ROLE = "caption"
-"""Role of a caption without a role."""
+"""Role of captions for which the source has no role."""
 
 
 class RoleText(NamedTuple):
@@ -25,9 +25,10 @@ class RoleText(NamedTuple):
 
 
 def parse_roles(keys: str) -> list[tuple[str, str]]:
-    """Parse `KEY,ROLE=KEY,...` into pairs of role and key; a key without a role is its own role.
+    """Parse `KEY,ROLE=KEY,...` into pairs of role and key.
 
-    A `[]` at the end of a key, which some sets write for lists, is removed.
+    If a role is missing, the key is used as the role. Some sets end the keys of lists with `[]`,
+    which is removed.
 
     Raises:
         ValueError: a role or a key is empty.
@@ -128,7 +129,7 @@ def whole_sentences(caption: str, fits: Callable[[str], bool]) -> str:
 
 
 def _sentence_ends(caption: str) -> list[int]:
-    """Indices at which a sentence ends, except after abbreviations ("Dr.") and initials."""
+    """Return the indices at which sentences end, except after abbreviations ("Dr.") or initials."""
     ends = []
     for end in _SENTENCE_END.finditer(caption):
         word = caption[: end.start()].rpartition(" ")[2].lower()
@@ -141,8 +142,8 @@ def _sentence_ends(caption: str) -> list[int]:
 def clean_question(question: str, max_words: int = 50) -> str:
     """Lower-case a question, delete punctuation as BLIP does, and keep at most `max_words` words.
 
-    Unlike in captions, . ! " ( ) * # : ; ~ are deleted instead of replaced by spaces, and runs of
-    spaces stay.
+    Unlike in `clean_caption`, . ! " ( ) * # : ; ~ are deleted instead of replaced by spaces, and
+    runs of spaces stay.
     """
     question = _REMOVED.sub("", _CONTROLS.sub(" ", question.lower())).rstrip(" ")
     return " ".join(question.split(" ")[:max_words]) if _is_visible(question) else ""

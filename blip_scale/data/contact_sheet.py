@@ -1,6 +1,6 @@
-"""Self-contained HTML pages with embedded images, for inspecting data. They hold no script.
+"""Build self-contained HTML pages with embedded images, to inspect data. They have no scripts.
 
-Ids, captions and images are untrusted: texts are escaped, and images are decoded and encoded again.
+Ids, captions and images are untrusted. Texts are escaped, and images are decoded and re-encoded.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def card(image: bytes, texts: str, name: str) -> str:
 
 
 def thumbnail(image: bytes) -> Image.Image:
-    """Decode an image and reduce it to at most `SIDE` pixels a side.
+    """Decode an image and reduce it to at most `SIDE` pixels per side.
 
     Raises:
         CorruptSample: the image can't be decoded.

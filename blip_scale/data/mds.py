@@ -274,7 +274,7 @@ def read_index(folder: Path) -> list[Shard]:
     """Read the shards named in `folder`/index.json, without opening them.
 
     Raises:
-        FileNotFoundError: there is no index.
+        FileNotFoundError: the folder has no index.
         ValueError: the index is damaged, names files outside the folder, or has unsupported columns
             or hashes.
     """
@@ -282,7 +282,7 @@ def read_index(folder: Path) -> list[Shard]:
 
 
 def index_file(folder: Path) -> Path:
-    """Path of the index in a folder.
+    """Return the path of the index in a folder.
 
     Raises:
         FileNotFoundError: there is no index.
@@ -296,10 +296,10 @@ def index_file(folder: Path) -> Path:
 def parse_index(folder: Path, content: Content) -> tuple[list[Shard], dict[str, Any]]:
     """Parse the content of an index.
 
-    Each entry becomes a `Shard` as soon as it is parsed, which needs a quarter of the memory.
+    Each entry becomes a `Shard` as soon as it is parsed. This reduces the memory to a quarter.
 
     Returns:
-        the shards, and all fields of the index.
+        The shards, and all fields of the index.
 
     Raises:
         ValueError: see `read_index`.
@@ -357,9 +357,10 @@ class Writer:
     """Writes samples to shards of at most `size_limit`, and finally the index.
 
     Shards and index are byte-identical to those of MosaicML's MDSWriter for the same samples and
-    settings; compressed shards decompress to identical bytes. There is one difference: if the first
-    sample exceeds the limit, MDSWriter writes an empty shard before it. As a context manager, the
-    writer calls `finish` unless there was an error.
+    settings. Compressed shards decompress to identical bytes. There is one difference: if the first
+    sample exceeds the limit, MDSWriter writes an empty shard before it.
+
+    When used as a context manager, the writer calls `finish` on exit unless there was an error.
     """
 
     def __init__(
@@ -375,7 +376,7 @@ class Writer:
         Args:
             folder: folder to create.
             columns: column name -> encoding.
-            size_limit: bytes, or a string such as `64mb`; a larger sample gets its own shard.
+            size_limit: bytes, or a string such as `64mb`. A larger sample gets its own shard.
             compression: `br`, `bz2`, `gz`, `snappy` or `zstd`, optionally with a level, as in
                 `zstd:7`.
             hashes: names of hash algorithms, in alphabetical order.
@@ -489,7 +490,7 @@ def _texts(entry: Any, name: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=64)
 def _layout(encodings: tuple[str, ...]) -> tuple[list[Encoding], struct.Struct]:
-    """Encodings of the columns, and the struct of the sizes at the beginning of a sample."""
+    """Return the encodings of the columns, and the struct of a sample's leading size fields."""
     kinds = [ENCODINGS[encoding] for encoding in encodings]
     return kinds, struct.Struct(f"<{sum(kind.size is None for kind in kinds)}I")
 
@@ -502,10 +503,10 @@ def _columns(names: tuple[str, ...], encodings: tuple[str, ...]) -> Columns:
 
 
 def check_shard_name(basename: str) -> None:
-    """Refuse an unsafe name of a shard, because it becomes a local path and a key in the remote.
+    """Check the name of a shard, which becomes a local path and an object key in the remote.
 
     Raises:
-        ValueError: the name is not a relative path, or not one that a shard can have.
+        ValueError: the name is not a relative path, or is not allowed for a shard.
     """
     relative_name(basename)
     if basename.split("/")[0] == INDEX_NAME or basename.startswith("."):
@@ -525,7 +526,7 @@ def _file_info(entry: Any) -> FileInfo:
 
 
 def _codec(compression: Any) -> tuple[str, int | None]:
-    """Parse name and level of a compression.
+    """Parse a compression into name and level.
 
     Raises:
         ValueError: the compression is unknown.
@@ -577,7 +578,7 @@ def _decompress(compression: str, data: bytes, limit: int, target: Path) -> int:
 
 
 def _snappy_size(data: bytes) -> int:
-    """Size stated at the beginning of Snappy data, a varint of at most five bytes."""
+    """Return the size at the beginning of Snappy data, a varint of at most five bytes."""
     size = 0
     for place, byte in enumerate(data[:5]):
         size |= (byte & 0x7F) << (7 * place)

@@ -4,7 +4,7 @@ An overlay is an MDS folder. It has one shard for each shard of images and one s
 image, in the same order. A reader therefore finds the captions of an image at the same shard and
 index, without a table of ids. A sample has the columns of `COLUMNS`:
 
-- `id`, equal to the id of the image, which a reader verifies; may be "" if there is no caption;
+- `id`, the id of the image, which readers verify; may be "" if there is no caption;
 - `captions`, a JSON list of uncleaned texts, which may be empty;
 - `roles`, a JSON list with the role of each caption;
 - `annotations`, a JSON list with an object for each caption, or an empty list.
@@ -70,7 +70,7 @@ class OverlayWriter:
         self._writer.write({"id": name, **sample})
 
     def end_shard(self) -> None:
-        """End the current shard. Call this where the shard of images ends.
+        """End the current shard. Call this at the end of each shard of images.
 
         Raises:
             ValueError: the captions are too large for one shard.

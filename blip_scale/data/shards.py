@@ -4,8 +4,8 @@ Every sample has the columns of `COLUMNS`:
 
 - `id`, unique in its set;
 - `image`, the encoded file (JPEG, PNG, ...), not pixels;
-- `captions`, a JSON list of one or more strings; converted sets hold cleaned captions, and cleaning
-  them again when they are read changes nothing;
+- `captions`, a JSON list of one or more strings. Converted sets hold cleaned captions. Readers
+  clean them again, which does not change them;
 - `source`, the name of the original set;
 - `width` and `height` of the image in pixels, 0 if unknown;
 - `url` of the image, "" if unknown;
@@ -76,7 +76,7 @@ class Record:
     """One or several captions of the image."""
     source: str
     width: int = 0
-    """Width in pixels; if it is 0, both sides are read from the image when it is written."""
+    """Width in pixels; if 0, width and height are read from the image before writing."""
     height: int = 0
     url: str = ""
     similarity: float = math.nan
@@ -90,7 +90,7 @@ class Record:
     sha256: str | None = None
     """SHA-256 of the image in the source, hexadecimal; "" if unknown."""
     image_place: tuple[int, int, bool] | None = None
-    """Offset and size of the image in its tar, and whether its EXIF orientation is rotated."""
+    """Offset and size of the image in its tar, and whether EXIF says that it is not upright."""
 
     @property
     def extra_columns(self) -> dict[str, str]:
@@ -109,7 +109,8 @@ class Record:
         Extra columns are left out if the record has no value for them.
 
         Raises:
-            ValueError: there is no caption, or the number of annotations or roles differs from it.
+            ValueError: there is no caption, or the number of annotations or roles differs from the
+            number of captions.
         """
         if not self.captions:
             raise ValueError(f"the record {self.id!r} has no caption")
@@ -241,7 +242,7 @@ def read_caption_counts(folder: Path) -> list[list[int] | None]:
     """Read the caption counts of each shard from the index (see `captions_by_shard`).
 
     Raises:
-        ValueError: the index lacks them.
+        ValueError: the index lacks the counts.
     """
     path = folder / INDEX_NAME
     index = json.loads(path.read_text())
@@ -279,7 +280,7 @@ def require_captions(sample: Mapping[str, Any]) -> None:
 
 
 def roles_of(sample: Mapping[str, Any]) -> list[str]:
-    """Roles of a sample's captions.
+    """Return the roles of a sample's captions.
 
     Raises:
         ValueError: the captions are not strings, or there is not one role per caption.
@@ -302,9 +303,9 @@ def _are_counts(part: Any, samples: int) -> bool:
 
 
 def _image_size(image: bytes) -> tuple[int, int]:
-    """Width and height from the image's header, or (0, 0) if it can't be read."""
+    """Return width and height from the image's header, or (0, 0) if the header can't be read."""
     try:
         with open_image(image) as opened:
             return opened.size
-    except Exception:  # each format fails in its own way; decoding will report it
+    except Exception:  # decoders raise different types; decoding reports the error later
         return 0, 0

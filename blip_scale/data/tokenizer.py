@@ -27,7 +27,7 @@ ENCODE_TOKEN = "[ENC]"
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt")
 _PACKAGE_PREFIX = "package:"
 MOST_UNKNOWN = 0.2
-"""Share of unknown tokens above which a tokenizer is unsuitable for the captions."""
+"""Fraction of unknown tokens above which a tokenizer is unsuitable for the captions."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Padding:
     """Padding of packed captions to a static size. The default is no padding."""
 
     bucket: int = 1
-    """Multiple to which the number of tokens is padded; 1: no padding."""
+    """The number of tokens is padded to a multiple of this; 1 means no padding."""
     fillers: int = 0
     """Number of filler sequences of [PAD] at the end; equal for all batches of a bucket."""
     spread: int = 0
@@ -59,7 +59,7 @@ class PackedTokens:
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerFast, caption: str) -> tuple[int, int]:
-    """Number of tokens of a caption, including [CLS] and [SEP], and number of [UNK] tokens."""
+    """Return the number of tokens, including [CLS] and [SEP], and the number of [UNK] tokens."""
     tokens = tokenizer(caption, return_attention_mask=False)["input_ids"]
     return len(tokens), tokens.count(tokenizer.unk_token_id)
 
@@ -84,7 +84,7 @@ def resolve_checkpoint(name: str) -> str:
 
 
 def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of `text.tokenizer`, else of `text.checkpoint`, for BLIP.
+    """Load the tokenizer `text.tokenizer` (default: that of `text.checkpoint`) for BLIP.
 
     [DEC] (bos) and [ENC] are added. They get the ids V and V+1 after a vocabulary of V tokens, as
     published (30522 and 30523 for bert-base-uncased). If the tokenizer has no cls or sep token, its
@@ -94,7 +94,7 @@ def load_tokenizer(text: TextRecipe) -> PreTrainedTokenizerFast:
         ValueError: neither setting has a value, or the tokenizer can't be loaded, has no fast
             implementation, or lacks a cls, sep or pad token.
     """
-    # The tokenizer's threads would warn about the fork of loader workers, and are not needed.
+    # Without its threads, the tokenizer does not warn about the fork of loader workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -145,7 +145,7 @@ def _enclose(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Ids of the tokens that the model needs: pad, cls, sep, enc, dec.
+    """Return the ids of the tokens that the model needs: pad, cls, sep, enc, dec.
 
     Raises:
         ValueError: the tokenizer lacks one of them.
@@ -167,7 +167,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """First token ids of a generated caption: [DEC] and the prompt."""
+    """Return the first token ids of a generated caption: [DEC] and the prompt."""
     tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return [special_ids(tokenizer)["dec"], *tokens]
 

@@ -1,4 +1,4 @@
-"""Captions without images, in parquet, JSON lines or tars, to be joined to images by a key."""
+"""Read captions without images from parquet, JSON lines or tars, to join them to images by key."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KEYS = ("id", "uid", "url", "sha256")
 """Columns by which captions and images can be joined."""
 _PARQUET = (".parquet", ".parq")
 _LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-_ROWS = 1024  # read at once
+_ROWS = 1024  # rows per parquet batch
 _LONGEST_LINE = 64 << 20
 
 logger = logging.getLogger(__name__)
@@ -47,18 +47,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaptionFiles:
-    """Where captions lie, and how they are read."""
+    """Locations and format of captions."""
 
     locations: tuple[str, ...]
     """Files and folders."""
     key: str
-    """Column by which they are joined: one of `KEYS`."""
+    """Column to join captions and images by, one of `KEYS`."""
     caption_key: str
     """Keys of the captions with their roles (see `captions.parse_roles`)."""
     key_column: str = ""
-    """Column of the key, if it has an unusual name."""
+    """Name of the key column, if it is not one of the usual names."""
     tar_ids: bool = False
-    """Ids from tars begin with the name of the tar, as the ids of images from tars do."""
+    """Whether ids from a tar begin with the name of the tar, like the ids of images from tars."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ class KeyedCaptions:
     place: str
     """File and row, for messages."""
     key: str
-    """Key of the image; "": the row has none."""
+    """Key of the image; "" if the row has no key."""
     captions: list[Any]
-    """Texts, each perhaps a `RoleText`."""
+    """Texts. Each may be a `RoleText`."""
 
 
 def read_captions(files: CaptionFiles) -> Iterator[KeyedCaptions | Reject]:
-    """Read all rows of all files, in the order of their names.
+    """Read all rows of all files, in the order of the file names.
 
-    A damaged file gives the rows before the damage, then a reject.
+    A damaged file yields the rows before the damage, then a reject.
 
     Raises:
-        FileNotFoundError: a location has no file of a known kind.
+        FileNotFoundError: a location has no file in a supported format.
         OSError: the disk or the network failed.
     """
     for location in files.locations:
@@ -136,7 +136,7 @@ def _from_parquet(
 
 
 def _columns(files: CaptionFiles, names: list[str]) -> list[str]:
-    """Columns to read of a table; it may hold images too."""
+    """Return the columns that are needed, because a table may hold images too."""
     wanted = {
         *caption_keys(files.caption_key), *ID_KEYS, *UID_KEYS, *URL_KEYS, files.key,
         files.key_column,
@@ -188,22 +188,22 @@ def _row(files: CaptionFiles, place: str, fields: Mapping[str, Any]) -> KeyedCap
 
 
 def _texts(captions: Any) -> list[Any]:
-    """Captions in a list, which is not empty: a row without any counts as a missing caption."""
+    """Return the captions as a list. A row without captions gives [None], a missing caption."""
     return (captions if isinstance(captions, list) else [captions]) or [None]
 
 
 def _key(files: CaptionFiles, fields: Mapping[str, Any]) -> str:
-    """The key of a row, "" where it has none; see `key_text`.
+    """Return the key of a row as text (see `key_text`), or "" if the row has no key.
 
     Raises:
-        AmbiguousKey: it may stand for several keys.
+        AmbiguousKey: the value may stand for several keys.
     """
     if files.key_column:
         value = fields.get(files.key_column)
     elif files.key == "id":
         value = first_of(fields, ID_KEYS)
         if not (isinstance(value, float) and value.is_integer()):
-            return id_of(fields)  # as the ids of images, of which a fraction may be a part
+            return id_of(fields)  # converted like the ids of images, which may hold a fraction
     elif files.key == "url":
         value = first_of(fields, URL_KEYS)
     else:
@@ -212,5 +212,5 @@ def _key(files: CaptionFiles, fields: Mapping[str, Any]) -> str:
 
 
 def comparable(key: str, value: str) -> str:
-    """A key as it is compared: hashes are written in upper or in lower case."""
+    """Normalise a key for comparison: hashes may be in upper or lower case."""
     return value.lower() if key == "sha256" else value

@@ -25,7 +25,7 @@ from blip_scale.data.pixels.decoding import describe
 from blip_scale.data.shards import Record, captions_by_shard, shard_writer
 
 Tick = Callable[[int, int], None]
-"""tick(read, rejected): reports the pairs since the last call."""
+"""tick(read, rejected): report the numbers of pairs since the last call."""
 _TICK_EVERY = 50
 
 
@@ -40,19 +40,19 @@ def convert_chunk(
 ) -> Report:
     """Read a chunk, screen its pairs, and write its shards and then its report to `out`.
 
-    The same chunk gives the same bytes.
+    The output is deterministic: the same chunk gives the same bytes.
 
     Args:
         number: number of the chunk; it names the shards.
         chunk: the input.
-        out: where the shards go.
-        rules: how pairs are screened; None where the chunk screens them itself.
+        out: output of the conversion.
+        rules: rules for screening; None if the chunk's reader screens the pairs.
         shard_bytes: largest size of a shard.
         tick: called with the progress.
-        tokenizer: tokenizer that counts tokens for the report; "" counts none.
+        tokenizer: tokenizer that counts tokens for the report; "" to count no tokens.
 
     Raises:
-        OSError: the disk is full or a file can't be read. Nothing of the chunk is left in `out`.
+        OSError: the disk is full or a file can't be read. `out` keeps no part of the chunk.
     """
     report = Report(number, chunk.name)
 
@@ -120,11 +120,10 @@ def _take(
 
 
 def read_safely(chunk: Chunk) -> Iterator[Found]:
-    """Yield the items of a chunk; if its reader fails, the last one is a reject that names the
-    record.
+    """Yield the items of a chunk. If its reader fails, end with a reject that names the record.
 
     Raises:
-        OSError: the disk or the network failed, which is no property of a record.
+        OSError: the disk or the network failed, so no record is at fault.
     """
     count = 0
     try:
@@ -133,7 +132,7 @@ def read_safely(chunk: Chunk) -> Iterator[Found]:
             count += 1
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # each kind of damage is an exception of its own
+    except Exception as error:  # damaged input can raise any type of exception
         place = f"{chunk.name}, after {count} records"
         detail = f"{describe(error)}; what follows in it is not read"
         yield Reject(place, Reason.DAMAGED_INPUT, detail)
@@ -156,12 +155,12 @@ def write_chunk_shards(
 ) -> tuple[list[dict[str, Any]], list[list[int] | None]]:
     """Write shards named shard.PREFIX.NNNNN.mds into `folder`.
 
-    The records of a shard have the same columns. A record with a column that those before it lack
-    begins another shard, except in an index of tars, which has a shard a tar: its records hold no
-    image, so all of them are read first.
+    All records of a shard have the same columns, so a record with a new column begins a new shard.
+    An index of tars is an exception, because it has one shard per tar. Its records hold no images,
+    so all of them are read first to collect the columns.
 
     Returns:
-        Their entries in the index, and the numbers of captions by shard (see `captions_by_shard`).
+        The shards' index entries, and the numbers of captions by shard (see `captions_by_shard`).
     """
     captions: list[int] = []
     shards: list[dict[str, Any]] = []
@@ -190,7 +189,7 @@ def write_chunk_shards(
 
 
 def put_report(out: OutputFolder, folder: Path, report: Report) -> None:
-    """Move the shards that a workshop holds, and then the report of their chunk, to `out`."""
+    """Move the shards in a workshop folder to `out`, then write the report of their chunk."""
     name = report_name(report.number)
     (folder / REPORTS).mkdir()
     (folder / name).write_text(report.to_json())

@@ -1,7 +1,9 @@
-"""Fingerprints that change when the input of a conversion changes.
+"""Compute fingerprints that change when the input of a conversion changes.
 
-Lists and tables count by their content, local files by size and time of the last write, objects in
-a bucket by size and ETag, images on web servers by their address alone.
+- Lists and tables: content.
+- Local files: size and modification time.
+- Objects in a bucket: size and ETag.
+- Images on web servers: URL only.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from blip_scale.storage.untrusted import RefusedPath, below
 
 
 def of_files(entries: Iterable[Entry]) -> str:
-    """Fingerprint of files as they were listed."""
+    """Return the fingerprint of listed files, from their names, sizes and versions."""
     digest = xxhash.xxh3_64()
     for entry in entries:
         digest.update(_bytes(f"{entry.name}\n{entry.size} {entry.version}\n"))
@@ -32,18 +34,18 @@ def of_files(entries: Iterable[Entry]) -> str:
 
 
 class PairPrints:
-    """Fingerprints of pairs out of a list, with the images that they name.
+    """Fingerprints of pairs from a list and of the images that they name.
 
-    Images outside the folder `images_below` are never opened, so they count by their path alone.
+    Images outside the folder `images_below` are never opened, so only their paths are used.
     """
 
     def __init__(self, images_below: str | None = None) -> None:
-        """`images_below`: folder that images must lie below; None: anywhere."""
+        """Images must lie below the folder `images_below`; None allows any place."""
         self._images_below = images_below
         self._folders: dict[str, dict[str, str]] = {}
 
     def of(self, pairs: Iterable[Found]) -> str:
-        """Fingerprint of pairs in their order."""
+        """Return the fingerprint of a sequence of pairs."""
         digest = xxhash.xxh3_64()
         for pair in pairs:
             digest.update(_bytes(f"{pair!r}\n"))
@@ -55,7 +57,7 @@ class PairPrints:
         return digest.hexdigest()
 
     def _version(self, location: str) -> str:
-        """Size and time of an image file; "" where it is missing or lies on a web server."""
+        """Return size and version of an image; "" if it is missing or on a web server."""
         if is_web(location):
             return ""
         if is_local(location):
@@ -64,7 +66,7 @@ class PairPrints:
             except (OSError, ValueError):  # missing, or not a file name
                 return ""
         folder = parent(location)
-        if folder not in self._folders:  # one request for a thousand images
+        if folder not in self._folders:  # a listing takes one request for a thousand images
             try:
                 listed = list_folder(folder)
             except (FileNotFoundError, NotADirectoryError):

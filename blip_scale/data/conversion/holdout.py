@@ -1,7 +1,7 @@
-"""Held-out pairs: which ones, and the second set that they are written to, OUT/heldout.
+"""Choose held-out pairs and write them to a second set, OUT/heldout.
 
-The second set lies inside OUT, so it has the same lock, the same bucket and the same restarts, and
-one copy or one `--overwrite` takes both.
+The second set lies inside OUT, so both share the lock, the bucket and the logic for resuming. One
+copy or one `--overwrite` applies to both.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from blip_scale.data.shards import Record, write_shards
 HELDOUT = "heldout/"
 """Folder of the held-out set in OUT."""
 _CHOSEN = f"{HELDOUT}chosen.json"
-"""Ids of the held-out pairs, by number of their chunk."""
+"""File with the ids of the held-out pairs, by chunk number."""
 _INDEX = f"{HELDOUT}{INDEX_NAME}"
 _SEED = 2201_12086
-"""Fixed, so that the same pairs are held out on every machine and at every conversion."""
+"""Fixed seed, so every machine and every conversion holds out the same pairs."""
 KEYS = ("image", "second_image", "url")
 
 
 def parse_holdout(text: str) -> int | float | None:
-    """`--holdout`: a number of pairs as an int, a share (`0.02`, `2%`) as a float, None for "".
+    """Parse `--holdout`: a number of pairs (int), a share such as `0.02` or `2%` (float), or "".
+
+    An empty text gives None.
 
     Raises:
-        ValueError: neither a positive number of pairs nor a share between 0 and 1.
+        ValueError: the text is neither a positive integer nor a share between 0 and 1.
     """
     if not text:
         return None
@@ -52,7 +54,7 @@ def parse_holdout(text: str) -> int | float | None:
 
 
 def image_keys(record: Record) -> dict[str, int]:
-    """Hashes of content and URL by which records of the same image are recognised; 0: none."""
+    """Return hashes of image content and URL, to recognise records of the same image; 0 if none."""
     return {
         "image": _hash(record.image),
         "second_image": _hash(record.second_image) if record.second_image else 0,
@@ -61,22 +63,22 @@ def image_keys(record: Record) -> dict[str, int]:
 
 
 def choose(ids: np.ndarray, keys: Sequence[np.ndarray], holdout: int | float) -> np.ndarray:
-    """Choose pairs by a hash of their ids, so that an image is never on both sides.
+    """Choose pairs by a hash of their ids. No image is in both the training and held-out sets.
 
-    Pairs that share a key (content or URL of an image) form a group, which is held out as a whole
-    or not at all. Groups come in the order of a hash; one that is too large for what is still to
-    be chosen is passed over, so slightly fewer pairs than asked for may be chosen.
+    Pairs that share a key (content or URL of an image) form a group. A group is held out as a whole
+    or not at all. Groups are visited in the order of a hash. A group is skipped if it is larger
+    than the number of pairs still missing, so slightly fewer pairs than requested may be chosen.
 
     Args:
         ids: uint64 [pairs], hash of every id.
         keys: uint64 [pairs] each, see `image_keys`.
-        holdout: number of pairs, or their share where it is a float.
+        holdout: number of pairs (int) or share of pairs (float).
 
     Returns:
         int64 [chosen], ascending indices of the chosen pairs.
 
     Raises:
-        ValueError: no pair would be chosen, or none would be left to train on.
+        ValueError: no pair would be chosen, or no pair would be left to train on.
     """
     total = len(ids)
     wanted = holdout if isinstance(holdout, int) else round(holdout * total)
@@ -88,7 +90,7 @@ def choose(ids: np.ndarray, keys: Sequence[np.ndarray], holdout: int | float) ->
         )
     group = _groups(total, keys)
     first = np.full(total, np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(first, group, ids)  # smallest id hash of a group, at its representative
+    np.minimum.at(first, group, ids)  # smallest id hash of each group
     sizes = np.bincount(group, minlength=total)
     representatives = np.flatnonzero(sizes)
     order = representatives[np.argsort(_mixed(first[representatives]), kind="stable")]
@@ -110,19 +112,19 @@ def choose(ids: np.ndarray, keys: Sequence[np.ndarray], holdout: int | float) ->
 def write_heldout(
     out: OutputFolder, numbers: Sequence[int], holdout: int | float, shard_bytes: int
 ) -> dict[int, list[str]]:
-    """Write the held-out set unless it is there, and tell the ids in it by chunk.
+    """Write the held-out set if it does not exist yet, and return its ids by chunk.
 
-    Chunks are left as they are. Where the set's index is, the set is whole, and a conversion that
-    was killed before it took the pairs out of all chunks finds the same choice again.
+    The chunks are not changed. The index is written last, so a set with an index is complete. A
+    conversion that was killed while it removed the pairs from the chunks reads the saved choice.
 
     Args:
-        out: output with all chunks, duplicates dropped.
-        numbers: all chunks.
+        out: output with all chunks, without duplicates.
+        numbers: numbers of all chunks.
         holdout: see `choose`.
         shard_bytes: largest size of a shard.
 
     Raises:
-        ValueError: see `choose`; or the pairs were taken out of chunks, but the set is gone.
+        ValueError: see `choose`; or pairs were removed from chunks, but the set is missing.
     """
     if out.has(_INDEX):
         return {int(number): ids for number, ids in json.loads(out.read(_CHOSEN)).items()}
@@ -145,7 +147,7 @@ def remove_heldout(out: OutputFolder) -> None:
 
 
 def has_heldout(out: OutputFolder) -> bool:
-    """Whether a complete held-out set is there."""
+    """Whether the output has a complete held-out set."""
     return out.has(_INDEX)
 
 
@@ -154,7 +156,7 @@ def _hash(content: bytes) -> int:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """uint64 values to pseudo-random ones, by the finalizer of SplitMix64."""
+    """Map uint64 values to pseudo-random values with SplitMix64's finalizer."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(_SEED) * np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -163,9 +165,9 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def _groups(total: int, keys: Sequence[np.ndarray]) -> np.ndarray:
-    """int64 [total]: the smallest index among the pairs that a pair is connected with by keys.
+    """Return the smallest index in each pair's group of pairs connected by keys, int64 [total].
 
-    Only pairs with a key that comes twice go through Python.
+    The Python loop visits only pairs with repeated keys.
     """
     every = np.concatenate(keys)
     owners = np.tile(np.arange(total), len(keys))[every != 0]
@@ -192,7 +194,7 @@ def _groups(total: int, keys: Sequence[np.ndarray]) -> np.ndarray:
 def _chosen_positions(
     out: OutputFolder, numbers: Sequence[int], holdout: int | float
 ) -> dict[int, list[int]]:
-    """Positions of the chosen pairs by chunk; 32 bytes a pair of the set are held meanwhile."""
+    """Return the positions of the chosen pairs by chunk. Needs 32 bytes per pair of the set."""
     ids, sizes = [], []
     keys: dict[str, list[np.ndarray]] = defaultdict(list)
     for text in out.read_many([report_name(number) for number in numbers]):
@@ -212,11 +214,13 @@ def _chosen_positions(
 
 
 def _untouched(out: OutputFolder, text: bytes) -> Report:
-    """A chunk's report. Two merges may run at the same time in a bucket, so the chunk may have lost
-    its held-out pairs since this merge looked for their set.
+    """Parse a chunk's report, and check that the chunk still has its held-out pairs.
+
+    Two merges may run at the same time in a bucket. The other merge may have removed the pairs
+    after this one had looked for the held-out set.
 
     Raises:
-        ValueError: it has lost pairs.
+        ValueError: held-out pairs were already removed from the chunk.
     """
     report = Report.from_json(text)
     if report.held_out:
@@ -234,7 +238,7 @@ def _records(
     folder: Path,
     chosen: dict[int, list[str]],
 ) -> Iterator[Record]:
-    """The records at some positions of chunks; their ids are noted in `chosen`."""
+    """Yield the records at the given positions of chunks, and add their ids to `chosen`."""
     for number, wanted in positions.items():
         report = _untouched(out, out.read(report_name(number)))
         remaining = set(wanted)
@@ -253,5 +257,5 @@ def _records(
 
 
 def record_of(sample: dict[str, Any]) -> Record:
-    """The record that a sample of a shard was written from."""
+    """Return the record from which a sample of a shard was written."""
     return Record(caption=sample.pop("captions"), **sample)

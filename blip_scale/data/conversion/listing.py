@@ -1,4 +1,4 @@
-"""The files below a folder, in a temporary file: a listing takes no memory for each of them."""
+"""List the files below a folder into a temporary file, so the listing needs no memory per file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from blip_scale.data.conversion.spool import Spool
 from blip_scale.storage.locations import Entry, is_local, read_folder
 
 _NUMBER_BITS = 6
-"""Bits of a place's code that hold the number in its batch, which has up to 64 items."""
+"""Low bits of a code, for the item's number in its batch of up to 64 items."""
 _RECENT = 8
 
 
 class Listing:
-    """The files below a folder or a bucket's prefix, as `list_folder` lists them, in its order.
+    """Files below a folder or a bucket's prefix, in the order of `list_folder`.
 
-    The code of a file is a number that grows in this order, by which the file is found again.
+    Each file has a code: an integer that increases in this order, and by which `entry` looks up
+    the file.
     """
 
     def __init__(self, folder: str, files: Spool[Any]) -> None:
-        """`files`: name, size and version of each file, ascending; see `of`."""
+        """`files` holds name, size and version of each file in ascending order; see `of`."""
         self._folder, self._files = folder, files
         self._recent: dict[int, list[Any]] = {}
-        """Batches of files that were found by their codes, by their first byte."""
+        """Recently read batches of files, by the offset of their first byte."""
 
     @classmethod
     def of(cls, location: str, scratch: str = "") -> Listing:
@@ -36,10 +37,10 @@ class Listing:
 
         Args:
             location: path or URL of the folder.
-            scratch: folder for the temporary file; "": the system's.
+            scratch: folder for the temporary file; "" for the system's.
 
         Raises:
-            FileNotFoundError: there is no such folder.
+            FileNotFoundError: the folder does not exist.
             NotADirectoryError: the location is a file.
             OSError: the disk of `scratch` is full.
         """
@@ -54,13 +55,13 @@ class Listing:
         return (entry for _, entry in self.items())
 
     def items(self, code: int = 0) -> Iterator[tuple[int, Entry]]:
-        """Code and entry of the files from one of them on."""
+        """Yield code and entry of each file, beginning at the file with this code."""
         start = Place(0, code >> _NUMBER_BITS, code & (1 << _NUMBER_BITS) - 1) if code else START
         for place, fields in self._files(start):
             yield place.offset << _NUMBER_BITS | place.number, self._entry(fields)
 
     def entry(self, code: int) -> Entry:
-        """The entry of a file."""
+        """Return the entry of the file with this code."""
         offset = code >> _NUMBER_BITS
         if offset not in self._recent:
             if len(self._recent) == _RECENT:
@@ -76,7 +77,7 @@ class Listing:
         return Entry(name, f"{self._folder}/{name}", False, size, version)
 
     def _without_folders(self, scratch: str) -> Listing:
-        """Drop the empty objects with which some tools mark folders."""
+        """Drop the empty objects that some tools create to mark folders."""
         markers = {entry.name for entry in self if not entry.size}
         if not markers:
             return self
@@ -94,10 +95,10 @@ class Listing:
 
 
 class FileIndex:
-    """Files of a listing by a text made of their names, in 16 bytes each."""
+    """Index of the files of a listing by a key made from the name. Needs 16 bytes per file."""
 
     def __init__(self, listing: Listing, key_of: Callable[[str], str | None]) -> None:
-        """Read the listing; files for which `key_of` gives None are left out."""
+        """Read the listing. Skip files for which `key_of` returns None."""
         self._listing, self._key_of = listing, key_of
         hashes, codes = bytearray(), array("q")
         for code, entry in listing.items():
@@ -109,13 +110,13 @@ class FileIndex:
         order = np.argsort(unsorted, kind="stable")
         self._hashes = unsorted[order]
         self.codes = np.frombuffer(codes, np.int64)[order]
-        """Codes of the files by position."""
+        """Code of the file at each position of the index."""
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def positions(self, key: str) -> Iterator[int]:
-        """Positions of the files with a key, in the order of the listing."""
+        """Yield the index positions of the files with this key, in the order of the listing."""
         digest = np.frombuffer(_hash(key), np.uint64)[0]
         position = int(np.searchsorted(self._hashes, digest))
         while position < len(self) and self._hashes[position] == digest:

@@ -1,8 +1,8 @@
-"""Pairs out of a list: grouped by image and cut into chunks.
+"""Group the pairs of a list by image and cut them into chunks.
 
-A list that can be read from any of its items on stays in its file: `StreamedList` keeps some bytes
-an item, and every process reads the chunks that it converts. Another list is read once, into a
-`Spool`, which takes the place of its file.
+If reading can start at any item, the list stays in its file. `StreamedList` then keeps a few bytes
+per item, and each process reads the chunks that it converts. Any other list is read once and
+copied to a `Spool`, which supports reading from any item.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from blip_scale.data.conversion.repeats import repeats
 from blip_scale.data.conversion.spool import Spool
 from blip_scale.errors import RefusedInput
 
-_SPACING = 16  # groups of consecutive pairs between two places that are kept
-_AHEAD_BYTES = 1 << 18  # a list is read on, rather than opened again, up to a place so far ahead
+_SPACING = 16  # the place of every 16th run of pairs is kept
+_AHEAD_BYTES = 1 << 18  # skip up to this many bytes by reading; beyond that, reopen the list
 
 
 class ChangedList(RefusedInput, OSError):
-    """A list that was written while its conversion was running."""
+    """The list was modified while its conversion was running."""
 
 
 def _no_note(pair: RawPair) -> None:
@@ -52,13 +52,14 @@ def listed(
     scratch: str = "",
     note: Callable[[RawPair], None] = _no_note,
 ) -> StreamedList:
-    """The pairs of a list, grouped by image, and then its other items.
+    """Return the pairs of a list, grouped by image, followed by its other items.
 
     Args:
         read: reads the list.
-        is_streamed: whether it can be read from any place on; else it is read once.
-        scratch: folder for the spool of such a list (see `Source`).
-        note: called with the pairs, of which consecutive ones of an image may be left out.
+        is_streamed: whether reading can start at any place. If not, the list is read once.
+        scratch: folder for the spool of a list that is not streamed (see `Source`).
+        note: called with the pairs. Of consecutive pairs with the same image, it may get only the
+            first.
     """
     if not is_streamed:
         read = Spool.of((item for _, item in read(START)), scratch)
@@ -66,11 +67,11 @@ def listed(
 
 
 class StreamedList:
-    """Result of `group_by_image` for a list, in 15 bytes a pair while the list is scanned.
+    """Lazy `group_by_image` of a list. Scanning the list needs 15 bytes per pair.
 
-    Consecutive pairs of the same id form a run. Most images have one run. The later runs of the
-    others are known by number, and read with the first one. Runs are compared by a 64-bit hash of
-    their id. Two ids with the same hash are kept apart when they are read.
+    Consecutive pairs with the same id form a run. Most images have one run. If an image has more,
+    the numbers of its later runs are stored, and these are read together with the first. Runs are
+    compared by a 64-bit hash of their id. Two ids with the same hash are separated when read.
     """
 
     def __init__(self, read: ReadList, note: Callable[[RawPair], None] = _no_note) -> None:
@@ -90,16 +91,16 @@ class StreamedList:
                 note(item)
         self._runs = len(hashes) // 8
         self._places = np.frombuffer(places, np.int64).reshape(-1, 3)
-        """Places of every `_SPACING`-th run."""
+        """Place of every `_SPACING`-th run."""
         self._others = np.frombuffer(others, np.int64).reshape(-1, 3)
-        """Places of the items that are no pairs."""
+        """Places of the items that are not pairs."""
         self._later, firsts = repeats(np.frombuffer(hashes, np.uint64))
         """Numbers of the runs whose image has an earlier run, ascending."""
         order = np.argsort(firsts, kind="stable")
         self._firsts = firsts[order]
-        """First runs of the images that have several, ascending, once for each later run."""
+        """First run of the image of each later run, ascending. Repeated once per later run."""
         self._of_firsts = self._later[order]
-        """The later run of each entry of `_firsts`."""
+        """Later run that belongs to each entry of `_firsts`."""
 
     def __len__(self) -> int:
         return self._images + len(self._others)
@@ -109,7 +110,7 @@ class StreamedList:
         return StreamedPart(self, start, stop)
 
     def reader(self, start: int, stop: int) -> Callable[[], Iterator[Found]]:
-        """A function that reads the items from `start` to `stop`, independent of this object."""
+        """Return a function that reads items `start` to `stop` without using this object."""
         runs = self._runs_of(min(start, self._images), min(stop, self._images))
         places = self._places[runs // _SPACING]
         is_far = (np.diff(places[:, 0]) != 0) | (np.diff(places[:, 1]) > _AHEAD_BYTES)
@@ -125,7 +126,7 @@ class StreamedList:
         return self._runs - len(self._later)
 
     def _runs_of(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Numbers of the runs of some images, ascending."""
+        """Return the numbers of the runs of images `start` to `stop`, ascending."""
         if start >= stop:
             return np.zeros(0, np.int64)
         first, last = self._first_run(start), self._first_run(stop - 1)
@@ -135,14 +136,14 @@ class StreamedList:
         return np.union1d(runs, self._of_firsts[begin:end])
 
     def _first_run(self, image: int) -> int:
-        """Number of the first run of an image."""
+        """Return the number of an image's first run."""
         later = self._later
         before = bisect_right(range(len(later)), image, key=lambda i: int(later[i]) - i)
         return image + before
 
 
 class StreamedPart:
-    """Consecutive items of a `StreamedList`. Pickled, it is independent of the list."""
+    """Consecutive items of a `StreamedList`. A pickled part does not include the list."""
 
     def __init__(self, items: StreamedList, start: int, stop: int) -> None:
         self._items, self._start, self._stop = items, start, stop
@@ -161,13 +162,14 @@ class StreamedPart:
 def _read_part(
     read: ReadList, runs: NDArray[np.int64], starts: dict[int, Place], others: NDArray[np.int64]
 ) -> Iterator[Found]:
-    """Read some runs, grouped by image, and some other items.
+    """Read the given runs, grouped by image, then the other items.
 
     Args:
         read: reads the list.
-        runs: int64 [runs], ascending.
-        starts: place of the last kept run up to a run, for runs before which much is passed over.
-        others: int64 [others, 3], places.
+        runs: int64 [runs], ascending run numbers.
+        starts: run number -> place of the last run at or before it whose place is kept. Holds the
+            runs at which the list is reopened.
+        others: int64 [others, 3], places of items that are not pairs.
     """
     yield from group_by_image(_pairs_of(read, runs, starts))
     last = Place(-1, 0, 0)
@@ -201,7 +203,7 @@ def _pairs(items: Iterable[tuple[Place, Found]]) -> Iterator[RawPair]:
 
 
 def _next(items: Iterator[Any]) -> Any:
-    """The next item of a list that is as long as it was."""
+    """Return the next item. Raise `ChangedList` if the list has become shorter."""
     item = next(items, None)
     if item is None:
         raise ChangedList("a list has become shorter: convert again with --overwrite")
@@ -214,7 +216,7 @@ def in_chunks(items: list[Found] | StreamedList, size: int) -> Iterator[Chunk]:
 
 
 def joint_chunks(lists: Iterable[list[Found] | StreamedList], size: int) -> Iterator[Chunk]:
-    """Cut lists, one after the other, into chunks of `size` items."""
+    """Concatenate lists and cut them into chunks of `size` items."""
     start = 0
     for parts in _cut(lists, size):
         count = sum(map(len, parts))
@@ -228,7 +230,7 @@ def joint_chunks(lists: Iterable[list[Found] | StreamedList], size: int) -> Iter
 
 
 def spooled_chunks(items: Iterable[Found], source: Source) -> Iterator[Chunk]:
-    """Chunks of items that are read once, now, and are not grouped by image."""
+    """Read all items at once into a spool, and cut them into chunks without grouping by image."""
     return _spooled_chunks(Spool.of(items, source.scratch), source.pairs_per_chunk)
 
 
@@ -252,7 +254,7 @@ def _spooled(spool: Spool[Found], start: Place, count: int) -> Iterator[Found]:
 def _cut(
     lists: Iterable[list[Found] | StreamedList], size: int
 ) -> Iterator[list[list[Found] | StreamedPart]]:
-    """Parts of lists that have `size` items together; the last ones may have fewer."""
+    """Yield groups of list parts with `size` items in total. The last group may have fewer."""
     parts: list[list[Found] | StreamedPart] = []
     missing = size
     for items in lists:
@@ -281,10 +283,12 @@ def _pair_count(part: list[Found] | StreamedPart) -> int:
 
 
 def group_by_image(items: Iterable[Found]) -> list[Found]:
-    """Join pairs of the same id to one pair with all captions and annotations, in the order in
-    which the ids first appear."""
+    """Merge pairs with the same id into one pair with all captions and annotations.
+
+    The result has the order in which the ids first appear, followed by items that are not pairs.
+    """
     grouped: dict[str, RawPair | list[RawPair]] = {}
-    """A list where an id comes more than once: most lists have an image once, and may be long."""
+    """Values are lists only for repeated ids. Most lists have each image once and may be long."""
     others: list[Found] = []
     for item in items:
         if not isinstance(item, RawPair):
@@ -296,7 +300,7 @@ def group_by_image(items: Iterable[Found]) -> list[Found]:
         elif before is not item:
             grouped[item.id] = [before, item]
     pairs: list[Found] = []
-    while grouped:  # emptied from its end, so that each pair is held once
+    while grouped:  # emptied from the end, so no pair is held twice
         same = grouped.popitem()[1]
         pairs.append(_joined(same if isinstance(same, list) else [same]))
     pairs.reverse()
@@ -304,7 +308,7 @@ def group_by_image(items: Iterable[Found]) -> list[Found]:
 
 
 def _joined(pairs: list[RawPair]) -> RawPair:
-    """The first of some pairs, with the captions and annotations of all in lists."""
+    """Return the first pair with the captions and annotations of all pairs."""
     captions: list[Any] = []
     annotations: list[dict[str, Any]] = []
     for pair in pairs:

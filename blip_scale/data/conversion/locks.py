@@ -1,8 +1,8 @@
-"""Locks: two conversions never write the same chunks of one output at the same time.
+"""Locks that prevent two conversions from writing the same chunks of an output at the same time.
 
-In a folder the lock is an flock, which the kernel releases whatever happens to its holder. In a
-bucket it is a small object that its holder rewrites every `_BEAT_S` seconds; one that is `_STALE_S`
-old counts no more.
+In a folder the lock is an flock, which the kernel releases even if its holder is killed. In a
+bucket it is a small object that its holder rewrites every `_BEAT_S` seconds. An object older than
+`_STALE_S` seconds is ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from blip_scale.data.conversion.output import OutputFolder
 from blip_scale.storage.objects import MissingFile, ObjectFolder
 
 _NAME = re.compile(r"\.?lock-(\d+)-of-(\d+)(?:-\w+)?")
-_GRACE_S = 5.0  # workers of a killed conversion end a moment after it
+_GRACE_S = 5.0  # workers of a killed conversion take a moment to end
 _BEAT_S = 20.0
 _STALE_S = 120.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def held(out: OutputFolder, number: int, of: int) -> Iterator[None]:
-    """Hold the chunks of part `number` of `of`.
+    """Context manager that locks the chunks of part `number` of `of`.
 
     Raises:
-        ValueError: another conversion holds some of them; names it.
+        ValueError: another conversion has locked some of these chunks; the message names it.
     """
     with _held_remote(out, number, of) if out.is_remote else _held_local(out.folder, number, of):
         yield
@@ -48,7 +48,7 @@ def held(out: OutputFolder, number: int, of: int) -> Iterator[None]:
 
 @contextmanager
 def one_at_a_time(out: OutputFolder) -> Iterator[None]:
-    """Wait until no other process merges here; a bucket has no such wait."""
+    """Context manager that waits until no other process merges here. No wait in a bucket."""
     with ExitStack() as held_files:
         if not out.is_remote:
             path = out.folder / ".merging"
@@ -103,7 +103,7 @@ def _held_local(folder: Path, number: int, of: int) -> Iterator[None]:
         for other in sorted(folder.glob(".lock-*")):
             part = _part_of(other.name)
             if other != path and part and _overlap(part, (number, of)):
-                with _claim(other):  # raises where its holder lives
+                with _claim(other):  # raises if its holder is still running
                     other.unlink(missing_ok=True)
         yield
 
@@ -121,7 +121,7 @@ def _claim(path: Path) -> IO[str]:
             try:
                 if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                     return file
-            except FileNotFoundError:  # its last holder removed it just now
+            except FileNotFoundError:  # the previous holder has just removed it
                 pass
         elif time.monotonic() >= until:
             file.seek(0)
@@ -160,7 +160,7 @@ def _held_remote(out: OutputFolder, number: int, of: int) -> Iterator[None]:
             except OSError as error:
                 logger.warning("the lock %s was not renewed: %s", name, error)
 
-    remote.entries()  # raises for a bucket that is not there; some servers make it for a put
+    remote.entries()  # raises if the bucket does not exist; some servers would create it on a put
     remote.put(name, content)
     thread = threading.Thread(target=beat, daemon=True)
     try:
@@ -175,17 +175,19 @@ def _held_remote(out: OutputFolder, number: int, of: int) -> Iterator[None]:
 
 
 def _refuse_others(remote: ObjectFolder, own_name: str, part: tuple[int, int]) -> None:
-    """Refuse to start beside another holder. Two that begin in the same moment may both be refused,
-    but never both continue."""
+    """Raise if another conversion holds chunks of this part, and delete stale locks.
+
+    Two conversions that start at the same moment may both be refused, but never both continue.
+    """
     files = remote.entries()[0]
-    now_s = files[own_name].written_s if own_name in files else time.time()  # by the remote's clock
+    now_s = files[own_name].written_s if own_name in files else time.time()  # remote's clock
     for name, info in files.items():
         other = _part_of(name)
         if name == own_name or other is None or not _overlap(other, part):
             continue
         try:
             content = remote.get(name)
-        except MissingFile:  # its conversion has just ended
+        except MissingFile:  # the other conversion has just ended
             continue
         if now_s - info.written_s < _STALE_S and not _is_dead(content):
             raise _refusal(remote.url, content)

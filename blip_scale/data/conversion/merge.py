@@ -1,5 +1,7 @@
-"""Merge converted chunks to one set: drop duplicates, hold pairs out, write index, rejects and
-summary."""
+"""Merge converted chunks into one set.
+
+Merging drops duplicates, holds pairs out, and writes the index, the rejects and the summary.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +35,17 @@ from blip_scale.data.shards import CAPTIONS_KEY, ROLES_KEY, Record
 SUMMARY_NAME = "summary.json"
 REJECTS_NAME = "rejects.jsonl"
 _OURS = re.compile(r"shard\.\d{6}(\.\d{5}\.(unique|kept))*\.\d{5}\.mds")
-"""Names of the shards that a conversion writes; `unique` without duplicates, `kept` without
-held-out pairs."""
+"""Names of the shards that a conversion writes. `unique`: rewritten without duplicates. `kept`:
+rewritten without held-out pairs."""
 _WRITTEN = (INDEX_NAME, REJECTS_NAME, SUMMARY_NAME)
 
 
 def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
-    """Write index.json, rejects.jsonl and summary.json over all chunks; returns the summary.
+    """Write index.json, rejects.jsonl and summary.json for all chunks, and return the summary.
 
-    Of pairs with the same id, the one in the first chunk is kept. Shards that hold the others are
-    rewritten without them, and so are shards that hold held-out pairs. May be called again at any
-    time, also after a kill.
+    If several pairs have the same id, the pair in the first chunk is kept. Shards with duplicates
+    or held-out pairs are rewritten without them. The function may be called again at any time,
+    also after a kill.
 
     Args:
         out: output with the chunks.
@@ -64,25 +66,25 @@ def merge_chunks(out: OutputFolder, plan: dict[str, Any]) -> dict[str, Any]:
         _drop(out, number, ids, plan["shard_bytes"], held_out=False)
     holdout = holdout_of(plan)
     if holdout is not None and any(report.ids for report in _reports(out, numbers)):
-        # Duplicates are gone from all chunks by now, so no copy of a held-out pair is left behind.
+        # Duplicates are already dropped, so no copy of a held-out pair stays in the training set.
         chosen = write_heldout(out, numbers, holdout, plan["shard_bytes"])
         for number, ids in chosen.items():
             _drop(out, number, ids, plan["shard_bytes"], held_out=True)
     summary, shards = _write_set(out, plan, _reports(out, numbers))
-    # Shards that were rewritten, by this call or by one that was killed.
+    # Remove the old versions of shards that this call or a killed one has rewritten.
     out.discard(name for name in out.names() - shards if _OURS.fullmatch(name))
     return summary
 
 
 def holdout_of(plan: dict[str, Any]) -> int | float | None:
-    """The number (int) or share (float) of pairs that a plan holds out, if any."""
+    """Return the number (int) or share (float) of pairs to hold out, or None."""
     rules = plan["rules"] or {}
     holdout: int | float | None = rules.get("holdout")
     return holdout
 
 
 def remove_set(out: OutputFolder) -> None:
-    """Remove what a conversion has written, all but its plan; the index goes first."""
+    """Remove all files of a conversion except its plan, the index first."""
     out.discard([INDEX_NAME])
     remove_heldout(out)
     out.discard(sorted(out.names(REPORTS)))
@@ -95,9 +97,9 @@ def _reports(out: OutputFolder, numbers: Iterable[int]) -> Iterator[Report]:
 
 
 def _repeated_ids(out: OutputFolder, numbers: Sequence[int]) -> dict[int, list[str]]:
-    """Ids by chunk that an earlier chunk has too.
+    """Return, by chunk, the ids that also occur in an earlier chunk.
 
-    Only 64-bit hashes of all ids are held in memory, 8 bytes a pair, and 3 more for the search.
+    Memory holds only 64-bit hashes of the ids: 8 bytes per pair, plus 3 bytes for the search.
     """
     content, ends = bytearray(), []
     for report in _reports(out, numbers):
@@ -126,17 +128,17 @@ def _repeated_ids(out: OutputFolder, numbers: Sequence[int]) -> dict[int, list[s
 def _drop(
     out: OutputFolder, number: int, ids: Sequence[str], shard_bytes: int, held_out: bool
 ) -> None:
-    """Rewrite the shards of a chunk that hold some samples, without them and under other names.
+    """Drop samples from a chunk: rewrite the shards that hold them, under new names.
 
-    The report says which shards count, so a kill at any moment does no harm. What was dropped
-    before is passed over.
+    The report names the valid shards and is written last, so a kill at any moment is harmless. Ids
+    that are already dropped are ignored.
 
     Args:
         out: output that holds the chunk.
         number: number of the chunk.
         ids: samples to drop.
         shard_bytes: largest size of a shard.
-        held_out: whether the samples are in the held-out set; else they are duplicates.
+        held_out: whether the samples are in the held-out set. If not, they are duplicates.
     """
     report = Report.from_json(out.read(report_name(number)))
     dropped = set(ids) & set(report.ids)
@@ -192,10 +194,10 @@ def _drop(
 def _write_set(
     out: OutputFolder, plan: dict[str, Any], reports: Iterable[Report]
 ) -> tuple[dict[str, Any], set[str]]:
-    """Write the files of a whole set, its index last: where that is, the set is whole.
+    """Write the files of a whole set. The index is last, so a set with an index is complete.
 
     Returns:
-        The summary, and the names of the shards.
+        The summary and the names of the shards.
     """
     shards: list[dict[str, Any]] = []
     shard_captions: list[list[int] | None] = []

@@ -1,4 +1,4 @@
-"""The output of a conversion: a local folder or object storage."""
+"""Output of a conversion, in a local folder or object storage."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from blip_scale.storage.objects import MissingFile, ObjectFolder
 from blip_scale.storage.output_files import naming_full_disk
 
 _CONNECTIONS = 8
-_AT_HAND = 64  # files held in memory at a time
+_AT_HAND = 64  # files in memory at a time
 
 logger = logging.getLogger(__name__)
 
 
 class OutputFolder:
-    """Folder in which files appear complete or not at all; names may have one folder in front."""
+    """Folder in which files appear atomically. A name may begin with one folder."""
 
     def __init__(self, location: str, scratch: str | None = None):
         """Open an output.
 
         Args:
             location: folder or remote.
-            scratch: folder where files for a remote are made (default: the system's).
+            scratch: folder for temporary files of a remote output (default: the system's).
 
         Raises:
             ValueError: the remote can't be opened.
@@ -44,11 +44,13 @@ class OutputFolder:
 
     @contextmanager
     def workshop(self, name: str, per_process: bool = False) -> Iterator[Path]:
-        """An empty folder to make files in; leftovers of a killed run under its name are removed.
+        """Context manager for an empty temporary folder, in which files are made before `put`.
+
+        Files that a killed run left in a folder of the same name are removed.
 
         Args:
-            name: name of the folder, the same for the same work.
-            per_process: add host and process to the name, for work that several processes may do.
+            name: name of the folder. Use the same name for the same work.
+            per_process: add host and process id to the name, if several processes may do the work.
         """
         if per_process:
             name = f"{name}-{socket.gethostname()}-{os.getpid()}"
@@ -66,7 +68,10 @@ class OutputFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def put(self, folder: Path, names: Sequence[str]) -> None:
-        """Move files out of a workshop in this order; the last one marks that all are there."""
+        """Move files from a workshop folder to the output, in this order.
+
+        The presence of the last file shows that all files are complete.
+        """
         for name in names:
             if self.is_remote:
                 self._remote.put(name, folder / name)
@@ -75,7 +80,7 @@ class OutputFolder:
                 (folder / name).replace(self.folder / name)
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Whether the output has a file."""
         if not self.is_remote:
             return (self.folder / name).is_file()
         try:
@@ -85,14 +90,14 @@ class OutputFolder:
         return True
 
     def names(self, folder: str = "") -> set[str]:
-        """Names of the files in the output itself, or in one of its folders, folder included."""
+        """Return the names of the files at the top level, or in `folder` (names include it)."""
         if self.is_remote:
             return set(self._remote.entries(folder)[0])
         files = (self.folder / folder).glob("*")
         return {path.relative_to(self.folder).as_posix() for path in files}
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """Path of a file; a remote one is copied into `folder` first."""
+        """Return a local path to a file. A remote file is first downloaded to `folder`."""
         if not self.is_remote:
             return self.folder / name
         target = folder / name
@@ -101,11 +106,11 @@ class OutputFolder:
         return target
 
     def read(self, name: str) -> bytes:
-        """Content of a file."""
+        """Return the content of a file."""
         return next(self.read_many([name]))
 
     def read_many(self, names: Sequence[str]) -> Iterator[bytes]:
-        """Contents in the order of `names`; a remote is asked for several at a time."""
+        """Yield file contents in the order of `names`. Remote files are read concurrently."""
         if not self.is_remote:
             yield from ((self.folder / name).read_bytes() for name in names)
             return
@@ -114,7 +119,7 @@ class OutputFolder:
                 yield from threads.map(self._remote.get, names[start : start + _AT_HAND])
 
     def discard(self, names: Iterable[str]) -> None:
-        """Remove files; a remote that does not allow it keeps them, with a warning."""
+        """Remove files. If the remote does not allow deletion, log a warning."""
         if not self.is_remote:
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Make an overlay: join captions to the images of a set of shards by a key.
+"""Make an overlay: join captions by key to the images of a set of shards.
 
-The captions go into an SQLite table in a scratch folder, so memory does not grow with them. Then
-the images are read once, shard by shard, and each takes the captions of its key.
+The captions are first stored in an SQLite table in a scratch folder, so memory use does not grow
+with their number. Then the images are read once, shard by shard, and their captions looked up.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ REJECTS_NAME = "rejects.jsonl"
 _CACHE_BYTES = 4 << 30
 _TICK_EVERY = 1000
 _WRONG_COLUMN = (Reason.MISSING_KEY, Reason.MISSING_CAPTION, Reason.CAPTION_NO_TEXT)
-"""Reasons of rejects that other options may avoid."""
+"""Reasons for rejects that the user may avoid with other options."""
 
 Duplicates = Literal["refuse", "first", "all"]
 Texts = list[tuple[str, str]]
-"""Role and text of captions."""
+"""Captions as (role, text)."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class OverlayJob:
     files: CaptionFiles
     out: str
     duplicates: Duplicates = "refuse"
-    """Rule for a key that comes again with other captions: refuse it, take the captions of the
-    first row, or take those of all rows."""
+    """Rule for a key that is repeated with other captions: stop with an error, keep the captions
+    of the first row, or keep those of all rows."""
     scratch: str | None = None
-    """Folder for the table of captions, and for files of remotes; default: the system's."""
+    """Folder for the table of captions and for remote files (default: the system's)."""
 
 
 class _Captions:
-    """Captions by key, in a table on the disk."""
+    """Captions by key, in an SQLite table on disk."""
 
     def __init__(self, file: Path, duplicates: Duplicates, rejects: IO[str]) -> None:
         self._table = sqlite3.connect(file, isolation_level=None)
@@ -77,19 +77,19 @@ class _Captions:
         self._duplicates = duplicates
         self._rejects = rejects
         self.counts: Counter[str] = Counter()
-        """Captions: read = joined + unjoined + rejected + duplicates."""
+        """Numbers of captions: read = joined + unjoined + rejected + duplicates."""
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, Reject] = {}
-        """First reject of each reason."""
+        """First reject for each reason."""
 
     def close(self) -> None:
         self._table.close()
 
     def add(self, item: KeyedCaptions | Reject) -> None:
-        """Take the captions of a row.
+        """Add the captions of a row.
 
         Raises:
-            ValueError: its key has other captions, and duplicates are refused.
+            ValueError: the key already has other captions, and duplicates are refused.
         """
         if isinstance(item, Reject):
             self._reject(item, max(1, item.captions))
@@ -98,7 +98,7 @@ class _Captions:
         if not texts:
             return
         content = json.dumps(texts)
-        place = item.place.encode("utf-8", "replace").decode()  # names in tars may be no UTF-8
+        place = item.place.encode("utf-8", "replace").decode()  # names in tars may not be UTF-8
         row = (item.key, place, content)
         try:
             self._table.execute("INSERT INTO captions VALUES (?, ?, ?, 0)", row)
@@ -106,7 +106,7 @@ class _Captions:
             self._add_again(item, texts)
 
     def take(self, key: str) -> Texts:
-        """The captions of an image."""
+        """Return the captions of an image and mark them as used."""
         if not key:
             return []
         row = self._table.execute("SELECT texts, used FROM captions WHERE key = ?", (key,))
@@ -116,7 +116,7 @@ class _Captions:
         return [(role, text) for role, text in json.loads(texts)]
 
     def finish(self) -> None:
-        """Count the captions, and list those without an image as rejects."""
+        """Count joined and unjoined captions, and write the unjoined ones to the rejects."""
         rows = self._table.execute("SELECT key, place, texts, used FROM captions")
         for key, place, content, used in rows:
             count = len(json.loads(content))
@@ -175,14 +175,14 @@ def make_overlay(
     """Join the captions to the images, and write the overlay.
 
     Args:
-        job: what is joined.
+        job: inputs, output and options.
         tick: called with the number of rows or images since the last call.
 
     Returns:
         The content of overlay.json.
 
     Raises:
-        FileExistsError: `out` holds a set already.
+        FileExistsError: `out` already holds a set.
         FileNotFoundError: images or captions are missing.
         ValueError: the images lack the key, duplicates are refused, or nothing can be joined.
     """
@@ -222,7 +222,7 @@ def make_overlay(
 
 
 def open_images(location: str, cache_folder: Path) -> StreamStore:
-    """The shards at a location; those of a remote are fetched into `cache_folder`."""
+    """Open the shards at a location. Remote shards are downloaded to `cache_folder`."""
     if is_local(location):
         return StreamStore(StreamRecipe("images", location))
     cache = ShardCache([cache_folder], _CACHE_BYTES)
@@ -230,7 +230,7 @@ def open_images(location: str, cache_folder: Path) -> StreamStore:
 
 
 def images_entry(store: StreamStore, location: str) -> dict[str, Any]:
-    """The images in an overlay's manifest."""
+    """Return the entry that describes the images in an overlay's manifest."""
     return {
         "location": location,
         "index_sha256": store.shards.index_sha256,
@@ -249,7 +249,7 @@ def _counted(
 
 
 def _check_key(store: StreamStore, key: str) -> None:
-    """Refuse shards without the column of the key; hashes can be computed."""
+    """Raise if no shard has the key's column. SHA-256 needs no column, as it can be computed."""
     shards = store.shards
     layouts = (shards.columns(number).names for number in range(len(shards)))
     if key != "sha256" and not any(key in names for names in layouts):
@@ -267,13 +267,13 @@ def _join(
     writer: OverlayWriter,
     tick: Callable[[int], None],
 ) -> Counter[str]:
-    """Write the captions of every image; returns numbers of images."""
+    """Write the captions of every image, and return the numbers of images by outcome."""
     counts: Counter[str] = Counter({"all": store.samples})
     for number, samples in enumerate(store.shard_samples.tolist()):
         for index in range(samples):
             try:
                 sample = store.read(number, index)
-            except CorruptSample:  # training passes it over too
+            except CorruptSample:  # training skips it too
                 counts["unreadable"] += 1
                 writer.write("", [], [])
                 continue

@@ -1,4 +1,4 @@
-"""Items that readers yield: unchecked pairs, rejects and unused files, in chunks."""
+"""Types that readers yield: chunks of unchecked pairs, rejects and unused files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from blip_scale.data.shards import Record
 from blip_scale.storage.locations import is_folder, parent
 
 LARGEST_FILE_BYTES = 256 << 20
-"""Largest image or text that is read. A worker holds it in memory, and a compressed tar can claim
-any size."""
+"""Maximum size of an image or text file. A worker reads the whole file into memory, and a
+compressed tar may declare any size."""
 
 
 class Reason(StrEnum):
-    """Why an input item is not written."""
+    """Reason why an input item is not written."""
 
     MISSING_IMAGE = "missing image"
     OUTSIDE = "outside the image folder"
@@ -47,39 +47,39 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RawPair:
-    """One image with its text as the source has it, unchecked."""
+    """An image and its text as the source holds them, unchecked."""
 
     id: str
     image: bytes | str | None
-    """The encoded file, or its path or URL; None: the source has no image."""
+    """Encoded file, or its path or URL; None if the source has no image."""
     captions: Any
-    """One text or a list of them, each perhaps a `captions.RoleText`; None: the source has no
-    text."""
+    """A text or a list of texts, each a plain text or a `captions.RoleText`; None if the source
+    has no text."""
     url: str = ""
     similarity: float | None = None
     stored_bytes: int = 0
-    """Size in the input, where that is much more than the size of the image."""
+    """Size in the input, if it is much larger than the image; otherwise 0."""
     annotations: list[dict[str, Any]] | None = None
-    """Facts of the task, one entry a caption."""
+    """Task-specific fields, one entry per caption."""
     second_image: bytes | str | None = None
-    """The other image, where captions are about two."""
+    """Second image, if the captions describe two images."""
     is_question: bool = False
-    """Whether the captions are questions, which are cleaned in another way."""
+    """Whether the captions are questions, which have their own cleaning rules."""
     uid: str | None = None
-    """Unique id that the maker of the set gave the pair; None: the source has no such key."""
+    """Unique id from the authors of the data set; None if the source has no such key."""
     sha256: str | None = None
-    """SHA-256 of the image according to the source; None: the source has no such key."""
+    """SHA-256 of the image according to the source; None if the source has no such key."""
     note: str = ""
-    """Keys or columns that the source has in place of a caption or an image, for the reject."""
+    """Keys or columns present instead of a caption or an image, for the message of a reject."""
     from_folder: bool = False
-    """Whether the image was listed from a folder, whose links are followed. Otherwise a list names
-    it, and it must lie below the folder of images (see `Source.image_root`)."""
+    """Whether the image comes from listing a folder, in which links are followed. If not, a list
+    names it, and it must lie below the folder of images (see `Source.image_root`)."""
     punsafe: float | None = None
-    """Probability that the image is unsafe; None where unknown."""
+    """Probability that the image is unsafe; None if unknown."""
     pwatermark: float | None = None
-    """Probability of a watermark; None where unknown."""
+    """Probability of a watermark; None if unknown."""
     offset: int | None = None
-    """First byte of the image in an uncompressed tar; None for images that lie elsewhere."""
+    """First byte of the image in an uncompressed tar; None for any other image."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,18 @@ class Reject:
     """An input item that is not written."""
 
     id: str
-    """Id of the pair, or the place in the input where no pair can be read."""
+    """Id of the pair, or the place in the input if no pair could be read there."""
     reason: Reason
     detail: str = ""
     caption: int | None = None
-    """Number of the rejected caption; None: the whole pair is rejected."""
+    """Index of the rejected caption; None if the whole pair is rejected."""
     captions: int = 0
-    """Number of captions that are rejected with it, where the source gave no pair."""
+    """Number of captions rejected with the item, if the source gave no pair."""
 
 
 @dataclass(frozen=True)
 class Unused:
-    """An input item that is no pair; the summary counts it."""
+    """An input item that is not a pair. The summary counts it."""
 
     kind: str
     """Kind of the item, in the plural: "files .cls"."""
@@ -107,57 +107,58 @@ class Unused:
 
 @dataclass(frozen=True)
 class Screened:
-    """A pair that its reader screened itself."""
+    """A pair that its reader has already screened."""
 
     id: str
     record: Record | None
-    """The record to write; None: the whole pair is rejected."""
+    """Record to write; None if the whole pair is rejected."""
     rejects: list[Reject]
     captions: int
     """Number of captions that were read or made."""
     tallies: dict[str, int] = field(default_factory=dict)
-    """Numbers that are added up over the set, for its summary."""
+    """Counts that are summed over the set for its summary."""
 
 
 Found = RawPair | Reject | Screened | Unused
 
 
 class Place(NamedTuple):
-    """Where an item of a list begins."""
+    """Position at which an item of a list begins."""
 
     file: int
-    """Number of the file, where a list has several."""
+    """Index of the file, if the list has several files."""
     offset: int
     """First byte."""
     number: int
-    """Number of the line in a table, of the item in JSON or in its batch of a spool."""
+    """Line number in a table, index of the item in JSON, or index in a batch of a spool."""
 
 
 START = Place(0, 0, 0)
 
 ReadList = Callable[[Place], Iterator[tuple[Place, Found]]]
-"""read(start): the items of a list from a place on. It runs in other processes, so it must be
-picklable."""
+"""read(start): yield the items of a list, beginning at a place. It runs in other processes, so it
+must be picklable."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of the input that one process converts to shards of its own.
+    """A piece of the input that one process converts to separate shards.
 
-    The same input must give the same chunks in the same order: their numbers name the shards.
+    The same input must give the same chunks in the same order, because the shards are named after
+    the chunk numbers.
     """
 
     name: str
     read: Callable[[], Iterable[Found]]
-    """Yields the items. It runs in another process, so it must be picklable (functools.partial of
-    a function)."""
+    """Function that yields the items. It runs in another process, so it must be picklable, such as
+    a functools.partial of a function."""
     fingerprint: str
-    """Text that changes when the input changes (see `fingerprints`); "" for pairs out of a list:
-    it is made from what `read` yields, and from the images that these pairs name."""
+    """Text that changes when the input changes (see `fingerprints`); "" for pairs from a list. For
+    these, it is computed from the pairs that `read` yields and from the images that they name."""
     pairs: int | None = None
-    """Number of pairs, where it is known before reading."""
+    """Number of pairs; None if unknown before reading."""
     input_bytes: int = 0
-    """Size of a file that is read as a whole; 0 for a list of images."""
+    """Size of the input file if it is read as a whole; 0 for a list of images."""
 
 
 @dataclass(frozen=True)
@@ -165,30 +166,30 @@ class Source:
     """The user's input, and how to read it."""
 
     location: str
-    """Folder or file; a path or a URL (see `storage.objects`)."""
+    """Path or URL of a folder or file (see `storage.objects`)."""
     images: str = ""
-    """Folder that the image paths of annotations start from; "": where the annotations lie."""
+    """Base folder of the image paths in annotations; "" for the folder of the annotations."""
     strip_prefix: str = ""
-    """Prefix to remove from the image paths of annotations: lists hold their makers' absolute
-    paths."""
+    """Prefix to remove from the image paths in annotations. Some lists hold absolute paths of
+    their authors' machines."""
     caption_key: str = ""
-    """Key or column with the caption, where it has an unusual name."""
+    """Key or column with the caption, if it is not one of the usual names."""
     image_key: str = ""
-    """Column with the image, where it has an unusual name."""
+    """Column with the image, if it is not one of the usual names."""
     pairs_per_chunk: int = 4000
-    """Pairs a chunk, of lists and folders; tars and parquet files are a chunk each."""
+    """Pairs per chunk for lists and folders. Each tar or parquet file is one chunk."""
     scratch: str = ""
-    """Folder for temporary files; "": the system's."""
+    """Folder for temporary files; "" for the system's."""
 
     def image_root(self) -> str:
-        """Folder that must hold the images that a list names.
+        """Return the folder below which the images named in a list must lie.
 
         Raises:
-            FileNotFoundError: there is nothing at the location.
+            FileNotFoundError: the location does not exist.
         """
         location = self.location
         return self.images or (location if is_folder(location) else parent(location))
 
 
 Reader = Callable[..., Iterable[Chunk]]
-"""reader(source, **options): options that only this reader has are keywords with text."""
+"""reader(source, **options): options specific to a reader are keyword arguments of type str."""

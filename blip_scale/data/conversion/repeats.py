@@ -1,4 +1,4 @@
-"""Search for repeated hashes, in little more memory than the hashes take."""
+"""Find repeated hashes, with little more memory than the hashes need."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_PARTITIONS = 16  # which are sorted one after the other
+_PARTITIONS = 16  # sorted one after the other, to save memory
 
 
 def repeats(hashes: NDArray[np.uint64]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Hashes that came before.
+    """Find hashes that are equal to an earlier hash.
 
     Args:
         hashes: uint64 [hashes].
 
     Returns:
-        Unsigned [repeats], ascending positions of the hashes that an earlier one equals, and of
-        the first hash that each of them equals.
+        Two unsigned arrays [repeats]: the ascending positions of the repeated hashes, and for each
+        of them the position of the first equal hash.
     """
     later, firsts = [], []
     partitions = hashes.view(np.uint8)[::8] % _PARTITIONS

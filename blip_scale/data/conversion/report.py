@@ -1,6 +1,6 @@
-"""The report of a converted chunk: shards, ids, counts and rejects, as one JSON file.
+"""Report of a converted chunk: shards, ids, counts and rejects, in one JSON file.
 
-A report is written after the shards of its chunk, so a chunk with a report is converted.
+The report is written after the shards of its chunk, so a chunk with a report is complete.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from blip_scale.data.conversion.pairs import Reason, Reject
 
 REPORTS = "chunks/"
 LONGEST_CONTENT = 200
-"""Most characters of an id or a detail in a reject: bad input may hold whole files there."""
+"""Maximum number of characters of an id or a detail in a reject. Bad input may put a whole file
+there."""
 
 
 @dataclass
 class Counts:
-    """read = written + held_out + rejected, of pairs or of captions."""
+    """Counts of pairs or of captions: read = written + held_out + rejected."""
 
     read: int = 0
     written: int = 0
@@ -35,7 +36,7 @@ class Counts:
         )
 
     def fields(self, with_held_out: bool) -> dict[str, int]:
-        """The counts by name, as a summary holds them."""
+        """Return the counts by name, for a summary."""
         counts = asdict(self)
         if not with_held_out:
             del counts["held_out"]
@@ -51,26 +52,26 @@ class Report:
     shards: list[dict[str, Any]] = field(default_factory=list)
     """Entries of the MDS index."""
     shard_captions: list[list[int] | None] = field(default_factory=list)
-    """Number of captions of every sample, by shard, as the index has them."""
+    """Number of captions of every sample, by shard, in the format of the index."""
     roles: dict[str, int] = field(default_factory=dict)
-    """Written captions by role; empty where the source has no roles."""
+    """Number of written captions by role; empty if the source has no roles."""
     ids: list[str] = field(default_factory=list)
     """Ids of the samples, in the order of the shards."""
     keys: dict[str, list[int]] = field(default_factory=dict)
-    """Keys of the samples' images (`holdout.image_keys`), aligned with `ids`; empty where nothing
-    is held out."""
+    """Keys of the samples' images (`holdout.image_keys`), aligned with `ids`; empty if no pairs are
+    held out."""
     held_out: list[str] = field(default_factory=list)
     """Ids that were moved to the held-out set."""
     rejects: list[Reject] = field(default_factory=list)
     pairs: Counts = field(default_factory=Counts)
     captions: Counts = field(default_factory=Counts)
     reencoded: int = 0
-    """Images that were turned or scaled."""
+    """Number of images that were rotated or scaled."""
     tallies: dict[str, int] = field(default_factory=dict)
-    """Numbers that are added up over the set (see `Screened`)."""
+    """Counts that are summed over the set (see `Screened`)."""
 
     def drop(self, ids: set[str]) -> None:
-        """Forget some samples; their shards are the caller's business."""
+        """Remove samples from the report. The caller rewrites their shards."""
         kept = [position for position, name in enumerate(self.ids) if name not in ids]
         self.ids = [self.ids[position] for position in kept]
         for key, values in self.keys.items():
@@ -78,7 +79,7 @@ class Report:
 
     @property
     def reasons(self) -> Counter[str]:
-        """Number of rejects by reason."""
+        """Number of rejects for each reason."""
         return Counter(str(reject.reason) for reject in self.rejects)
 
     @property
@@ -87,13 +88,13 @@ class Report:
         return [shard["raw_data"]["basename"] for shard in self.shards]
 
     def to_json(self) -> str:
-        """Content of the report's file."""
+        """Return the content of the report's file."""
         rejects = [reject_fields(reject) for reject in self.rejects]
         return json.dumps(asdict(self) | {"rejects": rejects}, ensure_ascii=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Report:
-        """The report that a file holds."""
+        """Parse the content of a report's file."""
         fields = json.loads(text)
         rejects = [
             Reject(**(reject | {"reason": Reason(reject["reason"])}))
@@ -104,12 +105,12 @@ class Report:
 
 
 def report_name(number: int) -> str:
-    """File name of a chunk's report."""
+    """Return the file name of a chunk's report."""
     return f"{REPORTS}{number:06}.json"
 
 
 def reject_fields(reject: Reject) -> dict[str, Any]:
-    """Fields of a line of rejects.jsonl; empty ones are left out, long ones are cut."""
+    """Return the fields of a line in rejects.jsonl. Omit empty fields and shorten long ones."""
     fields = {key: value for key, value in asdict(reject).items() if value not in ("", None)}
     if not reject.captions:
         fields.pop("captions")
@@ -120,10 +121,10 @@ def reject_fields(reject: Reject) -> dict[str, Any]:
 
 
 def example_of(reject: Reject) -> str:
-    """One line about a reject, for people."""
+    """Describe a reject in one line, for the user."""
     return shortened(f"{reject.id}: {reject.detail}" if reject.detail else reject.id)
 
 
 def shortened(text: str, longest: int = LONGEST_CONTENT) -> str:
-    """The text, cut with an ellipsis where it is too long."""
+    """Return the text, cut and ended with an ellipsis if it is too long."""
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -1,4 +1,4 @@
-"""Convert all chunks of a set, or one machine's part of them, with this machine's processes."""
+"""Convert all chunks of a set, or the part of one machine, with several processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Part:
-    """One machine's part: the chunks `number`, `number + of`, `number + 2 of`, ..."""
+    """Chunks converted by one machine: `number`, `number + of`, `number + 2 of`, ..."""
 
     number: int = 0
     of: int = 1
@@ -48,7 +48,7 @@ class Part:
         """Parse `i/n`.
 
         Raises:
-            ValueError: anything else.
+            ValueError: the text has another format.
         """
         number, slash, of = text.partition("/")
         if not (slash and number.isdigit() and of.isdigit()):
@@ -58,47 +58,49 @@ class Part:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of the part that runs here."""
+    """Progress of this machine's part."""
 
     read: int
     rejected: int
     chunks_done: int
     chunks: int
     pairs: int | None
-    """Pairs to read in all; None: not known yet."""
+    """Total number of pairs to read; None if not yet known."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A whole job. The shards depend on everything but `workers`, `scratch`, `start_method` and
-    `tokenizer`."""
+    """A whole conversion job.
+
+    The shards depend on all fields except `workers`, `scratch`, `start_method` and `tokenizer`.
+    """
 
     chunks: Sequence[Chunk]
     out: str
     rules: Rules | None
-    """Rules for screening; None: the chunks screen their pairs themselves."""
+    """Rules for screening; None if the chunks screen their own pairs."""
     shard_bytes: int = 64 << 20
     workers: int = 1
     scratch: str | None = None
     start_method: str = "fork"
-    """How workers start: spawn where the chunks were listed from a remote, as the threads of its
-    client do not outlive a fork. A remote output always has spawn."""
+    """Start method of worker processes. Use spawn if the chunks were listed from a remote, because
+    the threads of its client do not survive a fork. A remote output always uses spawn."""
     settings: dict[str, Any] | None = None
-    """Settings of chunks that screen their pairs themselves."""
+    """Settings of chunks that screen their own pairs."""
     reading: dict[str, Any] = field(default_factory=dict)
-    """Options of the source that the pairs depend on, by name."""
+    """Options of the source that change the pairs, by name."""
     tokenizer: str = ""
-    """Tokenizer that counts tokens for the summary; "" counts none."""
+    """Tokenizer that counts tokens for the summary; "" to count no tokens."""
 
     def plan(self) -> dict[str, Any]:
-        """Content of conversion.json, which all parts and restarts must agree on."""
+        """Return the content of conversion.json. It must be equal in all parts and restarts."""
         prints = PairPrints(self.rules.images_below if self.rules else None)
         rules = self.settings
         if self.rules:
             rules = asdict(self.rules)
-            # The folder may have another name on another machine.
+            # The folder may have a different path on another machine.
             rules["allow_outside"] = rules.pop("images_below") is None
-            for name in ("raw_captions", "add_sha256"):  # conversions without them stay the same
+            for name in ("raw_captions", "add_sha256"):  # keeps older plans valid
                 if not rules[name]:
                     del rules[name]
         return {
@@ -120,23 +122,23 @@ def convert(
     show: Callable[[Progress], None] = lambda progress: None,
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
-    """Convert the chunks of a part that are not converted yet, then merge if all parts are done.
+    """Convert the remaining chunks of a part, then merge if all parts are done.
 
-    Killed at any time, the same call continues and gives the same bytes. Finished chunks are kept
-    whatever the error.
+    The conversion may be killed at any time. The same call then continues and gives the same bytes.
+    Finished chunks are kept after any error.
 
     Args:
         job: the whole conversion.
         part: the chunks to convert here.
         show: called with the progress several times a second.
-        overwrite: first remove what an earlier conversion left in the output.
+        overwrite: first remove the output of an earlier conversion.
 
     Returns:
-        The summary of the whole set, or None while other parts are missing.
+        The summary of the whole set, or None if other parts are not finished.
 
     Raises:
         ValueError: the output was started with other input or options, another process is writing
-            it, or no pairs can be held out.
+            to it, or no pairs can be held out.
     """
     if not job.chunks:
         raise ValueError("there is nothing to convert: the input is empty")
@@ -159,7 +161,7 @@ def convert(
 
 
 def _refuse_large_holdout(chunks: Sequence[Chunk], holdout: int) -> None:
-    """Refuse, before hours of conversion, to hold out all pairs or more than there are."""
+    """Raise early if `holdout` is not below the number of pairs, where that number is known."""
     counts = [chunk.pairs for chunk in chunks if chunk.pairs is not None]
     if len(counts) == len(chunks) and holdout >= sum(counts):
         raise ValueError(
@@ -169,10 +171,10 @@ def _refuse_large_holdout(chunks: Sequence[Chunk], holdout: int) -> None:
 
 
 def merge(location: str, scratch: str | None = None) -> dict[str, Any]:
-    """Merge the chunks of all parts; `convert` does so itself when the last part ends.
+    """Merge the chunks of all parts. `convert` also merges when the last part ends.
 
     Raises:
-        FileNotFoundError: no conversion was begun at the location.
+        FileNotFoundError: no conversion was started at the location.
         ValueError: chunks are missing.
     """
     out = OutputFolder(location, scratch)
@@ -182,10 +184,10 @@ def merge(location: str, scratch: str | None = None) -> dict[str, Any]:
 
 
 def read_plan(out: OutputFolder) -> dict[str, Any]:
-    """Content of conversion.json.
+    """Read conversion.json.
 
     Raises:
-        FileNotFoundError: no conversion was begun in the output.
+        FileNotFoundError: no conversion was started in the output.
     """
     if not out.has(PLAN_NAME):
         raise FileNotFoundError(f"{out.location}: no conversion was started here ({PLAN_NAME})")
@@ -217,7 +219,7 @@ def _agree_on_plan(out: OutputFolder, plan: dict[str, Any], overwrite: bool) -> 
 
 
 def _differences(begun: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """Names and values that differ between the plan in an output and this plan."""
+    """Describe the differences between the plan in the output and this plan."""
     if begun.get("format") != plan["format"]:
         return [f"by a release whose format is {begun.get('format')}, not {plan['format']}"]
     changed: list[str] = []
@@ -251,7 +253,7 @@ def _input_difference(before: Sequence[str], now: Sequence[str]) -> str:
 def _convert_chunks(
     job: Conversion, out: OutputFolder, todo: Sequence[int], show: Callable[[Progress], None]
 ) -> None:
-    # The client of a remote has threads, which do not outlive a fork.
+    # The client of a remote has threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn" if out.is_remote else job.start_method)
     others = set(multiprocessing.active_children())
     read, rejected = context.Value("q", 0), context.Value("q", 0)
@@ -273,14 +275,14 @@ def _convert_chunks(
         ) from error
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # else they would finish their chunks first
+            process.terminate()  # otherwise they would first finish their chunks
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _as_finished(running: set[Future[None]]) -> Iterator[int]:
-    """Yield the number of finished chunks several times a second; raise what a chunk raised."""
+    """Yield the number of finished chunks several times a second. Re-raise errors of chunks."""
     count = len(running)
     while running:
         finished, running = wait(running, _POLL_S, FIRST_COMPLETED)
@@ -300,7 +302,7 @@ _counters: list[Synchronized[int]] = []
 
 
 def _enter_worker(*counters: Synchronized[int]) -> None:
-    """Set up a worker: it counts for its parent, leaves Ctrl-C to it and ends with it."""
+    """Set up a worker: share the parent's counters, ignore Ctrl-C, and end with the parent."""
     _counters[:] = counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

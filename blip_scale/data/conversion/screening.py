@@ -1,4 +1,4 @@
-"""Screen a pair: check its image and captions, and make the record to write or a reject."""
+"""Screen pairs: check the image and the captions, then return a record to write or a reject."""
 
 from __future__ import annotations
 
@@ -36,52 +36,53 @@ _OF_ONE_FILE = (
     errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
     errno.ENOTDIR, errno.ENXIO, errno.EPERM,
 )  # fmt: skip
-"""Errors about one file, not about the disk: it is missing, forbidden or not a file."""
-_ORIENTATION = 0x0112  # the EXIF tag; 1: upright
+"""Errors of a single file, not of the disk: the file is missing, forbidden or not a file."""
+_ORIENTATION = 0x0112  # EXIF tag; the value 1 means upright
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-"""Largest image that Pillow opens (178,956,970 pixels), here and in training."""
+"""Maximum number of pixels that Pillow accepts (178,956,970), here and in training."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Which pairs are accepted, and how they are written."""
+    """Rules for accepting pairs, and settings for writing them."""
 
     source: str
     """Name of the set in every record."""
     max_words: int = 30
-    """Most words of a cleaned caption; longer captions are cut, as published."""
+    """Maximum number of words in a cleaned caption. Longer captions are cut, as in BLIP's code."""
     min_side: int = 32
-    """Smallest shorter side, in pixels."""
+    """Minimum length of the shorter side, in pixels."""
     max_aspect: float = 10.0
-    """Largest ratio of the longer to the shorter side."""
+    """Maximum ratio of the longer to the shorter side."""
     max_pixels: int = MAX_PIXELS
-    """Most pixels; larger images are rejected before they are decoded."""
+    """Maximum number of pixels. Larger images are rejected before they are decoded."""
     max_side: int | None = None
-    """Largest shorter side, in pixels; larger images are scaled down. None keeps all bytes."""
+    """Maximum length of the shorter side, in pixels. Larger images are scaled down and re-encoded.
+    None disables scaling."""
     jpeg_quality: int = 95
-    """JPEG quality of images that are scaled down or turned upright."""
+    """JPEG quality of images that are scaled down or rotated upright."""
     holdout: int | float | None = None
-    """Pairs to hold out: an int is their number, a float their share; None: none."""
+    """Number (int) or share (float) of pairs to hold out; None to hold out no pairs."""
     raw_captions: bool = False
-    """Keep captions whole, with case and punctuation; training cleans and cuts them."""
+    """Keep captions whole, with case and punctuation. Training cleans and cuts them."""
     add_sha256: bool = False
-    """Compute the SHA-256 of images, as the source holds them, where it gives none."""
+    """Compute the SHA-256 of the image in the source, if the source does not provide it."""
     images_below: str | None = None
-    """Folder that must hold the images that a list names; None: anywhere, also on the web."""
+    """Folder below which images named in a list must lie; None allows any place, also the web."""
     min_similarity: float | None = None
-    """Smallest similarity of image and text; None: any."""
+    """Minimum similarity of image and text; None for no limit."""
     max_punsafe: float | None = None
-    """Largest probability that the image is unsafe; None: any."""
+    """Maximum probability that the image is unsafe; None for no limit."""
     max_pwatermark: float | None = None
-    """Largest probability of a watermark; None: any."""
+    """Maximum probability of a watermark; None for no limit."""
     keep_unscored: bool = False
-    """Accept pairs without the score that a limit is set for."""
+    """Accept pairs that lack a score for which a limit is set."""
     in_place: bool = False
-    """Write where images lie in their tar, and look only at their headers."""
+    """Write the position of each image in its tar, and read only the image's header."""
 
     @property
     def word_limit(self) -> int:
-        """Most words of a caption; without a limit where captions are kept whole."""
+        """Maximum number of words in a caption; no limit if captions are kept whole."""
         return sys.maxsize if self.raw_captions else self.max_words
 
 
@@ -97,22 +98,22 @@ class Picture:
     """An image that was decoded without an error."""
 
     data: bytes
-    """Encoded file."""
+    """Encoded image file."""
     width: int
     height: int
     reencoded: bool
-    """Whether `data` differs from the source, because the image was turned or scaled."""
+    """Whether `data` differs from the source because the image was rotated or scaled."""
 
 
 def screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bool]:
-    """Check a pair. Whatever is wrong with it rejects this pair alone.
+    """Check a pair. A fault in the pair rejects only this pair.
 
     Returns:
-        The record to write (None: the pair is rejected), the rejects of the pair or of some of its
-        captions, and whether its image was encoded again.
+        The record to write (None if the pair is rejected), the rejects of the pair or of some of
+        its captions, and whether the image was re-encoded.
 
     Raises:
-        OSError: the disk or the network failed, which is no property of the pair.
+        OSError: the disk or the network failed, so the pair is not at fault.
     """
     try:
         return _screen(pair, rules)
@@ -125,7 +126,7 @@ def screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], bo
             raise
         detail = f"{error.strerror}: {error.filename}"
         return None, [Reject(pair.id, Reason.MISSING_IMAGE, detail)], False
-    except Exception as error:  # each kind of damage is an exception of its own
+    except Exception as error:  # damaged input can raise any type of exception
         return None, [Reject(pair.id, Reason.DAMAGED_INPUT, describe(error))], False
 
 
@@ -161,7 +162,7 @@ def _screen(pair: RawPair, rules: Rules) -> tuple[Record | None, list[Reject], b
 
 
 def _check_scores(pair: RawPair, rules: Rules) -> None:
-    """Refuse a pair by its scores, before its image is opened."""
+    """Reject a pair by its scores, before its image is opened."""
     for name, value, smallest, largest, reason in (
         ("similarity", pair.similarity, rules.min_similarity, None, Reason.LOW_SIMILARITY),
         ("punsafe", pair.punsafe, None, rules.max_punsafe, Reason.UNSAFE),
@@ -179,7 +180,7 @@ def _check_scores(pair: RawPair, rules: Rules) -> None:
 
 
 def _annotations(pair: RawPair, rejects: list[Reject]) -> list[dict[str, Any]] | None:
-    """Annotations of the captions that are kept."""
+    """Return the annotations of the captions that were not rejected."""
     if pair.annotations is None:
         return None
     dropped = {reject.caption for reject in rejects}
@@ -193,9 +194,9 @@ def _sha256(pair: RawPair, image: bytes, rules: Rules) -> str | None:
 
 
 def _captions(pair: RawPair, rules: Rules) -> tuple[list[str], list[str] | None, list[Reject]]:
-    """The captions to write, their roles if the source has any, and rejects of the others.
+    """Return the captions to write, their roles (None without roles), and the rejects.
 
-    The pair is refused if no caption is left.
+    The pair is rejected if no caption is left.
     """
     clean: Clean = clean_question if pair.is_question else clean_to_a_sentence
     if rules.raw_captions:
@@ -223,7 +224,7 @@ def _plain(caption: str, max_words: int) -> str:
 
 
 def kept_whole(caption: object) -> str | tuple[Reason, str]:
-    """A caption as `plain` leaves it, or reason and detail of its reject."""
+    """Return a caption after `plain`, or the reason and detail of its reject."""
     try:
         return _clean(caption, 0, _plain)
     except _Refused as refused:
@@ -249,7 +250,7 @@ def _clean(caption: object, max_words: int, clean: Clean) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded; invalid UTF-8 was read as halves of surrogate pairs."""
+    """Whether a text can be encoded. Invalid UTF-8 was decoded to halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -258,7 +259,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _image_bytes(image: bytes | str | None, root: str | None, note: str = "") -> bytes:
-    """The encoded image; `root` is the folder that must hold its file, None: anywhere."""
+    """Return the encoded image. Its file must lie below the folder `root`, unless that is None."""
     if image is None:
         raise _Refused(Reason.MISSING_IMAGE, note)
     if isinstance(image, bytes):
@@ -272,7 +273,7 @@ def _image_bytes(image: bytes | str | None, root: str | None, note: str = "") ->
     except FileTooLarge as error:
         raise _Refused(Reason.FILE_TOO_LARGE, f"{image}: {error}") from error
     except (OSError, ValueError) as error:
-        if is_web(image):  # hosts die; a bucket must not
+        if is_web(image):  # a dead web host rejects one image; a failing bucket stops the run
             raise _Refused(Reason.MISSING_IMAGE, f"{image}: {type(error).__name__}") from error
         if isinstance(error, RefusedError | UnusableRemote):
             raise
@@ -282,14 +283,15 @@ def _image_bytes(image: bytes | str | None, root: str | None, note: str = "") ->
 
 
 def check_image(data: bytes, rules: Rules) -> Picture:
-    """Decode a whole image; an exception gives the reason why it is refused.
+    """Decode and check an image. Raise `_Refused` with the reason if it is rejected.
 
-    The bytes are kept, with two exceptions. An image that EXIF says lies on its side is turned, as
-    training does not look at EXIF. An image above `rules.max_side` is scaled down.
+    The bytes are kept, with two exceptions. An image whose EXIF orientation is not upright is
+    rotated or mirrored, because training ignores EXIF. An image above `rules.max_side` is scaled
+    down.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of size and odd metadata
+            warnings.simplefilter("ignore")  # Pillow warns about size and unusual metadata
             with open_image(data) as image:
                 _check_size(image.size, rules)
                 if not rules.in_place:
@@ -303,7 +305,7 @@ def check_image(data: bytes, rules: Rules) -> Picture:
                 if turned or large:
                     return _encode_anew(image, rules)
                 if image.mode != "RGB":
-                    to_rgb(image)  # as training will
+                    to_rgb(image)  # check that the conversion in training works
                 return Picture(data, *image.size, reencoded=False)
     except (_Refused, MemoryError):
         raise
@@ -314,18 +316,18 @@ def check_image(data: bytes, rules: Rules) -> Picture:
     except UnidentifiedImageError as error:
         detail = UNKNOWN_FORMAT if data else "no bytes"
         raise _Refused(Reason.UNDECODABLE, detail) from error
-    except Exception as error:  # each format's decoder has its own ways to fail
+    except Exception as error:  # decoders raise different types of exceptions
         raise _Refused(Reason.UNDECODABLE, describe(error)) from error
 
 
 def turned_upright(data: bytes) -> bytes:
-    """An image that EXIF says is turned, as a conversion with the usual rules writes it."""
+    """Apply the EXIF orientation to an image, like a conversion with the default rules."""
     with open_image(data) as image:
         return _encode_anew(image, Rules("")).data
 
 
 def _check_size(size: tuple[int, int], rules: Rules) -> None:
-    """Check the size in the header, before a small file can claim all memory."""
+    """Check the size in the header before decoding, because a small file may use all memory."""
     detail = f"{size[0]}x{size[1]}"
     if size[0] * size[1] > rules.max_pixels:
         raise _Refused(Reason.TOO_MANY_PIXELS, detail)

@@ -1,4 +1,7 @@
-"""A temporary file with the items of a list that can't be read from any place on."""
+"""Copy a list to a temporary file that can be read from any item.
+
+Used for lists whose own file can be read only from its start.
+"""
 
 from __future__ import annotations
 
@@ -20,37 +23,37 @@ from blip_scale.data.conversion.pairs import Place, RawPair
 from blip_scale.data.reading.shared_arrays import file_of
 from blip_scale.storage.free_space import is_disk_full
 
-_BATCH = 64  # items that are compressed together
-_BATCH_BYTES = 1 << 20  # of images in a batch
+_BATCH = 64  # items compressed together
+_BATCH_BYTES = 1 << 20  # image bytes after which a batch ends early
 _LENGTH = struct.Struct("<Q")
-_RUN = 1024 * _BATCH  # items that are sorted in memory
+_RUN = 1024 * _BATCH  # items sorted in memory at a time
 
 T = TypeVar("T")
 
 
 class Spool(Generic[T]):
-    """Items of a list, compressed, in a file without a name.
+    """Compressed items of a list in an unnamed temporary file.
 
-    The file goes when this object or its process ends, however that happens. Pickled, the object
-    opens the file of the process that wrote it.
+    The file is removed when this object is deleted or its process ends, even by a kill. An
+    unpickled spool opens the file of the process that wrote it.
     """
 
     def __init__(self, process: int, descriptor: int, inode: int) -> None:
-        """Name the open file of a process."""
+        """Refer to an open file of a process."""
         self._process, self._descriptor, self._inode = process, descriptor, inode
         self._starts = array("q")
-        """First byte of every batch, in the object that wrote them."""
+        """First byte of every batch. Filled only in the object that wrote the file."""
 
     @classmethod
     def of(cls, items: Iterable[T], folder: str = "") -> Spool[T]:
-        """Write the items into a file in a folder; "": the system's folder for temporary files.
+        """Write the items to a file in `folder`; "" for the system's temporary folder.
 
         Raises:
             OSError: the disk is full.
         """
         folder = folder or tempfile.gettempdir()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  it stays open
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  stays open
         spool = cls(os.getpid(), file.fileno(), os.fstat(file.fileno()).st_ino)
         weakref.finalize(spool, file.close)
         count = size = 0
@@ -62,21 +65,21 @@ class Spool(Generic[T]):
                 file.flush()
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    file.close()  # tries to write again
+                    file.close()  # fails again, because it flushes the buffer
                 if not is_disk_full(error):
                     raise
                 full = OSError(
                     f"{folder} is full after {count} items of a list ({size / 1e6:.0f} MB): name a "
                     "folder on a larger disk with --scratch"
                 )
-                full.errno = error.errno  # by which it is known not to be worth a retry
+                full.errno = error.errno  # tells callers that a retry is useless
                 raise full from error
             count += len(batch)
         return spool
 
     @classmethod
     def of_sorted(cls, items: Iterable[tuple[Any, ...]], folder: str = "") -> Spool[Any]:
-        """Write tuples in ascending order. `_RUN` of them are sorted in memory at a time."""
+        """Sort tuples and write them. Only `_RUN` tuples are sorted in memory at a time."""
         runs: Spool[Any] = Spool.of(_sorted_runs(items), folder)
         firsts = runs._starts[:: _RUN // _BATCH]
         if len(firsts) < 2:
@@ -84,10 +87,10 @@ class Spool(Generic[T]):
         return Spool.of(heapq.merge(*map(runs._run, firsts)), folder)
 
     def __call__(self, start: Place) -> Iterator[tuple[Place, T]]:
-        """Read the items from a place on.
+        """Yield the items with their places, beginning at `start`.
 
         Raises:
-            OSError: the process that wrote them has ended, which is no damage of the list.
+            OSError: the process that wrote the file has ended. The list itself is not damaged.
         """
         with self._open() as descriptor:
             offset, first = start.offset, start.number
@@ -98,7 +101,7 @@ class Spool(Generic[T]):
                 offset, first = offset + _LENGTH.size + len(content), 0
 
     def batch(self, offset: int) -> list[T]:
-        """The items that are compressed together from a byte on; raises as reading does."""
+        """Return the batch that begins at a byte. Raises the same errors as `__call__`."""
         with self._open() as descriptor:
             return _unpacked(_content(descriptor, offset))
 
@@ -116,8 +119,10 @@ class Spool(Generic[T]):
             os.close(descriptor)
 
     def _run(self, offset: int) -> Iterator[T]:
-        """Read the `_RUN` items from a byte on. Runs share a descriptor, as there may be more of
-        them than a process may open."""
+        """Yield up to `_RUN` items, beginning at a byte.
+
+        All runs share one descriptor, because there may be more runs than a process may open files.
+        """
         for _ in range(_RUN // _BATCH):
             content = _content(self._descriptor, offset)
             if not content:
@@ -130,7 +135,7 @@ class Spool(Generic[T]):
 
 
 def _content(descriptor: int, offset: int) -> bytes:
-    """A compressed batch; b"" at the end of the file."""
+    """Return a compressed batch, or b"" at the end of the file."""
     header = os.pread(descriptor, _LENGTH.size, offset)
     if not header:
         return b""

@@ -1,4 +1,4 @@
-"""Dry run of a conversion: a sample shows the content, the rejects to expect, size and time."""
+"""Dry run of a conversion: estimate content, rejects, size and time from a sample."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from blip_scale.data.conversion.screening import Rules, screen
 from blip_scale.data.conversion.text_counts import count_text, tokenizer_of
 from blip_scale.data.tokenizer import count_tokens
 
-_SPREAD = 16  # chunks that the sample is taken from
+_SPREAD = 16  # number of chunks that are sampled
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
 
@@ -29,22 +29,22 @@ class Survey:
     written: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    """The first reject of each reason."""
+    """First reject for each reason."""
     unused: Counter[str] = field(default_factory=Counter)
-    """Number of items that are no pairs, by kind."""
+    """Number of items that are not pairs, by kind."""
     text: Counter[str] = field(default_factory=Counter)
-    """Counts of `count_text`."""
+    """Counts from `count_text`."""
     captions: list[str] = field(default_factory=list)
     """Captions as they would be written."""
     roles: Counter[str] = field(default_factory=Counter)
-    """Captions by role; empty where the source has no roles."""
+    """Number of captions by role; empty if the source has no roles."""
     figures: dict[str, list[int]] = field(default_factory=dict)
-    """Values by name, one for each image (`width`, ...) or caption (`words`, ...)."""
+    """Values by name, one per image (`width`, ...) or per caption (`words`, ...)."""
     image_bytes: int = 0
     seconds: float = 0.0
-    """Time that one process took for the sample, in seconds."""
+    """Time in which one process read the sample, in seconds."""
     whole_pairs: int = 0
-    """Estimated number of pairs in the whole input, exact where the input is a list."""
+    """Estimated number of pairs in the whole input; exact if the input is a list."""
 
     @property
     def whole_bytes(self) -> int:
@@ -52,16 +52,16 @@ class Survey:
         return round(self.image_bytes / max(1, self.read) * self.whole_pairs)
 
     def whole_seconds(self, processes: int) -> float:
-        """Estimated time of the whole conversion."""
+        """Return the estimated time of the whole conversion in seconds."""
         return self.seconds / max(1, self.read) * self.whole_pairs / processes
 
     def shown_captions(self, count: int = 5) -> list[str]:
-        """Some captions, spread evenly over the sample."""
+        """Return up to `count` captions, spread evenly over the sample."""
         shown = min(count, len(self.captions))
         return [self.captions[i * len(self.captions) // shown] for i in range(shown)]
 
     def quantiles(self) -> dict[str, list[int]]:
-        """The QUANTILES of every figure."""
+        """Return the QUANTILES of every figure."""
         quantiles = {}
         for name, values in self.figures.items():
             if values:
@@ -70,13 +70,13 @@ class Survey:
 
 
 def survey(chunks: Sequence[Chunk], rules: Rules, sample: int, tokenizer: str = "") -> Survey:
-    """Read and screen pairs from chunks all over the input; write nothing.
+    """Read and screen pairs from chunks spread over the input, without writing anything.
 
     Args:
         chunks: the input.
-        rules: how pairs are screened.
-        sample: about how many pairs are read.
-        tokenizer: tokenizer that counts tokens and unknown tokens; "" counts none.
+        rules: rules for screening.
+        sample: approximate number of pairs to read.
+        tokenizer: tokenizer that counts tokens and unknown tokens; "" to count none.
 
     Raises:
         ValueError: the input is empty.
@@ -145,7 +145,7 @@ def _add(seen: Survey, name: str, value: int) -> None:
 
 
 def _whole_pairs(chunks: Sequence[Chunk], read: int, seen_bytes: int) -> int:
-    """Number of pairs: counted for lists, else estimated from the sizes of input and images."""
+    """Return the number of pairs: exact for lists, else estimated from input and image sizes."""
     listed = sum(chunk.pairs or 0 for chunk in chunks)
     input_bytes = sum(chunk.input_bytes for chunk in chunks)
     return listed + (round(input_bytes * read / seen_bytes) if seen_bytes else 0)

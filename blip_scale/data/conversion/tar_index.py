@@ -1,10 +1,10 @@
-"""The index of webdataset tars that training reads in place.
+"""Index webdataset tars, so that training reads images from the tars in place.
 
-It is a set of shards like any other, a shard for each tar, except that `image` is empty and
-`image_place` says where the image lies. A second index, in the folder `tars`, lists the tars in the
-same order, so that they are fetched and cached as shards are. `set.json` is written last. It holds
-the hash of the names, sizes and times (ETags in a bucket) of all tars, so that an index of other
-tars is never used.
+The index is a set of shards, one per tar, in which `image` is empty and `image_place` holds the
+position of the image in the tar. A second index, in the folder `tars`, lists the tars in the same
+order, so they are fetched and cached like shards. `set.json` is written last. It holds a hash of
+the names, sizes and modification times (ETags in a bucket) of all tars, so an index of other tars
+is never used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LARGEST_STAMP_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class IndexJob:
-    """Settings with which tars are indexed."""
+    """Settings for indexing tars."""
 
     tars: str
     """Folder or bucket of the tars."""
@@ -50,17 +50,17 @@ class IndexJob:
     rules: Rules = field(default_factory=partial(Rules, "tars", in_place=True))
     """Rules for accepting pairs; images are not decoded."""
     caption_key: str = ""
-    """Field of the JSON with the caption; "" for the .txt or the usual fields."""
+    """JSON field with the caption; "" for the .txt or the usual fields."""
     workers: int = 1
     scratch: str | None = None
-    """Folder where the shards of a remote index are made; None: the system's."""
+    """Folder for temporary shards of a remote index; None for the system's."""
 
 
 def list_tars(location: str) -> list[Entry]:
-    """The tars below a folder, in the order of their names.
+    """List the tars below a folder in the order of their names.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder has no tar.
         ValueError: a tar can't be read in place.
     """
     if not is_folder(location):
@@ -80,10 +80,10 @@ def list_tars(location: str) -> list[Entry]:
 
 
 def is_current(index: str, tars: Sequence[Entry]) -> bool:
-    """Whether a folder or bucket holds the index of just these tars.
+    """Whether a folder or bucket holds the index of exactly these tars.
 
     Raises:
-        ValueError: the index has a format of another release.
+        ValueError: the index has the format of another release.
     """
     try:
         content = read_file(join(index, STAMP_NAME), _LARGEST_STAMP_BYTES)
@@ -103,19 +103,20 @@ def write_index(
 ) -> dict[str, Any] | None:
     """Index all tars, or one machine's part of them. The same call continues after a kill.
 
-    An index of other tars, or with other settings, is made anew; with `part` it is refused.
+    If an index of other tars or with other settings exists, it is replaced. With several parts,
+    this is an error.
 
     Args:
         job: the whole index.
-        part: the tars to index here; None: all.
+        part: the tars to index here; None for all.
         show: called with the progress several times a second.
-        start_method: how processes start (see `Conversion`).
+        start_method: start method of processes (see `Conversion`).
 
     Returns:
-        The summary of the whole set, or None while other parts are missing.
+        The summary of the whole set, or None if other parts are not finished.
 
     Raises:
-        FileNotFoundError: there is no tar.
+        FileNotFoundError: the folder has no tar.
         ValueError: a tar can't be read in place, or another process is writing the index.
     """
     part = part or Part()
@@ -150,12 +151,12 @@ def _as_read(plan: dict[str, Any]) -> Any:
 
 
 def _write_list(out: OutputFolder, tars: Sequence[Entry]) -> None:
-    """Write the list of the tars that have samples, and then the stamp."""
+    """Write the list of the tars that have samples, then `set.json`."""
     listed = []
     for shard in json.loads(out.read(INDEX_NAME))["shards"]:
         tar = tars[int(shard["raw_data"]["basename"].split(".")[1])]
         file = {"basename": tar.name, "bytes": tar.size, "hashes": {}}
-        # With the version, the list of other tars is another list, even if their sizes are equal.
+        # The version distinguishes lists of different tars that have equal names and sizes.
         listed.append(shard | {"raw_data": file, "zip_data": None, "tar_version": tar.version})
     with out.workshop("list", per_process=True) as folder:
         (folder / TAR_LIST).mkdir()

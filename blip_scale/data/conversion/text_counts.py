@@ -1,4 +1,4 @@
-"""Counts of captions that are cut and of tokens that a tokenizer does not know."""
+"""Count captions that are cut, and tokens that are unknown to a tokenizer."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ UNKNOWN = "unknown_tokens"
 
 @lru_cache(maxsize=2)
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer, once a process.
+    """Load a tokenizer once per process.
 
     Raises:
-        OSError, ValueError: it can't be loaded.
+        OSError, ValueError: the tokenizer can't be loaded.
     """
     return load_tokenizer(TextRecipe(checkpoint=None, tokenizer=name))
 
 
 def count_text(pair: RawPair, record: Record, max_words: int, tokenizer: str) -> Counter[str]:
-    """Counts about the captions of a written pair, by name; `tokenizer` "" counts no tokens."""
+    """Return counts for the captions of a written pair. With `tokenizer` "", count no tokens."""
     counts: Counter[str] = Counter()
     captions = pair.captions if isinstance(pair.captions, list) else [pair.captions]
     for item in captions:
@@ -51,14 +51,14 @@ def count_text(pair: RawPair, record: Record, max_words: int, tokenizer: str) ->
 
 
 def text_summary(tallies: Counter[str]) -> dict[str, int]:
-    """The entry `text` of a summary, moved out of `tallies`."""
+    """Remove the text counts from `tallies`, and return them as the entry `text` of a summary."""
     names = (CUT, CUT_AT_A_SENTENCE, LONG, TOKENS, UNKNOWN)
     counts = {name: tallies.pop(name, 0) for name in names}
     return {name: count for name, count in counts.items() if counts[TOKENS] or name in names[:2]}
 
 
 def text_lines(counts: Mapping[str, int], max_words: int) -> list[str]:
-    """The content of `text_summary` in sentences."""
+    """Describe the result of `text_summary` in sentences."""
     lines = []
     if counts.get(CUT):
         lines.append(

@@ -1,1 +1,1 @@
-"""One small reader per data set; `readers` lists them all."""
+"""Readers of data sets, one module each. `readers` lists them."""

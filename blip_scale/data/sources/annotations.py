@@ -72,7 +72,7 @@ def load_list(location: str, of: str) -> list[Any]:
 
 
 def _whole(location: str) -> bytes:
-    """Content of a file that is parsed as a whole."""
+    """Read a whole file. Raise RefusedInput if a .gz unpacks to more than the limit."""
     is_packed = location.endswith(".gz")
     with open_file(location) as file:
         content = file.read(_LARGEST_UNPACKED_BYTES + 1 if is_packed else -1)
@@ -88,7 +88,7 @@ def parse_at(content: bytes, place: str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is not JSON. The message names the place.
+        ValueError: the content is not JSON. The message names the place.
     """
     try:
         return parse_json(content)
@@ -99,7 +99,7 @@ def parse_at(content: bytes, place: str) -> Any:
 def read_items(
     location: str, items: Iterable[Any], make: Callable[[int, Any], Found]
 ) -> Iterator[Found]:
-    """Apply `make(number, item)` to each item; an item on which it fails becomes a reject."""
+    """Apply `make(number, item)` to each item. If it fails, yield a reject for the item."""
     for number, item in enumerate(items):
         yield read_item(location, number, item, make)
 
@@ -113,7 +113,7 @@ def read_item(location: str, number: int, item: Any, make: Callable[[int, Any], 
 
 
 def json_files(location: str) -> list[str]:
-    """The file itself, or the .json files of a folder in the order of their names."""
+    """Return the file itself, or the .json files of a folder in the order of their names."""
     if not is_folder(location):
         return [location]
     files = [e.location for e in list_folder(location) if e.name.endswith((".json", ".json.gz"))]
@@ -123,17 +123,17 @@ def json_files(location: str) -> list[str]:
 
 
 def image_location(source: Source, annotations: str, path: str) -> str:
-    """Location of the image that `annotations` names by `path`."""
+    """Return the location of the image with this path in the file `annotations`."""
     return _place(source, annotations, path)[1]
 
 
 def image_id(source: Source, annotations: str, path: str) -> str:
-    """Id of an image: its path without `strip_prefix`."""
+    """Return the id of an image: its path without `strip_prefix`."""
     return _place(source, annotations, path)[0]
 
 
 def _place(source: Source, annotations: str, path: str) -> tuple[str, str]:
-    """Id and location of the image that `annotations` names by `path`."""
+    """Return id and location of the image with this path in the file `annotations`."""
     folder, prefix = source.images or parent(annotations), source.strip_prefix
     name = path.removeprefix(prefix)
     location = join(folder, name)
@@ -145,9 +145,9 @@ def _place(source: Source, annotations: str, path: str) -> tuple[str, str]:
 
 
 def pair_of_item(source: Source, annotations: str, number: int, item: Any) -> Found:
-    """Build the pair of one item of a list: {image or url, caption, ...}.
+    """Build a pair from one item of a list: {image or url, caption, ...}.
 
-    Its id is the image's path or URL in the list, without `strip_prefix`.
+    The pair's id is the image's path in the list without `strip_prefix`, or its URL.
     """
     place = f"{basename(annotations)}:{number}"
     if not isinstance(item, Mapping):

@@ -1,8 +1,9 @@
 """Read the lists that Salesforce published for BLIP: JSON lists of {image or url, caption}.
 
-`caption` is a text or a list of texts. Items of the same image become one record. Items with only a
-url are downloaded one by one with --allow-outside, which suits some thousands. For the bootstrapped
-lists of millions, download the images with img2dataset, and read its output.
+`caption` is a text or a list of texts. Items with the same image become one record. Items with only
+a URL are downloaded one by one and need --allow-outside. This is practical for some thousands of
+images. For the bootstrapped lists of millions, download the images with img2dataset, and convert
+its output.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from blip_scale.data.sources.json_lists import JsonList, pairs_in_chunks
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """Chunks of all lists that `source` names.
+    """Return the chunks of all lists at the source.
 
     Raises:
         ValueError: a file does not hold a list.

@@ -1,10 +1,11 @@
-"""Read COCO captions in any of their published forms.
+"""Read COCO captions in any of the published formats.
 
-These are Karpathy's dataset_coco.json (dataset_flickr30k.json has the same form), the lists that
-BLIP publishes for its splits, and COCO's own annotations (captions_val2014.json, also for NoCaps).
+- Karpathy's dataset_coco.json (dataset_flickr30k.json has the same format).
+- The lists that BLIP publishes for its splits.
+- COCO's own annotations (captions_val2014.json, also for NoCaps).
 
-A record is an image with its five captions. The split train is Karpathy's train and restval
-together (113,287 images), as usual in the literature.
+A record is an image with its five captions. The split train joins Karpathy's train and restval
+(113,287 images), as usual in the literature.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ _SPLITS = {"train": {"train", "restval"}, "val": {"val"}, "test": {"test"}}
 
 
 def chunks(source: Source, split: str = "") -> Iterator[Chunk]:
-    """Chunks of one annotation file, or of the dataset_coco.json in a folder.
+    """Return the chunks of one annotation file, or of the dataset_coco.json in a folder.
 
     Args:
         source: the input.
-        split: part of dataset_coco.json: train, val or test; "" for all of it.
+        split: part of dataset_coco.json: train, val or test; "" for all parts.
 
     Raises:
         ValueError: the split or the format is unknown.
@@ -64,7 +65,7 @@ def chunks(source: Source, split: str = "") -> Iterator[Chunk]:
         return spooled_chunks(_karpathy(source, content.items("images"), split), source)
     elif "annotations" in parts.names:
         raise ValueError(f"{source.location}: its annotations are no list")
-    # Without annotations it is a test set: image_info_test2014.json, nocaps_test_...
+    # A file without annotations is a test set: image_info_test2014.json, nocaps_test_...
     if parts.annotation and not parts.has_captions:
         raise ValueError(
             f"{source.location} holds no captions but {parts.annotation} (an instances or "
@@ -75,7 +76,7 @@ def chunks(source: Source, split: str = "") -> Iterator[Chunk]:
 
 @dataclass
 class _Parts:
-    """What an annotation file holds."""
+    """Summary of the content of an annotation file."""
 
     names: list[str] = field(default_factory=list)
     lists: set[str] = field(default_factory=set)
@@ -86,7 +87,7 @@ class _Parts:
 
     @classmethod
     def of(cls, content: JsonObject) -> _Parts:
-        """Read a file, which is checked by it."""
+        """Read the whole file, which also checks that it is valid JSON."""
         parts = cls()
         for name, number, value in content.read():
             if number < 0:
@@ -104,7 +105,7 @@ class _Parts:
 
 
 def _own_format(source: Source, content: JsonObject) -> Iterator[Found]:
-    """Read COCO's own format, whose captions are stored apart from images and name their ids."""
+    """Read COCO's own format, which stores captions separately and refers to images by id."""
     captions: dict[str, list[Any]] = {}
     for item in content.items("annotations"):
         caption = item.get("caption") if isinstance(item, dict) else None

@@ -1,8 +1,9 @@
-"""Read Flickr30k: results_20130124.token, or results.csv of its copies on the web.
+"""Read Flickr30k: results_20130124.token, or results.csv from copies on the web.
 
 A line of the .token file is `IMAGE#NUMBER<tab>caption`. A line of results.csv has image, number and
-caption, separated by bars. A record is an image with its five captions. The images are in --images,
-else beside the list or in its folder flickr30k-images or flickr30k_images.
+caption, separated by vertical bars. A record is an image with its five captions. The images are
+read from --images. By default, they are beside the list, or in a folder flickr30k-images,
+flickr30k_images or images beside it.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from blip_scale.storage.locations import (
 )
 
 _TRIED = 20
-"""Number of lines without image and caption after which a file counts as another format."""
+"""Number of lines. If none of them has an image and a caption, the file has another format."""
 _LISTS = (".token", "results.csv")
 _IMAGES = ("flickr30k-images", "flickr30k_images", "images")
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """Chunks of one list, or of the list in a folder.
+    """Return the chunks of one list, or of the list in a folder.
 
     Raises:
         FileNotFoundError: the folder has no list.
@@ -83,7 +84,7 @@ def _split_token(line: str) -> tuple[str, str | None]:
 
 
 def _split_table(line: str) -> tuple[str, str | None]:
-    # In the copies on the web, one row lacks its second bar.
+    # In the copies on the web, one row lacks the second vertical bar.
     name, bar, rest = line.partition("|")
     number, second, caption = rest.partition("|")
     if not second:

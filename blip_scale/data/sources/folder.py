@@ -1,10 +1,10 @@
 """Read a folder of images with captions in a table (captions.csv, ...) or in .txt files.
 
-A table has a row per image and caption. It has a column `image` (or file_name, path, ...) with a
-path relative to the table's folder, a column `caption` (or text, ...), and optionally url and
-similarity. Rows of the same image become one record. Subfolders may have their own tables, as in
-Hugging Face's ImageFolder. Without a table, every image below the folder is read, and the whole of
-its .txt is its caption.
+A table has one row per image and caption. Its column `image` (or file_name, path, ...) holds a path
+relative to the table's folder. Its column `caption` (or text, ...) holds the caption. The columns
+url and similarity are optional. Rows with the same image become one record. Subfolders may have
+their own tables, as in Hugging Face's ImageFolder. Without a table, all images below the folder are
+read, and the content of an image's .txt is its caption.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _NONE = -1
 
 
 def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Chunk]:
-    """Chunks of the rows of the tables, or of the images of the folder.
+    """Return the chunks of the rows of all tables, or of the images in the folder.
 
     Raises:
         ValueError: a table can't be read.
-        FileNotFoundError: there is no image.
+        FileNotFoundError: the folder has no image.
     """
     try:
         b" ".decode(encoding or "utf-8", "ignore")
@@ -92,7 +92,7 @@ def chunks(source: Source, encoding: str = "", columns: str = "") -> Iterable[Ch
 
 
 def _tables(files: Listing) -> dict[str, Entry]:
-    """Folder -> its table, for folders that have one."""
+    """Map each folder that has a table to this table."""
     tables: dict[str, Entry] = {}
     for file in files:
         folder, name = posixpath.split(file.name)
@@ -104,13 +104,13 @@ def _tables(files: Listing) -> dict[str, Entry]:
 
 
 def _digest(location: str) -> bytes:
-    """8 bytes by which a file is recognised."""
+    """Return an 8-byte hash of a file's normalised location."""
     path = posixpath.normpath(location)
     return xxhash.xxh3_64_digest(path.encode("utf-8", "surrogatepass"))
 
 
 def _unnamed(files: Listing, tables: set[str], named: bytearray) -> list[Unused]:
-    """Count the files that no table names; `named` are the digests of those that one names."""
+    """Count the files that are in no table. `named` holds the digests of files in tables."""
     digests = np.sort(np.frombuffer(named, np.uint64))
     endings: Counter[str] = Counter()
     others = (file for file in files if file.name not in tables)
@@ -126,7 +126,7 @@ def _unnamed(files: Listing, tables: set[str], named: bytearray) -> list[Unused]
 
 
 def _counted(endings: Mapping[str, int]) -> list[Unused]:
-    """Files by ending."""
+    """Return the numbers of files by ending as unused items."""
     unused = []
     for ending, count in sorted(endings.items()):
         kind = f"files .{ending}" if ending else "files without an ending"
@@ -182,12 +182,15 @@ def _stem_of_text(name: str) -> str | None:
 
 
 def _beside(texts: FileIndex, image: str) -> int | None:
-    """Position of the text of an image: that of a.jpg is a.txt, else a.jpg.txt."""
+    """Return the position of an image's text: for a.jpg, first try a.txt, then a.jpg.txt."""
     return next(chain(texts.positions(_stem(image)), texts.positions(image)), None)
 
 
 def _others(files: Listing, orphans: NDArray[np.int64], texts: FileIndex) -> NDArray[np.int64]:
-    """Codes of the last file of another kind beside each text without an image; _NONE: none."""
+    """Find, for each text without an image, a file of another kind with the same stem.
+
+    Return the code of the last such file, or _NONE if there is none.
+    """
     others = np.full(len(orphans), _NONE)
     for code, file in files.items() if len(orphans) else ():
         if extension(file.name) in (*IMAGE_ENDINGS, *TEXT_ENDINGS):
@@ -201,14 +204,14 @@ def _others(files: Listing, orphans: NDArray[np.int64], texts: FileIndex) -> NDA
 
 @dataclass
 class ImagesInFolder:
-    """Consecutive images of a folder with the texts beside them, and what is left at its end."""
+    """Consecutive images of a folder with their texts. The last part also has unused files."""
 
     files: Listing
     start: int
     """Code of the first image."""
     count: int
     texts: array[int]
-    """Code of the text of each image, _NONE where it has none; empty where the folder has none."""
+    """Code of each image's text, or _NONE; empty if the folder has no texts."""
     encoding: str = ""
     """Encoding of texts without a byte order mark; "" for UTF-8."""
     orphans: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -218,7 +221,7 @@ class ImagesInFolder:
     unused: list[Unused] = field(default_factory=list)
 
     def __call__(self) -> Iterator[Found]:
-        """Read the images, then the rest."""
+        """Yield the images, then texts without an image, then unused files."""
         images = (f for _, f in self.files.items(self.start) if extension(f.name) in IMAGE_ENDINGS)
         texts = self.texts or repeat(_NONE)
         for image, code in zip(islice(images, self.count), texts):  # noqa: B905  see `repeat`

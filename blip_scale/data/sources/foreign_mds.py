@@ -1,7 +1,7 @@
-"""Read MDS sets of other makers, with images and captions in any columns.
+"""Read MDS sets from other tools, with images and captions in any columns.
 
-Shards may be compressed, in folders below the index, and in a bucket. `--image-key` and `--caption-
-key` name columns with unusual names.
+Shards may be compressed, in folders below the index, or in a bucket. For columns with unusual
+names, set `--image-key` and `--caption-key`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _IMAGE_COLUMNS = (*IMAGE_ENDINGS, "image", "image_bytes", "img", "pixels", *IMAG
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """One chunk per shard.
+    """Yield one chunk per shard.
 
     Raises:
-        ValueError: the index can't be read, or has no column of images.
+        ValueError: the index can't be read, or has no column with images.
     """
     location = join(source.location, INDEX_NAME)
     try:

@@ -1,7 +1,6 @@
 """Read the output of img2dataset: webdataset tars, parquet files with images, or files.
 
-This serves every set that is published as a list of URLs, such as Conceptual Captions, SBU and
-LAION.
+Use it for sets that are published as a list of URLs, such as Conceptual Captions, SBU and LAION.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ _FAILED = "there is no output of img2dataset (NNNNN.tar, NNNNN.parquet with imag
 
 
 def chunks(source: Source) -> list[Chunk]:
-    """One chunk for each of img2dataset's shards.
+    """Return one chunk for each shard of img2dataset.
 
     Raises:
-        FileNotFoundError: there is no shard.
+        FileNotFoundError: the folder has no shard.
         ValueError: the location is a list of URLs, the input of img2dataset.
     """
     tars = partial(webdataset.chunks, id_per_tar=False)
@@ -52,7 +51,7 @@ def chunks(source: Source) -> list[Chunk]:
             )
         return parquet.chunks(source) if ending == "parquet" else tars(source)
     listed = Listing.of(source.location, source.scratch)
-    # img2dataset also writes parquet files with the metadata of tars and folders.
+    # Look for tars first: beside tars and folders, img2dataset writes parquet files with metadata.
     if any(entry.name.lower().endswith(webdataset.TAR_ENDINGS) for entry in listed):
         return tars(source)
     folders: dict[str, int] = {}
@@ -73,7 +72,7 @@ def chunks(source: Source) -> list[Chunk]:
 
 
 def _files_of(listed: Listing, code: int) -> Iterator[Entry]:
-    """The files of a folder whose first file has a code."""
+    """Yield the files of the folder whose first file has this code."""
     folder = ""
     for _, entry in listed.items(code):
         folder = folder or posixpath.dirname(entry.name)
@@ -86,13 +85,13 @@ def _files_of(listed: Listing, code: int) -> Iterator[Entry]:
 def read_folder(
     listed: Listing, code: int, caption_key: str = "", run: str = ""
 ) -> Iterator[Found]:
-    """Read img2dataset's form `files`: NNNNN.jpg, NNNNN.txt and NNNNN.json beside each other.
+    """Read a folder in img2dataset's format `files`: NNNNN.jpg, NNNNN.txt and NNNNN.json.
 
     Args:
         listed: files of all folders.
         code: code of the folder's first file.
-        caption_key: field of the JSON with the caption; "" for the .txt or the usual fields.
-        run: folder above, for the ids.
+        caption_key: JSON field with the caption; "" for the .txt or the usual fields.
+        run: parent folder, used as a prefix of the ids.
     """
     samples: dict[str, dict[str, str]] = {}
     unused: Counter[str] = Counter()

@@ -1,6 +1,6 @@
 """Read JSON lists item by item: one array, or one object per line.
 
-A UTF-8 file that is not compressed can be read from any item on, others from their start.
+Reading can start at any item of an uncompressed UTF-8 file. Other files are read from their start.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from blip_scale.storage.locations import file_version, open_file
 _BLOCK_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 16
 _UNPACKED_BYTES, _UNPACKED_RATIO = 1 << 30, 100
-"""A .gz list that becomes larger and more than so many times its size is refused. Lists of URLs and
-captions become 3 to 10 times as large; a hostile file can become 1,000 times as large."""
+"""Limits for a .gz list: it is refused if it unpacks to more than this size and this multiple of
+its compressed size. Lists of URLs and captions grow 3 to 10 times; a hostile file can grow 1,000
+times."""
 MakePair = Callable[[int, Any], Found]
-"""make(number, item): the pair of an item; picklable."""
+"""make(number, item): return the pair of an item. It must be picklable."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _decode_from = json.JSONDecoder().raw_decode
 
 
 @dataclass(frozen=True)
 class ListFile:
-    """The file of a list, which must stay as it is while its conversion is running."""
+    """File of a list. It must not change while its conversion is running."""
 
     location: str
     version: str
@@ -51,20 +52,20 @@ class ListFile:
 
     @classmethod
     def at(cls, location: str) -> ListFile:
-        """The file as it is now."""
+        """Record the location and the current version of a file."""
         return cls(location, file_version(location))
 
     @property
     def is_packed(self) -> bool:
-        """Whether the file is compressed, so that it can be read only from its start."""
+        """Whether the file is compressed. If so, it can be read only from its start."""
         return self.location.endswith(".gz")
 
     def open(self, offset: int = 0) -> IO[bytes]:
-        """Open the file at a byte.
+        """Open the file and seek to a byte.
 
         Raises:
-            ChangedList: the file was written since `at`.
-            RefusedInput: when it is read, a compressed file becomes too large.
+            ChangedList: the file was modified after `at`.
+            RefusedInput: a compressed file becomes too large. Raised while it is read.
         """
         if file_version(self.location) != self.version:
             raise ChangedList(
@@ -80,7 +81,7 @@ class ListFile:
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a .gz file, up to the size at which the file is refused."""
+    """Decompressed stream of a .gz file. Raises RefusedInput if it becomes too large."""
 
     def __init__(self, file: gzip.GzipFile, location: str) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
-            content = self._file.read1(len(buffer))  # `read` loses what is before a damage
+            content = self._file.read1(len(buffer))  # `read` would lose data before a damage
         except gzip.BadGzipFile as error:
             raise gzip.BadGzipFile(f"{self._location}: {error}") from error
         buffer[: len(content)] = content
@@ -115,10 +116,10 @@ class _Unpacked(io.RawIOBase):
 
 
 def lines_of(file: IO[AnyStr], location: str) -> Iterator[AnyStr]:
-    """The lines of a file with their ends.
+    """Yield the lines of a file with their line endings.
 
     Raises:
-        RefusedInput: a line is longer than any item.
+        RefusedInput: a line is too long for an item (`LARGEST_FILE_BYTES`).
     """
     number = 0
     while line := file.readline(LARGEST_FILE_BYTES):
@@ -137,29 +138,29 @@ class JsonList:
 
     file: ListFile
     form: str
-    """`array` or `lines`; "" where the file has to be parsed whole."""
+    """`array` or `lines`; "" if the file must be parsed as a whole."""
     encoding: str
-    """Python's name of the encoding."""
+    """Name of the encoding in Python."""
     content: str
     """Description of the items, for errors."""
 
     @classmethod
     def open(cls, location: str, content: str = "{image, caption}") -> JsonList:
-        """Look at the beginning of a file."""
+        """Detect form and encoding from the beginning of a file."""
         file = ListFile.at(location)
         return cls(file, *_form(file), content)
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the file can be read from any item on."""
+        """Whether reading can start at any item."""
         return bool(self.form) and self.encoding == "utf-8" and not self.file.is_packed
 
     def read(self, offset: int = 0, number: int = 0) -> Iterator[tuple[int, int, Any]]:
-        """First byte, number and content of every item, from one of them on.
+        """Yield first byte, index and content of the items, beginning at one of them.
 
         Args:
-            offset: first byte of the item.
-            number: number of the item, counted from 0.
+            offset: first byte of the item to begin at.
+            number: index of this item, counted from 0.
 
         Raises:
             ValueError: the file does not hold a list. The message names the place.
@@ -179,7 +180,7 @@ class JsonList:
 
 
 def pairs_in_chunks(source: Source, lists: Sequence[tuple[JsonList, MakePair]]) -> Iterator[Chunk]:
-    """Chunks of the items of lists, each with what makes its items pairs.
+    """Return the chunks of several lists, each with a function that makes pairs of its items.
 
     Raises:
         ValueError: a file does not hold a list.
@@ -201,12 +202,12 @@ def _read_lists(
 
 
 def is_array(location: str) -> bool:
-    """Whether a file begins as a JSON array does."""
+    """Whether a file begins like a JSON array."""
     return _start(ListFile.at(location))[0] == "["
 
 
 def _start(file: ListFile) -> tuple[str, str]:
-    """First character of a JSON file, "" if there is none near its start, and the encoding."""
+    """Return first character ("" if none is near the start) and encoding of a JSON file."""
     with file.open() as opened:
         head = opened.read(_HEAD_BYTES)
     encoding = json.detect_encoding(head).removesuffix("-sig")
@@ -214,7 +215,7 @@ def _start(file: ListFile) -> tuple[str, str]:
 
 
 def _form(file: ListFile) -> tuple[str, str]:
-    """Form and encoding of a list."""
+    """Return form and encoding of a list (see `JsonList`)."""
     start, encoding = _start(file)
     if start == "[":
         return "array", encoding
@@ -222,7 +223,7 @@ def _form(file: ListFile) -> tuple[str, str]:
         return "", encoding
     with file.open() as opened:
         lines = filter(None, map(bytes.strip, lines_of(opened, file.location)))
-        # A line that is an object, with others after it, is no part of one JSON text.
+        # If the first line is a whole object and more lines follow, each line is an item.
         is_lines = _is_object(next(lines)) and next(lines, b"")
     return "lines" if is_lines else "", encoding
 
@@ -237,7 +238,7 @@ def _is_object(line: bytes) -> bool:
 def _read_lines(
     file: IO[bytes], location: str, offset: int, number: int
 ) -> Iterator[tuple[int, Any]]:
-    """First byte and content of every item; `offset` and `number` are those of the first."""
+    """Yield first byte and content of every item, given offset and number of the first."""
     for line in lines_of(file, location):
         if line.strip():
             number += 1
@@ -248,7 +249,7 @@ def _read_lines(
 def _read_array(
     file: IO[bytes], location: str, offset: int, encoding: str
 ) -> Iterator[tuple[int, Any]]:
-    """First byte and content of every item from the one at `offset` on; 0 is the array's start."""
+    """Yield first byte and content of the items from `offset` on; 0 is the start of the array."""
     with _named_errors(location, file, encoding):
         text = _Text(file, offset, encoding)
         yield from _array_items(text, is_inside=bool(offset))
@@ -257,9 +258,9 @@ def _read_array(
 
 
 def _array_items(text: _Text, is_inside: bool = False) -> Iterator[tuple[int, Any]]:
-    """First byte and content of the items of the array at the current place, which are passed over.
+    """Yield first byte and content of the items of an array, and move behind the array.
 
-    `is_inside`: the place is that of an item, not that of the array.
+    The current place is the array's start or, with `is_inside`, the start of one of its items.
     """
     if not is_inside:
         text.take("[", "Expecting value")
@@ -278,9 +279,9 @@ class Member(NamedTuple):
 
     name: str
     number: int
-    """Number of the item; -1: the member itself, before its items."""
+    """Index of the item; -1 for the member itself, which comes before its items."""
     value: Any
-    """An empty list for an array itself."""
+    """Parsed value; an empty list if the member is an array."""
 
 
 @dataclass(frozen=True)
@@ -289,22 +290,23 @@ class JsonObject:
 
     file: ListFile
     encoding: str
-    """Python's name of the encoding."""
+    """Name of the encoding in Python."""
     inside: str = ""
-    """Name of a member whose own members are read in its place, as `data.questions`."""
+    """Name of a nested object, such as `data`. Its members are read separately, under names such as
+    `data.questions`."""
 
     @classmethod
     def open(cls, location: str, inside: str = "") -> JsonObject | None:
-        """Look at the beginning of a file; None if it does not begin as an object does."""
+        """Open a file, or return None if it does not begin like a JSON object."""
         file = ListFile.at(location)
         start, encoding = _start(file)
         return cls(file, encoding, inside) if start == "{" else None
 
     def read(self) -> Iterator[Member]:
-        """Read all members, of which one item is held at a time.
+        """Yield all members, with only one item in memory at a time.
 
         Raises:
-            ValueError: the file is not JSON, or a name comes twice.
+            ValueError: the file is not JSON, or a name occurs twice.
         """
         location = self.file.location
         with self.file.open() as file, _named_errors(location, file, self.encoding):
@@ -314,7 +316,7 @@ class JsonObject:
                 raise text.error("Extra data")
 
     def items(self, name: str) -> Iterator[Any]:
-        """The items of an array."""
+        """Yield the items of the array `name`."""
         return (m.value for m in self.read() if m.name == name and m.number >= 0)
 
     def _members(self, text: _Text, prefix: str) -> Iterator[Member]:
@@ -346,7 +348,7 @@ class JsonObject:
 
 @contextlib.contextmanager
 def _named_errors(location: str, file: IO[bytes], encoding: str) -> Iterator[None]:
-    """Context manager that names the file in errors of its content."""
+    """Context manager that adds the file's name to errors about its content."""
     try:
         yield
     except RecursionError as error:
@@ -360,10 +362,10 @@ def _named_errors(location: str, file: IO[bytes], encoding: str) -> Iterator[Non
 
 
 class _Text:
-    """The text of a file, of which only what is around the current place is held."""
+    """Text of a file, with only the part around the current place in memory."""
 
     def __init__(self, file: IO[bytes], offset: int, encoding: str) -> None:
-        """`file`: opened at the byte `offset`, which is 0 in another encoding than UTF-8."""
+        """`file` is opened at the byte `offset`, which must be 0 unless the encoding is UTF-8."""
         self.offset = offset
         """First byte of the current place."""
         self._file = file
@@ -371,13 +373,14 @@ class _Text:
         self._text, self._at = "", 0
         self._is_whole = False
         self._passed = self._lines = self._column = 0
-        """Characters and line ends before `_text`, and characters of its line before it."""
+        """Position of `_text` in the file: characters, line feeds, and characters of its first line
+        before it."""
         if not offset:
             self._fill()
             self._advance(int(self._text.startswith("\ufeff")))
 
     def next(self) -> str:
-        """Pass over white space; returns the next character, "" at the end."""
+        """Skip white space, and return the next character, or "" at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             assert space is not None, "white space may be empty"
@@ -388,29 +391,29 @@ class _Text:
                 return ""
 
     def take(self, character: str, problem: str) -> None:
-        """Pass over a character; another one is a problem."""
+        """Skip white space and an expected character. Raise an error at any other character."""
         if self.next() != character:
             raise self.error(problem)
         self._advance(self._at + 1)
 
     def value(self) -> Any:
-        """Parse the value at the current place, and pass over it."""
+        """Parse the value at the current place, and move behind it."""
         while True:
             try:
                 value, end = _decode_from(self._text, self._at)
             except JSONDecodeError as error:
-                # The value may go on beyond what was read.
+                # The value may continue beyond the text in memory.
                 is_long = len(self._text) - self._at > LARGEST_FILE_BYTES
                 if is_long or not self._fill():
                     raise self.error(error.msg, error.pos) from error
                 continue
-            # A number may be cut: the 1 of 1e+5.
+            # The end of the text in memory may cut a number, such as 1e+5 after the 1.
             if end + 2 < len(self._text) or not self._fill():
                 self._advance(end)
                 return value
 
     def error(self, problem: str, position: int | None = None) -> JSONDecodeError:
-        """An error at a position of the text that is held; None: at the current place."""
+        """Make an error for a position in `_text`; None for the current place."""
         position = self._at if position is None else position
         error = JSONDecodeError(problem, self._text, position)
         if error.lineno == 1:
@@ -426,7 +429,7 @@ class _Text:
         self._at = end
 
     def _fill(self) -> bool:
-        """Read on; returns False at the end of the file."""
+        """Read more text, and return False at the end of the file."""
         if self._is_whole:
             return False
         block = self._file.read(max(_BLOCK_BYTES, len(self._text) - self._at))

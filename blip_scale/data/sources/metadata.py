@@ -1,4 +1,4 @@
-"""Names that data sets use: keys of JSON files, columns of tables, endings of files."""
+"""Names used in data sets: keys of JSON files, columns of tables, endings of files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _USUAL_CAPTION_KEYS = (
 )  # fmt: skip
 _SET_CAPTION_KEYS = [name for published in SETS.values() for name in published.captions]
 CAPTION_KEYS = tuple(dict.fromkeys([*_USUAL_CAPTION_KEYS, *_SET_CAPTION_KEYS, "syn_text"]))
-"""Names of captions, of which the first with a value is used. img2dataset calls `caption` what the
-user chose by --caption_col."""
+"""Names of captions; the first name with a value is used. img2dataset writes the column chosen with
+--caption_col as `caption`."""
 _DATA_URL = re.compile(rb"data:image/[\w.+-]+;base64,")
 _BASE64_STARTS = (b"/9j/", b"iVBORw0KGgo", b"UklGR", b"R0lGOD", b"Qk0", b"SUkqA", b"TU0AK")
 """First characters of JPEG, PNG, WebP, GIF, BMP and TIFF files in base64."""
-_SHORTEST_BASE64 = 100  # characters; a path is shorter, and no image is
+_SHORTEST_BASE64 = 100  # characters; paths are shorter, images are longer
 _INNER_KEYS = ("raw", "caption", "text", "sentence")
-"""Keys of the text in a caption that is an object."""
+"""Keys of the text, if a caption is an object."""
 URL_KEYS = ("url", "URL", "image_url")
 ID_KEYS = ("key", "__key__", "id", "image_id", "img_id", "uid")
 _SET_SIMILARITY_KEYS = [name for published in SETS.values() for name in published.similarity]
@@ -43,9 +43,9 @@ SCORE_KEYS = (*SIMILARITY_KEYS, *UNSAFE_KEYS, *WATERMARK_KEYS, *WATERMARK_CLASS_
 """Names of the scores that `prepare-data` can filter by."""
 _LAION_SCORES = ("similarity", *UNSAFE_KEYS, *WATERMARK_KEYS)
 UID_KEYS = ("uid", "hash", *_LAION_SCORES)
-"""Names that `uid_key` looks at."""
+"""Names that `uid_key` uses."""
 _EXACT_FLOATS = 1 << 53
-"""Integers from here on share their floats with others."""
+"""From here on, several integers have the same float."""
 
 
 class AmbiguousKey(ValueError):
@@ -58,16 +58,16 @@ def first_of(fields: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def caption_keys(chosen: str) -> tuple[str, ...]:
-    """Keys to search for captions: the user's (see `captions.parse_roles`), else the usual ones."""
+    """Return the keys of captions: the user's (see `captions.parse_roles`) or the usual ones."""
     return tuple(key for _, key in parse_roles(chosen)) if chosen else CAPTION_KEYS
 
 
 def captions_of(fields: Mapping[str, Any], chosen: str) -> Any:
-    """Captions of a record: one text, a list of texts, or None.
+    """Return the captions of a record: one text, a list of texts, or None.
 
-    Of the usual keys, the first with a value is used. Each of the user's keys gives a `RoleText`
-    for each of its texts. Lists of lists are flattened, objects such as {raw: ...} give their text,
-    and bytes are decoded.
+    Without a choice, the first of the usual keys with a value is used. If the user chose keys, each
+    text of each key becomes a `RoleText`. Lists of lists are flattened, objects such as {raw: ...}
+    are replaced by their text, and bytes are decoded.
     """
     empty: Any = None
     pairs = parse_roles(chosen) if chosen else [("", key) for key in CAPTION_KEYS]
@@ -104,7 +104,7 @@ def _plain(value: Any) -> Any:
 
 
 def id_of(fields: Mapping[str, Any]) -> str:
-    """Id of a record, or "" if it has none. An id of 7.0, as in tables with gaps, becomes 7."""
+    """Return the id of a record, or "". The id 7.0, from a table with gaps, becomes 7."""
     value = first_of(fields, ID_KEYS)
     if isinstance(value, float):
         if math.isnan(value):
@@ -114,7 +114,7 @@ def id_of(fields: Mapping[str, Any]) -> str:
 
 
 def embedded_image(data: str | bytes) -> bytes | None:
-    """Decode an image that a text or bytes hold as base64; None if they hold none."""
+    """Decode an image in base64 or in a data URL. Return None for other data."""
     text = data if isinstance(data, bytes) else data[:64].encode("utf-8", "replace")
     match = _DATA_URL.match(text)
     start = match.end() if match else 0
@@ -127,7 +127,7 @@ def embedded_image(data: str | bytes) -> bytes | None:
 
 
 def note_of(fields: Iterable[str], kind: str = "keys") -> str:
-    """List the fields of a record, for a message about a missing one."""
+    """List the fields of a record, for a message about a missing field."""
     names = ", ".join(map(str, fields))
     return f"{kind}: {names}" if names else f"no {kind}"
 
@@ -135,7 +135,7 @@ def note_of(fields: Iterable[str], kind: str = "keys") -> str:
 def pair_of(
     name: str, image: bytes | str | None, captions: Any, fields: Mapping[str, Any]
 ) -> RawPair:
-    """Build a pair with url and scores from `fields`."""
+    """Build a pair with URL, scores, uid and sha256 from `fields`."""
     url = first_of(fields, URL_KEYS)
     return RawPair(
         name, image, captions, url if isinstance(url, str) else "",
@@ -146,26 +146,29 @@ def pair_of(
 
 
 def uid_of(fields: Mapping[str, Any]) -> str | None:
-    """Unique id by the maker of the set; "" without a usable value, None without such a key."""
+    """Return the unique id from the authors; "" if unusable, None if there is no such key."""
     key = uid_key(fields)
     return _usable(key, fields[key]) if key in fields else None
 
 
 def uid_key(fields: Mapping[str, Any]) -> str:
-    """Name of the unique id. LAION's is its `hash`, an integer, beside one of LAION's scores."""
+    """Return the name of the unique id.
+
+    LAION uses the integer `hash`. It is recognised by one of LAION's scores in the same record.
+    """
     is_laion = "hash" in fields and any(name in fields for name in _LAION_SCORES)
     return "hash" if is_laion and "uid" not in fields else "uid"
 
 
 def _sha256_of(fields: Mapping[str, Any]) -> str | None:
-    """Hash of the image; "" if it is something else, None if there is no such key."""
+    """Return the SHA-256 of the image; "" if unusable, None if there is no such key."""
     value = fields.get("sha256")
     text = _usable("sha256", value) if isinstance(value, str | bytes) else ""
     return text if "sha256" in fields else None
 
 
 def _usable(key: str, value: Any) -> str:
-    """`key_text`, or "" for what is ambiguous."""
+    """Return `key_text`, or "" if the value is ambiguous."""
     try:
         return key_text(key, value)
     except AmbiguousKey:
@@ -173,10 +176,10 @@ def _usable(key: str, value: Any) -> str:
 
 
 def key_text(key: str, value: Any) -> str:
-    """Text of a uid or another key that records are joined by; "" for None and for a gap (NaN).
+    """Convert a uid or another join key to text; None and NaN (a gap in a table) give "".
 
-    Integers become text, and so do floats that are one: 7.0 is 7. A sha256 may be its 32 bytes,
-    or the bytes of its hexadecimal form. Whatever else is no text counts as missing.
+    Integers become text, and so do floats with an integer value: 7.0 becomes 7. A sha256 may be 32
+    bytes, or the bytes of its hexadecimal form. Any other type counts as missing.
 
     Raises:
         AmbiguousKey: the value may stand for several keys.
@@ -209,11 +212,12 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def as_text(data: bytes, encoding: str = "") -> str | bytes:
-    """Decode UTF-8, or another encoding where no byte order mark says UTF-8. Bytes that are not
-    UTF-8 stay bytes, which are rejected later.
+    """Decode text as UTF-8, or in `encoding` if there is no UTF-8 byte order mark.
+
+    Without `encoding`, bytes that are not UTF-8 are returned unchanged and rejected later.
 
     Raises:
-        UnicodeDecodeError: the bytes are not of the encoding.
+        UnicodeDecodeError: the bytes are not valid in `encoding`.
     """
     if encoding and not data.startswith(BOM_UTF8):
         return data.decode(encoding)
@@ -224,7 +228,11 @@ def as_text(data: bytes, encoding: str = "") -> str | bytes:
 
 
 def _watermark(fields: Mapping[str, Any]) -> float | None:
-    """Probability of a watermark. From a class without one it is at most what the class leaves."""
+    """Return the probability of a watermark.
+
+    If only the probability of a class without a watermark is known, return its complement. The
+    complement is an upper bound.
+    """
     stated = _number(first_of(fields, WATERMARK_KEYS))
     if stated is not None:
         return stated

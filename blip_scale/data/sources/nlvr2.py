@@ -32,7 +32,7 @@ _LABELS = {"True": True, "False": False, "true": True, "false": False}
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """Chunks of all lists that `source` names."""
+    """Return the chunks of all lists at the source."""
     lists = []
     for location in json_files(source.location):
         json_list = JsonList.open(location, "{images, sentence, label}")

@@ -1,8 +1,9 @@
-"""Read parquet files with images in a column, as from img2dataset and the Hugging Face hub.
+"""Read parquet files with images in a column, such as from img2dataset or the Hugging Face hub.
 
 The image column is named after a format (`jpg`, `png`, ...) or `image`. It holds bytes, base64, a
-path relative to --images (or the file's folder), or a {bytes, path}. The other columns are named as
-in `metadata`. Rows with the same id and image become one record with all their captions.
+path relative to --images (or to the file's folder), or a struct {bytes, path}. The module
+`metadata` lists the names of the other columns. Rows with the same id and image become one record
+with all their captions.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 _ENDINGS = (".parquet", ".parq")
 _IMAGE_COLUMNS = (*IMAGE_ENDINGS, "image", "image_bytes", "img", "image_path", "file_name")
-_ROWS = 64  # read at once
+_ROWS = 64  # rows per batch
 
 _TAKEN: list[Any] = []
 
@@ -58,7 +59,7 @@ Row = dict[str, Any]
 
 
 def chunks(source: Source) -> list[Chunk]:
-    """One chunk per parquet file below the folder, or for the single file."""
+    """Return one chunk per parquet file below the folder, or one for a single file."""
     files, others = find_files(source.location, _ENDINGS)
     if not files:
         raise FileNotFoundError(f"{source.location}: there is no .parquet")
@@ -70,12 +71,12 @@ def chunks(source: Source) -> list[Chunk]:
 
 
 def read_parquet(source: Source, location: str, name: str) -> Iterator[Found]:
-    """Read all rows. A damaged file gives the rows before the damage, then a reject.
+    """Read all rows. A damaged file yields the rows before the damage, then a reject.
 
     Args:
         source: the input.
         location: the file.
-        name: path of the file in the set, without its ending.
+        name: path of the file in the set, without the ending.
     """
     import pyarrow
 
@@ -127,18 +128,18 @@ def _read(table: ParquetFile, source: Source, location: str, name: str) -> Itera
 
 
 class RepeatedColumn(ValueError):
-    """A parquet file with several columns of one name, of which all but one would be lost."""
+    """A parquet file has several columns with one name. All but one would be lost."""
 
 
 def check_columns(columns: Sequence[str]) -> None:
-    """Raise RepeatedColumn where a name comes twice."""
+    """Raise RepeatedColumn if a name occurs twice."""
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
         raise RepeatedColumn(f"several of its columns have the name {twice[0]!r}: rename one")
 
 
 def _without_images(names: list[str]) -> str:
-    """Tell the columns of a table without images, and how to get the images."""
+    """Describe a table without images: its columns, and how to get the images."""
     columns = note_of(names, "columns")
     published = recognised(names)
     if published is not None:
@@ -153,7 +154,7 @@ def _without_images(names: list[str]) -> str:
 
 
 def _image_columns(table: ParquetFile, source: Source) -> tuple[str, ...]:
-    """Columns with images. With unusual names, it is the only column that holds bytes."""
+    """Return the columns with images. Without a usual name, the only bytes column is used."""
     import pyarrow
 
     schema = table.schema_arrow
@@ -177,9 +178,9 @@ def _image_columns(table: ParquetFile, source: Source) -> tuple[str, ...]:
 def _repeated(
     table: ParquetFile, columns: list[str], images: tuple[str, ...], source: Source
 ) -> dict[tuple[str, str], list[Any]]:
-    """Captions of images with several rows, by id and hash of the image.
+    """Return the captions of images with several rows, by id and hash of the image.
 
-    Only the ids are read if none occurs twice.
+    If no id occurs twice, only the ids are read.
     """
     id_columns = [column for column in columns if column in ID_KEYS]
     if not id_columns:
@@ -214,7 +215,7 @@ def _image_hash(fields: Row, images: tuple[str, ...]) -> str:
 
 
 def _plain(image: Any) -> Any:
-    """Bytes or path of an image, also from a {bytes, path} or a list with one item."""
+    """Return the bytes or path of an image. Unwrap {bytes, path} and lists with one item."""
     if isinstance(image, list) and len(image) == 1:
         return _plain(image[0])
     if isinstance(image, dict):
@@ -230,7 +231,7 @@ def _pair(
     images: tuple[str, ...],
     repeated: dict[tuple[str, str], list[Any]],
 ) -> Found | None:
-    """Build the pair of a row; None if an earlier row has taken its captions."""
+    """Build the pair of a row. Return None if an earlier row already has its captions."""
     row_id, folder = id_of(fields), posixpath.dirname(place.rpartition("/")[0])
     captions = captions_of(fields, source.caption_key)
     key = (row_id, _image_hash(fields, images))

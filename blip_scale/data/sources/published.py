@@ -1,7 +1,7 @@
-"""Column names of the sets that are published as lists of URLs, for readers and filters.
+"""Column names of sets that are published as lists of URLs, for readers and filters.
 
-An entry in `SETS` is all that a new set needs: it becomes a SOURCE of `prepare-data`, its captions
-and similarities are recognised, and the message about a list without images names it.
+To add a set, add an entry to `SETS`. The set then becomes a SOURCE of `prepare-data`. Its captions
+and similarities are recognised, and the error about a list without images names the set.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """Columns of a published list, as its maker names them. img2dataset keeps the names."""
+    """Columns of a published list, with the authors' names. img2dataset keeps these names."""
 
     title: str
     captions: tuple[str, ...]
-    """Columns with captions, the one to train on first."""
+    """Columns with captions. The first is the one to train on."""
     url: str
     uid: str = ""
     """Column with an id that other publications refer to."""
     similarity: tuple[str, ...] = ()
-    """Columns with similarities of image and text, the one to filter by first."""
+    """Columns with similarities of image and text. The first is the one to filter by."""
     punsafe: str = ""
     """Column with the probability that the image is unsafe."""
     pwatermark: tuple[str, ...] = ()
-    """Column with the probability of a watermark, or columns that it follows from."""
+    """Column with the probability of a watermark, or columns from which it is computed."""
     sha256: str = ""
-    """Column with the hash of the image that the maker saw."""
+    """Column with the hash of the image at the time of publication."""
 
     def download_options(self) -> str:
-        """Options of img2dataset that fetch the images and keep captions, ids and scores."""
+        """Return img2dataset's options to download the images and keep captions, ids and scores."""
         kept = [*self.captions[1:], self.uid, *self.similarity, self.punsafe, *self.pwatermark]
-        # img2dataset writes columns `key` and `sha256` by itself.
+        # img2dataset always writes its own columns `key` and `sha256`.
         columns = json.dumps([name for name in kept if name and name != "key"])
         return (
             f"--url_col {self.url} --caption_col {self.captions[0]} "
@@ -68,12 +68,15 @@ SETS: dict[str, PublishedSet] = {
         "LAION-COCO", ("top_caption", "all_captions", "TEXT"), **_LAION  # type: ignore[arg-type]
     ),
 }  # fmt: skip
-"""SOURCE of `prepare-data` -> columns of the set. LAION-400M has the names of Re-LAION, without its
-probabilities."""
+"""SOURCE of `prepare-data` -> columns of the set. LAION-400M has the same column names as Re-LAION,
+but no probabilities."""
 
 
 def recognised(columns: Collection[str]) -> PublishedSet | None:
-    """The set that a list with these columns is of: the one of which most columns are there."""
+    """Return the set whose required columns are all present, or None.
+
+    If there are several, return the set with the most required columns.
+    """
     best: PublishedSet | None = None
     most = 0
     for candidate in SETS.values():

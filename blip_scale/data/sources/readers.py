@@ -82,4 +82,4 @@ READERS: dict[str, SourceReader] = {
         max_words=50,
     ),
 }
-"""Name on the command line, and default `source` of the records -> reader."""
+"""Name on the command line -> reader. The name is also the default `source` of the records."""

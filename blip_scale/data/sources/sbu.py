@@ -23,10 +23,10 @@ CAPTIONS = "SBU_captioned_photo_dataset_captions.txt"
 
 
 def chunks(source: Source) -> Iterable[Chunk]:
-    """Chunks of img2dataset's output, or of the two lists.
+    """Return the chunks of img2dataset's output, or of the two lists.
 
     Raises:
-        ValueError: the two lists differ in their number of lines.
+        ValueError: the two lists have different numbers of lines.
     """
     folder = source.location
     if not is_folder(folder):

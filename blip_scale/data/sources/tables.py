@@ -1,9 +1,11 @@
-"""Read tables of images and captions: CSV, TSV and JSON lines, as people and programs write them.
+"""Read tables of images and captions from many tools: CSV, TSV and JSON lines.
 
-Supported are UTF-8 with or without a byte order mark, UTF-16 with one, and the encoding in
---encoding. A CSV may have commas, semicolons or tabs between its fields. A cell may hold a list of
-captions. A TSV has no quoting. An ambiguous table is refused; the message shows the line and the
-option that decides. A row that can't be read is rejected alone.
+- Encodings: UTF-8 with or without a byte order mark, UTF-16 with one, or that of --encoding.
+- The delimiter of a CSV may be a comma, semicolon, tab or vertical bar. A TSV has no quoting.
+- A cell may hold a list of captions.
+
+An ambiguous table is refused. The message shows the line, and the option that resolves the
+ambiguity. If a row can't be read, only this row is rejected.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ _MARKS = (
     (b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"),
 )  # fmt: skip
 _BY_LINES = re.compile(r"utf-8(-sig)?|ascii|(iso8859-|cp125|koi8-|gb|big5|euc_|shift_jis).*")
-"""Encodings in which the byte 10 ends a line, and every line can be decoded by itself."""
+"""Encodings in which byte 10 always ends a line, so every line can be decoded separately."""
 _DELIMITERS = ",;\t|"
-_LONGEST_FIELD = 1 << 20  # characters; csv's own limit of 128 kB stops at the first long text
+_LONGEST_FIELD = 1 << 20  # characters; csv's default limit of 128 kB stops at a long text
 _LONGEST_ROW = 200  # lines of a quoted field
 _OPEN = "a quote is opened and not closed"
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, decoded by surrogateescape
@@ -71,18 +73,18 @@ class Table:
     """One of KINDS."""
     encoding: str
     folder: str = ""
-    """Folder of the table in the input, in front of the ids."""
+    """Folder of the table in the input, used as a prefix of the ids."""
     delimiter: str = ""
     header: tuple[str, ...] = ()
     """Names of the columns; empty for JSON lines."""
     skipped: int = 0
-    """Lines before the first row: the header, and Excel's `sep=;` before it."""
+    """Number of lines before the first row: the header, and Excel's `sep=;` before it."""
 
     @classmethod
     def open(
         cls, source: Source, location: str, encoding: str = "", columns: str = "", folder: str = ""
     ) -> Table:
-        """Look at the beginning of a table.
+        """Detect encoding, delimiter and columns from the beginning of a table.
 
         Args:
             source: the input.
@@ -127,15 +129,15 @@ class Table:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the table can be read from any row on."""
+        """Whether reading can start at any row."""
         return bool(_BY_LINES.fullmatch(self._codec)) and not self.file.is_packed
 
     @property
     def _codec(self) -> str:
-        """Python's name of the encoding.
+        """Name of the encoding in Python.
 
         Raises:
-            ValueError: there is no such encoding.
+            ValueError: the encoding does not exist.
         """
         try:
             return codecs.lookup(self.encoding or "utf-8-sig").name
@@ -143,7 +145,7 @@ class Table:
             raise ValueError(f"--encoding {self.encoding}: {error}") from error
 
     def read(self, start: Place) -> Iterator[tuple[Place, Found]]:
-        """Read the rows from a place on. A row that can't be read becomes a reject."""
+        """Yield the rows, beginning at a place. A row that can't be read becomes a reject."""
         lines = self._lines(start)
         if self.kind == "jsonl":
             items = self._json_lines(lines)
@@ -155,14 +157,17 @@ class Table:
             yield place, in_folder(item, self.folder)
 
     def _lines(self, start: Place) -> Iterator[_Line]:
-        """The lines from a place on. Only line feeds end one, as captions may hold U+2028."""
+        """Yield the lines, beginning at a place.
+
+        Only a line feed ends a line, because captions may hold other separators such as U+2028.
+        """
         location, codec = self.file.location, self._codec
         errors = "surrogatepass" if self.encoding.startswith("utf-") else "surrogateescape"
         place = start if start.offset else Place(0, 0, 1)
         with self.file.open(place.offset) as file:
             try:
                 lines: IO[Any] = file
-                if not self.is_streamed:  # it is read once, as a whole, so places don't matter
+                if not self.is_streamed:  # read once from its start, so places are not used
                     lines = io.TextIOWrapper(file, codec, errors, newline="\n")
                 for line in lines_of(lines, location):
                     text = line if isinstance(line, str) else line.decode(codec, errors)
@@ -172,7 +177,7 @@ class Table:
                         )
                     yield _Line(place, text)
                     place = Place(0, place.offset + len(line), place.number + 1)
-                    if codec == "utf-8-sig":  # a byte order mark is one at the start alone
+                    if codec == "utf-8-sig":  # a byte order mark occurs only at the start
                         codec = "utf-8"
             except LookupError as error:
                 raise ValueError(f"--encoding {self.encoding}: {error}") from error
@@ -218,11 +223,11 @@ class Table:
 
 
 def _ends_lines_by_cr(kind: str, head: str) -> bool:
-    """Whether the first line of a table's beginning is several that end in a carriage return."""
+    """Whether the first line in fact holds several lines that end in a carriage return."""
     parts = head.partition("\n")[0].rstrip("\r").split("\r")
     if kind == "csv":
         return "\r" in _QUOTED.sub("", "\r".join(parts))
-    # A cell of a TSV may hold a carriage return, and so may the space in JSON.
+    # A cell of a TSV and the white space in JSON may hold a carriage return.
     ends = ("{", "}") if kind == "jsonl" else ("\t", "\t")
     inside = [part for part in parts if all(end in part for end in ends)]
     return len(inside) > 1
@@ -260,7 +265,7 @@ def _image_keys(source: Source) -> tuple[str, ...]:
 
 
 def _delimiter(source: Source, first: str) -> str:
-    """First usual delimiter with which the header has an image and a caption."""
+    """Return the first delimiter for which the header has an image and a caption column."""
     for delimiter in _DELIMITERS:
         names = set(_usual_names(_split(first, delimiter)))
         has_image = names & set(_image_keys(source))
@@ -314,7 +319,7 @@ def _tab_records(lines: Iterable[_Line]) -> Iterator[tuple[Place, list[str] | st
 def _csv_records(lines: Iterator[_Line], delimiter: str) -> Iterator[tuple[Place, list[str] | str]]:
     """Yield the place and the fields of each row, or the problem instead of the fields.
 
-    A quote that is not closed spoils only its own line, not the following ones.
+    If a quote is not closed, only its line is rejected. The following lines are read.
     """
     row_start = re.compile(
         rf'"?[^"\n{re.escape(delimiter)}]{{1,300}}\.(?:{"|".join(IMAGE_ENDINGS)})"?\s*'
@@ -333,7 +338,7 @@ def _csv_records(lines: Iterator[_Line], delimiter: str) -> Iterator[tuple[Place
             if line is None:
                 break
             extra.append(line)
-            if row_start.match(line.text):  # the next row, swallowed by the open quote
+            if row_start.match(line.text):  # the next row begins inside the open quote
                 break
             fields = _parse(first.text + "".join(more.text for more in extra), delimiter)
         if isinstance(fields, str):

@@ -39,11 +39,11 @@ Relevance = dict[tuple[int, int], list[float]]
 
 
 def chunks(source: Source, relevance: str = "") -> Iterator[Chunk]:
-    """Chunks of one annotation file.
+    """Return the chunks of one annotation file.
 
     Args:
         source: the input.
-        relevance: file with people's judgements of the candidates; "" for none.
+        relevance: file with human relevance judgements of the candidates; "" for none.
 
     Raises:
         ValueError: a file has another format.
@@ -65,7 +65,7 @@ def chunks(source: Source, relevance: str = "") -> Iterator[Chunk]:
 
 
 def _images(folder: str) -> dict[int, str]:
-    """Number at the end of a file's name -> its location."""
+    """Map the number at the end of each file's name to the file's location."""
     files = {}
     for entry in list_folder(folder, deep=True):
         number = re.search(r"\d+$", stem(entry.name))
@@ -86,7 +86,7 @@ def _relevance(location: str) -> Relevance:
 
 
 def _relevances(item: dict[str, Any]) -> list[Any]:
-    """Relevances of an item: gt_relevance in the validation set, relevance in the training set."""
+    """Return an item's relevances: gt_relevance in the validation set, relevance in training."""
     relevances = item.get("gt_relevance", item.get("relevance"))
     if not isinstance(relevances, list):
         raise TypeError(f"image {item.get('image_id')} has none")

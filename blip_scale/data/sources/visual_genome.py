@@ -1,4 +1,4 @@
-"""Read Visual Genome's region descriptions, or vg_caption.json as BLIP uses it.
+"""Read Visual Genome's region descriptions, or BLIP's vg_caption.json.
 
 A record is an image with the phrases of all its regions. The input is a folder with
 region_descriptions.json, image_data.json, VG_100K and VG_100K_2, or a JSON list of {image,
@@ -31,7 +31,7 @@ IMAGES = "image_data.json"
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """Chunks of the regions of a folder, or of a list."""
+    """Return the chunks of the regions in a folder, or of a list."""
     if not is_folder(source.location):
         return blip_json.chunks(source)
     return spooled_chunks(_regions(source), source)

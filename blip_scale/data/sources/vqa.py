@@ -27,7 +27,7 @@ from blip_scale.storage.locations import basename
 
 
 def chunks(source: Source) -> Iterator[Chunk]:
-    """Chunks of all lists that `source` names."""
+    """Return the chunks of all lists at the source."""
     if not source.caption_key:
         source = replace(source, caption_key="question")
     lists = []

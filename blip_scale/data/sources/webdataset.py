@@ -1,7 +1,8 @@
-"""Read webdataset tars, in which consecutive files with one name up to the first dot are a sample.
+"""Read webdataset tars.
 
-The part after the last dot determines the kind of a file: s.input.jpg is an image. The caption is
-in the .txt (or .caption), else under a usual key of the .json, which also holds url and similarity.
+Consecutive files with the same name up to the first dot form a sample. The part after the last dot
+determines the kind of a file: s.input.jpg is an image. The caption is in the .txt (or .caption). If
+there is none, it is under a usual key of the .json, which also holds url and similarity.
 Ids begin with the name of the tar, because keys are unique only within a tar.
 """
 
@@ -54,15 +55,16 @@ from blip_scale.storage.objects import RemoteError
 TAR_ENDINGS = (
     ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst",
 )  # fmt: skip
-"""Endings of tars. Those of zstd are rejected by name, as Python 3.11 does not unpack them."""
+"""Endings of tars. zstd tars are listed so that they are rejected with a message, because Python
+3.11 can't unpack them."""
 _ZSTD = b"\x28\xb5\x2f\xfd"
-"""First bytes of a file that zstd compressed."""
+"""First bytes of a file compressed with zstd."""
 _COMPANIONS = (".parquet", ".json", ".idx")
 """Endings of files that img2dataset and indexers write beside tars."""
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 _IMAGE, _TEXT, _JSON = "image", "text", "json"
 _LARGEST_HEADER_BYTES = 1 << 20
-"""Largest long name or extended attributes: tarfile reads them whole."""
+"""Maximum size of a long name or of extended attributes, which tarfile reads into memory."""
 _HEADER_TYPES = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -71,12 +73,12 @@ _LARGEST_SAMPLE = 100  # files with the same name up to the first dot
 
 
 def chunks(source: Source, id_per_tar: bool = True) -> list[Chunk]:
-    """One chunk per tar below the folder, or for the single tar.
+    """Return one chunk per tar below the folder, or one for a single tar.
 
     Args:
         source: the input.
-        id_per_tar: ids begin with the name of the tar. If False, they begin with the folder of the
-            tar below the location, for tars of one run, whose keys are unique.
+        id_per_tar: begin ids with the name of the tar. If False, begin them with the folder of the
+            tar. Use False for the tars of one run, in which keys are unique.
     """
     tars, others = find_files(source.location, TAR_ENDINGS)
     if not tars:
@@ -97,7 +99,7 @@ def chunks(source: Source, id_per_tar: bool = True) -> list[Chunk]:
 def find_files(location: str, endings: tuple[str, ...]) -> tuple[list[Entry], list[Unused]]:
     """Find files below a folder by their endings, and count the other files.
 
-    A location that is a file is returned itself.
+    If the location is a file, return this file.
     """
     if not is_folder(location):
         version = "" if is_web(location) else file_version(location)
@@ -127,7 +129,7 @@ def file_chunk(entry: Entry, read: partial[Iterator[Found]]) -> Chunk:
 
 
 def with_unused(file_chunks: list[Chunk], unused: Sequence[Unused]) -> list[Chunk]:
-    """Let the last chunk report the unused files of the input."""
+    """Add the unused files of the input to the last chunk, which yields them at its end."""
     if unused:
         file_chunks[-1] = replace(
             file_chunks[-1], read=partial(_read_with, file_chunks[-1].read, unused)
@@ -143,12 +145,12 @@ def _read_with(read: Callable[[], Iterable[Found]], unused: Sequence[Unused]) ->
 def read_tar(location: str, caption_key: str = "", prefix: str = "") -> Iterator[Found]:
     """Read all samples of a tar.
 
-    A damaged tar gives the samples before the damage, then two rejects: one for the sample that may
-    be cut, and one for the tar.
+    A damaged tar yields the samples before the damage, then two rejects: one for the sample that
+    may be incomplete, and one for the tar.
     """
     unused: Counter[str] = Counter()
     try:
-        # Read as a stream without seeking, so that it can come over a network.
+        # Read the tar as a stream without seeking, because it may come over a network.
         with open_file(location) as file:
             if file.peek(4)[:4] == _ZSTD:  # type: ignore[attr-defined]
                 raise tarfile.ReadError("compressed by zstd: unpack it first (zstd -d)")
@@ -171,9 +173,9 @@ def read_tar(location: str, caption_key: str = "", prefix: str = "") -> Iterator
 
 
 def _is_damage(error: Exception) -> bool:
-    """Return True if the tar is damaged, False if disk or network failed.
+    """Return True if the tar is damaged, False if the disk or the network failed.
 
-    bz2 reports damage by an OSError without errno.
+    bz2 reports damage as an OSError without errno.
     """
     is_system = isinstance(error, RemoteError) or getattr(error, "errno", None) is not None
     return not is_system
@@ -186,9 +188,9 @@ class _CutSample(Exception):
 
 
 class _Member(tarfile.TarInfo):
-    """Tar member that accepts only the end mark as the end.
+    """Tar member that raises ReadError if the tar ends without an end mark.
 
-    tarfile silently stops at a damaged header and at the end of a truncated tar.
+    By default, tarfile stops silently at a damaged header and at the end of a truncated tar.
     """
 
     @classmethod
@@ -210,14 +212,14 @@ class _Member(tarfile.TarInfo):
 
 
 class _Links:
-    """Contents of links in a tar. They need a second pass, as a stream cannot go back."""
+    """Reads the targets of links in a tar, by a second pass, because a stream can't seek back."""
 
     def __init__(self, location: str):
         self._location = location
         self._tar: tarfile.TarFile | None = None
 
     def read(self, member: tarfile.TarInfo, largest: int) -> bytes | None:
-        """Content of a link's target, or None if the tar does not hold it."""
+        """Return the content of a link's target, or None if it is not in the tar."""
         if self._tar is None:
             self._tar = tarfile.open(fileobj=open_file(self._location), mode="r:*")  # noqa: SIM115
         try:
@@ -232,9 +234,9 @@ class Sample:
 
     name: str
     parts: dict[str, bytes] = field(default_factory=dict)
-    """Part of a name after the first dot -> content, in the order of the tar."""
+    """Part of a file name after the first dot -> content, in the order of the tar."""
     offsets: dict[str, int] = field(default_factory=dict)
-    """Part of a name -> first byte of the content, for plain files of an uncompressed tar."""
+    """Part of a file name -> first byte of the content, for plain files in uncompressed tars."""
     stored_bytes: int = 0
     problem: str = ""
     """Reason why a file of the sample can't be read, or ""."""
@@ -318,7 +320,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, largest: int) -> byt
 
 
 def _key(path: str) -> tuple[str, str]:
-    """Sample that a file belongs to ("" for none), and the file's ending in it."""
+    """Return the sample that a file belongs to ("" if hidden), and the file's ending."""
     folder, slash, file_name = path.removeprefix("./").rpartition("/")
     stem, _, ending = file_name.partition(".")
     # A file without a stem is hidden, such as ._000.jpg on macOS.
@@ -350,7 +352,7 @@ def _pair(
     name: str, sample: Sample, endings: Sequence[str], caption_key: str, used: set[str]
 ) -> RawPair:
     """Build a pair from some files of a sample, and add the files used to `used`."""
-    # Plain endings come first: of a.jpg and a.mask.png, a.jpg is the image.
+    # Endings without an inner dot come first: given a.jpg and a.mask.png, a.jpg is the image.
     plain_first = sorted(endings, key=lambda ending: bool(_inner(ending)))
     chosen: dict[str, str] = {}
     for ending in plain_first:
