@@ -558,9 +558,7 @@ def _decompress(compression: str, data: bytes, limit: int, target: Path) -> int:
 
     name, written = _codec(compression)[0], 0
     try:
-        if (
-            name == "snappy"
-        ):  # it has no frames, so decompress at once; the data begin with the size
+        if name == "snappy":  # no frames: decompress at once; the data begin with the size
             written = _snappy_size(data)
             if written == limit:
                 target.write_bytes(pyarrow.decompress(data, written, "snappy", asbytes=True))
