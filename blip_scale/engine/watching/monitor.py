@@ -176,7 +176,7 @@ class Monitor:
         }
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a point to every curve and a line to metrics.jsonl, without a line on the terminal."""
+        """Add a point to every curve and a line to metrics.jsonl, but no line on the terminal."""
         if not self._is_main:
             return
         samples = self._start_samples + (step - self.start_step) * self._samples_per_step

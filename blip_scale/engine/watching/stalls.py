@@ -103,7 +103,7 @@ class StallTimer:
             threading.Thread(target=self._watch, name="stall", daemon=True).start()
 
     def join(self, world_size: int, exchanges: Callable[[], int]) -> None:
-        """Begin to exchange states with the other ranks. Call after the process group is initialised.
+        """Begin to exchange states with the other ranks. Call after `init_process_group`.
 
         Args:
             world_size: number of ranks.
@@ -188,7 +188,7 @@ class StallTimer:
             signal.setitimer(signal.ITIMER_REAL, limit_s + _GRACE_S)  # SIGALRM ends the process
 
     def _watch(self) -> None:
-        """Publish this rank's state at each tick. Near the deadline, read all ranks' states twice."""
+        """Publish the rank's state at each tick. Near the deadline, read all states twice."""
         before: dict[int, RankState] | None = None
         while not self._closed.wait(self._tick_s):
             self._publish()
