@@ -64,7 +64,7 @@ class HangLimits:
         self._batches_s.append(seconds)
 
     def end_batches(self) -> None:
-        """Forget the measured batches after a loop, because this rank may now wait for the others."""
+        """Forget the measured batches after a loop, because this rank may wait for others."""
         self._batches_s.clear()
 
     def of_phase(self, phase: Phase) -> float:
