@@ -35,7 +35,7 @@ class Cost:
 
     calls: int = 0
     bytes: int = 0
-    """Size of the full gathered or reduced tensors. In an all-gather or reduce-scatter, a rank sends
+    """Size of the full gathered or reduced data. In an all-gather or reduce-scatter, a rank sends
     and receives about this many bytes. In an all-reduce, about twice as many."""
     blocked_s: float = 0.0
     """Time that the main thread of this rank waited for other ranks and the network."""
