@@ -124,7 +124,8 @@ def _communication(
 def _loss_level(run: Run, means: Mapping[str, float]) -> dict[str, float]:
     """Compare the loss with previous losses. Warn once per spike.
 
-    The warning names the samples of the worst step. Call on all ranks. Losses are equal on all ranks, so all ranks take the same branches.
+    The warning names the samples of the worst step. Call on all ranks.
+    Losses are equal on all ranks, so all ranks take the same branches.
     """
     history, loss = run.history, means["loss/total"]
     level = loss_level(loss, history.usual)

@@ -53,7 +53,7 @@ class RunManifest:
     def begin(
         self, state: dict[str, Any], attempt: dict[str, Any], left: Mapping[str, Any]
     ) -> None:
-        """Record a start. Warn of settings, code, packages and data that differ from the last start.
+        """Record a start. Warn of changed settings, code, packages and data.
 
         Args:
             state: sections of settings, JSON-able.

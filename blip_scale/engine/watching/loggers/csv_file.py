@@ -18,9 +18,9 @@ from blip_scale.storage import files, run_folder
 class CsvLogger:
     """Appends a row to metrics.csv at each logged point.
 
-    The first column is `step`. A metric that appears later, such as held-out results, becomes a new last
-    column. The file is then rewritten with empty cells in the earlier rows, so columns never move
-    and each row has all columns.
+    The first column is `step`. A metric that appears later, such as a held-out result, becomes a
+    new last column. The file is then rewritten with empty cells in the earlier rows, so columns
+    never move and each row has all columns.
     """
 
     def __init__(self, run: LoggedRun) -> None:
