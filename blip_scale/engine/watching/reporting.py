@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def note_trouble(
     run: Run, finite: bool, skipped: float, ids: list[str], reasons: list[str]
 ) -> None:
-    """Count and report the problems of a step. Call on all ranks."""
+    """Count and report the problems of a step. All ranks take the same branches."""
     history = run.history
     history.skipped_in_a_row = 0 if finite else history.skipped_in_a_row + 1
     history.skipped_steps += not finite
