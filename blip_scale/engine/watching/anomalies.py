@@ -1,4 +1,4 @@
-"""Anomalies at a logged point: a loss far above those before it, a rank slower than the others."""
+"""Detection of anomalies at a logged point: loss spikes and slow ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 logger = logging.getLogger(__name__)
 
 SPIKE_POINTS = 100
-"""Number of last logged points that a loss is compared with."""
+"""Number of previous logged points that a loss is compared with."""
 _SPIKE_MIN_POINTS = 20
 _SPIKE_DEVIATIONS = 8.0
 _SPIKE_FLOOR = 0.01
-"""Minimum deviation as a share of the median, so that noise on a flat curve is no spike."""
-_MAD_TO_DEVIATION = 1.4826  # of a normal distribution
+"""Minimum deviation as a share of the median, so that noise on a flat curve is not a spike."""
+_MAD_TO_DEVIATION = 1.4826  # for a normal distribution
 
 SLOW_RATIO = 1.3
 _SLOW_POINTS = 5
@@ -24,7 +24,7 @@ _SLOW_POINTS = 5
 
 @dataclass(frozen=True)
 class LossLevel:
-    """A loss compared with the losses before it."""
+    """Comparison of a loss with previous losses."""
 
     ratio: float
     """(loss - median) / deviation."""
@@ -35,17 +35,17 @@ class LossLevel:
 
     @property
     def is_spike(self) -> bool:
-        """Whether the loss is far above the usual range."""
+        """Whether `ratio` is above 8, far above the usual range."""
         return self.ratio > _SPIKE_DEVIATIONS
 
 
 def loss_level(loss: float, before: Sequence[float]) -> LossLevel | None:
-    """Compare a loss with the median of those before it, in median absolute deviations.
+    """Compare a loss with the median of previous losses, in units of their deviation (scaled MAD).
 
     The median and the MAD are robust against the outliers that this function detects.
 
     Returns:
-        None when the loss is not finite or there are fewer than 20 points before it.
+        None if the loss is not finite or if there are fewer than 20 previous points.
     """
     if not math.isfinite(loss) or len(before) < _SPIKE_MIN_POINTS:
         return None
@@ -56,24 +56,25 @@ def loss_level(loss: float, before: Sequence[float]) -> LossLevel | None:
 
 
 class Stragglers:
-    """Watches for a rank that is slow in its own work, so that the others wait for it."""
+    """Detects a rank whose own work is slow, so that the others wait for it."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        """`hosts`: host name of every rank."""
+        """Create the detector. `hosts` holds the host name of each rank."""
         self._hosts = hosts
         self._rank = -1
         self._streak = 0
 
     def look(self, step: int, own_s: Sequence[float]) -> float:
-        """Compare the slowest rank with the median; warn when the same rank stays slow.
+        """Compare the slowest rank with the median. Warn if the same rank is slow at 5 points.
 
         Args:
             step: optimizer steps done.
-            own_s: seconds a step that each rank did not wait for the others. Wall times do not
-                differ, since each rank waits for the slowest in every exchange.
+            own_s: seconds per step of each rank, without waits for other ranks. Wall times are
+                about equal, because each collective waits for the slowest rank.
 
         Returns:
-            Own time of the slowest rank over the lower median, so that one of two can be slow.
+            Own time of the slowest rank / lower median. With the lower median, one of two ranks
+            can be slow.
         """
         slowest = max(range(len(own_s)), key=own_s.__getitem__)
         median = statistics.median_low(own_s)

@@ -1,4 +1,4 @@
-"""Signs of progress from loops over batches that know no run, such as those of evaluations."""
+"""Progress callbacks for loops over batches that have no access to the run, as in evaluations."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ _counters: list[Callable[[int], object]] = []
 def listen(
     listener: Callable[[bool], None] | None, counter: Callable[[int], object] | None = None
 ) -> None:
-    """Call `listener` before each batch with True, and after the last with False; None: nobody.
+    """Replace the progress callbacks of `beating`. None: no callback.
 
-    At the beginning of each loop, call `counter` with its number of batches.
+    Args:
+        listener: called with True before each batch, and with False after the last one.
+        counter: called with the number of batches at the start of each loop.
     """
     _listeners[:] = [] if listener is None else [listener]
     _counters[:] = [] if counter is None else [counter]
 
 
 def beating(batches: Sequence[T]) -> Iterator[T]:
-    """The batches, with a sign of progress before each and after the last."""
+    """Yield the batches and call the progress callbacks."""
     for counter in _counters:
         counter(len(batches))
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Cost of collectives: calls, bytes, and the time for which this rank was blocked.
+"""Meter for collectives: calls, bytes, and the time that this rank was blocked.
 
 Monkey patches functions of torch.distributed (`KINDS`); tests/engine/test_communication.py guards
 them.
@@ -26,7 +26,7 @@ KINDS = {
     "broadcast": "other",
     "reduce": "other",
 }
-"""Function of torch.distributed -> kind under which it is counted."""
+"""Function of torch.distributed -> kind of collective in the metrics."""
 
 
 @dataclass
@@ -35,33 +35,33 @@ class Cost:
 
     calls: int = 0
     bytes: int = 0
-    """Size of the whole tensors that were gathered or summed. A rank sends and receives about as
-    many bytes in a gather or a scatter, twice as many in a sum."""
+    """Size of the full gathered or reduced data. In an all-gather or reduce-scatter, a rank sends
+    and receives about this many bytes. In an all-reduce, about twice as many."""
     blocked_s: float = 0.0
-    """Time that this rank's main thread waited for other ranks and the network."""
+    """Time that the main thread of this rank waited for other ranks and the network."""
 
 
 class CommunicationMeter:
-    """Counts every exchange that this rank takes part in, DeepSpeed's and ours.
+    """Counts the collectives of this rank, both DeepSpeed's and this package's.
 
-    It wraps functions of torch.distributed, so `install` must come before DeepSpeed imports them. A
-    call takes one or two microseconds more.
+    The meter wraps functions of torch.distributed. Call `install` before DeepSpeed imports them.
+    The wrapper adds one or two microseconds per call.
 
-    On the CPU an exchange blocks the caller, in the call or in the `wait` of its handle, and
-    `blocked_s` is all of it. On a GPU exchanges are kernels on streams of their own, and
-    `blocked_s` is the small part in which the host waits.
+    On the CPU, a collective blocks the caller in the call or in `wait` of its handle, so
+    `blocked_s` is its full time. On a GPU, a collective is a kernel on a separate stream, so
+    `blocked_s` is only the short time that the host waits.
     """
 
     def __init__(self) -> None:
-        """Count nothing until `install`."""
+        """Create the meter. Counting begins with `install`."""
         self.costs: dict[str, Cost] = {kind: Cost() for kind in dict.fromkeys(KINDS.values())}
-        """Cost since the last `reset`, by kind."""
+        """Cost by kind since the last `reset`."""
         self.exchanges = 0
-        """Number of calls since the start. Ranks that wait for each other have equal counts."""
+        """Number of calls since `install`. Ranks in the same collective have equal counts."""
         self._originals: dict[str, Callable[..., Any]] = {}
 
     def install(self) -> None:
-        """Wrap the functions and begin to count."""
+        """Wrap the functions in `KINDS` and begin to count."""
         for name, kind in KINDS.items():
             self._originals[name] = getattr(dist, name)
             setattr(dist, name, self._counted(self._originals[name], kind))
@@ -78,7 +78,7 @@ class CommunicationMeter:
             cost.calls, cost.bytes, cost.blocked_s = 0, 0, 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Totals since the last `reset`: seconds by kind and in all, calls and gigabytes."""
+        """Return totals since the last `reset`: seconds by kind and in total, calls, gigabytes."""
         costs = self.costs.values()
         seconds = {f"communication/{kind}_s": cost.blocked_s for kind, cost in self.costs.items()}
         return seconds | {
@@ -104,13 +104,13 @@ class CommunicationMeter:
 
 
 class _TimedWork:
-    """Handle of an exchange under way that times its `wait`."""
+    """Handle of an asynchronous collective that measures the time in `wait`."""
 
     def __init__(self, work: Any, cost: Cost) -> None:
         self._work, self._cost = work, cost
 
     def wait(self, *arguments: Any, **named: Any) -> Any:
-        """Wait as torch's handle does."""
+        """Call `wait` of the original handle."""
         began = time.perf_counter()
         try:
             return self._work.wait(*arguments, **named)
@@ -122,7 +122,7 @@ class _TimedWork:
 
 
 def _size(argument: Any) -> int:
-    """Size of a tensor or a list of tensors, in bytes."""
+    """Return the size of a tensor or a list of tensors, in bytes; 0 for other arguments."""
     if isinstance(argument, Tensor):
         return argument.numel() * argument.element_size()
     if isinstance(argument, list):

@@ -1,6 +1,6 @@
 """Record of the newest evaluation, so that a restart does not repeat it.
 
-A checkpoint is committed before its evaluation begins, so it can't tell whether that was done.
+A checkpoint is committed before its evaluation begins, so it cannot record the evaluation.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _FORMAT = 1
 class EvaluationRecord:
     """Reads and writes evaluation.json in the run's folder; only rank 0 uses it.
 
-    An evaluation belongs to a checkpoint, by the hash of its manifest, and to the settings that
-    decide its figures. A record of another checkpoint or of other settings counts as none.
+    A record is valid for one checkpoint, identified by the hash of its manifest, and for the
+    settings that affect the results. Any other record is ignored.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -41,11 +41,11 @@ class EvaluationRecord:
 
         Args:
             checkpoint: folder of the checkpoint whose weights were evaluated.
-            is_final: whether everything was measured, as at the end of a run.
+            is_final: whether the evaluation was complete, as at the end of a run.
             results: JSON-able results.
         """
         manifest = fingerprint(checkpoint)["manifest_xxh64"]
-        if manifest is None:  # its save failed, so no start will begin there
+        if manifest is None:  # the save failed, so no start resumes from this checkpoint
             return
         content = {
             "format": _FORMAT, "manifest_xxh64": manifest, "settings_xxh64": self._settings,
@@ -55,11 +55,11 @@ class EvaluationRecord:
             files.write_whole(self._file, json.dumps(content) + "\n")
 
     def read(self, checkpoint: Path, is_final: bool) -> dict[str, Any] | None:
-        """Results of the evaluation of a checkpoint; None if it was not done, or in part.
+        """Return the results for a checkpoint, or None without a valid record.
 
         Args:
             checkpoint: folder of the checkpoint.
-            is_final: whether everything must have been measured.
+            is_final: whether a complete evaluation is required.
         """
         try:
             content = json.loads(self._file.read_text(encoding="utf-8"))

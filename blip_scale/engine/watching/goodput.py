@@ -1,8 +1,8 @@
-"""Goodput of a run: the share of its wall time that went into optimizer steps that count.
+"""Goodput of a run: the share of wall time spent on optimizer steps whose result was kept.
 
-The clock starts with the run's first start and never stops: it includes the time in which no
-process runs. `goodput.json` in the run's folder holds the record, which every start continues. The
-checkpoints hold a copy for the case that the file is lost.
+Wall time begins at the first start of the run and includes the time when no process runs. Each
+start continues the record in `goodput.json` in the run folder. Checkpoints hold a copy in case the
+file is lost.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from blip_scale.storage import files, run_folder
 logger = logging.getLogger(__name__)
 
 Use = Literal["steps", "start", "evaluation", "saving", "repeated", "other"]
-"""Use of wall time. `steps`: optimizer steps that count, each once. `start`: from the process to
-its first step. `saving`: pauses for checkpoints and uploads. `repeated`: steps that changed
-nothing, or whose result was lost in a failure. `other`: logs and reports."""
+"""Use of wall time.
+
+`steps`: optimizer steps whose result was kept, each counted once. `start`: from the start of the
+process to its first step. `saving`: pauses for checkpoints and uploads. `repeated`: steps without
+an update, or whose result was lost in a failure. `other`: logs and reports.
+"""
 USES: tuple[Use, ...] = ("steps", "start", "evaluation", "saving", "repeated", "other")
 
 _EVERY_S = 1.0
@@ -32,14 +35,14 @@ _FIRST_START = "first_start"
 
 
 class Goodput:
-    """Wall time of a run by its use; on ranks other than the main one every call does nothing.
+    """Wall time of a run by use. On ranks other than the main one, calls have no effect.
 
-    Each `spend` says how the time since the last one was used. Time that no process accounted for
-    is `down`: queues, nodes that failed, and what a process did after its last `spend`.
+    Each call of `spend` assigns the time since the last call to a use. Unassigned time is `down`:
+    waiting in the queue, failed nodes, and the time of a process after its last `spend`.
     """
 
     def __init__(self, output_dir: Path, is_main: bool) -> None:
-        """Continue the record of earlier starts. A file that can't be read is replaced.
+        """Continue the record of earlier starts. If the file cannot be read, start from zero.
 
         Args:
             output_dir: folder of the run.
@@ -54,12 +57,13 @@ class Goodput:
         self._is_continued = is_main and self._file.exists() and self._read()
 
     def resume(self, saved: Mapping[str, float]) -> None:
-        """Count the steps that the checkpoint holds, and no others.
+        """Keep only the step time that the checkpoint contains, and count the rest as `repeated`.
 
-        The file is written once a second, so the checkpoint may know more than it.
+        If the checkpoint accounts for more time than the file, use its record instead. The file is
+        written only about once a second.
 
         Args:
-            saved: `record` of the checkpoint that the run resumes from; empty without one.
+            saved: result of `record` in the checkpoint, or empty without a checkpoint.
         """
         if not self._is_main:
             return
@@ -72,11 +76,11 @@ class Goodput:
             self._first_start, self._seconds = saved[_FIRST_START], seconds
 
     def spend(self, use: Use) -> None:
-        """Account for the time since the last call; write the file about once a second."""
+        """Assign the time since the last call to `use`. Write the file about once a second."""
         if not self._is_main:
             return
         now = time.time()
-        self._seconds[use] += max(0.0, now - self._last)  # the clock may go backwards
+        self._seconds[use] += max(0.0, now - self._last)  # the system clock may be set back
         self._last = now
         if not 0 <= now - self._written < _EVERY_S:
             self._written = now
@@ -85,15 +89,15 @@ class Goodput:
                 files.write_whole(self._file, json.dumps(content) + "\n", through=False)
 
     def stop(self) -> None:
-        """End the record, because the run is complete."""
+        """Stop recording, because the run is complete."""
         self._is_main = False
 
     def record(self) -> dict[str, float]:
-        """Content for a checkpoint, from which `resume` continues."""
+        """Return the record to store in a checkpoint, for `resume`."""
         return {_FIRST_START: self._first_start, **self._seconds} if self._is_main else {}
 
     def figures(self) -> dict[str, Any]:
-        """`share` of the wall time in steps that count, and `seconds` of each use."""
+        """Return the `share` of wall time in `steps`, and the `seconds` of each use."""
         if not self._is_main:
             return {}
         accounted_s = sum(self._seconds.values())
@@ -103,7 +107,7 @@ class Goodput:
         return {"share": share, "seconds": {use: round(s, 3) for use, s in seconds.items()}}
 
     def curves(self) -> dict[str, float]:
-        """Shares of the wall time by use, as metrics."""
+        """Return the shares of wall time by use, as metrics."""
         figures = self.figures()
         if not figures:
             return {}
@@ -112,7 +116,7 @@ class Goodput:
         return {"speed/goodput": shares.pop("speed/wall_steps"), **shares}
 
     def _read(self) -> bool:
-        """Read the record of earlier starts. Returns whether there is a usable one."""
+        """Read the record of earlier starts. Return False if the file is not usable."""
         try:
             content = json.loads(self._file.read_text(encoding="utf-8"))
             first_start = float(content[_FIRST_START])

@@ -14,25 +14,26 @@ Phase = Literal["starting", "training", "evaluating", "saving", "stopped", "done
 
 _STEPS_MEASURED = 100
 _STARTING_STEPS = 3
-"""Steps that belong to the start, as they open the loaders and compile; batches likewise."""
+"""Number of first steps that count as part of the start, because they open the loaders and compile.
+The same number of batches is measured before a batch of an evaluation has its own limit."""
 
 
 class HangLimits:
-    """Limit of each phase in seconds; `math.inf` for no limit.
+    """Hang limit of each phase in seconds. `math.inf` means no limit.
 
-    Retrying object storage is not a hang. Phases that wait for it have limits that are longer by
-    the retry time of the recipe.
+    Retrying object storage is not a hang, so the retry time of the recipe is added to the limits of
+    phases that wait for it.
     """
 
     def __init__(
         self, settings: HangLimitsRecipe, data_retry_s: float = 0.0, upload_retry_s: float = 0.0
     ) -> None:
-        """Measure nothing yet.
+        """Create the limits, without measured steps.
 
         Args:
             settings: the recipe's limits.
-            data_retry_s: time for which a failing remote of a stream is retried; 0 without one.
-            upload_retry_s: same for a remote of the checkpoints.
+            data_retry_s: retry time for remotes of streams, in seconds; 0 without a remote.
+            upload_retry_s: retry time for a remote checkpoint folder; 0 without one.
         """
         self._settings = settings
         self.data_retry_s = data_retry_s
@@ -44,7 +45,7 @@ class HangLimits:
 
     @classmethod
     def of(cls, recipe: Recipe) -> HangLimits:
-        """Limits of a recipe."""
+        """Create the limits from a recipe."""
         data, checkpoint = recipe.data, recipe.checkpoint
         has_remote = any(stream.remote for stream in [*data.streams, *data.heldout])
         uploads = checkpoint.folder is not None and "://" in checkpoint.folder
@@ -55,19 +56,19 @@ class HangLimits:
         )
 
     def note_step(self, seconds: float) -> None:
-        """Record the duration of a step of this start, in seconds."""
+        """Record the duration of a training step, in seconds."""
         self._steps_s.append(seconds)
 
     def note_batch(self, seconds: float) -> None:
-        """Record the duration of a batch of an evaluation, in seconds."""
+        """Record the duration of an evaluation batch, in seconds."""
         self._batches_s.append(seconds)
 
     def end_batches(self) -> None:
-        """Note that a loop over batches is done, and that this rank may now wait for the others."""
+        """Forget the measured batches after a loop, because this rank may wait for others."""
         self._batches_s.clear()
 
     def of_phase(self, phase: Phase) -> float:
-        """Longest time without a beat in a phase, in seconds."""
+        """Return the longest allowed time without a beat in a phase, in seconds."""
         if phase == "starting":
             return self._start_s
         if phase == "evaluating":
@@ -79,7 +80,7 @@ class HangLimits:
         return self._of_step(statistics.median(self._steps_s))
 
     def setting_of(self, phase: Phase) -> str:
-        """Name of the setting in `hang_limits` that `of_phase` follows."""
+        """Return the name of the setting in `hang_limits` that determines `of_phase`."""
         if phase == "evaluating":
             return "evaluation_s"
         if phase not in ("starting", "training"):
@@ -91,30 +92,30 @@ class HangLimits:
 
     @property
     def shortest_s(self) -> float:
-        """Shortest limit that a phase may have, in seconds."""
+        """Shortest possible limit of any phase, in seconds."""
         return min(self._start_s, self._evaluation_s, self._save_s, self._of_step(0.0))
 
     @property
     def longest_s(self) -> float:
-        """Longest limit that a phase may have, in seconds."""
+        """Longest possible limit of any phase, in seconds."""
         return max(self._longest_beside_steps(), self._of_step(0.0) + self.data_retry_s)
 
     def _is_starting(self) -> bool:
-        """Whether steps still belong to the start."""
+        """Return True while steps count as part of the start."""
         return len(self._steps_s) < _STARTING_STEPS
 
     def _longest_beside_steps(self) -> float:
         return max(self._start_s, self._evaluation_s, self._save_s)
 
     def _of_evaluation(self) -> float:
-        """Limit of the batch that runs, once some were measured; else that of the evaluation."""
+        """Return the limit of the current batch. Before enough batches: of the whole evaluation."""
         if len(self._batches_s) < _STARTING_STEPS or math.isinf(self._evaluation_s):
             return self._evaluation_s
         batch_s = of_median(statistics.median(self._batches_s)) + self.data_retry_s
         return min(batch_s, self._evaluation_s)
 
     def _of_step(self, median_s: float) -> float:
-        """Limit of a step by the median time of a step, in seconds; 0: the shortest limit."""
+        """Return the limit of a step from the median step time; 0 gives the shortest limit."""
         return step_limit_s(self._settings, median_s, self._longest_beside_steps())
 
 

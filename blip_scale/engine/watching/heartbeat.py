@@ -1,4 +1,4 @@
-"""Heartbeat of a run: a small file for watchers, and beats for the timer of stalls."""
+"""Heartbeat of a run: a small file for external monitoring, and beats for `StallTimer`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _EVERY_S = 1.0
 
 
 class Heartbeat:
-    """Writes the state of a run, and keeps the timer of stalls running.
+    """Writes the state of a run to heartbeat.json and resets the stall timer.
 
     Rank 0 writes heartbeat.json: step, total_steps, time (Unix), samples_per_s, checkpoint_step
-    (the newest committed one, 0 without any), phase, job_id (SLURM's, else null), restarts
-    (earlier starts of this run) and, while training, goodput (`Goodput.figures`). A start continues
-    the counts of the start before it.
+    (step of the newest committed checkpoint, or 0), phase, job_id (SLURM job id, or null), restarts
+    (number of earlier starts of this run) and, while training, goodput (`Goodput.figures`). A start
+    continues the counts of the previous start.
 
-    Every rank has the timer: without a beat it ends the process (`StallTimer`).
+    Each rank has a `StallTimer`, which ends the process if `beat` is not called in time.
     """
 
     def __init__(self, output_dir: Path, rank: int, limits: HangLimits) -> None:
         """Start the timer and write phase `starting`.
 
         Args:
-            output_dir: folder of the run; it exists and has the logs.
-            rank: rank of this process among all.
-            limits: longest times between two beats.
+            output_dir: folder of the run. It must exist and contain the logs.
+            rank: global rank of this process.
+            limits: hang limit of each phase.
         """
         self._file = output_dir / run_folder.HEARTBEAT
         self._is_main = rank == 0
@@ -41,19 +41,19 @@ class Heartbeat:
         self._disk = files.Spared(f"heartbeat in {self._file}")
         self._written = 0.0
         self.before = self._earlier_counts() if self._is_main else {}
-        """Counts of the previous start; empty if there is none."""
+        """Counts of the previous start, or empty if there is none."""
         self._state: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | self.before
         self._state["restarts"] += bool(self.before)
         self._state["job_id"] = os.environ.get("SLURM_JOB_ID")
         self.beat("starting", samples_per_s=0.0)
 
     def beat(self, phase: Phase, **figures: Any) -> None:
-        """Reset the timer; write the file when the phase changes, else about once a second.
+        """Reset the timer. Write the file if the phase changes, else about once a second.
 
         Args:
             phase: current phase.
-            figures: those of step, total_steps, checkpoint_step, samples_per_s, goodput that
-                changed.
+            figures: changed values among step, total_steps, checkpoint_step, samples_per_s and
+                goodput.
         """
         self.timer.beat(phase, int(figures["step"]) if "step" in figures else None)
         if not self._is_main:

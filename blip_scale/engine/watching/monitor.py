@@ -1,4 +1,4 @@
-"""Shows a run: loggers, metrics.jsonl, progress on the terminal, alarms, summary.json."""
+"""Output of a run: loggers, metrics.jsonl, progress on the terminal, alarms, summary.json."""
 
 from __future__ import annotations
 
@@ -40,22 +40,23 @@ _REPEATED_EVERY = 20
 
 @dataclass(frozen=True)
 class Alarm:
-    """A warning and a curve for a condition that holds at several consecutive logged points."""
+    """A condition that causes a warning if it holds at several consecutive logged points."""
 
     name: str
-    """Name of its curve, `alarm/NAME`: 1 while the alarm lasts, else 0."""
+    """Name of the alarm. Its curve is `alarm/NAME`: 1 while the alarm lasts, else 0."""
     condition: Callable[[Mapping[str, float]], bool]
-    """Function that decides from the metrics of a logged point whether something is wrong."""
+    """Function that maps the metrics of a logged point to True if they show the problem."""
     message: str
-    """Message: the problem and how to fix it."""
+    """Text of the warning: the problem and how to fix it."""
     points: int = 5
     """Number of consecutive logged points after which the alarm begins."""
 
 
 class Monitor:
-    """Shows a run; on ranks other than the main one every call does nothing.
+    """Output of a run. On ranks other than the main one, calls have no effect.
 
-    A full disk or a failing logger loses points of the curves and logs a warning. The run goes on.
+    If the disk is full or a logger fails, points of the curves are lost. A warning is logged, and
+    training continues.
     """
 
     def __init__(
@@ -68,16 +69,17 @@ class Monitor:
         alarms: Sequence[Alarm] = (),
         streaks: dict[str, int] | None = None,
     ) -> None:
-        """Open the loggers; points after the step that the run resumes from are dropped.
+        """Open the loggers and drop points after the step from which the run resumes.
 
         Args:
             run: folder, first step and settings of the run.
             loggers: names in `loggers.registry.LOGGERS`.
-            is_main: whether this rank shows anything.
+            is_main: whether this is the main rank.
             total_steps: optimizer steps of the whole run.
-            samples_per_step: pairs an optimizer step, over all ranks.
+            samples_per_step: pairs per optimizer step, over all ranks.
             alarms: conditions to watch.
-            streaks: logged points in a row that each condition has held, by name; kept up to date.
+            streaks: consecutive logged points for which each condition has held, by alarm name.
+                Updated in place.
         """
         self._output_dir = run.output_dir
         self._is_main = is_main
@@ -115,19 +117,19 @@ class Monitor:
             self._bar.update(step - self._bar.n)
 
     def is_silent(self, seconds: float | None) -> bool:
-        """Whether the terminal has had no line of figures for `seconds`; None: never.
+        """Return True if no line has been logged for `seconds`. None: always False.
 
-        Only the main rank has a terminal, so ranks need not agree.
+        Also False on ranks other than the main one, so the result differs between ranks.
         """
         waited = time.monotonic() - self._last_line
         return self._is_main and seconds is not None and waited >= seconds
 
     def line(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line to the terminal and no point to the curves.
+        """Write one line to the terminal, without adding a point to the curves.
 
         Args:
             step: optimizer steps done.
-            metrics: values by name; the line shows losses, speed and the learning rate.
+            metrics: values by name. The line shows the losses and the metrics in `_LINE`.
         """
         if not self._is_main:
             return
@@ -160,13 +162,13 @@ class Monitor:
                 logger.warning("step %d: %s%s", step, alarm.message, since)
 
     def _lasts(self, alarm: Alarm, metrics: Mapping[str, float]) -> bool:
-        """Count a logged point and tell whether the alarm lasts."""
+        """Update the streak of an alarm and return whether the alarm lasts."""
         streak = self._streaks.get(alarm.name, 0) + 1 if alarm.condition(metrics) else 0
         self._streaks[alarm.name] = streak
         return streak >= alarm.points
 
     def lasting_alarms(self) -> dict[str, dict[str, Any]]:
-        """Alarms that last at the last logged point: name -> message and logged points so far."""
+        """Return the alarms that last at the newest point: name -> message and number of points."""
         return {
             alarm.name: {"message": alarm.message, "points": self._streaks[alarm.name]}
             for alarm in self._alarms
@@ -174,7 +176,7 @@ class Monitor:
         }
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a point to every curve and a line to metrics.jsonl, none to the terminal."""
+        """Add a point to every curve and a line to metrics.jsonl, but no line on the terminal."""
         if not self._is_main:
             return
         samples = self._start_samples + (step - self.start_step) * self._samples_per_step
@@ -184,7 +186,7 @@ class Monitor:
         self._loggers.scalars(step, {**head, **metrics})
 
     def add_missing(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a point of `scalars` unless metrics.jsonl has it: an earlier start may have."""
+        """Call `scalars` unless metrics.jsonl has this point from an earlier start of the run."""
         if not self._is_main:
             return
         with self._disk:
@@ -193,20 +195,20 @@ class Monitor:
         self.scalars(step, metrics)
 
     def pictures(self, step: int, name: str, panels: list[Panel]) -> None:
-        """Show images of a held-out set, each with its generated and its true caption."""
+        """Log images of a held-out set, each with its generated and its true caption."""
         if self._is_main and panels:
             self._loggers.pictures(step, name, draw_grid(panels), panels)
 
     def text(self, name: str, text: str) -> None:
-        """Show a text verbatim (the recipe), without credentials."""
+        """Log a text, such as the recipe, with credentials removed."""
         if self._is_main:
             self._loggers.text(self.start_step, name, logs.without_secrets(text))
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        """Write summary.json whole or not at all: the run has reached the end of its recipe.
+        """Write summary.json atomically and mark the run as finished.
 
         Raises:
-            OSError: the file can't be written.
+            OSError: the file cannot be written.
         """
         if not self._is_main:
             return
@@ -223,7 +225,7 @@ class Monitor:
             self._loggers.close(self._finished)
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """An aligned line: `step   50/9000  itc 8.1234  ...  eta 0:12:34`."""
+        """Format an aligned line: `step   50/9000  itc 8.1234  ...  eta 0:12:34`."""
         width = len(str(self._total_steps))
         parts = [f"step {step:{width}d}/{self._total_steps}"]
         parts += [f"{_short(name)} {value:7.4f}" for name, value in _losses(metrics).items()]
@@ -241,10 +243,10 @@ class Monitor:
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of this rank's device in a large matrix product.
+    """Measure the FLOP/s of this rank's device in a large matrix product.
 
-    Every rank must call it: they measure at the same time, so that ranks that share cores share
-    them here as they do in training. Takes about half a second.
+    Call on all ranks. They measure at the same time, so ranks on the same cores share them as in
+    training. The measurement takes about half a second.
     """
     size = 8192 if device.type == "cuda" else 512
     left, right = torch.randn(2, size, size, device=device).to(dtype)
@@ -266,7 +268,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory held so far: by tensors on the GPU, by the process on the CPU."""
+    """Return the peak memory in GiB: of tensors on a GPU, or of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux reports KiB
@@ -281,7 +283,7 @@ def _short(name: str) -> str:
 
 
 def _strict(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by None."""
+    """Replace NaN and infinity with None, because JSON has no such values."""
     if isinstance(value, Mapping):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""States of the ranks, exchanged through the rendezvous store, to name the rank that hangs."""
+"""Exchange of rank states through the rendezvous store, to identify the rank that hangs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 
 def node_name() -> str:
-    """Name of this machine, by SLURM if it runs the rank."""
+    """Return the name of this node: the SLURM name if it is set, else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @dataclass(frozen=True)
 class RankState:
-    """Progress of a rank at the time when it published it."""
+    """Progress of a rank when it published this state."""
 
     rank: int
     node: str
@@ -38,14 +38,14 @@ class RankState:
     exchanges: int
     """Number of collectives that this rank has begun."""
     data_wait_s: float
-    """Time for which this rank has been waiting for its loader; 0 if it is not waiting."""
+    """Time spent in the current wait for the loader; 0 if the rank is not waiting."""
     pulse: int
     """Number of earlier publications. It stops growing if the process or its machine stops."""
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A rank for which the others wait."""
+    """A rank that the others probably wait for."""
 
     rank: int
     node: str
@@ -58,18 +58,18 @@ class Suspect:
 class Peers:
     """Client of the rendezvous store for the states of all ranks.
 
-    It has its own connection, as the process group's may be blocked. The store runs in rank 0's
-    process: if that stops, `read` fails.
+    The client has a separate connection, because the process group's connection may be blocked.
+    The store runs in the process of rank 0, so `read` fails if that process stops.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
         """Connect to the store at MASTER_ADDR.
 
         Raises:
-            RuntimeError: the store can't be reached.
+            RuntimeError: the store cannot be reached.
         """
         self.main_node = os.environ["MASTER_ADDR"]
-        """Node of rank 0; its address until rank 0 has published its state."""
+        """Node of rank 0. MASTER_ADDR until rank 0 has published its state."""
         self._keys = [f"blip_scale/state/{peer}" for peer in range(world_size)]
         self._key = self._keys[rank]
         self._published: set[str] = set()
@@ -82,7 +82,7 @@ class Peers:
         )  # fmt: skip
 
     def publish(self, state: RankState) -> None:
-        """Show this rank's state to the others.
+        """Publish the state of this rank.
 
         Raises:
             RuntimeError: the store does not answer.
@@ -97,7 +97,10 @@ class Peers:
         self._answer(publish)
 
     def read(self, only_main: bool = False) -> dict[int, RankState]:
-        """States of the ranks that have published one, or that of rank 0 alone, by rank.
+        """Return the published states by rank.
+
+        Args:
+            only_main: read only the state of rank 0.
 
         Raises:
             RuntimeError: the store does not answer.
@@ -113,14 +116,14 @@ class Peers:
         return {state.rank: state for state in self._answer(read)}
 
     def silent_main(self) -> RankState:
-        """State of rank 0 while its store does not answer. The pulse is always the same."""
+        """Return a state for rank 0 whose store does not answer. Its pulse never changes."""
         return RankState(0, self.main_node, "", 0, 0, 0.0, 0)
 
     def _answer(self, request: Callable[[], T]) -> T:
-        """Result of a request to the store.
+        """Return the result of a request to the store.
 
-        The store's client (torch 2.14) waits forever for a server that was stopped, so it does so
-        in a thread.
+        The request runs in a thread, because TCPStore (torch 2.14) waits forever for a stopped
+        server.
         """
         answers: list[T] = []
 
@@ -138,22 +141,22 @@ class Peers:
 
 
 class RollCall:
-    """Counts for how long ranks have given no sign of life.
+    """Counter of the time since each rank last published a new state.
 
-    It counts ticks of this process, not seconds. If all ranks were suspended together, none counts
-    as lost.
+    The time is counted in ticks of this process, not in seconds. If all ranks are suspended
+    together, none of them counts as lost.
     """
 
     def __init__(self, most_ticks: int) -> None:
-        """Begin to count; a rank is lost after `most_ticks` ticks."""
+        """Start the counter. A rank counts as lost after `most_ticks` ticks without a new state."""
         self._most_ticks = most_ticks
         self._latest: dict[int, RankState] = {}
         self._silent_ticks: Counter[int] = Counter()
 
     def note(self, states: Mapping[int, RankState]) -> None:
-        """Compare states with those of the last call, a tick ago.
+        """Compare states with those of the previous call. Call once per tick.
 
-        A rank that starts may be silent: imports and compilation can hold the interpreter's lock.
+        A rank in phase `starting` may be silent, because imports and compilation can hold the GIL.
         """
         for rank, state in states.items():
             if state.phase == "starting" or not is_silent(state, self._latest):
@@ -172,15 +175,16 @@ class RollCall:
 
 
 def is_silent(state: RankState, before: Mapping[int, RankState]) -> bool:
-    """Whether a rank has not published anything since an earlier reading that has it."""
+    """Return True if a rank in `before` has not published a new state since then."""
     return state.rank in before and before[state.rank].pulse == state.pulse
 
 
 def suspects(before: Mapping[int, RankState], now: Mapping[int, RankState]) -> list[Suspect]:
-    """The ranks that all others wait for, from two readings some pulses apart.
+    """Identify the ranks that the others wait for, from two readings several pulses apart.
 
-    Silent ranks come first. If there are none, it is those that have begun the fewest exchanges.
-    Empty if all have begun equally many: the exchange itself hangs.
+    Return the silent ranks. If there are none, return the ranks that have begun the fewest
+    collectives. If all ranks have begun the same number, return an empty list: the collective
+    itself hangs.
     """
     silent = [state for state in now.values() if is_silent(state, before)]
     if silent:
@@ -193,13 +197,13 @@ def suspects(before: Mapping[int, RankState], now: Mapping[int, RankState]) -> l
 
 
 def named(suspected: Sequence[Suspect]) -> str:
-    """The first few suspects as part of a sentence."""
+    """Format the first few suspects as part of a sentence."""
     more = f" and {len(suspected) - _MOST_NAMED} more ranks" * (len(suspected) > _MOST_NAMED)
     return "; ".join(map(str, suspected[:_MOST_NAMED])) + more
 
 
 def in_words(phase: str, step: int) -> str:
-    """A phase, with the steps that were done where they are known."""
+    """Format a phase and, if known, the number of completed steps."""
     if phase == "starting":  # the checkpoint may not be loaded yet
         return phase
     return f"{'ending' if phase in ('stopped', 'done') else phase}, {step} steps done"

@@ -16,8 +16,8 @@ _FONT_SIZE = 19
 _LINE_HEIGHT = 23
 _LINES = 3
 _COLUMNS = 2
-"""Panels a row: a card of TensorBoard is about 300 pixels wide, so captions in more columns would
-be too small to read."""
+"""Panels per row. A TensorBoard card is about 300 pixels wide, so captions in more columns would be
+too small to read."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class Panel:
     image: Tensor
     """Pixels, uint8 [3, H, W]."""
     caption: str
-    """Text that is drawn in black: the generated caption."""
+    """Generated caption, drawn in black."""
     truth: str
-    """Text that is drawn in grey: the caption in the data."""
+    """Caption in the data, drawn in grey."""
 
 
 def draw_grid(panels: Sequence[Panel], columns: int = _COLUMNS) -> Tensor:
-    """Draw panels in rows: the image, its caption in black, its truth in grey.
+    """Draw panels in rows. Each has the image, `caption` in black and `truth` in grey.
 
     Args:
-        panels: what to draw.
-        columns: panels a row.
+        panels: panels to draw.
+        columns: panels per row.
 
     Returns:
         uint8 [3, height, width].
@@ -65,7 +65,7 @@ def draw_grid(panels: Sequence[Panel], columns: int = _COLUMNS) -> Tensor:
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu, which has most alphabets, or Pillow's own ASCII font where DejaVu is missing."""
+    """Return DejaVu, which has most alphabets, or Pillow's ASCII font if DejaVu is missing."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", _FONT_SIZE)
     except OSError:
@@ -73,7 +73,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Break a text into at most three lines of an image's width; the rest becomes an ellipsis."""
+    """Wrap a text to the image width, at most three lines. Replace the rest with an ellipsis."""
     lines: list[str] = []
     for word in text.split() or ["-"]:
         joined = f"{lines[-1]} {word}" if lines else word

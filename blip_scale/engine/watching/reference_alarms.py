@@ -1,8 +1,8 @@
-"""An alarm when a run's losses leave those of `log.reference`.
+"""Alarms for losses that differ from those of `log.reference`.
 
-The rule: a loss is far from its reference if it is more than `TOLERANCE` of it, and more than
-`FLOOR`, above or below. The alarm begins after `POINTS` logged points in a row. It needs a run that
-is comparable by the reference's own words (`needs`, `samples_per_epoch`).
+A loss is far from its reference if it differs by more than `TOLERANCE` x the reference and by more
+than `FLOOR`. The alarm begins after `POINTS` consecutive logged points. It is used only if the run
+fulfils the conditions of the reference (`needs`, `samples_per_epoch`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ POINTS = 20
 def chosen_reference(
     recipe: Recipe, samples_per_epoch: int
 ) -> tuple[Reference | None, tuple[Alarm, ...]]:
-    """The reference that a recipe names, and its alarms if the run is comparable.
+    """Load the reference that a recipe names, and create its alarms if the run is comparable.
 
-    If it is not, a warning says why, and the curves are drawn all the same.
+    If the run is not comparable, log the reasons. The curves are still drawn.
     """
     name = recipe.log.reference
     if name is None:
@@ -44,7 +44,7 @@ def chosen_reference(
 
 
 def _alarms(reference: Reference, title: str) -> tuple[Alarm, ...]:
-    """An alarm for each loss of the reference."""
+    """Create an alarm for each loss of the reference."""
     return tuple(
         Alarm(
             f"reference_{name}",
@@ -59,7 +59,7 @@ def _alarms(reference: Reference, title: str) -> tuple[Alarm, ...]:
 
 
 def is_far(name: str, logged: Mapping[str, float]) -> bool:
-    """Whether a logged loss is far from its reference at this point."""
+    """Return True if a logged loss is far from its reference at this point."""
     loss, expected = logged.get(f"loss/{name}"), logged.get(f"reference/{name}")
     if loss is None or expected is None:
         return False

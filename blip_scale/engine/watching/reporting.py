@@ -1,4 +1,4 @@
-"""Reports of the loop: trouble at once, figures at their interval, a summary at the end."""
+"""Reports of the training loop: problems at once, metrics at intervals, a summary at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def note_trouble(
     run: Run, finite: bool, skipped: float, ids: list[str], reasons: list[str]
 ) -> None:
-    """Count and report problems of a step. Every rank takes the same branches."""
+    """Count and report the problems of a step. All ranks take the same branches."""
     history = run.history
     history.skipped_in_a_row = 0 if finite else history.skipped_in_a_row + 1
     history.skipped_steps += not finite
@@ -40,15 +40,15 @@ def note_trouble(
 
 
 def _of_all_ranks(ids: Sequence[str]) -> str:
-    """The first few ids of a global batch."""
+    """Format the first few ids of the global batch. Call on all ranks."""
     everyone = list(chain.from_iterable(collectives.all_gather_objects(ids)))
     return ", ".join(everyone[:8]) + (", ..." if len(everyone) > 8 else "")
 
 
 def sign_of_life(run: Run) -> None:
-    """Write one line with means since the last point, without an exchange between ranks.
+    """Write one line with the means since the last logged point, without a collective.
 
-    Losses and gradient norms are those of all ranks already; times are this rank's.
+    Losses and gradient norms are already over all ranks. Times are of this rank only.
     """
     means = _means(run.history.window)
     step_s, data_wait_s = means["step_s"], means["data_wait_s"]
@@ -60,10 +60,10 @@ def sign_of_life(run: Run) -> None:
 
 
 def _means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of every metric over the steps in which it is finite; NaN where it never is.
+    """Return the mean of each metric over its finite values, or NaN if there are none.
 
-    A single skipped step does not remove a whole point from the curves; `train/skipped_steps`
-    counts it.
+    One skipped step therefore does not remove the point from the curves. `train/skipped_steps`
+    counts skipped steps.
     """
     means = {}
     for name in window[-1]:
@@ -73,7 +73,7 @@ def _means(window: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def log(run: Run) -> None:
-    """Log a point: means over the steps since the last one."""
+    """Log a point: means over the steps since the last point. Call on all ranks."""
     window, recipe = run.history.window, run.recipe
     means = _means(window)
     step_s = means.pop("step_s")
@@ -111,7 +111,7 @@ def log(run: Run) -> None:
 def _communication(
     waits: dict[str, float], step_s: float, own_times: Sequence[float]
 ) -> dict[str, float]:
-    """Waits by kind as shares of a step; the share of all kinds is the mean over the ranks."""
+    """Convert waits to shares of a step: by kind on this rank, in total as the mean over ranks."""
     shares = {
         f"{name.removesuffix('_s')}_share": waits.pop(name) / step_s
         for name in list(waits)
@@ -122,8 +122,11 @@ def _communication(
 
 
 def _loss_level(run: Run, means: Mapping[str, float]) -> dict[str, float]:
-    """Compare the loss with those before it; warn once of a spike, with the samples of its worst
-    step. Losses are equal on all ranks, so all ranks take the same branches."""
+    """Compare the loss with previous losses. Warn once per spike.
+
+    The warning names the samples of the worst step. Call on all ranks.
+    Losses are equal on all ranks, so all ranks take the same branches.
+    """
     history, loss = run.history, means["loss/total"]
     level = loss_level(loss, history.usual)
     spikes = level is not None and level.is_spike
@@ -142,7 +145,7 @@ def _loss_level(run: Run, means: Mapping[str, float]) -> dict[str, float]:
 
 
 def has_summary(run: Run) -> bool:
-    """Whether summary.json is of this step: an earlier start ended here."""
+    """Return True if summary.json is from this step, because an earlier start ended here."""
     file = Path(run.recipe.output_dir) / run_folder.SUMMARY
     try:
         return bool(json.loads(file.read_text(encoding="utf-8"))["steps"] == run.step)
@@ -151,7 +154,7 @@ def has_summary(run: Run) -> bool:
 
 
 def finish(run: Run) -> None:
-    """Write summary.json and say where to look; a run that had ended before keeps its summary."""
+    """Write summary.json. If an earlier start already completed the run, keep its summary."""
     history = run.history
     if run.step == run.monitor.start_step and has_summary(run):
         logger.info("nothing left to do: all %d steps were done before", run.step)

@@ -29,14 +29,14 @@ _PACKAGES = (
 class RunManifest:
     """Record of a run over all its starts; only rank 0 writes it.
 
-    `state` belongs to the newest start: recipe, deepspeed, code, packages and data (each stream
-    with the hash of its index). `attempts` has an object for every start, with what `changed`
-    since the start before, and how it ended where that is known. `checkpoints` lists all that were
-    committed, also those that are deleted by now: step, time, attempt and hash of their manifest.
+    `state` describes the newest start: recipe, deepspeed, code, packages and data (each stream with
+    the hash of its index). `attempts` has one object per start, with the changes since the previous
+    start (`changed`) and, if known, how it ended. `checkpoints` lists all committed checkpoints,
+    including deleted ones: step, time, attempt and hash of the manifest.
     """
 
     def __init__(self, output_dir: Path, is_main: bool) -> None:
-        """Read the record of earlier starts. Rename a file that can't be read."""
+        """Read the record of earlier starts. If the file cannot be read, rename it."""
         self._file = output_dir / run_folder.RUN_MANIFEST
         self._is_main = is_main
         self._disk = files.Spared(f"manifest of the run in {self._file}")
@@ -53,12 +53,12 @@ class RunManifest:
     def begin(
         self, state: dict[str, Any], attempt: dict[str, Any], left: Mapping[str, Any]
     ) -> None:
-        """Record a start; warn of settings, code, packages and data that differ from the last one.
+        """Record a start. Warn of changed settings, code, packages and data.
 
         Args:
             state: sections of settings, JSON-able.
-            attempt: facts about this start alone.
-            left: heartbeat of the start before, which tells its last step if it was killed.
+            attempt: facts about this start only.
+            left: heartbeat of the previous start. It holds the last step if that start was killed.
         """
         if not self._is_main:
             return
@@ -92,11 +92,11 @@ class RunManifest:
 
 
 def _content_of(file: Path) -> dict[str, Any]:
-    """Content of a manifest.
+    """Read and check a manifest.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, RecursionError: it can't be read, or is not a
-            manifest.
+        OSError, ValueError, KeyError, TypeError, RecursionError: the file cannot be read, or is not
+            a manifest.
     """
     content = json.loads(file.read_text(encoding="utf-8"))
     for name, kind in {"state": dict, "attempts": list, "checkpoints": list}.items():
@@ -108,7 +108,7 @@ def _content_of(file: Path) -> dict[str, Any]:
 
 
 def fingerprint(checkpoint: Path) -> dict[str, str | None]:
-    """Name of a checkpoint and hash of its manifest, which holds the checksums of its files."""
+    """Return the path of a checkpoint and the hash of its manifest, which holds all checksums."""
     try:
         manifest_hash = digest((checkpoint / checkpoint_format.MANIFEST).read_bytes())
     except OSError:
@@ -117,12 +117,12 @@ def fingerprint(checkpoint: Path) -> dict[str, str | None]:
 
 
 def digest(content: bytes) -> str:
-    """xxh64 in hexadecimal digits."""
+    """Return the xxh64 hash as hexadecimal digits."""
     return xxhash.xxh64(content).hexdigest()
 
 
 def software() -> dict[str, dict[str, Any]]:
-    """Versions in use.
+    """Return the versions in use.
 
     Returns:
         `code`: version of this package, git commit and whether files differ from it (None outside a

@@ -9,14 +9,14 @@ from blip_scale.storage import files, run_folder
 
 
 class SampleRecord:
-    """Ids of every step in the order in which this rank read them, one line a step.
+    """Records sample ids in the order in which this rank read them, one line per step.
 
-    Lines after the step that the run resumes from are cut, also in files of ranks that the run has
-    no longer. So the files list each sample as often as it was trained on.
+    Lines after the step from which the run resumes are removed, also in files of ranks that no
+    longer exist. The files therefore list each sample as often as it was trained on.
     """
 
     def __init__(self, output_dir: Path, start_step: int, enabled: bool) -> None:
-        """Cut old lines.
+        """Remove lines after `start_step`.
 
         Args:
             output_dir: folder of the run.
@@ -37,7 +37,7 @@ class SampleRecord:
                 folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, step: int, ids: list[str]) -> None:
-        """Write the ids of a step, which are counted from 1."""
+        """Write the ids of a step. Steps are counted from 1."""
         if self._enabled:
             with self._disk:
                 files.add_line(self._file, step, {"ids": ids})

@@ -1,4 +1,4 @@
-"""Timer that ends a process whose phase lasts too long, with stacks and the name of the culprit."""
+"""Watchdog that ends a hung process, writes its stacks and names the ranks that caused the hang."""
 
 from __future__ import annotations
 
@@ -37,46 +37,47 @@ from blip_scale.storage import run_folder
 logger = logging.getLogger(__name__)
 
 _MESSAGE_S = 2.0
-"""Time for the message about a stall before the process ends."""
+"""Time between the hang limit and the end of the process, in which the message is written."""
 _GRACE_S = 30.0
-"""Time after which the kernel ends a process whose stacks can't be written (a dead disk)."""
+"""Time after the hang limit at which SIGALRM ends the process. It is needed if writing the stacks
+blocks, for example on a dead disk."""
 _LONGEST_TICK_S = 5.0
 _TICKS = 20
-"""Publications of a rank's state during the shortest limit, at least."""
+"""Minimum number of times that a rank publishes its state within the shortest limit."""
 _FIRST_READING, _SECOND_READING = 5, 1
-"""Ticks before the deadline at which the states of all ranks are read."""
+"""Ticks left before the deadline when the states of all ranks are read."""
 _SILENT_S = 60.0
-"""Time without a published state after which a rank is lost, in any phase. A thread publishes every
-few seconds, so a step or a collective may take longer than this."""
+"""Time without a published state after which a rank counts as lost. A background thread publishes
+every few seconds, so a step or a collective may take longer than this limit."""
 _LONG_WAIT_S = 30.0
-"""Wait for the loader after which a warning is logged."""
+"""Duration of a wait for the loader after which a warning is logged."""
 _WATCHED: tuple[Phase, ...] = ("training", "evaluating", "saving")
-"""Phases in which all ranks give signs of life. A start may hold the interpreter's lock for long,
-and at the end some ranks are gone before the others."""
+"""Phases in which a silent rank counts as lost. Other phases are excluded: imports and compilation
+may hold the GIL for long at the start, and ranks exit at different times at the end."""
 
 
 class StallTimer:
-    """Ends this process when no beat comes for longer than the limit of the phase.
+    """Watchdog timer that ends this process if `beat` is not called within the limit of the phase.
 
-    The timer is a C thread that needs neither the interpreter nor the main thread, so it also fires
-    inside a collective or a hung file system. It writes the stacks of all Python threads to the
-    rank's log and ends the process with exit code 1.
+    The timer is the C thread of `faulthandler`. It needs neither the GIL nor the main thread, so it
+    also fires inside a collective or while a file system hangs. It writes the stacks of all Python
+    threads to the rank's log and ends the process with exit code 1.
 
-    A Python thread names the stall on the terminal, in the rank's log and in stalls.jsonl just
-    before. Where the interpreter's lock is held, it can't, and the log has the stacks alone. The
-    thread also postpones the end while a rank waits for data whose remote is being retried.
+    Just before, a Python thread reports the stall on the terminal, in the rank's log and in
+    stalls.jsonl. If the GIL is held, this thread cannot run, and the log has only the stacks. The
+    thread also extends the limit while a rank waits for data from a remote that may be retried.
 
-    A stopped process or a lost node is noticed sooner than the limits of long phases are over: rank
-    0 looks for ranks that give no sign of life, and the others notice if it gives none.
+    A stopped process or a lost node is detected before a long limit expires. Rank 0 watches all
+    ranks for missing states, and each other rank watches rank 0.
     """
 
     def __init__(self, output_dir: Path, rank: int, limits: HangLimits) -> None:
         """Start the timer in phase `starting`.
 
         Args:
-            output_dir: folder of the run; it exists and has the logs.
-            rank: rank of this process among all.
-            limits: limits of the phases.
+            output_dir: folder of the run. It must exist and contain the logs.
+            rank: global rank of this process.
+            limits: hang limit of each phase.
         """
         self._output_dir, self._rank, self._limits = output_dir, rank, limits
         self._node = node_name()
@@ -102,11 +103,11 @@ class StallTimer:
             threading.Thread(target=self._watch, name="stall", daemon=True).start()
 
     def join(self, world_size: int, exchanges: Callable[[], int]) -> None:
-        """Begin to exchange states with the other ranks; call it once the process group is up.
+        """Begin to exchange states with the other ranks. Call after `init_process_group`.
 
         Args:
             world_size: number of ranks.
-            exchanges: returns the number of exchanges that this rank has begun.
+            exchanges: function that returns the number of collectives that this rank has begun.
         """
         self._exchanges = exchanges
         if self._log is None or world_size == 1:
@@ -117,11 +118,11 @@ class StallTimer:
             logger.warning("the rank that hangs can't be named if one does: %s", error)
 
     def beat(self, phase: Phase, step: int | None) -> None:
-        """Record progress: this rank begins or continues a phase.
+        """Record progress and restart the timer.
 
         Args:
             phase: current phase.
-            step: steps done, if one was done since the last beat or the phase begins with it.
+            step: completed optimizer steps. None: unchanged since the last beat.
         """
         now = time.monotonic()
         if step is not None:
@@ -132,7 +133,11 @@ class StallTimer:
         self._arm()
 
     def note_batch(self, is_next: bool) -> None:
-        """Note progress in an evaluation: its next batch begins, or a loop over batches is done."""
+        """Record progress of an evaluation and restart the timer. Ignored in other phases.
+
+        Args:
+            is_next: True before a batch, False after a loop over batches.
+        """
         if self._phase != "evaluating":
             return
         now = time.monotonic()
@@ -145,7 +150,7 @@ class StallTimer:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Context manager around a wait for the loader."""
+        """Context manager that measures a wait for the loader."""
         self._data_since = time.monotonic()
         try:
             yield
@@ -164,10 +169,10 @@ class StallTimer:
                 self._log = None
 
     def _arm(self, deadline: float | None = None) -> None:
-        """Let the timer run for the limit of the phase from now.
+        """Restart the timer with the limit of the phase.
 
         Args:
-            deadline: do so only if the deadline is still this one.
+            deadline: if set, do nothing unless this is still the current deadline.
         """
         with self._arming:
             is_late = deadline is not None and deadline != self._deadline
@@ -180,10 +185,10 @@ class StallTimer:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 return
             faulthandler.dump_traceback_later(limit_s + _MESSAGE_S, file=self._log, exit=True)
-            signal.setitimer(signal.ITIMER_REAL, limit_s + _GRACE_S)  # SIGALRM kills
+            signal.setitimer(signal.ITIMER_REAL, limit_s + _GRACE_S)  # SIGALRM ends the process
 
     def _watch(self) -> None:
-        """Publish this rank's state, and near the deadline read those of all ranks twice."""
+        """Publish the rank's state at each tick. Near the deadline, read all states twice."""
         before: dict[int, RankState] | None = None
         while not self._closed.wait(self._tick_s):
             self._publish()
@@ -227,12 +232,12 @@ class StallTimer:
     def _publish(self) -> None:
         self._pulse += 1
         if self._peers is not None:
-            # A store that does not answer is noticed when states are read.
+            # `read` detects a store that does not answer.
             with contextlib.suppress(RuntimeError):
                 self._peers.publish(self._state())
 
     def _warn_of_data_wait(self) -> None:
-        """Warn of a long wait for the loader, once per wait."""
+        """Warn once per long wait for the loader, and request the stacks of its workers."""
         since = self._data_since
         if since is None or since == self._warned_since:
             return
@@ -251,7 +256,7 @@ class StallTimer:
                         os.kill(process.pid, logs.STACKS)
 
     def _lost(self) -> list[Suspect]:
-        """Ranks that have given no sign of life for a long time, as far as this rank watches."""
+        """Return the lost ranks. Rank 0 watches all ranks, and the others watch only rank 0."""
         if self._peers is None:
             return []
         try:
@@ -262,7 +267,7 @@ class StallTimer:
         return self._roll_call.lost()
 
     def _end_for(self, lost: list[Suspect]) -> None:
-        """End this process, because it would wait for lost ranks forever."""
+        """End this process, because it would wait forever for the lost ranks."""
         with self._arming:
             if self._log is None:
                 return
@@ -272,19 +277,22 @@ class StallTimer:
         self._report("a rank has given no sign of life", _SILENT_S, lost)
 
     def _read(self) -> dict[int, RankState]:
-        """States of all ranks; of this one alone if there are no others or the store is gone."""
+        """Return the latest state of each rank.
+
+        If the store does not answer, the result has only rank 0, marked as silent, and this rank.
+        """
         states: dict[int, RankState] = {}
         if self._peers is not None:
             try:
                 states = self._peers.read()
-            except RuntimeError:  # the same pulse in both readings: rank 0 is silent
+            except RuntimeError:  # the pulse never changes, so rank 0 counts as silent
                 states = {0: self._peers.silent_main()}
         return states | {self._rank: self._state()}
 
     def _retrying(
         self, before: dict[int, RankState], states: dict[int, RankState]
     ) -> RankState | None:
-        """A live rank that waits for data whose remote may still be retried."""
+        """Return a live rank that has waited for data for less than the retry time, or None."""
         if self._phase != "training":
             return None
         for state in states.values():
@@ -296,13 +304,13 @@ class StallTimer:
     def _report(
         self, trouble: str, limit_s: float, suspected: list[Suspect], hint: str = ""
     ) -> None:
-        """Name the stall on the terminal, in the log and in stalls.jsonl.
+        """Report the stall on the terminal, in the rank's log and in stalls.jsonl.
 
         Args:
-            trouble: what is wrong.
-            limit_s: for how long.
+            trouble: problem, for the message.
+            limit_s: duration of the problem in seconds.
             suspected: ranks that the others wait for.
-            hint: setting that changes the limit.
+            hint: setting that changes the limit, for the message.
         """
         if [suspect.rank for suspect in suspected] == [self._rank]:
             waits = "the others wait for this rank"
@@ -334,7 +342,7 @@ class StallTimer:
 
 
 def _opened(log_file: Path) -> TextIO:
-    """The rank's log, for the stacks of a stall; stderr where it can't be opened."""
+    """Open the rank's log to append stacks. If it cannot be opened, return stderr."""
     try:
         return log_file.open("a")
     except OSError as error:

@@ -1,1 +1,1 @@
-"""Where a run's figures, pictures and texts go: TensorBoard, Weights & Biases, a CSV file."""
+"""Loggers for metrics, pictures and texts: TensorBoard, Weights & Biases, a CSV file."""

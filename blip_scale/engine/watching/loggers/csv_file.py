@@ -1,4 +1,4 @@
-"""metrics.csv in the run folder: one row a logged point, for spreadsheets and pandas."""
+"""metrics.csv in the run folder: one row per logged point, for spreadsheets and pandas."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from blip_scale.storage import files, run_folder
 class CsvLogger:
     """Appends a row to metrics.csv at each logged point.
 
-    The first column is `step`. A metric that appears later (held-out figures) becomes a new column
-    at the right end: the file is rewritten once, with empty cells in the rows above, so columns
-    never move and every row has all of them.
+    The first column is `step`. A metric that appears later, such as a held-out result, becomes a
+    new last column. The file is then rewritten with empty cells in the earlier rows, so columns
+    never move and each row has all columns.
     """
 
     def __init__(self, run: LoggedRun) -> None:
-        """Keep the whole rows up to the step that the run resumes from.
+        """Keep the complete rows up to the step from which the run resumes.
 
         Raises:
             OSError: the file can't be read or written.
@@ -34,7 +34,7 @@ class CsvLogger:
         self._keep_until(run.start_step)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a row; a metric without a column gets one first."""
+        """Append a row. Add a column first for each new metric."""
         new = [name for name in metrics if name not in self._columns]
         if new or not self._file.exists():
             widened = [*self._columns, *new]
@@ -56,7 +56,7 @@ class CsvLogger:
         """The file is closed after every row."""
 
     def _keep_until(self, last_step: int) -> None:
-        """Cut rows after a step, and a last row that a kill tore."""
+        """Remove rows after `last_step`, and incomplete rows that a kill left."""
         lines = _read(self._file)
         if not lines or lines[0][:1] != ["step"]:
             self._file.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ class CsvLogger:
 
 
 def _read(file: Path) -> list[list[str]]:
-    """Rows of a CSV file, the header first; none where the file is missing."""
+    """Return the rows of a CSV file with the header, or an empty list without a file."""
     if not file.exists():
         return []
     with file.open(encoding="utf-8", errors="replace", newline="") as stream:

@@ -14,7 +14,7 @@ from blip_scale.engine.watching.pictures import Panel
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """The run that a logger shows."""
+    """Run that a logger shows."""
 
     output_dir: Path
     """Folder of the run; it exists."""
@@ -24,20 +24,20 @@ class LoggedRun:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The recipe as a nested dict, without credentials."""
     start_samples: int | None = None
-    """Pairs that were trained on before this start. None: `start_step` times those of a step."""
+    """Training pairs seen before this start. None: `start_step` x pairs per step."""
 
 
 class Logger(Protocol):
-    """Shows a run somewhere. The main rank alone has loggers.
+    """Interface of a logger. Only the main rank has loggers.
 
-    A logger may raise anything: see `registry.LoggerGroup` for what follows.
+    A logger may raise any exception; `registry.LoggerGroup` handles it.
     """
 
     def __init__(self, run: LoggedRun) -> None:
         """Open the logger and drop stale points."""
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a point to every curve and make it durable: a run may be killed at any time.
+        """Add a point to every curve and flush it, because a run may be killed at any time.
 
         Args:
             step: optimizer steps done.
@@ -56,7 +56,7 @@ class Logger(Protocol):
         """
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Show a text verbatim (the recipe)."""
+        """Show a text verbatim, such as the recipe."""
 
     def close(self, finished: bool) -> None:
         """Close the logger; `finished` tells whether the run reached the end of its recipe."""

@@ -1,4 +1,4 @@
-"""The loggers that `log.to` chooses from, and the group of those that a run has."""
+"""Registry of the loggers for `log.to`, and the group of loggers of a run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _HERE = "blip_scale.engine.watching.loggers"
 
 @dataclass(frozen=True)
 class LoggerKind:
-    """A logger to choose."""
+    """Location of a logger class."""
 
     module: str
-    """Module of the class, imported when it is chosen."""
+    """Module of the class. It is imported only if the logger is used."""
     name: str
     """Name of the class (see `logger.Logger`)."""
     package: str = ""
-    """Package that must be installed for it."""
+    """Package that the logger requires; empty if none."""
 
 
 LOGGERS: dict[str, LoggerKind] = {
@@ -37,14 +37,14 @@ LOGGERS: dict[str, LoggerKind] = {
     "wandb": LoggerKind(f"{_HERE}.weights_and_biases", "WandbLogger", "wandb"),
     "csv": LoggerKind(f"{_HERE}.csv_file", "CsvLogger"),
 }
-"""Name in `log.to` -> the logger. An entry is all that a new one needs."""
+"""Name in `log.to` -> logger. To register a logger, add an entry."""
 
 
 def check(names: Sequence[str]) -> None:
-    """Refuse loggers that can't be had, before torch is imported.
+    """Check the names in `log.to`, without importing torch.
 
     Raises:
-        ValueError: a name that is not in `LOGGERS` or comes twice, or a package that is missing.
+        ValueError: a name is not in `LOGGERS` or occurs twice, or a package is missing.
     """
     for name in names:
         if name not in LOGGERS:
@@ -60,10 +60,10 @@ def check(names: Sequence[str]) -> None:
 
 
 class LoggerGroup:
-    """The loggers of a run. None of them can stop it.
+    """Loggers of a run. An error of a logger does not stop the run.
 
-    After an OSError (a full disk) a logger is opened again at its next point, so it loses the
-    points until the disk works. After any other error it stays closed. Each case has one warning.
+    After an OSError, such as a full disk, a logger is reopened at the next point. It loses the
+    points until it works again. After any other error, it is removed. Each case is warned of once.
     """
 
     def __init__(self, names: Sequence[str], run: LoggedRun) -> None:
@@ -71,7 +71,7 @@ class LoggerGroup:
 
         Args:
             names: names in `LOGGERS`.
-            run: the run that they show.
+            run: run to log.
         """
         self._run = run
         self._open: dict[str, Logger | None] = dict.fromkeys(names)
@@ -79,19 +79,19 @@ class LoggerGroup:
         self._each(run.start_step, lambda opened: None)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a point everywhere; see `logger.Logger`, also for the next two."""
+        """Call `Logger.scalars` of each logger."""
         self._each(step, lambda opened: opened.scalars(step, metrics))
 
     def pictures(self, step: int, name: str, sheet: Tensor, panels: Sequence[Panel]) -> None:
-        """Show captioned images everywhere."""
+        """Call `Logger.pictures` of each logger."""
         self._each(step, lambda opened: opened.pictures(step, name, sheet, panels))
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Show a text everywhere."""
+        """Call `Logger.text` of each logger."""
         self._each(step, lambda opened: opened.text(step, name, text))
 
     def close(self, finished: bool) -> None:
-        """Close all loggers; a second call does nothing."""
+        """Close all loggers. A second call has no effect."""
         for name in [name for name, opened in self._open.items() if opened is None]:
             del self._open[name]
         self._each(self._run.start_step, lambda opened: opened.close(finished))

@@ -85,7 +85,7 @@ class TensorBoardLogger:
     """
 
     def __init__(self, run: LoggedRun) -> None:
-        """Open an event file; TensorBoard hides points after the step that the run resumes from.
+        """Open an event file. TensorBoard hides points after the step from which the run resumes.
 
         Raises:
             OSError: the folder can't be written.
@@ -111,7 +111,7 @@ class TensorBoardLogger:
             self._add_hparams(metadata.SESSION_START_INFO_TAG, session_start_info=session)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a point to every curve; `samples` and `time` are no curves."""
+        """Add a point to every curve. `samples` and `time` are not curves."""
         for name, value in metrics.items():
             if "/" in name:
                 self._tags.add(tag(name))
@@ -119,7 +119,7 @@ class TensorBoardLogger:
         self._writer.flush()  # a killed run must not leave a gap before its checkpoint
 
     def pictures(self, step: int, name: str, sheet: Tensor, panels: Sequence[Panel]) -> None:
-        """The sheet as an image, its texts as a table."""
+        """Write the sheet as an image and its texts as a table."""
         rows = [f"| {_cell(panel.caption)} | {_cell(panel.truth)} |" for panel in panels]
         table = "\n".join(["| generated | true |", "|---|---|", *rows])
         self._writer.add_image(tag(name), sheet, step)
@@ -127,7 +127,7 @@ class TensorBoardLogger:
         self._writer.flush()
 
     def text(self, step: int, name: str, text: str) -> None:
-        """The text as a block of code."""
+        """Write the text as a code block."""
         verbatim = "\n".join(f"    {logs.printable(line)}" for line in text.splitlines())
         self._writer.add_text(tag(name), verbatim, step)
 
@@ -151,7 +151,7 @@ class TensorBoardLogger:
         self._writer.close()
 
     def _add_hparams(self, name: str, **content: Any) -> None:
-        """Add a record of the HParams tab; TensorBoard's own functions for it need TensorFlow."""
+        """Add a record of the HParams tab. TensorBoard's functions for this need TensorFlow."""
         data = plugin_data_pb2.HParamsPluginData(**content)
         described = metadata.create_summary_metadata(data)
         value = Summary.Value(tag=name, metadata=described, tensor=metadata.NULL_TENSOR)
@@ -165,7 +165,7 @@ def tag(name: str) -> str:
 
 
 def chosen_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's settings for the HParams tab by dotted name, without those that are null."""
+    """Return the settings for the HParams tab by dotted name, without null values."""
     chosen = {}
     for name in _SETTINGS:
         value: Any = recipe
@@ -177,7 +177,7 @@ def chosen_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _type_of(value: object) -> int:
-    """TensorBoard's type of a setting."""
+    """Return the TensorBoard type of a setting."""
     if isinstance(value, bool):
         return int(api_pb2.DATA_TYPE_BOOL)
     return int(api_pb2.DATA_TYPE_STRING if isinstance(value, str) else api_pb2.DATA_TYPE_FLOAT64)

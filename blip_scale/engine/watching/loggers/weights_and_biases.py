@@ -22,10 +22,10 @@ _FINISH_TIMEOUT_S = 120.0
 
 
 class WandbLogger:
-    """Logs to one W&B run, which a restart continues: its id lies in the run folder.
+    """Logs to one W&B run. Its id is stored in the run folder, so a restart continues it.
 
-    W&B can't take points back. Every point names its step and all charts are drawn over that, so
-    points that a resumed run computes again lie on those of the start before it.
+    W&B cannot delete points. Each point has its step, and all charts use the step as x axis. Points
+    that a resumed run computes again are therefore drawn over those of the previous start.
     """
 
     def __init__(self, run: LoggedRun) -> None:
@@ -35,7 +35,7 @@ class WandbLogger:
             RuntimeError: there is no login or no network. It is not tried again, since an attempt
                 takes up to a minute.
         """
-        import wandb  # an optional dependency: imported by those who choose it
+        import wandb  # optional dependency
 
         self._wandb = wandb
         is_online = os.environ.get("WANDB_MODE", "online") in ("online", "shared")
@@ -62,7 +62,7 @@ class WandbLogger:
         self._run.log({_STEP: step, **metrics})
 
     def pictures(self, step: int, name: str, sheet: Tensor, panels: Sequence[Panel]) -> None:
-        """The sheet as an image, its texts as a table, whose cells W&B shows as plain text."""
+        """Log the sheet as an image and its texts as a table. W&B shows cells as plain text."""
         table = self._wandb.Table(columns=["generated", "true"])
         for panel in panels:
             table.add_data(panel.caption, panel.truth)
@@ -71,7 +71,7 @@ class WandbLogger:
         self._run.log({_STEP: step, **shown})
 
     def text(self, step: int, name: str, text: str) -> None:
-        """The text becomes an entry of the run's config."""
+        """Store the text in the config of the W&B run."""
         self._run.config.update({f"{name}_text": text}, allow_val_change=True)
 
     def close(self, finished: bool) -> None:
@@ -89,7 +89,7 @@ class WandbLogger:
 
 
 def _run_id(run: LoggedRun) -> str:
-    """The id of the W&B run; a run that begins at step 0 begins a new one."""
+    """Return the id of the W&B run. A run that begins at step 0 gets a new id."""
     file = run.output_dir / run_folder.WANDB / run_folder.WANDB_ID
     if run.start_step and file.is_file():
         return file.read_text(encoding="utf-8").strip()
