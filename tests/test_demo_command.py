@@ -29,10 +29,12 @@ class Demo:
     """Share of held-out drawings whose caption is exactly right."""
     least_matched: float
     """Accuracy of ITM on true pairs and on others."""
+    least_concepts: float
+    """R@10 of held-out concepts, as a multiple of chance."""
 
 
-WHOLE = Demo("", 18 * 60, 0.2, 0.3, 0.55)
-THIRD = Demo("train.epochs=7 optimizer.lr_decay=0.67", 12 * 60, 0.1, 0.05, 0.1)
+WHOLE = Demo("", 18 * 60, 0.2, 0.3, 0.55, 4)
+THIRD = Demo("train.epochs=7 optimizer.lr_decay=0.67", 12 * 60, 0.1, 0.05, 0.1, 3)
 """A third of the epochs, with the same learning rate at the end. It reaches R@1 of 15 to 22 %, 10 %
 exact captions, and an accuracy of 0.19 on true pairs; the floors are about half of that.
 """
@@ -94,8 +96,8 @@ def test_it_finds_drawings_that_it_never_saw(demo: Demo, summary: dict[str, Any]
         for score in ("itc", "itm"):
             assert figures[f"heldout_drawing/{score}_{direction}_r1"] >= demo.least_recall
         # Concepts never seen are much harder; to be better than chance is what can be asked.
-        concepts = figures["heldout_concept/candidates"]
-        assert figures[f"heldout_concept/itc_{direction}_r10"] >= 3 * 10 / concepts
+        chance = 10 / figures["heldout_concept/candidates"]
+        assert figures[f"heldout_concept/itc_{direction}_r10"] >= demo.least_concepts * chance
     assert figures["heldout_drawing/exact"] >= demo.least_exact
 
 

@@ -425,16 +425,28 @@ def _info(entry: Mapping[str, Any]) -> ObjectInfo:
     return ObjectInfo(entry["size"], entry.get("e_tag") or str(written), written.timestamp())
 
 
+def folder_markers(empty: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Return the empty objects that some tools create to mark folders.
+
+    Args:
+        empty: names of the empty objects.
+        names: names of all objects, read only if some are empty.
+    """
+    candidates = set(empty)
+    markers: set[str] = set()
+    for name in names if candidates else ():
+        folder = name.rpartition("/")[0]
+        while folder and folder not in markers:
+            if folder in candidates:
+                markers.add(folder)
+            folder = folder.rpartition("/")[0]
+    return markers
+
+
 def _without_folders(files: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
-    """Drop empty objects that some tools create to mark folders."""
-    markers = {name for name, info in files.items() if not info.size}
-    if not markers:
-        return files
-    parents: set[str] = set()
-    level = set(files)
-    while level := {name.rpartition("/")[0] for name in level} - parents - {""}:
-        parents |= level
-    return {name: info for name, info in files.items() if info.size or name not in parents}
+    """Drop the objects that mark folders."""
+    markers = folder_markers((name for name, info in files.items() if not info.size), files)
+    return {name: info for name, info in files.items() if name not in markers}
 
 
 def _kind(error: Exception) -> type[RemoteError] | type[DamagedFile]:

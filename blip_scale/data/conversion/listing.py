@@ -12,6 +12,7 @@ import xxhash
 from blip_scale.data.conversion.pairs import START, Place
 from blip_scale.data.conversion.spool import Spool
 from blip_scale.storage.locations import Entry, is_local, read_folder
+from blip_scale.storage.objects import folder_markers
 
 _NUMBER_BITS = 6
 """Low bits of a code, for the item's number in its batch of up to 64 items."""
@@ -78,19 +79,11 @@ class Listing:
 
     def _without_folders(self, scratch: str) -> Listing:
         """Drop the empty objects that some tools create to mark folders."""
-        markers = {entry.name for entry in self if not entry.size}
+        empty = (entry.name for entry in self if not entry.size)
+        markers = folder_markers(empty, (entry.name for entry in self))
         if not markers:
             return self
-        parents: set[str] = set()
-        for entry in self:
-            folder = entry.name.rpartition("/")[0]
-            while folder and folder not in parents:
-                if folder in markers:
-                    parents.add(folder)
-                folder = folder.rpartition("/")[0]
-        if not parents:
-            return self
-        kept = (e for e in self if e.size or e.name not in parents)
+        kept = (e for e in self if e.name not in markers)
         return Listing(self._folder, Spool.of(((e.name, e.size, e.version) for e in kept), scratch))
 
 

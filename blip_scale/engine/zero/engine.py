@@ -422,7 +422,7 @@ def _set_up_compiling() -> None:
     blocks = folder / "inductor"
     # Importing torch 2.14 sets the variable to its default, a folder in /tmp that other users may
     # write to.
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         with contextlib.suppress(OSError):  # a read-only home keeps the default
             blocks.mkdir(parents=True, exist_ok=True)
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(blocks)
